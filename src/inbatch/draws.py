@@ -1,0 +1,52 @@
+"""Random numbers from counters: a draw is a pure function of its key, so nothing about randomness is ever saved.
+
+The same key gives the same numbers on every device, with any number of workers, ranks or resumes. The hash is
+the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), applied once per part of the key.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits."""
+    x &= _MASK
+    return x - 2**64 if x >= 2**63 else x
+
+
+def fold(*key: int) -> int:
+    """One integer in [0, 2^63) from a key of integers: a seed for a generator, or the head of a longer key."""
+    state = 0
+    for part in key:
+        state = (state + part + 1) * _GOLDEN & _MASK
+        state = (state ^ state >> 30) * _M1 & _MASK
+        state = (state ^ state >> 27) * _M2 & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 bits (masks turn the arithmetic shift into a logical one)."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_M1)
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_M2)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def uniform(
+    seed: int, epoch: int, index: Int[Tensor, "b"], view: int, count: int, attempt: int = 0
+) -> Float[Tensor, "b count"]:
+    """`count` float32 numbers in [0, 1) for every sample, keyed by (seed, epoch, sample, view, attempt)."""
+    head = _signed(fold(seed, epoch, view, attempt))
+    sample = _mix((index + 1) * _signed(_GOLDEN) + head)
+    place = torch.arange(1, count + 1, device=index.device) * _signed(_GOLDEN)
+    return (_mix(sample[:, None] + place) >> 40 & (1 << 24) - 1).float() * 2**-24
+
+
+def permutation(seed: int, epoch: int, n: int) -> Int[Tensor, "n"]:
+    """The order in which an epoch visits its n samples."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(fold(seed, epoch)))

@@ -1,0 +1,37 @@
+"""Errors for people: each says what was wrong, where, and what to do, and carries the exit code of the process."""
+
+
+class InbatchError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(InbatchError):
+    """Wrong usage, unknown or contradictory settings."""
+
+    exit_code = 2
+
+
+class DataError(InbatchError):
+    """Images or labels that cannot be used as asked."""
+
+    exit_code = 3
+
+
+class TrainingError(InbatchError):
+    """Training diverged, collapsed, or did not reach what was promised."""
+
+    exit_code = 4
+
+
+class Preempted(InbatchError):
+    """The run was asked to stop (SIGTERM, SIGUSR1), saved a checkpoint and can be resumed."""
+
+    exit_code = 75
+
+
+class Interrupted(InbatchError):
+    """Ctrl-C: saved a checkpoint and can be resumed."""
+
+    exit_code = 130
