@@ -1,0 +1,183 @@
+"""Optimisers: LARS and torch's own, parameter groups, and the binding of a schedule to them."""
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.errors import ConfigError
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017) in the form of BYOL, Barlow Twins,
+    VICReg and MoCo v3: d = g + wd p; d *= eta |p| / |d|; buffer = momentum buffer + d; p -= lr buffer.
+
+    Parameters of one dimension or none (biases, norms) take d = g: no decay, no scaling. A norm of 0 scales
+    by 1.
+
+    lr_in_buffer: buffer = momentum buffer + lr d; p -= buffer, as SimCLR's TensorFlow code has it; the same
+        only while lr stays constant.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+        lr_in_buffer: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        super().__init__(params, defaults | {"lr_in_buffer": lr_in_buffer})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update; no value is read back from the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in params if p.ndim > 1]
+            vectors = [p for p in params if p.ndim <= 1]
+            params = matrices + vectors
+            if not params:
+                continue
+            update = self._scaled(matrices, group["weight_decay"], group["eta"]) + _gradients(vectors)
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["buffer"] for p in params]
+            inner, outer = (group["lr"], 1.0) if group["lr_in_buffer"] else (1.0, group["lr"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, update, alpha=inner)
+            torch._foreach_add_(params, buffers, alpha=-outer)
+        return loss
+
+    @staticmethod
+    def _scaled(matrices: list[Tensor], weight_decay: float, eta: float) -> list[Tensor]:
+        """Gradients with decay, each multiplied by its trust ratio."""
+        if not matrices:
+            return []
+        update = torch._foreach_add(_gradients(matrices), matrices, alpha=weight_decay)
+        size = torch.stack(torch._foreach_norm(matrices))
+        change = torch.stack(torch._foreach_norm(update))
+        ratio = torch.where((size > 0) & (change > 0), eta * size / change, 1.0)
+        torch._foreach_mul_(update, ratio.unbind())
+        return list(update)
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "lars": LARS,
+    # Momentum is 0.9 in every recipe of the field; torch's default is none.
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def parameter_groups(
+    modules: Mapping[str, nn.Module],
+    *,
+    lr: float,
+    weight_decay: float,
+    exclude_norm_and_bias: bool = True,
+    vector_lr: float | None = None,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of named modules in as few groups as their settings allow.
+
+    exclude_norm_and_bias: parameters of one dimension or none are not decayed.
+    vector_lr: another learning rate for those (Barlow Twins); otherwise `lr`.
+    own: settings of a module by its name: "lr", "weight_decay", or "constant": True for a learning rate that
+        no schedule moves (the predictor of SimSiam).
+
+    A group's "base_lr" and "base_weight_decay" are what `set_learning_rate` multiplies. A parameter shared by
+    two modules belongs to the first. Raises ConfigError for an unknown part or setting, or nothing to train.
+    """
+    own = own or {}
+    settings = {"lr", "weight_decay", "constant"}
+    if unknown := [name for name in own if name not in modules]:
+        raise ConfigError(f"No part is called {', '.join(unknown)}: the parts are {', '.join(modules)}.")
+    if unknown := sorted({key for chosen in own.values() for key in chosen} - settings):
+        raise ConfigError(
+            f"Unknown setting {', '.join(unknown)} of a part: use {', '.join(sorted(settings))}."
+        )
+
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for name, module in modules.items():
+        chosen = own.get(name, {})
+        for p in module.parameters():
+            if p in seen or not p.requires_grad:
+                continue
+            seen.add(p)
+            vector = p.ndim <= 1
+            rate = chosen.get("lr", vector_lr if vector and vector_lr is not None else lr)
+            decay = 0.0 if vector and exclude_norm_and_bias else chosen.get("weight_decay", weight_decay)
+            groups.setdefault((rate, decay, chosen.get("constant", False)), []).append(p)
+    if not groups:
+        raise ConfigError(f"Nothing to train: no parameter of {', '.join(modules)} requires a gradient.")
+    return [
+        {
+            "params": params,
+            "lr": rate,
+            "base_lr": rate,
+            "weight_decay": decay,
+            "base_weight_decay": decay,
+            "constant": constant,
+        }
+        for (rate, decay, constant), params in groups.items()
+    ]
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """The optimiser of that name over `parameter_groups`; options are its constructor's.
+
+    Raises ConfigError for an unknown name or option, with a suggestion.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"Unknown optimiser {name!r}.{_suggest(name, OPTIMIZERS)}")
+    known = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"params", "lr", "weight_decay"}
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"The optimiser {name} has no option {option!r}.{_suggest(option, known)}")
+    # The rates stand in the groups; torch wants a default all the same, and it is used by none of them.
+    return OPTIMIZERS[name](groups, lr=groups[0]["lr"], **options)
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Choose from {', '.join(sorted(known))}."
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, decay_factor: float = 1.0) -> None:
+    """Set every group to its base learning rate and base weight decay times this step's factors.
+
+    `optimizer` has the groups of `parameter_groups`; earlier calls leave no trace.
+    """
+    for group in optimizer.param_groups:
+        if not group["constant"]:
+            group["lr"] = group["base_lr"] * factor
+        group["weight_decay"] = group["base_weight_decay"] * decay_factor
+
+
+def scaled_lr(base: float, batch: int, rule: Literal["linear", "sqrt", "none"]) -> float:
+    """The learning rate for a global batch: base * batch / 256 (Goyal et al., 2017), base * sqrt(batch) (Chen
+    et al., 2020, appendix B.1), or the base itself. Raises ConfigError for another rule.
+    """
+    rules = {"linear": base * batch / 256, "sqrt": base * math.sqrt(batch), "none": base}
+    if rule not in rules:
+        raise ConfigError(f"Unknown learning-rate rule {rule!r}.{_suggest(rule, rules)}")
+    return rules[rule]

@@ -1,0 +1,131 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inbatch import optim
+from inbatch.errors import ConfigError
+
+
+def tower():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    return {"encoder": encoder, "predictor": nn.Linear(5, 5)}
+
+
+def gradients(modules, step):
+    generator = torch.Generator().manual_seed(step)
+    for module in modules.values():
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+
+
+def groups_of(modules, **options):
+    return optim.parameter_groups(modules, **({"lr": 0.2, "weight_decay": 0.01} | options))
+
+
+@pytest.mark.parametrize("lr_in_buffer", [False, True])
+def test_lars_equals_a_loop_over_parameters(lr_in_buffer):
+    modules = tower()
+    ours = optim.build_optimizer("lars", groups_of(modules), lr_in_buffer=lr_in_buffer)
+    slow = [p.detach().clone() for m in modules.values() for p in m.parameters()]
+    buffers = [torch.zeros_like(p) for p in slow]
+    for step, factor in enumerate((0.1, 1.0, 0.5)):
+        gradients(modules, step)
+        optim.set_learning_rate(ours, factor)
+        ours.step()
+        lr, live = 0.2 * factor, [p for m in modules.values() for p in m.parameters()]
+        for p, q, buffer in zip(live, slow, buffers, strict=True):
+            d = p.grad.clone()
+            if p.ndim > 1:
+                d += 0.01 * q
+                d *= 0.001 * q.norm() / d.norm()
+            buffer.mul_(0.9).add_(d * (lr if lr_in_buffer else 1))
+            q.sub_(buffer * (1 if lr_in_buffer else lr))
+            torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+
+
+def train(optimizer, modules, steps):
+    for step in steps:
+        gradients(modules, step)
+        optim.set_learning_rate(optimizer, 1 / (step + 1))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_resumed_optimiser_goes_on_bit_for_bit(name):
+    whole, resumed = tower(), tower()
+    train(optim.build_optimizer(name, groups_of(whole)), whole, range(4))
+
+    first = optim.build_optimizer(name, groups_of(resumed))
+    train(first, resumed, range(2))
+    second = optim.build_optimizer(name, groups_of(resumed))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(second, resumed, range(2, 4))
+
+    for part in whole:
+        for p, q in zip(whole[part].parameters(), resumed[part].parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_lars_leaves_gradients_and_parameters_without_gradient_alone():
+    modules = tower()
+    gradients(modules, 0)
+    frozen = modules["predictor"].weight
+    frozen.grad = None
+    before = frozen.detach().clone()
+    kept = [p.grad.clone() for p in modules["encoder"].parameters()]
+    optim.build_optimizer("lars", groups_of(modules)).step()
+    assert torch.equal(frozen, before)
+    assert all(torch.equal(p.grad, g) for p, g in zip(modules["encoder"].parameters(), kept, strict=True))
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    modules = tower()
+    modules["encoder"][0].bias.requires_grad_(False)
+    modules["again"] = modules["predictor"]
+    groups = groups_of(modules)
+    held = [p for g in groups for p in g["params"]]
+    assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.01, {4, 2}), (0, {1})]
+    assert len(held) == len(set(held)) == 7
+    assert [g["weight_decay"] for g in groups_of(modules, exclude_norm_and_bias=False)] == [0.01]
+
+
+def test_parts_and_vectors_with_their_own_rates():
+    groups = groups_of(tower(), vector_lr=0.0048, own={"predictor": {"lr": 0.05, "constant": True}})
+    found = {(g["lr"], g["weight_decay"], g["constant"]): len(g["params"]) for g in groups}
+    assert found == {(0.2, 0.01, False): 2, (0.0048, 0, False): 4, (0.05, 0.01, True): 1, (0.05, 0, True): 1}
+
+    optimizer = optim.build_optimizer("sgd", groups)
+    optim.set_learning_rate(optimizer, 0.5, decay_factor=10)
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        (0.1, 0.1),
+        (0.0024, 0),
+        (0.05, 0.1),
+        (0.05, 0),
+    }
+    assert all(g["momentum"] == 0.9 for g in optimizer.param_groups)
+
+
+def test_scaled_lr():
+    assert optim.scaled_lr(0.3, 4096, "linear") == pytest.approx(4.8)
+    assert optim.scaled_lr(0.075, 4096, "sqrt") == pytest.approx(0.075 * math.sqrt(4096))
+    assert optim.scaled_lr(0.03, 4096, "none") == 0.03
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: optim.build_optimizer("lrs", groups_of(tower())), "Did you mean 'lars'"),
+        (lambda: optim.build_optimizer("sgd", groups_of(tower()), momentun=0.5), "Did you mean 'momentum'"),
+        (lambda: optim.scaled_lr(1, 1, "quadratic"), "Choose from linear, none, sqrt"),
+        (lambda: groups_of(tower(), own={"projector": {}}), "the parts are encoder, predictor"),
+        (lambda: groups_of(tower(), own={"encoder": {"rate": 1}}), "Unknown setting rate"),
+        (lambda: groups_of({"pool": nn.Flatten()}), "Nothing to train"),
+    ],
+)
+def test_mistakes_are_explained(call, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        call()
