@@ -1,0 +1,127 @@
+"""Writing a run's folder so that a kill, a full disk or a second run leaves nothing half done."""
+
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from inbatch.errors import ConfigError, InbatchError
+
+
+@contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` in one step, once it is on the disk completely.
+
+    keep: where the old file goes instead of being replaced. After a kill either `path` or `keep` is whole.
+    Raises InbatchError with the path and the space left where it cannot be written; `path` is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is; Windows opens no folders, and needs no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> InbatchError:
+    """The error to raise for a file that could not be written."""
+    try:
+        space = f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there"
+    except OSError:
+        space = "its folder cannot be read"
+    return InbatchError(
+        f"Cannot write {path}: {error.strerror or error} ({space}). What was there before is untouched. "
+        "Make room, or choose another folder for the run."
+    )
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: numbers that it does not know (nan, inf) become null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, float) and not math.isfinite(x):
+            return None
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        return [finite(item) for item in x] if isinstance(x, (list, tuple)) else x
+
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    text = to_json(value, indent=2) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str | None]:
+    """Be the only writer of a run's folder, and remove what a killed writer left half written.
+
+    Yields a sentence for the user where a last writer ended without letting go, or the file system has no locks.
+    The lock is the kernel's, so it ends with its process, however that ends; the file says whose it is.
+    Raises ConfigError where another process holds the folder.
+    """
+    path = folder / "run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - closed below, and in forked children
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        note = _lock(file, folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        try:
+            yield note
+        finally:
+            file.truncate(0)
+
+
+def _lock(file: Any, folder: Path) -> str | None:
+    file.seek(0)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = file.read() or "another process"
+        raise ConfigError(
+            f"{folder} is being written by {holder}. Wait for it, stop it, or choose another folder for this run."
+        ) from None
+    except (ImportError, OSError) as error:
+        return f"{folder} cannot be locked ({error}): make sure that no second run writes to it."
+    # A data worker that outlives a killed run for some seconds must not hold the run's folder.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=file.close)
+    last = file.read()
+    return f"{folder} was last written by {last}, which ended without finishing; its lock is void." if last else None

@@ -1,0 +1,94 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from inbatch import files
+from inbatch.errors import ConfigError, InbatchError
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from inbatch.files import locked
+with locked(Path(sys.argv[1])) as note:
+    if os.fork() == 0:  # a data worker that outlives the run
+        os.close(1)
+        time.sleep(20)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_second_writer_is_refused_and_a_dead_ones_lock_is_void(tmp_path):
+    """Fault 15."""
+    left = tmp_path / ".last.pt.1.tmp"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            left.write_text("half a checkpoint")
+            who = f"process {holder.pid} on {socket.gethostname()}"
+            with pytest.raises(ConfigError, match=f"is being written by {who}"), files.locked(tmp_path):
+                pass
+            assert left.exists()
+            holder.kill()
+            holder.wait()
+            with files.locked(tmp_path) as note:
+                assert f"last written by {who}, which ended without finishing" in note
+                assert not left.exists()
+        finally:
+            os.killpg(holder.pid, 9)
+
+
+def test_same_process_is_refused_too_and_release_is_clean(tmp_path):
+    with files.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), files.locked(tmp_path / "run"):
+            pass
+        with pytest.raises(ConfigError), files.locked(tmp_path / "run"):
+            pass
+    with files.locked(tmp_path / "run") as note:
+        assert note is None
+
+
+def test_folder_without_locks_is_said(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.locked(tmp_path) as note:
+        assert "cannot be locked ([Errno 95] Operation not supported)" in note
+
+
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "result.json"
+    files.write_json(path, {"knn": 0.5, "bad": [math.nan, (math.inf, 1)], "name": "é"})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "knn": 0.5,
+        "bad": [None, [None, 1]],
+        "name": "é",
+    }
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        files.write_json(path, {"path": path})
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(InbatchError, match=r"Cannot write .*run\.lock: .* Make room, or choose another folder"),
+        files.locked(tmp_path / "file" / "run"),
+    ):
+        pass
