@@ -16,10 +16,10 @@ from pathlib import Path
 from inbatch.files import locked
 with locked(Path(sys.argv[1])) as note:
     if os.fork() == 0:  # a data worker that outlives the run
+        print("held", flush=True)
         os.close(1)
         time.sleep(20)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(20)
 """
 
