@@ -1,1 +1,36 @@
-"""inbatch: learn image features by letting the samples of a batch teach each other."""
+"""inbatch: learn image features by letting the samples of a batch teach each other.
+
+    run = inbatch.pretrain("photos/", method="simclr", epochs=100)
+    features = inbatch.load(run.directory).embed(images)
+
+Everything below is imported when it is first used, so that `import inbatch` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inbatch import losses as losses
+    from inbatch.api import Run, evaluate_run, load, load_run, pretrain
+    from inbatch.encoders import Encoder
+    from inbatch.methods import METHODS
+
+__all__ = ["METHODS", "Encoder", "Run", "evaluate_run", "load", "load_run", "losses", "pretrain"]
+
+_WHERE = {
+    "METHODS": "inbatch.methods",
+    "Encoder": "inbatch.encoders",
+    "Run": "inbatch.api",
+    "evaluate_run": "inbatch.api",
+    "load": "inbatch.api",
+    "load_run": "inbatch.api",
+    "pretrain": "inbatch.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("inbatch.losses")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'inbatch' has no attribute {name!r}")

@@ -1,0 +1,211 @@
+"""What the command line does, in Python and in as many words."""
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inbatch import ranks
+from inbatch.build import Built, build, device_for, held_out, plan
+from inbatch.config import PARTS, Recipe, Settings, make, read_file
+from inbatch.data import Source, open_data, splits
+from inbatch.encoders import Encoder, load_encoder
+from inbatch.errors import ConfigError
+from inbatch.evaluate import evaluate, write_embeddings
+from inbatch.evaluate import embed_stream as stream
+from inbatch.files import locked, write_json
+from inbatch.train import clear, train
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its recipe and what it found."""
+
+    directory: Path
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The trained encoder, in evaluation mode."""
+        return load_encoder(self.directory / "encoder")
+
+
+def pretrain(
+    data: Any = None,
+    method: str | None = None,
+    *,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    test: Any = None,
+    resume: str | Path | bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    expect_world_size: int | None = None,
+    quiet: bool = False,
+    **fields: Any,
+) -> Run:
+    """Learn features from images and leave a run's folder behind.
+
+    data: a folder, a Parquet file or folder, "digits-canvas", or uint8 images (N, C, H, W), alone or with labels.
+    method: a name of `METHODS`; simclr by default.
+    fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...);
+        settings: those with a dot, {"method.temperature": 0.2}; config: a YAML or JSON file of them.
+    test: images with labels to judge the features by, where the data has no test split of its own.
+    out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
+    resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
+    Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
+    Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
+    """
+    made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
+    try:
+        given = _settings(method, config, settings, fields)
+        going_on = _run_to_resume(out, resume)
+        if going_on is not None:
+            recipe, source, data = _resumed(going_on, data, given)
+            directory = going_on
+        else:
+            if data is None:
+                data = given.get("data")
+            if data is None:
+                raise ConfigError("which images? give a folder, a Parquet file or an embedded set such as digits-canvas")
+            recipe, source = plan(data, given)
+            directory = _new_folder(out, recipe, overwrite)
+        where = device_for(device)
+        lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
+        with lock:
+            built = build(recipe, source, device=where, workers=workers)
+            if ranks.rank() == 0 and going_on is None:
+                clear(directory)
+                write_json(directory / "recipe.json", recipe.nested())
+            result = train(built, directory, held_out(recipe, source, data, test), resume=going_on is not None, quiet=quiet)
+        return Run(directory, recipe, result)
+    finally:
+        if made:
+            ranks.teardown()
+
+
+def prepare(
+    data: Any, method: str | None = None, *, config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None, **fields: Any,
+) -> Built:  # fmt: skip
+    """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
+    given = _settings(method, config, settings, fields)
+    recipe, source = plan(given.get("data") if data is None else data, given)
+    return build(recipe, source, device=device_for(device), workers=workers)
+
+
+def load(path: str | Path) -> Encoder:
+    """The encoder of a run's folder, or of a folder that `save_encoder` wrote."""
+    path = Path(path)
+    return load_encoder(path / "encoder" if (path / "encoder").is_dir() else path)
+
+
+def load_run(path: str | Path) -> Run:
+    """A finished run by its folder; ConfigError where there is none."""
+    path = Path(path)
+    if not (path / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    if not (path / "result.json").is_file():
+        raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
+    import json
+
+    return Run(path, make(read_file(path / "recipe.json")), json.loads((path / "result.json").read_text()))
+
+
+def evaluate_run(
+    path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] = ("knn", "linear", "clustering"),
+    device: str = "auto", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing."""
+    run = load_run(path)
+    source = _source(run.recipe, data)
+    held = held_out(run.recipe, source, run.recipe.data if data is None else data, test)
+    if held is None:
+        raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
+    encoder = load(path).to(device_for(device))
+    found = evaluate(encoder, held[0], held[1], protocols=protocols, **options)
+    return found | {"run": str(path), "held_out": held[2]}
+
+
+def embed_run(path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto") -> int:
+    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many."""
+    encoder = load(path).to(device_for(device))
+    split = split or splits(data)[0]
+    source = open_data(data, split, channels=encoder.channels)
+    write_embeddings(Path(out), stream(encoder, source))
+    return len(source)
+
+
+def _settings(
+    method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
+) -> Settings:
+    given = read_file(config) if config is not None else {}
+    if method is not None:
+        given["method.name"] = method
+    for key, value in values.items():
+        given[f"{key}.name" if key in (*PARTS, "schedule") else key] = value
+    return given | dict(settings or {})
+
+
+def _source(recipe: Recipe, data: Any) -> Source:
+    if data is not None:
+        return open_data(data, splits(data)[0], channels=recipe.channels)
+    return open_data(recipe.data, recipe.split, subset=recipe.subset, channels=recipe.channels)
+
+
+def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
+    """The folder to go on in; None to begin anew."""
+    if resume is False or resume is None:
+        return None
+    automatic = resume is True or resume == "auto"
+    if automatic and out is None:
+        raise ConfigError("--resume auto needs --out: the folder to go on in")
+    folder = Path(out if automatic else resume)  # type: ignore[arg-type]
+    if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
+        return folder
+    if automatic:
+        return None
+    raise ConfigError(f"nothing to resume in {folder}: it holds no run with a checkpoint")
+
+
+def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, Any]:
+    """The recipe of a run, which what is given now must not contradict, and its data."""
+    saved = read_file(folder / "recipe.json")
+    recipe = make(saved)
+    mine = recipe.flat()
+    if isinstance(data, str | Path):
+        given = {"data": str(data)} | given
+    changed = {}
+    for key, value in given.items():
+        if mine.get(key) != value and make(saved | {key: value}).flat() != mine:
+            changed[key] = value
+    if changed:
+        what = ", ".join(f"{k} = {v!r} (the run has {mine.get(k)!r})" for k, v in changed.items())
+        raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run with another --out")
+    if isinstance(data, str | Path | None):
+        data = recipe.data
+    return recipe, open_data(data, recipe.split, subset=recipe.subset, channels=recipe.channels), data
+
+
+def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:
+    """A folder for a new run, chosen by rank 0 for all."""
+    if out is not None:
+        folder = Path(out)
+        if (folder / "recipe.json").exists() and not overwrite:
+            raise ConfigError(
+                f"{folder} already holds a run: continue it (--resume {folder}), replace it (--overwrite), "
+                "or choose another --out"
+            )
+        return folder
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(recipe.data).name).strip("-") or "data"
+    number = 1
+    while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():
+        number += 1
+    return Path(ranks.share(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))
+
+

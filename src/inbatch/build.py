@@ -1,0 +1,238 @@
+"""A recipe becomes parts: source, loader, views, towers, method, optimiser, step."""
+
+import functools
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inbatch import ranks
+from inbatch.batch import Batch
+from inbatch.config import Recipe, make
+from inbatch.data import Loader, Source, Subset, open_data, splits
+from inbatch.draws import fold, permutation
+from inbatch.encoders import Encoder, create_encoder
+from inbatch.errors import ConfigError, DataError
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
+from inbatch.schedules import step_decay, warmup_cosine
+from inbatch.step import Step
+from inbatch.tower import Tower, momentum_tower
+from inbatch.views import PRESETS, Views
+
+
+@dataclass
+class Built:
+    """The parts of a run, ready for its first step."""
+
+    recipe: Recipe
+    source: Source
+    loader: Loader
+    views: Views
+    encoder: Encoder
+    method: Method
+    tower: Tower
+    target: Tower | None
+    optimizer: Optimizer
+    step: Step
+    context: int
+    lr: float
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.epochs * self.loader.steps
+
+    def parts(self) -> dict[str, Any]:
+        """Everything whose state makes a checkpoint complete."""
+        parts = {"tower": self.tower, "method": self.method, "optimizer": self.optimizer}
+        return parts | ({"target": self.target} if self.target is not None else {})
+
+
+def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
+    """The complete recipe for some data, and the data opened: size, channels and preset follow the images."""
+    settings = dict(settings)
+    source = open_data(
+        data,
+        str(settings.get("split", "train")),
+        subset=None if settings.get("subset") is None else _whole("subset", settings["subset"]),
+        channels=None if settings.get("channels") is None else _whole("channels", settings["channels"]),
+    )
+    settings["data"] = str(data) if isinstance(data, str | Path) else source.name
+    settings["channels"] = source.channels
+    if settings.get("size") is None:
+        settings["size"] = natural_size(source)
+    return make(settings), source
+
+
+def natural_size(source: Source) -> int:
+    """The side of the images where they are small squares of one size (at most 96 pixels), else 224."""
+    sizes = set()
+    for i in torch.linspace(0, len(source) - 1, min(len(source), 16)).long().tolist():
+        try:
+            with source.open(i) as picture:
+                sizes.add(tuple(picture.size))
+        except DataError:
+            continue  # counted, named and judged where all images are read
+    height, width = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
+    return height if height == width and height <= 96 else 224
+
+
+def device_for(name: str) -> torch.device:
+    """The device of this process: its own GPU where there is one and "auto" or "cuda" is asked for, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this torch sees no GPU: use --device cpu, or install a build of torch with CUDA")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def precision_for(name: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it and "auto" or "bf16" is asked for, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    """Whether the processor says that it multiplies bf16 (AVX-512 BF16, AMX, ARM); known on Linux only."""
+    if platform.system() != "Linux":
+        return False
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None) -> Built:
+    """Make every part of a run; wrong combinations are errors here, not at some later step."""
+    world = ranks.world()
+    method_class = METHODS[recipe.method.name]
+    options = dict(recipe.method.options)
+    if method_class.labels and not bool((source.labels >= 0).any()):
+        raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
+    if "classes" in options and options["classes"] is None:
+        options["classes"] = int(source.labels.max()) + 1
+    context, groups = _context(recipe, world)
+
+    # Weights are drawn from the seed without disturbing the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(recipe.seed, 0x1217))
+        method = method_class(**options)
+        encoder = create_encoder(
+            recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options
+        )
+        heads = method.heads(encoder.width)
+    views = Views(PRESETS[recipe.views.name](**recipe.views.options), encoder.mean, encoder.std)
+    _check_views(recipe, method, len(views))
+    loader = Loader(
+        source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
+        resident=recipe.resident, workers=workers,
+    )  # fmt: skip
+
+    tower = Tower(encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last)
+    target = momentum_tower(tower, heads, method.target) if method.target else None
+    for module in (tower, target, method):
+        if module is not None:
+            module.to(device)
+    for module in (tower, target):
+        if module is not None:
+            if recipe.channels_last:
+                module.to(memory_format=torch.channels_last)
+            if recipe.sync_norm:
+                ranks.synchronise_norm(module)
+            if recipe.compile:
+                module.compile()
+
+    chosen = dict(recipe.optimizer.options)
+    lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
+    groups_of = parameter_groups({"tower": tower}, lr=lr, weight_decay=chosen.pop("weight_decay"))
+    optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
+    total = recipe.epochs * loader.steps
+    step = Step(
+        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: drawn(views, batch),
+        optimizer=optimizer, schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total,
+        seed=recipe.seed, synced=recipe.sync_norm,
+    )  # fmt: skip
+    return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
+
+
+def drawn(views: Views, batch: Batch) -> tuple[Tensor, ...]:
+    """The images of the views of a batch."""
+    return views(batch).images
+
+
+def set_rates(recipe: Recipe, steps: int, optimizer: Optimizer, step: int) -> None:
+    """Set the optimiser's learning rates for a step; a pure function of the step (`steps` to an epoch)."""
+    s, total, warmup = recipe.schedule, recipe.epochs * steps, recipe.schedule.warmup * steps
+    if s.name == "cosine" or step < warmup:
+        factor = warmup_cosine(step, total, warmup, 1.0, s.end)
+    else:
+        factor = step_decay(step, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
+    set_learning_rate(optimizer, factor)
+
+
+def held_out(recipe: Recipe, source: Source, data: Any, test: Any = None) -> tuple[Source, Source, str] | None:
+    """Sources to judge features by, bank and queries, and in words where the queries are from; None without labels.
+
+    The test data given or named in the recipe, else the data's own test split, else a tenth of the images, chosen by
+    a fixed permutation and held out from the bank. Raises DataError for test data without labels or of other classes.
+    """
+    if not bool((source.labels >= 0).any()):
+        return None
+    given = test if test is not None else recipe.test
+    where = given if given is not None else data
+    if given is not None or (recipe.split != "test" and "test" in splits(data)):
+        split = "test" if "test" in splits(where) else "train"
+        queries = open_data(where, split, channels=recipe.channels)
+        if queries.classes != source.classes:
+            raise DataError(f"{queries.name} has other classes than {source.name}: features cannot be judged by it")
+        return source, queries, f"{split} split of {queries.name}"
+    order = permutation(0, 0, len(source))
+    cut = max(1, len(source) // 10)
+    seen = "; their labels were trained on" if METHODS[recipe.method.name].labels else ""
+    how = f"a tenth of the training images, held out from the bank{seen}"
+    bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
+    return bank, queries, how
+
+
+def _context(recipe: Recipe, world: int) -> tuple[int, int]:
+    """Samples of a context group, and groups per rank."""
+    if recipe.batch % world:
+        raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
+    share = recipe.batch if recipe.sync_norm else recipe.batch // world
+    context = recipe.context or share
+    if context > share or share % context or (recipe.sync_norm and context % world):
+        whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
+        raise ConfigError(f"a context of {context} does not divide {whose}, {share}: choose a divisor of it")
+    if context // (world if recipe.sync_norm else 1) < 2:
+        raise ConfigError("a context group needs at least 2 samples on every rank: its statistics would be nothing")
+    return context, share // context
+
+
+def _check_views(recipe: Recipe, method: Method, views: int) -> None:
+    least, most = method.views
+    if views < least or (most is not None and views > most):
+        wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        raise ConfigError(
+            f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
+            "choose other views (--set views.name=...)" + (" or views.views" if "views" in recipe.views.options else "")
+        )
+
+
+def _whole(key: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key} = {value!r}: input should be a whole number") from None
+

@@ -1,0 +1,293 @@
+"""A run is a value: a frozen recipe, made of named parts, saved as JSON and printable as the command that repeats it.
+
+Settings are flat and dotted ("method.temperature"), from the weakest to the strongest: defaults, the preset of the
+method, a file, the command line. The constructor of a part is its schema; an unknown key is an error with a suggestion.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import pydantic
+import yaml
+
+from inbatch.encoders import create_encoder
+from inbatch.errors import ConfigError
+from inbatch.methods import METHODS
+from inbatch.optim import OPTIMIZERS
+from inbatch.views import PRESETS
+
+Settings = dict[str, Any]
+"""Flat: "batch" or "part.key" -> value."""
+
+Positive = Annotated[int, pydantic.Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named choice and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves.
+
+    name: after the warm-up half a cosine to `end` times the rate, steps at `milestones`, or constant.
+    warmup: epochs of linear rise from 0.
+    milestones: shares of the run at which "step" multiplies the rate by 0.1.
+    scaling: optimizer.lr is for 256 images a batch ("linear"), for 1 ("sqrt"), or as it is ("none").
+    """
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: Annotated[float, pydantic.Field(ge=0)] = 10
+    end: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run does; where it runs and what it prints is not here.
+
+    data, split, subset: the images to learn from; subset: only so many of them, drawn by the seed 0.
+    test: data set for evaluation, None for the data's own test split or a tenth held out.
+    size: side of the images the encoder takes, in pixels.
+    batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
+        None is a rank's whole share of the batch.
+    resident: keep the decoded images on the device; None decides by size.
+    evaluate_every, checkpoint_every: in epochs.
+    """
+
+    data: str
+    method: Part
+    views: Part
+    encoder: Part
+    optimizer: Part
+    schedule: Schedule = Schedule()
+    split: str = "train"
+    subset: Positive | None = None
+    test: str | None = None
+    channels: Positive = 3
+    size: Positive = 224
+    epochs: Positive = 100
+    batch: Annotated[int, pydantic.Field(ge=2)] = 256
+    context: Annotated[int, pydantic.Field(ge=2)] | None = None
+    sync_norm: bool = False
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    resident: bool | None = None
+    evaluate_every: Positive = 10
+    checkpoint_every: Positive = 1
+    preset: str = "imagenet"
+
+    def flat(self) -> Settings:
+        """The recipe as settings that `make` turns into the same recipe."""
+        settings: Settings = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Part):
+                settings[f"{f.name}.name"] = value.name
+                settings |= {f"{f.name}.{k}": v for k, v in value.options.items()}
+            elif isinstance(value, Schedule):
+                settings |= {f"{f.name}.{k}": v for k, v in dataclasses.asdict(value).items()}
+            else:
+                settings[f.name] = value
+        return settings
+
+    def nested(self) -> dict[str, Any]:
+        """The recipe as it is written to a file."""
+        file: dict[str, Any] = {}
+        for key, value in self.flat().items():
+            *part, last = key.split(".")
+            (file.setdefault(part[0], {}) if part else file)[last] = list(value) if isinstance(value, tuple) else value
+        return file
+
+    def command(self) -> str:
+        """The command line that repeats the run."""
+        given = ("data", "method.name", "preset", "size", "channels")
+        mine = self.flat()
+        base = make({key: mine[key] for key in given}).flat()
+        words = ["inbatch", "pretrain", self.method.name, "--data", self.data, "--preset", self.preset]
+        for key, value in mine.items():
+            if key not in ("data", "method.name", "preset") and (key not in base or base[key] != value):
+                text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+                words += ["--set", f"{key}={text.split(chr(10))[0]}"]
+        return shlex.join(words)
+
+
+PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
+    "method": METHODS,
+    "views": PRESETS,
+    "optimizer": OPTIMIZERS,
+    "encoder": None,  # names are timm's to check
+}
+
+_CANVAS = {
+    "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
+    "schedule.scaling": "none", "schedule.warmup": 2, "batch": 128, "epochs": 40,
+}  # fmt: skip
+SHARED_PRESETS: dict[str, Settings] = {
+    "digits": _CANVAS | {"views.name": "digits"},
+    "digits-colour": _CANVAS | {"views.name": "digits_colour"},
+}
+"""Presets of the embedded data, for every method; a method's own preset of the same name goes on top."""
+
+
+def natural_preset(data: str, size: int) -> str:
+    """The preset where none is asked for: by the name of an embedded data set, else by the size of the images."""
+    embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
+    return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
+
+
+def make(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of these settings; what they do not say comes from the preset, then from the defaults.
+
+    Raises ConfigError for an unknown key or name (with a suggestion) and for a value that does not fit.
+    """
+    settings = dict(settings)
+    method = settings.get("method.name", "simclr")
+    _known("method.name", method, METHODS)
+    preset = settings.setdefault("preset", natural_preset(str(settings.get("data")), int(settings.get("size", 224))))
+    own = METHODS[method].presets
+    _known("preset", preset, SHARED_PRESETS | own)
+    base = {"method.name": method, "views.name": "simclr", "encoder.name": "resnet18", "optimizer.name": "sgd"}
+    base |= {"optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
+    given = SHARED_PRESETS.get(preset, {}) | own.get(preset, {})
+    # Options of another part than the preset's are not the preset's to set.
+    for part in PARTS:
+        chosen = settings.get(f"{part}.name")
+        if chosen is not None and chosen != given.get(f"{part}.name", base[f"{part}.name"]):
+            given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
+    merged = base | given | settings
+    if "data" not in merged:
+        raise ConfigError("which images? give --data FOLDER (or data: in the file)")
+
+    scalars = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+    top: Settings = {}
+    options: dict[str, Settings] = {part: {} for part in (*PARTS, "schedule")}
+    for key, value in merged.items():
+        part, _, name = key.partition(".")
+        if name and part in options:
+            options[part][name] = value
+        elif key in scalars:
+            top[key] = value
+        else:
+            raise ConfigError(f"unknown setting {key!r}{_nearest(key, _all_keys(options))}")
+    size = top.get("size", 224)
+    parts = {part: _part(part, chosen, size) for part, chosen in options.items() if part in PARTS}
+    unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
+    for key in unknown:
+        raise ConfigError(f"unknown setting 'schedule.{key}'{_nearest(f'schedule.{key}', _all_keys(options))}")
+    if top.get("evaluate_every") is None:
+        top["evaluate_every"] = max(1, int(top.get("epochs", 100)) // 10)
+    return _validated(pydantic.TypeAdapter(Recipe), top | parts | {"schedule": options["schedule"]}, "")
+
+
+def read_file(path: str | Path) -> Settings:
+    """Settings from a YAML or JSON file, nested or dotted; ConfigError where it cannot be read."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"cannot read the recipe {path}: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"the recipe {path} is not a mapping of settings")
+    settings: Settings = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            settings |= {f"{key}.{name}": option for name, option in value.items()}
+        elif key in (*PARTS, "schedule"):
+            settings[f"{key}.name"] = value  # `method: moco` for short
+        else:
+            settings[str(key)] = value
+    return settings
+
+
+def parse_assignment(text: str) -> Settings:
+    """ "part.key=value" as a setting, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text}: the value cannot be read") from None
+    return {key.strip(): None if parsed == "None" else parsed}
+
+
+def _part(part: str, options: Settings, size: int) -> Part:
+    """A part with its options checked against the signature of what makes it."""
+    options = dict(options)
+    name = str(options.pop("name"))
+    makers = PARTS[part]
+    if makers is None:
+        allowed = set(inspect.signature(create_encoder).parameters) - {"kwargs"}
+        for key in {"size", "channels"} & set(options):
+            raise ConfigError(f"{part}.{key} is the recipe's to say: set {key}")
+        return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
+    _known(f"{part}.name", name, makers)
+    maker = makers[name]
+    signature = inspect.signature(maker)
+    if part == "views" and "size" in signature.parameters:
+        options.setdefault("size", size)
+    adapter, known = _schema(part, name)
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{part} {name} has no setting {key!r}{_nearest(key, known)}")
+    checked = _validated(adapter, options, f"{part}.").model_dump()
+    # What is ours is written out in full; torch's optimisers differ from version to version.
+    return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
+
+
+@functools.cache
+def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
+    maker = (PARTS[part] or {})[name]
+    target = maker.func if isinstance(maker, functools.partial) else maker
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    fields: dict[str, Any] = {}
+    for p in inspect.signature(maker).parameters.values():
+        if p.name != "params":
+            required = p.default is inspect.Parameter.empty
+            fields[p.name] = (hints.get(p.name, Any), ... if required else p.default)
+    if part == "optimizer":
+        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0)}
+    model = pydantic.create_model(
+        name, __config__=pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=()), **fields
+    )
+    return pydantic.TypeAdapter(model), tuple(fields)
+
+
+def _validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return adapter.validate_python(values)
+    except pydantic.ValidationError as e:
+        fault = e.errors()[0]
+        key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
+        problem = f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
+
+
+def _known(key: str, name: Any, names: Iterable[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"{key} = {name!r} is unknown{_nearest(str(name), names)}")
+
+
+def _all_keys(options: Mapping[str, Settings]) -> list[str]:
+    keys = [f.name for f in dataclasses.fields(Recipe)] + [f"schedule.{f.name}" for f in dataclasses.fields(Schedule)]
+    return keys + [f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

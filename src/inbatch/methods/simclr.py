@@ -1,0 +1,75 @@
+"""SimCLR: a view finds its sample's other view among all the rows of the batch."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_others, normalize
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def nt_xent(
+    z: Float[Tensor, "v n d"], temperature: float = 0.1, views: Literal["mean", "sum"] = "mean"
+) -> Float[Tensor, ""]:
+    """NT-Xent of V views of N samples (Chen et al. 2020, Eq. 1), rows normalised inside.
+
+    l_i = log sum_{k != i} exp(u_i . u_k / T) - mean over the sample's other views j of u_i . u_j / T,
+    averaged over all V N rows. With V > 2 the positives' log-probabilities are averaged, as in SupCon.
+    views: "sum" adds the views' means instead, which is what google-research/simclr computes (V times as much).
+    """
+    if z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
+    u = normalize(z, dim=-1)
+    positive = (u * (u.sum(0) - u)).sum(-1) / (len(u) - 1) / temperature  # (V, N): mean over the other views
+    loss = (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+    return loss * len(u) if views == "sum" else loss
+
+
+class SimCLR(Method):
+    """A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709.
+
+    temperature: T of Eq. 1.
+    hidden: width of the projection's hidden layers; None is the width of the features.
+    out: width of the rows that are compared.
+    layers: linear layers in the projection head.
+    scale: "sum" doubles the loss as the authors' TensorFlow code does.
+    """
+
+    views = (2, None)
+    presets = {
+        "imagenet": {  # google-research/simclr, run.py and README: ResNet-50, 4096 images a batch
+            "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
+            "batch": 4096, "epochs": 100, "schedule.warmup": 10, "method.temperature": 0.1,
+        },
+        "cifar": {  # the same README, CIFAR-10: ResNet-18, T 0.5, no blur, "around 91 %" after 1000 epochs
+            "views.name": "simclr_cifar", "optimizer.name": "lars", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4,
+            "batch": 512, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.5,
+        },
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        hidden: int | None = None,
+        out: int = 128,
+        layers: int = 3,
+        scale: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.hidden, self.out, self.layers, self.scale = (
+            temperature,
+            hidden,
+            out,
+            layers,
+            scale,
+        )
+
+    def heads(self, width: int) -> dict[str, Head]:
+        hidden = [self.hidden or width] * (self.layers - 1)
+        return {"projection": Head(mlp(width, *hidden, self.out, last="norm"))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": nt_xent(online["projection"], self.temperature, self.scale)}

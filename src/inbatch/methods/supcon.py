@@ -1,0 +1,85 @@
+"""SupCon: a view finds every view of its class among all the rows of the batch."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_others, normalize
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def supcon(
+    z: Float[Tensor, "v n d"],
+    label: Int[Tensor, "n"] | None = None,
+    temperature: float = 0.07,
+    base_temperature: float = 0.07,
+    anchors: Literal["all", "one"] = "all",
+    mask: Shaped[Tensor, "n n"] | None = None,
+) -> Float[Tensor, ""]:
+    """Supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
+
+    l_i = -(T / T_base) mean over positives p of log( exp(u_i . u_p / T) / sum_{a != i} exp(u_i . u_a / T) ),
+    averaged over the anchors; one without a positive counts as 0. Rows are normalised inside.
+    label: samples of one label are positives of each other; -1 is unlabelled, a class of its own. Without
+        labels only the other views of a sample are its positives.
+    anchors: rows of all views, or of view 0 only ("one").
+    mask: in place of labels, mask[i, j] != 0 where sample j is a positive of sample i.
+    """
+    v, n, _ = z.shape
+    if v * n < 2:
+        raise ValueError(f"SupCon needs at least 2 rows, got {tuple(z.shape)} (views, samples, width)")
+    if mask is None:
+        mask = torch.eye(n, device=z.device)
+        if label is not None:
+            mask = torch.where((label[:, None] == label) & (label >= 0), 1, mask)
+    u = normalize(z, dim=-1).flatten(0, 1)
+    rows = v * n if anchors == "all" else n
+    positive = mask.to(u.dtype).repeat(rows // n, v).fill_diagonal_(0)  # (anchors, V N), an anchor is not its own
+    count = positive.sum(1)
+    mean = (u[:rows] * (positive @ u)).sum(1) / temperature - count * logsumexp_others(u, temperature)[:rows]
+    return -(temperature / base_temperature) * (mean / count.clamp(min=1)).mean()
+
+
+class SupCon(Method):
+    """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels where there are any.
+
+    temperature, base_temperature, anchors: of `supcon`.
+    hidden: width of the projection's hidden layer; None is the width of the features.
+    out: width of the rows that are compared.
+    """
+
+    views = (1, None)
+    labels = True
+    presets = {
+        "imagenet": {  # arXiv 2004.11362, section 4: ResNet-50, LARS, T 0.1
+            "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
+            "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1,
+        },
+        "cifar": {  # SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01
+            "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
+            "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1,
+        },
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        base_temperature: float = 0.07,
+        anchors: Literal["all", "one"] = "all",
+        hidden: int | None = None,
+        out: int = 128,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.base_temperature, self.anchors = temperature, base_temperature, anchors
+        self.hidden, self.out = hidden, out
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, self.hidden or width, self.out, norm=False))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        z = online["projection"]
+        return {"loss": supcon(z, batch.label, self.temperature, self.base_temperature, self.anchors)}

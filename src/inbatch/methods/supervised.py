@@ -1,0 +1,55 @@
+"""Supervised: cross-entropy, the baseline that learns from labels alone."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the labelled samples over all views; 0 where no sample has a label (-1)."""
+    label = label.expand(len(logits), -1)
+    total = torch_cross_entropy(
+        logits.flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=smoothing, reduction="sum"
+    )
+    return total / (label >= 0).sum().clamp(min=1)
+
+
+class Supervised(Method):
+    """Cross-entropy on a linear classifier.
+
+    classes: number of classes; None takes it from the data.
+    smoothing: label smoothing.
+    """
+
+    online = ("classifier",)
+    views = (1, None)
+    labels = True
+    presets = {
+        "imagenet": {  # Goyal et al. 2017, arXiv 1706.02677: lr 0.1 for 256 images, 5 epochs of warm-up
+            "views.name": "supervised", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4,
+            "batch": 256, "epochs": 90, "schedule.warmup": 5,
+        },
+        "cifar": {  # SupContrast, main_ce.py and README: lr 0.8 for 1024 images, cosine
+            "views.name": "supervised", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2, "optimizer.weight_decay": 1e-4,
+            "batch": 1024, "epochs": 500, "schedule.warmup": 10,
+        },
+    }  # fmt: skip
+
+    def __init__(self, classes: int | None = None, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.classes, self.smoothing = classes, smoothing
+
+    def heads(self, width: int) -> dict[str, Head]:
+        if self.classes is None:
+            raise ValueError("the supervised baseline must be told how many classes there are")
+        return {"classifier": Head(mlp(width, self.classes))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        logits = online["classifier"]
+        hits = (logits.argmax(-1) == batch.label).float().sum() / len(logits)
+        accuracy = hits / (batch.label >= 0).sum().clamp(min=1)
+        return {"loss": cross_entropy(logits, batch.label, self.smoothing), "accuracy": accuracy}

@@ -1,0 +1,111 @@
+"""The seam: rows out of a tower, gradients back into it, one context group at a time.
+
+With one group the graph is kept. With more, the first pass keeps no graph, and on the way back every group runs
+again, with the same random numbers, and is pushed with its own gradient: memory is that of one group, and the
+gradient that of the whole batch (Gao et al. 2021, arXiv 2101.06983, here with norm statistics and dropout).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.batch import Rows
+from inbatch.tower import Tower, norms, running_statistics
+
+Group = Sequence[Tensor]
+"""The views (G, C, H, W) of one context group."""
+
+
+@dataclass
+class Sweep:
+    """One tower's rows for all groups of this rank, and what is needed to come back.
+
+    rows: (V, B, D) by head, without graph.
+    live: the same with graph, where there is only one group.
+    """
+
+    groups: Sequence[Group]
+    keys: Sequence[int]
+    rows: Rows
+    live: Rows | None
+
+
+def cut(images: Sequence[Tensor], groups: int) -> list[Group]:
+    """V views (B, C, H, W) -> the views of each of the groups, in the order of the batch."""
+    return list(zip(*(view.chunk(groups) for view in images), strict=True))
+
+
+@contextlib.contextmanager
+def replayable(key: int, device: torch.device) -> Iterator[None]:
+    """Random numbers (dropout) from a key, so that a group can run twice and any rank could run it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key)
+        yield
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Norm layers use the statistics of their batch, as in training, and remember none."""
+    layers = norms(module)
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def sweep(tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], keys: Sequence[int], grad: bool) -> Sweep:
+    """Run every group through the tower.
+
+    call: the tower itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
+    keys: one seed per group.
+    grad: whether gradients will come back.
+    Running statistics end as the mean of what each group alone would have left, so that they, too, do not depend
+    on which rank or in which order the groups ran.
+    """
+    device = groups[0][0].device
+    if len(groups) == 1:
+        with replayable(keys[0], device), torch.set_grad_enabled(grad):
+            live = (call if grad else tower)(groups[0])
+        return Sweep(groups, keys, {name: rows.detach() for name, rows in live.items()}, live if grad else None)
+
+    statistics, counts = running_statistics(tower), [norm.num_batches_tracked for norm in norms(tower)]
+    before, total = [s.clone() for s in statistics + counts], [torch.zeros_like(s) for s in statistics]
+    parts = []
+    with torch.no_grad():
+        for group, key in zip(groups, keys, strict=True):
+            for statistic, old in zip(statistics + counts, before, strict=True):
+                statistic.copy_(old)
+            with replayable(key, device):
+                parts.append(tower(group))
+            for summed, statistic in zip(total, statistics, strict=True):
+                summed += statistic
+        for statistic, summed in zip(statistics, total, strict=True):
+            statistic.copy_(summed / len(groups))
+    rows = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    return Sweep(groups, keys, rows, None)
+
+
+def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows) -> None:
+    """Push the gradients of the rows, (V, B, D) by head, back into the tower's parameters.
+
+    call: as in `sweep`; where it has `no_sync`, ranks meet only in the last group's backward pass.
+    """
+    if swept.live is not None:
+        torch.autograd.backward(list(swept.live.values()), [gradients[name] for name in swept.live])
+        return
+    last = len(swept.groups) - 1
+    slices = [dict(zip(gradients, part, strict=True))
+              for part in zip(*(g.chunk(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
+    with frozen_statistics(tower):
+        for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
+            alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
+            with alone, replayable(key, group[0].device):
+                rows = call(group)
+                torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

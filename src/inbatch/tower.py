@@ -1,0 +1,83 @@
+"""The tower: images of one context group in, rows out; and the slow copy that teaches it."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.batch import Rows
+from inbatch.heads import Head
+
+
+class Tower(nn.Module):
+    """Encoder and heads. Samples meet here only inside the context group of one call.
+
+    reads: the heads whose rows come out.
+    precision: bfloat16 makes matrix products in it (autocast), float32 leaves the encoder's own type; rows come
+        out in float32, or in the encoder's type where that is wider.
+    channels_last: lay out images as most convolutions like them best.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, Head],
+        reads: Sequence[str],
+        precision: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({name: head.network for name, head in heads.items()})
+        self.sources = {name: head.source for name, head in heads.items()}
+        self.reads = tuple(reads)
+        self.precision = precision
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, views: Sequence[Tensor]) -> Rows:
+        """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own."""
+        made = [self._rows(view) for view in views]
+        return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+
+    def _rows(self, images: Tensor) -> Rows:
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            made = {"features": self.encoder(images)}
+            for name, head in self.heads.items():
+                made[name] = head(made[self.sources[name]])
+        return {name: made[name].to(torch.promote_types(made[name].dtype, torch.float32)) for name in self.reads}
+
+
+def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:
+    """A copy of the tower, without the heads that are online only, that no gradient reaches."""
+    kept = {name: head for name, head in heads.items() if not head.online_only}
+    slow = copy.deepcopy(tower)
+    for name in set(slow.heads) - set(kept):
+        del slow.heads[name]
+    slow.sources = {name: head.source for name, head in kept.items()}
+    slow.reads = tuple(reads)
+    return slow.requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
+
+    Norm statistics are the target's own: it has seen its own images.
+    """
+    new = dict(online.named_parameters())
+    pairs = [(slow, new[name]) for name, slow in target.named_parameters()]
+    slow = [pair[0] for pair in pairs]
+    torch._foreach_mul_(slow, momentum)
+    torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
+
+
+def norms(module: nn.Module) -> list[nn.Module]:
+    """The normalisation layers that keep running statistics."""
+    return [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances of those layers."""
+    return [statistic for norm in norms(module) for statistic in (norm.running_mean, norm.running_var)]

@@ -1,0 +1,206 @@
+"""The loop: epochs, evaluation on the way, checkpoints, and what is written when it ends."""
+
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch import ranks
+from inbatch.build import Built
+from inbatch.checkpoint import load, restore, save
+from inbatch.data import Subset
+from inbatch.encoders import save_encoder
+from inbatch.environment import environment
+from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
+from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
+from inbatch.files import write_json
+from inbatch.inspect.curves import plot_curves
+from inbatch.log import Log
+from inbatch.signals import Stop, stop_on_signals
+
+Judge = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides its parts: saved with every checkpoint."""
+
+    best: float = -math.inf
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "curve": self.curve, "seconds": self.seconds, "images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.curve = state["best"], state["curve"]
+        self.seconds, self.images = state["seconds"], state["images"]
+
+
+def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
+    """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
+
+    out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
+    Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite.
+    """
+    recipe, progress, main = built.recipe, Progress(), ranks.rank() == 0
+    parts = built.parts() | {"progress": progress}
+    step, note = 0, None
+    if resume:
+        found = load(out / "checkpoints")
+        restore(parts, found.state)
+        step, note = found.step, found.note
+    ranks.agree(f"{recipe} {len(built.source)} {torch.__version__} {step}", "recipe, data, torch or checkpoint")
+
+    report = _Report(out, built, main)
+    report.status("running", step)
+    with Log(out, total_steps=built.total, quiet=quiet or not main, resume_step=step, record=main) as log:
+        if note:
+            log.note(note)
+        with stop_on_signals() as stop:
+            try:
+                step = _epochs(built, progress, parts, step, log, stop, held, out)
+            except (Preempted, Interrupted, TrainingError) as error:
+                kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
+                report.status(kinds[type(error)], progress.curve[-1]["step"] if progress.curve else step, str(error))
+                raise
+            except BaseException as error:
+                report.status("crashed", step, f"{type(error).__name__}: {error}")
+                raise
+    result = _finish(built, progress, held, out) if main else None
+    result = ranks.share(result)
+    report.status("finished", step)
+    return result
+
+
+def _epochs(
+    built: Built, progress: Progress, parts: dict[str, Any], step: int, log: Log, stop: Stop, held: Any, out: Path
+) -> int:
+    """Every epoch from `step` on; returns the last step."""
+    recipe, steps = built.recipe, built.loader.steps
+    judge = _judge(built, held)
+    if step == 0:
+        _judged(judge, progress, step, 0, log)
+    for epoch in range(step // steps, recipe.epochs):
+        began = time.perf_counter()  # waiting for data counts, judging and saving do not
+        for batch in built.loader.epoch(epoch, start=step % steps):
+            losses = built.step(batch, step)
+            step += 1
+            now = time.perf_counter()
+            progress.seconds, began = progress.seconds + now - began, now
+            progress.images += recipe.batch
+            log.step(step, epoch, losses | {"lr": built.optimizer.param_groups[0]["lr"]}, recipe.batch)
+            asked = ranks.largest(stop.requested or 0)
+            if asked and step < built.total:
+                _save(parts, step, out, best=False)
+                kind = Interrupted if asked == signal.SIGINT else Preempted
+                raise kind(
+                    f"stopped by {signal.Signals(asked).name} at step {step} of {built.total}, checkpoint saved: "
+                    f"inbatch pretrain --resume {out}"
+                )
+        done = epoch + 1
+        best = False
+        if done % recipe.evaluate_every == 0 or done == recipe.epochs:
+            best = _judged(judge, progress, step, done, log)
+        if best or done % recipe.checkpoint_every == 0 or done == recipe.epochs:
+            _save(parts, step, out, best)
+    return step
+
+
+def _save(parts: dict[str, Any], step: int, out: Path, best: bool) -> None:
+    """Write a checkpoint from rank 0; an error there ends every rank."""
+    problem = None
+    if ranks.rank() == 0:
+        try:
+            save(out / "checkpoints", {name: part.state_dict() for name, part in parts.items()}, step=step, best=best)
+        except InbatchError as error:
+            problem = str(error)
+    if problem := ranks.share(problem):
+        raise InbatchError(problem)
+
+
+def _judge(built: Built, held: Any) -> Judge:
+    """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
+
+    def look() -> dict[str, float]:
+        options = {"device": built.loader.device, "precision": built.tower.precision}
+        if held is None:
+            few = torch.arange(min(2048, len(built.source)))
+            vectors = embed(built.encoder, Subset(built.source, few, "to watch the features"), **options).vectors
+            return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
+        bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
+        found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
+        return {"knn": knn(bank, queries, k=min(200, len(bank)))["top1"]} | found
+
+    return look
+
+
+def _judged(judge: Judge, progress: Progress, step: int, epoch: int, log: Log) -> bool:
+    """Judge the features on rank 0, remember and log it; whether they are the best so far."""
+    found = ranks.share(judge() if ranks.rank() == 0 else None)
+    progress.curve.append({"step": step, "epoch": epoch} | found)
+    log.evaluation(step, found)
+    best = found.get("knn", -math.inf) > progress.best
+    progress.best = max(progress.best, found.get("knn", -math.inf))
+    return best
+
+
+def _finish(built: Built, progress: Progress, held: Any, out: Path) -> dict[str, Any]:
+    """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
+    save_encoder(built.encoder, out / "encoder")
+    plot_curves(out / "metrics.jsonl", out / "curves.png")
+    result = {
+        "command": built.recipe.command(),
+        "recipe": built.recipe.nested(),
+        "context": built.context,
+        "world": ranks.world(),
+        "precision": str(built.tower.precision).removeprefix("torch."),
+        "environment": environment(built.loader.device),
+        "images": len(built.source),
+        "steps": built.total,
+        "training_seconds": progress.seconds,
+        "images_per_second": progress.images / max(progress.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(built.loader.device),
+        "curve": progress.curve,
+        "held_out": held and held[2],
+        "evaluation": held and evaluate(built.encoder, held[0], held[1], k=200, seed=built.recipe.seed),
+    }
+    write_json(out / "result.json", result)
+    return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the GPU where it trained on one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Report:
+    """run.json: whether the run goes on, ended or failed, and why."""
+
+    def __init__(self, out: Path, built: Built, main: bool) -> None:
+        self.path, self.main = out / "run.json", main
+        self.fixed = {"command": built.recipe.command(), "steps": built.total}
+
+    def status(self, status: str, step: int, reason: str | None = None) -> None:
+        if self.main:
+            write_json(self.path, {"status": status, "reason": reason, "last_step": step} | self.fixed)
+
+
+def clear(out: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "encoder", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "neighbours.png"):
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""What every test shares: shapes in signatures are checked, one thread, no network."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: signatures are checked in tests only.
+install_import_hook(
+    [f"inbatch.{room}" for room in ("draws", "functional", "memory", "methods", "views", "evaluate")],
+    "beartype.beartype",
+)
+
+torch.set_num_threads(1)  # tiny tensors; and two ranks on two cores
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of the conformance vectors."""
+    return Path(os.environ.get("INBATCH_GOLDEN", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def cifar() -> Path:
+    """Real photographs, which stand beside the checkout where there are any."""
+    folder = SHARED / "data" / "cifar10-jpeg"
+    if not folder.is_dir():
+        pytest.skip("needs shared/data/cifar10-jpeg beside the checkout")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may reach a network; processes of this machine may meet."""
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
+            raise OSError(f"a test tried to reach {address}")
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,141 @@
+"""A method set up small enough to be compared with a literal computation."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from inbatch import ranks, seam
+from inbatch.batch import Batch, Rows
+from inbatch.draws import fold
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.step import Step
+from inbatch.tower import Tower, momentum_tower
+
+SMALL: dict[str, dict[str, object]] = {
+    "simclr": {"out": 8},
+    "moco": {"out": 8, "queue": 40, "m": 0.9},
+    "supcon": {"out": 8},
+    "supervised": {"classes": 3},
+}
+"""Options that make a registered method small. One that is not listed is built with its defaults."""
+
+VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
+    "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "hidden": 8}),
+    "supcon-one": ("supcon", SMALL["supcon"] | {"anchors": "one"}),
+}
+
+SIZE = 6
+DROPOUT = 0.2
+
+
+def encoder() -> nn.Module:
+    """Convolutions with batch normalisation, and dropout, so that groups and random numbers count."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 10, 3, stride=2, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
+        nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(40, 12),
+    )  # fmt: skip
+
+
+def views_of(method: Method) -> int:
+    return max(2, method.views[0]) if method.views[1] != 1 else 1
+
+
+def parts(variant: str) -> tuple[Method, Tower, Tower | None]:
+    """Method, tower and momentum tower in float64, the same on every call."""
+    torch.manual_seed(1)
+    name, options = VARIANTS[variant]
+    method = METHODS[name](**options)
+    heads = method.heads(12)
+    tower = Tower(encoder(), heads, method.online)
+    target = momentum_tower(tower, heads, method.target) if method.target else None
+    if target is not None:
+        with torch.no_grad():
+            for p in target.parameters():
+                p += 0.1 * torch.randn_like(p)
+    return method.double(), tower.double(), target and target.double()
+
+
+def batches(n: int, steps: int, views: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
+    """Whole batches with their views as plain float64 tensors."""
+    g = torch.Generator().manual_seed(2)
+    for s in range(steps):
+        label = torch.randint(-1, 3, (n,), generator=g)
+        images = tuple(torch.randn(n, 3, SIZE, SIZE, generator=g, dtype=torch.float64) for _ in range(views))
+        yield Batch(torch.arange(n) + s * n, label), images
+
+
+def train(variant: str, n: int, groups: int, steps: int = 2, synced: bool = False) -> dict[str, list]:
+    """Some steps through the seam on this rank's part of the batches; the whole state as nested lists."""
+    method, tower, target = parts(variant)
+    if synced:
+        ranks.synchronise_norm(tower)
+        target and ranks.synchronise_norm(target)
+    given: list[tuple[Tensor, ...]] = []
+    step = Step(
+        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: given[-1],
+        optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
+        groups=groups, total=10, seed=3, synced=synced,
+    )  # fmt: skip
+    losses = []
+    for s, (batch, images) in enumerate(batches(n, steps, views_of(method))):
+        given.append(tuple(ranks.own(view) for view in images))
+        losses.append(step(Batch(ranks.own(batch.index), ranks.own(batch.label)), s)["loss"].item())
+    return state(method, tower, target) | {"loss": losses}
+
+
+def state(method: Method, tower: Tower, target: Tower | None) -> dict[str, list]:
+    modules = {"method": method, "tower": tower} | ({"target": target} if target is not None else {})
+    return {f"{m}.{k}": v.double().tolist() for m, module in modules.items() for k, v in module.state_dict().items()}
+
+
+def literal(variant: str, n: int, groups: int, steps: int = 2) -> dict[str, list]:
+    """The same steps in plain autograd: every group forward in turn, one graph, one backward, no seam."""
+    method, tower, target = parts(variant)
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for s, (batch, images) in enumerate(batches(n, steps, views_of(method))):
+        rows = _forward(tower, [images[v] for v in method.online_views(len(images))], groups, s, 1)
+        taught: Rows = {}
+        if target is not None:
+            with torch.no_grad():
+                taught = _forward(target, [images[v] for v in method.target_views(len(images))], groups, s, 0)
+        before = copy.deepcopy(method.state_dict())
+        loss = method.loss(rows, taught, batch)["loss"]
+        assert all(torch.equal(x, before[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
+        optimizer.zero_grad()
+        loss.backward()
+        method.on_gradients(tower.heads, s / 10)
+        optimizer.step()
+        if target is not None:
+            m = method.momentum(s / 10)
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), tower.parameters(), strict=False):
+                    slow.copy_(m * slow + (1 - m) * fast)
+        method.after_step({k: x.detach() for k, x in rows.items()}, taught, batch, s / 10)
+        losses.append(loss.item())
+    return state(method, tower, target) | {"loss": losses}
+
+
+def _forward(tower: Tower, images: list[Tensor], groups: int, step: int, grad: int) -> Rows:
+    norms = [m for m in tower.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    start = [copy.deepcopy(m.state_dict()) for m in norms]
+    left: list[list[dict[str, Tensor]]] = []
+    made = []
+    for g, group in enumerate(seam.cut(images, groups)):
+        twins = copy.deepcopy(norms)  # one set of running statistics per group; parameters are shared below
+        for norm, twin, old in zip(norms, twins, start, strict=True):
+            twin.load_state_dict(old)
+            norm.running_mean, norm.running_var = twin.running_mean, twin.running_var
+            norm.num_batches_tracked = twin.num_batches_tracked
+        torch.manual_seed(fold(3, step, grad, g, 0))
+        made.append(tower(group))
+        left.append([m.state_dict() for m in twins])
+    for i, norm in enumerate(norms):
+        norm.running_mean = sum(states[i]["running_mean"] for states in left) / groups
+        norm.running_var = sum(states[i]["running_var"] for states in left) / groups
+        norm.num_batches_tracked = left[0][i]["num_batches_tracked"]
+    return {k: torch.cat([part[k] for part in made], 1) for k in made[0]}

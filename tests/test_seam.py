@@ -1,0 +1,62 @@
+"""Groups and ranks are the same idea: every layout of a batch gives the step of plain autograd."""
+
+import functools
+
+import numpy as np
+import pytest
+import small
+from pool import on_ranks
+from small import VARIANTS, literal, train
+
+from inbatch import seam
+
+N = 16
+
+
+def assert_same(found: dict, expected: dict, tolerance: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_equal_plain_autograd(variant: str, groups: int) -> None:
+    assert_same(train(variant, N, groups), literal(variant, N, groups))
+
+
+def train_all(groups: int, synced: bool, dropout: float) -> dict[str, dict]:
+    small.DROPOUT = dropout
+    return {variant: train(variant, N, groups, synced=synced) for variant in VARIANTS}
+
+
+@functools.cache
+def trained(world: int, groups: int, synced: bool = False, dropout: float = 0.2) -> list[dict[str, dict]]:
+    """Every variant on every rank; one start of the processes serves all variants."""
+    return on_ranks(world, train_all, groups, synced, dropout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
+    expected = literal(variant, N, world * groups)
+    for found in trained(world, groups):
+        assert_same(found[variant], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
+    """With norm over all ranks, W ranks are one context group of the batch (no dropout: its draws are per rank)."""
+    expected = trained(1, 1, False, 0.0)[0][variant]
+    for found in trained(world, 1, True, 0.0):
+        assert_same(found[variant], expected)
+
+
+def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
+    """With several groups the first pass holds no graph, and only rows come out."""
+    _, tower, _ = small.parts("simclr")
+    images = next(small.batches(N, 1, 2))[1]
+    swept = seam.sweep(tower, tower, seam.cut(list(images), 4), [1, 2, 3, 4], grad=True)
+    assert swept.live is None and not swept.rows["projection"].requires_grad
+    assert swept.rows["projection"].shape == (2, N, 8)
