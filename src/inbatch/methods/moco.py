@@ -21,9 +21,11 @@ def info_nce(
     l_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T)) ), averaged; queries and
     keys are normalised inside, keys carry no gradient.
     """
-    q, k = normalize(q, dim=-1), normalize(k.detach(), dim=-1)
+    if q.shape != k.shape or not len(q):
+        raise ValueError(f"InfoNCE needs a key for every query, got queries {tuple(q.shape)}, keys {tuple(k.shape)}")
+    q, k = normalize(q), normalize(k.detach())
     positive = (q * k).sum(-1) / temperature
-    return (torch.logaddexp(positive, logsumexp_rows(q, queue, temperature)) - positive).mean()
+    return (torch.logaddexp(positive, logsumexp_rows(q, queue.to(q.dtype), temperature)) - positive).mean()
 
 
 class MoCo(Method):
@@ -45,9 +47,10 @@ class MoCo(Method):
     _v2 = _v1 | {  # the same with --mlp --moco-t 0.2 --aug-plus --cos
         "views.name": "mocov2", "schedule.name": "cosine", "method.temperature": 0.2, "method.hidden": 2048,
     }  # fmt: skip
-    _cifar = {  # moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images; context 64 stands for its SplitBatchNorm of 8
+    _cifar = {  # moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images (SplitBatchNorm of 8: context=64)
         "views.name": "moco_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 5e-4,
-        "batch": 512, "epochs": 200, "schedule.warmup": 0, "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99,
+        "batch": 512, "epochs": 200, "schedule.warmup": 0,
+        "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99,
     }  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar}
 
@@ -88,4 +91,4 @@ class MoCo(Method):
         return self.m
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(target["projection"].flatten(0, 1), dim=-1))
+        self.queue.push(normalize(target["projection"].flatten(0, 1)))

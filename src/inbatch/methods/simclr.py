@@ -22,7 +22,7 @@ def nt_xent(
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
-    u = normalize(z, dim=-1)
+    u = normalize(z)
     positive = (u * (u.sum(0) - u)).sum(-1) / (len(u) - 1) / temperature  # (V, N): mean over the other views
     loss = (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
     return loss * len(u) if views == "sum" else loss

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize
+from inbatch.functional import logsumexp_others, normalize, product
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -32,15 +32,20 @@ def supcon(
     v, n, _ = z.shape
     if v * n < 2:
         raise ValueError(f"SupCon needs at least 2 rows, got {tuple(z.shape)} (views, samples, width)")
+    if label is not None and mask is not None:
+        raise ValueError("SupCon takes labels or a mask, not both")
+    if v < 2 and label is None and mask is None:
+        raise ValueError("SupCon of one view has no positives without labels or a mask")
     if mask is None:
         mask = torch.eye(n, device=z.device)
         if label is not None:
             mask = torch.where((label[:, None] == label) & (label >= 0), 1, mask)
-    u = normalize(z, dim=-1).flatten(0, 1)
+    u = normalize(z).flatten(0, 1)
     rows = v * n if anchors == "all" else n
-    positive = mask.to(u.dtype).repeat(rows // n, v).fill_diagonal_(0)  # (anchors, V N), an anchor is not its own
+    # (anchors, V N); an anchor is not its own positive.
+    positive = (mask != 0).to(u.dtype).repeat(rows // n, v).fill_diagonal_(0)
     count = positive.sum(1)
-    mean = (u[:rows] * (positive @ u)).sum(1) / temperature - count * logsumexp_others(u, temperature)[:rows]
+    mean = (u[:rows] * product(positive, u)).sum(1) / temperature - count * logsumexp_others(u, temperature)[:rows]
     return -(temperature / base_temperature) * (mean / count.clamp(min=1)).mean()
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import wide
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -13,7 +14,7 @@ def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoot
     """Mean cross-entropy of the labelled samples over all views; 0 where no sample has a label (-1)."""
     label = label.expand(len(logits), -1)
     total = torch_cross_entropy(
-        logits.flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=smoothing, reduction="sum"
+        wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=smoothing, reduction="sum"
     )
     return total / (label >= 0).sum().clamp(min=1)
 
@@ -34,8 +35,8 @@ class Supervised(Method):
             "batch": 256, "epochs": 90, "schedule.warmup": 5,
         },
         "cifar": {  # SupContrast, main_ce.py and README: lr 0.8 for 1024 images, cosine
-            "views.name": "supervised", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2, "optimizer.weight_decay": 1e-4,
-            "batch": 1024, "epochs": 500, "schedule.warmup": 10,
+            "views.name": "supervised", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2,
+            "optimizer.weight_decay": 1e-4, "batch": 1024, "epochs": 500, "schedule.warmup": 10,
         },
     }  # fmt: skip
 
