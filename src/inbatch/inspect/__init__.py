@@ -1,0 +1,1 @@
+"""What a batch does, in pictures and numbers."""
