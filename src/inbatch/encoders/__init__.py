@@ -1,0 +1,89 @@
+"""Encoders: any backbone with pooled features, and how to prepare the images it takes.
+
+`create_encoder` knows timm's names, `torchvision/NAME`, and two small ones of ours:
+  resnet10  ResNet-18 with one basic block per stage instead of two (4.9 million parameters);
+  tiny      3x3 convolutions with batch norm, for grey canvases of about 20 pixels (about 72,000 parameters).
+At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inbatch.encoders.backbones import build, cifar_stem, pretrained, published_cfg
+from inbatch.encoders.encoder import Encoder, Prepare
+from inbatch.encoders.weights import STEMS, fill, read, save_encoder
+from inbatch.errors import ConfigError, DataError
+
+__all__ = ["Encoder", "Prepare", "create_encoder", "load_encoder", "save_encoder"]
+
+
+def create_encoder(
+    name: str,
+    *,
+    size: int,
+    channels: int = 3,
+    stem: str = "auto",
+    init: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **kwargs: Any,
+) -> Encoder:
+    """An encoder by name: `tiny`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
+
+    stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
+    init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
+        `save_encoder`, or a state dict in a .safetensors, .pt or .pth file.
+    mean, std: one number per channel; by default those of the weights, else ImageNet's for 3 channels, else 0.5 and
+        0.25.
+    ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
+    """
+    if stem not in ("auto", "cifar", "imagenet"):
+        raise ConfigError(f'stem is "auto", "cifar" or "imagenet", not {stem!r}.')
+    try:
+        json.dumps(kwargs)
+    except TypeError as e:
+        raise ConfigError(f"an encoder's arguments must fit into JSON, to be saved with it: {e}") from e
+    backbone, classifier = build(name, size, channels, kwargs)
+    family = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
+    if stem == "cifar" and not family:
+        raise ConfigError(f'{name} is no ResNet, so it has no CIFAR stem: use stem="auto".')
+    used = stem if family else None
+    if used == "auto":
+        used = "cifar" if size <= 64 else "imagenet"
+    if used == "cifar":
+        cifar_stem(backbone, channels)
+    if init == "timm":
+        if used == "cifar":
+            raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
+        backbone = pretrained(name, size, channels, kwargs)
+        config = published_cfg(backbone)
+        mean, std = mean or config["mean"], std or config["std"]
+    elif init is not None:
+        weights, config = read(Path(init))
+        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
+        fill(backbone, weights, f"{name} ({init})")
+        mean, std = mean or config.get("mean"), std or config.get("std")
+    return Encoder(
+        backbone,
+        name=name,
+        size=size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        stem=used,
+        arguments=kwargs,
+    )
+
+
+def load_encoder(directory: str | Path) -> Encoder:
+    """The encoder `save_encoder` wrote, in evaluation mode; DataError if it is damaged or not ours."""
+    directory = Path(directory)
+    weights, config = read(directory)
+    if config.get("arguments") is None:
+        raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
+    known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
+    encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+    fill(encoder.backbone, weights, str(directory))
+    return encoder.eval()

@@ -1,0 +1,106 @@
+"""Backbones by name, without their classifier: ours, timm's and torchvision's (imported only when asked)."""
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from inbatch.errors import ConfigError, DataError
+
+
+def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    """A backbone with random weights, and the names of the classifiers it does without."""
+    try:
+        if name == "tiny":
+            return _tiny(channels, **kwargs), ()
+        if name.startswith("torchvision/"):
+            return _torchvision(name.removeprefix("torchvision/"), channels, kwargs)
+        backbone = _timm(name, size, channels, kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise ConfigError(f"{name} cannot be built for {size} pixels, {channels} channels and {kwargs}: {e}") from e
+    classifier = published_cfg(backbone).get("classifier") or ()
+    return backbone, (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def _timm(name: str, size: int, channels: int, kwargs: dict[str, Any], published: bool = False) -> nn.Module:
+    import timm
+
+    if name != "resnet10" and not timm.is_model(name):
+        raise _unknown(name, ["tiny", "resnet10", *timm.list_models()])
+    name, args = timm_arguments(name, size, channels, kwargs)
+    return timm.create_model(name, pretrained=published, **args)
+
+
+def timm_arguments(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's own name and arguments; fixed-size models (ViT, Swin) are told the size, resnet10 its depth."""
+    import timm
+
+    args = {"num_classes": 0, "in_chans": channels, **kwargs}
+    if name == "resnet10":
+        return "resnet18", {"layers": [1, 1, 1, 1], **args}
+    cfg = timm.get_pretrained_cfg(name)
+    return name, {"img_size": size, **args} if cfg is not None and cfg.fixed_input_size else args
+
+
+def published_cfg(backbone: nn.Module) -> dict[str, Any]:
+    """What timm knows of the published weights of one of its models; empty for others."""
+    cfg: Any = getattr(backbone, "pretrained_cfg", {})
+    return cfg
+
+
+def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
+    """The same timm model with its published weights."""
+    if name in ("tiny", "resnet10") or name.startswith("torchvision/"):
+        raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
+    try:
+        return _timm(name, size, channels, kwargs, published=True)
+    except Exception as e:  # timm and its hub client raise whatever their transport raises
+        raise DataError(
+            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). "
+            "Without a network, give init the path of a downloaded .safetensors file."
+        ) from e
+
+
+def _torchvision(name: str, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise _unknown(f"torchvision/{name}", [f"torchvision/{n}" for n in names])
+    backbone = torchvision.models.get_model(name, weights=None, **kwargs)
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ConfigError(f"torchvision/{name} has no linear classifier to take off: choose another model.")
+    backbone.set_submodule(linear[-1], nn.Identity())
+    if channels != 3:
+        first = next(n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+        old = backbone.get_submodule(first)
+        new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        backbone.set_submodule(first, new)
+    return backbone, (linear[-1],)
+
+
+def _tiny(channels: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for width, stride in ((24, 1), (48, 2), (64, 1), (64, 2)):
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def cifar_stem(backbone: Any, channels: int) -> None:
+    """3x3 convolution of stride 1 and no max-pool, as in SimCLR's CIFAR experiments (appendix B.9)."""
+    backbone.conv1 = nn.Conv2d(channels, backbone.bn1.num_features, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+
+
+def _unknown(name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists what there is."
+    return ConfigError(f"there is no encoder called {name!r}: {hint}")

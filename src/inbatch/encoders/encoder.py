@@ -1,0 +1,141 @@
+"""A backbone with pooled features, and how to prepare the images it takes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from inbatch.errors import ConfigError, DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """From uint8 images of any size to the normalised float32 square an encoder takes; nothing random."""
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
+        """images: (N, C, H, W) uint8, or any iterable of (C, h, w) uint8, of which one at a time is held.
+
+        The shorter side is resized (bilinear, antialiased) to `size`, from 128 pixels on to size * 256 / 224,
+        then the centre is cropped; an image of the wanted size stays as it is. DataError for other input.
+        """
+        x = self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
+        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
+        return (x / 255 - mean) / std
+
+    def _fit(self, image: Tensor) -> Tensor:
+        if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels:
+            raise DataError(
+                f"the encoder takes uint8 images of {self.channels} channels, (C, H, W), but was given "
+                f"{image.dtype} of shape {tuple(image.shape)}: convert them, or create another encoder."
+            )
+        x, (h, w), size = image.float(), image.shape[-2:], self.size
+        if (h, w) == (size, size):
+            return x
+        short = round(size * 256 / 224) if size >= 128 else size
+        if min(h, w) != short:
+            h, w = (short, short * w // h) if h <= w else (short * h // w, short)
+            batch = x if x.ndim == 4 else x[None]
+            x = nn.functional.interpolate(batch, (h, w), mode="bilinear", antialias=True).view(*x.shape[:-2], h, w)
+        top, left = round((h - size) / 2), round((w - size) / 2)
+        return x[..., top : top + size, left : left + size]
+
+
+class Encoder(nn.Module):
+    """A backbone with pooled features, and what one must know to feed it.
+
+    forward: normalised float (N, channels, size, size) -> (N, width). `stem` is "cifar" or "imagenet" for the
+    ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
+    ConfigError if the backbone does not give one row per image.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        name: str,
+        size: int,
+        channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        stem: str | None = None,
+        arguments: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.backbone, self.name, self.stem = backbone, name, stem
+        self.size, self.channels = size, channels
+        self.mean = tuple(mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels))
+        self.std = tuple(std or (IMAGENET_STD if channels == 3 else (0.25,) * channels))
+        if not len(self.mean) == len(self.std) == channels:
+            raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
+        self.prepare = Prepare(size, channels, self.mean, self.std)
+        self.arguments = arguments
+        self.width = self._measure()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
+        return self.backbone(x)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradient; afterwards every module has the mode it had."""
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def embed(self, images: Any, batch: int = 256) -> np.ndarray:
+        """Features (N, width) float32 of clean images.
+
+        images: uint8 tensor (N, C, H, W); uint8 array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of
+        Pillow images, (C, h, w) tensors or (h, w, C) arrays of any sizes.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
+            images = torch.from_numpy(images)
+        rows = []
+        for start in range(0, len(images), batch):
+            chunk = images[start : start + batch]
+            if not isinstance(chunk, Tensor):
+                chunk = [self._tensor(i) for i in chunk]
+            with self.evaluating():
+                rows.append(self(self.prepare(chunk).to(self.device)).float().cpu())
+        return torch.cat(rows).numpy() if rows else np.empty((0, self.width), np.float32)
+
+    def _tensor(self, image: Any) -> Tensor:
+        """One (C, h, w) image from a Pillow image, a (h, w[, C]) array or a tensor."""
+        if isinstance(image, Tensor):
+            return image
+        if isinstance(image, Image.Image):
+            image = np.asarray(ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB"))
+        image = torch.from_numpy(np.array(image))
+        return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+
+    def _measure(self) -> int:
+        try:
+            with self.evaluating():
+                shape = self(torch.zeros(1, self.channels, self.size, self.size, device=self.device)).shape
+        except (RuntimeError, ValueError, AssertionError) as e:
+            raise ConfigError(f"{self.name} cannot take {self.channels}x{self.size}x{self.size} images: {e}") from e
+        if len(shape) != 2:
+            raise ConfigError(f"{self.name} gives {tuple(shape)} for one image instead of one row of pooled features.")
+        return shape[1]

@@ -1,0 +1,101 @@
+"""Weights of encoders on disk, in timm's `local-dir` layout: reading, fitting, saving. No pickle runs."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from inbatch.encoders.backbones import published_cfg, timm_arguments
+from inbatch.encoders.encoder import Encoder
+from inbatch.errors import ConfigError, DataError
+from inbatch.files import replacing
+
+STEMS = (
+    "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
+    'max-pool): choose stem="imagenet" or stem="cifar" as the weights were trained, or other weights.'
+)
+
+
+def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load weights that fit exactly; else ConfigError says what is missing, left over or of another shape."""
+    own = backbone.state_dict()
+    if "conv1.weight" in own:
+        theirs = weights.get("conv1.weight", weights.get("conv1.0.weight"))
+        if theirs is not None and theirs.shape[-1] != own["conv1.weight"].shape[-1]:
+            sides = [f"{k}x{k}" for k in (own["conv1.weight"].shape[-1], theirs.shape[-1])]
+            raise ConfigError(STEMS.format(name=what, ours=sides[0], theirs=sides[1]))
+    problems = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [k for k in own if k in weights and own[k].shape != weights[k].shape],
+    }
+    found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
+    if found:
+        raise ConfigError(f"the weights do not fit {what}: {'; '.join(found)}. Are they of the same architecture?")
+    backbone.load_state_dict(weights)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs."""
+    config: dict[str, Any] = {}
+    try:
+        if path.is_dir():
+            data = (path / "model.safetensors").read_bytes()
+            config = json.loads((path / "config.json").read_text()).get("inbatch", {})
+            if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
+                raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
+            return safetensors.torch.load(data), config
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path), config
+        if path.suffix in (".pt", ".pth"):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        raise DataError(f"{path} cannot be read as encoder weights: {e}") from e
+    raise ConfigError(f'{path}: weights come from "timm", a folder, or a .safetensors, .pt or .pth file.')
+
+
+def save_encoder(encoder: Encoder, directory: str | Path) -> None:
+    """`model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
+
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in encoder.backbone.state_dict().items()}
+    data = safetensors.torch.save(weights)
+    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments")
+    ours = {**{k: getattr(encoder, k) for k in keys}, "sha256": hashlib.sha256(data).hexdigest()}
+    config = {**_timm_config(encoder), "inbatch": ours}
+    for name, content in (("model.safetensors", data), ("config.json", json.dumps(config, indent=2).encode())):
+        with replacing(directory / name) as file:
+            file.write(content)
+
+
+def _timm_config(encoder: Encoder) -> dict[str, Any]:
+    """timm's part of config.json; empty if timm alone cannot build the backbone."""
+    known = published_cfg(encoder.backbone)
+    if not known or encoder.arguments is None or encoder.stem == "cifar":
+        return {}
+    name, args = timm_arguments(encoder.name, encoder.size, encoder.channels, encoder.arguments)
+    pretrained_cfg: dict[str, Any] = {
+        "input_size": (encoder.channels, encoder.size, encoder.size),
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "crop_pct": 224 / 256 if encoder.size >= 128 else 1.0,
+        "interpolation": "bilinear",
+        "fixed_input_size": "img_size" in args,
+        **{k: known[k] for k in ("first_conv", "classifier") if k in known},
+    }
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "model_args": args,
+        "pretrained_cfg": pretrained_cfg,
+    }

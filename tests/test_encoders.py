@@ -1,0 +1,292 @@
+"""Encoders: what they are made of, how they prepare images, and that a saved one is the same one."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from inbatch.encoders import Encoder, create_encoder, load_encoder, save_encoder
+from inbatch.errors import ConfigError, DataError
+
+
+def parameters(encoder):
+    return sum(p.numel() for p in encoder.parameters())
+
+
+def images(n, channels=3, height=32, width=32):
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, channels, height, width), generator=draw, dtype=torch.uint8)
+
+
+def used(encoder, seed=0):
+    """Batch-norm statistics and weights away from their initial values."""
+    torch.manual_seed(seed)
+    encoder.train()
+    for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    encoder(torch.randn(8, encoder.channels, encoder.size, encoder.size))
+    return encoder.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "stem", "width", "count"),
+    [
+        ("resnet18", 32, 3, "cifar", 512, 11_168_832),
+        ("resnet18", 64, 1, "cifar", 512, 11_168_832 - 2 * 9 * 64),
+        ("resnet18", 65, 3, "imagenet", 512, 11_176_512),
+        ("torchvision/resnet18", 32, 3, "cifar", 512, 11_168_832),
+        ("resnet10", 32, 3, "cifar", 512, 4_898_112),
+        ("tiny", 20, 1, None, 64, 75_496),
+    ],
+)
+def test_sizes(name, size, channels, stem, width, count):
+    encoder = create_encoder(name, size=size, channels=channels)
+    assert (encoder.stem, encoder.width, parameters(encoder)) == (stem, width, count)
+    assert encoder(torch.randn(2, channels, size, size)).shape == (2, width)
+
+
+def test_cifar_stem_keeps_the_resolution():
+    """A 32-pixel image reaches the last stage with 4x4 positions (3 halvings), not with one."""
+    shapes = []
+    for stem in ("cifar", "imagenet"):
+        encoder = create_encoder("resnet18", size=32, stem=stem)
+        encoder.backbone.layer4.register_forward_hook(lambda m, i, out: shapes.append(tuple(out.shape[2:])))
+        shapes.clear()
+        encoder(torch.randn(2, 3, 32, 32))
+        assert shapes == [{"cifar": (4, 4), "imagenet": (1, 1)}[stem]]
+
+
+def test_torchvision_and_timm_resnets_are_the_same():
+    ours = create_encoder("resnet18", size=32).eval()
+    theirs = create_encoder("torchvision/resnet18", size=32)
+    theirs.backbone.load_state_dict(ours.backbone.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(ours(x), theirs.eval()(x), atol=1e-5)
+
+
+def test_fixed_size_models_are_told_the_size():
+    encoder = create_encoder("vit_tiny_patch16_224", size=32, patch_size=4, depth=1)
+    assert encoder.stem is None
+    assert encoder.backbone.patch_embed.num_patches == 64
+
+
+@pytest.mark.parametrize(("name", "channels"), [("torchvision/mobilenet_v3_small", 5), ("resnet10", 2)])
+def test_channels(name, channels):
+    encoder = create_encoder(name, size=32, channels=channels)
+    assert encoder.mean == (0.5,) * channels and encoder.std == (0.25,) * channels
+    assert encoder(torch.randn(2, channels, 32, 32)).shape == (2, encoder.width)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "resnet19", "size": 32}, "resnet18"),
+        ({"name": "torchvision/resnet19", "size": 32}, "torchvision/resnet18"),
+        ({"name": "resnet18", "size": 32, "depth": 3}, "depth"),
+        ({"name": "resnet18", "size": 32, "drop_rate": print}, "JSON"),
+        ({"name": "resnet18", "size": 32, "stem": "small"}, "imagenet"),
+        ({"name": "tiny", "size": 32, "stem": "cifar"}, "no ResNet"),
+        ({"name": "resnet18", "size": 32, "mean": [0.5]}, "3 numbers"),
+        ({"name": "resnet18", "size": 32, "init": "timm"}, "stem"),
+        ({"name": "tiny", "size": 32, "init": "timm"}, "timm"),
+        ({"name": "torchvision/squeezenet1_0", "size": 64}, "classifier"),
+        ({"name": "swin_tiny_patch4_window7_224", "size": 3}, "cannot"),
+    ],
+)
+def test_wrong_settings(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        create_encoder(**arguments)
+
+
+def test_a_backbone_must_pool():
+    with pytest.raises(ConfigError, match="one row"):
+        Encoder(nn.Conv2d(3, 8, 3), name="conv", size=8)
+
+
+def test_weights_without_a_network(monkeypatch):
+    def fail(*args, pretrained, **kwargs):
+        if pretrained:
+            raise OSError("no route to host")
+        return create(*args, **kwargs)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(DataError, match=r"no route to host.*safetensors"):
+        create_encoder("resnet18", size=224, init="timm")
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (224, 300), (256, 256), (100, 90)])
+@pytest.mark.parametrize("size", [224, 32])
+def test_prepare_is_torchvisions_resize_and_centre_crop(size, height, width):
+    encoder = create_encoder("tiny", size=size, channels=3)
+    image = images(1, 3, height, width)
+    reference = v2.Compose(
+        [
+            v2.ToDtype(torch.float32),
+            v2.Resize(256 if size == 224 else 32, antialias=True),
+            v2.CenterCrop(size),
+            v2.Normalize([255 * m for m in encoder.mean], [255 * s for s in encoder.std]),
+        ]
+    )
+    assert torch.allclose(encoder.prepare(image), reference(image), atol=1e-5)
+
+
+def test_prepare_takes_lists_and_leaves_the_right_size_alone():
+    encoder = create_encoder("tiny", size=160, channels=1)
+    same = images(2, 1, 160, 160)
+    assert torch.equal(encoder.prepare(same), (same / 255 - 0.5) / 0.25)
+    mixed = [same[0], images(1, 1, 300, 200)[0], same[1]]
+    prepared = encoder.prepare(mixed)
+    assert torch.equal(prepared[[0, 2]], encoder.prepare(same))
+    assert torch.equal(prepared[1:2], encoder.prepare(mixed[1][None]))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 1, 20, 20), images(1, 3, 20, 20), torch.zeros(20, 20)])
+def test_prepare_refuses(wrong):
+    with pytest.raises(DataError, match="uint8 images of 1 channels"):
+        create_encoder("tiny", size=20, channels=1).prepare(wrong)
+
+
+def test_embed_takes_whatever_holds_images():
+    encoder = used(create_encoder("tiny", size=20, channels=3))
+    batch = images(5, 3, 20, 20)
+    expected = encoder(encoder.prepare(batch)).detach().numpy()
+    last = batch.permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = [Image.fromarray(i) for i in last]
+    for given in (batch, batch.numpy(), last, pictures, list(batch), list(last)):
+        features = encoder.embed(given, batch=2)
+        assert features.dtype == np.float32
+        assert np.allclose(features, expected, atol=1e-5)
+    assert encoder.embed([]).shape == (0, 64)
+
+
+def test_embed_grey_arrays_and_turned_photos():
+    encoder = used(create_encoder("tiny", size=20, channels=1))
+    grey = images(2, 1, 20, 20)
+    assert np.allclose(encoder.embed(grey[:, 0].numpy()), encoder.embed(grey), atol=1e-6)
+    turned = Image.fromarray(grey[0, 0].numpy())
+    turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    assert np.allclose(encoder.embed([turned]), encoder.embed(torch.rot90(grey[:1], -1, (2, 3))), atol=1e-5)
+
+
+def test_evaluating_restores_every_mode():
+    encoder = create_encoder("tiny", size=20, channels=1).train()
+    frozen = encoder.backbone[1].eval()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    encoder.embed(images(3, 1, 20, 20))
+    assert encoder.training and encoder.backbone[4].training and not frozen.training
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "kwargs"),
+    [
+        ("tiny", 20, 1, {}),
+        ("resnet10", 32, 2, {}),
+        ("torchvision/mobilenet_v3_small", 32, 3, {}),
+        ("vit_tiny_patch16_224", 32, 3, {"patch_size": 8, "depth": 1}),
+    ],
+)
+def test_saved_and_loaded(tmp_path, name, size, channels, kwargs):
+    encoder = used(create_encoder(name, size=size, channels=channels, std=(0.3,) * channels, **kwargs))
+    save_encoder(encoder, tmp_path / "encoder")
+    again = load_encoder(tmp_path / "encoder")
+    assert not again.training
+    for key in ("name", "size", "channels", "mean", "std", "stem", "width", "arguments"):
+        assert getattr(again, key) == getattr(encoder, key), key
+    batch = images(3, channels, size, size)
+    assert np.array_equal(again.embed(batch), encoder.embed(batch))
+    assert sorted(p.name for p in (tmp_path / "encoder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "kwargs"),
+    [
+        ("resnet10", 96, 3, {}),
+        ("resnet10", 32, 1, {"stem": "imagenet"}),
+        ("vit_tiny_patch16_224", 32, 2, {"patch_size": 8, "depth": 1}),
+    ],
+)
+def test_timm_loads_what_we_save(tmp_path, name, size, channels, kwargs):
+    encoder = used(create_encoder(name, size=size, channels=channels, **kwargs))
+    save_encoder(encoder, tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, channels, size, size)
+    assert torch.equal(theirs(x), encoder(x))
+    config = timm.data.resolve_model_data_config(theirs)
+    assert (tuple(config["mean"]), tuple(config["std"])) == (encoder.mean, encoder.std)
+
+
+def test_damage_is_noticed(tmp_path):
+    save_encoder(create_encoder("tiny", size=20, channels=1), tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        load_encoder(tmp_path)
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="damaged"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        load_encoder(tmp_path)
+
+
+def test_an_encoder_of_ones_own_saves_but_does_not_load_by_name(tmp_path):
+    own = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), name="own", size=2)
+    save_encoder(own, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["inbatch"]["width"] == 4
+    with pytest.raises(DataError, match="build it yourself"):
+        load_encoder(tmp_path)
+
+
+def test_init_from_a_folder_and_from_state_dicts(tmp_path):
+    source = used(create_encoder("resnet10", size=32, mean=(0.4, 0.5, 0.6)), seed=3)
+    save_encoder(source, tmp_path)
+    torch.save(source.backbone.state_dict(), tmp_path / "backbone.pt")
+    torch.save(source.state_dict(), tmp_path / "encoder.pth")
+    batch = images(2)
+    for init in (tmp_path, tmp_path / "model.safetensors", tmp_path / "backbone.pt", tmp_path / "encoder.pth"):
+        again = create_encoder("resnet10", size=32, init=init, mean=None if init is tmp_path else source.mean)
+        assert again.mean == (0.4, 0.5, 0.6)
+        assert np.array_equal(again.embed(batch), source.embed(batch)), init
+
+
+def test_init_takes_off_a_classifier(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "classifier.pt")
+    for name in ("resnet18", "torchvision/resnet18"):
+        create_encoder(name, size=224, init=tmp_path / "classifier.pt")
+
+
+def test_init_that_does_not_fit(tmp_path):
+    save_encoder(create_encoder("resnet10", size=32), tmp_path / "cifar")
+    with pytest.raises(ConfigError, match=r"7x7 stem.*3x3.*stem="):
+        create_encoder("resnet10", size=224, init=tmp_path / "cifar")
+    with pytest.raises(ConfigError, match=r"missing \(layer1\.1"):
+        create_encoder("resnet18", size=32, init=tmp_path / "cifar")
+    with pytest.raises(ConfigError, match=r"1 of another shape \(conv1\.weight\)"):
+        create_encoder("resnet10", size=32, channels=1, init=tmp_path / "cifar")
+    with pytest.raises(DataError, match="cannot be read"):
+        create_encoder("resnet10", size=32, init=tmp_path / "absent.pt")
+    with pytest.raises(ConfigError, match=r"\.safetensors"):
+        create_encoder("resnet10", size=32, init=tmp_path / "weights.onnx")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_init_runs_no_pickle(tmp_path, capsys):
+    torch.save({"conv1.weight": Bomb()}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match="cannot be read"):
+        create_encoder("resnet10", size=32, init=tmp_path / "evil.pt")
+    assert "executed" not in capsys.readouterr().out
