@@ -1,0 +1,54 @@
+"""Clusters against classes: k-means, and the usual three measures."""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from inbatch.errors import ConfigError
+from inbatch.evaluate.embeddings import Embeddings
+
+
+def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
+
+
+def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Adjusted Rand index: 0 expected by chance, 1 for equal partitions."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
+
+
+def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Share of samples matched by the best one-to-one map of clusters to classes; their numbers may differ."""
+    from scipy.optimize import linear_sum_assignment
+
+    table = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
+    np.add.at(table, (clusters.numpy(), labels.numpy()), 1)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
+
+
+def clustering(
+    embeddings: Embeddings, clusters: int | None = None, *, n_init: int = 10, seed: int = 0
+) -> dict[str, object]:
+    """k-means (scikit-learn) on L2-normalised features: nmi, acc and ari in their ranges, with the protocol.
+
+    clusters: as many as there are classes by default. Images without a label are left out.
+    ConfigError for more clusters than images.
+    """
+    from sklearn.cluster import KMeans
+
+    known = embeddings.labelled()
+    clusters = clusters or len(known.labels.unique())
+    if clusters > len(known):
+        raise ConfigError(f"{clusters} clusters cannot be made of {len(known)} images of {known.name}.")
+    means = KMeans(clusters, n_init=n_init, random_state=seed)
+    found = torch.from_numpy(means.fit_predict(F.normalize(known.vectors).numpy())).long()
+    scores = {"nmi": nmi(known.labels, found), "acc": hungarian_accuracy(known.labels, found)}
+    protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}
+    return {**scores, "ari": ari(known.labels, found), **protocol, "images": len(known)}

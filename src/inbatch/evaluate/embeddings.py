@@ -1,0 +1,56 @@
+"""Features of a data set as a value."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inbatch.errors import DataError
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One feature vector per clean image.
+
+    vectors: (N, F) float32 on the CPU. labels: (N,) int64, -1 where unknown. identities: path or number of each image.
+    name: the data set. feature: which layer the vectors are.
+    """
+
+    vectors: Float[Tensor, "n f"]
+    labels: Int[Tensor, "n"]
+    identities: tuple[str, ...]
+    name: str
+    feature: str
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def labelled(self) -> "Embeddings":
+        """Only the images whose label is known; DataError if there is none, or a feature is not finite."""
+        known = self.labels >= 0
+        if not known.any():
+            raise DataError(f"{self.name} has no labels, and evaluation needs them: give labelled images.")
+        if not self.vectors.isfinite().all():
+            raise DataError(f"the features of {self.name} hold NaN or infinity: the encoder has diverged.")
+        if known.all():
+            return self
+        identities = tuple(i for i, k in zip(self.identities, known.tolist(), strict=True) if k)
+        return replace(self, vectors=self.vectors[known], labels=self.labels[known], identities=identities)
+
+
+def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, float]:
+    """Share of samples whose label has the highest score (top1), or one of the five highest (top5).
+
+    Equal scores rank by class, the smallest first.
+    """
+    ranking = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    right = ranking == labels[:, None].to(ranking.device)
+    return {"top1": right[:, 0].double().mean().item(), "top5": right.any(1).double().mean().item()}
+
+
+def class_count(train: Embeddings, test: Embeddings) -> int:
+    """Number of class ids, 0 to the largest; DataError unless the training labels name two classes at least."""
+    if len(train.labels.unique()) < 2:
+        raise DataError(f"{train.name} has one class only: there is nothing to tell apart.")
+    return int(torch.maximum(train.labels.max(), test.labels.max())) + 1
