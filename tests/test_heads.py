@@ -1,0 +1,34 @@
+"""The small networks after the encoder."""
+
+import pytest
+import torch
+from torch import nn
+
+from inbatch.heads import mlp
+
+
+def kinds(network: nn.Sequential) -> list[str]:
+    return [type(layer).__name__ for layer in network]
+
+
+def test_mlp_is_linear_layers_with_what_stands_between() -> None:
+    assert kinds(mlp(8, 3)) == ["Linear"]
+    assert kinds(mlp(8, 6, 3, norm=False)) == ["Linear", "ReLU", "Linear"]
+    assert kinds(mlp(8, 6, 6, 3)) == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert kinds(mlp(8, 6, 3, last="norm")) == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert mlp(8, 6, 3)(torch.randn(5, 8)).shape == (5, 3)
+
+
+def test_a_linear_layer_before_normalisation_has_no_bias() -> None:
+    hidden, last = (mlp(8, 6, 3, last="norm_plain")[i] for i in (0, 3))
+    assert hidden.bias is None and last.bias is None
+    assert mlp(8, 6, 3)[3].bias is not None and mlp(8, 6, 3, norm=False)[0].bias is not None
+
+
+def test_the_last_normalisation_learns_scale_and_shift_or_does_not() -> None:
+    assert mlp(8, 6, 3, last="norm")[4].affine and not mlp(8, 6, 3, last="norm_plain")[4].affine
+
+
+def test_one_width_is_no_network() -> None:
+    with pytest.raises(ValueError, match="input and an output"):
+        mlp(8)
