@@ -1,0 +1,7 @@
+"""Views: a batch of images becomes V batches of views, on the device, with an own random draw per image."""
+
+from inbatch.views.pipeline import Drawn, Views
+from inbatch.views.presets import PRESETS
+from inbatch.views.view import View
+
+__all__ = ["PRESETS", "Drawn", "View", "Views"]

@@ -1,0 +1,195 @@
+"""A batch becomes V views: every image draws its own, keyed by (seed, epoch, sample, view), on the batch's device."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.draws import uniform
+from inbatch.errors import ConfigError, DataError
+from inbatch.views import crop
+from inbatch.views.colour import Exposure, Grey, Jitter, Noise, Solarise
+from inbatch.views.filters import Affine, Blur
+from inbatch.views.operation import Operation, idle
+from inbatch.views.view import View
+
+_CACHE = 2**17
+"""Values per core worked on at a time on a CPU: half a megabyte stays in its cache."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """V views of B samples.
+
+    images: per view (B, C, s, s) float32, normalised.
+    boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
+    flipped: (V, B) bool, whether the view is mirrored left to right.
+    """
+
+    images: tuple[Float[Tensor, "b c _ _"], ...]
+    boxes: Int[Tensor, "v b 4"]
+    flipped: Bool[Tensor, "v b"]
+
+
+class Views:
+    """Draws `views` of every image and normalises them with the mean and std (of values in [0, 1]) per channel.
+
+    Raises ConfigError where a view needs red, green and blue and there are not three channels.
+    """
+
+    def __init__(self, views: Sequence[View], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.views, self.mean, self.std = tuple(views), tuple(mean), tuple(std)
+        if not self.views or not self.mean or len(self.mean) != len(self.std):
+            raise ConfigError("Views need at least one view, and one mean and one std per channel.")
+        if len(self.mean) != 3 and any(view.needs_colour for view in self.views):
+            raise ConfigError(
+                f"Saturation, hue and greyscale need red, green and blue, but the images have {len(self.mean)} "
+                "channel(s). Set saturation, hue and grey to 0, or choose a preset without colour (digits)."
+            )
+        alike = groupby(range(len(self.views)), key=lambda number: self.views[number])  # drawn in one pass
+        self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def boxes(
+        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
+    ) -> Int[Tensor, "v b 4"]:
+        """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
+        return torch.stack(
+            [
+                _boxes(view, uniform(seed, epoch, index, number, crop.DRAWS, attempt), size)
+                for number, view in enumerate(self.views)
+            ]
+        )
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, attempt: int = 0) -> Drawn:
+        """The views of a batch. Crops that came with it are used as they are, then everything else is done here.
+
+        attempt: 0 for the first draw; any other number draws anew from an independent stream.
+        Raises DataError for images that do not fit the views.
+        """
+        given, cut = self._checked(batch, attempt)
+        seed, epoch, index = batch.seed, batch.epoch, batch.index
+        images, boxes, flipped = [], [], []
+        for view, numbers, steps in self._alike:
+            u = torch.cat([uniform(seed, epoch, index, number, COLUMNS, attempt) for number in numbers])
+            flip = u[:, crop.DRAWS] < view.flip
+            if cut is None:
+                size = index.new_tensor(given[0].shape[2:]).expand(len(batch), 2) if batch.size is None else batch.size
+                where = _boxes(view, u, size.repeat(len(numbers), 1))
+                source = torch.arange(len(u), device=index.device) % len(batch)
+                x = self._render(view, steps, u, given[0], source, where, flip)
+            else:
+                where = cut[numbers[0] : numbers[-1] + 1].flatten(0, 1)
+                x = self._render(view, steps, u, torch.cat([given[number] for number in numbers]), None, where, flip)
+            images += x.split(len(batch))
+            boxes.append(where)
+            flipped.append(flip)
+        count = len(self), len(batch)
+        return Drawn(tuple(images), torch.cat(boxes).unflatten(0, count), torch.cat(flipped).unflatten(0, count))
+
+    def _render(
+        self,
+        view: View,
+        steps: list[tuple[Operation, slice]],
+        u: Tensor,
+        pixels: Tensor,
+        source: Tensor | None,
+        boxes: Tensor,
+        flip: Tensor,
+    ) -> Tensor:
+        """n views: cut from images `source` of `pixels`, or from ready crops (source None), then every step."""
+        settled = [step.settle(u[:, columns]) for step, columns in steps]
+
+        def work(take: Callable[[Tensor], Tensor]) -> Tensor:
+            if source is None:
+                x = crop.mirror(take(pixels).float().div_(255), take(flip))
+            else:
+                x = crop.resample(pixels, take(source), take(boxes), take(flip), view.size, view.interpolation)
+            for (step, _), drawn in zip(steps, settled, strict=True):
+                kind, *parameters = map(take, drawn)
+                if not idle(kind):
+                    x = step(x, kind, *parameters)
+            for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
+                channel.sub_(mean).div_(std)
+            return x
+
+        if u.device.type != "cpu":
+            return work(lambda t: t)
+        # A core's cache holds a few images. Those that want the same done come together, so that whole pieces skip.
+        want = torch.zeros(len(u), dtype=torch.long)
+        for kind, *_ in settled:
+            want = want * 8 + kind
+        out = torch.empty(len(u), len(self.mean), view.size, view.size)
+        piece = max(1, _CACHE * torch.get_num_threads() // out[0].numel())
+        for some in want.argsort(stable=True).split(piece):
+            out.index_copy_(0, some, work(partial(torch.index_select, dim=0, index=some)))
+        return out
+
+    def _checked(self, batch: Batch, attempt: int) -> tuple[list[Tensor], Tensor | None]:
+        """The batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
+        crops, channels = batch.crops, len(self.mean)
+        given = [x for x in ([batch.images] if crops is None else crops) if x is not None]
+        if not given or any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != channels for x in given):
+            raise DataError(
+                f"Views are drawn from uint8 images of {channels} channel(s) (B, C, H, W), but the batch holds "
+                f"{[(x.dtype, tuple(x.shape)) for x in given]}. Open the data with this number of channels."
+            )
+        if crops is None:
+            return given, None
+        sides = [view.size for view in self.views]
+        if [tuple(x.shape[2:]) for x in given] != [(side, side) for side in sides] or batch.boxes is None:
+            raise DataError(
+                f"The workers' crops are {[tuple(x.shape[2:]) for x in given]} pixels, the views {sides} square "
+                "(with boxes). Load with the views that are drawn."
+            )
+        if attempt:
+            raise ConfigError(
+                "Views cannot be drawn again from crops that the workers have cut. Keep the data resident "
+                "on the device (resident=True)."
+            )
+        return given, batch.boxes
+
+
+def _boxes(view: View, u: Tensor, size: Tensor) -> Tensor:
+    if view.scale is None:
+        return crop.centre_boxes(size, view.centre)
+    return crop.random_boxes(u[:, : crop.DRAWS], size, view.scale, view.ratio)
+
+
+def _table(view: View) -> tuple[tuple[object, type[Operation], tuple[object, ...]], ...]:
+    """Every operation in its order: whether the view does it, what it is, its parameters."""
+    moved = (view.zoom, view.aspect, view.rotation, view.shear, view.shift) != ((1, 1), 1, 0, 0, 0)
+    exposed = (view.gain, view.offset) != ((1, 1), (0, 0))
+    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    return (
+        (moved, Affine, (view.zoom, view.aspect, view.rotation, view.shear, view.shift, view.padding)),
+        (view.jitter, Jitter, (view.jitter, *strengths)),
+        (view.grey, Grey, (view.grey,)),
+        (view.blur, Blur, (view.blur, view.sigma, view.taps)),
+        (view.solarise, Solarise, (view.solarise, view.threshold)),
+        (exposed, Exposure, (view.gain, view.offset)),
+        (view.noise, Noise, (view.noise,)),
+    )
+
+
+COLUMNS = crop.DRAWS + 1 + sum(kind.draws for _, kind, _ in _table(View(1)))
+"""Random numbers per view: the crop's, the flip's, each operation's."""
+
+
+def operations(view: View) -> list[tuple[Operation, slice]]:
+    """What a view does after crop and flip, each with the columns of its random numbers. The columns are the same in
+    every view, so that an operation's draws do not depend on which others are done."""
+    steps, at = [], crop.DRAWS + 1
+    for wanted, kind, parameters in _table(view):
+        if wanted:
+            steps.append((kind(*parameters), slice(at, at + kind.draws)))
+        at += kind.draws
+    return steps
