@@ -1,0 +1,68 @@
+"""A picture of images and their views: what the model is shown, and where each view was cut."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from inbatch.views.pipeline import Drawn
+
+_CELL = 96
+_GAP = 4
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#9a6324")
+
+
+def grid(images: Tensor | Sequence[Tensor], drawn: Drawn, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """One row per image: the image with the box of every view, then the views, each framed in its box's colour.
+
+    images: (n, C, H, W) uint8, or n of (C, h, w); drawn: their views, normalised with mean and std.
+    Returns (height, width, 3) uint8. One channel is shown in grey, of more than three the first three.
+    """
+    views = len(drawn.images)
+    sheet = Image.new("RGB", ((_CELL + _GAP) * (1 + views) + _GAP, (_CELL + _GAP) * len(images) + _GAP), "white")
+    for row, image in enumerate(images):
+        top = _GAP + row * (_CELL + _GAP)
+        height, width = image.shape[-2:]
+        zoom = _CELL / max(height, width)
+        original = _picture(image.cpu().numpy()).resize((round(width * zoom), round(height * zoom)), _how(zoom))
+        pen = ImageDraw.Draw(original)
+        for view in range(views):
+            y, x, h, w = (zoom * side for side in drawn.boxes[view, row].tolist())
+            pen.rectangle((x, y, x + w - 1, y + h - 1), outline=_COLOURS[view % len(_COLOURS)], width=2)
+        sheet.paste(original, (_GAP, top))
+        for view, batch in enumerate(drawn.images):
+            values = batch[row].float().cpu().numpy() * _column(std) + _column(mean)
+            tile = _picture((values * 255).round().clip(0, 255).astype(np.uint8))
+            tile = tile.resize((_CELL, _CELL), _how(_CELL / tile.width))
+            colour = _COLOURS[view % len(_COLOURS)]
+            ImageDraw.Draw(tile).rectangle((0, 0, _CELL - 1, _CELL - 1), outline=colour, width=2)
+            sheet.paste(tile, (_GAP + (1 + view) * (_CELL + _GAP), top))
+    return np.asarray(sheet)
+
+
+def save_grid(
+    path: str | Path,
+    images: Tensor | Sequence[Tensor],
+    drawn: Drawn,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Write `grid` to an image file."""
+    Image.fromarray(grid(images, drawn, mean, std)).save(path)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """(C, h, w) uint8 as an RGB picture."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 0)
+    return Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
+
+
+def _how(zoom: float) -> Image.Resampling:
+    """Pixels stay visible where they are enlarged."""
+    return Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
+
+
+def _column(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)[:, None, None]
