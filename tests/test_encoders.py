@@ -42,7 +42,7 @@ def used(encoder, seed=0):
         ("resnet18", 65, 3, "imagenet", 512, 11_176_512),
         ("torchvision/resnet18", 32, 3, "cifar", 512, 11_168_832),
         ("resnet10", 32, 3, "cifar", 512, 4_898_112),
-        ("tiny", 20, 1, None, 64, 75_496),
+        ("tiny", 20, 1, None, 96, 74_400),
     ],
 )
 def test_sizes(name, size, channels, stem, width, count):
@@ -163,7 +163,7 @@ def test_embed_takes_whatever_holds_images():
         features = encoder.embed(given, batch=2)
         assert features.dtype == np.float32
         assert np.allclose(features, expected, atol=1e-5)
-    assert encoder.embed([]).shape == (0, 64)
+    assert encoder.embed([]).shape == (0, 96)
 
 
 def test_embed_grey_arrays_and_turned_photos():

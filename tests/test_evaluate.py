@@ -398,7 +398,7 @@ def test_evaluate_states_its_protocol():
     assert result["train"] == {"name": "pictures", "images": 30, "labelled": 30}
     assert result["knn"]["k"] == 30 and result["knn"]["temperature"] == 0.1
     assert result["linear"]["probe"] == "lbfgs" and result["clustering"]["split"] == "test"
-    assert result["encoder"]["name"] == "tiny" and result["width"] == 64 and result["protocol_version"] == 1
+    assert result["encoder"]["name"] == "tiny" and result["width"] == 96 and result["protocol_version"] == 1
     features = embed(net, train), embed(net, test)
     made = evaluate(None, *features, protocols=["knn"], k=200)
     assert made["knn"] == result["knn"] and "linear" not in made

@@ -2,7 +2,7 @@
 
 `create_encoder` knows timm's names, `torchvision/NAME`, and two small ones of ours:
   resnet10  ResNet-18 with one basic block per stage instead of two (4.9 million parameters);
-  tiny      3x3 convolutions with batch norm, for grey canvases of about 20 pixels (about 72,000 parameters).
+  tiny      three 3x3 convolutions with batch norm, 32-64-96, for canvases of about 20 pixels (74,400 parameters).
 At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool.
 """
 
