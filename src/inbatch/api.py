@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inbatch import ranks
+from inbatch.batch import Batch
 from inbatch.build import Built, build, device_for, held_out, plan
-from inbatch.config import PARTS, Recipe, Settings, make, read_file
-from inbatch.data import Source, open_data, splits
+from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
+from inbatch.data import Source, Subset, decode_all, open_data, splits
+from inbatch.describe import describe, estimate
+from inbatch.draws import permutation
 from inbatch.encoders import Encoder, load_encoder
 from inbatch.errors import ConfigError
 from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.evaluate import embed_stream as stream
 from inbatch.files import locked, write_json
 from inbatch.train import clear, train
+from inbatch.views import PRESETS, Views
+from inbatch.views.figure import save_grid
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,7 @@ def pretrain(
             recipe, source, data = _resumed(going_on, data, given)
             directory = going_on
         else:
-            if data is None:
-                data = given.get("data")
-            if data is None:
-                raise ConfigError("which images? give a folder, a Parquet file or an embedded set such as digits-canvas")
+            data = _which(data, given)
             recipe, source = plan(data, given)
             directory = _new_folder(out, recipe, overwrite)
         where = device_for(device)
@@ -95,8 +99,43 @@ def prepare(
 ) -> Built:  # fmt: skip
     """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
     given = _settings(method, config, settings, fields)
-    recipe, source = plan(given.get("data") if data is None else data, given)
+    recipe, source = plan(_which(data, given), given)
     return build(recipe, source, device=device_for(device), workers=workers)
+
+
+def rehearse(
+    data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto", **options: Any
+) -> dict[str, Any]:
+    """What `pretrain` would do, found without training or writing: recipe, description, shapes, steps, memory."""
+    made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
+    try:
+        built = prepare(data, method, device=device, **options)
+        held = held_out(built.recipe, built.source, built.recipe.data if isinstance(data, str | None) else data)
+        found = {"recipe": built.recipe.nested(), "description": describe(built), "held_out": held and held[2]}
+        return found | estimate(built)
+    finally:
+        if made:
+            ranks.teardown()
+
+
+def draw_views(
+    data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
+    settings: Mapping[str, Any] | None = None, **fields: Any,
+) -> Part:  # fmt: skip
+    """Draw some images beside their views into a picture; returns the views' name and options."""
+    given = _settings(method, None, settings, fields)
+    recipe, source = plan(_which(data, given), given)
+    chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
+    mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
+    views = Views(PRESETS[recipe.views.name](**recipe.views.options), mean, std)
+    held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
+    drawn = views(Batch(torch.arange(len(held.source)), held.source.labels, seed, 0, images=held.images, size=held.size))
+    images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
+    try:
+        save_grid(out, images, drawn, mean, std)
+    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no picture's
+        raise ConfigError(f"cannot write {out}: {error}") from None
+    return recipe.views
 
 
 def load(path: str | Path) -> Encoder:
@@ -139,6 +178,14 @@ def embed_run(path: str | Path, data: Any, out: str | Path, *, split: str | None
     source = open_data(data, split, channels=encoder.channels)
     write_embeddings(Path(out), stream(encoder, source))
     return len(source)
+
+
+def _which(data: Any, given: Settings) -> Any:
+    """The data to learn from: what is given, else what the settings say."""
+    data = given.get("data") if data is None else data
+    if data is None:
+        raise ConfigError("which images? give --data a folder, a Parquet file or an embedded set such as digits-canvas")
+    return data
 
 
 def _settings(

@@ -158,6 +158,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
     groups_of = parameter_groups({"tower": tower}, lr=lr, weight_decay=chosen.pop("weight_decay"))
     optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
+    set_rates(recipe, loader.steps, optimizer, 0)  # a schedule that cannot be is an error now
     total = recipe.epochs * loader.steps
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: drawn(views, batch),

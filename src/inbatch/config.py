@@ -20,6 +20,7 @@ import yaml
 from inbatch.encoders import create_encoder
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
+from inbatch.methods.base import Method
 from inbatch.optim import OPTIMIZERS
 from inbatch.views import PRESETS
 
@@ -144,7 +145,13 @@ SHARED_PRESETS: dict[str, Settings] = {
 """Presets of the embedded data, for every method; a method's own preset of the same name goes on top."""
 
 
-def natural_preset(data: str, size: int) -> str:
+def method_named(name: str) -> type[Method]:
+    """A method by name; ConfigError with a suggestion."""
+    _known("method", name, METHODS)
+    return METHODS[name]
+
+
+def natural_preset(data: str, size: float) -> str:
     """The preset where none is asked for: by the name of an embedded data set, else by the size of the images."""
     embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
     return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
@@ -157,13 +164,13 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     """
     settings = dict(settings)
     method = settings.get("method.name", "simclr")
-    _known("method.name", method, METHODS)
-    preset = settings.setdefault("preset", natural_preset(str(settings.get("data")), int(settings.get("size", 224))))
-    own = METHODS[method].presets
+    own = method_named(method).presets
+    preset = settings.setdefault("preset", natural_preset(str(settings.get("data")), _number(settings.get("size", 224))))
     _known("preset", preset, SHARED_PRESETS | own)
     base = {"method.name": method, "views.name": "simclr", "encoder.name": "resnet18", "optimizer.name": "sgd"}
     base |= {"optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
     given = SHARED_PRESETS.get(preset, {}) | own.get(preset, {})
+    given.pop("source", None)  # for people
     # Options of another part than the preset's are not the preset's to set.
     for part in PARTS:
         chosen = settings.get(f"{part}.name")
@@ -189,8 +196,11 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
     for key in unknown:
         raise ConfigError(f"unknown setting 'schedule.{key}'{_nearest(f'schedule.{key}', _all_keys(options))}")
+    if "schedule.warmup" not in settings and "schedule.warmup" in merged:
+        # A preset's warm-up is for its own length; of a shorter run it takes a tenth at most.
+        options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
     if top.get("evaluate_every") is None:
-        top["evaluate_every"] = max(1, int(top.get("epochs", 100)) // 10)
+        top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
     return _validated(pydantic.TypeAdapter(Recipe), top | parts | {"schedule": options["schedule"]}, "")
 
 
@@ -282,9 +292,18 @@ def _known(key: str, name: Any, names: Iterable[str]) -> None:
         raise ConfigError(f"{key} = {name!r} is unknown{_nearest(str(name), names)}")
 
 
+def _number(value: Any) -> float:
+    """A number to reckon with; what is none is left to validation."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 100.0
+
+
 def _all_keys(options: Mapping[str, Settings]) -> list[str]:
-    keys = [f.name for f in dataclasses.fields(Recipe)] + [f"schedule.{f.name}" for f in dataclasses.fields(Schedule)]
-    return keys + [f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)]
+    keys = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+    keys |= {f"schedule.{f.name}" for f in dataclasses.fields(Schedule)}
+    return sorted(keys | {f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)})
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

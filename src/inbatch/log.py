@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,6 +19,7 @@ from inbatch.files import cannot_write, replacing, to_json
 class Log:
     """Numbers of a run by step; a context manager.
 
+    directory: the run's folder; None keeps no files (every rank but the first).
     total_steps: of the whole run, resumed or not.
     resume_step: the checkpoint's step; lines after it are removed from an older log, with 0 all of them.
     every: steps between two records in the files. In between, values are not read, so a tensor on a GPU can be
@@ -28,7 +30,7 @@ class Log:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         *,
         total_steps: int,
         quiet: bool = False,
@@ -40,21 +42,24 @@ class Log:
         self.total_steps, self.every = total_steps, every
         self._console = console or Console(stderr=True)
         self._console.quiet = quiet
-        self._path = directory / "metrics.jsonl"
-        _truncate(self._path, resume_step)
+        self._path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
+        if directory is not None:
+            _truncate(self._path, resume_step)
         try:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
         self._tensorboard = None
-        if importlib.util.find_spec("tensorboard"):
+        if directory is None:
+            pass
+        elif importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             # The same truncation: TensorBoard hides what an older writer logged from this step on.
             self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resume_step + 1)
         else:
-            self.note("No TensorBoard log: it is not installed (pip install tensorboard).")
+            self.note('No TensorBoard log: it is not installed (pip install "inbatch[tensorboard]").')
 
         # Refreshed by hand: no thread beside the training loop, none to fork into data workers.
         self._bar: Progress | None = None

@@ -18,6 +18,7 @@ from inbatch.build import Built
 from inbatch.checkpoint import load, restore, save
 from inbatch.data import Subset
 from inbatch.encoders import save_encoder
+from inbatch.describe import describe
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
@@ -31,19 +32,20 @@ Judge = Callable[[], dict[str, float]]
 
 @dataclass
 class Progress:
-    """What a run remembers besides its parts: saved with every checkpoint."""
+    """What a run remembers besides its parts: saved with every checkpoint. `step` counts those that are done."""
 
+    step: int = 0
     best: float = -math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "curve": self.curve, "seconds": self.seconds, "images": self.images}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.curve = state["best"], state["curve"]
-        self.seconds, self.images = state["seconds"], state["images"]
+        for name in self.__dataclass_fields__:
+            setattr(self, name, state[name])
 
 
 def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
@@ -54,54 +56,55 @@ def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume:
     """
     recipe, progress, main = built.recipe, Progress(), ranks.rank() == 0
     parts = built.parts() | {"progress": progress}
-    step, note = 0, None
+    note = None
     if resume:
         found = load(out / "checkpoints")
         restore(parts, found.state)
-        step, note = found.step, found.note
-    ranks.agree(f"{recipe} {len(built.source)} {torch.__version__} {step}", "recipe, data, torch or checkpoint")
+        note = found.note
+    seen = f"{recipe} {len(built.source)} {torch.__version__} {progress.step}"
+    ranks.agree(seen, "recipe, data, version of torch or checkpoint")
 
-    report = _Report(out, built, main)
-    report.status("running", step)
-    with Log(out, total_steps=built.total, quiet=quiet or not main, resume_step=step, record=main) as log:
+    report = _Report(out, built, progress, main)
+    report.status("running")
+    with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
+        log.note(describe(built))
         if note:
             log.note(note)
         with stop_on_signals() as stop:
             try:
-                step = _epochs(built, progress, parts, step, log, stop, held, out)
+                _epochs(built, progress, parts, log, stop, held, out)
             except (Preempted, Interrupted, TrainingError) as error:
                 kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
-                report.status(kinds[type(error)], progress.curve[-1]["step"] if progress.curve else step, str(error))
+                report.status(kinds[type(error)], str(error))
                 raise
             except BaseException as error:
-                report.status("crashed", step, f"{type(error).__name__}: {error}")
+                report.status("crashed", f"{type(error).__name__}: {error}")
                 raise
-    result = _finish(built, progress, held, out) if main else None
-    result = ranks.share(result)
-    report.status("finished", step)
+    result = ranks.share(_finish(built, progress, held, out) if main else None)
+    report.status("finished")
     return result
 
 
 def _epochs(
-    built: Built, progress: Progress, parts: dict[str, Any], step: int, log: Log, stop: Stop, held: Any, out: Path
-) -> int:
-    """Every epoch from `step` on; returns the last step."""
+    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path
+) -> None:
+    """Every epoch from `progress.step` on."""
     recipe, steps = built.recipe, built.loader.steps
     judge = _judge(built, held)
-    if step == 0:
-        _judged(judge, progress, step, 0, log)
-    for epoch in range(step // steps, recipe.epochs):
+    if progress.step == 0:
+        _judged(judge, progress, 0, log)
+    for epoch in range(progress.step // steps, recipe.epochs):
         began = time.perf_counter()  # waiting for data counts, judging and saving do not
-        for batch in built.loader.epoch(epoch, start=step % steps):
-            losses = built.step(batch, step)
-            step += 1
+        for batch in built.loader.epoch(epoch, start=progress.step % steps):
+            losses = built.step(batch, progress.step)
+            progress.step = step = progress.step + 1
             now = time.perf_counter()
             progress.seconds, began = progress.seconds + now - began, now
             progress.images += recipe.batch
             log.step(step, epoch, losses | {"lr": built.optimizer.param_groups[0]["lr"]}, recipe.batch)
             asked = ranks.largest(stop.requested or 0)
             if asked and step < built.total:
-                _save(parts, step, out, best=False)
+                _save(parts, progress, out, best=False)
                 kind = Interrupted if asked == signal.SIGINT else Preempted
                 raise kind(
                     f"stopped by {signal.Signals(asked).name} at step {step} of {built.total}, checkpoint saved: "
@@ -110,18 +113,18 @@ def _epochs(
         done = epoch + 1
         best = False
         if done % recipe.evaluate_every == 0 or done == recipe.epochs:
-            best = _judged(judge, progress, step, done, log)
+            best = _judged(judge, progress, done, log)
         if best or done % recipe.checkpoint_every == 0 or done == recipe.epochs:
-            _save(parts, step, out, best)
-    return step
+            _save(parts, progress, out, best)
 
 
-def _save(parts: dict[str, Any], step: int, out: Path, best: bool) -> None:
+def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:
     """Write a checkpoint from rank 0; an error there ends every rank."""
     problem = None
     if ranks.rank() == 0:
         try:
-            save(out / "checkpoints", {name: part.state_dict() for name, part in parts.items()}, step=step, best=best)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save(out / "checkpoints", state, step=progress.step, best=best)
         except InbatchError as error:
             problem = str(error)
     if problem := ranks.share(problem):
@@ -132,23 +135,24 @@ def _judge(built: Built, held: Any) -> Judge:
     """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
 
     def look() -> dict[str, float]:
-        options = {"device": built.loader.device, "precision": built.tower.precision}
+        options = {"precision": built.tower.precision}
         if held is None:
             few = torch.arange(min(2048, len(built.source)))
             vectors = embed(built.encoder, Subset(built.source, few, "to watch the features"), **options).vectors
             return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
         bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
         found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
-        return {"knn": knn(bank, queries, k=min(200, len(bank)))["top1"]} | found
+        near = knn(bank.labelled(), queries.labelled(), k=min(200, len(bank.labelled())), device=built.loader.device)
+        return {"knn": near["top1"]} | found
 
     return look
 
 
-def _judged(judge: Judge, progress: Progress, step: int, epoch: int, log: Log) -> bool:
+def _judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
     """Judge the features on rank 0, remember and log it; whether they are the best so far."""
     found = ranks.share(judge() if ranks.rank() == 0 else None)
-    progress.curve.append({"step": step, "epoch": epoch} | found)
-    log.evaluation(step, found)
+    progress.curve.append({"step": progress.step, "epoch": epoch} | found)
+    log.evaluation(progress.step, found)
     best = found.get("knn", -math.inf) > progress.best
     progress.best = max(progress.best, found.get("knn", -math.inf))
     return best
@@ -189,18 +193,19 @@ def peak_memory(device: torch.device) -> int:
 class _Report:
     """run.json: whether the run goes on, ended or failed, and why."""
 
-    def __init__(self, out: Path, built: Built, main: bool) -> None:
-        self.path, self.main = out / "run.json", main
+    def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
+        self.path, self.progress, self.main = out / "run.json", progress, main
         self.fixed = {"command": built.recipe.command(), "steps": built.total}
 
-    def status(self, status: str, step: int, reason: str | None = None) -> None:
+    def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
-            write_json(self.path, {"status": status, "reason": reason, "last_step": step} | self.fixed)
+            (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"status": status, "reason": reason, "last_step": self.progress.step} | self.fixed)
 
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
     for name in ("checkpoints", "encoder", "tensorboard"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "neighbours.png"):
+    for name in ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "evaluation.json", "quickstart.json", "neighbours.png"):
         (out / name).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""Whole runs on the embedded data: resuming, learning, being stopped, and what a run leaves behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import SMALL
+
+import inbatch
+from inbatch import checkpoint
+from inbatch.errors import ConfigError, DataError, Interrupted, Preempted, TrainingError
+from inbatch.log import Log
+from inbatch.methods import METHODS
+
+TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
+
+
+def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
+    settings = options | fields.pop("settings", {})
+    return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while it makes a step."""
+    real = Log.step
+
+    def log(self: Log, at: int, *rest: Any) -> None:
+        if at == step:
+            os.kill(os.getpid(), number)
+        real(self, at, *rest)
+
+    monkeypatch.setattr(Log, "step", log)
+
+
+def assert_same_state(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, down to every tensor."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def saved(out: Path) -> dict[str, Any]:
+    state = checkpoint.load(out / "checkpoints").state
+    del state["progress"]["seconds"]
+    return state
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stops", [(3,), (5,), (2, 7)], ids=["in an epoch", "at its end", "twice"])
+def test_resuming_is_bit_exact(
+    method: str, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(method, tmp_path / "whole")
+    for i, step in enumerate(stops):
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, step)
+            tiny(method, tmp_path / "cut", resume=i > 0)
+        status = json.loads((tmp_path / "cut" / "run.json").read_text())
+        assert (status["status"], status["last_step"]) == ("preempted", step)
+    tiny(method, tmp_path / "cut", resume=True)
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "the log goes back"
+
+
+def test_resuming_does_not_depend_on_workers_or_where_images_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("simclr", tmp_path / "whole", resident=False, workers=2)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 3)
+        tiny("simclr", tmp_path / "cut", resident=False, workers=0)
+    tiny("simclr", tmp_path / "cut", resume=True, resident=False, workers=1)
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+
+
+def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        stop_after(patch, 4, signal.SIGINT)
+        tiny("simclr", tmp_path)
+    assert caught.value.exit_code == 130 and "--resume" in str(caught.value)
+    assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 3: the run goes on from `previous`, says so, and ends as if nothing had happened."""
+    tiny("simclr", tmp_path / "whole", epochs=3)
+    tiny("simclr", tmp_path / "hurt", epochs=3)
+    last = tmp_path / "hurt" / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes({"flip": bytes(content), "truncate": bytes(content[:1000]), "empty": b""}[damage])
+    tiny("simclr", tmp_path / "hurt", epochs=3, resume=True, quiet=False)
+    assert "last.pt is " in capfd.readouterr().err
+    assert_same_state(saved(tmp_path / "hurt"), saved(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
+def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
+    tiny("moco", tmp_path, epochs=1)
+    found = checkpoint.load(tmp_path / "checkpoints")
+    del found.state[key]
+    checkpoint.save(tmp_path / "checkpoints", found.state, step=found.step)
+    with pytest.raises(inbatch.errors.InbatchError, match=key):
+        tiny("moco", tmp_path, epochs=1, resume=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method: str, tmp_path: Path) -> None:
+    """Real handwriting: k-NN at least 15 points above the same encoder untrained, after a few seconds."""
+    run = inbatch.pretrain(
+        "digits-canvas", method, out=tmp_path, epochs=10, evaluate_every=10, seed=1, quiet=True, precision="float32"
+    )
+    untrained, trained = (run.result["curve"][i]["knn"] for i in (0, -1))
+    assert trained > untrained + 0.15, (untrained, trained)
+    assert run.result["evaluation"]["knn"]["top1"] == pytest.approx(trained, abs=0.01)
+
+
+def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path) -> None:
+    run = tiny("simclr", tmp_path / "run", settings={"method.temperature": 0.3})
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"recipe.json", "run.json", "result.json", "metrics.jsonl", "curves.png", "checkpoints", "encoder"} <= left
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    again = inbatch.pretrain(config=tmp_path / "run" / "recipe.json", out=tmp_path / "again", quiet=True)
+    assert again.recipe == run.recipe and again.recipe.method.options["temperature"] == 0.3
+    assert_same_state(saved(tmp_path / "again"), saved(tmp_path / "run"))
+    images = torch.randint(0, 255, (5, 1, 20, 20), dtype=torch.uint8)
+    assert inbatch.load(tmp_path / "run").embed(images).shape == (5, run.encoder.width)
+
+
+def test_the_same_features_alone_and_among_others(tmp_path: Path) -> None:
+    encoder = tiny("simclr", tmp_path).encoder
+    images = torch.randint(0, 255, (8, 1, 20, 20), dtype=torch.uint8)
+    alone = [encoder.embed(images[i : i + 1]) for i in range(8)]
+    torch.testing.assert_close(torch.tensor(encoder.embed(images)), torch.cat([torch.tensor(a) for a in alone]))
+
+
+def test_an_overwrite_is_asked_for(tmp_path: Path) -> None:
+    tiny("simclr", tmp_path, epochs=1)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        tiny("simclr", tmp_path, epochs=1)
+    tiny("moco", tmp_path, epochs=1, overwrite=True)
+    with pytest.raises(ConfigError, match="keeps its recipe"):
+        tiny("moco", tmp_path, epochs=3, resume=True)
+
+
+def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = METHODS["simclr"].loss
+
+    def broken(self: Any, *args: Any) -> dict[str, torch.Tensor]:
+        found = real(self, *args)
+        return {"loss": found["loss"] * float("nan")}
+
+    monkeypatch.setattr(METHODS["simclr"], "loss", broken)
+    with pytest.raises(TrainingError, match="nothing was changed") as caught:
+        tiny("simclr", tmp_path)
+    assert caught.value.exit_code == 4
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_arrays_in_memory(tmp_path: Path) -> None:
+    images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
+    run = inbatch.pretrain(
+        images, "simclr", out=tmp_path / "a", encoder="tiny", batch=20, epochs=1, quiet=True, settings={"schedule.warmup": 0}
+    )
+    assert run.result["evaluation"] is None and run.result["curve"][-1]["rankme"] > 1
+    labelled = inbatch.pretrain(
+        (images, [i % 3 for i in range(60)]), "supervised", out=tmp_path / "b", encoder="tiny", batch=20, epochs=1,
+        quiet=True, settings={"schedule.warmup": 0},
+    )  # fmt: skip
+    assert "tenth" in labelled.result["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"batch": 4096}, DataError, "fewer than one batch"),
+        ({"context": 7}, ConfigError, "divisor"),
+        ({"context": 80}, ConfigError, "does not divide"),
+        ({"settings": {"views.views": 1}}, ConfigError, "learns from"),
+        ({"subset": 9999}, DataError, "has 1,297"),
+        ({"settings": {"schedule.warmup": 100}}, ConfigError, "warm-up"),
+        ({"encoder": "resnet1818"}, ConfigError, "resnet18"),
+        ({"settings": {"encoder.init": "nowhere.pt"}}, DataError, "nowhere.pt"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(
+    fields: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        tiny("simclr", tmp_path / "run", **fields)
+    assert not (tmp_path / "run" / "recipe.json").exists(), "a run that never began left a recipe"
+
+
+def test_labels_are_needed_where_a_method_learns_from_them(tmp_path: Path) -> None:
+    images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
+    with pytest.raises(DataError, match="none"):
+        inbatch.pretrain(images, "supervised", out=tmp_path, encoder="tiny", batch=20)
