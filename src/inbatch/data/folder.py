@@ -1,0 +1,145 @@
+"""Folders of image files: scanned by our own scanner, which counts what it leaves out and says so."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from inbatch.data.decode import Picture, file_channels
+from inbatch.data.source import Source, unlabelled
+from inbatch.errors import DataError
+
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
+TESTS = ("test", "val", "validation")
+"""Names of the split that is not trained on; the first that exists is `test`."""
+
+
+@dataclass
+class Scan:
+    """What lies under a folder: sorted image paths relative to it, and what was left out."""
+
+    paths: np.ndarray = field(default_factory=lambda: np.array([], dtype="S1"))
+    skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def scan(root: Path) -> Scan:
+    """Every image under a folder at any depth, hidden files apart; symbolic links are followed, once each.
+
+    Paths are bytes with "/" between the parts, in one numpy array: sorted alike on every file system, and not
+    copied into every data worker as Python strings would be (pytorch#13246).
+    """
+    found, result, seen = [], Scan(), set()
+    stack = [(os.fsencode(root), b"")]
+    while stack:
+        folder, prefix = stack.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to what was scanned already
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda e: e.name, reverse=True)
+        except OSError as e:
+            result.unreadable.append(f"{os.fsdecode(prefix) or root}: {e.strerror}")
+            continue
+        for entry in inside:
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_dir():
+                stack.append((entry.path, prefix + entry.name + b"/"))
+            elif extension in EXTENSIONS and entry.is_file():
+                found.append(prefix + entry.name)
+            else:
+                result.skipped[os.fsdecode(extension) or "no extension"] += 1
+    if found:
+        result.paths = np.sort(np.array(found, dtype=np.bytes_))
+    return result
+
+
+class FolderSource(Source):
+    """The images of a folder, decoded by Pillow when asked for.
+
+    Labelled by first-level sub-folder if every image lies in one and there are at least two of them.
+    `classes` fixes the numbering (a test split counts as its train split does).
+    """
+
+    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = ()):
+        self.root, self.scan = root, scan(root)
+        paths = self.scan.paths
+        if not len(paths):
+            kinds = " ".join(e.decode() for e in EXTENSIONS)
+            raise DataError(f"No image under {str(root)!r}{self._left_out()}: put files with {kinds} there")
+        heads = np.array([path.partition(b"/")[0] if b"/" in path else b"" for path in paths.tolist()])
+        found, labels = np.unique(heads, return_inverse=True)
+        self._labelled = len(found) > 1 and b"" not in found
+        if not self._labelled:
+            super().__init__(str(root), channels, unlabelled(len(paths)), ())
+            return
+        names = tuple(_text(name) for name in found)
+        classes = classes or names
+        if unknown := sorted(set(names) - set(classes)):
+            raise DataError(f"{str(root)!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
+        number = torch.tensor([classes.index(name) for name in names])
+        super().__init__(str(root), channels, number[torch.from_numpy(labels)], classes)
+
+    def open(self, i: int) -> Picture:
+        path = os.path.join(os.fsencode(self.root), bytes(self.scan.paths[i]))
+        return Picture(path, os.path.join(self.name, self.identity(i)), self.channels)
+
+    def identity(self, i: int) -> str:
+        return _text(bytes(self.scan.paths[i]))
+
+    def report(self) -> str:
+        kind = (
+            f"{len(self.classes)} classes (the first-level sub-folders)"
+            if self._labelled
+            else "unlabelled (not every image lies in one of at least two sub-folders)"
+        )
+        return f"{self.name}: {len(self):,} images found{self._left_out()}; {kind}"
+
+    def _left_out(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.scan.skipped.most_common(5))
+        skipped = f", {self.scan.skipped.total():,} other files skipped ({kinds})" if kinds else ""
+        bad = self.scan.unreadable
+        return skipped + (f", {len(bad)} unreadable folders ({'; '.join(bad[:3])})" if bad else "")
+
+
+def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+    """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
+    if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
+        return None
+    depth = file_channels(channels)
+    inside = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    test = next((name for name in TESTS if name in inside), None)
+    # A class may be called "train", so the word alone, among other sub-folders, makes no split.
+    if "train" not in inside or (test is None and inside != {"train"}):
+        return {"train": lambda: FolderSource(root, depth)}
+    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth)}
+    if test:
+        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes)
+    return splits
+
+
+def write_folder(source: Source, directory: str | os.PathLike) -> Path:
+    """Every image as PNG, in a sub-folder per class (none if unlabelled); the directory must not hold files."""
+    root = Path(directory)
+    if root.exists() and any(root.iterdir()):
+        raise DataError(f"{str(root)!r} is not empty: name a new directory")
+    for i, label in enumerate(source.labels.tolist()):
+        folder = root / source.classes[label] if label >= 0 else root
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = source.image(i).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{i:06d}.png")
+    return root
+
+
+def _text(path: bytes) -> str:
+    """A name that can be printed and stored whatever bytes it is made of."""
+    return path.decode("utf-8", "backslashreplace")

@@ -1,0 +1,156 @@
+"""Parquet files in the Hugging Face image layout, read by row group.
+
+Columns `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64, -1 or null for unknown); class
+names in the file's `huggingface` metadata.
+"""
+
+import io
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from inbatch.data.arrays import check_labels
+from inbatch.data.decode import Picture, file_channels
+from inbatch.data.folder import TESTS
+from inbatch.data.source import Source, unlabelled
+from inbatch.errors import ConfigError, DataError
+
+CACHE_BYTES = 512 * 2**20
+"""Encoded row groups that each process keeps; a set larger than this is read again and again when shuffled."""
+
+_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
+
+
+class ParquetSource(Source):
+    """The rows of one or more files, in order; images stay encoded and on disk until asked for."""
+
+    def __init__(self, files: Sequence[Path], name: str, channels: int = 3):
+        parquet = _pyarrow()
+        self.files = [str(file) for file in files]
+        names: tuple[str, ...] = ()
+        labels, starts, groups = [], [0], []
+        for number, file in enumerate(self.files):
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    schema, meta = opened.schema_arrow, opened.metadata
+                    column = opened.read(["label"])["label"] if "label" in schema.names else None
+            except (OSError, ValueError) as e:
+                raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
+            fields = {f"image.{f.name}" for f in schema.field("image").type} if "image" in schema.names else set()
+            if not {"image.bytes", "image.path"} <= fields:
+                raise DataError(
+                    f"{file!r} has the columns {', '.join(schema.names)}: "
+                    "a column `image` (struct of `bytes` and `path`) is needed"
+                )
+            names = _class_names(schema.metadata) or names
+            for group in range(meta.num_row_groups):
+                groups.append((number, group))
+                starts.append(starts[-1] + meta.row_group(group).num_rows)
+            labels.append(unlabelled(meta.num_rows) if column is None else _labels(column, file))
+        known = torch.cat(labels)
+        if not len(known):
+            raise DataError(f"{name!r} holds no image: its Parquet files have no rows")
+        highest = int(known.max())
+        names = (names or tuple(str(c) for c in range(highest + 1))) if highest >= 0 else ()
+        if highest >= len(names):
+            raise DataError(f"{name!r} holds the label {highest}, but its metadata names {len(names)} classes")
+        super().__init__(name, channels, known, names)
+        self._starts, self._groups = np.array(starts), groups
+        self._forget()
+
+    def open(self, i: int) -> Picture:
+        image = self._row(i)
+        if not image["bytes"].is_valid:
+            raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
+        return Picture(io.BytesIO(image["bytes"].as_buffer()), self.identity(i), self.channels)
+
+    def identity(self, i: int) -> str:
+        return self._row(i)["path"].as_py() or f"row {i}"
+
+    def _row(self, i: int) -> Any:
+        which = int(np.searchsorted(self._starts, i, side="right")) - 1
+        if self._process != os.getpid():  # a forked worker must not share the parent's open files
+            self._forget()
+        with self._lock:
+            if which in self._cache:
+                self._cache.move_to_end(which)
+            else:
+                self._cache[which] = self._read(*self._groups[which])
+                while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:
+                    self._cache.popitem(last=False)
+            return self._cache[which][i - int(self._starts[which])]
+
+    def _read(self, file: int, group: int) -> Any:
+        if file not in self._opened:
+            self._opened[file] = _pyarrow().ParquetFile(self.files[file])
+        try:
+            table = self._opened[file].read_row_group(group, columns=["image"], use_threads=False)
+        except (OSError, ValueError) as e:
+            raise DataError(f"Row group {group} of {self.files[file]!r} cannot be read: {e}") from e
+        return table["image"].combine_chunks()
+
+    def _forget(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._opened: dict[int, Any] = {}
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened", "_cache", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+    """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    path, depth = Path(data), file_channels(channels)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return {"train": lambda: ParquetSource([path], str(path), depth)}
+    if not path.is_dir():
+        return None
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        if match := _SPLIT.fullmatch(file.name):
+            files.setdefault(match[1], []).append(file)
+    if "train" not in files:
+        return None
+    splits: dict[str, Callable[[], Source]] = {"train": lambda: ParquetSource(files["train"], str(path), depth)}
+    if test := next((name for name in TESTS if name in files), None):
+        splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth)
+    return splits
+
+
+def _labels(column: Any, file: str) -> torch.Tensor:
+    try:
+        values = torch.from_numpy(column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).copy())
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise DataError(f"The column `label` of {file!r} is {column.type}: integers are needed") from e
+    return check_labels(values, len(column), f"The labels of {file!r}")
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
+    """The names of the feature `label`; none if the file does not say."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features["label"]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as e:
+        raise ConfigError('Parquet files need pyarrow: python -m pip install "inbatch[parquet]"') from e
+    return parquet

@@ -1,0 +1,78 @@
+"""What every source of images offers, whatever it reads from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+Want = tuple[int, Literal["bilinear", "bicubic"]]
+"""What a view wants of its crop: the side of the output in pixels, and how to interpolate."""
+
+
+@runtime_checkable
+class Opened(Protocol):
+    """An image whose size is known and whose pixels are not yet decoded (`decode.Picture` is one)."""
+
+    size: tuple[int, int]
+
+    def __enter__(self) -> "Opened": ...
+    def __exit__(self, *exc: object) -> None: ...
+    def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]: ...
+    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[Want]) -> tuple[UInt8[Tensor, "c s s"], ...]: ...
+
+
+class Source(ABC):
+    """N images with labels; cheap to hold, pickles into data workers.
+
+    name: where the images come from. channels: 1 grey, 3 RGB, any number for arrays.
+    labels: (N,) int64, -1 where unknown. classes: the labels' names, empty when nothing is labelled.
+    """
+
+    def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
+        self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def open(self, i: int) -> Opened:
+        """Image i, header read, pixels not; DataError that names it if that fails."""
+
+    @abstractmethod
+    def identity(self, i: int) -> str:
+        """What a person calls image i: its path, or its number."""
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        """All pixels of image i; DataError that names it if it cannot be decoded."""
+        with self.open(i) as picture:
+            return picture.tensor()
+
+    def report(self) -> str:
+        """One or more lines for people: what was found, and what was not used."""
+        known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
+        return f"{self.name}: {len(self):,} images, {known}"
+
+
+class Subset(Source):
+    """Some images of a source, in the order given, renumbered from 0."""
+
+    def __init__(self, source: Source, indices: Int[Tensor, "m"], why: str):
+        super().__init__(source.name, source.channels, source.labels[indices], source.classes)
+        self.source, self.indices, self.why = source, indices, why
+
+    def open(self, i: int) -> Opened:
+        return self.source.open(int(self.indices[i]))
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(int(self.indices[i]))
+
+    def report(self) -> str:
+        return f"{self.source.report()}\n{self.name}: {len(self):,} of {len(self.source):,} used: {self.why}"
+
+
+def unlabelled(n: int) -> Int[Tensor, "n"]:
+    """n labels that say: unknown."""
+    return torch.full((n,), -1)
