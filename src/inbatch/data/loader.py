@@ -1,0 +1,190 @@
+"""Batches from a source: out of device memory if it is small, else streamed through worker processes."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from inbatch import draws
+from inbatch.batch import Batch
+from inbatch.data.resident import SHARE, Resident, cores, decode_all, estimate, free_bytes
+from inbatch.data.source import Source, Want
+from inbatch.errors import DataError
+
+_OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
+
+
+@runtime_checkable
+class Boxes(Protocol):
+    """The part of `views.Views` that is needed here: where to crop, and each view's `size` and `interpolation`."""
+
+    views: Sequence[Any]
+
+    def boxes(
+        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
+    ) -> Int[Tensor, "v b 4"]: ...
+
+
+class Loader:
+    """This rank's share of every global batch, epoch by epoch.
+
+    An epoch visits the samples in the order `draws.permutation(seed, epoch, n)`; the tail that fills no whole
+    global batch is left out, so no sample stands twice in a batch; rank r takes the r-th slice of each batch.
+    Batches depend on (seed, epoch, step, world) only, never on workers or on where an epoch was begun.
+
+    batch: the global batch size. resident: images live decoded on the device (True), are streamed through
+    `workers` processes (False), or whichever the free memory allows (None). canvas: the longer side that resident
+    images may have, twice the largest view by default. max_bad: share of unreadable images that may be left out
+    when resident; a streamed one raises DataError when its turn comes.
+
+    `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch: int,
+        views: Boxes,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        resident: bool | None = None,
+        workers: int | None = None,
+        canvas: int | None = None,
+        max_bad: float = 0.01,
+    ):
+        if batch < 1 or batch % world:
+            raise DataError(f"A batch of {batch} cannot be shared by {world} processes: use a multiple of {world}")
+        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.device = torch.device(device)
+        canvas = canvas or 2 * max(view.size for view in views.views)
+        needed, free = estimate(source, canvas), free_bytes(self.device, world)
+        self.held: Resident | None = None
+        if needed <= SHARE * free if resident is None else resident:
+            self.held = decode_all(source, self.device, canvas=canvas, max_bad=max_bad)
+            source = self.held.source
+        self.source, self.steps = source, len(source) // batch
+        if not self.steps:
+            raise DataError(
+                f"{source.name} has {len(source):,} images, fewer than one batch of {batch:,}: "
+                f"use a batch of at most {len(source):,}, or more images"
+            )
+        self._labels = source.labels.to(self.device)
+        workers = max(1, min(16, cores() // world)) if workers is None else workers
+        self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
+            ", as asked" if resident is not None else ""
+        )
+        if self.held is None:
+            self._workers = workers
+            self._order = _Order()
+            self._stream = _stream(_Crops(source, views, seed), self._order, workers, self.device)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch on the device, beginning at step `start`."""
+        order = draws.permutation(self.seed, epoch, len(self.source))[: self.steps * self.batch]
+        share = self.batch // self.world
+        mine = order.view(self.steps, self.batch)[start:, self.rank * share : (self.rank + 1) * share]
+        return self._resident(epoch, mine) if self.held else self._streamed(epoch, mine)
+
+    def report(self) -> str:
+        """For people: the source, how its images are held and why, and what was left out or scaled down."""
+        lines = [self.source.report()]
+        if self.held:
+            n, c, h, w = self.held.images.shape
+            lines.append(f"resident: {n:,} images of {c}x{h}x{w} on {self.device} ({self._why})")
+            if self.held.scaled:
+                lines.append(f"{self.held.scaled:,} images scaled down to a longer side of {max(h, w)} pixels")
+            lines.extend(f"left out: {reason}" for reason in self.held.dropped)
+        else:
+            lines.append(f"streamed by {self._workers} workers ({self._why})")
+        return "\n".join(lines)
+
+    def _resident(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
+        assert self.held is not None
+        for index in mine.to(self.device):
+            yield Batch(
+                index=index,
+                label=self._labels[index],
+                seed=self.seed,
+                epoch=epoch,
+                images=self.held.images[index],
+                size=self.held.size[index],
+            )
+
+    def _streamed(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
+        self._order.keys = [(epoch, index) for index in mine.tolist()]
+        for made in self._stream:
+            if isinstance(made, str):
+                raise DataError(made)
+            index, size, boxes, crops = made
+            batch = Batch(
+                index=index,
+                label=self.source.labels[index],
+                seed=self.seed,
+                epoch=epoch,
+                size=size,
+                crops=tuple(crops),
+                boxes=boxes,
+            )
+            yield batch.to(self.device)
+
+
+class _Order(Sampler[tuple[int, list[int]]]):
+    """The batches to make, set anew for each epoch while the workers live on."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, list[int]]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Crops(Dataset[Any]):
+    """In a worker: (epoch, indices) to that batch's crops, each image decoded once for all its views."""
+
+    def __init__(self, source: Source, views: Boxes, seed: int):
+        self.source, self.views, self.seed = source, views, seed
+        self.wanted: list[Want] = [(view.size, view.interpolation) for view in views.views]
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Any, ...] | str:
+        epoch, indices = key
+        crops = [torch.empty(len(indices), self.source.channels, s, s, dtype=torch.uint8) for s, _ in self.wanted]
+        size, boxes = [], []
+        try:
+            for first in range(0, len(indices), _OPEN):
+                numbers = indices[first : first + _OPEN]
+                pictures = [self.source.open(i) for i in numbers]
+                size.append(torch.tensor([p.size for p in pictures]))
+                boxes.append(self.views.boxes(torch.tensor(numbers), size[-1], self.seed, epoch))
+                for place, picture in enumerate(pictures):
+                    with picture:
+                        for out, crop in zip(crops, picture.crops(boxes[-1][:, place], self.wanted), strict=True):
+                            out[first + place] = crop
+        except DataError as e:  # as a value: torch would wrap the exception in a page of traceback
+            return str(e)
+        return torch.tensor(indices), torch.cat(size), torch.cat(boxes, 1), crops
+
+
+def _stream(crops: _Crops, order: _Order, workers: int, device: torch.device) -> DataLoader[Any]:
+    # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
+    # be forked.
+    fork = sys.platform == "linux" and device.type != "cuda"
+    other = "spawn" if sys.platform == "win32" else "forkserver"
+    return DataLoader(
+        crops,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context=("fork" if fork else other) if workers else None,
+        pin_memory=device.type == "cuda",
+    )
