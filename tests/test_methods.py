@@ -157,13 +157,15 @@ def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) ->
         assert same(loaded.state_dict(), method.state_dict())
 
 
+KINDS = {"random": lambda x: x, "zero": torch.zeros_like, "constant": torch.ones_like, "large": lambda x: x * 1e4}
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["random", "zero", "constant", "large"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_extreme_rows_have_finite_loss_and_gradient(variant: str, kind: str, dtype: torch.dtype) -> None:
     online, target, batch = rows(variant)
-    change = {"random": lambda x: x, "zero": torch.zeros_like, "constant": torch.ones_like, "large": lambda x: x * 1e4}
-    online, target = ({name: change[kind](x).to(dtype) for name, x in some.items()} for some in (online, target))
+    online, target = ({name: KINDS[kind](x).to(dtype) for name, x in some.items()} for some in (online, target))
     options = inspect.signature(METHODS[VARIANTS[variant][0]]).parameters
     coldest = {"temperature": 0.01} if "temperature" in options else {}
     method, leaves = create(variant, **coldest), learnable(online)

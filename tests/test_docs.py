@@ -1,0 +1,125 @@
+"""What the pages say is so: their code runs, their commands are recipes, their tables are the code's."""
+
+import importlib.util
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import small
+import test_methods
+import torch
+from test_seam import assert_same
+
+from inbatch.config import make, parse_assignment
+from inbatch.errors import ConfigError
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = pytest.mark.parametrize("name", METHODS)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def table(page: Path, head: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is so called: first cell -> the other cells."""
+    text = page.read_text()
+    rows = text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+    return {first: rest for first, *rest in cells}
+
+
+def recipe(command: str) -> None:
+    """A command line as far as the recipe is concerned: unknown names and keys raise."""
+    words = shlex.split(command)
+    assert words[:2] == ["inbatch", "pretrain"]
+    settings = {"method.name": words[2], "data": "photos"}
+    for flag, value in zip(words[3::2], words[4::2], strict=True):
+        assert flag in ("--data", "--preset", "--set")
+        settings |= parse_assignment(value) if flag == "--set" else {flag[2:]: value}
+    make(settings)
+
+
+@PAGES
+def test_code_runs_and_commands_are_recipes(name: str) -> None:
+    page = DOCS / "methods" / f"{name}.md"
+    for code in blocks(page, "python"):
+        exec(code, {})
+    commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        recipe(command)
+
+
+@PAGES
+def test_the_options_are_the_constructor_s(name: str) -> None:
+    found = table(DOCS / "methods" / f"{name}.md", "option")
+    parameters = inspect.signature(METHODS[name]).parameters
+    assert list(found)[2:] == list(parameters)
+    for option, parameter in parameters.items():
+        said, default = found[option][0], parameter.default
+        assert default is None or said == (str(default).lower() if isinstance(default, bool) else str(default))
+
+
+@PAGES
+def test_the_presets_are_the_method_s(name: str) -> None:
+    found = table(DOCS / "methods" / f"{name}.md", "setting")
+    presets = [preset.strip("`") for preset in found.pop("setting")]
+    said = {preset: {} for preset in presets}
+    for key, values in found.items():
+        for preset, value in zip(presets, values, strict=True):
+            if value and "---" not in value:
+                said[preset][key] = value
+    assert said == {
+        preset: {key: str(value) for key, value in own.items() if key != "source"}
+        for preset, own in METHODS[name].presets.items()
+    }
+
+
+@pytest.fixture
+def align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
+    """The method of the page on adding one, written to a file and registered as the page says."""
+    page = DOCS / "add-a-method.md"
+    (code,) = blocks(page, "python")
+    file = tmp_path / "align.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location("align", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(METHODS, "align", module.AlignUniform)
+    monkeypatch.setitem(small.VARIANTS, "align", ("align", {"out": 8}))
+    return module.AlignUniform
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_method_of_the_page_trains(align: type[Method], groups: int) -> None:
+    found = small.train("align", 16, groups)
+    assert_same(found, small.literal("align", 16, groups))
+    assert found["loss"][0] != found["loss"][1]
+
+
+def test_the_method_of_the_page_keeps_every_promise(align: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    promises = [
+        promise for name, promise in vars(test_methods).items()
+        if name.startswith("test_") and "variant" in inspect.signature(promise).parameters
+    ]  # fmt: skip
+    assert len(promises) >= 8
+    for promise in promises:
+        given = inspect.signature(promise).parameters
+        if "kind" in given:
+            for kind in test_methods.KINDS:
+                promise("align", kind, torch.float16)
+        else:
+            with monkeypatch.context() as patch:
+                promise("align", patch) if "monkeypatch" in given else promise("align")
+
+
+def test_the_method_of_the_page_is_known_to_recipes(align: type[Method]) -> None:
+    for command in blocks(DOCS / "add-a-method.md", "bash"):
+        recipe(command.strip())
+    with pytest.raises(ConfigError, match="weight"):
+        make({"data": "digits-canvas", "method.name": "align", "method.wieght": 0.5})
