@@ -20,7 +20,7 @@ class Method(nn.Module):
     target: the same of the momentum tower; empty means that there is none.
     views: fewest and most views that the equation allows (None: any number).
     labels: whether it learns from labels, and so needs a data set that has some.
-    presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), each with its source.
+    presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": where from.
     """
 
     online: ClassVar[tuple[str, ...]] = ("projection",)

@@ -40,19 +40,23 @@ class MoCo(Method):
     """
 
     target = ("projection",)
-    _v1 = {  # moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs
+    _v1 = {
+        "source": "moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs",
         "views.name": "mocov1", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
         "batch": 256, "epochs": 200, "schedule.name": "step", "schedule.warmup": 0,
     }  # fmt: skip
-    _v2 = _v1 | {  # the same with --mlp --moco-t 0.2 --aug-plus --cos
+    _v2 = _v1 | {
+        "source": "moco, main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
         "views.name": "mocov2", "schedule.name": "cosine", "method.temperature": 0.2, "method.hidden": 2048,
     }  # fmt: skip
-    _cifar = {  # moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images (SplitBatchNorm of 8: context=64)
+    _cifar = {
+        "source": "moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images (SplitBatchNorm of 8: context=64)",
         "views.name": "moco_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 5e-4,
         "batch": 512, "epochs": 200, "schedule.warmup": 0,
         "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99,
     }  # fmt: skip
-    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar}
+    _digits = {"method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}  # ours, for the embedded data
+    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": _digits}
 
     def __init__(
         self,

@@ -40,14 +40,17 @@ class SimCLR(Method):
 
     views = (2, None)
     presets = {
-        "imagenet": {  # google-research/simclr, run.py and README: ResNet-50, 4096 images a batch
+        "imagenet": {
+            "source": "google-research/simclr, run.py and README: ResNet-50, 4096 images a batch",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
             "batch": 4096, "epochs": 100, "schedule.warmup": 10, "method.temperature": 0.1,
         },
-        "cifar": {  # the same README, CIFAR-10: ResNet-18, T 0.5, no blur, "around 91 %" after 1000 epochs
+        "cifar": {
+            "source": 'the same README, CIFAR-10: ResNet-18, T 0.5, no blur, "around 91 %" after 1000 epochs',
             "views.name": "simclr_cifar", "optimizer.name": "lars", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4,
             "batch": 512, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.5,
         },
+        "digits": {"method.temperature": 0.2},  # ours, for the embedded data
     }  # fmt: skip
 
     def __init__(

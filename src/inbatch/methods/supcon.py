@@ -60,14 +60,17 @@ class SupCon(Method):
     views = (1, None)
     labels = True
     presets = {
-        "imagenet": {  # arXiv 2004.11362, section 4: ResNet-50, LARS, T 0.1
+        "imagenet": {
+            "source": "arXiv 2004.11362, section 4: ResNet-50, LARS, T 0.1",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
             "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1,
         },
-        "cifar": {  # SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01
+        "cifar": {
+            "source": "SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01",
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1,
         },
+        "digits": {"method.temperature": 0.1},  # ours, for the embedded data
     }  # fmt: skip
 
     def __init__(

@@ -30,11 +30,13 @@ class Supervised(Method):
     views = (1, None)
     labels = True
     presets = {
-        "imagenet": {  # Goyal et al. 2017, arXiv 1706.02677: lr 0.1 for 256 images, 5 epochs of warm-up
+        "imagenet": {
+            "source": "Goyal et al. 2017, arXiv 1706.02677: lr 0.1 for 256 images, 5 epochs of warm-up",
             "views.name": "supervised", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4,
             "batch": 256, "epochs": 90, "schedule.warmup": 5,
         },
-        "cifar": {  # SupContrast, main_ce.py and README: lr 0.8 for 1024 images, cosine
+        "cifar": {
+            "source": "SupContrast, main_ce.py and README: lr 0.8 for 1024 images, cosine",
             "views.name": "supervised", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2,
             "optimizer.weight_decay": 1e-4, "batch": 1024, "epochs": 500, "schedule.warmup": 10,
         },

@@ -1,0 +1,137 @@
+"""A run in words and numbers before its first step: what will be trained, how, and what it will take."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inbatch import ranks
+from inbatch.build import Built
+from inbatch.data.resident import free_bytes
+from inbatch.optim import build_optimizer, parameter_groups
+from inbatch.show import printable
+from inbatch.tower import Tower
+
+_SAMPLES = 8
+"""What a forward pass keeps for the way back grows with the samples; it is measured with so many."""
+
+
+def describe(built: Built) -> str:
+    """The data report and the resolved recipe, in a few lines for people."""
+    r, encoder, world = built.recipe, built.encoder, ranks.world()
+    stem = {"cifar": ", CIFAR stem (3x3, no max-pool)", "imagenet": ", ImageNet stem (7x7, max-pool)"}
+    heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.tower.heads.items())
+    sizes = [view.size for view in built.views.views]
+    sides = " + ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
+    groups = r.batch // built.context
+    shared = f" on {world} ranks" if world > 1 else ""
+    lines = {
+        "data": built.loader.report().replace("\n", "\n" + " " * 9),
+        "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}",
+        "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
+        f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
+        "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
+        "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
+        "run": f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {built.loader.steps:,} steps = {built.total:,} steps, "
+        f"{_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
+    }
+    return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
+
+
+def parameters(module: nn.Module) -> int:
+    """Numbers in the parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def estimate(built: Built) -> dict[str, Any]:
+    """Parameters, shapes and bytes of one rank, for JSON. Runs the tower once, on a few random images.
+
+    Bytes of activations are those of the tensors that one forward pass of a context group keeps for the way back;
+    a convolution's workspace and the fragments of an allocator come on top of the sum.
+    """
+    share = built.recipe.batch // ranks.world()
+    group = share // built.step.groups
+    images, rows, activations = _forward(built, group)
+    held = [*built.tower.parameters(), *built.tower.buffers()]
+    memory = {
+        "weights": _bytes(held),
+        "gradients": _bytes(p for p in built.tower.parameters() if p.requires_grad),
+        "optimiser": round(_state_per_number(built) * _bytes(built.tower.parameters())),
+        "momentum_tower": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
+        "method": _bytes(built.method.buffers()),
+        "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
+        "views_of_a_batch": sum(share * math.prod(shape[1:]) * 4 for shape in images),
+        "activations_of_a_group": activations,
+    }
+    return {
+        "parameters": {"encoder": parameters(built.encoder)}
+        | {name: parameters(head) for name, head in built.tower.heads.items()},
+        "views": [[share, *shape[1:]] for shape in images],
+        "rows": {name: [shape[0], built.recipe.batch, *shape[2:]] for name, shape in rows.items()},
+        "context": built.context,
+        "lr": built.lr,
+        "precision": _precision(built.tower),
+        "device": str(built.loader.device),
+        "images": len(built.source),
+        "steps_per_epoch": built.loader.steps,
+        "steps": built.total,
+        "memory_bytes_estimate": memory | {"sum": sum(memory.values())},
+        "memory_bytes_free": free_bytes(built.loader.device, ranks.world()) + memory["images_on_device"],
+    }
+
+
+def _forward(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Shapes of the views and of the rows of a few samples, and the bytes a group of this size keeps."""
+    device, few = built.loader.device, min(group, _SAMPLES)
+    views = [torch.randn(few, built.recipe.channels, v.size, v.size, device=device) for v in built.views.views]
+    weights = {p.untyped_storage().data_ptr() for p in built.tower.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    learning = [views[v] for v in built.method.online_views(len(views))]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        rows = built.tower.forward(learning)  # not as called, which may compile first
+    shapes = {name: tuple(x.shape) for name, x in rows.items()}
+    return [tuple(v.shape) for v in views], shapes, sum(kept.values()) * group // few
+
+
+def _state_per_number(built: Built) -> float:
+    """Numbers that the optimiser keeps per parameter, seen at one step of a small one."""
+    options = dict(built.recipe.optimizer.options)
+    small = nn.Linear(64, 64, bias=False)
+    groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))
+    optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
+    small.weight.grad = torch.ones_like(small.weight)
+    optimizer.step()
+    kept = [x for x in optimizer.state[small.weight].values() if isinstance(x, Tensor)]
+    return sum(x.numel() for x in kept) / small.weight.numel()
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _rate(built: Built) -> str:
+    lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch
+    rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
+    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
+
+
+def _schedule(built: Built) -> str:
+    s = built.recipe.schedule
+    shapes = {
+        "cosine": f"cosine to {s.end * built.lr:.3g}",
+        "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
+        "constant": "constant",
+    }
+    return (f"warm-up of {s.warmup:g} epoch{'s' * (s.warmup != 1)}, then " if s.warmup else "") + shapes[s.name]
+
+
+def _precision(tower: Tower) -> str:
+    return str(tower.precision).removeprefix("torch.")

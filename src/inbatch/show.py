@@ -1,0 +1,188 @@
+"""What people see in a terminal, from the first process only: sentences, tables, one JSON object."""
+
+import inspect
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inbatch.api import Run
+    from inbatch.methods.base import Method
+    from inbatch.quickstart import Verdict
+
+FIGURES = {
+    "k-NN": ("knn", "top1"),
+    "linear": ("linear", "top1"),
+    "NMI": ("clustering", "nmi"),
+    "ACC": ("clustering", "acc"),
+    "ARI": ("clustering", "ari"),
+}
+"""Heading -> where the number stands in an evaluation; NMI, ACC and ARI compare clusters with classes."""
+
+
+def printable(text: str) -> str:
+    """Text whose control and invisible characters, line ends apart, are written as escapes: names are not ours."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def first() -> bool:
+    """Whether this is the process that speaks, of those that a launcher has started."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def say(*lines: str) -> None:
+    """Lines of a result, on stdout."""
+    if first():
+        for line in lines:
+            print(printable(line))
+
+
+def complain(message: str) -> None:
+    """An error, on stderr."""
+    whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
+    print(f"error{whose}: {printable(message)}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """The one JSON object of --json."""
+    if first():
+        from inbatch.files import to_json
+
+        print(to_json(value, indent=2))
+
+
+def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    """The headline numbers of an evaluation, those that it holds."""
+    found = evaluation or {}
+    return {name: found[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in found}
+
+
+def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """A table on stdout: a row per name, the headline numbers in percent."""
+    rows = {name: figures(evaluation) for name, evaluation in evaluations.items()}
+    columns = [name for name in FIGURES if any(name in row for row in rows.values())]
+    cells = [[name, *(f"{row[c]:.1%}" if c in row else "" for c in columns)] for name, row in rows.items()]
+    print_table(["", *columns], cells, numbers=True)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
+    """A table on stdout; numbers: every column but the first is flush right."""
+    if not first():
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # In a file or a pipe rows stay whole; a terminal says how wide it is.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if numbers and i else "left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def print_verdict(verdict: "Verdict") -> None:
+    """A quickstart's table, its pictures, and what to do next."""
+    folder = verdict.run.directory
+    print_figures(verdict.rows)
+    if verdict.reached:
+        say("", f"{verdict.sentence()}.")
+    say("", f"Curves:      {folder / 'curves.png'}", f"Neighbours:  {folder / 'neighbours.png'}")
+    say("", "Now your own photos, labelled or not:", "", "  inbatch pretrain --data ~/photos")
+
+
+def print_run(run: "Run") -> None:
+    """A finished run's table, its speed, its folder, and what to do next."""
+    result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
+    if result["evaluation"]:
+        untrained = {"knn": {"top1": result["curve"][0]["knn"]}}
+        print_figures({"untrained encoder": untrained, "trained encoder": result["evaluation"]})
+        say("", f"Judged by:  {result['held_out']}")
+    else:
+        say("No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.", "")
+    say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
+    say(f"Run:        {run.directory}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
+    if result["evaluation"]:
+        say(f"  inbatch evaluate {folder} --k 20")
+
+
+def print_rehearsal(found: Mapping[str, Any]) -> None:
+    """What a run would be: a YAML file that --config takes, the rest in its comments."""
+    import yaml
+
+    lines = found["description"].splitlines()
+    lines += [f"judged:  by {found['held_out'] or 'nothing: there are no labels'}"]
+    lines += [f"views:   {' + '.join('x'.join(map(str, v)) for v in found['views'])} (samples x channels x pixels)"]
+    lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in found["rows"].items()]
+    memory = found["memory_bytes_estimate"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in memory.items() if n and name != "sum")
+    lines += [f"memory:  an estimate of {_size(memory['sum'])}, beside Python and torch: {parts}"]
+    if memory["sum"] > found["memory_bytes_free"]:
+        lines += [f"         MORE THAN THE {_size(found['memory_bytes_free'])} THAT ARE FREE: use a smaller --context"]
+    say(*(f"# {line}" for line in lines))
+    say(yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
+    """A method for --json and the tables; options by name: default and what it is."""
+    told = inspect.cleandoc(kind.__doc__ or "").splitlines()
+    least, most = kind.views
+    return {
+        "name": name,
+        "what": told[0] if told else "",
+        "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
+        "labels": kind.labels,
+        "momentum_tower": bool(kind.target),
+        "options": {
+            p.name: {"default": p.default, "what": _told(told[1:]).get(p.name, "")}
+            for p in inspect.signature(kind).parameters.values()
+        },
+        "presets": kind.presets,
+    }
+
+
+def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
+    """A row per method."""
+    rows = [
+        (m["name"], m["what"], m["views"], _yes(m["momentum_tower"]), _yes(m["labels"]), ", ".join(m["presets"]))
+        for m in every
+    ]
+    print_table(("method", "what it is", "views", "momentum tower", "labels", "presets"), rows)
+    say("", "Every method also has the presets digits and digits-colour, for the embedded data.")
+    say("One method in detail: inbatch methods NAME")
+
+
+def print_method(m: Mapping[str, Any]) -> None:
+    """A method's options, and its presets with their sources."""
+    say(f"{m['name']}: {m['what']}")
+    say(f"{m['views']} views; momentum tower: {_yes(m['momentum_tower'])}; learns from labels: {_yes(m['labels'])}", "")
+    rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
+    print_table(("--set", "default", "what it is"), rows)
+    for name, settings in m["presets"].items():
+        say("", f"--preset {name}   {settings.get('source', '')}")
+        say(*(f"    {key}: {value}" for key, value in settings.items() if key != "source"))
+    say("", f"Every other setting: inbatch pretrain {m['name']} --data ... --dry-run")
+
+
+def _told(lines: Sequence[str]) -> dict[str, str]:
+    """What a docstring says of its options: "name, name: what", which may go on in indented lines."""
+    told: dict[str, str] = {}
+    for line in re.sub(r"\n\s+", " ", "\n".join(lines)).splitlines():
+        names, colon, what = line.partition(": ")
+        if colon and re.fullmatch(r"\w+(, \w+)*", names):
+            told |= dict.fromkeys(names.split(", "), what)
+    return told
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
