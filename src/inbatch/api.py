@@ -18,8 +18,8 @@ from inbatch.describe import describe, estimate
 from inbatch.draws import permutation
 from inbatch.encoders import Encoder, load_encoder
 from inbatch.errors import ConfigError
-from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.evaluate import embed_stream as stream
+from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.files import locked, write_json
 from inbatch.train import clear, train
 from inbatch.views import PRESETS, Views
@@ -86,7 +86,7 @@ def pretrain(
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            result = train(built, directory, held_out(recipe, source, data, test), resume=going_on is not None, quiet=quiet)
+            result = train(built, directory, held_out(recipe, built.loader.source, data, test), resume=going_on is not None, quiet=quiet)
         return Run(directory, recipe, result)
     finally:
         if made:
@@ -129,11 +129,13 @@ def draw_views(
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
     views = Views(PRESETS[recipe.views.name](**recipe.views.options), mean, std)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
-    drawn = views(Batch(torch.arange(len(held.source)), held.source.labels, seed, 0, images=held.images, size=held.size))
+    number, label = torch.arange(len(held.source)), held.source.labels
+    drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
     try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         save_grid(out, images, drawn, mean, std)
-    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no picture's
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
         raise ConfigError(f"cannot write {out}: {error}") from None
     return recipe.views
 
@@ -141,6 +143,8 @@ def draw_views(
 def load(path: str | Path) -> Encoder:
     """The encoder of a run's folder, or of a folder that `save_encoder` wrote."""
     path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not the folder of a run")
     return load_encoder(path / "encoder" if (path / "encoder").is_dir() else path)
 
 
@@ -167,6 +171,7 @@ def evaluate_run(
     if held is None:
         raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
     encoder = load(path).to(device_for(device))
+    options = {"k": run.recipe.k, "seed": run.recipe.seed} | options
     found = evaluate(encoder, held[0], held[1], protocols=protocols, **options)
     return found | {"run": str(path), "held_out": held[2]}
 

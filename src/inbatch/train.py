@@ -17,8 +17,8 @@ from inbatch import ranks
 from inbatch.build import Built
 from inbatch.checkpoint import load, restore, save
 from inbatch.data import Subset
-from inbatch.encoders import save_encoder
 from inbatch.describe import describe
+from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
@@ -142,7 +142,7 @@ def _judge(built: Built, held: Any) -> Judge:
             return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
         bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
         found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
-        near = knn(bank.labelled(), queries.labelled(), k=min(200, len(bank.labelled())), device=built.loader.device)
+        near = knn(bank.labelled(), queries.labelled(), k=min(built.recipe.k, len(bank.labelled())), device=built.loader.device)
         return {"knn": near["top1"]} | found
 
     return look
@@ -176,7 +176,7 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path) -> dict[str,
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
         "held_out": held and held[2],
-        "evaluation": held and evaluate(built.encoder, held[0], held[1], k=200, seed=built.recipe.seed),
+        "evaluation": held and evaluate(built.encoder, held[0], held[1], k=built.recipe.k, seed=built.recipe.seed),
     }
     write_json(out / "result.json", result)
     return result
@@ -207,5 +207,6 @@ def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
     for name in ("checkpoints", "encoder", "tensorboard"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "evaluation.json", "quickstart.json", "neighbours.png"):
+    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json")
+    for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
         (out / name).unlink(missing_ok=True)
