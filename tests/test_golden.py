@@ -1,8 +1,9 @@
-"""Every method against vectors that the authors' own code computed: values, gradients and state over steps."""
+"""Losses, memory, evaluation, LARS and schedules against vectors that the authors' own code computed."""
 
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inbatch import optim
+from inbatch import schedules as s
 from inbatch.batch import Batch
+from inbatch.evaluate import Embeddings, ari, hungarian_accuracy, knn, knn_scores, nmi
 from inbatch.functional import logsumexp_rows
 from inbatch.losses import info_nce, nt_xent, supcon
 from inbatch.memory import Queue
@@ -23,10 +27,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 class Case:
     """One conformance vector: its arrays as tensors of one type, and its tolerance for that type."""
 
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, name: str, dtype: torch.dtype = torch.float64) -> None:
         entry = manifest(folder)[name]
         self.options = entry["hyperparameters"]
-        self.tolerance = entry["suggested_tolerance"][str(dtype).removeprefix("torch.")]
+        self.tolerances = entry["suggested_tolerance"]
+        self.tolerance = self.tolerances[str(dtype).removeprefix("torch.")]
         self.arrays = dict(np.load(folder / entry["file"], allow_pickle=False))
         self.dtype = dtype
 
@@ -167,6 +172,120 @@ def test_supcon(golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest
     case.check(loss, "loss")
     loss.backward()
     case.check(unit.grad, "grad_features")
+
+
+def embeddings(vectors: Tensor, labels: Tensor) -> Embeddings:
+    return Embeddings(vectors.float(), labels, tuple(map(str, range(len(labels)))), "golden", "vectors")
+
+
+@DTYPES
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("name", ["knn__1", "knn__2", "knn__3"])
+def test_knn(golden: Path, name: str, chunk: int | None, dtype: torch.dtype) -> None:
+    case = Case(golden, name, dtype)
+    o = case.options
+    options = {"k": o["k"], "temperature": o["temperature"]}
+    bank, query, labels = case["bank_raw"], case["query_raw"], case["query_labels"]
+    scores = knn_scores(query, bank, case["bank_labels"], o["classes"], **options, chunk=chunk)
+    case.check(scores, "class_scores")
+    assert torch.equal(scores.argmax(1), case["pred"])
+    result = knn(embeddings(bank, case["bank_labels"]), embeddings(query, labels), **options)
+    assert result["top1"] == pytest.approx(case.arrays["top1"].item(), abs=1e-12)
+    five = case["ranking"][:, :5]  # the order of classes without a score is arbitrary
+    scored = case["class_scores"].gather(1, five) > 0
+    assert result["top5"] >= ((five == labels[:, None]) & scored).any(1).double().mean().item()
+
+
+@DTYPES
+def test_knn_euclid(golden: Path, dtype: torch.dtype) -> None:
+    case = Case(golden, "knn_euclid__1", dtype)
+    options = {"k": case.options["k"], "distance": "euclidean"}
+    bank, query, labels = case["bank"], case["query"], case["bank_labels"]
+    scores = knn_scores(query, bank, labels, case.options["classes"], **options)
+    assert torch.equal(scores.argmax(1), case["pred"])
+    assert (scores.sum(1) == case.options["k"]).all()
+    result = knn(embeddings(bank, labels), embeddings(query, case["query_labels"]), **options)
+    assert result["top1"] == pytest.approx(case.arrays["accuracy"].item(), abs=1e-11)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_cluster_metrics(golden: Path, number: int) -> None:
+    case = Case(golden, f"cluster_metrics__{number}")
+    for name, measure in (("nmi", nmi), ("acc", hungarian_accuracy), ("ari", ari)):
+        case.check(torch.tensor(measure(case["labels"], case["pred"]), dtype=torch.float64), name)
+
+
+def test_schedules(golden: Path) -> None:
+    case = Case(golden, "schedules__1")
+    h = case.options
+    base, batch, epochs, spe = h["base_lr"], h["batch"], h["epochs"], h["steps_per_epoch"]
+    warm_epochs, total = h["warmup_epochs"], h["total_steps"]
+    warm = warm_epochs * spe
+    linear, sqrt = (optim.scaled_lr(base, batch, rule) for rule in ("linear", "sqrt"))
+    steps, long = range(total), range((epochs + 10) * spe)
+
+    def barlow(base):
+        peak = optim.scaled_lr(base, batch, "linear")
+        return [s.warmup_cosine(i, len(long), 10 * spe, peak, 0.001 * peak) for i in long]
+
+    def ema(base, ends="start"):
+        return [s.cosine(s.progress(i, total, ends), base, 1.0) for i in steps]
+
+    def supcon(step):
+        floor = base * 0.1**3
+        if step < warm:
+            return s.linear(s.progress(step, warm), 0.01, s.cosine(warm_epochs / epochs, base, floor))
+        return s.cosine((step // spe + 1) / epochs, base, floor)
+
+    ours = {
+        # MoCo v3 counts in fractions of an epoch.
+        "moco_v3_lr": [s.warmup_cosine(i / spe, epochs, warm_epochs, base) for i in steps],
+        "moco_v3_momentum": ema(0.99),
+        "moco_v12_cos_lr": [s.cosine(s.progress(e, epochs), base, 0.0) for e in range(epochs)],
+        "moco_v12_step_lr": [s.step_decay(e, base, (epochs // 2, epochs * 3 // 4)) for e in range(epochs)],
+        "barlow_lr": np.stack([barlow(0.2), barlow(0.0048)], 1),
+        "vicreg_lr": barlow(0.2),
+        "dino_lr": [s.warmup_cosine(i, total, warm, base, 1e-6, ramp="both") for i in steps],
+        "dino_momentum": ema(0.996),
+        "swav_lr": [s.warmup_cosine(i, total, warm, base, 0.0006, ramp="both") for i in steps],
+        "byol_lr": [s.warmup_cosine(i, total, warm, linear) for i in steps],
+        "byol_ema": ema(0.99),
+        "simclr_linear_lr": [s.warmup_cosine(i, total + 1, warm, linear) for i in range(total + 1)],
+        "simclr_sqrt_lr": [s.warmup_cosine(i, total + 1, warm, sqrt) for i in range(total + 1)],
+        "supcon_warm_cos_lr": [supcon(i) for i in steps],
+        "simsiam_lr": [[s.cosine(s.progress(e, epochs), linear, 0.0), linear] for e in range(epochs)],
+        "lightly_factor": [s.warmup_cosine(i, total, warm, 1.0, ramp="end", decay="both") for i in steps],
+        "lightly_momentum": ema(0.996, "both"),
+        "solo_lr": [s.warmup_cosine(i, total, warm, base, start=3e-5, ramp="both") for i in steps],
+    }
+    assert set(ours) == set(case.arrays)
+    for name, values in ours.items():
+        single = name in ("byol_lr", "simclr_linear_lr", "simclr_sqrt_lr")
+        tolerance = case.tolerances["float32" if single else "float64"]
+        np.testing.assert_allclose(np.asarray(values), case.arrays[name], **tolerance, err_msg=name)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["p", "p_simclr_tf"])
+def test_lars(golden: Path, form: str, dtype: torch.dtype) -> None:
+    """Three steps; SimCLR's TensorFlow code ran in single precision."""
+    case = Case(golden, "lars__1", dtype)
+    names = [key.removeprefix("p0_") for key in case.arrays if key.startswith("p0_")]
+    params = {n: nn.Parameter(case[f"p0_{n}"].clone()) for n in names}
+    h = case.options
+    optimizer = optim.LARS(
+        params.values(), lr=math.nan, momentum=h["momentum"], weight_decay=h["weight_decay"],
+        eta=h["trust_coefficient"], lr_in_buffer=form == "p_simclr_tf",
+    )  # fmt: skip
+    if form == "p_simclr_tf":
+        case.tolerance = case.tolerances["float32"]
+    for step, lr in enumerate(h["lrs"]):
+        optimizer.param_groups[0]["lr"] = lr
+        for n, p in params.items():
+            p.grad = case[f"grad_{n}"][step]
+        optimizer.step()
+        for n, p in params.items():
+            case.check(p, f"{form}_{n}", step)
 
 
 def unlabelled(n: int) -> Batch:
