@@ -58,8 +58,8 @@ ONLY = {
 """Libraries that only some rooms know."""
 
 
-def imports(module: str, lazy: bool = True) -> Iterator[str]:
-    """The full dotted names a module imports; lazy: also inside functions and for type checkers."""
+def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]:
+    """The full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
     waiting: list[ast.AST] = [TREES[module]]
     while waiting:
         node = waiting.pop()
@@ -72,15 +72,16 @@ def imports(module: str, lazy: bool = True) -> Iterator[str]:
             yield from (f"{source}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node)  # torch.distributed.all_reduce, without an import of its own
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if lazy or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or typing_only):
+        late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typed = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if (lazy or not late) and (hints or not typed):
             waiting.extend(ast.iter_child_nodes(node))
 
 
-def ours(module: str, lazy: bool = True) -> set[str]:
+def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
     """Which of our modules a module imports."""
     found = set()
-    for name in imports(module, lazy):
+    for name in imports(module, lazy, hints):
         if name.split(".")[0] == "inbatch":
             while name not in TREES:
                 name = name.rpartition(".")[0]
@@ -143,7 +144,7 @@ def test_a_loss_names_no_device(module: str) -> None:
 
 
 def test_imports_go_one_way() -> None:
-    graph = {name: ours(name) for name in TREES if name != "inbatch"}
+    graph = {name: ours(name, hints=False) for name in TREES if name != "inbatch"}
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
@@ -154,7 +155,7 @@ def python(script: str, *words: str) -> None:
 
 def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
     needs = {"inbatch.config", "inbatch.cli"} & TREES.keys()
-    while more := {name for name in TREES.keys() - needs if ours(name, lazy=False) & needs}:
+    while more := {name for name in TREES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
         needs |= more
     assert {room(name) for name in needs} <= ABOVE | TOP
     script = """
