@@ -79,14 +79,14 @@ def pretrain(
             data = _which(data, given)
             recipe, source = plan(data, given)
             directory = _new_folder(out, recipe, overwrite)
-        where = device_for(device)
+        built = build(recipe, source, device=device_for(device), workers=workers)
+        held = held_out(recipe, built.loader.source, data, test)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
-        with lock:
-            built = build(recipe, source, device=where, workers=workers)
+        with lock:  # from here on something is written: whatever could be refused has been
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            result = train(built, directory, held_out(recipe, built.loader.source, data, test), resume=going_on is not None, quiet=quiet)
+            result = train(built, directory, held, resume=going_on is not None, quiet=quiet)
         return Run(directory, recipe, result)
     finally:
         if made:

@@ -1,8 +1,9 @@
 """A recipe becomes parts: source, loader, views, towers, method, optimiser, step."""
 
+import contextlib
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
     settings["channels"] = source.channels
     if settings.get("size") is None:
         settings["size"] = natural_size(source)
-    return make(settings), source
+    recipe = make(settings)
+    if settings.get("preset") is None and settings.get("batch") is None:
+        # Nobody asked for a paper's batch: one that these images fill and a laptop holds; the rate follows it.
+        recipe = make(settings | {"batch": max(2, min(recipe.batch, 256, 1 << len(source).bit_length() - 1))})
+    return recipe, source
 
 
 def natural_size(source: Source) -> int:
@@ -128,11 +133,13 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     # Weights are drawn from the seed without disturbing the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(recipe.seed, 0x1217))
-        method = method_class(**options)
+        with _settings_of("method", recipe.method.name):
+            method = method_class(**options)
         encoder = create_encoder(
             recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options
         )
-        heads = method.heads(encoder.width)
+        with _settings_of("method", recipe.method.name):
+            heads = method.heads(encoder.width)
     views = Views(PRESETS[recipe.views.name](**recipe.views.options), encoder.mean, encoder.std)
     _check_views(recipe, method, len(views))
     loader = Loader(
@@ -157,7 +164,8 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     chosen = dict(recipe.optimizer.options)
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
     groups_of = parameter_groups({"tower": tower}, lr=lr, weight_decay=chosen.pop("weight_decay"))
-    optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
+    with _settings_of("optimizer", recipe.optimizer.name):
+        optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
     set_rates(recipe, loader.steps, optimizer, 0)  # a schedule that cannot be is an error now
     total = recipe.epochs * loader.steps
     step = Step(
@@ -229,6 +237,15 @@ def _check_views(recipe: Recipe, method: Method, views: int) -> None:
             f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
             "choose other views (--set views.name=...)" + (" or views.views" if "views" in recipe.views.options else "")
         )
+
+
+@contextlib.contextmanager
+def _settings_of(part: str, name: str) -> Iterator[None]:
+    """What a constructor refuses (a negative width, a rate below 0) is the setting's fault."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ConfigError(f"{part} {name} cannot be made with these settings: {e}") from e
 
 
 def _whole(key: str, value: Any) -> int:

@@ -50,15 +50,21 @@ RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a finish
 Data = Annotated[str, Argument(metavar="DATA", help="A folder, a Parquet file or folder, or digits-canvas.")]
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(version("inbatch"))
+        raise typer.Exit
+
+
 @app.callback()
 def program(
-    version: Annotated[bool, Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as of
-
-        print(of("inbatch"))
-        raise typer.Exit
+    """What stands before a command."""
 
 
 @app.command(
@@ -245,8 +251,7 @@ def methods(
 ) -> None:
     """What there is to learn with; with a NAME its options and its presets."""
     with reported(as_json):
-        from inbatch.config import method_named
-        from inbatch.methods import METHODS
+        from inbatch.config import METHODS, method_named
 
         if name is not None:
             told = explain(name, method_named(name))

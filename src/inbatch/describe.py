@@ -14,7 +14,7 @@ from inbatch.show import printable
 from inbatch.tower import Tower
 
 _SAMPLES = 8
-"""What a forward pass keeps for the way back grows with the samples; it is measured with so many."""
+"""What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
 
 
 def describe(built: Built) -> str:
@@ -33,7 +33,7 @@ def describe(built: Built) -> str:
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
         "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
-        "run": f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {built.loader.steps:,} steps = {built.total:,} steps, "
+        "run": f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {built.loader.steps:,} steps = {built.total:,}, "
         f"{_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
     }
     return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
@@ -45,19 +45,20 @@ def parameters(module: nn.Module) -> int:
 
 
 def estimate(built: Built) -> dict[str, Any]:
-    """Parameters, shapes and bytes of one rank, for JSON. Runs the tower once, on a few random images.
+    """Parameters, shapes and bytes of one rank, for JSON. Runs the tower on a few random images.
 
     Bytes of activations are those of the tensors that one forward pass of a context group keeps for the way back;
     a convolution's workspace and the fragments of an allocator come on top of the sum.
     """
     share = built.recipe.batch // ranks.world()
     group = share // built.step.groups
-    images, rows, activations = _forward(built, group)
+    images, rows, activations = _activations(built, group)
     held = [*built.tower.parameters(), *built.tower.buffers()]
+    learning = [p for p in built.tower.parameters() if p.requires_grad]
     memory = {
         "weights": _bytes(held),
-        "gradients": _bytes(p for p in built.tower.parameters() if p.requires_grad),
-        "optimiser": round(_state_per_number(built) * _bytes(built.tower.parameters())),
+        "gradients": _bytes(learning),
+        "optimiser": round(_state_per_number(built) * _bytes(learning)),
         "momentum_tower": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
@@ -81,10 +82,19 @@ def estimate(built: Built) -> dict[str, Any]:
     }
 
 
-def _forward(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
-    """Shapes of the views and of the rows of a few samples, and the bytes a group of this size keeps."""
-    device, few = built.loader.device, min(group, _SAMPLES)
-    views = [torch.randn(few, built.recipe.channels, v.size, v.size, device=device) for v in built.views.views]
+def _activations(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Shapes of the views and of the rows of a few samples, and the bytes that a group of this size keeps."""
+    views, rows, kept = _forward(built, min(group, _SAMPLES))
+    if group > _SAMPLES:  # a straight line: some of it (weights in bfloat16) does not grow
+        per_sample = (kept - _forward(built, _SAMPLES // 2)[2]) / (_SAMPLES - _SAMPLES // 2)
+        kept += round(per_sample * (group - _SAMPLES))
+    return views, rows, kept
+
+
+def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Shapes of views and rows, and the bytes that a forward pass of random images keeps for the way back."""
+    sizes, device = [view.size for view in built.views.views], built.loader.device
+    views = [torch.randn(samples, built.recipe.channels, size, size, device=device) for size in sizes]
     weights = {p.untyped_storage().data_ptr() for p in built.tower.parameters()}
     kept: dict[int, int] = {}
 
@@ -97,8 +107,7 @@ def _forward(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str,
     learning = [views[v] for v in built.method.online_views(len(views))]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         rows = built.tower.forward(learning)  # not as called, which may compile first
-    shapes = {name: tuple(x.shape) for name, x in rows.items()}
-    return [tuple(v.shape) for v in views], shapes, sum(kept.values()) * group // few
+    return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, sum(kept.values())
 
 
 def _state_per_number(built: Built) -> float:

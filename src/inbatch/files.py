@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     text = to_json(value, indent=2) + "\n"
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # a name that is not UTF-8: JSON reads the escape back
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What people see in a terminal, from the first process only: sentences, tables, one JSON object."""
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -51,7 +52,7 @@ def print_json(value: Any) -> None:
     if first():
         from inbatch.files import to_json
 
-        print(to_json(value, indent=2))
+        print(json.dumps(json.loads(to_json(value)), indent=2))  # ASCII: whatever a name is made of, it prints
 
 
 def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:

@@ -1,0 +1,64 @@
+"""What a dry run says a run will take, against what it takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inbatch import describe
+from inbatch.api import prepare
+from inbatch.build import Built
+
+
+def built(method: str = "simclr", **settings: Any) -> Built:
+    given = {"subset": 200, "batch": 64, "method.queue": 640} | {k.replace("__", "."): v for k, v in settings.items()}
+    if method != "moco":
+        del given["method.queue"]
+    return prepare("digits-canvas", method, settings=given, device="cpu")
+
+
+def total(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "adam"])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
+    run = built(method, optimizer__name=optimizer, optimizer__lr=0.01)
+    told = describe.estimate(run)["memory_bytes_estimate"]
+    run.step(next(iter(run.loader.epoch(0))), 0)
+    states = (x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
+    assert told["optimiser"] == pytest.approx(total(states), rel=1e-3)
+    assert told["gradients"] == total(p.grad for p in run.tower.parameters() if p.requires_grad)
+    assert told["momentum_tower"] == (total(run.target.state_dict().values()) if run.target else 0)
+    assert told["method"] == pytest.approx(640 * 128 * 4 if method == "moco" else 0, abs=64)
+    assert told["sum"] == sum(value for name, value in told.items() if name != "sum")
+
+
+@pytest.mark.parametrize("context", [16, 64])
+def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured on a few samples, and follow the context, not the batch."""
+
+    def activations() -> int:
+        return describe.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
+
+    told = activations()
+    monkeypatch.setattr(describe, "_SAMPLES", context)  # no straight line: the group itself
+    assert told == pytest.approx(activations(), rel=1e-3)
+
+
+def test_shapes_and_parameters() -> None:
+    run = built("supervised")
+    told = describe.estimate(run)
+    assert told["parameters"] == {"encoder": 74_400, "classifier": 96 * 10 + 10}
+    images = run.step.views(next(iter(run.loader.epoch(0))))
+    assert told["views"] == [list(image.shape) for image in images]
+    with torch.no_grad():
+        rows = run.tower(images)
+    assert told["rows"] == {name: list(x.shape) for name, x in rows.items()}
+
+
+def test_the_recipe_in_words() -> None:
+    words = describe.describe(built(context=16, schedule__scaling="linear", optimizer__lr=0.3))
+    assert "64 = 4 context groups of 16" in words and "lr 0.075 = 0.3 x 64/256" in words
