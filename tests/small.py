@@ -23,7 +23,7 @@ SMALL: dict[str, dict[str, object]] = {
 """Options that make a registered method small. One that is not listed is built with its defaults."""
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
-    "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "hidden": 8}),
+    "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"anchors": "one"}),
 }
 

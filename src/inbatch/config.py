@@ -140,11 +140,12 @@ _CANVAS = {
     "schedule.scaling": "none", "schedule.warmup": 2, "batch": 128, "epochs": 60, "k": 20,
 }  # fmt: skip
 SHARED_PRESETS: dict[str, Settings] = {
+    "none": {},
     "digits": _CANVAS | {"views.name": "digits"},
     "digits-colour": _CANVAS | {"views.name": "digits_colour"},
 }
-"""Presets of the embedded data, for every method; a method's own "digits" goes on top. k is 20 there, because 130
-images of a class are fewer than 200 neighbours."""
+"""No preset, and those of the embedded data, for every method; a method's own "digits" goes on top. k is 20 there,
+because 130 images of a class are fewer than 200 neighbours."""
 
 
 def method_named(name: str) -> type[Method]:
@@ -167,11 +168,13 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     settings = dict(settings)
     method = settings.get("method.name", "simclr")
     own = method_named(method).presets
-    preset = settings.setdefault("preset", natural_preset(str(settings.get("data")), _number(settings.get("size", 224))))
+    size = _number(settings.get("size", 224))
+    natural = natural_preset(str(settings.get("data")), size)
+    preset = settings.setdefault("preset", natural if natural in SHARED_PRESETS | own else "none")
     _known("preset", preset, SHARED_PRESETS | own)
-    base = {"method.name": method, "views.name": "simclr", "encoder.name": "resnet18", "optimizer.name": "sgd"}
-    base |= {"optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
-    given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset in SHARED_PRESETS else preset, {})
+    base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
+    base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
+    given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
     given.pop("source", None)  # for people
     # Options of another part than the preset's are not the preset's to set.
     for part in PARTS:
@@ -193,8 +196,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
             top[key] = value
         else:
             raise ConfigError(f"unknown setting {key!r}{_nearest(key, _all_keys(options))}")
-    size = top.get("size", 224)
-    parts = {part: _part(part, chosen, size) for part, chosen in options.items() if part in PARTS}
+    parts = {part: _part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
     unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
     for key in unknown:
         raise ConfigError(f"unknown setting 'schedule.{key}'{_nearest(f'schedule.{key}', _all_keys(options))}")

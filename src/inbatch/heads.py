@@ -19,12 +19,12 @@ class Head:
     online_only: bool = False
 
 
-def mlp(*widths: int, norm: bool = True, last: Literal["linear", "norm", "norm_plain"] = "linear") -> nn.Sequential:
+def mlp(*widths: int, norm: bool = True, last: Literal["linear", "norm", "norm_scale", "norm_plain"] = "linear") -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them.
 
     norm: batch normalisation after every hidden layer.
-    last: what closes the network: a linear layer with bias, or one without and batch normalisation, with
-        ("norm") or without ("norm_plain") learned scale and shift.
+    last: what closes the network: a linear layer with bias, or one without and batch normalisation with learned
+        scale and shift ("norm"), scale alone ("norm_scale") or neither ("norm_plain").
     """
     if len(widths) < 2:
         raise ValueError(f"mlp needs at least an input and an output width, got {widths}")
@@ -34,7 +34,10 @@ def mlp(*widths: int, norm: bool = True, last: Literal["linear", "norm", "norm_p
         normed = norm if hidden else last != "linear"
         layers.append(nn.Linear(fan_in, fan_out, bias=not normed))
         if normed:
-            layers.append(nn.BatchNorm1d(fan_out, affine=hidden or last == "norm"))
+            norm_layer = nn.BatchNorm1d(fan_out, affine=hidden or last != "norm_plain")
+            if not hidden and last == "norm_scale":
+                norm_layer.bias.requires_grad_(False)
+            layers.append(norm_layer)
         if hidden:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)

@@ -1,6 +1,7 @@
 """Processes that train together. The only file that names torch.distributed; the engine is PyTorch's own."""
 
 import datetime
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -81,11 +82,13 @@ def wrap(tower: nn.Module) -> nn.Module:
     if world() == 1:
         return tower
     device = next(tower.parameters()).device
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
     return DistributedDataParallel(
         tower,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{buffers: False},
     )
 
 
@@ -204,7 +207,7 @@ def synchronise_norm(module: nn.Module) -> nn.Module:
         for name, old in list(parent.named_children()):
             if type(old) in _PLAIN_NORMS:
                 new = GlobalBatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
-                new.to(old.running_mean.dtype).load_state_dict(old.state_dict())
+                new._parameters, new._buffers = old._parameters, old._buffers  # the same tensors, frozen or not
                 setattr(parent, name, new.train(old.training))
     return module
 

@@ -34,7 +34,8 @@ class MoCo(Method):
     temperature: T of Eq. 1.
     queue: keys remembered.
     m: momentum of the target tower.
-    hidden: width of the projection's hidden layer (v2); None is v1's single linear layer.
+    layers: linear layers in the projection: 1 in v1, 2 in v2.
+    hidden: width between them; None is the features'.
     out: width of the rows that are compared.
     symmetric: both views are queries and keys; the two losses are added, as in the authors' CIFAR-10 demo.
     """
@@ -47,7 +48,7 @@ class MoCo(Method):
     }  # fmt: skip
     _v2 = _v1 | {
         "source": "moco, main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
-        "views.name": "mocov2", "schedule.name": "cosine", "method.temperature": 0.2, "method.hidden": 2048,
+        "views.name": "mocov2", "schedule.name": "cosine", "method.temperature": 0.2, "method.layers": 2,
     }  # fmt: skip
     _cifar = {
         "source": "moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images (SplitBatchNorm of 8: context=64)",
@@ -55,7 +56,10 @@ class MoCo(Method):
         "batch": 512, "epochs": 200, "schedule.warmup": 0,
         "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99,
     }  # fmt: skip
-    _digits = {"method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}  # ours, for the embedded data
+    _digits = {
+        "source": "ours, for the embedded data",
+        "method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99,
+    }  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": _digits}
 
     def __init__(
@@ -63,22 +67,18 @@ class MoCo(Method):
         temperature: float = 0.07,
         queue: int = 65536,
         m: float = 0.999,
+        layers: int = 1,
         hidden: int | None = None,
         out: int = 128,
         symmetric: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature, self.m, self.hidden, self.out, self.symmetric = (
-            temperature,
-            m,
-            hidden,
-            out,
-            symmetric,
-        )
+        self.temperature, self.m, self.symmetric = temperature, m, symmetric
+        self.layers, self.hidden, self.out = layers, hidden, out
         self.queue = Queue(queue, out)
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [] if self.hidden is None else [self.hidden]
+        hidden = [self.hidden or width] * (self.layers - 1)
         return {"projection": Head(mlp(width, *hidden, self.out, norm=False))}
 
     def online_views(self, views: int) -> Sequence[int]:

@@ -50,7 +50,7 @@ class SimCLR(Method):
             "views.name": "simclr_cifar", "optimizer.name": "lars", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4,
             "batch": 512, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.5,
         },
-        "digits": {"method.temperature": 0.2},  # ours, for the embedded data
+        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.2},
     }  # fmt: skip
 
     def __init__(
@@ -72,7 +72,7 @@ class SimCLR(Method):
 
     def heads(self, width: int) -> dict[str, Head]:
         hidden = [self.hidden or width] * (self.layers - 1)
-        return {"projection": Head(mlp(width, *hidden, self.out, last="norm"))}
+        return {"projection": Head(mlp(width, *hidden, self.out, last="norm_scale"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": nt_xent(online["projection"], self.temperature, self.scale)}

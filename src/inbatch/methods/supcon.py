@@ -61,7 +61,7 @@ class SupCon(Method):
     labels = True
     presets = {
         "imagenet": {
-            "source": "arXiv 2004.11362, section 4: ResNet-50, LARS, T 0.1",
+            "source": "arXiv 2004.11362, section 4, says LARS and T 0.1; rate, decay and batch are SimCLR's",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
             "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1,
         },
@@ -70,7 +70,7 @@ class SupCon(Method):
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1,
         },
-        "digits": {"method.temperature": 0.1},  # ours, for the embedded data
+        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.1},
     }  # fmt: skip
 
     def __init__(
