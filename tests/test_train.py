@@ -189,7 +189,7 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"batch": 4096}, DataError, "fewer than one batch"),
+        ({"batch": 4096, "context": 64}, DataError, "fewer than one batch"),
         ({"context": 7}, ConfigError, "divisor"),
         ({"context": 80}, ConfigError, "does not divide"),
         ({"settings": {"views.views": 1}}, ConfigError, "learns from"),
