@@ -167,7 +167,7 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
         return {"loss": found["loss"] * float("nan")}
 
     monkeypatch.setattr(METHODS["simclr"], "loss", broken)
-    with pytest.raises(TrainingError, match="nothing was changed") as caught:
+    with pytest.raises(TrainingError, match="no weight was changed") as caught:
         tiny("simclr", tmp_path)
     assert caught.value.exit_code == 4
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

@@ -131,7 +131,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     context, groups = _context(recipe, world)
 
     # Weights are drawn from the seed without disturbing the caller's random numbers.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(fold(recipe.seed, 0x1217))
         with _settings_of("method", recipe.method.name):
             method = method_class(**options)
