@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,8 @@ def photos(tmp_path: Path) -> Path:
 # Help
 
 
-def test_help_is_instant_and_imports_no_torch() -> None:
+def test_help_imports_nothing_heavy() -> None:
+    """What makes help instant: `python -X importtime -m inbatch --help` is the measurement."""
     code = (
         "import sys; sys.argv = ['inbatch', *sys.argv[1:]]\n"
         "from inbatch.cli import main\n"
@@ -81,14 +81,9 @@ def test_help_is_instant_and_imports_no_torch() -> None:
         "finally: print('heavy:', *{'torch', 'numpy', 'sklearn', 'yaml', 'timm'} & sys.modules.keys(), file=sys.stderr)"
     )
     for line in (["--help"], ["pretrain", "--help"]):
-        took = []
-        for _ in range(3):  # the best of three: the machine may be busy
-            began = time.perf_counter()
-            child = process("-c", code, *line)
-            _, err = child.communicate(timeout=60)
-            took.append(time.perf_counter() - began)
-            assert child.returncode == 0 and err.strip() == "heavy:", err
-        assert min(took) < 0.5, took
+        child = process("-c", code, *line)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 0 and err.strip() == "heavy:", err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -97,7 +92,8 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     examples = shown.partition("Examples:")[2]
     assert examples.count(f"inbatch {command}") >= 2
     flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
-    assert {"--json", "--quiet"} <= flags and len(flags) <= 20, sorted(flags)
+    assert "--json" in flags and len(flags) <= 20, sorted(flags)
+    assert ("--quiet" in flags) == (command in ("quickstart", "pretrain", "embed")), "quiet is for what shows progress"
 
 
 def test_the_overview_names_every_command_and_exit_code() -> None:

@@ -230,3 +230,9 @@ class TestFaults:
         loader = Loader(open_data(photos), batch=10, views=VIEWS, seed=0, resident=False, workers=workers)
         with pytest.raises(DataError, match=r"07\.png' cannot be read: .*remove it$"):
             list(loader.epoch(0))
+
+
+def test_images_that_are_all_the_same_are_refused() -> None:
+    same = torch.full((8, 3, 6, 6), 7, dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"all 8 images of .* are identical"):
+        Loader(open_data(same), batch=4, views=VIEWS, seed=0, resident=True)

@@ -123,3 +123,11 @@ def test_the_method_of_the_page_is_known_to_recipes(align: type[Method]) -> None
         recipe(command.strip())
     with pytest.raises(ConfigError, match="weight"):
         make({"data": "digits-canvas", "method.name": "align", "method.wieght": 0.5})
+
+
+def test_line_counts_are_counted() -> None:
+    page, methods = DOCS / "add-a-method.md", DOCS.parent / "src" / "inbatch" / "methods"
+    stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}
+    assert stated == {f"{name}.py": len((methods / f"{name}.py").read_text().splitlines()) for name in METHODS}
+    (smallest,) = [code for code in blocks(page, "python") if "class AlignUniform" in code]
+    assert f"of {len(smallest.splitlines())} lines" in page.read_text()

@@ -63,7 +63,8 @@ def gathered() -> list[Any]:
     whole = ranks.gather(x, dim=1)
     mean = torch.tensor([1.0, 2.0]) * (1 + ranks.rank())
     ranks.average_([mean])
-    return [whole.tolist(), ranks.own(whole, 1).tolist(), mean.tolist(), ranks.largest(ranks.rank()), ranks.share(ranks.rank())]
+    mine = ranks.rank()
+    return [whole.tolist(), ranks.own(whole, 1).tolist(), mean.tolist(), ranks.largest(mine), ranks.share(mine)]
 
 
 def test_collectives() -> None:
@@ -77,8 +78,9 @@ def torchrun(out: Path, *words: str) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
         "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        "-m", "inbatch", "pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--batch", "40", "--context", "20",
-        "--expect-world-size", "2", "--set", "subset=200", "--set", "precision=float32", "--set", "method.queue=64", *words,
+        "-m", "inbatch", "pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--batch", "40",
+        "--context", "20", "--expect-world-size", "2", "--set", "subset=200", "--set", "precision=float32",
+        "--set", "method.queue=64", *words,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,7 @@ def assert_same_state(a: Any, b: Any, where: str = "") -> None:
 
 def saved(out: Path) -> dict[str, Any]:
     state = checkpoint.load(out / "checkpoints").state
-    del state["progress"]["seconds"]
+    del state["progress"]["seconds"], state["progress"]["before"]
     return state
 
 
@@ -77,7 +80,7 @@ def test_resuming_is_bit_exact(
     assert steps == sorted(steps), "the log goes back"
 
 
-def test_resuming_does_not_depend_on_workers_or_where_images_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path / "whole", resident=False, workers=2)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)
@@ -176,8 +179,9 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
 def test_arrays_in_memory(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
     run = inbatch.pretrain(
-        images, "simclr", out=tmp_path / "a", encoder="tiny", batch=20, epochs=1, quiet=True, settings={"schedule.warmup": 0}
-    )
+        images, "simclr", out=tmp_path / "a", encoder="tiny", batch=20, epochs=1, quiet=True,
+        settings={"schedule.warmup": 0},
+    )  # fmt: skip
     assert run.result["evaluation"] is None and run.result["curve"][-1]["rankme"] > 1
     labelled = inbatch.pretrain(
         (images, [i % 3 for i in range(60)]), "supervised", out=tmp_path / "b", encoder="tiny", batch=20, epochs=1,
@@ -211,3 +215,24 @@ def test_labels_are_needed_where_a_method_learns_from_them(tmp_path: Path) -> No
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
     with pytest.raises(DataError, match="none"):
         inbatch.pretrain(images, "supervised", out=tmp_path, encoder="tiny", batch=20)
+
+
+def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path) -> None:
+    """What a terminal or a scheduler does: every process gets the signal, the one that decodes too."""
+    words = ["pretrain", "simclr", "--data", "digits-canvas", "--batch", "40", "--epochs", "400", "--workers", "2"]
+    words += ["--quiet", "--out", str(tmp_path)]
+    sets = ["--set", "subset=200", "--set", "resident=false", "--set", "evaluate_every=400"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inbatch", *words, *sets], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "SIGTERM" in stderr and "Traceback" not in stderr
+    assert checkpoint.load(tmp_path / "checkpoints").step > 0
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)

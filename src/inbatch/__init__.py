@@ -11,21 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inbatch import losses as losses
-    from inbatch.api import Run, evaluate_run, load, load_run, pretrain
+    from inbatch.api import Run, draw_views, embed_run, evaluate_run, load, load_run, pretrain, rehearse
     from inbatch.encoders import Encoder
     from inbatch.methods import METHODS
 
-__all__ = ["METHODS", "Encoder", "Run", "evaluate_run", "load", "load_run", "losses", "pretrain"]
+_API = ("Run", "draw_views", "embed_run", "evaluate_run", "load", "load_run", "pretrain", "rehearse")
+_WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.encoders"}
 
-_WHERE = {
-    "METHODS": "inbatch.methods",
-    "Encoder": "inbatch.encoders",
-    "Run": "inbatch.api",
-    "evaluate_run": "inbatch.api",
-    "load": "inbatch.api",
-    "load_run": "inbatch.api",
-    "pretrain": "inbatch.api",
-}
+__all__ = [
+    "METHODS",
+    "Encoder",
+    "Run",
+    "draw_views",
+    "embed_run",
+    "evaluate_run",
+    "load",
+    "load_run",
+    "losses",
+    "pretrain",
+    "rehearse",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """What the command line does, in Python and in as many words."""
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.files import locked, write_json
+from inbatch.log import counted
 from inbatch.train import clear, train
 from inbatch.views import PRESETS, Views
 from inbatch.views.figure import save_grid
@@ -155,8 +157,6 @@ def load_run(path: str | Path) -> Run:
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if not (path / "result.json").is_file():
         raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
-    import json
-
     return Run(path, make(read_file(path / "recipe.json")), json.loads((path / "result.json").read_text()))
 
 
@@ -176,13 +176,17 @@ def evaluate_run(
     return found | {"run": str(path), "held_out": held[2]}
 
 
-def embed_run(path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto") -> int:
-    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many."""
+def embed_run(
+    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True
+) -> int:
+    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
+
+    split: "train" or "test" where the data has both. quiet: no progress on stderr.
+    """
     encoder = load(path).to(device_for(device))
-    split = split or splits(data)[0]
-    source = open_data(data, split, channels=encoder.channels)
-    write_embeddings(Path(out), stream(encoder, source))
-    return len(source)
+    source = open_data(data, split or splits(data)[0], channels=encoder.channels)
+    chunks = stream(encoder, source, batch=256)
+    return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 
 
 def _which(data: Any, given: Settings) -> Any:
@@ -238,7 +242,7 @@ def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, 
             changed[key] = value
     if changed:
         what = ", ".join(f"{k} = {v!r} (the run has {mine.get(k)!r})" for k, v in changed.items())
-        raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run with another --out")
+        raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     if isinstance(data, str | Path | None):
         data = recipe.data
     return recipe, open_data(data, recipe.split, subset=recipe.subset, channels=recipe.channels), data
@@ -259,5 +263,3 @@ def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path
     while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():
         number += 1
     return Path(ranks.share(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))
-
-

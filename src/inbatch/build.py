@@ -253,4 +253,3 @@ def _whole(key: str, value: Any) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{key} = {value!r}: input should be a whole number") from None
-

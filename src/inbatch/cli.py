@@ -168,7 +168,6 @@ def evaluate(
     out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Judge a run's encoder by k-NN, a linear probe and clustering; the protocol stands beside every figure."""
     with reported(as_json):
@@ -201,11 +200,11 @@ def embed(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write path, index, label and feature vector of every image to a file."""
+    """Write path, index, label and feature vector of every image to a file; memory does not grow with their number."""
     with reported(as_json):
         from inbatch.api import embed_run
 
-        count = embed_run(run, data, out, split=split, device=device)
+        count = embed_run(run, data, out, split=split, device=device, quiet=quiet)
         print_json({"images": count, "out": str(out)}) if as_json else say(f"{count:,} images embedded into {out}")
 
 
@@ -227,7 +226,6 @@ def views(
     seed: Annotated[int, Option(min=0, help="Which images, and what is drawn.")] = 0,
     set_: Set = None,
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Draw images beside the views a method would learn from: judge by eye before training."""
     with reported(as_json):
@@ -247,7 +245,6 @@ def views(
 def methods(
     name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """What there is to learn with; with a NAME its options and its presets."""
     with reported(as_json):

@@ -19,7 +19,10 @@ class Head:
     online_only: bool = False
 
 
-def mlp(*widths: int, norm: bool = True, last: Literal["linear", "norm", "norm_scale", "norm_plain"] = "linear") -> nn.Sequential:
+Last = Literal["linear", "norm", "norm_scale", "norm_plain"]
+
+
+def mlp(*widths: int, norm: bool = True, last: Last = "linear") -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them.
 
     norm: batch normalisation after every hidden layer.

@@ -4,10 +4,10 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -178,3 +178,15 @@ def _truncate(path: Path, step: int) -> None:
             kept.append(line + "\n")
     with replacing(path) as file:
         file.write("".join(kept).encode())
+
+
+def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
+    """The chunks as they come; on stderr, every `interval` seconds, how many of `total` are done and the time left."""
+    console, began, shown, done = Console(stderr=True), time.perf_counter(), time.perf_counter(), 0
+    for chunk in chunks:
+        yield chunk
+        done, now = done + len(chunk), time.perf_counter()
+        if now - shown >= interval:
+            left = timedelta(seconds=round((now - began) * (total - done) / done))
+            console.print(f"{done:,} of {total:,} images {what}, {left} left", markup=False, highlight=False)
+            shown = now

@@ -14,6 +14,10 @@ class Queue(nn.Module):
     Any number of rows may be pushed: it wraps around, and of more than `size` only the newest stay.
     """
 
+    rows: Tensor
+    pointer: Tensor
+    filled: Tensor
+
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.size = size

@@ -111,9 +111,7 @@ def parameter_groups(
     if unknown := [name for name in own if name not in modules]:
         raise ConfigError(f"No part is called {', '.join(unknown)}: the parts are {', '.join(modules)}.")
     if unknown := sorted({key for chosen in own.values() for key in chosen} - settings):
-        raise ConfigError(
-            f"Unknown setting {', '.join(unknown)} of a part: use {', '.join(sorted(settings))}."
-        )
+        raise ConfigError(f"Unknown setting {', '.join(unknown)} of a part: use {', '.join(sorted(settings))}.")
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()

@@ -66,10 +66,8 @@ def quickstart(
     Writes `neighbours.png` and `quickstart.json` beside what every run leaves.
     """
     began = time.perf_counter()
-    run = pretrain(
-        DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed,
-        **({} if epochs is None else {"epochs": epochs}),
-    )  # fmt: skip
+    budget: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, **budget)
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
     untrained = prepare(DATA, config=run.directory / "recipe.json", device=device).encoder
     k = run.recipe.k

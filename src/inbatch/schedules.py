@@ -54,9 +54,7 @@ def warmup_cosine(
     Raises ConfigError where the warm-up is longer than the run.
     """
     if not 0 <= warmup <= total:
-        raise ConfigError(
-            f"A warm-up of {warmup:g} steps does not fit into {total:g}: shorten it or train longer."
-        )
+        raise ConfigError(f"A warm-up of {warmup:g} steps does not fit into {total:g}: shorten it or train longer.")
     if step < warmup:
         return linear(progress(step, warmup, ramp), start, base)
     return cosine(progress(step - warmup, total - warmup, decay), base, end)

@@ -66,8 +66,9 @@ class Step:
         norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise TrainingError(
-                f"step {step}: the loss is {losses['loss'].item():.4g} and the gradient's norm {norm.item():.4g}; no weight was "
-                "changed by this step. Lower optimizer.lr, lengthen schedule.warmup, or try precision float32"
+                f"step {step}: the loss is {losses['loss'].item():.4g} and the gradient's norm {norm.item():.4g}; "
+                "no weight was changed by this step. Lower optimizer.lr, lengthen schedule.warmup, or try "
+                "precision float32"
             )
         self.optimizer.step()
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
 
 
-def norms(module: nn.Module) -> list[nn.Module]:
+def norms(module: nn.Module) -> list[Any]:
     """The normalisation layers that keep running statistics."""
     return [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
 

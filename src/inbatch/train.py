@@ -32,19 +32,30 @@ Judge = Callable[[], dict[str, float]]
 
 @dataclass
 class Progress:
-    """What a run remembers besides its parts: saved with every checkpoint. `step` counts those that are done."""
+    """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
+
+    step: steps that are done. seconds, images: of training alone. before: seconds of wall time before this process.
+    """
 
     step: int = 0
     best: float = -math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images: int = 0
+    before: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def wall(self) -> float:
+        """Seconds of wall time, everything included, over all processes that went on with the run."""
+        return self.before + time.perf_counter() - self.began
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        kept = {name: getattr(self, name) for name in ("step", "best", "curve", "seconds", "images")}
+        return kept | {"before": self.wall}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.__dataclass_fields__:
+        for name in ("step", "best", "curve", "seconds", "images", "before"):
             setattr(self, name, state[name])
 
 
@@ -64,6 +75,7 @@ def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume:
     seen = f"{recipe} {len(built.source)} {torch.__version__} {progress.step}"
     ranks.agree(seen, "recipe, data, version of torch or checkpoint")
 
+    where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
     report = _Report(out, built, progress, main)
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
@@ -80,7 +92,7 @@ def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume:
             except BaseException as error:
                 report.status("crashed", f"{type(error).__name__}: {error}")
                 raise
-    result = ranks.share(_finish(built, progress, held, out) if main else None)
+    result = ranks.share(_finish(built, progress, held, out, where) if main else None)
     report.status("finished")
     return result
 
@@ -135,14 +147,16 @@ def _judge(built: Built, held: Any) -> Judge:
     """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
 
     def look() -> dict[str, float]:
-        options = {"precision": built.tower.precision}
+        options: dict[str, Any] = {"precision": built.tower.precision, "workers": built.loader.workers}
         if held is None:
-            few = torch.arange(min(2048, len(built.source)))
-            vectors = embed(built.encoder, Subset(built.source, few, "to watch the features"), **options).vectors
+            few = torch.arange(min(2048, len(built.loader.source)))
+            watched = Subset(built.loader.source, few, "to watch the features")
+            vectors = embed(built.encoder, watched, **options).vectors
             return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
         bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
         found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
-        near = knn(bank.labelled(), queries.labelled(), k=min(built.recipe.k, len(bank.labelled())), device=built.loader.device)
+        bank, queries = bank.labelled(), queries.labelled()
+        near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | found
 
     return look
@@ -158,7 +172,7 @@ def _judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
     return best
 
 
-def _finish(built: Built, progress: Progress, held: Any, out: Path) -> dict[str, Any]:
+def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any]) -> dict[str, Any]:
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
     plot_curves(out / "metrics.jsonl", out / "curves.png")
@@ -168,7 +182,7 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path) -> dict[str,
         "context": built.context,
         "world": ranks.world(),
         "precision": str(built.tower.precision).removeprefix("torch."),
-        "environment": environment(built.loader.device),
+        "environment": where,
         "images": len(built.source),
         "steps": built.total,
         "training_seconds": progress.seconds,
@@ -176,8 +190,11 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path) -> dict[str,
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
         "held_out": held and held[2],
-        "evaluation": held and evaluate(built.encoder, held[0], held[1], k=built.recipe.k, seed=built.recipe.seed),
+        "evaluation": None if held is None else evaluate(
+            built.encoder, held[0], held[1], k=built.recipe.k, seed=built.recipe.seed, workers=built.loader.workers
+        ),
     }
+    result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result
 

@@ -1,5 +1,6 @@
 """Batches from a source: out of device memory if it is small, else streamed through worker processes."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,8 @@ _OPEN = 32  # images a worker holds open at once: few files, and one draw of box
 class Boxes(Protocol):
     """The part of `views.Views` that is needed here: where to crop, and each view's `size` and `interpolation`."""
 
-    views: Sequence[Any]
+    @property
+    def views(self) -> Sequence[Any]: ...
 
     def boxes(
         self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
@@ -41,7 +43,8 @@ class Loader:
     images may have, twice the largest view by default. max_bad: share of unreadable images that may be left out
     when resident; a streamed one raises DataError when its turn comes.
 
-    `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch.
+    `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch, `workers` the
+    processes that decode (0 where resident).
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Loader:
         if needed <= SHARE * free if resident is None else resident:
             self.held = decode_all(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
+            _differ(self.held)
         self.source, self.steps = source, len(source) // batch
         if not self.steps:
             raise DataError(
@@ -76,14 +80,14 @@ class Loader:
                 f"use a batch of at most {len(source):,}, or more images"
             )
         self._labels = source.labels.to(self.device)
-        workers = max(1, min(16, cores() // world)) if workers is None else workers
         self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
             ", as asked" if resident is not None else ""
         )
+        self.workers = 0
         if self.held is None:
-            self._workers = workers
+            self.workers = max(1, min(16, cores() // world)) if workers is None else workers
             self._order = _Order()
-            self._stream = _stream(_Crops(source, views, seed), self._order, workers, self.device)
+            self._stream = _stream(_Crops(source, views, seed), self._order, self.workers, self.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on the device, beginning at step `start`."""
@@ -102,7 +106,7 @@ class Loader:
                 lines.append(f"{self.held.scaled:,} images scaled down to a longer side of {max(h, w)} pixels")
             lines.extend(f"left out: {reason}" for reason in self.held.dropped)
         else:
-            lines.append(f"streamed by {self._workers} workers ({self._why})")
+            lines.append(f"streamed by {self.workers} workers ({self._why})")
         return "\n".join(lines)
 
     def _resident(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
@@ -133,6 +137,14 @@ class Loader:
                 boxes=boxes,
             )
             yield batch.to(self.device)
+
+
+def _differ(held: Resident) -> None:
+    """DataError where every image is the same; two that differ are found at once in any other set."""
+    if len(held.images) > 1 and all(torch.equal(held.images[0], other) for other in held.images[1:]):
+        raise DataError(
+            f"all {len(held.images):,} images of {held.source.name} are identical: there is nothing to tell apart"
+        )
 
 
 class _Order(Sampler[tuple[int, list[int]]]):
@@ -184,7 +196,15 @@ def _stream(crops: _Crops, order: _Order, workers: int, device: torch.device) ->
         batch_size=None,
         sampler=order,
         num_workers=workers,
+        worker_init_fn=_deaf,
         persistent_workers=workers > 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
         pin_memory=device.type == "cuda",
     )
+
+
+def _deaf(worker: int) -> None:
+    """A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -63,15 +63,9 @@ class MoCo(Method):
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": _digits}
 
     def __init__(
-        self,
-        temperature: float = 0.07,
-        queue: int = 65536,
-        m: float = 0.999,
-        layers: int = 1,
-        hidden: int | None = None,
-        out: int = 128,
-        symmetric: bool = False,
-    ) -> None:
+        self, temperature: float = 0.07, queue: int = 65536, m: float = 0.999, layers: int = 1,
+        hidden: int | None = None, out: int = 128, symmetric: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.m, self.symmetric = temperature, m, symmetric
         self.layers, self.hidden, self.out = layers, hidden, out
@@ -89,7 +83,8 @@ class MoCo(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         pairs = zip(online["projection"], target["projection"], strict=True)
-        return {"loss": sum(info_nce(q, k, self.queue.rows, self.temperature) for q, k in pairs)}
+        losses = [info_nce(q, k, self.queue.rows, self.temperature) for q, k in pairs]
+        return {"loss": torch.stack(losses).sum()}
 
     def momentum(self, progress: float) -> float:
         return self.m

@@ -54,13 +54,9 @@ class SimCLR(Method):
     }  # fmt: skip
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        hidden: int | None = None,
-        out: int = 128,
-        layers: int = 3,
+        self, temperature: float = 0.1, hidden: int | None = None, out: int = 128, layers: int = 3,
         scale: Literal["mean", "sum"] = "mean",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.hidden, self.out, self.layers, self.scale = (
             temperature,

@@ -74,13 +74,9 @@ class SupCon(Method):
     }  # fmt: skip
 
     def __init__(
-        self,
-        temperature: float = 0.07,
-        base_temperature: float = 0.07,
-        anchors: Literal["all", "one"] = "all",
-        hidden: int | None = None,
-        out: int = 128,
-    ) -> None:
+        self, temperature: float = 0.07, base_temperature: float = 0.07, anchors: Literal["all", "one"] = "all",
+        hidden: int | None = None, out: int = 128,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.base_temperature, self.anchors = temperature, base_temperature, anchors
         self.hidden, self.out = hidden, out
