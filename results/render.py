@@ -6,8 +6,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEAD = """# Results
 
-One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware, commit,
-curve, figures with their protocol, speed and memory. Bad runs are kept too. This page is written by `python
+One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware,
+commit, curve, figures with their protocol, speed and memory. Bad runs are kept too. This page is written by `python
 results/render.py`, and a test compares it with the files.
 
 CIFAR-10 is the JPEG copy: re-encoded at about quality 75, so accuracies stand a little below those on the

@@ -97,6 +97,32 @@ def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: py
     assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
 
 
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Fault 1: SIGKILL at any moment, saving included (it saves after every 5 steps of some milliseconds)."""
+    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
+    out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
+    for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out": 8}.items():
+        words += ["--set", f"{key}={value}"]
+    for wait in (0.05, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "inbatch", *words, "--quiet", "--out", str(out), "--resume", "auto"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        began, end = time.time(), time.monotonic() + 60
+        while not any(file.stat().st_mtime > began for file in out.glob("checkpoints/previous.pt")):
+            assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        process.communicate(timeout=30)
+    step = checkpoint.load(out / "checkpoints").step
+    assert 0 < step < 200, "killed too late to show anything"
+    tiny("simclr", out, resume=True, **fields)
+    tiny("simclr", tmp_path / "whole", **fields)
+    assert_same_state(saved(out), saved(tmp_path / "whole"))
+    assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -131,9 +131,9 @@ def pretrain(
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
         chosen |= {"seed": seed, "compile": compile or None}
-        fields = {key: value for key, value in chosen.items() if value is not None}
+        fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
-        shared = {"config": config, "settings": settings, "device": device, "workers": workers}
+        shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         if dry_run:
             if resume is not None:
                 raise ConfigError(
@@ -175,7 +175,7 @@ def evaluate(
         from inbatch.files import write_json
 
         protocols = protocol or ["knn", "linear", "clustering"]
-        options = {"temperature": temperature, "probe": probe, "device": device}
+        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device}
         options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
         found = evaluate_run(run, data, test, protocols=protocols, **options)
         out = out or run / "evaluation.json"

@@ -15,7 +15,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = ("inbatch", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -84,11 +84,12 @@ def wrap(tower: nn.Module) -> nn.Module:
     device = next(tower.parameters()).device
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    unsynced: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(
         tower,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{buffers: False},
+        **unsynced,
     )
 
 
@@ -184,7 +185,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = _SumOverRanks.apply(wide.sum(axes)) / count
         centred = wide - mean.view(shape)
         variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
-        if self.track_running_stats:
+        if self.track_running_stats and self.running_mean is not None:
+            assert self.running_var is not None and self.num_batches_tracked is not None
             self.num_batches_tracked += 1
             rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             with torch.no_grad():
@@ -204,7 +206,8 @@ def synchronise_norm(module: nn.Module) -> nn.Module:
     if any(p.is_cuda for p in module.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in list(module.modules()):
-        for name, old in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, old in children:
             if type(old) in _PLAIN_NORMS:
                 new = GlobalBatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
                 new._parameters, new._buffers = old._parameters, old._buffers  # the same tensors, frozen or not

@@ -68,8 +68,8 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     Norm statistics are the target's own: it has seen its own images.
     """
     new = dict(online.named_parameters())
-    pairs = [(slow, new[name]) for name, slow in target.named_parameters()]
-    slow = [pair[0] for pair in pairs]
+    pairs = [(own, new[name]) for name, own in target.named_parameters()]
+    slow: list[Tensor] = [pair[0] for pair in pairs]
     torch._foreach_mul_(slow, momentum)
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
 

@@ -190,7 +190,9 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
         "held_out": held and held[2],
-        "evaluation": None if held is None else evaluate(
+        "evaluation": None
+        if held is None
+        else evaluate(
             built.encoder, held[0], held[1], k=built.recipe.k, seed=built.recipe.seed, workers=built.loader.workers
         ),
     }

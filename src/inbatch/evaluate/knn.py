@@ -1,5 +1,7 @@
 """k nearest neighbours: exact, in chunks, so that no matrix of all queries by all samples exists."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,7 +60,7 @@ def knn(
     distance: str = "cosine",
     *,
     device: torch.device | str = "cpu",
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """top1 and top5 in [0, 1] with the protocol; images without a label are left out. Errors as in `knn_scores`.
 
     Equal scores go to the smallest class.
