@@ -15,6 +15,7 @@ from small import SMALL
 
 import inbatch
 from inbatch import checkpoint
+from inbatch.build import held_out, plan
 from inbatch.errors import ConfigError, DataError, Interrupted, Preempted, TrainingError
 from inbatch.log import Log
 from inbatch.methods import METHODS
@@ -262,3 +263,29 @@ def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path
     assert checkpoint.load(tmp_path / "checkpoints").step > 0
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         os.killpg(process.pid, 0)
+
+
+def test_what_features_are_judged_by(tmp_path: Path) -> None:
+    """A test split, else a tenth held out; unlabelled images are judged by labelled test data alone."""
+    images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(60) % 3
+    settings = {"size": 16, "batch": 20, "encoder.name": "tiny"}
+
+    def judged(data: Any, test: Any = None) -> Any:
+        recipe, source = plan(data, settings)
+        return held_out(recipe, source, data, test)
+
+    bank, queries, how = judged("digits-canvas")
+    assert (len(bank), len(queries)) == (1297, 500) and how.startswith("test split")
+    bank, queries, how = judged((images, labels))
+    assert (len(bank), len(queries)) == (54, 6) and "a tenth" in how
+    assert not set(bank.indices.tolist()) & set(queries.indices.tolist())
+    bank, queries, _ = judged((images, labels), (images[:9], labels[:9]))
+    assert (len(bank), len(queries)) == (60, 9)
+    assert judged(images) is None
+    bank, queries, how = judged(images, (images[:30], labels[:30]))
+    assert (len(bank), len(queries)) == (27, 3) and "a tenth" in how
+    with pytest.raises(DataError, match="no labels"):
+        judged(images, images[:9])
+    with pytest.raises(DataError, match="other classes"):
+        judged((images, labels), (images[:9], labels[:9] + 3))

@@ -192,25 +192,36 @@ def set_rates(recipe: Recipe, steps: int, optimizer: Optimizer, step: int) -> No
 
 
 def held_out(recipe: Recipe, source: Source, data: Any, test: Any = None) -> tuple[Source, Source, str] | None:
-    """Sources to judge features by, bank and queries, and in words where the queries are from; None without labels.
+    """Sources to judge features by, bank and queries, and in words where they are from; None without labels.
 
-    The test data given or named in the recipe, else the data's own test split, else a tenth of the images, chosen by
-    a fixed permutation and held out from the bank. Raises DataError for test data without labels or of other classes.
+    The queries are the test data given or named in the recipe, else the data's own test split, else a tenth of the
+    images. The bank is what is learned from, or where that has no labels, the rest of the test data. Raises DataError
+    for test data without labels or with other classes.
     """
-    if not bool((source.labels >= 0).any()):
-        return None
     given = test if test is not None else recipe.test
-    where = given if given is not None else data
-    if given is not None or (recipe.split != "test" and "test" in splits(data)):
-        split = "test" if "test" in splits(where) else "train"
-        queries = open_data(where, split, channels=recipe.channels)
-        if queries.classes != source.classes:
-            raise DataError(f"{queries.name} has other classes than {source.name}: features cannot be judged by it")
-        return source, queries, f"{split} split of {queries.name}"
+    labelled = bool((source.labels >= 0).any())
+    if given is None and not labelled:
+        return None
+    where = data if given is None else given
+    own = "test" in splits(where) and (given is not None or recipe.split != "test")
+    if not own and (given is None or not labelled):
+        whole = source if given is None else open_data(given, splits(given)[0], channels=recipe.channels)
+        seen = "; their labels were trained on" if given is None and METHODS[recipe.method.name].labels else ""
+        return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
+    split = "test" if own else splits(where)[0]
+    bank = source if labelled else open_data(where, "train", channels=recipe.channels)
+    queries = open_data(where, split, channels=recipe.channels)
+    if queries.classes != bank.classes:
+        raise DataError(f"{queries.name} has other classes than {bank.name}: features cannot be judged by it")
+    return bank, queries, f"{split} split of {queries.name}"
+
+
+def _tenth(source: Source, how: str) -> tuple[Source, Source, str]:
+    """Nine tenths as the bank and one as queries, chosen by a fixed permutation."""
+    if not bool((source.labels >= 0).any()):
+        raise DataError(f"{source.name} has no labels, and features are judged by them: use class sub-folders")
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
-    seen = "; their labels were trained on" if METHODS[recipe.method.name].labels else ""
-    how = f"a tenth of the training images, held out from the bank{seen}"
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
     return bank, queries, how
 
