@@ -84,11 +84,12 @@ def pretrain(
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
-        with lock:  # from here on something is written: whatever could be refused has been
+        with lock as stale:  # from here on something is written: whatever could be refused has been
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            result = train(built, directory, held, resume=going_on is not None, quiet=quiet)
+            notes = [stale] if stale else []
+            result = train(built, directory, held, resume=going_on is not None, quiet=quiet, notes=notes)
         return Run(directory, recipe, result)
     finally:
         if made:

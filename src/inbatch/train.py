@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,21 @@ class Progress:
             setattr(self, name, state[name])
 
 
-def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
+def train(
+    built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
 
     out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
+    notes: sentences for the user, printed at the start.
     Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite.
     """
     recipe, progress, main = built.recipe, Progress(), ranks.rank() == 0
     parts = built.parts() | {"progress": progress}
-    note = None
     if resume:
         found = load(out / "checkpoints")
         restore(parts, found.state)
-        note = found.note
+        notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}."]
     seen = f"{recipe} {len(built.source)} {torch.__version__} {progress.step}"
     ranks.agree(seen, "recipe, data, version of torch or checkpoint")
 
@@ -80,19 +82,19 @@ def train(built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume:
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
-        if note:
+        for note in notes:
             log.note(note)
-        with stop_on_signals() as stop:
-            try:
+        try:
+            with stop_on_signals() as stop:
                 _epochs(built, progress, parts, log, stop, held, out)
-            except (Preempted, Interrupted, TrainingError) as error:
-                kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
-                report.status(kinds[type(error)], str(error))
-                raise
-            except BaseException as error:
-                report.status("crashed", f"{type(error).__name__}: {error}")
-                raise
-    result = ranks.share(_finish(built, progress, held, out, where) if main else None)
+            result = ranks.share(_finish(built, progress, held, out, where) if main else None)
+        except (Preempted, Interrupted, TrainingError) as error:
+            kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
+            report.status(kinds[type(error)], str(error))
+            raise
+        except BaseException as error:
+            report.status("crashed", f"{type(error).__name__}: {error}")
+            raise
     report.status("finished")
     return result
 
