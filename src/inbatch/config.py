@@ -116,13 +116,18 @@ class Recipe:
         return file
 
     def command(self) -> str:
-        """The command line that repeats the run."""
-        given = ("data", "method.name", "preset", "size", "channels")
+        """The command line that repeats the run, whatever size its images would have suggested."""
         mine = self.flat()
-        base = make({key: mine[key] for key in given}).flat()
+        # A part of another name than the preset's starts without the preset's options: so it does here.
+        names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
+        given = {key: mine[key] for key in ("data", "preset", "size", "channels")} | names
+        named = make(given).flat()
+        preset = make({key: given[key] for key in ("data", "preset", "size", "channels", "method.name")}).flat()
         words = ["inbatch", "pretrain", self.method.name, "--data", self.data, "--preset", self.preset]
         for key, value in mine.items():
-            if key not in ("data", "method.name", "preset") and (key not in base or base[key] != value):
+            known = preset if key in names else named
+            followed = key in known and known[key] == value and key not in ("size", "channels")
+            if key not in ("data", "method.name", "preset") and not followed:
                 text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
                 words += ["--set", f"{key}={text.split(chr(10))[0]}"]
         return shlex.join(words)

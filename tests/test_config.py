@@ -1,0 +1,36 @@
+"""Recipes: a value that survives its file and its own command line."""
+
+import shlex
+from typing import Any
+
+import pytest
+
+from inbatch.config import make, parse_assignment
+
+
+def parsed(command: str) -> dict[str, Any]:
+    """The settings of a command line."""
+    words = shlex.split(command)
+    settings = {"method.name": words[2]}
+    for flag, value in zip(words[3::2], words[4::2], strict=True):
+        settings |= parse_assignment(value) if flag == "--set" else {flag.removeprefix("--"): value}
+    return settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": "my photos"},
+        {"data": "photos", "size": 32, "epochs": 7, "subset": 100, "evaluate_every": 3},
+        {"data": "photos", "size": 128, "channels": 1, "views.name": "digits"},
+        {"data": "photos", "size": 32, "optimizer.name": "adamw", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4},
+        {"data": "photos", "method.name": "moco", "preset": "v1", "schedule.milestones": [0.5, 0.7], "test": "t=1 x"},
+        {"data": "photos", "method.name": "moco", "size": 64, "views.name": "mocov2", "views.blur": 0.1, "batch": 64},
+        {"data": "digits-canvas", "size": 20, "channels": 1, "method.name": "supcon", "context": 8, "resident": False},
+        {"data": "photos", "encoder.name": "vit_tiny_patch16_224", "encoder.init": "w.pt", "precision": "float32"},
+    ],
+)
+def test_a_recipe_survives_its_file_and_its_command(settings: dict[str, Any]) -> None:
+    recipe = make(settings)
+    assert make(recipe.flat()) == recipe
+    assert make(parsed(recipe.command())) == recipe, recipe.command()
