@@ -24,10 +24,16 @@ SMALL: dict[str, dict[str, object]] = {
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
+    "simclr-3": ("simclr", SMALL["simclr"]),
+    "simclr-joined": ("simclr", SMALL["simclr"]),
     "supcon-one": ("supcon", SMALL["supcon"] | {"anchors": "one"}),
 }
 
+VIEWS: dict[str, int] = {"simclr-3": 3}
+"""How many views a variant gets, where it is not two."""
+
 SIZE = 6
+IMAGES = 64  # of the data set
 DROPOUT = 0.2
 
 
@@ -40,17 +46,32 @@ def encoder() -> nn.Module:
     )  # fmt: skip
 
 
-def views_of(method: Method) -> int:
-    return max(2, method.views[0]) if method.views[1] != 1 else 1
+def views_of(variant: str) -> int:
+    least, most = METHODS[VARIANTS[variant][0]].views
+    return VIEWS.get(variant) or (max(2, least) if most != 1 else 1)
+
+
+def create(variant: str, **more: object) -> Method:
+    """The method as it is when the first epoch begins, the same on every call; `more` options go on top."""
+    name, options = VARIANTS[variant]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        method = METHODS[name](**options | more)
+        method.prepare(images=IMAGES, classes=3, batch=16, views=views_of(variant))
+        method.heads(12)  # which may fill the method's memory of its weights
+        if method.surveys(0):
+            rows = {name: torch.randn(IMAGES, 8) for name in method.target or method.online}
+            method.survey(rows, torch.arange(IMAGES) % 4 - 1, 0, lambda task, n: [task(i) for i in range(n)])
+    return method
 
 
 def parts(variant: str) -> tuple[Method, Tower, Tower | None]:
     """Method, tower and momentum tower in float64, the same on every call."""
     torch.manual_seed(1)
-    name, options = VARIANTS[variant]
-    method = METHODS[name](**options)
+    method = create(variant)
+    tower_options = {"joined": True} if variant.endswith("-joined") else {}
     heads = method.heads(12)
-    tower = Tower(encoder(), heads, method.online)
+    tower = Tower(encoder(), heads, method.online, **tower_options)
     target = momentum_tower(tower, heads, method.target) if method.target else None
     if target is not None:
         with torch.no_grad():
@@ -81,7 +102,7 @@ def train(variant: str, n: int, groups: int, steps: int = 2, synced: bool = Fals
         groups=groups, total=10, seed=3, synced=synced,
     )  # fmt: skip
     losses = []
-    for s, (batch, images) in enumerate(batches(n, steps, views_of(method))):
+    for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         given.append(tuple(ranks.own(view) for view in images))
         losses.append(step(Batch(ranks.own(batch.index), ranks.own(batch.label)), s)["loss"].item())
     return state(method, tower, target) | {"loss": losses}
@@ -97,7 +118,7 @@ def literal(variant: str, n: int, groups: int, steps: int = 2) -> dict[str, list
     method, tower, target = parts(variant)
     optimizer = torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for s, (batch, images) in enumerate(batches(n, steps, views_of(method))):
+    for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         rows = _forward(tower, [images[v] for v in method.online_views(len(images))], groups, s, 1)
         taught: Rows = {}
         if target is not None:
@@ -108,8 +129,9 @@ def literal(variant: str, n: int, groups: int, steps: int = 2) -> dict[str, list
         assert all(torch.equal(x, before[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
         loss.backward()
-        method.on_gradients(tower.heads, s / 10)
+        method.on_gradients(tower.heads, batch, s / 10)
         optimizer.step()
+        method.on_weights(tower.heads)
         if target is not None:
             m = method.momentum(s / 10)
             with torch.no_grad():

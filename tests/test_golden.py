@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from vectors import DTYPES, Case, manifest, unlabelled
 
 from inbatch import optim
 from inbatch import schedules as s
@@ -20,36 +20,6 @@ from inbatch.losses import info_nce, nt_xent, supcon
 from inbatch.memory import Queue
 from inbatch.methods import METHODS
 from inbatch.tower import follow
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-
-
-class Case:
-    """One conformance vector: its arrays as tensors of one type, and its tolerance for that type."""
-
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype = torch.float64) -> None:
-        entry = manifest(folder)[name]
-        self.options = entry["hyperparameters"]
-        self.tolerances = entry["suggested_tolerance"]
-        self.tolerance = self.tolerances[str(dtype).removeprefix("torch.")]
-        self.arrays = dict(np.load(folder / entry["file"], allow_pickle=False))
-        self.dtype = dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.from_numpy(self.arrays[name])
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
-    def leaf(self, name: str) -> Tensor:
-        return self[name].clone().requires_grad_()
-
-    def check(self, found: Tensor, name: str, step: int | None = None) -> None:
-        expected = self.arrays[name] if step is None else self.arrays[name][step]
-        np.testing.assert_allclose(found.detach().numpy(), expected, **self.tolerance, err_msg=name)
-
-
-@functools.cache
-def manifest(folder: Path) -> dict[str, dict]:
-    return {case["id"]: case for case in json.loads((folder / "manifest.json").read_text())["cases"]}
 
 
 def test_files_are_the_manifest_s(golden: Path) -> None:
@@ -286,10 +256,6 @@ def test_lars(golden: Path, form: str, dtype: torch.dtype) -> None:
         optimizer.step()
         for n, p in params.items():
             case.check(p, f"{form}_{n}", step)
-
-
-def unlabelled(n: int) -> Batch:
-    return Batch(torch.arange(n), torch.full((n,), -1))
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from small import SMALL, VARIANTS
+from small import SMALL, VARIANTS, create
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
@@ -22,15 +22,10 @@ N = 8
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def create(variant: str, **more: Any) -> Method:
-    name, options = VARIANTS[variant]
-    return METHODS[name](**options | more)
-
-
 def rows(variant: str, order: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Rows, Rows, Batch]:
     """Online and target rows and batch, as the towers make them of the views in some order; no sample meets another."""
     method, tower, target = small.parts(variant)
-    batch, images = next(small.batches(N, 1, small.views_of(method)))
+    batch, images = next(small.batches(N, 1, small.views_of(variant)))
     images = order(torch.stack(images))
     tower.eval()
     with torch.no_grad():

@@ -126,8 +126,6 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     options = dict(recipe.method.options)
     if method_class.labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
-    if "classes" in options and options["classes"] is None:
-        options["classes"] = int(source.labels.max()) + 1
     context, groups = _context(recipe, world)
 
     # Weights are drawn from the seed without disturbing the caller's random numbers.
@@ -138,16 +136,20 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
         encoder = create_encoder(
             recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options
         )
+        views = Views(PRESETS[recipe.views.name](**recipe.views.options), encoder.mean, encoder.std)
+        _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
+            classes = int(source.labels.max()) + 1
+            method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
             heads = method.heads(encoder.width)
-    views = Views(PRESETS[recipe.views.name](**recipe.views.options), encoder.mean, encoder.std)
-    _check_views(recipe, method, len(views))
     loader = Loader(
         source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
         resident=recipe.resident, workers=workers,
     )  # fmt: skip
 
-    tower = Tower(encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last)
+    tower = Tower(
+        encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined
+    )
     target = momentum_tower(tower, heads, method.target) if method.target else None
     for module in (tower, target, method):
         if module is not None:
@@ -163,7 +165,12 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
 
     chosen = dict(recipe.optimizer.options)
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
-    groups_of = parameter_groups({"tower": tower}, lr=lr, weight_decay=chosen.pop("weight_decay"))
+    vector_lr = chosen.pop("vector_lr", None)
+    groups_of = parameter_groups(
+        {"encoder": encoder, **tower.heads}, lr=lr, weight_decay=chosen.pop("weight_decay"),
+        vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
+        own={name: {"constant": True} for name in method.constant_lr()},
+    )  # fmt: skip
     with _settings_of("optimizer", recipe.optimizer.name):
         optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
     set_rates(recipe, loader.steps, optimizer, 0)  # a schedule that cannot be is an error now

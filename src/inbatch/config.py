@@ -64,6 +64,8 @@ class Recipe:
     size: side of the images the encoder takes, in pixels.
     batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
         None is a rank's whole share of the batch.
+    joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
+        together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
     k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
     """
@@ -86,6 +88,7 @@ class Recipe:
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     channels_last: bool = True
+    joined: bool = False
     compile: bool = False
     resident: bool | None = None
     k: Positive = 200
@@ -282,7 +285,7 @@ def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]
             required = p.default is inspect.Parameter.empty
             fields[p.name] = (hints.get(p.name, Any), ... if required else p.default)
     if part == "optimizer":
-        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0)}
+        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
     model = pydantic.create_model(
         name, __config__=pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=()), **fields
     )

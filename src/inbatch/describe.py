@@ -115,6 +115,7 @@ def _state_per_number(built: Built) -> float:
     options = dict(built.recipe.optimizer.options)
     small = nn.Linear(64, 64, bias=False)
     groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))
+    options.pop("vector_lr", None)
     optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
     small.weight.grad = torch.ones_like(small.weight)
     optimizer.step()

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from inbatch.functional import normalize, product
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Head:
 Last = Literal["linear", "norm", "norm_scale", "norm_plain"]
 
 
-def mlp(*widths: int, norm: bool = True, last: Last = "linear") -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between them.
+def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of the given widths with an activation between them.
 
     norm: batch normalisation after every hidden layer.
     last: what closes the network: a linear layer with bias, or one without and batch normalisation with learned
@@ -42,5 +45,28 @@ def mlp(*widths: int, norm: bool = True, last: Last = "linear") -> nn.Sequential
                 norm_layer.bias.requires_grad_(False)
             layers.append(norm_layer)
         if hidden:
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(nn.ReLU(inplace=True) if activation is nn.ReLU else activation())
     return nn.Sequential(*layers)
+
+
+class Prototypes(nn.Module):
+    """Cosines of rows with learned unit vectors: (N, dim) -> (N, count), in float32 or wider.
+
+    through: the gradient runs through the normalisation of the vectors (a weight-normalised layer of gain 1, as
+        DINO's); otherwise they count as they are, and `restore` makes them unit vectors again after the optimiser
+        (as SwAV's).
+    """
+
+    def __init__(self, dim: int, count: int, through: bool = False) -> None:
+        super().__init__()
+        self.through = through
+        self.weight = nn.Parameter(normalize(torch.randn(count, dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = normalize(self.weight) if self.through else self.weight
+        return product(normalize(x), weight.T)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Unit vectors again."""
+        self.weight.copy_(normalize(self.weight))

@@ -3,7 +3,7 @@
 import datetime
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,16 @@ def share(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def spread(task: Callable[[int], Any], count: int) -> list[Any]:
+    """[task(0), ..., task(count - 1)], shared out over the ranks; every rank gets all of it (plain or numpy values)."""
+    if world() == 1:
+        return [task(i) for i in range(count)]
+    parts: list[dict[int, Any]] = [{}] * world()
+    dist.all_gather_object(parts, {i: task(i) for i in range(rank(), count, world())})
+    done = {i: value for part in parts for i, value in part.items()}
+    return [done[i] for i in range(count)]
 
 
 def agree(value: str, what: str) -> None:

@@ -62,7 +62,7 @@ class Step:
         back = {name: ranks.own(_gradient(x), dim=1) * ranks.world() for name, x in rows.items()}
         seam.push(online, self.tower, self.call, back)
         ranks.average_([s for tower in (self.tower, self.target) if tower for s in running_statistics(tower)])
-        self.method.on_gradients(self.tower.heads, progress)
+        self.method.on_gradients(self.tower.heads, whole, progress)
         norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise TrainingError(
@@ -71,6 +71,7 @@ class Step:
                 "precision float32"
             )
         self.optimizer.step()
+        self.method.on_weights(self.tower.heads)
 
         if self.target is not None:
             follow(self.target, self.tower, self.method.momentum(progress))

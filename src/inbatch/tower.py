@@ -1,7 +1,9 @@
 """The tower: images of one context group in, rows out; and the slow copy that teaches it."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ class Tower(nn.Module):
     precision: bfloat16 makes matrix products in it (autocast), float32 leaves the encoder's own type; rows come
         out in float32, or in the encoder's type where that is wider.
     channels_last: lay out images as most convolutions like them best.
+    joined: neighbouring views of one size run through the encoder together, and all views through the heads, as
+        SwAV's and DINO's code does: faster, but then they share norm statistics.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class Tower(nn.Module):
         reads: Sequence[str],
         precision: torch.dtype = torch.float32,
         channels_last: bool = False,
+        joined: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -34,20 +39,40 @@ class Tower(nn.Module):
         self.sources = {name: head.source for name, head in heads.items()}
         self.reads = tuple(reads)
         self.precision = precision
+        self.joined = joined
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(self, views: Sequence[Tensor]) -> Rows:
         """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own."""
-        made = [self._rows(view) for view in views]
-        return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+        half = self.precision == torch.bfloat16
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=half):
+            if self.joined:
+                alike = [torch.cat(list(some)) for _, some in groupby(views, key=lambda view: view.shape)]
+                rows = self._heads(torch.cat([self._features(images) for images in alike]))
+                return {name: x.unflatten(0, (len(views), -1)) for name, x in rows.items()}
+            made = [self._heads(self._features(view)) for view in views]
+            return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
 
-    def _rows(self, images: Tensor) -> Rows:
-        images = images.contiguous(memory_format=self.memory_format)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            made = {"features": self.encoder(images)}
-            for name, head in self.heads.items():
-                made[name] = head(made[self.sources[name]])
+    def _features(self, images: Tensor) -> Tensor:
+        return self.encoder(images.contiguous(memory_format=self.memory_format))
+
+    def _heads(self, features: Tensor) -> Rows:
+        made = {"features": features}
+        for name, head in self.heads.items():
+            made[name] = head(made[self.sources[name]])
         return {name: made[name].to(torch.promote_types(made[name].dtype, torch.float32)) for name in self.reads}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradient; afterwards every module has the mode it had."""
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inbatch import ranks
 from inbatch.build import Built
 from inbatch.checkpoint import load, restore, save
 from inbatch.data import Subset
 from inbatch.describe import describe
-from inbatch.encoders import save_encoder
+from inbatch.encoders import Encoder, save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
@@ -26,6 +27,7 @@ from inbatch.files import write_json
 from inbatch.inspect.curves import plot_curves
 from inbatch.log import Log
 from inbatch.signals import Stop, stop_on_signals
+from inbatch.tower import Tower
 
 Judge = Callable[[], dict[str, float]]
 
@@ -109,6 +111,10 @@ def _epochs(
         _judged(judge, progress, 0, log)
     for epoch in range(progress.step // steps, recipe.epochs):
         began = time.perf_counter()  # waiting for data counts, judging and saving do not
+        if progress.step % steps == 0 and built.method.surveys(epoch):
+            found = survey(built, epoch)
+            if found:
+                log.evaluation(progress.step, found)
         for batch in built.loader.epoch(epoch, start=progress.step % steps):
             losses = built.step(batch, progress.step)
             progress.step = step = progress.step + 1
@@ -130,6 +136,31 @@ def _epochs(
             best = _judged(judge, progress, done, log)
         if best or done % recipe.checkpoint_every == 0 or done == recipe.epochs:
             _save(parts, progress, out, best)
+
+
+def survey(built: Built, epoch: int) -> dict[str, float]:
+    """Show the method the rows of the whole data set: clean images, in evaluation mode, each rank a share of them."""
+    tower, source, world = built.target or built.tower, built.loader.source, ranks.world()
+    label, n = source.labels, len(source)
+    mine = torch.arange(ranks.rank(), n + -n % world, world) % n  # the same number on every rank
+    seen = Subset(source, mine, "this rank's share")
+    rows = {}
+    for name in tower.reads:
+        share = embed(_Rows(tower, built.encoder, name), seen, workers=built.loader.workers).vectors
+        whole = ranks.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
+        rows[name] = whole[:n].cpu()
+    return built.method.survey(rows, label.cpu(), epoch, ranks.spread)
+
+
+class _Rows:
+    """The rows of one of a tower's heads, in the place of an encoder's features."""
+
+    def __init__(self, tower: Tower, encoder: Encoder, head: str) -> None:
+        self.tower, self.head = tower, head
+        self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, tower.evaluating
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.tower([x])[self.head][0]
 
 
 def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:

@@ -1,9 +1,9 @@
 """What a method is: one equation, and a few hooks that most methods leave alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.heads import Head
@@ -20,6 +20,7 @@ class Method(nn.Module):
     target: the same of the momentum tower; empty means that there is none.
     views: fewest and most views that the equation allows (None: any number).
     labels: whether it learns from labels, and so needs a data set that has some.
+    assigns: the head whose largest output is a sample's cluster or class, where there is one.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": where from.
     """
 
@@ -27,7 +28,14 @@ class Method(nn.Module):
     target: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[tuple[int, int | None]] = (2, 2)
     labels: ClassVar[bool] = False
+    assigns: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
+        """Told once, before `heads`: images and classes (0: no labels) of the data, samples and views of a batch.
+
+        What hangs on them is made here; what they do not allow is a ValueError here, not at some later step.
+        """
 
     def heads(self, width: int) -> dict[str, Head]:
         """The heads, in order, for features of this width."""
@@ -52,8 +60,28 @@ class Method(nn.Module):
         """How much of itself the momentum tower keeps in one step; progress runs from 0 to 1."""
         raise TypeError(f"{type(self).__name__} has a momentum tower and must say its momentum")
 
-    def on_gradients(self, heads: nn.ModuleDict, progress: float) -> None:
+    def constant_lr(self) -> Sequence[str]:
+        """The heads whose learning rate no schedule moves."""
+        return ()
+
+    def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
         """Look at or change the gradients of the heads, once they are averaged, before the optimiser."""
+
+    def on_weights(self, heads: nn.ModuleDict) -> None:
+        """Look at or change the weights of the heads, after the optimiser, before the target follows."""
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         """Remember. The only place where a method may change its memory; rows carry no gradient."""
+
+    def surveys(self, epoch: int) -> bool:
+        """Whether it wants to see the rows of the whole data set before this epoch."""
+        return False
+
+    def survey(
+        self, rows: Rows, label: Tensor, epoch: int, spread: Callable[[Callable[[int], Any], int], list[Any]]
+    ) -> dict[str, float]:
+        """Learn from the rows (M, D) that the target tower (else the only one) gives to the clean images of the data.
+
+        spread: spread(task, n) -> [task(0), ..., task(n - 1)], shared out over the ranks. Returns numbers for the log.
+        """
+        return {}

@@ -29,6 +29,7 @@ class Supervised(Method):
     online = ("classifier",)
     views = (1, None)
     labels = True
+    assigns = "classifier"
     presets = {
         "imagenet": {
             "source": "Goyal et al. 2017, arXiv 1706.02677: lr 0.1 for 256 images, 5 epochs of warm-up",
@@ -46,8 +47,11 @@ class Supervised(Method):
         super().__init__()
         self.classes, self.smoothing = classes, smoothing
 
+    def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
+        self.classes = self.classes or classes
+
     def heads(self, width: int) -> dict[str, Head]:
-        if self.classes is None:
+        if not self.classes:
             raise ValueError("the supervised baseline must be told how many classes there are")
         return {"classifier": Head(mlp(width, self.classes))}
 
