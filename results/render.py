@@ -1,9 +1,14 @@
-"""Writes README.md beside it from the runs' JSON files, so that no figure is typed by hand: python results/render.py"""
+"""Writes README.md beside it and the tables in docs/methods from the JSON files of runs, so that no figure is typed by
+hand: python results/render.py"""
 
 import json
+import re
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 HERE = Path(__file__).parent
+INDEX = HERE.parent / "docs" / "methods" / "README.md"
 HEAD = """# Results
 
 One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware,
@@ -45,5 +50,56 @@ def page() -> str:
     return HEAD + "\n".join(row(path) for path in runs) + "\n"
 
 
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean, and standard deviation where there are several."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(entries: dict[str, Any]) -> str:
+    """Mean and spread over the seeds of every entry, in percent, seconds of training and gigabytes."""
+    lines = [
+        "| method | k-NN | linear | NMI | ACC | ARI | head's NMI / ACC | training s | peak GB |",
+        "| --- |" + " --- |" * 8,
+    ]
+    for name, entry in entries.items():
+        runs: list[dict[str, Any]] = entry["runs"]
+        found = [run["evaluation"] for run in runs]
+        cells = [spread([100 * one[protocol]["top1"] for one in found]) for protocol in ("knn", "linear")]
+        cells += [spread([100 * one["clustering"][key] for one in found]) for key in ("nmi", "acc", "ari")]
+        if "head" in found[0]:
+            cells.append(" / ".join(spread([100 * one["head"][key] for one in found]) for key in ("nmi", "acc")))
+        else:
+            cells.append("")
+        if "training_seconds" in runs[0]:
+            cells.append(spread([run["training_seconds"] for run in runs], 0))
+            cells.append(spread([run["peak_memory_bytes"] / 1e9 for run in runs], 2))
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows(file: Path, method: str | None = None) -> str:
+    """The table of a file that results/methods.py wrote: of all methods, or of one and the untrained encoder."""
+    entries = json.loads(file.read_text())
+    chosen = {
+        name: entry for name, entry in entries.items()
+        if method is None or "recipe" not in entry or entry["recipe"]["method"]["name"] == method
+    }  # fmt: skip
+    return table(chosen)
+
+
+def written(page: Path) -> str:
+    """A page of docs/methods with the tables between its markers written anew: of all methods, or of its own."""
+    text = page.read_text()
+    for file in sorted((HERE / "methods").glob("*.json")):
+        new = rows(file, None if page == INDEX else page.stem)
+        pattern = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+    return text
+
+
 if __name__ == "__main__":
     (HERE / "README.md").write_text(page())
+    for page_of_method in INDEX.parent.glob("*.md"):
+        page_of_method.write_text(written(page_of_method))

@@ -16,7 +16,19 @@ from inbatch.tower import Tower, momentum_tower
 
 SMALL: dict[str, dict[str, object]] = {
     "simclr": {"out": 8},
+    "dcl": {"out": 8},
     "moco": {"out": 8, "queue": 40, "m": 0.9},
+    "mocov3": {"hidden": 8, "out": 8, "m": 0.9},
+    "nnclr": {"hidden": 8, "prediction": 8, "out": 8, "queue": 40},
+    "byol": {"hidden": 8, "out": 8, "m": 0.9},
+    "simsiam": {"hidden": 8, "bottleneck": 6, "out": 8},
+    "swav": {"prototypes": 6, "frozen": 0, "queue": 16, "queue_from": 0, "hidden": 8, "out": 8},
+    "dino": {"prototypes": 6, "frozen": 0, "m": 0.9, "hidden": 8, "bottleneck": 8},
+    "cc": {"clusters": 3, "out": 8},
+    "pcl": {"clusters": (4, 6), "negatives": 3, "warmup": 0, "queue": 40, "m": 0.9, "out": 8},
+    "barlow": {"hidden": 8, "out": 8},
+    "vicreg": {"hidden": 8, "out": 8},
+    "wmse": {"hidden": 8, "out": 2, "w_size": 4},
     "supcon": {"out": 8},
     "supervised": {"classes": 3},
 }
@@ -25,11 +37,32 @@ SMALL: dict[str, dict[str, object]] = {
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
     "simclr-3": ("simclr", SMALL["simclr"]),
+    "mocov3-3": ("mocov3", SMALL["mocov3"] | {"layers": 3, "last_norm": True}),
+    "nnclr-3": ("nnclr", SMALL["nnclr"] | {"contrast": "nt_xent"}),
+    "byol-3": ("byol", SMALL["byol"] | {"scale": "cosine", "norm": True}),
+    "byol-bare": ("byol", SMALL["byol"] | {"predictor": False}),
+    "fastsiam": ("simsiam", SMALL["simsiam"] | {"teach": "mean"}),
+    "simsiam-bare": ("simsiam", SMALL["simsiam"] | {"predictor": False, "stop_gradient": False}),
+    "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
+    "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
+    "swav-4": ("swav", SMALL["swav"] | {"queue": 0}),
+    "swav-frozen": ("swav", SMALL["swav"] | {"frozen": 1}),
+    "swav-joined": ("swav", SMALL["swav"]),
+    "dino-4": ("dino", SMALL["dino"] | {"frozen": 1, "layers": 2, "norm": True}),
+    "barlow-3": ("barlow", SMALL["barlow"] | {"scale": 0.1, "layers": 2}),
+    "vicreg-3": ("vicreg", SMALL["vicreg"] | {"variance": "sum"}),
+    "vicreg-bare": ("vicreg", SMALL["vicreg"] | {"std": 0.0}),
+    "wmse-4": ("wmse", SMALL["wmse"] | {"w_iter": 2, "eps": 0.01, "norm": False}),
+    "cc-3": ("cc", SMALL["cc"]),
+    "pcl-late": ("pcl", SMALL["pcl"] | {"warmup": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
     "supcon-one": ("supcon", SMALL["supcon"] | {"anchors": "one"}),
 }
 
-VIEWS: dict[str, int] = {"simclr-3": 3}
+VIEWS: dict[str, int] = {
+    "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
+    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4,
+}  # fmt: skip
 """How many views a variant gets, where it is not two."""
 
 SIZE = 6

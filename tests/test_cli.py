@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import inbatch
-from inbatch import api
+from inbatch import api, checkpoint
 from inbatch.cli import app
 from inbatch.config import Recipe, make
 from inbatch.errors import InbatchError, Preempted, TrainingError
@@ -176,6 +178,51 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
     assert (finished.parent / "other.json").is_file() and not again.stderr
 
 
+def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
+    """From the file of the run as from the run itself, whatever the images; by the clusters that it gives them."""
+    assert "head ACC" in run(f"pretrain cc {TINY} --set method.clusters=7 --out run").stdout
+    found = run("evaluate run --protocol clustering --from head")
+    assert found.exit_code == 0 and "head NMI" in found.stdout
+    written = json.loads((elsewhere / "run" / "evaluation.json").read_text())
+    result = json.loads((elsewhere / "run" / "result.json").read_text())["evaluation"]
+    assert written["head"] == result["head"] and written["clustering"]["nmi"] == result["clustering"]["nmi"]
+    told = written["head"]
+    assert (told["head"], told["clusters"], told["images"], told["split"]) == ("clusters", 7, 500, "test")
+    assert 1 <= told["used"] <= 7 and 0 <= told["nmi"] < 1
+
+    built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head is that of the last checkpoint
+    built.tower.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
+    source = inbatch.data.open_data("digits-canvas", "test")
+    with built.tower.evaluating():
+        images = built.encoder.prepare(source.image(i) for i in range(len(source)))
+        assignment = built.tower([images])["clusters"][0].argmax(1)
+    assert told["nmi"] == pytest.approx(inbatch.evaluate.nmi(source.labels, assignment), abs=0.01)
+    assert told["used"] == len(assignment.unique())
+
+    plain = torch.zeros(30, 1, 20, 20, dtype=torch.uint8), [0, 1, 2] * 10
+    judged = inbatch.evaluate_run("run", plain, protocols=["knn", "clustering"], from_="head", k=1)["head"]
+    assert judged["used"] == 1 and judged["nmi"] == 0
+    assert "head" not in inbatch.evaluate_run("run", protocols=["clustering"])
+
+
+def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
+    for line, words in (
+        ("--from head", "simclr has no head that assigns clusters"),
+        ("--from head --protocol knn", "add the protocol clustering"),
+        ("--from heads", "not 'heads'"),
+    ):
+        found = run(f"evaluate {finished} {line}")
+        assert found.exit_code == 2 and words in found.stderr, found.stderr
+    shutil.copytree(finished, "old")
+    shutil.rmtree("old/heads")
+    assert "old has no heads" in run("evaluate old --from head").stderr
+    weights = finished / "heads" / "model.safetensors"
+    shutil.copytree(finished, "hurt")
+    (elsewhere / "hurt" / "heads" / "model.safetensors").write_bytes(weights.read_bytes()[:-1] + b"x")
+    hurt = run("evaluate hurt --from head")
+    assert hurt.exit_code == 3 and "damaged" in hurt.stderr
+
+
 def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> None:
     found = run(f"embed {finished} digits-canvas --split test -o {tmp_path / 'f.npz'} --json")
     assert one_object(found.stdout) == {"images": 500, "out": str(tmp_path / "f.npz")}
@@ -208,7 +255,8 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
 def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
     told = explain(name, METHODS[name])
     assert told["options"] and all(option["what"] for option in told["options"].values()), told["options"]
-    given = {key: option["default"] for key, option in told["options"].items()}
+    few = {"clusters": [4, 6]} if name == "pcl" else {}  # the paper's are for a million images
+    given = {key: option["default"] for key, option in told["options"].items()} | few
     words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
     found = run(f"pretrain {name} {TINY} --dry-run --json {' '.join(words)}")
     assert found.exit_code == 0 and one_object(found.stdout)["recipe"]["method"] == {"name": name} | given

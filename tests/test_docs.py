@@ -129,5 +129,6 @@ def test_line_counts_are_counted() -> None:
     page, methods = DOCS / "add-a-method.md", DOCS.parent / "src" / "inbatch" / "methods"
     stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}
     assert stated == {f"{name}.py": len((methods / f"{name}.py").read_text().splitlines()) for name in METHODS}
+    assert max(stated.values()) < 80, "a method is one small file"
     (smallest,) = [code for code in blocks(page, "python") if "class AlignUniform" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()

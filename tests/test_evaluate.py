@@ -20,6 +20,8 @@ from inbatch.evaluate import (
     Embeddings,
     Lbfgs,
     Sgd,
+    ari,
+    assigned,
     clustering,
     embed,
     embed_stream,
@@ -29,6 +31,7 @@ from inbatch.evaluate import (
     knn,
     knn_scores,
     linear,
+    nmi,
     rankme,
     raw_pixels,
     write_embeddings,
@@ -367,6 +370,15 @@ def test_clustering_finds_clouds():
     assert clustering(clouds(120, spread=0.1), 8)["acc"] < 1
     with pytest.raises(ConfigError, match="9 clusters"):
         clustering(clouds(8), 9)
+
+
+def test_assigned_clusters_are_the_largest_outputs():
+    outputs = Embeddings(torch.eye(5)[[0, 0, 3, 3, 1, 1]], torch.tensor([1, 1, 0, 0, 0, -1]), tuple("abcdef"), "p", "h")
+    result = assigned(outputs)
+    found, labels = torch.tensor([0, 0, 3, 3, 1]), torch.tensor([1, 1, 0, 0, 0])
+    assert (result["clusters"], result["used"], result["images"]) == (5, 3, 5)
+    assert result["acc"] == hungarian_accuracy(labels, found) == 0.8
+    assert result["nmi"] == nmi(labels, found) < 1 and result["ari"] == ari(labels, found) < 1
 
 
 def test_feature_std_literally():

@@ -132,7 +132,7 @@ def test_supcon(golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest
     case.check(raw.grad, "grad_features_raw")
 
     if "labels" in case.arrays:
-        method = METHODS["supcon"](o["temperature"], o["base_temperature"], o["contrast_mode"])
+        method = METHODS["supcon"](o["temperature"], o["base_temperature"], anchors=o["contrast_mode"])
         rows = {"projection": case["features_raw"].transpose(0, 1)}
         case.check(method.loss(rows, {}, Batch(torch.arange(o["batch"]), case["labels"]))["loss"], "loss")
 

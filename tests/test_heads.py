@@ -22,6 +22,7 @@ def test_mlp_is_linear_layers_with_what_stands_between() -> None:
 def test_a_linear_layer_before_normalisation_has_no_bias() -> None:
     hidden, last = (mlp(8, 6, 3, last="norm_plain")[i] for i in (0, 3))
     assert hidden.bias is None and last.bias is None
+    assert mlp(8, 6, 3, last="plain")[3].bias is None and len(mlp(8, 6, 3, last="plain")) == 4
     assert mlp(8, 6, 3)[3].bias is not None and mlp(8, 6, 3, norm=False)[0].bias is not None
 
 

@@ -1,13 +1,36 @@
-"""The page of results says what the files say."""
+"""The pages with figures say what the files say."""
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+import pytest
+
+from inbatch.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_page_is_what_the_files_make() -> None:
-    spec = importlib.util.spec_from_file_location("render", RESULTS / "render.py")
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
-    assert (RESULTS / "README.md").read_text() == render.page(), "python results/render.py writes it anew"
+@pytest.fixture
+def render() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_files_make(render: ModuleType) -> None:
+    assert (ROOT / "results" / "README.md").read_text() == render.page(), "python results/render.py writes it anew"
+
+
+@pytest.mark.parametrize("name", ["README", *METHODS])
+def test_the_tables_of_methods_are_what_the_files_make(name: str, render: ModuleType) -> None:
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    assert page.read_text() == render.written(page), "python results/render.py writes it anew"
+    assert page.read_text().count("| untrained encoder |") == 2
+
+
+@pytest.mark.parametrize("kind", ["digits", "cifar"])
+def test_every_method_is_in_the_tables(kind: str, render: ModuleType) -> None:
+    entries = render.json.loads((ROOT / "results" / "methods" / f"{kind}.json").read_text())
+    assert {entry["recipe"]["method"]["name"] for entry in entries.values() if "recipe" in entry} == set(METHODS)

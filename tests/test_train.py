@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pool import on_ranks
 from small import SMALL
 
 import inbatch
@@ -19,6 +21,7 @@ from inbatch.build import held_out, plan
 from inbatch.errors import ConfigError, DataError, Interrupted, Preempted, TrainingError
 from inbatch.log import Log
 from inbatch.methods import METHODS
+from inbatch.train import survey
 
 TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
 
@@ -79,6 +82,68 @@ def test_resuming_is_bit_exact(
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps), "the log goes back"
+
+
+def surveyed(images: int) -> dict[str, Any]:
+    """What PCL learns of the whole data set before its first epoch, as numbers that travel between processes."""
+    options = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
+    built = inbatch.api.prepare(
+        "digits-canvas", "pcl", subset=images, batch=40, settings=options, device="cpu", workers=0
+    )
+    built.encoder.train()
+    found = survey(built, 0)
+    assert built.encoder.training
+    state = {name: x.numpy() for name, x in built.method.clusterings.state_dict().items()}
+    return state | {"found": found}
+
+
+@pytest.mark.parametrize("images", [120, 121], ids=["even", "odd"])
+def test_a_survey_is_shared_by_the_ranks(images: int) -> None:
+    """Two ranks, each with half of the images and of the clusterings, end where one process ends."""
+    alone, (first, second) = surveyed(images), on_ranks(2, surveyed, images)
+    assert alone["found"].keys() == {"nmi_4", "nmi_6"}
+    for name in alone.keys() - {"found"}:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+        np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert first["found"] == second["found"] == pytest.approx(alone["found"])
+
+
+def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
+    built = inbatch.api.prepare("digits-canvas", "pcl", subset=60, batch=20, settings=settings, device="cpu")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(built.method, "survey", lambda *given: seen.update(zip("rlew", given, strict=True)) or {})
+    with torch.no_grad():
+        for p in built.tower.parameters():
+            p.zero_()  # whatever is seen is not seen by the tower that learns
+    survey(built, 3)
+    source, target = built.loader.source, built.target.eval()
+    images = built.encoder.prepare(source.image(i) for i in range(60))
+    with torch.no_grad():
+        expected = target([images])["projection"][0]
+    torch.testing.assert_close(seen["r"]["projection"], expected)
+    assert torch.equal(seen["l"], source.labels) and seen["e"] == 3 and expected.std() > 0
+
+
+def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """InfoNCE alone for an epoch, then a survey before each: also of a run that was cut where two epochs meet."""
+    fields = {"epochs": 3, "settings": {"method.warmup": 1}}
+    tiny("pcl", tmp_path / "whole", **fields)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 5)
+        tiny("pcl", tmp_path / "cut", **fields)
+    assert saved(tmp_path / "cut")["method"]["clusterings.every.0.made"] == 0
+    tiny("pcl", tmp_path / "cut", resume=True, **fields)
+    for part in ("method", "tower", "target"):
+        assert_same_state(saved(tmp_path / "cut")[part], saved(tmp_path / "whole")[part], part)
+    assert saved(tmp_path / "cut")["method"]["clusterings.every.0.made"] == 1
+    for name in ("whole", "cut"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "nmi_4" in line] == [5, 10]
+        parts = {line["step"]: line["prototypes"] for line in lines if "prototypes" in line}
+        assert parts[1] == 0 and parts[15] > 0
 
 
 def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from inbatch import ranks
+from inbatch.assign import judge_head
 from inbatch.batch import Batch
 from inbatch.build import Built, build, device_for, held_out, plan
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
@@ -163,9 +164,16 @@ def load_run(path: str | Path) -> Run:
 
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] = ("knn", "linear", "clustering"),
-    device: str = "auto", **options: Any,
+    from_: str = "features", device: str = "auto", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing."""
+    """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing.
+
+    from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
+    """
+    if from_ not in ("features", "head"):
+        raise ConfigError(f"clusters come from features or head, not {from_!r}")
+    if from_ == "head" and "clustering" not in protocols:
+        raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
     run = load_run(path)
     source = _source(run.recipe, data)
     held = held_out(run.recipe, source, run.recipe.data if data is None else data, test)
@@ -173,7 +181,8 @@ def evaluate_run(
         raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
     encoder = load(path).to(device_for(device))
     options = {"k": run.recipe.k, "seed": run.recipe.seed} | options
-    found = evaluate(encoder, held[0], held[1], protocols=protocols, **options)
+    head = {"head": judge_head(Path(path), encoder, held[1])} if from_ == "head" else {}
+    found = evaluate(encoder, held[0], held[1], protocols=protocols, **options) | head
     return found | {"run": str(path), "held_out": held[2]}
 
 

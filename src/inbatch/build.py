@@ -68,7 +68,9 @@ def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
     settings["data"] = str(data) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
     if settings.get("size") is None:
-        settings["size"] = natural_size(source)
+        method, preset = settings.get("method.name", "simclr"), settings.get("preset")
+        own = METHODS[method].presets.get(preset, {}) if method in METHODS and preset is not None else {}
+        settings["size"] = own.get("size") or natural_size(source)
     recipe = make(settings)
     if settings.get("preset") is None and settings.get("batch") is None:
         # Nobody asked for a paper's batch: one that these images fill and a laptop holds; the rate follows it.

@@ -152,6 +152,7 @@ def pretrain(
 @app.command(
     epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
+    "  inbatch evaluate runs/cc-photos-1 --protocol clustering --from head\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco"
 )
 def evaluate(
@@ -159,6 +160,9 @@ def evaluate(
     data: Annotated[str | None, Option(help="Labelled images to judge by; the run's own by default.")] = None,
     test: Annotated[str | None, Option(help="Test images; else the data's test split or a tenth of it.")] = None,
     protocol: Annotated[list[str] | None, Option(help="knn, linear, clustering; all by default.")] = None,
+    from_: Annotated[
+        str, Option("--from", metavar="features|head", help="Clusters: k-means on features; head: the method's, too.")
+    ] = "features",
     k: Annotated[int | None, Option(min=1, help="Neighbours; the recipe's by default.")] = None,
     temperature: Annotated[float, Option(min=0.001, help="Of the neighbours' weights.")] = 0.1,
     probe: Annotated[
@@ -175,7 +179,7 @@ def evaluate(
         from inbatch.files import write_json
 
         protocols = protocol or ["knn", "linear", "clustering"]
-        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device}
+        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
         found = evaluate_run(run, data, test, protocols=protocols, **options)
         out = out or run / "evaluation.json"

@@ -4,6 +4,8 @@ wider, inside autocast too.
 The log-sum-exps stand here so that a method's file never decides how they are computed.
 """
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,18 +23,94 @@ def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return x / length.masked_fill(length < 1e-12, 1)
 
 
-def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
     """The matrix product; autocast does not make it a half-precision one."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
-def logsumexp_others(u: Float[Tensor, "n d"], temperature: float) -> Float[Tensor, "n"]:
-    """log sum_{k != i} exp(u_i . u_k / T) for every row i: the denominator of in-batch contrast."""
+def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[Tensor, "*b d d"]]:
+    """Mean and unbiased covariance of the rows."""
+    x = wide(x)
+    mean = x.mean(-2, keepdim=True)
+    return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
+
+
+def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
+    """Lower Cholesky factor of (1 - eps) cov + eps I, and the jitter it took: 0 wherever there is a factor.
+
+    Where there is none (features that depend on each other), the least of 1e-5, 1e-3 and 0.1 that helps is added to
+    the diagonal, times its mean (1 if that is 0), and a warning says so.
+    """
+    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    cov = (1 - eps) * cov + eps * eye
+    with torch.no_grad():  # every step is tried at once; none waits for the one before
+        mean = cov.diagonal(dim1=-2, dim2=-1).mean(-1)
+        unit = mean.masked_fill(mean == 0, 1)[..., None, None] * eye
+        steps = torch.tensor([0, 1e-5, 1e-3, 0.1], dtype=cov.dtype, device=cov.device)
+        failed = torch.linalg.cholesky_ex(cov + steps.view(-1, *[1] * cov.ndim) * unit).info != 0
+        jitter = steps[failed.int().argmin(0)]
+    if jitter.any():
+        warnings.warn(
+            "features depend on each other: a covariance had no Cholesky factor until jitter was added to it (more "
+            "samples, fewer features or a larger eps help)", stacklevel=3,
+        )  # fmt: skip
+    return torch.linalg.cholesky_ex(cov + jitter[..., None, None] * unit).L, jitter
+
+
+def logsumexp_others(
+    u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "n d"] | None = None
+) -> Float[Tensor, "n"]:
+    """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
-    return (product(u, u.T) / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+    return (product(u, (u if keys is None else keys).T) / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
     """log sum_k exp(q_i . k / T) for every row i, over all keys."""
     return (product(q, keys.T) / temperature).logsumexp(1)
+
+
+def info_nce(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07
+) -> Float[Tensor, ""]:
+    """InfoNCE of queries against their own key and a queue of unit rows (He et al. 2020, Eq. 1).
+
+    l_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T)) ), averaged; queries and
+    keys are normalised inside, keys carry no gradient.
+    """
+    if q.shape != k.shape or not len(q):
+        raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
+    q, k = normalize(q), normalize(k.detach())
+    positive = (q * k).sum(-1) / temperature
+    return (torch.logaddexp(positive, logsumexp_rows(q, queue.to(q.dtype), temperature)) - positive).mean()
+
+
+def cosine_of_others(a: Float[Tensor, "v n d"], b: Float[Tensor, "v n d"]) -> Float[Tensor, "v n"]:
+    """For every row of `a` the mean of its cosines with the rows of `b` for the same sample's other views."""
+    u = normalize(b)
+    return (normalize(a) * (u.sum(0) - u)).sum(-1) / (len(u) - 1)
+
+
+def sinkhorn(
+    scores: Float[Tensor, "*views n k"], epsilon: float = 0.05, iterations: int = 3
+) -> Float[Tensor, "*views n k"]:
+    """Soft assignments of N rows to K columns that are all used alike, of each view alone; no gradient.
+
+    exp(scores / epsilon), scaled `iterations` times to columns of equal sums and then to rows that sum to 1, in
+    logarithms: no score is too large (Cuturi 2013; Caron et al. 2020, Eq. 3 to 5).
+    """
+    if iterations < 1 or not scores.numel():
+        raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
+    log = wide(scores.detach()) / epsilon
+    for _ in range(iterations):
+        log = log.log_softmax(-2).log_softmax(-1)
+    return log.exp()
+
+
+def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) -> Float[Tensor, ""]:
+    """-sum_k p_i[k] log softmax(logits_j)[k], averaged over samples, views i of the first A and other views j of V."""
+    if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
+        raise ValueError(f"a view predicts others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
+    log = wide(logits).log_softmax(-1)
+    return -(p * (log.sum(0) - log[: len(p)])).sum(-1).mean() / (len(logits) - 1)

@@ -22,23 +22,23 @@ class Head:
     online_only: bool = False
 
 
-Last = Literal["linear", "norm", "norm_scale", "norm_plain"]
+Last = Literal["linear", "plain", "norm", "norm_scale", "norm_plain"]
 
 
 def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers of the given widths with an activation between them.
 
     norm: batch normalisation after every hidden layer.
-    last: what closes the network: a linear layer with bias, or one without and batch normalisation with learned
-        scale and shift ("norm"), scale alone ("norm_scale") or neither ("norm_plain").
+    last: what closes the network: a linear layer with bias, one without ("plain"), or one without and batch
+        normalisation with learned scale and shift ("norm"), scale alone ("norm_scale") or neither ("norm_plain").
     """
     if len(widths) < 2:
         raise ValueError(f"mlp needs at least an input and an output width, got {widths}")
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
         hidden = i < len(widths) - 2
-        normed = norm if hidden else last != "linear"
-        layers.append(nn.Linear(fan_in, fan_out, bias=not normed))
+        normed = norm if hidden else last.startswith("norm")
+        layers.append(nn.Linear(fan_in, fan_out, bias=not normed and (hidden or last == "linear")))
         if normed:
             norm_layer = nn.BatchNorm1d(fan_out, affine=hidden or last != "norm_plain")
             if not hidden and last == "norm_scale":
@@ -67,6 +67,6 @@ class Prototypes(nn.Module):
         return product(normalize(x), weight.T)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Unit vectors again."""
-        self.weight.copy_(normalize(self.weight))
+    def restore(self) -> Tensor:
+        """Unit vectors again, (count, dim), without gradient."""
+        return self.weight.copy_(normalize(self.weight)).detach()

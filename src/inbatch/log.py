@@ -117,6 +117,11 @@ class Log:
             self._show(step, now)
         self._clock, self._images = now, 0  # the time it took is no training time
 
+    def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Numbers measured after a step that are kept and not shown."""
+        if values:
+            self._write({"step": step} | {name: float(value) for name, value in values.items()})
+
     def note(self, text: str) -> None:
         """One line for the user."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

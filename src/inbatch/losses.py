@@ -1,8 +1,23 @@
 """Every equation as a plain function of tensors, under its usual name."""
 
-from inbatch.methods.moco import info_nce
+from inbatch.functional import info_nce, sinkhorn
+from inbatch.methods.barlow import barlow_twins
+from inbatch.methods.byol import byol
+from inbatch.methods.cc import cluster_contrast
+from inbatch.methods.dcl import dcl
+from inbatch.methods.dino import dino
+from inbatch.methods.mocov3 import ctr
+from inbatch.methods.nnclr import nnclr
+from inbatch.methods.pcl import proto_nce
 from inbatch.methods.simclr import nt_xent
+from inbatch.methods.simsiam import simsiam
 from inbatch.methods.supcon import supcon
 from inbatch.methods.supervised import cross_entropy
+from inbatch.methods.swav import swapped_prediction
+from inbatch.methods.vicreg import vicreg
+from inbatch.methods.wmse import wmse
 
-__all__ = ["cross_entropy", "info_nce", "nt_xent", "supcon"]
+__all__ = [
+    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",
+    "proto_nce", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
+]  # fmt: skip

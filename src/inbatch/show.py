@@ -20,6 +20,9 @@ FIGURES = {
     "NMI": ("clustering", "nmi"),
     "ACC": ("clustering", "acc"),
     "ARI": ("clustering", "ari"),
+    "head NMI": ("head", "nmi"),
+    "head ACC": ("head", "acc"),
+    "head ARI": ("head", "ari"),
 }
 """Heading -> where the number stands in an evaluation; NMI, ACC and ARI compare clusters with classes."""
 
@@ -107,6 +110,8 @@ def print_run(run: "Run") -> None:
         say("", f"Judged by:  {result['held_out']}")
     else:
         say("No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.", "")
+    for sentence in result["collapsed"]:
+        say(f"Warning:    at the end of the run {sentence}", "")
     say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
     say(f"Run:        {run.directory}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
     if result["evaluation"]:
@@ -132,7 +137,8 @@ def print_rehearsal(found: Mapping[str, Any]) -> None:
 
 def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
     """A method for --json and the tables; options by name: default and what it is."""
-    told = inspect.cleandoc(kind.__doc__ or "").splitlines()
+    told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
+    options = _told(told[1:], parameters)
     least, most = kind.views
     return {
         "name": name,
@@ -140,10 +146,7 @@ def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
         "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
         "labels": kind.labels,
         "momentum_tower": bool(kind.target),
-        "options": {
-            p.name: {"default": p.default, "what": _told(told[1:]).get(p.name, "")}
-            for p in inspect.signature(kind).parameters.values()
-        },
+        "options": {p.name: {"default": p.default, "what": options.get(p.name, "")} for p in parameters.values()},
         "presets": kind.presets,
     }
 
@@ -171,14 +174,13 @@ def print_method(m: Mapping[str, Any]) -> None:
     say("", f"Every other setting: inbatch pretrain {m['name']} --data ... --dry-run")
 
 
-def _told(lines: Sequence[str]) -> dict[str, str]:
-    """What a docstring says of its options: "name, name: what", which may go on in indented lines."""
-    told: dict[str, str] = {}
-    for line in re.sub(r"\n\s+", " ", "\n".join(lines)).splitlines():
-        names, colon, what = line.partition(": ")
-        if colon and re.fullmatch(r"\w+(, \w+)*", names):
-            told |= dict.fromkeys(names.split(", "), what)
-    return told
+def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
+    """What a docstring says of the options: "name, name: what", at the start of a line or behind a full stop."""
+    one = "|".join(options)
+    text = re.sub(r"\n\s+", " ", "\n".join(lines))
+    parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]
+    told = zip(parts[::2], parts[1::2], strict=True)
+    return {name: what.split("\n")[0].strip() for names, what in told for name in names.split(", ")}
 
 
 def _yes(value: bool) -> str:

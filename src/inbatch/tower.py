@@ -49,9 +49,14 @@ class Tower(nn.Module):
             if self.joined:
                 alike = [torch.cat(list(some)) for _, some in groupby(views, key=lambda view: view.shape)]
                 rows = self._heads(torch.cat([self._features(images) for images in alike]))
-                return {name: x.unflatten(0, (len(views), -1)) for name, x in rows.items()}
+                return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
             made = [self._heads(self._features(view)) for view in views]
             return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+
+    def outputs(self, images: Tensor) -> Rows:
+        """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return self._heads(self._features(images))
 
     def _features(self, images: Tensor) -> Tensor:
         return self.encoder(images.contiguous(memory_format=self.memory_format))
@@ -60,7 +65,7 @@ class Tower(nn.Module):
         made = {"features": features}
         for name, head in self.heads.items():
             made[name] = head(made[self.sources[name]])
-        return {name: made[name].to(torch.promote_types(made[name].dtype, torch.float32)) for name in self.reads}
+        return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in made.items()}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

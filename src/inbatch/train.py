@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from inbatch import ranks
+from inbatch.assign import HeadRows, judge_head, save_heads
 from inbatch.build import Built
 from inbatch.checkpoint import load, restore, save
 from inbatch.data import Subset
 from inbatch.describe import describe
-from inbatch.encoders import Encoder, save_encoder
+from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
 from inbatch.files import write_json
+from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
 from inbatch.log import Log
 from inbatch.signals import Stop, stop_on_signals
-from inbatch.tower import Tower
 
 Judge = Callable[[], dict[str, float]]
 
@@ -36,16 +36,23 @@ Judge = Callable[[], dict[str, float]]
 class Progress:
     """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
 
-    step: steps that are done. seconds, images: of training alone. before: seconds of wall time before this process.
+    step: steps that are done. ended: epochs after which the features have been looked at.
+    seconds, images: of training alone. before: seconds of wall time before this process.
+    most: how different outputs have been at best. collapsed: what no longer is, in sentences.
     """
 
     step: int = 0
+    ended: int = 0
     best: float = -math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images: int = 0
     before: float = 0.0
+    most: dict[str, float] = field(default_factory=dict)
+    collapsed: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+
+    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed")
 
     @property
     def wall(self) -> float:
@@ -53,11 +60,10 @@ class Progress:
         return self.before + time.perf_counter() - self.began
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("step", "best", "curve", "seconds", "images")}
-        return kept | {"before": self.wall}
+        return {name: getattr(self, name) for name in self._KEPT} | {"before": self.wall}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("step", "best", "curve", "seconds", "images", "before"):
+        for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
 
 
@@ -107,8 +113,25 @@ def _epochs(
     """Every epoch from `progress.step` on."""
     recipe, steps = built.recipe, built.loader.steps
     judge = _judge(built, held)
+    source = built.loader.source
+    few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
+    watched = Subset(source, few, "watched for collapse")
+
+    def end(epoch: int) -> None:
+        """Look at the features after so many epochs, and save."""
+        _watch(built, watched, progress, epoch, log)
+        best = False
+        if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+            best = _judged(judge, progress, epoch, log)
+        progress.ended = epoch
+        if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs:
+            _save(parts, progress, out, best)
+
     if progress.step == 0:
+        _watch(built, watched, progress, 0, log)
         _judged(judge, progress, 0, log)
+    elif progress.ended < progress.step // steps:  # stopped by a signal at an epoch's last step
+        end(progress.step // steps)
     for epoch in range(progress.step // steps, recipe.epochs):
         began = time.perf_counter()  # waiting for data counts, judging and saving do not
         if progress.step % steps == 0 and built.method.surveys(epoch):
@@ -130,12 +153,26 @@ def _epochs(
                     f"stopped by {signal.Signals(asked).name} at step {step} of {built.total}, checkpoint saved: "
                     f"inbatch pretrain --resume {out}"
                 )
-        done = epoch + 1
-        best = False
-        if done % recipe.evaluate_every == 0 or done == recipe.epochs:
-            best = _judged(judge, progress, done, log)
-        if best or done % recipe.checkpoint_every == 0 or done == recipe.epochs:
-            _save(parts, progress, out, best)
+        end(epoch + 1)
+
+
+def _watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Log) -> None:
+    """See on rank 0 how different the outputs of some images are; say when they collapse, and when no longer."""
+    if ranks.rank():
+        return
+    images = built.encoder.prepare(watched.image(i) for i in range(len(watched)))
+    now = spread(built.tower, images.to(built.loader.device))
+    log.record(progress.step, now)
+    progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
+    if progress.step < SETTLED:
+        return
+    found = signs(now, progress.most, classes=built.method.labels)
+    for measure, sentence in found.items():
+        if measure not in progress.collapsed:
+            log.note(f"epoch {epoch}: {sentence}")
+    for measure in progress.collapsed.keys() - found:
+        log.note(f"epoch {epoch}: {measure} has recovered: {now[measure]:.2g}.")
+    progress.collapsed = found
 
 
 def survey(built: Built, epoch: int) -> dict[str, float]:
@@ -146,21 +183,10 @@ def survey(built: Built, epoch: int) -> dict[str, float]:
     seen = Subset(source, mine, "this rank's share")
     rows = {}
     for name in tower.reads:
-        share = embed(_Rows(tower, built.encoder, name), seen, workers=built.loader.workers).vectors
+        share = embed(HeadRows(tower, built.encoder, name), seen, workers=built.loader.workers).vectors
         whole = ranks.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
     return built.method.survey(rows, label.cpu(), epoch, ranks.spread)
-
-
-class _Rows:
-    """The rows of one of a tower's heads, in the place of an encoder's features."""
-
-    def __init__(self, tower: Tower, encoder: Encoder, head: str) -> None:
-        self.tower, self.head = tower, head
-        self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, tower.evaluating
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.tower([x])[self.head][0]
 
 
 def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:
@@ -208,6 +234,7 @@ def _judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
 def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any]) -> dict[str, Any]:
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
+    save_heads(built, out / "heads")
     plot_curves(out / "metrics.jsonl", out / "curves.png")
     result = {
         "command": built.recipe.command(),
@@ -222,16 +249,23 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
+        "collapsed": list(progress.collapsed.values()),
         "held_out": held and held[2],
-        "evaluation": None
-        if held is None
-        else evaluate(
-            built.encoder, held[0], held[1], k=built.recipe.k, seed=built.recipe.seed, workers=built.loader.workers
-        ),
+        "evaluation": None if held is None else _evaluation(built, held, out),
     }
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result
+
+
+def _evaluation(built: Built, held: Any, out: Path) -> dict[str, Any]:
+    """The figures of every protocol, and of the head that assigns clusters where the method has one."""
+    bank, queries, _ = held
+    options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
+    found = evaluate(built.encoder, bank, queries, **options)
+    if built.method.assigns:
+        found["head"] = judge_head(out, built.encoder, queries, workers=built.loader.workers)
+    return found
 
 
 def peak_memory(device: torch.device) -> int:
@@ -257,7 +291,7 @@ class _Report:
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "encoder", "tensorboard"):
+    for name in ("checkpoints", "encoder", "heads", "tensorboard"):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json")
     for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):

@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
-        raise DataError(f"{path} cannot be read as encoder weights: {e}") from e
+        raise DataError(f"{path} cannot be read as weights: {e}") from e
     raise ConfigError(f'{path}: weights come from "timm", a folder, or a .safetensors, .pt or .pth file.')
 
 
@@ -65,13 +65,16 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
 
     A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in encoder.backbone.state_dict().items()}
-    data = safetensors.torch.save(weights)
     keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments")
-    ours = {**{k: getattr(encoder, k) for k in keys}, "sha256": hashlib.sha256(data).hexdigest()}
-    config = {**_timm_config(encoder), "inbatch": ours}
+    write(Path(directory), encoder.backbone, {k: getattr(encoder, k) for k in keys}, _timm_config(encoder))
+
+
+def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
+    """A module's weights with our part of config.json, and what others than us read there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    data = safetensors.torch.save(weights)
+    config = {**others, "inbatch": {**ours, "sha256": hashlib.sha256(data).hexdigest()}}
     for name, content in (("model.safetensors", data), ("config.json", json.dumps(config, indent=2).encode())):
         with replacing(directory / name) as file:
             file.write(content)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from inbatch.errors import ConfigError
-from inbatch.evaluate.clustering import ari, clustering, hungarian_accuracy, nmi
+from inbatch.evaluate.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
 from inbatch.evaluate.embed import Encoder, Source, embed, embed_stream, raw_pixels
 from inbatch.evaluate.embeddings import Embeddings, class_count
 from inbatch.evaluate.knn import knn, knn_scores
@@ -22,6 +22,7 @@ __all__ = [
     "Lbfgs",
     "Sgd",
     "ari",
+    "assigned",
     "clustering",
     "embed",
     "embed_stream",

@@ -1,14 +1,38 @@
 """The whole registry of methods."""
 
+from inbatch.methods.barlow import BarlowTwins
 from inbatch.methods.base import Method
+from inbatch.methods.byol import BYOL
+from inbatch.methods.cc import CC
+from inbatch.methods.dcl import DCL
+from inbatch.methods.dino import DINO
 from inbatch.methods.moco import MoCo
+from inbatch.methods.mocov3 import MoCoV3
+from inbatch.methods.nnclr import NNCLR
+from inbatch.methods.pcl import PCL
 from inbatch.methods.simclr import SimCLR
+from inbatch.methods.simsiam import SimSiam
 from inbatch.methods.supcon import SupCon
 from inbatch.methods.supervised import Supervised
+from inbatch.methods.swav import SwAV
+from inbatch.methods.vicreg import VICReg
+from inbatch.methods.wmse import WMSE
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
+    "dcl": DCL,
     "moco": MoCo,
+    "mocov3": MoCoV3,
+    "nnclr": NNCLR,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow": BarlowTwins,
+    "vicreg": VICReg,
+    "wmse": WMSE,
+    "swav": SwAV,
+    "dino": DINO,
+    "cc": CC,
+    "pcl": PCL,
     "supcon": SupCon,
     "supervised": Supervised,
 }

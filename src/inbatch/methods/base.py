@@ -20,6 +20,7 @@ class Method(nn.Module):
     target: the same of the momentum tower; empty means that there is none.
     views: fewest and most views that the equation allows (None: any number).
     labels: whether it learns from labels, and so needs a data set that has some.
+    m: momentum of the target tower, where there is one that keeps its momentum.
     assigns: the head whose largest output is a sample's cluster or class, where there is one.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": where from.
     """
@@ -29,6 +30,7 @@ class Method(nn.Module):
     views: ClassVar[tuple[int, int | None]] = (2, 2)
     labels: ClassVar[bool] = False
     assigns: ClassVar[str | None] = None
+    m: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
@@ -57,8 +59,8 @@ class Method(nn.Module):
         return range(views)
 
     def momentum(self, progress: float) -> float:
-        """How much of itself the momentum tower keeps in one step; progress runs from 0 to 1."""
-        raise TypeError(f"{type(self).__name__} has a momentum tower and must say its momentum")
+        """How much of itself the momentum tower keeps in one step; progress runs from 0 to 1. Constant by default."""
+        return self.m
 
     def constant_lr(self) -> Sequence[str]:
         """The heads whose learning rate no schedule moves."""

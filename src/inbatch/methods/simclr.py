@@ -58,13 +58,8 @@ class SimCLR(Method):
         scale: Literal["mean", "sum"] = "mean",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.hidden, self.out, self.layers, self.scale = (
-            temperature,
-            hidden,
-            out,
-            layers,
-            scale,
-        )
+        self.temperature, self.scale = temperature, scale
+        self.hidden, self.out, self.layers = hidden, out, layers
 
     def heads(self, width: int) -> dict[str, Head]:
         hidden = [self.hidden or width] * (self.layers - 1)

@@ -13,13 +13,9 @@ from inbatch.methods.base import Method
 
 
 def supcon(
-    z: Float[Tensor, "v n d"],
-    label: Int[Tensor, "n"] | None = None,
-    temperature: float = 0.07,
-    base_temperature: float = 0.07,
-    anchors: Literal["all", "one"] = "all",
-    mask: Shaped[Tensor, "n n"] | None = None,
-) -> Float[Tensor, ""]:
+    z: Float[Tensor, "v n d"], label: Int[Tensor, "n"] | None = None, temperature: float = 0.07,
+    base_temperature: float = 0.07, anchors: Literal["all", "one"] = "all", mask: Shaped[Tensor, "n n"] | None = None,
+) -> Float[Tensor, ""]:  # fmt: skip
     """Supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
 
     l_i = -(T / T_base) mean over positives p of log( exp(u_i . u_p / T) / sum_{a != i} exp(u_i . u_a / T) ),
@@ -30,10 +26,8 @@ def supcon(
     mask: in place of labels, mask[i, j] != 0 where sample j is a positive of sample i.
     """
     v, n, _ = z.shape
-    if v * n < 2:
-        raise ValueError(f"SupCon needs at least 2 rows, got {tuple(z.shape)} (views, samples, width)")
-    if label is not None and mask is not None:
-        raise ValueError("SupCon takes labels or a mask, not both")
+    if v * n < 2 or (label is not None and mask is not None):
+        raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
     if mask is None:
@@ -53,8 +47,7 @@ class SupCon(Method):
     """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels where there are any.
 
     temperature, base_temperature, anchors: of `supcon`.
-    hidden: width of the projection's hidden layer; None is the width of the features.
-    out: width of the rows that are compared.
+    hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
     """
 
     views = (1, None)
@@ -63,20 +56,16 @@ class SupCon(Method):
         "imagenet": {
             "source": "arXiv 2004.11362, section 4, says LARS and T 0.1; rate, decay and batch are SimCLR's",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
-            "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1,
-        },
+            "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1},
         "cifar": {
             "source": "SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01",
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
-            "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1,
-        },
+            "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1},
         "digits": {"source": "ours, for the embedded data", "method.temperature": 0.1},
     }  # fmt: skip
 
-    def __init__(
-        self, temperature: float = 0.07, base_temperature: float = 0.07, anchors: Literal["all", "one"] = "all",
-        hidden: int | None = None, out: int = 128,
-    ) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden: int | None = None,
+                 out: int = 128, anchors: Literal["all", "one"] = "all") -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.base_temperature, self.anchors = temperature, base_temperature, anchors
         self.hidden, self.out = hidden, out
@@ -85,5 +74,5 @@ class SupCon(Method):
         return {"projection": Head(mlp(width, self.hidden or width, self.out, norm=False))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        z = online["projection"]
-        return {"loss": supcon(z, batch.label, self.temperature, self.base_temperature, self.anchors)}
+        options = self.temperature, self.base_temperature, self.anchors
+        return {"loss": supcon(online["projection"], batch.label, *options)}

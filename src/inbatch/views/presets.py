@@ -101,6 +101,15 @@ def swav_cifar(
     return swav(size, small_size, large, small, cut, area, strength=0.5, blur=0.0)
 
 
+# dino main_dino.py, DataAugmentationDINO.
+def dino(
+    size: int = 224, small_size: int = 96, small: int = 8, cut: float = 0.4, area: float = 0.05
+) -> tuple[View, ...]:
+    """DINO's multi-crop: BYOL's pair of areas (cut, 1.0), small views of areas (area, cut), bicubic."""
+    shared: dict[str, Any] = dict(interpolation="bicubic", **_jitter(0.4, 0.4, 0.2, 0.1), grey=0.2)
+    return byol(size, cut) + (View(small_size, scale=(area, cut), **shared, blur=0.5),) * small
+
+
 # CC config/config.yaml, modules/transform.py: s = 0.5, blur for ImageNet-10 and ImageNet-dogs only.
 def cc(size: int = 224, strength: float = 0.5, blur: float = 0.0, views: int = 2) -> tuple[View, ...]:
     """Contrastive Clustering: CIFAR-10 enlarged to 224 pixels."""
@@ -167,6 +176,7 @@ PRESETS: dict[str, Callable[..., tuple[View, ...]]] = {
     "supcon": supcon,
     "swav": swav,
     "swav_cifar": swav_cifar,
+    "dino": dino,
     "cc": cc,
     "wmse": wmse,
     "digits": digits,

@@ -1,0 +1,125 @@
+"""Every method, one encoder, one budget: python results/methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
+
+Each run is a process of its own with one thread (`--jobs` of them at a time), so that its seconds and its peak memory
+are its own. Writes methods/digits.json or methods/cifar.json beside it, entry by entry; entries that are not named stay
+as they were. `python results/render.py` makes the tables.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "methods"
+UNTRAINED = "untrained encoder"
+
+ENTRIES: dict[str, list[str]] = {
+    "simclr": ["simclr"],
+    "dcl": ["dcl"],
+    "dclw": ["dcl", "method.weighted=true"],
+    "moco (v2)": ["moco", "method.layers=2"],
+    "mocov3": ["mocov3"],
+    "nnclr": ["nnclr"],
+    "pcl (v2)": ["pcl", "method.layers=2"],
+    "cc": ["cc"],
+    "swav": ["swav"],
+    "dino": ["dino"],
+    "byol": ["byol"],
+    "simsiam": ["simsiam"],
+    "simsiam (FastSiam, 4 views)": ["simsiam", "method.teach=mean", "views.views=4"],
+    "barlow": ["barlow"],
+    "vicreg": ["vicreg"],
+    "wmse (2 views)": ["wmse", "views.views=2"],
+    "wmse (4 views)": ["wmse", "views.views=4"],
+    "supcon (labels)": ["supcon"],
+    "supervised (labels)": ["supervised"],
+}
+"""Name in the table -> method and settings."""
+MULTI_CROP = {"swav (2 + 4 crops)": ["swav"], "dino (2 + 4 crops)": ["dino"]}
+
+# On photographs: the digits' small encoder, heads, optimiser and batch, for 5 epochs of 10,000 images.
+PHOTOS = ["preset=digits", "subset=10000", "size=32", "k=200", "epochs=5"]
+
+
+def budget(kind: str) -> tuple[dict[str, list[str]], int]:
+    """Name in the table -> method and settings, and how many seeds."""
+    if kind == "digits":
+        return {name: [*words, "epochs=30"] for name, words in ENTRIES.items()}, 3
+    views = {"supervised": "views.name=supervised"}
+    made = {name: [*words, *PHOTOS, views.get(words[0], "views.name=simclr_cifar")] for name, words in ENTRIES.items()}
+    return made | {name: [*words, *PHOTOS, "views.name=swav_cifar"] for name, words in MULTI_CROP.items()}, 1
+
+
+def run(data: str, words: list[str], seed: int) -> dict[str, Any]:
+    """The result of a run in a process of its own."""
+    method, *settings = words
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "inbatch", "pretrain", method, "--data", data, "--seed", str(seed), "--json"]
+        command += ["--quiet", "--device", "cpu", "--out", f"{folder}/run"]
+        for setting in settings:
+            command += ["--set", setting]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = json.loads(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}, seed {seed}: {result['error']}")
+    return result
+
+
+def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
+    """What the encoder of a recipe is worth before its first step."""
+    from inbatch.api import prepare
+    from inbatch.build import held_out
+    from inbatch.evaluate import evaluate
+
+    fields = {key: recipe[key] for key in ("subset", "size", "channels", "batch")}
+    built = prepare(data, "simclr", settings={"encoder.name": recipe["encoder"]["name"]}, seed=seed, **fields)
+    held = held_out(built.recipe, built.source, data)
+    assert held is not None
+    return {"seed": seed, "evaluation": evaluate(built.encoder, *held[:2], k=recipe["k"], seed=seed)}
+
+
+def entry(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the runs of an entry, one per seed."""
+    shared = {key: results[0][key] for key in ("command", "recipe", "environment", "precision", "held_out")}
+    own = ("evaluation", "curve", "collapsed", "training_seconds", "wall_seconds", "images_per_second")
+    runs = [
+        {"seed": result["recipe"]["seed"]} | {key: result[key] for key in (*own, "peak_memory_bytes")}
+        for result in results
+    ]
+    return shared | {"runs": runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("budget", choices=["digits", "cifar"])
+    parser.add_argument("entries", nargs="*", help="all by default")
+    parser.add_argument("--data", default="digits-canvas-colour", help="for cifar: the folder of its images, relative")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    known, seeds = budget(given.budget)
+    file = HERE / f"{given.budget}.json"
+    entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        waiting = {
+            name: [pool.submit(run, given.data, known[name], seed) for seed in range(seeds)]
+            for name in given.entries or known
+        }
+        for name, futures in waiting.items():
+            entries[name] = entry([future.result() for future in futures])
+            if UNTRAINED not in entries:
+                recipe = entries[name]["recipe"]
+                entries[UNTRAINED] = {"runs": [untrained(recipe, given.data, seed) for seed in range(seeds)]}
+            file.parent.mkdir(exist_ok=True)
+            ordered = {key: entries[key] for key in (UNTRAINED, *known) if key in entries}
+            file.write_text(json.dumps(ordered, indent=1) + "\n")
+            print(name, [round(100 * one["evaluation"]["knn"]["top1"], 1) for one in entries[name]["runs"]], flush=True)
+
+
+if __name__ == "__main__":
+    main()

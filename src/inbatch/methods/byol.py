@@ -1,0 +1,78 @@
+"""BYOL: a view predicts its sample's other view as a slow copy of the network sees it; nothing is pushed apart."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import cosine_of_others
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+from inbatch.schedules import cosine
+
+
+def byol(
+    p: Float[Tensor, "v n d"], t: Float[Tensor, "v n d"], scale: Literal["distance", "cosine"] = "distance"
+) -> Float[Tensor, ""]:
+    """Regression of V views' predictions on the targets of the other views (Grill et al. 2020, Eq. 2, symmetric).
+
+    l = |p_1 - t_2|^2 + |p_2 - t_1|^2 of unit rows, averaged over the samples: 0 to 8. With V > 2 it is twice the mean
+    over ordered pairs of views. Rows are normalised inside, targets carry no gradient.
+    scale: "cosine" is the mean of -cos(p_i, t_j), as lightly has it: a quarter of it, less 1.
+    """
+    if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
+        raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
+    cos = cosine_of_others(p, t.detach()).mean()
+    return 4 - 4 * cos if scale == "distance" else -cos
+
+
+class BYOL(Method):
+    """Bootstrap Your Own Latent, arXiv 2006.07733.
+
+    m: momentum of the target tower at the start; it rises to 1 along half a cosine.
+    hidden, out: width of the hidden layer of projection and prediction, and of the rows that are compared.
+    predictor: without it the projection itself is compared, and the projection collapses unless `norm` is on.
+    norm: batch normalisation (no scale, no shift) closes the projection, as in MoCo v3: what all samples' rows have in
+        common is no target then.
+    scale: "cosine" is lightly's convention, a quarter of the gradient.
+    """
+
+    online = ("prediction",)
+    target = ("projection",)
+    views = (2, None)
+    presets = {
+        "imagenet": {
+            "source": "deepmind-research, byol/configs/byol.py, for 100 epochs (300: lr 0.3; 1000: lr 0.2, m 0.996)",
+            "views.name": "byol", "optimizer.name": "lars", "optimizer.lr": 0.45, "optimizer.weight_decay": 1e-6,
+            "batch": 4096, "epochs": 100, "schedule.warmup": 10, "method.m": 0.99,
+        },
+        "cifar": {
+            "source": "second-hand: lightly's CIFAR-10 benchmark, lr 0.06 for 128 images, k-NN 86.8 % after 200 epochs",
+            "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
+            "batch": 512, "epochs": 200, "schedule.warmup": 0, "method.m": 0.99, "method.hidden": 1024,
+            "method.scale": "cosine",
+        },
+        "digits": {
+            "source": "ours, for the embedded data; what norm does there is on the page",
+            "method.m": 0.9, "method.hidden": 256, "method.out": 64, "method.norm": True},
+    }  # fmt: skip
+
+    def __init__(self, m: float = 0.996, hidden: int = 4096, out: int = 256, predictor: bool = True,
+                 norm: bool = False, scale: Literal["distance", "cosine"] = "distance") -> None:  # fmt: skip
+        super().__init__()
+        self.m, self.hidden, self.out, self.predictor = m, hidden, out, predictor
+        self.norm, self.scale = norm, scale
+
+    def heads(self, width: int) -> dict[str, Head]:
+        prediction = mlp(self.out, self.hidden, self.out) if self.predictor else nn.Identity()
+        return {
+            "projection": Head(mlp(width, self.hidden, self.out, last="norm_plain" if self.norm else "linear")),
+            "prediction": Head(prediction, source="projection", online_only=True),
+        }
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": byol(online["prediction"], target["projection"], self.scale)}
+
+    def momentum(self, progress: float) -> float:
+        return cosine(progress, self.m, 1.0)

@@ -1,0 +1,78 @@
+"""Contrastive Clustering: samples are told apart by their rows, and clusters by their columns of the same batch."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_others, normalize, wide
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:
+    """-log( exp(u_i . u'_i / T) / sum_{k != i} exp(u_i . u_k / T) ), averaged over all V N vectors, normalised inside.
+
+    Li et al. 2021: Eq. 2 and 3 for samples, Eq. 5 for clusters. Averaged over the V - 1 positives of each, too.
+    """
+    if x.shape[0] < 2 or x.shape[1] < 2:
+        raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
+    u = normalize(x)
+    positive = (u * (u.sum(0) - u)).sum(-1) / (len(u) - 1) / temperature
+    return (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+
+
+def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The contrast of the columns of soft assignments, and what the clusters lack to be of one size (Eq. 6).
+
+    The second is log K + sum_k m_k log m_k, with m the clusters' shares of a view, added over two views (twice the
+    mean over V): 0 where all are equal, 2 log K where one cluster has everything.
+    """
+    p = wide(p)
+    share = p.sum(1) / p.sum((1, 2))[:, None]
+    uneven = math.log(p.shape[2]) + torch.xlogy(share, share.clamp(min=torch.finfo(p.dtype).tiny)).sum(1)
+    return contrast(p.transpose(1, 2), temperature), 2 * uneven.mean()
+
+
+class CC(Method):
+    """Contrastive Clustering, arXiv 2009.09687.
+
+    clusters: how many to make; None takes the number of classes of the data.
+    temperature, cluster_temperature: T among samples, among clusters.
+    out: width of the rows that are compared.
+    """
+
+    online = ("projection", "clusters")
+    views = (2, None)
+    assigns = "clusters"
+    _adam = {
+        "optimizer.name": "adam", "optimizer.lr": 3e-4, "optimizer.weight_decay": 0.0, "schedule.name": "constant",
+        "schedule.warmup": 0, "schedule.scaling": "none", "batch": 256, "epochs": 1000, "views.name": "cc"}  # fmt: skip
+    _cifar = _adam | {"source": "cifar224's for small images as they are; their size and ResNet-18 are ours"}
+    _224 = _adam | {"source": "Contrastive-Clustering, config.yaml and train.py for CIFAR-10: images enlarged to 224",
+        "size": 224, "encoder.name": "resnet34"}  # fmt: skip
+    _imagenet = _224 | {"source": "the same for ImageNet-10", "views.strength": 1.0, "views.blur": 0.5}
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar224": _224}
+
+    def __init__(
+        self, clusters: int | None = None, temperature: float = 0.5, cluster_temperature: float = 1.0, out: int = 128
+    ) -> None:
+        super().__init__()
+        self.clusters, self.out = clusters, out
+        self.temperature, self.cluster_temperature = temperature, cluster_temperature
+
+    def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
+        self.clusters = self.clusters or classes
+
+    def heads(self, width: int) -> dict[str, Head]:
+        if not self.clusters:
+            raise ValueError("without labels it must be told how many clusters to make: set method.clusters")
+        ends = {"projection": self.out, "clusters": self.clusters}
+        return {name: Head(mlp(width, width, end, norm=False)) for name, end in ends.items()}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        instance = contrast(online["projection"], self.temperature)
+        cluster, entropy = cluster_contrast(wide(online["clusters"]).softmax(-1), self.cluster_temperature)
+        return {"loss": instance + cluster + entropy, "instance": instance, "cluster": cluster, "entropy": entropy}

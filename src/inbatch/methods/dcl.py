@@ -1,0 +1,66 @@
+"""DCL: SimCLR without the positive pair in the denominator; DCLW: pairs that are far apart pull harder."""
+
+from itertools import permutations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_others, normalize
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None = None, symmetric: bool = True,
+        detach: bool = False) -> Float[Tensor, ""]:  # fmt: skip
+    """Decoupled contrastive loss (Yeh et al. 2021, Eq. 6), rows normalised inside, averaged over pairs of views u, v.
+
+    l_i = -w_i u_i . v_i / T + log( sum_{k != i} exp(u_i . u_k / T) + sum_{k != i} exp(u_i . v_k / T) )
+    sigma: None is DCL, w_i = 1; else DCLW (Eq. 7), w_i = 2 - N softmax_i(u_i . v_i / sigma).
+    symmetric: all ordered pairs, else view 0 with every other. detach: no gradient through w.
+    """
+    if z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"DCL needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
+    u = normalize(z)
+    losses = []
+    for i, j in permutations(range(len(u)), 2):
+        if symmetric or i == 0:
+            positive = (u[i] * u[j]).sum(-1)
+            weight = torch.ones_like(positive) if sigma is None else 2 - len(positive) * (positive / sigma).softmax(0)
+            negative = torch.logaddexp(logsumexp_others(u[i], temperature), logsumexp_others(u[i], temperature, u[j]))
+            losses.append((negative - (weight.detach() if detach else weight) * positive / temperature).mean())
+    return torch.stack(losses).mean()
+
+
+class DCL(Method):
+    """Decoupled Contrastive Learning, arXiv 2110.06848.
+
+    temperature, symmetric, detach: of `dcl`. weighted: DCLW, with this sigma.
+    hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
+    """
+
+    views = (2, None)
+    _imagenet = {
+        "source": "SimCLR's, with the batch and the length of arXiv 2110.06848; no code of its authors was found",
+        "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
+        "batch": 256, "epochs": 200, "schedule.warmup": 10}  # fmt: skip
+    _cifar = {
+        "source": "raminnakhli/Decoupled-Contrastive-Learning, run_simclr.sh, README: Adam 1e-3, no schedule",
+        "views.name": "simclr_cifar", "optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-6,
+        "schedule.name": "constant", "schedule.warmup": 0, "schedule.scaling": "none", "batch": 128, "epochs": 100,
+    }  # fmt: skip
+    _digits = {"source": "ours, for the embedded data", "method.temperature": 0.2}
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+
+    def __init__(self, temperature: float = 0.1, weighted: bool = False, sigma: float = 0.5, symmetric: bool = True,
+                 detach: bool = False, hidden: int | None = None, out: int = 128) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.sigma = temperature, sigma if weighted else None
+        self.symmetric, self.detach, self.hidden, self.out = symmetric, detach, hidden, out
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, self.hidden or width, self.out))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": dcl(online["projection"], self.temperature, self.sigma, self.symmetric, self.detach)}

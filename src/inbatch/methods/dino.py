@@ -1,0 +1,79 @@
+"""DINO: a view predicts the soft cluster in which a slow copy, centred and sharpened, sees its sample's large views."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import cross_prediction, wide
+from inbatch.heads import Head, Prototypes, mlp
+from inbatch.methods.base import Method
+from inbatch.schedules import cosine, linear, progress
+
+
+def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], center: Float[Tensor, "k"],
+         temperature: float = 0.1, teacher_temperature: float = 0.07) -> Float[Tensor, ""]:  # fmt: skip
+    """Cross-entropy of the teacher's view i, soft-max((t_i - center) / T_t), with the student's other views j,
+    soft-max(s_j / T), averaged over samples and pairs i != j (Caron et al. 2021, Eq. 3); no gradient to the teacher.
+    """
+    p = ((wide(teacher.detach()) - center) / teacher_temperature).softmax(-1)
+    return cross_prediction(p, wide(student) / temperature)
+
+
+class DINO(Method):
+    """Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
+
+    temperature: the student's. teacher_temperature: the teacher's, from warmup_temperature over warmup_epochs.
+    m: momentum of the teacher, rising to 1 along a cosine. center_momentum: what the centre keeps of itself in a step.
+    prototypes: outputs; frozen: epochs before they learn. hidden, bottleneck, layers, norm: of the head before them.
+    """
+
+    online, target, views = ("prototypes",), ("prototypes",), (2, None)
+    center: Tensor
+    _imagenet = {
+        "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
+        "views.cut": 0.14, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4, "batch": 512,
+        "epochs": 100, "schedule.warmup": 10, "method.teacher_temperature": 0.04}  # fmt: skip
+    _cifar = {
+        "source": "lightly, cifar10_benchmark.py: SGD 0.06 for 128 images, its m stays", "views.name": "byol_cifar",
+        "views.area": 0.4, "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4, "batch": 128,
+        "epochs": 200, "schedule.warmup": 0, "method.teacher_temperature": 0.04, "method.m": 0.99,
+        "method.prototypes": 2048, "method.layers": 2, "method.norm": True, "method.frozen": 0}  # fmt: skip
+    _digits = {"source": "ours, for the embedded data", "views.views": 4, "method.temperature": 0.2,
+        "method.teacher_temperature": 0.01, "method.warmup_epochs": 0, "method.prototypes": 256,
+        "method.hidden": 256, "method.bottleneck": 32, "method.norm": True}  # fmt: skip
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+
+    def __init__(self, temperature: float = 0.1, teacher_temperature: float = 0.07, warmup_temperature: float = 0.04,
+                 warmup_epochs: int = 30, m: float = 0.996, center_momentum: float = 0.9, prototypes: int = 65536,
+                 frozen: int = 1, hidden: int = 2048, bottleneck: int = 256, layers: int = 3, norm: bool = False,
+                 ) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.m, self.center_momentum, self.frozen = temperature, m, center_momentum, frozen
+        self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
+        self.bottleneck, self.hidden, self.norm = bottleneck, [hidden] * (layers - 1), norm
+        self.register_buffer("center", torch.zeros(prototypes))
+
+    def heads(self, width: int) -> dict[str, Head]:
+        network = mlp(width, *self.hidden, self.bottleneck, norm=self.norm, activation=nn.GELU)
+        last = Prototypes(self.bottleneck, len(self.center), through=True)
+        return {"projection": Head(network), "prototypes": Head(last, "projection")}
+
+    def target_views(self, views: int) -> Sequence[int]:
+        return (0, 1)
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
+        return {"loss": dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)}
+
+    def momentum(self, progress: float) -> float:
+        return cosine(progress, self.m, 1.0)
+
+    def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
+        if batch.epoch < self.frozen:
+            heads["prototypes"].zero_grad()
+
+    def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
+        self.center.lerp_(target["prototypes"].flatten(0, 1).mean(0).to(self.center), 1 - self.center_momentum)

@@ -1,0 +1,79 @@
+"""MoCo v3: a view finds its other view, seen by a slow copy, among the other samples of the batch."""
+
+from itertools import permutations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_rows, normalize
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+from inbatch.schedules import cosine
+
+
+def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1.0) -> Float[Tensor, ""]:
+    """In-batch contrast of one view's queries with another view's keys (Chen, Xie and He 2021, Algorithm 1).
+
+    l_i = -2T log( exp(q_i . k_i / T) / sum_j exp(q_i . k_j / T) ), averaged; rows are normalised inside, keys carry no
+    gradient. Two views: ctr(q_1, k_2) + ctr(q_2, k_1); more: twice the mean over ordered pairs of views.
+    """
+    if q.shape != k.shape or not len(q):
+        raise ValueError(f"MoCo v3 needs a key for every query, got queries {tuple(q.shape)}, keys {tuple(k.shape)}")
+    q, k = normalize(q), normalize(k.detach())
+    positive = (q * k).sum(-1) / temperature
+    return 2 * temperature * (logsumexp_rows(q, k, temperature) - positive).mean()
+
+
+class MoCoV3(Method):
+    """An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057.
+
+    temperature: T of `ctr`. m: momentum of the target tower at the start; it rises to 1 along half a cosine.
+    layers: linear layers in the projection: 2 for a ResNet, 3 for a ViT.
+    hidden, out: width of the hidden layers of projection and prediction, and of the rows that are compared.
+    last_norm: batch normalisation closes the prediction too, as for a ViT.
+    """
+
+    online = ("prediction",)
+    target = ("projection",)
+    views = (2, None)
+    presets = {
+        "imagenet": {
+            "source": "moco-v3, CONFIG.md, ResNet-50, for 100 epochs (300: lr 0.3; 1000: lr 0.3, wd 1.5e-6, m 0.996)",
+            "views.name": "byol", "views.area": 0.2, "optimizer.name": "lars", "optimizer.lr": 0.6,
+            "optimizer.weight_decay": 1e-6, "batch": 4096, "epochs": 100, "schedule.warmup": 10},
+        "vit": {
+            "source": "moco-v3, CONFIG.md, ViT-Small and -Base: --stop-grad-conv1 --moco-m-cos --moco-t=.2",
+            "views.name": "byol", "optimizer.name": "adamw", "optimizer.lr": 1.5e-4, "optimizer.weight_decay": 0.1,
+            "batch": 4096, "epochs": 300, "schedule.warmup": 40,
+            "method.temperature": 0.2, "method.layers": 3, "method.last_norm": True},
+        "cifar": {
+            "source": "second-hand: solo-learn, cifar/mocov3.yaml; its LARS is another: SGD as lightly has for others",
+            "views.name": "byol_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
+            "batch": 256, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.2},
+        "digits": {
+            "source": "ours, for the embedded data",
+            "method.temperature": 0.2, "method.hidden": 256, "method.out": 64}}  # fmt: skip
+
+    def __init__(self, temperature: float = 1.0, m: float = 0.99, layers: int = 2, hidden: int = 4096, out: int = 256,
+                 last_norm: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.m, self.layers = temperature, m, layers
+        self.hidden, self.out, self.last_norm = hidden, out, last_norm
+
+    def heads(self, width: int) -> dict[str, Head]:
+        hidden = [self.hidden] * (self.layers - 1)
+        prediction = mlp(self.out, self.hidden, self.out, last="norm_plain" if self.last_norm else "linear")
+        return {
+            "projection": Head(mlp(width, *hidden, self.out, last="norm_plain")),
+            "prediction": Head(prediction, source="projection", online_only=True),
+        }
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        q, k = online["prediction"], target["projection"]
+        losses = [ctr(q[i], k[j], self.temperature) for i, j in permutations(range(len(q)), 2)]
+        return {"loss": 2 * torch.stack(losses).mean()}
+
+    def momentum(self, progress: float) -> float:
+        return cosine(progress, self.m, 1.0)

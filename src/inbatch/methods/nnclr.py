@@ -1,0 +1,79 @@
+"""NNCLR: the nearest neighbour of a view, among past samples, finds the sample's other view in the batch."""
+
+from itertools import permutations
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import logsumexp_others, logsumexp_rows, normalize, product
+from inbatch.heads import Head, mlp
+from inbatch.memory import Queue
+from inbatch.methods.base import Method
+
+Contrast = Literal["one_way", "nt_xent"]
+
+
+def neighbours(z: Float[Tensor, "n d"], support: Float[Tensor, "k d"], filled: Int[Tensor, ""]) -> Float[Tensor, "n d"]:
+    """NN(z, Q): of the first `filled` unit rows of the support set those nearest to z; with none, z's unit rows."""
+    z = normalize(z.detach())
+    empty = torch.arange(len(support), device=z.device) >= filled
+    nearest = product(z, support.to(z.dtype).T).masked_fill(empty, -torch.inf).argmax(1)
+    return torch.where(filled > 0, support[nearest].to(z.dtype), z)
+
+
+def nnclr(
+    near: Float[Tensor, "n d"], p: Float[Tensor, "n d"], temperature: float = 0.1, contrast: Contrast = "one_way"
+) -> Float[Tensor, ""]:
+    """Contrast of one view's neighbours with another view's predictions (Dwibedi et al. 2021, Eq. 3, Algorithm 1).
+
+    l_i = -log( exp(near_i . p_i / T) / sum_k exp(near_i . p_k / T) ), averaged; rows are normalised inside, neighbours
+    carry no gradient. contrast: "nt_xent", lightly's, is NT-Xent of the pair: both ways, with same-side negatives.
+    """
+    if near.shape != p.shape or len(p) < 2:
+        raise ValueError(f"NNCLR needs a neighbour for each of 2 rows, got {tuple(near.shape)} and {tuple(p.shape)}")
+    near, p = normalize(near.detach()), normalize(p)
+    positive = (near * p).sum(-1).mean() / temperature
+    if contrast == "one_way":
+        return logsumexp_rows(near, p, temperature).mean() - positive
+    return logsumexp_others(torch.cat([near, p]), temperature).mean() - positive
+
+
+class NNCLR(Method):
+    """With a Little Help from My Friends, arXiv 2104.14548; the mean over the ordered pairs of different views.
+
+    temperature, contrast: of `nnclr`. queue: samples in the support set, by the projection of their view 0.
+    hidden, prediction: widths of the hidden layers of projection and prediction. out: width of the rows.
+    """
+
+    online = ("projection", "prediction")
+    views = (2, None)
+    _imagenet = {"source": "arXiv 2104.14548, section 4.1 (from memory; its authors have released no code)",
+        "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6,
+        "batch": 4096, "epochs": 1000, "schedule.warmup": 10}  # fmt: skip
+    _cifar = {"source": "second-hand: lightly's CIFAR-10 benchmark", "batch": 512, "schedule.warmup": 0,
+        "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
+        "epochs": 200, "method.temperature": 0.5, "method.queue": 8192, "method.contrast": "nt_xent"}  # fmt: skip
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": {
+        "source": "ours, for the embedded data", "method.temperature": 0.2, "method.queue": 2048,
+        "method.hidden": 256, "method.prediction": 256, "method.out": 64}}  # fmt: skip
+
+    def __init__(self, temperature: float = 0.1, queue: int = 98304, hidden: int = 2048, prediction: int = 4096,
+                 out: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.hidden, self.prediction = temperature, hidden, prediction
+        self.out, self.contrast, self.queue = out, contrast, Queue(queue, out)
+
+    def heads(self, width: int) -> dict[str, Head]:
+        projection, prediction = (width, self.hidden, self.hidden, self.out), (self.out, self.prediction, self.out)
+        return {"projection": Head(mlp(*projection, last="norm")), "prediction": Head(mlp(*prediction), "projection")}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        near = [neighbours(z, self.queue.rows, self.queue.filled) for z in online["projection"]]
+        pairs = permutations(zip(near, online["prediction"], strict=True), 2)
+        return {"loss": torch.stack([nnclr(a[0], b[1], self.temperature, self.contrast) for a, b in pairs]).mean()}
+
+    def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
+        self.queue.push(normalize(online["projection"][0]))

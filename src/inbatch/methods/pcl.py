@@ -1,0 +1,79 @@
+"""PCL v1 and v2: MoCo, and a view also finds the prototypes of its sample's clusters, at several granularities."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.clusters import Clusterings, Spread
+from inbatch.functional import info_nce, normalize, product, wide
+from inbatch.heads import Head, mlp
+from inbatch.memory import Queue
+from inbatch.methods.base import Method
+
+
+def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
+              counts: Bool[Tensor, "c"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
+    """The prototypes' part of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
+
+    -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
+    column a negative, equal ones too. counts: False leaves a column out.
+    """
+    if not 0 < len(q) <= len(columns):
+        raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
+    logits = product(normalize(q), normalize(columns).to(wide(q)).T) / density.to(wide(q))
+    negative = logits if counts is None else logits.masked_fill(~counts, float("-inf"))
+    return (negative.logsumexp(1) - logits.diagonal()).mean()
+
+
+class PCL(Method):
+    """Prototypical Contrastive Learning of Unsupervised Representations, arXiv 2005.04966.
+
+    temperature: T, and the mean of the prototypes' own. queue: keys remembered. m: momentum of the target tower.
+    warmup: epochs of InfoNCE alone. clusters: how many in each clustering. negatives: other prototypes at most.
+    alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out: width of rows.
+    """
+
+    target = ("projection",)
+    _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup": 0,
+        "epochs": 200, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}  # fmt: skip
+    _v2 = _v1 | {"source": "PCL, main_pcl.py --mlp --aug-plus --cos", "views.name": "mocov2", "method.layers": 2,
+        "schedule.name": "cosine"}  # fmt: skip
+    _cifar = _v2 | {"source": "second-hand: salesforce/PCL issue 7, MoCo's demo", "views.name": "moco_cifar",
+        "method.m": 0.99, "method.queue": 512, "method.clusters": (1000, 2000, 4000)}  # fmt: skip
+    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "ours, for embedded data",
+        "method.m": 0.99, "method.queue": 1024, "method.warmup": 5, "method.clusters": (25, 50, 100)}}  # fmt: skip
+
+    def __init__(self, temperature: float = 0.2, queue: int = 16384, m: float = 0.999, warmup: int = 20,
+                 clusters: tuple[int, ...] = (25000, 50000, 100000), negatives: int = 16384, alpha: float = 10.0,
+                 restarts: int = 5, iterations: int = 20, layers: int = 1, out: int = 128) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.m, self.warmup, self.layers, self.out = temperature, m, warmup, layers, out
+        self.clusterings = Clusterings(clusters, out, negatives, temperature, alpha, restarts, iterations)
+        self.queue = Queue(queue, out)
+
+    def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
+        self.clusterings.hold(images)
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(*[width] * self.layers, self.out, norm=False))}
+
+    def online_views(self, views: int) -> tuple[int]:
+        return (0,)
+
+    def target_views(self, views: int) -> tuple[int]:
+        return (1,)
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        q = online["projection"][0]
+        instance = info_nce(q, target["projection"][0], self.queue.rows, self.temperature)
+        prototypes = self.clusterings.mean(lambda *some: proto_nce(q, *some), batch)
+        return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
+
+    def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
+        self.queue.push(normalize(target["projection"][0]))
+
+    def surveys(self, epoch: int) -> bool:
+        return epoch >= self.warmup
+
+    def survey(self, rows: Rows, label: Tensor, epoch: int, spread: Spread) -> dict[str, float]:
+        return self.clusterings.survey(rows["projection"], label, epoch, spread)

@@ -1,0 +1,79 @@
+"""SimSiam: a view predicts its sample's other view, which is held still for the moment; nothing is pushed apart."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import cosine_of_others, normalize, wide
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+Teach = Literal["each", "mean"]
+
+
+def simsiam(
+    p: Float[Tensor, "v n d"], z: Float[Tensor, "v n d"], stop_gradient: bool = True, teach: Teach = "each"
+) -> Float[Tensor, ""]:
+    """Mean of -cos(p_i, z_j) over the ordered pairs of different views (Chen and He 2021, Eq. 4): -1 to 1.
+
+    Rows are normalised inside, projections z carry no gradient.
+    stop_gradient: False lets the gradient reach z too (the paper's Eq. 2).
+    teach: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
+    """
+    if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
+        raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
+    z = wide(z.detach() if stop_gradient else z)
+    if teach == "each":
+        return -cosine_of_others(p, z).mean()
+    return -(normalize(p) * normalize((z.sum(0) - z) / (len(z) - 1))).sum(-1).mean()
+
+
+class SimSiam(Method):
+    """Exploring Simple Siamese Representation Learning, arXiv 2011.10566.
+
+    layers, hidden, out: linear layers of the projection, width between them, and width of the rows that are compared.
+    bottleneck: width of the prediction's hidden layer.
+    fix_lr: no schedule moves the prediction's learning rate, as the authors' --fix-pred-lr.
+    predictor, stop_gradient: the ablations of the paper (sections 4.2 and 4.1), in which it does not learn.
+    teach: "mean" is FastSiam, made for four views.
+    """
+
+    online = ("prediction", "projection")
+    views = (2, None)
+    presets = {
+        "imagenet": {
+            "source": "simsiam, main_simsiam.py --fix-pred-lr: lr 0.05 for 256 images",
+            "views.name": "mocov2", "optimizer.name": "sgd", "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-4,
+            "batch": 512, "epochs": 100, "schedule.warmup": 0,
+        },
+        "cifar": {
+            "source": "arXiv 2011.10566, appendix D: ResNet-18, lr 0.03 for 256 images, no blur; linear 91.8 %",
+            "views.name": "moco_cifar", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.03,
+            "optimizer.weight_decay": 5e-4, "batch": 512, "epochs": 800, "schedule.warmup": 0, "method.layers": 2,
+        },
+        "digits": {
+            "source": "ours, for the embedded data",
+            "method.layers": 2, "method.hidden": 256, "method.out": 256, "method.bottleneck": 64}}  # fmt: skip
+
+    def __init__(self, layers: int = 3, hidden: int = 2048, out: int = 2048, bottleneck: int = 512, fix_lr: bool = True,
+                 predictor: bool = True, stop_gradient: bool = True, teach: Teach = "each") -> None:  # fmt: skip
+        super().__init__()
+        self.layers, self.hidden, self.out, self.bottleneck = layers, hidden, out, bottleneck
+        self.fix_lr, self.predictor, self.stop_gradient, self.teach = fix_lr, predictor, stop_gradient, teach
+
+    def heads(self, width: int) -> dict[str, Head]:
+        hidden = [self.hidden] * (self.layers - 1)
+        prediction = mlp(self.out, self.bottleneck, self.out) if self.predictor else nn.Identity()
+        return {
+            "projection": Head(mlp(width, *hidden, self.out, last="norm_plain")),
+            "prediction": Head(prediction, source="projection"),
+        }
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": simsiam(online["prediction"], online["projection"], self.stop_gradient, self.teach)}
+
+    def constant_lr(self) -> Sequence[str]:
+        return ("prediction",) if self.fix_lr else ()

@@ -1,0 +1,79 @@
+"""SwAV: a view predicts to which prototypes its sample's other view belongs; a batch uses all prototypes alike."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import cross_prediction, normalize, product, sinkhorn, wide
+from inbatch.heads import Head, Prototypes, mlp
+from inbatch.memory import Queue
+from inbatch.methods.base import Method
+
+
+def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n k"],
+                       temperature: float = 0.1) -> Float[Tensor, ""]:  # fmt: skip
+    """Cross-entropy of the first A views' codes with the soft-max of every other view (Caron et al. 2020, Eq. 2).
+
+    scores: cosines of rows with prototypes; codes: `sinkhorn` of them. Averages the directions, which Eq. 1 adds.
+    """
+    return cross_prediction(codes.detach(), wide(scores) / temperature)
+
+
+class SwAV(Method):
+    """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv 2006.09882.
+
+    temperature: of the prediction. epsilon, iterations: of `sinkhorn`. hidden, out: widths of the projection.
+    prototypes: how many; frozen: epochs before they learn.
+    queue: past samples that are assigned with the batch, once there are so many; queue_from: kept from this epoch on.
+    """
+
+    online, views = ("projection", "prototypes"), (2, None)
+    vectors: Tensor
+    _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",
+        "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch": 4096, "epochs": 800,
+        "schedule.warmup": 10, "schedule.end": 0.001}  # fmt: skip
+    _cifar = {
+        "source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops ours", "views.name": "swav_cifar",
+        "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6, "batch": 128, "epochs": 200,
+        "schedule.warmup": 0, "method.prototypes": 512, "method.hidden": 512, "method.frozen": 0}  # fmt: skip
+    _digits = {"source": "ours, for the embedded data", "method.prototypes": 256, "method.out": 32,
+        "method.hidden": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+
+    def __init__(self, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3, prototypes: int = 3000,
+                 frozen: int = 1, queue: int = 0, queue_from: int = 15, hidden: int = 2048, out: int = 128
+                 ) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.frozen, self.queue_from, self.hidden = frozen, queue_from, hidden
+        self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss sees no head
+        self.queue = Queue(queue, 2 * out) if queue else None  # of samples: both views' rows in one
+
+    def heads(self, width: int) -> dict[str, Head]:
+        count, out = self.vectors.shape
+        made = nn.ModuleDict({"projection": mlp(width, self.hidden, out), "prototypes": Prototypes(out, count)})
+        self.on_weights(made)
+        return {"projection": Head(made["projection"]), "prototypes": Head(made["prototypes"], "projection")}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        scores = online["prototypes"]
+        codes = sinkhorn(scores[:2], self.epsilon, self.iterations)
+        if self.queue is not None and batch.epoch >= self.queue_from:
+            past = torch.stack([product(rows, self.vectors.T) for rows in self.queue.rows.chunk(2, dim=1)])
+            after = sinkhorn(torch.cat([past, scores[:2]], 1), self.epsilon, self.iterations)[:, self.queue.size :]
+            codes = torch.where(self.queue.filled == self.queue.size, after, codes)
+        return {"loss": swapped_prediction(scores, codes, self.temperature)}
+
+    def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
+        if batch.epoch < self.frozen:
+            heads["prototypes"].zero_grad()
+
+    def on_weights(self, heads: nn.ModuleDict) -> None:
+        prototypes = heads["prototypes"]
+        assert isinstance(prototypes, Prototypes)
+        self.vectors.copy_(prototypes.restore())
+
+    def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
+        if self.queue is not None and batch.epoch >= self.queue_from:
+            self.queue.push(torch.cat([*normalize(online["projection"][:2])], 1))

@@ -1,0 +1,76 @@
+"""VICReg: views agree, every feature keeps its spread, and no two features tell the same."""
+
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.functional import moments, wide
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def vicreg(
+    z: Float[Tensor, "v n d"], sim: float = 25.0, std: float = 25.0, cov: float = 1.0,
+    variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4,
+) -> Losses:  # fmt: skip
+    """ "loss" = sim invariance + std variance + cov covariance (Bardes et al. 2022, Eq. 6), and these three.
+
+    invariance: mean squared difference of two views' rows (Eq. 5), over features too, as the authors' code has it.
+    variance: mean over features of max(0, 1 - sqrt(Var + eps)) (Eq. 1), averaged over the two views as in the
+        authors' code, or with "sum" added, as in Eq. 6.
+    covariance: squared covariances of different features, summed and divided by D (Eq. 4), added over the two views.
+    All three are averaged over the pairs of views; rows are not normalised, variances are unbiased.
+    """
+    if z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"VICReg needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
+    z = wide(z)
+    away = torch.stack([(a - b).square().mean() for a, b in combinations(z, 2)]).mean()
+    narrow = (1 - (z.var(1) + eps).sqrt()).relu().mean() * (1 if variance == "mean" else 2)
+    shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
+    loss = sim * away + std * narrow + cov * shared
+    return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}
+
+
+class VICReg(Method):
+    """Variance-Invariance-Covariance Regularization, arXiv 2105.04906.
+
+    sim, std, cov: coefficients of the three terms (lambda, mu and nu of Eq. 6); without std, features collapse.
+    variance: its term is the "mean" of the two views', as in the authors' code, or their "sum", as in solo-learn.
+    eps: added to the variances under the root.
+    hidden, out, layers: widths and number of linear layers of the expander; the last has no bias.
+    """
+
+    views = (2, None)
+    presets = {
+        "imagenet": {
+            "source": "vicreg, main_vicreg.py and README, 1000 epochs: base lr 0.2 (100 epochs: 0.3, 512 images)",
+            "views.name": "vicreg", "optimizer.name": "lars", "optimizer.lr": 0.2, "optimizer.weight_decay": 1e-6,
+            "batch": 2048, "epochs": 1000, "schedule.warmup": 10, "schedule.end": 0.001,
+        },
+        "cifar": {
+            "source": "solo-learn, scripts/pretrain/cifar/vicreg.yaml, online linear 92.07 %; its LARS also clips",
+            "views.name": "vicreg", "views.area": 0.2, "views.blur": 0.0, "views.blur_second": 0.0,
+            "views.solarise": 0.1, "views.solarise_second": 0.1, "optimizer.name": "lars", "optimizer.lr": 0.3,
+            "optimizer.weight_decay": 1e-4, "optimizer.eta": 0.02, "batch": 256, "epochs": 1000, "schedule.warmup": 10,
+            "method.variance": "sum", "method.hidden": 2048, "method.out": 2048,
+        },
+        "digits": {"source": "ours, for the embedded data", "method.hidden": 256, "method.out": 256},
+    }  # fmt: skip
+
+    def __init__(
+        self, sim: float = 25.0, std: float = 25.0, cov: float = 1.0, variance: Literal["mean", "sum"] = "mean",
+        eps: float = 1e-4, hidden: int = 8192, out: int = 8192, layers: int = 3,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.sim, self.std, self.cov, self.variance, self.eps = sim, std, cov, variance, eps
+        self.hidden, self.out, self.layers = hidden, out, layers
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, *[self.hidden] * (self.layers - 1), self.out, last="plain"))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return vicreg(online["projection"], self.sim, self.std, self.cov, self.variance, self.eps)

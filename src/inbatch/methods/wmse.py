@@ -1,0 +1,79 @@
+"""W-MSE: a sample's views agree after the rows of its sub-batch are whitened, which leaves nothing to collapse to."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.draws import uniform
+from inbatch.functional import factor, moments, normalize, wide
+from inbatch.heads import Head, mlp
+from inbatch.methods.base import Method
+
+
+def whiten(x: Float[Tensor, "*b n d"], mean: Float[Tensor, "*b 1 d"], lower: Float[Tensor, "*b d d"]
+           ) -> Float[Tensor, "*b n d"]:  # fmt: skip
+    """L^-1 (x - mean) for every row: of covariance I, where L is the Cholesky factor of theirs."""
+    return torch.linalg.solve_triangular(lower, (wide(x) - mean).mT, upper=False).mT
+
+
+def _fits(views: int, n: int, width: int, size: int) -> None:
+    if views < 2 or n % size or size <= width:
+        raise ValueError(f"W-MSE needs 2 views, and w_size {size} to divide the batch, {n}, and to exceed out, {width}")
+
+
+def wmse(
+    z: Float[Tensor, "v n d"], permutations: Int[Tensor, "k n"], size: int = 128, eps: float = 0.0, norm: bool = True
+) -> Losses:
+    """Squared distance of whitened rows, over all samples and pairs of views (Ermolov et al. 2021, section 3).
+
+    permutations: each cuts the samples into sub-batches of `size`, whose views have a mean and factor of their own;
+        they are averaged, the gradient runs through all of it. In float64: where features nearly repeat each other,
+        float32 has another gradient. "jitter": the most that a factor took.
+    norm: whitened rows are normalised (2 - 2 cos); else the distance is divided by D, as in the authors' code.
+    """
+    _fits(len(z), z.shape[1], z.shape[2], size)
+    x = z.double()[:, permutations].unflatten(2, (-1, size))  # (V, K, N / size, size, D)
+    mean, cov = moments(x)
+    lower, jitter = factor(cov, eps)
+    y = whiten(x, mean, lower).flatten(1, 3)
+    y = normalize(y) if norm else y / z.shape[2] ** 0.5
+    i, j = torch.triu_indices(len(z), len(z), 1, device=z.device)
+    return {"loss": (y[i] - y[j]).square().sum(-1).mean().to(wide(z).dtype), "jitter": jitter.max()}
+
+
+class WMSE(Method):
+    """Whitening for Self-Supervised Representation Learning, arXiv 2007.06346; 4 views make it W-MSE 4.
+
+    w_size: samples of a sub-batch. w_iter: ways to cut the batch, averaged. eps: shrinks covariances towards I.
+    norm: whitened rows are normalised. hidden, out: widths of the projection's hidden layer and of its rows.
+    """
+
+    views = (2, None)
+    _cifar = {
+        "source": "htdt/self-supervised, README, W-MSE 2", "batch": 512, "epochs": 1000, "schedule.scaling": "none",
+        "views.name": "wmse", "optimizer.name": "adam", "optimizer.lr": 3e-3, "optimizer.weight_decay": 1e-6,
+        "schedule.name": "step", "schedule.milestones": (0.95, 0.975), "schedule.warmup": 5.15}  # fmt: skip
+    _imagenet = _cifar | {
+        "source": "the same README, ImageNet-100, W-MSE 2: SimCLR's crops and colours, no blur",
+        "views.name": "simclr", "views.blur": 0.0, "optimizer.lr": 2e-3, "epochs": 240, "schedule.warmup": 2.02,
+        "schedule.milestones": (0.7917, 0.8958), "method.w_size": 256, "method.out": 128}  # fmt: skip
+    _four = _cifar | {"source": "the same, W-MSE 4", "views.views": 4, "batch": 256, "schedule.warmup": 2.56}
+    _digits = {"source": "ours, for the embedded data", "method.w_size": 64, "method.hidden": 256, "method.out": 32}
+    presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar4": _four, "digits": _digits}
+
+    def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden: int = 1024,
+        out: int = 64) -> None:  # fmt: skip
+        super().__init__()
+        self.w_size, self.w_iter, self.eps, self.norm, self.hidden, self.out = w_size, w_iter, eps, norm, hidden, out
+
+    def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
+        _fits(views, batch, self.out, self.w_size)
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, self.hidden, self.out))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        order = batch.index.argsort()  # so that the order of the samples does not matter
+        draws = uniform(batch.seed, batch.epoch, batch.index[order], -1, self.w_iter)  # views are 0, 1, ...
+        return wmse(online["projection"], order[draws.argsort(dim=0, stable=True).T], self.w_size, self.eps, self.norm)

@@ -1,0 +1,79 @@
+"""Collapse is noticed: methods broken on purpose are told apart from the same methods whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import inbatch
+from inbatch.heads import Head, mlp
+from inbatch.inspect.collapse import signs, spread
+from inbatch.tower import Tower
+
+BROKEN = {
+    "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}, "std"),
+    "byol without predictor and momentum": (
+        "byol",
+        {"method.predictor": False, "method.norm": False, "method.m": 0.0},
+        "std",
+    ),
+    "simsiam without stop-gradient": ("simsiam", {"method.stop_gradient": False}, "rank"),
+    "vicreg without variance": ("vicreg", {"method.std": 0.0}, "std"),
+}
+"""Method, what breaks it, and the measure that shows it first."""
+EPOCHS = 8
+
+
+def run(method: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    return inbatch.pretrain(
+        "digits-canvas", method, out=out, settings=settings, epochs=EPOCHS, evaluate_every=EPOCHS, seed=0,
+        precision="float32",
+    ).result  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    method, settings, kind = BROKEN[name]
+    result = run(method, settings, tmp_path)
+    said = [line for line in capfd.readouterr().err.splitlines() if "collapse:" in line]
+    measure = {"std": "standard deviation per dimension", "rank": "effective rank (RankMe)"}[kind]
+    assert any("rows of projection" in line and measure in line for line in said), said
+    assert said[0].startswith("epoch ") and "optimizer.lr" in said[0]
+    assert any("projection" in sentence for sentence in result["collapsed"])
+
+
+@pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg"])
+def test_what_is_whole_is_not(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = run(method, {}, tmp_path)
+    assert result["collapsed"] == [] and "collapse" not in capfd.readouterr().err
+    watched = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    watched = [line for line in watched if "projection_rank" in line]
+    assert len(watched) == EPOCHS + 1 and all(line["features_rank"] > 1 for line in watched)
+
+
+def test_spread_of_equal_and_of_different_outputs() -> None:
+    """Equal images have rank 1 and no spread; the encoder's and every direct head's numbers, no predictor's."""
+    heads = {"projection": Head(mlp(12, 8, norm=False)), "prediction": Head(mlp(8, 8, norm=False), "projection")}
+    tower = Tower(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
+    before = {key: value.clone() for key, value in tower.state_dict().items()}
+    images = torch.randn(64, 3, 2, 2)
+    found, same = spread(tower, images), spread(tower, images[:1].expand(64, 3, 2, 2))
+    assert set(found) == {"features_std", "features_rank", "projection_std", "projection_rank"}
+    assert found["features_std"] > 0.9 and found["features_rank"] > 11
+    assert same["projection_std"] < 1e-5 and same["projection_rank"] == pytest.approx(1, abs=1e-3)
+    assert tower.training and all(torch.equal(value, before[key]) for key, value in tower.state_dict().items())
+
+
+def test_signs() -> None:
+    most = {"features_std": 0.4, "features_rank": 20.0, "projection_std": 0.9, "projection_rank": 40.0}
+    fine = {"features_std": 0.15, "features_rank": 9.0, "projection_std": 0.5, "projection_rank": 10.0}
+    assert signs(fine, most) == {}
+    assert set(signs({**fine, "projection_rank": 7.0}, most)) == {"projection_rank"}
+    assert signs({**fine, "projection_rank": 7.0}, most, classes=True) == {}
+    assert set(signs({**fine, "projection_std": float("nan"), "features_rank": 4.0}, most)) == {
+        "projection_std",
+        "features_rank",
+    }
