@@ -255,7 +255,7 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
 def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
     told = explain(name, METHODS[name])
     assert told["options"] and all(option["what"] for option in told["options"].values()), told["options"]
-    few = {"clusters": [4, 6]} if name == "pcl" else {}  # the paper's are for a million images
+    few = {"pcl": {"clusters": [4, 6]}, "wmse": {"w_size": 20, "out": 4}}.get(name, {})  # as the images are few
     given = {key: option["default"] for key, option in told["options"].items()} | few
     words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
     found = run(f"pretrain {name} {TINY} --dry-run --json {' '.join(words)}")
@@ -363,7 +363,8 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
-    found = run(f"pretrain {method} {TINY} --context 20 --set optimizer.lr=0.5 --dry-run")
+    fits = "--set method.w_size=40" if method == "wmse" else ""
+    found = run(f"pretrain {method} {TINY} --context 20 {fits} --set optimizer.lr=0.5 --dry-run")
     assert found.exit_code == 0 and not list(elsewhere.iterdir())
     assert "memory:  an estimate" in found.stdout and "rows:    " in found.stdout
     assert not found.stderr

@@ -34,6 +34,7 @@ def run(method: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
     ).result  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     method, settings, kind = BROKEN[name]
@@ -45,6 +46,7 @@ def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: py
     assert any("projection" in sentence for sentence in result["collapsed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg"])
 def test_what_is_whole_is_not(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = run(method, {}, tmp_path)

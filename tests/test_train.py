@@ -13,75 +13,14 @@ import numpy as np
 import pytest
 import torch
 from pool import on_ranks
-from small import SMALL
+from runs import assert_same_state, saved, stop_after, tiny
 
 import inbatch
 from inbatch import checkpoint
 from inbatch.build import held_out, plan
-from inbatch.errors import ConfigError, DataError, Interrupted, Preempted, TrainingError
-from inbatch.log import Log
+from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.train import survey
-
-TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
-
-
-def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
-    settings = options | fields.pop("settings", {})
-    return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while it makes a step."""
-    real = Log.step
-
-    def log(self: Log, at: int, *rest: Any) -> None:
-        if at == step:
-            os.kill(os.getpid(), number)
-        real(self, at, *rest)
-
-    monkeypatch.setattr(Log, "step", log)
-
-
-def assert_same_state(a: Any, b: Any, where: str = "") -> None:
-    """Bit for bit, down to every tensor."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def saved(out: Path) -> dict[str, Any]:
-    state = checkpoint.load(out / "checkpoints").state
-    del state["progress"]["seconds"], state["progress"]["before"]
-    return state
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stops", [(3,), (5,), (2, 7)], ids=["in an epoch", "at its end", "twice"])
-def test_resuming_is_bit_exact(
-    method: str, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny(method, tmp_path / "whole")
-    for i, step in enumerate(stops):
-        with monkeypatch.context() as patch, pytest.raises(Preempted):
-            stop_after(patch, step)
-            tiny(method, tmp_path / "cut", resume=i > 0)
-        status = json.loads((tmp_path / "cut" / "run.json").read_text())
-        assert (status["status"], status["last_step"]) == ("preempted", step)
-    tiny(method, tmp_path / "cut", resume=True)
-    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps), "the log goes back"
 
 
 def surveyed(images: int) -> dict[str, Any]:
@@ -144,86 +83,6 @@ def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
         assert [line["step"] for line in lines if "nmi_4" in line] == [5, 10]
         parts = {line["step"]: line["prototypes"] for line in lines if "prototypes" in line}
         assert parts[1] == 0 and parts[15] > 0
-
-
-def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny("simclr", tmp_path / "whole", resident=False, workers=2)
-    with monkeypatch.context() as patch, pytest.raises(Preempted):
-        stop_after(patch, 3)
-        tiny("simclr", tmp_path / "cut", resident=False, workers=0)
-    tiny("simclr", tmp_path / "cut", resume=True, resident=False, workers=1)
-    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
-
-
-def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
-        stop_after(patch, 4, signal.SIGINT)
-        tiny("simclr", tmp_path)
-    assert caught.value.exit_code == 130 and "--resume" in str(caught.value)
-    assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
-
-
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Fault 1: SIGKILL at any moment, saving included (it saves after every 5 steps of some milliseconds)."""
-    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
-    out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
-    for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out": 8}.items():
-        words += ["--set", f"{key}={value}"]
-    for wait in (0.05, 0.3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "inbatch", *words, "--quiet", "--out", str(out), "--resume", "auto"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        began, end = time.time(), time.monotonic() + 60
-        while not any(file.stat().st_mtime > began for file in out.glob("checkpoints/previous.pt")):
-            assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.kill()
-        process.communicate(timeout=30)
-    step = checkpoint.load(out / "checkpoints").step
-    assert 0 < step < 200, "killed too late to show anything"
-    tiny("simclr", out, resume=True, **fields)
-    tiny("simclr", tmp_path / "whole", **fields)
-    assert_same_state(saved(out), saved(tmp_path / "whole"))
-    assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Fault 3: the run goes on from `previous`, says so, and ends as if nothing had happened."""
-    tiny("simclr", tmp_path / "whole", epochs=3)
-    tiny("simclr", tmp_path / "hurt", epochs=3)
-    last = tmp_path / "hurt" / "checkpoints" / "last.pt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.write_bytes({"flip": bytes(content), "truncate": bytes(content[:1000]), "empty": b""}[damage])
-    tiny("simclr", tmp_path / "hurt", epochs=3, resume=True, quiet=False)
-    assert "last.pt is " in capfd.readouterr().err
-    assert_same_state(saved(tmp_path / "hurt"), saved(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
-def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
-    tiny("moco", tmp_path, epochs=1)
-    found = checkpoint.load(tmp_path / "checkpoints")
-    del found.state[key]
-    checkpoint.save(tmp_path / "checkpoints", found.state, step=found.step)
-    with pytest.raises(inbatch.errors.InbatchError, match=key):
-        tiny("moco", tmp_path, epochs=1, resume=True)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns(method: str, tmp_path: Path) -> None:
-    """Real handwriting: k-NN at least 15 points above the same encoder untrained, after a few seconds."""
-    run = inbatch.pretrain(
-        "digits-canvas", method, out=tmp_path, epochs=10, evaluate_every=10, seed=1, quiet=True, precision="float32"
-    )
-    untrained, trained = (run.result["curve"][i]["knn"] for i in (0, -1))
-    assert trained > untrained + 0.15, (untrained, trained)
-    assert run.result["evaluation"]["knn"]["top1"] == pytest.approx(trained, abs=0.01)
 
 
 def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path) -> None:

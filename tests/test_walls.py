@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "draws", "files"}
+FREE = {"errors", "draws", "files", "modes"}
 GROUND = {"batch", "functional", "tiled", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {

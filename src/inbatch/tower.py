@@ -1,8 +1,8 @@
 """The tower: images of one context group in, rows out; and the slow copy that teaches it."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Rows
 from inbatch.heads import Head
+from inbatch.modes import evaluating
 
 
 class Tower(nn.Module):
@@ -67,17 +68,9 @@ class Tower(nn.Module):
             made[name] = head(made[self.sources[name]])
         return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in made.items()}
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradient; afterwards every module has the mode it had."""
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradient, for a while."""
+        return evaluating(self)
 
 
 def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:

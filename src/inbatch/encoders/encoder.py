@@ -1,7 +1,7 @@
 """A backbone with pooled features, and how to prepare the images it takes."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, DataError
+from inbatch.modes import evaluating
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -92,17 +93,9 @@ class Encoder(nn.Module):
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
         return self.backbone(x)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradient; afterwards every module has the mode it had."""
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradient, for a while."""
+        return evaluating(self)
 
     def embed(self, images: Any, batch: int = 256) -> np.ndarray:
         """Features (N, width) float32 of clean images.

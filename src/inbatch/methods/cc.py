@@ -67,8 +67,8 @@ class CC(Method):
         self.clusters = self.clusters or classes
 
     def heads(self, width: int) -> dict[str, Head]:
-        if not self.clusters:
-            raise ValueError("without labels it must be told how many clusters to make: set method.clusters")
+        if not self.clusters or self.clusters < 2:
+            raise ValueError("without labels it must be told how many clusters to make, 2 or more: set method.clusters")
         ends = {"projection": self.out, "clusters": self.clusters}
         return {name: Head(mlp(width, width, end, norm=False)) for name, end in ends.items()}
 

@@ -36,7 +36,8 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
 class DCL(Method):
     """Decoupled Contrastive Learning, arXiv 2110.06848.
 
-    temperature, symmetric, detach: of `dcl`. weighted: DCLW, with this sigma.
+    temperature: T. weighted: it is DCLW. sigma: of DCLW's weights. detach: DCLW's weights carry no gradient.
+    symmetric: both directions of a pair of views are averaged, else view 0 looks for the others only.
     hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
     """
 

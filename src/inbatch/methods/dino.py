@@ -25,9 +25,9 @@ def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], cente
 class DINO(Method):
     """Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
 
-    temperature: the student's. teacher_temperature: the teacher's, from warmup_temperature over warmup_epochs.
-    m: momentum of the teacher, rising to 1 along a cosine. center_momentum: what the centre keeps of itself in a step.
-    prototypes: outputs; frozen: epochs before they learn. hidden, bottleneck, layers, norm: of the head before them.
+    temperature: the student's. teacher_temperature, warmup_temperature: the teacher's in the end and at the start.
+    warmup_epochs: from one to the other. m: the teacher's momentum, rising to 1. center_momentum: of the centre.
+    prototypes: outputs. frozen: epochs before outputs learn. hidden, bottleneck: widths. layers, norm: of the head.
     """
 
     online, target, views = ("prototypes",), ("prototypes",), (2, None)

@@ -44,7 +44,7 @@ def nnclr(
 class NNCLR(Method):
     """With a Little Help from My Friends, arXiv 2104.14548; the mean over the ordered pairs of different views.
 
-    temperature, contrast: of `nnclr`. queue: samples in the support set, by the projection of their view 0.
+    temperature: T. contrast: nt_xent is lightly's. queue: samples in the support set, by their view 0's projection.
     hidden, prediction: widths of the hidden layers of projection and prediction. out: width of the rows.
     """
 

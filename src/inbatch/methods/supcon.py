@@ -46,7 +46,7 @@ def supcon(
 class SupCon(Method):
     """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels where there are any.
 
-    temperature, base_temperature, anchors: of `supcon`.
+    temperature: T. base_temperature: the loss is multiplied by T / T_base. anchors: one takes view 0's rows only.
     hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
     """
 

@@ -23,9 +23,9 @@ def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n
 class SwAV(Method):
     """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv 2006.09882.
 
-    temperature: of the prediction. epsilon, iterations: of `sinkhorn`. hidden, out: widths of the projection.
-    prototypes: how many; frozen: epochs before they learn.
-    queue: past samples that are assigned with the batch, once there are so many; queue_from: kept from this epoch on.
+    temperature: of the prediction. epsilon: of the codes, small is sharp. iterations: of Sinkhorn's scaling.
+    hidden, out: widths of the projection. prototypes: how many. frozen: epochs before they learn. queue: past samples
+        that are assigned with the batch, once there are so many (0: none). queue_from: epoch from which they are kept.
     """
 
     online, views = ("projection", "prototypes"), (2, None)
