@@ -34,3 +34,16 @@ def test_the_tables_of_methods_are_what_the_files_make(name: str, render: Module
 def test_every_method_is_in_the_tables(kind: str, render: ModuleType) -> None:
     entries = render.json.loads((ROOT / "results" / "methods" / f"{kind}.json").read_text())
     assert {entry["recipe"]["method"]["name"] for entry in entries.values() if "recipe" in entry} == set(METHODS)
+
+
+def test_every_method_beats_the_untrained_encoder_on_the_digits(render: ModuleType) -> None:
+    """By 10 points of k-NN, at every seed."""
+    entries = render.json.loads((ROOT / "results" / "methods" / "digits.json").read_text())
+    accuracy = {
+        name: {run["seed"]: run["evaluation"]["knn"]["top1"] for run in entry["runs"]}
+        for name, entry in entries.items()
+    }
+    untrained = accuracy.pop("untrained encoder")
+    assert len(untrained) == 3
+    for name, found in accuracy.items():
+        assert all(found[seed] >= untrained[seed] + 0.1 for seed in untrained), name
