@@ -14,16 +14,14 @@ from inbatch.inspect.collapse import signs, spread
 from inbatch.tower import Tower
 
 BROKEN = {
-    "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}, "std"),
+    "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}),
     "byol without predictor and momentum": (
         "byol",
         {"method.predictor": False, "method.norm": False, "method.m": 0.0},
-        "std",
     ),
-    "simsiam without stop-gradient": ("simsiam", {"method.stop_gradient": False}, "rank"),
-    "vicreg without variance": ("vicreg", {"method.std": 0.0}, "std"),
+    "simsiam without stop-gradient": ("simsiam", {"method.stop_gradient": False}),
+    "vicreg without variance": ("vicreg", {"method.std": 0.0}),
 }
-"""Method, what breaks it, and the measure that shows it first."""
 EPOCHS = 8
 
 
@@ -37,11 +35,11 @@ def run(method: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    method, settings, kind = BROKEN[name]
+    method, settings = BROKEN[name]
     result = run(method, settings, tmp_path)
     said = [line for line in capfd.readouterr().err.splitlines() if "collapse:" in line]
-    measure = {"std": "standard deviation per dimension", "rank": "effective rank (RankMe)"}[kind]
-    assert any("rows of projection" in line and measure in line for line in said), said
+    measures = ("standard deviation per dimension", "effective rank (RankMe)")
+    assert any("rows of projection" in line and any(measure in line for measure in measures) for line in said), said
     assert said[0].startswith("epoch ") and "optimizer.lr" in said[0]
     assert any("projection" in sentence for sentence in result["collapsed"])
 

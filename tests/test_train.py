@@ -14,6 +14,7 @@ import pytest
 import torch
 from pool import on_ranks
 from runs import assert_same_state, saved, stop_after, tiny
+from small import SMALL
 
 import inbatch
 from inbatch import checkpoint

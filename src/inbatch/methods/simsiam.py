@@ -56,7 +56,7 @@ class SimSiam(Method):
         },
         "digits": {
             "source": "ours, for the embedded data",
-            "method.layers": 2, "method.hidden": 256, "method.out": 256, "method.bottleneck": 64}}  # fmt: skip
+            "method.layers": 2, "method.hidden": 256, "method.out": 256, "method.bottleneck": 128}}  # fmt: skip
 
     def __init__(self, layers: int = 3, hidden: int = 2048, out: int = 2048, bottleneck: int = 512, fix_lr: bool = True,
                  predictor: bool = True, stop_gradient: bool = True, teach: Teach = "each") -> None:  # fmt: skip
