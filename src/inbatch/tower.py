@@ -45,19 +45,23 @@ class Tower(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> Rows:
         """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own."""
-        half = self.precision == torch.bfloat16
-        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=half):
-            if self.joined:
-                alike = [torch.cat(list(some)) for _, some in groupby(views, key=lambda view: view.shape)]
-                rows = self._heads(torch.cat([self._features(images) for images in alike]))
-                return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
-            made = [self._heads(self._features(view)) for view in views]
+        if not self.joined:
+            # Autocast keeps its bfloat16 weights for all that runs inside it; one view at a time, their gradients
+            # meet in float32.
+            made = [self.outputs(view) for view in views]
             return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+        with self._autocast(views[0]):
+            alike = [torch.cat(list(some)) for _, some in groupby(views, key=lambda view: view.shape)]
+            rows = self._heads(torch.cat([self._features(images) for images in alike]))
+        return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
 
     def outputs(self, images: Tensor) -> Rows:
         """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+        with self._autocast(images):
             return self._heads(self._features(images))
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
         return self.encoder(images.contiguous(memory_format=self.memory_format))
