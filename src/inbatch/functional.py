@@ -1,5 +1,5 @@
-"""Equations that two or more methods share. Pure functions of tensors of any floating type, computed in float32 or
-wider, inside autocast too.
+"""Equations that two or more methods share, and numerics too delicate to be written twice. Pure functions of tensors of
+any floating type, computed in float32 or wider, inside autocast too.
 
 The log-sum-exps stand here so that a method's file never decides how they are computed.
 """
@@ -44,18 +44,20 @@ def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor
     """
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = (1 - eps) * cov + eps * eye
-    with torch.no_grad():  # every step is tried at once; none waits for the one before
-        mean = cov.diagonal(dim1=-2, dim2=-1).mean(-1)
-        unit = mean.masked_fill(mean == 0, 1)[..., None, None] * eye
-        steps = torch.tensor([0, 1e-5, 1e-3, 0.1], dtype=cov.dtype, device=cov.device)
-        failed = torch.linalg.cholesky_ex(cov + steps.view(-1, *[1] * cov.ndim) * unit).info != 0
-        jitter = steps[failed.int().argmin(0)]
-    if jitter.any():
-        warnings.warn(
-            "features depend on each other: a covariance had no Cholesky factor until jitter was added to it (more "
-            "samples, fewer features or a larger eps help)", stacklevel=3,
-        )  # fmt: skip
-    return torch.linalg.cholesky_ex(cov + jitter[..., None, None] * unit).L, jitter
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    jitter = torch.zeros_like(failed, dtype=cov.dtype)
+    if not failed.any():
+        return lower, jitter
+    warnings.warn(
+        "features depend on each other: a covariance had no Cholesky factor until jitter was added to it (more "
+        "samples, fewer features or a larger eps help)", stacklevel=3,
+    )  # fmt: skip
+    mean = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
+    unit = mean.masked_fill(mean == 0, 1)[..., None, None] * eye
+    for step in (1e-5, 1e-3, 0.1):
+        jitter = jitter.masked_fill(failed != 0, step)
+        lower, failed = torch.linalg.cholesky_ex(cov + jitter[..., None, None] * unit)
+    return lower, jitter
 
 
 def logsumexp_others(
@@ -86,10 +88,9 @@ def info_nce(
     return (torch.logaddexp(positive, logsumexp_rows(q, queue.to(q.dtype), temperature)) - positive).mean()
 
 
-def cosine_of_others(a: Float[Tensor, "v n d"], b: Float[Tensor, "v n d"]) -> Float[Tensor, "v n"]:
-    """For every row of `a` the mean of its cosines with the rows of `b` for the same sample's other views."""
-    u = normalize(b)
-    return (normalize(a) * (u.sum(0) - u)).sum(-1) / (len(u) - 1)
+def mean_of_others(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+    """For every row the mean of its sample's rows in the other views."""
+    return (x.sum(0) - x) / (len(x) - 1)
 
 
 def sinkhorn(
@@ -113,4 +114,4 @@ def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) 
     if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
         raise ValueError(f"a view predicts others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
     log = wide(logits).log_softmax(-1)
-    return -(p * (log.sum(0) - log[: len(p)])).sum(-1).mean() / (len(logits) - 1)
+    return -(p * mean_of_others(log)[: len(p)]).sum(-1).mean()

@@ -119,8 +119,7 @@ class Log:
 
     def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Numbers measured after a step that are kept and not shown."""
-        if values:
-            self._write({"step": step} | {name: float(value) for name, value in values.items()})
+        self._write({"step": step} | {name: float(value) for name, value in values.items()})
 
     def note(self, text: str) -> None:
         """One line for the user."""

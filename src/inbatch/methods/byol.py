@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import cosine_of_others
+from inbatch.functional import mean_of_others, normalize
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 from inbatch.schedules import cosine
@@ -23,7 +23,7 @@ def byol(
     """
     if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
-    cos = cosine_of_others(p, t.detach()).mean()
+    cos = (normalize(p) * mean_of_others(normalize(t.detach()))).sum(-1).mean()
     return 4 - 4 * cos if scale == "distance" else -cos
 
 

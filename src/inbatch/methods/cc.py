@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize, wide
+from inbatch.functional import logsumexp_others, mean_of_others, normalize, wide
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -20,7 +20,7 @@ def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]
     if x.shape[0] < 2 or x.shape[1] < 2:
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
     u = normalize(x)
-    positive = (u * (u.sum(0) - u)).sum(-1) / (len(u) - 1) / temperature
+    positive = (u * mean_of_others(u)).sum(-1) / temperature
     return (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
 
 

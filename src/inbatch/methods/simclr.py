@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize
+from inbatch.functional import logsumexp_others, mean_of_others, normalize
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -23,7 +23,7 @@ def nt_xent(
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
-    positive = (u * (u.sum(0) - u)).sum(-1) / (len(u) - 1) / temperature  # (V, N): mean over the other views
+    positive = (u * mean_of_others(u)).sum(-1) / temperature
     loss = (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
     return loss * len(u) if views == "sum" else loss
 

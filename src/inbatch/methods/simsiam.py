@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import cosine_of_others, normalize, wide
+from inbatch.functional import mean_of_others, normalize, wide
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -26,9 +26,8 @@ def simsiam(
     if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
-    if teach == "each":
-        return -cosine_of_others(p, z).mean()
-    return -(normalize(p) * normalize((z.sum(0) - z) / (len(z) - 1))).sum(-1).mean()
+    taught = mean_of_others(normalize(z)) if teach == "each" else normalize(mean_of_others(z))
+    return -(normalize(p) * taught).sum(-1).mean()
 
 
 class SimSiam(Method):
