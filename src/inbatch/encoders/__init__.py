@@ -7,16 +7,27 @@ At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inbatch.encoders.attend import ATTENDS, added, blocks, install, meets_in_training_only, without
 from inbatch.encoders.backbones import build, cifar_stem, pretrained, published_cfg
 from inbatch.encoders.encoder import Encoder, Prepare
-from inbatch.encoders.weights import STEMS, fill, read, save_encoder
+from inbatch.encoders.weights import STEMS, fill, read, save_encoder, split
 from inbatch.errors import ConfigError, DataError
 
-__all__ = ["Encoder", "Prepare", "create_encoder", "load_encoder", "save_encoder"]
+__all__ = [
+    "ATTENDS",
+    "Encoder",
+    "Prepare",
+    "added",
+    "create_encoder",
+    "install",
+    "load_encoder",
+    "save_encoder",
+    "without",
+]
 
 
 def create_encoder(
@@ -28,6 +39,8 @@ def create_encoder(
     init: str | Path | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    attend: str | None = None,
+    attend_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Encoder:
     """An encoder by name: `tiny`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
@@ -37,10 +50,15 @@ def create_encoder(
         `save_encoder`, or a state dict in a .safetensors, .pt or .pth file.
     mean, std: one number per channel; by default those of the weights, else ImageNet's for 3 channels, else 0.5 and
         0.25.
+    attend: None, or attention by a name of `ATTENDS`, with its options and the residual `stages` that get a block
+        (`attend.install`). Weights go into the backbone first; the blocks start fresh, unless init is a folder whose
+        encoder was saved with the same attend and options.
     ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
     """
     if stem not in ("auto", "cifar", "imagenet"):
         raise ConfigError(f'stem is "auto", "cifar" or "imagenet", not {stem!r}.')
+    if attend is None and attend_options:
+        raise ConfigError("attend_options are options of an attention block: name it with attend=.")
     try:
         json.dumps(kwargs)
     except TypeError as e:
@@ -54,6 +72,8 @@ def create_encoder(
         used = "cifar" if size <= 64 else "imagenet"
     if used == "cifar":
         cifar_stem(backbone, channels)
+    attended: dict[str, Any] = {}
+    saved: dict[str, Any] | None = None
     if init == "timm":
         if used == "cifar":
             raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
@@ -62,10 +82,14 @@ def create_encoder(
         mean, std = mean or config["mean"], std or config["std"]
     elif init is not None:
         weights, config = read(Path(init))
+        weights, attended = split(weights)
+        saved = config.get("attend")
+        if attended and not saved:
+            raise ConfigError(f"{init} holds attention blocks: give its folder, whose config.json says which they are.")
         weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
         fill(backbone, weights, f"{name} ({init})")
         mean, std = mean or config.get("mean"), std or config.get("std")
-    return Encoder(
+    encoder = Encoder(
         backbone,
         name=name,
         size=size,
@@ -75,6 +99,16 @@ def create_encoder(
         stem=used,
         arguments=kwargs,
     )
+    if attend is not None:
+        install(encoder, attend, attend_options)
+    if saved and encoder.attend == saved:
+        fill(blocks(encoder), attended, f"{attend} ({init})")
+    elif saved and not meets_in_training_only(saved["name"]):
+        raise ConfigError(
+            f"the weights in {init} were trained with attend={saved['name']!r} and are of no use without its blocks: "
+            f"ask for the same, attend_options={saved['options']}, not for {encoder.attend}."
+        )
+    return encoder
 
 
 def load_encoder(directory: str | Path) -> Encoder:
@@ -85,5 +119,9 @@ def load_encoder(directory: str | Path) -> Encoder:
         raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
     known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
     encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+    weights, attended = split(weights)
     fill(encoder.backbone, weights, str(directory))
+    if saved := config.get("attend"):  # absent from what was saved before there was one
+        install(encoder, saved["name"], saved["options"])
+        fill(blocks(encoder), attended, str(directory))
     return encoder.eval()

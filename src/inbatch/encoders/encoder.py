@@ -60,6 +60,8 @@ class Encoder(nn.Module):
 
     forward: normalised float (N, channels, size, size) -> (N, width). `stem` is "cifar" or "imagenet" for the
     ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
+    `attend` is the name and the options of its attention, None without; `slots` are the names of the attention's
+    blocks, of which `pooled` is the one behind the pooling (`attend.install` sets the three).
     ConfigError if the backbone does not give one row per image.
     """
 
@@ -84,6 +86,9 @@ class Encoder(nn.Module):
             raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
         self.prepare = Prepare(size, channels, self.mean, self.std)
         self.arguments = arguments
+        self.attend: dict[str, Any] | None = None
+        self.slots: tuple[str, ...] = ()
+        self.pooled: nn.Module | None = None
         self.width = self._measure()
 
     @property
@@ -91,7 +96,8 @@ class Encoder(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
-        return self.backbone(x)
+        rows = self.backbone(x)
+        return rows if self.pooled is None else self.pooled(rows)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradient, for a while."""

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from inbatch.encoders.attend import blocks, without
 from inbatch.encoders.backbones import published_cfg, timm_arguments
 from inbatch.encoders.encoder import Encoder
 from inbatch.errors import ConfigError, DataError
@@ -63,10 +64,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """`model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
 
-    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`.
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
+    backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
     """
-    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments")
-    write(Path(directory), encoder.backbone, {k: getattr(encoder, k) for k in keys}, _timm_config(encoder))
+    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend")
+    backbone = encoder.backbone
+    if encoder.attend:
+        backbone = without(encoder).backbone
+        backbone.add_module("attend", blocks(encoder))
+    write(Path(directory), backbone, {k: getattr(encoder, k) for k in keys}, _timm_config(encoder))
+
+
+def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the plain backbone, and those of the attention blocks, n.NAME."""
+    attend = {k: v for k, v in weights.items() if k.startswith("attend.")}
+    return {k: v for k, v in weights.items() if k not in attend}, {
+        k.removeprefix("attend."): v for k, v in attend.items()
+    }
 
 
 def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
@@ -83,7 +97,7 @@ def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict
 def _timm_config(encoder: Encoder) -> dict[str, Any]:
     """timm's part of config.json; empty if timm alone cannot build the backbone."""
     known = published_cfg(encoder.backbone)
-    if not known or encoder.arguments is None or encoder.stem == "cifar":
+    if not known or encoder.arguments is None or encoder.stem == "cifar" or encoder.attend:
         return {}
     name, args = timm_arguments(encoder.name, encoder.size, encoder.channels, encoder.arguments)
     pretrained_cfg: dict[str, Any] = {

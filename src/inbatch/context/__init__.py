@@ -1,0 +1,1 @@
+"""Where samples meet before the loss: plug-ins that no method knows of."""
