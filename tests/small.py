@@ -1,14 +1,17 @@
 """A method set up small enough to be compared with a literal computation."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from inbatch import ranks, seam
 from inbatch.batch import Batch, Rows
-from inbatch.draws import fold
+from inbatch.context.attend import BA2M, BatchFormer
+from inbatch.context.curate import Curator
+from inbatch.context.fuse import FUSIONS, Fusion
+from inbatch.draws import fold, permutation
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.step import Step
@@ -70,13 +73,33 @@ IMAGES = 64  # of the data set
 DROPOUT = 0.2
 
 
-def encoder() -> nn.Module:
+PLUGS = {
+    "conv": ("conv",), "set": ("set",), "ba2m": ("ba2m",), "batchformer": ("batchformer",),
+    "shuffle": ("shuffle",), "curate": ("curate",), "strict": ("strict",),
+    "all conv": ("conv", "ba2m", "shuffle", "curate"), "all set": ("set", "batchformer", "shuffle", "strict"),
+}  # fmt: skip
+"""Plug-ins by the name of their combination."""
+
+
+def encoder(plugs: Collection[str] = ()) -> nn.Module:
     """Convolutions with batch normalisation, and dropout, so that groups and random numbers count."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
+        *([BA2M(6, reduction=2)] if "ba2m" in plugs else []), nn.ReLU(),
         nn.Conv2d(6, 10, 3, stride=2, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
         nn.Flatten(), nn.Dropout(DROPOUT), nn.Linear(40, 12),
+        *([BatchFormer(12, heads=2, keep=0.5 if DROPOUT else 0.0)] if "batchformer" in plugs else []),
     )  # fmt: skip
+
+
+def fusion(variant: str, plugs: Collection[str], group: int) -> tuple[Fusion | None, tuple[int, ...]]:
+    """Batch fusion of the last view that is learned from."""
+    name = next((name for name in FUSIONS if name in plugs), None)
+    if name is None:
+        return None, ()
+    options = {"bottleneck": 2, "target": "shared"} if name == "conv" else {"width": 8, "heads": 2, "where": "before"}
+    fused = max(create(variant).online_views(views_of(variant)))
+    return FUSIONS[name](group=group, size=SIZE, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, patch=3, **options), (fused,)
 
 
 def views_of(variant: str) -> int:
@@ -98,13 +121,14 @@ def create(variant: str, **more: object) -> Method:
     return method
 
 
-def parts(variant: str) -> tuple[Method, Tower, Tower | None]:
-    """Method, tower and momentum tower in float64, the same on every call."""
+def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[Method, Tower, Tower | None]:
+    """Method, tower and momentum tower in float64, the same on every call. group: samples of a context group."""
     torch.manual_seed(1)
     method = create(variant)
-    tower_options = {"joined": True} if variant.endswith("-joined") else {}
     heads = method.heads(12)
-    tower = Tower(encoder(), heads, method.online, **tower_options)
+    fuse, fused = fusion(variant, plugs, group)
+    joined = variant.endswith("-joined")
+    tower = Tower(encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
     target = momentum_tower(tower, heads, method.target) if method.target else None
     if target is not None:
         with torch.no_grad():
@@ -122,17 +146,47 @@ def batches(n: int, steps: int, views: int) -> Iterator[tuple[Batch, tuple[Tenso
         yield Batch(torch.arange(n) + s * n, label), images
 
 
-def train(variant: str, n: int, groups: int, steps: int = 2, synced: bool = False) -> dict[str, list]:
+def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
+    """Views of these samples drawn anew: a pure function of sample, view and attempt."""
+
+    def draw(index: int, view: int) -> Tensor:
+        g = torch.Generator().manual_seed(fold(index, view, attempt))
+        return torch.randn(3, SIZE, SIZE, generator=g, dtype=torch.float64)
+
+    return [torch.stack([draw(i, v) for i in batch.index.tolist()]) for v in range(views)]
+
+
+def curator(plugs: Collection[str], tower: Tower, views: int) -> Curator | None:
+    """Curation from the first step on, by either rule."""
+    if not {"curate", "strict"} & set(plugs) or views < 2:
+        return None
+
+    def embed(model: Tower, images: Sequence[Tensor]) -> Tensor:
+        with model.evaluating():
+            return torch.stack([model.features(view) for view in images])
+
+    made = Curator(rounds=2, rule="strict", distance="euclidean", model="live") if "strict" in plugs else Curator()
+    made.prepare(tower, lambda batch, attempt: redraw(batch, attempt, views), embed, 1)
+    made.starts = 0
+    return made.double()
+
+
+def train(
+    variant: str, n: int, groups: int, steps: int = 2, synced: bool = False, plugs: Collection[str] = ()
+) -> dict[str, list]:
     """Some steps through the seam on this rank's part of the batches; the whole state as nested lists."""
-    method, tower, target = parts(variant)
+    method, tower, target = parts(variant, plugs, n // groups // (1 if synced else ranks.world()))
     if synced:
-        ranks.synchronise_norm(tower)
-        target and ranks.synchronise_norm(target)
+        for module in (tower, target):
+            if module is not None:
+                ranks.synchronise_norm(module)
+                ranks.join_groups(module)
     given: list[tuple[Tensor, ...]] = []
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: given[-1],
         optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
-        groups=groups, total=10, seed=3, synced=synced,
+        groups=groups, total=10, seed=3, synced=synced, curator=curator(plugs, tower, views_of(variant)),
+        shuffle="shuffle" in plugs,
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
@@ -146,17 +200,22 @@ def state(method: Method, tower: Tower, target: Tower | None) -> dict[str, list]
     return {f"{m}.{k}": v.double().tolist() for m, module in modules.items() for k, v in module.state_dict().items()}
 
 
-def literal(variant: str, n: int, groups: int, steps: int = 2) -> dict[str, list]:
+def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection[str] = ()) -> dict[str, list]:
     """The same steps in plain autograd: every group forward in turn, one graph, one backward, no seam."""
-    method, tower, target = parts(variant)
+    method, tower, target = parts(variant, plugs, n // groups)
+    snapshot = copy.deepcopy(tower)
     optimizer = torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
-        rows = _forward(tower, [images[v] for v in method.online_views(len(images))], groups, s, 1)
+        if {"curate", "strict"} & set(plugs) and len(images) > 1:
+            images = _curated(plugs, tower if "strict" in plugs else snapshot, batch, images)
+        learning, teaching = list(method.online_views(len(images))), list(method.target_views(len(images)))
+        moved = "shuffle" in plugs
+        rows = _forward(tower, images, learning, groups, s, 1, moved and target is None)
         taught: Rows = {}
         if target is not None:
             with torch.no_grad():
-                taught = _forward(target, [images[v] for v in method.target_views(len(images))], groups, s, 0)
+                taught = _forward(target, images, teaching, groups, s, 0, moved)
         before = copy.deepcopy(method.state_dict())
         loss = method.loss(rows, taught, batch)["loss"]
         assert all(torch.equal(x, before[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
@@ -168,14 +227,56 @@ def literal(variant: str, n: int, groups: int, steps: int = 2) -> dict[str, list
         if target is not None:
             m = method.momentum(s / 10)
             with torch.no_grad():
-                for slow, fast in zip(target.parameters(), tower.parameters(), strict=False):
-                    slow.copy_(m * slow + (1 - m) * fast)
+                fast = dict(tower.named_parameters())
+                for name, slow in target.named_parameters():
+                    shared = name.startswith("fuse.") and "conv" in plugs
+                    slow.copy_(fast[name] if shared else m * slow + (1 - m) * fast[name])
         method.after_step({k: x.detach() for k, x in rows.items()}, taught, batch, s / 10)
         losses.append(loss.item())
     return state(method, tower, target) | {"loss": losses}
 
 
-def _forward(tower: Tower, images: list[Tensor], groups: int, step: int, grad: int) -> Rows:
+def _curated(plugs: Collection[str], model: Tower, batch: Batch, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Algorithm 1 of batch curation, pair by pair."""
+    views, n = len(images), len(batch)
+    model = copy.deepcopy(model).eval()
+    now = torch.stack(tuple(images))
+    for attempt in range(1, (2 if "strict" in plugs else 3) + 1):
+        with torch.no_grad():
+            z = torch.stack([model.features(view) for view in now])
+        if "strict" not in plugs:
+            z = z / z.norm(dim=-1, keepdim=True)
+
+        def far(v: int, i: int, w: int, j: int, z: Tensor = z) -> float:
+            a, b = z[v, i], z[w, j]
+            return float((a - b).norm()) if "strict" in plugs else float(1 - a @ b)
+
+        each = range(views)
+        own = [max(far(v, i, w, i) for v in each for w in each if v != w) for i in range(n)]
+        near = [min(far(v, i, w, j) for v in each for w in each for j in range(n) if j != i) for i in range(n)]
+        if "strict" in plugs:
+            bad = [i for i in range(n) if own[i] >= min(near) or near[i] <= max(own)]
+        else:
+            bad = [i for i in range(n) if own[i] >= near[i]]
+        if not bad:
+            break
+        now[:, bad] = torch.stack(redraw(batch.take(torch.tensor(bad)), attempt, views))
+    return tuple(now)
+
+
+def _forward(
+    tower: Tower, images: Sequence[Tensor], views: list[int], groups: int, step: int, grad: int, moved: bool
+) -> Rows:
+    n = len(images[0])
+    # Where there is a momentum tower, its groups move; else those of every view but the first.
+    orders = [permutation(fold(3, step), v, n) if moved and (v or not grad) else torch.arange(n) for v in views]
+    dealt = [images[v][order] for v, order in zip(views, orders, strict=True)]
+    rows = _in_groups(tower, dealt, views, groups, step, grad)
+    back = [order.argsort() for order in orders]
+    return {k: torch.stack([view[order] for view, order in zip(x, back, strict=True)]) for k, x in rows.items()}
+
+
+def _in_groups(tower: Tower, images: list[Tensor], views: list[int], groups: int, step: int, grad: int) -> Rows:
     norms = [m for m in tower.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     start = [copy.deepcopy(m.state_dict()) for m in norms]
     left: list[list[dict[str, Tensor]]] = []
@@ -187,7 +288,7 @@ def _forward(tower: Tower, images: list[Tensor], groups: int, step: int, grad: i
             norm.running_mean, norm.running_var = twin.running_mean, twin.running_var
             norm.num_batches_tracked = twin.num_batches_tracked
         torch.manual_seed(fold(3, step, grad, g, 0))
-        made.append(tower(group))
+        made.append(tower(group, views))
         left.append([m.state_dict() for m in twins])
     for i, norm in enumerate(norms):
         norm.running_mean = sum(states[i]["running_mean"] for states in left) / groups

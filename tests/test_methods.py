@@ -130,7 +130,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
     monkeypatch.setattr(method, "loss", watched_loss)
     monkeypatch.setattr(method, "on_weights", watched_on_weights)
     monkeypatch.setattr(method, "after_step", watched_after_step)
-    monkeypatch.setattr(small, "parts", lambda _: (method, tower, target))
+    monkeypatch.setattr(small, "parts", lambda *_: (method, tower, target))
     seen.append(("after", memory(method), weights()))
     small.train(variant, N, 2, steps=3)
 
@@ -146,7 +146,7 @@ def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) ->
     """A new one that loads a trained one's state gives the same loss, and again after its next step."""
     trained = small.parts(variant)
     with monkeypatch.context() as patch:
-        patch.setattr(small, "parts", lambda _: trained)
+        patch.setattr(small, "parts", lambda *_: trained)
         small.train(variant, N, 1)
     file = io.BytesIO()
     torch.save(trained[0].state_dict(), file)

@@ -37,6 +37,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def take(self, places: Tensor) -> "Batch":
+        """The samples at these places of the batch."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[places]
+
+        return replace(
+            self,
+            index=self.index[places],
+            label=self.label[places],
+            images=pick(self.images),
+            size=pick(self.size),
+            crops=None if self.crops is None else tuple(crop[places] for crop in self.crops),
+            boxes=None if self.boxes is None else self.boxes[:, places],
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; pinned memory is copied without waiting."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from inbatch import ranks
 from inbatch.batch import Batch
 from inbatch.config import Recipe, make
+from inbatch.context.crops import arrange
+from inbatch.context.curate import CURATORS, Curator
+from inbatch.context.fuse import FUSIONS, Fusion
 from inbatch.data import Loader, Source, Subset, open_data, splits
 from inbatch.draws import fold, permutation
 from inbatch.encoders import Encoder, create_encoder
@@ -52,8 +55,9 @@ class Built:
 
     def parts(self) -> dict[str, Any]:
         """Everything whose state makes a checkpoint complete."""
-        parts = {"tower": self.tower, "method": self.method, "optimizer": self.optimizer}
-        return parts | ({"target": self.target} if self.target is not None else {})
+        parts: dict[str, Any] = {"tower": self.tower, "method": self.method, "optimizer": self.optimizer}
+        some = {"target": self.target, "curator": self.step.curator}
+        return parts | {name: part for name, part in some.items() if part is not None}
 
 
 def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
@@ -129,29 +133,36 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     if method_class.labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
     context, groups = _context(recipe, world)
+    if recipe.shuffle_groups and recipe.batch == context:
+        raise ConfigError(f"shuffle_groups: the batch of {context} is one group, there is none to shuffle; set context")
 
     # Weights are drawn from the seed without disturbing the caller's random numbers.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(fold(recipe.seed, 0x1217))
         with _settings_of("method", recipe.method.name):
             method = method_class(**options)
+        attend, chosen = recipe.attend, recipe.attend.options if recipe.attend else {}
         encoder = create_encoder(
-            recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options
-        )
-        views = Views(PRESETS[recipe.views.name](**recipe.views.options), encoder.mean, encoder.std)
+            recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options,
+            attend=attend.name if attend else None, attend_options={k: v for k, v in chosen.items() if v is not None},
+        )  # fmt: skip
+        crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+        views = Views(crops, encoder.mean, encoder.std, pairs)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
             heads = method.heads(encoder.width)
+        fuse, fused = _fusion(recipe, method, views, encoder, context)
     loader = Loader(
         source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
-        resident=recipe.resident, workers=workers,
+        resident=recipe.resident, workers=workers, whole=recipe.curate is not None,
     )  # fmt: skip
 
     tower = Tower(
-        encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined
-    )
+        encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined,
+        fuse, fused,
+    )  # fmt: skip
     target = momentum_tower(tower, heads, method.target) if method.target else None
     for module in (tower, target, method):
         if module is not None:
@@ -162,14 +173,18 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
                 module.to(memory_format=torch.channels_last)
             if recipe.sync_norm:
                 ranks.synchronise_norm(module)
-            if recipe.compile:
-                module.compile()
+                ranks.join_groups(module)
+    curator = _curator(recipe, views, tower, recipe.batch // world // groups, device)
+    for module in (tower, target):
+        if module is not None and recipe.compile:
+            module.compile()
 
     chosen = dict(recipe.optimizer.options)
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
     vector_lr = chosen.pop("vector_lr", None)
     groups_of = parameter_groups(
-        {"encoder": encoder, **tower.heads}, lr=lr, weight_decay=chosen.pop("weight_decay"),
+        {"encoder": encoder, **tower.heads} | ({} if fuse is None else {"fuse": fuse}),
+        lr=lr, weight_decay=chosen.pop("weight_decay"),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
         own={name: {"constant": True} for name in method.constant_lr()},
     )  # fmt: skip
@@ -180,9 +195,54 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: drawn(views, batch),
         optimizer=optimizer, schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total,
-        seed=recipe.seed, synced=recipe.sync_norm,
+        seed=recipe.seed, synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups,
     )  # fmt: skip
     return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
+
+
+def _fusion(
+    recipe: Recipe, method: Method, views: Views, encoder: Encoder, context: int
+) -> tuple[Fusion | None, Sequence[int]]:
+    """The batch fusion of a recipe and the numbers of the views it fuses."""
+    if recipe.fuse is None:
+        return None, ()
+    learned, asked = set(method.online_views(len(views))), recipe.fuse.options["views"]
+    if asked is not None and (not asked or not set(asked) <= set(range(len(views)))):
+        raise ConfigError(f"fuse.views = {list(asked)}: the views are numbered 0 to {len(views) - 1}")
+    if asked is not None and not learned & set(asked):
+        raise ConfigError(
+            f"fuse.views = {list(asked)}: {recipe.method.name} learns from view {', '.join(map(str, sorted(learned)))} "
+            "only, and a fusion of others would never be trained"
+        )
+    fused = asked or ((1,) if 1 in learned else (max(learned),))
+    sizes = {views.views[v].size for v in fused}
+    if len(sizes) > 1:
+        raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
+    given: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
+    make_fusion: Any = FUSIONS[recipe.fuse.name]
+    return make_fusion(**given, **recipe.fuse.options), fused
+
+
+def _curator(recipe: Recipe, views: Views, tower: Tower, piece: int, device: torch.device) -> Curator | None:
+    """The curator of a recipe; it embeds `piece` images at a time."""
+    if recipe.curate is None:
+        return None
+    if len(views) < 2:
+        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
+    where = recipe.curate.options["where"]
+    if where == "projection" and "projection" not in tower.heads:
+        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
+
+    def embed(model: Tower, images: Sequence[Tensor]) -> Tensor:
+        def rows(image: Tensor) -> Tensor:
+            return model.features(image) if where == "features" else model.outputs(image)[where]
+
+        with model.evaluating():
+            return torch.stack([torch.cat([rows(part) for part in image.split(piece)]) for image in images])
+
+    curator = CURATORS[recipe.curate.name](**recipe.curate.options)
+    curator.prepare(tower, lambda batch, attempt: views(batch, attempt).images, embed, recipe.epochs)
+    return curator.to(device)
 
 
 def drawn(views: Views, batch: Batch) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from inbatch.show import (
     print_methods,
     print_rehearsal,
     print_run,
+    print_table,
     print_verdict,
     say,
 )
@@ -113,6 +115,11 @@ def pretrain(
     context: Annotated[int | None, Option(help="Samples that share batch norm; memory follows it.")] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
     seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
+    fuse: Annotated[str | None, Option(metavar="conv|set", help="Mix a group's images before the encoder.")] = None,
+    attend: Annotated[str | None, Option(help="ba2m, batchformer: attention over the samples; se, eca, cbam.")] = None,
+    curate: Annotated[bool, Option("--curate", help="Redraw views that their sample cannot be told by.")] = False,
+    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
+    shuffle_groups: Annotated[bool, Option("--shuffle-groups", help="Other groups for what views learn from.")] = False,
     device: Device = "auto",
     compile: Annotated[bool, Option("--compile", help="Compile the encoder: slower to start, then faster.")] = False,
     workers: Annotated[int | None, Option(min=0, help="Processes that decode images that do not fit.")] = None,
@@ -130,7 +137,8 @@ def pretrain(
         from inbatch import api
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
-        chosen |= {"seed": seed, "compile": compile or None}
+        chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
+        chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
@@ -243,6 +251,38 @@ def views(
         else:
             options = ", ".join(f"{key} {value}" for key, value in part.options.items())
             say(f"{out}: every image with its crops, then its views ({part.name}: {options})")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch crops -o crops.png\n\n"
+    "  inbatch crops --crops all --size 224 --pairs 100000\n\n"
+    "  inbatch crops --sampler torchvision --size 375x500 --pairs 20000"
+)
+def crops(
+    name: Annotated[str, Option("--crops", help="default, global-local, adjacent, ..., or all.")] = "default",
+    size: Annotated[str, Option(help="Of the images, in pixels: a side, or HEIGHTxWIDTH.")] = "32",
+    pairs: Annotated[int, Option(help="How many pairs of crops to draw.")] = 1_000_000,
+    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: coverage and shares.")] = None,
+    sampler: Annotated[str, Option(metavar="ours|torchvision", help="Who draws; torchvision is slow.")] = "ours",
+    seed: Annotated[int, Option(min=0, help="Of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Count how two crops of an image lie to each other: one inside the other, apart, or across its edges."""
+    with reported(as_json):
+        from inbatch.inspect import crops as inspect
+
+        names, sides = inspect.chosen(name, sampler), inspect.parse_size(size)
+        tallies = [inspect.tally(one, sides, pairs, seed, sampler, partial(typer.echo, err=True)) for one in names]
+        if out is not None:
+            inspect.plot(tallies, sides, pairs, out)
+        if as_json:
+            told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": out and str(out)}
+            print_json(told | {"crops": {t.name: t.json() for t in tallies}})
+        else:
+            print_table(inspect.HEADINGS, inspect.rows(tallies, sides), numbers=True)
+            say("", f"{pairs:,} pairs of {sides[0]} x {sides[1]} pixels, drawn by {sampler}")
+            if out is not None:
+                say(f"Picture: {out}")
 
 
 @app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")

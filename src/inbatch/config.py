@@ -5,37 +5,22 @@ method, a file, the command line. The constructor of a part is its schema; an un
 """
 
 import dataclasses
-import difflib
-import functools
-import inspect
 import shlex
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
-from inbatch.encoders import create_encoder
+from inbatch.context.crops import CROPS
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.optim import OPTIMIZERS
-from inbatch.views import PRESETS
-
-Settings = dict[str, Any]
-"""Flat: "batch" or "part.key" -> value."""
+from inbatch.parts import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, validated
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A named choice and its options."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,10 @@ class Recipe:
     size: side of the images the encoder takes, in pixels.
     batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
         None is a rank's whole share of the batch.
+    fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
+    crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
+    shuffle_groups: the momentum tower's context groups (without one: those of every view but the first) are other
+        permutations of the batch, so that what a group has in common does not solve the task.
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
         together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
@@ -76,6 +65,11 @@ class Recipe:
     encoder: Part
     optimizer: Part
     schedule: Schedule = Schedule()
+    fuse: Part | None = None
+    curate: Part | None = None
+    attend: Part | None = None
+    crops: str = "default"
+    shuffle_groups: bool = False
     split: str = "train"
     subset: Positive | None = None
     test: str | None = None
@@ -106,7 +100,7 @@ class Recipe:
                 settings |= {f"{f.name}.{k}": v for k, v in value.options.items()}
             elif isinstance(value, Schedule):
                 settings |= {f"{f.name}.{k}": v for k, v in dataclasses.asdict(value).items()}
-            else:
+            elif f.name not in OPTIONAL:
                 settings[f.name] = value
         return settings
 
@@ -136,13 +130,6 @@ class Recipe:
         return shlex.join(words)
 
 
-PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
-    "method": METHODS,
-    "views": PRESETS,
-    "optimizer": OPTIMIZERS,
-    "encoder": None,  # names are timm's to check
-}
-
 _CANVAS = {
     "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
     "schedule.scaling": "none", "schedule.warmup": 2, "batch": 128, "epochs": 60, "k": 20,
@@ -158,7 +145,7 @@ because 130 images of a class are fewer than 200 neighbours."""
 
 def method_named(name: str) -> type[Method]:
     """A method by name; ConfigError with a suggestion."""
-    _known("method", name, METHODS)
+    check_known("method", name, METHODS)
     return METHODS[name]
 
 
@@ -179,7 +166,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     size = _number(settings.get("size", 224))
     natural = natural_preset(str(settings.get("data")), size)
     preset = settings.setdefault("preset", natural if natural in SHARED_PRESETS | own else "none")
-    _known("preset", preset, SHARED_PRESETS | own)
+    check_known("preset", preset, SHARED_PRESETS | own)
     base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
     given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
@@ -187,7 +174,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     # Options of another part than the preset's are not the preset's to set.
     for part in PARTS:
         chosen = settings.get(f"{part}.name")
-        if chosen is not None and chosen != given.get(f"{part}.name", base[f"{part}.name"]):
+        if chosen is not None and chosen != given.get(f"{part}.name", base.get(f"{part}.name")):
             given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
     merged = base | given | settings
     if "data" not in merged:
@@ -203,17 +190,18 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         elif key in scalars:
             top[key] = value
         else:
-            raise ConfigError(f"unknown setting {key!r}{_nearest(key, _all_keys(options))}")
-    parts = {part: _part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, _all_keys(options))}")
+    check_known("crops", top.get("crops", "default"), CROPS)
+    parts = {part: make_part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
     unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
     for key in unknown:
-        raise ConfigError(f"unknown setting 'schedule.{key}'{_nearest(f'schedule.{key}', _all_keys(options))}")
+        raise ConfigError(f"unknown setting 'schedule.{key}'{nearest(f'schedule.{key}', _all_keys(options))}")
     if "schedule.warmup" not in settings and "schedule.warmup" in merged:
         # A preset's warm-up is for its own length; of a shorter run it takes a tenth at most.
         options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
-    return _validated(pydantic.TypeAdapter(Recipe), top | parts | {"schedule": options["schedule"]}, "")
+    return validated(pydantic.TypeAdapter(Recipe), top | parts | {"schedule": options["schedule"]}, "")
 
 
 def read_file(path: str | Path) -> Settings:
@@ -250,63 +238,6 @@ def parse_assignment(text: str) -> Settings:
     return {key.strip(): None if parsed == "None" else parsed}
 
 
-def _part(part: str, options: Settings, size: int) -> Part:
-    """A part with its options checked against the signature of what makes it."""
-    options = dict(options)
-    name = str(options.pop("name"))
-    makers = PARTS[part]
-    if makers is None:
-        allowed = set(inspect.signature(create_encoder).parameters) - {"kwargs"}
-        for key in {"size", "channels"} & set(options):
-            raise ConfigError(f"{part}.{key} is the recipe's to say: set {key}")
-        return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
-    _known(f"{part}.name", name, makers)
-    maker = makers[name]
-    signature = inspect.signature(maker)
-    if part == "views" and "size" in signature.parameters:
-        options.setdefault("size", size)
-    adapter, known = _schema(part, name)
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"{part} {name} has no setting {key!r}{_nearest(key, known)}")
-    checked = _validated(adapter, options, f"{part}.").model_dump()
-    # What is ours is written out in full; torch's optimisers differ from version to version.
-    return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
-
-
-@functools.cache
-def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
-    maker = (PARTS[part] or {})[name]
-    target = maker.func if isinstance(maker, functools.partial) else maker
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    fields: dict[str, Any] = {}
-    for p in inspect.signature(maker).parameters.values():
-        if p.name != "params":
-            required = p.default is inspect.Parameter.empty
-            fields[p.name] = (hints.get(p.name, Any), ... if required else p.default)
-    if part == "optimizer":
-        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
-    model = pydantic.create_model(
-        name, __config__=pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=()), **fields
-    )
-    return pydantic.TypeAdapter(model), tuple(fields)
-
-
-def _validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:
-    try:
-        return adapter.validate_python(values)
-    except pydantic.ValidationError as e:
-        fault = e.errors()[0]
-        key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
-        problem = f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
-
-
-def _known(key: str, name: Any, names: Iterable[str]) -> None:
-    if name not in names:
-        raise ConfigError(f"{key} = {name!r} is unknown{_nearest(str(name), names)}")
-
-
 def _number(value: Any) -> float:
     """A number to reckon with; what is none is left to validation."""
     try:
@@ -321,7 +252,3 @@ def _all_keys(options: Mapping[str, Settings]) -> list[str]:
     return sorted(keys | {f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)})
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

@@ -1,6 +1,7 @@
 """A run in words and numbers before its first step: what will be trained, how, and what it will take."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from inbatch import ranks
 from inbatch.build import Built
 from inbatch.data.resident import free_bytes
+from inbatch.encoders import Encoder, added
 from inbatch.optim import build_optimizer, parameter_groups
 from inbatch.show import printable
 from inbatch.tower import Tower
@@ -31,12 +33,50 @@ def describe(built: Built) -> str:
         "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}",
         "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
+        **_plugins(built),
         "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
         "run": f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {built.loader.steps:,} steps = {built.total:,}, "
         f"{_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
     }
     return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
+
+
+def _plugins(built: Built) -> dict[str, str]:
+    """A line for every plug-in of the run."""
+    r, fuse, curator = built.recipe, built.tower.fuse, built.step.curator
+    lines = {}
+    if r.fuse is not None and fuse is not None:
+        views = ", ".join(map(str, sorted(built.tower.fused)))
+        lines["fuse"] = (
+            f"{r.fuse.name}, {parameters(fuse):,} parameters, patches of {fuse.patch} px in groups of {built.context}; "
+            f"view {views} of 0 to {len(built.views) - 1}"
+        )
+    if curator is not None:
+        lines["curate"] = (
+            f"from epoch {curator.starts + 1} on, {curator.rule} rule, at most {curator.rounds} rounds; "
+            f"{curator.distance} distance of {curator.where}, {curator.uses} model"
+        )
+    if r.attend is not None:
+        lines["attend"] = attention(built.encoder, built.context)
+    if r.crops != "default":
+        lines["crops"] = r.crops
+    if r.shuffle_groups:
+        whose = "the momentum tower's" if built.target else "those of every view but the first"
+        lines["groups"] = f"shuffled: {whose}"
+    return lines
+
+
+def attention(encoder: Encoder, context: int) -> str:
+    """What the attention blocks of an encoder add for groups of so many samples."""
+    assert encoder.attend is not None
+    more, count = added(encoder, max(context, 2)), len(encoder.slots)
+    where = "behind the pooling" if encoder.pooled is not None else f"in {count} block{'s' * (count > 1)}"
+    return (
+        f"{encoder.attend['name']} {where}, "
+        f"+{more['parameters']:,} parameters ({more['parameters_share']:.1%}), "
+        f"+{more['flops'] / 1e6:,.3g} MFLOP an image ({more['flops_share']:.1%})"
+    )
 
 
 def parameters(module: nn.Module) -> int:
@@ -53,6 +93,7 @@ def estimate(built: Built) -> dict[str, Any]:
     share = built.recipe.batch // ranks.world()
     group = share // built.step.groups
     images, rows, activations = _activations(built, group)
+    activations += _fusing(built, group)
     held = [*built.tower.parameters(), *built.tower.buffers()]
     learning = [p for p in built.tower.parameters() if p.requires_grad]
     memory = {
@@ -60,6 +101,9 @@ def estimate(built: Built) -> dict[str, Any]:
         "gradients": _bytes(learning),
         "optimiser": round(_state_per_number(built) * _bytes(learning)),
         "momentum_tower": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
+        "curator": _bytes(built.step.curator.buffers()) + _bytes(built.step.curator.parameters())
+        if built.step.curator
+        else 0,
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
         "views_of_a_batch": sum(share * math.prod(shape[1:]) * 4 for shape in images),
@@ -67,7 +111,8 @@ def estimate(built: Built) -> dict[str, Any]:
     }
     return {
         "parameters": {"encoder": parameters(built.encoder)}
-        | {name: parameters(head) for name, head in built.tower.heads.items()},
+        | {name: parameters(head) for name, head in built.tower.heads.items()}
+        | ({"fuse": parameters(built.tower.fuse)} if built.tower.fuse else {}),
         "views": [[share, *shape[1:]] for shape in images],
         "rows": {name: [shape[0], built.recipe.batch, *shape[2:]] for name, shape in rows.items()},
         "context": built.context,
@@ -93,8 +138,32 @@ def _activations(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[
 
 def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
     """Shapes of views and rows, and the bytes that a forward pass of random images keeps for the way back."""
-    sizes, device = [view.size for view in built.views.views], built.loader.device
-    views = [torch.randn(samples, built.recipe.channels, size, size, device=device) for size in sizes]
+    sizes = [view.size for view in built.views.views]
+    views = [_images(built, samples, size) for size in sizes]
+    learning = list(built.method.online_views(len(views)))
+    plain = [-1] * len(learning)  # numbers that nothing fuses: a group of so few samples may not fit
+    tower = built.tower.forward  # not as called, which may compile first
+    rows, kept = _kept(built, lambda: tower([views[v] for v in learning], plain))
+    return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
+
+
+def _fusing(built: Built, group: int) -> int:
+    """Bytes that batch fusion keeps for the way back."""
+    fuse = built.tower.fuse
+    if fuse is None:
+        return 0
+    learned = sorted(built.tower.fused & set(built.method.online_views(len(built.views))))
+    images = _images(built, group, built.views.views[learned[0]].size)
+    with built.tower.autocast(images):
+        return _kept(built, lambda: fuse(images))[1] * len(learned)
+
+
+def _images(built: Built, samples: int, size: int) -> Tensor:
+    return torch.randn(samples, built.recipe.channels, size, size, device=built.loader.device)
+
+
+def _kept(built: Built, run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a forward pass gives, and the bytes that it keeps for the way back, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in built.tower.parameters()}
     kept: dict[int, int] = {}
 
@@ -104,10 +173,9 @@ def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[st
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    learning = [views[v] for v in built.method.online_views(len(views))]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        rows = built.tower.forward(learning)  # not as called, which may compile first
-    return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, sum(kept.values())
+        found = run()
+    return found, sum(kept.values())
 
 
 def _state_per_number(built: Built) -> float:

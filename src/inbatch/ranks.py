@@ -175,6 +175,30 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient
 
 
+class _AllOverRanks(torch.autograd.Function):
+    """all_gather along dim 0 whose gradient comes back summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return own(gradient)
+
+
+def join_groups(module: nn.Module) -> None:
+    """Context groups of the module's parts (those with `gather` and `own`) reach over all ranks from now on."""
+    if world() == 1:
+        return
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if hasattr(part, "gather") and hasattr(part, "own"):
+            part.gather, part.own = _AllOverRanks.apply, own
+
+
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with the statistics of all ranks, on any device.
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inbatch.batch import Rows
-from inbatch.tower import Tower, norms, running_statistics
+from inbatch.tower import Tower, frozen_statistics, norms, running_statistics
 
 Group = Sequence[Tensor]
 """The views (G, C, H, W) of one context group."""
@@ -23,11 +23,13 @@ Group = Sequence[Tensor]
 class Sweep:
     """One tower's rows for all groups of this rank, and what is needed to come back.
 
+    numbers: which of a sample's views the V views are.
     rows: (V, B, D) by head, without graph.
     live: the same with graph, where there is only one group.
     """
 
     groups: Sequence[Group]
+    numbers: Sequence[int]
     keys: Sequence[int]
     rows: Rows
     live: Rows | None
@@ -47,23 +49,14 @@ def replayable(key: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Norm layers use the statistics of their batch, as in training, and remember none."""
-    layers = norms(module)
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
-def sweep(tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], keys: Sequence[int], grad: bool) -> Sweep:
+def sweep(
+    tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], numbers: Sequence[int], keys: Sequence[int],
+    grad: bool,
+) -> Sweep:  # fmt: skip
     """Run every group through the tower.
 
     call: the tower itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
+    numbers: which of a sample's views the groups hold.
     keys: one seed per group.
     grad: whether gradients will come back.
     Running statistics end as the mean of what each group alone would have left, so that they, too, do not depend
@@ -72,8 +65,9 @@ def sweep(tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], keys
     device = groups[0][0].device
     if len(groups) == 1:
         with replayable(keys[0], device), torch.set_grad_enabled(grad):
-            live = (call if grad else tower)(groups[0])
-        return Sweep(groups, keys, {name: rows.detach() for name, rows in live.items()}, live if grad else None)
+            live = (call if grad else tower)(groups[0], numbers)
+        rows = {name: x.detach() for name, x in live.items()}
+        return Sweep(groups, numbers, keys, rows, live if grad else None)
 
     statistics, counts = running_statistics(tower), [norm.num_batches_tracked for norm in norms(tower)]
     before, total = [s.clone() for s in statistics + counts], [torch.zeros_like(s) for s in statistics]
@@ -83,13 +77,13 @@ def sweep(tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], keys
             for statistic, old in zip(statistics + counts, before, strict=True):
                 statistic.copy_(old)
             with replayable(key, device):
-                parts.append(tower(group))
+                parts.append(tower(group, numbers))
             for summed, statistic in zip(total, statistics, strict=True):
                 summed += statistic
         for statistic, summed in zip(statistics, total, strict=True):
             statistic.copy_(summed / len(groups))
     rows = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    return Sweep(groups, keys, rows, None)
+    return Sweep(groups, numbers, keys, rows, None)
 
 
 def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows) -> None:
@@ -107,5 +101,5 @@ def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows)
         for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
             with alone, replayable(key, group[0].device):
-                rows = call(group)
+                rows = call(group, swept.numbers)
                 torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

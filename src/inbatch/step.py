@@ -1,6 +1,6 @@
 """One training step, in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inbatch import ranks, seam
-from inbatch.batch import Batch, Losses, Rows
-from inbatch.draws import fold
+from inbatch.batch import Batch, Rows
+from inbatch.context.curate import Curator
+from inbatch.draws import fold, permutation
 from inbatch.errors import TrainingError
 from inbatch.methods.base import Method
 from inbatch.tower import Tower, follow, running_statistics
+
+Orders = Sequence[Tensor | None]
+"""For each view, which sample of the batch stands where while its groups run; None: the batch's own order."""
 
 
 @dataclass
@@ -24,6 +28,9 @@ class Step:
     groups: context groups per rank; synced: they reach over all ranks (synchronised norm).
     schedule: sets the optimiser's rates for a step.
     total: steps of the whole run.
+    curator: draws some of the views again before they are learned from.
+    shuffle: the momentum tower's context groups are other permutations of the batch, drawn anew for every step and
+        view; where there is no momentum tower, those of every view but the first.
     """
 
     method: Method
@@ -37,21 +44,24 @@ class Step:
     total: int
     seed: int = 0
     synced: bool = False
+    curator: Curator | None = None
+    shuffle: bool = False
 
-    def __call__(self, batch: Batch, step: int) -> Losses:
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = step / self.total
         self.schedule(self.optimizer, step)
         images = self.views(batch)
+        curated: dict[str, float] = {}
+        if self.curator is not None:
+            images, curated = self.curator(batch, images, ranks.gather, ranks.rank() * len(batch))
 
-        online = self._sweep(self.tower, [images[v] for v in self.method.online_views(len(images))], step, grad=True)
-        rows = {name: ranks.gather(x, dim=1).requires_grad_() for name, x in online.rows.items()}
+        learning, teaching = (list(pick(len(images))) for pick in (self.method.online_views, self.method.target_views))
+        online, orders = self._sweep(self.tower, images, learning, step, grad=True)
+        rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         taught: Rows = {}
         if self.target is not None:
-            sweep = self._sweep(
-                self.target, [images[v] for v in self.method.target_views(len(images))], step, grad=False
-            )
-            taught = {name: ranks.gather(x, dim=1) for name, x in sweep.rows.items()}
+            taught = _whole(*self._sweep(self.target, images, teaching, step, grad=False))
         whole = Batch(ranks.gather(batch.index), ranks.gather(batch.label), batch.seed, batch.epoch)
 
         losses = self.method.loss(rows, taught, whole)
@@ -59,7 +69,7 @@ class Step:
 
         self.optimizer.zero_grad(set_to_none=True)
         # The wrapper averages over ranks, the gradient of the whole batch is the sum: hence the factor.
-        back = {name: ranks.own(_gradient(x), dim=1) * ranks.world() for name, x in rows.items()}
+        back = {name: ranks.own(_rearranged(_gradient(x), orders), 1) * ranks.world() for name, x in rows.items()}
         seam.push(online, self.tower, self.call, back)
         ranks.average_([s for tower in (self.tower, self.target) if tower for s in running_statistics(tower)])
         self.method.on_gradients(self.tower.heads, whole, progress)
@@ -77,15 +87,39 @@ class Step:
             follow(self.target, self.tower, self.method.momentum(progress))
         with torch.no_grad():
             self.method.after_step({name: x.detach() for name, x in rows.items()}, taught, whole, progress)
-        return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm}
+        return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
 
-    def _sweep(self, tower: Tower, images: list[Tensor], step: int, grad: bool) -> seam.Sweep:
+    def _sweep(
+        self, tower: Tower, images: Sequence[Tensor], views: list[int], step: int, grad: bool
+    ) -> tuple[seam.Sweep, Orders]:
         """Rows of this rank's groups; the random numbers of a group are the same on whichever rank it runs."""
-        groups = seam.cut(images, self.groups)
+        moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
+        n, device = len(images[0]) * ranks.world(), images[0].device
+        orders = [
+            permutation(fold(self.seed, step), v, n).to(device) if move else None
+            for v, move in zip(views, moved, strict=True)
+        ]
+        dealt = [
+            images[v] if order is None else ranks.gather(images[v])[ranks.own(order)]
+            for v, order in zip(views, orders, strict=True)
+        ]
         first = 0 if self.synced else ranks.rank() * self.groups
         part = ranks.rank() if self.synced else 0
         keys = [fold(self.seed, step, int(grad), first + g, part) for g in range(self.groups)]
-        return seam.sweep(tower, self.call, groups, keys, grad)
+        return seam.sweep(tower, self.call, seam.cut(dealt, self.groups), views, keys, grad), orders
+
+
+def _whole(swept: seam.Sweep, orders: Orders) -> Rows:
+    """The rows of the whole batch, in its order."""
+    back = [None if order is None else order.argsort() for order in orders]
+    return {name: _rearranged(ranks.gather(x, dim=1), back) for name, x in swept.rows.items()}
+
+
+def _rearranged(x: Tensor, orders: Orders) -> Tensor:
+    """(V, N, D) with the samples of every view in its order."""
+    if all(order is None for order in orders):
+        return x
+    return torch.stack([view if order is None else view[order] for view, order in zip(x, orders, strict=True)])
 
 
 def _gradient(x: Tensor) -> Tensor:

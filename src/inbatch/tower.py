@@ -1,8 +1,8 @@
 """The tower: images of one context group in, rows out; and the slow copy that teaches it."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.batch import Rows
+from inbatch.context.fuse import Fusion
 from inbatch.heads import Head
 from inbatch.modes import evaluating
 
 
 class Tower(nn.Module):
-    """Encoder and heads. Samples meet here only inside the context group of one call.
+    """Fusion, encoder and heads. Samples meet here only inside the context group of one call.
 
+    fuse: mixes the images of the views numbered `fused` while training.
     reads: the heads whose rows come out.
     precision: bfloat16 makes matrix products in it (autocast), float32 leaves the encoder's own type; rows come
         out in float32, or in the encoder's type where that is wider.
@@ -33,8 +35,11 @@ class Tower(nn.Module):
         precision: torch.dtype = torch.float32,
         channels_last: bool = False,
         joined: bool = False,
+        fuse: Fusion | None = None,
+        fused: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.fuse, self.fused = fuse, frozenset(fused)
         self.encoder = encoder
         self.heads = nn.ModuleDict({name: head.network for name, head in heads.items()})
         self.sources = {name: head.source for name, head in heads.items()}
@@ -43,24 +48,52 @@ class Tower(nn.Module):
         self.joined = joined
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def forward(self, views: Sequence[Tensor]) -> Rows:
-        """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own."""
+    def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
+        """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own.
+
+        numbers: which of a sample's views they are; by default all, in order.
+        """
+        mixed = [self.fuse is not None and n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
         if not self.joined:
             # Autocast keeps its bfloat16 weights for all that runs inside it; one view at a time, their gradients
             # meet in float32.
-            made = [self.outputs(view) for view in views]
+            made = []
+            for view, fuse in zip(views, mixed, strict=True):
+                with self._forgetting(fuse and not all(mixed)):
+                    made.append(self.outputs(view, fuse))
             return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
-        with self._autocast(views[0]):
-            alike = [torch.cat(list(some)) for _, some in groupby(views, key=lambda view: view.shape)]
-            rows = self._heads(torch.cat([self._features(images) for images in alike]))
+        with self.autocast(views[0]):
+            alike = groupby(zip(views, mixed, strict=True), key=lambda pair: (pair[0].shape, pair[1]))
+            runs = [(torch.cat([self._fused(view) if fuse else view for view, fuse in some]), fuse)
+                    for (_, fuse), some in alike]  # fmt: skip
+            parts = []
+            for images, fuse in runs:
+                with self._forgetting(fuse and not all(mixed)):
+                    parts.append(self._features(images))
+            rows = self._heads(torch.cat(parts))
         return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
 
-    def outputs(self, images: Tensor) -> Rows:
+    def outputs(self, images: Tensor, fuse: bool = False) -> Rows:
         """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
-        with self._autocast(images):
-            return self._heads(self._features(images))
+        with self.autocast(images):
+            return self._heads(self._features(self._fused(images) if fuse else images))
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
+    def features(self, images: Tensor) -> Tensor:
+        """The features (G, F) alone."""
+        with self.autocast(images):
+            return _wide(self._features(images))
+
+    def _fused(self, images: Tensor) -> Tensor:
+        assert self.fuse is not None
+        return self.fuse(images)
+
+    def _forgetting(self, fused: bool) -> AbstractContextManager[None]:
+        """Fused images look unlike those of evaluation: norm layers remember the plain views where there are some."""
+        assert self.fuse is not None or not fused
+        return frozen_statistics(self) if self.fuse and fused and self.fuse.remember == "plain" else nullcontext()
+
+    def autocast(self, images: Tensor) -> torch.autocast:
+        """The precision in which the tower runs."""
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -70,11 +103,15 @@ class Tower(nn.Module):
         made = {"features": features}
         for name, head in self.heads.items():
             made[name] = head(made[self.sources[name]])
-        return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in made.items()}
+        return {name: _wide(x) for name, x in made.items()}
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradient, for a while."""
         return evaluating(self)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:
@@ -85,20 +122,24 @@ def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -
         del slow.heads[name]
     slow.sources = {name: head.source for name, head in kept.items()}
     slow.reads = tuple(reads)
+    if slow.fuse is not None and slow.fuse.target == "none":
+        slow.fuse = None
     return slow.requires_grad_(False)
 
 
 @torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+def follow(target: Tower, online: Tower, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
 
-    Norm statistics are the target's own: it has seen its own images.
+    Norm statistics are the target's own: it has seen its own images. A shared fusion is the newest.
     """
     new = dict(online.named_parameters())
     pairs = [(own, new[name]) for name, own in target.named_parameters()]
     slow: list[Tensor] = [pair[0] for pair in pairs]
     torch._foreach_mul_(slow, momentum)
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
+    if target.fuse is not None and online.fuse is not None and target.fuse.target == "shared":
+        target.fuse.load_state_dict(online.fuse.state_dict())
 
 
 def norms(module: nn.Module) -> list[Any]:
@@ -109,3 +150,16 @@ def norms(module: nn.Module) -> list[Any]:
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """The running means and variances of those layers."""
     return [statistic for norm in norms(module) for statistic in (norm.running_mean, norm.running_var)]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Norm layers use the statistics of their batch, as in training, and remember none."""
+    layers = [norm for norm in norms(module) if norm.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -26,6 +26,7 @@ from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
 from inbatch.files import write_json
 from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
+from inbatch.inspect.leak import leak, meets, sign
 from inbatch.log import Log
 from inbatch.signals import Stop, stop_on_signals
 
@@ -39,6 +40,7 @@ class Progress:
     step: steps that are done. ended: epochs after which the features have been looked at.
     seconds, images: of training alone. before: seconds of wall time before this process.
     most: how different outputs have been at best. collapsed: what no longer is, in sentences.
+    leak: how well an embedding told its context group at the last look.
     """
 
     step: int = 0
@@ -50,9 +52,10 @@ class Progress:
     before: float = 0.0
     most: dict[str, float] = field(default_factory=dict)
     collapsed: dict[str, str] = field(default_factory=dict)
+    leak: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
-    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed")
+    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed", "leak")
 
     @property
     def wall(self) -> float:
@@ -123,6 +126,7 @@ def _epochs(
         best = False
         if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
             best = _judged(judge, progress, epoch, log)
+            _guard(built, progress, epoch, log)
         progress.ended = epoch
         if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs:
             _save(parts, progress, out, best)
@@ -173,6 +177,16 @@ def _watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: L
     for measure in progress.collapsed.keys() - found:
         log.note(f"epoch {epoch}: {measure} has recovered: {now[measure]:.2g}.")
     progress.collapsed = found
+
+
+def _guard(built: Built, progress: Progress, epoch: int, log: Log) -> None:
+    """Where samples meet before the loss: log whether an embedding tells its group."""
+    found = leak(built, epoch) if meets(built) else {}
+    if found:
+        progress.leak = found
+        log.record(progress.step, found)
+        if sentence := sign(found, built.recipe.shuffle_groups):
+            log.note(f"epoch {epoch}: {sentence}")
 
 
 def survey(built: Built, epoch: int) -> dict[str, float]:
@@ -250,6 +264,7 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
         "collapsed": list(progress.collapsed.values()),
+        "leak": progress.leak or None,
         "held_out": held and held[2],
         "evaluation": None if held is None else _evaluation(built, held, out),
     }

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import draws
 from inbatch.batch import Batch
-from inbatch.data.resident import SHARE, Resident, cores, decode_all, estimate, free_bytes
+from inbatch.data.resident import SHARE, Resident, cores, decode_all, estimate, free_bytes, stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
 
@@ -40,8 +40,9 @@ class Loader:
 
     batch: the global batch size. resident: images live decoded on the device (True), are streamed through
     `workers` processes (False), or whichever the free memory allows (None). canvas: the longer side that resident
-    images may have, twice the largest view by default. max_bad: share of unreadable images that may be left out
-    when resident; a streamed one raises DataError when its turn comes.
+    images may have, twice the largest view by default. whole: streamed images come on such a canvas, too, uncropped,
+    so that views can be drawn again. max_bad: share of unreadable images that may be left out when resident; a streamed
+    one raises DataError when its turn comes.
 
     `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch, `workers` the
     processes that decode (0 where resident).
@@ -60,6 +61,7 @@ class Loader:
         resident: bool | None = None,
         workers: int | None = None,
         canvas: int | None = None,
+        whole: bool = False,
         max_bad: float = 0.01,
     ):
         if batch < 1 or batch % world:
@@ -87,13 +89,14 @@ class Loader:
         if self.held is None:
             self.workers = max(1, min(16, cores() // world)) if workers is None else workers
             self._order = _Order()
-            self._stream = _stream(_Crops(source, views, seed), self._order, self.workers, self.device)
+            made = _Canvases(source, canvas) if whole else _Crops(source, views, seed)
+            self._stream = _stream(made, self._order, self.workers, self.device)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch on the device, beginning at step `start`."""
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of an epoch on the device, from step `start` up to `stop` (its end by default)."""
         order = draws.permutation(self.seed, epoch, len(self.source))[: self.steps * self.batch]
         share = self.batch // self.world
-        mine = order.view(self.steps, self.batch)[start:, self.rank * share : (self.rank + 1) * share]
+        mine = order.view(self.steps, self.batch)[start:stop, self.rank * share : (self.rank + 1) * share]
         return self._resident(epoch, mine) if self.held else self._streamed(epoch, mine)
 
     def report(self) -> str:
@@ -126,16 +129,8 @@ class Loader:
         for made in self._stream:
             if isinstance(made, str):
                 raise DataError(made)
-            index, size, boxes, crops = made
-            batch = Batch(
-                index=index,
-                label=self.source.labels[index],
-                seed=self.seed,
-                epoch=epoch,
-                size=size,
-                crops=tuple(crops),
-                boxes=boxes,
-            )
+            index = made["index"]
+            batch = Batch(**made, label=self.source.labels[index], seed=self.seed, epoch=epoch)
             yield batch.to(self.device)
 
 
@@ -167,7 +162,7 @@ class _Crops(Dataset[Any]):
         self.source, self.views, self.seed = source, views, seed
         self.wanted: list[Want] = [(view.size, view.interpolation) for view in views.views]
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Any, ...] | str:
+    def __getitem__(self, key: tuple[int, list[int]]) -> dict[str, Any] | str:
         epoch, indices = key
         crops = [torch.empty(len(indices), self.source.channels, s, s, dtype=torch.uint8) for s, _ in self.wanted]
         size, boxes = [], []
@@ -183,16 +178,35 @@ class _Crops(Dataset[Any]):
                             out[first + place] = crop
         except DataError as e:  # as a value: torch would wrap the exception in a page of traceback
             return str(e)
-        return torch.tensor(indices), torch.cat(size), torch.cat(boxes, 1), crops
+        made = {"index": torch.tensor(indices), "size": torch.cat(size)}
+        return made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)}
 
 
-def _stream(crops: _Crops, order: _Order, workers: int, device: torch.device) -> DataLoader[Any]:
+class _Canvases(Dataset[Any]):
+    """In a worker: (epoch, indices) to those images, uncropped."""
+
+    def __init__(self, source: Source, canvas: int):
+        self.source, self.canvas = source, canvas
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> dict[str, Tensor] | str:
+        try:
+            pixels = []
+            for i in key[1]:
+                with self.source.open(i) as picture:
+                    pixels.append(picture.tensor(self.canvas))
+        except DataError as e:
+            return str(e)
+        size = torch.tensor([p.shape[1:] for p in pixels])
+        return {"index": torch.tensor(key[1]), "size": size, "images": stack(pixels, size)}
+
+
+def _stream(made: Dataset[Any], order: _Order, workers: int, device: torch.device) -> DataLoader[Any]:
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
     # be forked.
     fork = sys.platform == "linux" and device.type != "cuda"
     other = "spawn" if sys.platform == "win32" else "forkserver"
     return DataLoader(
-        crops,
+        made,
         batch_size=None,
         sampler=order,
         num_workers=workers,

@@ -76,7 +76,7 @@ def decode_all(
         kept = Subset(source, numbers, f"{len(dropped):,} cannot be read")
     good = [d for d in decoded if not isinstance(d, str)]
     size = torch.tensor([pixels.shape[1:] for pixels, _ in good])
-    images = _stack([pixels for pixels, _ in good], size)
+    images = stack([pixels for pixels, _ in good], size)
     return Resident(images.to(device), size.to(device), kept, dropped, sum(large for _, large in good))
 
 
@@ -109,7 +109,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stack(pixels: list[Tensor], size: Int[Tensor, "n 2"]) -> UInt8[Tensor, "n c h w"]:
+def stack(pixels: list[Tensor], size: Int[Tensor, "n 2"]) -> UInt8[Tensor, "n c h w"]:
+    """Images of these sizes in one tensor, each in the top left corner."""
     if (size == size[0]).all():
         return torch.stack(pixels)
     height, width = size.amax(0).tolist()

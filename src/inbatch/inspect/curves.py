@@ -14,6 +14,11 @@ PANELS = {
     "images_per_second": "images / s",
     "knn": "online k-NN accuracy",
     "feature_std": "feature std",
+    "leak": "group told from\none embedding",
+    "curate_rounds": "redraw rounds",
+    "curate_redrawn": "redraws / sample",
+    "curate_violating_before": "share violating,\nas drawn",
+    "curate_violating": "share violating,\nleft",
 }
 
 

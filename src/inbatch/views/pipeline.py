@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,18 @@ from inbatch.views.view import View
 
 _CACHE = 2**17
 """Values per core worked on at a time on a CPU: half a megabyte stays in its cache."""
+
+PAIR = -1
+"""The number under which pairs of boxes draw, beside those of the views."""
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """Boxes of two views at once, out of `draws` uniform numbers per image; of no height where it has none to give."""
+
+    draws: int
+
+    def __call__(self, u: Float[Tensor, "b draws"], size: Int[Tensor, "b 2"]) -> Int[Tensor, "2 b 4"]: ...
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,14 @@ class Drawn:
 class Views:
     """Draws `views` of every image and normalises them with the mean and std (of values in [0, 1]) per channel.
 
+    pairs: where given, draws the boxes of two views together; everything else of a view is drawn as without it.
     Raises ConfigError where a view needs red, green and blue and there are not three channels.
     """
 
-    def __init__(self, views: Sequence[View], mean: Sequence[float], std: Sequence[float]) -> None:
-        self.views, self.mean, self.std = tuple(views), tuple(mean), tuple(std)
+    def __init__(
+        self, views: Sequence[View], mean: Sequence[float], std: Sequence[float], pairs: Pairs | None = None
+    ) -> None:
+        self.views, self.mean, self.std, self.pairs = tuple(views), tuple(mean), tuple(std), pairs
         if not self.views or not self.mean or len(self.mean) != len(self.std):
             raise ConfigError("Views need at least one view, and one mean and one std per channel.")
         if len(self.mean) != 3 and any(view.needs_colour for view in self.views):
@@ -51,6 +67,8 @@ class Views:
                 f"Saturation, hue and greyscale need red, green and blue, but the images have {len(self.mean)} "
                 "channel(s). Set saturation, hue and grey to 0, or choose a preset without colour (digits)."
             )
+        if pairs is not None and len(self.views) != 2:
+            raise ConfigError(f"Pairs of crops need two views of every image, not {len(self.views)}.")
         alike = groupby(range(len(self.views)), key=lambda number: self.views[number])  # drawn in one pass
         self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
 
@@ -61,12 +79,16 @@ class Views:
         self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
     ) -> Int[Tensor, "v b 4"]:
         """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
-        return torch.stack(
+        alone = torch.stack(
             [
                 _boxes(view, uniform(seed, epoch, index, number, crop.DRAWS, attempt), size)
                 for number, view in enumerate(self.views)
             ]
         )
+        if self.pairs is None:
+            return alone
+        paired = self.pairs(uniform(seed, epoch, index, PAIR, self.pairs.draws, attempt), size)
+        return torch.where(paired[..., 2:3] > 0, paired, alone)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, attempt: int = 0) -> Drawn:
@@ -77,23 +99,21 @@ class Views:
         """
         given, cut = self._checked(batch, attempt)
         seed, epoch, index = batch.seed, batch.epoch, batch.index
-        images, boxes, flipped = [], [], []
+        size = index.new_tensor(given[0].shape[2:]).expand(len(batch), 2) if batch.size is None else batch.size
+        placed = self.boxes(index, size, seed, epoch, attempt) if cut is None else cut
+        images, flipped = [], []
         for view, numbers, steps in self._alike:
             u = torch.cat([uniform(seed, epoch, index, number, COLUMNS, attempt) for number in numbers])
             flip = u[:, crop.DRAWS] < view.flip
+            where = placed[numbers[0] : numbers[-1] + 1].flatten(0, 1)
             if cut is None:
-                size = index.new_tensor(given[0].shape[2:]).expand(len(batch), 2) if batch.size is None else batch.size
-                where = _boxes(view, u, size.repeat(len(numbers), 1))
                 source = torch.arange(len(u), device=index.device) % len(batch)
                 x = self._render(view, steps, u, given[0], source, where, flip)
             else:
-                where = cut[numbers[0] : numbers[-1] + 1].flatten(0, 1)
                 x = self._render(view, steps, u, torch.cat([given[number] for number in numbers]), None, where, flip)
             images += x.split(len(batch))
-            boxes.append(where)
             flipped.append(flip)
-        count = len(self), len(batch)
-        return Drawn(tuple(images), torch.cat(boxes).unflatten(0, count), torch.cat(flipped).unflatten(0, count))
+        return Drawn(tuple(images), placed, torch.cat(flipped).unflatten(0, (len(self), len(batch))))
 
     def _render(
         self,

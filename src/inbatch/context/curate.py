@@ -1,0 +1,149 @@
+"""Batch curation: look at the drawn views with the model itself, and draw again those that a pair cannot be told by."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from inbatch.batch import Batch
+from inbatch.errors import ConfigError
+
+Redraw = Callable[[Batch, int], Sequence[Tensor]]
+"""(some samples, attempt) -> their views, drawn anew; an attempt draws the same whenever it is asked."""
+Embed = Callable[[Any, Sequence[Tensor]], Tensor]
+"""(model, V views of b samples) -> (V, b, D), each row of its image alone."""
+Gather = Callable[[Tensor, int], Tensor]
+"""Every rank's part of a tensor, joined along a dimension."""
+
+_PIECE = 1024
+"""Rows whose distances to the whole batch are held at once."""
+
+
+def pair_distances(
+    mine: Float[Tensor, "v b d"], everyone: Float[Tensor, "v n d"], first: int, distance: str = "cosine"
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    """How far each sample's own views are apart at most, and how near any other sample's view comes to one of them.
+
+    mine: samples first, first + 1, ... of everyone. distance: "cosine", 1 - cos, or "euclidean", as they are.
+    (Welle et al. 2021, Algorithm 1: the rows of M_S and M_D.)
+    """
+    views, b, _ = mine.shape
+    if distance == "cosine":
+        mine, everyone = (nn.functional.normalize(z, dim=-1) for z in (mine, everyone))
+    others = everyone.flatten(0, 1)
+    samples = torch.arange(everyone.shape[1], device=mine.device).repeat(views)
+    own, nearest = mine.new_full((b,), -math.inf), mine.new_full((b,), math.inf)
+    for v in range(views):
+        for part in torch.arange(b, device=mine.device).split(_PIECE):
+            far = _distances(mine[v, part], others, distance)
+            same = samples == (first + part)[:, None]
+            nearest[part] = nearest[part].minimum(far.masked_fill(same, math.inf).amin(1))
+            own[part] = own[part].maximum(_paired(far, same, v, views))
+    return own, nearest
+
+
+def _paired(far: Tensor, same: Tensor, v: int, views: int) -> Tensor:
+    """The largest distance to the sample's other views."""
+    mine = far[same].view(len(far), views)
+    return mine[:, [w for w in range(views) if w != v]].amax(1)
+
+
+def _distances(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], distance: str) -> Float[Tensor, "m n"]:
+    if distance == "cosine":
+        return 1 - a @ b.T
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def violating(
+    own: Float[Tensor, "n"], nearest: Float[Tensor, "n"], rule: str = "pairwise", margin: float = 0.0
+) -> Bool[Tensor, "n"]:
+    """Which samples of a batch break the rule.
+
+    "pairwise": a sample's own distance is not smaller, by the margin, than that to the nearest view of another sample.
+    "strict": the largest own distance of the batch must be smaller than the smallest distance between two samples
+        (Algorithm 1); at fault is whose own distance is as large as that, or who stands as near to another sample.
+    """
+    if rule == "pairwise":
+        return own + margin >= nearest
+    return (own + margin >= nearest.min()) | (nearest <= own.max() + margin)
+
+
+class Curator(nn.Module):
+    """Batch curation (Welle et al. 2021): views are drawn again until a sample's are nearer than any other sample's.
+
+    rounds: at most so many redraws of a batch; what then still breaks the rule is learned from as it is.
+    rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as Algorithm 1 does.
+    distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
+    where: rows of the encoder's "features" or of the method's "projection".
+    model: a "snapshot" of the tower from the end of the previous epoch (the paper's), or the "live" one.
+    margin: by how much a pair must be nearer, in units of the distance.
+    warmup: share of the run before the first curated batch.
+    """
+
+    def __init__(
+        self, rounds: int = 3, rule: Literal["pairwise", "strict"] = "pairwise",
+        distance: Literal["cosine", "euclidean"] = "cosine", where: Literal["features", "projection"] = "features",
+        model: Literal["snapshot", "live"] = "snapshot", margin: float = 0.0, warmup: float = 0.1,
+    ) -> None:  # fmt: skip
+        if rounds < 1 or not 0 <= warmup < 1:
+            raise ConfigError(f"curate.rounds = {rounds} is at least 1, and curate.warmup = {warmup} a share below 1")
+        super().__init__()
+        self.rounds, self.rule, self.distance, self.margin = rounds, rule, distance, margin
+        self.where, self.uses, self.warmup = where, model, warmup
+        self.epoch: Tensor
+        self.register_buffer("epoch", torch.tensor(-1))
+
+    def prepare(self, live: nn.Module, redraw: Redraw, embed: Embed, epochs: int) -> None:
+        """Told once: the model that learns, how to draw again and embed, and the epochs of the run."""
+        self._live, self._redraw, self._embed = [live], redraw, embed  # in a list: the live model is not ours to save
+        self.starts = max(1, math.ceil(self.warmup * epochs))
+        self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None
+
+    @torch.no_grad()
+    def forward(
+        self, batch: Batch, images: Sequence[Tensor], gather: Gather = lambda x, dim: x, first: int = 0
+    ) -> tuple[Sequence[Tensor], dict[str, float]]:
+        """The views of this rank's samples (the first-th and on of the whole batch), and what was done with them.
+
+        Told are curate_rounds; curate_violating_before and curate_violating, shares of the batch that break the
+        rule; and curate_redrawn, redraws per sample. Nothing is done before the warm-up is over.
+        """
+        if batch.epoch < self.starts:
+            return images, {}
+        model, views = self._model(batch.epoch), [image.clone() for image in images]
+        rows = self._embed(model, views)
+        bad = self._judge(rows, gather, first)
+        rounds, redrawn, before = 0, 0, int(bad.sum())
+        while rounds < self.rounds and bool(bad.any()):
+            rounds, redrawn = rounds + 1, redrawn + int(bad.sum())
+            again = bad[first : first + len(batch)].nonzero()[:, 0]
+            if len(again):  # ranks differ in this, not in the rounds
+                new = self._redraw(batch.take(again), rounds)
+                for view, fresh in zip(views, new, strict=True):
+                    view[again] = fresh
+                rows[:, again] = self._embed(model, new)
+            bad = self._judge(rows, gather, first)
+        told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
+        told["violating"] = int(bad.sum()) / len(bad)
+        return views, {f"curate_{name}": float(value) for name, value in told.items()}
+
+    def _model(self, epoch: int) -> nn.Module:
+        if self.snapshot is None:
+            return self._live[0]
+        if int(self.epoch) != epoch:
+            self.snapshot.load_state_dict(self._live[0].state_dict())
+            self.epoch.fill_(epoch)
+        return self.snapshot
+
+    def _judge(self, rows: Float[Tensor, "v b d"], gather: Gather, first: int) -> Bool[Tensor, "n"]:
+        """Who in the whole batch breaks the rule: the same answer on every rank."""
+        own, nearest = pair_distances(rows, gather(rows, 1), first, self.distance)
+        return violating(gather(own, 0), gather(nearest, 0), self.rule, self.margin)
+
+
+CURATORS: dict[str, type[Curator]] = {"redraw": Curator}
+"""Name -> batch curation."""

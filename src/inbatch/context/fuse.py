@@ -1,0 +1,177 @@
+"""Batch fusion: the images of a context group are mixed before the encoder, by layers that the loss trains."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.context.grouped import Grouped
+from inbatch.errors import ConfigError
+
+Tokens = Float[Tensor, "g p d"]
+"""The patches of a group's images: G samples, P positions, d = p * p * C values."""
+
+
+def patches(images: Float[Tensor, "g c h w"], p: int) -> Tokens:
+    """Images cut into squares of p pixels, each a row (BA-SSL, Eq. 2; rows of pixels, then columns, then channels)."""
+    g, c, h, w = images.shape
+    return images.reshape(g, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(g, -1, p * p * c)
+
+
+def restore(tokens: Tokens, p: int, shape: Sequence[int]) -> Float[Tensor, "g c h w"]:
+    """The images of this shape whose `patches` these are (Eq. 4)."""
+    g, c, h, w = shape
+    return tokens.reshape(g, h // p, w // p, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(g, c, h, w)
+
+
+class Fusion(Grouped):
+    """Images of a group in, as many images out, each with something of the others; in evaluation nothing happens.
+
+    I'' = relu(I + restore(T')), T' = F(T) + T per layer (Eq. 3 to 5). A subclass gives the layers F. Without layers
+    the images stay as they are (the bare method of Table 4).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        patch: int,
+        relu: bool,
+        where: Literal["after", "before"],
+        views: tuple[int, ...] | None,
+        target: Literal["copy", "shared", "none"],
+        remember: Literal["plain", "all"],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.patch, self.relu, self.where = patch, relu, where
+        self.views, self.target, self.remember = views, target, remember
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalised images of a group, or this process's part of them -> the same number of them, fused."""
+        if not self.meets or not self.layers:
+            return images
+        x = self.gather(images * self.std + self.mean if self.where == "before" else images)
+        tokens = patches(x, self.patch)
+        for layer in self.layers:
+            tokens = layer(tokens).to(x.dtype) + tokens
+        fused = x + restore(tokens, self.patch, x.shape)
+        fused = self.own(fused.relu() if self.relu else fused)
+        return (fused - self.mean) / self.std if self.where == "before" else fused
+
+
+class ConvFusion(Fusion):
+    """Batch fusion of BA-SSL (arXiv 2311.09974): the samples of a group are the channels of convolutions.
+
+    patch: side of the patches in pixels; by default 16, 8 below 128 pixels and 4 below 48, or the next smaller one
+        that divides the side.
+    bottleneck: the first 1x1 convolution leaves a group of G samples G / bottleneck channels.
+    layers: embedding layers, 0 to 3.
+    relu: of the fused image, as in Eq. 5; Algorithm 1 has none.
+    where: "after" or "before" the images are normalised by mean and standard deviation.
+    views: which views are fused, counted from 0; by default the second (the paper's), or the last that the method
+        learns from.
+    target: the momentum tower fuses with a slow "copy", with the "shared" newest weights (Algorithm 1), or "none".
+    remember: the norm statistics for evaluation are of "plain" views only, where there are some, or of "all".
+
+    Its weights belong to G samples in an order: another group size does not fit.
+    """
+
+    def __init__(
+        self, group: int, size: int, mean: Sequence[float], std: Sequence[float], patch: int | None = None,
+        bottleneck: int = 4, layers: int = 1, relu: bool = False, where: Literal["after", "before"] = "after",
+        views: tuple[int, ...] | None = None, target: Literal["copy", "shared", "none"] = "copy",
+        remember: Literal["plain", "all"] = "plain",
+    ) -> None:  # fmt: skip
+        if bottleneck < 1 or group < bottleneck:
+            raise ConfigError(f"fuse.bottleneck = {bottleneck} leaves a context of {group} no channel: lower it")
+        made = [_Convolutions(group, group // bottleneck) for _ in range(_layers(layers))]
+        super().__init__(
+            made, patch=patch_for(size, patch), relu=relu, where=where, views=views, target=target, remember=remember,
+            mean=mean, std=std,
+        )  # fmt: skip
+
+
+class SetFusion(Fusion):
+    """Order-free batch fusion, ours: attention across the samples of a group at each patch position.
+
+    Weights are shared by all samples: any group size fits, and reordered images come out reordered.
+    patch, layers, relu, where, views, target, remember: as in conv.
+    width: of queries, keys and values. heads: of the attention.
+    """
+
+    def __init__(
+        self, group: int, size: int, mean: Sequence[float], std: Sequence[float], patch: int | None = None,
+        width: int = 64, heads: int = 4, layers: int = 1, relu: bool = False,
+        where: Literal["after", "before"] = "after", views: tuple[int, ...] | None = None,
+        target: Literal["copy", "shared", "none"] = "copy", remember: Literal["plain", "all"] = "plain",
+    ) -> None:  # fmt: skip
+        if heads < 1 or width < heads or width % heads:
+            raise ConfigError(f"fuse.heads = {heads} does not divide fuse.width = {width}: choose a divisor")
+        p = patch_for(size, patch)
+        made = [_Attention(p * p * len(mean), width, heads) for _ in range(_layers(layers))]
+        super().__init__(
+            made, patch=p, relu=relu, where=where, views=views, target=target, remember=remember, mean=mean, std=std
+        )
+
+
+class _Convolutions(nn.Module):
+    """F of Eq. 3 over a plane of P x d: 1x1 down, 1x1 up, 3x3, each with InstanceNorm, Mish between."""
+
+    def __init__(self, group: int, narrow: int) -> None:
+        super().__init__()
+        widths = ((group, narrow, 1), (narrow, group, 1), (group, group, 3))
+        steps: list[nn.Module] = []
+        for into, out, kernel in widths:
+            # A bias would be taken off again by the norm.
+            steps += [nn.Conv2d(into, out, kernel, padding=kernel // 2, bias=False), nn.InstanceNorm2d(out), nn.Mish()]
+        self.steps = nn.Sequential(*steps[:-1])
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return self.steps(tokens[None])[0]
+
+
+class _Attention(nn.Module):
+    """Every patch looks at the patches of the whole group at its place; then InstanceNorm, as in conv."""
+
+    def __init__(self, values: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(values)
+        self.into = nn.Linear(values, 3 * width)
+        self.out = nn.Linear(width, values)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        parts = self.into(self.norm(tokens)).chunk(3, -1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for x in parts)
+        met = nn.functional.scaled_dot_product_attention(q, k, v)  # (P, heads, G, width / heads)
+        return nn.functional.instance_norm(self.out(met.permute(2, 0, 1, 3).flatten(2))[:, None])[:, 0]
+
+
+FUSIONS: dict[str, type[Fusion]] = {"conv": ConvFusion, "set": SetFusion}
+"""Name -> batch fusion. Its first four arguments are the run's to give, the others are its options."""
+
+
+def patch_for(size: int, patch: int | None) -> int:
+    """The side of the patches of images of this side; ConfigError where the images cannot be cut into such."""
+    if patch is None:
+        most = 16 if size >= 128 else 8 if size >= 48 else 4
+        return max(p for p in range(1, most + 1) if size % p == 0)
+    if patch < 1 or size % patch:
+        fitting = ", ".join(str(p) for p in range(1, size) if size % p == 0)
+        raise ConfigError(f"fuse.patch = {patch} does not divide views of {size} pixels: choose one of {fitting}")
+    return patch
+
+
+def _layers(count: int) -> int:
+    if not 0 <= count <= 3:
+        raise ConfigError(f"fuse.layers = {count}: batch fusion has 0 to 3 embedding layers")
+    return count
