@@ -87,7 +87,7 @@ def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
 def entry(results: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of the runs of an entry, one per seed."""
     shared = {key: results[0][key] for key in ("command", "recipe", "environment", "precision", "held_out")}
-    own = ("evaluation", "curve", "collapsed", "training_seconds", "wall_seconds", "images_per_second")
+    own = ("evaluation", "curve", "collapsed", "leak", "training_seconds", "wall_seconds", "images_per_second")
     runs = [
         {"seed": result["recipe"]["seed"]} | {key: result[key] for key in (*own, "peak_memory_bytes")}
         for result in results

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 # Before anything of ours is imported: signatures are checked in tests only.
 install_import_hook(
-    [f"inbatch.{room}" for room in ("draws", "functional", "memory", "clusters", "methods", "views", "evaluate")],
+    [f"inbatch.{room}" for room in ("draws", "functional", "memory", "clusters", "methods", "views", "evaluate", "context")],
     "beartype.beartype",
 )
 

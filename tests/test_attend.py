@@ -48,7 +48,7 @@ def blocks_of(group: int = 5) -> list[tuple[nn.Module, Tensor]]:
     kinds = [(fuse, weight) for fuse in ("sum", "max") for weight in ("sample", "channel", "full")]
     maps = [stirred(BA2M(12, fuse=fuse, weight=weight, positions=3).double()) for fuse, weight in kinds]
     made = [(block, torch.randn(group, 12, 5, 4, dtype=torch.float64)) for block in maps]
-    return [*made, (stirred(BatchFormer(12, heads=3, keep=0).double()), torch.randn(group, 12, dtype=torch.float64))]
+    return [*made, (stirred(BatchFormer(12, heads=3, keep=0.0).double()), torch.randn(group, 12, dtype=torch.float64))]
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -220,7 +220,7 @@ def test_some_samples_keep_plain_features() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: BA2M(8), lambda: BA2M(8, positions=2, fuse="max", weight="full"), lambda: BatchFormer(8, keep=0)]
+    "make", [lambda: BA2M(8), lambda: BA2M(8, positions=2, fuse="max", weight="full"), lambda: BatchFormer(8, keep=0.0)]
 )
 def test_gradients_reach_every_parameter(make) -> None:
     """At the very first step those of the last layers, whose zeros let training start plain; then all."""
@@ -434,7 +434,7 @@ def test_weights_that_need_their_blocks(tmp_path: Path) -> None:
         ({"attend": "ba2n"}, "did you mean ba2m"),
         ({"attend": "xyz"}, "there are ba2m, batchformer, se, eca, cbam"),
         ({"attend": "ba2m", "attend_options": {"reductoin": 4}}, "did you mean reduction"),
-        ({"attend": "ba2m", "attend_options": {"fuse": "mean"}}, '"sum" or "max"'),
+        ({"attend": "ba2m", "attend_options": {"fuse": "mean"}}, '"sum" or "max"|Literal'),
         ({"attend": "ba2m", "attend_options": {"weight": "pixel"}}, "channel"),
         ({"attend": "ba2m", "attend_options": {"positions": 0}}, "positions of 1 or more"),
         ({"attend": "ba2m", "attend_options": {"reduction": "4"}}, "cannot be built"),

@@ -4,27 +4,29 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inbatch import ranks
+from inbatch import checkpoint, ranks
 from inbatch.assign import judge_head
 from inbatch.batch import Batch
 from inbatch.build import Built, build, device_for, held_out, plan
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
+from inbatch.context.crops import arrange
 from inbatch.data import Source, Subset, decode_all, open_data, splits
 from inbatch.describe import describe, estimate
 from inbatch.draws import permutation
 from inbatch.encoders import Encoder, load_encoder
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.files import locked, write_json
+from inbatch.inspect.context import look
 from inbatch.log import counted
-from inbatch.train import clear, train
+from inbatch.train import Progress, clear, train
 from inbatch.views import PRESETS, Views
 from inbatch.views.figure import save_grid
 
@@ -131,7 +133,8 @@ def draw_views(
     recipe, source = plan(_which(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
-    views = Views(PRESETS[recipe.views.name](**recipe.views.options), mean, std)
+    crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+    views = Views(crops, mean, std, pairs)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
     number, label = torch.arange(len(held.source)), held.source.labels
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
@@ -184,6 +187,35 @@ def evaluate_run(
     head = {"head": judge_head(Path(path), encoder, held[1])} if from_ == "head" else {}
     found = evaluate(encoder, held[0], held[1], protocols=protocols, **options) | head
     return found | {"run": str(path), "held_out": held[2]}
+
+
+def inspect_run(
+    path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Draw what the plug-ins of a run, finished or stopped, do to a batch, and measure it (`inspect.context.look`).
+
+    data: where the run's images are now; the recipe's by default. out: the pictures' folder, RUN/inspect by default.
+    count: images to a picture. seed: which images, and what is drawn.
+    Raises ConfigError where there is no run or no checkpoint, DataError where the images are gone.
+    """
+    folder = Path(path)
+    if not (folder / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    if count < 1 or seed < 0:
+        raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
+    saved = checkpoint.load(folder / "checkpoints")
+    recipe = replace(make(read_file(folder / "recipe.json")), seed=seed, compile=False)
+    if (folder / "result.json").is_file():  # where a run of several processes says how large its groups were
+        recipe = replace(recipe, context=json.loads((folder / "result.json").read_text())["context"])
+    try:
+        source = _source(recipe, data)
+    except DataError as error:
+        raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
+    built, progress = build(recipe, source, device=device_for(device)), Progress()
+    checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
+    found = look(built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count)
+    return {"run": str(path), "step": progress.step, "note": saved.note} | found
 
 
 def embed_run(

@@ -223,6 +223,7 @@ def embed(
 @app.command(
     epilog="Examples:\n\n  inbatch views ~/photos -o views.png\n\n"
     "  inbatch views ~/photos --views swav --size 224\n\n"
+    "  inbatch views ~/photos --views simclr --crops adjacent\n\n"
     "  inbatch views digits-canvas --count 16 --set views.strength=0.5"
 )
 def views(
@@ -232,6 +233,7 @@ def views(
         str | None, Option(help="simclr, mocov2, swav, ...; those for the images' size by default.")
     ] = None,
     preset: Annotated[str | None, Option(help="The views of this preset of the method.")] = None,
+    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
     method: Annotated[str | None, Option(help="Whose presets; simclr by default.")] = None,
     size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
     count: Annotated[int, Option(min=1, help="Images.")] = 8,
@@ -243,7 +245,7 @@ def views(
     with reported(as_json):
         from inbatch.api import draw_views
 
-        fields = {"views": views, "preset": preset, "size": size}
+        fields = {"views": views, "preset": preset, "crops": crops, "size": size}
         chosen = {key: value for key, value in fields.items() if value is not None}
         part = draw_views(data, out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
         if as_json:
@@ -251,6 +253,36 @@ def views(
         else:
             options = ", ".join(f"{key} {value}" for key, value in part.options.items())
             say(f"{out}: every image with its crops, then its views ({part.name}: {options})")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch inspect runs/simclr-photos-1\n\n"
+    "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1"
+)
+def inspect(
+    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")],
+    data: Annotated[str | None, Option(help="Where its images are now; as in its recipe by default.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="The pictures' folder; RUN/inspect by default.")] = None,
+    count: Annotated[int, Option(min=1, help="Images to a picture.")] = 8,
+    seed: Annotated[int, Option(min=0, help="Which images, and what is drawn.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw what a run's plug-ins do to a batch (fusion, curation, attention), and measure it; learns nothing."""
+    with reported(as_json):
+        from inbatch.api import inspect_run
+        from inbatch.inspect.context import rows
+
+        found = inspect_run(run, data, out=out, count=count, seed=seed, device=device)
+        if as_json:
+            print_json(found)
+            return
+        print_table(("plug-in", "measured", "found"), rows(found))
+        say("", f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
+        if found["note"]:
+            say(f"Note:      {found['note']}")
+        for picture in found["pictures"]:
+            say(f"Picture:   {picture}")
 
 
 @app.command(

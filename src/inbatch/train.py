@@ -297,6 +297,7 @@ class _Report:
     def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
         self.path, self.progress, self.main = out / "run.json", progress, main
         self.fixed = {"command": built.recipe.command(), "steps": built.total}
+        self.fixed |= {"context": built.context, "world": ranks.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
@@ -306,7 +307,7 @@ class _Report:
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "encoder", "heads", "tensorboard"):
+    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect"):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json")
     for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):

@@ -1,0 +1,202 @@
+"""What meeting before the loss costs: python benchmarks/context.py [--device auto] [--sizes 32 224] [--batch 256]
+
+Times whole training steps of SimCLR (views, towers, loss, the way back, optimiser) without and with every plug-in, on
+random uint8 images that lie on the device. A round makes one step of each, so that what changes with time hits all
+alike; told are medians over the rounds, and their ratio to plain SimCLR in the same rounds. Writes
+results/context-cost.json. On a few CPU cores take a smaller --batch and --encoder (tiny, resnet10): they are told, too.
+
+With random weights nearly every pair breaks the rule of curation, which then redraws the whole batch in every round:
+the worst case, told with its rounds and redraws. "at a share" sets the margin so that only this share of the first
+batch breaks it as drawn.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.api import prepare
+from inbatch.batch import Batch
+from inbatch.build import Built, device_for
+from inbatch.context.curate import pair_distances
+from inbatch.describe import estimate
+from inbatch.environment import environment
+from inbatch.files import write_json
+from inbatch.show import print_table, say
+
+OUT = Path(__file__).parents[1] / "results" / "context-cost.json"
+PLAIN, GROUPS, SHARE = "simclr", "context batch/4", "curate, at a share"
+
+ENTRIES: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "fuse conv": {"fuse": "conv"},
+    "fuse set": {"fuse": "set"},
+    "attend ba2m": {"attend": "ba2m"},
+    "attend batchformer": {"attend": "batchformer"},
+    "attend se": {"attend": "se"},
+    "curate": {"curate": "redraw"},
+    SHARE: {"curate": "redraw"},
+    "curate, strict": {"curate": "redraw", "curate.rule": "strict"},
+    "crops intersection": {"crops": "intersection"},
+    GROUPS: {"context": 4},
+    f"{GROUPS}, shuffled": {"context": 4, "shuffle_groups": True},
+}
+"""Name -> settings beside those of all; `context` is the number of groups."""
+AGAINST = {f"{GROUPS}, shuffled": GROUPS}
+"""What an entry is also compared with, beside plain SimCLR."""
+EPOCH, EPOCHS = 1, 100
+"""The steps are those of the first curated epoch."""
+
+
+def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> Built:
+    """A run of the entry, ready for its first step."""
+    words = {f"{key}.name" if key in ("fuse", "attend", "curate") else key: v for key, v in ENTRIES[name].items()}
+    if "context" in words:
+        words["context"] = args.batch // words["context"]
+    if "curate.name" in words:
+        words["curate.warmup"] = 0.0
+    shared = {"size": size, "batch": args.batch, "encoder": args.encoder, "epochs": EPOCHS, "preset": "none"}
+    settings = words | {"resident": True, "precision": args.precision}
+    return prepare(images, "simclr", settings=settings, device=args.device, **shared)
+
+
+def violate(built: Built, batch: Batch, share: float) -> None:
+    """Set the curator's margin so that about this share of a batch breaks the pairwise rule as drawn."""
+    curator, judged = built.step.curator, []
+    assert curator is not None
+
+    def listen(x: Tensor, dim: int) -> Tensor:
+        if dim == 1:
+            judged.append(pair_distances(x, x, 0, curator.distance))
+        return x
+
+    curator(batch, built.views(batch).images, listen)
+    own, nearest = judged[0]
+    curator.margin = -float((own - nearest).float().quantile(1 - share))
+
+
+class Timed:
+    """An entry: its parts, its batches, and what its steps took."""
+
+    def __init__(self, built: Built) -> None:
+        self.built, self.device = built, built.loader.device
+        self.batches = list(built.loader.epoch(EPOCH))
+        self.seconds: list[float] = []
+        self.told: list[dict[str, float]] = []
+        self.peak = 0
+
+    def step(self, number: int, kept: bool) -> None:
+        """One training step; kept: it counts."""
+        batch = self.batches[number % len(self.batches)]
+        before = self._mark()
+        begin = time.perf_counter()
+        losses = self.built.step(batch, self.built.loader.steps * EPOCH)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - begin
+        if kept:
+            self.seconds.append(seconds)
+            self.told.append({name: float(x) for name, x in losses.items() if name.startswith("curate_")})
+            if self.device.type == "cuda":
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - before)
+
+    def _mark(self) -> int:
+        """Bytes that are held before the step, of all entries."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+
+def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
+    """Every entry at one size of the images: seconds of a step, their ratio to plain, bytes."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, generator=g)
+    timed = {name: Timed(assemble(name, args, size, images)) for name in args.entries}
+    if SHARE in timed:
+        violate(timed[SHARE].built, timed[SHARE].batches[0], args.share)
+    for number in range(args.warm + args.repeat):
+        for entry in timed.values():
+            entry.step(number, number >= args.warm)
+    found = {name: told(entry) for name, entry in timed.items()}
+    for name, row in found.items():
+        for key, other in (("ratio", PLAIN), ("ratio_to_groups", AGAINST.get(name))):
+            if other in found:
+                row[key] = row["seconds"] / found[other]["seconds"]
+        if "curate" in row and PLAIN in found:
+            # The batch is embedded once, and again what is redrawn.
+            passes = 1 + row["curate"]["redrawn"]
+            row["curate"]["seconds_per_pass"] = (row["seconds"] - found[PLAIN]["seconds"]) / passes
+    return found
+
+
+def told(entry: Timed) -> dict[str, Any]:
+    """An entry in numbers."""
+    quarters = statistics.quantiles(entry.seconds, n=4) if len(entry.seconds) > 1 else [entry.seconds[0]] * 3
+    row: dict[str, Any] = {"seconds": statistics.median(entry.seconds), "quartiles": [quarters[0], quarters[2]]}
+    memory = estimate(entry.built)["memory_bytes_estimate"]
+    row["kept_bytes"] = memory["activations_of_a_group"] + memory["curator"]
+    if entry.device.type == "cuda":
+        row["peak_bytes"] = entry.peak
+    if entry.told[0]:
+        names = ("rounds", "redrawn", "violating_before", "violating")
+        row["curate"] = {name: statistics.mean(t[f"curate_{name}"] for t in entry.told) for name in names}
+    row["context"] = entry.built.context
+    return row
+
+
+def lines(found: dict[str, dict[str, Any]]) -> Iterable[Sequence[str]]:
+    """Rows of the table of one size."""
+    plain = found.get(PLAIN)
+    for name, row in found.items():
+        key = "peak_bytes" if "peak_bytes" in row else "kept_bytes"
+        note = f"{row['ratio_to_groups']:.2f} of {AGAINST[name]}" if "ratio_to_groups" in row else ""
+        if "curate" in row:
+            c = row["curate"]
+            note = f"{c['violating_before']:.0%} violate, {c['rounds']:.1f} rounds, {c['redrawn']:.2f} redraws/sample"
+            if "seconds_per_pass" in c:
+                note += f", {1e3 * c['seconds_per_pass']:,.1f} ms per pass of the batch"
+        share = f"{row[key] / plain[key]:.2f}" if plain else ""
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        yield name, f"{1e3 * row['seconds']:,.1f}", ratio, f"{row[key] / 1e6:,.1f}", share, note
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides of the images in pixels")
+    parser.add_argument("--batch", type=int, default=256, help="samples per step, a multiple of 4")
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bf16")
+    parser.add_argument("--repeat", type=int, default=20, help="rounds that count")
+    parser.add_argument("--warm", type=int, default=3, help="rounds before, that do not")
+    parser.add_argument("--share", type=float, default=0.1, help="of samples that violate, for 'curate, at a share'")
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(words)
+    if args.batch < 8 or args.batch % 4:
+        parser.error("--batch is a multiple of 4, from 8 on: there are runs of 4 groups")
+    if min(args.repeat, args.warm) < 1 or not 0 < args.share < 1:
+        parser.error("--repeat and --warm are 1 or more, --share lies between 0 and 1")
+    device = device_for(args.device)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "entries")}
+    result: dict[str, Any] = {"environment": environment(device), "settings": settings, "sizes": {}}
+    kind = "peak of a step" if device.type == "cuda" else "kept for the way back"
+    for size in args.sizes:
+        found = result["sizes"][str(size)] = measure(args, size)
+        say(f"{args.encoder}, batch {args.batch}, {size} px, {device}, median of {args.repeat} steps")
+        print_table(("", "ms / step", "ratio", f"MB {kind}", "ratio", ""), lines(found), numbers=True)
+        say("")
+        write_json(args.out, result)
+    say(f"Written to {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Every plug-in with and without, same seeds: python results/plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
+
+Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on the
+digits also defaults (of fusion, for SimCLR), on photographs leak (groups of 32 in batches of 128).
+Runs as `methods.py` beside it does, three seeds each; writes plugins/digits.json or plugins/cifar.json entry by entry,
+and leaves out what is there already. `python results/render.py` makes the tables.
+"""
+
+import argparse
+import concurrent.futures
+import json
+from pathlib import Path
+from typing import Any
+
+from methods import UNTRAINED, entry, run, untrained
+
+HERE = Path(__file__).parent / "plugins"
+SEEDS = 3
+
+FUSED = {"off": [], "conv": ["fuse.name=conv"], "set": ["fuse.name=set"]}
+METHODS = {"moco v2": ["moco", "method.layers=2"], "byol": ["byol"], "simclr": ["simclr"], "simsiam": ["simsiam"]}
+CROPS = ("default", "global-local", "adjacent", "intersection", "equal", "big", "small", "global-local-big")
+CROPPED = ["simclr", "views.name=simclr_cifar"]
+CURATED = {"pairwise": ["curate.name=redraw"], "strict": ["curate.name=redraw", "curate.rule=strict"]}
+LEAKS = {
+    **FUSED, "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
+    "conv, shuffled": [*FUSED["conv"], "shuffle_groups=true"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],
+}  # fmt: skip
+DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv bottleneck=16",
+            "conv layers=2", "conv layers=3", "conv patch=8", "conv remember=all", "set where=before")  # fmt: skip
+RESNET = ["encoder.name=resnet10", "views.name=supervised"]
+ATTENDS = ("none", "se", "cbam", "ba2m")
+
+
+def questions(kind: str) -> dict[str, dict[str, list[str]]]:
+    """Question -> name in the table -> method and settings."""
+    more = ("eca", "batchformer") if kind == "digits" else ()
+    encoder = RESNET if kind == "cifar" else []
+    asked = {
+        "fusion": {f"{m}, {f}": [*words, *plug] for m, words in METHODS.items() for f, plug in FUSED.items()},
+        "crops": {name: [*CROPPED, f"crops={name}"] for name in CROPS},
+        "curation": {name: [*CROPPED, *words] for name, words in CURATED.items()},
+        "attention": {
+            name: ["supervised", *encoder, *([] if name == "none" else [f"attend.name={name}"])]
+            for name in (*ATTENDS, *more)
+        },
+    }  # fmt: skip
+    if kind == "cifar":
+        asked["leak"] = {name: ["simclr", "context=32", *words] for name, words in LEAKS.items()}
+    else:
+        asked["defaults"] = {name: ["simclr", *_fusion(*name.split())] for name in DEFAULTS}
+    return {q: {name: shared(kind, words) for name, words in entries.items()} for q, entries in asked.items()}
+
+
+def _fusion(name: str, *options: str) -> list[str]:
+    return [f"fuse.name={name}", *(f"fuse.{option}" if "=" in option else f"fuse.{option}=true" for option in options)]
+
+
+def shared(kind: str, words: list[str]) -> list[str]:
+    """The budget of all entries: the digits' small encoder and batch of 128."""
+    if kind == "digits":
+        return [*words, "epochs=12"]
+    views = [] if any(word.startswith("views.name") for word in words) else ["views.name=simclr_cifar"]
+    photos = ["preset=digits", "subset=10000", "size=32", "k=200", "epochs=2", "evaluate_every=2"]
+    return [*words, *photos, *views]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("budget", choices=["digits", "cifar"])
+    parser.add_argument("questions", nargs="*", help="all by default")
+    parser.add_argument("--data", default="digits-canvas-colour", help="for cifar: the folder of its images, relative")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    known, file = questions(given.budget), HERE / f"{given.budget}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        waiting = {
+            (question, name): [pool.submit(run, given.data, known[question][name], seed) for seed in range(SEEDS)]
+            for question in given.questions or known
+            for name in known[question]
+            if name not in found.get(question, {})
+        }
+        for (question, name), futures in waiting.items():
+            results = [future.result() for future in futures]
+            found.setdefault(question, {})[name] = entry(results)
+            if UNTRAINED not in found:
+                recipe = results[0]["recipe"]
+                found[UNTRAINED] = {"runs": [untrained(recipe, given.data, seed) for seed in range(SEEDS)]}
+            HERE.mkdir(exist_ok=True)
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            knn = [round(100 * one["evaluation"]["knn"]["top1"], 1) for one in found[question][name]["runs"]]
+            print(question, name, knn, flush=True)
+
+
+if __name__ == "__main__":
+    main()
