@@ -9,6 +9,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 INDEX = HERE.parent / "docs" / "methods" / "README.md"
+PLUGINS = HERE.parent / "docs" / "context" / "results.md"
 HEAD = """# Results
 
 One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware,
@@ -99,7 +100,62 @@ def written(page: Path) -> str:
     return text
 
 
+def baseline(question: str, name: str) -> tuple[str, str]:
+    """The question and the name of the entry without the plug-in."""
+    return {
+        "fusion": ("fusion", f"{name.partition(',')[0]}, off"),
+        "defaults": ("fusion", "simclr, conv"),
+        "crops": ("crops", "default"),
+        "curation": ("crops", "default"),
+        "attention": ("attention", "none"),
+        "leak": ("leak", "off"),
+    }[question]
+
+
+def compared(found: dict[str, Any], question: str) -> str:
+    """Every entry of a question beside its baseline: seed by seed, so that what the seed does drops out."""
+    lines = [
+        "| | k-NN | against the first line, same seeds | linear | NMI | group told (chance) | training s | seconds |",
+        "| --- |" + " --- |" * 7,
+    ]
+    names, first = list(found[question]), {baseline(question, name) for name in found[question]}
+    outside = [(q, name) for q, name in sorted(first) if q != question]
+    for q, name in [*outside, *((question, name) for name in names)]:
+        plain, runs = found[baseline(question, name)[0]][baseline(question, name)[1]], found[q][name]["runs"]
+        knn = [100 * run["evaluation"]["knn"]["top1"] for run in runs]
+        own = [100 * run["evaluation"]["knn"]["top1"] for run in plain["runs"]]
+        fastest = min(run["training_seconds"] for run in runs)
+        leaks = [run["leak"] for run in runs if run.get("leak")]
+        cells = [
+            spread(knn),
+            "" if plain is found[q][name] else spread([a - b for a, b in zip(knn, own, strict=True)]),
+            spread([100 * run["evaluation"]["linear"]["top1"] for run in runs]),
+            spread([100 * run["evaluation"]["clustering"]["nmi"] for run in runs]),
+            f"{100 * mean(x['leak'] for x in leaks):.0f} ({100 * leaks[0]['leak_chance']:.0f})" if leaks else "",
+            f"{fastest:.0f}",
+            f"x {fastest / min(run['training_seconds'] for run in plain['runs']):.2f}",
+        ]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def answered(page: Path) -> str:
+    """The page of the plug-ins with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
+    text = page.read_text()
+    for file in sorted((HERE / "plugins").glob("*.json")):
+        found = json.loads(file.read_text())
+        for question in (q for q in found if q != "untrained encoder"):
+            pattern = rf"(<!-- {file.stem} {question} -->\n).*?(<!-- end -->)"
+            new = compared(found, question)
+            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+        knn = spread([100 * run["evaluation"]["knn"]["top1"] for run in found["untrained encoder"]["runs"]])
+        text = re.sub(rf"(<!-- {file.stem} untrained -->).*?(<!-- end -->)", rf"\g<1>{knn}\2", text)
+    return text
+
+
 if __name__ == "__main__":
     (HERE / "README.md").write_text(page())
+    if PLUGINS.exists():
+        PLUGINS.write_text(answered(PLUGINS))
     for page_of_method in INDEX.parent.glob("*.md"):
         page_of_method.write_text(written(page_of_method))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+ROOMS = ("draws", "functional", "memory", "clusters", "methods", "views", "evaluate", "context")
 # Before anything of ours is imported: signatures are checked in tests only.
 install_import_hook(
-    [f"inbatch.{room}" for room in ("draws", "functional", "memory", "clusters", "methods", "views", "evaluate", "context")],
+    [f"inbatch.{room}" for room in ROOMS],
     "beartype.beartype",
 )
 

@@ -26,7 +26,7 @@ from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.show import explain, printable
 
-COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "inspect", "views", "crops", "methods")
+COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "inspect", "views", "crops", "methods", "plugins")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
 
@@ -124,7 +124,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
     assert len(lines) >= 2
     for line in lines:
         words = line.partition("inbatch ")[2].partition("   ")[0].partition(" > ")[0]
-        expected = 0 if command == "methods" else Preempted.exit_code
+        expected = 0 if command in ("methods", "plugins") else Preempted.exit_code
         assert run(words).exit_code == expected, line
 
 

@@ -136,6 +136,16 @@ def test_every_crop_configuration_trains(method: str, crops: str) -> None:
     assert torch.isfinite(torch.as_tensor(losses["loss"]))
 
 
+@pytest.mark.parametrize("attend", ["ba2m", "batchformer", "se"])
+def test_the_same_seed_is_the_same_start_with_and_without(attend: str) -> None:
+    shared = {"subset": 80, "batch": 16, "settings": {"encoder.name": "resnet10"}}
+    plain = api.prepare("digits-canvas", "byol", **shared)
+    both = api.prepare("digits-canvas", "byol", **shared, attend=attend, fuse="conv")
+    found = both.tower.state_dict()
+    for name, weight in plain.tower.state_dict().items():
+        assert torch.equal(found[name], weight), name
+
+
 BAD = {
     "fuse.name = 'cnv' is unknown": {"settings": {"fuse.name": "cnv"}},
     "there is no fuse.name": {"settings": {"fuse.patch": 4}},

@@ -206,8 +206,8 @@ def inspect_run(
         raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
     recipe = replace(make(read_file(folder / "recipe.json")), seed=seed, compile=False)
-    if (folder / "result.json").is_file():  # where a run of several processes says how large its groups were
-        recipe = replace(recipe, context=json.loads((folder / "result.json").read_text())["context"])
+    if (folder / "run.json").is_file():  # where a run of several processes says how large its groups were
+        recipe = replace(recipe, context=json.loads((folder / "run.json").read_text()).get("context", recipe.context))
     try:
         source = _source(recipe, data)
     except DataError as error:

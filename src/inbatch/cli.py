@@ -13,11 +13,14 @@ from inbatch.errors import ConfigError, DataError, InbatchError, Interrupted, Tr
 from inbatch.show import (
     complain,
     explain,
+    explain_plugins,
     first,
     print_figures,
     print_json,
     print_method,
     print_methods,
+    print_plugin,
+    print_plugins,
     print_rehearsal,
     print_run,
     print_table,
@@ -332,6 +335,23 @@ def methods(
             return
         every = [explain(name, kind) for name, kind in METHODS.items()]
         print_json({"methods": every}) if as_json else print_methods(every)
+
+
+@app.command(epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
+def plugins(
+    name: Annotated[str | None, Argument(metavar="NAME", help="One plug-in: its options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How samples can meet before the loss (fusion, curation, attention), with any method; with a NAME its options."""
+    with reported(as_json):
+        every = explain_plugins()
+        if name is None:
+            print_json({"plugins": every}) if as_json else print_plugins(every)
+            return
+        known = {plugin["name"]: plugin for plugin in every}
+        if name not in known:
+            raise ConfigError(f"there is no plug-in {name!r}; there are {', '.join(known)}")
+        print_json(known[name]) if as_json else print_plugin(known[name])
 
 
 @contextmanager

@@ -42,8 +42,12 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
 """Part -> what there is of it, by name."""
 OPTIONAL = ("fuse", "curate", "attend")
 """The parts that a run can do without."""
-_GIVEN = {"params", "group", "size", "mean", "std", "channels", "width"}
-"""Arguments of optimisers and plug-ins that are the run's to give."""
+_GIVEN = {
+    "optimizer": {"params"},
+    "fuse": {"group", "size", "mean", "std"},
+    "attend": {"channels", "width"},
+}
+"""Arguments of a part that are the run's to give."""
 
 
 def make_part(part: str, options: Settings, size: int) -> Part | None:
@@ -74,25 +78,38 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
 
 
+def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Every plug-in that has a name: name -> its part, its docstring, and its options with their defaults."""
+    found = {}
+    for part in OPTIONAL:
+        for name, maker in (PARTS[part] or {}).items():
+            defaults = {key: field.default for key, field in _model(part, name).model_fields.items()}
+            found[name] = (part, inspect.getdoc(maker) or "", defaults)
+    return found
+
+
 @functools.cache
 def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
+    model = _model(part, name)
+    return pydantic.TypeAdapter(model), tuple(model.model_fields)
+
+
+def _model(part: str, name: str) -> type[pydantic.BaseModel]:
+    """The settings of what makes a part: its signature, without what is the run's to give."""
     maker = (PARTS[part] or {})[name]
     target = maker.func if isinstance(maker, functools.partial) else maker
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     fields: dict[str, Any] = {}
-    plugged = part == "optimizer" or part in OPTIONAL
     for p in inspect.signature(maker).parameters.values():
-        if not (plugged and p.name in _GIVEN):
+        if p.name not in _GIVEN.get(part, ()):
             required = p.default is inspect.Parameter.empty
             fields[p.name] = (hints.get(p.name, Any), ... if required else p.default)
     if part == "optimizer":
         fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
-    if part == "attend":
+    if part == "attend" and "channels" in inspect.signature(maker).parameters:
         fields |= {"stages": (tuple[int, ...] | None, None)}
-    model = pydantic.create_model(
-        name, __config__=pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=()), **fields
-    )
-    return pydantic.TypeAdapter(model), tuple(fields)
+    rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    return pydantic.create_model(name, __config__=rules, **fields)
 
 
 def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:

@@ -174,6 +174,40 @@ def print_method(m: Mapping[str, Any]) -> None:
     say("", f"Every other setting: inbatch pretrain {m['name']} --data ... --dry-run")
 
 
+STAGES = "which residual stages get a block, from 1; all by default"
+
+
+def explain_plugins() -> list[dict[str, Any]]:
+    """Every plug-in for --json and the tables."""
+    from inbatch.parts import plugins
+
+    every = []
+    for name, (part, doc, defaults) in plugins().items():
+        lines = doc.splitlines()
+        told = _told(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
+        options = {key: {"default": value, "what": told.get(key, "")} for key, value in defaults.items()}
+        every.append({"part": part, "name": name, "what": lines[0], "options": options})
+    return every
+
+
+def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
+    """A row per plug-in."""
+    flags = {"curate": "--curate"}
+    rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
+    print_table(("flag", "what it is", "options"), rows)
+    say("", "They go with every method, and together. Beside them: --crops (inbatch crops --crops all) and")
+    say("--shuffle-groups. One plug-in in detail: inbatch plugins NAME")
+
+
+def print_plugin(p: Mapping[str, Any]) -> None:
+    """A plug-in's options."""
+    say(f"{p['name']}: {p['what']}", "")
+    print_table(
+        ("--set", "default", "what it is"),
+        [(f"{p['part']}.{o}", str(told["default"]), told["what"]) for o, told in p["options"].items()],
+    )
+
+
 def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
     """What a docstring says of the options: "name, name: what", at the start of a line or behind a full stop."""
     one = "|".join(options)

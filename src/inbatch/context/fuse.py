@@ -71,6 +71,7 @@ class Fusion(Grouped):
 class ConvFusion(Fusion):
     """Batch fusion of BA-SSL (arXiv 2311.09974): the samples of a group are the channels of convolutions.
 
+    Its weights belong to G samples in an order: another group size does not fit.
     patch: side of the patches in pixels; by default 16, 8 below 128 pixels and 4 below 48, or the next smaller one
         that divides the side.
     bottleneck: the first 1x1 convolution leaves a group of G samples G / bottleneck channels.
@@ -81,8 +82,6 @@ class ConvFusion(Fusion):
         learns from.
     target: the momentum tower fuses with a slow "copy", with the "shared" newest weights (Algorithm 1), or "none".
     remember: the norm statistics for evaluation are of "plain" views only, where there are some, or of "all".
-
-    Its weights belong to G samples in an order: another group size does not fit.
     """
 
     def __init__(

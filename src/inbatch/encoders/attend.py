@@ -169,7 +169,8 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Mo
 
 def _make(maker: Callable[..., nn.Module], name: str, size: int, options: dict[str, Any]) -> nn.Module:
     try:
-        return maker(size, **options)
+        with torch.random.fork_rng(devices=[]):  # what is made after it starts from the same weights as without it
+            return maker(size, **options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
         raise ConfigError(f"{name} cannot be built for {size} channels with {options}: {e}") from e
 
