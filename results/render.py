@@ -9,7 +9,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 INDEX = HERE.parent / "docs" / "methods" / "README.md"
-PLUGINS = HERE.parent / "docs" / "context" / "results.md"
+PLUGINS = HERE.parent / "docs" / "context"
 HEAD = """# Results
 
 One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware,
@@ -140,7 +140,7 @@ def compared(found: dict[str, Any], question: str) -> str:
 
 
 def answered(page: Path) -> str:
-    """The page of the plug-ins with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
+    """A page of docs/context with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
     text = page.read_text()
     for file in sorted((HERE / "plugins").glob("*.json")):
         found = json.loads(file.read_text())
@@ -155,7 +155,7 @@ def answered(page: Path) -> str:
 
 if __name__ == "__main__":
     (HERE / "README.md").write_text(page())
-    if PLUGINS.exists():
-        PLUGINS.write_text(answered(PLUGINS))
+    for page_of_plugin in PLUGINS.glob("*.md"):
+        page_of_plugin.write_text(answered(page_of_plugin))
     for page_of_method in INDEX.parent.glob("*.md"):
         page_of_method.write_text(written(page_of_method))

@@ -13,9 +13,12 @@ import torch
 from test_seam import assert_same
 
 from inbatch.config import make, parse_assignment
+from inbatch.encoders.attend import ATTENDS
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
+from inbatch.parts import plugins
+from inbatch.show import explain_plugins
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = pytest.mark.parametrize("name", METHODS)
@@ -38,10 +41,55 @@ def recipe(command: str) -> None:
     words = shlex.split(command)
     assert words[:2] == ["inbatch", "pretrain"]
     settings = {"method.name": words[2], "data": "photos"}
-    for flag, value in zip(words[3::2], words[4::2], strict=True):
-        assert flag in ("--data", "--preset", "--set")
-        settings |= parse_assignment(value) if flag == "--set" else {flag[2:]: value}
+    rest = iter(words[3:])
+    for flag in rest:
+        if flag in SWITCHES:
+            settings |= SWITCHES[flag]
+            continue
+        assert flag in ("--data", "--preset", "--set", "--context", *PLUGS)
+        value = next(rest)
+        settings |= parse_assignment(value) if flag == "--set" else {PLUGS.get(flag, flag[2:]): value}
     make(settings)
+
+
+PLUGS = {"--fuse": "fuse.name", "--attend": "attend.name", "--crops": "crops"}
+SWITCHES = {"--curate": {"curate.name": "redraw"}, "--shuffle-groups": {"shuffle_groups": True}}
+CONTEXT = {"fuse": ("conv", "set"), "curate": ("redraw",), "attend": ("ba2m", "batchformer"), "crops": (), "README": ()}
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_pages_of_plug_ins_run(name: str) -> None:
+    page = DOCS / "context" / f"{name}.md"
+    before = dict(ATTENDS)
+    try:
+        for code in blocks(page, "python"):
+            exec(code, {})
+    finally:
+        ATTENDS.clear()
+        ATTENDS.update(before)
+    commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    for command in (c for c in commands if c.startswith("inbatch pretrain")):
+        recipe(command)
+    assert commands
+
+
+@pytest.mark.parametrize("name", ["curate", "fuse"])
+def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
+    found = table(DOCS / "context" / f"{name}.md", "option")
+    said = {option.strip("`"): cells for row, cells in list(found.items())[2:] for option in row.split(", ")}
+    for column, plugin in enumerate(CONTEXT[name]):
+        options = plugins()[plugin][2]
+        assert {option for option, cells in said.items() if cells[column]} == set(options)
+        for option, default in options.items():
+            row = next(row for row in list(found)[2:] if f"{option}" in row.replace("`", "").split(", "))
+            place = row.replace("`", "").split(", ").index(option)
+            assert found[row][column].split(", ")[place] == str(default), option
+
+
+def test_every_option_of_a_plug_in_is_told() -> None:
+    for plugin in explain_plugins():
+        silent = [name for name, told in plugin["options"].items() if not told["what"]]
+        assert not silent, plugin["name"]
 
 
 @PAGES

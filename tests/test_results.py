@@ -30,6 +30,25 @@ def test_the_tables_of_methods_are_what_the_files_make(name: str, render: Module
     assert page.read_text().count("| untrained encoder |") == 2
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "context").glob("*.md")), ids=lambda page: page.stem)
+def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: ModuleType) -> None:
+    assert page.read_text() == render.answered(page), "python results/render.py writes it anew"
+
+
+@pytest.mark.parametrize("kind", ["digits", "cifar"])
+def test_plug_ins_are_compared_at_the_same_seeds(kind: str, render: ModuleType) -> None:
+    """Each with what it stands beside: three seeds, and recipes that differ in nothing but the plug-in."""
+    found = render.json.loads((ROOT / "results" / "plugins" / f"{kind}.json").read_text())
+    plugs = ("fuse", "curate", "attend", "crops", "shuffle_groups")
+    for question in found.keys() - {"untrained encoder"}:
+        for name, entry in found[question].items():
+            other, own = render.baseline(question, name)
+            plain = found[other][own]
+            assert [run["seed"] for run in entry["runs"]] == [run["seed"] for run in plain["runs"]] == [0, 1, 2]
+            kept = [{k: v for k, v in e["recipe"].items() if k not in plugs} for e in (entry, plain)]
+            assert kept[0] == kept[1], name
+
+
 @pytest.mark.parametrize("kind", ["digits", "cifar"])
 def test_every_method_is_in_the_tables(kind: str, render: ModuleType) -> None:
     entries = render.json.loads((ROOT / "results" / "methods" / f"{kind}.json").read_text())

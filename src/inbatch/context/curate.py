@@ -34,22 +34,16 @@ def pair_distances(
     views, b, _ = mine.shape
     if distance == "cosine":
         mine, everyone = (nn.functional.normalize(z, dim=-1) for z in (mine, everyone))
-    others = everyone.flatten(0, 1)
-    samples = torch.arange(everyone.shape[1], device=mine.device).repeat(views)
+    others, each = everyone.flatten(0, 1), torch.arange(views, device=mine.device)
     own, nearest = mine.new_full((b,), -math.inf), mine.new_full((b,), math.inf)
     for v in range(views):
         for part in torch.arange(b, device=mine.device).split(_PIECE):
             far = _distances(mine[v, part], others, distance)
-            same = samples == (first + part)[:, None]
-            nearest[part] = nearest[part].minimum(far.masked_fill(same, math.inf).amin(1))
-            own[part] = own[part].maximum(_paired(far, same, v, views))
+            same = (first + part)[:, None] + each * everyone.shape[1]  # where the sample's own views stand
+            apart = far.gather(1, same).masked_fill(each == v, -math.inf).amax(1)
+            own[part] = own[part].maximum(apart)
+            nearest[part] = nearest[part].minimum(far.scatter(1, same, math.inf).amin(1))
     return own, nearest
-
-
-def _paired(far: Tensor, same: Tensor, v: int, views: int) -> Tensor:
-    """The largest distance to the sample's other views."""
-    mine = far[same].view(len(far), views)
-    return mine[:, [w for w in range(views) if w != v]].amax(1)
 
 
 def _distances(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], distance: str) -> Float[Tensor, "m n"]:
