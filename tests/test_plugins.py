@@ -176,3 +176,16 @@ def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
     method = given.pop("method", "simclr")
     with pytest.raises(ConfigError, match=message.replace("(", "\\(")):
         api.prepare("digits-canvas", method, subset=80, batch=16, epochs=1, **given)
+
+
+def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
+    given = {"subset": 80, "batch": 16, "context": 8, "settings": {"curate.name": "redraw"}, "shuffle_groups": True}
+    found = api.rehearse("digits-canvas", "byol", fuse="conv", attend="ba2m", **given)
+    words = found["description"]
+    for part in ("fuse:    conv, ", "curate:  from epoch 7 on, ", "attend:  ba2m in 3 blocks", "groups:  shuffled"):
+        assert part in words, words
+    plain = api.rehearse("digits-canvas", "byol", subset=80, batch=16, context=8)
+    more, less = found["memory_bytes_estimate"], plain["memory_bytes_estimate"]
+    assert more["curator"] >= less["weights"] and less["curator"] == 0
+    assert more["activations_of_a_group"] > less["activations_of_a_group"]
+    assert found["parameters"]["fuse"] > 0 and found["rows"] == plain["rows"]

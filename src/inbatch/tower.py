@@ -53,44 +53,41 @@ class Tower(nn.Module):
 
         numbers: which of a sample's views they are; by default all, in order.
         """
-        mixed = [self.fuse is not None and n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
+        mixed = [n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
+        fuse = nn.Identity() if self.fuse is None else self.fuse
+        with self.autocast(views[0]):
+            views = [fuse(view) if mix else view for view, mix in zip(views, mixed, strict=True)]
+        # Fused images look unlike those of evaluation: norm layers remember the plain ones where there are some.
+        forget = self.fuse is not None and self.fuse.remember == "plain" and not all(mixed)
+
+        def remembered(mix: bool) -> AbstractContextManager[None]:
+            return frozen_statistics(self) if mix and forget else nullcontext()
+
         if not self.joined:
             # Autocast keeps its bfloat16 weights for all that runs inside it; one view at a time, their gradients
             # meet in float32.
             made = []
-            for view, fuse in zip(views, mixed, strict=True):
-                with self._forgetting(fuse and not all(mixed)):
-                    made.append(self.outputs(view, fuse))
+            for view, mix in zip(views, mixed, strict=True):
+                with remembered(mix):
+                    made.append(self.outputs(view))
             return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+        parts = []
         with self.autocast(views[0]):
-            alike = groupby(zip(views, mixed, strict=True), key=lambda pair: (pair[0].shape, pair[1]))
-            runs = [(torch.cat([self._fused(view) if fuse else view for view, fuse in some]), fuse)
-                    for (_, fuse), some in alike]  # fmt: skip
-            parts = []
-            for images, fuse in runs:
-                with self._forgetting(fuse and not all(mixed)):
-                    parts.append(self._features(images))
+            for (_, mix), some in groupby(zip(views, mixed, strict=True), key=lambda pair: (pair[0].shape, pair[1])):
+                with remembered(mix):
+                    parts.append(self._features(torch.cat([view for view, _ in some])))
             rows = self._heads(torch.cat(parts))
         return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
 
-    def outputs(self, images: Tensor, fuse: bool = False) -> Rows:
+    def outputs(self, images: Tensor) -> Rows:
         """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
         with self.autocast(images):
-            return self._heads(self._features(self._fused(images) if fuse else images))
+            return self._heads(self._features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """The features (G, F) alone."""
         with self.autocast(images):
             return _wide(self._features(images))
-
-    def _fused(self, images: Tensor) -> Tensor:
-        assert self.fuse is not None
-        return self.fuse(images)
-
-    def _forgetting(self, fused: bool) -> AbstractContextManager[None]:
-        """Fused images look unlike those of evaluation: norm layers remember the plain views where there are some."""
-        assert self.fuse is not None or not fused
-        return frozen_statistics(self) if self.fuse and fused and self.fuse.remember == "plain" else nullcontext()
 
     def autocast(self, images: Tensor) -> torch.autocast:
         """The precision in which the tower runs."""
