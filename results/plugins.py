@@ -26,10 +26,8 @@ LEAKS = {
     **FUSED, "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
     "conv, shuffled": [*FUSED["conv"], "shuffle_groups=true"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],
 }  # fmt: skip
-DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv bottleneck=16",
-            "conv layers=2", "conv layers=3", "conv patch=8", "conv remember=all", "set where=before")  # fmt: skip
-RESNET = ["encoder.name=resnet10", "views.name=supervised"]
-ATTENDS = ("none", "se", "cbam", "ba2m")
+DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
+            "conv remember=all")  # fmt: skip
 
 
 def questions(kind: str) -> dict[str, dict[str, list[str]]]:
