@@ -21,7 +21,8 @@ FUSED = {"off": [], "conv": ["fuse.name=conv"], "set": ["fuse.name=set"]}
 METHODS = {"moco v2": ["moco", "method.layers=2"], "byol": ["byol"], "simclr": ["simclr"], "simsiam": ["simsiam"]}
 CROPS = ("default", "global-local", "adjacent", "intersection", "equal", "big", "small", "global-local-big")
 CROPPED = ["simclr", "views.name=simclr_cifar"]
-CURATED = {"pairwise": ["curate.name=redraw"], "strict": ["curate.name=redraw", "curate.rule=strict"]}
+_UNBOUNDED = ["curate.name=redraw", "curate.budget=none", "curate.rule=strict"]
+CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": _UNBOUNDED}
 LEAKS = {
     **FUSED, "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
     "conv, shuffled": [*FUSED["conv"], "shuffle_groups=true"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],

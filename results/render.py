@@ -115,7 +115,7 @@ def baseline(question: str, name: str) -> tuple[str, str]:
 def compared(found: dict[str, Any], question: str) -> str:
     """Every entry of a question beside its baseline: seed by seed, so that what the seed does drops out."""
     lines = [
-        "| | k-NN | against the first line, same seeds | linear | NMI | group told (chance) | training s | seconds |",
+        "| | k-NN | against without, same seeds | linear | NMI | group told (chance) | training s | ratio |",
         "| --- |" + " --- |" * 7,
     ]
     names, first = list(found[question]), {baseline(question, name) for name in found[question]}

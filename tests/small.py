@@ -165,7 +165,11 @@ def curator(plugs: Collection[str], tower: Tower, views: int) -> Curator | None:
         with model.evaluating():
             return torch.stack([model.features(view) for view in images])
 
-    made = Curator(rounds=2, rule="strict", distance="euclidean", model="live") if "strict" in plugs else Curator()
+    made = (
+        Curator(rounds=2, budget=None, rule="strict", distance="euclidean", model="live")
+        if "strict" in plugs
+        else Curator()
+    )
     made.prepare(tower, lambda batch, attempt: redraw(batch, attempt, views), embed, 1)
     made.starts = 0
     return made.double()
@@ -240,7 +244,7 @@ def _curated(plugs: Collection[str], model: Tower, batch: Batch, images: Sequenc
     """Algorithm 1 of batch curation, pair by pair."""
     views, n = len(images), len(batch)
     model = copy.deepcopy(model).eval()
-    now = torch.stack(tuple(images))
+    now, spent = torch.stack(tuple(images)), 0
     for attempt in range(1, (2 if "strict" in plugs else 3) + 1):
         with torch.no_grad():
             z = torch.stack([model.features(view) for view in now])
@@ -258,6 +262,8 @@ def _curated(plugs: Collection[str], model: Tower, batch: Batch, images: Sequenc
             bad = [i for i in range(n) if own[i] >= min(near) or near[i] <= max(own)]
         else:
             bad = [i for i in range(n) if own[i] >= near[i]]
+        bad = sorted(bad, key=lambda i: near[i] - own[i])[: n if "strict" in plugs else n // 2 - spent]
+        spent += 0 if "strict" in plugs else len(bad)
         if not bad:
             break
         now[:, bad] = torch.stack(redraw(batch.take(torch.tensor(bad)), attempt, views))

@@ -71,7 +71,7 @@ def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[C
         second = torch.tensor([[answers[i][attempt]] for i in batch.index.tolist()])
         return [torch.tensor([[10.0 * i] for i in batch.index.tolist()]), second]
 
-    made = Curator(**({"distance": "euclidean", "warmup": 0.0} | options))
+    made = Curator(**({"distance": "euclidean", "warmup": 0.0, "budget": None} | options))
     made.prepare(Known(), redraw, lambda model, images: torch.stack(list(images)), 2)
     return made, asked
 
@@ -82,25 +82,31 @@ def drawn(answers: dict[int, list[float]], epoch: int = 1) -> tuple[Batch, list[
     return Batch(index, index * 0 - 1, epoch=epoch), [index[:, None] * 10.0, second]
 
 
+@pytest.mark.parametrize("budget", [None, 0.5, 1.0])
 @pytest.mark.parametrize("rule", ["pairwise", "strict"])
 @pytest.mark.parametrize("seed", range(4))
-def test_only_violating_samples_are_drawn_again_and_at_most_so_often(rule: str, seed: int) -> None:
+def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
+    rule: str, seed: int, budget: float | None
+) -> None:
     g = torch.Generator().manual_seed(seed)
     answers = {i: (10.0 * i + 8 * torch.randn(4, generator=g)).tolist() for i in range(6)}
-    made, asked = curator(answers, rounds=3, rule=rule)
+    made, asked = curator(answers, rounds=3, rule=rule, budget=budget)
     batch, images = drawn(answers)
     before = images[1].clone()
     views, told = made(batch, images)
 
     at, expected, shares = [0] * 6, [], []
+    left = 99 if budget is None else int(6 * budget)
     for attempt in range(1, 5):
         second = torch.tensor([[answers[i][at[i]]] for i in range(6)])
         own, near = distances(torch.stack([images[0], second]), "euclidean")
         bad = [i for i in range(6) if own[i] >= (near[i] if rule == "pairwise" else min(near))]
         bad = bad if rule == "pairwise" else sorted({*bad, *(i for i in range(6) if near[i] <= max(own))})
         shares.append(len(bad) / 6)
-        if not bad or attempt == 4:
+        if not bad or attempt == 4 or not left:
             break
+        bad = sorted(sorted(bad, key=lambda i: near[i] - own[i])[:left])  # the worst first
+        left -= len(bad)
         expected.append(bad)
         at = [attempt if i in bad else old for i, old in enumerate(at)]
     assert asked == expected and told["curate_rounds"] == len(expected) > 0
@@ -232,6 +238,8 @@ def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
 def test_what_cannot_be_curated() -> None:
     with pytest.raises(ConfigError, match=r"curate\.warmup"):
         Curator(warmup=1.0)
+    with pytest.raises(ConfigError, match=r"curate\.budget = 0"):
+        Curator(budget=0.0)
     with pytest.raises(ConfigError, match="has no projection"):
         api.prepare(
             "digits-canvas", "supervised", subset=80, batch=16,

@@ -69,7 +69,9 @@ def violating(
 class Curator(nn.Module):
     """Batch curation (Welle et al. 2021): views are drawn again until a sample's are nearer than any other sample's.
 
-    rounds: at most so many redraws of a batch; what then still breaks the rule is learned from as it is.
+    rounds: at most so many redraws of a sample; what then still breaks the rule is learned from as it is.
+    budget: at most so many redraws per sample of a batch, on average; those that break the rule most come first. None
+        is the paper's: no limit but the rounds.
     rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as Algorithm 1 does.
     distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
     where: rows of the encoder's "features" or of the method's "projection".
@@ -79,14 +81,17 @@ class Curator(nn.Module):
     """
 
     def __init__(
-        self, rounds: int = 3, rule: Literal["pairwise", "strict"] = "pairwise",
+        self, rounds: int = 3, budget: float | None = 0.5, rule: Literal["pairwise", "strict"] = "pairwise",
         distance: Literal["cosine", "euclidean"] = "cosine", where: Literal["features", "projection"] = "features",
         model: Literal["snapshot", "live"] = "snapshot", margin: float = 0.0, warmup: float = 0.1,
     ) -> None:  # fmt: skip
         if rounds < 1 or not 0 <= warmup < 1:
             raise ConfigError(f"curate.rounds = {rounds} is at least 1, and curate.warmup = {warmup} a share below 1")
+        if budget is not None and budget <= 0:
+            raise ConfigError(f"curate.budget = {budget} is above 0, or none: no limit but the rounds")
         super().__init__()
         self.rounds, self.rule, self.distance, self.margin = rounds, rule, distance, margin
+        self.budget = math.inf if budget is None else budget
         self.where, self.uses, self.warmup = where, model, warmup
         self.epoch: Tensor
         self.register_buffer("epoch", torch.tensor(-1))
@@ -110,17 +115,18 @@ class Curator(nn.Module):
             return images, {}
         model, views = self._model(batch.epoch), [image.clone() for image in images]
         rows = self._embed(model, views)
-        bad = self._judge(rows, gather, first)
+        bad, excess = self._judge(rows, gather, first)
         rounds, redrawn, before = 0, 0, int(bad.sum())
-        while rounds < self.rounds and bool(bad.any()):
-            rounds, redrawn = rounds + 1, redrawn + int(bad.sum())
-            again = bad[first : first + len(batch)].nonzero()[:, 0]
+        while rounds < self.rounds and (count := int(min(int(bad.sum()), self.budget * len(bad) - redrawn))) > 0:
+            rounds, redrawn = rounds + 1, redrawn + count
+            worst = excess.masked_fill(~bad, -math.inf).argsort(descending=True, stable=True)[:count]
+            again = torch.zeros_like(bad).index_fill(0, worst, True)[first : first + len(batch)].nonzero()[:, 0]
             if len(again):  # ranks differ in this, not in the rounds
                 new = self._redraw(batch.take(again), rounds)
                 for view, fresh in zip(views, new, strict=True):
                     view[again] = fresh
                 rows[:, again] = self._embed(model, new)
-            bad = self._judge(rows, gather, first)
+            bad, excess = self._judge(rows, gather, first)
         told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
         told["violating"] = int(bad.sum()) / len(bad)
         return views, {f"curate_{name}": float(value) for name, value in told.items()}
@@ -133,10 +139,13 @@ class Curator(nn.Module):
             self.epoch.fill_(epoch)
         return self.snapshot
 
-    def _judge(self, rows: Float[Tensor, "v b d"], gather: Gather, first: int) -> Bool[Tensor, "n"]:
-        """Who in the whole batch breaks the rule: the same answer on every rank."""
-        own, nearest = pair_distances(rows, gather(rows, 1), first, self.distance)
-        return violating(gather(own, 0), gather(nearest, 0), self.rule, self.margin)
+    def _judge(
+        self, rows: Float[Tensor, "v b d"], gather: Gather, first: int
+    ) -> tuple[Bool[Tensor, "n"], Float[Tensor, "n"]]:
+        """Who in the whole batch breaks the rule, and by how much a pair is too far apart: the same on every rank."""
+        mine = pair_distances(rows, gather(rows, 1), first, self.distance)
+        own, nearest = gather(mine[0], 0), gather(mine[1], 0)
+        return violating(own, nearest, self.rule, self.margin), own - nearest
 
 
 CURATORS: dict[str, type[Curator]] = {"redraw": Curator}
