@@ -55,7 +55,8 @@ def _plugins(built: Built) -> dict[str, str]:
     if curator is not None:
         lines["curate"] = (
             f"from epoch {curator.starts + 1} on, {curator.rule} rule, at most {curator.rounds} rounds and "
-            f"{curator.budget:g} redraws per sample; {curator.distance} distance of {curator.where}, {curator.uses} model"
+            f"{curator.budget:g} redraws per sample; "
+            f"{curator.distance} distance of {curator.where}, {curator.uses} model"
         )
     if r.attend is not None:
         lines["attend"] = attention(built.encoder, built.context)
