@@ -25,7 +25,7 @@ _UNBOUNDED = ["curate.name=redraw", "curate.budget=none", "curate.rule=strict"]
 CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": _UNBOUNDED}
 LEAKS = {
     **FUSED, "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
-    "conv, shuffled": [*FUSED["conv"], "shuffle_groups=true"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],
+    "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],
 }  # fmt: skip
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip
