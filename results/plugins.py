@@ -29,6 +29,8 @@ LEAKS = {
 }  # fmt: skip
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip
+RESNET = ["encoder.name=resnet10", "views.name=supervised"]
+ATTENDS = ("none", "se", "cbam", "ba2m")
 
 
 def questions(kind: str) -> dict[str, dict[str, list[str]]]:
