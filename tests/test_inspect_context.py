@@ -37,7 +37,7 @@ def shown(path: Path) -> np.ndarray:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with everything, ba2m for attention."""
     out = tmp_path_factory.mktemp("runs") / "full"
-    settings = {"curate.name": "redraw", "fuse.name": "conv", "attend.name": "ba2m"}
+    settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}
     tiny("simclr", out, settings=settings, subset=80, precision="float32")
     return out
 

@@ -125,7 +125,7 @@ def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -
 
 
 @torch.no_grad()
-def follow(target: Tower, online: Tower, momentum: float) -> None:
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
 
     Norm statistics are the target's own: it has seen its own images. A shared fusion is the newest.
@@ -135,8 +135,9 @@ def follow(target: Tower, online: Tower, momentum: float) -> None:
     slow: list[Tensor] = [pair[0] for pair in pairs]
     torch._foreach_mul_(slow, momentum)
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
-    if target.fuse is not None and online.fuse is not None and target.fuse.target == "shared":
-        target.fuse.load_state_dict(online.fuse.state_dict())
+    fuse = getattr(target, "fuse", None)
+    if isinstance(fuse, Fusion) and fuse.target == "shared":
+        fuse.load_state_dict(online.get_submodule("fuse").state_dict())
 
 
 def norms(module: nn.Module) -> list[Any]:
