@@ -139,9 +139,27 @@ def compared(found: dict[str, Any], question: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def costs(found: dict[str, Any]) -> str:
+    """What a plug-in costs: of a file that benchmarks/context.py wrote, one size of the images."""
+    lines = ["| | ms a step | ratio | MB | ratio | |", "| --- |" + " --- |" * 5]
+    (rows,) = found["sizes"].values()
+    plain = rows["simclr"]
+    for name, row in rows.items():
+        key = "peak_bytes" if "peak_bytes" in row else "kept_bytes"
+        c = row.get("curate")
+        note = f"{100 * c['violating_before']:.0f} % violate, {c['redrawn']:.2f} redraws a sample" if c else ""
+        cells = [f"{1e3 * row['seconds']:,.0f}", f"{row['ratio']:.2f}", f"{row[key] / 1e6:,.0f}"]
+        lines.append(f"| {' | '.join([name, *cells, f'{row[key] / plain[key]:.2f}', note])} |")
+    return "\n".join(lines) + "\n"
+
+
 def answered(page: Path) -> str:
     """A page of docs/context with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
     text = page.read_text()
+    for file in sorted(HERE.glob("context-cost-*.json")):
+        pattern = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"
+        new = costs(json.loads(file.read_text()))
+        text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
     for file in sorted((HERE / "plugins").glob("*.json")):
         found = json.loads(file.read_text())
         for question in (q for q in found if q != "untrained encoder"):
