@@ -24,12 +24,12 @@ CROPPED = ["simclr", "views.name=simclr_cifar"]
 _UNBOUNDED = ["curate.name=redraw", "curate.budget=none", "curate.rule=strict"]
 CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": _UNBOUNDED}
 LEAKS = {
-    **FUSED, "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
-    "set, shuffled": [*FUSED["set"], "shuffle_groups=true"],
+    "off": [], "set": FUSED["set"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"], "conv": FUSED["conv"],
+    "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
 }  # fmt: skip
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip
-RESNET = ["encoder.name=resnet10", "views.name=supervised"]
+RESNET = ["encoder.name=resnet10", "encoder.stem=imagenet", "views.name=supervised"]
 ATTENDS = ("none", "se", "cbam", "ba2m")
 
 
