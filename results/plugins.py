@@ -1,7 +1,7 @@
 """Every plug-in with and without, same seeds: python results/plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
 
-Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on the
-digits also defaults (of fusion, for SimCLR), on photographs leak (groups of 32 in batches of 128).
+Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
+photographs also leak (groups of 32 in batches of 128), on the digits defaults (fusion's, as fusion-defaults.json).
 Runs as `methods.py` beside it does, three seeds each; writes plugins/digits.json or plugins/cifar.json entry by entry,
 and leaves out what is there already. `python results/render.py` makes the tables.
 """
