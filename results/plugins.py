@@ -1,7 +1,7 @@
 """Every plug-in with and without, same seeds: python results/plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
 
 Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
-photographs also leak (groups of 32 in batches of 128), on the digits defaults (fusion's, as fusion-defaults.json).
+the digits also defaults (fusion's, as in fusion-defaults.json).
 Runs as `methods.py` beside it does, three seeds each; writes plugins/digits.json or plugins/cifar.json entry by entry,
 and leaves out what is there already. `python results/render.py` makes the tables.
 """
@@ -23,10 +23,6 @@ CROPS = ("default", "global-local", "adjacent", "intersection", "equal", "big", 
 CROPPED = ["simclr", "views.name=simclr_cifar"]
 _UNBOUNDED = ["curate.name=redraw", "curate.budget=none", "curate.rule=strict"]
 CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": _UNBOUNDED}
-LEAKS = {
-    "off": [], "set": FUSED["set"], "set, shuffled": [*FUSED["set"], "shuffle_groups=true"], "conv": FUSED["conv"],
-    "ba2m": ["attend.name=ba2m"], "batchformer": ["attend.name=batchformer"],
-}  # fmt: skip
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip
 RESNET = ["encoder.name=resnet10", "encoder.stem=imagenet", "views.name=supervised"]
@@ -46,9 +42,7 @@ def questions(kind: str) -> dict[str, dict[str, list[str]]]:
             for name in (*ATTENDS, *more)
         },
     }  # fmt: skip
-    if kind == "cifar":
-        asked["leak"] = {name: ["simclr", "context=32", *words] for name, words in LEAKS.items()}
-    else:
+    if kind == "digits":
         asked["defaults"] = {name: ["simclr", *_fusion(*name.split())] for name in DEFAULTS}
     return {q: {name: shared(kind, words) for name, words in entries.items()} for q, entries in asked.items()}
 

@@ -108,7 +108,6 @@ def baseline(question: str, name: str) -> tuple[str, str]:
         "crops": ("crops", "default"),
         "curation": ("crops", "default"),
         "attention": ("attention", "none"),
-        "leak": ("leak", "off"),
     }[question]
 
 
@@ -150,6 +149,15 @@ def costs(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def leaks(found: dict[str, Any]) -> str:
+    """How often groups are told from one embedding, before and after training."""
+    lines = ["| | before training | after an epoch | chance |", "| --- | --- | --- | --- |"]
+    for name, runs in found["entries"].items():
+        cells = [spread([100 * run[when]["leak"] for run in runs]) for when in ("before", "after")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * runs[0]['after']['leak_chance']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def defaults(found: dict[str, Any]) -> str:
     """Variants of batch fusion beside each other."""
     lines = ["| settings | k-NN | against the second line, same seeds | linear |", "| --- | --- | --- | --- |"]
@@ -168,8 +176,10 @@ def answered(page: Path) -> str:
         pattern = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"
         new = costs(json.loads(file.read_text()))
         text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
-    table = defaults(json.loads((HERE / "fusion-defaults.json").read_text()))
-    text = re.sub(r"(<!-- fusion-defaults -->\n).*?(<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.S)
+    for name, make in (("fusion-defaults", defaults), ("leak", leaks)):
+        table = make(json.loads((HERE / f"{name}.json").read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, new=table: match[1] + new + match[2], text, flags=re.S)
     for file in sorted((HERE / "plugins").glob("*.json")):
         found = json.loads(file.read_text())
         for question in (q for q in found if q != "untrained encoder"):

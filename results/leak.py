@@ -1,0 +1,48 @@
+"""Does a plug-in leak its group? python results/leak.py --data FOLDER: writes leak.json beside it.
+
+SimCLR on 4,000 photographs in four context groups of 32, one epoch, three seeds, the digits' small encoder; then
+`inspect.leak` asks the projections of 16 groups of 32, before and after. "off" is batch norm alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from inbatch.api import prepare
+from inbatch.environment import environment
+from inbatch.inspect.leak import leak
+
+ENTRIES = {
+    "off": {},
+    "fuse set": {"fuse": "set"},
+    "fuse set, shuffled": {"fuse": "set", "shuffle_groups": True},
+    "fuse conv": {"fuse": "conv"},
+    "attend ba2m": {"attend": "ba2m"},
+    "attend batchformer": {"attend": "batchformer"},
+}
+SEEDS = 3
+
+
+def ask(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
+    """The leak of a new tower and of the same after an epoch."""
+    fields = {"preset": "digits", "subset": 4000, "size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
+    built = prepare(data, "simclr", settings={"views.name": "simclr_cifar"}, device="cpu", **fields)
+    before = leak(built, 1)
+    for step, batch in enumerate(built.loader.epoch(0)):
+        built.step(batch, step)
+    return {"before": before, "after": leak(built, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the folder of the images")
+    data = parser.parse_args().data
+    found = {name: [ask(data, plugs, seed) for seed in range(SEEDS)] for name, plugs in ENTRIES.items()}
+    result = {"environment": environment(torch.device("cpu")), "entries": found}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
