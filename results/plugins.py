@@ -21,7 +21,7 @@ FUSED = {"off": [], "conv": ["fuse.name=conv"], "set": ["fuse.name=set"]}
 METHODS = {"moco v2": ["moco", "method.layers=2"], "byol": ["byol"], "simclr": ["simclr"], "simsiam": ["simsiam"]}
 CROPS = ("default", "global-local", "adjacent", "intersection", "equal", "big", "small", "global-local-big")
 CROPPED = ["simclr", "views.name=simclr_cifar"]
-_UNBOUNDED = ["curate.name=redraw", "curate.budget=none", "curate.rule=strict"]
+_UNBOUNDED = ["curate.name=redraw", "curate.budget=null", "curate.rule=strict"]
 CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": _UNBOUNDED}
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip

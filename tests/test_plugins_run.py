@@ -11,6 +11,7 @@ from small import SMALL
 
 import inbatch
 from inbatch import api
+from inbatch.config import make, parse_assignment
 from inbatch.context.crops import CROPS
 from inbatch.encoders.attend import blocks
 from inbatch.errors import ConfigError, Preempted
@@ -146,3 +147,9 @@ def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
     assert more["curator"] >= less["weights"] and less["curator"] == 0
     assert more["activations_of_a_group"] > less["activations_of_a_group"]
     assert found["parameters"]["fuse"] > 0 and found["rows"] == plain["rows"]
+
+
+@pytest.mark.parametrize("text", ["fuse.target=none", "schedule.scaling=none"])
+def test_none_can_be_the_name_of_a_choice(text: str) -> None:
+    assert parse_assignment(text) == {text.partition("=")[0]: "none"}
+    make({"data": "photos", "fuse.name": "conv"} | parse_assignment(text))

@@ -235,7 +235,7 @@ def parse_assignment(text: str) -> Settings:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {text}: the value cannot be read") from None
-    return {key.strip(): None if parsed in ("None", "none") else parsed}
+    return {key.strip(): None if parsed == "None" else parsed}
 
 
 def _number(value: Any) -> float:

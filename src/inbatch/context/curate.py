@@ -70,7 +70,7 @@ class Curator(nn.Module):
     """Batch curation (Welle et al. 2021): views are drawn again until a sample's are nearer than any other sample's.
 
     rounds: at most so many redraws of a sample; what then still breaks the rule is learned from as it is.
-    budget: at most so many redraws per sample of a batch, on average; those that break the rule most come first. None
+    budget: at most so many redraws per sample of a batch, on average; those that break the rule most come first. null
         is the paper's: no limit but the rounds.
     rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as Algorithm 1 does.
     distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
@@ -88,7 +88,7 @@ class Curator(nn.Module):
         if rounds < 1 or not 0 <= warmup < 1:
             raise ConfigError(f"curate.rounds = {rounds} is at least 1, and curate.warmup = {warmup} a share below 1")
         if budget is not None and budget <= 0:
-            raise ConfigError(f"curate.budget = {budget} is above 0, or none: no limit but the rounds")
+            raise ConfigError(f"curate.budget = {budget} is above 0, or null: no limit but the rounds")
         super().__init__()
         self.rounds, self.rule, self.distance, self.margin = rounds, rule, distance, margin
         self.budget = math.inf if budget is None else budget
