@@ -42,7 +42,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
 ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show"}
-ABOVE |= {"parts", "assign", "api", "quickstart", "losses", ""}
+ABOVE |= {"parts", "plug", "assign", "api", "quickstart", "losses", ""}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
 SMALL_WORLD = {

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from inbatch import ranks
 from inbatch.batch import Batch
 from inbatch.config import Recipe, make
 from inbatch.context.crops import arrange
-from inbatch.context.curate import CURATORS, Curator
-from inbatch.context.fuse import FUSIONS, Fusion
 from inbatch.data import Loader, Source, Subset, open_data, splits
 from inbatch.draws import fold, permutation
 from inbatch.encoders import Encoder, create_encoder
@@ -25,6 +23,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
+from inbatch.plug import curator_of, fusion
 from inbatch.schedules import step_decay, warmup_cosine
 from inbatch.step import Step
 from inbatch.tower import Tower, momentum_tower
@@ -153,7 +152,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
             heads = method.heads(encoder.width)
-        fuse, fused = _fusion(recipe, method, views, encoder, context)
+        fuse, fused = fusion(recipe, method, views, encoder, context)
     loader = Loader(
         source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
         resident=recipe.resident, workers=workers, whole=recipe.curate is not None,
@@ -174,7 +173,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             if recipe.sync_norm:
                 ranks.synchronise_norm(module)
                 ranks.join_groups(module)
-    curator = _curator(recipe, views, tower, recipe.batch // world // groups, device)
+    curator = curator_of(recipe, views, tower, recipe.batch // world // groups, device)
     for module in (tower, target):
         if module is not None and recipe.compile:
             module.compile()
@@ -198,51 +197,6 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
         seed=recipe.seed, synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups,
     )  # fmt: skip
     return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
-
-
-def _fusion(
-    recipe: Recipe, method: Method, views: Views, encoder: Encoder, context: int
-) -> tuple[Fusion | None, Sequence[int]]:
-    """The batch fusion of a recipe and the numbers of the views it fuses."""
-    if recipe.fuse is None:
-        return None, ()
-    learned, asked = set(method.online_views(len(views))), recipe.fuse.options["views"]
-    if asked is not None and (not asked or not set(asked) <= set(range(len(views)))):
-        raise ConfigError(f"fuse.views = {list(asked)}: the views are numbered 0 to {len(views) - 1}")
-    if asked is not None and not learned & set(asked):
-        raise ConfigError(
-            f"fuse.views = {list(asked)}: {recipe.method.name} learns from view {', '.join(map(str, sorted(learned)))} "
-            "only, and a fusion of others would never be trained"
-        )
-    fused = asked or ((1,) if 1 in learned else (max(learned),))
-    sizes = {views.views[v].size for v in fused}
-    if len(sizes) > 1:
-        raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
-    given: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
-    make_fusion: Any = FUSIONS[recipe.fuse.name]
-    return make_fusion(**given, **recipe.fuse.options), fused
-
-
-def _curator(recipe: Recipe, views: Views, tower: Tower, piece: int, device: torch.device) -> Curator | None:
-    """The curator of a recipe; it embeds `piece` images at a time."""
-    if recipe.curate is None:
-        return None
-    if len(views) < 2:
-        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
-    where = recipe.curate.options["where"]
-    if where == "projection" and "projection" not in tower.heads:
-        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
-
-    def embed(model: Tower, images: Sequence[Tensor]) -> Tensor:
-        def rows(image: Tensor) -> Tensor:
-            return model.features(image) if where == "features" else model.outputs(image)[where]
-
-        with model.evaluating():
-            return torch.stack([torch.cat([rows(part) for part in image.split(piece)]) for image in images])
-
-    curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(tower, lambda batch, attempt: views(batch, attempt).images, embed, recipe.epochs)
-    return curator.to(device)
 
 
 def drawn(views: Views, batch: Batch) -> tuple[Tensor, ...]:
