@@ -22,7 +22,7 @@ PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__in
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
 FREE = {"errors", "draws", "files", "modes"}
-GROUND = {"batch", "functional", "tiled", "heads", "memory", "schedules", "clusters"}
+GROUND = {"batch", "functional", "tiled", "kernels", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "methods": GROUND | {"methods.base"},
@@ -33,7 +33,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "ranks": set(),
     "tower": GROUND | {"context.fuse"},
     "seam": {"batch", "tower"},
-    "step": {"batch", "tower", "seam", "ranks", "methods.base", "context.curate"},
+    "step": {"batch", "tiled", "tower", "seam", "ranks", "methods.base", "context.curate"},
     "optim": {"schedules"},
     "evaluate": {"ranks"},
     "papers": {"api", "config", "train", "evaluate", "inspect"},
@@ -41,7 +41,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
-ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show"}
+ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show", "fit"}
 ABOVE |= {"parts", "plug", "assign", "api", "quickstart", "losses", ""}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
@@ -49,6 +49,7 @@ SMALL_WORLD = {
     room: {"torch", "jaxtyping"} for room in (*GROUND, "methods", "context", "seam", "tower", "step", "ranks")
 }
 SMALL_WORLD["clusters"] |= {"sklearn", "threadpoolctl"}
+SMALL_WORLD["kernels"] |= {"triton"}
 """Rooms that know few libraries, the standard one aside."""
 ONLY = {
     "torch.distributed": {"ranks"},
@@ -136,7 +137,11 @@ def test_nothing_is_unpickled(module: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False")
 
 
-@pytest.mark.parametrize("module", [name for name in sorted(TREES) if room(name) in GROUND | {"methods"}])
+FAST = {"tiled", "kernels"}
+"""How a loss's sums are computed fast is what these are for."""
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(TREES) if room(name) in (GROUND | {"methods"}) - FAST])
 def test_a_loss_names_no_device(module: str) -> None:
     nodes = list(ast.walk(TREES[module]))
     words = {node.attr for node in nodes if isinstance(node, ast.Attribute)}

@@ -1,14 +1,16 @@
 """Equations that two or more methods share, and numerics too delicate to be written twice. Pure functions of tensors of
 any floating type, computed in float32 or wider, inside autocast too.
 
-The log-sum-exps stand here so that a method's file never decides how they are computed.
+The log-sum-exps stand here so that a method's file never decides how they are computed: `tiled` does.
 """
 
 import warnings
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from inbatch import tiled
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -61,16 +63,22 @@ def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor
 
 
 def logsumexp_others(
-    u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "n d"] | None = None
+    u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
 ) -> Float[Tensor, "n"]:
     """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
-    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
-    return (product(u, (u if keys is None else keys).T) / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+    return tiled.logsumexp(u, u if keys is None else keys, temperature, others=True)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
     """log sum_k exp(q_i . k / T) for every row i, over all keys."""
-    return (product(q, keys.T) / temperature).logsumexp(1)
+    return tiled.logsumexp(q, keys, temperature)
+
+
+def nearest(
+    q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], leave_out: Bool[Tensor, "k"] | None = None
+) -> Int[Tensor, "n"]:
+    """Which key has the largest product with each row, those left out aside; no gradient."""
+    return tiled.nearest(q, keys, leave_out)
 
 
 def info_nce(

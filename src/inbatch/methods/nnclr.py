@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, logsumexp_rows, normalize, product
+from inbatch.functional import logsumexp_others, logsumexp_rows, nearest, normalize
 from inbatch.heads import Head, mlp
 from inbatch.memory import Queue
 from inbatch.methods.base import Method
@@ -20,8 +20,8 @@ def neighbours(z: Float[Tensor, "n d"], support: Float[Tensor, "k d"], filled: I
     """NN(z, Q): of the first `filled` unit rows of the support set those nearest to z; with none, z's unit rows."""
     z = normalize(z.detach())
     empty = torch.arange(len(support), device=z.device) >= filled
-    nearest = product(z, support.to(z.dtype).T).masked_fill(empty, -torch.inf).argmax(1)
-    return torch.where(filled > 0, support[nearest].to(z.dtype), z)
+    place = nearest(z, support.to(z.dtype), leave_out=empty)
+    return torch.where(filled > 0, support[place].to(z.dtype), z)
 
 
 def nnclr(

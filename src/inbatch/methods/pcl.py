@@ -5,7 +5,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.clusters import Clusterings, Spread
-from inbatch.functional import info_nce, normalize, product, wide
+from inbatch.functional import info_nce, logsumexp_rows, normalize
 from inbatch.heads import Head, mlp
 from inbatch.memory import Queue
 from inbatch.methods.base import Method
@@ -20,9 +20,10 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     """
     if not 0 < len(q) <= len(columns):
         raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
-    logits = product(normalize(q), normalize(columns).to(wide(q)).T) / density.to(wide(q))
-    negative = logits if counts is None else logits.masked_fill(~counts, float("-inf"))
-    return (negative.logsumexp(1) - logits.diagonal()).mean()
+    q = normalize(q)
+    keys = normalize(columns).to(q) / density.to(q)[:, None]
+    negative = logsumexp_rows(q, keys if counts is None else keys[counts], 1.0)
+    return (negative - (q * keys[: len(q)]).sum(-1)).mean()
 
 
 class PCL(Method):

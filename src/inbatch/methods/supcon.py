@@ -30,16 +30,19 @@ def supcon(
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
+    u = normalize(z)
     if mask is None:
-        mask = torch.eye(n, device=z.device)
-        if label is not None:
-            mask = torch.where((label[:, None] == label) & (label >= 0), 1, mask)
-    u = normalize(z).flatten(0, 1)
-    rows = v * n if anchors == "all" else n
-    # (anchors, V N); an anchor is not its own positive.
-    positive = (mask != 0).to(u.dtype).repeat(rows // n, v).fill_diagonal_(0)
-    count = positive.sum(1)
-    mean = (u[:rows] * product(positive, u)).sum(1) / temperature - count * logsumexp_others(u, temperature)[:rows]
+        alone = -1 - torch.arange(n, device=z.device)
+        group = (alone if label is None else torch.where(label >= 0, label, alone)).unique(return_inverse=True)[1]
+        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0))[group]  # of a row's class: no matrix of pairs
+        itself, members = torch.ones_like(u[0, :, 0]), v * group.bincount()[group]
+    else:
+        near = (mask != 0).to(u.dtype)
+        total, itself, members = product(near, u.sum(0)), near.diagonal(), v * near.sum(1)
+    count, every = members - itself, u.flatten(0, 1)
+    anchor, rows = (u, every) if anchors == "all" else (u[:1], u[0])
+    positive = (anchor * (total - itself[:, None] * anchor)).sum(-1) / temperature
+    mean = positive - count * logsumexp_others(rows, temperature, every).view_as(positive)
     return -(temperature / base_temperature) * (mean / count.clamp(min=1)).mean()
 
 

@@ -1,0 +1,198 @@
+"""Triton's kernels on a real card: python benchmarks/kernels.py [--rows 4096 16384 65536] [--dim 128] [--repeat 10]
+
+Log-sum-exps and their gradients, forward and backward, of rows that meet themselves (NT-Xent's denominator) and of rows
+against a queue that learns nothing (MoCo's; --queue rows). First every way of computing them is compared with float64
+in value and gradient; then a round takes one call of each, and told are medians over the rounds, the memory of a call
+beyond what was held before it, and the rate at which the products are made that cannot be done without (4 N^2 D where
+rows meet themselves, 4 N M D against a queue). Writes results/kernels-gpu.json; ends with 1 where there is no CUDA, or
+where a result is wrong.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from inbatch import kernels, tiled
+from inbatch.environment import environment
+from inbatch.files import write_json
+from inbatch.show import complain, print_table, say
+
+OUT = Path(__file__).parents[1] / "results" / "kernels-gpu.json"
+TEMPERATURE = 0.1
+
+WAYS: dict[str, dict[str, Any]] = {
+    "kernels, float32": {"mode": "always", "products": "float32"},
+    "kernels, tf32x3": {"mode": "always", "products": "tf32x3"},
+    "kernels, bf16": {"mode": "always", "products": "bf16"},
+    "torch's products, tiles": {"mode": "always"},
+    "torch's products, whole matrix": {"mode": "never"},
+}
+"""Way -> how inbatch.tiled is told to compute."""
+TOLERANCE = {"kernels, bf16": 1e-2}
+"""Relative error in the norm that is allowed; 2e-5 else: a few roundings of float32, magnified by 1 / T."""
+
+Given = tuple[Tensor, Tensor | None, Tensor]
+"""Rows, the queue where there is one, and the gradient of the log-sum-exps."""
+
+
+def given(n: int, queue: int, dim: int, device: torch.device) -> Given:
+    """Unit rows about centres, so that a softmax is neither flat nor one-hot."""
+    g = torch.Generator(device).manual_seed(0)
+    centres = torch.randn(64, dim, generator=g, device=device)
+    spots = torch.randint(0, 64, (n + queue,), generator=g, device=device)
+    rows = normalize(centres[spots] + torch.randn(n + queue, dim, generator=g, device=device), dim=1)
+    return rows[:n].clone(), rows[n:].clone() if queue else None, torch.rand(n, generator=g, device=device) / n
+
+
+def compute(way: str, q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps and the gradient of the rows, in a way of WAYS."""
+    q = q.detach().requires_grad_()
+    plain = way.startswith("torch")
+    with patch.object(kernels, "usable", lambda *_: False) if plain else tiled.using(), tiled.using(**WAYS[way]):
+        lse = tiled.logsumexp(q, q if k is None else k, TEMPERATURE, others=k is None)
+        lse.backward(gradient)
+    assert q.grad is not None
+    return lse.detach(), q.grad
+
+
+def reference(q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float64, a block of rows at a time."""
+    q, keys, gradient = q.double(), (q if k is None else k).double(), gradient.double()
+    size = max(1, 2**26 // len(keys))
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for i in range(0, len(q), size):
+            logits = q[i : i + size] @ keys.T / TEMPERATURE
+            if k is None:
+                logits.diagonal(i).fill_(-torch.inf)
+            yield slice(i, i + size), logits
+
+    lse = torch.cat([logits.logsumexp(1) for _, logits in blocks()])
+    dq = torch.empty_like(q)
+    for rows, logits in blocks():
+        weights = gradient[rows, None] * (logits - lse[rows, None]).exp()
+        if k is None:
+            weights += gradient * (logits - lse).exp()
+        dq[rows] = weights @ keys / TEMPERATURE
+    return lse, dq
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """Relative error in the norm."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def check(ways: Sequence[str], what: Given) -> dict[str, dict[str, Any]]:
+    """Errors of every way against float64; out_of_memory for one that asks for too much."""
+    expected = reference(*what)
+    told: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        try:
+            found = compute(way, *what)
+        except torch.OutOfMemoryError:
+            told[way] = {"out_of_memory": True}
+            continue
+        told[way] = {"lse_error": off(found[0], expected[0]), "gradient_error": off(found[1], expected[1])}
+        worst = max(told[way].values())
+        told[way]["right"] = worst <= TOLERANCE.get(way, 2e-5)  # NaN is not
+    return told
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(what: Given, repeat: int) -> dict[str, dict[str, Any]]:
+    """Errors, seconds and bytes of every way on the same rows."""
+    found = check(list(WAYS), what)
+    ways = [way for way in WAYS if "out_of_memory" not in found[way]]
+    for way in ways:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        compute(way, *what)
+        torch.cuda.synchronize()
+        found[way]["extra_bytes"] = torch.cuda.max_memory_allocated() - before
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeat):
+        for way in ways:
+            taken[way].append(seconds(lambda way=way: compute(way, *what)))  # type: ignore[misc]
+    (n, dim), columns = what[0].shape, len(what[0] if what[1] is None else what[1])
+    for way in ways:
+        found[way]["seconds"] = statistics.median(taken[way])
+        found[way]["tflops"] = 4 * n * columns * dim / found[way]["seconds"] / 1e12
+    return found
+
+
+def lines(found: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
+    """Rows of one table."""
+    whole = found["torch's products, whole matrix"].get("seconds")
+    for way, row in found.items():
+        if "out_of_memory" in row:
+            yield way, "out of memory", "", "", "", "", ""
+            continue
+        ratio = f"{whole / row['seconds']:.2f}" if whole else ""
+        errors = (f"{row['lse_error']:.1e}", f"{row['gradient_error']:.1e}{'' if row['right'] else ' WRONG'}")
+        yield (
+            way,
+            f"{1e3 * row['seconds']:,.2f}",
+            ratio,
+            f"{row['tflops']:.1f}",
+            f"{row['extra_bytes'] / 1e6:,.0f}",
+            *errors,
+        )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[4096, 16384, 65536], help="N, both views together")
+    parser.add_argument("--queue", type=int, default=65536, help="M, rows of the queue")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=10, help="rounds")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(words)
+    if min(*args.rows, args.queue, args.dim, args.repeat) < 1:
+        parser.error("--rows, --queue, --dim and --repeat are 1 or more")
+    if not torch.cuda.is_available():
+        complain(
+            "There is no CUDA device: these kernels are measured on a card. tests/test_kernels.py tries them here."
+        )
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not kernels.usable(torch.empty(1, args.dim, device=device)):
+        complain(f"The kernels cannot be used: {torch.cuda.get_device_name(device)}, rows {args.dim} wide.")
+        return 1
+    settings = {name: value for name, value in vars(args).items() if name != "out"} | {"temperature": TEMPERATURE}
+    result: dict[str, Any] = {"environment": environment(device), "settings": settings, "cases": {}}
+    right = True
+    for n in args.rows:
+        for name, queue in (("rows meet themselves", 0), ("rows against a queue", args.queue)):
+            found = measure(given(n, queue, args.dim, device), args.repeat)
+            result["cases"].setdefault(name, {})[str(n)] = found
+            right &= all(row.get("right", True) for row in found.values())
+            say(f"{name}, N = {n:,}{f', M = {queue:,}' if queue else ''}, D = {args.dim}, forward and backward")
+            headings = ("", "ms", "times whole", "TFLOP/s", "MB", "error of lse", "of gradient")
+            print_table(headings, lines(found), numbers=True)
+            say("")
+            write_json(args.out, result)
+    say(f"Written to {args.out}")
+    if not right:
+        complain("Some results are wrong: see the table.")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

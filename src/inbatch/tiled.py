@@ -1,0 +1,302 @@
+"""Log-sum-exps of products of rows, and their gradients, without the matrix of products ever being held.
+
+S = q k^T / T is made tile by tile, exponentiated, summed and forgotten; on the way back the tiles are made again.
+Memory is O((N + M) D), not O(N M). Where rows meet themselves S is symmetric, and half of the tiles suffice. On a GPU
+Triton's kernels do it (`kernels`), everywhere else products of torch, tile by tile out of the processor's cache.
+
+Ranks deal the tiles among themselves and add up what they find: time falls with their number, and every rank has the
+whole result, as if it had been alone.
+"""
+
+import contextlib
+import functools
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from inbatch import kernels
+
+Mode = Literal["auto", "never", "always"]
+Products = kernels.Products
+
+LEAST = 2**17
+"""Fewer pairs (362 by 362) are held as they are: half a megabyte, and faster than tiles."""
+TILE = 512
+"""Rows and columns of a tile: with its operands it stays in a core's second cache."""
+_BLOCK = 2**22
+"""Pairs held at once where neither tiles nor a whole matrix will do."""
+_REACH = {torch.float32: 60.0, torch.float64: 600.0}
+"""Logits of either sign may be so large: their exponentials, and sums of billions, are still numbers."""
+
+
+def _alone(x: Tensor) -> None:
+    """Nobody's to add."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How log-sum-exps are computed.
+
+    mode: "auto" takes tiles where the matrix would be large, "never" holds it whole, "always" never does.
+    products: "float32"; "bf16" rounds what is multiplied to bfloat16 (on a CPU: on the way back only, because its
+        products come out rounded, too) and "tf32x3" makes three products in TF32 of one, nearly float32, on a GPU.
+    rank, world, add: the tiles of which every world-th is computed here, and how a tensor is summed over ranks in
+        place.
+    """
+
+    mode: Mode = "auto"
+    products: Products = "float32"
+    rank: int = 0
+    world: int = 1
+    add: Callable[[Tensor], None] = _alone
+
+
+_PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039 (it is frozen)
+
+
+@contextlib.contextmanager
+def using(**changes: Any) -> Iterator[Plan]:
+    """Compute log-sum-exps like this for a while: fields of `Plan`."""
+    token = _PLAN.set(replace(_PLAN.get(), **changes))
+    try:
+        yield _PLAN.get()
+    finally:
+        _PLAN.reset(token)
+
+
+def logsumexp(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, others: bool = False
+) -> Float[Tensor, "n"]:
+    """log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
+
+    others: leave out j = i (k may have more rows than q). Rows of any length; where k is q itself, half is enough.
+    """
+    plan = _PLAN.get()
+    if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
+        return _whole(q, k, 1 / temperature, others)
+    if kernels.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
+        return _Tiled.apply(q, None if k is q else k, 1 / temperature, others, plan)
+    # Logits too large for exponentials without a running maximum, which would double what a tile costs.
+    size = max(1, _BLOCK // len(k))
+    parts = [checkpoint(_whole, q[i : i + size], k, 1 / temperature, others, i, use_reentrant=False)
+             for i in range(0, len(q), size)]  # fmt: skip
+    return torch.cat(parts)
+
+
+def nearest(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], leave_out: Bool[Tensor, "m"] | None = None
+) -> Int[Tensor, "n"]:
+    """Which row of k has the largest product with each row of q, those left out aside; no gradient."""
+
+    def best(some: Tensor) -> Tensor:
+        products = some @ k.T
+        return (products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)).argmax(1)
+
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _fast_products():
+        return torch.cat([best(some) for some in q.split(max(1, _BLOCK // len(k)))])
+
+
+def _whole(q: Tensor, k: Tensor, scale: float, others: bool, first: int = 0) -> Tensor:
+    """The literal version; q are rows first, first + 1, ... of all."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q @ k.T) * scale
+    if others:
+        itself = torch.arange(first, first + len(q), device=q.device)[:, None] == torch.arange(len(k), device=q.device)
+        logits = logits.masked_fill(itself, -torch.inf)
+    return logits.logsumexp(1)
+
+
+def _reach(q: Tensor, k: Tensor) -> float:
+    """No product of a row of q and one of k is larger."""
+    longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
+    return float(longest[0] * longest[-1])
+
+
+class _Tiled(torch.autograd.Function):
+    """logsumexp; k is None where it is q."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> Tensor:
+        # Of keys that learn nothing, their mean as each query weighs them is all that the way back needs.
+        weighs = ctx.needs_input_grad[0] and k is not None and not ctx.needs_input_grad[1]
+        ctx.kernels = kernels.usable(q, q if k is None else k)
+        with torch.autocast(q.device.type, enabled=False):
+            lse, mean = (_kernel_sums if ctx.kernels else _sums)(q, k, scale, others, weighs, plan)
+        ctx.save_for_backward(q, k, lse, mean)
+        ctx.scale, ctx.others, ctx.plan = scale, others, plan
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, lse, mean = ctx.saved_tensors
+        if mean is not None:
+            return (ctx.scale * gradient)[:, None] * mean, None, None, None, None
+        way, needs = _kernel_gradients if ctx.kernels else _gradients, ctx.needs_input_grad[:2]
+        with torch.autocast(q.device.type, enabled=False):
+            return *way(q, k, lse, gradient, ctx.scale, ctx.others, needs, ctx.plan), None, None, None
+
+
+Found = tuple[Tensor, Tensor | None]
+
+
+def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+    """The log-sum-exps (n), and the rows of k averaged with each query's weights (n, D) where asked for."""
+    sums, mean, right = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None, q if k is None else k
+    with _fast_products():
+        for rows, columns, e in _tiles(q, k, scale, others, plan):
+            sums[rows] += e.sum(1)
+            if k is None and rows != columns:
+                sums[columns] += e.sum(0)
+            if mean is not None:
+                mean[rows].addmm_(e, right[columns])
+    plan.add(sums)
+    if mean is not None:
+        plan.add(mean)
+        mean /= sums[:, None]
+    return sums.log_(), mean
+
+
+def _gradients(
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = gradient_i exp(S_ij - lse_i); k = q: their sum."""
+    top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # or small gradients of low rows would underflow
+    weight = (gradient / top) * (-lse).exp()
+    narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
+
+    def add(to: Tensor, e: Tensor, x: Tensor) -> None:
+        if plan.products == "bf16":
+            to += e.bfloat16() @ x
+        else:
+            to.addmm_(e, x)
+
+    dq = torch.zeros_like(q) if needs[0] else None
+    dk = torch.zeros_like(k) if k is not None and needs[1] else None
+    with _fast_products():
+        left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
+        both = q.new_empty(_tile(q) ** 2) if k is None else q
+        for rows, columns, e in _tiles(q, k, scale, others, plan):
+            if k is None:
+                e *= torch.add(weight[rows, None], weight[columns], out=both[: e.numel()].view_as(e))
+            if dq is not None:
+                add(dq[rows], e, right[columns])
+                if k is None and rows != columns:
+                    add(dq[columns], e.T, left[rows])
+            if dk is not None:
+                add(dk[columns], e.T, left[rows])
+    if dq is not None:
+        plan.add(dq)
+        dq *= scale * top if k is None else (scale * top * weight)[:, None]
+    if dk is not None:
+        plan.add(dk)
+        dk *= scale * top
+    return dq, dk
+
+
+def _tiles(
+    q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """exp(S) of this rank's tiles, one after the other in the same memory; of k = q those on and above the diagonal."""
+    tile, n, m = _tile(q), len(q), len(q if k is None else k)
+    right, memory, number = q if k is None else k, q.new_empty(_tile(q) ** 2), 0
+    for i in range(0, n, tile):
+        rows = slice(i, min(i + tile, n))
+        left = q[rows] * (scale / math.log(2))  # exp2 is faster than exp
+        for j in range(i if k is None else 0, m, tile):
+            number += 1
+            if number % plan.world == plan.rank:
+                columns = slice(j, min(j + tile, m))
+                e = memory[: len(left) * (columns.stop - j)].view(len(left), -1)
+                torch.mm(left, right[columns].T, out=e).exp2_()
+                if others and i == j:
+                    e.diagonal().zero_()
+                yield rows, columns, e
+
+
+def _tile(x: Tensor) -> int:
+    return TILE if x.device.type == "cpu" else 8 * TILE
+
+
+def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+    """`_sums` by Triton's kernels; a rank takes its share of the rows."""
+    start, stop = _share(len(q), plan)
+    lse, mean = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None
+    keys = q if k is None else k
+    lse[start:stop], some = kernels.forward(q, keys, scale, others, start, stop, weighs, plan.products)
+    plan.add(lse)
+    if mean is not None and some is not None:
+        mean[start:stop] = some
+        plan.add(mean)
+    return lse, mean
+
+
+def _kernel_gradients(
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`_gradients` by Triton's kernels."""
+    its, none, keys = (lse, gradient), (None, None), q if k is None else k
+
+    def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
+        start, stop = _share(len(a), plan)
+        out = torch.zeros_like(a)
+        out[start:stop] = kernels.backward(a, b, scale, others, start, stop, *own, *other, products=plan.products)
+        plan.add(out)
+        return out
+
+    dq = whole(q, keys, its, its if k is None else none) if needs[0] else None
+    return dq, whole(keys, q, none, its) if k is not None and needs[1] else None
+
+
+def _share(rows: int, plan: Plan) -> tuple[int, int]:
+    """First row of a rank's share, and the first of the next rank's."""
+    return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world
+
+
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """float32 products on the CPU by oneDNN where it is the faster library."""
+    if not _onednn():
+        yield
+        return
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@functools.cache
+def _onednn() -> bool:
+    """Whether oneDNN's float32 products are the faster ones: on AMD's processors, where MKL's take twice as long.
+
+    torch sends products there only where it may round them to bfloat16. oneDNN does so with AMX, which is ruled out,
+    and where it did in future, this sees it.
+    """
+    if platform.system() != "Linux" or not torch.backends.mkldnn.is_available():
+        return False
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    if "AuthenticAMD" not in words or not {"avx2", "avx512f"} & words or any(word.startswith("amx") for word in words):
+        return False
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    x = torch.linspace(-1, 1, 2**14).view(128, 128)
+    exact = x.double() @ x.double().T
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        found = x @ x.T
+    finally:
+        matmul.fp32_precision = before
+    return bool((found - exact).abs().max() < 1e-5 * exact.abs().max())

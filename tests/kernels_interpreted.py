@@ -1,0 +1,148 @@
+"""The kernels against a literal computation in float64; as a script, through Triton's interpreter (test_kernels.py).
+
+Triton asks for TRITON_INTERPRET when a kernel is made, hence a process of its own. Prints case -> errors as JSON.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from inbatch import kernels
+
+Case = tuple[str, int, int, int, bool, float, str, tuple[int, int] | None]
+"""Name, rows, columns, width, others, temperature, products, and the rows asked for (None is all)."""
+EPS = torch.finfo(torch.float32).eps
+
+
+def cases() -> Iterator[Case]:
+    def case(
+        n: int, m: int, d: int, others: bool = False, temperature: float = 0.07, products: str = "float32",
+        some: tuple[int, int] | None = None,
+    ) -> Case:  # fmt: skip
+        name = f"{n}x{m}x{d} others={others} T={temperature} {products} rows={some or 'all'}"
+        return name, n, m, d, others, temperature, products, some
+
+    for others in (False, True):
+        for n, m, d in [(1, 1, 3), (5, 5, 16), (64, 64, 40), (130, 130, 128)]:
+            for temperature in (0.07, 0.003):
+                yield case(n, m, d, others, temperature)
+        yield case(130, 130, 40, others, some=(63, 130))
+        yield case(5, 130, 16, others, some=(2, 3))
+        yield case(130, 5, 3, others, some=(1, 100))
+        for products in ("tf32x3", "bf16"):
+            yield case(130, 64, 40, others, products=products)
+            yield case(64, 130, 128, others, 0.003, products)
+        # Columns dealt to two programs and more, ragged; and the width where tiles change.
+        yield case(66, 1100, 16, others)
+        yield case(5, 1030, 3, others, 0.003, "bf16", (1, 4))
+        yield case(5, 130, 256, others)
+        yield case(5, 130, 256, others, products="bf16")
+    yield case(5, 130, 16, some=(2, 2))
+    yield case(5, 0, 16)
+
+
+def rows(n: int, d: int, seed: int, device: str = "cpu") -> Tensor:
+    """Rows of lengths from 0.5 to 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator)
+    length = 0.5 + 1.5 * torch.rand(n, 1, generator=generator)
+    return (x / x.norm(dim=1, keepdim=True) * length).to(device)
+
+
+def softmax(s: Tensor, lse: Tensor) -> Tensor:
+    """exp(s - lse) by rows; 0 in a row of nothing."""
+    return (s - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
+
+
+def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str, float]:
+    """Largest error of every result as a share of the tolerance of its rounding; NaN where a result is.
+
+    Logits reach L = max |S|, and are rounded to L * eps a few times: in the product, by the scale, in base 2. So a lse
+    may be wrong by a few L eps, and a softmax by that share of itself; 8 L eps (and 8 eps, where L is small) are
+    allowed. A gradient is a sum over softmaxes, so its errors are measured by the sum of the magnitudes added. tf32x3
+    drops the product of the low halves (2^-22): 4 times as much. bf16 is compared with rounded rows, so that only the
+    softmax's own rounding is left: 2^-9 of the magnitudes added (2^-7 in the interpreter, which cuts), and none in the
+    lse.
+    """
+    _, n, m, d, others, temperature, products, some = case
+    start, stop = some or (0, n)
+    scale, q = 1 / temperature, rows(n, d, 1, device)
+    k = q if symmetric else rows(m, d, 2, device)
+    wide = [(x.bfloat16() if products == "bf16" else x).double() for x in (q, k)]
+    s = scale * wide[0] @ wide[1].T
+    reach = float(s.abs().max()) if s.numel() else 0.0
+    if others:
+        s = s.masked_fill(torch.eye(n, m, dtype=torch.bool, device=device), -math.inf)
+    lse_q, lse_k = s.logsumexp(1), s.logsumexp(0)
+    grad_q, grad_k = rows(1, n, 3, device)[0], rows(1, m, 4, device)[0]
+    by_q, by_k = softmax(s, lse_q), softmax(s.T, lse_k).T
+
+    logits = 8 * EPS * max(reach, 1) * (4 if products == "tf32x3" else 1)
+    cut = 2**-9 if q.is_cuda else 2**-7
+    share = logits + (cut if products == "bf16" else 0)
+
+    def compare(found: Tensor | None, expected: Tensor, allowed: Tensor | float) -> float:
+        assert found is not None and found.shape == expected.shape and found.dtype == torch.float32
+        off = ((found - expected).abs() / allowed).masked_fill(found == expected, 0)
+        return float(off.max()) if off.numel() else 0.0
+
+    def back(weights: Tensor, b: Tensor, found: Tensor) -> float:
+        terms = scale * weights.abs()[start:stop] @ b.abs()
+        return compare(found, (scale * weights @ b)[start:stop], share * terms + 1e-30)
+
+    lse, none = kernels.forward(q, k, scale, others, start, stop, False, products)
+    again, mean = kernels.forward(q, k, scale, others, start, stop, True, products)
+    assert none is None and torch.equal(again, lse)
+    given = (scale, others, start, stop)
+    of_q, of_k = (lse_q.float(), grad_q), (lse_k.float(), grad_k)
+    told = {
+        "lse": compare(lse, lse_q[start:stop], logits),
+        "mean": compare(mean, (by_q @ wide[1])[start:stop], share * (by_q @ wide[1].abs())[start:stop] + 1e-30),
+        "queries": back(
+            grad_q[:, None] * by_q, wide[1], kernels.backward(q, k, *given, *of_q, None, None, products)
+        ),
+        "both": back(
+            grad_q[:, None] * by_q + by_k * grad_k, wide[1], kernels.backward(q, k, *given, *of_q, *of_k, products)
+        ),
+    }  # fmt: skip
+    start, stop = (0, m) if some is None else (min(start, m), min(stop, m))
+    found = kernels.backward(k, q, scale, others, start, stop, None, None, *of_q, products)
+    return told | {"keys": back((grad_q[:, None] * by_q).T, wide[0], found)}
+
+
+def types() -> dict[str, float]:
+    """Half-precision and strided rows are those rows in float32."""
+    q, k = rows(5, 32, 1)[:, ::2], rows(16, 33, 2).T[:16].T
+    k = k[:, :16]
+    told = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b = q.to(dtype), k.to(dtype)
+        assert kernels.usable(a, b)
+        lse, mean = kernels.forward(a, b, 10.0, False, 0, 5, True)
+        other, expected = kernels.forward(a.float().contiguous(), b.float().contiguous(), 10.0, False, 0, 5, True)
+        assert mean is not None and expected is not None
+        told[str(dtype)] = float((lse - other).abs().max() + (mean - expected).abs().max())
+    return told
+
+
+def refused() -> dict[str, bool]:
+    """What `usable` says of tensors that the kernels do not take."""
+    x = torch.ones(2, 4)
+    return {
+        "nothing": kernels.usable(),
+        "float64": kernels.usable(x, x.double()),
+        "wide": kernels.usable(torch.ones(2, kernels.WIDEST + 1)),
+        "no device": kernels.usable(x, x.to("meta")),
+    }
+
+
+if __name__ == "__main__":
+    told = {case[0]: errors(case) for case in cases()}
+    for n in (1, 5, 130):
+        for temperature in (0.07, 0.003):
+            name = f"symmetric {n} T={temperature}"
+            told[name] = errors((name, n, n, 16, True, temperature, "float32", None), symmetric=True)
+    print(json.dumps({"cases": told, "types": types(), "refused": refused()}))
