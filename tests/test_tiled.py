@@ -11,7 +11,7 @@ from test_seam import N, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inbatch import losses, tiled
+from inbatch import api, losses, tiled
 from inbatch.functional import logsumexp_others, normalize
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
@@ -21,7 +21,16 @@ from inbatch.methods.pcl import proto_nce
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, and ragged ones, in small matrices."""
     monkeypatch.setattr(tiled, "TILE", 7)
+    monkeypatch.setattr(tiled, "APART", 0)
     monkeypatch.setattr(tiled, "_BLOCK", 100)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, unit: bool = True) -> Tensor:
@@ -131,7 +140,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
-def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(tiled, "TILE", 32)
     monkeypatch.setattr(tiled, "_BLOCK", 2**12)
     z = rows(2, 600, 8, dtype=torch.float32).requires_grad_()
@@ -204,7 +213,7 @@ def test_nearest() -> None:
 
 
 def train_all(groups: int) -> dict[str, dict]:
-    tiled.LEAST, tiled.TILE = 0, 5
+    tiled.LEAST, tiled.TILE, tiled.APART = 0, 5, 0
     return {variant: train(variant, N, groups) for variant in VARIANTS}
 
 
@@ -222,11 +231,40 @@ def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, gro
         assert_same(found[variant], expected)
 
 
-def test_each_rank_makes_its_share_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    u = rows(70, 4)
-    counts = []
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_thread: None) -> None:
+    torch.set_num_threads(threads)
+    u, counts = rows(112, 4), []
     for rank in range(3):
-        plan = tiled.Plan(rank=rank, world=3)
-        counts.append([sum(1 for _ in tiled._tiles(u, k, 1.0, False, plan)) for k in (None, u)])
-    assert [sum(c) for c in zip(*counts, strict=True)] == [55, 100]
+        made = [tiled._Tiles(u, k, 1.0, False, tiled.Plan(rank=rank, world=3)) for k in (None, u)]
+        assert [tiles.parts for tiles in made] == [threads, threads]
+        counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
+    assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
     assert all(max(c) - min(c) <= 1 for c in zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, one_thread: None) -> None:
+    u, k = rows(90, 6).requires_grad_(), rows(70, 6, seed=1).requires_grad_()
+
+    def found() -> list[Tensor]:
+        with tiled.using(mode="always"):
+            pair = tiled.logsumexp(u, u, 0.1, True), tiled.logsumexp(u, k, 0.1)
+            return [*pair, *torch.autograd.grad((pair[0] * pair[0]).sum() + pair[1].sum(), (u, k))]
+
+    expected = found()
+    torch.set_num_threads(threads)
+    once, again = found(), found()
+    assert torch.get_num_threads() == threads
+    for a, b, c in zip(expected, once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.equal(b, c)
+
+
+def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
+    given = {"subset": 80, "batch": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
+    built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
+    compute = built.method.loss
+    built.method.loss = lambda *rows: plans.append(tiled._PLAN.get()) or compute(*rows)
+    built.step(next(iter(built.loader.epoch(0))), 0)
+    assert plans[0].products == "bf16" and tiled._PLAN.get() == tiled.Plan()

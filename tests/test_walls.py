@@ -41,8 +41,8 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
-ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show", "fit"}
-ABOVE |= {"parts", "plug", "assign", "api", "quickstart", "losses", ""}
+ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show"}
+ABOVE |= {"fit", "parts", "plug", "assign", "api", "quickstart", "losses", ""}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
 SMALL_WORLD = {

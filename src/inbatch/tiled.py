@@ -11,8 +11,11 @@ whole result, as if it had been alone.
 import contextlib
 import functools
 import math
+import os
 import platform
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +35,11 @@ Products = kernels.Products
 LEAST = 2**17
 """Fewer pairs (362 by 362) are held as they are: half a megabyte, and faster than tiles."""
 TILE = 512
-"""Rows and columns of a tile: with its operands it stays in a core's second cache."""
+"""Rows and columns of a tile for one core: with its operands it stays in the second cache."""
+APART = 2**19
+"""From so many pairs on cores work side by side, each on tiles of its own."""
+PARTS = 4
+"""So many cores at most work side by side, each with sums of its own; more share the operations of each."""
 _BLOCK = 2**22
 """Pairs held at once where neither tiles nor a whole matrix will do."""
 _REACH = {torch.float32: 60.0, torch.float64: 600.0}
@@ -152,14 +159,20 @@ Found = tuple[Tensor, Tensor | None]
 
 def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
     """The log-sum-exps (n), and the rows of k averaged with each query's weights (n, D) where asked for."""
-    sums, mean, right = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None, q if k is None else k
-    with _fast_products():
-        for rows, columns, e in _tiles(q, k, scale, others, plan):
+    tiles, right = _Tiles(q, k, scale, others, plan), q if k is None else k
+
+    def work(part: int) -> Found:
+        sums, mean = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None
+        for rows, columns, e in tiles(part):
             sums[rows] += e.sum(1)
             if k is None and rows != columns:
                 sums[columns] += e.sum(0)
             if mean is not None:
                 mean[rows].addmm_(e, right[columns])
+        return sums, mean
+
+    sums, mean = tiles.spread(work)
+    assert sums is not None
     plan.add(sums)
     if mean is not None:
         plan.add(mean)
@@ -172,9 +185,11 @@ def _gradients(
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = gradient_i exp(S_ij - lse_i); k = q: their sum."""
+    tiles = _Tiles(q, k, scale, others, plan)
     top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # or small gradients of low rows would underflow
     weight = (gradient / top) * (-lse).exp()
     narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
+    left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
 
     def add(to: Tensor, e: Tensor, x: Tensor) -> None:
         if plan.products == "bf16":
@@ -182,12 +197,11 @@ def _gradients(
         else:
             to.addmm_(e, x)
 
-    dq = torch.zeros_like(q) if needs[0] else None
-    dk = torch.zeros_like(k) if k is not None and needs[1] else None
-    with _fast_products():
-        left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
-        both = q.new_empty(_tile(q) ** 2) if k is None else q
-        for rows, columns, e in _tiles(q, k, scale, others, plan):
+    def work(part: int) -> tuple[Tensor | None, Tensor | None]:
+        dq = torch.zeros_like(q) if needs[0] else None
+        dk = torch.zeros_like(k) if k is not None and needs[1] else None
+        both = q.new_empty(tiles.numbers if k is None else 0)
+        for rows, columns, e in tiles(part):
             if k is None:
                 e *= torch.add(weight[rows, None], weight[columns], out=both[: e.numel()].view_as(e))
             if dq is not None:
@@ -196,6 +210,9 @@ def _gradients(
                     add(dq[columns], e.T, left[rows])
             if dk is not None:
                 add(dk[columns], e.T, left[rows])
+        return dq, dk
+
+    dq, dk = tiles.spread(work)
     if dq is not None:
         plan.add(dq)
         dq *= scale * top if k is None else (scale * top * weight)[:, None]
@@ -205,28 +222,69 @@ def _gradients(
     return dq, dk
 
 
-def _tiles(
-    q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """exp(S) of this rank's tiles, one after the other in the same memory; of k = q those on and above the diagonal."""
-    tile, n, m = _tile(q), len(q), len(q if k is None else k)
-    right, memory, number = q if k is None else k, q.new_empty(_tile(q) ** 2), 0
-    for i in range(0, n, tile):
-        rows = slice(i, min(i + tile, n))
-        left = q[rows] * (scale / math.log(2))  # exp2 is faster than exp
-        for j in range(i if k is None else 0, m, tile):
-            number += 1
-            if number % plan.world == plan.rank:
-                columns = slice(j, min(j + tile, m))
+class _Tiles:
+    """The tiles of exp(S), of k = q those on and above the diagonal, dealt to ranks and to this one's cores.
+
+    A core has tiles and sums of its own: no operation is cut up for several, which would wait for each other thousands
+    of times (and where another process has one of them, for long).
+    """
+
+    def __init__(self, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> None:
+        self.q, self.k, self.scale, self.others, self.plan = q, k, scale, others, plan
+        n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
+        here = q.device.type == "cpu"
+        self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
+        self.side = TILE * (math.isqrt(self.threads // self.parts) if here else 8)
+        if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
+            self.side = -(-self.side // 2)  # something for everyone
+        self.numbers = min(self.side, n) * min(self.side, m)
+
+    def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """One part's tiles, one after the other in the same memory."""
+        q, right, number = self.q, self.q if self.k is None else self.k, 0
+        memory, plan = q.new_empty(self.numbers), self.plan
+        for i in range(0, len(q), self.side):
+            rows, left = slice(i, min(i + self.side, len(q))), None
+            for j in range(i if self.k is None else 0, len(right), self.side):
+                number += 1
+                if number % (plan.world * self.parts) != plan.rank * self.parts + part:
+                    continue
+                if left is None:
+                    left = q[rows] * (self.scale / math.log(2))  # exp2 is faster than exp
+                columns = slice(j, min(j + self.side, len(right)))
                 e = memory[: len(left) * (columns.stop - j)].view(len(left), -1)
                 torch.mm(left, right[columns].T, out=e).exp2_()
-                if others and i == j:
+                if self.others and i == j:
                     e.diagonal().zero_()
                 yield rows, columns, e
 
+    def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """Each part's tensors, made side by side and added up in order, whatever order they were ready in."""
 
-def _tile(x: Tensor) -> int:
-    return TILE if x.device.type == "cpu" else 8 * TILE
+        @torch.no_grad()  # a thread has a mode of its own
+        def alone(part: int) -> Sequence[Tensor | None]:
+            return work(part)
+
+        with _fast_products():
+            if self.parts == 1:
+                return list(work(0))
+            found = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
+        total = list(found[0])
+        for more in found[1:]:
+            for summed, x in zip(total, more, strict=True):
+                if summed is not None and x is not None:
+                    summed += x
+        return total
+
+
+@functools.cache
+def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that spread their operations over `threads` cores each; the process's own, because a fork has none."""
+    before, all_started = torch.get_num_threads(), threading.Barrier(parts)
+    pool = ThreadPoolExecutor(parts, "tiles", torch.set_num_threads, (threads,))
+    list(pool.map(lambda part: all_started.wait(), range(parts)))
+    torch.set_num_threads(before)  # what was set last, by whichever thread, is what new threads get
+    return pool
 
 
 def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:

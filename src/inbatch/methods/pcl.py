@@ -5,7 +5,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.clusters import Clusterings, Spread
-from inbatch.functional import info_nce, logsumexp_rows, normalize
+from inbatch.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.heads import Head, mlp
 from inbatch.memory import Queue
 from inbatch.methods.base import Method
@@ -20,8 +20,7 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     """
     if not 0 < len(q) <= len(columns):
         raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
-    q = normalize(q)
-    keys = normalize(columns).to(q) / density.to(q)[:, None]
+    q, keys = normalize(q), normalize(columns).to(wide(q)) / density.to(wide(q))[:, None]
     negative = logsumexp_rows(q, keys if counts is None else keys[counts], 1.0)
     return (negative - (q * keys[: len(q)]).sum(-1)).mean()
 

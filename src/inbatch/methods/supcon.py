@@ -25,25 +25,24 @@ def supcon(
     anchors: rows of all views, or of view 0 only ("one").
     mask: in place of labels, mask[i, j] != 0 where sample j is a positive of sample i.
     """
-    v, n, _ = z.shape
+    u, (v, n, _) = normalize(z), z.shape
     if v * n < 2 or (label is not None and mask is not None):
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
-    u = normalize(z)
-    if mask is None:
+    if mask is None:  # rows of a class are added up: no matrix of pairs
         alone = -1 - torch.arange(n, device=z.device)
-        group = (alone if label is None else torch.where(label >= 0, label, alone)).unique(return_inverse=True)[1]
-        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0))[group]  # of a row's class: no matrix of pairs
-        itself, members = torch.ones_like(u[0, :, 0]), v * group.bincount()[group]
+        group = (alone if label is None else label.where(label >= 0, alone)).unique(return_inverse=True)[1]
+        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0))[group]
+        itself, members = u.new_ones(n), v * group.bincount()[group]
     else:
         near = (mask != 0).to(u.dtype)
         total, itself, members = product(near, u.sum(0)), near.diagonal(), v * near.sum(1)
     count, every = members - itself, u.flatten(0, 1)
-    anchor, rows = (u, every) if anchors == "all" else (u[:1], u[0])
-    positive = (anchor * (total - itself[:, None] * anchor)).sum(-1) / temperature
-    mean = positive - count * logsumexp_others(rows, temperature, every).view_as(positive)
-    return -(temperature / base_temperature) * (mean / count.clamp(min=1)).mean()
+    a, rows = (u, every) if anchors == "all" else (u[:1], u[0])
+    positive = (a * (total - itself[:, None] * a)).sum(-1) / temperature
+    mean = (positive - count * logsumexp_others(rows, temperature, every).view_as(positive)) / count.clamp(min=1)
+    return -(temperature / base_temperature) * mean.mean()
 
 
 class SupCon(Method):
@@ -64,8 +63,7 @@ class SupCon(Method):
             "source": "SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01",
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1},
-        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.1},
-    }  # fmt: skip
+        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.1}}  # fmt: skip
 
     def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden: int | None = None,
                  out: int = 128, anchors: Literal["all", "one"] = "all") -> None:  # fmt: skip
