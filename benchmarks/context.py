@@ -75,7 +75,7 @@ def violate(built: Built, batch: Batch, share: float) -> None:
             judged.append(pair_distances(x, x, 0, curator.distance))
         return x
 
-    curator(batch, built.views(batch).images, listen)
+    curator(batch, listen)
     own, nearest = judged[0]
     curator.margin = -float((own - nearest).float().quantile(1 - share))
 

@@ -1,7 +1,7 @@
 """A method set up small enough to be compared with a literal computation."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -156,21 +156,23 @@ def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
     return [torch.stack([draw(i, v) for i in batch.index.tolist()]) for v in range(views)]
 
 
-def curator(plugs: Collection[str], tower: Tower, views: int) -> Curator | None:
+def curator(
+    plugs: Collection[str], tower: Tower, images: Callable[[Batch], Sequence[Tensor]], views: int
+) -> Curator | None:
     """Curation from the first step on, by either rule."""
     if not {"curate", "strict"} & set(plugs) or views < 2:
         return None
 
-    def embed(model: Tower, images: Sequence[Tensor]) -> Tensor:
+    def embed(model: Tower, batch: Batch) -> Tensor:
         with model.evaluating():
-            return torch.stack([model.features(view) for view in images])
+            return torch.stack([model.features(view) for view in images(batch)])
 
     made = (
         Curator(rounds=2, budget=None, rule="strict", distance="euclidean", model="live")
         if "strict" in plugs
         else Curator()
     )
-    made.prepare(tower, lambda batch, attempt: redraw(batch, attempt, views), embed, 1)
+    made.prepare(tower, embed, 1)
     made.starts = 0
     return made.double()
 
@@ -186,15 +188,27 @@ def train(
                 ranks.synchronise_norm(module)
                 ranks.join_groups(module)
     given: list[tuple[Tensor, ...]] = []
+    views = views_of(variant)
+
+    def drawn(batch: Batch) -> tuple[Tensor, ...]:
+        """The given images of these samples, or as they were drawn last."""
+        made = [view[batch.index % n] for view in given[-1]]
+        if batch.attempt is not None:
+            for i in batch.attempt.nonzero()[:, 0].tolist():
+                again = redraw(batch.take(slice(i, i + 1)), int(batch.attempt[i]), views)
+                for view, fresh in zip(made, again, strict=True):
+                    view[i] = fresh[0]
+        return tuple(made)
+
     step = Step(
-        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: given[-1],
+        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
-        groups=groups, total=10, seed=3, synced=synced, curator=curator(plugs, tower, views_of(variant)),
+        groups=groups, total=10, seed=3, synced=synced, curator=curator(plugs, tower, drawn, views),
         shuffle="shuffle" in plugs,
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
-        given.append(tuple(ranks.own(view) for view in images))
+        given.append(images)
         losses.append(step(Batch(ranks.own(batch.index), ranks.own(batch.label)), s)["loss"].item())
     return state(method, tower, target) | {"loss": losses}
 

@@ -282,7 +282,7 @@ def test_flip_and_colour_are_drawn_as_without_pairs(preset, monkeypatch):
     assert torch.equal(ours.flipped, default.flipped)
     monkeypatch.setattr(plain, "boxes", lambda *key: ours.boxes)
     assert all(torch.equal(x, y) for x, y in zip(plain(b).images, ours.images, strict=True))
-    again = paired(b, attempt=1)
+    again = paired(replace(b, attempt=torch.ones_like(b.index)))
     assert (configuration(again.boxes) == INTERSECTION).all() and (again.boxes != ours.boxes).any(-1).all()
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,20 +67,26 @@ def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[C
     """A curator whose sample i is drawn as answers[i][attempt] in its second view; and who was asked to redraw."""
     asked: list[list[int]] = []
 
-    def redraw(batch: Batch, attempt: int) -> list[Tensor]:
-        asked.append(batch.index.tolist())
-        second = torch.tensor([[answers[i][attempt]] for i in batch.index.tolist()])
-        return [torch.tensor([[10.0 * i] for i in batch.index.tolist()]), second]
+    def embed(model: nn.Module, batch: Batch) -> Tensor:
+        if batch.attempt is not None:
+            asked.append(batch.index.tolist())
+        return seen(answers, batch)
 
     made = Curator(**({"distance": "euclidean", "warmup": 0.0, "budget": None} | options))
-    made.prepare(Known(), redraw, lambda model, images: torch.stack(list(images)), 2)
+    made.prepare(Known(), embed, 2)
     return made, asked
 
 
-def drawn(answers: dict[int, list[float]], epoch: int = 1) -> tuple[Batch, list[Tensor]]:
+def seen(answers: dict[int, list[float]], batch: Batch) -> Tensor:
+    """Rows (V, b, 1) of a batch with its attempts."""
+    attempt = [0] * len(batch) if batch.attempt is None else batch.attempt.tolist()
+    second = [[answers[i][a]] for i, a in zip(batch.index.tolist(), attempt, strict=True)]
+    return torch.stack([batch.index[:, None] * 10.0, torch.tensor(second)])
+
+
+def drawn(answers: dict[int, list[float]], epoch: int = 1) -> Batch:
     index = torch.arange(len(answers))
-    second = torch.tensor([[answers[i][0]] for i in range(len(answers))])
-    return Batch(index, index * 0 - 1, epoch=epoch), [index[:, None] * 10.0, second]
+    return Batch(index, index * 0 - 1, epoch=epoch)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5, 1.0])
@@ -91,9 +98,9 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
     g = torch.Generator().manual_seed(seed)
     answers = {i: (10.0 * i + 8 * torch.randn(4, generator=g)).tolist() for i in range(6)}
     made, asked = curator(answers, rounds=3, rule=rule, budget=budget)
-    batch, images = drawn(answers)
-    before = images[1].clone()
-    views, told = made(batch, images)
+    batch = drawn(answers)
+    images = seen(answers, batch)
+    views, told = made(batch)
 
     at, expected, shares = [0] * 6, [], []
     left = 99 if budget is None else int(6 * budget)
@@ -112,43 +119,42 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
     assert asked == expected and told["curate_rounds"] == len(expected) > 0
     assert told["curate_violating_before"] == shares[0] and told["curate_violating"] == shares[-1]
     assert told["curate_redrawn"] == pytest.approx(sum(map(len, expected)) / 6)
-    assert torch.equal(views[1], second), "what is left is learned from as it was drawn last"
-    assert torch.equal(images[1], before), "the views that came in are not changed"
+    assert torch.equal(seen(answers, views)[1], second), "what is left is learned from as it was drawn last"
+    assert batch.attempt is None, "the batch that came in is not changed"
 
 
 def test_it_stops_when_nothing_violates() -> None:
     answers = {0: [0.0], 1: [25.0, 12.0], 2: [20.5]}
     made, asked = curator(answers, rounds=9)
-    views, told = made(*drawn(answers))
+    views, told = made(drawn(answers))
     assert told["curate_rounds"] == len(asked) == 1 and told["curate_violating"] == 0
-    assert 0 < told["curate_violating_before"] < 1 and views[1][1] == 12.0
+    assert 0 < told["curate_violating_before"] < 1 and seen(answers, views)[1, 1] == 12.0
 
 
 def test_before_the_warm_up_is_over_nothing_happens() -> None:
     answers = {0: [0.0], 1: [99.0], 2: [20.0]}
     made, asked = curator(answers, warmup=0.6)
     assert made.starts == 2
-    batch, images = drawn(answers)
-    assert made(batch, images) == (images, {}) and not asked
+    batch = drawn(answers)
+    assert made(batch) == (batch, {}) and not asked
 
 
 @pytest.mark.parametrize("model", ["snapshot", "live"])
 def test_a_snapshot_is_of_the_end_of_the_previous_epoch(model: str) -> None:
-    seen: list[float] = []
+    weights: list[float] = []
     live = nn.Linear(1, 1)
 
-    def embed(model: nn.Linear, images: list[Tensor]) -> Tensor:
-        seen.append(float(model.weight))
-        return torch.stack(images)
+    def embed(model: nn.Linear, batch: Batch) -> Tensor:
+        weights.append(float(model.weight))
+        return torch.tensor([[[0.0], [10.0]]] * 2)
 
     made = Curator(model=model, distance="euclidean", warmup=0.0)
-    made.prepare(live, lambda batch, attempt: [], embed, 9)
-    images = [torch.tensor([[0.0], [10.0]])] * 2
+    made.prepare(live, embed, 9)
     batches = [Batch(torch.arange(2), -torch.ones(2), epoch=epoch) for epoch in (1, 1, 2, 2)]
     for step, batch in enumerate(batches):
         live.weight.data.fill_(float(step))
-        made(batch, images)
-    assert seen == ([0.0, 0.0, 2.0, 2.0] if model == "snapshot" else [0.0, 1.0, 2.0, 3.0])
+        made(batch)
+    assert weights == ([0.0, 0.0, 2.0, 2.0] if model == "snapshot" else [0.0, 1.0, 2.0, 3.0])
     assert bool(list(made.state_dict())) and ("snapshot.weight" in made.state_dict()) == (model == "snapshot")
 
 
@@ -165,19 +171,17 @@ def test_a_rank_without_violators_takes_as_many_rounds() -> None:
             return torch.cat([x, other], dim=1)
         return torch.cat([x, x.new_tensor([500.0, 500.0] if len(calls) % 3 == 2 else [1.0, 1.0])])
 
-    batch, images = drawn({0: [0.0], 1: [10.0]})
-    views, told = made(batch, images, gather, 0)
+    views, told = made(drawn(answers).take(slice(2)), gather, 0)
     assert not asked and told["curate_rounds"] == 2 and len(calls) == 9
-    assert told["curate_violating"] == 0.5 and torch.equal(views[1], images[1])
+    assert told["curate_violating"] == 0.5 and views.attempt.tolist() == [0, 0]
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
     """Curated in evaluation mode: what one sample is embedded as is its own affair."""
     built = api.prepare("digits-canvas", subset=80, batch=16, epochs=2, settings={"curate.name": "redraw"}, fuse="set")
     made, batch = built.step.curator, next(iter(built.loader.epoch(1)))
-    images = built.views(batch).images
-    whole = made._embed(made.snapshot, images)
-    alone = made._embed(made.snapshot, [view[3:4] for view in images])
+    whole = made._embed(made.snapshot, batch)
+    alone = made._embed(made.snapshot, batch.take(slice(3, 4)))
     torch.testing.assert_close(whole[:, 3:4], alone)
     assert built.tower.training, "the tower is back in training mode"
 
@@ -188,14 +192,20 @@ def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
         "digits-canvas-colour", subset=80, batch=16, epochs=2, crops=crops,
         settings={"curate.name": "redraw", "views.name": "simclr_cifar"},
     )  # fmt: skip
-    made, batch = built.step.curator, next(iter(built.loader.epoch(1)))
+    batch = next(iter(built.loader.epoch(1)))
     some = torch.tensor([2, 7])
-    first, again, other = (made._redraw(batch.take(some), attempt) for attempt in (1, 1, 2))
-    whole = built.views(batch, 1).images
+    tries = replace(batch, attempt=torch.arange(16) % 3)  # sample by sample another one
+    mixed = built.views(tries).images
+    whole, first, again, other = (
+        built.views(replace(batch, attempt=torch.full((16,), n)).take(places)).images
+        for n, places in ((1, slice(16)), (1, some), (1, some), (2, some))
+    )
     for view in range(2):
         assert torch.equal(first[view], again[view]) and not torch.equal(first[view], other[view])
         torch.testing.assert_close(first[view], whole[view][some])
         assert not torch.allclose(first[view], built.views(batch).images[view][some])
+        torch.testing.assert_close(mixed[view][[1, 7]], whole[view][[1, 7]])
+        torch.testing.assert_close(mixed[view][::3], built.views(batch).images[view][::3])
 
 
 def test_a_run_logs_and_draws_what_curation_did(tmp_path: Path) -> None:
@@ -229,8 +239,10 @@ def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
     assert resident.loader.held is not None and streamed.loader.held is None
     for one, other in itertools.islice(zip(resident.loader.epoch(1), streamed.loader.epoch(1), strict=True), 2):
         assert torch.equal(one.index, other.index) and torch.equal(one.size, other.size)
-        for attempt in (0, 1):
-            for a, b in zip(resident.views(one, attempt).images, streamed.views(other, attempt).images, strict=True):
+        for attempt in (torch.zeros(16, dtype=torch.long), torch.arange(16) % 2):
+            pair = (replace(batch, attempt=attempt) for batch in (one, other))
+            drawn = (built.views(batch).images for built, batch in zip((resident, streamed), pair, strict=True))
+            for a, b in zip(*drawn, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert torch.isfinite(torch.as_tensor(streamed.step(other, 3)["curate_violating"]))
 

@@ -53,7 +53,7 @@ def same(a, b):
     assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label) and a.epoch == b.epoch
     assert torch.equal(a.size, b.size)
     if a.images is not None:
-        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.pictures(), b.pictures())
         return
     assert torch.equal(a.boxes, b.boxes)
     assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
@@ -92,7 +92,7 @@ def test_shares_of_two_ranks_make_the_batches_of_one(resident):
     for whole, left, right in zip(one.epoch(1), two[0].epoch(1), two[1].epoch(1), strict=True):
         assert torch.equal(torch.cat([left.index, right.index]), whole.index)
         if resident:
-            assert torch.equal(torch.cat([left.images, right.images]), whole.images)
+            assert torch.equal(torch.cat([left.pictures(), right.pictures()]), whole.pictures())
             continue
         assert torch.equal(torch.cat([left.boxes, right.boxes], 1), whole.boxes)
         for x, y, z in zip(left.crops, right.crops, whole.crops, strict=True):
@@ -109,6 +109,20 @@ def test_any_number_of_workers_gives_the_same_batches(photos):
             same(batches[0], batches[2])
     next(loaders[2].epoch(2))  # given up after one batch, as when a run ends early
     for a, b in zip(loaders[0].epoch(3, 1), loaders[2].epoch(3, 1), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkeypatch):
+    """Crops, and canvases that are larger in one piece than in another: the batch that one piece would be."""
+    given = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
+    source = open_data(photos)
+    expected = list(Loader(source, **given).epoch(2))
+    monkeypatch.setattr("inbatch.data.loader._PIECE", 5)
+    found = list(Loader(source, **given).epoch(2))
+    assert len(found) == len(expected) == 2
+    for a, b in zip(found, expected, strict=True):
         same(a, b)
 
 
@@ -165,7 +179,7 @@ class TestResident:
         kept = Loader(open_data(photos), batch=10, views=VIEWS, seed=0, resident=True, canvas=60)
         assert kept.held.scaled == 0 and "scaled down" not in kept.report()
         batch = next(kept.epoch(0))
-        assert torch.equal(batch.images, kept.held.images[batch.index])
+        assert torch.equal(batch.pictures(), kept.held.images[batch.index])
         assert torch.equal(batch.size, kept.held.size[batch.index]) and batch.crops is None
 
     def test_chosen_by_free_memory_unless_asked(self, monkeypatch):
@@ -216,7 +230,7 @@ class TestFaults:
         assert names == [f"{i:02d}.png" for i in range(30) if i != 7]
         assert "left out: " in loader.report() and "07.png' cannot be read" in loader.report()
         batch = next(loader.epoch(0))  # the right pixels stand under the new numbers
-        for image, (h, w), i in zip(batch.images, batch.size.tolist(), batch.index.tolist(), strict=True):
+        for image, (h, w), i in zip(batch.pictures(), batch.size.tolist(), batch.index.tolist(), strict=True):
             assert torch.equal(image[:, :h, :w], loader.source.image(i))
 
     def test_too_many_unreadable_images(self, photos):

@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> No
     assert found["curate"]["violating_before"] == pytest.approx(float(share))
     assert found["curate"]["begun"] and found["curate"]["samples"] == 40
 
-    group = [view[:20] for view in built.step.curator(batch, views)[0]]
+    group = [view[:20] for view in built.views(built.step.curator(batch)[0]).images]
     with torch.no_grad():
         mixed = built.tower.fuse(group[1])
     assert found["fuse"]["change"] == pytest.approx(float((mixed - group[1]).abs().mean()), rel=1e-4)
@@ -174,7 +174,7 @@ def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, m
         pictures, "_grid", lambda b, o, d, which: strips.append([v[which][0] for v in d.images]) or tile
     )
     tile = Image.new("RGB", (1, 1))
-    images, told, _ = pictures.redrawn(built, batch, drawn, COUNT)
+    images, told, _ = pictures.redrawn(built, batch, COUNT)
     assert told["rounds"] == 3 and len(strips) == 2 * COUNT
     for before, after in zip(strips[::2], strips[1::2], strict=True):
         (sample,) = [i for i in range(40) if torch.allclose(before[0], drawn.images[0][i], atol=1e-5)]

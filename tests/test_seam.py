@@ -57,6 +57,7 @@ def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
     """With several groups the first pass holds no graph, and only rows come out."""
     _, tower, _ = small.parts("simclr")
     images = next(small.batches(N, 1, 2))[1]
-    swept = seam.sweep(tower, tower, seam.cut(list(images), 4), range(2), [1, 2, 3, 4], grad=True)
+    groups = [functools.partial(tuple, group) for group in seam.cut(list(images), 4)]
+    swept = seam.sweep(tower, tower, groups, range(2), [1, 2, 3, 4], grad=True)
     assert swept.live is None and not swept.rows["projection"].requires_grad
     assert swept.rows["projection"].shape == (2, N, 8)

@@ -1,6 +1,7 @@
 """Views: each operation against torchvision's on the same parameters, each draw against torchvision's draws."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,7 +366,8 @@ def test_epoch_view_seed_and_attempt_draw_anew():
     views, images = make(PRESETS["simclr"](size=32)), photos(16)
     b = batch(images)
     first = views(b)
-    for other in (views(batch(images, epoch=1)), views(b, attempt=1), views(Batch(b.index, b.label, 4, 0, images))):
+    again = replace(b, attempt=torch.ones_like(b.index))
+    for other in map(views, (batch(images, epoch=1), again, Batch(b.index, b.label, 4, 0, images))):
         assert not any(
             torch.isclose(x, y).flatten(1).all(1).any() for x, y in zip(first.images, other.images, strict=True)
         )
@@ -457,4 +459,4 @@ def test_errors_say_what_to_do():
     with pytest.raises(DataError, match="boxes"):
         views(Batch(index, index, crops=(photos(2),) * 2))
     with pytest.raises(ConfigError, match="resident"):
-        views(Batch(index, index, crops=(photos(2),) * 2, boxes=boxes), attempt=1)
+        views(Batch(index, index, crops=(photos(2),) * 2, boxes=boxes, attempt=index))

@@ -38,10 +38,15 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(
-    seed: int, epoch: int, index: Int[Tensor, "b"], view: int, count: int, attempt: int = 0
+    seed: int, epoch: int, index: Int[Tensor, "b"], view: int, count: int, attempt: int | Int[Tensor, "b"] = 0
 ) -> Float[Tensor, "b count"]:
     """`count` float32 numbers in [0, 1) for every sample, keyed by (seed, epoch, sample, view, attempt)."""
-    head = _signed(fold(seed, epoch, view, attempt))
+    head: int | Tensor
+    if isinstance(attempt, int):
+        head = _signed(fold(seed, epoch, view, attempt))
+    else:
+        heads = [_signed(fold(seed, epoch, view, n)) for n in range(int(attempt.max()) + 1)]
+        head = torch.tensor(heads, device=index.device)[attempt]
     sample = _mix((index + 1) * _signed(_GOLDEN) + head)
     place = torch.arange(1, count + 1, device=index.device) * _signed(_GOLDEN)
     return (_mix(sample[:, None] + place) >> 40 & (1 << 24) - 1).float() * 2**-24

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inbatch.batch import Batch
 from inbatch.config import Recipe
 from inbatch.context.curate import CURATORS, Curator
 from inbatch.context.fuse import FUSIONS, Fusion
@@ -49,13 +50,14 @@ def curator_of(recipe: Recipe, views: Views, tower: Tower, piece: int, device: t
     if where == "projection" and "projection" not in tower.heads:
         raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
 
-    def embed(model: Tower, images: Sequence[Tensor]) -> Tensor:
+    def embed(model: Tower, batch: Batch) -> Tensor:
         def rows(image: Tensor) -> Tensor:
             return model.features(image) if where == "features" else model.outputs(image)[where]
 
         with model.evaluating():
-            return torch.stack([torch.cat([rows(part) for part in image.split(piece)]) for image in images])
+            parts = (views(part.to(device)).images for part in batch.split(piece))  # one after the other
+            return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
 
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(tower, lambda batch, attempt: views(batch, attempt).images, embed, recipe.epochs)
+    curator.prepare(tower, embed, recipe.epochs)
     return curator.to(device)

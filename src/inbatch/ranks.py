@@ -159,6 +159,12 @@ def agree(value: str, what: str) -> None:
         raise ConfigError(f"ranks disagree about the {what}: rank {different[0]} has another one than rank 0")
 
 
+def add_(x: Tensor) -> None:
+    """Replace a contiguous tensor by its sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+
+
 class _SumOverRanks(torch.autograd.Function):
     """all_reduce whose gradient is summed over ranks too: each rank's loss depends on every rank's term."""
 

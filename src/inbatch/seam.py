@@ -15,8 +15,8 @@ from torch import Tensor
 from inbatch.batch import Rows
 from inbatch.tower import Tower, frozen_statistics, norms, running_statistics
 
-Group = Sequence[Tensor]
-"""The views (G, C, H, W) of one context group."""
+Group = Callable[[], Sequence[Tensor]]
+"""Gives the views (G, C, H, W) of one context group, whenever it is asked: they need not be held until the way back."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Sweep:
     live: Rows | None
 
 
-def cut(images: Sequence[Tensor], groups: int) -> list[Group]:
+def cut(images: Sequence[Tensor], groups: int) -> list[Sequence[Tensor]]:
     """V views (B, C, H, W) -> the views of each of the groups, in the order of the batch."""
     return list(zip(*(view.chunk(groups) for view in images), strict=True))
 
@@ -62,10 +62,10 @@ def sweep(
     Running statistics end as the mean of what each group alone would have left, so that they, too, do not depend
     on which rank or in which order the groups ran.
     """
-    device = groups[0][0].device
     if len(groups) == 1:
-        with replayable(keys[0], device), torch.set_grad_enabled(grad):
-            live = (call if grad else tower)(groups[0], numbers)
+        images = groups[0]()
+        with replayable(keys[0], images[0].device), torch.set_grad_enabled(grad):
+            live = (call if grad else tower)(images, numbers)
         rows = {name: x.detach() for name, x in live.items()}
         return Sweep(groups, numbers, keys, rows, live if grad else None)
 
@@ -76,8 +76,9 @@ def sweep(
         for group, key in zip(groups, keys, strict=True):
             for statistic, old in zip(statistics + counts, before, strict=True):
                 statistic.copy_(old)
-            with replayable(key, device):
-                parts.append(tower(group, numbers))
+            images = group()
+            with replayable(key, images[0].device):
+                parts.append(tower(images, numbers))
             for summed, statistic in zip(total, statistics, strict=True):
                 summed += statistic
         for statistic, summed in zip(statistics, total, strict=True):
@@ -100,6 +101,7 @@ def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows)
     with frozen_statistics(tower):
         for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
-            with alone, replayable(key, group[0].device):
-                rows = call(group, swept.numbers)
+            images = group()
+            with alone, replayable(key, images[0].device):
+                rows = call(images, swept.numbers)
                 torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

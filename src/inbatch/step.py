@@ -1,5 +1,6 @@
 """One training step, in order."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch import ranks, seam
+from inbatch import ranks, seam, tiled
 from inbatch.batch import Batch, Rows
 from inbatch.context.curate import Curator
 from inbatch.draws import fold, permutation
@@ -23,7 +24,8 @@ Orders = Sequence[Tensor | None]
 class Step:
     """Everything that one step needs; calling it makes one.
 
-    views: batch -> V views, (B, C, H, W) each, on the device.
+    views: samples -> their V views, (B, C, H, W) each, on the device; the same whenever they are asked for.
+    count: V.
     call: the tower, or what wraps it to average gradients over ranks.
     groups: context groups per rank; synced: they reach over all ranks (synchronised norm).
     schedule: sets the optimiser's rates for a step.
@@ -31,13 +33,15 @@ class Step:
     curator: draws some of the views again before they are learned from.
     shuffle: the momentum tower's context groups are other permutations of the batch, drawn anew for every step and
         view; where there is no momentum tower, those of every view but the first.
+    products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
     """
 
     method: Method
     tower: Tower
     call: nn.Module
     target: Tower | None
-    views: Callable[[Batch], tuple[Tensor, ...]]
+    views: Callable[[Batch], Sequence[Tensor]]
+    count: int
     optimizer: Optimizer
     schedule: Callable[[Optimizer, int], None]
     groups: int
@@ -46,26 +50,28 @@ class Step:
     synced: bool = False
     curator: Curator | None = None
     shuffle: bool = False
+    products: tiled.Products = "float32"
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = step / self.total
         self.schedule(self.optimizer, step)
-        images = self.views(batch)
         curated: dict[str, float] = {}
         if self.curator is not None:
-            images, curated = self.curator(batch, images, ranks.gather, ranks.rank() * len(batch))
+            batch, curated = self.curator(batch, ranks.gather, ranks.rank() * len(batch))
 
-        learning, teaching = (list(pick(len(images))) for pick in (self.method.online_views, self.method.target_views))
-        online, orders = self._sweep(self.tower, images, learning, step, grad=True)
+        learning, teaching = (list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views))
+        held = self.views(batch) if self.groups == 1 else None  # of many groups, only one's views are ever held
+        online, orders = self._sweep(self.tower, batch, held, learning, step, grad=True)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         taught: Rows = {}
         if self.target is not None:
-            taught = _whole(*self._sweep(self.target, images, teaching, step, grad=False))
+            taught = _whole(*self._sweep(self.target, batch, held, teaching, step, grad=False))
         whole = Batch(ranks.gather(batch.index), ranks.gather(batch.label), batch.seed, batch.epoch)
 
-        losses = self.method.loss(rows, taught, whole)
-        losses["loss"].backward()
+        with tiled.using(products=self.products, rank=ranks.rank(), world=ranks.world(), add=ranks.add_):
+            losses = self.method.loss(rows, taught, whole)
+            losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
         # The wrapper averages over ranks, the gradient of the whole batch is the sum: hence the factor.
@@ -90,23 +96,42 @@ class Step:
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
 
     def _sweep(
-        self, tower: Tower, images: Sequence[Tensor], views: list[int], step: int, grad: bool
+        self, tower: Tower, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
     ) -> tuple[seam.Sweep, Orders]:
         """Rows of this rank's groups; the random numbers of a group are the same on whichever rank it runs."""
         moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
-        n, device = len(images[0]) * ranks.world(), images[0].device
+        n, device = len(batch) * ranks.world(), batch.index.device
         orders = [
             permutation(fold(self.seed, step), v, n).to(device) if move else None
             for v, move in zip(views, moved, strict=True)
         ]
-        dealt = [
-            images[v] if order is None else ranks.gather(images[v])[ranks.own(order)]
-            for v, order in zip(views, orders, strict=True)
-        ]
         first = 0 if self.synced else ranks.rank() * self.groups
         part = ranks.rank() if self.synced else 0
         keys = [fold(self.seed, step, int(grad), first + g, part) for g in range(self.groups)]
-        return seam.sweep(tower, self.call, seam.cut(dealt, self.groups), views, keys, grad), orders
+        return seam.sweep(tower, self.call, self._groups(batch, held, views, orders), views, keys, grad), orders
+
+    def _groups(
+        self, batch: Batch, held: Sequence[Tensor] | None, views: list[int], orders: Orders
+    ) -> list[seam.Group]:
+        """How to come by the images of every group."""
+        if ranks.world() > 1 and any(order is not None for order in orders):
+            # The samples of a group lie on other ranks: whoever has them draws their views, and everyone holds all.
+            images = self.views(batch)
+            dealt = [
+                images[v] if order is None else ranks.gather(images[v])[ranks.own(order)]
+                for v, order in zip(views, orders, strict=True)
+            ]
+            return [functools.partial(tuple, group) for group in seam.cut(dealt, self.groups)]
+
+        def draw(places: slice) -> list[Tensor]:
+            plain = held if held is not None else self.views(batch.take(places))
+            return [
+                plain[v] if order is None else self.views(batch.take(order[places]))[v]
+                for v, order in zip(views, orders, strict=True)
+            ]
+
+        size = len(batch) // self.groups
+        return [functools.partial(draw, slice(g * size, (g + 1) * size)) for g in range(self.groups)]
 
 
 def _whole(swept: seam.Sweep, orders: Orders) -> Rows:

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 from inbatch.batch import Batch
 from inbatch.errors import ConfigError
 
-Redraw = Callable[[Batch, int], Sequence[Tensor]]
-"""(some samples, attempt) -> their views, drawn anew; an attempt draws the same whenever it is asked."""
-Embed = Callable[[Any, Sequence[Tensor]], Tensor]
-"""(model, V views of b samples) -> (V, b, D), each row of its image alone."""
+Embed = Callable[[Any, Batch], Tensor]
+"""(model, b samples) -> (V, b, D): their views as of `attempt` seen by the model, each row of its image alone."""
 Gather = Callable[[Tensor, int], Tensor]
 """Every rank's part of a tensor, joined along a dimension."""
 
@@ -96,25 +95,25 @@ class Curator(nn.Module):
         self.epoch: Tensor
         self.register_buffer("epoch", torch.tensor(-1))
 
-    def prepare(self, live: nn.Module, redraw: Redraw, embed: Embed, epochs: int) -> None:
-        """Told once: the model that learns, how to draw again and embed, and the epochs of the run."""
-        self._live, self._redraw, self._embed = [live], redraw, embed  # in a list: the live model is not ours to save
+    def prepare(self, live: nn.Module, embed: Embed, epochs: int) -> None:
+        """Told once: the model that learns, how it sees views, and the epochs of the run."""
+        self._live, self._embed = [live], embed  # in a list: the live model is not ours to save
         self.starts = max(1, math.ceil(self.warmup * epochs))
         self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None
 
     @torch.no_grad()
     def forward(
-        self, batch: Batch, images: Sequence[Tensor], gather: Gather = lambda x, dim: x, first: int = 0
-    ) -> tuple[Sequence[Tensor], dict[str, float]]:
-        """The views of this rank's samples (the first-th and on of the whole batch), and what was done with them.
+        self, batch: Batch, gather: Gather = lambda x, dim: x, first: int = 0
+    ) -> tuple[Batch, dict[str, float]]:
+        """This rank's samples (the first-th and on of the whole batch) with their attempts, and what was done.
 
         Told are curate_rounds; curate_violating_before and curate_violating, shares of the batch that break the
         rule; and curate_redrawn, redraws per sample. Nothing is done before the warm-up is over.
         """
         if batch.epoch < self.starts:
-            return images, {}
-        model, views = self._model(batch.epoch), [image.clone() for image in images]
-        rows = self._embed(model, views)
+            return batch, {}
+        model, attempt = self._model(batch.epoch), torch.zeros_like(batch.index)
+        rows = self._embed(model, batch)
         bad, excess = self._judge(rows, gather, first)
         rounds, redrawn, before = 0, 0, int(bad.sum())
         while rounds < self.rounds and (count := int(min(int(bad.sum()), self.budget * len(bad) - redrawn))) > 0:
@@ -122,14 +121,12 @@ class Curator(nn.Module):
             worst = excess.masked_fill(~bad, -math.inf).argsort(descending=True, stable=True)[:count]
             again = torch.zeros_like(bad).index_fill(0, worst, True)[first : first + len(batch)].nonzero()[:, 0]
             if len(again):  # ranks differ in this, not in the rounds
-                new = self._redraw(batch.take(again), rounds)
-                for view, fresh in zip(views, new, strict=True):
-                    view[again] = fresh
-                rows[:, again] = self._embed(model, new)
+                attempt[again] = rounds
+                rows[:, again] = self._embed(model, replace(batch, attempt=attempt).take(again))
             bad, excess = self._judge(rows, gather, first)
         told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
         told["violating"] = int(bad.sum()) / len(bad)
-        return views, {f"curate_{name}": float(value) for name, value in told.items()}
+        return replace(batch, attempt=attempt), {f"curate_{name}": float(value) for name, value in told.items()}
 
     def _model(self, epoch: int) -> nn.Module:
         if self.snapshot is None:

@@ -17,6 +17,7 @@ from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
 
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
+_PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
 
 
 @runtime_checkable
@@ -43,6 +44,7 @@ class Loader:
     images may have, twice the largest view by default. whole: streamed images come on such a canvas, too, uncropped,
     so that views can be drawn again. max_bad: share of unreadable images that may be left out when resident; a streamed
     one raises DataError when its turn comes.
+    Pixels of streamed batches stay in the host's memory, for whoever needs some of them to take them to the device.
 
     `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch, `workers` the
     processes that decode (0 where resident).
@@ -90,6 +92,7 @@ class Loader:
             self.workers = max(1, min(16, cores() // world)) if workers is None else workers
             self._order = _Order()
             made = _Canvases(source, canvas) if whole else _Crops(source, views, seed)
+            self._pin = self.device.type == "cuda"
             self._stream = _stream(made, self._order, self.workers, self.device)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
@@ -120,18 +123,46 @@ class Loader:
                 label=self._labels[index],
                 seed=self.seed,
                 epoch=epoch,
-                images=self.held.images[index],
+                images=self.held.images,
+                at=index,
                 size=self.held.size[index],
             )
 
     def _streamed(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
-        self._order.keys = [(epoch, index) for index in mine.tolist()]
-        for made in self._stream:
-            if isinstance(made, str):
-                raise DataError(made)
-            index = made["index"]
+        self._order.keys = [(epoch, piece.tolist()) for index in mine for piece in index.split(_PIECE)]
+        pieces = iter(self._stream)
+        for index in mine:
+            made: dict[str, Any] = {}
+            for first in range(0, len(index), _PIECE):
+                piece = next(pieces)
+                if isinstance(piece, str):
+                    raise DataError(piece)
+                made = piece if len(index) <= _PIECE else _put(piece, first, made, len(index), self._pin)
             batch = Batch(**made, label=self.source.labels[index], seed=self.seed, epoch=epoch)
-            yield batch.to(self.device)
+            yield batch.to(self.device, pixels=False)
+
+
+def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pin: bool) -> dict[str, Any]:
+    """A piece of a batch of `count` samples in its place; what is not there yet is made. Canvases may grow."""
+
+    def placed(new: Tensor, old: Tensor | None, dim: int = 0) -> Tensor:
+        shape = list(new.shape) if old is None else [max(pair) for pair in zip(new.shape, old.shape, strict=True)]
+        shape[dim] = count
+        if old is None or list(old.shape) != shape:
+            grown = torch.zeros(shape, dtype=new.dtype, pin_memory=pin)
+            if old is not None:
+                grown[tuple(slice(n) for n in old.shape)] = old
+            old = grown
+        old.narrow(dim, first, new.shape[dim])[tuple(slice(n) for n in new.shape)] = new
+        return old
+
+    made: dict[str, Any] = {}
+    for key, new in piece.items():
+        if key == "crops":
+            made[key] = tuple(placed(*pair) for pair in zip(new, into.get(key, [None] * len(new)), strict=True))
+        else:
+            made[key] = placed(new, into.get(key), dim=1 if key == "boxes" else 0)
+    return made
 
 
 def _differ(held: Resident) -> None:

@@ -50,14 +50,14 @@ def look(built: Built, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
     """
     curator = built.step.curator
     found: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
-    batch = next(iter(built.loader.epoch(found["epoch"], stop=1)))
+    batch = next(iter(built.loader.epoch(found["epoch"], stop=1))).to(built.loader.device)
     drawn = built.views(batch)
     pictures = {"views.png": _views(built, batch, drawn, count)}
     told = leak(built, found["epoch"])
     found["leak"] = told | {"told_apart": sign(told, built.recipe.shuffle_groups)} if told else None
     images: Sequence[Tensor] = drawn.images
     if curator is not None:
-        images, found["curate"], picture = redrawn(built, batch, drawn, count)
+        images, found["curate"], picture = redrawn(built, batch, count)
         found["curate"]["begun"] = epoch >= curator.starts
         if picture is not None:
             pictures["redrawn.png"] = picture
@@ -123,9 +123,7 @@ def fused(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, 
     return told, sheet(title, drawn)
 
 
-def redrawn(
-    built: Built, batch: Batch, drawn: Drawn, count: int
-) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
+def redrawn(built: Built, batch: Batch, count: int) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
     """The curated views of a batch, what curation did, and the worst violators before and after, if there are any."""
     curator = built.step.curator
     assert curator is not None
@@ -137,7 +135,9 @@ def redrawn(
             judged.append(x.cpu())
         return x
 
-    images, done = curator(batch, drawn.images, listen)
+    curated, done = curator(batch, listen)
+    assert curated.attempt is not None
+    images = built.views(curated).images
     (own, nearest), (own_after, nearest_after) = judged[:2], judged[-2:]
     told: dict[str, Any] = {name.removeprefix("curate_"): value for name, value in done.items()}
     told |= {"rule": curator.rule, "distance": curator.distance, "where": curator.where, "samples": len(own)}
@@ -148,18 +148,13 @@ def redrawn(
         return images, told, None
     worst = (own - nearest).masked_fill(~bad, -torch.inf).argsort(descending=True)[: min(count, int(bad.sum()))]
 
-    some = batch.take(worst.to(batch.index.device))
-    tries = [built.views(some, attempt) for attempt in range(int(told["rounds"]) + 1)]
+    chosen = worst.to(batch.index.device)
+    some, first = batch.take(chosen), built.views(batch.take(chosen))
+    last = built.views(curated.take(chosen))
     lines = []
     for i, sample in enumerate(worst.tolist()):
-        # A sample keeps its last redraw: the one that the curated views show.
-        far = [
-            sum(float((view[i] - last[sample]).abs().sum()) for view, last in zip(one.images, images, strict=True))
-            for one in tries
-        ]
-        last = min(range(len(tries)), key=far.__getitem__)
         original = _original(built, some, i)
-        before, after = (_grid(built, [original], tries[n], slice(i, i + 1)) for n in (0, last))
+        before, after = (_grid(built, [original], views, slice(i, i + 1)) for views in (first, last))
         verdict = "still violates" if still[sample] else "kept"
         lines.append(
             Row(
@@ -316,12 +311,14 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _original(built: Built, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
     """The image of a sample, as its boxes measure it."""
-    if batch.images is None:  # the workers cropped, and it did not travel
+    pictures = batch.take(slice(i, i + 1)).pictures()
+    if pictures is None:  # the workers cropped, and it did not travel
         return built.loader.source.image(int(batch.index[i]))
+    (image,) = pictures
     if batch.size is None:
-        return batch.images[i]
+        return image
     height, width = batch.size[i].tolist()
-    return batch.images[i, :, :height, :width]
+    return image[:, :height, :width]
 
 
 def _grid(built: Built, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:

@@ -75,7 +75,7 @@ def leak(built: Built, epoch: int) -> dict[str, float]:
     return group_leak(whole[:, :wanted])
 
 
-def _rows(built: Built, group: seam.Group, numbers: Sequence[int], epoch: int) -> Tensor:
+def _rows(built: Built, group: Sequence[Tensor], numbers: Sequence[int], epoch: int) -> Tensor:
     tower = built.tower
     with frozen_statistics(tower), seam.replayable(fold(built.recipe.seed, epoch), group[0].device):
         return tower.forward(group, numbers)[built.method.online[0]]

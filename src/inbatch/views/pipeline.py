@@ -76,8 +76,9 @@ class Views:
         return len(self.views)
 
     def boxes(
-        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
-    ) -> Int[Tensor, "v b 4"]:
+        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int,
+        attempt: int | Int[Tensor, "b"] = 0,
+    ) -> Int[Tensor, "v b 4"]:  # fmt: skip
         """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
         alone = torch.stack(
             [
@@ -91,13 +92,14 @@ class Views:
         return torch.where(paired[..., 2:3] > 0, paired, alone)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, attempt: int = 0) -> Drawn:
+    def __call__(self, batch: Batch) -> Drawn:
         """The views of a batch. Crops that came with it are used as they are, then everything else is done here.
 
-        attempt: 0 for the first draw; any other number draws anew from an independent stream.
+        Every attempt of a sample (`batch.attempt`) is drawn from a stream of its own.
         Raises DataError for images that do not fit the views.
         """
-        given, cut = self._checked(batch, attempt)
+        given, cut = self._checked(batch)
+        attempt = 0 if batch.attempt is None else batch.attempt
         seed, epoch, index = batch.seed, batch.epoch, batch.index
         size = index.new_tensor(given[0].shape[2:]).expand(len(batch), 2) if batch.size is None else batch.size
         placed = self.boxes(index, size, seed, epoch, attempt) if cut is None else cut
@@ -107,7 +109,8 @@ class Views:
             flip = u[:, crop.DRAWS] < view.flip
             where = placed[numbers[0] : numbers[-1] + 1].flatten(0, 1)
             if cut is None:
-                source = torch.arange(len(u), device=index.device) % len(batch)
+                lies = torch.arange(len(batch), device=index.device) if batch.at is None else batch.at
+                source = lies.repeat(len(numbers))
                 x = self._render(view, steps, u, given[0], source, where, flip)
             else:
                 x = self._render(view, steps, u, torch.cat([given[number] for number in numbers]), None, where, flip)
@@ -153,7 +156,7 @@ class Views:
             out.index_copy_(0, some, work(partial(torch.index_select, dim=0, index=some)))
         return out
 
-    def _checked(self, batch: Batch, attempt: int) -> tuple[list[Tensor], Tensor | None]:
+    def _checked(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """The batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
         crops, channels = batch.crops, len(self.mean)
         given = [x for x in ([batch.images] if crops is None else crops) if x is not None]
@@ -170,7 +173,7 @@ class Views:
                 f"The workers' crops are {[tuple(x.shape[2:]) for x in given]} pixels, the views {sides} square "
                 "(with boxes). Load with the views that are drawn."
             )
-        if attempt:
+        if batch.attempt is not None:
             raise ConfigError(
                 "Views cannot be drawn again from crops that the workers have cut. Keep the data resident "
                 "on the device (resident=True)."
