@@ -1,10 +1,12 @@
 """Writes README.md beside it and the tables in docs/methods from the JSON files of runs, so that no figure is typed by
 hand: python results/render.py"""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from statistics import mean, stdev
+from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -191,7 +193,72 @@ def answered(page: Path) -> str:
     return text
 
 
+def benchmark() -> ModuleType:
+    """benchmarks/losses.py, which knows what a row of its tables says."""
+    spec = importlib.util.spec_from_file_location("losses", HERE.parent / "benchmarks" / "losses.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses(found: dict[str, Any]) -> dict[str, str]:
+    """What a file of benchmarks/losses.py says: where it was measured, NT-Xent by everyone, every loss in short."""
+    words, env = benchmark(), found["environment"]
+    best = max(found["ceilings"], key=lambda one: one["gflops"])
+    every = {(loss, int(n)): block for loss, blocks in found["losses"].items() for n, block in blocks.items()}
+    detailed = [cells for (loss, n), b in every.items() if loss == "nt_xent" for cells in words.details(n, b)]
+    short = [words.summary(loss, n, block) for (loss, n), block in every.items()]
+    libraries = [(who, found["versions"].get(who, {}).get(who)) for who in words.PEERS]
+    libraries = [("torch", env["versions"]["torch"]), *libraries]
+    versions = ", ".join(f"{name} {number}" for name, number in libraries if number)
+    commands = ", ".join(f"`{command}`" for command in found["commands"])
+    reached = f"torch's own reach {best['plain']:,.0f}, oneDNN's {best['onednn']:,.0f}"
+    where = (
+        f"{env['processor']}, {env['threads']} of {env['cores']} cores, {versions}. Ceiling: {best['gflops']:,.0f} "
+        f"GFLOP/s of float32 products ({reached}). {commands}\n"
+    )
+
+    def lines(heads: tuple[str, ...], rows: list[Any]) -> str:
+        table = [heads, ["---"] * len(heads), *rows]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+    return {"where": where, "nt_xent": lines(words.DETAILS, detailed), "all": lines(words.SUMMARY, short)}
+
+
+def timed(page: Path) -> str:
+    """A page with what the losses cost between its markers, such as <!-- losses-1thread nt_xent -->, written anew."""
+    text = page.read_text()
+    for file in sorted(HERE.glob("losses-*thread*.json")):
+        for name, new in losses(json.loads(file.read_text())).items():
+            pattern = rf"(<!-- {file.stem} {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+    return text
+
+
+def cards(found: dict[str, Any]) -> str:
+    """Which context fits which card, as benchmarks/context_memory.py reckons."""
+    names = [f"{card} GB" for card in found["cards"]]
+    lines = [f"| | MB a sample | GB beside | {' | '.join(names)} |", "| --- |" + " --- |" * (2 + len(names))]
+    for name, row in found["entries"].items():
+        cells = [f"{row['per_sample'] / 1e6:,.1f}", f"{(row['fixed'] + row['rows']) / 1e9:.2f}"]
+        cells += [f"{min(row['contexts'][str(card)], found['batch']):,}" for card in found["cards"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def fitted(page: Path) -> str:
+    """A page with that table between its markers, <!-- context-memory -->, written anew."""
+    new = cards(json.loads((HERE / "context-memory.json").read_text()))
+    pattern = r"(<!-- context-memory -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: match[1] + new + match[2], page.read_text(), flags=re.S)
+
+
+LARGE = HERE.parent / "docs" / "large-batches.md"
+
 if __name__ == "__main__":
+    LARGE.write_text(timed(LARGE))
+    LARGE.write_text(fitted(LARGE))
     (HERE / "README.md").write_text(page())
     for page_of_plugin in PLUGINS.glob("*.md"):
         page_of_plugin.write_text(answered(page_of_plugin))

@@ -24,6 +24,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.files import locked, write_json
+from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
 from inbatch.train import Progress, clear, train
@@ -67,6 +68,8 @@ def pretrain(
     method: a name of `METHODS`; simclr by default.
     fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...);
         settings: those with a dot, {"method.temperature": 0.2}; config: a YAML or JSON file of them.
+    context="auto" looks for the largest context group that fits in memory, with a few dry steps, and puts it into the
+        recipe; the batch then need not fit. It costs one more forward pass where there are several groups.
     test: images with labels to judge the features by, where the data has no test split of its own.
     out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
     resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
@@ -84,6 +87,7 @@ def pretrain(
             data = _which(data, given)
             recipe, source = plan(data, given)
             directory = _new_folder(out, recipe, overwrite)
+        recipe, fitted = resolve(recipe, source, device_for(device), workers)
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
@@ -91,7 +95,7 @@ def pretrain(
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            notes = [stale] if stale else []
+            notes = ([stale] if stale else []) + ([fitted.sentence()] if fitted else [])
             result = train(built, directory, held, resume=going_on is not None, quiet=quiet, notes=notes)
         return Run(directory, recipe, result)
     finally:
@@ -104,20 +108,22 @@ def prepare(
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None, **fields: Any,
 ) -> Built:  # fmt: skip
     """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
-    given = _settings(method, config, settings, fields)
-    recipe, source = plan(_which(data, given), given)
-    return build(recipe, source, device=device_for(device), workers=workers)
+    return _prepared(data, _settings(method, config, settings, fields), device, workers)[0]
 
 
 def rehearse(
-    data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto", **options: Any
-) -> dict[str, Any]:
+    data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
+    config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
+    **fields: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do, found without training or writing: recipe, description, shapes, steps, memory."""
     made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
     try:
-        built = prepare(data, method, device=device, **options)
+        built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers)
         held = held_out(built.recipe, built.source, built.recipe.data if isinstance(data, str | None) else data)
         found = {"recipe": built.recipe.nested(), "description": describe(built), "held_out": held and held[2]}
+        if fitted is not None:
+            found |= {"description": f"{found['description']}\n{fitted.sentence()}", "context_found": fitted.json()}
         return found | estimate(built)
     finally:
         if made:
@@ -231,6 +237,13 @@ def embed_run(
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 
 
+def _prepared(data: Any, given: Settings, device: str, workers: int | None) -> tuple[Built, Fit | None]:
+    """What these settings make of the data, and how its context was found where they ask for it."""
+    recipe, source = plan(_which(data, given), given)
+    recipe, fitted = resolve(recipe, source, device_for(device), workers)
+    return build(recipe, source, device=device_for(device), workers=workers), fitted
+
+
 def _which(data: Any, given: Settings) -> Any:
     """The data to learn from: what is given, else what the settings say."""
     data = given.get("data") if data is None else data
@@ -280,6 +293,8 @@ def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, 
         given = {"data": str(data)} | given
     changed = {}
     for key, value in given.items():
+        if key == "context" and value == "auto" and recipe.context is not None:
+            continue  # found when the run began: another would be another run
         if mine.get(key) != value and make(saved | {key: value}).flat() != mine:
             changed[key] = value
     if changed:

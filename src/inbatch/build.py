@@ -192,16 +192,17 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     set_rates(recipe, loader.steps, optimizer, 0)  # a schedule that cannot be is an error now
     total = recipe.epochs * loader.steps
     step = Step(
-        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=lambda batch: drawn(views, batch),
-        optimizer=optimizer, schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total,
-        seed=recipe.seed, synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups,
+        method=method, tower=tower, call=ranks.wrap(tower), target=target,
+        views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
+        schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total, seed=recipe.seed,
+        synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
     )  # fmt: skip
     return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
 
 
-def drawn(views: Views, batch: Batch) -> tuple[Tensor, ...]:
-    """The images of the views of a batch."""
-    return views(batch).images
+def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+    """The images of the views of some samples, whose pixels may still lie in the host's memory."""
+    return views(batch.to(device)).images
 
 
 def set_rates(recipe: Recipe, steps: int, optimizer: Optimizer, step: int) -> None:
@@ -249,11 +250,18 @@ def _tenth(source: Source, how: str) -> tuple[Source, Source, str]:
     return bank, queries, how
 
 
-def _context(recipe: Recipe, world: int) -> tuple[int, int]:
-    """Samples of a context group, and groups per rank."""
+def share_of(recipe: Recipe, world: int) -> int:
+    """How many samples are cut into context groups: a rank's part of the batch, with sync_norm the batch."""
     if recipe.batch % world:
         raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
-    share = recipe.batch if recipe.sync_norm else recipe.batch // world
+    return recipe.batch if recipe.sync_norm else recipe.batch // world
+
+
+def _context(recipe: Recipe, world: int) -> tuple[int, int]:
+    """Samples of a context group, and groups per rank."""
+    if recipe.context == "auto":
+        raise ConfigError("context = auto is found before a run is built: inbatch.fit.resolve puts in a number")
+    share = share_of(recipe, world)
     context = recipe.context or share
     if context > share or share % context or (recipe.sync_norm and context % world):
         whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"

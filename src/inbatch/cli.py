@@ -115,7 +115,9 @@ def pretrain(
     encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
     init: Annotated[str | None, Option(metavar="PATH|timm", help="Weights to start from.")] = None,
     batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
-    context: Annotated[int | None, Option(help="Samples that share batch norm; memory follows it.")] = None,
+    context: Annotated[
+        str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
+    ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
     seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
     fuse: Annotated[str | None, Option(metavar="conv|set", help="Mix a group's images before the encoder.")] = None,
@@ -370,7 +372,7 @@ def reported(as_json: bool) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
-        message, code = f"the GPU is full: a smaller --context needs less, whatever the batch ({error})", 1
+        message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
         several = True
     if first() or several:
         complain(message)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
+from pydantic_core import PydanticCustomError
 
 from inbatch.context.crops import CROPS
 from inbatch.errors import ConfigError
@@ -21,6 +22,21 @@ from inbatch.methods.base import Method
 from inbatch.parts import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, validated
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
+_GROUP = pydantic.TypeAdapter(Annotated[int, pydantic.Field(ge=2)])
+
+
+def _context(value: Any) -> Any:
+    """A context as it may be given, in one sentence where it may not."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return _GROUP.validate_python(value)
+    except pydantic.ValidationError:
+        wanted = "input should be a whole number of at least 2, auto, or null (the whole share of the batch)"
+        raise PydanticCustomError("context", wanted) from None
+
+
+Context = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_context)]
 
 
 @dataclass(frozen=True)
@@ -48,11 +64,13 @@ class Recipe:
     test: data set for evaluation, None for the data's own test split or a tenth held out.
     size: side of the images the encoder takes, in pixels.
     batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
-        None is a rank's whole share of the batch.
+        None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`inbatch.fit`):
+        the number found takes its place before anything is written.
     fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
     crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
     shuffle_groups: the momentum tower's context groups (without one: those of every view but the first) are other
         permutations of the batch, so that what a group has in common does not solve the task.
+    precision: of the towers. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
         together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
@@ -77,10 +95,11 @@ class Recipe:
     size: Positive = 224
     epochs: Positive = 100
     batch: Annotated[int, pydantic.Field(ge=2)] = 256
-    context: Annotated[int, pydantic.Field(ge=2)] | None = None
+    context: Context = None
     sync_norm: bool = False
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
     channels_last: bool = True
     joined: bool = False
     compile: bool = False

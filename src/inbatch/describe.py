@@ -17,6 +17,9 @@ from inbatch.tower import Tower
 
 _SAMPLES = 8
 """What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
+_COPIES = 8
+"""Of the rows of the whole batch, about so many are held while a loss is computed: as they came and gathered, online
+and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.tiled`)."""
 
 
 def describe(built: Built) -> str:
@@ -107,7 +110,9 @@ def estimate(built: Built) -> dict[str, Any]:
         else 0,
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
-        "views_of_a_batch": sum(share * math.prod(shape[1:]) * 4 for shape in images),
+        "pixels_of_a_batch": share * _pixels(built),
+        "rows_of_a_batch": built.recipe.batch * _COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
+        "views_of_a_group": sum(group * math.prod(shape[1:]) * 4 for shape in images),
         "activations_of_a_group": activations,
     }
     return {
@@ -146,6 +151,13 @@ def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[st
     tower = built.tower.forward  # not as called, which may compile first
     rows, kept = _kept(built, lambda: tower([views[v] for v in learning], plain))
     return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
+
+
+def _pixels(built: Built) -> int:
+    """Bytes of one sample that a batch holds on the device before its views are drawn."""
+    if built.loader.held is not None or built.loader.device.type != "cpu":
+        return 0  # among all images, or in the host's memory until a group's turn comes
+    return sum(built.recipe.channels * view.size**2 for view in built.views.views)
 
 
 def _fusing(built: Built, group: int) -> int:

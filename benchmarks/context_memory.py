@@ -1,0 +1,103 @@
+"""Which context fits which card: python benchmarks/context_memory.py [--entries ...] [--cards 8 12 ...] [--batch 16384]
+
+An estimate, on any machine: nothing is trained. For every entry the tensors that a forward pass keeps for the way back
+are counted (`inbatch pretrain --dry-run`), which gives the bytes of one more sample in a context group, and those that
+are held whatever its size: weights, gradients, optimiser, momentum tower, and the rows of the whole batch. The context
+of a card is the largest power of two whose bytes are at most 80 % of it, a third on top of what is kept for the
+workspace of the way back. `--context auto` measures instead. Writes results/context-memory.json.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.api import prepare
+from inbatch.describe import estimate
+from inbatch.environment import environment
+from inbatch.files import write_json
+from inbatch.fit import LIMIT
+from inbatch.show import print_table, say
+
+OUT = Path(__file__).parents[1] / "results" / "context-memory.json"
+WORKSPACE = 4 / 3
+"""What a group takes beside what its forward pass keeps: gradients of activations, workspaces, gaps."""
+GROUPS = (16, 32)
+CARDS = (8, 12, 16, 24, 40, 80, 141)
+
+ENTRIES: dict[str, dict[str, Any]] = {
+    f"{encoder}, {size} px, {method}, {precision}": {
+        "encoder.name": encoder, "size": size, "method.name": method, "precision": precision,
+    }
+    for encoder, size in (("resnet18", 32), ("resnet50", 224))
+    for method in ("simclr", "byol")
+    for precision in ("float32", "bf16")
+}  # fmt: skip
+"""Name -> settings. 32 px has the CIFAR stem."""
+
+
+def measure(name: str, batch: int) -> dict[str, Any]:
+    """Bytes of one sample of a group and of everything else that does not depend on the group's size."""
+    told = []
+    for group in GROUPS:  # what does not grow with the group (weights in bfloat16) is told from what does
+        size = ENTRIES[name]["size"]
+        images = torch.randint(0, 256, (group, 3, size, size), dtype=torch.uint8)
+        built = prepare(images, settings=ENTRIES[name] | {"preset": "none", "batch": group}, device="cpu")
+        told.append(estimate(built)["memory_bytes_estimate"])
+    small = told[0]
+    kept = [memory["activations_of_a_group"] + memory["views_of_a_group"] for memory in told]
+    each = (kept[1] - kept[0]) / (GROUPS[1] - GROUPS[0])
+    held = ("weights", "gradients", "optimiser", "momentum_tower", "method")
+    return {
+        "per_sample": round(WORKSPACE * each),
+        "rows": round(small["rows_of_a_batch"] / GROUPS[0] * batch),
+        "fixed": sum(small[key] for key in held) + round(kept[0] - GROUPS[0] * each),
+        "optimizer": built.recipe.optimizer.name,
+    }
+
+
+def context(row: dict[str, Any], card: float) -> int:
+    """The largest power of two that fits a card of so many GB; 0 where not even 2 do."""
+    room = (LIMIT * card * 1e9 - row["fixed"] - row["rows"]) / row["per_sample"]
+    return 1 << int(room).bit_length() - 1 if room >= 2 else 0
+
+
+def lines(found: dict[str, dict[str, Any]], cards: Sequence[int]) -> Iterable[Sequence[str]]:
+    """Rows of the table."""
+    for name, row in found.items():
+        cells = [f"{min(row['contexts'][str(card)], 16384):,}" for card in cards]
+        yield name, f"{row['per_sample'] / 1e6:,.1f}", f"{(row['fixed'] + row['rows']) / 1e9:,.2f}", *cells
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
+    parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), metavar="GB", help="memory of a GPU")
+    parser.add_argument("--batch", type=int, default=16384, help="samples whose rows are held at once")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(words)
+    torch.manual_seed(0)
+    where = environment(torch.device("cpu"))
+    entries: dict[str, Any] = {}
+    for name in args.entries:
+        row = entries[name] = measure(name, args.batch)
+        row["contexts"] = {str(card): context(row, card) for card in args.cards}
+    result = {
+        "environment": where,
+        "batch": args.batch,
+        "cards": args.cards,
+        "workspace": WORKSPACE,
+        "entries": entries,
+    }
+    print_table(
+        ("", "MB / sample", "GB beside", *(f"{c} GB" for c in args.cards)), lines(entries, args.cards), numbers=True
+    )
+    write_json(args.out, result)
+    say("", f"An estimate for a batch of {args.batch:,}. Written to {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A batch larger than memory, and what it costs: python benchmarks/large_batch.py DATA [--batch 16384] [--context 256]
+
+Two parts, both real training steps of SimCLR and BYOL with ResNet-18 as `inbatch pretrain` makes them:
+- steps: some steps of one large batch in groups; seconds, most memory of the process, and the loss beside a literal one
+  on the same rows (float64, plain log-sum-exps of blocks of rows).
+- cost: seconds per image of a batch in many groups, over those of a batch that is one group of that size; a round makes
+  one step of each. It is the price of the second forward pass.
+Writes results/large-batch.json.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.api import prepare
+from inbatch.build import Built
+from inbatch.environment import environment
+from inbatch.files import write_json
+from inbatch.functional import normalize
+from inbatch.show import print_table, say
+
+OUT = Path(__file__).parents[1] / "results" / "large-batch.json"
+BLOCK = 512
+
+
+def made(args: argparse.Namespace, method: str, batch: int) -> Built:
+    """A run with the preset for CIFAR-10, ready for its first step."""
+    words = {"batch": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
+    return prepare(args.data, method, device=args.device, **words)
+
+
+def literal(z: Tensor, temperature: float) -> float:
+    """NT-Xent of the rows (V, N, D), V = 2, as it is written down, in float64, some rows at a time."""
+    u = normalize(z.double()).flatten(0, 1)
+    n, total = len(u) // 2, 0.0
+    for first in range(0, len(u), BLOCK):
+        rows = torch.arange(first, min(first + BLOCK, len(u)))
+        logits = u[rows] @ u.T / temperature
+        positive = logits[torch.arange(len(rows)), (rows + n) % len(u)]
+        logits[torch.arange(len(rows)), rows] = -torch.inf
+        total += float((logits.logsumexp(1) - positive).sum())
+    return total / len(u)
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of one large batch."""
+    built = made(args, "simclr", args.batch)
+    rows: list[Tensor] = []
+    compute = built.method.loss
+
+    def listen(online: Any, target: Any, batch: Any) -> Any:
+        rows.append(online["projection"].detach().cpu())
+        return compute(online, target, batch)
+
+    built.method.loss = listen  # type: ignore[method-assign]
+    found: dict[str, Any] = {"batch": args.batch, "context": built.context, "groups": built.step.groups}
+    found |= {"precision": str(built.tower.precision), "steps": []}
+    for number, batch in enumerate(built.loader.epoch(0, stop=args.steps)):
+        begin = time.perf_counter()
+        loss = float(built.step(batch, number)["loss"])
+        found["steps"].append({"seconds": time.perf_counter() - begin, "loss": loss})
+        say(f"step {number}: loss {loss:.6f}, {found['steps'][-1]['seconds']:.0f} s")
+    found["peak_process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if built.loader.device.type == "cuda":
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    for told, z in zip(found["steps"], rows, strict=True):
+        told["literal"] = literal(z, built.method.temperature)
+    return found
+
+
+def cost(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Seconds per image in groups, over those of one group."""
+    many = args.context * args.groups
+    built = {size: made(args, method, size) for size in (args.context, many)}
+    batches = {size: next(iter(one.loader.epoch(0, stop=1))) for size, one in built.items()}
+    seconds: dict[int, list[float]] = {size: [] for size in built}
+    for number in range(1 + args.repeat):
+        for size, one in built.items():
+            for _ in range(1 if size == many else 2):
+                begin = time.perf_counter()
+                one.step(batches[size], number)
+                if one.loader.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[size].append((time.perf_counter() - begin) / size)
+    plain, grouped = (statistics.median(seconds[size]) for size in (args.context, many))
+    found = {"context": args.context, "groups": args.groups, "rounds": args.repeat, "ratio": grouped / plain}
+    return found | {"images_per_second": 1 / plain, "images_per_second_in_groups": 1 / grouped, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("--batch", type=int, default=16384)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--part", choices=["steps", "cost"], action="append")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    if args.out.is_file():
+        import json
+
+        found = json.loads(args.out.read_text())
+    parts = args.part or ["steps", "cost"]
+    if "steps" in parts:  # first: the peak is that of the process
+        found["steps"] = steps(args)
+    if "cost" in parts:
+        found["cost"] = {method: cost(args, method) for method in ("simclr", "byol")}
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    found |= {"encoder": args.encoder, "environment": environment(device)}
+    write_json(args.out, found)
+    if "steps" in parts:
+        one = found["steps"]
+        say(f"batch {one['batch']:,} in {one['groups']} groups: most memory {one['peak_process_bytes'] / 1e9:.2f} GB")
+        lines = [(str(i), f"{s['loss']:.6f}", f"{s['literal']:.6f}", f"{s['seconds']:.0f}") for i, s in enumerate(one["steps"])]
+        print_table(("step", "loss", "literal", "seconds"), lines)
+    for method, one in found.get("cost", {}).items():
+        say(f"{method}: {one['groups']} groups of {one['context']} take {one['ratio']:.2f} times one group's time per image")
+
+
+if __name__ == "__main__":
+    main()
