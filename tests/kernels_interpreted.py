@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inbatch import kernels
+from inbatch import kernels, tiled
 
 Case = tuple[str, int, int, int, bool, float, str, tuple[int, int] | None]
 """Name, rows, columns, width, others, temperature, products, and the rows asked for (None is all)."""
@@ -113,6 +113,39 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
     return told | {"keys": back((grad_q[:, None] * by_q).T, wide[0], found)}
 
 
+def through_tiled() -> dict[str, float]:
+    """What `tiled` makes of the kernels against its literal version, alone and as the sum of two ranks' shares."""
+    u, k = rows(40, 16, 1), rows(70, 16, 2)
+    told = {}
+
+    def error(found: list[Tensor], expected: list[Tensor]) -> float:
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+    for name, q, keys, others, learn in (
+        ("itself", u, u, True, (True,)), ("both", u, k, False, (True, True)), ("others", u, k, True, (True, True)),
+        ("queries", u, k, False, (True, False)), ("keys", u, k, False, (False, True)),
+    ):  # fmt: skip
+        answers = []
+        for mode in ("never", "always"):
+            a = q.clone().requires_grad_(learn[0])
+            b = a if len(learn) == 1 else keys.clone().requires_grad_(learn[1])
+            with tiled.using(mode=mode):
+                value = tiled.logsumexp(a, b, 0.1, others)
+                assert value.grad_fn is not None and ("Tiled" in type(value.grad_fn).__name__) == (mode == "always")
+                value.square().sum().backward()
+            answers.append([value.detach(), *(x.grad for x in ((a,) if b is a else (a, b)) if x.grad is not None)])
+        told[name] = error(answers[1], answers[0])
+
+        plans = [tiled.Plan(rank=rank, world=2) for rank in range(2)]
+        parts = [tiled._kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
+        lse = parts[0] + parts[1]
+        needs = (*learn, False)[:2]
+        given = q, None if keys is q else keys, lse, 2 * lse, 10.0, others, needs
+        shares = [[x for x in tiled._kernel_gradients(*given, plan) if x is not None] for plan in plans]
+        told[f"{name}, two ranks"] = error([lse, *(a + b for a, b in zip(*shares, strict=True))], answers[0])
+    return told
+
+
 def types() -> dict[str, float]:
     """Half-precision and strided rows are those rows in float32."""
     q, k = rows(5, 32, 1)[:, ::2], rows(16, 33, 2).T[:16].T
@@ -145,4 +178,5 @@ if __name__ == "__main__":
         for temperature in (0.07, 0.003):
             name = f"symmetric {n} T={temperature}"
             told[name] = errors((name, n, n, 16, True, temperature, "float32", None), symmetric=True)
-    print(json.dumps({"cases": told, "types": types(), "refused": refused()}))
+    found = {"cases": told, "types": types(), "refused": refused(), "tiled": through_tiled()}
+    print(json.dumps(found))

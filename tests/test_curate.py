@@ -38,7 +38,7 @@ def distances(z: Tensor, distance: str) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize("views", [2, 3])
 def test_distances_pair_by_pair(distance: str, views: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.context.curate._PIECE", 3)
+    monkeypatch.setattr("inbatch.context.curate._HELD", 3 * 8 * views)
     z = torch.randn(views, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     own, near = distances(z, distance)
     for first in (0, 5):  # a rank's part

@@ -119,7 +119,7 @@ def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkey
     given = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
     source = open_data(photos)
     expected = list(Loader(source, **given).epoch(2))
-    monkeypatch.setattr("inbatch.data.loader._PIECE", 5)
+    monkeypatch.setattr("inbatch.data.loader.PIECE", 5)
     found = list(Loader(source, **given).epoch(2))
     assert len(found) == len(expected) == 2
     for a, b in zip(found, expected, strict=True):

@@ -46,6 +46,10 @@ def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
     assert sorted(told["cases"]) == sorted(CASES)
 
 
+def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:
+    assert len(told["tiled"]) == 10 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
+
+
 def test_half_precision_and_strides(told: dict[str, Any]) -> None:
     assert told["types"] == {"torch.float32": 0, "torch.bfloat16": 0, "torch.float16": 0}
 

@@ -8,7 +8,9 @@ import small
 from pool import on_ranks
 from small import VARIANTS, literal, train
 
-from inbatch import seam
+from inbatch import api, seam
+from inbatch.inspect.leak import leak
+from inbatch.views import Views
 
 N = 16
 
@@ -51,6 +53,22 @@ def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
     expected = trained(1, 1, False, 0.0)[0][variant]
     for found in trained(world, 1, True, 0.0):
         assert_same(found[variant], expected)
+
+
+@pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody draws the views of a whole batch: not the step, not curation, not the leak's guard."""
+    settings = {"curate.warmup": 0.0} if "curate" in plug else {}
+    named = {f"{key}.name" if key in ("curate", "fuse") else key: value for key, value in plug.items()}
+    given = {"subset": 160, "batch": 32, "context": 8, "epochs": 3, "device": "cpu"}
+    built = api.prepare("digits-canvas", method, settings=settings | named, **given)
+    drawn, draw = [], Views.__call__
+    monkeypatch.setattr(Views, "__call__", lambda self, batch: drawn.append(len(batch)) or draw(self, batch))
+    built.step(next(iter(built.loader.epoch(1))), 5)
+    assert max(drawn) <= 8 and sum(drawn) >= 2 * 32, "twice"
+    leak(built, 1)
+    assert max(drawn) <= 8
 
 
 def test_the_way_back_keeps_no_graph_of_other_groups() -> None:

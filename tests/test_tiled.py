@@ -197,12 +197,25 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
     torch.testing.assert_close(value["bf16"], value["float32"], rtol=1e-3, atol=1e-3)
 
 
-def test_the_setting_of_torch_is_left_as_it_was() -> None:
+def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an error inside, and by two losses at a time of which the first ends first."""
+    monkeypatch.setattr(tiled, "_onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    with tiled.using(mode="always"):
-        tiled.logsumexp(rows(9, 4, dtype=torch.float32), rows(9, 4, dtype=torch.float32), 0.1)
-    assert matmul.fp32_precision == before
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        with pytest.raises(ZeroDivisionError), tiled._fast_products():
+            assert matmul.fp32_precision == "bf16"
+            raise ZeroDivisionError
+        assert matmul.fp32_precision == "ieee"
+        one, other = tiled._fast_products(), tiled._fast_products()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert matmul.fp32_precision == "bf16"
+        other.__exit__(None, None, None)
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_nearest() -> None:
@@ -241,6 +254,16 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
         counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
     assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
     assert all(max(c) - min(c) <= 1 for c in zip(*counts, strict=True))
+
+
+def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
+    """Every tile is made once, however many cores a rank has."""
+    u, made = rows(112, 4), []
+    for rank, threads in enumerate((1, 3, 8)):
+        torch.set_num_threads(threads)
+        tiles = tiled._Tiles(u, None, 1.0, False, tiled.Plan(rank=rank, world=3))
+        made += [(r.start, c.start) for part in range(tiles.parts) for r, c, _ in tiles(part)]
+    assert sorted(made) == [(7 * i, 7 * j) for i in range(16) for j in range(i, 16)]
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9])

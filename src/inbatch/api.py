@@ -293,8 +293,8 @@ def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, 
         given = {"data": str(data)} | given
     changed = {}
     for key, value in given.items():
-        if key == "context" and value == "auto" and recipe.context is not None:
-            continue  # found when the run began: another would be another run
+        if key == "context" and value == "auto":
+            continue  # decided when the run began: another would be another run
         if mine.get(key) != value and make(saved | {key: value}).flat() != mine:
             changed[key] = value
     if changed:

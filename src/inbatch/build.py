@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inbatch import ranks
+from inbatch import kernels, ranks
 from inbatch.batch import Batch
 from inbatch.config import Recipe, make
 from inbatch.context.crops import arrange
@@ -127,6 +127,10 @@ def _cpu_has_bf16() -> bool:
 def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None) -> Built:
     """Make every part of a run; wrong combinations are errors here, not at some later step."""
     world = ranks.world()
+    if recipe.loss_precision == "tf32x3" and device.type != "cuda":
+        raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
+    if world > 1:  # ranks that add up what they find must find the same
+        ranks.agree(str(kernels.usable(torch.zeros(1, 1, device=device))), "use of Triton's kernels")
     method_class = METHODS[recipe.method.name]
     options = dict(recipe.method.options)
     if method_class.labels and not bool((source.labels >= 0).any()):

@@ -101,7 +101,7 @@ class Clustering(nn.Module):
         own, count = self.assignment[batch.index], len(self.density)
         taken = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, own, True)
         place = batch.index.sum() * count + torch.arange(count, device=own.device)
-        # What is taken is drawn last and does not count: no shape hangs on a value, so a GPU need not be waited for.
+        # What is taken is drawn last and does not count.
         chance = uniform(batch.seed, batch.epoch, place, key, 1)[:, 0].masked_fill(taken, 2)
         others = chance.topk(min(most, count), largest=False).indices
         chosen, counts = torch.cat([own, others]), torch.cat([torch.ones_like(own, dtype=torch.bool), ~taken[others]])

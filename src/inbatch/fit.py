@@ -23,7 +23,7 @@ from inbatch.batch import Batch
 from inbatch.build import Built, build, share_of
 from inbatch.config import Recipe
 from inbatch.data import Source
-from inbatch.data.loader import _PIECE
+from inbatch.data.loader import PIECE
 from inbatch.data.resident import SHARE, cores, estimate, free_bytes
 from inbatch.describe import estimate as count
 from inbatch.errors import ConfigError
@@ -247,12 +247,12 @@ class _Bench:
             if not _out_of_memory(error):
                 raise
             found = None
-        needed = ranks.largest(_FULL if found is None else found.needed)
-        if found is None:
-            return Trial(needed, 0, 0.0)
-        if found.seconds is not None:
-            found = replace(found, seconds=ranks.largest(round(1e6 * found.seconds)) / 1e6)
-        return replace(found, needed=needed)
+        # Every rank takes part in all of these, also one that ran out of memory, and all go on from the same figures.
+        mine = Trial(_FULL, 0, 0.0, False) if found is None else found
+        needed, kept = ranks.largest(mine.needed), ranks.largest(mine.kept)
+        micros = ranks.largest(-1 if mine.seconds is None else round(1e6 * mine.seconds))
+        norm = bool(ranks.largest(int(mine.norm)))
+        return Trial(needed, kept, None if micros < 0 else micros / 1e6, norm)
 
     def _try(self, context: int, dry: bool) -> Trial:
         _settle(self.device)
@@ -286,7 +286,7 @@ class _Bench:
         elif self.device.type == "cpu":
             workers = max(1, min(16, cores() // self.world)) if self.workers is None else self.workers
             size = each if self.recipe.curate else crops
-            pixels = size * (share + 2 * workers * min(share, _PIECE))  # two pieces wait in each worker
+            pixels = size * (share + 2 * workers * min(share, PIECE))  # two pieces wait in each worker
             self.next = size * share
         else:
             pixels = 0  # in the host's memory, until a group's turn comes
@@ -364,7 +364,8 @@ def _status(name: str) -> int | None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _nothing_fits(recipe: Recipe, context: int, needed: int, batch: int, free: int) -> str:

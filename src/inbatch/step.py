@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,11 @@ class Step:
         self, batch: Batch, held: Sequence[Tensor] | None, views: list[int], orders: Orders
     ) -> list[seam.Group]:
         """How to come by the images of every group."""
-        if ranks.world() > 1 and any(order is not None for order in orders):
-            # The samples of a group lie on other ranks: whoever has them draws their views, and everyone holds all.
-            images = self.views(batch)
+        moved = any(order is not None for order in orders)
+        everyone = _everyone(batch) if moved else None
+        if moved and everyone is None:
+            # Streamed samples of a group lie on other ranks: whoever has them draws their views, and all hold all.
+            images = held if held is not None else self.views(batch)
             dealt = [
                 images[v] if order is None else ranks.gather(images[v])[ranks.own(order)]
                 for v, order in zip(views, orders, strict=True)
@@ -124,14 +126,34 @@ class Step:
             return [functools.partial(tuple, group) for group in seam.cut(dealt, self.groups)]
 
         def draw(places: slice) -> list[Tensor]:
-            plain = held if held is not None else self.views(batch.take(places))
-            return [
-                plain[v] if order is None else self.views(batch.take(order[places]))[v]
-                for v, order in zip(views, orders, strict=True)
-            ]
+            plain: Sequence[Tensor] = held or ()
+            if held is None and any(order is None for order in orders):
+                plain = self.views(batch.take(places))
+            made = []
+            for v, order in zip(views, orders, strict=True):
+                if order is None or everyone is None:
+                    made.append(plain[v])
+                else:
+                    made.append(self.views(everyone.take(ranks.own(order)[places]))[v])
+            return made
 
         size = len(batch) // self.groups
         return [functools.partial(draw, slice(g * size, (g + 1) * size)) for g in range(self.groups)]
+
+
+def _everyone(batch: Batch) -> Batch | None:
+    """The samples of all ranks, where this one has all their pixels: resident images, or the only rank."""
+    if ranks.world() == 1:
+        return batch
+    if batch.crops is not None or (batch.images is not None and batch.at is None):
+        return None
+
+    def every(x: Tensor | None) -> Tensor | None:
+        return None if x is None else ranks.gather(x)
+
+    index, label = ranks.gather(batch.index), ranks.gather(batch.label)
+    return replace(batch, index=index, label=label, at=every(batch.at), size=every(batch.size),
+                   attempt=every(batch.attempt))  # fmt: skip
 
 
 def _whole(swept: seam.Sweep, orders: Orders) -> Rows:

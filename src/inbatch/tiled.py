@@ -56,7 +56,8 @@ class Plan:
 
     mode: "auto" takes tiles where the matrix would be large, "never" holds it whole, "always" never does.
     products: "float32"; "bf16" rounds what is multiplied to bfloat16 (on a CPU: on the way back only, because its
-        products come out rounded, too) and "tf32x3" makes three products in TF32 of one, nearly float32, on a GPU.
+        products come out rounded, too) and "tf32x3" makes three products in TF32 of one, nearly float32, in the GPU's
+        kernels alone. Matrices that are held whole are made in float32.
     rank, world, add: the tiles of which every world-th is computed here, and how a tensor is summed over ranks in
         place.
     """
@@ -94,9 +95,9 @@ def logsumexp(
     if kernels.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
         return _Tiled.apply(q, None if k is q else k, 1 / temperature, others, plan)
     # Logits too large for exponentials without a running maximum, which would double what a tile costs.
-    size = max(1, _BLOCK // len(k))
-    parts = [checkpoint(_whole, q[i : i + size], k, 1 / temperature, others, i, use_reentrant=False)
-             for i in range(0, len(q), size)]  # fmt: skip
+    size = max(1, _BLOCK // max(1, len(k)))
+    parts = [checkpoint(_whole, some, k, 1 / temperature, others, i * size, use_reentrant=False)
+             for i, some in enumerate(q.split(size))]  # fmt: skip
     return torch.cat(parts)
 
 
@@ -109,8 +110,13 @@ def nearest(
         products = some @ k.T
         return (products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)).argmax(1)
 
+    plan, place = _PLAN.get(), torch.zeros(len(q), dtype=torch.long, device=q.device)
+    start, stop = _share(len(q), plan)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _fast_products():
-        return torch.cat([best(some) for some in q.split(max(1, _BLOCK // len(k)))])
+        for first in range(start, stop, size := max(1, _BLOCK // len(k))):
+            place[first : min(first + size, stop)] = best(q[first : min(first + size, stop)])
+    plan.add(place)
+    return place
 
 
 def _whole(q: Tensor, k: Tensor, scale: float, others: bool, first: int = 0) -> Tensor:
@@ -162,7 +168,7 @@ def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool,
     tiles, right = _Tiles(q, k, scale, others, plan), q if k is None else k
 
     def work(part: int) -> Found:
-        sums, mean = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None
+        sums, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
         for rows, columns, e in tiles(part):
             sums[rows] += e.sum(1)
             if k is None and rows != columns:
@@ -198,8 +204,8 @@ def _gradients(
             to.addmm_(e, x)
 
     def work(part: int) -> tuple[Tensor | None, Tensor | None]:
-        dq = torch.zeros_like(q) if needs[0] else None
-        dk = torch.zeros_like(k) if k is not None and needs[1] else None
+        dq = _zeros(q) if needs[0] else None
+        dk = _zeros(k) if k is not None and needs[1] else None
         both = q.new_empty(tiles.numbers if k is None else 0)
         for rows, columns, e in tiles(part):
             if k is None:
@@ -234,20 +240,22 @@ class _Tiles:
         n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
-        self.side = TILE * (math.isqrt(self.threads // self.parts) if here else 8)
-        if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
-            self.side = -(-self.side // 2)  # something for everyone
+        self.side = TILE if here else 8 * TILE
+        if plan.world == 1 and here:  # ranks must cut alike, whatever threads each has
+            self.side *= math.isqrt(self.threads // self.parts)
+            if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
+                self.side = -(-self.side // 2)  # something for everyone
         self.numbers = min(self.side, n) * min(self.side, m)
 
     def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """One part's tiles, one after the other in the same memory."""
-        q, right, number = self.q, self.q if self.k is None else self.k, 0
+        q, right, number = self.q, self.q if self.k is None else self.k, -1
         memory, plan = q.new_empty(self.numbers), self.plan
         for i in range(0, len(q), self.side):
             rows, left = slice(i, min(i + self.side, len(q))), None
             for j in range(i if self.k is None else 0, len(right), self.side):
                 number += 1
-                if number % (plan.world * self.parts) != plan.rank * self.parts + part:
+                if number % plan.world != plan.rank or number // plan.world % self.parts != part:
                     continue
                 if left is None:
                     left = q[rows] * (self.scale / math.log(2))  # exp2 is faster than exp
@@ -290,7 +298,7 @@ def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
 def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
     """`_sums` by Triton's kernels; a rank takes its share of the rows."""
     start, stop = _share(len(q), plan)
-    lse, mean = q.new_zeros(len(q)), torch.zeros_like(q) if weighs else None
+    lse, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
     keys = q if k is None else k
     lse[start:stop], some = kernels.forward(q, keys, scale, others, start, stop, weighs, plan.products)
     plan.add(lse)
@@ -309,7 +317,7 @@ def _kernel_gradients(
 
     def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
         start, stop = _share(len(a), plan)
-        out = torch.zeros_like(a)
+        out = _zeros(a)
         out[start:stop] = kernels.backward(a, b, scale, others, start, stop, *own, *other, products=plan.products)
         plan.add(out)
         return out
@@ -318,9 +326,17 @@ def _kernel_gradients(
     return dq, whole(keys, q, none, its) if k is not None and needs[1] else None
 
 
+def _zeros(x: Tensor) -> Tensor:
+    """Contiguous, whatever x is: ranks add these up."""
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 def _share(rows: int, plan: Plan) -> tuple[int, int]:
     """First row of a rank's share, and the first of the next rank's."""
     return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world
+
+
+_LOCK, _users, _before = threading.Lock(), 0, "none"
 
 
 @contextlib.contextmanager
@@ -330,11 +346,18 @@ def _fast_products() -> Iterator[None]:
         yield
         return
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    global _users, _before
+    with _LOCK:  # of losses that run at the same time the first sets it and the last puts it back
+        if not _users:
+            _before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        _users += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _LOCK:
+            _users -= 1
+            if not _users:
+                matmul.fp32_precision = _before
 
 
 @functools.cache

@@ -18,8 +18,8 @@ Embed = Callable[[Any, Batch], Tensor]
 Gather = Callable[[Tensor, int], Tensor]
 """Every rank's part of a tensor, joined along a dimension."""
 
-_PIECE = 1024
-"""Rows whose distances to the whole batch are held at once."""
+_HELD = 2**22
+"""Distances that are held at once, whatever the batch."""
 
 
 def pair_distances(
@@ -35,8 +35,9 @@ def pair_distances(
         mine, everyone = (nn.functional.normalize(z, dim=-1) for z in (mine, everyone))
     others, each = everyone.flatten(0, 1), torch.arange(views, device=mine.device)
     own, nearest = mine.new_full((b,), -math.inf), mine.new_full((b,), math.inf)
+    piece = max(1, _HELD // len(others))
     for v in range(views):
-        for part in torch.arange(b, device=mine.device).split(_PIECE):
+        for part in torch.arange(b, device=mine.device).split(piece):
             far = _distances(mine[v, part], others, distance)
             same = (first + part)[:, None] + each * everyone.shape[1]  # where the sample's own views stand
             apart = far.gather(1, same).masked_fill(each == v, -math.inf).amax(1)

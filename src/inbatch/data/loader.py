@@ -17,7 +17,7 @@ from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
 
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
-_PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
+PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
 
 
 @runtime_checkable
@@ -93,7 +93,8 @@ class Loader:
             self._order = _Order()
             made = _Canvases(source, canvas) if whole else _Crops(source, views, seed)
             self._pin = self.device.type == "cuda"
-            self._stream = _stream(made, self._order, self.workers, self.device)
+            pinned = self._pin and batch // world <= PIECE  # larger ones are pinned when they are put together
+            self._stream = _stream(made, self._order, self.workers, self.device, pinned)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch on the device, from step `start` up to `stop` (its end by default)."""
@@ -129,15 +130,15 @@ class Loader:
             )
 
     def _streamed(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
-        self._order.keys = [(epoch, piece.tolist()) for index in mine for piece in index.split(_PIECE)]
+        self._order.keys = [(epoch, piece.tolist()) for index in mine for piece in index.split(PIECE)]
         pieces = iter(self._stream)
         for index in mine:
             made: dict[str, Any] = {}
-            for first in range(0, len(index), _PIECE):
+            for first in range(0, len(index), PIECE):
                 piece = next(pieces)
                 if isinstance(piece, str):
                     raise DataError(piece)
-                made = piece if len(index) <= _PIECE else _put(piece, first, made, len(index), self._pin)
+                made = piece if len(index) <= PIECE else _put(piece, first, made, len(index), self._pin)
             batch = Batch(**made, label=self.source.labels[index], seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
 
@@ -231,7 +232,9 @@ class _Canvases(Dataset[Any]):
         return {"index": torch.tensor(key[1]), "size": size, "images": stack(pixels, size)}
 
 
-def _stream(made: Dataset[Any], order: _Order, workers: int, device: torch.device) -> DataLoader[Any]:
+def _stream(
+    made: Dataset[Any], order: _Order, workers: int, device: torch.device, pinned: bool
+) -> DataLoader[Any]:
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
     # be forked.
     fork = sys.platform == "linux" and device.type != "cuda"
@@ -244,7 +247,7 @@ def _stream(made: Dataset[Any], order: _Order, workers: int, device: torch.devic
         worker_init_fn=_deaf,
         persistent_workers=workers > 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
     )
 
 

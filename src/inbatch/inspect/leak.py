@@ -66,9 +66,10 @@ def leak(built: Built, epoch: int) -> dict[str, float]:
     parts: list[Tensor] = []
     learning = list(built.method.online_views(len(built.views)))
     for batch in built.loader.epoch(epoch, stop=-(-wanted // at_once)):
-        images = step.views(batch)
-        for group in seam.cut([images[v] for v in learning], step.groups):
-            parts.append(_rows(built, group, learning, batch.epoch))
+        for group in batch.split(len(batch) // step.groups):
+            if len(parts) * at_once // step.groups < wanted:  # a part is one group, or one of every rank
+                images = step.views(group)
+                parts.append(_rows(built, [images[v] for v in learning], learning, batch.epoch))
     whole = torch.stack([ranks.gather(part.contiguous(), dim=1) for part in parts], dim=1)  # (V, groups here, W * g, D)
     if not step.synced:  # every rank's part is a group of its own
         whole = whole.unflatten(2, (ranks.world(), -1)).flatten(1, 2)

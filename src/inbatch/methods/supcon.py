@@ -33,7 +33,7 @@ def supcon(
     if mask is None:  # rows of a class are added up: no matrix of pairs
         alone = -1 - torch.arange(n, device=z.device)
         group = (alone if label is None else label.where(label >= 0, alone)).unique(return_inverse=True)[1]
-        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0))[group]
+        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0)).index_select(0, group)
         itself, members = u.new_ones(n), v * group.bincount()[group]
     else:
         near = (mask != 0).to(u.dtype)
