@@ -247,11 +247,47 @@ def cards(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grouped(found: dict[str, Any]) -> dict[str, str]:
+    """What benchmarks/large_batch.py found: steps of one large batch, and the price of groups."""
+    one = found["steps"]
+    lines = ["| step | loss | literal | seconds |", "| --- | --- | --- | --- |"]
+    for i, s in enumerate(one["steps"]):
+        lines.append(f"| {i + 1} | {s['loss']:.6f} | {s['literal']:.6f} | {s['seconds']:.0f} |")
+    most = f"\nMost memory of the process, Python and the images included: {one['peak_process_bytes'] / 1e9:.2f} GB.\n"
+    cost = ["| | images/s, one group | images/s, groups | times the time |", "| --- | --- | --- | --- |"]
+    for method, told in found["cost"].items():
+        cells = [f"{told[key]:.1f}" for key in ("images_per_second", "images_per_second_in_groups")]
+        name = f"{method}, {told['groups']} groups of {told['context']}"
+        cost.append(f"| {name} | {' | '.join(cells)} | {told['ratio']:.2f} |")
+    return {"large-batch steps": "\n".join(lines) + "\n" + most, "large-batch cost": "\n".join(cost) + "\n"}
+
+
+def scaled(found: dict[str, Any]) -> dict[str, str]:
+    """What benchmarks/scaling.py found: many ranks on paper, few in fact."""
+    lines = ["| encoder | ranks | batch | encoder s | loss s | network s | rows held GB |", "| --- |" + " --- |" * 6]
+    for s in found["paper"]:
+        seconds = [f"{s[key]:.2g}" for key in ("encoder_seconds", "loss_seconds", "network_seconds")]
+        cells = [s["encoder"], f"{s['ranks']:,}", f"{s['batch']:,}", *seconds, f"{s['rows_held_bytes'] / 1e9:.2g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    cases = ["| rows | ranks | ms | times faster | added over ranks, MB | on paper |", "| --- |" + " --- |" * 5]
+    for c in found["cases"]:
+        cells = [f"{c['rows']:,}", str(c["ranks"]), f"{1e3 * c['seconds']:.0f}", f"{c['times_faster']:.2f}"]
+        cells += [f"{c[key] / 1e6:.2f}" for key in ("added_bytes", "added_on_paper")]
+        cases.append(f"| {' | '.join(cells)} |")
+    even = [f"{n / 1e6:.1f} million rows with {name.replace(',', ' at')}" for name, n in found["even_rows"].items()]
+    said = f"They cost the same at {' and '.join(even)}.\n"
+    return {"scaling paper": "\n".join(lines) + "\n", "scaling cases": "\n".join(cases) + "\n", "scaling even": said}
+
+
 def fitted(page: Path) -> str:
-    """A page with that table between its markers, <!-- context-memory -->, written anew."""
-    new = cards(json.loads((HERE / "context-memory.json").read_text()))
-    pattern = r"(<!-- context-memory -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda match: match[1] + new + match[2], page.read_text(), flags=re.S)
+    """A page with these tables between their markers, such as <!-- context-memory -->, written anew."""
+    text = page.read_text()
+    made = {"context-memory": lambda found: {"context-memory": cards(found)}, "large-batch": grouped, "scaling": scaled}
+    for file, tables in made.items():
+        for name, new in tables(json.loads((HERE / f"{file}.json").read_text())).items():
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+    return text
 
 
 LARGE = HERE.parent / "docs" / "large-batches.md"
