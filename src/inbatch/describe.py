@@ -157,7 +157,10 @@ def _pixels(built: Built) -> int:
     """Bytes of one sample that a batch holds on the device before its views are drawn."""
     if built.loader.held is not None or built.loader.device.type != "cpu":
         return 0  # among all images, or in the host's memory until a group's turn comes
-    return sum(built.recipe.channels * view.size**2 for view in built.views.views)
+    sizes = [view.size for view in built.views.views]
+    if built.recipe.curate is not None:  # whole canvases come, to be drawn from again
+        return built.recipe.channels * (2 * max(sizes)) ** 2
+    return built.recipe.channels * sum(size**2 for size in sizes)
 
 
 def _fusing(built: Built, group: int) -> int:
