@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from inbatch import ranks, tiled
+from inbatch.describe import COPIES
 from inbatch.environment import environment
 from inbatch.files import write_json
 from inbatch.methods.simclr import nt_xent
@@ -25,8 +26,6 @@ from inbatch.show import print_table, say
 
 OUT = Path(__file__).parents[1] / "results" / "scaling.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4
-COPIES = 8
-"""Of all rows, so many are held while the loss is computed: gathered, normalised, their gradients, sums."""
 ENCODERS = {"resnet18, 32 px": (1.11e9, 11.2e6), "resnet50, 224 px": (8.2e9, 23.5e6)}
 """Operations of a forward pass of an image, and parameters."""
 CARD = {"encoder": 200e12, "loss": 50e12, "network": 25e9}

@@ -175,19 +175,13 @@ def answered(page: Path) -> str:
     """A page of docs/context with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
     text = page.read_text()
     for file in sorted(HERE.glob("context-cost-*.json")):
-        pattern = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"
-        new = costs(json.loads(file.read_text()))
-        text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+        text = filled(text, file.stem, costs(json.loads(file.read_text())))
     for name, make in (("fusion-defaults", defaults), ("leak", leaks)):
-        table = make(json.loads((HERE / f"{name}.json").read_text()))
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda match, new=table: match[1] + new + match[2], text, flags=re.S)
+        text = filled(text, name, make(json.loads((HERE / f"{name}.json").read_text())))
     for file in sorted((HERE / "plugins").glob("*.json")):
         found = json.loads(file.read_text())
         for question in (q for q in found if q != "untrained encoder"):
-            pattern = rf"(<!-- {file.stem} {question} -->\n).*?(<!-- end -->)"
-            new = compared(found, question)
-            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+            text = filled(text, f"{file.stem} {question}", compared(found, question))
         knn = spread([100 * run["evaluation"]["knn"]["top1"] for run in found["untrained encoder"]["runs"]])
         text = re.sub(rf"(<!-- {file.stem} untrained -->).*?(<!-- end -->)", rf"\g<1>{knn}\2", text)
     return text
@@ -226,13 +220,17 @@ def losses(found: dict[str, Any]) -> dict[str, str]:
     return {"where": where, "nt_xent": lines(words.DETAILS, detailed), "all": lines(words.SUMMARY, short)}
 
 
+def filled(text: str, name: str, new: str) -> str:
+    """A page with what stands between <!-- name --> and <!-- end --> written anew."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + new + match[2], text, flags=re.S)
+
+
 def timed(page: Path) -> str:
     """A page with what the losses cost between its markers, such as <!-- losses-1thread nt_xent -->, written anew."""
     text = page.read_text()
     for file in sorted(HERE.glob("losses-*thread*.json")):
         for name, new in losses(json.loads(file.read_text())).items():
-            pattern = rf"(<!-- {file.stem} {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+            text = filled(text, f"{file.stem} {name}", new)
     return text
 
 
@@ -285,8 +283,7 @@ def fitted(page: Path) -> str:
     made = {"context-memory": lambda found: {"context-memory": cards(found)}, "large-batch": grouped, "scaling": scaled}
     for file, tables in made.items():
         for name, new in tables(json.loads((HERE / f"{file}.json").read_text())).items():
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda match, new=new: match[1] + new + match[2], text, flags=re.S)
+            text = filled(text, name, new)
     return text
 
 

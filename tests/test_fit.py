@@ -14,13 +14,13 @@ from pool import on_ranks
 from runs import assert_same_state, saved, tiny
 from test_cli import one_object, run
 
-from inbatch import api, fit
+from inbatch import api, fit, machine
 from inbatch.build import build, plan
 from inbatch.config import Recipe, make
 from inbatch.data import Source, open_data
-from inbatch.data.resident import limited_bytes
 from inbatch.errors import ConfigError
 from inbatch.fit import Trial, candidates, predict
+from inbatch.machine import limited_bytes
 
 CPU, MB = torch.device("cpu"), 1_000_000
 SMALL = {"subset": 200, "batch": 128, "context": "auto"}
@@ -134,7 +134,7 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
 
 def test_the_dry_step_is_like_a_real_one(free: Callable[[float], None]) -> None:
     """What was found is not less than what a step of the run takes."""
-    if fit._held(CPU) is None:
+    if fit.held(CPU) is None:
         pytest.skip("this system does not tell the peak of a process")
     free(140)
     recipe, found = fit.resolve(*planned(subset=600, batch=512), CPU)
@@ -143,10 +143,10 @@ def test_the_dry_step_is_like_a_real_one(free: Callable[[float], None]) -> None:
     batch = next(iter(built.loader.epoch(0)))
     steps = []
     for step in range(3):  # what libraries load, or the allocator keeps, in one of them is not a step's
-        fit._settle(CPU)
-        before = fit._held(CPU)
+        fit.settle(CPU)
+        before = fit.held(CPU)
         built.step(batch, step)
-        steps.append(fit._peak(CPU) - before)
+        steps.append(fit.peak(CPU) - before)
     taken = min(steps)
     assert taken < 1.15 * found.needed + 5 * MB  # and may be less: a process that has run for long reuses memory
 
@@ -191,7 +191,7 @@ def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pyte
 def test_where_the_system_tells_nothing_bytes_are_counted(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "_held", lambda device: None)
+    monkeypatch.setattr(fit, "held", lambda device: None)
     monkeypatch.setattr(fit, "_dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
     free(20)
     found = fit.fit(*planned(), CPU)
@@ -370,10 +370,8 @@ def test_no_limit(tmp_path: Path) -> None:
 
 
 def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from inbatch.data import resident
-
-    monkeypatch.setattr(resident, "limited_bytes", lambda: [12_000, 8_000])
-    assert resident.free_bytes(CPU, 4) == 2_000
+    monkeypatch.setattr(machine, "limited_bytes", lambda: [12_000, 8_000])
+    assert machine.free_bytes(CPU, 4) == 2_000
 
 
 # Ranks

@@ -11,7 +11,7 @@ from test_seam import N, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inbatch import api, losses, tiled
+from inbatch import api, losses, products, tiled
 from inbatch.functional import logsumexp_others, normalize
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
@@ -188,10 +188,10 @@ def test_autocast_does_not_round_the_products() -> None:
 def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
     u = rows(200, 16, dtype=torch.float32).requires_grad_()
     value, exact = {}, {}
-    for products in ("float32", "bf16"):
-        with tiled.using(mode="always", products=products):
+    for kind in ("float32", "bf16"):
+        with tiled.using(mode="always", products=kind):
             lse = tiled.logsumexp(u, u, 0.1, True)
-            value[products], exact[products] = lse, torch.autograd.grad(lse.mean(), u)[0]
+            value[kind], exact[kind] = lse, torch.autograd.grad(lse.mean(), u)[0]
     error = (exact["bf16"] - exact["float32"]).norm() / exact["float32"].norm()
     assert 1e-5 < error < 5e-3
     torch.testing.assert_close(value["bf16"], value["float32"], rtol=1e-3, atol=1e-3)
@@ -199,15 +199,15 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
 
 def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by an error inside, and by two losses at a time of which the first ends first."""
-    monkeypatch.setattr(tiled, "_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
-        with pytest.raises(ZeroDivisionError), tiled._fast_products():
+        with pytest.raises(ZeroDivisionError), products.fast_products():
             assert matmul.fp32_precision == "bf16"
             raise ZeroDivisionError
         assert matmul.fp32_precision == "ieee"
-        one, other = tiled._fast_products(), tiled._fast_products()
+        one, other = products.fast_products(), products.fast_products()
         one.__enter__()
         other.__enter__()
         one.__exit__(None, None, None)

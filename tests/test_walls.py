@@ -21,8 +21,8 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "draws", "files", "modes"}
-GROUND = {"batch", "functional", "tiled", "kernels", "heads", "memory", "schedules", "clusters"}
+FREE = {"errors", "draws", "files", "modes", "machine"}
+GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "methods": GROUND | {"methods.base"},
@@ -137,7 +137,7 @@ def test_nothing_is_unpickled(module: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False")
 
 
-FAST = {"tiled", "kernels"}
+FAST = {"tiled", "kernels", "products"}
 """How a loss's sums are computed fast is what these are for."""
 
 

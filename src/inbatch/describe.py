@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from inbatch import ranks
 from inbatch.build import Built
-from inbatch.data.resident import free_bytes
 from inbatch.encoders import Encoder, added
+from inbatch.machine import free_bytes
 from inbatch.optim import build_optimizer, parameter_groups
 from inbatch.show import printable
 from inbatch.tower import Tower
 
 _SAMPLES = 8
 """What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
-_COPIES = 8
+COPIES = 8
 """Of the rows of the whole batch, about so many are held while a loss is computed: as they came and gathered, online
 and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.tiled`)."""
 
@@ -111,7 +111,7 @@ def estimate(built: Built) -> dict[str, Any]:
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
         "pixels_of_a_batch": share * _pixels(built),
-        "rows_of_a_batch": built.recipe.batch * _COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
+        "rows_of_a_batch": built.recipe.batch * COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
         "views_of_a_group": sum(group * math.prod(shape[1:]) * 4 for shape in images),
         "activations_of_a_group": activations,
     }

@@ -5,14 +5,11 @@ statistic and no random number of the caller changes, and nothing is written. Sm
 line through them says which group should fit, and that one is measured, too.
 """
 
-import ctypes
 import gc
 import math
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +20,11 @@ from inbatch.batch import Batch
 from inbatch.build import Built, build, share_of
 from inbatch.config import Recipe
 from inbatch.data import Source
-from inbatch.data.loader import PIECE
-from inbatch.data.resident import SHARE, cores, estimate, free_bytes
+from inbatch.data.loader import PIECE, processes, resides
+from inbatch.data.resident import estimate
 from inbatch.describe import estimate as count
 from inbatch.errors import ConfigError
+from inbatch.machine import forget_peak, free_bytes, held, peak, settle
 from inbatch.tower import norms
 
 LIMIT = 0.8
@@ -192,7 +190,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         tried[step] = bench.trial(step)
     if trial.seconds is None:
         how = f"counted with a margin of {100 * (_MARGIN - 1):.0f} %, as this system does not tell what a step takes"
-    _settle(device)
+    settle(device)
     larger = next((c for c in sizes if c > best), None)
     more = predict(tried, larger) if larger else 0
     return Fit(
@@ -255,8 +253,8 @@ class _Bench:
         return Trial(needed, kept, None if micros < 0 else micros / 1e6, norm)
 
     def _try(self, context: int, dry: bool) -> Trial:
-        _settle(self.device)
-        before, peak, seconds = _held(self.device), None, None
+        settle(self.device)
+        before, most, seconds = held(self.device), None, None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
             built = build(replace(self.recipe, context=context), self.source, device=self.device, workers=0)
             memory = count(built)["memory_bytes_estimate"]
@@ -266,11 +264,11 @@ class _Bench:
             if dry and before is not None:
                 samples = context // (self.world if self.recipe.sync_norm else 1)
                 _dry_step(built, 2, side, plain=True)  # gradients and the optimiser's memory are there from now on
-                _forget_peak(self.device)
+                forget_peak(self.device)
                 began = time.perf_counter()
                 _dry_step(built, samples, side)
-                peak, seconds = max(0, _peak(self.device) - before), time.perf_counter() - began
-        needed = max(counted, peak) if peak is not None else counted + (_MARGIN - 1) * growing
+                most, seconds = max(0, peak(self.device) - before), time.perf_counter() - began
+        needed = max(counted, most) if most is not None else counted + (_MARGIN - 1) * growing
         return Trial(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.tower)))
 
     def _weigh(self, built: Built, memory: dict[str, int]) -> int:
@@ -281,10 +279,10 @@ class _Bench:
         each = decoded // len(self.source)  # its uint8 pixels, or the crops that workers cut of it
         crops = sum(channels * size * size for size in sizes)
         share = self.recipe.batch // self.world
-        if decoded <= SHARE * self.free if self.resident is None else self.resident:
+        if resides(decoded, self.free, self.resident):
             pixels = decoded
         elif self.device.type == "cpu":
-            workers = max(1, min(16, cores() // self.world)) if self.workers is None else self.workers
+            workers = processes(self.workers, self.world)
             size = each if self.recipe.curate else crops
             pixels = size * (share + 2 * workers * min(share, PIECE))  # two pieces wait in each worker
             self.next = size * share
@@ -316,51 +314,6 @@ def _dry_step(built: Built, samples: int, side: int, plain: bool = False) -> Non
     built.optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _settle(device: torch.device) -> None:
-    """Give back what is no longer used, so that it is not taken for what a step needs, nor hides it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError, AttributeError):  # glibc's
-            ctypes.CDLL(None).malloc_trim(0)
-        _forget_peak(device)
-
-
-def _held(device: torch.device) -> int | None:
-    """Bytes that this process holds; None where the system does not tell, or not the peak."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") if _forget_peak(device) else None
-
-
-def _peak(device: torch.device) -> int:
-    """Most bytes held since `_forget_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM") or 0
-
-
-def _forget_peak(device: torch.device) -> bool:
-    """Begin the peak anew; whether the system does that."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int | None:
-    """Bytes that Linux tells of this process."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _out_of_memory(error: BaseException) -> bool:

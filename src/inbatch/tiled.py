@@ -12,13 +12,11 @@ import contextlib
 import functools
 import math
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from inbatch import kernels
+from inbatch.products import fast_products
 
 Mode = Literal["auto", "never", "always"]
 Products = kernels.Products
@@ -112,7 +111,7 @@ def nearest(
 
     plan, place = _PLAN.get(), torch.zeros(len(q), dtype=torch.long, device=q.device)
     start, stop = _share(len(q), plan)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _fast_products():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), fast_products():
         for first in range(start, stop, size := max(1, _BLOCK // len(k))):
             place[first : min(first + size, stop)] = best(q[first : min(first + size, stop)])
     plan.add(place)
@@ -273,7 +272,7 @@ class _Tiles:
         def alone(part: int) -> Sequence[Tensor | None]:
             return work(part)
 
-        with _fast_products():
+        with fast_products():
             if self.parts == 1:
                 return list(work(0))
             found = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
@@ -334,50 +333,3 @@ def _zeros(x: Tensor) -> Tensor:
 def _share(rows: int, plan: Plan) -> tuple[int, int]:
     """First row of a rank's share, and the first of the next rank's."""
     return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world
-
-
-_LOCK, _users, _before = threading.Lock(), 0, "none"
-
-
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """float32 products on the CPU by oneDNN where it is the faster library."""
-    if not _onednn():
-        yield
-        return
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    global _users, _before
-    with _LOCK:  # of losses that run at the same time the first sets it and the last puts it back
-        if not _users:
-            _before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        _users += 1
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _users -= 1
-            if not _users:
-                matmul.fp32_precision = _before
-
-
-@functools.cache
-def _onednn() -> bool:
-    """Whether oneDNN's float32 products are the faster ones: on AMD's processors, where MKL's take twice as long.
-
-    torch sends products there only where it may round them to bfloat16. oneDNN does so with AMX, which is ruled out,
-    and where it did in future, this sees it.
-    """
-    if platform.system() != "Linux" or not torch.backends.mkldnn.is_available():
-        return False
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    if "AuthenticAMD" not in words or not {"avx2", "avx512f"} & words or any(word.startswith("amx") for word in words):
-        return False
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    x = torch.linspace(-1, 1, 2**14).view(128, 128)
-    exact = x.double() @ x.double().T
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        found = x @ x.T
-    finally:
-        matmul.fp32_precision = before
-    return bool((found - exact).abs().max() < 1e-5 * exact.abs().max())

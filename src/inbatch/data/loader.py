@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import draws
 from inbatch.batch import Batch
-from inbatch.data.resident import SHARE, Resident, cores, decode_all, estimate, free_bytes, stack
+from inbatch.data.resident import SHARE, Resident, decode_all, estimate, stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
+from inbatch.machine import cores, free_bytes
 
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
 PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
@@ -73,7 +74,7 @@ class Loader:
         canvas = canvas or 2 * max(view.size for view in views.views)
         needed, free = estimate(source, canvas), free_bytes(self.device, world)
         self.held: Resident | None = None
-        if needed <= SHARE * free if resident is None else resident:
+        if resides(needed, free, resident):
             self.held = decode_all(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
             _differ(self.held)
@@ -89,7 +90,7 @@ class Loader:
         )
         self.workers = 0
         if self.held is None:
-            self.workers = max(1, min(16, cores() // world)) if workers is None else workers
+            self.workers = processes(workers, world)
             self._order = _Order()
             made = _Canvases(source, canvas) if whole else _Crops(source, views, seed)
             self._pin = self.device.type == "cuda"
@@ -141,6 +142,16 @@ class Loader:
                 made = piece if len(index) <= PIECE else _put(piece, first, made, len(index), self._pin)
             batch = Batch(**made, label=self.source.labels[index], seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
+
+
+def resides(needed: int, free: int, resident: bool | None) -> bool:
+    """Whether images that take so many bytes live on the device: as asked, else by the memory that is free."""
+    return needed <= SHARE * free if resident is None else resident
+
+
+def processes(workers: int | None, world: int) -> int:
+    """How many processes decode streamed images for a rank: as asked, else by the cores."""
+    return max(1, min(16, cores() // world)) if workers is None else workers
 
 
 def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pin: bool) -> dict[str, Any]:

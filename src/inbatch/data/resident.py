@@ -1,10 +1,8 @@
 """Small sets live decoded on the device; this decides which are small, and decodes them once."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 from jaxtyping import Int, UInt8
@@ -12,12 +10,12 @@ from torch import Tensor
 
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
+from inbatch.machine import cores
 
 SHARE = 0.25
 """Of the free memory, at most this much is given to the images."""
 
 _CHUNK = 64  # images a thread decodes in one go
-_UNKNOWN_FREE = 8 * 2**30  # where the system does not say how much is free
 
 
 @dataclass(frozen=True)
@@ -92,56 +90,6 @@ def estimate(source: Source, canvas: int, probes: int = 64) -> int:
         except DataError:  # counted when the images are decoded
             continue
     return len(source) * source.channels * height * width
-
-
-def free_bytes(device: torch.device, world: int = 1) -> int:
-    """Free memory for this rank: the host's, or what a container or a job may have of it, shared by `world` ranks, and
-    the GPU's if that is less."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        host = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        host = _UNKNOWN_FREE
-    host = min([host, *limited_bytes()]) // world
-    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
-
-
-def limited_bytes(root: Path = Path("/")) -> list[int]:
-    """What the memory limits of this process's control groups leave, which a container or a SLURM job sets.
-
-    Linux, version 2 and 1; a limit of a group above counts, too. Cached files that would be given up at need count as
-    free. root: where /proc and /sys stand.
-    """
-    left = []
-    for kinds, path in _control_groups(root):
-        v1 = bool(kinds)
-        mount = root / "sys/fs/cgroup" / ("memory" if v1 else "")
-        limits = ("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high")
-        usage, cached = ("memory.usage_in_bytes", "total_inactive_file") if v1 else ("memory.current", "inactive_file")
-        group = mount / path.strip("/")
-        for folder in (group, *(above for above in group.parents if above.is_relative_to(mount))):
-            try:
-                used = int((folder / usage).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines() if line)
-                given = [(folder / name).read_text().strip() for name in limits if (folder / name).exists()]
-            except (OSError, ValueError):
-                continue  # a group that is not seen from inside a container, or the root, which has no limit
-            left += [max(0, int(x) - used + int(stat.get(cached, 0))) for x in given if x != "max"]
-    return left
-
-
-def _control_groups(root: Path) -> list[tuple[str, str]]:
-    """(what it controls, path) of the control groups of this process that know memory."""
-    try:
-        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return []
-    return [(kinds, path) for _, kinds, path in lines if kinds == "" or "memory" in kinds.split(",")]
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stack(pixels: list[Tensor], size: Int[Tensor, "n 2"]) -> UInt8[Tensor, "n c h w"]:
