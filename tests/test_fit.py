@@ -132,13 +132,11 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
     assert "One more forward pass" in found[0].sentence() and "forward pass" not in found[-1].sentence()
 
 
-def test_the_dry_step_is_like_a_real_one(free: Callable[[float], None]) -> None:
-    """What was found is not less than what a step of the run takes."""
-    if fit.held(CPU) is None:
-        pytest.skip("this system does not tell the peak of a process")
-    free(140)
+def dry_and_real() -> tuple[int, int, int]:
+    """The context, what was found for it, and what a step of the run takes."""
+    fit.free_bytes = lambda *_: 140 * MB  # this process ends with the test
     recipe, found = fit.resolve(*planned(subset=600, batch=512), CPU)
-    assert found is not None and found.context < 512
+    assert found is not None
     built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
     batch = next(iter(built.loader.epoch(0)))
     steps = []
@@ -147,8 +145,17 @@ def test_the_dry_step_is_like_a_real_one(free: Callable[[float], None]) -> None:
         before = fit.held(CPU)
         built.step(batch, step)
         steps.append(fit.peak(CPU) - before)
-    taken = min(steps)
-    assert taken < 1.15 * found.needed + 5 * MB  # and may be less: a process that has run for long reuses memory
+    return found.context, found.needed, min(steps)
+
+
+def test_the_dry_step_is_like_a_real_one() -> None:
+    """What was found is not less than what a step of the run takes, nor much more; in a process that is new, because
+    one that has run for long takes memory that it has."""
+    if fit.held(CPU) is None:
+        pytest.skip("this system does not tell the peak of a process")
+    ((context, needed, taken),) = on_ranks(1, dry_and_real)
+    assert context < 512
+    assert taken < 1.15 * needed + 5 * MB and needed < 1.6 * taken + 20 * MB
 
 
 def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +232,7 @@ def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: 
     found = api.prepare("digits-canvas", **SMALL)
     assert torch.equal(before[0], torch.get_rng_state()) and torch.is_grad_enabled() == before[2]
     assert np.random.get_state()[1].tolist() == before[1]
-    assert not list(tmp_path.iterdir()) and 2 <= found.context <= 128 == found.recipe.batch
+    assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch
     plain = api.prepare("digits-canvas", **SMALL | {"context": found.context})
     assert found.recipe == plain.recipe
     assert_same_state(found.tower.state_dict(), plain.tower.state_dict())
