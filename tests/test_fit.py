@@ -20,7 +20,6 @@ from inbatch.config import Recipe, make
 from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError
 from inbatch.fit import Trial, candidates, predict
-from inbatch.machine import limited_bytes
 
 CPU, MB = torch.device("cpu"), 1_000_000
 SMALL = {"subset": 200, "batch": 128, "context": "auto"}
@@ -338,42 +337,6 @@ def test_the_table_of_cards_is_what_the_file_makes() -> None:
 
 
 # Memory limits of containers and jobs
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def group(path: str, limit: str, used: int, cached: int) -> dict[str, str]:
-    told = {"memory.max": limit, "memory.current": f"{used}", "memory.stat": f"anon 5\ninactive_file {cached}\n"}
-    return {f"sys/fs/cgroup{path}/{name}": text + "\n" for name, text in told.items()}
-
-
-def test_limits_of_version_2(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "0::/job/step\n"} | group("/job", "1000", 700, 100) | group("/job/step", "max", 600, 0)
-    assert limited_bytes(tree(tmp_path, files)) == [400]
-    files |= group("/job/step", "900", 600, 50) | {"sys/fs/cgroup/job/step/memory.high": "500\n"}
-    assert sorted(limited_bytes(tree(tmp_path, files))) == [0, 350, 400]
-
-
-def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "0::/docker/abc\n"} | group("", "1000", 200, 0)
-    assert limited_bytes(tree(tmp_path, files)) == [800]
-
-
-def test_limits_of_version_1(tmp_path: Path) -> None:
-    told = {"limit_in_bytes": "1000", "usage_in_bytes": "900", "stat": "inactive_file 1\ntotal_inactive_file 300"}
-    files = {f"sys/fs/cgroup/memory/slurm/job/memory.{name}": text for name, text in told.items()}
-    files |= {"proc/self/cgroup": "9:cpuset:/x\n4:memory:/slurm/job\n0::/\n"}
-    assert limited_bytes(tree(tmp_path, files)) == [400]
-
-
-def test_no_limit(tmp_path: Path) -> None:
-    assert limited_bytes(tmp_path) == []
-    assert limited_bytes(tree(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.stat": "anon 5"})) == []
 
 
 def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from inbatch.api import Run, draw_views, embed_run, evaluate_run, load, load_run, pretrain, rehearse
     from inbatch.encoders import Encoder
     from inbatch.methods import METHODS
+    from inbatch.process import tune
 
 _API = ("Run", "draw_views", "embed_run", "evaluate_run", "load", "load_run", "pretrain", "rehearse")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.encoders"}
+_WHERE |= {"tune": "inbatch.process"}
 
 __all__ = [
     "METHODS",
@@ -30,6 +32,7 @@ __all__ = [
     "losses",
     "pretrain",
     "rehearse",
+    "tune",
 ]
 
 

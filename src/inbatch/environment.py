@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from inbatch import process
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU, threads and the commit of the checkout where there is one."""
@@ -19,6 +21,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "allocator": "keeps freed memory" if process.keeps_memory else "system",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": _commit(),
     }

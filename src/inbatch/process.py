@@ -1,0 +1,64 @@
+"""What a process sets for speed before it computes: allocator, threads, denormal numbers.
+
+These hold for the whole process, so they are the program's to set (`inbatch ...`), or a script's that asks for it
+(`inbatch.tune()`), never the library's.
+"""
+
+import ctypes
+import os
+import sys
+
+from inbatch.limits import affine, cores
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+_PAD = 2**28
+"""Bytes asked of the system at a time."""
+
+tuned = False
+"""Whether this process has been set up."""
+keeps_memory = False
+"""Whether freed memory is kept for the next step."""
+
+
+def tune() -> None:
+    """Set this process up for training. Call it first, before anything is computed; twice is as once.
+
+    Freed memory is kept by glibc's allocator instead of given back and cleared anew at every step: more memory is held
+    for it, and INBATCH_ALLOCATOR=system leaves it alone. There are no more threads than the cores that a container's
+    quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Numbers too small to be normal
+    count as 0, which some processors multiply much slower. cuDNN looks for its fastest convolutions.
+    """
+    begin()
+    ready()
+
+
+def begin() -> None:
+    """The part of `tune` that wants to come before torch is loaded, and needs no torch."""
+    global tuned, keeps_memory
+    if tuned:
+        return
+    tuned = True
+    if os.environ.get("INBATCH_ALLOCATOR") != "system":
+        keeps_memory = _keep_freed_memory()
+    if "torch" not in sys.modules and cores() < affine():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+
+
+def ready() -> None:
+    """The rest, which needs torch; nothing in a process that nobody has begun to tune."""
+    if tuned:
+        import torch
+
+        torch.set_flush_denormal(True)  # False where the processor cannot
+        torch.backends.cudnn.benchmark = True
+
+
+def _keep_freed_memory() -> bool:
+    """Whether the C library could be told to; it is glibc's alone."""
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(*pair) for pair in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, _PAD)))

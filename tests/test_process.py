@@ -1,0 +1,59 @@
+"""What a process sets for speed, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+FAULTS = """
+import resource, torch
+torch.set_num_threads(1)
+def work():
+    for _ in range(8):
+        torch.ones(1 << 24)
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def told(code: str, **environment: str) -> str:
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "INBATCH_ALLOCATOR")}
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@LINUX
+def test_freed_memory_is_kept() -> None:
+    assert int(told("from inbatch import process; process.begin(); assert process.keeps_memory\n" + FAULTS)) < 1000
+    left_alone = "from inbatch import process; process.begin(); assert not process.keeps_memory\n" + FAULTS
+    assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 10_000
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_no_more_threads_than_a_quota_gives_cores() -> None:
+    code = "import sys; from inbatch import process; process.affine = lambda: 64; process.cores = lambda: 1; "
+    threads = "process.begin(); import torch; print(torch.get_num_threads())"
+    assert told(code + threads) == "1"
+    assert told(code + threads, OMP_NUM_THREADS="2") == "2"
+    assert told(
+        code + "process.cores = lambda: 64; process.begin(); import os; print(os.environ.get('OMP_NUM_THREADS'))"
+    ) == ("None")
+
+
+def test_denormal_numbers_are_zero_on_every_thread() -> None:
+    code = "import torch; torch.set_num_threads(2)\n"
+    half = "print(int((torch.full((1 << 20,), 1e-39) * 0.5).count_nonzero()))"
+    assert told("import inbatch; inbatch.tune(); inbatch.tune()\n" + code + half) == "0"
+    assert told(code + half) == str(1 << 20)
+
+
+def test_a_library_leaves_the_process_alone() -> None:
+    """Training in somebody's own process sets nothing that he has not asked for."""
+    code = "import inbatch.api; from inbatch import process; process.ready(); import torch\n"
+    assert told(code + "print(process.tuned, process.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)") == (
+        "False False True"
+    )
