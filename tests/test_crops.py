@@ -280,7 +280,7 @@ def test_flip_and_colour_are_drawn_as_without_pairs(preset, monkeypatch):
     ours, default = paired(b), plain(b)
     assert (configuration(ours.boxes) == INTERSECTION).all() and not torch.equal(ours.boxes, default.boxes)
     assert torch.equal(ours.flipped, default.flipped)
-    monkeypatch.setattr(plain, "boxes", lambda *key: ours.boxes)
+    monkeypatch.setattr(plain, "_boxes", lambda *drawn: ours.boxes)
     assert all(torch.equal(x, y) for x, y in zip(plain(b).images, ours.images, strict=True))
     again = paired(replace(b, attempt=torch.ones_like(b.index)))
     assert (configuration(again.boxes) == INTERSECTION).all() and (again.boxes != ours.boxes).any(-1).all()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -39,8 +40,11 @@ def batch(images: torch.Tensor, epoch: int = 0, index: torch.Tensor | None = Non
     return Batch(index=index, label=torch.full_like(index, -1), seed=3, epoch=epoch, images=images, **rest)
 
 
-def make(views, channels: int = 3) -> Views:
-    return Views(views, [0.5] * channels, [0.25] * channels)
+def make(views, channels: int = 3, fused: Literal[False] | None = None) -> Views:
+    return Views(views, [0.5] * channels, [0.25] * channels, fused=fused)
+
+
+FUSED = pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
 
 
 def same_distribution(ours: torch.Tensor, theirs: list[float]) -> bool:
@@ -298,7 +302,8 @@ def literal_views(view: View, number: int, b: Batch) -> torch.Tensor:
     return torch.stack(out)
 
 
-def test_a_whole_view_equals_torchvisions_functions_in_its_order():
+@FUSED
+def test_a_whole_view_equals_torchvisions_functions_in_its_order(fused):
     images = photos(64, h=40, w=48)
     sizes = torch.tensor([[40, 48], [33, 20]]).repeat(32, 1)
     views = [
@@ -307,7 +312,7 @@ def test_a_whole_view_equals_torchvisions_functions_in_its_order():
              blur=1.0, kernel=5, solarise=0.3),
     ]  # fmt: skip
     b = batch(images, size=sizes)
-    drawn = Views(views, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])(b)
+    drawn = Views(views, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], fused=fused)(b)
     for number, view in enumerate(views):
         error = (drawn.images[number] - literal_views(view, number, b)).abs()
         # Solarise jumps at its threshold: a rounding error may put a pixel on the other side of it.
@@ -318,7 +323,7 @@ def test_the_accelerators_path_gives_the_same(monkeypatch):
     """There one piece holds the batch and nothing asks for values; "meta" tensors raise when one is asked."""
     views, b = make(PRESETS["simclr"](size=32) + PRESETS["byol"](size=20, blur=0.0, blur_second=0.0)), batch(photos(40))
     ours = views(b)
-    monkeypatch.setattr(operation, "_can_ask", lambda x: False)
+    monkeypatch.setattr(operation, "can_ask", lambda x: False)
     monkeypatch.setattr(pipeline, "_CACHE", 10**9)
     for x, y in zip(ours.images, views(b).images, strict=True):
         assert ((x - y).abs() > 1e-5).float().mean() < 1e-4
@@ -327,10 +332,11 @@ def test_the_accelerators_path_gives_the_same(monkeypatch):
         assert [x.shape[-1] for x in drawn.images] == [view.size for view in PRESETS[preset]()]
 
 
-def test_every_preset_draws_views_of_its_sizes():
+@FUSED
+def test_every_preset_draws_views_of_its_sizes(fused):
     for name, preset in PRESETS.items():
         views, channels = preset(), 1 if name == "digits" else 3
-        drawn = make(views, channels)(batch(photos(2, channels, 40, 36)))
+        drawn = make(views, channels, fused)(batch(photos(2, channels, 40, 36)))
         assert [tuple(x.shape) for x in drawn.images] == [(2, channels, v.size, v.size) for v in views], name
         assert all(torch.isfinite(x).all() and x.abs().max() <= 2.001 for x in drawn.images), name
         assert drawn.boxes.shape == (len(views), 2, 4) and drawn.flipped.shape == (len(views), 2), name
@@ -375,9 +381,10 @@ def test_epoch_view_seed_and_attempt_draw_anew():
     assert (first.boxes[0] != first.boxes[1]).any(-1).all()
 
 
-def test_a_sample_draws_the_same_in_any_batch():
+@FUSED
+def test_a_sample_draws_the_same_in_any_batch(fused):
     """Permuted, cut over ranks, or alone: what others do in the batch changes nothing."""
-    views, images, index = make(PRESETS["byol"](size=32)), photos(32), torch.arange(32) * 7
+    views, images, index = make(PRESETS["byol"](size=32), fused=fused), photos(32), torch.arange(32) * 7
     whole = views(batch(images, index=index))
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     permuted = views(batch(images[order], index=index[order]))
@@ -424,11 +431,12 @@ def test_streamed_crops_give_the_same_views(preset):
     assert error.max() < 1.6 if preset == "supervised" else error.mean() < 1
 
 
-def test_one_and_many_channels():
+@FUSED
+def test_one_and_many_channels(fused):
     view = View(24, jitter=1.0, brightness=0.4, contrast=0.4, blur=0.5, kernel=3, solarise=0.2)
     for channels in (1, 2, 5):
         images = photos(8, channels)
-        assert make([view], channels)(batch(images)).images[0].shape == (8, channels, 24, 24)
+        assert make([view], channels, fused)(batch(images)).images[0].shape == (8, channels, 24, 24)
     x, f = values(c=1), torch.tensor(FACTORS)
     theirs = per_image(tv.adjust_contrast, x, FACTORS)
     torch.testing.assert_close(colour.blend(x, f, torch.zeros(6), 1 - f), theirs, **CLOSE)

@@ -21,13 +21,17 @@ def _signed(x: int) -> int:
 
 def fold(*key: int) -> int:
     """One integer in [0, 2^63) from a key of integers: a seed for a generator, or the head of a longer key."""
+    return _folded(*key) >> 1
+
+
+def _folded(*key: int) -> int:
     state = 0
     for part in key:
         state = (state + part + 1) * _GOLDEN & _MASK
         state = (state ^ state >> 30) * _M1 & _MASK
         state = (state ^ state >> 27) * _M2 & _MASK
         state ^= state >> 31
-    return state >> 1
+    return state
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -37,19 +41,27 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def head(seed: int, epoch: int, view: int, attempt: int | Int[Tensor, "b"] = 0) -> int | Int[Tensor, "b"]:
+    """What a key without its sample comes to, for `spread`; nothing waits for the attempts of a device."""
+    if isinstance(attempt, int):
+        return fold(seed, epoch, view, attempt)
+    state = _folded(seed, epoch, view)
+    return _mix((attempt + _signed(state + 1)) * _signed(_GOLDEN)) >> 1 & (1 << 63) - 1
+
+
+def spread(head: int | Int[Tensor, "..."], index: Int[Tensor, "..."], count: int) -> Float[Tensor, "... count"]:
+    """`count` float32 numbers in [0, 1) for every sample under its head; the shapes are those of their sum."""
+    sample = _mix((index + 1) * _signed(_GOLDEN) + head)
+    # 1, 2, ...; behind the shift, torch.compile does not fold the product into an index that would not wrap around.
+    place = (torch.arange(2, 2 * count + 2, 2, device=index.device) >> 1) * _signed(_GOLDEN)
+    return (_mix(sample[..., None] + place) >> 40 & (1 << 24) - 1).float() * 2**-24
+
+
 def uniform(
     seed: int, epoch: int, index: Int[Tensor, "b"], view: int, count: int, attempt: int | Int[Tensor, "b"] = 0
 ) -> Float[Tensor, "b count"]:
     """`count` float32 numbers in [0, 1) for every sample, keyed by (seed, epoch, sample, view, attempt)."""
-    head: int | Tensor
-    if isinstance(attempt, int):
-        head = _signed(fold(seed, epoch, view, attempt))
-    else:
-        heads = [_signed(fold(seed, epoch, view, n)) for n in range(int(attempt.max()) + 1)]
-        head = torch.tensor(heads, device=index.device)[attempt]
-    sample = _mix((index + 1) * _signed(_GOLDEN) + head)
-    place = torch.arange(1, count + 1, device=index.device) * _signed(_GOLDEN)
-    return (_mix(sample[:, None] + place) >> 40 & (1 << 24) - 1).float() * 2**-24
+    return spread(head(seed, epoch, view, attempt), index, count)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Int[Tensor, "n"]:

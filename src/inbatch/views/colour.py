@@ -12,13 +12,16 @@ from torch import Tensor
 from inbatch import draws
 from inbatch.views.operation import Image, Operation, PerImage, chosen, idle, per_image, uniform_in
 
+LUMINANCE = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue as torchvision and Pillow have them (ITU-R 601-2)."""
+
 
 def luminance(x: Image) -> Float[Tensor, "n 1 h w"]:
-    """Luminance with torchvision's weights (ITU-R 601-2); the mean where the channels are not red, green, blue."""
+    """The luminance; the mean where the channels are not red, green, blue."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     red, green, blue = x.split(1, 1)
-    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return (red * LUMINANCE[0]).add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2])
 
 
 def blend(x: Image, own: PerImage, luma: PerImage, mean: PerImage) -> Image:
@@ -74,21 +77,16 @@ class Jitter(Operation):
         return on * (1 + place), factors, turns * on, order
 
     def __call__(self, x: Image, kind: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -> Image:
-        place = kind - 1 if self.hue else torch.where(kind > 0, 3, -1)
-        own = factors.gather(1, order)
+        place = (kind - 1 if self.hue else torch.where(kind > 0, 3, -1))[:, None]
+        own, three = factors.gather(1, order), torch.arange(3, device=x.device)
         luma, mean = (1 - own) * (order == 2), (1 - own) * (order == 1)
-
-        def step(i: int, active: Tensor) -> None:
-            if not idle(active):
-                blend(x, torch.where(active, own[:, i], 1), luma[:, i] * active, mean[:, i] * active)
-
-        for i in range(3):
-            step(i, place > i)
-        if self.hue:
-            if not idle(kind):
+        active = torch.cat([place > three, (place >= 0) & (place <= three)], 1)  # before the hue, after it
+        steps = torch.where(active, own.repeat(1, 2), 1), luma.repeat(1, 2) * active, mean.repeat(1, 2) * active
+        for i, (on, *settings) in enumerate(zip(*(t.unbind(1) for t in (active, *steps)), strict=True)):
+            if i == 3 and self.hue and not idle(kind):
                 rotate_hue(x, turns)
-            for i in range(3):
-                step(i, (kind > 0) & (place <= i))
+            if (i < 3 or self.hue) and not idle(on):
+                blend(x, *settings)
         return x
 
 

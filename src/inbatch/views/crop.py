@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from inbatch.views.operation import can_ask
 from inbatch.views.view import Interpolation, Range
 
 TRIES = 10
@@ -77,7 +78,7 @@ def resample(
     how: Interpolation,
 ) -> Float[Tensor, "n c size size"]:
     """Box i of image source[i], resized with antialiasing, mirrored where `flip`, in [0, 1]."""
-    if images.device.type == "cpu" and images[0, 0].numel() > _LARGE:
+    if can_ask(images) and images[0, 0].numel() > _LARGE:
         return _one_by_one(images, source, boxes, flip, size, how)
     top, left, height, width = boxes.unbind(1)
     down = weights(top, height, images.shape[2], size, how)

@@ -26,19 +26,19 @@ class Operation(ABC):
     """(images (n, C, h, w), *settings) -> images."""
 
 
-def _can_ask(x: Tensor) -> bool:
+def can_ask(x: Tensor) -> bool:
     """Whether the program may branch on values: an accelerator would have to wait for them."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def idle(kind: Tensor) -> bool:
     """True if it is known that no image is to be changed."""
-    return _can_ask(kind) and not bool(kind.any())
+    return can_ask(kind) and not bool(kind.any())
 
 
 def chosen(on: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """new where `on` (n,), else old."""
-    if _can_ask(on) and bool(on.all()):
+    if can_ask(on) and bool(on.all()):
         return new
     return torch.where(on.view(-1, *[1] * (new.ndim - 1)), new, old)
 

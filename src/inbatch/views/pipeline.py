@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch
-from inbatch.draws import uniform
+from inbatch.draws import head, spread
 from inbatch.errors import ConfigError, DataError
-from inbatch.views import crop
+from inbatch.views import crop, fused, operation
 from inbatch.views.colour import Exposure, Grey, Jitter, Noise, Solarise
 from inbatch.views.filters import Affine, Blur
 from inbatch.views.operation import Operation, idle
@@ -53,13 +53,20 @@ class Views:
     """Draws `views` of every image and normalises them with the mean and std (of values in [0, 1]) per channel.
 
     pairs: where given, draws the boxes of two views together; everything else of a view is drawn as without it.
+    fused: None: on a CPU the compiled kernel draws the views it knows (`views.fused`); False: torch's operations draw
+        them all. The views are the same but for rounding.
     Raises ConfigError where a view needs red, green and blue and there are not three channels.
     """
 
     def __init__(
-        self, views: Sequence[View], mean: Sequence[float], std: Sequence[float], pairs: Pairs | None = None
+        self,
+        views: Sequence[View],
+        mean: Sequence[float],
+        std: Sequence[float],
+        pairs: Pairs | None = None,
+        fused: Literal[False] | None = None,
     ) -> None:
-        self.views, self.mean, self.std, self.pairs = tuple(views), tuple(mean), tuple(std), pairs
+        self.views, self.mean, self.std, self.pairs, self.fused = tuple(views), tuple(mean), tuple(std), pairs, fused
         if not self.views or not self.mean or len(self.mean) != len(self.std):
             raise ConfigError("Views need at least one view, and one mean and one std per channel.")
         if len(self.mean) != 3 and any(view.needs_colour for view in self.views):
@@ -71,25 +78,27 @@ class Views:
             raise ConfigError(f"Pairs of crops need two views of every image, not {len(self.views)}.")
         alike = groupby(range(len(self.views)), key=lambda number: self.views[number])  # drawn in one pass
         self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
+        self._compiled: Callable[..., Drawn] | None = None
 
     def __len__(self) -> int:
         return len(self.views)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}
+
+    def compile(self, **options: Any) -> None:
+        """Draw by torch.compile (whose options these are) from now on, on an accelerator; a CPU has its own kernel.
+
+        It compiles anew for every number of samples."""
+        self._compiled = torch.compile(self._draw, dynamic=False, **options)
 
     def boxes(
         self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int,
         attempt: int | Int[Tensor, "b"] = 0,
     ) -> Int[Tensor, "v b 4"]:  # fmt: skip
         """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
-        alone = torch.stack(
-            [
-                _boxes(view, uniform(seed, epoch, index, number, crop.DRAWS, attempt), size)
-                for number, view in enumerate(self.views)
-            ]
-        )
-        if self.pairs is None:
-            return alone
-        paired = self.pairs(uniform(seed, epoch, index, PAIR, self.pairs.draws, attempt), size)
-        return torch.where(paired[..., 2:3] > 0, paired, alone)
+        heads = self._heads(seed, epoch, attempt, index.device)
+        return self._boxes(spread(heads[:-1], index, crop.DRAWS), heads[-1], index, size)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Drawn:
@@ -99,24 +108,56 @@ class Views:
         Raises DataError for images that do not fit the views.
         """
         given, cut = self._checked(batch)
-        attempt = 0 if batch.attempt is None else batch.attempt
-        seed, epoch, index = batch.seed, batch.epoch, batch.index
-        size = index.new_tensor(given[0].shape[2:]).expand(len(batch), 2) if batch.size is None else batch.size
-        placed = self.boxes(index, size, seed, epoch, attempt) if cut is None else cut
+        index, at, size = batch.index, batch.at if cut is None else None, batch.size
+        if cut is None:
+            at = torch.arange(len(batch), device=index.device) if at is None else at
+            height, width = given[0].shape[2:]
+            size = torch.stack([torch.full_like(index, x) for x in (height, width)], 1) if size is None else size
+        heads = self._heads(batch.seed, batch.epoch, 0 if batch.attempt is None else batch.attempt, index.device)
+        draw = self._draw if self._compiled is None or operation.can_ask(index) else self._compiled
+        return draw(heads, index, size, at, given, cut)
+
+    def _heads(self, seed: int, epoch: int, attempt: int | Tensor, device: torch.device) -> Tensor:
+        """(V + 1, 1 or b): what the random numbers of every view start from, and those of pairs. Tensors, because they
+        change from step to step and nothing compiled must; filled in, because a copy would wait for the device."""
+        heads = [head(seed, epoch, number, attempt) for number in (*range(len(self)), PAIR)]
+        return torch.stack([x if isinstance(x, Tensor) else torch.full((1,), x, device=device) for x in heads])
+
+    def _boxes(self, u: Tensor, pair_head: Tensor, index: Tensor, size: Tensor) -> Tensor:
+        """u: (V, b, crop.DRAWS or more)."""
+        alone = torch.cat(
+            [
+                _boxes(view, u[numbers[0] : numbers[-1] + 1].flatten(0, 1), size.repeat(len(numbers), 1))
+                for view, numbers, _ in self._alike
+            ]
+        ).unflatten(0, (len(self), len(index)))
+        if self.pairs is None:
+            return alone
+        paired = self.pairs(spread(pair_head, index, self.pairs.draws), size)
+        return torch.where(paired[..., 2:3] > 0, paired, alone)
+
+    def _draw(
+        self, heads: Tensor, index: Tensor, size: Tensor | None, at: Tensor | None, given: list[Tensor],
+        cut: Tensor | None,
+    ) -> Drawn:  # fmt: skip
+        """From images of `size`, lying `at` given[0], or from crops, `given` one tensor per view, `cut` out there."""
+        count, drawn = len(index), spread(heads[:-1], index, COLUMNS)
+        if cut is None:
+            assert size is not None and at is not None
+            placed = self._boxes(drawn, heads[-1], index, size)
+        else:
+            placed = cut
         images, flipped = [], []
         for view, numbers, steps in self._alike:
-            u = torch.cat([uniform(seed, epoch, index, number, COLUMNS, attempt) for number in numbers])
+            u, where = (x[numbers[0] : numbers[-1] + 1].flatten(0, 1) for x in (drawn, placed))
             flip = u[:, crop.DRAWS] < view.flip
-            where = placed[numbers[0] : numbers[-1] + 1].flatten(0, 1)
-            if cut is None:
-                lies = torch.arange(len(batch), device=index.device) if batch.at is None else batch.at
-                source = lies.repeat(len(numbers))
-                x = self._render(view, steps, u, given[0], source, where, flip)
+            if at is None:
+                pixels, source = torch.cat([given[number] for number in numbers]), None
             else:
-                x = self._render(view, steps, u, torch.cat([given[number] for number in numbers]), None, where, flip)
-            images += x.split(len(batch))
+                pixels, source = given[0], at.repeat(len(numbers))
+            images += self._render(view, steps, u, pixels, source, where, flip).split(count)
             flipped.append(flip)
-        return Drawn(tuple(images), placed, torch.cat(flipped).unflatten(0, (len(self), len(batch))))
+        return Drawn(tuple(images), placed, torch.cat(flipped).unflatten(0, (len(self), count)))
 
     def _render(
         self,
@@ -129,6 +170,7 @@ class Views:
         flip: Tensor,
     ) -> Tensor:
         """n views: cut from images `source` of `pixels`, or from ready crops (source None), then every step."""
+        todo = [step for step, _ in steps]
         settled = [step.settle(u[:, columns]) for step, columns in steps]
 
         def work(take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -136,7 +178,7 @@ class Views:
                 x = crop.mirror(take(pixels).float().div_(255), take(flip))
             else:
                 x = crop.resample(pixels, take(source), take(boxes), take(flip), view.size, view.interpolation)
-            for (step, _), drawn in zip(steps, settled, strict=True):
+            for step, drawn in zip(todo, settled, strict=True):
                 kind, *parameters = map(take, drawn)
                 if not idle(kind):
                     x = step(x, kind, *parameters)
@@ -144,8 +186,10 @@ class Views:
                 channel.sub_(mean).div_(std)
             return x
 
-        if u.device.type != "cpu":
+        if not operation.can_ask(u):
             return work(lambda t: t)
+        if self.fused is None and fused.knows(todo) and fused.available():
+            return fused.draw(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
         # A core's cache holds a few images. Those that want the same done come together, so that whole pieces skip.
         want = torch.zeros(len(u), dtype=torch.long)
         for kind, *_ in settled:

@@ -1,0 +1,464 @@
+"""Whole views in one compiled pass for CPUs: an image stays in the processor's cache from its pixels to its view.
+
+What is computed is what `crop`, `colour` and `filters` say, operation by operation, in float32. Importing this file
+needs numba and compiles (or reads from numba's cache): `fused` does so when the first view is drawn.
+
+Written for the compiler's vectoriser: inner loops run over contiguous float32, choose instead of branching, and their
+constants are float32. Only the horizontal half of resizing has no such loop; it takes eight rows at a time, as vectors.
+"""
+
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import boolean, float32, int64, uint8
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_OPTIONS: dict[str, Any] = dict(
+    nogil=True,
+    error_model="numpy",  # or every division would be a branch
+    fastmath={"contract", "nsz", "nnan", "ninf", "reassoc", "arcp"},  # nothing here is ever NaN or infinite
+)
+_inner = numba.njit(**_OPTIONS)
+
+_ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
+_TINY, _BYTE = np.float32(1e-12), np.float32(1 / 255)
+_NEAR, _STEEP = np.float32(1.5), np.float32(2.5)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_LANES = 8
+"""Rows side by side in a vector: of more, the compiler no longer transposes with shuffles."""
+_WIDE = 32
+"""Neighbours along a row summed at once."""
+_CHUNK = 1024
+"""Pixels, about, that all operations see while they are in the first cache."""
+_NEGLIGIBLE = 1e-8
+"""A tap of this share changes no float32 in [0, 1]."""
+
+
+# Resizing
+
+
+@_inner
+@no_type_check
+def _weights(length, size, cubic, gain, mirrored, first, table):
+    """How `length` pixels become `size`: the first pixel of each, and its weights, (size, taps) flat. Returns taps.
+
+    Rounded as in torch.nn.functional.interpolate(antialias=True), at the centre, and exact from there on."""
+    scale = np.float32(length) / np.float32(size)
+    sharp = 1.0 / max(scale, _ONE)  # enlarging interpolates, shrinking averages
+    support = max(scale, _ONE) * (_TWO if cubic else _ONE)
+    taps = min(length, int(np.ceil(_TWO * support)))
+    for x in range(size):
+        centre = np.float32(scale * (x + 0.5))
+        low = min(max(int(centre - support + 0.5), 0), length - taps)
+        at = size - 1 - x if mirrored else x
+        first[at] = low
+        total = _ZERO
+        for k in range(taps):
+            far = np.float32(abs((low + k - centre + 0.5) * sharp))
+            if not cubic:
+                weight = max(_ONE - far, _ZERO)
+            elif far < _ONE:  # Keys 1981 with a = -1/2
+                weight = (_NEAR * far - _STEEP) * far * far + _ONE
+            else:
+                weight = ((-_HALF * far + _STEEP) * far - _FOUR) * far + _TWO if far < _TWO else _ZERO
+            table[at * taps + k] = weight
+            total += weight
+        for k in range(taps):
+            table[at * taps + k] *= gain / total
+    return taps
+
+
+def _weighted_sum(lanes):
+    """(out, to, x, start, step, weights, first, taps): out[to : to + lanes] = the sum over k < taps of
+    weights[first + k] x[start + k step : start + k step + lanes], held in registers. x: float32 or uint8.
+
+    Vectors of LLVM itself, for any processor: its vectoriser makes none of so short loops."""
+
+    @intrinsic
+    @no_type_check
+    def vectors(typing, out, to, x, start, step, weights, first, taps):
+        vector, element = ir.VectorType(ir.FloatType(), lanes), ir.IntType(32)
+        unset, spread = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(element, lanes), [0] * lanes)
+
+        def generate(context, builder, signature, given):
+            out, to, x, start, step, weights, first, taps = given
+
+            def at(place, array, position, kind=None):
+                data = context.make_array(signature.args[place])(context, builder, array).data
+                pointer = builder.gep(data, [position])
+                return pointer if kind is None else builder.bitcast(pointer, kind.as_pointer())
+
+            total = cgutils.alloca_once(builder, vector)
+            builder.store(ir.Constant(vector, [0.0] * lanes), total)
+            with cgutils.for_range(builder, taps) as loop:
+                position = builder.add(start, builder.mul(loop.index, step))
+                if signature.args[2].dtype == float32:
+                    values = builder.load(at(2, x, position, vector), align=4)
+                else:
+                    bytes_ = builder.load(at(2, x, position, ir.VectorType(ir.IntType(8), lanes)), align=1)
+                    values = builder.uitofp(bytes_, vector)
+                weight = builder.load(at(5, weights, builder.add(first, loop.index)))
+                weight = builder.insert_element(unset, weight, ir.Constant(element, 0))
+                product = builder.fmul(builder.shuffle_vector(weight, unset, spread), values, flags=("contract",))
+                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            builder.store(builder.load(total), at(0, out, to, vector), align=4)
+            return context.get_dummy_value()
+
+        return numba.void(out, to, x, start, step, weights, first, taps), generate
+
+    return vectors
+
+
+_sum_of_wide, _sum_of_narrow = _weighted_sum(_WIDE), _weighted_sum(_LANES)
+
+
+@_inner
+@no_type_check
+def _down(pixels, start, pitch, width, weights, first, taps, line, to):
+    """line[to : to + width] = the weighted sum of rows of pixels, `pitch` apart; the last vector overlaps."""
+    if width >= _WIDE:
+        for x in range(0, width, _WIDE):
+            p = min(x, width - _WIDE)
+            _sum_of_wide(line, to + p, pixels, start + p, pitch, weights, first, taps)
+    elif width >= _LANES:
+        for x in range(0, width, _LANES):
+            p = min(x, width - _LANES)
+            _sum_of_narrow(line, to + p, pixels, start + p, pitch, weights, first, taps)
+    else:
+        for x in range(width):
+            total = _ZERO
+            for k in range(taps):
+                total += weights[first + k] * np.float32(pixels[start + k * pitch + x])
+            line[to + x] = total
+
+
+@_inner
+@no_type_check
+def _along(tile, start, first, weights, taps, size, out, to):
+    """The weighted sums of columns, each of eight pixels that stand side by side."""
+    for x in range(size):
+        _sum_of_narrow(out, to + _LANES * x, tile, start + _LANES * first[x], _LANES, weights, taps * x, taps)
+
+
+@_inner
+@no_type_check
+def _to_columns(lines, n, tile):
+    """Eight lines of n, transposed: tile[8 x + j] = lines[j n + x]."""
+    a, b, c, d = lines[:n], lines[n : 2 * n], lines[2 * n : 3 * n], lines[3 * n : 4 * n]
+    e, f, g, h = lines[4 * n : 5 * n], lines[5 * n : 6 * n], lines[6 * n : 7 * n], lines[7 * n : 8 * n]
+    for x in range(n):
+        p = _LANES * x
+        tile[p], tile[p + 1], tile[p + 2], tile[p + 3] = a[x], b[x], c[x], d[x]
+        tile[p + 4], tile[p + 5], tile[p + 6], tile[p + 7] = e[x], f[x], g[x], h[x]
+
+
+@_inner
+@no_type_check
+def _to_lines(tile, n, out):
+    """And back, clamped to [0, 1]: out[j n + x] = tile[8 x + j]."""
+    a, b, c, d = out[:n], out[n : 2 * n], out[2 * n : 3 * n], out[3 * n : 4 * n]
+    e, f, g, h = out[4 * n : 5 * n], out[5 * n : 6 * n], out[6 * n : 7 * n], out[7 * n : 8 * n]
+    for x in range(n):
+        p = _LANES * x
+        a[x], b[x], c[x], d[x] = _clamp(tile[p]), _clamp(tile[p + 1]), _clamp(tile[p + 2]), _clamp(tile[p + 3])
+        e[x], f[x], g[x], h[x] = _clamp(tile[p + 4]), _clamp(tile[p + 5]), _clamp(tile[p + 6]), _clamp(tile[p + 7])
+
+
+@_inner
+@no_type_check
+def _resize(
+    pixels, start, pitch, width, y, rows, first_row, down, row_taps, first_column, along, column_taps, scratch, out
+):  # fmt: skip
+    """Rows y to y + rows of a box that starts at pixels[start]; below its last row, that one again.
+
+    Eight strips of them, one below the other, are resized along their rows at once: a pixel of each in a vector."""
+    size, deep = len(first_row), rows // _LANES
+    lines, tile, resized = scratch[0], scratch[1], scratch[2]
+    for r in range(rows):
+        row = min(y + r, size - 1)
+        _down(pixels, start + pitch * first_row[row], pitch, width, down, row * row_taps, row_taps, lines, r * width)
+    _to_columns(lines, deep * width, tile)
+    for g in range(deep):
+        columns, to = _LANES * g * width, _LANES * g * size
+        _along(tile, columns, first_column, along, column_taps, size, resized, to)
+    _to_lines(resized, deep * size, out)
+
+
+@_inner
+@no_type_check
+def _copy(row, mirrored, out):
+    """A row that needs no resizing."""
+    n = len(row)
+    if mirrored:
+        for x in range(n):
+            out[x] = np.float32(row[n - 1 - x]) * _BYTE
+    else:
+        for x in range(n):
+            out[x] = np.float32(row[x]) * _BYTE
+
+
+# Colour
+
+
+@_inner
+@no_type_check
+def _clamp(x):
+    return min(max(x, _ZERO), _ONE)
+
+
+@_inner
+@no_type_check
+def _blend(x, own, other):
+    for i in range(len(x)):
+        x[i] = _clamp(own * x[i] + other)
+
+
+@_inner
+@no_type_check
+def _saturate(red, green, blue, luma, own):
+    r, g, b = luma[0], luma[1], luma[2]
+    for i in range(len(red)):
+        light = (_ONE - own) * (r * red[i] + g * green[i] + b * blue[i])
+        red[i] = _clamp(own * red[i] + light)
+        green[i] = _clamp(own * green[i] + light)
+        blue[i] = _clamp(own * blue[i] + light)
+
+
+@_inner
+@no_type_check
+def _rotate_hue(red, green, blue, turns):
+    move = _SIX * turns
+    for i in range(len(red)):
+        r, g, b = red[i], green[i], blue[i]
+        high, low = max(max(r, g), b), min(min(r, g), b)
+        chroma = high - low
+        sixth = g - b if r == high else (b - r + _TWO * chroma if g == high else r - g + _FOUR * chroma)
+        sixth = sixth / max(chroma, _TINY) + move  # six to a turn; from -4 to 8
+        sixth = sixth + _SIX if sixth < _ZERO else sixth
+        sixth = sixth - _SIX if sixth >= _SIX else sixth
+        red[i] = _clamp(abs(sixth - _THREE) - _ONE) * chroma + low
+        green[i] = _clamp(_TWO - abs(sixth - _TWO)) * chroma + low
+        blue[i] = _clamp(_TWO - abs(sixth - _FOUR)) * chroma + low
+
+
+@_inner
+@no_type_check
+def _desaturate(red, green, blue, luma):
+    r, g, b = luma[0], luma[1], luma[2]
+    for i in range(len(red)):
+        light = r * red[i] + g * green[i] + b * blue[i]
+        red[i] = light
+        green[i] = light
+        blue[i] = light
+
+
+@_inner
+@no_type_check
+def _sum(x):
+    total = _ZERO
+    for i in range(len(x)):
+        total += x[i]
+    return total
+
+
+@_inner
+@no_type_check
+def _finish(x, threshold, mean, std, out):
+    """Solarised from the threshold on, then normalised."""
+    gain, shift = _ONE / std, -mean / std
+    for i in range(len(x)):
+        value = _ONE - x[i] if x[i] >= threshold else x[i]
+        out[i] = gain * value + shift
+
+
+@_inner
+@no_type_check
+def _plan(kind, factors, turns, order, todo):
+    """The jitter's operations in the image's order, without those that change nothing. Returns their number, and the
+    place of the contrast, which waits for the whole image (-1: none)."""
+    count, wait = 0, -1
+    if kind == 0:
+        return count, wait
+    for k in range(4):
+        if k == kind - 1 and turns != _ZERO:
+            todo[count] = _HUE
+            count += 1
+        if k < 3 and factors[order[k]] != _ONE:
+            if order[k] == _CONTRAST:
+                wait = count
+            todo[count] = order[k]
+            count += 1
+    return count, wait
+
+
+# Blur
+
+
+@_inner
+@no_type_check
+def _gaussian(sigma, half, kernel):
+    """Half of a Gaussian kernel of sum 1. Returns how many taps to either side count."""
+    total = 0.0
+    for k in range(half + 1):
+        total += np.exp(-0.5 * (k / sigma) ** 2) * (1 if k == 0 else 2)
+    kernel[:] = _ZERO
+    used = 0
+    for k in range(half + 1):
+        share = np.exp(-0.5 * (k / sigma) ** 2) / total
+        if share > _NEGLIGIBLE:
+            kernel[k] = share
+            used = k
+    return used
+
+
+@_inner
+@no_type_check
+def _scale(x, w, out):
+    for i in range(len(out)):
+        out[i] = w * x[i]
+
+
+@_inner
+@no_type_check
+def _add_pairs(a, b, c, d, u, v, out):
+    for i in range(len(out)):
+        out[i] += u * (a[i] + b[i]) + v * (c[i] + d[i])
+
+
+@_inner
+@no_type_check
+def _convolve(x, start, step, kernel, used, out):
+    """out[i] = sum_k kernel[|k|] x[start + i + k step]; two taps of either side at a time."""
+    n = len(out)
+    _scale(x[start : start + n], kernel[0], out)
+    for k in range(1, used + 1, 2):
+        p, q = k * step, (k + 1) * step
+        a, b = x[start - p : start - p + n], x[start + p : start + p + n]
+        c, d = x[start - q : start - q + n], x[start + q : start + q + n]
+        _add_pairs(a, b, c, d, kernel[k], kernel[k + 1], out)
+
+
+# The whole
+
+
+@no_type_check
+def _draw(
+    pixels, source, boxes, mirrored, kind, factors, turns, order, grey, blurred, sigma, solarised,
+    luma, mean, std, threshold, blur_taps, cubic, start, stop, out,
+):  # fmt: skip
+    """Views start to stop of all (n, c, s, s): image after image, chunk of rows after chunk."""
+    channels, size = out.shape[1], out.shape[2]
+    longest = 1
+    for n in range(start, stop):
+        longest = max(longest, boxes[n, 2], boxes[n, 3])
+    reach = int(np.ceil(longest / size)) * (4 if cubic else 2) + 1  # taps of any of these views
+    down, along = np.empty(size * reach, np.float32), np.empty(size * reach, np.float32)
+    first_row, first_column = np.empty(size, np.int64), np.empty(size, np.int64)
+
+    rows = max(_LANES, _CHUNK // size // _LANES * _LANES)
+    scratch = np.empty((3, rows * max(longest, size)), np.float32)
+    half = blur_taps // 2
+    pad = half + half % 2
+    edge = pad * size
+    high, pitch = -(-size // rows) * rows, size + 2 * pad
+    planes = np.zeros((channels, (high + 2 * pad) * size), np.float32)
+    middle, padded = np.empty(rows * size, np.float32), np.zeros((rows + 1) * pitch, np.float32)
+    blurry, kernel = np.empty(rows * pitch, np.float32), np.empty(pad + 2, np.float32)
+    todo = np.empty(4, np.int64)
+
+    for n in range(start, stop):
+        image, flip = pixels[source[n]], mirrored[n]
+        top, left, height, width = boxes[n, 0], boxes[n, 1], boxes[n, 2], boxes[n, 3]
+        count, wait = _plan(kind[n], factors[n], turns[n], order[n], todo)
+        limit = threshold if solarised[n] else _TWO
+        resize = height != size or width != size
+        row_taps, column_taps = 0, 0
+        if resize:
+            row_taps = _weights(height, size, cubic, _ONE, False, first_row, down)
+            column_taps = _weights(width, size, cubic, _BYTE, flip, first_column, along)
+
+        light = 0.0  # the mean luminance that contrast asks for
+        for sweep in range(1 if wait < 0 else 2):
+            last = wait < 0 or sweep == 1
+            for y in range(0, size, rows):
+                end = min(y + rows, size)
+                a, b = edge + y * size, edge + end * size
+                for c in range(channels if sweep == 0 else 0):
+                    plane = planes[c]
+                    if resize:
+                        _resize(
+                            image[c].reshape(pixels.shape[2] * pixels.shape[3]), top * pixels.shape[3] + left,
+                            pixels.shape[3], width, y, rows, first_row, down, row_taps, first_column, along,
+                            column_taps, scratch, plane[edge + y * size : edge + (y + rows) * size],
+                        )  # fmt: skip
+                    else:
+                        for z in range(y, end):
+                            into = plane[edge + z * size : edge + (z + 1) * size]
+                            _copy(image[c, top + z, left : left + width], flip, into)
+                for k in range(0 if sweep == 0 else wait, count if last else wait):
+                    if todo[k] == _HUE:
+                        _rotate_hue(planes[0, a:b], planes[1, a:b], planes[2, a:b], turns[n])
+                    elif todo[k] == _SATURATION:
+                        _saturate(planes[0, a:b], planes[1, a:b], planes[2, a:b], luma, factors[n, _SATURATION])
+                    else:
+                        own = factors[n, todo[k]]
+                        other = np.float32((1.0 - own) * light) if todo[k] == _CONTRAST else _ZERO
+                        for c in range(channels):
+                            _blend(planes[c, a:b], own, other)
+                if not last:
+                    for c in range(channels):
+                        light += luma[c] * _sum(planes[c, a:b]) / (size * size)
+                    continue
+                if grey[n]:
+                    _desaturate(planes[0, a:b], planes[1, a:b], planes[2, a:b], luma)
+                if not blurred[n]:
+                    for c in range(channels):
+                        into = out[n, c].reshape(size * size)[a - edge : b - edge]
+                        _finish(planes[c, a:b], limit, mean[c], std[c], into)
+        if not blurred[n]:
+            continue
+
+        used = _gaussian(sigma[n], half, kernel)
+        for c in range(channels):
+            plane = planes[c]
+            for k in range(1, used + 1):  # rows and columns are reflected about the outermost
+                top_row, bottom_row = edge, edge + (size - 1) * size
+                for here, there in (
+                    (top_row + k * size, top_row - k * size),
+                    (bottom_row - k * size, bottom_row + k * size),
+                ):
+                    _scale(plane[here : here + size], _ONE, plane[there : there + size])
+            for y in range(0, size, rows):
+                here = min(rows, size - y)
+                _convolve(plane, edge + y * size, size, kernel, used, middle[: here * size])
+                for j in range(here):
+                    line = padded[pad + j * pitch : 2 * pad + size + j * pitch]
+                    _scale(middle[j * size : (j + 1) * size], _ONE, line[:size])
+                    for k in range(1, used + 1):
+                        padded[pad + j * pitch - k] = line[k]
+                        line[size - 1 + k] = line[size - 1 - k]
+                # The rows stand in one line: what is computed in between them is left out.
+                _convolve(padded, pad, 1, kernel, used, blurry[: here * pitch - 2 * pad])
+                for j in range(here):
+                    _finish(blurry[j * pitch : j * pitch + size], limit, mean[c], std[c], out[n, c, y + j])
+
+
+@no_type_check
+def _compiled():
+    signature = numba.void(
+        uint8[:, :, :, ::1], int64[::1], int64[:, ::1], boolean[::1],
+        int64[::1], float32[:, ::1], float32[::1], int64[:, ::1],
+        boolean[::1], boolean[::1], float32[::1], boolean[::1],
+        float32[::1], float32[::1], float32[::1], float32, int64, boolean, int64, int64, float32[:, :, :, ::1],
+    )  # fmt: skip
+    try:
+        return numba.njit(signature, cache=True, **_OPTIONS)(_draw)
+    except Exception:  # nowhere to keep the compiled code, a full disk, a damaged cache: compile it each time
+        return numba.njit(signature, **_OPTIONS)(_draw)
+
+
+draw = _compiled()
+"""`_draw`, for arrays that are contiguous and of one set of types: it is compiled once."""
