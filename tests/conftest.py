@@ -53,5 +53,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written into the user's cache; processes that a test starts inherit it."""
+    monkeypatch.setenv("INBATCH_CACHE", "off")
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch.data import open_data, splits, write_folder
-from inbatch.data.decode import Picture
+from inbatch.data import jpeg, open_data, splits, write_folder
+from inbatch.data.decode import Picture, decoders
 from inbatch.data.folder import scan
 from inbatch.errors import ConfigError, DataError
 
@@ -134,7 +135,7 @@ def encoded(image, kind, **options):
 
 
 def opened(data, channels=3):
-    return Picture(io.BytesIO(data), "the file", channels)
+    return Picture(data, lambda: "the file", channels)
 
 
 class TestDecode:
@@ -240,11 +241,138 @@ class TestDecode:
         with pytest.raises(DataError, match=r"'the file' cannot be read: 30x20 pixels are over the limit"):
             opened(good)
 
+    def test_a_jpeg_over_the_limit_is_not_decoded(self, monkeypatch):
+        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 599)
+        monkeypatch.setattr("inbatch.data.jpeg.decode", None)
+        with pytest.raises(DataError, match="30x20 pixels are over the limit"):
+            opened(encoded(Image.fromarray(RAMP), "JPEG"))
+
     def test_bombs_are_refused_by_their_header(self):
         for side in (9_000, 10_000, 20_000):  # over our limit, over Pillow's warning, over Pillow's limit
             bomb = encoded(Image.new("1", (side, side)), "PNG")
             with pytest.raises(DataError, match="'the file' cannot be read"):
                 opened(bomb)
+
+
+SHAPE = np.asarray(Image.effect_mandelbrot((301, 203), (-2, -1, 1, 1), 30))[..., None] // np.array([1, 2, 4], np.uint8)
+PHOTO = Image.fromarray(SHAPE // 2 + np.random.default_rng(0).integers(100, size=SHAPE.shape, dtype=np.uint8))
+
+
+class TestFastJpeg:
+    """What simplejpeg decodes is what Pillow would have given."""
+
+    kinds = {
+        "baseline": {},
+        "progressive": {"progressive": True},
+        "4:4:4": {"subsampling": "4:4:4"},
+        "4:2:2": {"subsampling": "4:2:2"},
+        "RGB": {"keep_rgb": True},
+        "restarts": {"restart_marker_blocks": 3},
+    }
+
+    def both(self, data, monkeypatch, what, channels=3):
+        fast = what(opened(data, channels))
+        with monkeypatch.context() as without:
+            without.setattr("inbatch.data.decode.fast_jpeg", lambda: False)
+            slow = what(opened(data, channels))
+        return fast, slow
+
+    @pytest.fixture
+    def decoded(self, monkeypatch):
+        """How many images simplejpeg gave."""
+        given = []
+        real = jpeg.decode
+
+        def count(*arguments):
+            pixels = real(*arguments)
+            given.append(pixels is not None)
+            return pixels
+
+        monkeypatch.setattr("inbatch.data.jpeg.decode", count)
+        return given
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("mode", ["RGB", "L"])
+    @pytest.mark.parametrize("kind", kinds)
+    def test_the_same_pixels(self, kind, mode, channels, decoded, monkeypatch):
+        if kind == "RGB" and mode == "L":
+            return
+        data = encoded(PHOTO.convert(mode), "JPEG", quality=90, **self.kinds[kind])
+        box = torch.tensor([[5, 9, 180, 170]])
+        for what in (Picture.tensor, lambda p: p.tensor(70), lambda p: p.crops(box, [(40, "bilinear")])[0]):
+            fast, slow = self.both(data, monkeypatch, what, channels)
+            assert fast.shape[0] == channels and torch.equal(fast, slow)
+        assert decoded == [True] * 3
+
+    @pytest.mark.parametrize("cut", [0.3, 0.9, 0.999])
+    def test_truncated(self, cut):
+        data = encoded(PHOTO, "JPEG")
+        with pytest.raises(DataError, match=r"'the file' cannot be read.*truncated"):
+            opened(data[: int(len(data) * cut)]).tensor()
+
+    def test_what_it_complains_about_is_pillows_to_judge(self, decoded, monkeypatch):
+        """Garbage in the middle: Pillow makes something of it, as it did before."""
+        data = bytearray(encoded(PHOTO, "JPEG"))
+        data[4000:4200] = bytes(200)
+        fast, slow = self.both(bytes(data), monkeypatch, Picture.tensor)
+        assert decoded == [False] and torch.equal(fast, slow)
+
+    @pytest.mark.parametrize(("place", "value"), [(1, 0xC9), (1, 0xC3), (4, 12), (5, 0), (9, 2)])
+    def test_unusual_frames_are_not_its_business(self, place, value):
+        """Arithmetic, lossless, 12 bits, a height that comes later, two components."""
+        data = bytearray(encoded(Image.fromarray(RAMP).convert("RGB"), "JPEG"))
+        at = data.index(b"\xff\xc0")
+        assert jpeg.header(bytes(data)) == (20, 30, 3, False)
+        data[at + place : at + place + 1 + (place == 5)] = bytes([value] * (1 + (place == 5)))
+        assert jpeg.header(bytes(data)) is None
+        for end in range(0, at + 8):  # and nothing shorter is taken for a header
+            assert jpeg.header(bytes(data[:end])) is None
+
+    def test_headers_that_are_alike_are_told_apart(self):
+        files = [encoded(Image.new("RGB", size), "JPEG") for size in ((8, 9), (9, 8), (8, 9))]
+        assert [jpeg.header(data)[:2] for data in files] == [(9, 8), (8, 9), (9, 8)]
+
+    def test_an_orientation_in_xmp(self):
+        data = encoded(PHOTO, "JPEG", xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>')
+        picture = opened(data)
+        assert picture.size == (301, 203)
+        assert torch.equal(picture.tensor(), opened(encoded(PHOTO, "JPEG")).tensor().flip(1).transpose(1, 2))
+
+    def test_without_simplejpeg(self, monkeypatch):
+        assert jpeg.fast_jpeg() and "simplejpeg" in decoders()
+        expected = opened(encoded(PHOTO, "JPEG")).tensor()
+        jpeg._simplejpeg.cache_clear()
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)
+        try:
+            assert not jpeg.fast_jpeg() and decoders().startswith("pillow")
+            assert torch.equal(opened(encoded(PHOTO, "JPEG")).tensor(), expected)
+        finally:
+            jpeg._simplejpeg.cache_clear()
+
+    def test_a_long_file_is_read_when_its_pixels_are_wanted(self, tmp_path, decoded, monkeypatch):
+        PHOTO.save(tmp_path / "1.jpg")
+        PHOTO.save(tmp_path / "2.png")
+        expected = [open_data(tmp_path).image(i) for i in (0, 1)]
+        monkeypatch.setattr("inbatch.data.decode._HEAD", 1000)
+        source = open_data(tmp_path)
+        assert all(torch.equal(source.image(i), expected[i]) for i in (0, 1)) and decoded == [True, True]
+        with source.open(0) as picture:
+            (tmp_path / "1.jpg").unlink()
+            with pytest.raises(DataError, match=r"1\.jpg' cannot be read: No such file"):
+                picture.tensor()
+        with pytest.raises(DataError, match=r"1\.jpg' cannot be read: No such file"):
+            source.open(0)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+    def test_resized_alike_by_torch_and_by_pillow(self, how, channels, monkeypatch):
+        data = encoded(PHOTO, "PNG")
+        boxes, wanted = torch.tensor([[3, 5, 150, 201], [40, 50, 30, 41], [0, 0, 203, 301]]), [(64, how)] * 3
+        crops = []
+        for vectors in (True, False):
+            monkeypatch.setattr("inbatch.data.decode._vectors", lambda vectors=vectors: vectors)
+            crops.append(torch.stack(opened(data, channels).crops(boxes, wanted)).int())
+        assert (crops[0] - crops[1]).abs().max() <= 1
 
 
 def write_parquet(file, images, labels=None, names=None, group=4, paths=None):
@@ -287,6 +415,29 @@ class TestParquet:
         for i in range(10):
             source.image(i)
         assert 1 <= len(source._cache) <= 3 and source.labels.tolist() == [-1] * 10
+
+    @pytest.mark.parametrize("kind", ["binary", "large_binary"])
+    def test_rows_that_hold_nothing(self, kind, tmp_path):
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        struct = arrow.struct([("path", arrow.string()), ("bytes", getattr(arrow, kind)())])
+        rows = [None, {"bytes": b"", "path": "empty"}, {"bytes": self.images[3], "path": None}]
+        table = arrow.table({"image": arrow.array([*rows, *rows], struct)})
+        parquet.write_table(table, tmp_path / "train.parquet", row_group_size=4)
+        source = open_data(tmp_path)
+        assert [int(source.image(i)[0, 0, 0]) for i in (2, 5)] == [60, 60] and source.identity(5) == "row 5"
+        for i in (0, 3):
+            with pytest.raises(DataError, match=f"'row {i}' has no bytes"):
+                source.image(i)
+        with pytest.raises(DataError, match="'empty' cannot be read: not one of"):
+            source.image(4)
+
+    def test_threads_read_the_same_rows(self, tmp_path, monkeypatch):
+        write_parquet(tmp_path / "train.parquet", self.images, group=2)
+        monkeypatch.setattr("inbatch.data.parquet.CACHE_BYTES", 1)
+        source = open_data(tmp_path)
+        order = [i % 10 for i in range(0, 1200, 7)]
+        with ThreadPoolExecutor(4) as pool:
+            assert [int(x[0, 0, 0]) for x in pool.map(source.image, order)] == [20 * i for i in order]
 
     def test_pickles_without_open_files(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", self.images)

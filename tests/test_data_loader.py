@@ -182,6 +182,33 @@ class TestResident:
         assert torch.equal(batch.pictures(), kept.held.images[batch.index])
         assert torch.equal(batch.size, kept.held.size[batch.index]) and batch.crops is None
 
+    def test_the_cache_changes_no_batch_and_is_named(self, photos, tmp_path, monkeypatch):
+        settings = {"batch": 10, "views": VIEWS, "seed": 0, "resident": True}
+        plain = Loader(open_data(photos), **settings)
+        monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("inbatch.data.cache.WORTH", 0)
+        for said in ("cached in ", "from the cache, "):
+            loader = Loader(open_data(photos), **settings)
+            assert f"\n{said}{tmp_path / 'cache'}" in loader.report() and "the cache" not in plain.report()
+            assert "30 images scaled down" in loader.report()
+            for a, b in zip(loader.epoch(1), plain.epoch(1), strict=True):
+                same(a, b)
+
+    def test_images_larger_than_any_that_was_probed(self, photos, monkeypatch):
+        expected = decode_all(open_data(photos))
+        monkeypatch.setattr("inbatch.data.resident._CHUNK", 4)
+        monkeypatch.setattr("inbatch.data.resident._largest", lambda *_: (30, 999))  # narrower, and less high
+        held = decode_all(open_data(photos))
+        assert torch.equal(held.images, expected.images) and torch.equal(held.size, expected.size)
+
+    def test_any_number_of_threads_gives_the_same_pixels(self, photos, monkeypatch):
+        monkeypatch.setattr("inbatch.data.resident._CHUNK", 4)
+        held = [decode_all(open_data(photos), threads=n) for n in (1, 3)]
+        monkeypatch.undo()
+        held.append(decode_all(open_data(photos)))
+        assert all(torch.equal(one.images, held[0].images) and torch.equal(one.size, held[0].size) for one in held)
+        assert held[0].images.is_contiguous()
+
     def test_chosen_by_free_memory_unless_asked(self, monkeypatch):
         def held(free, **settings):
             monkeypatch.setattr("inbatch.data.loader.free_bytes", lambda device, world: free)

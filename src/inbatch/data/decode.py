@@ -1,18 +1,25 @@
-"""Image files to uint8 pixels, by Pillow: header first, pixels when asked, only as many as needed."""
+"""Image files to uint8 pixels: header first, pixels when asked, only as many as needed.
+
+JPEG goes through simplejpeg, everything else and every JPEG that it has a complaint about through Pillow.
+"""
 
 import io
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from math import ceil
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from inbatch.data import jpeg
+from inbatch.data.jpeg import fast_jpeg
 from inbatch.data.source import Want
 from inbatch.errors import DataError
 
@@ -25,10 +32,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GAP = 3.0  # Pillow's `reducing_gap` at which its manual calls the result indistinguishable
 _ORIENTATION = 0x0112
+_HEAD = 2**18  # bytes read of a file when it is opened: all of most; a worker holds 32 opened files at once
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _naming(name: Callable[[], str]) -> Iterator[None]:
     """Whatever Pillow raises on a damaged file, as a DataError that names it."""
     try:
         yield
@@ -36,9 +44,9 @@ def _naming(name: str) -> Iterator[None]:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
         if isinstance(e, Image.UnidentifiedImageError):
             reason = f"not one of {', '.join(FORMATS)}"
-        raise DataError(f"{name!r} cannot be read: {reason}; repair or remove it") from e
+        raise DataError(f"{name()!r} cannot be read: {reason}; repair or remove it") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise DataError(f"{name!r} cannot be read: {e}; shrink or remove it") from e
+        raise DataError(f"{name()!r} cannot be read: {e}; shrink or remove it") from e
 
 
 def file_channels(channels: int | None) -> int:
@@ -48,26 +56,46 @@ def file_channels(channels: int | None) -> int:
     return channels or 3
 
 
+def decoders() -> str:
+    """Names and versions of all that decoded pixels depend on."""
+    names = (*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch")
+    return ", ".join([*(f"{name} {version(name)}" for name in names), torch.backends.cpu.get_cpu_capability()])
+
+
 class Picture:
     """One opened image file: its size is known, its pixels are decoded on demand and once.
 
+    file: its contents, or its path. name: what to call it in an error.
     size: height and width in pixels, upright (EXIF orientation applied).
     """
 
-    def __init__(self, file: str | bytes | os.PathLike | io.BytesIO, name: str, channels: int):
-        self.name, self.channels = name, channels
-        with _naming(name), warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            self._image = Image.open(os.fsdecode(file) if isinstance(file, bytes) else file, formats=FORMATS)
-        width, height = self._image.size
-        if width * height > MAX_PIXELS:
+    def __init__(self, file: bytes | str, name: Callable[[], str], channels: int):
+        self._name, self.channels = name, channels
+        self._image: Image.Image | None = None
+        self._turn = 1  # EXIF's orientation
+        if isinstance(file, bytes):
+            head = file
+        else:
+            with _naming(name), open(file, "rb", buffering=0) as opened:
+                head = opened.read(_HEAD)
+        self._file = head if len(head) < _HEAD else file
+        self._jpeg = jpeg.header(head) if fast_jpeg() else None
+        if self._jpeg is None:
+            self._image = self._open()
+            self._stored = self._image.size[::-1]
+        else:
+            self._stored = self._jpeg[:2]
+        height, width = self.size = self._stored
+        if height * width > MAX_PIXELS:
             self.close()
             raise DataError(
-                f"{name!r} cannot be read: {width}x{height} pixels are over the limit of "
+                f"{name()!r} cannot be read: {width}x{height} pixels are over the limit of "
                 f"{MAX_PIXELS / 1e6:.0f} million; shrink or remove it"
             )
-        with _naming(name):
-            self.size = (width, height) if self._turned() else (height, width)
+        if self._jpeg is None or self._jpeg.notes:
+            self._turn = self._orientation()
+            if self._turn >= 5:
+                self.size = (width, height)
 
     def __enter__(self) -> "Picture":
         return self
@@ -76,48 +104,76 @@ class Picture:
         self.close()
 
     def close(self) -> None:
-        self._image.close()
+        if self._image is not None:
+            self._image.close()
 
     def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]:
         """The pixels; scaled down where the longer side is over `longest`. DataError if damaged."""
+        if longest is None or max(self.size) <= longest:
+            return torch.from_numpy(self._decode(1.0).transpose(2, 0, 1))
         height, width = self.size
-        scale = 1.0 if longest is None else min(1.0, longest / max(height, width))
-        image = self._decode(scale)
-        if scale < 1:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            image = image.resize(size, _FILTERS["bilinear"], reducing_gap=_GAP)
-        return _tensor(image)
+        scale = longest / max(height, width)
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        pixels = self._decode(scale)
+        return _resized(pixels, (0, 0, *pixels.shape[:2]), size, "bilinear")
 
     def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[Want]) -> tuple[UInt8[Tensor, "c s s"], ...]:
         """One crop per view: the box (top, left, height, width) resized, antialiased, as the view wants it."""
         places = boxes.tolist()
         need = max(side / min(h, w) for (_, _, h, w), (side, _) in zip(places, wanted, strict=True))
-        image = self._decode(min(1.0, need))
-        fy, fx = image.height / self.size[0], image.width / self.size[1]
+        pixels = self._decode(min(1.0, need))
+        height, width = pixels.shape[:2]
+        fy, fx = height / self.size[0], width / self.size[1]
         out = []
         for (top, left, h, w), (side, how) in zip(places, wanted, strict=True):
-            x0, y0 = left * fx, top * fy
-            x1, y1 = min((left + w) * fx, image.width), min((top + h) * fy, image.height)
-            # Cut first: resize(box=) alone lets pixels beside the box weigh in.
-            cut = image.crop((int(x0), int(y0), ceil(x1), ceil(y1)))
-            box = (x0 - int(x0), y0 - int(y0), x1 - int(x0), y1 - int(y0))
-            out.append(_tensor(cut.resize((side, side), _FILTERS[how], box=box, reducing_gap=_GAP)))
+            box = (top * fy, left * fx, min((top + h) * fy, height), min((left + w) * fx, width))
+            out.append(_resized(pixels, box, (side, side), how))
         return tuple(out)
 
-    def _turned(self) -> bool:
-        """Whether EXIF asks for a quarter turn that `Image.size` does not show yet."""
-        if self._image.format == "TIFF":  # Pillow swaps a TIFF's size by itself
-            return False
-        if self._image.format == "PNG" and "exif" not in self._image.info:  # asking would decode the image
-            return False
-        return self._image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    def _open(self) -> Image.Image:
+        """Pillow's reading of the header."""
+        file = io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file
+        with _naming(self._name), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file, formats=FORMATS)
 
-    def _decode(self, scale: float) -> Image.Image:
-        """Upright pixels in RGB or grey, at no less than twice `scale` if the file is larger than that."""
-        image: Image.Image = self._image
-        with _naming(self.name), self._image:
+    def _orientation(self) -> int:
+        """What EXIF, or XMP in its absence, asks for and the stored size does not show yet; 1 is upright."""
+        self._image = image = self._image or self._open()
+        if image.format == "TIFF":  # Pillow swaps a TIFF's size by itself
+            return 1
+        if image.format == "PNG" and "exif" not in image.info:  # asking would decode the image
+            return 1
+        with _naming(self._name):
+            turn = image.getexif().get(_ORIENTATION, 1)
+        return turn if turn in range(1, 9) else 1
+
+    def _decode(self, scale: float) -> np.ndarray:
+        """Upright pixels (h, w, c), at no less than twice `scale` if the file is larger than that."""
+        if self._jpeg is None:
+            return self._by_pillow(scale)
+        grey = self.channels == 1
+        pixels = jpeg.decode(
+            self._contents(), self._jpeg, 1 if scale >= 0.5 else _divisor(*self._stored, scale),
+            grey and self._jpeg.components == 1,
+        )  # fmt: skip
+        if pixels is None:
+            return self._by_pillow(scale)
+        if pixels.shape[2] != self.channels:  # libjpeg's own grey rounds otherwise than Pillow's
+            pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
+        return pixels if self._turn == 1 else _upright(pixels, self._turn)
+
+    def _contents(self) -> bytes:
+        if isinstance(self._file, bytes):
+            return self._file
+        with _naming(self._name), open(self._file, "rb", buffering=0) as file:
+            return file.read()
+
+    def _by_pillow(self, scale: float) -> np.ndarray:
+        image = self._image or self._open()
+        with _naming(self._name), image:
             if scale < 0.5:  # a JPEG gives 1/2, 1/4 and 1/8 almost free
-                image.draft(image.mode, (int(image.width * scale * 2) + 1, int(image.height * scale * 2) + 1))
+                image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip at 255
@@ -126,9 +182,51 @@ class Picture:
                 raise ValueError("32-bit pixels have no known range, save them with 8 or 16 bits")
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
-            return image.convert("L" if self.channels == 1 else "RGB")
+            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+            return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
-    pixels = torch.from_numpy(np.array(image))
-    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).contiguous()
+def _at_least(height: int, width: int, scale: float) -> tuple[int, int]:
+    return int(height * scale * 2) + 1, int(width * scale * 2) + 1
+
+
+def _divisor(height: int, width: int, scale: float) -> int:
+    """The fraction of its size at which Pillow's `draft` decodes, too: 1/1, 1/2, 1/4 or 1/8."""
+    h, w = _at_least(height, width, scale)
+    most = min(height // h, width // w)
+    return next((d for d in (8, 4, 2) if d <= most), 1)
+
+
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """The pixels turned and mirrored as EXIF's orientation (2 to 8) says."""
+    if turn >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)  # torch knows no negative strides
+
+
+@cache
+def _vectors() -> bool:
+    """Whether torch's uint8 resize is the one with AVX2: up to 7 times as fast as Pillow; the plain one is slower."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _resized(
+    pixels: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int], how: str
+) -> UInt8[Tensor, "c s t"]:
+    """The box (top, left, bottom, right, maybe between pixels) of (h, w, c), resized to (height, width), antialiased.
+
+    It is cut first: pixels beside the box must not weigh in.
+    """
+    y0, x0, y1, x1 = int(box[0]), int(box[1]), ceil(box[2]), ceil(box[3])
+    cut = np.ascontiguousarray(pixels[y0:y1, x0:x1])
+    if _vectors() and box == (y0, x0, y1, x1):
+        image = torch.from_numpy(cut).permute(2, 0, 1)[None]
+        return F.interpolate(image, size, mode=how, antialias=True)[0]
+    within = (box[1] - x0, box[0] - y0, box[3] - x0, box[2] - y0)
+    picture = Image.fromarray(cut[..., 0] if cut.shape[2] == 1 else cut)
+    out = np.array(picture.resize(size[::-1], _FILTERS[how], box=within, reducing_gap=_GAP))
+    return torch.from_numpy(out.reshape(*size, -1).transpose(2, 0, 1))

@@ -1,5 +1,6 @@
 """Folders of image files: scanned by our own scanner, which counts what it leaves out and says so."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def scan(root: Path) -> Scan:
 
 
 class FolderSource(Source):
-    """The images of a folder, decoded by Pillow when asked for.
+    """The images of a folder, decoded when asked for.
 
     Labelled by first-level sub-folder if every image lies in one and there are at least two of them.
     `classes` fixes the numbering (a test split counts as its train split does).
@@ -90,11 +91,23 @@ class FolderSource(Source):
         super().__init__(str(root), channels, number[torch.from_numpy(labels)], classes)
 
     def open(self, i: int) -> Picture:
-        path = os.path.join(os.fsencode(self.root), bytes(self.scan.paths[i]))
-        return Picture(path, os.path.join(self.name, self.identity(i)), self.channels)
+        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels)
 
     def identity(self, i: int) -> str:
         return _text(bytes(self.scan.paths[i]))
+
+    def fingerprint(self) -> str | None:
+        said = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
+        for i, path in enumerate(self.scan.paths.tolist()):
+            try:
+                status = os.stat(self._path(i))
+            except OSError:  # gone since; opening it will say so
+                return None
+            said.update(b"%s\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
+        return said.hexdigest()
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.scan.paths[i])))
 
     def report(self) -> str:
         kind = (

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import draws
 from inbatch.batch import Batch
-from inbatch.data.resident import SHARE, Resident, decode_all, estimate, stack
+from inbatch.data.resident import SHARE, Resident, estimate, hold, stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
 from inbatch.machine import cores, free_bytes
@@ -75,7 +75,7 @@ class Loader:
         needed, free = estimate(source, canvas), free_bytes(self.device, world)
         self.held: Resident | None = None
         if resides(needed, free, resident):
-            self.held = decode_all(source, self.device, canvas=canvas, max_bad=max_bad)
+            self.held = hold(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
             _differ(self.held)
         self.source, self.steps = source, len(source) // batch
@@ -110,6 +110,7 @@ class Loader:
         if self.held:
             n, c, h, w = self.held.images.shape
             lines.append(f"resident: {n:,} images of {c}x{h}x{w} on {self.device} ({self._why})")
+            lines.extend(self.held.notes)
             if self.held.scaled:
                 lines.append(f"{self.held.scaled:,} images scaled down to a longer side of {max(h, w)} pixels")
             lines.extend(f"left out: {reason}" for reason in self.held.dropped)
@@ -179,7 +180,8 @@ def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pi
 
 def _differ(held: Resident) -> None:
     """DataError where every image is the same; two that differ are found at once in any other set."""
-    if len(held.images) > 1 and all(torch.equal(held.images[0], other) for other in held.images[1:]):
+    images = held.images
+    if len(images) > 1 and all(torch.equal(images[0], images[i]) for i in range(1, len(images))):
         raise DataError(
             f"all {len(held.images):,} images of {held.source.name} are identical: there is nothing to tell apart"
         )
@@ -239,13 +241,11 @@ class _Canvases(Dataset[Any]):
                     pixels.append(picture.tensor(self.canvas))
         except DataError as e:
             return str(e)
-        size = torch.tensor([p.shape[1:] for p in pixels])
-        return {"index": torch.tensor(key[1]), "size": size, "images": stack(pixels, size)}
+        images, size = stack(pixels)
+        return {"index": torch.tensor(key[1]), "size": size, "images": images}
 
 
-def _stream(
-    made: Dataset[Any], order: _Order, workers: int, device: torch.device, pinned: bool
-) -> DataLoader[Any]:
+def _stream(made: Dataset[Any], order: _Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
     # be forked.
     fork = sys.platform == "linux" and device.type != "cuda"

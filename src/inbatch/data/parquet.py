@@ -4,17 +4,17 @@ Columns `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64,
 names in the file's `huggingface` metadata.
 """
 
-import io
+import hashlib
 import json
 import os
 import re
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from inbatch.data.arrays import check_labels
@@ -31,6 +31,8 @@ _SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
 
 class ParquetSource(Source):
     """The rows of one or more files, in order; images stay encoded and on disk until asked for."""
+
+    _last: "_Rows | None"
 
     def __init__(self, files: Sequence[Path], name: str, channels: int = 3):
         parquet = _pyarrow()
@@ -63,51 +65,95 @@ class ParquetSource(Source):
         if highest >= len(names):
             raise DataError(f"{name!r} holds the label {highest}, but its metadata names {len(names)} classes")
         super().__init__(name, channels, known, names)
-        self._starts, self._groups = np.array(starts), groups
+        self._starts, self._groups = starts, groups
         self._forget()
 
     def open(self, i: int) -> Picture:
-        image = self._row(i)
-        if not image["bytes"].is_valid:
+        rows = self._rows(i)
+        data = rows[i]
+        if data is None:
             raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
-        return Picture(io.BytesIO(image["bytes"].as_buffer()), self.identity(i), self.channels)
+        return Picture(data, lambda: rows.path(i), self.channels)
 
     def identity(self, i: int) -> str:
-        return self._row(i)["path"].as_py() or f"row {i}"
+        return self._rows(i).path(i)
 
-    def _row(self, i: int) -> Any:
-        which = int(np.searchsorted(self._starts, i, side="right")) - 1
+    def fingerprint(self) -> str | None:
+        said = hashlib.sha256()
+        try:
+            for name in self.files:
+                with open(name, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    file.seek(-8, os.SEEK_END)  # the footer's length, and the letters that end the file
+                    length = int.from_bytes(file.read(4), "little")
+                    file.seek(-8 - length, os.SEEK_END)
+                    said.update(f"{os.path.realpath(name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                    said.update(file.read(length))
+        except (OSError, ValueError):  # reading a row will say what is wrong
+            return None
+        return said.hexdigest()
+
+    def _rows(self, i: int) -> "_Rows":
+        """The row group of row i, from memory if it is there."""
+        last = self._last
+        if last is not None and last.first <= i < last.stop:  # most often, and without a lock
+            return last
+        which = bisect_right(self._starts, i) - 1
         if self._process != os.getpid():  # a forked worker must not share the parent's open files
             self._forget()
         with self._lock:
             if which in self._cache:
                 self._cache.move_to_end(which)
             else:
-                self._cache[which] = self._read(*self._groups[which])
+                self._cache[which] = self._read(which)
                 while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:
                     self._cache.popitem(last=False)
-            return self._cache[which][i - int(self._starts[which])]
+            self._last = rows = self._cache[which]
+            return rows
 
-    def _read(self, file: int, group: int) -> Any:
+    def _read(self, which: int) -> "_Rows":
+        file, group = self._groups[which]
         if file not in self._opened:
             self._opened[file] = _pyarrow().ParquetFile(self.files[file])
         try:
             table = self._opened[file].read_row_group(group, columns=["image"], use_threads=False)
         except (OSError, ValueError) as e:
             raise DataError(f"Row group {group} of {self.files[file]!r} cannot be read: {e}") from e
-        return table["image"].combine_chunks()
+        return _Rows(table["image"].combine_chunks(), self._starts[which])
 
     def _forget(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()
         self._opened: dict[int, Any] = {}
-        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._cache: OrderedDict[int, _Rows] = OrderedDict()
+        self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened", "_cache", "_process")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened", "_cache", "_last", "_process")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+class _Rows:
+    """The encoded images of a row group in memory, numbered as in the source."""
+
+    def __init__(self, images: Any, first: int):
+        self.first, self.stop, self.nbytes = first, first + len(images), images.nbytes
+        column = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
+        self._paths, self._bytes = column["path"], column["bytes"].cast("large_binary")
+        _, ends, data = self._bytes.buffers()
+        self._ends = memoryview(ends).cast("B").cast("q")[self._bytes.offset :]
+        self._data = memoryview(data if data is not None else b"")
+
+    def __getitem__(self, i: int) -> bytes | None:
+        place = i - self.first
+        start, end = self._ends[place], self._ends[place + 1]
+        # Empty: missing, or a file of no bytes.
+        return bytes(self._data[start:end]) if start < end else self._bytes[place].as_py()
+
+    def path(self, i: int) -> str:
+        return self._paths[i - self.first].as_py() or f"row {i}"
 
 
 def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:

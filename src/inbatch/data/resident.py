@@ -1,13 +1,18 @@
-"""Small sets live decoded on the device; this decides which are small, and decodes them once."""
+"""Small sets live decoded on the device; this decodes them once, or takes them from the cache."""
 
+import math
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from inbatch.data import cache
+from inbatch.data.cache import Kept
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
 from inbatch.machine import cores
@@ -16,6 +21,7 @@ SHARE = 0.25
 """Of the free memory, at most this much is given to the images."""
 
 _CHUNK = 64  # images a thread decodes in one go
+_PROBES = 64  # images whose headers tell how large the others may be
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Resident:
     images: (N, C, H, W) uint8; where sizes differ, image i fills the top left `size[i]` pixels, the rest is 0.
     size: (N, 2) int64, height and width. source: the N images kept (unreadable ones are left out).
     dropped: one sentence per image left out. scaled: how many were scaled down to fit the canvas.
+    notes: sentences on where the pixels come from, and whether they are kept for the next run.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -32,6 +39,29 @@ class Resident:
     source: Source
     dropped: tuple[str, ...] = ()
     scaled: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def hold(
+    source: Source, device: torch.device | str = "cpu", *, canvas: int | None = None, max_bad: float = 0.01
+) -> Resident:
+    """`decode_all`, from the cache if the same files have been decoded before, and into it if that took long."""
+    path = cache.place(source, canvas)  # before decoding: what changes meanwhile is not taken for what was decoded
+    if path is None:
+        return decode_all(source, device, canvas=canvas, max_bad=max_bad)
+    kept, note = cache.load(path)
+    if kept is not None and any(_readable(source, number) for number, _ in kept.missing):
+        cache.remove(path)
+        kept, note = None, "decoded anew: images that could not be read before can be read now"
+    if kept is not None:
+        _check_dropped(source, kept.missing, max_bad)
+        return _resident(source, kept, device, [note])
+    notes = [note] if note else []
+    began = time.perf_counter()
+    kept = _decode_all(source, canvas, max_bad, None)
+    if time.perf_counter() - began >= cache.WORTH:
+        notes.append(cache.store(path, kept, source.name))
+    return _resident(source, kept, device, notes)
 
 
 def decode_all(
@@ -46,58 +76,119 @@ def decode_all(
 
     Unreadable images are left out and named in `dropped`; DataError if they are more than the share `max_bad`.
     """
+    return _resident(source, _decode_all(source, canvas, max_bad, threads), device)
 
-    def decode(numbers: range) -> list[tuple[Tensor, bool] | str]:
-        out: list[tuple[Tensor, bool] | str] = []
-        for i in numbers:
-            try:
-                with source.open(i) as picture:
-                    large = canvas is not None and max(picture.size) > canvas
-                    out.append((picture.tensor(canvas), large))
-            except DataError as e:
-                out.append(str(e))
-        return out
 
-    parts = [range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK)]
+def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> Kept:
+    images = np.zeros((len(source), source.channels, *_largest(source, canvas)), np.uint8)
+    sizes, missing, scaled, at = [], [], 0, 0
     with ThreadPoolExecutor(threads or cores()) as pool:
-        decoded = list(chain.from_iterable(pool.map(decode, parts)))
-    dropped = tuple(d for d in decoded if isinstance(d, str))
-    if len(dropped) > max_bad * len(source) or len(dropped) == len(source):
-        few = "; ".join(dropped[:3])
-        raise DataError(
-            f"{len(dropped):,} of {len(source):,} images of {source.name} cannot be read "
-            f"(at most {max_bad:.0%} may be left out): {few}"
-        )
-    kept = source
-    if dropped:
-        numbers = torch.tensor([i for i, d in enumerate(decoded) if not isinstance(d, str)])
-        kept = Subset(source, numbers, f"{len(dropped):,} cannot be read")
-    good = [d for d in decoded if not isinstance(d, str)]
-    size = torch.tensor([pixels.shape[1:] for pixels, _ in good])
-    images = stack([pixels for pixels, _ in good], size)
-    return Resident(images.to(device), size.to(device), kept, dropped, sum(large for _, large in good))
+        # Each part goes to its place at once, so that nothing lies in memory twice.
+        for part in pool.map(lambda first: _decode(source, first, canvas), range(0, len(source), _CHUNK)):
+            n, _, h, w = part.images.shape
+            if h > images.shape[2] or w > images.shape[3]:
+                images = _grown(images, max(h, images.shape[2]), max(w, images.shape[3]))
+            images[at : at + n, :, :h, :w] = part.images
+            at += n
+            sizes.append(part.size)
+            missing += part.missing
+            scaled += part.scaled
+    _check_dropped(source, missing, max_bad)
+    size = torch.cat(sizes)
+    height, width = size.amax(0).tolist()
+    images = np.ascontiguousarray(images[:at, :, :height, :width])
+    return Kept(torch.from_numpy(images), size, missing, scaled)
 
 
-def estimate(source: Source, canvas: int, probes: int = 64) -> int:
-    """Bytes the decoded source would fill, judged by the headers of a few evenly spaced images."""
-    height = width = 1
-    for i in range(0, len(source), max(1, len(source) // probes)):
+@dataclass
+class _Part:
+    images: np.ndarray
+    size: Int[Tensor, "k 2"]
+    missing: list[tuple[int, str]]
+    scaled: int
+
+
+def _decode(source: Source, first: int, canvas: int | None) -> _Part:
+    pixels: list[Tensor] = []
+    missing, scaled = [], 0
+    for i in range(first, min(first + _CHUNK, len(source))):
         try:
             with source.open(i) as picture:
-                scale = min(1.0, canvas / max(picture.size))
+                pixels.append(picture.tensor(canvas))
+                scaled += canvas is not None and max(picture.size) > canvas
+        except DataError as e:
+            missing.append((i, str(e)))
+    if not pixels:
+        return _Part(np.zeros((0, source.channels, 0, 0), np.uint8), torch.zeros(0, 2).long(), missing, 0)
+    images, size = stack(pixels)
+    return _Part(images.numpy(), size, missing, scaled)
+
+
+def _grown(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    out = np.zeros((*images.shape[:2], height, width), np.uint8)
+    out[:, :, : images.shape[2], : images.shape[3]] = images
+    return out
+
+
+def _resident(source: Source, kept: Kept, device: torch.device | str, notes: Sequence[str] = ()) -> Resident:
+    left = source
+    if kept.missing:
+        keep = torch.ones(len(source), dtype=torch.bool)
+        keep[[number for number, _ in kept.missing]] = False
+        left = Subset(source, keep.nonzero()[:, 0], f"{len(kept.missing):,} cannot be read")
+    dropped = tuple(why for _, why in kept.missing)
+    return Resident(kept.images.to(device), kept.size.to(device), left, dropped, kept.scaled, tuple(notes))
+
+
+def _check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:
+    """DataError if more than the share `max_bad` of the images, or all of them, cannot be read."""
+    if len(missing) > max_bad * len(source) or len(missing) == len(source):
+        few = "; ".join(why for _, why in missing[:3])
+        raise DataError(
+            f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
+            f"(at most {max_bad:.0%} may be left out): {few}"
+        )
+
+
+def _readable(source: Source, i: int) -> bool:
+    try:
+        source.image(i)
+    except DataError:
+        return False
+    return True
+
+
+def estimate(source: Source, canvas: int) -> int:
+    """Bytes the decoded source would fill, judged by the headers of a few evenly spaced images."""
+    return len(source) * source.channels * math.prod(_largest(source, canvas))
+
+
+def _largest(source: Source, canvas: int | None) -> tuple[int, int]:
+    """The height and width that hold a few evenly spaced images once they are scaled down to the canvas."""
+    height = width = 1
+    for i in range(0, len(source), max(1, len(source) // _PROBES)):
+        try:
+            with source.open(i) as picture:
+                scale = 1.0 if canvas is None else min(1.0, canvas / max(picture.size))
                 height = max(height, round(picture.size[0] * scale))
                 width = max(width, round(picture.size[1] * scale))
         except DataError:  # counted when the images are decoded
             continue
-    return len(source) * source.channels * height * width
+    return height, width
 
 
-def stack(pixels: list[Tensor], size: Int[Tensor, "n 2"]) -> UInt8[Tensor, "n c h w"]:
-    """Images of these sizes in one tensor, each in the top left corner."""
-    if (size == size[0]).all():
-        return torch.stack(pixels)
-    height, width = size.amax(0).tolist()
-    out = torch.zeros(len(pixels), pixels[0].shape[0], height, width, dtype=torch.uint8)
-    for canvas, image in zip(out, pixels, strict=True):
+def stack(pixels: list[Tensor]) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n 2"]]:
+    """Images of any sizes in one tensor, each in the top left corner; and their heights and widths.
+
+    By numpy: torch copies with threads of its own, which wait for each other; a set took 2 to 7 times as long on
+    busy cores.
+    """
+    arrays = [one.numpy() for one in pixels]
+    shapes = np.array([one.shape for one in arrays])
+    size = torch.from_numpy(shapes[:, 1:].astype(np.int64))
+    if (shapes == shapes[0]).all():
+        return torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), np.uint8))), size
+    out = np.zeros((len(arrays), *shapes.max(0)), np.uint8)
+    for canvas, image in zip(out, arrays, strict=True):
         canvas[:, : image.shape[1], : image.shape[2]] = image
-    return out
+    return torch.from_numpy(out), size

@@ -1,5 +1,6 @@
 """What every source of images offers, whatever it reads from."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
@@ -45,6 +46,10 @@ class Source(ABC):
     def identity(self, i: int) -> str:
         """What a person calls image i: its path, or its number."""
 
+    def fingerprint(self) -> str | None:
+        """What the decoded pixels of all images depend on, in few characters; None: they are not worth keeping."""
+        return None
+
     def image(self, i: int) -> UInt8[Tensor, "c h w"]:
         """All pixels of image i; DataError that names it if it cannot be decoded."""
         with self.open(i) as picture:
@@ -68,6 +73,11 @@ class Subset(Source):
 
     def identity(self, i: int) -> str:
         return self.source.identity(int(self.indices[i]))
+
+    def fingerprint(self) -> str | None:
+        if (whole := self.source.fingerprint()) is None:
+            return None
+        return hashlib.sha256(whole.encode() + self.indices.long().cpu().numpy().tobytes()).hexdigest()
 
     def report(self) -> str:
         return f"{self.source.report()}\n{self.name}: {len(self):,} of {len(self.source):,} used: {self.why}"

@@ -1,0 +1,247 @@
+"""Decoded sets kept on disk: the next run on the same files maps them into memory and decodes nothing.
+
+One folder for each set, named by what its pixels depend on: raw bytes and a JSON file, nothing that runs when it is
+read. It is written under another name and renamed when it is whole, so several runs can share the cache.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from inbatch.data.decode import decoders
+from inbatch.data.source import Source
+from inbatch.errors import ConfigError
+from inbatch.files import to_json
+from inbatch.machine import cores
+
+WORTH = 2.0
+"""Seconds of decoding from which a set is kept: below, nobody waits, and many small experiments would fill the disk."""
+
+_FORMAT = 1
+_DEFAULT_GB = 10.0
+_STALE = 3600  # seconds since the last write after which a half-written folder is a dead writer's
+_BLOCK = 2**24  # bytes that share a checksum
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY} | ({errno.EACCES} if os.name == "nt" else set())  # of a rename
+_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+class Kept(NamedTuple):
+    """What a cached set holds: see `resident.Resident`. missing: (number, why) of the images left out."""
+
+    images: UInt8[Tensor, "n c h w"]
+    size: Int[Tensor, "n 2"]
+    missing: Sequence[tuple[int, str]]
+    scaled: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached set. name: of its source. used: when it was last read or written, seconds since 1970."""
+
+    path: Path
+    name: str
+    bytes: int
+    used: float
+
+
+def where() -> Path | None:
+    """The cache's folder: $INBATCH_CACHE, else the user's; None where that says `off` or there is no home."""
+    given = os.environ.get("INBATCH_CACHE", "")
+    if given.lower() == "off":
+        return None
+    if given:
+        return Path(given).absolute()
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "inbatch" / "cache"
+    if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return xdg / "inbatch"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "inbatch"
+
+
+def limit() -> int:
+    """Bytes that the cache may fill: $INBATCH_CACHE_GB, 10 by default. ConfigError if that is no such number."""
+    given = os.environ.get("INBATCH_CACHE_GB") or _DEFAULT_GB
+    try:
+        size = float(given)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise ConfigError(f"INBATCH_CACHE_GB is {given!r}: give the size of the cache in GB, 0 for none")
+    return int(size * 1e9)
+
+
+def entries() -> list[Entry]:
+    """What is cached, least recently used first."""
+    found = []
+    for path in _ours(_NAME.fullmatch):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            size = sum(file.stat().st_size for file in os.scandir(path))
+            note = path / "entry.json"
+            found.append(Entry(path, str(json.loads(note.read_text("utf-8"))["name"]), size, note.stat().st_mtime))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def used() -> int:
+    """Bytes that the cache fills."""
+    return sum(entry.bytes for entry in entries())
+
+
+def clear() -> int:
+    """Remove everything that is cached; returns the bytes that became free."""
+    before = used()
+    for path in [*_ours(_NAME.fullmatch), *_ours(_half_written)]:
+        remove(path)
+    return before - used()
+
+
+def place(source: Source, canvas: int | None) -> Path | None:
+    """Where the decoded set belongs, there or not; None where it is not to be cached."""
+    root = where()
+    if root is None or not limit() or (said := source.fingerprint()) is None:
+        return None
+    what = json.dumps([_FORMAT, said, canvas, source.channels, decoders(), sys.byteorder])
+    return root / hashlib.sha256(what.encode()).hexdigest()
+
+
+def load(path: Path) -> tuple[Kept | None, str]:
+    """The set cached there, mapped and checked; None if there is none. And a sentence if it was damaged."""
+    if not path.is_dir():
+        return None, ""
+    try:
+        kept = _read(path)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        if not path.is_dir():  # another run has removed it in between
+            return None, ""
+        remove(path)
+        return None, f"decoded anew: what was cached in {path} is damaged ({error})"
+    with suppress(OSError):
+        os.utime(path / "entry.json")
+    return kept, f"from the cache, {path}"
+
+
+def store(path: Path, kept: Kept, name: str) -> str:
+    """Write a set there, other sets making room; returns a sentence that says so, or why not. Never an error."""
+    needed, root = kept.images.numel() + 8 * len(kept.size), path.parent
+    if needed > limit():
+        return f"not cached: its {needed / 1e6:,.0f} MB are over the limit of {limit() / 1e9:g} GB (INBATCH_CACHE_GB)"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_room(needed)
+        if (free := shutil.disk_usage(root).free) < needed + _BLOCK:
+            return f"not cached: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free in {root}"
+        half = root / f".{path.name}.tmp"
+        try:
+            half.mkdir(mode=0o700)  # the one that makes it is the one that writes
+        except FileExistsError:
+            return f"being cached in {root} by another process"
+        try:
+            _write(half, kept, name)
+            os.rename(half, path)
+        except BaseException:
+            shutil.rmtree(half, ignore_errors=True)
+            raise
+    except OSError as error:
+        if error.errno in _TAKEN and path.is_dir():
+            return f"cached in {root} by another process"
+        return f"not cached: {root} cannot be written ({error.strerror or error})"
+    return f"cached in {path}"
+
+
+def remove(path: Path) -> None:
+    """Remove a cached set; whoever has mapped it keeps it until the end."""
+    if _NAME.fullmatch(path.name):
+        # Renamed first, so that nobody sees a part of it. The process's number keeps it from a writer's way.
+        away = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            os.rename(path, away)
+        except OSError:  # a read-only folder; or Windows, and another run has mapped it
+            return
+        path = away
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: Path) -> Kept:
+    note = json.loads((path / "entry.json").read_text("utf-8"))
+    n, c, h, w = shape = [int(side) for side in note["shape"]]
+    flat = _mapped(path / "images.u8", math.prod(shape))
+    sizes = _mapped(path / "sizes.i32", 8 * n)
+    if list(_checksums(flat)) != note["images"] or list(_checksums(sizes)) != note["sizes"]:
+        raise ValueError("a checksum differs")
+    missing = [(int(number), str(why)) for number, why in note["missing"]]
+    return Kept(flat.view(n, c, h, w), sizes.view(torch.int32).view(n, 2).long(), missing, int(note["scaled"]))
+
+
+def _write(folder: Path, kept: Kept, name: str) -> None:
+    note = {"name": name, "shape": list(kept.images.shape), "missing": list(kept.missing), "scaled": kept.scaled}
+    sizes = kept.size.to(torch.int32).contiguous().view(-1).view(torch.uint8)
+    for key, file, flat in (("images", "images.u8", kept.images.view(-1)), ("sizes", "sizes.i32", sizes)):
+        with open(folder / file, "xb") as opened:
+            for block in _blocks(flat):
+                opened.write(block.data)
+        note[key] = list(_checksums(flat))
+    (folder / "entry.json").write_text(to_json(note), "utf-8", errors="backslashreplace")
+
+
+def _mapped(file: Path, size: int) -> UInt8[Tensor, "m"]:
+    if file.stat().st_size != size:  # a map longer than its file would end the process when it is read
+        raise ValueError(f"{file.name} holds {file.stat().st_size:,} bytes, not {size:,}")
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+
+
+def _blocks(flat: UInt8[Tensor, "m"]) -> list[np.ndarray]:
+    return [block.numpy() for block in flat.split(_BLOCK)]
+
+
+def _checksums(flat: UInt8[Tensor, "m"]) -> Iterator[int]:
+    """A CRC-32 for each block: 7 GB/s and core, so all of a set is checked, and in memory when training begins."""
+    with ThreadPoolExecutor(cores()) as pool:
+        yield from pool.map(zlib.crc32, _blocks(flat))
+
+
+def _ours(wanted: Callable[[str], object]) -> list[Path]:
+    """The folders in the cache with a name of ours; a file of anybody else's is never touched."""
+    root = where()
+    if root is None or not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if wanted(path.name)]
+
+
+def _half_written(name: str) -> bool:
+    return re.fullmatch(r"\.[0-9a-f]{64}(\.\d+)?\.tmp", name) is not None
+
+
+def _make_room(needed: int) -> None:
+    """Remove what dead writers left, and the sets that were not used for longest."""
+    for path in _ours(_half_written):
+        with suppress(OSError):
+            if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > _STALE:
+                remove(path)
+    held = entries()
+    filled = sum(entry.bytes for entry in held)
+    for entry in held:
+        if filled + needed <= limit():
+            break
+        remove(entry.path)
+        filled -= entry.bytes

@@ -1,0 +1,336 @@
+"""Decoded sets on disk: what they depend on, and every fault that a disk and other runs can make."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inbatch.data import Subset, cache, open_data
+from inbatch.data.resident import decode_all, hold
+from inbatch.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty cache in which everything is worth keeping."""
+    monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("INBATCH_CACHE_GB", raising=False)
+    monkeypatch.setattr(cache, "WORTH", 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(random.integers(256, size=(10 + i % 2, 12, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def entry(root):
+    (path,) = [path for path in root.iterdir() if not path.name.startswith(".")]
+    return path
+
+
+def half_written(root):
+    return [path.name for path in root.iterdir() if path.name.startswith(".")]
+
+
+def same(held, source):
+    expected = decode_all(source, canvas=held.images.shape[-1], max_bad=0.5)
+    assert torch.equal(held.images, expected.images) and torch.equal(held.size, expected.size)
+    assert held.size.dtype == torch.long and held.dropped == expected.dropped and held.scaled == expected.scaled
+    assert len(held.source) == len(expected.source)
+
+
+class TestHold:
+    def test_decoded_once(self, root, photos, monkeypatch):
+        source = open_data(photos)
+        first = hold(source, canvas=12)
+        assert first.notes == (f"cached in {entry(root)}",)
+        with monkeypatch.context() as undecoded:
+            undecoded.setattr("inbatch.data.resident._decode_all", None)
+            again = hold(open_data(photos), canvas=12)
+        assert again.notes == (f"from the cache, {entry(root)}",)
+        for held in (first, again):
+            same(held, source)
+
+    def test_what_is_left_out_and_scaled_down_is_remembered(self, root, photos):
+        data = (photos / "03.png").read_bytes()
+        (photos / "03.png").write_bytes(data[:40])
+        source = open_data(photos)
+        for expected in ("cached in", "from the cache"):
+            held = hold(source, canvas=11, max_bad=0.1)
+            assert held.notes[0].startswith(expected) and held.scaled == 11 and len(held.source) == 11
+            assert "03.png' cannot be read" in held.dropped[0] and held.source.identity(3) == "04.png"
+            same(held, source)
+        with pytest.raises(DataError, match="1 of 12 images"):  # as strict as when they are decoded
+            hold(source, canvas=11, max_bad=0.01)
+        times = os.stat(photos / "03.png")
+        with open(photos / "03.png", "wb") as file:  # as if the disk had failed to give it, the other day
+            file.write(data)
+        os.utime(photos / "03.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+        (was,) = cache.entries()
+        whole = hold(_like(source, was.path), canvas=11, max_bad=0.1)
+        assert "can be read now" in whole.notes[0] and len(whole.source) == 12
+
+    @pytest.mark.parametrize("setting", [("INBATCH_CACHE", "off"), ("INBATCH_CACHE_GB", "0")])
+    def test_not_wanted(self, root, photos, setting, monkeypatch):
+        monkeypatch.setenv(*setting)
+        assert hold(open_data(photos)).notes == () and not root.exists()
+
+    def test_not_worth_it(self, root, photos, monkeypatch):
+        monkeypatch.setattr(cache, "WORTH", 1000.0)
+        assert hold(open_data(photos)).notes == () and not root.exists()
+        assert hold(open_data(np.zeros((3, 8, 8), np.uint8))).notes == ()  # in memory already
+
+    def test_a_size_that_is_no_number(self, root, photos, monkeypatch):
+        for wrong in ("ten", "-1", "nan", "inf"):
+            monkeypatch.setenv("INBATCH_CACHE_GB", wrong)
+            with pytest.raises(ConfigError, match=f"INBATCH_CACHE_GB is '{wrong}': give the size"):
+                hold(open_data(photos))
+
+
+def _like(source, path):
+    """The source, with the files' state that the cache knows."""
+    source.fingerprint = lambda: "fixed"
+    moved = cache.place(source, 11)
+    os.rename(path, moved)
+    return source
+
+
+class TestKey:
+    def test_of_a_folder(self, root, photos):
+        def key(data=photos, canvas=12, **given):
+            return cache.place(open_data(data, **given), canvas)
+
+        was = key()
+        assert was.parent == root and key() == was and key(canvas=11) != was and key(channels=1) != was
+        assert key(subset=5) not in (was, key(subset=6))
+        os.utime(photos / "03.png", ns=(1, 1))
+        touched = key()
+        assert touched != was
+        os.rename(photos / "03.png", photos / "3.png")
+        renamed = key()
+        assert renamed not in (was, touched)
+        with open(photos / "05.png", "ab") as file:
+            file.write(b"!")
+        os.utime(photos / "05.png", ns=(1, 1))
+        assert key() not in (was, touched, renamed)
+
+    def test_of_a_parquet_file(self, root, tmp_path):
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+        def key(images, group=2):
+            rows = [{"bytes": image, "path": "x"} for image in images]
+            parquet.write_table(arrow.table({"image": rows}), tmp_path / "train.parquet", row_group_size=group)
+            os.utime(tmp_path / "train.parquet", ns=(1, 1))
+            return cache.place(open_data(tmp_path), 12)
+
+        keys = [key([b"aa", b"bb", b"cc"]), key([b"aa", b"bb", b"dd"]), key([b"aa", b"bb", b"cc"], 3)]
+        assert len(set(keys)) == 3 and key([b"aa", b"bb", b"cc"]) == keys[0]
+
+    def test_of_the_decoder_and_the_order(self, root, photos, monkeypatch):
+        source = open_data(photos)
+        turned = Subset(source, torch.arange(11, -1, -1), "turned round")
+        keys = {cache.place(source, 12), cache.place(turned, 12)}
+        monkeypatch.setattr(cache, "decoders", lambda: "another version")
+        assert len(keys | {cache.place(source, 12)}) == 3
+        (photos / "03.png").unlink()
+        assert cache.place(source, 12) is None  # opening it will say what is wrong
+
+
+class TestFaults:
+    @pytest.mark.parametrize("name", ["images.u8", "sizes.i32", "entry.json"])
+    @pytest.mark.parametrize("how", ["flipped", "truncated", "longer", "gone"])
+    def test_a_damaged_entry_is_decoded_anew(self, root, photos, name, how):
+        source = open_data(photos)
+        hold(source)
+        file = entry(root) / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 2
+        changed = {"flipped": data, "truncated": data[:-1], "longer": data + b"1", "gone": b""}[how]
+        file.write_bytes(changed)
+        if how == "gone":
+            file.unlink()
+        if name == "entry.json" and how == "flipped":
+            file.write_bytes(bytes(data).replace(b'"shape": [12', b'"shape": [13'))
+        held = hold(source)
+        assert "is damaged" in held.notes[0] and held.notes[1].startswith("cached in")
+        same(held, source)
+        assert hold(source).notes[0].startswith("from the cache") and not half_written(root)
+
+    @pytest.mark.parametrize("text", ["[]", "null", '{"shape": [1e99, 3, 1, 1]}', '{"shape": [-1, -1, 3, 4]}', "\x00"])
+    def test_a_note_that_says_something_else(self, root, photos, text):
+        hold(open_data(photos))
+        (entry(root) / "entry.json").write_text(text)
+        assert "is damaged" in hold(open_data(photos)).notes[0]
+
+    def test_a_folder_that_cannot_be_written(self, root, photos, monkeypatch):
+        root.write_text("a file, where a folder is wanted")
+        held = hold(open_data(photos))
+        assert "cannot be written" in held.notes[0]
+        same(held, open_data(photos))
+        root.unlink()
+
+        def refuse(*_, **__):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(cache.Path, "mkdir", refuse)  # permissions do not stop root
+        assert hold(open_data(photos)).notes == (f"not cached: {root} cannot be written (Read-only file system)",)
+
+    def test_a_full_disk(self, root, photos, monkeypatch):
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(9, 9, 1000))
+        assert "free in" in hold(open_data(photos)).notes[0] and not list(root.iterdir())
+        monkeypatch.undo()
+        monkeypatch.setenv("INBATCH_CACHE", str(root))
+        monkeypatch.setattr(cache, "WORTH", 0)
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(cache, "to_json", full)  # after the pixels
+        assert "No space left on device" in hold(open_data(photos)).notes[0] and not list(root.iterdir())
+
+    def test_a_damaged_entry_that_cannot_be_removed(self, root, photos, monkeypatch):
+        hold(open_data(photos))
+        (entry(root) / "images.u8").write_bytes(b"?")
+        monkeypatch.setattr(cache.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        held = hold(open_data(photos))
+        assert "is damaged" in held.notes[0] and "not cached" in held.notes[1]
+        same(held, open_data(photos))
+
+    def test_a_dead_writer(self, root, photos):
+        source = open_data(photos)
+        path = cache.place(source, None)
+        left = root / f".{path.name}.tmp"
+        left.mkdir(parents=True)
+        (left / "images.u8").write_bytes(b"half")
+        assert hold(source).notes == (f"being cached in {root} by another process",)
+        for file in (left / "images.u8", left):
+            os.utime(file, (time.time() - 4000,) * 2)
+        assert hold(source).notes == (f"cached in {path}",) and not half_written(root)
+
+
+class TestSize:
+    def test_least_recently_used_go_first(self, root, photos, monkeypatch):
+        sets = [open_data(photos, subset=n) for n in (3, 4, 5)]
+        for age, source in zip((300, 200), sets, strict=False):
+            hold(source)
+            os.utime(cache.place(source, None) / "entry.json", (time.time() - age,) * 2)
+        assert hold(sets[0]).notes[0].startswith("from the cache")  # used now
+        (root / "notes.txt").write_text("not ours")
+        monkeypatch.setenv("INBATCH_CACHE_GB", str((cache.used() + 600) / 1e9))
+        hold(sets[2])
+        assert {e.path for e in cache.entries()} == {cache.place(sets[0], None), cache.place(sets[2], None)}
+        monkeypatch.setenv("INBATCH_CACHE_GB", "1e-6")
+        assert "over the limit of 1e-06 GB" in hold(sets[1]).notes[0]
+        assert len(cache.entries()) == 2  # nothing made room for what does not fit
+
+    def test_clear_takes_what_is_ours(self, root, photos):
+        hold(open_data(photos))
+        (root / "notes.txt").write_text("not ours")
+        (root / "folder").mkdir()
+        (one,) = cache.entries()
+        assert one.name == str(photos) and one.bytes == cache.used() > 12 * 3 * 10 * 12 and one.used > 1e9
+        assert cache.clear() == one.bytes and cache.entries() == []
+        assert sorted(path.name for path in root.iterdir()) == ["folder", "notes.txt"]
+        assert cache.clear() == 0
+
+    @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+    def test_nobody_else_may_read_it(self, root, photos):
+        hold(open_data(photos))
+        assert root.stat().st_mode & 0o777 == entry(root).stat().st_mode & 0o777 == 0o700
+
+
+class TestWhere:
+    def test_the_users_folder(self, monkeypatch, tmp_path):
+        for name in ("INBATCH_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(cache.Path, "home", lambda: tmp_path)
+        for platform, folder in (("linux", ".cache/inbatch"), ("darwin", "Library/Caches/inbatch")):
+            monkeypatch.setattr(sys, "platform", platform)
+            assert cache.where() == tmp_path / folder
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+        assert cache.where() == tmp_path / "Library/Caches/inbatch"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache.where() == tmp_path / "xdg" / "inbatch"
+        monkeypatch.setenv("INBATCH_CACHE", "here")
+        assert cache.where() == Path.cwd() / "here"
+        monkeypatch.setenv("INBATCH_CACHE", "OFF")
+        assert cache.where() is None and cache.entries() == [] and cache.used() == 0
+
+    def test_no_home(self, monkeypatch):
+        monkeypatch.delenv("INBATCH_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+        def none():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(cache.Path, "home", none)
+        assert cache.where() is None
+
+    def test_the_limit(self, monkeypatch):
+        monkeypatch.delenv("INBATCH_CACHE_GB", raising=False)
+        assert cache.limit() == 10 * 10**9
+        monkeypatch.setenv("INBATCH_CACHE_GB", "0.5")
+        assert cache.limit() == 5 * 10**8
+
+
+class TestTogether:
+    def test_writers_at_once(self, root, photos):
+        source = open_data(photos)
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda _: hold(source), range(12)))
+        for held in found:
+            same(held, source)
+            assert any(word in held.notes[0] for word in ("cached in", "from the cache"))
+        assert len(cache.entries()) == 1 and not half_written(root)
+        assert hold(source).notes[0].startswith("from the cache")
+
+    def test_another_wins_in_between(self, root, photos, monkeypatch):
+        source = open_data(photos)
+        path, rename = cache.place(source, None), os.rename
+
+        def late(half, whole):
+            (whole / "first").mkdir(parents=True)
+            rename(half, whole)
+
+        monkeypatch.setattr(cache.os, "rename", late)
+        assert hold(source).notes == (f"cached in {root} by another process",)
+        assert (path / "first").is_dir() and not half_written(root)
+
+    @pytest.mark.skipif(os.name != "posix", reason="Windows keeps mapped files")
+    def test_what_is_mapped_outlives_its_entry(self, root, photos):
+        source = open_data(photos)
+        hold(source)
+        mapped = hold(source)
+        before = mapped.images.clone()
+        cache.clear()
+        mapped.images[0, 0, 0, 0] += 1  # its own, too: nothing goes into the file
+        assert not torch.equal(mapped.images, before) and torch.equal(mapped.images[1:], before[1:])
+
+    def test_writing_into_the_map_leaves_the_file(self, root, photos):
+        source = open_data(photos)
+        hold(source)
+        hold(source).images.zero_()
+        same(hold(source), source)
+
+    def test_another_process_reads_it(self, root, photos):
+        hold(open_data(photos), canvas=8)
+        code = (
+            "import sys; from inbatch.data import open_data; from inbatch.data.resident import hold;"
+            "held = hold(open_data(sys.argv[1]), canvas=8); print(held.notes[0][:14], int(held.images.sum()))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, check=True)
+        expected = decode_all(open_data(photos), canvas=8).images.sum()
+        assert done.stdout.split() == ["from", "the", "cache", str(int(expected))]
