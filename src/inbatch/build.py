@@ -178,9 +178,11 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
                 ranks.synchronise_norm(module)
                 ranks.join_groups(module)
     curator = curator_of(recipe, views, tower, recipe.batch // world // groups, device)
-    for module in (tower, target):
-        if module is not None and recipe.compile:
-            module.compile()
+    if recipe.compile:
+        views.compile()  # an accelerator's; a CPU has its own kernel
+        for module in (tower, target):
+            if module is not None:
+                module.compile()
 
     chosen = dict(recipe.optimizer.options)
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Rows
 from inbatch.context.fuse import Fusion
+from inbatch.context.grouped import Grouped
 from inbatch.heads import Head
 from inbatch.modes import evaluating
 
@@ -24,7 +25,7 @@ class Tower(nn.Module):
         out in float32, or in the encoder's type where that is wider.
     channels_last: lay out images as most convolutions like them best.
     joined: neighbouring views of one size run through the encoder together, and all views through the heads, as
-        SwAV's and DINO's code does: faster, but then they share norm statistics.
+        SwAV's and DINO's code does: then they share norm statistics. Views of an encoder without any do so anyway.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Tower(nn.Module):
         self.sources = {name: head.source for name, head in heads.items()}
         self.reads = tuple(reads)
         self.precision = precision
-        self.joined = joined
+        self.joined, self.together = joined, joined or not mixes(encoder)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
@@ -63,21 +64,23 @@ class Tower(nn.Module):
         def remembered(mix: bool) -> AbstractContextManager[None]:
             return frozen_statistics(self) if mix and forget else nullcontext()
 
-        if not self.joined:
-            # Autocast keeps its bfloat16 weights for all that runs inside it; one view at a time, their gradients
-            # meet in float32.
-            made = []
-            for view, mix in zip(views, mixed, strict=True):
-                with remembered(mix):
-                    made.append(self.outputs(view))
-            return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
-        parts = []
-        with self.autocast(views[0]):
-            for (_, mix), some in groupby(zip(views, mixed, strict=True), key=lambda pair: (pair[0].shape, pair[1])):
-                with remembered(mix):
-                    parts.append(self._features(torch.cat([view for view, _ in some])))
-            rows = self._heads(torch.cat(parts))
-        return {name: rows[name].unflatten(0, (len(views), -1)) for name in self.reads}
+        # Autocast keeps its bfloat16 weights for all that runs inside it; run by run, their gradients meet in float32.
+        group, features = len(views[0]), list[Tensor]()
+        for (_, mix), run in groupby(
+            enumerate(zip(views, mixed, strict=True)), key=lambda at: (at[1][0].shape if self.together else at[0], at[1][1])
+        ):
+            images = [view for _, (view, _) in run]
+            with remembered(mix), self.autocast(views[0]):
+                features += self._features(torch.cat(images) if len(images) > 1 else images[0]).split(group)
+        if self.joined:
+            with self.autocast(views[0]):
+                rows = self._heads(torch.cat(features))
+            return {name: rows[name].unflatten(0, (len(views), group)) for name in self.reads}
+        made = []
+        for feature, mix in zip(features, mixed, strict=True):
+            with remembered(mix), self.autocast(views[0]):
+                made.append(self._heads(feature))
+        return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
 
     def outputs(self, images: Tensor) -> Rows:
         """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
@@ -138,6 +141,12 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     fuse = getattr(target, "fuse", None)
     if isinstance(fuse, Fusion) and fuse.target == "shared":
         fuse.load_state_dict(online.get_submodule("fuse").state_dict())
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether samples of a call may meet in a module: by batch statistics or attention over samples."""
+    kinds = (Grouped, nn.modules.batchnorm._BatchNorm)
+    return any(isinstance(m, kinds) or any("running_" in name for name in m._buffers) for m in module.modules())
 
 
 def norms(module: nn.Module) -> list[Any]:

@@ -1,0 +1,96 @@
+"""How a tower runs its views: together where no sample of the encoder meets another, in the layout that it was built in."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inbatch.api import prepare
+from inbatch.heads import Head, mlp
+from inbatch.tower import Tower, mixes
+
+
+class Encoder(nn.Module):
+    """Counts the images of every call."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return self.layers(x)
+
+
+def tower(norm: nn.Module) -> Tower:
+    torch.manual_seed(0)
+    return Tower(Encoder(norm), {"projection": Head(mlp(8, 8, 4))}, ("projection",)).double()
+
+
+def views(*sizes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    "norm, sizes, calls",
+    [
+        (nn.GroupNorm(2, 8), (8, 8), [10]),
+        (nn.GroupNorm(2, 8), (8, 8, 6, 6, 6), [10, 15]),
+        (nn.GroupNorm(2, 8), (8, 6, 8), [5, 5, 5]),
+        (nn.BatchNorm2d(8), (8, 8), [5, 5]),
+        (nn.BatchNorm2d(8, track_running_stats=False), (8, 8), [5, 5]),
+    ],
+)
+def test_views_of_a_size_run_together_where_samples_do_not_meet(
+    norm: nn.Module, sizes: Sequence[int], calls: list[int]
+) -> None:
+    """The heads normalise every view by itself all the same; rows, gradients and statistics are those of single views."""
+    one = tower(norm)
+    apart = copy.deepcopy(one)
+    rows = one(views(*sizes))["projection"]
+    assert one.encoder.calls == calls
+    literal = torch.stack([apart.outputs(view)["projection"] for view in views(*sizes)])
+    weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for found in (rows, literal):
+        (found * weight).sum().backward()
+    torch.testing.assert_close(rows, literal, rtol=0, atol=1e-12)
+    for p, q in zip(one.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
+    for (name, mine), other in zip(one.named_buffers(), apart.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ba2m", "batchformer"])
+def test_attention_over_samples_mixes(name: str) -> None:
+    built = prepare("digits-canvas", attend=name, batch=64)
+    assert mixes(built.encoder) and not mixes(nn.LayerNorm(4)) and mixes(nn.Sequential(nn.BatchNorm1d(4)))
+
+
+@pytest.mark.parametrize("plugs", [{}, {"fuse": "conv"}, {"fuse": "set"}, {"attend": "ba2m"}, {"attend": "cbam"}])
+def test_channels_stay_last_through_the_backbone(plugs: dict[str, str]) -> None:
+    """Whatever stands before a convolution or beside it: a copy into another layout costs more than most layers."""
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    built = prepare(images, encoder="resnet10", batch=8, **plugs)
+    seen: list[str] = []
+
+    def look(name: str) -> None:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+            assert made.is_contiguous(memory_format=torch.channels_last), f"{name} {tuple(made.shape)}"
+            seen.append(name)
+
+        built.encoder.get_submodule(name).register_forward_hook(hook)
+
+    for name, module in built.encoder.named_modules():
+        if isinstance(module, nn.Conv2d) and min(module.in_channels, module.out_channels) > 2 and ".se" not in name:
+            look(name)
+    built.step(next(iter(built.loader.epoch(0))), 0)
+    assert len(seen) >= 20
+    assert all(
+        p.grad.is_contiguous(memory_format=torch.channels_last)
+        for p in built.encoder.parameters()
+        if p.ndim == 4 and p.grad is not None
+    )
