@@ -287,11 +287,24 @@ def fitted(page: Path) -> str:
     return text
 
 
+def measured(page: Path) -> str:
+    """A page with what `inbatch bench` and benchmarks/training.py found, such as <!-- bench-32px views -->."""
+    from inbatch.bench.table import texts
+
+    text = page.read_text()
+    for file in sorted(HERE.glob("*.json")):
+        for name, new in texts(file.stem, json.loads(file.read_text())).items():
+            text = filled(text, name, new)
+    return text
+
+
 LARGE = HERE.parent / "docs" / "large-batches.md"
+SPEED = HERE.parent / "docs" / "speed.md"
 
 if __name__ == "__main__":
     LARGE.write_text(timed(LARGE))
     LARGE.write_text(fitted(LARGE))
+    SPEED.write_text(measured(SPEED))
     (HERE / "README.md").write_text(page())
     for page_of_plugin in PLUGINS.glob("*.md"):
         page_of_plugin.write_text(answered(page_of_plugin))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inbatch import checkpoint, ranks
+from inbatch import checkpoint, process, ranks
 from inbatch.assign import judge_head
 from inbatch.batch import Batch
 from inbatch.build import Built, build, device_for, held_out, plan
@@ -18,6 +18,7 @@ from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
 from inbatch.data import Source, Subset, decode_all, open_data, splits
 from inbatch.describe import describe, estimate
+from inbatch.doctor import advice
 from inbatch.draws import permutation
 from inbatch.encoders import Encoder, load_encoder
 from inbatch.errors import ConfigError, DataError
@@ -76,6 +77,7 @@ def pretrain(
     Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
     Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
     """
+    process.ready()
     made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
     try:
         given = _settings(method, config, settings, fields)
@@ -95,7 +97,7 @@ def pretrain(
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            notes = ([stale] if stale else []) + ([fitted.sentence()] if fitted else [])
+            notes = [note for note in (stale, fitted and fitted.sentence(), advice(built.loader.device)) if note]
             result = train(built, directory, held, resume=going_on is not None, quiet=quiet, notes=notes)
         return Run(directory, recipe, result)
     finally:

@@ -1,0 +1,150 @@
+"""Where a step's time goes, and what of it is the framework's own: python benchmarks/profile_step.py
+
+Steps of a run exactly as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer
+has: views, tower forward and backward, loss and its backward, optimiser, momentum tower. The rest of a step is the
+framework: the loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json,
+from which results/render.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import inbatch
+from inbatch import process
+
+OUT = Path(__file__).resolve().parents[1] / "results" / "profile.json"
+CASES = {
+    "simclr, ResNet-18, 32 px, batch 256": dict(method="simclr", encoder="resnet18", batch=256),
+    "moco, ResNet-18, 32 px, batch 256": dict(method="moco", encoder="resnet18", batch=256),
+    "simclr, ResNet-18, 32 px, batch 256, 4 groups": dict(method="simclr", encoder="resnet18", batch=256, context=64),
+    "simclr, tiny, 20 px, batch 128": dict(method="simclr", data="digits-canvas", batch=128),
+}
+
+
+class Clock:
+    """Seconds by part; a part inside another is the inner one's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running: list[tuple[str, float]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._stop()
+        self._running.append((name, time.perf_counter()))
+        try:
+            yield
+        finally:
+            self._stop()
+            self._running.pop()
+            if self._running:
+                self._running[-1] = (self._running[-1][0], time.perf_counter())
+
+    def _stop(self) -> None:
+        if self._running:
+            name, began = self._running[-1]
+            self.seconds[name] += time.perf_counter() - began
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            with self.part(name):
+                return call(*args, **options)
+
+        return timed
+
+
+def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
+    """Medians over the steps of the seconds of every part."""
+    import torch
+
+    from inbatch import seam, step
+    from inbatch.api import prepare
+    from inbatch.log import Log
+
+    case = dict(case)
+    size = case["batch"] * 4
+    data = case.pop("data", None) or torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8)
+    built = prepare(data, epochs=1000, **case)
+    clock = Clock()
+    step_of = built.step
+    step_of.views = clock.around("views", step_of.views)
+    step_of.call = clock.around("tower, forward", step_of.call)
+    built.tower.forward = clock.around("tower, forward", built.tower.forward)
+    if built.target is not None:
+        built.target.forward = clock.around("momentum tower", built.target.forward)
+    object.__setattr__(built.method, "loss", clock.around("loss", built.method.loss))
+    built.optimizer.step = clock.around("optimiser", built.optimizer.step)
+    kept = torch.Tensor.backward, torch.autograd.backward, step.follow
+    torch.Tensor.backward = clock.around("loss", kept[0])
+    step.follow = clock.around("momentum tower", kept[2])
+
+    def backward(*args: Any, **options: Any) -> None:  # the tower's: the loss's comes through Tensor.backward
+        with clock.part(clock._running[-1][0] if clock._running[-1][0] == "loss" else "tower, backward"):
+            kept[1](*args, **options)
+
+    torch.autograd.backward = backward
+    made: list[dict[str, float]] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder, Log(Path(folder), total_steps=10**6, quiet=True) as log:
+            number, epoch = 0, 0
+            while len(made) < warm + steps:
+                batches = built.loader.epoch(epoch)
+                while len(made) < warm + steps:
+                    clock.seconds.clear()
+                    with clock.part("framework"):
+                        batch = next(batches, None)
+                        if batch is None:
+                            break
+                        losses = built.step(batch, number)
+                        number += 1
+                        log.step(number, epoch, losses | {"lr": 0.0}, built.recipe.batch)
+                    made.append(dict(clock.seconds))
+                epoch += 1
+    finally:
+        torch.Tensor.backward, torch.autograd.backward, step.follow = kept
+    assert seam.push is not None
+    names = sorted({name for one in made for name in one}, key=lambda n: (n == "framework", n))
+    parts = {name: median(one.get(name, 0.0) for one in made[warm:]) for name in names}
+    totals = [sum(one.values()) for one in made[warm:]]
+    return {"steps": steps, "seconds": median(totals), "least": min(totals), "most": max(totals), "parts": parts,
+            "precision": str(built.tower.precision).removeprefix("torch.")}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm", type=int, default=2, help="steps before those that count")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="all by default")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=OUT)
+    asked = parser.parse_args()
+    process.begin()
+    process.ready()
+    import torch
+
+    from inbatch.environment import environment
+
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    found = {}
+    for name in asked.case or CASES:
+        found[name] = profile(CASES[name], asked.steps, asked.warm)
+        parts = ", ".join(f"{part} {s / found[name]['seconds']:.1%}" for part, s in found[name]["parts"].items())
+        print(f"{name}: {found[name]['seconds']:.3f} s: {parts}", file=sys.stderr)
+    told = {"command": shlex.join(["python", "benchmarks/profile_step.py", *sys.argv[1:]]), "inbatch": inbatch.__name__}
+    told.pop("inbatch")
+    asked.out.write_text(json.dumps(told | {"environment": environment(torch.device("cpu")), "cases": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

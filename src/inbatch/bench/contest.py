@@ -1,0 +1,102 @@
+"""A contestant: a process that does one kind of work whenever it is told to, and says how long it took.
+
+The job is a JSON object on the command line. `module` and `make` name a function that gets the job and returns one
+call of the work, which returns how many units it did, and what is to be told about it. The first line on stdout is what
+was told; after that every line on stdin is a round of calls, answered by its seconds and units.
+
+Only the standard library is imported here: this file also runs in a Python that has no inbatch.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Work = tuple[Callable[[], int], dict[str, Any]]
+"""One call, and what is told about it."""
+BRIEF = 0.1
+"""Seconds: shorter calls are warmed up at the start of a round, since after a pause caches and clocks are cold."""
+
+
+def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Prepare the work, then do a round of it for every line on stdin."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    call, told = getattr(importlib.import_module(job["module"]), job["make"])(job)
+    asynchronous = job["device"].startswith("cuda")
+
+    def timed(count: int) -> tuple[float, int]:
+        begin = time.perf_counter()
+        units = sum(call() for _ in range(count))
+        if asynchronous:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin, units
+
+    timed(1)
+    first = time.time() - job["began"]
+    spent, done = 0.0, 0
+    while not done or spent < min(1.0, job["seconds"]):
+        spent, done = spent + timed(1)[0], done + 1
+    each = spent / done
+    calls = job.get("calls") or max(job.get("at_least", 1), round(job["seconds"] / each))
+    versions = {}
+    for name in ("torch", *job.get("needs", ())):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    signal_workers("SIGSTOP")
+    tell(told | {"first_seconds": first, "calls": calls, "versions": versions})
+    for _ in sys.stdin:
+        signal_workers("SIGCONT")
+        if each < BRIEF:
+            timed(1)
+        seconds, units = timed(calls)
+        signal_workers("SIGSTOP")
+        tell({"seconds": seconds, "units": units})
+    signal_workers("SIGCONT")
+
+
+def signal_workers(name: str) -> None:
+    """Halt this process's data workers between rounds, or let them go on: nobody fetches ahead in another's time."""
+    if hasattr(signal, name):
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(OSError):
+                os.kill(child.pid or 0, getattr(signal, name))
+
+
+def main(job: dict[str, Any]) -> None:
+    """Every answer is a line of JSON on the first stdout, whatever libraries print."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=out, flush=True)
+
+    here = Path(__file__).resolve().parent  # its modules may be imported by their bare names, after all others
+    sys.path = [p for p in sys.path if Path(p).resolve() != here] + [str(here)]
+    if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
+        return tell({"failed": "not installed"})
+    try:
+        if job.get("tune"):  # as the program does, before torch is there
+            importlib.import_module("inbatch").tune()
+        contest(job, tell)
+    except Exception as error:
+        if isinstance(error, ImportError) and job.get("needs"):
+            return tell({"failed": f"not installed: {error}"})
+        full = isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error)
+        traceback.print_exc()
+        tell({"failed": "out of memory" if full else str(error), "kind": type(error).__name__})
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

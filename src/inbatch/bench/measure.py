@@ -1,0 +1,57 @@
+"""Section by section: ceilings, contestants in turns, and what was found as a value."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from inbatch.bench.options import Options
+from inbatch.bench.runner import Contestant
+from inbatch.bench.sections import MAKERS, Field
+from inbatch.build import device_for
+from inbatch.environment import environment
+from inbatch.files import write_json
+
+
+def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
+    """Measure what is asked for: ceilings, settings and, by section, what every contestant reached.
+
+    told: gets every race when it is over. Raises ConfigError and DataError.
+    """
+    options.check()
+    device = device_for(options.device).type
+    load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    data = options.data and Path(options.data).name
+    settings = options.settings() | {"methods": options.methods, "device": device, "data": data}
+    where = environment(device_for(options.device)) | load
+    found: dict[str, Any] = {"command": options.command(), "environment": where, "settings": settings}
+    found |= {"ceilings": {}, "sections": {}}
+    for section in options.chosen:
+        threads = options.threads_of(section)
+        if str(threads) not in found["ceilings"]:
+            found["ceilings"][str(threads)] = ceilings(options, device, threads)
+        with tempfile.TemporaryDirectory(prefix="inbatch-bench-") as folder:
+            races = MAKERS[section](Field(options, section, device, Path(folder)))
+            found["sections"][section] = []
+            for race in races:
+                known = found["ceilings"][str(threads)]
+                over = race.run(settings["rounds"], known, show_missing=options.peers is True)
+                found["sections"][section].append(over)
+                told(over)
+    if options.out is not None:
+        write_json(options.out, found)
+    return found
+
+
+def ceilings(options: Options, device: str, threads: int) -> dict[str, Any]:
+    """What the machine can do with so many threads, by a process of its own."""
+    job = {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01}
+    one = Contestant("ceiling", options.settings() | job | {"device": device, "threads": threads})
+    try:
+        one.meet()
+    finally:
+        row = one.end()
+    if "failed" in row:
+        raise RuntimeError(f"the machine's ceiling cannot be measured: {row['failed']}")
+    return {key: value for key, value in row.items() if key not in ("rounds", "first_seconds", "calls", "versions")}

@@ -1,0 +1,171 @@
+"""Other libraries as they ship, in the process of a contestant: lightly, and the parts of solo-learn that import alone.
+
+Known to work with lightly 1.5 and 1.6 and solo-learn 1.0.2. Nothing of inbatch is imported here.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Work = tuple[Callable[[], int], dict[str, Any]]
+
+
+def plain() -> Any:
+    """The file beside this one, under the name by which this process knows it."""
+    import importlib
+
+    return importlib.import_module("plain")
+
+
+def lightly_transform(size: int) -> Any:
+    """The one of its CIFAR-10 benchmark, which blurs nothing; for photographs its default."""
+    from lightly.transforms import SimCLRTransform
+
+    return SimCLRTransform(input_size=size, gaussian_blur=0.0) if size <= 64 else SimCLRTransform(input_size=size)
+
+
+def solo_file(*path: str) -> Any:
+    """One file of solo-learn: the package asks for a framework and for an old torch."""
+    spec = importlib.util.find_spec("solo")
+    (folder,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else [""]
+    file = Path(folder).joinpath(*path)
+    found = importlib.util.spec_from_file_location("solo_" + file.stem, file)
+    if not file.is_file() or found is None or found.loader is None:
+        raise ImportError(f"this solo-learn has no {'/'.join(path)}")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def solo_transform(size: int) -> Any:
+    """Two views, with the settings of its SimCLR scripts (bash_files/pretrain)."""
+    module = solo_file("utils", "pretrain_dataloader.py")
+    name, options = ("cifar10", {"gaussian_prob": 0.0}) if size <= 64 else ("imagenet", {})
+    jitter = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+    one = module.prepare_transform(name, **jitter, **options, crop_size=size)
+    return module.prepare_n_crop_transform([one], [2])
+
+
+TRANSFORMS = {"lightly": lightly_transform, "solo-learn": solo_transform}
+
+
+def views(job: dict[str, Any]) -> Work:
+    """Two views of images that are decoded already."""
+    transform = TRANSFORMS[job["library"]](job["size"])
+    return plain().in_turn(plain().pictures(job), job["some"], transform, units=2), {}
+
+
+def criterion(library: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """NT-Xent of two views."""
+    if library == "lightly":
+        from lightly.loss import NTXentLoss
+
+        return NTXentLoss(temperature)  # type: ignore[no-any-return]
+    equation = solo_file("losses", "simclr.py").simclr_loss_func
+    if "indexes" not in equation.__code__.co_varnames:
+        return lambda a, b: equation(a, b, temperature)
+
+    def later(a: Tensor, b: Tensor) -> Tensor:  # from 1.0.4 on: rows of all views, and whose they are
+        return equation(torch.cat([a, b]), torch.arange(len(a), device=a.device).repeat(2), temperature)  # type: ignore
+
+    return later
+
+
+def loss(job: dict[str, Any]) -> Work:
+    """Forward and backward of NT-Xent."""
+    z = plain().normalised(job)
+    compute = criterion(job["library"], 0.1)
+    told = {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
+    return plain().learning(z, lambda: compute(z[0], z[1])), told
+
+
+def loader(job: dict[str, Any]) -> Any:
+    """Batches of two views, through its transforms in torch's DataLoader."""
+    data = plain().Encoded(plain().files(job), TRANSFORMS[job["library"]](job["size"]))
+    if len(data) < job["batch"]:
+        data.encoded = data.encoded * (job["batch"] // len(data) + 1)
+    cuda = job["device"].startswith("cuda")
+    return torch.utils.data.DataLoader(
+        data, job["batch"], shuffle=True, drop_last=True, num_workers=job["workers"],
+        pin_memory=cuda, persistent_workers=job["workers"] > 0,
+    )  # fmt: skip
+
+
+def batches(job: dict[str, Any]) -> Any:
+    """The batches of all epochs."""
+    made = loader(job)
+    return itertools.chain.from_iterable(made for _ in itertools.count())
+
+
+def stream(job: dict[str, Any]) -> Work:
+    """Two views of every image of an epoch, through worker processes."""
+    endless = batches(job)
+
+    def call() -> int:
+        next(endless)
+        return int(job["batch"])
+
+    return call, {"workers": job["workers"]}
+
+
+def network(job: dict[str, Any]) -> nn.Module:
+    """ResNet-18 and the projection head: lightly's as in its CIFAR-10 benchmark, solo-learn's as its methods are made.
+
+    With the stem for ImageNet both take torchvision's.
+    """
+    from torchvision.models import resnet18
+
+    small = job.get("stem", "cifar") == "cifar"
+    if job["library"] == "lightly":
+        from lightly.models import ResNetGenerator
+        from lightly.models.modules.heads import SimCLRProjectionHead
+
+        layers = list((ResNetGenerator("resnet-18") if small else resnet18()).children())[:-1]
+        pool = [nn.AdaptiveAvgPool2d(1)] if small else []
+        return nn.Sequential(*layers, *pool, nn.Flatten(), SimCLRProjectionHead(512, 512, 128))
+    backbone = resnet18()
+    backbone.fc = nn.Identity()
+    backbone = plain().cifar_stem(backbone, padding=2) if small else backbone
+    return nn.Sequential(backbone, nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 256))
+
+
+def loop(job: dict[str, Any]) -> Work:
+    """Training from JPEG files: workers, transforms, forward of each view, loss, backward, SGD. Eager, in float32."""
+    torch.manual_seed(0)
+    device = torch.device(job["device"])
+    model = network(job).to(device)
+    compute, endless = criterion(job["library"], 0.5), batches(job)
+    optimiser = torch.optim.SGD(model.parameters(), 0.06 * job["batch"] / 128, momentum=0.9, weight_decay=5e-4)
+
+    def call() -> int:
+        (first, second), _ = next(endless)
+        total = compute(model(first.to(device)), model(second.to(device)))
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        return len(first)
+
+    return call, {"precision": "float32", "workers": job["workers"]}
+
+
+def neighbours(job: dict[str, Any]) -> Work:
+    """lightly's k-NN, batch by batch as its benchmarks call it."""
+    from lightly.utils.benchmarking import knn_predict
+
+    bank, labels, queries, true = (x.to(job["device"]) for x in plain().embeddings(job))
+    told = {"top1": 0.0}
+
+    def call() -> int:
+        keys, right = nn.functional.normalize(bank).T.contiguous(), 0
+        for some, label in zip(nn.functional.normalize(queries).split(512), true.split(512), strict=True):
+            found = knn_predict(some, keys, labels, job["classes"], job["k"], 0.1)
+            right += int((found[:, 0] == label).sum())
+        told["top1"] = right / len(true)
+        return 1
+
+    return call, told

@@ -1,0 +1,101 @@
+"""What contestants work on: images with structure and noise, so that their JPEG files are as long as photographs'."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from inbatch.errors import ConfigError, DataError
+
+LAYERS = ((1 / 40, 50.0), (1 / 10, 25.0), (1 / 3, 10.0), (1.0, 8.0))
+"""Share of the resolution at which noise is drawn, and its standard deviation."""
+QUALITY = {32: 75, 224: 90}
+"""Of the JPEG files, as in CIFAR-10's JPEG copy and ImageNet: about 1 kB and 100 kB."""
+SIDES = {32: (32, 32), 224: (375, 500)}
+"""Size of the views -> height and width of the images they are cut from."""
+
+
+def draw(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 for views of this size."""
+    height, width = SIDES[size]
+    rng, out = np.random.default_rng(seed), np.empty((count, height, width, 3), np.uint8)
+    for image in out:
+        x = np.full((height, width, 3), 120.0, np.float32)
+        for share, deviation in LAYERS:
+            small = (max(2, round(height * share)), max(2, round(width * share)))
+            # Channels go together, as in photographs.
+            noise = rng.normal(0, deviation, (*small, 1)) + rng.normal(0, deviation / 3, (*small, 3))
+            for c in range(3):
+                layer = Image.fromarray(noise[..., c].astype(np.float32))
+                x[..., c] += np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC))
+        image[:] = x.clip(0, 255).astype(np.uint8)
+    return out
+
+
+def write_folder(files: Sequence[bytes], folder: Path, classes: int = 2) -> Path:
+    """JPEG files in a sub-folder per class."""
+    for i, file in enumerate(files):
+        place = folder / f"class{i % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i:05d}.jpg").write_bytes(file)
+    return folder
+
+
+def encoded(data: str, count: int) -> list[bytes]:
+    """The bytes of up to so many image files of a folder or a Parquet file; DataError where there are none."""
+    path = Path(data)
+    if path.is_dir() and not (path / "train.parquet").exists():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
+        found = [file.read_bytes() for file in files[:count]]
+    elif path.exists():
+        found = parquet(path / "train.parquet" if path.is_dir() else path, count)
+    else:
+        raise DataError(f"{data} does not exist: give --data a folder of JPEG files or a Parquet file")
+    found = [file for file in found if file.startswith(b"\xff\xd8")]
+    if not found:
+        raise DataError(f"{data} holds no JPEG file: decoding is measured on a folder of them or a Parquet file")
+    return found
+
+
+def parquet(file: Path, count: int) -> list[bytes]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigError('Parquet files need pyarrow: python -m pip install "inbatch[parquet]"') from error
+    out: list[bytes] = []
+    try:
+        for batch in ParquetFile(file).iter_batches(columns=["image"]):
+            out += (row["bytes"] for row in batch["image"].to_pylist())
+            if len(out) >= count:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} cannot be read as a Parquet file of images: {error}") from error
+    return out[:count]
+
+
+def pack(files: Sequence[bytes], folder: Path) -> None:
+    """Encoded images in one file, for contestants that read no Parquet: `files.bin`, and where each ends."""
+    (folder / "files.bin").write_bytes(b"".join(files))
+    (folder / "files.json").write_text(json.dumps(np.cumsum([len(file) for file in files]).tolist()))
+
+
+def jpegs(images: np.ndarray, size: int) -> list[bytes]:
+    """The images as JPEG files."""
+    out = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY[size])
+        out.append(buffer.getvalue())
+    return out
+
+
+def features(samples: int, dim: int, classes: int, seed: int = 0) -> dict[str, Any]:
+    """Rows around the centres of their classes, as an encoder gives them: (N, D) float32 and labels (N,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, samples)
+    rows = rng.normal(0, 0.3, (classes, dim))[labels] + rng.normal(0, 1, (samples, dim))
+    return {"features": rows.astype(np.float32), "labels": labels}

@@ -1,0 +1,89 @@
+"""The program: what all of its commands share, and how they report."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from inbatch import process
+from inbatch.errors import DataError, InbatchError, Interrupted
+from inbatch.show import complain, first, print_json, say
+
+app = typer.Typer(
+    name="inbatch",
+    help="Learn image features by letting the samples of a batch teach each other.",
+    epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
+    "  inbatch pretrain --help\n\n"
+    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
+    "75 stopped with a checkpoint, 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The program `inbatch`."""
+    process.begin()
+    app()
+
+
+Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Only results and errors.")]
+Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, as often as you like.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a finished run.")]
+Data = Annotated[str, Argument(metavar="DATA", help="A folder, a Parquet file or folder, or digits-canvas.")]
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(version("inbatch"))
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Errors for people: a sentence on stderr, with --json an object on stdout too, and the exit code of their kind."""
+    message, code = "interrupted", Interrupted.exit_code
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        several = False
+    except InbatchError as error:
+        message, code = str(error), error.exit_code
+        # What ranks decide together is told once; what may befall one of them, by the one it befell.
+        several = type(error) in (InbatchError, DataError)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
+        several = True
+    if first() or several:
+        complain(message)
+    if as_json:
+        print_json({"error": message, "exit_code": code})
+    raise typer.Exit(code)
+
+
+def assignments(texts: list[str] | None) -> dict[str, Any]:
+    """The values of --set as settings."""
+    from inbatch.config import parse_assignment
+
+    return {key: value for text in texts or () for key, value in parse_assignment(text).items()}

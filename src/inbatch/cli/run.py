@@ -1,0 +1,164 @@
+"""Commands that learn, judge and use: quickstart, pretrain, evaluate, embed."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from inbatch.cli.base import Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
+from inbatch.errors import ConfigError, TrainingError
+from inbatch.show import complain, print_figures, print_json, print_rehearsal, print_run, print_verdict, say
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch quickstart\n\n"
+    "  inbatch quickstart --epochs 8 --margin 5     a few seconds, for CI\n\n"
+    "  inbatch quickstart --json > figures.json"
+)
+def quickstart(
+    out: Annotated[Path, Option(help="The run's folder; gets a number where it exists.")] = Path("runs/quickstart"),
+    epochs: Annotated[int | None, Option(min=1, help="Fewer for a smaller budget.")] = None,
+    margin: Annotated[float, Option(help="Points of k-NN above raw pixels without which it exits with 4.")] = 20,
+    seed: Annotated[int, Option(min=0, help="Of weights, order and views.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn from real handwritten digits that come along, and see what it is worth. About a minute on two cores."""
+    with reported(as_json):
+        from inbatch.quickstart import quickstart as run
+
+        verdict = run(out, epochs=epochs, margin=margin, seed=seed, device=device, quiet=quiet)
+        if as_json:
+            failure = {} if verdict.reached else {"error": verdict.sentence(), "exit_code": TrainingError.exit_code}
+            print_json(verdict.json() | failure)
+        else:
+            print_verdict(verdict)
+        if not verdict.reached:
+            complain(verdict.sentence())
+            raise typer.Exit(TrainingError.exit_code)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n"
+    "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
+    "  inbatch pretrain --data ~/photos --dry-run\n\n"
+    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096"
+)
+def pretrain(
+    method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
+    data: Annotated[str | None, Option(help="A folder, a Parquet file or folder, or digits-canvas.")] = None,
+    out: Annotated[Path | None, Option(help="The run's folder; runs/METHOD-DATA-NUMBER by default.")] = None,
+    preset: Annotated[str | None, Option(help="Settings of a paper; by default those for the images' size.")] = None,
+    encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
+    init: Annotated[str | None, Option(metavar="PATH|timm", help="Weights to start from.")] = None,
+    batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
+    context: Annotated[
+        str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
+    ] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
+    seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
+    fuse: Annotated[str | None, Option(metavar="conv|set", help="Mix a group's images before the encoder.")] = None,
+    attend: Annotated[str | None, Option(help="ba2m, batchformer: attention over the samples; se, eca, cbam.")] = None,
+    curate: Annotated[bool, Option("--curate", help="Redraw views that their sample cannot be told by.")] = False,
+    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
+    shuffle_groups: Annotated[bool, Option("--shuffle-groups", help="Other groups for what views learn from.")] = False,
+    device: Device = "auto",
+    compile: Annotated[bool, Option("--compile", help="Compile the encoder: slower to start, then faster.")] = False,
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images that do not fit.")] = None,
+    config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
+    set_: Set = None,
+    resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
+    expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; write nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn features from images and leave a run's folder: recipe, log, curves, checkpoints, encoder, result."""
+    with reported(as_json):
+        from inbatch import api
+
+        chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
+        chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
+        chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
+        fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
+        shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
+        if dry_run:
+            if resume is not None:
+                raise ConfigError(
+                    "--dry-run shows a new run: leave out --resume (a run's recipe.json holds its settings)"
+                )
+            rehearsed = api.rehearse(data, method, expect_world_size=expect_world_size, **shared, **fields)
+            print_json(rehearsed) if as_json else print_rehearsal(rehearsed)
+            return
+        run = api.pretrain(
+            data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
+            expect_world_size=expect_world_size, **shared, **fields,
+        )  # fmt: skip
+        print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
+    "  inbatch evaluate runs/cc-photos-1 --protocol clustering --from head\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco"
+)
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str | None, Option(help="Labelled images to judge by; the run's own by default.")] = None,
+    test: Annotated[str | None, Option(help="Test images; else the data's test split or a tenth of it.")] = None,
+    protocol: Annotated[list[str] | None, Option(help="knn, linear, clustering; all by default.")] = None,
+    from_: Annotated[
+        str, Option("--from", metavar="features|head", help="Clusters: k-means on features; head: the method's, too.")
+    ] = "features",
+    k: Annotated[int | None, Option(min=1, help="Neighbours; the recipe's by default.")] = None,
+    temperature: Annotated[float, Option(min=0.001, help="Of the neighbours' weights.")] = 0.1,
+    probe: Annotated[
+        str, Option(help="How the linear probe is trained: lbfgs, or as a paper did: moco, ...")
+    ] = "lbfgs",
+    seed: Annotated[int | None, Option(min=0, help="Of k-means and probe; the recipe's by default.")] = None,
+    out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a run's encoder by k-NN, a linear probe and clustering; the protocol stands beside every figure."""
+    with reported(as_json):
+        from inbatch.api import evaluate_run
+        from inbatch.files import write_json
+
+        protocols = protocol or ["knn", "linear", "clustering"]
+        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
+        options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
+        found = evaluate_run(run, data, test, protocols=protocols, **options)
+        out = out or run / "evaluation.json"
+        write_json(out, found)
+        if as_json:
+            print_json(found)
+        else:
+            print_figures({str(run): found})
+            say("", f"Judged by:  {found['held_out']}", f"Written to: {out}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test"
+)
+def embed(
+    run: RunFolder,
+    data: Data,
+    out: Annotated[Path, Option("--out", "-o", help="A .parquet or .npz file; replaced where it exists.")],
+    split: Annotated[str | None, Option(help="train or test, where the data has both.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write path, index, label and feature vector of every image to a file; memory does not grow with their number."""
+    with reported(as_json):
+        from inbatch.api import embed_run
+
+        count = embed_run(run, data, out, split=split, device=device, quiet=quiet)
+        print_json({"images": count, "out": str(out)}) if as_json else say(f"{count:,} images embedded into {out}")

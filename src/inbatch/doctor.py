@@ -1,0 +1,234 @@
+"""What this machine can do, what of it is in use, and what that gains (`inbatch doctor`)."""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch import process
+from inbatch.build import device_for, precision_for
+from inbatch.data import cache
+from inbatch.data.jpeg import fast_jpeg
+from inbatch.environment import environment
+from inbatch.limits import affine, cores, limited_bytes
+from inbatch.machine import free_bytes
+from inbatch.products import onednn
+from inbatch.views import fused
+
+_SHARED = Path("/dev/shm")
+_ROOM = 2**30
+"""Bytes of shared memory below which data workers may fail: containers often get 64 MB."""
+_BUSY = 0.5
+"""Cores that others keep busy from which on a step with all cores waits for them."""
+
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
+    "channels_last": {"bf16": False, "channels_last": True},
+    "bf16": {"bf16": True, "channels_last": False},
+    "bf16, channels_last": {"bf16": True, "channels_last": True},
+    "the same, freed memory kept": {"bf16": True, "channels_last": True, "tune": True},
+    "float32, channels_last, freed memory kept": {"bf16": False, "channels_last": True, "tune": True},
+}
+"""What a step of an encoder is measured with."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about the machine: what is in use, and what to do where more could be."""
+
+    what: str
+    found: str
+    advice: str = ""
+
+
+def examine(device: str = "auto") -> list[Finding]:
+    """What there is and what is in use; nothing is measured but how busy the cores are."""
+    on = device_for(device)
+    found = [_threads(on), _busy(), _memory(on), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
+
+
+def advice(device: torch.device) -> str:
+    """One line for the start of a run: what would make it faster here; nothing where there is nothing."""
+    found = [_views(), _jpeg(), _shared_memory()]
+    if device.type == "cpu":
+        found = [_threads(device), _busy(), _allocator(), *found]
+    wanted = [finding.advice for finding in found if finding.advice]
+    return f"Could be faster: {'; '.join(wanted)} (inbatch doctor tells more)." if wanted else ""
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """What the processor reaches, and an encoder's steps with and without every setting, in processes that take turns.
+
+    ceilings: products in float32 and bf16 (operations a second) and copies (bytes a second). tower: views a second of
+    a ResNet-18 on 32 pixels, forward and backward, by setting. Takes half a minute.
+    """
+    from inbatch.bench.runner import Contestant, Race
+
+    job = {"device": "cpu", "threads": torch.get_num_threads(), "quick": quick, "seconds": 0.1 if quick else 1.0}
+    ceiling = Contestant("ceiling", job | {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01})
+    ceiling.meet()
+    reached = ceiling.end()
+    mine = job | {"module": "inbatch.doctor", "make": "tower", "batch": 4 if quick else 32}
+    field = [Contestant(who, mine | chosen) for who, chosen in CONTESTANTS.items()]
+    race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
+    return {"environment": environment(torch.device("cpu")), "ceilings": reached, "tower": race["contestants"]}
+
+
+def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
+    """In the process of a contestant: a step of an encoder without its optimiser; units are views."""
+    from inbatch.encoders import create_encoder
+
+    layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
+    encoder = create_encoder("resnet18", size=32, channels=3).to(memory_format=layout)
+    images = [torch.randn(job["batch"], 3, 32, 32).contiguous(memory_format=layout) for _ in range(2)]
+
+    def step() -> int:
+        encoder.zero_grad(set_to_none=True)
+        for view in images:
+            with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
+                made = encoder(view)
+            made.float().square().mean().backward()
+        return 2 * job["batch"]
+
+    return step, {}
+
+
+def others_busy(seconds: float = 0.1) -> float:
+    """How many cores other processes keep busy, seen for so long; 0 where the system does not tell."""
+
+    def read() -> tuple[float, float]:
+        fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    try:
+        (total, own), began = read(), time.perf_counter()
+        time.sleep(seconds)
+        (total_then, own_then), spent = read(), time.perf_counter() - began
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+    return max(0.0, ((total_then - total) - (own_then - own)) / spent)
+
+
+def _threads(device: torch.device) -> Finding:
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads, fair = torch.get_num_threads(), max(1, cores() // near)
+    found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
+    if device.type == "cpu" and threads != fair:
+        return Finding("threads", found, f"OMP_NUM_THREADS={fair} uses {'each' if threads < fair else 'just the'} core")
+    return Finding("threads", found)
+
+
+def _busy() -> Finding:
+    busy = others_busy()
+    found = f"others keep {busy:.1f} cores busy"
+    if busy < _BUSY or torch.get_num_threads() == 1:
+        return Finding("load", found)
+    free = max(1, round(cores() - busy))
+    return Finding("load", found, f"{found}, and threads wait for each other: OMP_NUM_THREADS={free} until they end")
+
+
+def _memory(device: torch.device) -> Finding:
+    limit = ", as a container or job allows" if limited_bytes() else ""
+    return Finding("memory", f"{free_bytes(torch.device('cpu')) / 1e9:,.1f} GB free{limit}")
+
+
+def _gpu(device: torch.device) -> list[Finding]:
+    if device.type != "cuda":
+        return [Finding("GPU", "none that torch sees" if not torch.cuda.is_available() else "there is one, not asked for")]
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    kernels = "Triton's kernels for losses" if find_spec("triton") else "no Triton"
+    return [Finding("GPU", f"{torch.cuda.get_device_name(device)}, {memory:,.0f} GB; {kernels}")]
+
+
+def _precision(device: torch.device) -> Finding:
+    bf16 = precision_for("auto", device) == torch.bfloat16
+    why = "multiplies bf16" if bf16 else "does not say that it multiplies bf16"
+    whose = "the GPU" if device.type == "cuda" else "the processor"
+    return Finding("precision", f"{'bf16' if bf16 else 'float32'}, channels_last: {whose} {why}")
+
+
+def _products() -> Finding:
+    return Finding("float32 products", "oneDNN's, the faster ones here" if onednn() else "torch's own")
+
+
+def _allocator() -> Finding:
+    if process.keeps_memory:
+        return Finding("allocator", "keeps freed memory (INBATCH_ALLOCATOR=system leaves it alone)")
+    if process.tuned or platform.system() != "Linux":
+        return Finding("allocator", "as the system ships it")
+    return Finding("allocator", "as the system ships it", "inbatch.tune() at the top of a script keeps freed memory")
+
+
+def _denormals() -> Finding:
+    flushed = float(torch.tensor(1e-39) * 0.5) == 0
+    return Finding("denormal numbers", "count as 0" if flushed else "are computed with")
+
+
+def _views() -> Finding:
+    if fused.available():
+        return Finding("views", f"one fused pass on a CPU (numba {_version('numba')})")
+    return Finding("views", "torch's operations", "python -m pip install numba draws views in one pass")
+
+
+def _jpeg() -> Finding:
+    if fast_jpeg():
+        return Finding("JPEG", f"simplejpeg {_version('simplejpeg')}, Pillow {_version('pillow')} for the rest")
+    return Finding("JPEG", "Pillow", "python -m pip install simplejpeg decodes faster")
+
+
+def _shared_memory() -> Finding:
+    with suppress(OSError):
+        free = shutil.disk_usage(_SHARED).free
+        found = f"{free / 1e9:,.1f} GB free for what data workers hand over"
+        short = f"{_SHARED} has {free / 1e6:,.0f} MB for data workers: docker run --shm-size=8g"
+        return Finding("shared memory", found, short if free < _ROOM else "")
+    return Finding("shared memory", "as the system gives it")
+
+
+def _cache() -> Finding:
+    folder = cache.where()
+    if folder is None:
+        return Finding("cache", "off: decoded images are not kept between runs")
+    return Finding("cache", f"{folder}: {cache.used() / 1e9:,.1f} of {cache.limit() / 1e9:,.0f} GB used")
+
+
+def _extras() -> list[Finding]:
+    names = {"pyarrow": "Parquet files", "tensorboard": "TensorBoard logs"}
+    return [
+        Finding(what, f"{name} {_version(name)}" if find_spec(name) else f"needs {name}, which is not installed")
+        for name, what in names.items()
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What `measure` found, in words: what, how fast, how many times as fast as torch ships it."""
+    reached = found["ceilings"]
+    lines = [
+        ("products in float32", f"{reached['float32'] / 1e9:,.0f} GFLOP/s", ""),
+        ("products in bf16", f"{reached['bf16'] / 1e9:,.0f} GFLOP/s", f"{reached['bf16'] / reached['float32']:.2f}"),
+        ("copies of memory", f"{reached['copy'] / 1e9:,.0f} GB/s", ""),
+    ]
+    base = next(iter(found["tower"].values())).get("rate")
+    for who, row in found["tower"].items():
+        if "rate" not in row or base is None:
+            lines.append((who, row.get("failed", ""), ""))
+        else:
+            lines.append((f"ResNet-18, {who}", f"{row['rate']:,.0f} views/s", f"{row['rate'] / base:.2f}"))
+    return lines

@@ -1,0 +1,104 @@
+"""What `inbatch doctor` says, on machines that are made up and on this one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from inbatch import doctor, process
+from inbatch.cli import app
+
+CPU = torch.device("cpu")
+Change = Callable[..., None]
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
+    """A machine with nothing to complain about; called, it changes something of it."""
+
+    def change(**what: object) -> None:
+        for name, value in what.items():
+            monkeypatch.setattr(doctor, name, value)
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(process, "keeps_memory", True)
+    monkeypatch.setattr(doctor.fused, "available", lambda: True)
+    change(cores=lambda: 4, affine=lambda: 4, others_busy=lambda: 0.1, fast_jpeg=lambda: True)
+    change(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**34)))
+    return change
+
+
+def test_nothing_to_say(quiet: Change) -> None:
+    assert doctor.advice(CPU) == ""
+    assert not [finding for finding in doctor.examine("cpu") if finding.advice]
+
+
+def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(cores=lambda: 16, affine=lambda: 64)
+    assert "OMP_NUM_THREADS=16" in doctor.advice(CPU) and "OMP" not in doctor.advice(torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "OMP_NUM_THREADS=8" in doctor.advice(CPU)
+    found = {finding.what: finding for finding in doctor.examine("cpu")}
+    assert found["threads"].found == "4 threads on 16 cores of 64, by quota"
+
+
+def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(others_busy=lambda: 1.2)
+    assert "others keep 1.2 cores busy" in doctor.advice(CPU) and "OMP_NUM_THREADS=3" in doctor.advice(CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    quiet(cores=lambda: 1)
+    assert doctor.advice(CPU) == ""  # one thread waits for nobody
+
+
+def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.fused, "available", lambda: False)
+    quiet(fast_jpeg=lambda: False)
+    quiet(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**26)))
+    said = doctor.advice(CPU)
+    assert said.startswith("Could be faster: ") and said.endswith("(inbatch doctor tells more).")
+    assert "pip install numba" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
+
+
+def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "keeps_memory", False)
+    monkeypatch.setattr(process, "tuned", False)
+    assert "inbatch.tune()" in doctor.advice(CPU)
+    monkeypatch.setattr(process, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
+    assert doctor.advice(CPU) == ""
+
+
+def test_busy_cores_are_seen() -> None:
+    assert 0 <= doctor.others_busy(0.02) < 1024
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tmp_path / "cache" / ("0" * 64)
+    entry.mkdir(parents=True)
+    (entry / "images.bin").write_bytes(bytes(5_000_000))
+    (entry / "entry.json").write_text(json.dumps({"name": "photos"}))
+    monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
+    shown = CliRunner().invoke(app, ["doctor", "--no-measure"])
+    assert shown.exit_code == 0 and "precision" in shown.stdout and "10 GB used" in shown.stdout
+    told = CliRunner().invoke(app, ["doctor", "--no-measure", "--clear-cache", "--json"])
+    found = json.loads(told.stdout)
+    assert found["cleared_bytes"] >= 5_000_000 and not entry.exists() and found["measured"] is None
+    assert CliRunner().invoke(app, ["doctor", "--device", "tpu"]).exit_code == 2
+    monkeypatch.setenv("INBATCH_CACHE_GB", "much")
+    assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
+
+
+def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::4]}
+    assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]
+    monkeypatch.setattr(doctor, "CONTESTANTS", few)
+    found = doctor.measure(quick=True)
+    assert found["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in found["tower"].values())
+    rows = doctor.rows(found)
+    assert len(rows) == 5 and rows[3][2] == "1.00"
+    found["tower"][next(iter(few))] = {"failed": "out of memory"}
+    assert doctor.rows(found)[3][1] == "out of memory"
