@@ -1,6 +1,7 @@
 """Evaluation: features of clean images, and numbers that agree with slow or well-known versions."""
 
 import builtins
+import importlib
 import itertools
 import json
 from dataclasses import replace
@@ -9,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
+from timm.optim import Lars
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +21,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import (
     PROBES,
     Embeddings,
+    Kept,
     Lbfgs,
     Sgd,
     ari,
@@ -28,6 +32,7 @@ from inbatch.evaluate import (
     evaluate,
     feature_std,
     hungarian_accuracy,
+    keep,
     knn,
     knn_scores,
     linear,
@@ -37,6 +42,8 @@ from inbatch.evaluate import (
     write_embeddings,
 )
 from inbatch.evaluate.linear import _lbfgs, _sgd
+
+knn_module = importlib.import_module("inbatch.evaluate.knn")
 
 
 class Pictures:
@@ -143,6 +150,33 @@ def test_raw_pixels():
     assert torch.allclose(raw_pixels(flat).vectors, torch.tensor(0.2))
 
 
+@pytest.mark.parametrize("sizes", [((20, 20),), ((20, 20), (31, 40))])
+def test_kept_images_are_decoded_once_and_give_the_same(sizes):
+    source, net, seen = pictures(21, sizes), encoder(), []
+    plain = embed(net, source, batch=8)
+    image = source.image
+    source.image = lambda i: seen.append(i) or image(i)
+    kept = Kept(source)
+    for workers in (0, 2):
+        again = embed(net, kept, batch=8, workers=workers)
+        assert torch.equal(again.vectors, plain.vectors) and again.identities == plain.identities
+        assert torch.equal(again.labels, plain.labels)
+    assert sorted(seen) == list(range(21))
+
+
+def test_only_what_fits_is_kept():
+    source = pictures(30)
+    assert isinstance(keep(source, 30 * 400), Kept)
+    assert keep(source, 30 * 400 - 1) is source
+
+
+def test_images_of_one_size_are_prepared_as_they_are_one_by_one(monkeypatch):
+    source, net = pictures(9, sizes=((31, 40),)), encoder()
+    together = embed(net, source, batch=9)
+    monkeypatch.setattr(importlib.import_module("inbatch.evaluate.embed"), "_TOGETHER", 0)
+    assert torch.allclose(embed(net, source, batch=9).vectors, together.vectors, atol=1e-6)
+
+
 def test_nothing_to_embed():
     with pytest.raises(DataError, match="no images"):
         embed(encoder(), Pictures([], [], "empty"))
@@ -203,6 +237,16 @@ def test_other_endings_and_no_pyarrow(tmp_path, monkeypatch):
         write_embeddings(tmp_path / "features.parquet", [clouds(5)])
 
 
+def test_large_features_are_no_infinity_and_nan_is_found():
+    large = Embeddings(torch.full((4, 3), 3e38), torch.tensor([0, 1, 0, 1]), tuple("abcd"), "large", "f")
+    assert len(large.labelled()) == 4
+    for bad in (torch.nan, torch.inf):
+        vectors = large.vectors.clone()
+        vectors[2, 1] = bad
+        with pytest.raises(DataError, match="diverged"):
+            replace(large, vectors=vectors).labelled()
+
+
 # k-NN
 
 
@@ -229,13 +273,29 @@ def test_knn_scores_literally(distance, k):
         torch.testing.assert_close(knn_scores(*arguments, **options, chunk=chunk), expected)
 
 
-def test_chunks_keep_the_similarities_small(monkeypatch):
-    """No product is larger than the chunk times the bank."""
+def test_tiles_keep_the_similarities_small_and_change_nothing(monkeypatch):
+    """No product is larger than the chunk times the tile, and the best of the tiles' best are the best of all."""
     seen = []
-    real = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, b=None: seen.append(len(x) * len(w)) or real(x, w, b))
-    knn_scores(torch.randn(100, 4), torch.randn(50, 4), torch.zeros(50, dtype=torch.int64), 1, k=3, chunk=8)
-    assert max(seen) == 8 * 50 and sum(seen) == 100 * 50
+    real = torch.mm
+    monkeypatch.setattr(knn_module, "_BANK", 32)
+    query, bank = clouds(100, spread=2, seed=1), clouds(90, spread=2, seed=2)
+    whole = slow_knn(query.vectors.double(), bank.vectors.double(), bank.labels, 4, 40, 0.1, "cosine")
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: seen.append(len(x) * w.shape[1]) or real(x, w, out=out))
+    scores = knn_scores(query.vectors.double(), bank.vectors.double(), bank.labels, 4, k=40, chunk=8)
+    torch.testing.assert_close(scores, whole)
+    assert max(seen) == 8 * 32 and sum(seen) == 100 * 90
+
+
+@pytest.mark.parametrize(("columns", "k"), [(5000, 200), (1003, 3), (257, 1), (64, 4), (40, 40)])
+def test_the_largest_are_the_largest(columns, k):
+    """In whatever order they stand, and where many are equal."""
+    x = torch.randn(20, columns)
+    x[:5] = x[:5].sort(1).values
+    x[5:10] = x[5:10].round()
+    values, place = knn_module._largest(x, k)
+    assert torch.equal(values.sort(1).values, x.topk(k).values.sort(1).values)
+    assert torch.equal(x.gather(1, place), values)
+    assert all(len(row.unique()) == k for row in place)
 
 
 def test_votes_that_tie_go_to_the_smallest_class():
@@ -287,6 +347,20 @@ def test_lbfgs_is_scikit_learns_logistic_regression():
     assert np.allclose(bias - bias.mean(), reference.intercept_ - reference.intercept_.mean(), atol=1e-3)
 
 
+def test_lbfgs_ends_at_the_minimum_of_crooked_features():
+    """Features that hang together a thousand times as strongly in one direction as in another."""
+    train = clouds(600, width=32, spread=3, seed=1)
+    x = train.vectors @ (torch.eye(32) + 3 * torch.randn(32, 1) @ torch.randn(1, 32))
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    weight, bias, extra = _lbfgs(x, train.labels, 4, Lbfgs(c=10.0))
+    weight, bias = weight.double().requires_grad_(), bias.double().requires_grad_()
+    loss = F.cross_entropy(x.double() @ weight.T + bias, train.labels) + weight.square().sum() / (2 * 10 * 600)
+    loss.backward()
+    largest = max(weight.grad.abs().max(), bias.grad.abs().max())
+    assert largest < 1e-4 and extra["largest_gradient"] == pytest.approx(largest.item(), abs=1e-6)
+    assert extra["iterations_used"] < 60
+
+
 def test_lbfgs_takes_dead_features_and_any_scale():
     train, test = clouds(200, spread=2, seed=1), clouds(100, spread=2, seed=2)
 
@@ -323,6 +397,42 @@ def test_sgd_is_the_textbook_loop():
             momentum_b = 0.9 * momentum_b + error.mean(0) + 0.01 * b
             w, b = w - rate * momentum_w, b - rate * momentum_b
     assert torch.allclose(weight, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(PROBES) - {"lbfgs"}))
+def test_sgd_is_torchs_and_lars_is_timms(name):
+    """Every preset against its optimiser and autograd, with weight decay, and a last batch that is smaller."""
+    probe = replace(PROBES[name], epochs=4, batch=48, weight_decay=0.01, milestones=PROBES[name].milestones and (2, 3))
+    train = clouds(200, seed=1)
+    x, y = train.vectors.double(), train.labels
+    draw = torch.Generator().manual_seed(5)
+    w = (0.01 * torch.randn(4, 8, generator=draw)).double().requires_grad_()
+    b = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    lr = probe.lr * (48 / 256 if probe.scaled else 1)
+    common = {"lr": lr, "momentum": probe.momentum, "weight_decay": 0.01, "nesterov": probe.nesterov}
+    if probe.lars:
+        optimiser = Lars([w, b], **common, trust_coeff=0.001, always_adapt=True)
+    else:
+        optimiser = torch.optim.SGD([w, b], **common)
+    for epoch in range(4):
+        optimiser.param_groups[0]["lr"] = lr * probe.rate(epoch)
+        for at in torch.randperm(200, generator=draw).split(48):
+            optimiser.zero_grad()
+            F.cross_entropy(F.linear(x[at], w, b), y[at]).backward()
+            optimiser.step()
+    weight, bias, _ = _sgd(x, y, 4, probe, seed=5)
+    torch.testing.assert_close(weight, w.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(bias, b.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_small_steps_leave_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        linear(clouds(40), clouds(20), Sgd(lr=0.1, epochs=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_lars_moves_by_a_thousandth_of_the_weights():
@@ -372,6 +482,18 @@ def test_clustering_finds_clouds():
         clustering(clouds(8), 9)
 
 
+def test_clustering_repeats_itself_on_any_number_of_threads():
+    from threadpoolctl import threadpool_limits
+
+    hard, found = clouds(1500, classes=12, spread=3), []
+    for threads in (1, 4, 4):
+        with threadpool_limits(threads):
+            found.append(clustering(hard, n_init=4))
+    assert found[0] == found[1] == found[2]
+    best = KMeans(12, n_init=4, random_state=0).fit(F.normalize(hard.vectors).numpy())
+    assert found[0]["nmi"] == pytest.approx(nmi(hard.labels, torch.from_numpy(best.labels_)), abs=0.05)
+
+
 def test_assigned_clusters_are_the_largest_outputs():
     outputs = Embeddings(torch.eye(5)[[0, 0, 3, 3, 1, 1]], torch.tensor([1, 1, 0, 0, 0, -1]), tuple("abcdef"), "p", "h")
     result = assigned(outputs)
@@ -410,7 +532,7 @@ def test_evaluate_states_its_protocol():
     assert result["train"] == {"name": "pictures", "images": 30, "labelled": 30}
     assert result["knn"]["k"] == 30 and result["knn"]["temperature"] == 0.1
     assert result["linear"]["probe"] == "lbfgs" and result["clustering"]["split"] == "test"
-    assert result["encoder"]["name"] == "tiny" and result["width"] == 96 and result["protocol_version"] == 1
+    assert result["encoder"]["name"] == "tiny" and result["width"] == 96 and result["protocol_version"] == 2
     features = embed(net, train), embed(net, test)
     made = evaluate(None, *features, protocols=["knn"], k=200)
     assert made["knn"] == result["knn"] and "linear" not in made

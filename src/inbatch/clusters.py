@@ -21,14 +21,20 @@ def k_means(
     """Centroids, the cluster of each row, and its Euclidean distance to that centroid: the best of some restarts.
 
     scikit-learn's, on one thread: several add up their sums in no fixed order, so that the same rows would not always
-    give the same clusters. ValueError for more clusters than rows.
+    give the same clusters. It begins at rows far apart (k-means++), looked for among ten times as many as there are
+    clusters: among all of them that takes longer than what follows. ValueError for more clusters than rows.
     """
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
 
     if count > len(rows):
         raise ValueError(f"{count:,} clusters cannot be made of {len(rows):,} rows")
-    means = KMeans(count, n_init=restarts, max_iter=iterations, random_state=seed % 2**32)
+
+    def begin(x: Any, count: int, random_state: Any) -> Any:
+        some = x if len(x) <= 10 * count else x[random_state.permutation(len(x))[: 10 * count]]
+        return kmeans_plusplus(some, count, random_state=random_state)[0]
+
+    means = KMeans(count, init=begin, n_init=restarts, max_iter=iterations, random_state=seed % 2**32)
     with threadpool_limits(1):
         assignment = torch.from_numpy(means.fit_predict(rows.numpy())).long()
     centroids = torch.from_numpy(means.cluster_centers_)

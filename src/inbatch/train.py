@@ -22,12 +22,13 @@ from inbatch.describe import describe
 from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
-from inbatch.evaluate import embed, evaluate, feature_std, knn, rankme
+from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme
 from inbatch.files import write_json
 from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
 from inbatch.inspect.leak import leak, meets, sign
 from inbatch.log import Log
+from inbatch.products import fast_products
 from inbatch.signals import Stop, stop_on_signals
 
 Judge = Callable[[], dict[str, float]]
@@ -96,9 +97,12 @@ def train(
         for note in notes:
             log.note(note)
         try:
-            with stop_on_signals() as stop:
-                _epochs(built, progress, parts, log, stop, held, out)
-            result = ranks.share(_finish(built, progress, held, out, where) if main else None)
+            if held is not None and main:  # looked at again and again
+                held = (keep(held[0]), keep(held[1]), held[2])
+            with fast_products():  # of layers that stay in float32, too
+                with stop_on_signals() as stop:
+                    _epochs(built, progress, parts, log, stop, held, out)
+                result = ranks.share(_finish(built, progress, held, out, where) if main else None)
         except (Preempted, Interrupted, TrainingError) as error:
             kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
             report.status(kinds[type(error)], str(error))

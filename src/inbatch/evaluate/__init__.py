@@ -8,7 +8,7 @@ import torch
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
-from inbatch.evaluate.embed import Encoder, Source, embed, embed_stream, raw_pixels
+from inbatch.evaluate.embed import Encoder, Kept, Source, embed, embed_stream, keep, raw_pixels
 from inbatch.evaluate.embeddings import Embeddings, class_count
 from inbatch.evaluate.knn import knn, knn_scores
 from inbatch.evaluate.linear import PROBES, Lbfgs, Sgd, linear
@@ -19,6 +19,7 @@ __all__ = [
     "PROBES",
     "PROTOCOL_VERSION",
     "Embeddings",
+    "Kept",
     "Lbfgs",
     "Sgd",
     "ari",
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "feature_std",
     "hungarian_accuracy",
+    "keep",
     "knn",
     "knn_scores",
     "linear",
@@ -38,7 +40,7 @@ __all__ = [
     "write_embeddings",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever the same encoder and images would give other numbers than before."""
 
 

@@ -1,6 +1,7 @@
 """Features of clean images: all at once, or as a stream of chunks for sets of any length."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from inbatch.errors import DataError
 from inbatch.evaluate.embeddings import Embeddings
+from inbatch.machine import cores, free_bytes
+
+_TOGETHER = 2**24  # bytes of images that are prepared at once rather than one by one
 
 
 @runtime_checkable
@@ -37,6 +41,43 @@ class Encoder(Protocol):
     def __call__(self, x: Float[Tensor, "n c s s"], /) -> Float[Tensor, "n f"]: ...
 
 
+class Kept:
+    """A source whose decoded images stay in memory once they have been read: the same numbers, sooner."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.name, self.labels = source, source.name, source.labels
+        self._images: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        if i not in self._images:
+            self._images[i] = self.source.image(i)
+        return self._images[i]
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(i)
+
+    def read(self) -> None:
+        """Decode what has not been read yet, on all cores."""
+        missing = [i for i in range(len(self)) if i not in self._images]
+        if missing:
+            parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
+            with ThreadPoolExecutor(cores()) as pool:
+                list(pool.map(lambda part: [self.image(i) for i in part], parts))
+
+
+def keep(source: Source, limit: int = 2**30) -> Source:
+    """The source with its images kept in memory, for whoever embeds it again and again; itself if they are too large.
+
+    limit: bytes that they may fill, judged by 16 of them; nor may it be more than a quarter of the free memory.
+    """
+    some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    size = sum(source.image(i).nbytes for i in some) / max(1, len(some)) * len(source)
+    return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 4) else source
+
+
 class _Chunks(Dataset[Tensor]):
     """Prepared images of a range of numbers; decoding and resizing happen here, in a worker if there are any."""
 
@@ -44,7 +85,11 @@ class _Chunks(Dataset[Tensor]):
         self.source, self.prepare = source, prepare
 
     def __getitem__(self, at: range) -> Tensor:
-        return self.prepare(self.source.image(i) for i in at)
+        first = self.source.image(at[0])
+        if len(at) * first.nbytes > _TOGETHER:
+            return self.prepare(self.source.image(i) for i in at)
+        images = [first, *(self.source.image(i) for i in at[1:])]
+        return self.prepare(torch.stack(images) if all(x.shape == first.shape for x in images) else images)
 
 
 def _stream(
@@ -57,6 +102,9 @@ def _stream(
 ) -> Iterator[Embeddings]:
     if not len(source):
         raise DataError(f"{source.name} holds no images.")
+    if isinstance(source, Kept):
+        source.read()
+        workers = 0  # who would keep the images for themselves
     n = len(source)
     ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     chunks = _Chunks(source, prepare)

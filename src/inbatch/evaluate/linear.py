@@ -4,7 +4,9 @@ The papers' presets keep their optimiser, learning rate, batch and length; what 
 crop of every training image, because the features come from clean images.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.embeddings import Embeddings, class_count, hits
+from inbatch.products import fast_products
+
+_SMALL = 2**26  # multiplications of a step that is over before a second thread has taken its part
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Lbfgs:
     """Multinomial logistic regression on standardised features, full batch.
 
     Minimises the mean cross-entropy + |W|^2 / (2 C N): the objective of scikit-learn's LogisticRegression(C).
+    tolerance: largest gradient at which it ends, taken in the whitened features in which it searches.
     """
 
     c: float = 1.0
@@ -87,64 +93,110 @@ def linear(
     train, test = train.labelled(), test.labelled()
     classes = class_count(train, test)
     x, y, query = train.vectors.to(device), train.labels.to(device), test.vectors.to(device)
-    if isinstance(probe, Lbfgs):
-        mean, std = x.mean(0), x.std(0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
-        weight, bias, extra = _lbfgs((x - mean) / std, y, classes, probe)
-        query, normalisation = (query - mean) / std, "standardised by the training features"
-    else:
-        weight, bias, extra = _sgd(x, y, classes, probe, seed)
-        normalisation = "none"
+    with torch.no_grad(), fast_products():
+        if isinstance(probe, Lbfgs):
+            mean = x.mean(0)
+            x = x - mean
+            std = (sum(rows.square().sum(0) for rows in x.split(4096)) / len(x)).sqrt()  # type: ignore[union-attr]
+            std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # less is the rounding of what does not vary
+            weight, bias, extra = _lbfgs(x.div_(std), y, classes, probe)
+            query, normalisation = (query - mean) / std, "standardised by the training features"
+        else:
+            weight, bias, extra = _sgd(x, y, classes, probe, seed)
+            normalisation = "none"
+        scores = F.linear(query, weight, bias)
     protocol = {"probe": name, **asdict(probe), **extra, "seed": seed, "classes": classes}
-    return {**hits(F.linear(query, weight, bias), test.labels), **protocol, "normalisation": normalisation}
+    return {**hits(scores, test.labels), **protocol, "normalisation": normalisation}
 
 
-def _lbfgs(
-    x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lbfgs
-) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]:
-    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(classes, requires_grad=True)
+Fitted = tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]
+
+
+def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lbfgs) -> Fitted:
+    """x: standardised. The weights are searched for as W = V / L, L L^T being the objective's curvature at W = 0.
+
+    Seen from V the features are white and the way to the minimum is short; the minimum is the same. The gradient is in
+    closed form. Logits are (C, N): softmax over rows, of which there are few, is many times faster than along them.
+    """
+    n, width = x.shape
+    decay = 1 / (probe.c * n)
+    some = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: 4 * width].to(x.device)]
+    curvature = some.T @ some / (len(some) * classes)
+    curvature.diagonal().add_(decay + 1e-6 * curvature.trace())
+    factor = torch.linalg.cholesky(curvature)
+    searched = x.new_zeros(classes, width + 1)  # the last column is the bias
+    searched.grad = slope = torch.zeros_like(searched)
+    gradient, minus = torch.zeros_like(searched), x.new_full((1, n), -1)
     optimiser = torch.optim.LBFGS(
-        [weight, bias],
+        [searched],
         max_iter=probe.iterations,
         tolerance_grad=probe.tolerance,
+        history_size=20,
         line_search_fn="strong_wolfe",
     )
 
+    def found() -> tuple[Tensor, Tensor]:
+        weight = torch.linalg.solve_triangular(factor, searched[:, :-1], upper=False, left=False)
+        return weight, searched[:, -1] * classes**0.5
+
+    @torch.no_grad()
     def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight.square().sum() / (2 * probe.c * len(x))
-        loss.backward()
+        weight, bias = found()
+        logits = torch.addmm(bias[:, None], weight, x.T)
+        total = logits.logsumexp(0)
+        loss = (total - logits.gather(0, y[None])[0]).mean() + decay / 2 * weight.square().sum()
+        error = logits.sub_(total).exp_().scatter_add_(0, y[None], minus)
+        gradient[:, :-1] = torch.addmm(decay * weight, error, x, alpha=1 / n)
+        gradient[:, -1] = error.mean(1)
+        slope[:, :-1] = torch.linalg.solve_triangular(factor.T, gradient[:, :-1], upper=True, left=False)
+        slope[:, -1] = gradient[:, -1] * classes**0.5
         return loss
 
     optimiser.step(closure)
-    gradient = max(p.grad.abs().max().item() for p in (weight, bias) if p.grad is not None)
-    used = optimiser.state[weight]["n_iter"]
-    return weight.detach(), bias.detach(), {"iterations_used": used, "largest_gradient": gradient}
+    closure()  # the line search may have looked elsewhere last
+    used = optimiser.state[searched]["n_iter"]
+    return *found(), {"iterations_used": used, "largest_gradient": gradient.abs().max().item()}
 
 
-def _sgd(
-    x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd, seed: int
-) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]:
+@torch.no_grad()
+def _sgd(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd, seed: int) -> Fitted:
+    """Steps are small and many: the gradient in closed form (softmax minus one-hot), in memory that is made once."""
     draw = torch.Generator().manual_seed(seed)
-    weight = (0.01 * torch.randn(classes, x.shape[1], generator=draw)).to(x).requires_grad_()
-    bias = x.new_zeros(classes, requires_grad=True)
+    weight = x.new_zeros(classes, x.shape[1] + 1)  # the last column is the bias
+    weight[:, :-1] = 0.01 * torch.randn(classes, x.shape[1], generator=draw)
+    gradient, change = torch.zeros_like(weight), torch.zeros_like(weight)
     batch = min(probe.batch, len(x))
     lr = probe.lr * batch / 256 if probe.scaled else probe.lr
-    optimiser = _optimiser([weight, bias], lr, probe)
-    for epoch in range(probe.epochs):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * probe.rate(epoch)
-        for at in torch.randperm(len(x), generator=draw).to(x.device).split(batch):
-            optimiser.zero_grad()
-            F.cross_entropy(F.linear(x[at], weight, bias), y[at]).backward()
-            optimiser.step()
-    return weight.detach(), bias.detach(), {"batch": batch, "lr_used": lr}
+    rows, minus = x.new_ones(batch, x.shape[1] + 1), x.new_full((1, batch), -1)
+    with _threads(1 if batch * weight.numel() < _SMALL else torch.get_num_threads()):
+        for epoch in range(probe.epochs):
+            for at in torch.randperm(len(x), generator=draw).to(x.device).split(batch):
+                some = rows[: len(at)]
+                torch.index_select(x, 0, at, out=some[:, :-1])
+                error = (weight @ some.T).softmax(0).scatter_add_(0, y[at][None], minus)
+                torch.mm(error, some, out=gradient).div_(len(at))
+                _step(weight, gradient, change, lr * probe.rate(epoch), probe)
+    return weight[:, :-1], weight[:, -1], {"batch": batch, "lr_used": lr}
 
 
-def _optimiser(parameters: list[Tensor], lr: float, probe: Sgd) -> torch.optim.Optimizer:
-    if not probe.lars:
-        return torch.optim.SGD(parameters, lr, probe.momentum, 0, probe.weight_decay, probe.nesterov)
-    from timm.optim import Lars
+def _step(weight: Tensor, gradient: Tensor, change: Tensor, lr: float, probe: Sgd) -> None:
+    """torch.optim.SGD's step, in place; with LARS, weights and bias (the last column) have a rate each."""
+    if probe.lars:
+        for w, g in ((weight[:, :-1], gradient[:, :-1]), (weight[:, -1], gradient[:, -1])):
+            length, slope = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+            trust = 0.001 * length / (slope + probe.weight_decay * length + 1e-8)
+            g.add_(w, alpha=probe.weight_decay).mul_(torch.where((length > 0) & (slope > 0), trust, 1.0))
+    elif probe.weight_decay:
+        gradient.add_(weight, alpha=probe.weight_decay)
+    change.mul_(probe.momentum).add_(gradient)
+    weight.add_(gradient.add_(change, alpha=probe.momentum) if probe.nesterov else change, alpha=-lr)
 
-    return Lars(parameters, lr, probe.momentum, 0, probe.weight_decay, trust_coeff=0.001, always_adapt=True)
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
