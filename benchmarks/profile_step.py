@@ -1,13 +1,12 @@
 """Where a step's time goes, and what of it is the framework's own: python benchmarks/profile_step.py
 
-Steps of a run exactly as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer
-has: views, tower forward and backward, loss and its backward, optimiser, momentum tower. The rest of a step is the
-framework: the loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json,
-from which results/render.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
+Steps as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer has: views, tower
+forward and backward, loss and its backward, optimiser, momentum tower. The rest of a step is the framework: the
+loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json, from which
+results/render.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -19,8 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import inbatch
-from inbatch import process
+from inbatch import tune
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "profile.json"
 CASES = {
@@ -67,7 +65,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     """Medians over the steps of the seconds of every part."""
     import torch
 
-    from inbatch import seam, step
+    from inbatch import step
     from inbatch.api import prepare
     from inbatch.log import Log
 
@@ -112,7 +110,6 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
                 epoch += 1
     finally:
         torch.Tensor.backward, torch.autograd.backward, step.follow = kept
-    assert seam.push is not None
     names = sorted({name for one in made for name in one}, key=lambda n: (n == "framework", n))
     parts = {name: median(one.get(name, 0.0) for one in made[warm:]) for name in names}
     totals = [sum(one.values()) for one in made[warm:]]
@@ -128,11 +125,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    process.begin()
-    process.ready()
+    tune()
     import torch
 
     from inbatch.environment import environment
+    from inbatch.files import write_json
 
     if asked.threads:
         torch.set_num_threads(asked.threads)
@@ -141,9 +138,8 @@ def main() -> None:
         found[name] = profile(CASES[name], asked.steps, asked.warm)
         parts = ", ".join(f"{part} {s / found[name]['seconds']:.1%}" for part, s in found[name]["parts"].items())
         print(f"{name}: {found[name]['seconds']:.3f} s: {parts}", file=sys.stderr)
-    told = {"command": shlex.join(["python", "benchmarks/profile_step.py", *sys.argv[1:]]), "inbatch": inbatch.__name__}
-    told.pop("inbatch")
-    asked.out.write_text(json.dumps(told | {"environment": environment(torch.device("cpu")), "cases": found}, indent=1))
+    told = {"command": shlex.join(["python", "benchmarks/profile_step.py", *sys.argv[1:]])}
+    write_json(asked.out, told | {"environment": environment(torch.device("cpu")), "cases": found})
 
 
 if __name__ == "__main__":

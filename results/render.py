@@ -288,14 +288,26 @@ def fitted(page: Path) -> str:
 
 
 def measured(page: Path) -> str:
-    """A page with what `inbatch bench` and benchmarks/training.py found, such as <!-- bench-32px views -->."""
+    """A page with what `inbatch bench`, benchmarks/training.py and profile_step.py found: <!-- bench-32px views -->."""
     from inbatch.bench.table import texts
 
     text = page.read_text()
     for file in sorted(HERE.glob("*.json")):
         for name, new in texts(file.stem, json.loads(file.read_text())).items():
             text = filled(text, name, new)
-    return text
+    return filled(text, "profile", profiled(json.loads((HERE / "profile.json").read_text())))
+
+
+def profiled(found: dict[str, Any]) -> str:
+    """Where benchmarks/profile_step.py saw a step's time go, in percent."""
+    parts = dict.fromkeys(part for case in found["cases"].values() for part in case["parts"])
+    names = [part for part in parts if part != "framework"]
+    lines = [f"| | ms a step | {' | '.join(names)} | framework |", "| --- |" + " --- |" * (len(names) + 2)]
+    for name, case in found["cases"].items():
+        shares = [case["parts"].get(part, 0.0) / case["seconds"] for part in (*names, "framework")]
+        cells = [f"{1e3 * case['seconds']:,.0f}", *(f"{share:.1%}" if share else "" for share in shares)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n`{found['command']}`, medians of {case['steps']} steps.\n"
 
 
 LARGE = HERE.parent / "docs" / "large-batches.md"

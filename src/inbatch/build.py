@@ -19,6 +19,7 @@ from inbatch.context.crops import arrange
 from inbatch.data import Loader, Source, Subset, open_data, splits
 from inbatch.draws import fold, permutation
 from inbatch.encoders import Encoder, create_encoder
+from inbatch.encoders.convolution import by_product
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
@@ -115,13 +116,22 @@ def precision_for(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-@functools.cache
 def _cpu_has_bf16() -> bool:
     """Whether the processor says that it multiplies bf16 (AVX-512 BF16, AMX, ARM); known on Linux only."""
+    return bool(_processor_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def slow_weight_gradients() -> bool:
+    """Whether oneDNN's bf16 gradient of a small convolution's weights is a slow one: seen with AVX-512 BF16, no AMX."""
+    words = _processor_words()
+    return "avx512_bf16" in words and not any(word.startswith("amx") for word in words)
+
+
+@functools.cache
+def _processor_words() -> frozenset[str]:
     if platform.system() != "Linux":
-        return False
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        return frozenset()
+    return frozenset(Path("/proc/cpuinfo").read_text().split())
 
 
 def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None) -> Built:
@@ -166,6 +176,8 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
         encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined,
         fuse, fused,
     )  # fmt: skip
+    if device.type == "cpu" and tower.precision == torch.bfloat16 and slow_weight_gradients():
+        by_product(encoder)
     target = momentum_tower(tower, heads, method.target) if method.target else None
     for module in (tower, target, method):
         if module is not None:

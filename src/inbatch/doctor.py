@@ -144,7 +144,7 @@ def _memory(device: torch.device) -> Finding:
 
 def _gpu(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
-        return [Finding("GPU", "none that torch sees" if not torch.cuda.is_available() else "there is one, not asked for")]
+        return [Finding("GPU", "there is one, not asked for" if torch.cuda.is_available() else "none that torch sees")]
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9
     kernels = "Triton's kernels for losses" if find_spec("triton") else "no Triton"
     return [Finding("GPU", f"{torch.cuda.get_device_name(device)}, {memory:,.0f} GB; {kernels}")]

@@ -66,10 +66,9 @@ class Tower(nn.Module):
 
         # Autocast keeps its bfloat16 weights for all that runs inside it; run by run, their gradients meet in float32.
         group, features = len(views[0]), list[Tensor]()
-        for (_, mix), run in groupby(
-            enumerate(zip(views, mixed, strict=True)), key=lambda at: (at[1][0].shape if self.together else at[0], at[1][1])
-        ):
-            images = [view for _, (view, _) in run]
+        alike = [view.shape if self.together else n for n, view in enumerate(views)]
+        for (_, mix), run in groupby(zip(alike, mixed, views, strict=True), key=lambda at: at[:2]):
+            images = [view for _, _, view in run]
             with remembered(mix), self.autocast(views[0]):
                 features += self._features(torch.cat(images) if len(images) > 1 else images[0]).split(group)
         if self.joined:

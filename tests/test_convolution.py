@@ -1,0 +1,103 @@
+"""Convolutions whose weight gradient is one product: the same gradient, where it is meant to be and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inbatch.api import prepare
+from inbatch.encoders import convolution
+from inbatch.encoders.convolution import by_product
+
+CASES = [  # channels in and out, side of the image, kernel, stride, padding
+    (8, 16, 4, 3, 1, 1),
+    (8, 16, 8, 3, 2, 1),
+    (8, 16, 2, 1, 2, 0),
+    (16, 8, 1, 3, 1, 1),
+    (4, 8, 7, 5, 3, 0),
+    (4, 8, (3, 6), (1, 3), (1, 2), (0, 1)),
+]
+
+
+def gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Output, gradient of input and of weights, and how the way back begins."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    y.backward(weight)
+    assert x.grad is not None and layer.weight.grad is not None
+    return y.detach(), x.grad, layer.weight.grad, str(y.grad_fn)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("samples", [5, 300])
+def test_gradients_are_those_of_torch(case: tuple, bias: bool, autocast: bool, samples: int) -> None:
+    """No farther from float64 than torch's own, which rounds in bfloat16, too."""
+    torch.manual_seed(0)
+    fan_in, fan_out, side, kernel, stride, padding = case
+    plain = nn.Conv2d(fan_in, fan_out, kernel, stride, padding, bias=bias).to(memory_format=torch.channels_last)
+    x = torch.randn(samples, fan_in, *(side if isinstance(side, tuple) else (side, side)))
+    if not autocast:
+        plain, x = plain.bfloat16(), x.bfloat16()
+    ours = copy.deepcopy(plain)
+    by_product(ours)
+    expected, found = gradients(plain, x, autocast), gradients(ours, x, autocast)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()
+        for p in exact.parameters():
+            p.copy_(p.bfloat16())
+    truth = gradients(exact, x.bfloat16().double())
+    assert ("ByProduct" in found[3]) == (not bias) and "ByProduct" not in expected[3]
+    for mine, torchs, true in zip(found[:3], expected[:3], truth[:3], strict=True):
+        assert mine.dtype == torchs.dtype and mine.shape == torchs.shape
+        size = true.norm()
+        assert (mine.double() - true).norm() <= 1.5 * (torchs.double() - true).norm() + 2e-3 * size
+    if bias:
+        torch.testing.assert_close(ours.bias.grad, plain.bias.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options, side, kind",
+    [
+        ({}, 5, torch.bfloat16),  # 25 pixels come out
+        ({}, 4, torch.float32),
+        ({"groups": 2}, 4, torch.bfloat16),
+        ({"dilation": 2, "padding": 2}, 4, torch.bfloat16),
+        ({"padding_mode": "reflect"}, 4, torch.bfloat16),
+        ({"padding": "same"}, 4, torch.bfloat16),
+    ],
+)
+def test_all_others_are_left_to_torch(options: dict, side: int, kind: torch.dtype) -> None:
+    layer = nn.Conv2d(8, 8, 3, **({"padding": 1} | options)).to(kind)
+    by_product(layer)
+    x = torch.randn(2, 8, side, side).to(kind)
+    assert "ByProduct" not in str(layer(x).grad_fn)
+    with torch.no_grad():
+        assert layer(x[:, :, :4, :4]).grad_fn is None
+
+
+def test_a_layer_of_ones_own_is_not_touched() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(Own(3, 3, 1), nn.Conv2d(3, 3, 1))
+    names = list(network.state_dict())
+    by_product(network)
+    assert type(network[0]) is Own and type(network[1]) is convolution.Conv2d and list(network.state_dict()) == names
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("slow", [True, False])
+def test_where_a_run_takes_it(precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inbatch.build.slow_weight_gradients", lambda: slow)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    built = prepare(images, encoder="resnet10", batch=8, settings={"precision": precision}, device="cpu")
+    kinds = {type(m) for m in built.encoder.modules() if isinstance(m, nn.Conv2d)}
+    assert (convolution.Conv2d in kinds) == (precision == "bf16" and slow)
+    losses = built.step(next(iter(built.loader.epoch(0))), 0)
+    assert torch.isfinite(losses["loss"])
