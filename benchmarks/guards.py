@@ -23,7 +23,7 @@ from inbatch import tune
 from inbatch.batch import Batch
 from inbatch.bench import ours, pictures, plain
 from inbatch.build import precision_for
-from inbatch.limits import cores
+from inbatch.machine import threads
 from inbatch.show import print_table, say
 
 Work = tuple[Callable[[], int], dict[str, Any]]
@@ -112,7 +112,7 @@ def lay_out(folder: Path, quick: bool) -> None:
 
 def ratio(guard: Guard, seconds: float, rounds: int) -> tuple[float, float, float]:
     """How many times faster ours is, and both rates: the fastest of the turns of each, which other work only slows."""
-    torch.set_num_threads(guard.threads or cores())
+    torch.set_num_threads(guard.threads or threads())
     calls = [make(guard.job)[0] for make in (guard.ours, guard.reference)]
     best = [0.0, 0.0]
     for number in range(rounds + 1):  # the first warms up

@@ -29,13 +29,13 @@ from inbatch import tune
 from inbatch.api import prepare
 from inbatch.bench import pictures
 from inbatch.bench.measure import ceilings
-from inbatch.bench.options import PEERS, Options
+from inbatch.bench.options import PEERS
 from inbatch.bench.runner import Contestant, Race
 from inbatch.bench.table import print_race
 from inbatch.build import Built, device_for
 from inbatch.environment import environment
 from inbatch.files import write_json
-from inbatch.limits import cores
+from inbatch.machine import threads
 from inbatch.show import print_table, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +82,7 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         job = shared | {"module": "peers", "make": "loop", "library": who, "needs": [package]}
         contestants.append(Contestant(who, job, args.peers_python, peer=True))
     title = f"SimCLR, {args.encoder}, {args.stem} stem, batch {args.batch}, from {Path(data).name}"
-    known = ceilings(Options(quick=args.quick), args.device, args.threads)
+    known = ceilings(args.device, args.threads, args.quick)
     race = Race(title, "images/s", contestants).run(args.rounds, known, show_missing=True)
     print_race(race)
     first = {who: row["first_seconds"] for who, row in race["contestants"].items() if "first_seconds" in row}
@@ -164,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, help="256; with --wait 64")
     parser.add_argument("--steps", type=int, help="of a turn: 3; with --curves 200, with --wait 20")
     parser.add_argument("--rounds", type=int, default=7, help="turns of everyone")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=threads())
     parser.add_argument("--workers", type=int, default=2, help="processes that load, of everyone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--encoders", nargs="+", help="with --wait; resnet18 and resnet50")

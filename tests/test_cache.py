@@ -188,6 +188,27 @@ class TestFaults:
         monkeypatch.setattr(cache.Path, "mkdir", refuse)  # permissions do not stop root
         assert hold(open_data(photos)).notes == (f"not cached: {root} cannot be written (Read-only file system)",)
 
+    def test_another_users_folder(self, root, photos, monkeypatch):
+        """It may be neither looked into nor written: told, and gone on without."""
+        hold(open_data(photos))
+
+        def refused(name):
+            allowed = getattr(cache.Path, name)
+
+            def ask(path, *args, **options):
+                if path == root and name != "is_dir" or root in path.parents:
+                    raise PermissionError(13, "Permission denied")
+                return allowed(path, *args, **options)
+
+            monkeypatch.setattr(cache.Path, name, ask)
+
+        for name in ("is_dir", "iterdir", "mkdir"):
+            refused(name)
+        held = hold(open_data(photos))
+        assert "another user's (Permission denied)" in held.notes[0] and "cannot be written" in held.notes[1]
+        same(held, open_data(photos))
+        assert cache.entries() == [] and cache.used() == 0 and cache.clear() == 0
+
     def test_a_full_disk(self, root, photos, monkeypatch):
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(9, 9, 1000))
         assert "free in" in hold(open_data(photos)).notes[0] and not list(root.iterdir())

@@ -1,6 +1,7 @@
 """What `inbatch doctor` says, on machines that are made up and on this one."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,46 +35,79 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
 
 
 def test_nothing_to_say(quiet: Change) -> None:
-    assert doctor.advice(CPU) == ""
+    assert doctor.advice(CPU, 32, 0) == ""
     assert not [finding for finding in doctor.examine("cpu") if finding.advice]
 
 
 def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(cores=lambda: 16, affine=lambda: 64)
-    assert "OMP_NUM_THREADS=16" in doctor.advice(CPU) and "OMP" not in doctor.advice(torch.device("cuda"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert doctor.advice(CPU, 32, 0) == ""  # torch takes fewer threads by itself where cores share a multiplier
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "OMP_NUM_THREADS=16" in doctor.advice(CPU, 32, 0) and "OMP" not in doctor.advice(torch.device("cuda"), 32, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "OMP_NUM_THREADS=8" in doctor.advice(CPU)
+    assert "OMP_NUM_THREADS=8" in doctor.advice(CPU, 32, 0)
     found = {finding.what: finding for finding in doctor.examine("cpu")}
     assert found["threads"].found == "4 threads on 16 cores of 64, by quota"
 
 
 def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(others_busy=lambda: 1.2)
-    assert "others keep 1.2 cores busy" in doctor.advice(CPU) and "OMP_NUM_THREADS=3" in doctor.advice(CPU)
+    said = doctor.advice(CPU, 32, 0)
+    assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     quiet(cores=lambda: 1)
-    assert doctor.advice(CPU) == ""  # one thread waits for nobody
+    assert doctor.advice(CPU, 32, 0) == ""  # one thread waits for nobody
 
 
 def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.fused, "available", lambda: False)
     quiet(fast_jpeg=lambda: False)
     quiet(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**26)))
-    said = doctor.advice(CPU)
+    small, said = doctor.advice(CPU, 32, 0), doctor.advice(CPU, 224, 2)
+    assert "simplejpeg" in small and "fast]" not in small and "MB" not in small
+    assert "inbatch[fast]" not in doctor.advice(torch.device("cuda"), 224, 2)
     assert said.startswith("Could be faster: ") and said.endswith("(inbatch doctor tells more).")
-    assert "pip install numba" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
+    assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
 
 
 def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "keeps_memory", False)
     monkeypatch.setattr(process, "tuned", False)
-    assert "inbatch.tune()" in doctor.advice(CPU)
+    assert "inbatch.tune()" in doctor.advice(CPU, 32, 0)
     monkeypatch.setattr(process, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
-    assert doctor.advice(CPU) == ""
+    assert doctor.advice(CPU, 32, 0) == ""
 
 
-def test_busy_cores_are_seen() -> None:
-    assert 0 <= doctor.others_busy(0.02) < 1024
+STAT = """cpu  900 0 900 9000 100 0 0 0 0 0
+cpu0 10 1 20 4000 5 2 3 0 0 0
+cpu1 500 0 100 3000 50 0 0 4 0 0
+cpu10 390 0 780 2000 45 0 0 0 0 0
+intr 1 2 3
+"""
+
+
+def test_work_of_some_cores() -> None:
+    assert doctor.worked(STAT, {"cpu0"}) == 36 and doctor.worked(STAT, {"cpu1"}) == 604
+    assert doctor.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells")
+def test_busy_cores_are_seen(quiet: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes while this process sleeps is others' work."""
+    mine, ticks = min(os.sched_getaffinity(0)), iter((0, 10 * os.sysconf("SC_CLK_TCK"), 5, 5))
+    clock = SimpleNamespace(read_text=lambda: f"cpu{mine} {next(ticks)} 0 0 0 0 0 0 0\n")
+    monkeypatch.undo()
+    quiet(cores=lambda: 4, affine=lambda: 4, _STAT=clock)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    busy = doctor.others_busy(0.05)
+    assert busy is not None and busy > 1
+    assert doctor.others_busy(0.01) == 0
+    quiet(affine=lambda: 8)
+    assert doctor.others_busy(0.01) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    quiet(affine=lambda: 4)
+    assert doctor.others_busy(0.01) is None
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -370,6 +371,21 @@ def test_lbfgs_takes_dead_features_and_any_scale():
 
     plain, wide = linear(train, test), linear(widened(train), widened(test))
     assert wide["top1"] == pytest.approx(plain["top1"], abs=0.02)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
+def test_lbfgs_takes_collapsed_features(noise):
+    """All features one direction, without a penalty that would hold their curvature up."""
+    train, test = clouds(400, spread=2, seed=1), clouds(100, spread=2, seed=2)
+    way = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
+
+    def collapsed(e):
+        vectors = e.vectors[:, :1] @ way
+        vectors = vectors + noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+        return Embeddings(vectors, e.labels, e.identities, e.name, e.feature)
+
+    found = linear(collapsed(train), collapsed(test), Lbfgs(c=1e12))
+    assert 0.2 < found["top1"] <= 1 and math.isfinite(found["largest_gradient"])
 
 
 @pytest.mark.parametrize("name", sorted(set(PROBES) - {"simsiam"}))

@@ -77,4 +77,4 @@ def test_cores_without_a_quota(tmp_path: Path, text: str) -> None:
 
 def test_cores_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert 1 <= cores() <= (os.cpu_count() or 1)
+    assert 1 <= cores() <= limits.affine() <= (os.cpu_count() or 1)

@@ -28,9 +28,9 @@ def told(code: str, **environment: str) -> str:
 
 @LINUX
 def test_freed_memory_is_kept() -> None:
-    assert int(told("from inbatch import process; process.begin(); assert process.keeps_memory\n" + FAULTS)) < 1000
+    kept = int(told("from inbatch import process; process.begin(); assert process.keeps_memory\n" + FAULTS))
     left_alone = "from inbatch import process; process.begin(); assert not process.keeps_memory\n" + FAULTS
-    assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 10_000
+    assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 10 * (kept + 10)  # large pages make few faults
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")

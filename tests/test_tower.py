@@ -1,4 +1,4 @@
-"""How a tower runs its views: together where no sample of the encoder meets another, in the layout that it was built in."""
+"""How a tower runs its views: together where no samples of the encoder meet, in the layout that it was built in."""
 
 import copy
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def views(*sizes: int) -> list[Tensor]:
 def test_views_of_a_size_run_together_where_samples_do_not_meet(
     norm: nn.Module, sizes: Sequence[int], calls: list[int]
 ) -> None:
-    """The heads normalise every view by itself all the same; rows, gradients and statistics are those of single views."""
+    """The heads normalise every view by itself all the same; everything is as with single views."""
     one = tower(norm)
     apart = copy.deepcopy(one)
     rows = one(views(*sizes))["projection"]
@@ -67,6 +67,9 @@ def test_views_of_a_size_run_together_where_samples_do_not_meet(
 @pytest.mark.parametrize("name", ["ba2m", "batchformer"])
 def test_attention_over_samples_mixes(name: str) -> None:
     built = prepare("digits-canvas", attend=name, batch=64)
+    own = nn.Identity()
+    own.mixes = True
+    assert mixes(nn.Sequential(own))
     assert mixes(built.encoder) and not mixes(nn.LayerNorm(4)) and mixes(nn.Sequential(nn.BatchNorm1d(4)))
 
 

@@ -57,6 +57,7 @@ ONLY = {
     "pydantic": {"config", "parts", "cli"},
     "typer": {"cli"},
     "numba": {"views"},
+    "llvmlite": {"views"},
     "simplejpeg": {"data", "bench"},
 }
 """Libraries that only some rooms know."""

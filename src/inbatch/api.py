@@ -97,7 +97,7 @@ def pretrain(
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            notes = [note for note in (stale, fitted and fitted.sentence(), advice(built.loader.device)) if note]
+            notes = [note for note in (stale, fitted and fitted.sentence(), _advice(built)) if note]
             result = train(built, directory, held, resume=going_on is not None, quiet=quiet, notes=notes)
         return Run(directory, recipe, result)
     finally:
@@ -237,6 +237,11 @@ def embed_run(
     source = open_data(data, split or splits(data)[0], channels=encoder.channels)
     chunks = stream(encoder, source, batch=256)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+
+
+def _advice(built: Built) -> str:
+    """What would make this run faster here."""
+    return advice(built.loader.device, max(view.size for view in built.views.views), built.loader.workers)
 
 
 def _prepared(data: Any, given: Settings, device: str, workers: int | None) -> tuple[Built, Fit | None]:

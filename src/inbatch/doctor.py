@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,9 @@ from inbatch.views import fused
 _SHARED = Path("/dev/shm")
 _ROOM = 2**30
 """Bytes of shared memory below which data workers may fail: containers often get 64 MB."""
+_STAT = Path("/proc/stat")
+_LARGE = 96
+"""Side in pixels from which on views without numba take a share of a step that is seen."""
 _BUSY = 0.5
 """Cores that others keep busy from which on a step with all cores waits for them."""
 
@@ -35,8 +38,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "channels_last": {"bf16": False, "channels_last": True},
     "bf16": {"bf16": True, "channels_last": False},
     "bf16, channels_last": {"bf16": True, "channels_last": True},
-    "the same, freed memory kept": {"bf16": True, "channels_last": True, "tune": True},
-    "float32, channels_last, freed memory kept": {"bf16": False, "channels_last": True, "tune": True},
+    "the same, as the program sets its process": {"bf16": True, "channels_last": True, "tune": True},
+    "float32, channels_last, as the program sets its process": {"bf16": False, "channels_last": True, "tune": True},
 }
 """What a step of an encoder is measured with."""
 
@@ -53,31 +56,37 @@ class Finding:
 def examine(device: str = "auto") -> list[Finding]:
     """What there is and what is in use; nothing is measured but how busy the cores are."""
     on = device_for(device)
-    found = [_threads(on), _busy(), _memory(on), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    found = [_threads(on), _busy(), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
     return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
 
 
-def advice(device: torch.device) -> str:
-    """One line for the start of a run: what would make it faster here; nothing where there is nothing."""
-    found = [_views(), _jpeg(), _shared_memory()]
+def advice(device: torch.device, largest: int, workers: int) -> str:
+    """One line for the start of a run: what would make it faster here; nothing where there is nothing.
+
+    largest: side of the largest view in pixels. workers: processes that stream images.
+    """
+    found = [_jpeg()]
+    if workers:
+        found += [_shared_memory()]
     if device.type == "cpu":
         found = [_threads(device), _busy(), _allocator(), *found]
+        if largest >= _LARGE:
+            found += [_views()]
     wanted = [finding.advice for finding in found if finding.advice]
     return f"Could be faster: {'; '.join(wanted)} (inbatch doctor tells more)." if wanted else ""
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """What the processor reaches, and an encoder's steps with and without every setting, in processes that take turns.
+    """What the processor reaches, and an encoder's steps with and without settings, in processes that take turns.
 
     ceilings: products in float32 and bf16 (operations a second) and copies (bytes a second). tower: views a second of
     a ResNet-18 on 32 pixels, forward and backward, by setting. Takes half a minute.
     """
+    from inbatch.bench.measure import ceilings
     from inbatch.bench.runner import Contestant, Race
 
+    reached = ceilings("cpu", torch.get_num_threads(), quick)
     job = {"device": "cpu", "threads": torch.get_num_threads(), "quick": quick, "seconds": 0.1 if quick else 1.0}
-    ceiling = Contestant("ceiling", job | {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01})
-    ceiling.meet()
-    reached = ceiling.end()
     mine = job | {"module": "inbatch.doctor", "make": "tower", "batch": 4 if quick else 32}
     field = [Contestant(who, mine | chosen) for who, chosen in CONTESTANTS.items()]
     race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
@@ -103,33 +112,46 @@ def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     return step, {}
 
 
-def others_busy(seconds: float = 0.1) -> float:
-    """How many cores other processes keep busy, seen for so long; 0 where the system does not tell."""
+def others_busy(seconds: float = 0.1) -> float | None:
+    """How many of this process's cores others keep busy, seen for so long; None where the system does not tell.
 
-    def read() -> tuple[float, float]:
-        fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), time.process_time()
-
+    Nor does it where a quota gives a share of cores that are everybody's, or where others are ranks of the same run.
+    """
+    if cores() < affine() or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        return None
     try:
-        (total, own), began = read(), time.perf_counter()
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        tick, began, own = os.sysconf("SC_CLK_TCK"), time.perf_counter(), time.process_time()
+        before = worked(_STAT.read_text(), mine)
         time.sleep(seconds)
-        (total_then, own_then), spent = read(), time.perf_counter() - began
+        after, spent = worked(_STAT.read_text(), mine), time.perf_counter() - began
+        return max(0.0, ((after - before) / tick - (time.process_time() - own)) / spent)
     except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
-    return max(0.0, ((total_then - total) - (own_then - own)) / spent)
+        return None
+
+
+def worked(stat: str, mine: Collection[str]) -> int:
+    """Clock ticks that some cores have not been idle or waiting for a disk, out of /proc/stat."""
+    lines = [line.split() for line in stat.splitlines()]
+    fields = [[int(x) for x in line[1:9]] for line in lines if line[0] in mine]
+    return sum(sum(ticks) - ticks[3] - ticks[4] for ticks in fields)
 
 
 def _threads(device: torch.device) -> Finding:
     near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads, fair = torch.get_num_threads(), max(1, cores() // near)
     found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
-    if device.type == "cpu" and threads != fair:
-        return Finding("threads", found, f"OMP_NUM_THREADS={fair} uses {'each' if threads < fair else 'just the'} core")
+    # Fewer may be torch's own choice (cores that share a multiplier): only who was told to take fewer is told of more.
+    told = "OMP_NUM_THREADS" in os.environ
+    if device.type == "cpu" and (threads > fair or (threads < fair and told)):
+        return Finding("threads", found, f"OMP_NUM_THREADS={fair} is a thread for each core")
     return Finding("threads", found)
 
 
 def _busy() -> Finding:
     busy = others_busy()
+    if busy is None:
+        return Finding("load", "not known here")
     found = f"others keep {busy:.1f} cores busy"
     if busy < _BUSY or torch.get_num_threads() == 1:
         return Finding("load", found)
@@ -137,7 +159,7 @@ def _busy() -> Finding:
     return Finding("load", found, f"{found}, and threads wait for each other: OMP_NUM_THREADS={free} until they end")
 
 
-def _memory(device: torch.device) -> Finding:
+def _memory() -> Finding:
     limit = ", as a container or job allows" if limited_bytes() else ""
     return Finding("memory", f"{free_bytes(torch.device('cpu')) / 1e9:,.1f} GB free{limit}")
 
@@ -164,7 +186,7 @@ def _products() -> Finding:
 def _allocator() -> Finding:
     if process.keeps_memory:
         return Finding("allocator", "keeps freed memory (INBATCH_ALLOCATOR=system leaves it alone)")
-    if process.tuned or platform.system() != "Linux":
+    if process.tuned or platform.libc_ver()[0] != "glibc":
         return Finding("allocator", "as the system ships it")
     return Finding("allocator", "as the system ships it", "inbatch.tune() at the top of a script keeps freed memory")
 
@@ -177,7 +199,7 @@ def _denormals() -> Finding:
 def _views() -> Finding:
     if fused.available():
         return Finding("views", f"one fused pass on a CPU (numba {_version('numba')})")
-    return Finding("views", "torch's operations", "python -m pip install numba draws views in one pass")
+    return Finding("views", "torch's operations", 'python -m pip install "inbatch[fast]" draws views in one pass')
 
 
 def _jpeg() -> Finding:

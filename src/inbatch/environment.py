@@ -1,6 +1,5 @@
 """What a figure was measured on: versions and hardware, for every result."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from inbatch import process
+from inbatch.limits import cores
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -19,9 +19,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "allocator": "keeps freed memory" if process.keeps_memory else "system",
+        "denormals": "zero" if float(torch.tensor(1e-39) * 0.5) == 0 else "kept",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": _commit(),
     }

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from inbatch.limits import cores as cores
-from inbatch.limits import limited_bytes
+from inbatch.limits import cores, limited_bytes
 
 _UNKNOWN_FREE = 8 * 2**30  # where the system does not say how much is free
 
@@ -23,6 +22,11 @@ def free_bytes(device: torch.device, world: int = 1) -> int:
         host = _UNKNOWN_FREE
     host = min([host, *limited_bytes()]) // world
     return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+
+
+def threads() -> int:
+    """Threads for computing where nobody says how many: torch's own number, no more than there are cores to use."""
+    return min(torch.get_num_threads(), cores())
 
 
 def settle(device: torch.device) -> None:

@@ -151,8 +151,9 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
     for option in options:
         if option not in known:
             raise ConfigError(f"The optimiser {name} has no option {option!r}.{_suggest(option, known)}")
-    if "fused" in known and not {"fused", "foreach"} & set(options) and groups[0]["params"][0].is_cuda:
-        options = {"fused": True} | options  # one kernel for all parameters; on a CPU it gains nothing
+    others = {"fused", "foreach", "differentiable"} & set(options)
+    if "fused" in known and not others and groups[0]["params"][0].is_cuda:
+        options["fused"] = True  # one kernel for all parameters; on a CPU it gains nothing
     # The rates stand in the groups; torch wants a default all the same, and it is used by none of them.
     return OPTIMIZERS[name](groups, lr=groups[0]["lr"], **options)
 

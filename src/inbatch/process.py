@@ -26,7 +26,7 @@ def tune() -> None:
     Freed memory is kept by glibc's allocator instead of given back and cleared anew at every step: more memory is held
     for it, and INBATCH_ALLOCATOR=system leaves it alone. There are no more threads than the cores that a container's
     quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Numbers too small to be normal
-    count as 0, which some processors multiply much slower. cuDNN looks for its fastest convolutions.
+    count as 0, which some processors multiply much slower.
     """
     begin()
     ready()
@@ -50,7 +50,6 @@ def ready() -> None:
         import torch
 
         torch.set_flush_denormal(True)  # False where the processor cannot
-        torch.backends.cudnn.benchmark = True
 
 
 def _keep_freed_memory() -> bool:

@@ -143,9 +143,14 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
 
 
 def mixes(module: nn.Module) -> bool:
-    """Whether samples of a call may meet in a module: by batch statistics or attention over samples."""
-    kinds = (Grouped, nn.modules.batchnorm._BatchNorm)
-    return any(isinstance(m, kinds) or any("running_" in name for name in m._buffers) for m in module.modules())
+    """Whether samples of a call may meet in a module: by batch statistics, attention over samples, or because a module
+    of somebody's own says so (`mixes = True`)."""
+
+    def meets(m: nn.Module) -> bool:
+        known = isinstance(m, Grouped | nn.modules.batchnorm._BatchNorm) or "running_" in "".join(m._buffers)
+        return known or getattr(m, "mixes", False)
+
+    return any(map(meets, module.modules()))
 
 
 def norms(module: nn.Module) -> list[Any]:

@@ -1,5 +1,6 @@
 """The loop: epochs, evaluation on the way, checkpoints, and what is written when it ends."""
 
+import contextlib
 import math
 import resource
 import shutil
@@ -99,7 +100,7 @@ def train(
         try:
             if held is not None and main:  # looked at again and again
                 held = (keep(held[0]), keep(held[1]), held[2])
-            with fast_products():  # of layers that stay in float32, too
+            with fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext():
                 with stop_on_signals() as stop:
                     _epochs(built, progress, parts, log, stop, held, out)
                 result = ranks.share(_finish(built, progress, held, out, where) if main else None)

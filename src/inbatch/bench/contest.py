@@ -56,14 +56,16 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
             versions[name] = version(name)
     signal_workers("SIGSTOP")
     tell(told | {"first_seconds": first, "calls": calls, "versions": versions})
-    for _ in sys.stdin:
+    try:
+        for _ in sys.stdin:
+            signal_workers("SIGCONT")
+            if each < BRIEF:
+                timed(1)
+            seconds, units = timed(calls)
+            signal_workers("SIGSTOP")
+            tell({"seconds": seconds, "units": units})
+    finally:  # whoever is halted cannot end
         signal_workers("SIGCONT")
-        if each < BRIEF:
-            timed(1)
-        seconds, units = timed(calls)
-        signal_workers("SIGSTOP")
-        tell({"seconds": seconds, "units": units})
-    signal_workers("SIGCONT")
 
 
 def signal_workers(name: str) -> None:
@@ -74,6 +76,14 @@ def signal_workers(name: str) -> None:
                 os.kill(child.pid or 0, getattr(signal, name))
 
 
+def beside(name: str) -> None:
+    """Load a file beside this one under its bare name, whatever else is called so: a peer's Python has no inbatch."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().with_name(f"{name}.py"))
+    assert spec and spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def main(job: dict[str, Any]) -> None:
     """Every answer is a line of JSON on the first stdout, whatever libraries print."""
     out = os.fdopen(os.dup(1), "w")
@@ -82,13 +92,15 @@ def main(job: dict[str, Any]) -> None:
     def tell(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
-    here = Path(__file__).resolve().parent  # its modules may be imported by their bare names, after all others
-    sys.path = [p for p in sys.path if Path(p).resolve() != here] + [str(here)]
+    here = Path(__file__).resolve().parent
+    sys.path = [p for p in sys.path if Path(p).resolve() != here]
     if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
         return tell({"failed": "not installed"})
     try:
         if job.get("tune"):  # as the program does, before torch is there
             importlib.import_module("inbatch").tune()
+        for name in dict.fromkeys(("plain", job["module"])) if "." not in job["module"] else ():
+            beside(name)
         contest(job, tell)
     except Exception as error:
         if isinstance(error, ImportError) and job.get("needs"):

@@ -11,6 +11,7 @@ from inbatch.bench.runner import Contestant
 from inbatch.bench.sections import MAKERS, Field
 from inbatch.build import device_for
 from inbatch.environment import environment
+from inbatch.errors import InbatchError
 from inbatch.files import write_json
 
 
@@ -30,7 +31,7 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     for section in options.chosen:
         threads = options.threads_of(section)
         if str(threads) not in found["ceilings"]:
-            found["ceilings"][str(threads)] = ceilings(options, device, threads)
+            found["ceilings"][str(threads)] = ceilings(device, threads, options.quick)
         with tempfile.TemporaryDirectory(prefix="inbatch-bench-") as folder:
             races = MAKERS[section](Field(options, section, device, Path(folder)))
             found["sections"][section] = []
@@ -44,14 +45,14 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     return found
 
 
-def ceilings(options: Options, device: str, threads: int) -> dict[str, Any]:
+def ceilings(device: str, threads: int, quick: bool) -> dict[str, Any]:
     """What the machine can do with so many threads, by a process of its own."""
-    job = {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01}
-    one = Contestant("ceiling", options.settings() | job | {"device": device, "threads": threads})
+    job = {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01, "quick": quick}
+    one = Contestant("ceiling", job | {"device": device, "threads": threads})
     try:
         one.meet()
     finally:
         row = one.end()
     if "failed" in row:
-        raise RuntimeError(f"the machine's ceiling cannot be measured: {row['failed']}")
+        raise InbatchError(f"the machine's ceiling cannot be measured: {row['failed']}")
     return {key: value for key, value in row.items() if key not in ("rounds", "first_seconds", "calls", "versions")}

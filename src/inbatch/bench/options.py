@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inbatch import machine
 from inbatch.errors import ConfigError
-from inbatch.limits import cores
 
 SECTIONS = {
     "views": "augmentation, a core at a time",
@@ -28,7 +28,7 @@ class Options:
 
     sections: names of `SECTIONS`, all by default. size: of the views; 224 are cut from 500 x 375 pixels.
     batch: 256 at 32 pixels and 64 at 224 by default. methods: whose towers and steps.
-    threads: of every contestant; by default one for views and decoding, for the rest as many as there are cores.
+    threads: of every contestant; by default one for views and decoding, for the rest as many as torch takes by itself.
     data: what steps and decoding take instead of drawn images. peers: True: name libraries that are missing, too;
     False: start none. peers_python: a Python that has them, this one by default. rounds: turns of every contestant.
     quick: everything small, to see that it works; its figures are worth nothing. compile: towers and steps compiled,
@@ -64,6 +64,8 @@ class Options:
                 raise ConfigError(f"--{name} is {low} or more, not {value}")
         if self.peers_python is not None and not _runs(self.peers_python):
             raise ConfigError(f"--peers-python {self.peers_python} is no program: give the path of a Python")
+        if self.out is not None and self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a folder: name a file in it")
         if self.out is not None and not self.out.absolute().parent.is_dir():
             raise ConfigError(f"--out {self.out}: there is no folder {self.out.parent}")
         if self.data is not None and not {"step", "data"} & set(self.chosen):
@@ -77,7 +79,7 @@ class Options:
         return tuple(name for name in SECTIONS if not self.sections or name in self.sections)
 
     def threads_of(self, section: str) -> int:
-        return self.threads or (1 if section in PER_CORE else cores())
+        return self.threads or (1 if section in PER_CORE else machine.threads())
 
     def settings(self) -> dict[str, Any]:
         """What is left to defaults, filled in."""

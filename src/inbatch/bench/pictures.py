@@ -48,11 +48,11 @@ def write_folder(files: Sequence[bytes], folder: Path, classes: int = 2) -> Path
 def encoded(data: str, count: int) -> list[bytes]:
     """The bytes of up to so many image files of a folder or a Parquet file; DataError where there are none."""
     path = Path(data)
-    if path.is_dir() and not (path / "train.parquet").exists():
+    if path.is_dir() and not (inside := sorted(path.glob("train*.parquet"))):
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
         found = [file.read_bytes() for file in files[:count]]
     elif path.exists():
-        found = parquet(path / "train.parquet" if path.is_dir() else path, count)
+        found = parquet(inside[0] if path.is_dir() else path, count)
     else:
         raise DataError(f"{data} does not exist: give --data a folder of JPEG files or a Parquet file")
     found = [file for file in found if file.startswith(b"\xff\xd8")]
@@ -69,7 +69,7 @@ def parquet(file: Path, count: int) -> list[bytes]:
     out: list[bytes] = []
     try:
         for batch in ParquetFile(file).iter_batches(columns=["image"]):
-            out += (row["bytes"] for row in batch["image"].to_pylist())
+            out += (row["bytes"] for row in batch["image"].to_pylist() if row and row["bytes"])
             if len(out) >= count:
                 break
     except (OSError, ValueError, KeyError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from inbatch import machine
 from inbatch.bench import pictures
 from inbatch.bench.options import PEERS, Options
 from inbatch.bench.runner import Contestant, Race
@@ -130,7 +131,7 @@ def data(field: Field) -> list[Race]:
     ]
     batch = {"batch": min(field.shared["batch"], count), "workers": options.threads or min(16, cores())}
     batch["at_least"] = 4 * batch["workers"]  # batches come by so many at once
-    every: dict[str, Any] = {"threads": options.threads or cores()}
+    every: dict[str, Any] = {"threads": options.threads or machine.threads()}
     streams = [
         field.ours("inbatch", "stream", **read, **batch, **every),
         *field.peers("stream", **batch, **every),

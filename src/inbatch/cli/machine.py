@@ -50,7 +50,7 @@ def bench(
 
 @app.command(epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache")
 def doctor(
-    measure: Annotated[bool, Option(help="Measure what each setting gains: half a minute.")] = True,
+    measure: Annotated[bool, Option(help="Measure what settings gain on the processor: half a minute.")] = True,
     clear_cache: Annotated[bool, Option("--clear-cache", help="Remove decoded images kept for the next run.")] = False,
     device: Device = "auto",
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""Decoded sets kept on disk: the next run on the same files maps them into memory and decodes nothing.
+"""Decoded sets kept on disk: the next run on the same files maps them into memory instead of decoding them.
 
 One folder for each set, named by what its pixels depend on: raw bytes and a JSON file, nothing that runs when it is
 read. It is written under another name and renamed when it is whole, so several runs can share the cache.
@@ -30,7 +30,7 @@ from inbatch.data.decode import decoders
 from inbatch.data.source import Source
 from inbatch.errors import ConfigError
 from inbatch.files import to_json
-from inbatch.machine import cores
+from inbatch.limits import cores
 
 WORTH = 2.0
 """Seconds of decoding from which a set is kept: below, nobody waits, and many small experiments would fill the disk."""
@@ -43,7 +43,7 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY} | ({errno.EACCES} if os.name == "nt" el
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
-class Kept(NamedTuple):
+class Decoded(NamedTuple):
     """What a cached set holds: see `resident.Resident`. missing: (number, why) of the images left out."""
 
     images: UInt8[Tensor, "n c h w"]
@@ -125,12 +125,14 @@ def place(source: Source, canvas: int | None) -> Path | None:
     return root / hashlib.sha256(what.encode()).hexdigest()
 
 
-def load(path: Path) -> tuple[Kept | None, str]:
+def load(path: Path) -> tuple[Decoded | None, str]:
     """The set cached there, mapped and checked; None if there is none. And a sentence if it was damaged."""
-    if not path.is_dir():
-        return None, ""
     try:
+        if not path.is_dir():
+            return None, ""
         kept = _read(path)
+    except PermissionError as error:
+        return None, f"not cached: {path.parent} is another user's ({error.strerror})"
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         if not path.is_dir():  # another run has removed it in between
             return None, ""
@@ -141,7 +143,7 @@ def load(path: Path) -> tuple[Kept | None, str]:
     return kept, f"from the cache, {path}"
 
 
-def store(path: Path, kept: Kept, name: str) -> str:
+def store(path: Path, kept: Decoded, name: str) -> str:
     """Write a set there, other sets making room; returns a sentence that says so, or why not. Never an error."""
     needed, root = kept.images.numel() + 8 * len(kept.size), path.parent
     if needed > limit():
@@ -170,7 +172,7 @@ def store(path: Path, kept: Kept, name: str) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a cached set; whoever has mapped it keeps it until the end."""
+    """Remove a cached set; whoever has mapped it keeps it until the end, on a disk of this machine."""
     if _NAME.fullmatch(path.name):
         # Renamed first, so that nobody sees a part of it. The process's number keeps it from a writer's way.
         away = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -182,7 +184,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path) -> Kept:
+def _read(path: Path) -> Decoded:
     note = json.loads((path / "entry.json").read_text("utf-8"))
     n, c, h, w = shape = [int(side) for side in note["shape"]]
     flat = _mapped(path / "images.u8", math.prod(shape))
@@ -190,10 +192,10 @@ def _read(path: Path) -> Kept:
     if list(_checksums(flat)) != note["images"] or list(_checksums(sizes)) != note["sizes"]:
         raise ValueError("a checksum differs")
     missing = [(int(number), str(why)) for number, why in note["missing"]]
-    return Kept(flat.view(n, c, h, w), sizes.view(torch.int32).view(n, 2).long(), missing, int(note["scaled"]))
+    return Decoded(flat.view(n, c, h, w), sizes.view(torch.int32).view(n, 2).long(), missing, int(note["scaled"]))
 
 
-def _write(folder: Path, kept: Kept, name: str) -> None:
+def _write(folder: Path, kept: Decoded, name: str) -> None:
     note = {"name": name, "shape": list(kept.images.shape), "missing": list(kept.missing), "scaled": kept.scaled}
     sizes = kept.size.to(torch.int32).contiguous().view(-1).view(torch.uint8)
     for key, file, flat in (("images", "images.u8", kept.images.view(-1)), ("sizes", "sizes.i32", sizes)):
@@ -223,9 +225,9 @@ def _checksums(flat: UInt8[Tensor, "m"]) -> Iterator[int]:
 def _ours(wanted: Callable[[str], object]) -> list[Path]:
     """The folders in the cache with a name of ours; a file of anybody else's is never touched."""
     root = where()
-    if root is None or not root.is_dir():
-        return []
-    return [path for path in root.iterdir() if wanted(path.name)]
+    with suppress(OSError):  # there is none, or it is another user's
+        return [path for path in root.iterdir() if wanted(path.name)] if root is not None else []
+    return []
 
 
 def _half_written(name: str) -> bool:

@@ -76,7 +76,7 @@ class Picture:
         if isinstance(file, bytes):
             head = file
         else:
-            with _naming(name), open(file, "rb", buffering=0) as opened:
+            with _naming(name), open(file, "rb") as opened:
                 head = opened.read(_HEAD)
         self._file = head if len(head) < _HEAD else file
         self._jpeg = jpeg.header(head) if fast_jpeg() else None
@@ -166,7 +166,7 @@ class Picture:
     def _contents(self) -> bytes:
         if isinstance(self._file, bytes):
             return self._file
-        with _naming(self._name), open(self._file, "rb", buffering=0) as file:
+        with _naming(self._name), open(self._file, "rb") as file:
             return file.read()
 
     def _by_pillow(self, scale: float) -> np.ndarray:

@@ -15,7 +15,8 @@ from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, estimate, hold, stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError
-from inbatch.machine import cores, free_bytes
+from inbatch.limits import cores
+from inbatch.machine import free_bytes
 
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
 PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces

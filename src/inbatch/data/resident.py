@@ -12,10 +12,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from inbatch.data import cache
-from inbatch.data.cache import Kept
+from inbatch.data.cache import Decoded
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
-from inbatch.machine import cores
+from inbatch.limits import cores
 
 SHARE = 0.25
 """Of the free memory, at most this much is given to the images."""
@@ -79,7 +79,7 @@ def decode_all(
     return _resident(source, _decode_all(source, canvas, max_bad, threads), device)
 
 
-def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> Kept:
+def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> Decoded:
     images = np.zeros((len(source), source.channels, *_largest(source, canvas)), np.uint8)
     sizes, missing, scaled, at = [], [], 0, 0
     with ThreadPoolExecutor(threads or cores()) as pool:
@@ -97,7 +97,7 @@ def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int
     size = torch.cat(sizes)
     height, width = size.amax(0).tolist()
     images = np.ascontiguousarray(images[:at, :, :height, :width])
-    return Kept(torch.from_numpy(images), size, missing, scaled)
+    return Decoded(torch.from_numpy(images), size, missing, scaled)
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _grown(images: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def _resident(source: Source, kept: Kept, device: torch.device | str, notes: Sequence[str] = ()) -> Resident:
+def _resident(source: Source, kept: Decoded, device: torch.device | str, notes: Sequence[str] = ()) -> Resident:
     left = source
     if kept.missing:
         keep = torch.ones(len(source), dtype=torch.bool)

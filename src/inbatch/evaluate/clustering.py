@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.embeddings import Embeddings
-from inbatch.machine import cores
+from inbatch.limits import cores
+from inbatch.machine import free_bytes
 
 
 def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
@@ -60,7 +61,8 @@ def clustering(
             return KMeans(clusters, n_init=1, random_state=state).fit(rows)
 
     states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
-    with threadpool_limits(1), ThreadPoolExecutor(min(n_init, cores())) as pool:
+    fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
+    with threadpool_limits(1), ThreadPoolExecutor(max(1, min(n_init, cores(), fit_at_once))) as pool:
         best = min(pool.map(fit, states), key=lambda means: means.inertia_)
     found = torch.from_numpy(best.labels_).long()
     protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from inbatch.errors import DataError
 from inbatch.evaluate.embeddings import Embeddings
-from inbatch.machine import cores, free_bytes
+from inbatch.limits import cores
+from inbatch.machine import free_bytes
+from inbatch.products import fast_products
 
 _TOGETHER = 2**24  # bytes of images that are prepared at once rather than one by one
 
@@ -68,14 +70,15 @@ class Kept:
                 list(pool.map(lambda part: [self.image(i) for i in part], parts))
 
 
-def keep(source: Source, limit: int = 2**30) -> Source:
+def keep(source: Source, limit: int = 2**29) -> Source:
     """The source with its images kept in memory, for whoever embeds it again and again; itself if they are too large.
 
-    limit: bytes that they may fill, judged by 16 of them; nor may it be more than a quarter of the free memory.
+    limit: bytes that they may fill, judged by 16 of them; nor may it be more than a twentieth of the free memory, which
+        a run has better use for.
     """
     some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
     size = sum(source.image(i).nbytes for i in some) / max(1, len(some)) * len(source)
-    return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 4) else source
+    return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 20) else source
 
 
 class _Chunks(Dataset[Tensor]):
@@ -136,7 +139,9 @@ def embed_stream(
     def encode(images: Tensor) -> Tensor:
         device = encoder.device
         half = precision != torch.float32
-        with encoder.evaluating(), torch.autocast(device.type, dtype=precision if half else None, enabled=half):
+        products = fast_products() if device.type == "cpu" else nullcontext()
+        cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
+        with encoder.evaluating(), products, cast:
             return encoder(images.to(device, non_blocking=True))
 
     yield from _stream(source, encoder.prepare, encode, "pooled output of the backbone", batch, workers)

@@ -122,8 +122,14 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
     decay = 1 / (probe.c * n)
     some = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: 4 * width].to(x.device)]
     curvature = some.T @ some / (len(some) * classes)
-    curvature.diagonal().add_(decay + 1e-6 * curvature.trace())
-    factor = torch.linalg.cholesky(curvature)
+    curvature.diagonal().add_(decay)
+    more = 1e-6 * curvature.trace()
+    for _ in range(8):  # features that have collapsed are nearly of rank 1
+        curvature.diagonal().add_(more)
+        factor, failed = torch.linalg.cholesky_ex(curvature)
+        if not failed:
+            break
+        more = 10 * more
     searched = x.new_zeros(classes, width + 1)  # the last column is the bias
     searched.grad = slope = torch.zeros_like(searched)
     gradient, minus = torch.zeros_like(searched), x.new_full((1, n), -1)

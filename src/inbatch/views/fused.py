@@ -71,7 +71,8 @@ def draw(
 
     out = torch.empty(n, channels, view.size, view.size)
     per_image = (source, boxes, flip, kind, factors, turns, order, grey, blurred, sigma, solarised)
-    arrays = [x.contiguous().numpy() for x in (pixels, *per_image, luma, torch.tensor(mean), torch.tensor(std))]
+    shift, scale = (torch.tensor(x, dtype=torch.float32) for x in (mean, std))
+    arrays = [x.contiguous().numpy() for x in (pixels, *per_image, luma, shift, scale)]
     plain = view.threshold, view.taps if Blur in does else 0, view.interpolation == "bicubic"
 
     def work(start: int) -> None:
