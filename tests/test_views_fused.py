@@ -261,7 +261,9 @@ expected = [views(step) for step in steps]
 views.compile(backend="eager", fullgraph=True)
 for step, theirs in zip(steps, expected, strict=True):
     ours = views(step)
-    assert all(map(torch.equal, ours.images, theirs.images)) and torch.equal(ours.boxes, theirs.boxes)
+    assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.flipped, theirs.flipped)
+    for mine, plain in zip(ours.images, theirs.images, strict=True):  # equal with torch 2.15; 2.11 rounds once more
+        assert (mine - plain).abs().max() < 5e-6
 assert counters["stats"]["unique_graphs"] == 1, counters
 """
 
