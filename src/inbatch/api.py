@@ -118,7 +118,8 @@ def rehearse(
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
     **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `pretrain` would do, found without training or writing: recipe, description, shapes, steps, memory."""
+    """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
+    decoded images in the cache."""
     made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
     try:
         built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers)
