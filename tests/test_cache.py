@@ -196,7 +196,7 @@ class TestFaults:
             allowed = getattr(cache.Path, name)
 
             def ask(path, *args, **options):
-                if path == root and name != "is_dir" or root in path.parents:
+                if (path == root and name != "is_dir") or root in path.parents:
                     raise PermissionError(13, "Permission denied")
                 return allowed(path, *args, **options)
 
