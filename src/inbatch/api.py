@@ -273,8 +273,8 @@ def _settings(
 
 def _source(recipe: Recipe, data: Any) -> Source:
     if data is not None:
-        return open_data(data, splits(data)[0], channels=recipe.channels)
-    return open_data(recipe.data, recipe.split, subset=recipe.subset, channels=recipe.channels)
+        return open_data(data, splits(data)[0], **recipe.reading)
+    return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
@@ -310,7 +310,7 @@ def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, 
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     if isinstance(data, str | Path | None):
         data = recipe.data
-    return recipe, open_data(data, recipe.split, subset=recipe.subset, channels=recipe.channels), data
+    return recipe, open_data(data, recipe.split, subset=recipe.subset, **recipe.reading), data
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:

@@ -60,7 +60,7 @@ class Built:
         return parts | {name: part for name, part in some.items() if part is not None}
 
 
-def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
+def plan(data: Any, settings: Mapping[str, Any], download: bool = False) -> tuple[Recipe, Source]:
     """The complete recipe for some data, and the data opened: size, channels and preset follow the images."""
     settings = dict(settings)
     source = open_data(
@@ -68,6 +68,9 @@ def plan(data: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Source]:
         str(settings.get("split", "train")),
         subset=None if settings.get("subset") is None else _whole("subset", settings["subset"]),
         channels=None if settings.get("channels") is None else _whole("channels", settings["channels"]),
+        classes=settings.get("classes"),
+        levels=_levels(settings.get("levels")),
+        download=download,
     )
     settings["data"] = str(data) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
@@ -247,12 +250,12 @@ def held_out(recipe: Recipe, source: Source, data: Any, test: Any = None) -> tup
     where = data if given is None else given
     own = "test" in splits(where) and (given is not None or recipe.split != "test")
     if not own and (given is None or not labelled):
-        whole = source if given is None else open_data(given, splits(given)[0], channels=recipe.channels)
+        whole = source if given is None else open_data(given, splits(given)[0], **recipe.reading)
         seen = "; their labels were trained on" if given is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     split = "test" if own else splits(where)[0]
-    bank = source if labelled else open_data(where, "train", channels=recipe.channels)
-    queries = open_data(where, split, channels=recipe.channels)
+    bank = source if labelled else open_data(where, "train", **recipe.reading)
+    queries = open_data(where, split, **recipe.reading)
     if queries.classes != bank.classes:
         raise DataError(f"{queries.name} has other classes than {bank.name}: features cannot be judged by it")
     return bank, queries, f"{split} split of {queries.name}"
@@ -306,6 +309,18 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError) as e:
         raise ConfigError(f"{part} {name} cannot be made with these settings: {e}") from e
+
+
+def _levels(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise ConfigError(f"levels = {value!r}: give two numbers, the lower one first, such as [0, 4095]")
+    return low, high
 
 
 def _whole(key: str, value: Any) -> int:

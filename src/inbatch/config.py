@@ -62,6 +62,7 @@ class Recipe:
 
     data, split, subset: the images to learn from; subset: only so many of them, drawn by the seed 0.
     test: data set for evaluation, None for the data's own test split or a tenth held out.
+    channels, classes, levels: how the images are read (`data.open_data`).
     size: side of the images the encoder takes, in pixels.
     batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
         None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`inbatch.fit`):
@@ -92,6 +93,8 @@ class Recipe:
     subset: Positive | None = None
     test: str | None = None
     channels: Positive = 3
+    classes: str | None = None
+    levels: tuple[float, float] | None = None
     size: Positive = 224
     epochs: Positive = 100
     batch: Annotated[int, pydantic.Field(ge=2)] = 256
@@ -108,6 +111,11 @@ class Recipe:
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 1
     preset: str = "imagenet"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the run's images are read: what `data.open_data` is told."""
+        return {"channels": self.channels, "classes": self.classes, "levels": self.levels}
 
     def flat(self) -> Settings:
         """The recipe as settings that `make` turns into the same recipe."""
@@ -269,5 +277,3 @@ def _all_keys(options: Mapping[str, Settings]) -> list[str]:
     keys = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
     keys |= {f"schedule.{f.name}" for f in dataclasses.fields(Schedule)}
     return sorted(keys | {f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)})
-
-

@@ -2,24 +2,38 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
 
 from inbatch import draws
 from inbatch.data import arrays, digits, folder, parquet
 from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
 from inbatch.data.resident import Resident, decode_all
-from inbatch.data.source import Source, Subset
+from inbatch.data.source import Reading, Source, Subset
 from inbatch.errors import DataError
 
-__all__ = ["OPENERS", "Loader", "Resident", "Source", "Subset", "decode_all", "open_data", "splits", "write_folder"]
+__all__ = [
+    "OPENERS",
+    "Loader",
+    "Reading",
+    "Resident",
+    "Source",
+    "Subset",
+    "decode_all",
+    "open_data",
+    "splits",
+    "write_folder",
+]
 
-OPENERS: dict[str, Callable[[object, int | None], dict[str, Callable[[], Source]] | None]] = {
+OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
     "an array, a tensor or a pair (images, labels)": arrays.find,
     "digits-canvas or digits-canvas-colour": digits.find,
     "a Parquet file, or a folder with train.parquet": parquet.find,
     "a folder of images": folder.find,
 }
-"""Every kind of data. A finder gets (data, channels) and returns {split: function that opens it}, or None if the
+"""Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the
 data is not of its kind; the first that answers wins. A further kind is one file with a finder and one line here."""
 
 _SUBSET_SEED = 0  # not the run's: every run on "10,000 images" sees the same ones
@@ -27,20 +41,33 @@ _SUBSET_SEED = 0  # not the run's: every run on "10,000 images" sees the same on
 
 def splits(data: object) -> tuple[str, ...]:
     """Which splits the data has: ("train",) or ("train", "test"). DataError if nothing can open it."""
-    return tuple(_find(data, None))
+    return tuple(_find(data, Reading()))
 
 
-def open_data(data: object, split: str = "train", *, subset: int | None = None, channels: int | None = None) -> Source:
+def open_data(
+    data: object,
+    split: str = "train",
+    *,
+    subset: int | None = None,
+    channels: int | None = None,
+    classes: str | None = None,
+    levels: tuple[float, float] | None = None,
+    download: bool = False,
+) -> Source:
     """Open one split of a path, a name or an in-memory array (`OPENERS` lists the kinds).
 
     subset: only that many images, the first of a fixed permutation, in the source's order.
-    channels: 1 or 3 for files (3 by default); arrays and embedded data must agree with it.
+    classes: a file with the names of the classes to use, a line each, in the order of their numbers: images of other
+        classes are left out.
+    channels, levels, download: see `Reading`; arrays and embedded data must agree with the channels.
     Raises DataError if there is no such data, split or number of images.
     """
-    found = _find(data, channels)
+    found = _find(data, Reading(channels, levels, download))
     if split not in found:
         raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}")
     source = found[split]()
+    if classes is not None:
+        source = _of_classes(source, classes)
     if subset is None:
         return source
     if not 0 < subset <= len(source):
@@ -49,9 +76,26 @@ def open_data(data: object, split: str = "train", *, subset: int | None = None, 
     return Subset(source, chosen, "a fixed random choice")
 
 
-def _find(data: object, channels: int | None) -> dict[str, Callable[[], Source]]:
+def _of_classes(source: Source, file: str) -> Source:
+    """The images of the classes that a file lists, numbered as it does."""
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"the list of classes {file!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if unknown := [name for name in names if name not in source.classes]:
+        raise DataError(f"{source.name} lacks classes that {file!r} lists: {', '.join(unknown[:5])}")
+    number = torch.full((len(source.classes) + 1,), -1)
+    number[[source.classes.index(name) for name in names]] = torch.arange(len(names))
+    new = number[source.labels]  # -1, the last, stays unknown
+    chosen = Subset(source, (new >= 0).nonzero()[:, 0], f"the {len(names)} classes that {file} lists")
+    chosen.labels, chosen.classes = new[new >= 0], names
+    return chosen
+
+
+def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
     for find in OPENERS.values():
-        if (found := find(data, channels)) is not None:
+        if (found := find(data, reading)) is not None:
             return found
     if isinstance(data, str | os.PathLike) and not os.path.exists(data):
         raise DataError(f"{_name(data)} does not exist; data can be {'; '.join(OPENERS)}")

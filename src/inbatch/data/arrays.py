@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from inbatch.data.source import Source, Want, unlabelled
+from inbatch.data.source import Reading, Source, Want, unlabelled
 from inbatch.errors import DataError
 
 
@@ -60,7 +60,7 @@ class ArraySource(Source):
         return str(i)
 
 
-def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """An array or tensor, or a pair (images, labels), is one split; None for anything else."""
     images, labels = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     if not isinstance(images, np.ndarray | Tensor):
@@ -70,8 +70,8 @@ def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] 
         pixels = _channels_first(torch.as_tensor(images))
         if not len(pixels):
             raise DataError("The array holds no image (its first side is 0)")
-        if channels is not None and pixels.shape[1] != channels:
-            raise DataError(f"The array's images have {pixels.shape[1]} channels, {channels} were asked for")
+        if reading.channels not in (None, pixels.shape[1]):
+            raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were asked for")
         if labels is None:
             return ArraySource(pixels, unlabelled(len(pixels)), ())
         known = check_labels(torch.as_tensor(labels), len(pixels), "The labels given with the array")

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from inbatch import draws
 from inbatch.data.arrays import ArraySource
-from inbatch.data.source import Source
+from inbatch.data.source import Reading, Source
 from inbatch.errors import DataError
 
 _SEED = 1797
 _TRAIN = 1297  # the first digits; the last 500 (by other writers) are the test
 
 
-def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of `digits-canvas` and `digits-canvas-colour`; None for anything else."""
     if not isinstance(data, str) or data not in _MAKERS:
         return None
@@ -30,8 +30,8 @@ def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] 
     def opener(part: slice) -> Callable[[], Source]:
         def open_split() -> Source:
             images, labels = make()
-            if channels not in (None, images.shape[1]):
-                raise DataError(f"{data} has {images.shape[1]} channels, {channels} were asked for")
+            if reading.channels not in (None, images.shape[1]):
+                raise DataError(f"{data} has {images.shape[1]} channels, {reading.channels} were asked for")
             return ArraySource(images[part], labels[part], tuple("0123456789"), data)
 
         return open_split

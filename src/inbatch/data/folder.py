@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from inbatch.data.decode import Picture, file_channels
-from inbatch.data.source import Source, unlabelled
+from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import DataError
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
@@ -124,11 +124,11 @@ class FolderSource(Source):
         return skipped + (f", {len(bad)} unreadable folders ({'; '.join(bad[:3])})" if bad else "")
 
 
-def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
-    depth = file_channels(channels)
+    depth = file_channels(reading.channels)
     inside = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
     # A class may be called "train", so the word alone, among other sub-folders, makes no split.

@@ -20,7 +20,7 @@ import torch
 from inbatch.data.arrays import check_labels
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import TESTS
-from inbatch.data.source import Source, unlabelled
+from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import ConfigError, DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -156,11 +156,11 @@ class _Rows:
         return self._paths[i - self.first].as_py() or f"row {i}"
 
 
-def find(data: object, channels: int | None) -> dict[str, Callable[[], Source]] | None:
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
     if not isinstance(data, str | os.PathLike):
         return None
-    path, depth = Path(data), file_channels(channels)
+    path, depth = Path(data), file_channels(reading.channels)
     if path.suffix.lower() == ".parquet" and path.is_file():
         return {"train": lambda: ParquetSource([path], str(path), depth)}
     if not path.is_dir():

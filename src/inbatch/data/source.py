@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,21 @@ from torch import Tensor
 
 Want = tuple[int, Literal["bilinear", "bicubic"]]
 """What a view wants of its crop: the side of the output in pixels, and how to interpolate."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are to be read, where their kind leaves a choice.
+
+    channels: 1 (grey) or 3 (RGB) for most files, 3 by default; whatever they hold for arrays.
+    levels: the two values of an image with more than 8 bits a channel that become 0 and 255; None for the range of
+        its type.
+    download: fetch a set that is known by name and not on the disk.
+    """
+
+    channels: int | None = None
+    levels: tuple[float, float] | None = None
+    download: bool = False
 
 
 @runtime_checkable
