@@ -1,37 +1,21 @@
 """Batches from a source: out of device memory if it is small, else streamed through worker processes."""
 
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import draws
 from inbatch.batch import Batch
-from inbatch.data.resident import SHARE, Resident, estimate, hold, stack
-from inbatch.data.source import Source, Want
+from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
+from inbatch.data.source import Source
+from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, stream
 from inbatch.errors import DataError
 from inbatch.limits import cores
 from inbatch.machine import free_bytes
 
-_OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
 PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
-
-
-@runtime_checkable
-class Boxes(Protocol):
-    """The part of `views.Views` that is needed here: where to crop, and each view's `size` and `interpolation`."""
-
-    @property
-    def views(self) -> Sequence[Any]: ...
-
-    def boxes(
-        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
-    ) -> Int[Tensor, "v b 4"]: ...
 
 
 class Loader:
@@ -44,12 +28,13 @@ class Loader:
     batch: the global batch size. resident: images live decoded on the device (True), are streamed through
     `workers` processes (False), or whichever the free memory allows (None). canvas: the longer side that resident
     images may have, twice the largest view by default. whole: streamed images come on such a canvas, too, uncropped,
-    so that views can be drawn again. max_bad: share of unreadable images that may be left out when resident; a streamed
-    one raises DataError when its turn comes.
+    so that views can be drawn again.
+    max_bad: share of the images that may be unreadable; DataError where more are. Resident ones are left out from the
+        start. In the place of a streamed one stands, when its turn comes, the image at that place of the next batch.
     Pixels of streamed batches stay in the host's memory, for whoever needs some of them to take them to the device.
 
     `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch, `workers` the
-    processes that decode (0 where resident).
+    processes that decode (0 where resident), `bad` the unreadable images met so far, by number: why.
     """
 
     def __init__(
@@ -74,7 +59,9 @@ class Loader:
         self.device = torch.device(device)
         canvas = canvas or 2 * max(view.size for view in views.views)
         needed, free = estimate(source, canvas), free_bytes(self.device, world)
+        self.max_bad = max_bad
         self.held: Resident | None = None
+        self.bad: dict[int, str] = {}
         if resides(needed, free, resident):
             self.held = hold(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
@@ -92,18 +79,22 @@ class Loader:
         self.workers = 0
         if self.held is None:
             self.workers = processes(workers, world)
-            self._order = _Order()
-            made = _Canvases(source, canvas) if whole else _Crops(source, views, seed)
+            self._order = Order()
+            order = Places(source, seed, batch)
+            made = Canvases(order, canvas) if whole else Crops(order, views)
             self._pin = self.device.type == "cuda"
             pinned = self._pin and batch // world <= PIECE  # larger ones are pinned when they are put together
-            self._stream = _stream(made, self._order, self.workers, self.device, pinned)
+            self._stream = stream(made, self._order, self.workers, self.device, pinned)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch on the device, from step `start` up to `stop` (its end by default)."""
-        order = draws.permutation(self.seed, epoch, len(self.source))[: self.steps * self.batch]
-        share = self.batch // self.world
-        mine = order.view(self.steps, self.batch)[start:stop, self.rank * share : (self.rank + 1) * share]
-        return self._resident(epoch, mine) if self.held else self._streamed(epoch, mine)
+        steps = range(self.steps)[start:stop]
+        return self._resident(epoch, steps) if self.held else self._streamed(epoch, steps)
+
+    def note(self, bad: Mapping[int, str]) -> None:
+        """Remember unreadable images; DataError if they are too many by now."""
+        self.bad.update(bad)
+        check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
 
     def report(self) -> str:
         """For people: the source, how its images are held and why, and what was left out or scaled down."""
@@ -119,9 +110,18 @@ class Loader:
             lines.append(f"streamed by {self.workers} workers ({self._why})")
         return "\n".join(lines)
 
-    def _resident(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
+    def _share(self, step: int) -> range:
+        """The places of an epoch's order that are this rank's part of a batch."""
+        share = self.batch // self.world
+        first = step * self.batch + self.rank * share
+        return range(first, first + share)
+
+    def _resident(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self.held is not None
-        for index in mine.to(self.device):
+        order = draws.permutation(self.seed, epoch, len(self.source)).to(self.device)
+        for step in steps:
+            places = self._share(step)
+            index = order[places.start : places.stop]
             yield Batch(
                 index=index,
                 label=self._labels[index],
@@ -132,17 +132,21 @@ class Loader:
                 size=self.held.size[index],
             )
 
-    def _streamed(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
-        self._order.keys = [(epoch, piece.tolist()) for index in mine for piece in index.split(PIECE)]
+    def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
+        share = self.batch // self.world
+        cuts = [slice(first, first + PIECE) for first in range(0, share, PIECE)]
+        self._order.keys = [(epoch, self._share(step)[cut]) for step in steps for cut in cuts]
         pieces = iter(self._stream)
-        for index in mine:
+        for _ in steps:
             made: dict[str, Any] = {}
-            for first in range(0, len(index), PIECE):
+            for cut in cuts:
                 piece = next(pieces)
                 if isinstance(piece, str):
                     raise DataError(piece)
-                made = piece if len(index) <= PIECE else _put(piece, first, made, len(index), self._pin)
-            batch = Batch(**made, label=self.source.labels[index], seed=self.seed, epoch=epoch)
+                self.note(piece.bad)
+                whole = share <= PIECE
+                made = piece.made if whole else _put(piece.made, cut.start, made, share, self._pin)
+            batch = Batch(**made, label=self.source.labels[made["index"]], seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
 
 
@@ -186,85 +190,3 @@ def _differ(held: Resident) -> None:
         raise DataError(
             f"all {len(held.images):,} images of {held.source.name} are identical: there is nothing to tell apart"
         )
-
-
-class _Order(Sampler[tuple[int, list[int]]]):
-    """The batches to make, set anew for each epoch while the workers live on."""
-
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, list[int]]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-class _Crops(Dataset[Any]):
-    """In a worker: (epoch, indices) to that batch's crops, each image decoded once for all its views."""
-
-    def __init__(self, source: Source, views: Boxes, seed: int):
-        self.source, self.views, self.seed = source, views, seed
-        self.wanted: list[Want] = [(view.size, view.interpolation) for view in views.views]
-
-    def __getitem__(self, key: tuple[int, list[int]]) -> dict[str, Any] | str:
-        epoch, indices = key
-        crops = [torch.empty(len(indices), self.source.channels, s, s, dtype=torch.uint8) for s, _ in self.wanted]
-        size, boxes = [], []
-        try:
-            for first in range(0, len(indices), _OPEN):
-                numbers = indices[first : first + _OPEN]
-                pictures = [self.source.open(i) for i in numbers]
-                size.append(torch.tensor([p.size for p in pictures]))
-                boxes.append(self.views.boxes(torch.tensor(numbers), size[-1], self.seed, epoch))
-                for place, picture in enumerate(pictures):
-                    with picture:
-                        for out, crop in zip(crops, picture.crops(boxes[-1][:, place], self.wanted), strict=True):
-                            out[first + place] = crop
-        except DataError as e:  # as a value: torch would wrap the exception in a page of traceback
-            return str(e)
-        made = {"index": torch.tensor(indices), "size": torch.cat(size)}
-        return made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)}
-
-
-class _Canvases(Dataset[Any]):
-    """In a worker: (epoch, indices) to those images, uncropped."""
-
-    def __init__(self, source: Source, canvas: int):
-        self.source, self.canvas = source, canvas
-
-    def __getitem__(self, key: tuple[int, list[int]]) -> dict[str, Tensor] | str:
-        try:
-            pixels = []
-            for i in key[1]:
-                with self.source.open(i) as picture:
-                    pixels.append(picture.tensor(self.canvas))
-        except DataError as e:
-            return str(e)
-        images, size = stack(pixels)
-        return {"index": torch.tensor(key[1]), "size": size, "images": images}
-
-
-def _stream(made: Dataset[Any], order: _Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
-    # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
-    # be forked.
-    fork = sys.platform == "linux" and device.type != "cuda"
-    other = "spawn" if sys.platform == "win32" else "forkserver"
-    return DataLoader(
-        made,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        worker_init_fn=_deaf,
-        persistent_workers=workers > 0,
-        multiprocessing_context=("fork" if fork else other) if workers else None,
-        pin_memory=pinned,
-    )
-
-
-def _deaf(worker: int) -> None:
-    """A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)

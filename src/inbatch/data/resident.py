@@ -54,7 +54,7 @@ def hold(
         cache.remove(path)
         kept, note = None, "decoded anew: images that could not be read before can be read now"
     if kept is not None:
-        _check_dropped(source, kept.missing, max_bad)
+        check_dropped(source, kept.missing, max_bad)
         return _resident(source, kept, device, [note])
     notes = [note] if note else []
     began = time.perf_counter()
@@ -93,7 +93,7 @@ def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int
             sizes.append(part.size)
             missing += part.missing
             scaled += part.scaled
-    _check_dropped(source, missing, max_bad)
+    check_dropped(source, missing, max_bad)
     size = torch.cat(sizes)
     height, width = size.amax(0).tolist()
     images = np.ascontiguousarray(images[:at, :, :height, :width])
@@ -140,13 +140,13 @@ def _resident(source: Source, kept: Decoded, device: torch.device | str, notes: 
     return Resident(kept.images.to(device), kept.size.to(device), left, dropped, kept.scaled, tuple(notes))
 
 
-def _check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:
+def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:
     """DataError if more than the share `max_bad` of the images, or all of them, cannot be read."""
     if len(missing) > max_bad * len(source) or len(missing) == len(source):
         few = "; ".join(why for _, why in missing[:3])
         raise DataError(
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
-            f"(at most {max_bad:.0%} may be left out): {few}"
+            f"(max_bad allows {100 * max_bad:g}%): {few}"
         )
 
 
