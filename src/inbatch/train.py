@@ -23,7 +23,7 @@ from inbatch.describe import describe
 from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
-from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme
+from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
 from inbatch.files import write_json
 from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
@@ -169,7 +169,7 @@ def _watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: L
     """See on rank 0 how different the outputs of some images are; say when they collapse, and when no longer."""
     if ranks.rank():
         return
-    images = built.encoder.prepare(watched.image(i) for i in range(len(watched)))
+    images = built.encoder.prepare(readable(watched, range(len(watched))))
     now = spread(built.tower, images.to(built.loader.device))
     log.record(progress.step, now)
     progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
@@ -202,7 +202,9 @@ def survey(built: Built, epoch: int) -> dict[str, float]:
     seen = Subset(source, mine, "this rank's share")
     rows = {}
     for name in tower.reads:
-        share = embed(HeadRows(tower, built.encoder, name), seen, workers=built.loader.workers).vectors
+        found = embed(HeadRows(tower, built.encoder, name), seen, workers=built.loader.workers)
+        # An image that cannot be read is never learned from: its row may be any, here that of the one behind it.
+        share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
         whole = ranks.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
     return built.method.survey(rows, label.cpu(), epoch, ranks.spread)

@@ -8,7 +8,7 @@ import torch
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
-from inbatch.evaluate.embed import Encoder, Kept, Source, embed, embed_stream, keep, raw_pixels
+from inbatch.evaluate.embed import Encoder, Kept, Source, embed, embed_stream, keep, raw_pixels, readable
 from inbatch.evaluate.embeddings import Embeddings, class_count
 from inbatch.evaluate.knn import knn, knn_scores
 from inbatch.evaluate.linear import PROBES, Lbfgs, Sgd, linear
@@ -37,6 +37,7 @@ __all__ = [
     "nmi",
     "rankme",
     "raw_pixels",
+    "readable",
     "write_embeddings",
 ]
 
@@ -85,6 +86,7 @@ def evaluate(
         "protocol_version": PROTOCOL_VERSION,
         **{
             split: {"name": data.name, "images": len(data), "labelled": len(known[split])}
+            | ({"unreadable": len(data.missing)} if data.missing else {})
             for split, data in sets.items()
         },
         "feature": sets["test"].feature,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -62,12 +63,18 @@ class Kept:
         return self.source.identity(i)
 
     def read(self) -> None:
-        """Decode what has not been read yet, on all cores."""
+        """Decode what has not been read yet and can be, on all cores."""
+
+        def look(part: list[int]) -> None:
+            for i in part:
+                with suppress(DataError):  # told when its turn comes
+                    self.image(i)
+
         missing = [i for i in range(len(self)) if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             with ThreadPoolExecutor(cores()) as pool:
-                list(pool.map(lambda part: [self.image(i) for i in part], parts))
+                list(pool.map(look, parts))
 
 
 def keep(source: Source, limit: int = 2**29) -> Source:
@@ -77,22 +84,43 @@ def keep(source: Source, limit: int = 2**29) -> Source:
         a run has better use for.
     """
     some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
-    size = sum(source.image(i).nbytes for i in some) / max(1, len(some)) * len(source)
+    size = sum(image.nbytes for image in readable(source, some)) / max(1, len(some)) * len(source)
     return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 20) else source
 
 
-class _Chunks(Dataset[Tensor]):
-    """Prepared images of a range of numbers; decoding and resizing happen here, in a worker if there are any."""
+def readable(
+    source: Source, numbers: Iterable[int], bad: dict[int, str] | None = None
+) -> Iterator[UInt8[Tensor, "c h w"]]:
+    """The images of these numbers that can be read, one by one; why the others cannot goes into `bad`."""
+    for i in numbers:
+        try:
+            image = source.image(i)
+        except DataError as error:
+            if bad is not None:
+                bad[i] = str(error)
+        else:
+            yield image
+
+
+class _Chunks(Dataset[tuple[Tensor | None, dict[int, str]]]):
+    """Prepared images of a range of numbers, None if there are none, and those that cannot be read (number: why).
+
+    Decoding and resizing happen here, in a worker if there are any.
+    """
 
     def __init__(self, source: Source, prepare: Callable[[Iterable[Tensor]], Tensor]):
         self.source, self.prepare = source, prepare
 
-    def __getitem__(self, at: range) -> Tensor:
-        first = self.source.image(at[0])
+    def __getitem__(self, at: range) -> tuple[Tensor | None, dict[int, str]]:
+        bad: dict[int, str] = {}
+        images = readable(self.source, at, bad)
+        first = next(images, None)
+        if first is None:
+            return None, bad
         if len(at) * first.nbytes > _TOGETHER:
-            return self.prepare(self.source.image(i) for i in at)
-        images = [first, *(self.source.image(i) for i in at[1:])]
-        return self.prepare(torch.stack(images) if all(x.shape == first.shape for x in images) else images)
+            return self.prepare(chain([first], images)), bad
+        several = [first, *images]
+        return self.prepare(torch.stack(several) if all(x.shape == first.shape for x in several) else several), bad
 
 
 def _stream(
@@ -102,6 +130,7 @@ def _stream(
     feature: str,
     batch: int,
     workers: int,
+    missing: dict[int, str] | None,
 ) -> Iterator[Embeddings]:
     if not len(source):
         raise DataError(f"{source.name} holds no images.")
@@ -112,11 +141,19 @@ def _stream(
     ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     chunks = _Chunks(source, prepare)
     loader: DataLoader = DataLoader(chunks, sampler=ranges, batch_size=None, num_workers=workers)
-    for at, images in zip(ranges, loader, strict=True):
+    for at, (images, bad) in zip(ranges, loader, strict=True):
+        if bad and missing is None:
+            raise DataError(next(iter(bad.values())))
+        if missing is not None:
+            missing |= bad
+        if images is None:
+            continue
+        index = torch.tensor([i for i in at if i not in bad])
         yield Embeddings(
             vectors=encode(images).float().cpu(),
-            labels=source.labels[at.start : at.stop].cpu(),
-            identities=tuple(source.identity(i) for i in at),
+            labels=source.labels[index].cpu(),
+            identities=tuple(source.identity(i) for i in index.tolist()),
+            index=index,
             name=source.name,
             feature=feature,
         )
@@ -129,11 +166,13 @@ def embed_stream(
     batch: int = 512,
     precision: torch.dtype = torch.float32,
     workers: int = 0,
+    missing: dict[int, str] | None = None,
 ) -> Iterator[Embeddings]:
     """Chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
 
     Runs on the encoder's device, in evaluation mode without gradient; the encoder is left as it was between chunks.
     precision: torch.float32, or torch.bfloat16 / float16 for autocast. workers: processes that decode.
+    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
     """
 
     def encode(images: Tensor) -> Tensor:
@@ -144,7 +183,7 @@ def embed_stream(
         with encoder.evaluating(), products, cast:
             return encoder(images.to(device, non_blocking=True))
 
-    yield from _stream(source, encoder.prepare, encode, "pooled output of the backbone", batch, workers)
+    yield from _stream(source, encoder.prepare, encode, "pooled output of the backbone", batch, workers, missing)
 
 
 def embed(
@@ -155,8 +194,10 @@ def embed(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> Embeddings:
-    """The embeddings of all images of a source; see `embed_stream`."""
-    return _join(embed_stream(encoder, source, batch=batch, precision=precision, workers=workers))
+    """The embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
+    bad: dict[int, str] = {}
+    chunks = embed_stream(encoder, source, batch=batch, precision=precision, workers=workers, missing=bad)
+    return _join(chunks, bad)
 
 
 def raw_pixels(source: Source, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
@@ -164,9 +205,9 @@ def raw_pixels(source: Source, *, size: int | None = None, batch: int = 512, wor
 
     Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
     """
-    size = size or min(32, *source.image(0).shape[1:])
-    resize = _Flatten(size)
-    return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers))
+    size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
+    resize, bad = _Flatten(size), dict[int, str]()
+    return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad), bad)
 
 
 class _Flatten:
@@ -182,12 +223,17 @@ class _Flatten:
         return nn.functional.interpolate(x[None], self.shape, mode="bilinear", antialias=True)[0]
 
 
-def _join(stream: Iterable[Embeddings]) -> Embeddings:
+def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
     chunks = list(stream)
+    if not chunks:
+        few = "; ".join(list(bad.values())[:3])
+        raise DataError(f"none of {len(bad):,} images can be read: {few}")
     return Embeddings(
         vectors=torch.cat([c.vectors for c in chunks]),
         labels=torch.cat([c.labels for c in chunks]),
         identities=tuple(i for c in chunks for i in c.identities),
+        index=torch.cat([c.index for c in chunks]),
         name=chunks[0].name,
         feature=chunks[0].feature,
+        missing=tuple(bad.values()),
     )

@@ -11,10 +11,12 @@ from inbatch.errors import DataError
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One feature vector per clean image.
+    """One feature vector per clean image that can be read.
 
     vectors: (N, F) float32 on the CPU. labels: (N,) int64, -1 where unknown. identities: path or number of each image.
     name: the data set. feature: which layer the vectors are.
+    index: (N,) int64, each image's number in the data set; 0, 1, ... where nothing is said.
+    missing: a sentence for each image that cannot be read.
     """
 
     vectors: Float[Tensor, "n f"]
@@ -22,6 +24,12 @@ class Embeddings:
     identities: tuple[str, ...]
     name: str
     feature: str
+    index: Int[Tensor, "n"] = None  # type: ignore[assignment] # set below
+    missing: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.index is None:
+            object.__setattr__(self, "index", torch.arange(len(self.vectors)))
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -37,7 +45,9 @@ class Embeddings:
         if known.all():
             return self
         identities = tuple(i for i, k in zip(self.identities, known.tolist(), strict=True) if k)
-        return replace(self, vectors=self.vectors[known], labels=self.labels[known], identities=identities)
+        return replace(
+            self, vectors=self.vectors[known], labels=self.labels[known], identities=identities, index=self.index[known]
+        )
 
 
 def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, float]:

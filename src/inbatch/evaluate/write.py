@@ -44,7 +44,7 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
             n, width = chunk.vectors.shape
             columns = {
                 "path": pa.array([_text(i) for i in chunk.identities], pa.string()),
-                "index": pa.array(np.arange(rows, rows + n)),
+                "index": pa.array(chunk.index.numpy()),
                 "label": pa.array(chunk.labels.numpy()),
                 "vector": pa.FixedSizeListArray.from_arrays(pa.array(chunk.vectors.numpy().ravel()), width),
             }
@@ -62,10 +62,11 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     """The number of rows and the longest path are known at the end only, so both go through unnamed files."""
     folder = Path(file.name).parent
     with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
-        rows, width, longest, labels = 0, 0, 1, []
+        rows, width, longest, labels, index = 0, 0, 1, [], []
         for chunk in stream:
             vectors.write(np.ascontiguousarray(chunk.vectors.numpy(), np.float32).tobytes())
             labels.append(chunk.labels.numpy())
+            index.append(chunk.index.numpy())
             identities = [_text(i) for i in chunk.identities]
             longest = max(longest, *map(len, identities))
             names.write(json.dumps(identities) + "\n")
@@ -77,7 +78,7 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
         text = np.dtype(f"<U{longest}")
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             _array(archive, "path", text, (rows,), (np.array(json.loads(line), text).tobytes() for line in names))
-            _array(archive, "index", np.dtype("<i8"), (rows,), iter([np.arange(rows, dtype="<i8").tobytes()]))
+            _array(archive, "index", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in index))
             _array(archive, "label", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in labels))
             _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
         return rows
