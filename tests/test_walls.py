@@ -41,7 +41,19 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
-ABOVE = {"config", "build", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe", "show"}
+ABOVE = {
+    "config",
+    "build",
+    "capture",
+    "checkpoint",
+    "signals",
+    "environment",
+    "log",
+    "inspect",
+    "train",
+    "describe",
+    "show",
+}
 ABOVE |= {"bench", "doctor", "fit", "parts", "plug", "assign", "api", "quickstart", "losses", ""}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 

@@ -14,6 +14,7 @@ from inbatch import checkpoint, process, ranks
 from inbatch.assign import judge_head
 from inbatch.batch import Batch
 from inbatch.build import Built, build, device_for, held_out, plan
+from inbatch.capture import replay
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
 from inbatch.data import Source, Subset, decode_all, open_data, splits
@@ -61,6 +62,7 @@ def pretrain(
     workers: int | None = None,
     expect_world_size: int | None = None,
     quiet: bool = False,
+    stop_on_collapse: bool = False,
     **fields: Any,
 ) -> Run:
     """Learn features from images and leave a run's folder behind.
@@ -73,6 +75,7 @@ def pretrain(
         recipe; the batch then need not fit. It costs one more forward pass where there are several groups.
     test: images with labels to judge the features by, where the data has no test split of its own.
     out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
+    stop_on_collapse: end with TrainingError, after a checkpoint, where outputs collapse and do not recover.
     resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
     Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
     Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
@@ -98,7 +101,15 @@ def pretrain(
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
             notes = [note for note in (stale, fitted and fitted.sentence(), _advice(built)) if note]
-            result = train(built, directory, held, resume=going_on is not None, quiet=quiet, notes=notes)
+            result = train(
+                built,
+                directory,
+                held,
+                resume=going_on is not None,
+                quiet=quiet,
+                notes=notes,
+                stop_on_collapse=stop_on_collapse,
+            )
         return Run(directory, recipe, result)
     finally:
         if made:
@@ -198,6 +209,12 @@ def evaluate_run(
     return found | {"run": str(path), "held_out": held[2]}
 
 
+def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
+    """Make a run's captured step again, and find where its numbers stop being finite (`capture.replay`)."""
+    process.ready()
+    return replay(Path(path), device_for(device))
+
+
 def inspect_run(
     path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
     device: str = "auto",
@@ -228,15 +245,17 @@ def inspect_run(
 
 
 def embed_run(
-    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True
-) -> int:
+    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
+    missing: dict[int, str] | None = None,
+) -> int:  # fmt: skip
     """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
 
     split: "train" or "test" where the data has both. quiet: no progress on stderr.
+    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
     """
     encoder = load(path).to(device_for(device))
     source = open_data(data, split or splits(data)[0], channels=encoder.channels)
-    chunks = stream(encoder, source, batch=256)
+    chunks = stream(encoder, source, batch=256, missing=missing)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 
 

@@ -172,7 +172,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
         fuse, fused = fusion(recipe, method, views, encoder, context)
     loader = Loader(
         source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
-        resident=recipe.resident, workers=workers, whole=recipe.curate is not None,
+        resident=recipe.resident, workers=workers, whole=recipe.curate is not None, max_bad=recipe.max_bad,
     )  # fmt: skip
 
     tower = Tower(

@@ -75,6 +75,7 @@ class Recipe:
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
         together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
+    max_bad: share of the images that may be unreadable.
     k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
     """
 
@@ -107,6 +108,7 @@ class Recipe:
     joined: bool = False
     compile: bool = False
     resident: bool | None = None
+    max_bad: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
     k: Positive = 200
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 1

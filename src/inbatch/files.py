@@ -1,5 +1,6 @@
 """Writing a run's folder so that a kill, a full disk or a second run leaves nothing half done."""
 
+import errno
 import json
 import math
 import os
@@ -58,6 +59,17 @@ def cannot_write(path: Path, error: OSError) -> InbatchError:
         f"Cannot write {path}: {error.strerror or error} ({space}). What was there before is untouched. "
         "Make room, or choose another folder for the run."
     )
+
+
+@contextmanager
+def out_of_room(folder: Path) -> Iterator[None]:
+    """Whoever finds the disk full, read-only or broken inside says so as `cannot_write` does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES):
+            raise
+        raise cannot_write(Path(error.filename) if error.filename else folder / "a file of the run", error) from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -135,6 +135,23 @@ def print_rehearsal(found: Mapping[str, Any]) -> None:
     say(yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip())
 
 
+def print_replay(found: Mapping[str, Any]) -> None:
+    """A step made again: whether it failed again, where that begins, and what float32 makes of it."""
+    say(f"Captured:  {found['captured']}")
+    tries = {found["precision"]: found} | ({"float32": found["float32"]} if "float32" in found else {})
+    for precision, one in tries.items():
+        how = "not finite again" if one["reproduced"] else "finite"
+        say("", f"Again in {precision}: {how}; loss {one['loss']:.6g}, gradient's norm {one['grad_norm']:.6g}")
+        places = one["places"]
+        say(*(f"  {'first' if i == 0 else 'then'} {place}" for i, place in enumerate(places[:4])))
+        if len(places) > 4:
+            say(f"  and {len(places) - 4:,} more places behind it (--json lists them)")
+    if not found["reproduced"]:
+        say("", "It is not repeated here: the same device, versions and number of threads compute the same numbers.")
+    elif "float32" in found and not found["float32"]["reproduced"]:
+        say("", "In float32 the step is finite: --set precision=float32.")
+
+
 def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
     """A method for --json and the tables; options by name: default and what it is."""
     told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters

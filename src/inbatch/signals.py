@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -35,12 +35,29 @@ def stop_on_signals() -> Iterator[Stop]:
     is never set.
     """
     stop = Stop()
+    with _handled(stop._handle):
+        yield stop
+
+
+@contextmanager
+def end_on_signals(error: Callable[[int], BaseException]) -> Iterator[None]:
+    """Raise `error(number)` where SIGTERM, SIGUSR1 or SIGINT comes: for work that may be dropped and done again."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise error(number)
+
+    with _handled(handle):
+        yield
+
+
+@contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    old = {number: signal.signal(number, stop._handle) for number in SIGNALS}
+    old = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in old.items():
             # None: a handler that was not set from Python cannot be set again from here.

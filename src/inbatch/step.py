@@ -20,6 +20,19 @@ Orders = Sequence[Tensor | None]
 """For each view, which sample of the batch stands where while its groups run; None: the batch's own order."""
 
 
+class NotFinite(TrainingError):
+    """The loss or its gradient is not finite; carries what `capture` keeps of the step."""
+
+    def __init__(self, step: int, batch: Batch, losses: dict[str, Tensor], norm: Tensor):
+        self.step, self.batch, self.norm = step, batch, norm
+        self.losses = {name: x.detach() for name, x in losses.items()}
+        super().__init__(
+            f"step {step}: the loss is {losses['loss'].item():.4g} and the gradient's norm {norm.item():.4g}; "
+            "no weight was changed by this step. Lower optimizer.lr, lengthen schedule.warmup, or try "
+            "precision float32"
+        )
+
+
 @dataclass
 class Step:
     """Everything that one step needs; calling it makes one.
@@ -81,11 +94,7 @@ class Step:
         self.method.on_gradients(self.tower.heads, whole, progress)
         norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
-            raise TrainingError(
-                f"step {step}: the loss is {losses['loss'].item():.4g} and the gradient's norm {norm.item():.4g}; "
-                "no weight was changed by this step. Lower optimizer.lr, lengthen schedule.warmup, or try "
-                "precision float32"
-            )
+            raise NotFinite(step, batch, losses, norm)
         self.optimizer.step()
         self.method.on_weights(self.tower.heads)
 

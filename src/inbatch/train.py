@@ -17,20 +17,22 @@ import torch
 from inbatch import ranks
 from inbatch.assign import HeadRows, judge_head, save_heads
 from inbatch.build import Built
+from inbatch.capture import FOLDER, capture
 from inbatch.checkpoint import load, restore, save
-from inbatch.data import Subset
+from inbatch.data import Subset, lost_workers
 from inbatch.describe import describe
 from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
-from inbatch.files import write_json
+from inbatch.files import out_of_room, replacing, write_json
 from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
 from inbatch.inspect.leak import leak, meets, sign
 from inbatch.log import Log
 from inbatch.products import fast_products
-from inbatch.signals import Stop, stop_on_signals
+from inbatch.signals import Stop, end_on_signals, stop_on_signals
+from inbatch.step import NotFinite
 
 Judge = Callable[[], dict[str, float]]
 
@@ -73,13 +75,16 @@ class Progress:
 
 
 def train(
-    built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool, notes: Sequence[str] = ()
-) -> dict[str, Any]:
+    built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
+    notes: Sequence[str] = (), stop_on_collapse: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
 
     out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
     notes: sentences for the user, printed at the start.
-    Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite.
+    stop_on_collapse: end where outputs have collapsed at two looks in a row, after a checkpoint.
+    Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
+    kept, see `capture`) or where it ends on collapse.
     """
     recipe, progress, main = built.recipe, Progress(), ranks.rank() == 0
     parts = built.parts() | {"progress": progress}
@@ -100,41 +105,54 @@ def train(
         try:
             if held is not None and main:  # looked at again and again
                 held = (keep(held[0]), keep(held[1]), held[2])
-            with fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext():
+            products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
+            with products, lost_workers(), out_of_room(out):
                 with stop_on_signals() as stop:
-                    _epochs(built, progress, parts, log, stop, held, out)
-                result = ranks.share(_finish(built, progress, held, out, where) if main else None)
-        except (Preempted, Interrupted, TrainingError) as error:
-            kinds = {Preempted: "preempted", Interrupted: "interrupted", TrainingError: "failed"}
-            report.status(kinds[type(error)], str(error))
+                    _epochs(built, progress, parts, log, stop, held, out, stop_on_collapse)
+                with end_on_signals(lambda number: _stopped(number, built, progress, out)):
+                    result = ranks.share(_finish(built, progress, held, out, where) if main else None)
+        except InbatchError as error:
+            kinds = {Preempted: "preempted", Interrupted: "interrupted"}
+            report.ended(kinds.get(type(error), "failed"), str(error))
             raise
         except BaseException as error:
-            report.status("crashed", f"{type(error).__name__}: {error}")
+            report.ended("crashed", f"{type(error).__name__}: {error}")
             raise
     report.status("finished")
     return result
 
 
 def _epochs(
-    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path
-) -> None:
+    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path,
+    stop_on_collapse: bool,
+) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
     recipe, steps = built.recipe, built.loader.steps
     judge = _judge(built, held)
     source = built.loader.source
     few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
     watched = Subset(source, few, "watched for collapse")
+    told = _tell_bad(built, out, log, 0)
 
     def end(epoch: int) -> None:
         """Look at the features after so many epochs, and save."""
+        nonlocal told
+        before = set(progress.collapsed)
         _watch(built, watched, progress, epoch, log)
+        told = _tell_bad(built, out, log, told)
+        stays = ranks.share(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
         best = False
         if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
             best = _judged(judge, progress, epoch, log)
             _guard(built, progress, epoch, log)
         progress.ended = epoch
-        if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs:
+        if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs or stays:
             _save(parts, progress, out, best)
+        if stays:
+            raise TrainingError(
+                f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
+                f"the next look; a checkpoint is saved, curves are in {out / 'metrics.jsonl'}"
+            )
 
     if progress.step == 0:
         _watch(built, watched, progress, 0, log)
@@ -148,7 +166,11 @@ def _epochs(
             if found:
                 log.evaluation(progress.step, found)
         for batch in built.loader.epoch(epoch, start=progress.step % steps):
-            losses = built.step(batch, progress.step)
+            try:
+                losses = built.step(batch, progress.step)
+            except NotFinite as error:
+                kept = capture(out, built, error)
+                raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {out}") from error
             progress.step = step = progress.step + 1
             now = time.perf_counter()
             progress.seconds, began = progress.seconds + now - began, now
@@ -157,12 +179,36 @@ def _epochs(
             asked = ranks.largest(stop.requested or 0)
             if asked and step < built.total:
                 _save(parts, progress, out, best=False)
-                kind = Interrupted if asked == signal.SIGINT else Preempted
-                raise kind(
-                    f"stopped by {signal.Signals(asked).name} at step {step} of {built.total}, checkpoint saved: "
-                    f"inbatch pretrain --resume {out}"
-                )
+                raise _stopped(asked, built, progress, out)
         end(epoch + 1)
+
+
+def _stopped(number: int, built: Built, progress: Progress, out: Path) -> InbatchError:
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    return kind(
+        f"stopped by {signal.Signals(number).name} at step {progress.step} of {built.total}, checkpoint saved: "
+        f"inbatch pretrain --resume {out}"
+    )
+
+
+def _tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
+    """Make known on every rank which images could not be read so far, list them all, and say what is new after the
+    first `told`; how many there are now."""
+    loader = built.loader
+    for bad in ranks.spread(lambda _: loader.bad, ranks.world()):
+        loader.note(bad)
+    found = loader.unreadable()
+    if ranks.rank() or len(found) == told:
+        return len(found)
+    new = found[told:]
+    with replacing(out / "bad_images.txt") as file:
+        file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
+    log.note(
+        f"{len(new):,} images cannot be read and are left out"
+        + ("" if loader.held else " (each gave its place to the image that stands there in the next batch)")
+        + f": {new[0]}. All of them are in {out / 'bad_images.txt'}"
+    )
+    return len(found)
 
 
 def _watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Log) -> None:
@@ -265,6 +311,7 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[
         "precision": str(built.tower.precision).removeprefix("torch."),
         "environment": where,
         "images": len(built.source),
+        "unreadable": len(built.loader.unreadable()),
         "steps": built.total,
         "training_seconds": progress.seconds,
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
@@ -306,6 +353,11 @@ class _Report:
         self.fixed = {"command": built.recipe.command(), "steps": built.total}
         self.fixed |= {"context": built.context, "world": ranks.world()}
 
+    def ended(self, status: str, reason: str) -> None:
+        """Why the run ended early; the reason itself matters more than that it cannot be written on a full disk."""
+        with contextlib.suppress(InbatchError):
+            self.status(status, reason)
+
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -314,8 +366,8 @@ class _Report:
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect"):
+    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect", FOLDER):
         shutil.rmtree(out / name, ignore_errors=True)
-    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json")
+    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
     for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
         (out / name).unlink(missing_ok=True)

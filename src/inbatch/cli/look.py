@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from inbatch.cli.base import Data, Device, Json, Set, app, assignments, reported
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, TrainingError
 from inbatch.show import (
     explain,
     explain_plugins,
@@ -17,6 +17,7 @@ from inbatch.show import (
     print_methods,
     print_plugin,
     print_plugins,
+    print_replay,
     print_table,
     say,
 )
@@ -85,6 +86,27 @@ def inspect(
             say(f"Note:      {found['note']}")
         for picture in found["pictures"]:
             say(f"Picture:   {picture}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json"
+)
+def replay(
+    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run that ended on a number not finite.")],
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make the step again at which a loss or gradient was not finite, and say where it began; 4 if it is finite now."""
+    with reported(as_json):
+        from inbatch.api import replay_run
+
+        found = replay_run(run, device=device)
+        if as_json:
+            print_json(found)
+        else:
+            print_replay(found)
+        if not found["reproduced"]:
+            raise typer.Exit(TrainingError.exit_code)
 
 
 @app.command(

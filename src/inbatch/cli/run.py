@@ -72,6 +72,7 @@ def pretrain(
     resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
+    stop_on_collapse: Annotated[bool, Option("--stop-on-collapse", help="End with 4 where outputs collapse.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -96,7 +97,7 @@ def pretrain(
             return
         run = api.pretrain(
             data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
-            expect_world_size=expect_world_size, **shared, **fields,
+            expect_world_size=expect_world_size, stop_on_collapse=stop_on_collapse, **shared, **fields,
         )  # fmt: skip
         print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
 
@@ -160,5 +161,12 @@ def embed(
     with reported(as_json):
         from inbatch.api import embed_run
 
-        count = embed_run(run, data, out, split=split, device=device, quiet=quiet)
-        print_json({"images": count, "out": str(out)}) if as_json else say(f"{count:,} images embedded into {out}")
+        missing: dict[int, str] = {}
+        count = embed_run(run, data, out, split=split, device=device, quiet=quiet, missing=missing)
+        if as_json:
+            print_json({"images": count, "out": str(out), "unreadable": list(missing.values())})
+            return
+        say(f"{count:,} images embedded into {out}")
+        if missing:
+            few = "; ".join(list(missing.values())[:3])
+            complain(f"{len(missing):,} images cannot be read and are not in it: {few}")

@@ -12,6 +12,7 @@ from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
 from inbatch.data.resident import Resident, decode_all
 from inbatch.data.source import Reading, Source, Subset
+from inbatch.data.workers import lost_workers
 from inbatch.errors import DataError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Source",
     "Subset",
     "decode_all",
+    "lost_workers",
     "open_data",
     "splits",
     "write_folder",

@@ -96,6 +96,10 @@ class Loader:
         self.bad.update(bad)
         check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
 
+    def unreadable(self) -> list[str]:
+        """A sentence for each image that is left out, as far as known."""
+        return list(self.held.dropped) if self.held else list(self.bad.values())
+
     def report(self) -> str:
         """For people: the source, how its images are held and why, and what was left out or scaled down."""
         lines = [self.source.report()]
