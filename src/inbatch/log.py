@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -127,9 +128,11 @@ class Log:
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
-        self._file.close()
+        with suppress(OSError):  # every line was flushed: what is left is one that could not be written, and was told
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
         if self._bar is not None:
             self._bar.stop()
 

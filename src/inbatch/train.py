@@ -118,6 +118,8 @@ def train(
         except BaseException as error:
             report.ended("crashed", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            built.loader.close()
     report.status("finished")
     return result
 

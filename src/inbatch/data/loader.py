@@ -1,6 +1,7 @@
 """Batches from a source: out of device memory if it is small, else streamed through worker processes."""
 
 from collections.abc import Iterator, Mapping
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from inbatch import draws
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
 from inbatch.data.source import Source
-from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, stream
+from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, stream
 from inbatch.errors import DataError
 from inbatch.limits import cores
 from inbatch.machine import free_bytes
@@ -85,6 +86,7 @@ class Loader:
             self._pin = self.device.type == "cuda"
             pinned = self._pin and batch // world <= PIECE  # larger ones are pinned when they are put together
             self._stream = stream(made, self._order, self.workers, self.device, pinned)
+            self._ended = Finalize(self, end_workers, (self._stream,), exitpriority=10)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch on the device, from step `start` up to `stop` (its end by default)."""
@@ -95,6 +97,11 @@ class Loader:
         """Remember unreadable images; DataError if they are too many by now."""
         self.bad.update(bad)
         check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
+
+    def close(self) -> None:
+        """End the worker processes, if there are any; nothing is streamed afterwards."""
+        if self.held is None:
+            self._ended()
 
     def unreadable(self) -> list[str]:
         """A sentence for each image that is left out, as far as known."""

@@ -184,6 +184,12 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
     )
 
 
+def end_workers(stream: DataLoader[Any]) -> None:
+    """Tell the processes of a stream to end, and wait for it: they are deaf to signals, an exit would wait forever."""
+    if stream._iterator is not None:
+        stream._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def _deaf(worker: int) -> None:
     """A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
