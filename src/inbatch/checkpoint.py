@@ -19,7 +19,7 @@ import torch
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.files import replacing
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
 # A zip archive ends with the length of its comment, two bytes, and the comment: none as torch writes it.
 _NO_COMMENT = b"\0\0"
@@ -105,6 +105,16 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
         note = f"{'; '.join(problems)}. Going on from {path}, step {payload['step']}." if problems else None
         return Checkpoint(payload["state"], payload["step"], path, note)
     raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start the run anew.")
+
+
+def set_aside(found: Checkpoint) -> None:
+    """Where `previous.pt` stood in, the damaged `last.pt` becomes `damaged.pt`, which the next `save` cannot keep.
+
+    It would put it in the place of `previous.pt`, the only one that is whole.
+    """
+    last = found.path.with_name(LAST)
+    if found.path != last and last.exists():
+        os.replace(last, found.path.with_name(DAMAGED))
 
 
 def _read(path: Path) -> dict[str, Any]:
