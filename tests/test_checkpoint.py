@@ -154,6 +154,24 @@ def test_killed_between_the_two_renames(two, monkeypatch, left=2):
     assert_whole(found)
 
 
+def test_killed_between_best_and_last_the_best_is_made_again(two, monkeypatch):
+    real = os.replace
+
+    def die_after_best(source, target):
+        real(source, target)
+        if Path(target).name == "best.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", die_after_best)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(two, state(3), step=3, best=True)
+    assert checkpoint.load(two).step == 2, "what is resumed knows of a best that is not there"
+    checkpoint.save(two, state(3), step=3, best=True)
+    assert checkpoint.load(two, "best.pt").step == checkpoint.load(two).step == 3
+    assert (two / "best.pt").read_bytes() == (two / "last.pt").read_bytes()
+
+
 # Fault 2: the disk is full.
 
 

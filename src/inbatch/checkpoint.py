@@ -58,7 +58,7 @@ class _Hashing:
 
 
 def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = False) -> Path:
-    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, copy it to `best.pt`.
+    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, `best.pt`, too.
 
     state: tensors and plain Python values, in dicts and lists. Whatever happens on the way, one of `last.pt` and
     `previous.pt` is whole. Raises InbatchError where it cannot be written, TypeError where the state holds
@@ -80,9 +80,10 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
             raise TypeError(f"A checkpoint holds plain values and tensors only: {error}") from None
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(_COMMENT + hashing.sha256.hexdigest().encode())
-    if best:
-        with replacing(directory / BEST) as copy, open(last, "rb") as original:
-            shutil.copyfileobj(original, copy, 1 << 20)
+        if best:  # before `last.pt`, which knows of it: after a kill in between the best is found again
+            file.seek(0)
+            with replacing(directory / BEST) as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
     return last
 
 
