@@ -41,7 +41,7 @@ RECIPE = {
 }  # fmt: skip
 GROWTH = 1.05
 """Of the memory of the run that is left alone: the last quarter's median over the second quarter's, at most."""
-WAIT = 120
+WAIT = 240
 """Seconds for a start or an end that must come, on a machine however busy."""
 
 # What befalls the run: how often, and the exit codes that are right.
@@ -220,6 +220,7 @@ class Disturbance:
         self.events: list[dict[str, Any]] = []
         self.wrong: list[str] = []
         self.damage: str | None = None  # what the next start must speak of
+        self.trains, self.slow = 0.0, 0.0  # which start has been seen to train, and seconds that it took
 
     def go(self, until: float, deadline: float) -> bool:
         """Disturb the run up to a time and let it end; whether it did before the deadline."""
@@ -230,7 +231,8 @@ class Disturbance:
             blow = "" if quiet else self.rng.choices(list(BLOWS), [often for often, _ in BLOWS.values()])[0]
             if blow != "SIGKILL while starting":
                 self._resumed()
-                pause = min(self.rng.expovariate(1 / self.mean), 4 * self.mean)
+                mean = max(self.mean, 4 * self.slow)  # on a busy machine it must get on between two blows, too
+                pause = min(self.rng.expovariate(1), 4) * mean
                 run.until(lambda: False, deadline - time.time() if quiet else pause)
             else:
                 run.until(lambda: False, self.rng.random() * 8)
@@ -250,11 +252,14 @@ class Disturbance:
     def _resumed(self) -> None:
         """Wait until it trains; note how long that took."""
         run, before = self.run, self.events[-1] if self.events else None
-
+        if self.trains == run.began:  # still, after a pause
+            return
+        self.trains = run.began
         if not run.until(lambda: "  step " in run.heard(), WAIT) and run.code is None:
             self.wrong.append(f"it did not train after {WAIT} seconds: {run.heard()[-1000:]}")
-        elif before is not None and "resume_seconds" not in before and before["code"] is not None:
-            before["resume_seconds"] = round(time.time() - run.began, 1)
+        self.slow = time.time() - run.began
+        if before is not None and run.code is None:
+            before["resume_seconds"] = round(self.slow, 1)
         if self.damage and self.damage.startswith("last.pt") and "last.pt is " not in run.heard():
             self.wrong.append(f"{self.damage}, and nothing was said")
         self.damage = None
@@ -440,7 +445,7 @@ def main() -> int:
     try:
         watch.start()
         runs["left alone"].start()
-        ended = disturbance.go(began + 1.2 * 60 * args.minutes, deadline)
+        ended = disturbance.go(began + 1.1 * 60 * args.minutes, deadline)
         runs["left alone"].until(lambda: False, deadline - time.time())
         codes = {name: run.code for name, run in runs.items()}
         minutes = (time.time() - began) / 60
