@@ -233,7 +233,8 @@ class Disturbance:
                 self._resumed()
                 mean = max(self.mean, 4 * self.slow)  # on a busy machine it must get on between two blows, too
                 pause = min(self.rng.expovariate(1), 4) * mean
-                run.until(lambda: False, deadline - time.time() if quiet else pause)
+                left = deadline - time.time()
+                run.until(lambda: False, left if quiet else min(pause, left))
             else:
                 run.until(lambda: False, self.rng.random() * 8)
             if run.code == 0:
@@ -297,8 +298,11 @@ class Disturbance:
         if "last.pt is " in run.heard():  # in the short time before it was killed
             self.damage = None
         event["code"] = run.code
+        if run.code == 0:  # it had done its last step
+            self.events.remove(event)
+            return
         event["step"] = step = self._saved()
-        if run.code == 0 or (step is not None and step == self.total()):
+        if step is not None and step == self.total():
             return  # the last step was done: it no longer stops, and may be killed while it writes its result
         if run.code not in right:
             self.wrong.append(f"{blow} ended it with {run.code}, not {right}: {run.heard()[-1000:]}")
