@@ -179,18 +179,18 @@ def other_workers(folder: Path) -> dict[str, Any]:
 def other_world(folder: Path) -> dict[str, Any]:
     """Two ranks, then one: the same images in the same order, so the loss is that of one process but for rounding."""
     out, one = folder / "run", ["--set", "precision=float32"]
-    with going(out, *one, epochs=40, by=[*TORCHRUN, "-m", "inbatch"]) as process:
+    with going(out, *one, epochs=10, lines=3, by=[*TORCHRUN, "-m", "inbatch"]) as process:
         process.send_signal(signal.SIGTERM)
         end(process)
     assert report(out)["status"] == "preempted" and not orphans(out)
     code = resumed(out).code
     losses = [_last_loss(path) for path in (out, Path(_alone(folder / "whole", one)))]
-    order = "same order" if abs(losses[0] - losses[1]) < 0.02 * losses[1] else f"losses {losses}"
+    order = "same order" if abs(losses[0] - losses[1]) < 0.05 * losses[1] else f"losses {losses}"
     return {"exit": code, "images": order}
 
 
 def _alone(out: Path, words: list[str]) -> Path:
-    assert run(pretrain(out, *words, epochs=40)).code == 0
+    assert run(pretrain(out, *words, epochs=10)).code == 0
     return out
 
 

@@ -1,5 +1,6 @@
 """Faults 11 to 13, 19, 21 and 22: images that cannot be read, that are too few, that vanish, and hostile names."""
 
+import json
 import os
 import struct
 import tarfile
@@ -56,7 +57,7 @@ def unreadable(kinds: int, words: list[str], folder: Path) -> dict[str, Any]:
     out, data = folder / "run", pictures(folder / "images", MANY)
     odd(data)
     bad(data, kinds)
-    ended = run(pretrain(out, data=images(data, *words)))
+    ended = run(pretrain(out, data=images(data, *words), quiet=False))
     return ended.seen | {"listed": listed(out)}
 
 
@@ -104,7 +105,7 @@ Loader.epoch = epoch
     if ended.code:
         return ended.seen
     ranks = [(folder / f"seen-{rank}").read_text().splitlines() for rank in range(2)]
-    batches = [eval(a) + eval(b) for a, b in zip(*ranks, strict=True)]
+    batches = [json.loads(a) + json.loads(b) for a, b in zip(*ranks, strict=True)]
     twice = sum(len(batch) - len(set(batch)) for batch in batches)
     return {"exit": 0, "batches": len(batches), "samples twice in a batch": twice}
 
@@ -116,7 +117,7 @@ def hostile_names(folder: Path) -> dict[str, Any]:
         pictures(data / name, 30, 24 + i)
     out = folder / "run"
     said = [run(pretrain(out, data=[*images(data), "--set", "k=5"])), run(["evaluate", str(out)])]
-    said += [run(["neighbours", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
+    said += [run(["inspect", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
     said += [run(["embed", str(out), str(data), "-o", str(folder / "f.npz")])]
     text = "".join(one.out + one.err for one in said)
     return {"exits": [one.code for one in said], "escapes in what was said": text.count("\x1b") + text.count("\u202e")}

@@ -71,8 +71,7 @@ def collapsed(folder: Path) -> dict[str, Any]:
     words = ["--stop-on-collapse", "--set", "optimizer.lr=30", "--set", "schedule.warmup=0"]
     data = ["--data", "digits-canvas", "--batch", "128"]
     out = folder / "run"
-    text = [word for word in pretrain(out, *words, epochs=40, data=data) if word != "--quiet"]
-    return run(text).seen | {"status": report(out)["status"]}
+    return run(pretrain(out, *words, epochs=40, data=data, quiet=False)).seen | {"status": report(out)["status"]}
 
 
 def extremes(folder: Path) -> dict[str, Any]:

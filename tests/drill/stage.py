@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,10 @@ def script(folder: Path, name: str, text: str) -> list[str]:
 
 
 def pretrain(
-    out: Path, *words: str, method: str = "simclr", epochs: int = 2, data: Sequence[str] = DIGITS
+    out: Path, *words: str, method: str = "simclr", epochs: int = 2, data: Sequence[str] = DIGITS, quiet: bool = True
 ) -> list[str]:
     """The command line of a small run."""
-    fixed = ["--epochs", str(epochs), "--set", f"evaluate_every={epochs}", "--quiet"]
+    fixed = ["--epochs", str(epochs), "--set", f"evaluate_every={epochs}", *(["--quiet"] if quiet else [])]
     return ["pretrain", method, *data, *fixed, "--out", str(out), *words]
 
 
@@ -115,9 +115,10 @@ def going(out: Path, *words: str, lines: int = 6, **options: Any) -> Iterator[su
         assert process.poll() is None, f"it ended with {process.returncode}: {end(process).err[-500:]}"
         yield process
     finally:
-        for pid in [process.pid, *processes(out)]:
-            if process.poll() is None or pid != process.pid:
+        for pid in processes(out):
+            with suppress(ProcessLookupError):
                 os.kill(pid, 9)
+        process.wait()
 
 
 def until(true: Callable[[], bool], otherwise: str, seconds: float = WAIT, tick: float = 0.05) -> None:

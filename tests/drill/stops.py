@@ -84,7 +84,7 @@ def three_interrupts(folder: Path) -> dict[str, Any]:
     out, words = folder / "run", ["--encoder", "resnet18", "--batch", "1280", "--context", "1280"]
     with going(out, *words, data=["--data", "digits-canvas"], lines=2) as process:
         for _ in range(3):
-            time.sleep(0.2)
+            time.sleep(1)  # it is heard between two products of a step
             process.send_signal(signal.SIGINT)
         began = time.monotonic()
         code = end(process).code

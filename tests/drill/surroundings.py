@@ -45,8 +45,9 @@ def on_terminal(width: int, term: str, more: dict[str, str], folder: Path) -> di
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     env = environment(TERM=term, **more)
     env.pop("COLUMNS")
-    words = [word for word in pretrain(folder / "run") if word != "--quiet"]
-    process = start(words, by=INBATCH, env=env, stdout=theirs, stderr=theirs, stdin=theirs)
+    process = start(
+        pretrain(folder / "run", quiet=False), by=INBATCH, env=env, stdout=theirs, stderr=theirs, stdin=theirs
+    )
     os.close(theirs)
     text = b""
     try:
@@ -63,8 +64,7 @@ def on_terminal(width: int, term: str, more: dict[str, str], folder: Path) -> di
 
 
 def no_terminal(folder: Path) -> dict[str, Any]:
-    words = [word for word in pretrain(folder / "run") if word != "--quiet"]
-    ended = run(words, env=environment(TERM="dumb", DISPLAY="", MPLBACKEND=""))
+    ended = run(pretrain(folder / "run", quiet=False), env=environment(TERM="dumb", DISPLAY="", MPLBACKEND=""))
     return ended.seen | {"escapes": "\x1b" in ended.out + ended.err, "curves": (folder / "run" / "curves.png").exists()}
 
 
