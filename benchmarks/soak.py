@@ -451,7 +451,8 @@ def main() -> int:
         watch.start()
         runs["left alone"].start()
         ended = disturbance.go(began + 1.1 * 60 * args.minutes, deadline)
-        runs["left alone"].until(lambda: False, deadline - time.time())
+        if ended:
+            runs["left alone"].until(lambda: False, deadline - time.time())
         codes = {name: run.code for name, run in runs.items()}
         minutes = (time.time() - began) / 60
         watch.over.set()
@@ -459,7 +460,11 @@ def main() -> int:
         if ended and set(codes.values()) == {0}:
             verdict = judged(runs["left alone"], runs["disturbed"], watch.samples["left alone"], disturbance.wrong)
         else:
-            verdict |= {"reason": "not finished", "codes": codes, "wrong": disturbance.wrong}
+            verdict |= {
+                "reason": "not finished" if len(disturbance.wrong) < 5 else "given up",
+                "codes": codes,
+                "wrong": disturbance.wrong,
+            }
     finally:
         watch.over.set()
         for run in runs.values():
