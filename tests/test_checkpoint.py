@@ -138,7 +138,7 @@ def test_killed_while_saving(two):
     assert sorted(p.name for p in two.iterdir()) == ["last.pt", "previous.pt", "run.lock"]
 
 
-def test_killed_between_the_two_renames(two, monkeypatch):
+def test_killed_between_the_two_renames(two, monkeypatch, left=2):
     real = os.replace
 
     def die_at_the_second(source, target):
@@ -150,8 +150,26 @@ def test_killed_between_the_two_renames(two, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(two, state(3), step=3)
     found = checkpoint.load(two)
-    assert found.step == 2 and "last.pt is missing" in found.note
+    assert found.step == left and "last.pt is missing" in found.note
     assert_whole(found)
+
+
+def test_killed_between_best_and_last_the_best_is_made_again(two, monkeypatch):
+    real = os.replace
+
+    def die_after_best(source, target):
+        real(source, target)
+        if Path(target).name == "best.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", die_after_best)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(two, state(3), step=3, best=True)
+    assert checkpoint.load(two).step == 2, "what is resumed knows of a best that is not there"
+    checkpoint.save(two, state(3), step=3, best=True)
+    assert checkpoint.load(two, "best.pt").step == checkpoint.load(two).step == 3
+    assert (two / "best.pt").read_bytes() == (two / "last.pt").read_bytes()
 
 
 # Fault 2: the disk is full.
@@ -210,6 +228,16 @@ def test_damaged_file_gives_way_to_previous(two, kind):
     assert f"{last} is {'empty' if kind == 'empty' else 'damaged'}" in found.note
     assert "Going on from" in found.note and "step 1" in found.note
     assert_whole(found)
+
+
+def test_a_save_never_keeps_a_damaged_file_in_the_place_of_a_whole_one(two, monkeypatch):
+    (two / "last.pt").write_bytes(b"x" * 100)
+    checkpoint.set_aside(checkpoint.load(two))
+    with monkeypatch.context() as patch:
+        test_killed_between_the_two_renames(two, patch, left=1)
+    checkpoint.save(two, state(4), step=4)
+    (two / "last.pt").write_bytes(b"")  # again
+    assert checkpoint.load(two).step == 1 and (two / "damaged.pt").read_bytes() == b"x" * 100
 
 
 def test_only_damaged_files(two):

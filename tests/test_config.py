@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from inbatch.config import make, parse_assignment
+from inbatch.config import make, parse_assignment, read_file
+from inbatch.errors import ConfigError
 
 
 def parsed(command: str) -> dict[str, Any]:
@@ -34,3 +35,14 @@ def test_a_recipe_survives_its_file_and_its_command(settings: dict[str, Any]) ->
     recipe = make(settings)
     assert make(recipe.flat()) == recipe
     assert make(parsed(recipe.command())) == recipe, recipe.command()
+
+
+def test_code_in_a_recipe_is_refused(tmp_path):
+    """Fault 4: a YAML tag that would make Python run something."""
+    file, sentinel = tmp_path / "recipe.yaml", tmp_path / "executed"
+    file.write_text(f"epochs: !!python/object/apply:os.system ['touch {sentinel}']\n")
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        read_file(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse_assignment(f"epochs=!!python/object/apply:os.system ['touch {sentinel}']")
+    assert not sentinel.exists()

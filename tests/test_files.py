@@ -26,7 +26,8 @@ with locked(Path(sys.argv[1])) as note:
 
 def test_second_writer_is_refused_and_a_dead_ones_lock_is_void(tmp_path):
     """Fault 15."""
-    left = tmp_path / ".last.pt.1.tmp"
+    left = tmp_path / "checkpoints" / ".last.pt.1.tmp"
+    left.parent.mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as holder:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from runs import assert_same_state, saved, stop_after, tiny
 
 import inbatch
 from inbatch import checkpoint
-from inbatch.errors import Interrupted, Preempted
+from inbatch.errors import ConfigError, Interrupted, Preempted
 from inbatch.methods import METHODS
 
 
@@ -76,6 +77,21 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Pat
     tiny("simclr", tmp_path / "whole", **fields)
     assert_same_state(saved(out), saved(tmp_path / "whole"))
     assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
+    """Faults 1 and 23: what a launcher starts again with `--resume auto` is not refused for the little it has left."""
+    tiny("simclr", tmp_path, epochs=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="already holds a run"):  # its encoder is worth something
+        tiny("simclr", tmp_path, epochs=1, resume=True)
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        tiny("simclr", tmp_path, epochs=1)
+    tiny("simclr", tmp_path, epochs=1, resume=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "the log was not begun anew"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])

@@ -91,7 +91,7 @@ def pretrain(
         else:
             data = _which(data, given)
             recipe, source = plan(data, given)
-            directory = _new_folder(out, recipe, overwrite)
+            directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test)
@@ -309,6 +309,13 @@ def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | 
     if automatic:
         return None
     raise ConfigError(f"nothing to resume in {folder}: it holds no run with a checkpoint")
+
+
+def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
+    """Whether `out` holds what a run left that ended before its first checkpoint, and is to be gone on with."""
+    if out is None or resume not in (True, "auto"):
+        return False
+    return not any((Path(out) / name).exists() for name in ("encoder", "result.json"))
 
 
 def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, Any]:

@@ -19,7 +19,7 @@ import torch
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.files import replacing
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
 # A zip archive ends with the length of its comment, two bytes, and the comment: none as torch writes it.
 _NO_COMMENT = b"\0\0"
@@ -58,7 +58,7 @@ class _Hashing:
 
 
 def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = False) -> Path:
-    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, copy it to `best.pt`.
+    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, `best.pt`, too.
 
     state: tensors and plain Python values, in dicts and lists. Whatever happens on the way, one of `last.pt` and
     `previous.pt` is whole. Raises InbatchError where it cannot be written, TypeError where the state holds
@@ -80,9 +80,10 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
             raise TypeError(f"A checkpoint holds plain values and tensors only: {error}") from None
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(_COMMENT + hashing.sha256.hexdigest().encode())
-    if best:
-        with replacing(directory / BEST) as copy, open(last, "rb") as original:
-            shutil.copyfileobj(original, copy, 1 << 20)
+        if best:  # before `last.pt`, which knows of it: after a kill in between the best is found again
+            file.seek(0)
+            with replacing(directory / BEST) as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
     return last
 
 
@@ -105,6 +106,16 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
         note = f"{'; '.join(problems)}. Going on from {path}, step {payload['step']}." if problems else None
         return Checkpoint(payload["state"], payload["step"], path, note)
     raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start the run anew.")
+
+
+def set_aside(found: Checkpoint) -> None:
+    """Where `previous.pt` stood in, the damaged `last.pt` becomes `damaged.pt`, which the next `save` cannot keep.
+
+    It would put it in the place of `previous.pt`, the only one that is whole.
+    """
+    last = found.path.with_name(LAST)
+    if found.path != last and last.exists():
+        os.replace(last, found.path.with_name(DAMAGED))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def locked(folder: Path) -> Iterator[str | None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for left in folder.glob(".*.tmp"):
+        for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):  # checkpoints lie a folder down
             left.unlink(missing_ok=True)
         try:
             yield note

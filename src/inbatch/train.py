@@ -18,7 +18,7 @@ from inbatch import ranks
 from inbatch.assign import HeadRows, judge_head, save_heads
 from inbatch.build import Built
 from inbatch.capture import FOLDER, capture
-from inbatch.checkpoint import load, restore, save
+from inbatch.checkpoint import load, restore, save, set_aside
 from inbatch.data import Subset, lost_workers
 from inbatch.describe import describe
 from inbatch.encoders import save_encoder
@@ -94,6 +94,8 @@ def train(
         notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}."]
     seen = f"{recipe} {len(built.source)} {torch.__version__} {progress.step}"
     ranks.agree(seen, "recipe, data, version of torch or checkpoint")
+    if resume and main:  # every rank has read it
+        set_aside(found)
 
     where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
     report = _Report(out, built, progress, main)

@@ -11,7 +11,7 @@ from inbatch import draws
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
 from inbatch.data.source import Source
-from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, stream
+from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, room_to_share, stream
 from inbatch.errors import DataError
 from inbatch.limits import cores
 from inbatch.machine import free_bytes
@@ -84,6 +84,8 @@ class Loader:
             order = Places(source, seed, batch)
             made = Canvases(order, canvas) if whole else Crops(order, views)
             self._pin = self.device.type == "cuda"
+            pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
+            room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)
             pinned = self._pin and batch // world <= PIECE  # larger ones are pinned when they are put together
             self._stream = stream(made, self._order, self.workers, self.device, pinned)
             self._ended = Finalize(self, end_workers, (self._stream,), exitpriority=10)

@@ -1,9 +1,12 @@
 """In the processes that decode streamed images: what stands at the places of an epoch, cropped or whole."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -16,6 +19,7 @@ from inbatch.data.resident import stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError, InbatchError
 
+_PATIENCE = 3600  # seconds to wait for a piece: a disk that never answers must not hold the trainer forever
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
 
 Made = TypeVar("Made")
@@ -167,6 +171,21 @@ def lost_workers() -> Iterator[None]:
         ) from error
 
 
+def room_to_share(piece: int, workers: int) -> None:
+    """InbatchError where the shared memory cannot hold what workers make ahead, two pieces each of so many bytes.
+
+    Without this a worker that finds it full drops what it made, and the trainer waits for it forever.
+    """
+    shared = Path("/dev/shm")
+    needed, free = (2 * workers + 1) * piece, disk_usage(shared).free if shared.is_dir() else math.inf
+    if workers and needed > free:
+        raise InbatchError(
+            f"{workers} processes that decode images hand over up to {needed / 1e6:,.0f} MB at once, and the shared "
+            f"memory, {shared}, has {free / 1e6:,.1f} MB free: take fewer of them or none (--workers 0), or give the "
+            "container more (--shm-size, --ipc=host)"
+        )
+
+
 def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
     # be forked.
@@ -179,6 +198,7 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
         num_workers=workers,
         worker_init_fn=_deaf,
         persistent_workers=workers > 0,
+        timeout=_PATIENCE if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
         pin_memory=pinned,
     )
