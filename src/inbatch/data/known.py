@@ -139,7 +139,7 @@ def _fetch(name: str, split: str, root: Path) -> None:
             except Exception:
                 _made(name, split, root, download=True)
     except Exception as e:
-        raise DataError(f"{PREFIX}{name} could not be fetched into {str(root)!r}: {e}") from e
+        raise DataError(f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}") from e
 
 
 @contextlib.contextmanager
