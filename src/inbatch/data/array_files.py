@@ -35,7 +35,7 @@ class NpySource(Source):
     def __init__(self, file: str, reading: Reading):
         self.file, self.reading = file, reading
         self._images: np.ndarray | None = None
-        images = self._map()
+        images = np.atleast_1d(self._map())
         if not len(images):
             raise DataError(f"{file!r} holds no image (its first side is 0)")
         super().__init__(file, _converted(images[:1], reading, file).channels, unlabelled(len(images)), ())
@@ -85,8 +85,8 @@ def _open(file: str, split: str, names: list[str], sizes: dict[str, int], readin
         )
     with _load(file) as opened:
         try:
-            images, *labels = (opened[name] for name in names)
-        except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as e:
+            images, *labels = (np.asarray(opened[name]) for name in names)
+        except Exception as e:  # a damaged file raises anything
             raise DataError(f"{file!r} cannot be read: {e}") from e
     source = _converted(images, reading, file, *map(_column, labels))
     source.name = file if split == "train" else f"{file} ({split})"
@@ -114,7 +114,7 @@ def _converted(images: np.ndarray, reading: Reading, file: str, labels: np.ndarr
 def _load(file: str, **how: Any) -> Any:
     try:
         return np.load(file, allow_pickle=False, **how)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged file raises anything
         raise DataError(f"{file!r} cannot be read: {e}") from e
 
 
