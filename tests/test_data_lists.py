@@ -59,7 +59,7 @@ class TestTables:
             open_data(listed(tmp_path, "l.csv", "1.png,3,train\n"))
 
     def test_splits(self, tmp_path):
-        file = listed(tmp_path, "l.csv", "path,label,split\n1,b,train\n2,c,val\n3,a,val\n4,b,train\n5,a,extra\n")
+        file = listed(tmp_path, "l.csv", "path,label,split\n2,c,val\n3,a,val\n1,b,train\n4,b,train\n5,a,extra\n")
         assert splits(file) == ("train", "val", "extra", "test")
         train, test = open_data(file), open_data(file, "test")
         assert (paths(train), paths(test)) == (["1", "4"], ["2", "3"])

@@ -3,6 +3,7 @@
 import bz2
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,6 +234,17 @@ def test_sets_of_files(name, tmp_path, unchecked):
 def test_every_set_is_tried_here():
     arrays = {"MNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS", "SVHN", "STL10", "CIFAR10", "CIFAR100"}
     assert {name for name in SETS if "EMNIST" not in name} == arrays | FILES.keys()
+
+
+def test_the_page_lists_every_set_and_split():
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    rows = page[page.index("| splits | sets |") :].split("\n\n")[0].splitlines()[2:]
+    said = {}
+    for row in rows:
+        names, sets = (re.sub(r"\(.*?\)", "", cell) for cell in row.strip("|").split("|"))
+        for name, star in re.findall(r"`([^`]+)`(\*?)", sets):
+            said[name] = (re.findall("`(.*?)`", names), not star)
+    assert said == {name: (list(known.splits), known.fetched) for name, known in SETS.items()}
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -64,7 +64,7 @@ SETS = {
     "STL10": Known("stl10_binary", _named("train", "test", "unlabeled", "train+unlabeled")),
     "Food101": Known("food-101", _named("train", "test")),
     "Flowers102": Known("flowers-102", _named("train", "test", "val")),
-    "OxfordIIITPet": Known("oxford-iiit-pet", _named("test", train="trainval")),
+    "OxfordIIITPet": Known("oxford-iiit-pet", _named(train="trainval", test="test")),
     "DTD": Known("dtd", _named("train", "test", "val")),
     "EuroSAT": Known("eurosat", _ONE),
     "Caltech101": Known("caltech101", _ONE),

@@ -57,7 +57,7 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     names = {row.split: row.line for row in _rows(file)} or {"train": 0}
     if "" in names:
         raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
-    found = {name: partial(_open, file, name, depth) for name in names}
+    found = {name: partial(_open, file, name, depth) for name in sorted(names, key=lambda name: name != "train")}
     if test := next((name for name in TESTS if name in names), None):
         found["test"] = found[test]
     return dict(found)
