@@ -75,6 +75,10 @@ class TestTables:
         )
         assert paths(source) == ["a\nb.png", "c.png"] and source.classes == ('say "x"', "y")
 
+    def test_spaces_after_commas(self, tmp_path):
+        source = open_data(listed(tmp_path, "l.csv", 'label, path\ncat, a b.png\ndog, " c, d.png"\n'))
+        assert paths(source) == ["a b.png", " c, d.png"] and source.classes == ("cat", "dog")
+
     @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
     def test_names_that_are_not_text(self, tmp_path):
         with open(os.path.join(os.fsencode(tmp_path), b"\xff.png"), "wb") as file:

@@ -103,7 +103,8 @@ def _text(lines: Iterator[str], file: Path) -> Iterator[Row]:
 
 
 def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
-    reader = csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     place: dict[str, int] | None = None
     width = 0
     try:
@@ -186,11 +187,15 @@ def _checked(row: Row, file: Path) -> str:
     wrong = None
     if not row.path or "\0" in row.path:
         wrong = "no name of a file"
-    elif not os.path.isabs(row.path) and os.path.normpath(row.path).split(os.sep)[0] == os.pardir:
+    elif os.pardir in row.path and _leaves(row.path):
         wrong = "outside the list's folder; give absolute paths to files elsewhere"
     if wrong:
         raise DataError(f"{str(file)!r}, line {row.line}: {_printable(row.path)} is {wrong}")
     return row.path
+
+
+def _leaves(path: str) -> bool:
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
 def _printable(text: str, quote: str = "'") -> str:
