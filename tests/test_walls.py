@@ -145,7 +145,9 @@ def _roots(node: ast.AST) -> list[str]:
 @EVERYONE
 def test_nothing_is_unpickled(module: str) -> None:
     used = {name for name in imports(module) if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")}
-    assert used <= {"pickle", "pickle.UnpicklingError"}
+    # CIFAR's files are pickles; the names that one may ask for stand for nothing that runs (tests/test_data_cifar.py).
+    inert = {"pickle.Unpickler"} if module == "inbatch.data.cifar" else set()
+    assert used <= {"pickle", "pickle.UnpicklingError"} | inert
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert "weights_only=True" in ast.unparse(node)

@@ -61,13 +61,15 @@ def pretrain(
     device: str = "auto",
     workers: int | None = None,
     expect_world_size: int | None = None,
+    download: bool = False,
     quiet: bool = False,
     stop_on_collapse: bool = False,
     **fields: Any,
 ) -> Run:
     """Learn features from images and leave a run's folder behind.
 
-    data: a folder, a Parquet file or folder, "digits-canvas", or uint8 images (N, C, H, W), alone or with labels.
+    data: a folder, a file that holds or lists images, a set's name ("torchvision/STL10", "digits-canvas"), or uint8
+        images (N, C, H, W), alone or with labels. download: fetch a torchvision set that is not on the disk.
     method: a name of `METHODS`; simclr by default.
     fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...);
         settings: those with a dot, {"method.temperature": 0.2}; config: a YAML or JSON file of them.
@@ -86,15 +88,15 @@ def pretrain(
         given = _settings(method, config, settings, fields)
         going_on = _run_to_resume(out, resume)
         if going_on is not None:
-            recipe, source, data = _resumed(going_on, data, given)
+            recipe, source, data = _resumed(going_on, data, given, download)
             directory = going_on
         else:
             data = _which(data, given)
-            recipe, source = plan(data, given)
+            recipe, source = plan(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         built = build(recipe, source, device=device_for(device), workers=workers)
-        held = held_out(recipe, built.loader.source, data, test)
+        held = held_out(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # from here on something is written: whatever could be refused has been
             if ranks.rank() == 0 and going_on is None:
@@ -118,23 +120,25 @@ def pretrain(
 
 def prepare(
     data: Any, method: str | None = None, *, config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None, **fields: Any,
+    settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
+    download: bool = False, **fields: Any,
 ) -> Built:  # fmt: skip
     """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
-    return _prepared(data, _settings(method, config, settings, fields), device, workers)[0]
+    return _prepared(data, _settings(method, config, settings, fields), device, workers, download)[0]
 
 
 def rehearse(
     data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
-    **fields: Any,
+    download: bool = False, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
     decoded images in the cache."""
     made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
     try:
-        built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers)
-        held = held_out(built.recipe, built.source, built.recipe.data if isinstance(data, str | None) else data)
+        built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers, download)
+        where = built.recipe.data if isinstance(data, str | None) else data
+        held = held_out(built.recipe, built.source, where, download=download)
         found = {"recipe": built.recipe.nested(), "description": describe(built), "held_out": held and held[2]}
         if fitted is not None:
             found |= {"description": f"{found['description']}\n{fitted.sentence()}", "context_found": fitted.json()}
@@ -264,9 +268,9 @@ def _advice(built: Built) -> str:
     return advice(built.loader.device, max(view.size for view in built.views.views), built.loader.workers)
 
 
-def _prepared(data: Any, given: Settings, device: str, workers: int | None) -> tuple[Built, Fit | None]:
+def _prepared(data: Any, given: Settings, device: str, workers: int | None, download: bool) -> tuple[Built, Fit | None]:
     """What these settings make of the data, and how its context was found where they ask for it."""
-    recipe, source = plan(_which(data, given), given)
+    recipe, source = plan(_which(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
     return build(recipe, source, device=device_for(device), workers=workers), fitted
 
@@ -275,7 +279,7 @@ def _which(data: Any, given: Settings) -> Any:
     """The data to learn from: what is given, else what the settings say."""
     data = given.get("data") if data is None else data
     if data is None:
-        raise ConfigError("which images? give --data a folder, a Parquet file or an embedded set such as digits-canvas")
+        raise ConfigError("which images? give --data a folder, a file of images, or a set such as digits-canvas")
     return data
 
 
@@ -318,7 +322,7 @@ def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
     return not any((Path(out) / name).exists() for name in ("encoder", "result.json"))
 
 
-def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, Any]:
+def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[Recipe, Source, Any]:
     """The recipe of a run, which what is given now must not contradict, and its data."""
     saved = read_file(folder / "recipe.json")
     recipe = make(saved)
@@ -336,7 +340,8 @@ def _resumed(folder: Path, data: Any, given: Settings) -> tuple[Recipe, Source, 
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     if isinstance(data, str | Path | None):
         data = recipe.data
-    return recipe, open_data(data, recipe.split, subset=recipe.subset, **recipe.reading), data
+    source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
+    return recipe, source, data
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:

@@ -236,7 +236,9 @@ def set_rates(recipe: Recipe, steps: int, optimizer: Optimizer, step: int) -> No
     set_learning_rate(optimizer, factor)
 
 
-def held_out(recipe: Recipe, source: Source, data: Any, test: Any = None) -> tuple[Source, Source, str] | None:
+def held_out(
+    recipe: Recipe, source: Source, data: Any, test: Any = None, download: bool = False
+) -> tuple[Source, Source, str] | None:
     """Sources to judge features by, bank and queries, and in words where they are from; None without labels.
 
     The queries are the test data given or named in the recipe, else the data's own test split, else a tenth of the
@@ -247,15 +249,15 @@ def held_out(recipe: Recipe, source: Source, data: Any, test: Any = None) -> tup
     labelled = bool((source.labels >= 0).any())
     if given is None and not labelled:
         return None
-    where = data if given is None else given
+    where, reading = data if given is None else given, recipe.reading | {"download": download}
     own = "test" in splits(where) and (given is not None or recipe.split != "test")
     if not own and (given is None or not labelled):
-        whole = source if given is None else open_data(given, splits(given)[0], **recipe.reading)
+        whole = source if given is None else open_data(given, splits(given)[0], **reading)
         seen = "; their labels were trained on" if given is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     split = "test" if own else splits(where)[0]
-    bank = source if labelled else open_data(where, "train", **recipe.reading)
-    queries = open_data(where, split, **recipe.reading)
+    bank = source if labelled else open_data(where, "train", **reading)
+    queries = open_data(where, split, **reading)
     if queries.classes != bank.classes:
         raise DataError(f"{queries.name} has other classes than {bank.name}: features cannot be judged by it")
     return bank, queries, f"{split} split of {queries.name}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.cli.base import Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
+from inbatch.cli.base import KINDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
 from inbatch.errors import ConfigError, TrainingError
 from inbatch.show import complain, print_figures, print_json, print_rehearsal, print_run, print_verdict, say
 
@@ -48,7 +48,7 @@ def quickstart(
 )
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
-    data: Annotated[str | None, Option(help="A folder, a Parquet file or folder, or digits-canvas.")] = None,
+    data: Annotated[str | None, Option(help=KINDS)] = None,
     out: Annotated[Path | None, Option(help="The run's folder; runs/METHOD-DATA-NUMBER by default.")] = None,
     preset: Annotated[str | None, Option(help="Settings of a paper; by default those for the images' size.")] = None,
     encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
@@ -67,6 +67,7 @@ def pretrain(
     device: Device = "auto",
     compile: Annotated[bool, Option("--compile", help="Compile the encoder: slower to start, then faster.")] = False,
     workers: Annotated[int | None, Option(min=0, help="Processes that decode images that do not fit.")] = None,
+    download: Annotated[bool, Option("--download", help="Fetch a torchvision/NAME that is not there yet.")] = False,
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
     set_: Set = None,
     resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
@@ -87,6 +88,7 @@ def pretrain(
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
+        shared["download"] = download
         if dry_run:
             if resume is not None:
                 raise ConfigError(

@@ -2,12 +2,10 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
 
 from inbatch import draws
-from inbatch.data import arrays, digits, folder, parquet
+from inbatch.data import array_files, arrays, cifar, digits, folder, known, lists, parquet
+from inbatch.data.classes import choose
 from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
 from inbatch.data.resident import Resident, decode_all
@@ -32,7 +30,11 @@ __all__ = [
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
     "an array, a tensor or a pair (images, labels)": arrays.find,
     "digits-canvas or digits-canvas-colour": digits.find,
+    "torchvision/NAME, a set by its name": known.find,
     "a Parquet file, or a folder with train.parquet": parquet.find,
+    "a .csv, .tsv or .txt list of paths": lists.find,
+    "a .npy or .npz file": array_files.find,
+    "a folder of CIFAR-10 or CIFAR-100": cifar.find,
     "a folder of images": folder.find,
 }
 """Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the
@@ -69,30 +71,13 @@ def open_data(
         raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}")
     source = found[split]()
     if classes is not None:
-        source = _of_classes(source, classes)
+        source = choose(source, classes)
     if subset is None:
         return source
     if not 0 < subset <= len(source):
         raise DataError(f"{subset:,} images of {source.name} were asked for; it has {len(source):,}")
     chosen = draws.permutation(_SUBSET_SEED, 0, len(source))[:subset].sort().values
     return Subset(source, chosen, "a fixed random choice")
-
-
-def _of_classes(source: Source, file: str) -> Source:
-    """The images of the classes that a file lists, numbered as it does."""
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"the list of classes {file!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if unknown := [name for name in names if name not in source.classes]:
-        raise DataError(f"{source.name} lacks classes that {file!r} lists: {', '.join(unknown[:5])}")
-    number = torch.full((len(source.classes) + 1,), -1)
-    number[[source.classes.index(name) for name in names]] = torch.arange(len(names))
-    new = number[source.labels]  # -1, the last, stays unknown
-    chosen = Subset(source, (new >= 0).nonzero()[:, 0], f"the {len(names)} classes that {file} lists")
-    chosen.labels, chosen.classes = new[new >= 0], names
-    return chosen
 
 
 def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:

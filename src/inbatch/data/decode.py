@@ -26,7 +26,7 @@ from inbatch.errors import DataError
 MAX_PIXELS = 64_000_000
 """Larger images are refused before a pixel is decoded: a 110 kB PNG can hold 900 Mpx."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 """What Pillow may try, whatever a file calls itself; its other readers (EPS runs Ghostscript) stay shut."""
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -1,0 +1,57 @@
+"""Classes by a list of them: which of a source's classes to use, and how to number them."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from inbatch.data.source import Source, Subset
+from inbatch.errors import DataError
+
+
+def choose(source: Source, file: str) -> Source:
+    """The images of the classes that a file lists, numbered in its order.
+
+    A line is a class, or begins with one before a space, tab or comma ("n01558993 robin, American robin"); empty lines
+    and comments ("#") say nothing. Raises DataError for a class that is unknown or listed twice, and where no image is
+    left.
+    """
+    if not source.classes:
+        raise DataError(f"{source.name} has no labels: a list of classes ({file!r}) cannot choose among its images")
+    names = _listed(file, source)
+    number = torch.full((len(source.classes) + 1,), -1)
+    place = {name: i for i, name in enumerate(source.classes)}
+    number[[place[name] for name in names]] = torch.arange(len(names))
+    new = number[source.labels]  # -1, the last, stays unknown
+    chosen = Subset(source, (new >= 0).nonzero()[:, 0], f"the {len(names)} classes that {file} lists")
+    if not len(chosen):
+        raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists")
+    chosen.labels, chosen.classes = new[new >= 0], names
+    return chosen
+
+
+def _listed(file: str, source: Source) -> tuple[str, ...]:
+    """The classes that a file lists, in its order."""
+    try:
+        lines = Path(file).read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as e:
+        raise DataError(f"the list of classes {file!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    known, unknown = set(source.classes), []
+    found: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        name = line if line in known else re.split(r"[\s,]", line, maxsplit=1)[0]
+        if not line or (name not in known and line.startswith("#")):
+            continue
+        if name not in known:
+            unknown.append(f"{line!r} (line {number})")
+        elif name in found:
+            raise DataError(
+                f"{file!r} lists the class {name!r} twice, in lines {found[name]} and {number}: leave one out"
+            )
+        found[name] = number
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(f"{source.name} lacks classes that {file!r} lists: {', '.join(unknown[:5])}{more}")
+    if not found:
+        raise DataError(f"the list of classes {file!r} is empty: write a class on each line")
+    return tuple(found)

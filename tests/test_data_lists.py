@@ -1,0 +1,232 @@
+"""Lists of paths, and lists of classes: every way to write them that is understood, and what is refused."""
+
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from inbatch.build import held_out, plan
+from inbatch.data import open_data, splits
+from inbatch.errors import DataError
+
+
+def photos(root, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 10 * i).save(root / name, "PNG")
+    return root
+
+
+def listed(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return tmp_path / name
+
+
+def paths(source):
+    return [source.identity(i) for i in range(len(source))]
+
+
+def named(source):
+    return [source.classes[label] if label >= 0 else None for label in source.labels.tolist()]
+
+
+class TestTables:
+    @pytest.mark.parametrize("head", ["path,label", "Label,FILENAME", "id,filepath,class", "image,target,score"])
+    @pytest.mark.parametrize("name", ["l.csv", "l.TSV"])
+    def test_columns(self, head, name, tmp_path):
+        photos(tmp_path, "a/1.png", "b, c/2.png")
+        separator = "\t" if name == "l.TSV" else ","
+        columns = head.split(",")
+        rows = [columns]
+        for path, label in (("b, c/2.png", "dog"), ("a/1.png", "cat"), ("a/1.png", "")):
+            values = {"path": path, "label": label, "other": "7"}
+            what = {"label": "label", "class": "label", "target": "label", "id": "other", "score": "other"}
+            rows.append([f'"{values[what.get(c.lower(), "path")]}"' for c in columns])
+        source = open_data(listed(tmp_path, name, "\n".join(separator.join(row) for row in rows) + "\n\n"))
+        assert paths(source) == ["b, c/2.png", "a/1.png", "a/1.png"] and source.classes == ("cat", "dog")
+        assert named(source) == ["dog", "cat", None] and source.image(0)[0, 0, 0] == 10
+        assert source.channels == 3 and open_data(tmp_path / name, channels=1).image(0).shape == (1, 4, 4)
+
+    def test_without_a_header(self, tmp_path):
+        assert open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).labels.tolist() == [-1, -1]
+        source = open_data(listed(tmp_path, "l.csv", "1.png,3\n2,-1\n3.png,\n4.png,0"))
+        assert source.labels.tolist() == [3, -1, -1, 0] and source.classes == tuple("0123")
+        assert paths(source)[1] == "2"  # whatever it is called
+        with pytest.raises(DataError, match="has 3 columns: name them in its first line: path, label, split"):
+            open_data(listed(tmp_path, "l.csv", "1.png,3,train\n"))
+
+    def test_splits(self, tmp_path):
+        file = listed(tmp_path, "l.csv", "path,label,split\n2,c,val\n3,a,val\n1,b,train\n4,b,train\n5,a,extra\n")
+        assert splits(file) == ("train", "val", "extra", "test")
+        train, test = open_data(file), open_data(file, "test")
+        assert (paths(train), paths(test)) == (["1", "4"], ["2", "3"])
+        assert train.classes == test.classes == ("a", "b", "c") and named(test) == ["c", "a"]
+        assert test.name == f"{file} (val)"
+        with pytest.raises(DataError, match="line 3: the column split is empty"):
+            open_data(listed(tmp_path, "l.csv", "path,split\n1,train\n2,\n"))
+
+    def test_what_spreadsheets_write(self, tmp_path):
+        """A mark at the beginning, carriage returns, quoted line breaks and quotes."""
+        source = open_data(
+            listed(tmp_path, "l.csv", b'\xef\xbb\xbfpath,label\r\n"a\nb.png","say ""x"""\r\nc.png,y\r\n')
+        )
+        assert paths(source) == ["a\nb.png", "c.png"] and source.classes == ('say "x"', "y")
+
+    def test_spaces_after_commas(self, tmp_path):
+        source = open_data(listed(tmp_path, "l.csv", 'label, path\ncat, a b.png\ndog, " c, d.png"\n'))
+        assert paths(source) == ["a b.png", " c, d.png"] and source.classes == ("cat", "dog")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+    def test_names_that_are_not_text(self, tmp_path):
+        with open(os.path.join(os.fsencode(tmp_path), b"\xff.png"), "wb") as file:
+            Image.new("L", (4, 4), 9).save(file, "PNG")
+        source = open_data(listed(tmp_path, "l.csv", b"path,label\n\xff.png,\xfe\n"))
+        assert source.identity(0) == "\\xff.png" and source.classes == ("\\xfe",) and source.image(0)[0, 0, 0] == 9
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("path,label\na,1\nb\n", "line 3: 1 columns, the first line has 2"),
+            ("path\na,b.png\n", "line 2: 2 columns, the first line has 1; put names with a separator"),
+            ('path,label\n"a,1\nb,2\n', "line 3: unexpected end of data"),
+            ('path,label\n"a"b,1\n', "line 2: .*expected after"),
+            ("path,label\na,0\n,1\n", "line 3: '' is no name of a file"),
+            ("path\na\nb\0c\n", "line 3: 'b\0c' is no name of a file"),
+            ("path\na\n../x.png\n", "line 3: '../x.png' is outside the list's folder"),
+            ("path\na/../../x.png\n", "line 2: 'a/../../x.png' is outside"),
+            ("path\n..\n", "line 2: '..' is outside"),
+            ("path,label\na,0\nb,-2\n", "go down to -2"),
+            ("path,label\na,0\nb,12345678901\n", "line 3: the label 12345678901 would make 12,345,678,902 classes"),
+            ("path,label\n", "lists no image"),
+            ("path,split\n", "lists no image"),
+            ("\n\n", "lists no image"),
+            ("", "lists no image"),
+            ("path\n" + "x" * 200_000, "line .: field larger than field limit"),
+        ],
+    )
+    def test_what_is_refused(self, text, match, tmp_path):
+        with pytest.raises(DataError, match=match):
+            open_data(listed(tmp_path, "l.csv", text))
+
+    def test_absolute_paths_may_lie_anywhere(self, tmp_path):
+        photos(tmp_path, "elsewhere/1.png")
+        (tmp_path / "list").mkdir()
+        source = open_data(listed(tmp_path / "list", "l.csv", f"{tmp_path}/elsewhere/1.png,x\n"))
+        assert source.image(0).shape == (3, 4, 4)
+
+    def test_a_missing_file_is_found_when_it_is_opened(self, tmp_path):
+        photos(tmp_path, "1.png")
+        source = open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n"))
+        assert source.image(0).shape == (3, 4, 4) and source.fingerprint() is None
+        with pytest.raises(DataError, match=r"2.png' cannot be read: No such file"):
+            source.image(1)
+
+    def test_the_fingerprint_follows_list_and_files(self, tmp_path):
+        photos(tmp_path, "1.png", "2.png")
+        first = open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).fingerprint()
+        assert first == open_data(listed(tmp_path, "m.csv", "path,label\n1.png,a\n2.png,b\n")).fingerprint()
+        assert first != open_data(listed(tmp_path, "l.csv", "2.png\n1.png\n")).fingerprint()
+        Image.new("L", (9, 9)).save(tmp_path / "2.png")
+        assert first != open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).fingerprint()
+
+    def test_it_travels_to_workers_in_few_bytes(self, tmp_path):
+        source = open_data(listed(tmp_path, "l.csv", "".join(f"{i:09d}\n" for i in range(1000))))
+        sent = pickle.dumps(source)
+        assert len(sent) < 1000 * (9 + 8 + 8) + 2000 and paths(pickle.loads(sent))[-1] == "000000999"
+
+
+class TestText:
+    def test_paths_alone(self, tmp_path):
+        """Names with spaces, commas and what looks like another name in them."""
+        photos(tmp_path, "a b.png", "c,d.PNG", "e.png f.jpeg")
+        source = open_data(listed(tmp_path, "l.txt", "a b.png\r\n\r\nc,d.PNG\r\ne.png f.jpeg"))
+        assert paths(source) == ["a b.png", "c,d.PNG", "e.png f.jpeg"] and source.classes == ()
+        assert source.image(1)[0, 0, 0] == 10
+
+    @pytest.mark.parametrize("separator", ["\t", ",", " ", "  ", ", "])
+    def test_labels(self, separator, tmp_path):
+        text = "".join(f"{path}{separator}{label}\n" for path, label in (("x y.jpg", 2), ("z.tiff", 0), ("w.png", -1)))
+        source = open_data(listed(tmp_path, "l.txt", text + "v.bmp\n"))
+        assert paths(source) == ["x y.jpg", "z.tiff", "w.png", "v.bmp"] and source.labels.tolist() == [2, 0, -1, -1]
+
+    def test_names_of_classes(self, tmp_path):
+        source = open_data(listed(tmp_path, "l.txt", "1.png tabby cat\n2.png\tdog\n3.png,tabby cat\n"))
+        assert named(source) == ["tabby cat", "dog", "tabby cat"] and source.classes == ("dog", "tabby cat")
+
+    def test_what_is_refused(self, tmp_path):
+        with pytest.raises(DataError, match=r"line 2: no name of an image \(.jpg|.*in 'b'; other names can stand"):
+            open_data(listed(tmp_path, "l.txt", "a.png\nb\n"))
+        with pytest.raises(DataError, match=r"line 1: '../a.png' is outside"):
+            open_data(listed(tmp_path, "l.txt", "../a.png 1\n"))
+        with pytest.raises(DataError, match="cannot be opened; data can be"):  # no list
+            open_data(listed(tmp_path, "l.txt", "Dear reader,\n"))
+
+
+def folder(tmp_path):
+    """Classes a (2 images), b (1), c d (1): two splits."""
+    for split in ("train", "val"):
+        photos(tmp_path / split, "a/1.png", "a/2.png", "b/3.png", "c d/4.png")
+    return tmp_path
+
+
+class TestClasses:
+    def chosen(self, tmp_path, text, split="train"):
+        return open_data(folder(tmp_path), split, classes=str(listed(tmp_path, "classes.txt", text)))
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    @pytest.mark.parametrize(
+        "text",
+        ["b\na\n", b"\xef\xbb\xbfb\r\na\r\n", "# two\n\nb the second, really\n  a,first\n", "b\t2\na\t1", "b\ra\r"],
+    )
+    def test_it_chooses_and_numbers(self, text, split, tmp_path):
+        source = self.chosen(tmp_path, text, split)
+        assert source.classes == ("b", "a") and sorted(zip(paths(source), source.labels.tolist(), strict=True)) == [
+            ("a/1.png", 1), ("a/2.png", 1), ("b/3.png", 0)
+        ]  # fmt: skip
+        assert "3 of 4 used: the 2 classes that" in source.report()
+
+    def test_a_whole_line_comes_first(self, tmp_path):
+        assert self.chosen(tmp_path, "c d\n").classes == ("c d",)
+        photos(tmp_path, "train/#1/5.png")
+        assert open_data(tmp_path, classes=str(listed(tmp_path, "c.txt", "#1\n#2\n"))).classes == ("#1",)
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("a\nx\nc\n", r"lacks classes that .* lists: 'x' \(line 2\), 'c' \(line 3\)"),
+            ("\n".join("stuvwxyz"), r"'w' \(line 5\) and 3 more"),
+            ("a\nb\na tabby\n", "lists the class 'a' twice, in lines 1 and 3"),
+            ("", "is empty"),
+            ("# nothing\n", "is empty"),
+            (b"\xff\xfe", "cannot be read"),
+        ],
+    )
+    def test_what_is_refused(self, text, match, tmp_path):
+        with pytest.raises(DataError, match=match):
+            self.chosen(tmp_path, text)
+
+    def test_it_needs_labels_and_a_file(self, tmp_path):
+        images = torch.zeros(3, 3, 4, 4).byte()
+        file = str(listed(tmp_path, "c.txt", "0\n"))
+        with pytest.raises(DataError, match="array has no labels: a list of classes"):
+            open_data(images, classes=file)
+        with pytest.raises(DataError, match="cannot be read: No such file"):
+            open_data((images, [0, 1, 1]), classes=str(tmp_path / "none"))
+        with pytest.raises(DataError, match="has no image of the 1 classes"):
+            open_data((images, [1, 1, -1]), classes=file)
+
+    def test_it_is_one_for_every_source(self, tmp_path):
+        (tmp_path / "l.csv").write_text("1,cat\n2,dog\n3,\n4,cat\n")
+        source = open_data(tmp_path / "l.csv", classes=str(listed(tmp_path, "c.txt", "cat\n")))
+        assert paths(source) == ["1", "4"] and source.labels.tolist() == [0, 0]
+        assert open_data("digits-canvas", classes=str(listed(tmp_path, "c.txt", "7\n3\n"))).classes == ("7", "3")
+
+    def test_a_run_is_judged_by_the_same_classes(self, tmp_path):
+        names = listed(tmp_path, "classes.txt", "c d\nb\n")
+        recipe, source = plan(folder(tmp_path), {"classes": str(names)})
+        bank, queries, how = held_out(recipe, source, tmp_path)
+        assert bank is source and queries.classes == bank.classes == ("c d", "b") and "test split" in how
+        assert named(queries) == ["b", "c d"] and queries.name != bank.name
