@@ -133,7 +133,7 @@ class Loader:
             )
 
     def _streamed(self, epoch: int, mine: Int[Tensor, "s b"]) -> Iterator[Batch]:
-        self._order.keys = [(epoch, piece.tolist()) for index in mine for piece in index.split(PIECE)]
+        self._order.epoch, self._order.mine = epoch, mine
         pieces = iter(self._stream)
         for index in mine:
             made: dict[str, Any] = {}
@@ -192,13 +192,16 @@ class _Order(Sampler[tuple[int, list[int]]]):
     """The batches to make, set anew for each epoch while the workers live on."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[int, list[int]]] = []
+        self.epoch, self.mine = 0, torch.zeros(0, 1, dtype=torch.long)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.keys)
+        epoch = self.epoch
+        for index in self.mine:  # lists one by one: those of a long epoch would be copied into every worker
+            for piece in index.split(PIECE):
+                yield epoch, piece.tolist()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.mine) * -(-self.mine.shape[1] // PIECE)
 
 
 class _Crops(Dataset[Any]):
