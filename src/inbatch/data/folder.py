@@ -62,6 +62,9 @@ class FolderSource(Source):
             said.update(b"%s\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
         return said.hexdigest()
 
+    def skipped(self) -> dict[str, int]:
+        return {_text(os.fsencode(kind)): count for kind, count in self.scan.skipped.most_common()}
+
     def _path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.scan.paths[i]))
 
