@@ -2,9 +2,9 @@
 
 Makes a tree of N hard links to 400 real JPEG files of 8x8 pixels, with paths of 60 bytes in 1,000 folders and one of
 250, and removes it when it is done. Measured, each in a process of its own: seconds and memory of a scan; of the next
-one, from the cache; seconds from `inbatch pretrain` to the end of the first step, streamed, unlabelled, beside those with a thousand images;
-and what every data worker holds of its own (USS) and in proportion (PSS) in the course of an epoch in which nobody trains.
-Writes results/million.json. Linux.
+one, from the cache; seconds from `inbatch pretrain` to the end of the first step, streamed and unlabelled, beside those
+with a thousand images; and what every data worker holds of its own (USS) and in proportion (PSS) in the course of an
+epoch in which nobody trains. Writes results/million.json. Linux.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 
 class Names:
@@ -25,7 +26,10 @@ class Names:
         return bytes(self._text[self._ends[i] : self._ends[i + 1]])
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self[i] for i in range(len(self)))
+        start = 0
+        for end in islice(self._ends, 1, None):
+            yield bytes(self._text[start:end])
+            start = end
 
     def tolist(self) -> list[bytes]:
         """All of them as Python's own; for few."""

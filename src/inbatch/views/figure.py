@@ -55,7 +55,7 @@ def save_grid(
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write rows of images, (C, h, w) uint8 of any sizes, to an image file; ValueError if its ending is no picture's."""
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ValueError if its ending is no picture's."""
     columns = max(map(len, rows))
     sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
     for row, images in enumerate(rows):
