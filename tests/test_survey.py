@@ -199,6 +199,18 @@ def test_parquet(tmp_path: Path) -> None:
     assert found["unlabelled"] == 1 and [one["images"] for one in found["classes"]] == [2, 2]
 
 
+def test_many_classes_and_long_names_stay_short(tmp_path: Path) -> None:
+    data = put(tmp_path / "a" / "0.png")
+    for i in range(14):
+        put(tmp_path / f"{i:02d}" / "1.png")
+    (tmp_path / ("x" * 200)).mkdir()
+    for name in ("y" * 200, "z"):
+        (tmp_path / ("x" * 200) / f"{name}.png").write_bytes(data)
+    shown = run(f"data {tmp_path}").stdout
+    assert "16, of 1 (a) to 2 images (xxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxx)" in shown
+    assert "3 images in 1 groups: a/0.png = xxxxxxxxxxxxxxxxxxxxxx...yyyyyyyyyyyyyyyyyy.png = xxx" in shown
+
+
 def test_arrays_and_the_embedded_set() -> None:
     images = torch.randint(256, (40, 5, 9, 9), dtype=torch.uint8)
     images[30] = images[2]

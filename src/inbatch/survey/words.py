@@ -28,13 +28,11 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "deviation", _numbers(found["pixels"]["std"])
         yield "lowest, highest", f"{_numbers(found['pixels']['lowest'])}; {_numbers(found['pixels']['highest'])}"
     same = found["duplicates"]
-    first = "; ".join(" = ".join(group) for group in same["first"])
-    yield "duplicates", f"{same['images']:,} images in {same['groups']:,} groups: {first}" if first else "none"
+    yield "duplicates", _same(f"{same['images']:,} images in {same['groups']:,} groups", same["first"])
     for other, leak in found["leaks"].items():
-        first = "; ".join(" = ".join(pair) for pair in leak["first"])
         yield (
-            f"LEAK into {other}" if first else f"also in {other}",
-            f"{leak['images']:,} images: {first}" if first else "none",
+            f"{'LEAK into' if leak['images'] else 'also in'} {other}",
+            _same(f"{leak['images']:,} images", leak["first"]),
         )
     yield "unreadable", f"{len(found['unreadable']):,}"
     memory = found["memory"]
@@ -69,10 +67,12 @@ def _classes(found: Mapping[str, Any]) -> str:
         return "unlabelled"
     told = f"{len(classes):,}"
     if len(classes) <= _CLASSES:
-        told += ": " + ", ".join(f"{one['name']} {one['images']:,}" for one in classes)
+        told += ": " + ", ".join(f"{_short(one['name'])} {one['images']:,}" for one in classes)
     else:
         most, least = classes[0], classes[-1]
-        told += f", of {least['images']:,} ({least['name']}) to {most['images']:,} images ({most['name']})"
+        told += (
+            f", of {least['images']:,} ({_short(least['name'])}) to {most['images']:,} images ({_short(most['name'])})"
+        )
     if found["imbalance"] and found["imbalance"] >= 1.5:
         told += f"; the largest is {found['imbalance']:,.1f} times the smallest"
     return told + (f"; {found['unlabelled']:,} images have no label" if found["unlabelled"] else "")
@@ -94,6 +94,15 @@ def _sizes(sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         parts.append(f"{one['images']:,} of {last + 1} to {one['up_to']}")
         last = one["up_to"]
     yield "shorter side", ", ".join(parts)
+
+
+def _same(how_many: str, first: Sequence[Sequence[str]]) -> str:
+    """With one example; --json has more."""
+    return f"{how_many}: {' = '.join(map(_short, first[0]))}" if first else "none"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 48 else f"{name[:22]}...{name[-22:]}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
