@@ -134,7 +134,11 @@ class TestOrder:
         (tmp_path / "gone.png").symlink_to("nowhere")
         os.mkfifo(tmp_path / "pipe.png")
         result = scan.scan(tmp_path)
-        assert result.paths.tolist() == [b"1.png"] and result.skipped == {".png": 3} and not result.stamps
+        assert (
+            result.paths.tolist() == [b"1.png"]
+            and result.skipped == {".png that are no files": 3}
+            and not result.stamps
+        )
 
 
 class TestLabels:

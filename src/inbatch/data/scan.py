@@ -147,7 +147,8 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             elif extension in EXTENSIONS and _is(entry.is_file):
                 images.append(entry.name)
             else:
-                skipped[os.fsdecode(extension) or "no extension"] += 1
+                odd = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
+                skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
                 broken |= entry.is_symlink()  # what it points to may come to be, and the folder will not show it
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
     stamp = _stamp(status) if settled and not broken else None
