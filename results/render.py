@@ -310,13 +310,38 @@ def profiled(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n`{found['command']}`, medians of {case['steps']} steps.\n"
 
 
+def million(page: Path) -> str:
+    """A page with what benchmarks/million.py found between <!-- million --> and <!-- end --> written anew."""
+    found = json.loads((HERE / "million.json").read_text())
+    env, epoch = found["environment"], found["epoch"]
+    lines = [f"| {found['images']:,} files | seconds | MB held | MB at most |", "| --- |" + " --- |" * 3]
+    for name, words in (("scan", "scanned"), ("from_cache", "scanned again, from the cache")):
+        row = found[name]
+        cells = [f"{row['seconds']:.1f}", f"{row['held_bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / 1e6:.0f}"]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    for name, seconds in found["first_step_seconds"].items():
+        lines.append(f"| from `inbatch pretrain` to the end of the first step, {name} | {seconds:.0f} | | |")
+    lines += ["", "| images streamed | MB of its own, each worker | MB in proportion |", "| --- | --- | --- |"]
+    some = epoch["points"]
+    for images, *memory in (some[round(i * (len(some) - 1) / 4)] for i in range(5)):
+        cells = [", ".join(f"{size / 1e6:.1f}" for size in sizes) for sizes in memory]
+        lines.append(f"| {images:,} | {' | '.join(cells)} |")
+    slopes = " and ".join(f"{slope / 1e6:.2f}" for slope in epoch["bytes_per_million_images"])
+    rate = f"{epoch['images']:,} were streamed, at {epoch['images'] / epoch['seconds']:,.0f} images/s"
+    lines += ["", f"From a tenth of the epoch on the workers grow by {slopes} MB in a million images ({rate})."]
+    lines += [f"{env['processor']}, {env['cores']} cores, kept busy by others."]
+    return filled(page.read_text(), "million", "\n".join(lines) + "\n")
+
+
 LARGE = HERE.parent / "docs" / "large-batches.md"
+DATA = HERE.parent / "docs" / "data.md"
 SPEED = HERE.parent / "docs" / "speed.md"
 
 if __name__ == "__main__":
     LARGE.write_text(timed(LARGE))
     LARGE.write_text(fitted(LARGE))
     SPEED.write_text(measured(SPEED))
+    DATA.write_text(million(DATA))
     (HERE / "README.md").write_text(page())
     for page_of_plugin in PLUGINS.glob("*.md"):
         page_of_plugin.write_text(answered(page_of_plugin))

@@ -27,7 +27,7 @@ from inbatch.methods import METHODS
 from inbatch.show import explain, printable
 
 COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "inspect", "views", "crops", "methods", "plugins")
-COMMANDS += ("bench", "doctor")
+COMMANDS += ("bench", "doctor", "data")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
 
@@ -116,11 +116,12 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
     import inbatch.doctor
     import inbatch.inspect.crops
     import inbatch.quickstart
+    import inbatch.survey.look
 
     for module, name in (
         (api, "pretrain"), (api, "rehearse"), (api, "evaluate_run"), (api, "embed_run"), (api, "draw_views"),
         (api, "inspect_run"), (inbatch.inspect.crops, "tally"), (inbatch.quickstart, "quickstart"),
-        (inbatch.bench.measure, "bench"), (inbatch.doctor, "examine"),
+        (inbatch.bench.measure, "bench"), (inbatch.doctor, "examine"), (inbatch.survey.look, "survey_data"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, cut)
     examples = [part.strip() for part in run(f"{command} --help").stdout.partition("Examples:")[2].splitlines()]

@@ -35,6 +35,14 @@ def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: Modu
     assert page.read_text() == render.answered(page), "python results/render.py writes it anew"
 
 
+def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
+    assert render.DATA.read_text() == render.million(render.DATA), "python results/render.py writes it anew"
+    found = render.json.loads((ROOT / "results" / "million.json").read_text())
+    assert found["images"] == 1_000_000 and found["path_bytes"]["longest"] > 250
+    assert max(found[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6
+    assert max(found["epoch"]["bytes_per_million_images"]) < 10e6
+
+
 @pytest.mark.parametrize("kind", ["digits", "cifar"])
 def test_plug_ins_are_compared_at_the_same_seeds(kind: str, render: ModuleType) -> None:
     """Each with what it stands beside: three seeds, and recipes that differ in nothing but the plug-in."""

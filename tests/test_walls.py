@@ -37,24 +37,13 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "optim": {"schedules"},
     "evaluate": {"ranks", "products"},
     "papers": {"api", "config", "train", "evaluate", "inspect"},
-    "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "show", "describe", "doctor", "quickstart"},
+    "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "describe", "doctor"}
+    | {"quickstart"},
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
-ABOVE = {
-    "config",
-    "build",
-    "capture",
-    "checkpoint",
-    "signals",
-    "environment",
-    "log",
-    "inspect",
-    "train",
-    "describe",
-    "show",
-}
-ABOVE |= {"bench", "doctor", "fit", "parts", "plug", "assign", "api", "quickstart", "losses", ""}
+ABOVE = {"config", "build", "capture", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe"}
+ABOVE |= {"bench", "doctor", "fit", "parts", "plug", "assign", "api", "quickstart", "losses", "show", "survey", ""}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
 SMALL_WORLD = {

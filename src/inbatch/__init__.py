@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from inbatch.encoders import Encoder
     from inbatch.methods import METHODS
     from inbatch.process import tune
+    from inbatch.survey.look import survey_data
 
 _API = ("Run", "draw_views", "embed_run", "evaluate_run", "load", "load_run", "pretrain", "rehearse")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.encoders"}
-_WHERE |= {"tune": "inbatch.process"}
+_WHERE |= {"tune": "inbatch.process", "survey_data": "inbatch.survey.look"}
 
 __all__ = [
     "METHODS",
@@ -32,6 +33,7 @@ __all__ = [
     "losses",
     "pretrain",
     "rehearse",
+    "survey_data",
     "tune",
 ]
 

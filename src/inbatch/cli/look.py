@@ -1,4 +1,4 @@
-"""Commands that show: views, inspect, crops, methods, plugins."""
+"""Commands that show: views, data, inspect, crops, methods, plugins."""
 
 from functools import partial
 from pathlib import Path
@@ -8,8 +8,9 @@ import typer
 from typer import Argument, Option
 
 from inbatch.cli.base import Data, Device, Json, Set, app, assignments, reported
-from inbatch.errors import ConfigError, TrainingError
+from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.show import (
+    complain,
     explain,
     explain_plugins,
     print_json,
@@ -56,6 +57,41 @@ def views(
         else:
             options = ", ".join(f"{key} {value}" for key, value in part.options.items())
             say(f"{out}: every image with its crops, then its views ({part.name}: {options})")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch data ~/photos\n\n"
+    "  inbatch data ~/photos --sample 2000 -o samples.png\n\n"
+    "  inbatch data scans --set channels=1 --json > scans.json"
+)
+def data(
+    data: Data,
+    split: Annotated[str | None, Option(help="train or test, where there are both; the first by default.")] = None,
+    sample: Annotated[int | None, Option(min=1, help="Look at so many images, evenly spaced; all by default.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: some images, a row for a class.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Look at every image before learning: classes, sizes, duplicates, leaks, damage. Exits with 3 if a run would."""
+    with reported(as_json):
+        from inbatch.survey import words
+        from inbatch.survey.look import survey_data
+
+        found = survey_data(
+            data, split=split, sample=sample, out=out, settings=assignments(set_), device=device, quiet=False
+        )
+        if as_json:
+            print_json(found)
+        else:
+            say(found["report"], "")
+            print_table(("", "found"), list(words.rows(found)))
+            say("", *words.notes(found))
+            say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
+    if found["problems"]:
+        for problem in found["problems"]:
+            complain(problem)
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command(

@@ -1,7 +1,8 @@
 """Decoded sets kept on disk: the next run on the same files maps them into memory instead of decoding them.
 
 One folder for each set, named by what its pixels depend on: raw bytes and a JSON file, nothing that runs when it is
-read. It is written under another name and renamed when it is whole, so several runs can share the cache.
+read. It is written under another name and renamed when it is whole, so several runs can share the cache. Lists of the
+files under large folders are kept alike (`scan`).
 """
 
 import errno
@@ -145,7 +146,16 @@ def load(path: Path) -> tuple[Decoded | None, str]:
 
 def store(path: Path, kept: Decoded, name: str) -> str:
     """Write a set there, other sets making room; returns a sentence that says so, or why not. Never an error."""
-    needed, root = kept.images.numel() + 8 * len(kept.size), path.parent
+    needed = kept.images.numel() + 8 * len(kept.size)
+    return keep(path, needed, lambda folder: _write(folder, kept, name))
+
+
+def keep(path: Path, needed: int, write: Callable[[Path], None], *, replace: bool = False) -> str:
+    """Let `write` fill a new folder that then takes its place there, where it replaces what there is or leaves it.
+
+    It must leave an `entry.json` with a `name`, in about the bytes needed. Returns a sentence as `store` does.
+    """
+    root = path.parent
     if needed > limit():
         return f"not cached: its {needed / 1e6:,.0f} MB are over the limit of {limit() / 1e9:g} GB (INBATCH_CACHE_GB)"
     try:
@@ -159,7 +169,9 @@ def store(path: Path, kept: Decoded, name: str) -> str:
         except FileExistsError:
             return f"being cached in {root} by another process"
         try:
-            _write(half, kept, name)
+            write(half)
+            if replace:
+                remove(path)
             os.rename(half, path)
         except BaseException:
             shutil.rmtree(half, ignore_errors=True)

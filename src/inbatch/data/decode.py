@@ -107,6 +107,10 @@ class Picture:
         if self._image is not None:
             self._image.close()
 
+    def contents(self) -> bytes:
+        """The file as it is; DataError if it cannot be read any more."""
+        return self._contents()
+
     def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]:
         """The pixels; scaled down where the longer side is over `longest`. DataError if damaged."""
         if longest is None or max(self.size) <= longest:

@@ -1,10 +1,8 @@
-"""Folders of image files: scanned by our own scanner, which counts what it leaves out and says so."""
+"""Folders of image files: scanned by our own scanner (`scan`), which counts what it leaves out and says so."""
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,56 +10,12 @@ import torch
 from PIL import Image
 
 from inbatch.data.decode import Picture, file_channels
+from inbatch.data.scan import EXTENSIONS, scan
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import DataError
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
 TESTS = ("test", "val", "validation")
 """Names of the split that is not trained on; the first that exists is `test`."""
-
-
-@dataclass
-class Scan:
-    """What lies under a folder: sorted image paths relative to it, and what was left out."""
-
-    paths: np.ndarray = field(default_factory=lambda: np.array([], dtype="S1"))
-    skipped: Counter[str] = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
-
-
-def scan(root: Path) -> Scan:
-    """Every image under a folder at any depth, hidden files apart; symbolic links are followed, once each.
-
-    Paths are bytes with "/" between the parts, in one numpy array: sorted alike on every file system, and not
-    copied into every data worker as Python strings would be (pytorch#13246).
-    """
-    found, result, seen = [], Scan(), set()
-    stack = [(os.fsencode(root), b"")]
-    while stack:
-        folder, prefix = stack.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link back to what was scanned already
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                inside = sorted(entries, key=lambda e: e.name, reverse=True)
-        except OSError as e:
-            result.unreadable.append(f"{os.fsdecode(prefix) or root}: {e.strerror}")
-            continue
-        for entry in inside:
-            extension = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
-                stack.append((entry.path, prefix + entry.name + b"/"))
-            elif extension in EXTENSIONS and entry.is_file():
-                found.append(prefix + entry.name)
-            else:
-                result.skipped[os.fsdecode(extension) or "no extension"] += 1
-    if found:
-        result.paths = np.sort(np.array(found, dtype=np.bytes_))
-    return result
 
 
 class FolderSource(Source):
@@ -77,28 +31,30 @@ class FolderSource(Source):
         if not len(paths):
             kinds = " ".join(e.decode() for e in EXTENSIONS)
             raise DataError(f"No image under {str(root)!r}{self._left_out()}: put files with {kinds} there")
-        heads = np.array([path.partition(b"/")[0] if b"/" in path else b"" for path in paths.tolist()])
-        found, labels = np.unique(heads, return_inverse=True)
-        self._labelled = len(found) > 1 and b"" not in found
+        heads: dict[bytes, int] = {}
+        every = (path.partition(b"/")[0] if b"/" in path else b"" for path in paths)
+        numbers = np.fromiter((heads.setdefault(head, len(heads)) for head in every), np.int64, len(paths))
+        self._labelled = len(heads) > 1 and b"" not in heads
         if not self._labelled:
             super().__init__(str(root), channels, unlabelled(len(paths)), ())
             return
-        names = tuple(_text(name) for name in found)
+        names = tuple(_text(head) for head in sorted(heads))
         classes = classes or names
         if unknown := sorted(set(names) - set(classes)):
             raise DataError(f"{str(root)!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
-        number = torch.tensor([classes.index(name) for name in names])
-        super().__init__(str(root), channels, number[torch.from_numpy(labels)], classes)
+        place = {name: i for i, name in reversed([*enumerate(classes)])}
+        label = torch.tensor([place[_text(head)] for head in heads])
+        super().__init__(str(root), channels, label[torch.from_numpy(numbers)], classes)
 
     def open(self, i: int) -> Picture:
         return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels)
 
     def identity(self, i: int) -> str:
-        return _text(bytes(self.scan.paths[i]))
+        return _text(self.scan.paths[i])
 
     def fingerprint(self) -> str | None:
         said = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
-        for i, path in enumerate(self.scan.paths.tolist()):
+        for i, path in enumerate(self.scan.paths):
             try:
                 status = os.stat(self._path(i))
             except OSError:  # gone since; opening it will say so
@@ -106,8 +62,11 @@ class FolderSource(Source):
             said.update(b"%s\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
         return said.hexdigest()
 
+    def skipped(self) -> dict[str, int]:
+        return {_text(os.fsencode(kind)): count for kind, count in self.scan.skipped.most_common()}
+
     def _path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.scan.paths[i])))
+        return os.path.join(self.root, os.fsdecode(self.scan.paths[i]))
 
     def report(self) -> str:
         kind = (

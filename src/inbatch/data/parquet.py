@@ -166,9 +166,8 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     if not path.is_dir():
         return None
     files: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        if match := _SPLIT.fullmatch(file.name):
-            files.setdefault(match[1], []).append(file)
+    for name in sorted(filter(_SPLIT.fullmatch, os.listdir(path))):
+        files.setdefault(name.partition(".")[0].partition("-")[0], []).append(path / name)
     if "train" not in files:
         return None
     splits: dict[str, Callable[[], Source]] = {"train": lambda: ParquetSource(files["train"], str(path), depth)}

@@ -66,6 +66,10 @@ class Source(ABC):
         """What the decoded pixels of all images depend on, in few characters; None: they are not worth keeping."""
         return None
 
+    def skipped(self) -> dict[str, int]:
+        """Files beside the images that were not taken for any, counted by their ending."""
+        return {}
+
     def image(self, i: int) -> UInt8[Tensor, "c h w"]:
         """All pixels of image i; DataError that names it if it cannot be decoded."""
         with self.open(i) as picture:
@@ -94,6 +98,9 @@ class Subset(Source):
         if (whole := self.source.fingerprint()) is None:
             return None
         return hashlib.sha256(whole.encode() + self.indices.long().cpu().numpy().tobytes()).hexdigest()
+
+    def skipped(self) -> dict[str, int]:
+        return self.source.skipped()
 
     def report(self) -> str:
         return f"{self.source.report()}\n{self.name}: {len(self):,} of {len(self.source):,} used: {self.why}"

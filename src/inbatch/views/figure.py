@@ -1,4 +1,4 @@
-"""A picture of images and their views: what the model is shown, and where each view was cut."""
+"""Pictures of images, and of their views: what the model is shown, and where each view was cut."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from inbatch.files import replacing
 from inbatch.views.pipeline import Drawn
 
 _CELL = 96
@@ -51,6 +52,23 @@ def save_grid(
 ) -> None:
     """Write `grid` to an image file."""
     Image.fromarray(grid(images, drawn, mean, std)).save(path)
+
+
+def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ValueError if its ending is no picture's."""
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            zoom = _CELL / max(image.shape[-2:])
+            height, width = (max(1, round(side * zoom)) for side in image.shape[-2:])
+            tile = _picture(image.cpu().numpy()).resize((width, height), _how(zoom))
+            sheet.paste(tile, (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP)))
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{Path(path).suffix!r} is the ending of no picture")
+    with replacing(Path(path)) as file:
+        sheet.save(file, kind)
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

@@ -1,0 +1,1 @@
+"""What a data set holds, and whether it can be learned from, before anything is."""

@@ -1,0 +1,113 @@
+"""What a survey found, for a terminal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from inbatch.data.resident import SHARE
+
+_FEW = 10  # unreadable images that are named
+_CLASSES = 12  # whose names fit beside their counts
+
+
+def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Lines of the table: what, and what was found."""
+    n, looked = found["images"], found["looked_at"]
+    others = [f"{count:,} in {name}" for name, count in found["splits"].items() if name != found["split"]]
+    yield "images", ", ".join([f"{n:,} in {found['split']}", *others])
+    if looked < n:
+        yield "looked at", f"a sample of {looked:,}, evenly spaced: what follows is of them, classes apart"
+    yield "classes", _classes(found)
+    yield "formats", _counts(found["formats"])
+    if found["bits"]:
+        yield "bits per value", _counts(found["bits"])
+    if found["skipped"]:
+        yield "skipped files", _counts(found["skipped"])
+    yield from _sizes(found["sizes"])
+    if found["pixels"]["mean"]:
+        yield "mean", _numbers(found["pixels"]["mean"])
+        yield "deviation", _numbers(found["pixels"]["std"])
+        yield "lowest, highest", f"{_numbers(found['pixels']['lowest'])}; {_numbers(found['pixels']['highest'])}"
+    same = found["duplicates"]
+    yield "duplicates", _same(f"{same['images']:,} images in {same['groups']:,} groups", same["first"])
+    for other, leak in found["leaks"].items():
+        yield (
+            f"{'LEAK into' if leak['images'] else 'also in'} {other}",
+            _same(f"{leak['images']:,} images", leak["first"]),
+        )
+    yield "unreadable", f"{len(found['unreadable']):,}"
+    memory = found["memory"]
+    how = "resident" if memory["resident"] else "streamed"
+    yield (
+        "in a run",
+        (
+            f"{how}: {memory['decoded_bytes'] / 1e6:,.0f} MB decoded to at most {memory['canvas']} pixels, "
+            f"{memory['free_bytes'] / 1e9:,.1f} GB free, limit {SHARE:.0%} of it"
+        ),
+    )
+    yield "an epoch", f"{found['steps']:,} steps of {found['batch']:,} images"
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """Lines under the table."""
+    bad = found["unreadable"]
+    lines = [one["why"] for one in bad[:_FEW]]
+    if len(bad) > _FEW:
+        lines.append(f"and {len(bad) - _FEW:,} more: --json names all")
+    if found["picture"]:
+        shown = [name for name in found["picture"]["rows"] if name]
+        lines.append(
+            f"Picture: {found['picture']['out']}" + (f", a row for each of {', '.join(shown)}" if shown else "")
+        )
+    return lines
+
+
+def _classes(found: Mapping[str, Any]) -> str:
+    classes = sorted(found["classes"], key=lambda one: -one["images"])
+    if not classes:
+        return "unlabelled"
+    told = f"{len(classes):,}"
+    if len(classes) <= _CLASSES:
+        told += ": " + ", ".join(f"{_short(one['name'])} {one['images']:,}" for one in classes)
+    else:
+        most, least = classes[0], classes[-1]
+        told += (
+            f", of {least['images']:,} ({_short(least['name'])}) to {most['images']:,} images ({_short(most['name'])})"
+        )
+    if found["imbalance"] and found["imbalance"] >= 1.5:
+        told += f"; the largest is {found['imbalance']:,.1f} times the smallest"
+    return told + (f"; {found['unlabelled']:,} images have no label" if found["unlabelled"] else "")
+
+
+def _sizes(sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not sizes["distinct"]:
+        return
+    most = sizes["most"][0]
+    if sizes["distinct"] == 1:
+        yield "size", f"all {most['height']}x{most['width']} (height x width, pixels)"
+        return
+    sides = [
+        f"{name} {s['min']:,} / {s['median']:,g} / {s['max']:,}" for name in ("height", "width") for s in [sizes[name]]
+    ]
+    yield "sizes", f"{sizes['distinct']:,} different ones; least / median / most: {', '.join(sides)}"
+    parts, last = [], 0
+    for one in sizes["shorter_side"]:
+        parts.append(f"{one['images']:,} of {last + 1} to {one['up_to']}")
+        last = one["up_to"]
+    yield "shorter side", ", ".join(parts)
+
+
+def _same(how_many: str, first: Sequence[Sequence[str]]) -> str:
+    """With one example; --json has more."""
+    return f"{how_many}: {' = '.join(map(_short, first[0]))}" if first else "none"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 48 else f"{name[:22]}...{name[-22:]}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "none"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
