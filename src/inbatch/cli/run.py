@@ -72,6 +72,7 @@ def pretrain(
     resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
+    dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -96,7 +97,7 @@ def pretrain(
             return
         run = api.pretrain(
             data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
-            expect_world_size=expect_world_size, **shared, **fields,
+            expect_world_size=expect_world_size, dist_timeout=dist_timeout, **shared, **fields,
         )  # fmt: skip
         print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
 

@@ -66,6 +66,10 @@ class Source(ABC):
         """What the decoded pixels of all images depend on, in few characters; None: they are not worth keeping."""
         return None
 
+    def signature(self) -> str:
+        """64 letters that change with the images' number, order, names and labels; where they lie does not matter."""
+        return signed(self, "\0".join(map(self.identity, range(len(self)))).encode(errors="surrogatepass"))
+
     def image(self, i: int) -> UInt8[Tensor, "c h w"]:
         """All pixels of image i; DataError that names it if it cannot be decoded."""
         with self.open(i) as picture:
@@ -95,6 +99,9 @@ class Subset(Source):
             return None
         return hashlib.sha256(whole.encode() + self.indices.long().cpu().numpy().tobytes()).hexdigest()
 
+    def signature(self) -> str:
+        return signed(self, self.source.signature().encode() + self.indices.long().cpu().numpy().tobytes())
+
     def report(self) -> str:
         return f"{self.source.report()}\n{self.name}: {len(self):,} of {len(self.source):,} used: {self.why}"
 
@@ -102,3 +109,11 @@ class Subset(Source):
 def unlabelled(n: int) -> Int[Tensor, "n"]:
     """n labels that say: unknown."""
     return torch.full((n,), -1)
+
+
+def signed(source: Source, names: bytes) -> str:
+    """The signature of a source whose images' names, in order, are in these bytes."""
+    said = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
+    said.update(source.labels.long().cpu().numpy().tobytes())
+    said.update(names)
+    return said.hexdigest()
