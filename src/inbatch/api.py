@@ -238,7 +238,7 @@ def embed_run(
 
 def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
     """What must be equal on all ranks before anything is built of it."""
-    versions = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
+    versions: dict[str, object] = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
     data = {"number of images": f"{len(source):,}", "names or labels of the images": source.signature()}
     return versions | recipe.flat() | data
 

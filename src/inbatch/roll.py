@@ -1,4 +1,4 @@
-"""What ranks tell each other without collectives, in the store by which they met: it works where a collective failed."""
+"""What ranks tell each other without collectives, in the store by which they met: it works where those failed."""
 
 import json
 import time
@@ -105,8 +105,8 @@ class Roll:
 
 
 _ADVICE = (
-    "It died (killed for memory?), hangs, or needed longer by itself than --dist-timeout allows. Its own output may say "
-    "more; go on from the last checkpoint with --resume"
+    "It died (killed for memory?), hangs, or needed longer by itself than --dist-timeout allows. Its own output may "
+    "say more; go on from the last checkpoint with --resume"
 )
 
 
