@@ -4,6 +4,7 @@ import datetime
 import inspect
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +18,7 @@ from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, Ra
 from inbatch.roll import Roll
 
 _TIMEOUT = 1800.0
+_LINGER = 2.0
 _RUNS = itertools.count()  # every rank counts the same runs
 _roll: Roll | None = None
 """Of the run that goes on."""
@@ -52,7 +54,8 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
             except RuntimeError as error:
                 raise RankError(
-                    f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s, and did not: {error}"
+                    f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s, and did not: {error}",
+                    speaks=True,
                 ) from error
             made = True
     if expect is not None and expect != world():
@@ -79,6 +82,8 @@ def together(expect: int | None = None, device: str = "cpu", timeout: float = _T
     except Exception as error:
         if made and not isinstance(error, Preempted | Interrupted):
             _hang_up()  # what holds the group (DDP) outlives its end, and the others would wait for this process's
+            if rank() == 0:  # the store, and the word in it, may live in this process
+                time.sleep(_LINGER)
         raise
     finally:
         _roll = before
