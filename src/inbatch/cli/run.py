@@ -72,7 +72,9 @@ def pretrain(
     resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
-    dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
+    dist_timeout: Annotated[  # not in the help: it is full, and the error that wants it names it
+        float, Option(metavar="SECONDS", min=1, hidden=True, help="To wait for a process that hangs.")
+    ] = 1800,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
