@@ -14,6 +14,7 @@ from inbatch.context.fuse import FUSIONS, Fusion
 from inbatch.draws import fold, permutation
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
+from inbatch.norm import synchronise_norm
 from inbatch.step import Step
 from inbatch.tower import Tower, momentum_tower
 
@@ -185,7 +186,7 @@ def train(
     if synced:
         for module in (tower, target):
             if module is not None:
-                ranks.synchronise_norm(module)
+                synchronise_norm(module)
                 ranks.join_groups(module)
     given: list[tuple[Tensor, ...]] = []
     views = views_of(variant)

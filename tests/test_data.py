@@ -582,3 +582,39 @@ class TestDigits:
     def test_channels_must_agree(self):
         with pytest.raises(DataError, match="has 1 channels, 3 were asked for"):
             open_data("digits-canvas", channels=3)
+
+
+class TestSignature:
+    def test_it_changes_with_names_number_and_labels_and_not_with_the_place(self, tmp_path):
+        names = ["a/1.png", "a/2.png", "b/1.png"]
+        first = open_data(fill(tmp_path / "one", *names))
+        assert open_data(fill(tmp_path / "two", *names)).signature() == first.signature()
+        others = (
+            [*names[:2], "b/2.png"],
+            [*names, "b/2.png"],
+            ["a/1.png", "b/1.png", "b/2.png"],
+            ["a/1", "a/2", "c/1"],
+        )
+        told = {
+            open_data(fill(tmp_path / f"x{i}", *(n.removesuffix(".png") + ".png" for n in other))).signature()
+            for i, other in enumerate(others)
+        }
+        assert len(told | {first.signature()}) == 5
+
+    def test_it_is_that_of_the_images_in_use(self, tmp_path):
+        images, labels = np.zeros((6, 8, 8), np.uint8), np.array([0, 1, 0, 1, 0, 1])
+        whole = open_data((images, labels))
+        assert whole.signature() == open_data((images, labels)).signature()
+        assert whole.signature() != open_data((images, labels[::-1].copy())).signature()
+        assert len({open_data((images, labels), subset=n).signature() for n in (3, 4, 5)} | {whole.signature()}) == 4
+
+    def test_parquet_files_are_told_by_their_footers(self, tmp_path):
+        encoded = []
+        for value in (1, 2, 3):
+            picture(value).save(buffer := io.BytesIO(), "PNG")
+            encoded.append(buffer.getvalue())
+        told = []
+        for name, count, labels in (("a", 3, [0, 1, 0]), ("b", 3, [0, 1, 0]), ("c", 2, [0, 1]), ("d", 3, [0, 1, 1])):
+            write_parquet(tmp_path / f"{name}.parquet", encoded[:count], labels, ["cat", "dog"])
+            told.append(open_data(tmp_path / f"{name}.parquet").signature())
+        assert told[0] == told[1] and len(set(told)) == 3

@@ -14,7 +14,8 @@ from runs import assert_same_state, saved, stop_after, tiny
 
 import inbatch
 from inbatch import checkpoint
-from inbatch.errors import ConfigError, Interrupted, Preempted
+from inbatch.data import open_data, write_folder
+from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
 
 
@@ -118,3 +119,33 @@ def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> Non
     checkpoint.save(tmp_path / "checkpoints", found.state, step=found.step)
     with pytest.raises(inbatch.errors.InbatchError, match=key):
         tiny("moco", tmp_path, epochs=1, resume=True)
+
+
+def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
+    """One more, one less or another label is another permutation; the run in the folder stays as it is."""
+    images = write_folder(open_data("digits-canvas", subset=60), tmp_path / "images")
+    fields = {"batch": 20, "epochs": 1, "quiet": True}
+    inbatch.pretrain(images, out=tmp_path / "run", **fields)
+    report = (tmp_path / "run" / "run.json").read_bytes()
+    one = next(images.rglob("*.png"))
+    added = one.with_name("zzz.png")
+    for change, back in [
+        (lambda: added.write_bytes(one.read_bytes()), added.unlink),
+        (lambda: one.rename(tmp_path / "away"), lambda: (tmp_path / "away").rename(one)),
+        (lambda: one.rename(images / "9" / "moved.png"), lambda: (images / "9" / "moved.png").rename(one)),
+    ]:
+        change()
+        with pytest.raises(DataError, match="images have changed since the run began"):
+            inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields)
+        back()
+        assert (tmp_path / "run" / "run.json").read_bytes() == report
+    assert inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields).result["steps"] == 3
+
+
+def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
+    """A launcher that restarts a run which was killed before its first checkpoint must not be refused."""
+    tiny("simclr", tmp_path, epochs=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        tiny("simclr", tmp_path, epochs=1)
+    assert tiny("simclr", tmp_path, epochs=1, resume="auto").result["steps"] == 5

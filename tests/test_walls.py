@@ -30,7 +30,9 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "encoders": {"context.attend", "context.grouped"},
     "views": {"batch"},
     "data": {"batch"},
-    "ranks": set(),
+    "roll": set(),
+    "ranks": {"roll"},
+    "norm": {"ranks"},
     "tower": GROUND | {"context.fuse", "context.grouped"},
     "seam": {"batch", "tower"},
     "step": {"batch", "tiled", "tower", "seam", "ranks", "methods.base", "context.curate"},
@@ -47,7 +49,8 @@ ABOVE |= {"bench", "doctor", "fit", "parts", "plug", "assign", "api", "quickstar
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
 SMALL_WORLD = {
-    room: {"torch", "jaxtyping"} for room in (*GROUND, "methods", "context", "seam", "tower", "step", "ranks")
+    room: {"torch", "jaxtyping"}
+    for room in (*GROUND, "methods", "context", "seam", "tower", "step", "ranks", "roll", "norm")
 }
 SMALL_WORLD["clusters"] |= {"sklearn", "threadpoolctl"}
 SMALL_WORLD["kernels"] |= {"triton"}

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from inbatch import checkpoint, process, ranks
 from inbatch.assign import judge_head
 from inbatch.batch import Batch
-from inbatch.build import Built, build, device_for, held_out, plan
+from inbatch.build import Built, build, device_for, held_out, plan, share_of
 from inbatch.capture import replay
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
@@ -62,6 +63,7 @@ def pretrain(
     workers: int | None = None,
     expect_world_size: int | None = None,
     download: bool = False,
+    dist_timeout: float = 1800.0,
     quiet: bool = False,
     stop_on_collapse: bool = False,
     **fields: Any,
@@ -79,12 +81,13 @@ def pretrain(
     out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
     stop_on_collapse: end with TrainingError, after a checkpoint, where outputs collapse and do not recover.
     resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
+    dist_timeout: seconds after which a rank that died or hangs ends the others, with an error that names it; more than
+        rank 0 takes to judge the features, which the others wait for.
     Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
     Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
     """
     process.ready()
-    made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
-    try:
+    with ranks.together(expect_world_size, device_for(device).type, dist_timeout):
         given = _settings(method, config, settings, fields)
         going_on = _run_to_resume(out, resume)
         if going_on is not None:
@@ -94,6 +97,7 @@ def pretrain(
             data = _which(data, given)
             recipe, source = plan(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
+        ranks.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test, download)
@@ -113,9 +117,6 @@ def pretrain(
                 stop_on_collapse=stop_on_collapse,
             )
         return Run(directory, recipe, result)
-    finally:
-        if made:
-            ranks.teardown()
 
 
 def prepare(
@@ -134,8 +135,7 @@ def rehearse(
 ) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
     decoded images in the cache."""
-    made = ranks.setup(expect_world_size, "cuda" if device_for(device).type == "cuda" else "cpu")
-    try:
+    with ranks.together(expect_world_size, device_for(device).type):
         built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers, download)
         where = built.recipe.data if isinstance(data, str | None) else data
         held = held_out(built.recipe, built.source, where, download=download)
@@ -143,9 +143,6 @@ def rehearse(
         if fitted is not None:
             found |= {"description": f"{found['description']}\n{fitted.sentence()}", "context_found": fitted.json()}
         return found | estimate(built)
-    finally:
-        if made:
-            ranks.teardown()
 
 
 def draw_views(
@@ -236,8 +233,7 @@ def inspect_run(
         raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
     recipe = replace(make(read_file(folder / "recipe.json")), seed=seed, compile=False)
-    if (folder / "run.json").is_file():  # where a run of several processes says how large its groups were
-        recipe = replace(recipe, context=json.loads((folder / "run.json").read_text()).get("context", recipe.context))
+    recipe = replace(recipe, context=_report(folder).get("context", recipe.context))  # several processes: a part of it
     try:
         source = _source(recipe, data)
     except DataError as error:
@@ -261,6 +257,13 @@ def embed_run(
     source = open_data(data, split or splits(data)[0], channels=encoder.channels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+
+
+def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
+    """What must be equal on all ranks before anything is built of it."""
+    versions: dict[str, object] = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
+    data = {"number of images": f"{len(source):,}", "names or labels of the images": source.signature()}
+    return versions | recipe.flat() | data
 
 
 def _advice(built: Built) -> str:
@@ -338,10 +341,25 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
     if changed:
         what = ", ".join(f"{k} = {v!r} (the run has {mine.get(k)!r})" for k, v in changed.items())
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
+    report = _report(folder)
+    if recipe.context is None and report.get("world", ranks.world()) != ranks.world():
+        recipe = replace(
+            recipe, context=report["context"]
+        )  # which follows from the number of ranks, and decides results
+        if share_of(recipe, ranks.world()) % report["context"]:
+            raise ConfigError(
+                f"the run in {folder} meets in groups of {report['context']}, which {ranks.world()} ranks cannot form: "
+                f"go on with {report['world']}, as before"
+            )
     if isinstance(data, str | Path | None):
         data = recipe.data
     source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
     return recipe, source, data
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What a run's run.json says; nothing where there is none."""
+    return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:

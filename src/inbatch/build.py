@@ -23,6 +23,7 @@ from inbatch.encoders.convolution import by_product
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
+from inbatch.norm import synchronise_norm
 from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
 from inbatch.plug import curator_of, fusion
 from inbatch.schedules import step_decay, warmup_cosine
@@ -143,7 +144,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
     if world > 1:  # ranks that add up what they find must find the same
-        ranks.agree(str(kernels.usable(torch.zeros(1, 1, device=device))), "use of Triton's kernels")
+        ranks.agree({"use of Triton's kernels": kernels.usable(torch.zeros(1, 1, device=device))})
     method_class = METHODS[recipe.method.name]
     options = dict(recipe.method.options)
     if method_class.labels and not bool((source.labels >= 0).any()):
@@ -190,7 +191,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             if recipe.channels_last:
                 module.to(memory_format=torch.channels_last)
             if recipe.sync_norm:
-                ranks.synchronise_norm(module)
+                synchronise_norm(module)
                 ranks.join_groups(module)
     curator = curator_of(recipe, views, tower, recipe.batch // world // groups, device)
     if recipe.compile:

@@ -35,3 +35,14 @@ class Interrupted(InbatchError):
     """Ctrl-C: saved a checkpoint and can be resumed."""
 
     exit_code = 130
+
+
+class RankError(InbatchError):
+    """Another process of the run died, hangs, or ended with an error.
+
+    speaks: whether this process is the first of those that are left, and reports for them.
+    """
+
+    def __init__(self, message: str, speaks: bool = False) -> None:
+        super().__init__(message)
+        self.speaks = speaks

@@ -2,8 +2,11 @@
 
 import datetime
 import inspect
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,15 +14,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError
+from inbatch.roll import Roll
+
+_TIMEOUT = 1800.0
+_LINGER = 2.0
+_RUNS = itertools.count()  # every rank counts the same runs
+_roll: Roll | None = None
+"""Of the run that goes on."""
 
 
-def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.0) -> bool:
+def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> bool:
     """Join the other processes: an existing group as it is, torchrun's or SLURM's variables, or alone.
 
     expect: refuse to start with another number of processes than this.
     timeout: seconds after which a collective that some rank never joins is an error.
-    Returns whether a group was made here, which `teardown` then ends. Never starts a process.
+    Returns whether a group was made here, which the caller then ends. Never starts a process.
     """
     made = False
     if not (dist.is_available() and dist.is_initialized()):
@@ -40,7 +50,13 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.
                 )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            except RuntimeError as error:
+                raise RankError(
+                    f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s, and did not: {error}",
+                    speaks=True,
+                ) from error
             made = True
     if expect is not None and expect != world():
         found = world()
@@ -53,9 +69,74 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.
     return made
 
 
-def teardown() -> None:
-    """End the process group."""
-    dist.destroy_process_group()
+@contextmanager
+def together(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
+    """One run of all ranks (`setup`), in which what ends one of them ends all, with a sentence that says why."""
+    global _roll
+    made, before = setup(expect, device, timeout), _roll
+    try:
+        if world() > 1:
+            _roll = _new_roll(timeout)
+        with shared_errors():
+            yield
+    except Exception as error:
+        if made and not isinstance(error, Preempted | Interrupted):
+            _hang_up()  # what holds the group (DDP) outlives its end, and the others would wait for this process's
+            if rank() == 0:  # the store, and the word in it, may live in this process
+                time.sleep(_LINGER)
+        raise
+    finally:
+        _roll = before
+        if made:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """An error in here is told to the other ranks; where one of those is lost, it becomes one that says who, and why.
+
+    Under NCCL most losses raise nothing: its watchdog ends the process after the timeout, with its own words.
+    """
+    try:
+        yield
+    except (RankError, Preempted, Interrupted):
+        raise
+    except BaseException as error:
+        if _roll is None:
+            raise
+        if _is_loss(error):
+            _hang_up()
+            raise _roll.call() from error
+        with suppress(RuntimeError):  # the store may be gone
+            own = str(error) if isinstance(error, InbatchError) else f"{type(error).__name__}: {error}"
+            _roll.tell(f"rank {rank()}: {own}", getattr(error, "exit_code", InbatchError.exit_code))
+        raise
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a collective failed; gloo has no error of its own, and DDP's come out of the backward pass."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+def _hang_up() -> None:
+    """Close gloo's connections, so that ranks that wait for this one, not for the lost one, notice now.
+
+    Of a failed context gloo closes nothing; on a timeout everything.
+    """
+    if dist.get_backend() == "gloo":
+        for other in range(world()):
+            if other != rank():
+                with suppress(RuntimeError):
+                    waiting = dist.irecv(torch.empty(1), other)
+                    if waiting is not None:
+                        waiting.wait(datetime.timedelta(milliseconds=1))
+
+
+def _new_roll(timeout: float) -> Roll:
+    store = dist.distributed_c10d._get_default_store()  # an existing group's can be had in no other way
+    return Roll(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
 
 
 def _joined() -> bool:
@@ -148,15 +229,14 @@ def spread(task: Callable[[int], Any], count: int) -> list[Any]:
     return [done[i] for i in range(count)]
 
 
-def agree(value: str, what: str) -> None:
-    """Refuse to go on where ranks differ in something that must be equal (recipe, data, version)."""
-    if world() == 1:
-        return
-    values: list[str] = [""] * world()
-    dist.all_gather_object(values, value)
-    different = [r for r, other in enumerate(values) if other != values[0]]
-    if different:
-        raise ConfigError(f"ranks disagree about the {what}: rank {different[0]} has another one than rank 0")
+def agree(facts: Mapping[str, object]) -> None:
+    """Refuse to go on where ranks differ in something that must be equal (recipe, data, version), and say in what.
+
+    A rank that ends before it comes here (its folder of images is not there) ends the others at once. It needs no
+    collective: NCCL's first one would wait for that rank until its timeout.
+    """
+    if world() > 1:
+        (_roll or _new_roll(_TIMEOUT)).meet({name: str(value) for name, value in facts.items()})
 
 
 def add_(x: Tensor) -> None:
@@ -181,6 +261,11 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's tensor, differentiable: the gradient of one is the sum of every rank's, too."""
+    return _SumOverRanks.apply(x)
+
+
 class _AllOverRanks(torch.autograd.Function):
     """all_gather along dim 0 whose gradient comes back summed over ranks."""
 
@@ -203,56 +288,3 @@ def join_groups(module: nn.Module) -> None:
     for part in parts:
         if hasattr(part, "gather") and hasattr(part, "own"):
             part.gather, part.own = _AllOverRanks.apply, own
-
-
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation with the statistics of all ranks, on any device.
-
-    torch's SyncBatchNorm refuses the CPU; this one stands in for it there, for tests and CPU clusters.
-    """
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"expected at least (N, C), got {tuple(x.shape)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world() == 1:
-            return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        axes = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world()
-        mean = _SumOverRanks.apply(wide.sum(axes)) / count
-        centred = wide - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
-        if self.track_running_stats and self.running_mean is not None:
-            assert self.running_var is not None and self.num_batches_tracked is not None
-            self.num_batches_tracked += 1
-            rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), rate)
-        y = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
-
-
-def synchronise_norm(module: nn.Module) -> nn.Module:
-    """The module with every batch normalisation over all ranks: torch's on CUDA, `GlobalBatchNorm` elsewhere."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer) not in _PLAIN_NORMS:
-            raise ConfigError(f"sync_norm knows torch's own batch normalisation, not {type(layer).__name__} at {name}")
-    if any(p.is_cuda for p in module.parameters()):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for parent in list(module.modules()):
-        children: list[tuple[str, Any]] = list(parent.named_children())
-        for name, old in children:
-            if type(old) in _PLAIN_NORMS:
-                new = GlobalBatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
-                new._parameters, new._buffers = old._parameters, old._buffers  # the same tensors, frozen or not
-                setattr(parent, name, new.train(old.training))
-    return module
-
-
-_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -1,13 +1,14 @@
 """The loop: epochs, evaluation on the way, checkpoints, and what is written when it ends."""
 
 import contextlib
+import json
 import math
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from inbatch.data import Subset, lost_workers
 from inbatch.describe import describe
 from inbatch.encoders import save_encoder
 from inbatch.environment import environment
-from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
+from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, RankError, TrainingError
 from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
 from inbatch.files import out_of_room, replacing, write_json
 from inbatch.inspect.collapse import SETTLED, signs, spread
@@ -45,6 +46,7 @@ class Progress:
     seconds, images: of training alone. before: seconds of wall time before this process.
     most: how different outputs have been at best. collapsed: what no longer is, in sentences.
     leak: how well an embedding told its context group at the last look.
+    data: how many images it learns from, and the signature of their names and labels.
     """
 
     step: int = 0
@@ -57,9 +59,10 @@ class Progress:
     most: dict[str, float] = field(default_factory=dict)
     collapsed: dict[str, str] = field(default_factory=dict)
     leak: dict[str, float] = field(default_factory=dict)
+    data: str = ""
     began: float = field(default_factory=time.perf_counter)
 
-    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed", "leak")
+    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed", "leak", "data")
 
     @property
     def wall(self) -> float:
@@ -86,16 +89,17 @@ def train(
     Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
     kept, see `capture`) or where it ends on collapse.
     """
-    recipe, progress, main = built.recipe, Progress(), ranks.rank() == 0
-    parts = built.parts() | {"progress": progress}
+    progress, main = Progress(), ranks.rank() == 0
+    parts, data = built.parts() | {"progress": progress}, _signature(built)
     if resume:
         found = load(out / "checkpoints")
+        _same_data(found.state.get("progress", {}).get("data", data), data)
         restore(parts, found.state)
-        notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}."]
-    seen = f"{recipe} {len(built.source)} {torch.__version__} {progress.step}"
-    ranks.agree(seen, "recipe, data, version of torch or checkpoint")
+        notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+    ranks.agree({"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context})
     if resume and main:  # every rank has read it
         set_aside(found)
+    progress.data = data
 
     where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
     report = _Report(out, built, progress, main)
@@ -104,26 +108,39 @@ def train(
         log.note(describe(built))
         for note in notes:
             log.note(note)
-        try:
+        with report.verdict():
             if held is not None and main:  # looked at again and again
                 held = (keep(held[0]), keep(held[1]), held[2])
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
-            with products, lost_workers(), out_of_room(out):
-                with stop_on_signals() as stop:
+            with products, contextlib.closing(built.loader):
+                with stop_on_signals() as stop, report.verdict():  # torchrun ends the others when a rank has died
                     _epochs(built, progress, parts, log, stop, held, out, stop_on_collapse)
                 with end_on_signals(lambda number: _stopped(number, built, progress, out)):
                     result = ranks.share(_finish(built, progress, held, out, where) if main else None)
-        except InbatchError as error:
-            kinds = {Preempted: "preempted", Interrupted: "interrupted"}
-            report.ended(kinds.get(type(error), "failed"), str(error))
-            raise
-        except BaseException as error:
-            report.ended("crashed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            built.loader.close()
     report.status("finished")
     return result
+
+
+def _signature(built: Built) -> str:
+    """Which images a run learns from: another number, name, order or label is another permutation."""
+    source = built.loader.source
+    return f"{len(source):,} images {source.signature()}"
+
+
+def _ranks(out: Path) -> str:
+    """On how many ranks a resumed run goes on, where they are several or were."""
+    now, path = ranks.world(), out / "run.json"
+    before = json.loads(path.read_text()).get("world", now) if path.exists() else now
+    changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
+    return f" on {now} rank{'s' * (now > 1)}{changed}" if changed or now > 1 else ""
+
+
+def _same_data(then: str, now: str) -> None:
+    if then != now:
+        raise DataError(
+            f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
+            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN/encoder"
+        )
 
 
 def _epochs(
@@ -357,15 +374,29 @@ class _Report:
         self.fixed = {"command": built.recipe.command(), "steps": built.total}
         self.fixed |= {"context": built.context, "world": ranks.world()}
 
-    def ended(self, status: str, reason: str) -> None:
-        """Why the run ended early; the reason itself matters more than that it cannot be written on a full disk."""
-        with contextlib.suppress(InbatchError):
-            self.status(status, reason)
-
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_json(self.path, {"status": status, "reason": reason, "last_step": self.progress.step} | self.fixed)
+
+    @contextlib.contextmanager
+    def verdict(self) -> Iterator[None]:
+        """What ends the run in here is written down: by rank 0, or the first of those left where that is lost."""
+        try:
+            with ranks.shared_errors(), lost_workers(), out_of_room(self.path.parent):
+                yield
+        except InbatchError as error:
+            self.main |= isinstance(error, RankError) and error.speaks
+            kinds = {Preempted: "preempted", Interrupted: "interrupted"}
+            self._ended(kinds.get(type(error), "failed"), str(error))
+            raise
+        except BaseException as error:
+            self._ended("crashed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _ended(self, status: str, reason: str) -> None:
+        with contextlib.suppress(InbatchError):  # the reason itself matters more than that the disk is full
+            self.status(status, reason)
 
 
 def clear(out: Path) -> None:

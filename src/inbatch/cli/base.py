@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from inbatch import process
-from inbatch.errors import DataError, InbatchError, Interrupted
+from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.show import complain, first, print_json, say
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def reported(as_json: bool) -> Iterator[None]:
     except InbatchError as error:
         message, code = str(error), error.exit_code
         # What ranks decide together is told once; what may befall one of them, by the one it befell.
-        several = type(error) in (InbatchError, DataError)
+        several = type(error) in (InbatchError, DataError) or (isinstance(error, RankError) and error.speaks)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise

@@ -1,5 +1,6 @@
-"""Commands about speed and the machine: bench, doctor."""
+"""Commands about speed and the machine: bench, doctor, slurm."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -74,3 +75,11 @@ def doctor(
             print_table(("measured", "reached", "times as fast"), look.rows(measured), numbers=True)
         wanted = [one.advice for one in found if one.advice]
         say("", *(["Could be faster:", *(f"  {advice}" for advice in wanted)] if wanted else ["Nothing to do."]))
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800"
+)
+def slurm() -> None:
+    """Print a batch script for SLURM: it saves before its time is up, queues again, and goes on where it was."""
+    print(resources.files("inbatch.cli").joinpath("job.sbatch").read_text("utf-8"), end="")

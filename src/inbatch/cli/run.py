@@ -74,6 +74,7 @@ def pretrain(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
     stop_on_collapse: Annotated[bool, Option("--stop-on-collapse", help="End with 4 where outputs collapse.")] = False,
+    dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -99,7 +100,8 @@ def pretrain(
             return
         run = api.pretrain(
             data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
-            expect_world_size=expect_world_size, stop_on_collapse=stop_on_collapse, **shared, **fields,
+            expect_world_size=expect_world_size, dist_timeout=dist_timeout, stop_on_collapse=stop_on_collapse,
+            **shared, **fields,
         )  # fmt: skip
         print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
 

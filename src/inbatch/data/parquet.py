@@ -13,14 +13,14 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from inbatch.data.arrays import check_labels
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import TESTS
-from inbatch.data.source import Reading, Source, unlabelled
+from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.errors import ConfigError, DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -84,14 +84,19 @@ class ParquetSource(Source):
             for name in self.files:
                 with open(name, "rb") as file:
                     status = os.fstat(file.fileno())
-                    file.seek(-8, os.SEEK_END)  # the footer's length, and the letters that end the file
-                    length = int.from_bytes(file.read(4), "little")
-                    file.seek(-8 - length, os.SEEK_END)
                     said.update(f"{os.path.realpath(name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-                    said.update(file.read(length))
+                    said.update(_footer(file))
         except (OSError, ValueError):  # reading a row will say what is wrong
             return None
         return said.hexdigest()
+
+    def signature(self) -> str:
+        """By the files' footers, which hold sizes and places of their columns: names are only read with the images."""
+        footers = []
+        for name in self.files:
+            with open(name, "rb") as file:
+                footers.append(_footer(file))
+        return signed(self, b"".join(footers))
 
     def _rows(self, i: int) -> "_Rows":
         """The row group of row i, from memory if it is there."""
@@ -174,6 +179,14 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     if test := next((name for name in TESTS if name in files), None):
         splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth)
     return splits
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """The end of a Parquet file, which says what it holds and where."""
+    file.seek(-8, os.SEEK_END)  # the footer's length, and the letters that end the file
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    return file.read(length)
 
 
 def _labels(column: Any, file: str) -> torch.Tensor:

@@ -66,6 +66,10 @@ class Source(ABC):
         """What the decoded pixels of all images depend on, in few characters; None: they are not worth keeping."""
         return None
 
+    def signature(self) -> str:
+        """64 letters that change with the images' number, order, names and labels; where they lie does not matter."""
+        return signed(self, "\0".join(map(self.identity, range(len(self)))).encode(errors="surrogatepass"))
+
     def skipped(self) -> dict[str, int]:
         """Files beside the images that were not taken for any, counted by their ending."""
         return {}
@@ -99,6 +103,9 @@ class Subset(Source):
             return None
         return hashlib.sha256(whole.encode() + self.indices.long().cpu().numpy().tobytes()).hexdigest()
 
+    def signature(self) -> str:
+        return signed(self, self.source.signature().encode() + self.indices.long().cpu().numpy().tobytes())
+
     def skipped(self) -> dict[str, int]:
         return self.source.skipped()
 
@@ -109,3 +116,11 @@ class Subset(Source):
 def unlabelled(n: int) -> Int[Tensor, "n"]:
     """n labels that say: unknown."""
     return torch.full((n,), -1)
+
+
+def signed(source: Source, names: bytes) -> str:
+    """The signature of a source whose images' names, in order, are in these bytes."""
+    said = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
+    said.update(source.labels.long().cpu().numpy().tobytes())
+    said.update(names)
+    return said.hexdigest()

@@ -1,0 +1,114 @@
+"""What ranks tell each other without collectives, in the store by which they met: it works where those failed."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from inbatch.errors import ConfigError, DataError, InbatchError, RankError, TrainingError
+
+GRACE = 10.0
+"""Seconds to answer a roll call. torchrun kills the survivors of a dead process after 30."""
+
+_KINDS: dict[int, type[InbatchError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, TrainingError)}
+
+
+class Roll:
+    """The ranks of one run.
+
+    store: torch's, shared by all; its keys begin with `run`, which is another for every run on the same store.
+    timeout: seconds after which a rank that does not come to a meeting is an error.
+    """
+
+    def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float) -> None:
+        self.store, self.run, self.rank, self.world, self.timeout = store, run, rank, world, timeout
+        self._meetings = 0
+
+    def meet(self, facts: Mapping[str, str]) -> None:
+        """Wait until all ranks have come with the same facts; ConfigError on every rank says what differs, and where.
+
+        An error that a rank has told of (`tell`) ends the waiting of all others, with its sentence.
+        """
+        self._meetings += 1
+        here, came = f"meeting {self._meetings}", f"meeting {self._meetings} came"
+        self._set(f"{here} {self.rank}", json.dumps(dict(facts)))
+        if not self._wait(lambda: self._has(f"{here} 0"), self.timeout):
+            raise self._lost(self._missing(here), self.timeout)
+        first = json.loads(self._get(f"{here} 0"))
+        for name in first.keys() | facts.keys():
+            mine, other = facts.get(name, "none"), first.get(name, "none")
+            if mine != other:
+                problem = f"ranks disagree about the {name}: rank {self.rank} has another one than rank 0 "
+                problem += f"({_short(mine)}, not {_short(other)})"
+                self.tell(problem, ConfigError.exit_code)
+                raise ConfigError(problem)
+        if self._add(came) == self.world:
+            self._set(f"{here} all", "")
+        if not self._wait(lambda: self._has(f"{here} all"), self.timeout):
+            raise self._lost(self._missing(here), self.timeout)
+
+    def tell(self, sentence: str, code: int) -> None:
+        """Leave word of why this rank ends, for the others to repeat; the first word counts."""
+        if self._add("endings") == 1:
+            self._set("ended", json.dumps({"sentence": sentence, "code": code, "rank": self.rank}))
+
+    def call(self) -> InbatchError:
+        """After a collective that failed: what a rank has told of, else who does not answer."""
+        grace = min(GRACE, self.timeout)
+        try:
+            self._set(f"here {self.rank}", "")
+            self._wait(lambda: not self._missing("here"), grace)
+            return self._lost(self._missing("here"), grace)
+        except InbatchError as told:
+            return told
+        except RuntimeError:  # the store, too: it lives in rank 0's process, or in the launcher's
+            return self._lost([0], 0, f"lost the store by which ranks meet, and so rank 0 or the launcher: {_ADVICE}")
+
+    def _lost(self, missing: list[int], waited: float, sentence: str = "") -> RankError:
+        """An error that names who is missing; the lowest of the others speaks for all."""
+        if not missing:
+            sentence = "the connection between ranks broke, and all of them live: go on with --resume"
+        names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s, and no word why. {_ADVICE}"
+        present = [rank for rank in range(self.world) if rank not in missing]
+        return RankError(sentence, speaks=bool(present) and self.rank == present[0])
+
+    def _missing(self, what: str) -> list[int]:
+        return [rank for rank in range(self.world) if not self._has(f"{what} {rank}")]
+
+    def _wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Whether it came true in time; raises what another rank has told of."""
+        end, pause = time.monotonic() + seconds, 0.005
+        while not until():
+            if self._has("ended"):
+                told = json.loads(self._get("ended"))
+                if told["rank"] != self.rank:
+                    kind = _KINDS.get(told["code"], RankError)
+                    raise kind(told["sentence"])
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
+        return True
+
+    def _set(self, key: str, value: str) -> None:
+        self.store.set(f"{self.run} {key}", value)
+
+    def _get(self, key: str) -> bytes:
+        return self.store.get(f"{self.run} {key}")
+
+    def _has(self, key: str) -> bool:
+        return self.store.check([f"{self.run} {key}"])
+
+    def _add(self, key: str) -> int:
+        return self.store.add(f"{self.run} {key}", 1)
+
+
+_ADVICE = (
+    "It died (killed for memory?), hangs, or needed longer by itself than --dist-timeout allows. Its own output may "
+    "say more; go on from the last checkpoint with --resume"
+)
+
+
+def _short(fact: str) -> str:
+    return fact if len(fact) <= 40 else f"{fact[:40]}..."
