@@ -223,5 +223,5 @@ def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
     with monkeypatch.context() as patch, pytest.raises(DataError):
         patch.setattr("inbatch.train.evaluate", broken)
         tiny("simclr", tmp_path)
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "crashed"
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
     assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
