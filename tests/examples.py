@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: few and always the same, more where INBATCH_EXAMPLES says how many times."""
+"""How many examples a property is tried on: few, always the same; INBATCH_EXAMPLES says how many times as many."""
 
 import os
 

@@ -238,7 +238,7 @@ def read_file(path: str | Path) -> Settings:
     except yaml.MarkedYAMLError as e:
         where = "" if e.problem_mark is None else f"line {e.problem_mark.line + 1}: "
         raise ConfigError(f"the recipe {path} is no YAML: {where}{e.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # ValueError: no text, or 31 February
         raise ConfigError(f"cannot read the recipe {path}: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of settings")
@@ -260,7 +260,7 @@ def parse_assignment(text: str) -> Settings:
         raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {text}: the value cannot be read") from None
     return {key.strip(): None if parsed == "None" else parsed}
 

@@ -19,7 +19,7 @@ def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def counted(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Lengths or deviations to divide by; nan where squaring went past what the type holds: its quotients would be 0."""
+    """What to divide by; nan where squaring went past the largest number of its type: its quotients would be 0."""
     return size.masked_fill(size == torch.inf, torch.nan)
 
 

@@ -29,7 +29,7 @@ def barlow_twins(z: Float[Tensor, "v n d"], offdiagonal: float = 0.0051, scale: 
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"Barlow Twins needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     on, off = [], []
-    for a, b in combinations(z, 2):
+    for a, b in combinations(wide(z), 2):
         c = cross_correlation(a, b)
         on.append((1 - c.diagonal()).square().sum())
         off.append(c.square().fill_diagonal_(0).sum())
