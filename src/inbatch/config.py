@@ -5,6 +5,7 @@ method, a file, the command line. The constructor of a part is its schema; an un
 """
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,9 +153,19 @@ class Recipe:
             known = preset if key in names else named
             followed = key in known and known[key] == value and key not in ("size", "channels")
             if key not in ("data", "method.name", "preset") and not followed:
-                text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
-                words += ["--set", f"{key}={text.split(chr(10))[0]}"]
+                words += ["--set", f"{key}={_one_line(list(value) if isinstance(value, tuple) else value)}"]
         return shlex.join(words)
+
+
+def _one_line(value: Any) -> str:
+    """A value in YAML, which would break long lists and sentences into several lines."""
+    text = ""
+    for style in (None, '"'):  # the second has a sign for the end of a line
+        text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        if "\n" not in text:
+            break
+    return text
 
 
 _CANVAS = {
@@ -238,7 +249,7 @@ def read_file(path: str | Path) -> Settings:
     except yaml.MarkedYAMLError as e:
         where = "" if e.problem_mark is None else f"line {e.problem_mark.line + 1}: "
         raise ConfigError(f"the recipe {path} is no YAML: {where}{e.problem}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # ValueError: no text, or 31 February
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"cannot read the recipe {path}: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of settings")
@@ -260,7 +271,7 @@ def parse_assignment(text: str) -> Settings:
         raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
     try:
         parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except yaml.YAMLError:
         raise ConfigError(f"--set {text}: the value cannot be read") from None
     return {key.strip(): None if parsed == "None" else parsed}
 

@@ -131,7 +131,7 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
 
 def check_known(key: str, name: Any, names: Iterable[str]) -> None:
     """ConfigError with a suggestion for a name that is none of these."""
-    if not isinstance(name, str) or name not in names:
+    if name not in names:
         raise ConfigError(f"{key} = {name!r} is unknown{nearest(str(name), names)}")
 
 

@@ -46,7 +46,7 @@ class ParquetSource(Source):
                     column = opened.read(["label"])["label"] if "label" in schema.names else None
             except (OSError, ValueError) as e:
                 raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
-            fields = {f"image.{f.name}" for f in schema.field("image").type} if "image" in schema.names else set()
+            fields = {f.name for f in schema.field("image").flatten()} if "image" in schema.names else set()
             if not {"image.bytes", "image.path"} <= fields:
                 raise DataError(
                     f"{file!r} has the columns {', '.join(schema.names)}: "
