@@ -1,10 +1,12 @@
 """What holds for every equation, whatever rows it is given: finite or refused, pure, invariant, its own derivative."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import small
 import torch
 from examples import examples
 from hypothesis import assume, given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inbatch import losses, tiled
+from inbatch.batch import Batch
 from inbatch.functional import normalize, wide
 from inbatch.losses import (
     barlow_twins,
@@ -32,6 +35,7 @@ from inbatch.losses import (
     vicreg,
     wmse,
 )
+from inbatch.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:features depend on each other")
 
@@ -209,6 +213,14 @@ def test_what_is_not_finite_never_becomes_a_number(
         assert not answered(lambda: EQUATIONS[name](z, y, problem.t)).isfinite()
 
 
+def test_a_row_too_long_to_be_squared_is_no_row() -> None:
+    """It was a row of zeros, and its loss a number."""
+    z = draw(0, 2, 6, 4).float()
+    z[0, 0] *= 1e25
+    assert not normalize(z)[0, 0].isfinite().any() and normalize(z)[1].isfinite().all()
+    assert nt_xent(z).isnan() and byol(z, z).isnan() and barlow_twins(z)["loss"].isnan()
+
+
 @EVERY
 @examples(8)
 @given(problem=problems(least=2, kinds=["random"]), power=st.sampled_from([17, 20, 30, 37]))
@@ -374,3 +386,43 @@ def test_it_is_pure(name: str, problem: Given) -> None:
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(problem.z, z) and torch.equal(problem.y, y)
+
+
+@pytest.mark.parametrize("variant", small.VARIANTS)
+@examples(6)
+@given(
+    kind=st.sampled_from(list(KINDS)), t=st.sampled_from(TEMPERATURES), kept=st.sampled_from(TYPES),
+    labels=st.sampled_from(list(LABELS)), broken=st.sampled_from([None, None, math.nan, math.inf]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_every_method(
+    variant: str, kind: str, t: float, kept: torch.dtype, labels: str, broken: float | None, seed: int
+) -> None:
+    """Finite loss and gradient through the registry; rows with nan or infinity never give a number."""
+    name = small.VARIANTS[variant][0]
+    heated = {"temperature": t} if "temperature" in inspect.signature(METHODS[name]).parameters else {}
+    method, views, n = small.create(variant, **heated), small.views_of(variant), 8
+    heads = method.heads(12)
+    width = {"classifier": 3, "clusters": 3, "prototypes": 6, "projection": 8, "prediction": 8}
+    width["projection"] = 2 if name == "wmse" else 8
+    assert set(method.online) <= set(width) and heads
+
+    def rows(names: tuple[str, ...], chosen: Sequence[int], seed: int) -> dict[str, Tensor]:
+        made = {x: KINDS[kind](draw(seed + i, len(chosen), n, width[x])) for i, x in enumerate(names)}
+        limit = 6e4 if kept == torch.float16 else math.inf
+        return {x: wide(rows.clamp(-limit, limit).to(kept)) for x, rows in made.items()}  # float32, as at the seam
+
+    online = rows(method.online, method.online_views(views), seed)
+    target = rows(method.target, method.target_views(views), seed + 10)
+    if broken is not None:
+        online[method.online[-1]][0, 1, 0] = broken
+    y = LABELS[labels](n).clamp(max=2)
+    if broken is not None and name == "supervised":
+        y = y.abs()
+    leaves = {x: rows.requires_grad_() for x, rows in online.items()}
+    loss = method.loss(leaves, target, Batch(torch.arange(n), y))["loss"]
+    if broken is not None:
+        assert not loss.isfinite()
+        return
+    assert loss.isfinite()
+    loss.backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in leaves.values())
