@@ -280,7 +280,8 @@ def test_the_order_of_samples_does_not_matter(name: str, problem: Given, seed: i
 
 
 SYMMETRIC = ("nt_xent", "nt_xent, sum", "byol", "simsiam", "fastsiam", "simsiam, bare", "barlow_twins", "vicreg",
-    "wmse", "wmse, plain", "dcl", "dclw", "swapped_prediction", "sinkhorn", "cluster_contrast", "supcon", "supcon, mask",
+    "wmse", "wmse, plain", "dcl", "dclw", "swapped_prediction", "sinkhorn", "cluster_contrast", "supcon",
+    "supcon, mask",
     "supcon, alone", "cross_entropy", "dino")  # fmt: skip
 
 
@@ -392,7 +393,8 @@ def test_it_is_pure(name: str, problem: Given) -> None:
 @examples(6)
 @given(
     kind=st.sampled_from(list(KINDS)), t=st.sampled_from(TEMPERATURES), kept=st.sampled_from(TYPES),
-    labels=st.sampled_from(list(LABELS)), broken=st.sampled_from([None, None, math.nan, math.inf]), seed=st.integers(0, 99),
+    labels=st.sampled_from(list(LABELS)), broken=st.sampled_from([None, None, math.nan, math.inf]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_every_method(
     variant: str, kind: str, t: float, kept: torch.dtype, labels: str, broken: float | None, seed: int
