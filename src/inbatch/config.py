@@ -5,6 +5,7 @@ method, a file, the command line. The constructor of a part is its schema; an un
 """
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,9 +155,19 @@ class Recipe:
             known = preset if key in names else named
             followed = key in known and known[key] == value and key not in ("size", "channels")
             if key not in ("data", "method.name", "preset") and not followed:
-                text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
-                words += ["--set", f"{key}={text.split(chr(10))[0]}"]
+                words += ["--set", f"{key}={_one_line(list(value) if isinstance(value, tuple) else value)}"]
         return shlex.join(words)
+
+
+def _one_line(value: Any) -> str:
+    """A value in YAML, which would break long lists and sentences into several lines."""
+    text = ""
+    for style in (None, '"'):  # the second has a sign for the end of a line
+        text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        if "\n" not in text:
+            break
+    return text
 
 
 _CANVAS = {

@@ -18,11 +18,29 @@ def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def counted(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """What to divide by; nan where squaring went past the largest number of its type: its quotients would be 0."""
+    return size.masked_fill(size == torch.inf, torch.nan)
+
+
+def _check(temperature: float) -> None:
+    if not temperature > 0:  # 0 makes nan of a loss, less turns it around
+        raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be above 0")
+
+
+def sharpened(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
+    """x / T; ValueError for a T that is not above 0."""
+    _check(temperature)
+    return wide(x) / temperature
+
+
 def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-    """Rows of length 1. One shorter than 1e-12 stays as it is, so that its gradient does not grow by 1e12."""
+    """Rows of length 1. One shorter than 1e-12 stays as it is, so that its gradient does not grow by 1e12; one too long
+    to be squared (1e19 in float32) is nan.
+    """
     x = wide(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.masked_fill(length < 1e-12, 1)
+    return x / counted(length.masked_fill(length < 1e-12, 1))
 
 
 def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
@@ -66,11 +84,13 @@ def logsumexp_others(
     u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
 ) -> Float[Tensor, "n"]:
     """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
+    _check(temperature)
     return tiled.logsumexp(u, u if keys is None else keys, temperature, others=True)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
     """log sum_k exp(q_i . k / T) for every row i, over all keys."""
+    _check(temperature)
     return tiled.logsumexp(q, keys, temperature)
 
 
@@ -111,7 +131,7 @@ def sinkhorn(
     """
     if iterations < 1 or not scores.numel():
         raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
-    log = wide(scores.detach()) / epsilon
+    log = sharpened(scores.detach(), epsilon)
     for _ in range(iterations):
         log = log.log_softmax(-2).log_softmax(-1)
     return log.exp()

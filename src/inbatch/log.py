@@ -176,15 +176,15 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             known = 0 < step >= json.loads(line)["step"]
-        except json.JSONDecodeError:  # half a line: the run was killed while writing it
+        except (ValueError, TypeError, KeyError):  # half a line: the run was killed while writing it
             continue
         if known:
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))
 
 
 def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:

@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import pydantic
 
@@ -48,6 +48,9 @@ _GIVEN = {
     "attend": {"channels", "width"},
 }
 """Arguments of a part that are the run's to give."""
+_ABOVE_0 = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
+    "sigma", "epsilon"}  # fmt: skip
+"""Options of a method that divide similarities."""
 
 
 def make_part(part: str, options: Settings, size: int) -> Part | None:
@@ -103,12 +106,15 @@ def _model(part: str, name: str) -> type[pydantic.BaseModel]:
     for p in inspect.signature(maker).parameters.values():
         if p.name not in _GIVEN.get(part, ()):
             required = p.default is inspect.Parameter.empty
-            fields[p.name] = (hints.get(p.name, Any), ... if required else p.default)
+            hint = hints.get(p.name, Any)
+            if part == "method" and p.name in _ABOVE_0:
+                hint = Annotated[hint, pydantic.Field(gt=0)]
+            fields[p.name] = (hint, ... if required else p.default)
     if part == "optimizer":
         fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
     if part == "attend" and "channels" in inspect.signature(maker).parameters:
         fields |= {"stages": (tuple[int, ...] | None, None)}
-    rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
     return pydantic.create_model(name, __config__=rules, **fields)
 
 

@@ -26,6 +26,9 @@ from inbatch.errors import ConfigError, DataError
 CACHE_BYTES = 512 * 2**20
 """Encoded row groups that each process keeps; a set larger than this is read again and again when shuffled."""
 
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
+"""What Arrow may raise on a damaged file, on one that is gone, or on types that hold no image."""
+
 _SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
 
 
@@ -44,9 +47,9 @@ class ParquetSource(Source):
                 with parquet.ParquetFile(file) as opened:
                     schema, meta = opened.schema_arrow, opened.metadata
                     column = opened.read(["label"])["label"] if "label" in schema.names else None
-            except (OSError, ValueError) as e:
+            except _UNREADABLE as e:
                 raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
-            fields = {f"image.{f.name}" for f in schema.field("image").type} if "image" in schema.names else set()
+            fields = {f.name for f in schema.field("image").flatten()} if "image" in schema.names else set()
             if not {"image.bytes", "image.path"} <= fields:
                 raise DataError(
                     f"{file!r} has the columns {', '.join(schema.names)}: "
@@ -118,13 +121,16 @@ class ParquetSource(Source):
 
     def _read(self, which: int) -> "_Rows":
         file, group = self._groups[which]
-        if file not in self._opened:
-            self._opened[file] = _pyarrow().ParquetFile(self.files[file])
         try:
+            if file not in self._opened:
+                self._opened[file] = _pyarrow().ParquetFile(self.files[file])
             table = self._opened[file].read_row_group(group, columns=["image"], use_threads=False)
-        except (OSError, ValueError) as e:
+            rows = _Rows(table["image"].combine_chunks(), self._starts[which])
+            if rows.stop != (stop := self._starts[which + 1]):
+                raise ValueError(f"it holds {rows.stop - rows.first:,} rows, not {stop - rows.first:,}")
+        except _UNREADABLE as e:
             raise DataError(f"Row group {group} of {self.files[file]!r} cannot be read: {e}") from e
-        return _Rows(table["image"].combine_chunks(), self._starts[which])
+        return rows
 
     def _forget(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()

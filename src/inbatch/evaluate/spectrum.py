@@ -15,7 +15,13 @@ def feature_std(rows: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
 
 
 def rankme(rows: Float[Tensor, "n d"], eps: float = 1e-7) -> Float[Tensor, ""]:
-    """Effective rank, from 1 to min(N, D): exp of the entropy of the singular values (Garrido et al. 2023, eq. 1)."""
-    values = torch.linalg.svdvals(rows.float())
-    p = values / values.sum() + eps
+    """Effective rank, from 1 to min(N, D): exp of the entropy of the singular values (Garrido et al. 2023, eq. 1).
+
+    1 where all rows are zero, nan where one is not finite.
+    """
+    rows = rows.float()
+    if not rows.isfinite().all():
+        return rows.new_tensor(torch.nan)  # LAPACK would raise an error
+    values = torch.linalg.svdvals(rows)
+    p = values / values.sum().clamp(min=torch.finfo(rows.dtype).tiny) + eps
     return (-(p * p.log()).sum()).exp()

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import product, wide
+from inbatch.functional import counted, product, wide
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -18,7 +18,7 @@ def cross_correlation(
     """Correlation over the batch of every feature of one view with every feature of the other (Zbontar et al. 2021,
     Eq. 2); eps is added to the (biased) variances, as batch normalisation does.
     """
-    a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + eps).sqrt() for x in (wide(a), wide(b)))
+    a, b = ((x - x.mean(0)) / counted((x.var(0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
     return product(a.T, b) / len(a)
 
 
@@ -29,7 +29,7 @@ def barlow_twins(z: Float[Tensor, "v n d"], offdiagonal: float = 0.0051, scale: 
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"Barlow Twins needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     on, off = [], []
-    for a, b in combinations(z, 2):
+    for a, b in combinations(wide(z), 2):
         c = cross_correlation(a, b)
         on.append((1 - c.diagonal()).square().sum())
         off.append(c.square().fill_diagonal_(0).sum())

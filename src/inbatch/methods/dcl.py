@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize
+from inbatch.functional import logsumexp_others, normalize, sharpened
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -27,7 +27,8 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
     for i, j in permutations(range(len(u)), 2):
         if symmetric or i == 0:
             positive = (u[i] * u[j]).sum(-1)
-            weight = torch.ones_like(positive) if sigma is None else 2 - len(positive) * (positive / sigma).softmax(0)
+            one = torch.ones_like(positive)
+            weight = one if sigma is None else 2 - len(one) * sharpened(positive, sigma).softmax(0)
             negative = torch.logaddexp(logsumexp_others(u[i], temperature), logsumexp_others(u[i], temperature, u[j]))
             losses.append((negative - (weight.detach() if detach else weight) * positive / temperature).mean())
     return torch.stack(losses).mean()

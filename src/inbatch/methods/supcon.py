@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize, product
+from inbatch.functional import logsumexp_others, normalize, product, sharpened
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -42,7 +42,7 @@ def supcon(
     a, rows = (u, every) if anchors == "all" else (u[:1], u[0])
     positive = (a * (total - itself[:, None] * a)).sum(-1) / temperature
     mean = (positive - count * logsumexp_others(rows, temperature, every).view_as(positive)) / count.clamp(min=1)
-    return -(temperature / base_temperature) * mean.mean()
+    return -sharpened(mean.mean(), base_temperature / temperature)
 
 
 class SupCon(Method):

@@ -49,6 +49,8 @@ class Supervised(Method):
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         self.classes = self.classes or classes
+        if self.classes < classes:
+            raise ValueError(f"method.classes = {self.classes}, but the data have {classes}")
 
     def heads(self, width: int) -> dict[str, Head]:
         if not self.classes:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import cross_prediction, normalize, product, sinkhorn, wide
+from inbatch.functional import cross_prediction, normalize, product, sharpened, sinkhorn
 from inbatch.heads import Head, Prototypes, mlp
 from inbatch.memory import Queue
 from inbatch.methods.base import Method
@@ -17,7 +17,7 @@ def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n
 
     scores: cosines of rows with prototypes; codes: `sinkhorn` of them. Averages the directions, which Eq. 1 adds.
     """
-    return cross_prediction(codes.detach(), wide(scores) / temperature)
+    return cross_prediction(codes.detach(), sharpened(scores, temperature))
 
 
 class SwAV(Method):
