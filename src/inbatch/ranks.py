@@ -54,10 +54,8 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             try:
                 _init(backend, timeout)
             except RuntimeError as error:
-                raise RankError(
-                    f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s, and did not: {error}",
-                    speaks=True,
-                ) from error
+                many = f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s"
+                raise RankError(f"{many}, and did not: {error}", speaks=True) from error
             made = True
     if expect is not None and expect != world():
         found = world()
