@@ -22,7 +22,7 @@ from inbatch import ranks, roll
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.log import Log
-from inbatch.roll import Roll
+from inbatch.roll import Roll, fresh
 
 TIMEOUT = 6.0
 
@@ -87,6 +87,17 @@ def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch:
         assert "lost ranks 0, 2" in str(error) and error.speaks == (r.rank == 1)
     for error in at_once(*(r.call for r in rolls(3))):
         assert "all of them live" in str(error)
+
+
+def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
+    """torchrun's store outlives a restart; of the first start one rank never came."""
+    store = dist.HashStore()
+    first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
+    assert "ranks 2 did not come" in str(first[0]) and isinstance(first[1], str)
+    for _ in range(2):
+        told = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
+        assert len(set(told)) == 1 and told[0] != first[1]
+        first = told
 
 
 def endless(fault: str, bad: int) -> str:

@@ -1,5 +1,6 @@
 """Under torchrun: signals to the launcher and to single ranks, a killed rank and its restart, and no orphans."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,57 +29,63 @@ def words(out: Path, **more: object) -> list[str]:
     return given
 
 
-def torchrun(out: Path, *launcher: str, **more: object) -> subprocess.Popen[str]:
-    command = [
+class Started(subprocess.Popen[str]):
+    """A process whose descendants can be found, by a word in their environment: torchrun gives its workers sessions."""
+
+    _count = itertools.count()
+
+    def __init__(self, *command: str) -> None:
+        self.mark = f"{os.getpid()}.{next(self._count)}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_TEST": self.mark}
+        super().__init__(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def family(self) -> dict[int, dict[str, str]]:
+        """It and its descendants as far as they live, each with its environment as it began."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                environment = dict(word.split("=", 1) for word in words if "=" in word)
+                if environment.get("INBATCH_TEST") == self.mark:
+                    found[int(entry.name)] = environment
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process that is a rank: the oldest of those with its number."""
+        return min(pid for pid, environment in self.family().items() if environment.get("RANK") == str(number))
+
+
+def torchrun(out: Path, *launcher: str, **more: object) -> Started:
+    return Started(
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
         "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *launcher,
         "-m", "inbatch", *words(out, **more), "--expect-world-size", "2", "--resume", "auto", "--dist-timeout", "60",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-
-
-def family(session: int) -> dict[int, dict[str, str]]:
-    """The processes of a session that live, each with its environment as it began."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, its = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(its) == session and state != "Z":
-                pairs = (entry / "environ").read_text().split("\0")
-                found[int(entry.name)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
-
-
-def rank(session: int, number: int) -> int:
-    """The process that is a rank: of all with its number (data workers have it, too) the oldest."""
-    return min(pid for pid, environment in family(session).items() if environment.get("RANK") == str(number))
+    )  # fmt: skip
 
 
 @contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever happens, nothing of a launcher's session lives on."""
+def ended(process: Started) -> Iterator[None]:
+    """Whatever happens, nothing of it lives on."""
     try:
         yield
     finally:
-        for pid in family(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        for pid in process.family():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
-def after(process: subprocess.Popen[str], file: Path) -> None:
+def after(process: Started, file: Path) -> None:
     end = time.monotonic() + 200
     while not file.exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
         time.sleep(0.01)
 
 
-def alone(process: subprocess.Popen[str], seconds: float = 20) -> None:
-    """Nothing of the session is left soon after its end."""
+def alone(process: Started, seconds: float = 20) -> None:
+    """Nothing of it is left soon after its end."""
     end = time.monotonic() + seconds
-    while left := family(process.pid):
+    while left := process.family():
         assert time.monotonic() < end, f"orphans: {list(left)}"
         time.sleep(0.1)
 
@@ -119,7 +126,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on(
     process = torchrun(out)
     with ended(process):
         after(process, out / "checkpoints" / "last.pt")
-        os.kill(process.pid if whom == "launcher" else rank(process.pid, int(whom[-1])), number)
+        os.kill(process.pid if whom == "launcher" else process.rank(int(whom[-1])), number)
         _, stderr = process.communicate(timeout=100)
         assert process.returncode not in (0, None)
         alone(process)
@@ -138,7 +145,7 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_the_same(wh
     process = torchrun(out, "--max-restarts", "1")
     with ended(process):
         after(process, out / "checkpoints" / "previous.pt")
-        os.kill(rank(process.pid, 1), signal.SIGKILL)
+        os.kill(process.rank(1), signal.SIGKILL)
         _, stderr = process.communicate(timeout=400)
         assert process.returncode == 0, stderr
         assert "lost rank 1" in stderr
@@ -150,10 +157,10 @@ def test_data_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     write_folder(open_data("digits-canvas", subset=200), tmp_path / "images")
     command = [sys.executable, "-m", "inbatch", "pretrain", "--data", str(tmp_path / "images"), "--out"]
     command += [str(tmp_path / "run"), "--batch", "40", "--epochs", "400", "--set", "resident=false", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = Started(*command)
     with ended(process):
         after(process, tmp_path / "run" / "checkpoints" / "last.pt")
-        assert len(family(process.pid)) >= 3
+        assert len(process.family()) >= 3
         process.kill()
         process.wait()
         alone(process)
@@ -165,14 +172,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
 ) -> None:
     """The same order, the same groups: equal to rounding."""
     out = tmp_path / "run"
-    single = [sys.executable, "-m", "inbatch", *words(out), "--resume", "auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for world in (first, then):
-        process = (
-            torchrun(out)
-            if world == 2
-            else subprocess.Popen(single, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-        )
+        single = [sys.executable, "-m", "inbatch", *words(out), "--resume", "auto"]
+        process = torchrun(out) if world == 2 else Started(*single)
         with ended(process):
             if world == first:
                 after(process, out / "checkpoints" / "last.pt")

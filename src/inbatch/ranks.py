@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError
-from inbatch.roll import Roll
+from inbatch.roll import Roll, fresh
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
@@ -51,12 +52,10 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             backend = "nccl" if device == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+                _init(backend, timeout)
             except RuntimeError as error:
-                raise RankError(
-                    f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s, and did not: {error}",
-                    speaks=True,
-                ) from error
+                many = f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s"
+                raise RankError(f"{many}, and did not: {error}", speaks=True) from error
             made = True
     if expect is not None and expect != world():
         found = world()
@@ -67,6 +66,17 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             f"(torchrun --nproc-per-node {expect} -m inbatch ...)"
         )
     return made
+
+
+def _init(backend: str, timeout: float) -> None:
+    """Make the process group that the environment describes."""
+    wait = datetime.timedelta(seconds=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=wait)
+        return
+    store, rank, world = next(rendezvous("env://", timeout=wait))
+    store = dist.PrefixStore(fresh(store, rank, world, timeout), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
 
 
 @contextmanager

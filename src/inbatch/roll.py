@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,6 +103,32 @@ class Roll:
 
     def _add(self, key: str) -> int:
         return self.store.add(f"{self.run} {key}", 1)
+
+
+def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
+    """A prefix for keys that all ranks share and no earlier start has used.
+
+    torchrun's store outlives its restarts, and with it what the processes before have left there: gloo then connects to
+    the dead (seen with torch 2.14). So a rank takes nothing from rank 0 but the answer to a word of its own.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"inbatch hello {rank}", word)
+    waiting = set(range(1, world))
+    while waiting if rank == 0 else not store.check([f"inbatch answer {word}"]):
+        for other in list(waiting) if rank == 0 else ():
+            if store.check([f"inbatch {word} {other}"]):
+                waiting.discard(other)
+            elif store.check([f"inbatch hello {other}"]):
+                store.set(f"inbatch answer {store.get(f'inbatch hello {other}').decode()}", word)
+        if time.monotonic() > end:
+            who = f"ranks {', '.join(map(str, sorted(waiting)))}" if rank == 0 else "rank 0"
+            raise RankError(f"{world} processes were to meet within {timeout:,.0f} s: {who} did not come", speaks=True)
+        time.sleep(0.02)
+    if rank == 0:
+        return word
+    chosen = store.get(f"inbatch answer {word}").decode()
+    store.set(f"inbatch {chosen} {rank}", "")
+    return chosen
 
 
 _ADVICE = (
