@@ -235,7 +235,7 @@ def embed_run(
     split: "train" or "test" where the data has both. quiet: no progress on stderr.
     """
     encoder = load(path).to(device_for(device))
-    source = open_data(data, split or splits(data)[0], channels=encoder.channels)
+    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 

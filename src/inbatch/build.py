@@ -162,6 +162,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options,
             attend=attend.name if attend else None, attend_options={k: v for k, v in chosen.items() if v is not None},
         )  # fmt: skip
+        encoder.levels = recipe.levels
         crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
         views = Views(crops, encoder.mean, encoder.std, pairs)
         _check_views(recipe, method, len(views))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from inbatch import draws
-from inbatch.data import arrays, digits, folder, parquet
+from inbatch.data import arrays, digits, folder, hf, parquet, tar
 from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
 from inbatch.data.resident import Resident, decode_all
@@ -31,6 +31,8 @@ OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] |
     "an array, a tensor or a pair (images, labels)": arrays.find,
     "digits-canvas or digits-canvas-colour": digits.find,
     "a Parquet file, or a folder with train.parquet": parquet.find,
+    "a folder of Hugging Face datasets, or hf/NAME": hf.find,
+    "a .tar, shards-{000..003}.tar or a folder of .tar files": tar.find,
     "a folder of images": folder.find,
 }
 """Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the

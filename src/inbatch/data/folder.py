@@ -14,6 +14,7 @@ from PIL import Image
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import DataError
+from inbatch.pixels import Levels
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
 TESTS = ("test", "val", "validation")
@@ -71,8 +72,8 @@ class FolderSource(Source):
     `classes` fixes the numbering (a test split counts as its train split does).
     """
 
-    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = ()):
-        self.root, self.scan = root, scan(root)
+    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None):
+        self.root, self.scan, self.levels = root, scan(root), levels
         paths = self.scan.paths
         if not len(paths):
             kinds = " ".join(e.decode() for e in EXTENSIONS)
@@ -91,7 +92,7 @@ class FolderSource(Source):
         super().__init__(str(root), channels, number[torch.from_numpy(labels)], classes)
 
     def open(self, i: int) -> Picture:
-        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels)
+        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return _text(bytes(self.scan.paths[i]))
@@ -128,15 +129,15 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
-    depth = file_channels(reading.channels)
+    depth, levels = file_channels(reading.channels), reading.levels
     inside = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
     # A class may be called "train", so the word alone, among other sub-folders, makes no split.
     if "train" not in inside or (test is None and inside != {"train"}):
-        return {"train": lambda: FolderSource(root, depth)}
-    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth)}
+        return {"train": lambda: FolderSource(root, depth, levels=levels)}
+    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth, levels=levels)}
     if test:
-        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes)
+        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes, levels)
     return splits
 
 
