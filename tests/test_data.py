@@ -519,6 +519,7 @@ class TestArrays:
             ((np.zeros((4, 8, 6), np.uint8), [0, 1, 2]), "one label each"),
             ((np.zeros((2, 8, 6), np.uint8), [0.0, 1.0]), "use integers"),
             ((np.zeros((2, 8, 6), np.uint8), [0, -2]), "go down to -2"),
+            ((np.zeros((2, 8, 6), np.uint8), [0, 2**40]), "go up to"),
         ],
     )
     def test_errors(self, data, message):

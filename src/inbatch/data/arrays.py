@@ -13,6 +13,10 @@ from inbatch.errors import DataError
 from inbatch.pixels import Levels, to_bytes
 
 
+MOST_CLASSES = 1_000_000
+"""A larger label is a mistake, and would cost the memory of as many names."""
+
+
 class Pixels:
     """One image that is decoded already."""
 
@@ -89,6 +93,8 @@ def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
         raise DataError(f"{what} are {labels.dtype}: use integers, 0 for the first class, -1 for unknown")
     if n and labels.min() < -1:
         raise DataError(f"{what} go down to {int(labels.min())}: use 0 for the first class, -1 for unknown")
+    if n and labels.max() >= MOST_CLASSES:
+        raise DataError(f"{what} go up to {int(labels.max())}: number the classes from 0, at most {MOST_CLASSES:,}")
     return labels.long().cpu()
 
 

@@ -122,9 +122,10 @@ def _saved(folder: Path, reading: Reading) -> Source:
         raise DataError(f"{str(folder / 'state.json')!r} names a table that is not in its folder")
     datasets = _datasets()
     try:
-        return HubSource(datasets.load_from_disk(str(folder), keep_in_memory=False), str(folder), folder, reading)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetsError) as e:
-        raise DataError(f"{str(folder)!r} cannot be read as a saved dataset: {e}") from e
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except Exception as e:  # on a damaged folder, or one without rows, it can be any
+        raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}") from e
+    return HubSource(loaded, str(folder), folder, reading)
 
 
 @lru_cache(maxsize=4)
