@@ -74,7 +74,7 @@ class TestSaved:
     def test_several_columns_of_images(self, tmp_path):
         mask = ([{"bytes": encoded(200), "path": None}] * 6, datasets.Image())
         assert open_data(saved(tmp_path / "a", table(mask=mask))).image(2)[0, 0, 0] == 2
-        with pytest.raises(DataError, match="'left', 'mask'.*called image where there are several"):
+        with pytest.raises(DataError, match=r"'left', 'mask'.*called image where there are several"):
             open_data(saved(tmp_path / "b", table(image="left", label=None, mask=mask)))
 
     def test_plain_integers_as_labels_and_unknown_ones(self, tmp_path):
@@ -82,7 +82,7 @@ class TestSaved:
         source = open_data(saved(tmp_path / "a", table(label=None, **kinds)))
         assert source.labels.tolist() == [2, 0, -1, 1, 1, 0] and source.classes == ("0", "1", "2")
         words = {"labels": (list("abcdef"), datasets.Value("string"))}
-        with pytest.raises(DataError, match="column 'labels' of .* is string: integers are needed"):
+        with pytest.raises(DataError, match=r"column 'labels' of .* is string: integers are needed"):
             open_data(saved(tmp_path / "b", table(label=None, **words)))
 
     def test_nothing_is_read_before_it_is_asked_for_and_workers_get_little(self, tmp_path):
@@ -120,7 +120,7 @@ class TestSaved:
 
     def test_a_row_without_an_image_is_named(self, tmp_path):
         source = open_data(saved(tmp_path, table(images=[None] + [{"bytes": b"?", "path": "x.png"}] * 5)))
-        with pytest.raises(DataError, match="'row 0' of .* holds no image"):
+        with pytest.raises(DataError, match=r"'row 0' of .* holds no image"):
             source.open(0)
         with pytest.raises(DataError, match=r"'x.png' cannot be read: not one of"):
             source.open(1)
@@ -175,7 +175,7 @@ class TestHub:
             open_data("hf/../../etc")
 
     def test_from_the_caches_of_this_machine(self, tmp_path):
-        """Files that the hub's client fetched, then what datasets made of them; another process: caches are found once."""
+        """Files that the client of the hub fetched; in another process, as where caches lie is read once."""
         place = tmp_path / "hub" / "datasets--me--toy"
         files = place / "snapshots" / ("a" * 40)
         (files / "data").mkdir(parents=True)
@@ -194,7 +194,9 @@ class TestHub:
         env = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
         env.pop("HF_DATASETS_CACHE", None)
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == "('train', 'test') 3 ('cat', 'dog', 'eel') [2, 7, 9] hf/me/toy (test)", done.stderr
+        assert done.stdout.strip() == "('train', 'test') 3 ('cat', 'dog', 'eel') [2, 7, 9] hf/me/toy (test)", (
+            done.stderr
+        )
 
 
 def test_other_data_is_left_to_others(tmp_path):

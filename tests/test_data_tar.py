@@ -152,7 +152,7 @@ class TestFaults:
         ],
     )
     def test_links_and_devices(self, tmp_path, fields):
-        with pytest.raises(DataError, match="'x.png' is a link, a device or a sparse file"):
+        with pytest.raises(DataError, match=r"'x.png' is a link, a device or a sparse file"):
             open_data(shard(tmp_path / "a.tar", *pictures(0), member("x.png", **fields)))
 
     def test_sparse_files(self, tmp_path):
@@ -172,7 +172,7 @@ class TestFaults:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
         plain.write_bytes(gzip.compress(plain.read_bytes()))
         for path in (plain, tmp_path / "a.tar.gz"):
-            with pytest.raises(DataError, match="is compressed.*unpack it to a plain"):
+            with pytest.raises(DataError, match=r"is compressed.*unpack it to a plain"):
                 open_data(path)
 
     def test_truncated_anywhere(self, tmp_path):

@@ -29,7 +29,7 @@ from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
 from inbatch.train import Progress, clear, train
-from inbatch.views import PRESETS, Views
+from inbatch.views import Views, make_views
 from inbatch.views.figure import save_grid
 
 
@@ -142,7 +142,7 @@ def draw_views(
     recipe, source = plan(_which(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
-    crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
     views = Views(crops, mean, std, pairs)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
     number, label = torch.arange(len(held.source)), held.source.labels

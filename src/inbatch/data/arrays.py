@@ -12,7 +12,6 @@ from inbatch.data.source import Reading, Source, Want, unlabelled
 from inbatch.errors import DataError
 from inbatch.pixels import Levels, to_bytes
 
-
 MOST_CLASSES = 1_000_000
 """A larger label is a mistake, and would cost the memory of as many names."""
 

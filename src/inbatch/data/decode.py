@@ -5,6 +5,7 @@ that Pillow does not know through tifffile.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ MAX_PIXELS = 64_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 """What Pillow may try, whatever a file calls itself; its other readers (EPS runs Ghostscript) stay shut."""
+
+for _name in ("PIL.TiffImagePlugin", "tifffile"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # a damaged file is an error that names it, and said once
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GAP = 3.0  # Pillow's `reducing_gap` at which its manual calls the result indistinguishable
