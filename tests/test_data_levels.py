@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import inbatch
+from inbatch import api
+from inbatch.batch import Batch
 from inbatch.data import open_data
 from inbatch.data.cache import place
 from inbatch.data.decode import Picture
@@ -288,13 +289,13 @@ class TestRemembered:
 
     def test_a_run_from_training_to_embedding(self, folder, tmp_path):
         settings = {"encoder.name": "tiny", "levels": [0, 4095], "channels": 5}
-        run = inbatch.pretrain(
+        run = api.pretrain(
             folder, out=tmp_path / "run", batch=4, epochs=1, k=2, device="cpu", quiet=True, settings=settings
         )
         assert run.recipe.levels == LEVELS and run.recipe.channels == 5
-        encoder = inbatch.load(tmp_path / "run")
+        encoder = api.load(tmp_path / "run")
         assert encoder.levels == LEVELS
-        assert inbatch.api.embed_run(tmp_path / "run", folder, tmp_path / "e.npz", device="cpu") == 8
+        assert api.embed_run(tmp_path / "run", folder, tmp_path / "e.npz", device="cpu") == 8
         with np.load(tmp_path / "e.npz", allow_pickle=False) as kept:
             vectors, names = kept["vector"], kept["path"].tolist()
         images = [np.asarray(tifffile.imread(folder / name)) for name in names]
@@ -304,9 +305,9 @@ class TestRemembered:
         assert np.allclose(encoder.embed(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)), vectors, atol=1e-5)
         plain = [to_bytes(x, None) for x in images]
         assert not np.allclose(encoder.embed(plain), vectors, atol=1e-2)  # levels matter, and were applied
-        found = inbatch.api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
+        found = api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
         assert found["run"] == str(tmp_path / "run")
-        part = inbatch.api.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)
+        part = api.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)
         assert part.name.startswith("simclr") and Image.open(tmp_path / "v.png").size[0] > 100
 
     def test_saved_with_the_encoder(self, tmp_path):
@@ -341,7 +342,7 @@ class TestViews:
         pytest.importorskip("numba")
         images = torch.from_numpy(noise(6, k, 24, 24, dtype=np.uint8, high=256))
         view = View(16, jitter=1.0, brightness=0.4, contrast=0.4, blur=0.5, kernel=3, solarise=0.3)
-        batch = inbatch.batch.Batch(torch.arange(6), torch.full((6,), -1), 3, 0, images=images)
+        batch = Batch(torch.arange(6), torch.full((6,), -1), 3, 0, images=images)
         drawn = [Views([view] * 2, (0.5,) * k, (0.25,) * k, fused=fused)(batch) for fused in (None, False)]
         for one, other in zip(drawn[0].images, drawn[1].images, strict=True):
             assert one.shape == (6, k, 16, 16) and (one - other).abs().max() < 0.03

@@ -54,12 +54,13 @@ def scan(root: Path) -> Scan:
             extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(b"."):
                 continue
-            if entry.is_dir():
+            if _is(entry.is_dir):
                 stack.append((entry.path, prefix + entry.name + b"/"))
-            elif extension in EXTENSIONS and entry.is_file():
+            elif extension in EXTENSIONS and _is(entry.is_file):
                 found.append(prefix + entry.name)
             else:
-                result.skipped[os.fsdecode(extension) or "no extension"] += 1
+                broken = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
+                result.skipped[(os.fsdecode(extension) or "no extension") + broken] += 1
     if found:
         result.paths = np.sort(np.array(found, dtype=np.bytes_))
     return result
@@ -130,7 +131,7 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
     depth, levels = file_channels(reading.channels), reading.levels
-    inside = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    inside = {entry.name for entry in os.scandir(root) if _is(entry.is_dir) and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
     # A class may be called "train", so the word alone, among other sub-folders, makes no split.
     if "train" not in inside or (test is None and inside != {"train"}):
@@ -152,6 +153,14 @@ def write_folder(source: Source, directory: str | os.PathLike) -> Path:
         pixels = source.image(i).permute(1, 2, 0).numpy()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{i:06d}.png")
     return root
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; links in a circle are of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _text(path: bytes) -> str:
