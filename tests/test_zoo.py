@@ -101,7 +101,7 @@ class TestTogether:
             loader = Loader(source, batch=len(GOOD), views=views, seed=1, resident=False, workers=workers)
             (batch,) = loader.epoch(0)
             seen[workers] = batch.crops
-        assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)) and seen[0][0].std() > 20
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)) and seen[0][0].float().std() > 20
 
     def test_a_run_and_its_features(self, tmp_path):
         """Some of each, from training to the features that are written."""

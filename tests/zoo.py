@@ -169,7 +169,8 @@ def ycck(image: Image.Image) -> bytes:
 
 
 STRANGE = [b"with space.png", b"new\nline.png", b"quote'\".png", "emoji \U0001f600.png".encode(),
-           b"not utf-8 \xff\xfe.png", b"<script>alert(1)<&.png", b"-rf.png", b"%s {0} $HOME.png", ("x" * 240 + ".png").encode()]  # fmt: skip
+           b"not utf-8 \xff\xfe.png", b"<script>alert(1)<&.png", b"-rf.png", b"%s {0} $HOME.png",
+           ("x" * 240 + ".png").encode()]  # fmt: skip
 """Names that a file system takes and a person may not."""
 
 
