@@ -20,7 +20,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from inbatch.data import jpeg, tiff
+from inbatch.data import jpeg, png, tiff
 from inbatch.data.jpeg import fast_jpeg
 from inbatch.data.source import Want
 from inbatch.errors import DataError
@@ -225,7 +225,7 @@ class Picture:
             if scale < 0.5:  # a JPEG gives 1/2, 1/4 and 1/8 almost free
                 image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
             if self._levels is not None and image.format == "PNG":
-                image = _deep_png(image, self._open, self._levels)
+                image = png.deep(image, self._open, self._levels)
             image.load()
             return from_pillow(ImageOps.exif_transpose(image), self.channels, self._levels)
 
@@ -236,28 +236,6 @@ class Picture:
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
             pixels = from_pillow(picture, self.channels, None)
         return np.ascontiguousarray(pixels) if self._turn == 1 else _upright(pixels, self._turn)
-
-
-def _deep_png(image: Image.Image, again: Callable[[], Image.Image], levels: Levels) -> Image.Image:
-    """A colour PNG with its 16 bits brought to 8 by the levels; any other as it is.
-
-    Pillow unpacks the upper bytes of every value, or if the bytes are said to stand the other way around, the lower.
-    """
-    kind = str(image.tile[0].args)
-    if kind == "LA;16B":
-        raise ValueError("16-bit grey with transparency cannot be read by levels: save it without transparency")
-    if kind not in ("RGB;16B", "RGBA;16B"):
-        return image
-    with again() as lower:
-        lower.tile = [tile._replace(args=kind.replace(";16B", ";16L")) for tile in lower.tile]
-        lower.load()
-        image.load()
-        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
-    pixels = to_bytes(values, levels)
-    pixels[..., 3:] = values[..., 3:] >> 8
-    out = Image.fromarray(pixels)
-    out.info = image.info
-    return out
 
 
 def _at_least(height: int, width: int, scale: float) -> tuple[int, int]:
