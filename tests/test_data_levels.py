@@ -1,8 +1,10 @@
 """More than 8 bits a channel, and other than 1 or 3 channels: files, arrays, and what a run remembers of them."""
 
 import io
+import struct
 import sys
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -53,8 +55,6 @@ def by_hand(values, low, high):
 
 def deep_png(values) -> bytes:
     """A PNG of 16 bits, which Pillow cannot write: (h, w), or (h, w, c) of 3 or 4 channels."""
-    import struct
-    import zlib
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -145,7 +145,8 @@ class TestFiles:
         assert torch.equal(picture.tensor(), torch.from_numpy(np.moveaxis(expected, -1, 0).copy()))
 
     @pytest.mark.parametrize(
-        "how", [{"compression": "zlib"}, {"tile": (16, 16)}, {"bigtiff": True}, {"byteorder": ">"}]
+        "how",
+        [{"compression": "zlib"}, {"compression": "lzma"}, {"tile": (16, 16)}, {"bigtiff": True}, {"byteorder": ">"}],
     )
     def test_ways_to_store_them(self, how):
         values = noise(33, 20, 5)
@@ -228,6 +229,22 @@ class TestHostile:
             data[place + 8 : place + 12] = (65_000).to_bytes(4, "little")
         with pytest.raises(DataError, match=r"65000x65000 pixels of .* MB are over the limit"):
             opened(bytes(data), 5)
+
+    @pytest.mark.parametrize("kind", ["zlib", "lzma"])
+    def test_a_strip_that_unpacks_to_more_than_it_should(self, kind):
+        """100 kB for 100 MB: refused before they are unpacked."""
+        module = __import__(kind)
+        data, packed = bytearray(bands(noise(9, 7, 5), compression=kind)), module.compress(bytes(10**8))
+        for tag, value in ((273, len(data)), (279, len(packed))):  # where the strip is, and its bytes
+            place = next(data.index(struct.pack("<HH", tag, t)) for t in (3, 4) if struct.pack("<HH", tag, t) in data)
+            data[place : place + 12] = struct.pack("<HHII", tag, 4, 1, value)
+        picture = opened(bytes(data) + packed, 5, LEVELS)
+        tracemalloc.start()
+        with pytest.raises(DataError, match="compressed pixels are more than its header says"):
+            picture.tensor()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20e6
 
     def test_pages_in_a_circle(self):
         """The offset of the next page leads back to the first."""

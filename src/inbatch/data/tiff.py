@@ -1,6 +1,9 @@
 """TIFF by tifffile: what Pillow does not read, any number of channels of any type. The first page only."""
 
 import io
+import lzma
+import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,10 +13,12 @@ import numpy as np
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, little and big-endian
 _SPECIAL = ("is_lsm", "is_scanimage", "is_ndpi")  # microscopes' kinds, for which every page would be read
 _ORIENTATION = 274
+_UNPACK = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}  # by the tag's number
 
 
 class Header(NamedTuple):
-    """The first page as stored. turn: EXIF's orientation, 1 is upright."""
+    """The first page as stored. bytes: of its pixels, or of one tile if that is more. turn: EXIF's orientation, 1 is
+    upright."""
 
     height: int
     width: int
@@ -34,15 +39,28 @@ def header(file: bytes | str) -> Header:
         if page.dtype is None or depth != 1 or min(apart, together) != 1:
             raise ValueError("not a TIFF of flat images")
         turn = page.tags.valueof(_ORIENTATION, 1)
-        size = apart * together * height * width * page.dtype.itemsize
+        size = max(apart * together * height * width, math.prod(page.chunks)) * page.dtype.itemsize
         return Header(height, width, apart * together, size, turn if turn in range(1, 9) else 1)
 
 
 def decode(file: bytes | str) -> np.ndarray:
     """The first page's values (h, w, channels), of whatever type, as stored; ValueError if damaged."""
     with _page(file) as page:
+        _check_packed(page)
         values = page.asarray(maxworkers=1).reshape(page.shaped)[:, 0]
         return np.moveaxis(values[..., 0], 0, -1) if len(values) > 1 else values[0]
+
+
+def _check_packed(page: Any) -> None:
+    """ValueError where a part unpacks to more than its header says: tifffile would unpack two million bytes to two
+    thousand million."""
+    if (unpack := _UNPACK.get(int(page.compression))) is None:
+        return
+    most, file = math.prod(page.chunks) * page.dtype.itemsize, page.parent.filehandle
+    for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        file.seek(start)
+        if len(unpack().decompress(file.read(size), most + 1)) > most:
+            raise ValueError("its compressed pixels are more than its header says")
 
 
 @contextmanager
