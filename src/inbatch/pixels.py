@@ -51,7 +51,7 @@ def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.
         image = Image.fromarray(to_bytes(np.asarray(image), levels))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:  # type: ignore[index]
+        if np.asarray(image.getchannel("A")).min() < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -5,9 +5,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +90,20 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
         if not (named := _NAME.fullmatch(data)):
             raise DataError(f"{data!r} is no name of a set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
         loaded = _hub(named["name"], named["config"], reading.download)
-        return _named(
-            {split: lambda d=d, s=split: HubSource(d, f"{data} ({s})", None, reading) for split, d in loaded.items()}
-        )  # type: ignore[misc]
+        opened = {split: partial(HubSource, rows, f"{data} ({split})", None, reading) for split, rows in loaded.items()}
+        return _named(opened)
     root = Path(data)
     if (root / "dataset_dict.json").is_file():
         names = _json(root / "dataset_dict.json").get("splits", [])
         if not names or any(Path(str(name)).name != name for name in names):
             raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or none that are folders beside it")
-        return _named({name: lambda name=name: _saved(root / name, reading) for name in names})  # type: ignore[misc]
+        return _named({name: partial(_saved, root / name, reading) for name in names})
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
-        return {"train": lambda: _saved(root, reading)}
+        return {"train": partial(_saved, root, reading)}
     return None
 
 
-def _named(splits: dict[str, Callable[[], Source]]) -> dict[str, Callable[[], Source]]:
+def _named(splits: Mapping[str, Callable[[], Source]]) -> dict[str, Callable[[], Source]]:
     """All splits, `train` first; what is not trained on is called `test`, too."""
     ordered = dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
     test = next((name for name in TESTS if name in ordered), None)
@@ -154,7 +153,7 @@ def _offline() -> Iterator[None]:
     """Both libraries refuse to reach the network for a while, as with HF_HUB_OFFLINE=1 in the environment."""
     from huggingface_hub import constants
 
-    places = (_datasets().config, constants)
+    places: tuple[Any, ...] = (_datasets().config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:

@@ -176,7 +176,7 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
             length = os.fstat(file.fileno()).st_size
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 while (member := opened.next()) is not None:
-                    opened.members.clear()  # it would keep them all
+                    opened.members = []  # type: ignore[attr-defined]  # it would keep them all
                     if (name := _allowed(member, skipped)) is None:
                         continue
                     if member.offset_data + member.size > length:
@@ -197,8 +197,8 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
                     raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
     except Exception as e:  # of damaged headers tarfile raises any
         raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
-    for name, key, start, size in found:
-        yield _Member(name, start, size, labels.get(key, -1))
+    for encoded, key, start, size in found:
+        yield _Member(encoded, start, size, labels.get(key, -1))
 
 
 def _check_plain(file: BinaryIO) -> None:

@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, little and big-endian
-_SPECIAL = ("is_lsm", "is_scanimage", "is_ndpi")  # microscopes' kinds, for which every page would be read
+_SPECIAL: Any = dict.fromkeys(
+    ("is_lsm", "is_scanimage", "is_ndpi"), False
+)  # microscopes' kinds, for which every page would be read
 _ORIENTATION = 274
-_UNPACK = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}  # by the tag's number
+_UNPACK: dict[int, Any] = {
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+}  # by the tag's number
 
 
 class Header(NamedTuple):
@@ -71,7 +77,7 @@ def _page(file: bytes | str) -> Iterator[Any]:
         raise ValueError('TIFF files of this kind need tifffile: python -m pip install "inbatch[tiff]"') from e
     try:
         given = io.BytesIO(file) if isinstance(file, bytes) else file
-        with tifffile.TiffFile(given, **dict.fromkeys(_SPECIAL, False)) as opened:
+        with tifffile.TiffFile(given, **_SPECIAL) as opened:
             yield opened.pages.first
     except Exception as e:  # on a damaged file it can be any
         if "imagecodecs" in str(e):
