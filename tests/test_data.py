@@ -194,13 +194,16 @@ class TestDecode:
     def test_a_transparent_palette(self):
         image = Image.new("P", (4, 4), 1)
         image.putpalette([0, 0, 0, 9, 8, 7])
-        assert opened(encoded(image, "PNG", transparency=b"\x00\x80")).tensor()[:, 0, 0].tolist() == [9, 8, 7]
+        pixels = opened(encoded(image, "PNG", transparency=b"\x00\x80")).tensor()
+        assert pixels[:, 0, 0].tolist() == [round(c * 128 / 255 + 255 * 127 / 255) for c in (9, 8, 7)]  # on white
 
     def test_grey_on_request(self):
         pixels = opened(encoded(picture(200), "PNG"), channels=1).tensor()
         assert pixels.shape == (1, 8, 12) and pixels[0, 0, 0] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 10)
-        with pytest.raises(DataError, match=r"grey\) or 3"):
-            open_data(".", channels=2)
+        with pytest.raises(DataError, match=r"others 1 \(grey\) or 3 \(RGB\)"):
+            opened(encoded(picture(200), "PNG"), channels=2)
+        with pytest.raises(DataError, match="not 0"):
+            open_data(".", channels=0)
 
     def test_scaled_down_while_decoding(self):
         photo = Image.effect_mandelbrot((1000, 400), (-2, -1, 1, 1), 30).convert("RGB")
@@ -516,6 +519,7 @@ class TestArrays:
             ((np.zeros((4, 8, 6), np.uint8), [0, 1, 2]), "one label each"),
             ((np.zeros((2, 8, 6), np.uint8), [0.0, 1.0]), "use integers"),
             ((np.zeros((2, 8, 6), np.uint8), [0, -2]), "go down to -2"),
+            ((np.zeros((2, 8, 6), np.uint8), [0, 2**40]), "go up to"),
         ],
     )
     def test_errors(self, data, message):

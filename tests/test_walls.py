@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "draws", "files", "limits", "modes", "machine", "process"}
+FREE = {"errors", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
 GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
@@ -63,6 +63,9 @@ ONLY = {
     "numba": {"views"},
     "llvmlite": {"views"},
     "simplejpeg": {"data", "bench"},
+    "datasets": {"data"},
+    "huggingface_hub": {"data"},
+    "tifffile": {"data"},
 }
 """Libraries that only some rooms know."""
 

@@ -31,7 +31,7 @@ from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
 from inbatch.train import Progress, clear, train
-from inbatch.views import PRESETS, Views
+from inbatch.views import Views, make_views
 from inbatch.views.figure import save_grid
 
 
@@ -154,7 +154,7 @@ def draw_views(
     recipe, source = plan(_which(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
-    crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
     views = Views(crops, mean, std, pairs)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
     number, label = torch.arange(len(held.source)), held.source.labels
@@ -254,7 +254,7 @@ def embed_run(
     missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
     """
     encoder = load(path).to(device_for(device))
-    source = open_data(data, split or splits(data)[0], channels=encoder.channels)
+    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 

@@ -29,7 +29,7 @@ from inbatch.plug import curator_of, fusion
 from inbatch.schedules import step_decay, warmup_cosine
 from inbatch.step import Step
 from inbatch.tower import Tower, momentum_tower
-from inbatch.views import PRESETS, Views
+from inbatch.views import Views, make_views
 
 
 @dataclass
@@ -163,7 +163,8 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options,
             attend=attend.name if attend else None, attend_options={k: v for k, v in chosen.items() if v is not None},
         )  # fmt: skip
-        crops, pairs = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+        encoder.levels = recipe.levels
+        crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
         views = Views(crops, encoder.mean, encoder.std, pairs)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):

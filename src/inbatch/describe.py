@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from inbatch import ranks
 from inbatch.build import Built
+from inbatch.config import Recipe
 from inbatch.encoders import Encoder, added
 from inbatch.machine import free_bytes
 from inbatch.optim import build_optimizer, parameter_groups
 from inbatch.show import printable
 from inbatch.tower import Tower
+from inbatch.views import PRESETS
 
 _SAMPLES = 8
 """What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
@@ -33,7 +35,7 @@ def describe(built: Built) -> str:
     shared = f" on {world} ranks" if world > 1 else ""
     lines = {
         "data": built.loader.report().replace("\n", "\n" + " " * 9),
-        "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}",
+        "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}{_colourless(r)}",
         "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
         **_plugins(built),
@@ -43,6 +45,12 @@ def describe(built: Built) -> str:
         f"{_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
     }
     return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
+
+
+def _colourless(r: Recipe) -> str:
+    """What is left out of the views of images that are not red, green and blue."""
+    needed = r.channels != 3 and any(view.needs_colour for view in PRESETS[r.views.name](**r.views.options))
+    return f", without saturation, hue and greyscale ({r.channels} channels)" if needed else ""
 
 
 def _plugins(built: Built) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,3 +138,13 @@ def _lock(file: Any, folder: Path) -> str | None:
         os.register_at_fork(after_in_child=file.close)
     last = file.read()
     return f"{folder} was last written by {last}, which ended without finishing; its lock is void." if last else None
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file to read from; OSError for a pipe or a device, at which a plain open() would wait for ever."""
+    wait_not = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_not))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError("it is no regular file")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from inbatch import draws
-from inbatch.data import array_files, arrays, cifar, digits, folder, known, lists, parquet
+from inbatch.data import array_files, arrays, cifar, digits, folder, hf, known, lists, parquet, tar
 from inbatch.data.classes import choose
 from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
@@ -35,6 +35,8 @@ OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] |
     "a .csv, .tsv or .txt list of paths": lists.find,
     "a .npy or .npz file": array_files.find,
     "a folder of CIFAR-10 or CIFAR-100": cifar.find,
+    "a folder of Hugging Face datasets, or hf/NAME": hf.find,
+    "a .tar, shards-{000..003}.tar or a folder of .tar files": tar.find,
     "a folder of images": folder.find,
 }
 """Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the

@@ -1,4 +1,4 @@
-"""Images in memory: a uint8 array or tensor, alone or with labels."""
+"""Images in memory: an array or tensor of uint8, or of other numbers and their levels; alone or with labels."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from inbatch.data.source import Reading, Source, Want, unlabelled
 from inbatch.errors import DataError
+from inbatch.pixels import Levels, to_bytes
+
+MOST_CLASSES = 1_000_000
+"""A larger label is a mistake, and would cost the memory of as many names."""
 
 
 class Pixels:
@@ -67,7 +71,7 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
         return None
 
     def open_train() -> Source:
-        pixels = _channels_first(torch.as_tensor(images))
+        pixels = _channels_first(_bytes(images, reading.levels))
         if not len(pixels):
             raise DataError("The array holds no image (its first side is 0)")
         if reading.channels not in (None, pixels.shape[1]):
@@ -88,13 +92,25 @@ def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
         raise DataError(f"{what} are {labels.dtype}: use integers, 0 for the first class, -1 for unknown")
     if n and labels.min() < -1:
         raise DataError(f"{what} go down to {int(labels.min())}: use 0 for the first class, -1 for unknown")
+    if n and labels.max() >= MOST_CLASSES:
+        raise DataError(f"{what} go up to {int(labels.max())}: number the classes from 0, at most {MOST_CLASSES:,}")
     return labels.long().cpu()
+
+
+def _bytes(images: np.ndarray | Tensor, levels: Levels | None) -> UInt8[Tensor, "..."]:
+    """Images of any type as uint8, by the levels where they have more than 8 bits."""
+    if isinstance(images, Tensor):
+        if images.dtype == torch.uint8:
+            return images
+        images = (images.float() if images.dtype == torch.bfloat16 else images.detach()).cpu().numpy()
+    try:
+        return torch.as_tensor(to_bytes(images, levels))
+    except ValueError as e:
+        raise DataError(f"The array cannot be used: {e}") from e
 
 
 def _channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
     """(N,C,H,W), (N,H,W,C) or (N,H,W) as (N,C,H,W); of the two possible sides, the smaller is the channels."""
-    if images.dtype != torch.uint8:
-        raise DataError(f"The array is {images.dtype}: give uint8, 0 (black) to 255")
     if images.ndim == 3:
         return images[:, None].cpu()
     shape = tuple(images.shape)

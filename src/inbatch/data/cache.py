@@ -36,7 +36,7 @@ from inbatch.limits import cores
 WORTH = 2.0
 """Seconds of decoding from which a set is kept: below, nobody waits, and many small experiments would fill the disk."""
 
-_FORMAT = 1
+_FORMAT = 2
 _DEFAULT_GB = 10.0
 _STALE = 3600  # seconds since the last write after which a half-written folder is a dead writer's
 _BLOCK = 2**24  # bytes that share a checksum
@@ -122,7 +122,7 @@ def place(source: Source, canvas: int | None) -> Path | None:
     root = where()
     if root is None or not limit() or (said := source.fingerprint()) is None:
         return None
-    what = json.dumps([_FORMAT, said, canvas, source.channels, decoders(), sys.byteorder])
+    what = json.dumps([_FORMAT, said, canvas, source.channels, source.levels, decoders(), sys.byteorder])
     return root / hashlib.sha256(what.encode()).hexdigest()
 
 

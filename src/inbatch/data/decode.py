@@ -1,14 +1,16 @@
 """Image files to uint8 pixels: header first, pixels when asked, only as many as needed.
 
-JPEG goes through simplejpeg, everything else and every JPEG that it has a complaint about through Pillow.
+JPEG goes through simplejpeg, everything else and every JPEG that it has a complaint about through Pillow, and a TIFF
+that Pillow does not know through tifffile.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 
 import numpy as np
@@ -18,10 +20,12 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from inbatch.data import jpeg
+from inbatch.data import jpeg, png, tiff
 from inbatch.data.jpeg import fast_jpeg
 from inbatch.data.source import Want
 from inbatch.errors import DataError
+from inbatch.files import open_regular
+from inbatch.pixels import Levels, from_pillow, to_bytes
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before a pixel is decoded: a 110 kB PNG can hold 900 Mpx."""
@@ -29,9 +33,12 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 """What Pillow may try, whatever a file calls itself; its other readers (EPS runs Ghostscript) stay shut."""
 
+for _name in ("PIL.TiffImagePlugin", "tifffile"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # a damaged file is an error that names it, and said once
+
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GAP = 3.0  # Pillow's `reducing_gap` at which its manual calls the result indistinguishable
-_ORIENTATION = 0x0112
+_ORIENTATION, _BITS = 0x0112, 0x0102
 _HEAD = 2**18  # bytes read of a file when it is opened: all of most; a worker holds 32 opened files at once
 
 
@@ -50,52 +57,66 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
 
 
 def file_channels(channels: int | None) -> int:
-    """What files are decoded to: 3 (RGB) unless 1 (grey) is asked for. DataError for any other number."""
-    if channels not in (None, 1, 3):
-        raise DataError(f"Image files give 1 channel (grey) or 3 (RGB), not {channels}; others come as arrays")
+    """What files are decoded to: 3 (RGB) unless another number is asked for. DataError for less than 1."""
+    if channels is not None and channels < 1:
+        raise DataError(f"Images have 1 channel (grey), 3 (RGB) or more, not {channels}")
     return channels or 3
 
 
 def decoders() -> str:
     """Names and versions of all that decoded pixels depend on."""
-    names = (*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch")
-    return ", ".join([*(f"{name} {version(name)}" for name in names), torch.backends.cpu.get_cpu_capability()])
+    names = [*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch", "tifffile"]
+    return ", ".join([*(f"{name} {_version(name)}" for name in names), torch.backends.cpu.get_cpu_capability()])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 class Picture:
     """One opened image file: its size is known, its pixels are decoded on demand and once.
 
     file: its contents, or its path. name: what to call it in an error.
+    channels: 1 (grey) or 3 (RGB) of any file; another number of a TIFF that has just as many.
+    levels: `pixels.to_bytes`, for more than 8 bits.
     size: height and width in pixels, upright (EXIF orientation applied).
     """
 
-    def __init__(self, file: bytes | str, name: Callable[[], str], channels: int):
-        self._name, self.channels = name, channels
+    def __init__(self, file: bytes | str, name: Callable[[], str], channels: int, levels: Levels | None = None):
+        self._name, self.channels, self._levels = name, channels, levels
         self._image: Image.Image | None = None
+        self._tiff: tiff.Header | None = None
         self._turn = 1  # EXIF's orientation
         if isinstance(file, bytes):
             head = file
         else:
-            with _naming(name), open(file, "rb") as opened:
+            with _naming(name), open_regular(file) as opened:
                 head = opened.read(_HEAD)
         self._file = head if len(head) < _HEAD else file
-        self._jpeg = jpeg.header(head) if fast_jpeg() else None
-        if self._jpeg is None:
-            self._image = self._open()
-            self._stored = self._image.size[::-1]
-        else:
+        self._jpeg = jpeg.header(head) if fast_jpeg() and channels in (1, 3) else None
+        if self._jpeg is not None:
             self._stored = self._jpeg[:2]
+        elif channels not in (1, 3):
+            self._stored = self._many(head)
+        else:
+            self._stored = self._few(head)
         height, width = self.size = self._stored
-        if height * width > MAX_PIXELS:
+        if height * width > MAX_PIXELS or (self._tiff and self._tiff.bytes > 3 * MAX_PIXELS):
             self.close()
+            depth = f" of {self._tiff.bytes / 1e6:,.0f} MB" if self._tiff else ""
             raise DataError(
-                f"{name()!r} cannot be read: {width}x{height} pixels are over the limit of "
-                f"{MAX_PIXELS / 1e6:.0f} million; shrink or remove it"
+                f"{name()!r} cannot be read: {width}x{height} pixels{depth} are over the limit of "
+                f"{MAX_PIXELS / 1e6:.0f} million{', 3 bytes each' if self._tiff else ''}; shrink or remove it"
             )
-        if self._jpeg is None or self._jpeg.notes:
+        if self._tiff is not None:
+            self._turn = self._tiff.turn
+        elif self._jpeg is None or self._jpeg.notes:
             self._turn = self._orientation()
-            if self._turn >= 5:
-                self.size = (width, height)
+        if self._turn >= 5:
+            self.size = (width, height)
 
     def __enter__(self) -> "Picture":
         return self
@@ -134,6 +155,33 @@ class Picture:
             out.append(_resized(pixels, box, (side, side), how))
         return tuple(out)
 
+    def _few(self, head: bytes) -> tuple[int, int]:
+        """The stored size of a file that is to give 1 or 3 channels."""
+        try:
+            self._image = image = self._open()
+        except DataError as e:
+            if isinstance(e.__cause__, Image.UnidentifiedImageError) and tiff.is_tiff(head):
+                return self._many(head)
+            raise
+        deep = self._levels is not None and image.format == "TIFF" and image.mode.startswith("RGB")
+        if deep and max(image.tag_v2.get(_BITS, (8,))) > 8:  # type: ignore[attr-defined]
+            image.close()  # of which Pillow keeps the upper 8 bits
+            return self._many(head)
+        return image.size[::-1]
+
+    def _many(self, head: bytes) -> tuple[int, int]:
+        """The stored size of a TIFF that tifffile is to read; its channels must be those asked for."""
+        with _naming(self._name):
+            if not tiff.is_tiff(head):
+                raise ValueError(f"only TIFF files give {self.channels} channels, others 1 (grey) or 3 (RGB)")
+            self._tiff = found = tiff.header(self._file)
+            if found.channels != self.channels and {found.channels, self.channels} != {1, 3}:
+                raise ValueError(
+                    f"it has {found.channels} channels, {self.channels} were asked for "
+                    f"(--set channels={found.channels} reads them)"
+                )
+        return found.height, found.width
+
     def _open(self) -> Image.Image:
         """Pillow's reading of the header."""
         file = io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file
@@ -154,6 +202,8 @@ class Picture:
 
     def _decode(self, scale: float) -> np.ndarray:
         """Upright pixels (h, w, c), at no less than twice `scale` if the file is larger than that."""
+        if self._tiff is not None:
+            return self._by_tifffile()
         if self._jpeg is None:
             return self._by_pillow(scale)
         grey = self.channels == 1
@@ -170,7 +220,7 @@ class Picture:
     def _contents(self) -> bytes:
         if isinstance(self._file, bytes):
             return self._file
-        with _naming(self._name), open(self._file, "rb") as file:
+        with _naming(self._name), open_regular(self._file) as file:
             return file.read()
 
     def _by_pillow(self, scale: float) -> np.ndarray:
@@ -178,16 +228,18 @@ class Picture:
         with _naming(self._name), image:
             if scale < 0.5:  # a JPEG gives 1/2, 1/4 and 1/8 almost free
                 image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
+            if self._levels is not None and image.format == "PNG":
+                image = png.deep(image, self._open, self._levels)
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("32-bit pixels have no known range, save them with 8 or 16 bits")
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
-            return pixels[..., None] if pixels.ndim == 2 else pixels
+            return from_pillow(ImageOps.exif_transpose(image), self.channels, self._levels)
+
+    def _by_tifffile(self) -> np.ndarray:
+        with _naming(self._name):
+            pixels = to_bytes(tiff.decode(self._file), self._levels)
+        if pixels.shape[2] != self.channels:
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            pixels = from_pillow(picture, self.channels, None)
+        return np.ascontiguousarray(pixels) if self._turn == 1 else _upright(pixels, self._turn)
 
 
 def _at_least(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -231,6 +283,10 @@ def _resized(
         image = torch.from_numpy(cut).permute(2, 0, 1)[None]
         return F.interpolate(image, size, mode=how, antialias=True)[0]
     within = (box[1] - x0, box[0] - y0, box[3] - x0, box[2] - y0)
-    picture = Image.fromarray(cut[..., 0] if cut.shape[2] == 1 else cut)
-    out = np.array(picture.resize(size[::-1], _FILTERS[how], box=within, reducing_gap=_GAP))
-    return torch.from_numpy(out.reshape(*size, -1).transpose(2, 0, 1))
+    # Pillow would take two or four channels for transparent ones, and knows no further number.
+    planes = [cut] if cut.shape[2] == 3 else [cut[..., c] for c in range(cut.shape[2])]
+    out = [
+        np.array(Image.fromarray(plane).resize(size[::-1], _FILTERS[how], box=within, reducing_gap=_GAP))
+        for plane in planes
+    ]
+    return torch.from_numpy(np.dstack(out).transpose(2, 0, 1))

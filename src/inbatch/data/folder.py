@@ -13,6 +13,7 @@ from inbatch.data.decode import Picture, file_channels
 from inbatch.data.scan import EXTENSIONS, scan
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import DataError
+from inbatch.pixels import Levels
 
 TESTS = ("test", "val", "validation")
 """Names of the split that is not trained on; the first that exists is `test`."""
@@ -25,8 +26,8 @@ class FolderSource(Source):
     `classes` fixes the numbering (a test split counts as its train split does).
     """
 
-    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = ()):
-        self.root, self.scan = root, scan(root)
+    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None):
+        self.root, self.scan, self.levels = root, scan(root), levels
         paths = self.scan.paths
         if not len(paths):
             kinds = " ".join(e.decode() for e in EXTENSIONS)
@@ -47,7 +48,7 @@ class FolderSource(Source):
         super().__init__(str(root), channels, label[torch.from_numpy(numbers)], classes)
 
     def open(self, i: int) -> Picture:
-        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels)
+        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return _text(self.scan.paths[i])
@@ -87,15 +88,15 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
-    depth = file_channels(reading.channels)
-    inside = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    depth, levels = file_channels(reading.channels), reading.levels
+    inside = {entry.name for entry in os.scandir(root) if _is(entry.is_dir) and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
     # A class may be called "train", so the word alone, among other sub-folders, makes no split.
     if "train" not in inside or (test is None and inside != {"train"}):
-        return {"train": lambda: FolderSource(root, depth)}
-    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth)}
+        return {"train": lambda: FolderSource(root, depth, levels=levels)}
+    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth, levels=levels)}
     if test:
-        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes)
+        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes, levels)
     return splits
 
 
@@ -110,6 +111,14 @@ def write_folder(source: Source, directory: str | os.PathLike) -> Path:
         pixels = source.image(i).permute(1, 2, 0).numpy()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{i:06d}.png")
     return root
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; links in a circle are of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _text(path: bytes) -> str:

@@ -22,6 +22,7 @@ from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import TESTS
 from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.errors import ConfigError, DataError
+from inbatch.pixels import Levels
 
 CACHE_BYTES = 512 * 2**20
 """Encoded row groups that each process keeps; a set larger than this is read again and again when shuffled."""
@@ -37,8 +38,9 @@ class ParquetSource(Source):
 
     _last: "_Rows | None"
 
-    def __init__(self, files: Sequence[Path], name: str, channels: int = 3):
+    def __init__(self, files: Sequence[Path], name: str, channels: int = 3, levels: Levels | None = None):
         parquet = _pyarrow()
+        self.levels = levels
         self.files = [str(file) for file in files]
         names: tuple[str, ...] = ()
         labels, starts, groups = [], [0], []
@@ -76,7 +78,7 @@ class ParquetSource(Source):
         data = rows[i]
         if data is None:
             raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
-        return Picture(data, lambda: rows.path(i), self.channels)
+        return Picture(data, lambda: rows.path(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return self._rows(i).path(i)
@@ -171,9 +173,9 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
     if not isinstance(data, str | os.PathLike):
         return None
-    path, depth = Path(data), file_channels(reading.channels)
+    path, depth, levels = Path(data), file_channels(reading.channels), reading.levels
     if path.suffix.lower() == ".parquet" and path.is_file():
-        return {"train": lambda: ParquetSource([path], str(path), depth)}
+        return {"train": lambda: ParquetSource([path], str(path), depth, levels)}
     if not path.is_dir():
         return None
     files: dict[str, list[Path]] = {}
@@ -181,9 +183,10 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
         files.setdefault(name.partition(".")[0].partition("-")[0], []).append(path / name)
     if "train" not in files:
         return None
-    splits: dict[str, Callable[[], Source]] = {"train": lambda: ParquetSource(files["train"], str(path), depth)}
+    splits: dict[str, Callable[[], Source]] = {}
+    splits["train"] = lambda: ParquetSource(files["train"], str(path), depth, levels)
     if test := next((name for name in TESTS if name in files), None):
-        splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth)
+        splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth, levels)
     return splits
 
 

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from inbatch.pixels import Levels
+
 Want = tuple[int, Literal["bilinear", "bicubic"]]
 """What a view wants of its crop: the side of the output in pixels, and how to interpolate."""
 
@@ -18,14 +20,15 @@ Want = tuple[int, Literal["bilinear", "bicubic"]]
 class Reading:
     """How images are to be read, where their kind leaves a choice.
 
-    channels: 1 (grey) or 3 (RGB) for most files, 3 by default; whatever they hold for arrays.
+    channels: 1 (grey) or 3 (RGB) for any file, 3 by default; another number for TIFF files that hold just as many;
+        whatever they hold for arrays.
     levels: the two values of an image with more than 8 bits a channel that become 0 and 255; None for the range of
-        its type.
+        16 bits. Values of 32 bits, and floats, cannot do without.
     download: fetch a set that is known by name and not on the disk.
     """
 
     channels: int | None = None
-    levels: tuple[float, float] | None = None
+    levels: Levels | None = None
     download: bool = False
 
 
@@ -44,9 +47,12 @@ class Opened(Protocol):
 class Source(ABC):
     """N images with labels; cheap to hold, pickles into data workers.
 
-    name: where the images come from. channels: 1 grey, 3 RGB, any number for arrays.
+    name: where the images come from. channels: 1 grey, 3 RGB, any number for arrays and TIFF files.
+    levels: see `Reading`; what decoded pixels depend on, beside `channels` and the `fingerprint`.
     labels: (N,) int64, -1 where unknown. classes: the labels' names, empty when nothing is labelled.
     """
+
+    levels: Levels | None = None
 
     def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
@@ -90,7 +96,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: Int[Tensor, "m"], why: str):
         super().__init__(source.name, source.channels, source.labels[indices], source.classes)
-        self.source, self.indices, self.why = source, indices, why
+        self.source, self.indices, self.why, self.levels = source, indices, why, source.levels
 
     def open(self, i: int) -> Opened:
         return self.source.open(int(self.indices[i]))

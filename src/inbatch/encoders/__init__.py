@@ -119,6 +119,8 @@ def load_encoder(directory: str | Path) -> Encoder:
         raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
     known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
     encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+    if levels := config.get("levels"):
+        encoder.levels = (levels[0], levels[1])
     weights, attended = split(weights)
     fill(encoder.backbone, weights, str(directory))
     if saved := config.get("attend"):  # absent from what was saved before there was one

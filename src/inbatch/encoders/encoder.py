@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, DataError
 from inbatch.modes import evaluating
+from inbatch.pixels import Levels, from_pillow, to_bytes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -62,6 +63,7 @@ class Encoder(nn.Module):
     ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
     `attend` is the name and the options of its attention, None without; `slots` are the names of the attention's
     blocks, of which `pooled` is the one behind the pooling (`attend.install` sets the three).
+    levels: the two values that become 0 and 255 where images have more than 8 bits, as those it learned from.
     ConfigError if the backbone does not give one row per image.
     """
 
@@ -88,6 +90,7 @@ class Encoder(nn.Module):
         self.arguments = arguments
         self.attend: dict[str, Any] | None = None
         self.slots: tuple[str, ...] = ()
+        self.levels: Levels | None = None
         self.pooled: nn.Module | None = None
         self.width = self._measure()
 
@@ -106,27 +109,34 @@ class Encoder(nn.Module):
     def embed(self, images: Any, batch: int = 256) -> np.ndarray:
         """Features (N, width) float32 of clean images.
 
-        images: uint8 tensor (N, C, H, W); uint8 array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of
-        Pillow images, (C, h, w) tensors or (h, w, C) arrays of any sizes.
+        images: tensor (N, C, H, W); array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of Pillow images,
+        (C, h, w) tensors or (h, w, C) arrays of any sizes. Those that are not uint8 are brought to it by `levels`.
         """
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
-            images = torch.from_numpy(images)
+            images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         rows = []
         for start in range(0, len(images), batch):
             chunk = images[start : start + batch]
-            if not isinstance(chunk, Tensor):
+            if not isinstance(chunk, Tensor) or chunk.dtype != torch.uint8:
                 chunk = [self._tensor(i) for i in chunk]
             with self.evaluating():
                 rows.append(self(self.prepare(chunk).to(self.device)).float().cpu())
         return torch.cat(rows).numpy() if rows else np.empty((0, self.width), np.float32)
 
     def _tensor(self, image: Any) -> Tensor:
-        """One (C, h, w) image from a Pillow image, a (h, w[, C]) array or a tensor."""
+        """One (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
         if isinstance(image, Tensor):
-            return image
-        if isinstance(image, Image.Image):
-            image = np.asarray(ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB"))
-        image = torch.from_numpy(np.array(image))
+            if image.dtype == torch.uint8:
+                return image
+            image = (
+                (image.float() if image.dtype == torch.bfloat16 else image.detach()).cpu().numpy().transpose(1, 2, 0)
+            )
+        try:
+            if isinstance(image, Image.Image):
+                image = from_pillow(ImageOps.exif_transpose(image), self.channels, self.levels)
+            image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
+        except ValueError as e:
+            raise DataError(f"An image cannot be embedded: {e}") from e
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
     def _measure(self) -> int:

@@ -67,7 +67,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
     backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
     """
-    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend")
+    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
     backbone = encoder.backbone
     if encoder.attend:
         backbone = without(encoder).backbone

@@ -2,7 +2,7 @@
 code, named above each. Resizing is bilinear, and blur a Gaussian a tenth of the view wide, where nothing is said
 (the TensorFlow code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximation)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from inbatch.views.view import View
@@ -185,3 +185,9 @@ PRESETS: dict[str, Callable[..., tuple[View, ...]]] = {
     "plain": plain,
 }
 """Name -> factory of the views of one batch."""
+
+
+def make_views(name: str, options: Mapping[str, Any], channels: int) -> tuple[View, ...]:
+    """A preset's views for images of so many channels: other than three have no saturation, hue and greyscale."""
+    made = PRESETS[name](**options)
+    return made if channels == 3 else tuple(view.without_colour() for view in made)

@@ -1,6 +1,6 @@
 """The parameters of one view. Values named after an operation alone (`flip`, `jitter`, ...) are probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from inbatch.errors import ConfigError
@@ -84,6 +84,10 @@ class View:
     def needs_colour(self) -> bool:
         """Whether the view has a meaning for red, green and blue only."""
         return bool(self.grey or (self.jitter and (self.saturation or self.hue)))
+
+    def without_colour(self) -> "View":
+        """The same view without what needs red, green and blue."""
+        return replace(self, saturation=0.0, hue=0.0, grey=0.0)
 
 
 def _require(true: bool, fault: str) -> None:

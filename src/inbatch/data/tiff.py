@@ -1,0 +1,85 @@
+"""TIFF by tifffile: what Pillow does not read, any number of channels of any type. The first page only."""
+
+import io
+import lzma
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, little and big-endian
+_SPECIAL: Any = dict.fromkeys(
+    ("is_lsm", "is_scanimage", "is_ndpi"), False
+)  # microscopes' kinds, for which every page would be read
+_ORIENTATION = 274
+_UNPACK: dict[int, Any] = {
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+}  # by the tag's number
+
+
+class Header(NamedTuple):
+    """The first page as stored. bytes: of its pixels, or of one tile if that is more. turn: EXIF's orientation, 1 is
+    upright."""
+
+    height: int
+    width: int
+    channels: int
+    bytes: int
+    turn: int
+
+
+def is_tiff(head: bytes) -> bool:
+    """Whether a file that begins so calls itself a TIFF."""
+    return head.startswith(_MAGIC)
+
+
+def header(file: bytes | str) -> Header:
+    """What a TIFF says of its first page; ValueError if it is damaged, or none that can be read."""
+    with _page(file) as page:
+        apart, depth, height, width, together = page.shaped
+        if page.dtype is None or depth != 1 or min(apart, together) != 1:
+            raise ValueError("not a TIFF of flat images")
+        turn = page.tags.valueof(_ORIENTATION, 1)
+        size = max(apart * together * height * width, math.prod(page.chunks)) * page.dtype.itemsize
+        return Header(height, width, apart * together, size, turn if turn in range(1, 9) else 1)
+
+
+def decode(file: bytes | str) -> np.ndarray:
+    """The first page's values (h, w, channels), of whatever type, as stored; ValueError if damaged."""
+    with _page(file) as page:
+        _check_packed(page)
+        values = page.asarray(maxworkers=1).reshape(page.shaped)[:, 0]
+        return np.moveaxis(values[..., 0], 0, -1) if len(values) > 1 else values[0]
+
+
+def _check_packed(page: Any) -> None:
+    """ValueError where a part unpacks to more than its header says: tifffile would unpack two million bytes to two
+    thousand million."""
+    if (unpack := _UNPACK.get(int(page.compression))) is None:
+        return
+    most, file = math.prod(page.chunks) * page.dtype.itemsize, page.parent.filehandle
+    for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        file.seek(start)
+        if len(unpack().decompress(file.read(size), most + 1)) > most:
+            raise ValueError("its compressed pixels are more than its header says")
+
+
+@contextmanager
+def _page(file: bytes | str) -> Iterator[Any]:
+    try:
+        import tifffile
+    except ImportError as e:
+        raise ValueError('TIFF files of this kind need tifffile: python -m pip install "inbatch[tiff]"') from e
+    try:
+        given = io.BytesIO(file) if isinstance(file, bytes) else file
+        with tifffile.TiffFile(given, **_SPECIAL) as opened:
+            yield opened.pages.first
+    except Exception as e:  # on a damaged file it can be any
+        if "imagecodecs" in str(e):
+            raise ValueError(f"{e}: python -m pip install imagecodecs") from e
+        raise ValueError(str(e) or type(e).__name__) from e

@@ -1,0 +1,57 @@
+"""Pixels of any kind as uint8: more than 8 bits by levels, transparency on white. For files, arrays and encoders."""
+
+import numpy as np
+from PIL import Image
+
+Levels = tuple[float, float]
+"""The two values that become 0 and 255."""
+
+_CHUNK = 2**22  # values that are converted at once: what is given may fill half of the memory
+
+
+def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
+    """The values as uint8, of the same shape; uint8 stays as it is.
+
+    levels: what lies beyond them becomes 0 or 255, NaN becomes 0. Without them uint16 keeps its upper 8 bits, and any
+    other type raises ValueError.
+    """
+    kind = values.dtype.kind, values.dtype.itemsize
+    if kind == ("u", 1):
+        return values
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{values.dtype} values are no pixels: give uint8, 0 (black) to 255")
+    if levels is None and kind != ("u", 2):
+        raise ValueError(
+            f"{values.dtype} values have no known range: say which two become 0 and 255, such as --set levels=[0,1], "
+            "or give uint8"
+        )
+    out = np.empty(values.shape, np.uint8)
+    step = max(1, _CHUNK // max(1, values[0].size)) if len(values) else 1
+    for at in range(0, len(values), step):
+        part = values[at : at + step]
+        out[at : at + step] = part >> 8 if levels is None else _scaled(part, *levels)
+    return out
+
+
+def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    x = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(np.nan_to_num(x, copy=False, nan=0).clip(0, 255)).astype(np.uint8)
+
+
+def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.ndarray:
+    """Pixels (h, w, channels) uint8, grey (1) or RGB (3); what is transparent lies on white."""
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = Image.fromarray(to_bytes(np.asarray(image), levels))
+    elif image.mode in ("I", "F"):
+        if levels is None:
+            raise ValueError(
+                "32-bit pixels have no known range: say which two values become 0 and 255, such as "
+                "--set levels=[0,1], or save them with 8 or 16 bits"
+            )
+        image = Image.fromarray(to_bytes(np.asarray(image), levels))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return pixels[..., None] if pixels.ndim == 2 else pixels

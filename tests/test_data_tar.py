@@ -1,0 +1,235 @@
+"""Tar shards: written by the webdataset library and by hand, and the faults of each."""
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inbatch.data import Loader, open_data, splits
+from inbatch.errors import DataError
+from inbatch.views import View, Views
+
+
+def encoded(value: int, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (12, 10), (value, 7, 9)).save(file, kind)
+    return file.getvalue()
+
+
+def member(name: str, size: int = 0, **fields) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info
+
+
+def shard(path: Path, *members, format=tarfile.GNU_FORMAT) -> Path:
+    """members: (name, bytes), or a TarInfo without content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as file:
+        for one in members:
+            if isinstance(one, tarfile.TarInfo):
+                file.addfile(one)
+            else:
+                file.addfile(member(one[0], len(one[1])), io.BytesIO(one[1]))
+    return path
+
+
+def pictures(first: int, n: int = 3):
+    return [(f"{i:03d}.png", encoded(i)) for i in range(first, first + n)]
+
+
+class TestRead:
+    def test_shards_of_the_webdataset_library(self, tmp_path):
+        """It turns numbers, pictures and JSON into bytes itself."""
+        webdataset = pytest.importorskip("webdataset")
+        with webdataset.ShardWriter(f"{tmp_path}/train-%03d.tar", maxcount=4, verbose=0) as sink:
+            for i in range(10):
+                colour = Image.new("RGB", (12, 10), (i, 7, 9))
+                label = {"json": {"label": i % 3, "who": "x"}} if i % 2 else {"cls": i % 3}
+                sink.write({"__key__": f"sample{i:04d}", "png": colour, "txt": "words"} | label)
+        source = open_data(tmp_path)
+        assert len(source) == 10 and source.labels.tolist() == [i % 3 for i in range(10)]
+        assert [int(source.image(i)[0, 0, 0]) for i in (9, 0, 4)] == [9, 0, 4]
+        assert source.identity(9) == "train-002.tar:sample0009.png" and source.classes == ("0", "1", "2")
+        assert "10 images in 3 tar files, 10 other members skipped (10 .txt); 3 classes" in source.report()
+
+    def test_a_file_a_folder_and_a_pattern(self, tmp_path):
+        for i in range(12):
+            shard(tmp_path / f"s-{i:03d}.tar", *pictures(10 * i))
+        assert len(open_data(tmp_path / "s-004.tar")) == 3 and len(open_data(tmp_path)) == 36
+        some = open_data(f"{tmp_path}/s-{{009..011}}.tar")
+        assert [some.identity(i) for i in (0, 3, 8)] == [
+            "s-009.tar:090.png",
+            "s-010.tar:100.png",
+            "s-011.tar:112.png",
+        ]
+        assert len(open_data(f"{tmp_path}/s-0{{0..1}}{{0..1}}.tar")) == 12
+        with pytest.raises(DataError, match=r"2 of 5 files are missing, such as .*s-012\.tar"):
+            open_data(f"{tmp_path}/s-{{009..013}}.tar")
+        with pytest.raises(DataError, match="names no file, or more than"):
+            open_data(f"{tmp_path}/s-{{0..99999999}}.tar")
+
+    def test_splits_by_the_names_of_the_shards(self, tmp_path):
+        for name in ("train-0", "train-1", "val-0"):
+            shard(tmp_path / f"{name}.tar", *pictures(0))
+        assert splits(tmp_path) == ("train", "test")
+        assert len(open_data(tmp_path)) == 6 and len(open_data(tmp_path, "test")) == 3
+        shard(tmp_path / "trainings.tar", *pictures(0))  # is no split: all of them are to learn from
+        assert splits(tmp_path) == ("train",) and len(open_data(tmp_path)) == 12
+
+    def test_a_folder_of_images_with_a_tar_beside_them_stays_one(self, tmp_path):
+        shard(tmp_path / "backup.tar", *pictures(0))
+        (tmp_path / "a.png").write_bytes(encoded(1))
+        assert len(open_data(tmp_path)) == 1 and "1 .tar" in open_data(tmp_path).report()
+
+    def test_keys_end_at_the_first_dot_of_the_last_part(self, tmp_path):
+        made = shard(
+            tmp_path / "a.tar",
+            ("./v1.5/01.PNG", encoded(1)),
+            ("v1.5/02.cls", b"4\n"),
+            ("v1.5/02.jpeg", encoded(2, "JPEG")),
+            ("v1.5/03.seg.png", encoded(3)),
+            ("v1.5/01.json", b'{"label": 7}'),
+            ("v1.5/04.png", encoded(4)),
+            ("v1.5/04.json", b'{"caption": "none"}'),
+        )
+        source = open_data(made)
+        assert [source.identity(i) for i in range(3)] == [f"a.tar:v1.5/{n}" for n in ("01.PNG", "02.jpeg", "04.png")]
+        assert source.labels.tolist() == [7, 4, -1] and "1 .seg.png" in source.report()
+
+    @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    def test_long_and_strange_names(self, tmp_path, format):
+        name = f"{'long ' * 15}/{'näme' * 8}\n.png"
+        source = open_data(shard(tmp_path / "a.tar", (name, encoded(5)), *pictures(0), format=format))
+        assert source.identity(0) == f"a.tar:{name}" and source.image(0)[0, 0, 0] == 5
+
+    def test_names_that_are_no_text(self, tmp_path):
+        source = open_data(shard(tmp_path / "a.tar", ("\udcff.png", encoded(5))))
+        assert source.identity(0) == r"a.tar:\xff.png"
+
+    def test_workers_get_no_python_object_per_image_and_read_the_same(self, tmp_path):
+        small = encoded(1)
+        source = open_data(shard(tmp_path / "a.tar", *((f"{i:06d}.png", small) for i in range(2000))))
+        assert len(pickle.dumps(source)) < 2000 * (4 * 8 + 10) + 5_000
+        views = Views([View(size=8)], (0.5,) * 3, (0.2,) * 3)
+        some = open_data(shard(tmp_path / "b.tar", *pictures(0, 8)))
+        seen = {}
+        for workers in (0, 2):
+            loader = Loader(some, batch=4, views=views, seed=1, resident=False, workers=workers)
+            seen[workers] = torch.cat([batch.crops[0] for batch in loader.epoch(0)])
+        assert torch.equal(seen[0], seen[2])
+
+    def test_fingerprints(self, tmp_path):
+        made = shard(tmp_path / "a.tar", *pictures(0))
+        before = open_data(made).fingerprint()
+        assert before == open_data(made).fingerprint()
+        assert shard(tmp_path / "a.tar", *pictures(1, 9)) == made and open_data(made).fingerprint() != before
+
+
+class TestFaults:
+    @pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a/../../x.png", "./../x.png", ".."])
+    def test_names_that_lead_out(self, tmp_path, name):
+        with pytest.raises(DataError, match=r"a\.tar' cannot be read.*leads out of the folder"):
+            open_data(shard(tmp_path / "a.tar", *pictures(0), (name, encoded(1))))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+            {"type": tarfile.LNKTYPE, "linkname": "000.png"},
+            {"type": tarfile.CHRTYPE},
+            {"type": tarfile.BLKTYPE},
+            {"type": tarfile.FIFOTYPE},
+        ],
+    )
+    def test_links_and_devices(self, tmp_path, fields):
+        with pytest.raises(DataError, match=r"'x.png' is a link, a device or a sparse file"):
+            open_data(shard(tmp_path / "a.tar", *pictures(0), member("x.png", **fields)))
+
+    def test_sparse_files(self, tmp_path):
+        sparse = member("x.png", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.size": "9"})
+        sparse.size = 512
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+            file.addfile(sparse, io.BytesIO(b"1\n0\n9\n".ljust(512, b"\0")))
+        with pytest.raises(DataError, match="sparse"):
+            open_data(tmp_path / "a.tar")
+
+    def test_hidden_members_are_left_out_and_counted(self, tmp_path):
+        source = open_data(shard(tmp_path / "a.tar", ("./._000.png", b"?"), (".git/1.png", b"?"), *pictures(0)))
+        assert len(source) == 3 and "2 other members skipped (2 hidden)" in source.report()
+
+    def test_compressed(self, tmp_path):
+        plain = shard(tmp_path / "a.tar", *pictures(0))
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.write_bytes(gzip.compress(plain.read_bytes()))
+        for path in (plain, tmp_path / "a.tar.gz"):
+            with pytest.raises(DataError, match=r"is compressed.*unpack it to a plain"):
+                open_data(path)
+
+    def test_truncated_anywhere(self, tmp_path):
+        whole = shard(tmp_path / "a.tar", *pictures(0), ("000.cls", b"1")).read_bytes()
+        end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+        for length in [0, 1, 511, 512, 700, *range(1024, end + 1, 256)]:
+            (tmp_path / "a.tar").write_bytes(whole[:length])
+            with pytest.raises(DataError, match=r"a\.tar' cannot be read as a tar file"):
+                open_data(tmp_path / "a.tar")
+        (tmp_path / "a.tar").write_bytes(whole[: end + 512])  # one block of zeros ends it
+        assert len(open_data(tmp_path / "a.tar")) == 3
+
+    def test_a_flipped_byte_in_any_header_loses_nothing(self, tmp_path):
+        whole = shard(tmp_path / "a.tar", *pictures(0)).read_bytes()
+        for at in [i for i in range(0, len(whole), 512) if whole[i : i + 3].isdigit()]:
+            (tmp_path / "a.tar").write_bytes(whole[:at] + b"\x07" + whole[at + 1 :])
+            with pytest.raises(DataError, match="cannot be read as a tar file"):
+                open_data(tmp_path / "a.tar")
+
+    def test_cut_off_while_it_is_used(self, tmp_path):
+        made = shard(tmp_path / "a.tar", *pictures(0))
+        source = open_data(made)
+        made.write_bytes(made.read_bytes()[:2200])
+        with pytest.raises(DataError, match=r"shorter than when the run began: 'a\.tar:002\.png' is gone"):
+            source.open(2)
+        made.unlink()
+        with pytest.raises(DataError, match=r"a\.tar' cannot be read: No such file"):
+            source.open(0)
+
+    @pytest.mark.parametrize(
+        ("name", "data"),
+        [("000.cls", b"cat"), ("000.cls", b""), ("000.json", b"{"), ("000.json", b'{"label": "cat"}'),
+         ("000.json", b"[" * 5000), ("000.json", b'{"label": 1.5}'), ("000.cls", b"9" * 5000)],
+    )  # fmt: skip
+    def test_labels_that_are_none(self, tmp_path, name, data):
+        with pytest.raises(DataError, match=rf"'{name}' holds no whole number"):
+            open_data(shard(tmp_path / "a.tar", *pictures(0), (name, data)))
+
+    def test_labels_out_of_range(self, tmp_path):
+        for label in (b"-2", b"1000000", b"9" * 30):
+            with pytest.raises(DataError, match="from 0 to 1,000,000"):
+                open_data(shard(tmp_path / "a.tar", *pictures(0), ("000.cls", label)))
+
+    def test_no_image(self, tmp_path):
+        with pytest.raises(DataError, match=r"No image in .*1 other members skipped \(1 \.txt\)"):
+            open_data(shard(tmp_path / "a.tar", ("a.txt", b"?")))
+        with pytest.raises(DataError, match="No image in"):
+            open_data(shard(tmp_path / "b.tar"))
+
+    def test_a_damaged_image_is_named(self, tmp_path):
+        source = open_data(shard(tmp_path / "a.tar", ("x.png", b"no image"), *pictures(0)))
+        with pytest.raises(DataError, match=r"a\.tar:x\.png' cannot be read: not one of"):
+            source.open(0)
+
+    def test_random_bytes(self, tmp_path):
+        noise = np.random.default_rng(0).bytes(5000)
+        (tmp_path / "a.tar").write_bytes(noise)
+        with pytest.raises(DataError, match="cannot be read as a tar file"):
+            open_data(tmp_path / "a.tar")
+        assert json.dumps(str(tmp_path))  # a printable path, so the message was
