@@ -1,10 +1,9 @@
 """What the command line does, in Python and in as many words."""
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from inbatch.encoders import Encoder, load_encoder
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
-from inbatch.files import locked, write_json
+from inbatch.files import locked, read_json, write_json
 from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
@@ -149,9 +148,8 @@ def draw_views(
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         save_grid(out, images, drawn, mean, std)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+    except ValueError as error:  # an ending that is no picture's
         raise ConfigError(f"cannot write {out}: {error}") from None
     return recipe.views
 
@@ -171,7 +169,7 @@ def load_run(path: str | Path) -> Run:
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if not (path / "result.json").is_file():
         raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
-    return Run(path, make(read_file(path / "recipe.json")), json.loads((path / "result.json").read_text()))
+    return Run(path, make(read_file(path / "recipe.json")), read_json(path / "result.json"))
 
 
 def evaluate_run(
@@ -214,9 +212,11 @@ def inspect_run(
     if count < 1 or seed < 0:
         raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
-    recipe = replace(make(read_file(folder / "recipe.json")), seed=seed, compile=False)
+    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
     if (folder / "run.json").is_file():  # where a run of several processes says how large its groups were
-        recipe = replace(recipe, context=json.loads((folder / "run.json").read_text()).get("context", recipe.context))
+        told = read_json(folder / "run.json")
+        settings |= {"context": told["context"]} if "context" in told else {}
+    recipe = make(settings)
     try:
         source = _source(recipe, data)
     except DataError as error:

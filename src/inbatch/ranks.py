@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.errors import ConfigError
+from inbatch.limits import launched
 
 
 def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.0) -> bool:
@@ -23,11 +24,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.
     """
     made = False
     if not (dist.is_available() and dist.is_initialized()):
-        if (
-            "WORLD_SIZE" not in os.environ
-            and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-            and "SLURM_PROCID" in os.environ
-        ):
+        if "WORLD_SIZE" not in os.environ and launched("SLURM_NTASKS") > 1 and "SLURM_PROCID" in os.environ:
             os.environ["WORLD_SIZE"], os.environ["RANK"] = (
                 os.environ["SLURM_NTASKS"],
                 os.environ["SLURM_PROCID"],
@@ -38,9 +35,12 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = 1800.
                     f"SLURM started {os.environ['SLURM_NTASKS']} tasks, but MASTER_ADDR and MASTER_PORT are not set: "
                     "export them in the batch script, or start with `srun torchrun ...`"
                 )
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if launched("WORLD_SIZE") > 1:
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            except ValueError as error:  # a variable that is missing, or no number
+                raise ConfigError(f"the processes cannot meet: {error}") from None
             made = True
     if expect is not None and expect != world():
         found = world()
@@ -74,7 +74,7 @@ def world() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return launched("LOCAL_RANK", 0)
 
 
 def wrap(tower: nn.Module) -> nn.Module:

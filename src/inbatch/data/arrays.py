@@ -11,6 +11,9 @@ from torch import Tensor
 from inbatch.data.source import Reading, Source, Want, unlabelled
 from inbatch.errors import DataError
 
+MOST_CLASSES = 2**22
+"""Every class gets a name and a column: labels beyond are no classes' numbers."""
+
 
 class Pixels:
     """One image that is decoded already."""
@@ -88,6 +91,8 @@ def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
         raise DataError(f"{what} are {labels.dtype}: use integers, 0 for the first class, -1 for unknown")
     if n and labels.min() < -1:
         raise DataError(f"{what} go down to {int(labels.min())}: use 0 for the first class, -1 for unknown")
+    if n and labels.max() >= MOST_CLASSES:
+        raise DataError(f"{what} go up to {int(labels.max())}: use the classes' numbers, from 0 without gaps")
     return labels.long().cpu()
 
 

@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError
+
+# timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
+_REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """A backbone with random weights, and the names of the classifiers it does without."""
+    if wrong := sorted(set(kwargs) & set(_REFUSED)):
+        raise ConfigError(f"an encoder has no setting {wrong[0]!r}: weights are named by init.")
     try:
         if name == "tiny":
             return _tiny(channels, **kwargs), ()
@@ -55,7 +60,7 @@ def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> n
     try:
         return _timm(name, size, channels, kwargs, published=True)
     except Exception as e:  # timm and its hub client raise whatever their transport raises
-        raise DataError(
+        raise ConfigError(
             f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). "
             "Without a network, give init the path of a downloaded .safetensors file."
         ) from e

@@ -16,6 +16,9 @@ from inbatch.modes import evaluating
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+MAX_SIDE = 4096
+"""Pixels of an encoder's images, at most: a folder from elsewhere must not ask for all the memory there is."""
+
 
 @dataclass(frozen=True)
 class Prepare:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inbatch.data.source import Source
 from inbatch.errors import DataError
+from inbatch.files import replacing
 
 RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision
 
@@ -54,7 +55,8 @@ def neighbour_grid(
             panel.spines[:].set(color="black" if column == 0 else colour, linewidth=2.5)
     said = f": {right} of {known} of the query's class (blue), the others orange" if known else ""
     figure.suptitle(f"Nearest neighbours by cosine similarity{said}", fontsize=9)
-    figure.savefig(png, dpi=120)
+    with replacing(png) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _displayed(image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "h w 3"] | UInt8[Tensor, "h w"]:

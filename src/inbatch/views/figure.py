@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from inbatch.files import replacing
 from inbatch.views.pipeline import Drawn
 
 _CELL = 96
@@ -49,8 +50,12 @@ def save_grid(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write `grid` to an image file."""
-    Image.fromarray(grid(images, drawn, mean, std)).save(path)
+    """Write `grid` to an image file, whole or not at all; ValueError for an ending that is no picture's."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"unknown file extension: {Path(path).suffix}")
+    with replacing(Path(path)) as file:
+        Image.fromarray(grid(images, drawn, mean, std)).save(file, format=kind)
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
