@@ -117,7 +117,7 @@ def test_weights_without_a_network(monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(DataError, match=r"no route to host.*safetensors"):
+    with pytest.raises(ConfigError, match=r"no route to host.*safetensors"):
         create_encoder("resnet18", size=224, init="timm")
 
 

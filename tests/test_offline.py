@@ -1,0 +1,130 @@
+"""No network: none is there for a test or for what it starts, and none is missed (fault 20)."""
+
+import http.server
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pool import on_ranks
+from typer.testing import CliRunner
+from ways import ways_out
+
+from inbatch.cli import app
+
+TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"
+LINES = (
+    f"pretrain {TINY} --out run --quiet", "evaluate run --protocol knn", "embed run digits-canvas -o f.npz",
+    "inspect run", "views digits-canvas", "crops --pairs 1000 -o crops.png", "methods moco", "plugins conv",
+    "bench views --quick", "doctor --no-measure", f"pretrain {TINY} --dry-run",
+    "quickstart --epochs 1 --margin=-100 --quiet",
+)  # fmt: skip
+"""Every command once."""
+
+SCRIPT = "import ways; print(ways.ways_out())"  # beside sitecustomize.py, on PYTHONPATH
+
+
+def test_this_process_cannot_get_out() -> None:
+    assert ways_out() == []
+
+
+def test_a_child_cannot_get_out() -> None:
+    assert subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_rank_of_the_pool_cannot_get_out() -> None:
+    assert on_ranks(2, ways_out) == [[], []]
+
+
+def test_a_child_of_torchrun_cannot_get_out(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(tmp_path / "script.py")]
+    done = subprocess.run([sys.executable, *call], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_processes_of_this_machine_may_meet() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        call = f"import socket; socket.create_connection(('localhost', {server.server_port}), 5).close(); print('met')"
+        assert subprocess.run([sys.executable, "-c", call], capture_output=True, text=True).stdout == "met\n"
+        thread.join()
+
+
+# Nothing asks for one
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_no_command_asks_for_a_network(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def refuse(*args: object, **options: object) -> None:
+        asked.append(args)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for line in LINES:
+        found = CliRunner().invoke(app, shlex.split(line), catch_exceptions=False)
+        assert found.exit_code == 0 and not asked, (line, asked, found.output)
+
+
+def bare(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """A child in a network of its own, which has no device that is up; skips where the system does not give one."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare (util-linux)")
+    for flags in (["-n"], ["-r", "-n"]):
+        if subprocess.run(["unshare", *flags, "true"], capture_output=True).returncode == 0:
+            return subprocess.run(["unshare", *flags, *words], capture_output=True, text=True, **options)
+    pytest.skip("this system gives no network namespaces")
+
+
+PROGRAM = """
+import shlex, sys
+from inbatch.cli import app
+for line in sys.argv[1:]:
+    try:
+        app(shlex.split(line))
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{line}: {end.code}")
+"""
+
+
+def test_every_command_runs_on_a_machine_without_a_network(elsewhere: Path) -> None:
+    done = bare(sys.executable, "-c", PROGRAM, *LINES[:-1], cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+
+
+WANTED = (
+    "pretrain --data digits-canvas --encoder resnet18 --set size=224 --set encoder.stem=imagenet --init timm --dry-run",
+    "pretrain --data digits-canvas --encoder hf-hub:timm/resnet18.a1_in1k --dry-run",
+)
+
+
+@pytest.mark.parametrize("line", WANTED)
+def test_weights_from_the_network_are_refused_in_seconds(line: str, elsewhere: Path) -> None:
+    """Nothing is tried for minutes; empty folders keep a cache of this machine from answering."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the system's own refusal
+    folders = {"HF_HOME": str(elsewhere), "TORCH_HOME": str(elsewhere), "OMP_NUM_THREADS": "1"}
+    folders["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and not path.endswith("offline"))
+    began = time.monotonic()
+    done = bare(sys.executable, "-m", "inbatch", *shlex.split(line), "--json", env=kept | folders, cwd=elsewhere)
+    assert time.monotonic() - began < 60
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
