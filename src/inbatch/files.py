@@ -23,7 +23,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     A missing folder is made; where `path` is a link, the file that it names is replaced, not the link.
     Raises InbatchError with the path and the space left where it cannot be written; `path` is then untouched.
     """
-    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    place = Path(os.path.realpath(path)) if os.path.islink(path) else path
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         _replaceable(place)

@@ -83,8 +83,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.name, self.stem = backbone, name, stem
         self.size, self.channels = size, channels
-        self.mean = tuple(mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels))
-        self.std = tuple(std or (IMAGENET_STD if channels == 3 else (0.25,) * channels))
+        self.mean = tuple(map(float, mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)))
+        self.std = tuple(map(float, std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)))
         if not len(self.mean) == len(self.std) == channels:
             raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
         self.prepare = Prepare(size, channels, self.mean, self.std)
