@@ -128,11 +128,13 @@ def evaluate(
     """Judge a run's encoder by k-NN, a linear probe and clustering; the protocol stands beside every figure."""
     with reported(as_json):
         from inbatch.api import evaluate_run
-        from inbatch.files import write_json
+        from inbatch.files import check_writable, write_json
 
         protocols = protocol or ["knn", "linear", "clustering"]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
+        if out is not None:
+            check_writable(out)
         found = evaluate_run(run, data, test, protocols=protocols, **options)
         out = out or run / "evaluation.json"
         write_json(out, found)
