@@ -107,14 +107,14 @@ def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tupl
 # Terminals
 
 
-@pytest.mark.parametrize("columns", [20, 100, 5000])
+@pytest.mark.parametrize("columns", [20, 5000])
 @pytest.mark.parametrize("line", ["crops --pairs 100", "methods nosuch", "--help"])
 def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
     code, sent = on_a_terminal(line, tmp_path, columns)
     assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
 
 
-@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"TERM": ""}, {"TERM": "nonsense"}])
+@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Path) -> None:
     code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, env=env)
     assert code == 0 and "k-NN" in sent, sent
@@ -156,7 +156,7 @@ def test_a_run_goes_on_where_its_progress_cannot_be_shown(tmp_path: Path) -> Non
     assert ended("methods nosuch", tmp_path, stderr="/dev/full") == 2
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_any_encoding(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "é图").mkdir()
     ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
@@ -166,7 +166,7 @@ def test_any_encoding(encoding: str, tmp_path: Path) -> None:
     assert (tmp_path / "é" / "图" / "result.json").is_file()
 
 
-@pytest.mark.parametrize("home", ["", "/nonexistent", "/proc/nowhere"])
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
     """The child's libraries have been loaded with a home: test_as_a_shell_starts_it loads them without."""
     ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}

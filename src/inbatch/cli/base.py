@@ -65,6 +65,11 @@ def lasting_streams() -> Iterator[None]:
             complain(f"the result cannot be written to stdout: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
         sys.exit(1)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everything else on stderr.")]
