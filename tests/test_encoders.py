@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -117,8 +118,24 @@ def test_weights_without_a_network(monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(DataError, match=r"no route to host.*safetensors"):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # so that the client is asked
+    with pytest.raises(ConfigError, match=r"no route to host.*safetensors"):
         create_encoder("resnet18", size=224, init="timm")
+
+
+def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
+    name = "mobilenetv3_small_050"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"in no cache, and https://.* does not answer.*safetensors"):
+        create_encoder(name, size=224, init="timm")
+    repository = tmp_path / f"models--{timm.get_pretrained_cfg(name).hf_hub_id.replace('/', '--')}"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    published = timm.create_model(name)
+    safetensors.torch.save_file(published.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
+    encoder = create_encoder(name, size=224, init="timm")
+    assert torch.equal(encoder.backbone.conv_stem.weight, published.conv_stem.weight)
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (224, 300), (256, 256), (100, 90)])

@@ -1,7 +1,6 @@
 """What the command line does, in Python and in as many words."""
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from inbatch.encoders import Encoder, load_encoder
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
-from inbatch.files import locked, write_json
+from inbatch.files import locked, read_json, write_json
 from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
@@ -161,9 +160,8 @@ def draw_views(
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         save_grid(out, images, drawn, mean, std)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+    except ValueError as error:  # an ending that is no picture's
         raise ConfigError(f"cannot write {out}: {error}") from None
     return recipe.views
 
@@ -183,7 +181,7 @@ def load_run(path: str | Path) -> Run:
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if not (path / "result.json").is_file():
         raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
-    return Run(path, make(read_file(path / "recipe.json")), json.loads((path / "result.json").read_text()))
+    return Run(path, make(read_file(path / "recipe.json")), read_json(path / "result.json"))
 
 
 def evaluate_run(
@@ -232,8 +230,10 @@ def inspect_run(
     if count < 1 or seed < 0:
         raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
-    recipe = replace(make(read_file(folder / "recipe.json")), seed=seed, compile=False)
-    recipe = replace(recipe, context=_report(folder).get("context", recipe.context))  # several processes: a part of it
+    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
+    if context := _report(folder).get("context"):  # a run of several processes: how large its groups were
+        settings["context"] = context
+    recipe = make(settings)
     try:
         source = _source(recipe, data)
     except DataError as error:
@@ -343,9 +343,8 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     report = _report(folder)
     if recipe.context is None and report.get("world", ranks.world()) != ranks.world():
-        recipe = replace(
-            recipe, context=report["context"]
-        )  # which follows from the number of ranks, and decides results
+        # It follows from the number of ranks, and decides results.
+        recipe = replace(recipe, context=report["context"])
         if share_of(recipe, ranks.world()) % report["context"]:
             raise ConfigError(
                 f"the run in {folder} meets in groups of {report['context']}, which {ranks.world()} ranks cannot form: "
@@ -359,7 +358,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
 
 def _report(folder: Path) -> dict[str, Any]:
     """What a run's run.json says; nothing where there is none."""
-    return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:

@@ -10,7 +10,7 @@ from inbatch.build import Built
 from inbatch.data import Source
 from inbatch.encoders import Encoder
 from inbatch.encoders.weights import fill, read, write
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import assigned, embed
 from inbatch.methods import METHODS
 from inbatch.tower import Tower
@@ -43,14 +43,21 @@ def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0)
     if not (run / "heads").is_dir():
         raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
     weights, config = read(run / "heads")
-    name = METHODS[config["method"]].assigns
+    try:
+        kind, options, told = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
+    name = kind.assigns
     if name is None:
         which = ", ".join(method for method, kind in METHODS.items() if kind.assigns)
         raise ConfigError(f"{config['method']} has no head that assigns clusters; {which} have one")
-    with torch.random.fork_rng(devices=[]):
-        method = METHODS[config["method"]](**config["options"])
-        method.prepare(**config["told"])
-        tower = Tower(encoder, method.heads(encoder.width), (name,))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            method = kind(**options)
+            method.prepare(**told)
+            tower = Tower(encoder, method.heads(encoder.width), (name,))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None
     fill(tower.heads, weights, f"the heads of {config['method']}")
     rows = embed(HeadRows(tower.to(encoder.device), encoder, name), source, workers=workers)
     return {"head": name, **assigned(rows), "split": "test"}

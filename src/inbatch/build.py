@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from inbatch import kernels, ranks
 from inbatch.batch import Batch
-from inbatch.config import Recipe, make
+from inbatch.config import Recipe, make, method_named
 from inbatch.context.crops import arrange
 from inbatch.data import Loader, Source, Subset, open_data, splits
 from inbatch.draws import fold, permutation
@@ -25,6 +26,7 @@ from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.norm import synchronise_norm
 from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
+from inbatch.parts import shown
 from inbatch.plug import curator_of, fusion
 from inbatch.schedules import step_decay, warmup_cosine
 from inbatch.step import Step
@@ -69,15 +71,15 @@ def plan(data: Any, settings: Mapping[str, Any], download: bool = False) -> tupl
         str(settings.get("split", "train")),
         subset=None if settings.get("subset") is None else _whole("subset", settings["subset"]),
         channels=None if settings.get("channels") is None else _whole("channels", settings["channels"]),
-        classes=settings.get("classes"),
+        classes=None if settings.get("classes") is None else str(settings["classes"]),
         levels=_levels(settings.get("levels")),
         download=download,
     )
     settings["data"] = str(data) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
     if settings.get("size") is None:
-        method, preset = settings.get("method.name", "simclr"), settings.get("preset")
-        own = METHODS[method].presets.get(preset, {}) if method in METHODS and preset is not None else {}
+        method, preset = method_named(settings.get("method.name", "simclr")), settings.get("preset")
+        own = method.presets.get(preset, {}) if isinstance(preset, str) else {}
         settings["size"] = own.get("size") or natural_size(source)
     recipe = make(settings)
     if settings.get("preset") is None and settings.get("batch") is None:
@@ -320,15 +322,15 @@ def _levels(value: Any) -> tuple[float, float] | None:
         return None
     try:
         low, high = map(float, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = 0.0, 0.0
-    if not low < high:
-        raise ConfigError(f"levels = {value!r}: give two numbers, the lower one first, such as [0, 4095]")
+    if not -math.inf < low < high < math.inf:
+        raise ConfigError(f"levels = {shown(value)}: give two numbers, the lower one first, such as [0, 4095]")
     return low, high
 
 
 def _whole(key: str, value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key} = {value!r}: input should be a whole number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{key} = {shown(value)}: input should be a whole number") from None

@@ -1,6 +1,5 @@
 """A step whose loss or gradient is not finite, kept with all that it started from, and made again: `inbatch replay`."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from inbatch.data import Source
 from inbatch.data.arrays import Pixels
 from inbatch.environment import environment
 from inbatch.errors import ConfigError, DataError
-from inbatch.files import replacing, write_json
+from inbatch.files import read_json, replacing, write_json
 from inbatch.step import NotFinite
 
 FOLDER = "nan_capture"
@@ -65,15 +64,9 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
     Raises ConfigError where there is no capture, or a part of it is missing.
     """
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    try:
-        told = json.loads((folder / "capture.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} holds no captured step: one is written where a loss or gradient is not finite"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'capture.json'} cannot be read: {error}") from None
-    saved = checkpoint.load(folder).state
+    if not (folder / "capture.json").is_file():
+        raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
+    told, saved = read_json(folder / "capture.json"), checkpoint.load(folder).state
     found = _again(folder, told, saved, device, None)
     result = {"capture": str(folder), "step": told["step"], "data": told["data"], "captured": told["reason"], **found}
     if found["precision"] == "bfloat16":

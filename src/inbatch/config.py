@@ -17,13 +17,16 @@ import yaml
 from pydantic_core import PydanticCustomError
 
 from inbatch.context.crops import CROPS
+from inbatch.encoders import MAX_SIDE
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.parts import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, validated
+from inbatch.parts import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, shown, validated
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-_GROUP = pydantic.TypeAdapter(Annotated[int, pydantic.Field(ge=2)])
+_MOST = 2**31 - 1
+"""Of anything that is counted: what is more is a slip, or malice, and would end in a crash far from here."""
+Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
+_GROUP = pydantic.TypeAdapter(Annotated[int, pydantic.Field(ge=2, le=_MOST)])
 
 
 def _context(value: Any) -> Any:
@@ -51,8 +54,8 @@ class Schedule:
     """
 
     name: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: Annotated[float, pydantic.Field(ge=0)] = 10
-    end: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    warmup: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 10
+    end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     milestones: tuple[float, ...] = (0.6, 0.8)
     scaling: Literal["linear", "sqrt", "none"] = "linear"
 
@@ -97,12 +100,12 @@ class Recipe:
     channels: Positive = 3
     classes: str | None = None
     levels: tuple[float, float] | None = None
-    size: Positive = 224
+    size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
     epochs: Positive = 100
-    batch: Annotated[int, pydantic.Field(ge=2)] = 256
+    batch: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
     context: Context = None
     sync_norm: bool = False
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    seed: Annotated[int, pydantic.Field(ge=0, le=2**32 - 1)] = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
     channels_last: bool = True
@@ -230,7 +233,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         elif key in scalars:
             top[key] = value
         else:
-            raise ConfigError(f"unknown setting {key!r}{nearest(key, _all_keys(options))}")
+            raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
     check_known("crops", top.get("crops", "default"), CROPS)
     parts = {part: make_part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
     unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
@@ -247,12 +250,14 @@ def make(settings: Mapping[str, Any]) -> Recipe:
 def read_file(path: str | Path) -> Settings:
     """Settings from a YAML or JSON file, nested or dotted; ConfigError where it cannot be read."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.MarkedYAMLError as e:
-        where = "" if e.problem_mark is None else f"line {e.problem_mark.line + 1}: "
-        raise ConfigError(f"the recipe {path} is no YAML: {where}{e.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+    except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read the recipe {path}: {getattr(e, 'strerror', None) or e}") from None
+    try:
+        content = _plain(text)
+    except ValueError as e:
+        raise ConfigError(f"the recipe {path} is no YAML: {e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of settings")
     settings: Settings = {}
@@ -272,17 +277,41 @@ def parse_assignment(text: str) -> Settings:
     if not equals or not key.strip():
         raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: the value cannot be read") from None
+        parsed = _plain(value)
+    except ValueError:
+        raise ConfigError(f"--set {shown(text)}: the value cannot be read") from None
     return {key.strip(): None if parsed == "None" else parsed}
+
+
+_LONGEST, _DEEPEST = 2**17, 20  # characters, levels: no recipe comes near
+
+
+def _plain(text: str) -> Any:
+    """The plain values that a YAML text spells out; ValueError says what is wrong, and where.
+
+    A few lines of aliases can stand for gigabytes, and the reader of a deep list goes as deep itself: both are refused.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError("it is too long")
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                raise ValueError(f"line {event.start_mark.line + 1}: no aliases, and no more than {_DEEPEST} levels")
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        where = "" if e.problem_mark is None else f"line {e.problem_mark.line + 1}: "
+        raise ValueError(f"{where}{e.problem}") from None
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as e:  # `!!int x`, `!!timestamp x`, ...
+        raise ValueError(str(e)) from None
 
 
 def _number(value: Any) -> float:
     """A number to reckon with; what is none is left to validation."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return number if math.isfinite(number := float(value)) else 100.0
+    except (TypeError, ValueError, OverflowError):
         return 100.0
 
 

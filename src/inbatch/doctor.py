@@ -19,7 +19,7 @@ from inbatch.build import device_for, precision_for
 from inbatch.data import cache
 from inbatch.data.jpeg import fast_jpeg
 from inbatch.environment import environment
-from inbatch.limits import affine, cores, limited_bytes
+from inbatch.limits import affine, cores, launched, limited_bytes
 from inbatch.machine import free_bytes
 from inbatch.products import onednn
 from inbatch.views import fused
@@ -117,7 +117,7 @@ def others_busy(seconds: float = 0.1) -> float | None:
 
     Nor does it where a quota gives a share of cores that are everybody's, or where others are ranks of the same run.
     """
-    if cores() < affine() or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    if cores() < affine() or launched("LOCAL_WORLD_SIZE") > 1:
         return None
     try:
         mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -138,7 +138,7 @@ def worked(stat: str, mine: Collection[str]) -> int:
 
 
 def _threads(device: torch.device) -> Finding:
-    near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    near = launched("LOCAL_WORLD_SIZE")
     threads, fair = torch.get_num_threads(), max(1, cores() // near)
     found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
     # Fewer may be torch's own choice (cores that share a multiplier): only who was told to take fewer is told of more.

@@ -10,9 +10,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
-from inbatch.errors import ConfigError, InbatchError
+from inbatch.errors import ConfigError, DataError, InbatchError
 
 
 @contextmanager
@@ -20,24 +21,47 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` in one step, once it is on the disk completely.
 
     keep: where the old file goes instead of being replaced. After a kill either `path` or `keep` is whole.
+    A missing folder is made; where `path` is a link, the file that it names is replaced, not the link.
     Raises InbatchError with the path and the space left where it cannot be written; `path` is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w+b") as file:
+        _replaceable(place)
+        with suppress(FileNotFoundError):  # of a dead process that had this number
+            temporary.unlink()
+        with open(temporary, "x+b") as file:  # x: never through a link that somebody laid there
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if keep is not None and place.exists():
+            os.replace(place, keep)
+        os.replace(temporary, place)
+        _sync_folder(place.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """InbatchError now for a file that could not be written when the work is done."""
+    try:
+        with TemporaryFile(dir=_replaceable(Path(os.path.realpath(path)))):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _replaceable(path: Path) -> Path:
+    """The folder of a file to be written, made where it is missing; OSError where something else has its name."""
+    if path.exists() and not path.is_file():  # a rename would take the place of /dev/null, too
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it exists, and is no regular file")
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent
 
 
 def _sync_folder(folder: Path) -> None:
@@ -91,6 +115,17 @@ def write_json(path: Path, value: Any) -> None:
     text = to_json(value, indent=2) + "\n"
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))  # a name that is not UTF-8: JSON reads the escape back
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; DataError where it cannot be read or holds none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} cannot be read: it holds no JSON object")
+    return found
 
 
 @contextmanager

@@ -7,7 +7,6 @@ line through them says which group should fit, and that one is measured, too.
 
 import gc
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from inbatch.data.loader import PIECE, processes, resides
 from inbatch.data.resident import estimate
 from inbatch.describe import estimate as count
 from inbatch.errors import ConfigError
+from inbatch.limits import launched
 from inbatch.machine import forget_peak, free_bytes, held, peak, settle
 from inbatch.tower import norms
 
@@ -217,7 +217,7 @@ def predict(tried: dict[int, Trial], context: int) -> int:
 
 def room(device: torch.device) -> int:
     """Bytes that are free for this rank where its step runs: those of the GPU, else of main memory."""
-    near = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))  # ranks on this machine
+    near = launched("LOCAL_WORLD_SIZE", ranks.world())  # ranks on this machine
     if device.type != "cuda":
         return free_bytes(device, near)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by the allocator, for us

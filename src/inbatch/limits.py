@@ -3,6 +3,16 @@
 import os
 from pathlib import Path
 
+from inbatch.errors import ConfigError
+
+
+def launched(name: str, default: int = 1) -> int:
+    """A whole number that a launcher left in the environment; ConfigError where something else stands there."""
+    given = os.environ.get(name) or str(default)
+    if not given.isdecimal():
+        raise ConfigError(f"{name} is {given!r} in the environment: a launcher sets it to a whole number")
+    return int(given)
+
 
 def cores(root: Path = Path("/")) -> int:
     """Processor cores this process may use: those it is bound to, or what a container's quota gives if that is less."""

@@ -15,6 +15,20 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from inbatch.files import cannot_write, replacing, to_json
+from inbatch.show import printable
+
+
+class _Console(Console):
+    """A terminal that may go away, or a full disk: a run goes on without it."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class Log:
@@ -41,7 +55,7 @@ class Log:
         console: Console | None = None,
     ) -> None:
         self.total_steps, self.every = total_steps, every
-        self._console = console or Console(stderr=True)
+        self._console = console or _Console(stderr=True)
         self._console.quiet = quiet
         self._path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
         if directory is not None:
@@ -124,7 +138,7 @@ class Log:
 
     def note(self, text: str) -> None:
         """One line for the user."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
@@ -189,7 +203,7 @@ def _truncate(path: Path, step: int) -> None:
 
 def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
     """The chunks as they come; on stderr, every `interval` seconds, how many of `total` are done and the time left."""
-    console, began, shown, done = Console(stderr=True), time.perf_counter(), time.perf_counter(), 0
+    console, began, shown, done = _Console(stderr=True), time.perf_counter(), time.perf_counter(), 0
     for chunk in chunks:
         yield chunk
         done, now = done + len(chunk), time.perf_counter()

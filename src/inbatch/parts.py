@@ -75,7 +75,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     adapter, known = _schema(part, name)
     for key in options:
         if key not in known:
-            raise ConfigError(f"{part} {name} has no setting {key!r}{nearest(key, known)}")
+            raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     # What is ours is written out in full; torch's optimisers differ from version to version.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
@@ -125,18 +125,27 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
     except pydantic.ValidationError as e:
         fault = e.errors()[0]
         key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
-        problem = f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        problem = f"{key} = {shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
         raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, where that is not too long: what is wrong was not written by us."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_known(key: str, name: Any, names: Iterable[str]) -> None:
     """ConfigError with a suggestion for a name that is none of these."""
-    if name not in names:
-        raise ConfigError(f"{key} = {name!r} is unknown{nearest(str(name), names)}")
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: Any, known: Iterable[str]) -> str:
     """The end of an error message: what was probably meant, else what there is."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(shown(word).strip("'"), known, n=1)
     return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

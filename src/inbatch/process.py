@@ -38,6 +38,7 @@ def begin() -> None:
     if tuned:
         return
     tuned = True
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client, which timm loads, is loaded
     if os.environ.get("INBATCH_ALLOCATOR") != "system":
         keeps_memory = _keep_freed_memory()
     if "torch" not in sys.modules and cores() < affine():

@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError
+from inbatch.limits import launched
 from inbatch.roll import Roll, fresh
 
 _TIMEOUT = 1800.0
@@ -34,11 +35,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
     """
     made = False
     if not (dist.is_available() and dist.is_initialized()):
-        if (
-            "WORLD_SIZE" not in os.environ
-            and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-            and "SLURM_PROCID" in os.environ
-        ):
+        if "WORLD_SIZE" not in os.environ and launched("SLURM_NTASKS") > 1 and "SLURM_PROCID" in os.environ:
             os.environ["WORLD_SIZE"], os.environ["RANK"] = (
                 os.environ["SLURM_NTASKS"],
                 os.environ["SLURM_PROCID"],
@@ -49,10 +46,12 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
                     f"SLURM started {os.environ['SLURM_NTASKS']} tasks, but MASTER_ADDR and MASTER_PORT are not set: "
                     "export them in the batch script, or start with `srun torchrun ...`"
                 )
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if launched("WORLD_SIZE") > 1:
             backend = "nccl" if device == "cuda" else "gloo"
             try:
                 _init(backend, timeout)
+            except ValueError as error:  # a variable that is missing, or no number
+                raise ConfigError(f"the processes cannot meet: {error}") from None
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s"
                 raise RankError(f"{many}, and did not: {error}", speaks=True) from error
@@ -165,7 +164,7 @@ def world() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return launched("LOCAL_RANK", 0)
 
 
 def wrap(tower: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,22 +33,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """Printable text on one line: a name with a line end in it must not look like a line of ours."""
+    return printable(text).replace("\n", "\\n")
+
+
 def first() -> bool:
     """Whether this is the process that speaks, of those that a launcher has started."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return not rank.isdecimal() or int(rank) == 0  # what is no number is refused where processes meet
 
 
 def say(*lines: str) -> None:
     """Lines of a result, on stdout."""
     if first():
         for line in lines:
-            print(printable(line))
+            print(one_line(line))
 
 
 def complain(message: str) -> None:
     """An error, on stderr."""
     whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
-    print(f"error{whose}: {printable(message)}", file=sys.stderr)
+    with suppress(OSError):  # the exit code says it, too
+        print(f"error{whose}:", printable(message).replace("\n", "\n  "), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
@@ -87,7 +95,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbe
     for i, heading in enumerate(headings):
         table.add_column(Text(heading), justify="right" if numbers and i else "left")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(table)
 
 
@@ -132,7 +140,7 @@ def print_rehearsal(found: Mapping[str, Any]) -> None:
     if memory["sum"] > found["memory_bytes_free"]:
         lines += [f"         MORE THAN THE {_size(found['memory_bytes_free'])} THAT ARE FREE: use a smaller --context"]
     say(*(f"# {line}" for line in lines))
-    say(yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+    say(*yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
 
 
 def print_replay(found: Mapping[str, Any]) -> None:

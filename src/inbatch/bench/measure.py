@@ -12,7 +12,7 @@ from inbatch.bench.sections import MAKERS, Field
 from inbatch.build import device_for
 from inbatch.environment import environment
 from inbatch.errors import InbatchError
-from inbatch.files import write_json
+from inbatch.files import check_writable, write_json
 
 
 def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
@@ -21,6 +21,8 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     told: gets every race when it is over. Raises ConfigError and DataError.
     """
     options.check()
+    if options.out is not None:
+        check_writable(Path(options.out))
     device = device_for(options.device).type
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     data = options.data and Path(options.data).name

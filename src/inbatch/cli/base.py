@@ -1,5 +1,9 @@
 """The program: what all of its commands share, and how they report."""
 
+import errno
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +33,43 @@ app = typer.Typer(
 def main() -> None:
     """The program `inbatch`."""
     process.begin()
-    app()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
+    with lasting_streams():
+        app()
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Streams that take what is written: any character, and where they are closed, nothing.
+
+    Exits with 1 where a result could not be written, in silence where whoever read it has left (`| head`).
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file opened would get its number, and what a library prints
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115
+        if number:
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise  # of a file: what fails on a stream bears no name
+        if error.errno != errno.EPIPE:
+            complain(f"the result cannot be written to stdout: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+        sys.exit(1)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everything else on stderr.")]
@@ -39,6 +79,9 @@ Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a finished run.")]
 KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
 Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
+
+SEEDS = 2**32 - 1
+"""The largest; scikit-learn takes no larger one."""
 
 
 def print_version(wanted: bool) -> None:

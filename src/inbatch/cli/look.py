@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from inbatch.cli.base import Data, Device, Json, Set, app, assignments, reported
+from inbatch.cli.base import SEEDS, Data, Device, Json, Set, app, assignments, reported
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.show import (
     complain,
@@ -41,7 +41,7 @@ def views(
     method: Annotated[str | None, Option(help="Whose presets; simclr by default.")] = None,
     size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
     count: Annotated[int, Option(min=1, help="Images.")] = 8,
-    seed: Annotated[int, Option(min=0, help="Which images, and what is drawn.")] = 0,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -103,7 +103,7 @@ def inspect(
     data: Annotated[str | None, Option(help="Where its images are now; as in its recipe by default.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="The pictures' folder; RUN/inspect by default.")] = None,
     count: Annotated[int, Option(min=1, help="Images to a picture.")] = 8,
-    seed: Annotated[int, Option(min=0, help="Which images, and what is drawn.")] = 0,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -156,7 +156,7 @@ def crops(
     pairs: Annotated[int, Option(help="How many pairs of crops to draw.")] = 1_000_000,
     out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: coverage and shares.")] = None,
     sampler: Annotated[str, Option(metavar="ours|torchvision", help="Who draws; torchvision is slow.")] = "ours",
-    seed: Annotated[int, Option(min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of what is drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Count how two crops of an image lie to each other: one inside the other, apart, or across its edges."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.cli.base import KINDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
+from inbatch.cli.base import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
 from inbatch.errors import ConfigError, TrainingError
 from inbatch.show import complain, print_figures, print_json, print_rehearsal, print_run, print_verdict, say
 
@@ -20,7 +20,7 @@ def quickstart(
     out: Annotated[Path, Option(help="The run's folder; gets a number where it exists.")] = Path("runs/quickstart"),
     epochs: Annotated[int | None, Option(min=1, help="Fewer for a smaller budget.")] = None,
     margin: Annotated[float, Option(help="Points of k-NN above raw pixels without which it exits with 4.")] = 20,
-    seed: Annotated[int, Option(min=0, help="Of weights, order and views.")] = 0,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of weights, order and views.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -125,7 +125,7 @@ def evaluate(
     probe: Annotated[
         str, Option(help="How the linear probe is trained: lbfgs, or as a paper did: moco, ...")
     ] = "lbfgs",
-    seed: Annotated[int | None, Option(min=0, help="Of k-means and probe; the recipe's by default.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Of k-means and probe; the recipe's by default.")] = None,
     out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -133,11 +133,13 @@ def evaluate(
     """Judge a run's encoder by k-NN, a linear probe and clustering; the protocol stands beside every figure."""
     with reported(as_json):
         from inbatch.api import evaluate_run
-        from inbatch.files import write_json
+        from inbatch.files import check_writable, write_json
 
         protocols = protocol or ["knn", "linear", "clustering"]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
+        if out is not None:
+            check_writable(out)
         found = evaluate_run(run, data, test, protocols=protocols, **options)
         out = out or run / "evaluation.json"
         write_json(out, found)

@@ -97,7 +97,7 @@ def entries() -> list[Entry]:
     """What is cached, least recently used first."""
     found = []
     for path in _ours(_NAME.fullmatch):
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             size = sum(file.stat().st_size for file in os.scandir(path))
             note = path / "entry.json"
             found.append(Entry(path, str(json.loads(note.read_text("utf-8"))["name"]), size, note.stat().st_mtime))
@@ -134,7 +134,7 @@ def load(path: Path) -> tuple[Decoded | None, str]:
         kept = _read(path)
     except PermissionError as error:
         return None, f"not cached: {path.parent} is another user's ({error.strerror})"
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         if not path.is_dir():  # another run has removed it in between
             return None, ""
         remove(path)
@@ -199,12 +199,17 @@ def remove(path: Path) -> None:
 def _read(path: Path) -> Decoded:
     note = json.loads((path / "entry.json").read_text("utf-8"))
     n, c, h, w = shape = [int(side) for side in note["shape"]]
+    if min(shape) < 1:
+        raise ValueError(f"no images have the shape {shape}")
     flat = _mapped(path / "images.u8", math.prod(shape))
     sizes = _mapped(path / "sizes.i32", 8 * n)
     if list(_checksums(flat)) != note["images"] or list(_checksums(sizes)) != note["sizes"]:
         raise ValueError("a checksum differs")
     missing = [(int(number), str(why)) for number, why in note["missing"]]
-    return Decoded(flat.view(n, c, h, w), sizes.view(torch.int32).view(n, 2).long(), missing, int(note["scaled"]))
+    size = sizes.view(torch.int32).view(n, 2).long()
+    if not ((size >= 1) & (size <= torch.tensor([h, w]))).all():  # what draws views looks no further than this
+        raise ValueError("an image is larger than its canvas")
+    return Decoded(flat.view(n, c, h, w), size, missing, int(note["scaled"]))
 
 
 def _write(folder: Path, kept: Decoded, name: str) -> None:

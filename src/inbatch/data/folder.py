@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,24 +102,32 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
 
 
 def write_folder(source: Source, directory: str | os.PathLike) -> Path:
-    """Every image as PNG, in a sub-folder per class (none if unlabelled); the directory must not hold files."""
+    """Every image as PNG, in a sub-folder per class (none if unlabelled); the directory must not hold files.
+
+    What a class's name holds that a folder's cannot, is written as %XX: no name leads out of the directory.
+    """
     root = Path(directory)
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{str(root)!r} is not empty: name a new directory")
     for i, label in enumerate(source.labels.tolist()):
-        folder = root / source.classes[label] if label >= 0 else root
+        folder = root / _folder_name(source.classes[label]) if label >= 0 else root
         folder.mkdir(parents=True, exist_ok=True)
         pixels = source.image(i).permute(1, 2, 0).numpy()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{i:06d}.png")
     return root
 
 
-def _is(kind: Callable[[], bool]) -> bool:
-    """Whether an entry is of a kind; links in a circle are of none."""
-    try:
-        return kind()
-    except OSError:
-        return False
+_NO_NAME = re.compile(r"""[%/\\<>:"|?*\x00-\x1f\x7f]|^[. ]|[. ]$|^(?=(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)).""", re.I)
+"""What some file system takes for a separator, a command, a device or the folder above, and % itself."""
+
+
+def _folder_name(name: str) -> str:
+    """The name of a class as that of one folder; of 240 bytes at most, and of its own even then."""
+    safe = _NO_NAME.sub(lambda found: f"%{ord(found[0]):02X}", name) or "%"
+    kept = safe.encode(errors="backslashreplace")
+    if len(kept) <= 240:
+        return safe
+    return f"{kept[:200].decode(errors='ignore')}%{hashlib.sha256(kept).hexdigest()[:32]}"
 
 
 def _text(path: bytes) -> str:

@@ -50,6 +50,9 @@ def hold(
     if path is None:
         return decode_all(source, device, canvas=canvas, max_bad=max_bad)
     kept, note = cache.load(path)
+    if kept is not None and not _belongs(source, kept):
+        cache.remove(path)
+        kept, note = None, f"decoded anew: what was cached in {path} is of other images"
     if kept is not None and any(_readable(source, number) for number, _ in kept.missing):
         cache.remove(path)
         kept, note = None, "decoded anew: images that could not be read before can be read now"
@@ -138,6 +141,13 @@ def _resident(source: Source, kept: Decoded, device: torch.device | str, notes: 
         left = Subset(source, keep.nonzero()[:, 0], f"{len(kept.missing):,} cannot be read")
     dropped = tuple(why for _, why in kept.missing)
     return Resident(kept.images.to(device), kept.size.to(device), left, dropped, kept.scaled, tuple(notes))
+
+
+def _belongs(source: Source, kept: Decoded) -> bool:
+    """Whether every image of the source is there or said to be missing, once."""
+    missing = {number for number, _ in kept.missing}
+    known = len(missing) == len(kept.missing) and all(0 <= number < len(source) for number in missing)
+    return known and len(kept.images) + len(missing) == len(source) and kept.images.shape[1] == source.channels
 
 
 def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:

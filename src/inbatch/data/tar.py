@@ -41,12 +41,12 @@ class TarSource(Source):
 
     def __init__(self, shards: Sequence[Path], name: str, reading: Reading):
         self.shards, self.levels = [str(shard) for shard in shards], reading.levels
-        self.skipped: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
         names, labels = bytearray(), array("q")
         # Of a million members: 50 MB, where Python's own objects would be ten times that in every worker.
         ends, starts, sizes, self._first = array("q"), array("q"), array("q"), [0]
         for shard in self.shards:
-            for member in _members(shard, self.skipped):
+            for member in _members(shard, self._skipped):
                 names += member.name
                 ends.append(len(names))
                 starts.append(member.start)
@@ -90,6 +90,9 @@ class TarSource(Source):
             return None
         return said.hexdigest()
 
+    def skipped(self) -> dict[str, int]:
+        return dict(self._skipped.most_common())
+
     def report(self) -> str:
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
         return f"{self.name}: {len(self):,} images in {len(self.shards):,} tar files{self._left_out()}; {known}"
@@ -102,8 +105,8 @@ class TarSource(Source):
         return self.shards[int(np.searchsorted(self._first, i, "right")) - 1]
 
     def _left_out(self) -> str:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common(5))
-        return f", {self.skipped.total():,} other members skipped ({kinds})" if kinds else ""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common(5))
+        return f", {self._skipped.total():,} other members skipped ({kinds})" if kinds else ""
 
 
 class _Member(NamedTuple):

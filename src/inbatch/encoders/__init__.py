@@ -13,12 +13,13 @@ from typing import Any
 
 from inbatch.encoders.attend import ATTENDS, added, blocks, install, meets_in_training_only, without
 from inbatch.encoders.backbones import build, cifar_stem, pretrained, published_cfg
-from inbatch.encoders.encoder import Encoder, Prepare
+from inbatch.encoders.encoder import MAX_SIDE, Encoder, Prepare
 from inbatch.encoders.weights import STEMS, fill, read, save_encoder, split
 from inbatch.errors import ConfigError, DataError
 
 __all__ = [
     "ATTENDS",
+    "MAX_SIDE",
     "Encoder",
     "Prepare",
     "added",
@@ -55,6 +56,8 @@ def create_encoder(
         encoder was saved with the same attend and options.
     ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
     """
+    if size not in range(1, MAX_SIDE + 1):
+        raise ConfigError(f"an encoder takes images of 1 to {MAX_SIDE:,} pixels a side, not {size!r:.40}.")
     if stem not in ("auto", "cifar", "imagenet"):
         raise ConfigError(f'stem is "auto", "cifar" or "imagenet", not {stem!r}.')
     if attend is None and attend_options:
@@ -117,13 +120,16 @@ def load_encoder(directory: str | Path) -> Encoder:
     weights, config = read(directory)
     if config.get("arguments") is None:
         raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
-    known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
-    encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
-    if levels := config.get("levels"):
-        encoder.levels = (levels[0], levels[1])
     weights, attended = split(weights)
-    fill(encoder.backbone, weights, str(directory))
-    if saved := config.get("attend"):  # absent from what was saved before there was one
-        install(encoder, saved["name"], saved["options"])
-        fill(blocks(encoder), attended, str(directory))
+    try:
+        known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
+        encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+        if levels := config.get("levels"):
+            encoder.levels = (float(levels[0]), float(levels[1]))
+        fill(encoder.backbone, weights, str(directory))
+        if saved := config.get("attend"):  # absent from what was saved before there was one
+            install(encoder, saved["name"], saved["options"])
+            fill(blocks(encoder), attended, str(directory))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise DataError(f"{directory}: config.json describes no encoder ({type(e).__name__}: {e}).") from e
     return encoder.eval()

@@ -1,15 +1,23 @@
 """Backbones by name, without their classifier: ours, timm's and torchvision's (imported only when asked)."""
 
 import difflib
+import socket
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError
+
+# timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
+_REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """A backbone with random weights, and the names of the classifiers it does without."""
+    if wrong := sorted(set(kwargs) & set(_REFUSED)):
+        raise ConfigError(f"an encoder has no setting {wrong[0]!r}: weights are named by init.")
     try:
         if name == "tiny":
             return _tiny(channels, **kwargs), ()
@@ -53,12 +61,44 @@ def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> n
     if name in ("tiny", "resnet10") or name.startswith("torchvision/"):
         raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
     try:
-        return _timm(name, size, channels, kwargs, published=True)
+        return _timm(name, size, channels, kwargs | _cached(name), published=True)
+    except ConfigError:
+        raise
     except Exception as e:  # timm and its hub client raise whatever their transport raises
-        raise DataError(
-            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). "
-            "Without a network, give init the path of a downloaded .safetensors file."
+        raise ConfigError(
+            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). {_INSTEAD}"
         ) from e
+
+
+_INSTEAD = "Without a network, give init the path of a downloaded .safetensors file."
+
+
+def _cached(name: str) -> dict[str, Any]:
+    """Arguments for timm where the hub does not answer: its client would ask again for minutes before it looks."""
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or _reached(constants.ENDPOINT):
+        return {}
+    file = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+    if not isinstance(file, str):
+        raise ConfigError(
+            f"the published weights of {name} are in no cache, and {constants.ENDPOINT} does not answer. {_INSTEAD}"
+        )
+    return {"pretrained_cfg_overlay": {"file": file}}
+
+
+def _reached(endpoint: str) -> bool:
+    """Whether somebody answers there; left to the client where a proxy stands between."""
+    where = urlsplit(endpoint)
+    if getproxies().get(where.scheme):
+        return True
+    try:
+        socket.create_connection((where.hostname or "", where.port or 443), 5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _torchvision(name: str, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:

@@ -17,6 +17,9 @@ from inbatch.pixels import Levels, from_pillow, to_bytes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+MAX_SIDE = 4096
+"""Pixels of an encoder's images, at most: a folder from elsewhere must not ask for all the memory there is."""
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -82,8 +85,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.name, self.stem = backbone, name, stem
         self.size, self.channels = size, channels
-        self.mean = tuple(mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels))
-        self.std = tuple(std or (IMAGENET_STD if channels == 3 else (0.25,) * channels))
+        self.mean = tuple(map(float, mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)))
+        self.std = tuple(map(float, std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)))
         if not len(self.mean) == len(self.std) == channels:
             raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
         self.prepare = Prepare(size, channels, self.mean, self.std)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from inbatch.encoders.attend import blocks, without
 from inbatch.encoders.backbones import published_cfg, timm_arguments
 from inbatch.encoders.encoder import Encoder
 from inbatch.errors import ConfigError, DataError
-from inbatch.files import replacing
+from inbatch.files import read_json, replacing
 
 STEMS = (
     "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
@@ -47,7 +46,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.is_dir():
             data = (path / "model.safetensors").read_bytes()
-            config = json.loads((path / "config.json").read_text()).get("inbatch", {})
+            config = read_json(path / "config.json").get("inbatch", {})
             if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
                 raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
             return safetensors.torch.load(data), config
@@ -55,9 +54,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return safetensors.torch.load_file(path), config
         if path.suffix in (".pt", ".pth"):
             weights = torch.load(path, map_location="cpu", weights_only=True)
+            if not all(isinstance(v, Tensor) for v in weights.values()):
+                raise TypeError("it holds more than tensors")
             return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
-        raise DataError(f"{path} cannot be read as weights: {e}") from e
+    except DataError:
+        raise
+    except Exception as e:  # a crafted file makes torch's reader raise whatever it likes
+        raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
     raise ConfigError(f'{path}: weights come from "timm", a folder, or a .safetensors, .pt or .pth file.')
 
 
@@ -85,7 +88,6 @@ def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
     """A module's weights with our part of config.json, and what others than us read there."""
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     data = safetensors.torch.save(weights)
     config = {**others, "inbatch": {**ours, "sha256": hashlib.sha256(data).hexdigest()}}

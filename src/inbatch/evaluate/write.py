@@ -23,7 +23,6 @@ def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
     writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings]], int]] = {".parquet": _parquet, ".npz": _npz}
     if path.suffix not in writers:
         raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         rows = writers[path.suffix](file, stream)
         if not rows:

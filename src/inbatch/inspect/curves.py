@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from inbatch.errors import DataError
+from inbatch.files import replacing
 
 # The name of a number in the log, and what stands beside its axis.
 PANELS = {
@@ -51,4 +52,5 @@ def plot_curves(log: Path, png: Path) -> None:
             panel.set_ylim(bottom=0)  # what falls to nothing must look so
     panels[-1].set_xlabel("step")
     figure.align_ylabels()
-    figure.savefig(png, dpi=120)
+    with replacing(png) as file:
+        figure.savefig(file, dpi=120, format="png")

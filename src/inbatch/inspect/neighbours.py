@@ -1,5 +1,6 @@
 """Which images a representation takes for similar."""
 
+import warnings
 from pathlib import Path
 from textwrap import shorten
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from inbatch.data.source import Source
 from inbatch.errors import DataError
+from inbatch.files import replacing
+from inbatch.show import printable
 
 RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision
 
@@ -44,7 +47,7 @@ def neighbour_grid(
             panel, other = panels[row, column], int(source.labels[image])
             panel.imshow(_displayed(source.image(image)).numpy(), cmap="gray", vmin=0, vmax=255)
             panel.set(xticks=[], yticks=[])
-            name = shorten(source.classes[other], 20, placeholder="…") if other >= 0 else ""
+            name = shorten(printable(source.classes[other]), 20, placeholder="…") if other >= 0 else ""
             name = name if row or column else f"query\n{name}"
             panel.set_title(name, fontsize=7, pad=2, parse_math=False)
             colour = UNKNOWN
@@ -54,7 +57,9 @@ def neighbour_grid(
             panel.spines[:].set(color="black" if column == 0 else colour, linewidth=2.5)
     said = f": {right} of {known} of the query's class (blue), the others orange" if known else ""
     figure.suptitle(f"Nearest neighbours by cosine similarity{said}", fontsize=9)
-    figure.savefig(png, dpi=120)
+    with replacing(png) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows boxes
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _displayed(image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "h w 3"] | UInt8[Tensor, "h w"]:

@@ -50,8 +50,12 @@ def save_grid(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write `grid` to an image file."""
-    Image.fromarray(grid(images, drawn, mean, std)).save(path)
+    """Write `grid` to an image file, whole or not at all; ValueError for an ending that is no picture's."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"unknown file extension: {Path(path).suffix}")
+    with replacing(Path(path)) as file:
+        Image.fromarray(grid(images, drawn, mean, std)).save(file, format=kind)
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:

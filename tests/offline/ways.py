@@ -1,0 +1,27 @@
+"""Ways out of this machine, tried in whatever process this is imported into."""
+
+import socket
+
+CALLS = {
+    "IPv4": "socket.create_connection(('192.0.2.1', 80), 5)",
+    "IPv6": "socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))",
+    "the C function": "import _socket; _socket.socket(2, 1).connect(('192.0.2.1', 80))",
+    "without an error": "socket.socket().connect_ex(('192.0.2.1', 80))",
+    "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
+    "a name": "socket.getaddrinfo('example.com', 443)",
+    "an old look-up": "socket.gethostbyname('example.com')",
+    "the web": "import urllib.request; urllib.request.urlopen('http://example.com', timeout=5)",
+}
+
+
+def ways_out() -> list[str]:
+    """The ways that were not stopped by us."""
+    found = []
+    for name, call in CALLS.items():
+        try:
+            exec(call, {"socket": socket})
+        except OSError as error:
+            found += [] if "a test tried to reach" in str(error) else [f"{name}: {error}"]
+        else:
+            found.append(f"{name}: no error")
+    return found

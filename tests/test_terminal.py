@@ -1,0 +1,214 @@
+"""Whatever stands at the ends of the program (fault 24): plain lines, the right exit code, and no traceback."""
+
+import io
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = "pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1"
+PLAIN = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "PYTHONIOENCODING": ""}
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["torch", "inbatch.api", "inbatch.cli"])
+
+
+def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str], background: bool) -> None:
+    """The program in this forked process, as if it had been started with these ends; None closes one."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(env)
+    for name in [name for name, value in env.items() if not value]:
+        os.environ.pop(name, None)
+    encoding = env.get("PYTHONIOENCODING") or "utf-8"
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if (path := ends.get(name, os.devnull)) is None:
+            os.close(number)
+            setattr(sys, name, None)
+            continue
+        opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+        raw = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115 - the process's own
+        errors = "backslashreplace" if number == 2 else "strict"
+        lines = os.isatty(number)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=lines))
+    if background and (child := os.fork()):
+        _, status = os.waitpid(child, os.WUNTRACED)
+        os._exit(99 if os.WIFSTOPPED(status) else os.WEXITSTATUS(status))
+    elif background:
+        os.setpgid(0, 0)  # not the terminal's group any more
+    code = 98
+    try:
+        from inbatch.cli import main
+
+        sys.argv = ["inbatch", *shlex.split(line)]
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        Path(folder, "traceback").write_text(traceback.format_exc())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = 120  # as Python says it
+    os._exit(code)
+
+
+def ended(line: str, folder: Path, env: dict[str, str] | None = None, background: bool = False, **ends: Any) -> int:
+    """The exit code of a line."""
+    process = _context.Process(target=_end, args=(line, str(folder), ends, PLAIN | (env or {}), background))
+    process.start()
+    process.join(200)
+    crash = folder / "traceback"
+    assert not crash.exists(), crash.read_text()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tuple[int, str]:
+    """The exit code of a line, and what a terminal of this width was sent."""
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    sent: list[bytes] = []
+
+    def listen() -> None:
+        try:
+            while piece := os.read(ours, 65536):
+                sent.append(piece)
+        except OSError:  # the last one that had it open has ended
+            pass
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    name = os.ttyname(theirs)
+    code = ended(line, folder, stdin=name, stdout=name, stderr=name, **options)
+    os.close(theirs)
+    listener.join(10)
+    os.close(ours)
+    return code, b"".join(sent).decode("utf-8")
+
+
+# Terminals
+
+
+@pytest.mark.parametrize("columns", [20, 5000])
+@pytest.mark.parametrize("line", ["crops --pairs 100", "methods nosuch", "--help"])
+def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
+    code, sent = on_a_terminal(line, tmp_path, columns)
+    assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
+
+
+@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Path) -> None:
+    code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, env=env)
+    assert code == 0 and "k-NN" in sent, sent
+    if "NO_COLOR" in env:
+        assert not re.search(r"\x1b\[[0-9;]*[34][0-9]", sent)
+    if env.get("TERM") == "dumb":
+        assert "\x1b" not in sent
+
+
+def test_in_the_background(tmp_path: Path) -> None:
+    """A job that its terminal no longer listens to is not stopped (SIGTTOU, SIGTTIN)."""
+    code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, background=True)
+    assert code == 0 and "k-NN" in sent, code
+
+
+# No terminal
+
+
+@pytest.mark.parametrize("closed", [("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout", "stderr")])
+def test_closed_ends(closed: tuple[str, ...], tmp_path: Path) -> None:
+    ends: dict[str, Any] = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")} | dict.fromkeys(closed)
+    assert ended("crops --pairs 100 -o c.png", tmp_path, **ends) == 0 and (tmp_path / "c.png").is_file()
+    assert ended("methods nosuch", tmp_path, **ends) == 2
+    if "stderr" not in closed:
+        assert (tmp_path / "err").read_text().startswith("error: ")
+    if closed == ("stderr",):
+        assert "error" not in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("line", ["crops --pairs 100", "crops --pairs 100 --json", "--help", "methods"])
+def test_a_result_that_cannot_be_written_is_no_success(line: str, tmp_path: Path) -> None:
+    assert ended(line, tmp_path, stdout="/dev/full", stderr=str(tmp_path / "err")) == 1
+    assert "the result cannot be written to stdout: No space left on device\n" in (tmp_path / "err").read_text()
+
+
+def test_a_run_goes_on_where_its_progress_cannot_be_shown(tmp_path: Path) -> None:
+    assert ended(f"{TINY} --out run", tmp_path, stderr="/dev/full", stdout=str(tmp_path / "out")) == 0
+    assert "k-NN" in (tmp_path / "out").read_text()
+    assert ended("methods nosuch", tmp_path, stderr="/dev/full") == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_encoding(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "é图").mkdir()
+    ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
+    for line, code in (("crops --pairs 100", 0), ("methods vicreg", 0), ("views é图", 3), (f"{TINY} --out é/图", 0)):
+        assert ended(line, tmp_path, env={"PYTHONIOENCODING": encoding}, **ends) == code
+    assert (tmp_path / "out").read_bytes().decode(encoding) and (tmp_path / "err").read_bytes().decode(encoding)
+    assert (tmp_path / "é" / "图" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
+    """The child's libraries have been loaded with a home: test_as_a_shell_starts_it loads them without."""
+    ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
+    env = {"HOME": home, "DISPLAY": "", "INBATCH_CACHE": "", "XDG_CACHE_HOME": ""}
+    assert ended("views digits-canvas -o v.png", tmp_path, env=env, **ends) == 0
+    assert (tmp_path / "err").read_text() == ""
+
+
+# As a shell starts it
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("--help | head -1", 0, ""),
+        ("--help > /dev/full", 1, "error: the result cannot be written to stdout: No space left on device\n"),
+        ("--help >&-", 0, ""),
+        ("--version <&- >&- 2>&-", 0, ""),
+        ("nosuch 2>&-", 2, ""),
+    ],
+)
+def test_as_a_shell_starts_it(words: str, code: int, told: str) -> None:
+    call = f"{shlex.quote(sys.executable)} -m inbatch {words}"
+    done = subprocess.run(["sh", "-c", call], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None:
+    """No home, no locale, no terminal, nothing to read: what libraries say of that is not for our users."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
+    env = kept | {"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "INBATCH_CACHE": "off"}
+    call = [sys.executable, "-m", "inbatch", "crops", "--pairs", "100", "-o", "c.png"]
+    done = subprocess.run(call, capture_output=True, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert done.stdout.decode("ascii") and (tmp_path / "c.png").is_file()
+
+
+def test_a_reader_that_leaves_is_no_news(tmp_path: Path) -> None:
+    """`inbatch methods | head -1`: the pipe is closed before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-m", "inbatch", "--help"]
+    done = subprocess.run(call, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert done.returncode in (1, 128 + signal.SIGPIPE) and done.stderr == ""
