@@ -17,6 +17,7 @@ from test_data_loader import VIEWS
 from inbatch.data import Loader, cache, open_data, scan
 from inbatch.data.names import Names
 from inbatch.data.scan import EXTENSIONS
+from inbatch.draws import permutation
 
 
 @pytest.fixture
@@ -316,6 +317,6 @@ def test_an_epoch_is_told_to_the_workers_piece_by_piece(monkeypatch):
         keys = list(order)
         assert len(order) == len(keys) == 3 * (5 - start) and [len(key[1]) for key in keys[:3]] == [3, 3, 1]
         assert {epoch for epoch, _ in keys} == {1}
-        assert (
-            list(chain.from_iterable(key[1] for key in keys)) == torch.cat([batch.index for batch in batches]).tolist()
-        )
+        places = list(chain.from_iterable(key[1] for key in keys))
+        assert permutation(0, 1, 40)[places].tolist() == torch.cat([batch.index for batch in batches]).tolist()
+        assert all(isinstance(key[1], range) for key in keys), "a list would be copied into every worker"

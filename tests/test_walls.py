@@ -64,7 +64,7 @@ ONLY = {
     "llvmlite": {"views"},
     "simplejpeg": {"data", "bench"},
     "datasets": {"data"},
-    "huggingface_hub": {"data"},
+    "huggingface_hub": {"data", "encoders"},
     "tifffile": {"data"},
 }
 """Libraries that only some rooms know."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from inbatch.data.decode import Picture, file_channels
-from inbatch.data.scan import EXTENSIONS, scan
+from inbatch.data.scan import EXTENSIONS, is_kind, scan
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.errors import DataError
 from inbatch.pixels import Levels
@@ -90,7 +90,7 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
     depth, levels = file_channels(reading.channels), reading.levels
-    inside = {entry.name for entry in os.scandir(root) if _is(entry.is_dir) and not entry.name.startswith(".")}
+    inside = {entry.name for entry in os.scandir(root) if is_kind(entry.is_dir) and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
     # A class may be called "train", so the word alone, among other sub-folders, makes no split.
     if "train" not in inside or (test is None and inside != {"train"}):

@@ -142,9 +142,9 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             if entry.name.startswith(b"."):
                 continue
             extension = os.path.splitext(entry.name)[1].lower()
-            if _is(entry.is_dir):
+            if is_kind(entry.is_dir):
                 folders.append(entry.name)
-            elif extension in EXTENSIONS and _is(entry.is_file):
+            elif extension in EXTENSIONS and is_kind(entry.is_file):
                 images.append(entry.name)
             else:
                 odd = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
@@ -155,7 +155,7 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
 
 
-def _is(kind: Callable[[], bool]) -> bool:
+def is_kind(kind: Callable[[], bool]) -> bool:
     """What an entry is; nothing, where its links go round in a circle."""
     try:
         return kind()
