@@ -25,8 +25,8 @@ from inbatch.build import Built
 from inbatch.environment import environment
 from inbatch.files import write_json
 from inbatch.functional import normalize
+from inbatch.report import peak_memory
 from inbatch.show import complain, say
-from inbatch.train import peak_memory
 
 OUT = Path(__file__).parents[1] / "results" / "large-batch.json"
 BLOCK = 512

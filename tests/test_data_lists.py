@@ -99,7 +99,7 @@ class TestTables:
             ("path\na/../../x.png\n", "line 2: 'a/../../x.png' is outside"),
             ("path\n..\n", "line 2: '..' is outside"),
             ("path,label\na,0\nb,-2\n", "go down to -2"),
-            ("path,label\na,0\nb,12345678901\n", "line 3: the label 12345678901 would make 12,345,678,902 classes"),
+            ("path,label\na,0\nb,12345678901\n", "go up to 12345678901: number the classes from 0, at most 1,000,000"),
             ("path,label\n", "lists no image"),
             ("path,split\n", "lists no image"),
             ("\n\n", "lists no image"),

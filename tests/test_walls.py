@@ -45,7 +45,22 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
 ABOVE = {"config", "build", "capture", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe"}
-ABOVE |= {"bench", "doctor", "fit", "parts", "plug", "assign", "api", "quickstart", "losses", "show", "survey", ""}
+ABOVE |= {
+    "bench",
+    "doctor",
+    "fit",
+    "parts",
+    "plug",
+    "assign",
+    "api",
+    "quickstart",
+    "losses",
+    "looks",
+    "report",
+    "show",
+    "survey",
+    "",
+}
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""
 
 SMALL_WORLD = {

@@ -29,7 +29,8 @@ from inbatch.files import locked, read_json, write_json
 from inbatch.fit import Fit, resolve
 from inbatch.inspect.context import look
 from inbatch.log import counted
-from inbatch.train import Progress, clear, train
+from inbatch.report import Progress, clear
+from inbatch.train import train
 from inbatch.views import Views, make_views
 from inbatch.views.figure import save_grid
 

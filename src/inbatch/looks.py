@@ -1,0 +1,126 @@
+"""What is looked at on the way, and when a run ends: collapse, leaks between groups, k-NN, every protocol's figures."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch import ranks
+from inbatch.assign import HeadRows, judge_head
+from inbatch.build import Built
+from inbatch.data import Source, Subset
+from inbatch.draws import permutation
+from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
+from inbatch.inspect.collapse import SETTLED, signs, spread
+from inbatch.inspect.leak import leak, meets, sign
+from inbatch.log import Log
+from inbatch.report import Progress
+
+BANK, QUERIES = 10_000, 2_000
+"""Images that are judged on the way where they are streamed: the first step must not wait for a million of them."""
+
+Judge = Callable[[], dict[str, float]]
+Held = tuple[Any, Any, str]
+"""Bank, queries and their description, from `build.held_out`."""
+
+
+def chosen(built: Built, held: Held) -> tuple[Held, Held]:
+    """What is judged on the way, and what at the end; images that are looked at again and again are kept in memory.
+
+    On the way that is everything where images are resident, else so many, the same ones each time.
+    """
+
+    def some(source: Source, most: int) -> tuple[Any, Any]:
+        if built.loader.held is not None or len(source) <= most:
+            kept = keep(source)
+            return kept, kept
+        return keep(Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")), source
+
+    (bank, whole_bank), (queries, whole_queries) = some(held[0], BANK), some(held[1], QUERIES)
+    return (bank, queries, held[2]), (whole_bank, whole_queries, held[2])
+
+
+def watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Log) -> None:
+    """See on rank 0 how different the outputs of some images are; say when they collapse, and when no longer."""
+    if ranks.rank():
+        return
+    images = built.encoder.prepare(readable(watched, range(len(watched))))
+    now = spread(built.tower, images.to(built.loader.device))
+    log.record(progress.step, now)
+    progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
+    if progress.step < SETTLED:
+        return
+    found = signs(now, progress.most, classes=built.method.labels)
+    for measure, sentence in found.items():
+        if measure not in progress.collapsed:
+            log.note(f"epoch {epoch}: {sentence}")
+    for measure in progress.collapsed.keys() - found:
+        log.note(f"epoch {epoch}: {measure} has recovered: {now[measure]:.2g}.")
+    progress.collapsed = found
+
+
+def guard(built: Built, progress: Progress, epoch: int, log: Log) -> None:
+    """Where samples meet before the loss: log whether an embedding tells its group."""
+    found = leak(built, epoch) if meets(built) else {}
+    if found:
+        progress.leak = found
+        log.record(progress.step, found)
+        if sentence := sign(found, built.recipe.shuffle_groups):
+            log.note(f"epoch {epoch}: {sentence}")
+
+
+def survey(built: Built, epoch: int) -> dict[str, float]:
+    """Show the method the rows of the whole data set: clean images, in evaluation mode, each rank a share of them."""
+    tower, source, world = built.target or built.tower, built.loader.source, ranks.world()
+    label, n = source.labels, len(source)
+    mine = torch.arange(ranks.rank(), n + -n % world, world) % n  # the same number on every rank
+    seen = Subset(source, mine, "this rank's share")
+    rows = {}
+    for name in tower.reads:
+        found = embed(HeadRows(tower, built.encoder, name), seen, workers=built.loader.workers)
+        # An image that cannot be read is never learned from: its row may be any, here that of the one behind it.
+        share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
+        whole = ranks.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
+        rows[name] = whole[:n].cpu()
+    return built.method.survey(rows, label.cpu(), epoch, ranks.spread)
+
+
+def judge(built: Built, held: Any) -> Judge:
+    """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
+
+    def look() -> dict[str, float]:
+        options: dict[str, Any] = {"precision": built.tower.precision, "workers": built.loader.workers}
+        if held is None:
+            few = torch.arange(min(2048, len(built.loader.source)))
+            watched = Subset(built.loader.source, few, "to watch the features")
+            vectors = embed(built.encoder, watched, **options).vectors
+            return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
+        bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
+        found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
+        bank, queries = bank.labelled(), queries.labelled()
+        near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
+        return {"knn": near["top1"]} | found
+
+    return look
+
+
+def judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
+    """Judge the features on rank 0, remember and log it; whether they are the best so far."""
+    found = ranks.share(judge() if ranks.rank() == 0 else None)
+    progress.curve.append({"step": progress.step, "epoch": epoch} | found)
+    log.evaluation(progress.step, found)
+    best = found.get("knn", -math.inf) > progress.best
+    progress.best = max(progress.best, found.get("knn", -math.inf))
+    return best
+
+
+def evaluation(built: Built, held: Any, out: Path) -> dict[str, Any]:
+    """The figures of every protocol, and of the head that assigns clusters where the method has one."""
+    bank, queries, _ = held
+    options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
+    found = evaluate(built.encoder, bank, queries, **options)
+    if built.method.assigns:
+        found["head"] = judge_head(out, built.encoder, queries, workers=built.loader.workers)
+    return found

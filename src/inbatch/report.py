@@ -1,0 +1,131 @@
+"""What a run remembers of itself and tells of itself: its progress, run.json, the images it could not read."""
+
+import contextlib
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch import ranks
+from inbatch.build import Built
+from inbatch.capture import FOLDER
+from inbatch.data import lost_workers
+from inbatch.errors import InbatchError, Interrupted, Preempted, RankError
+from inbatch.files import out_of_room, replacing, write_json
+from inbatch.log import Log
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
+
+    step: steps that are done. ended: epochs after which the features have been looked at.
+    seconds, images: of training alone. before: seconds of wall time before this process.
+    most: how different outputs have been at best. collapsed: what no longer is, in sentences.
+    leak: how well an embedding told its context group at the last look.
+    data: how many images it learns from, and the signature of their names and labels.
+    """
+
+    step: int = 0
+    ended: int = 0
+    best: float = -math.inf
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+    before: float = 0.0
+    most: dict[str, float] = field(default_factory=dict)
+    collapsed: dict[str, str] = field(default_factory=dict)
+    leak: dict[str, float] = field(default_factory=dict)
+    data: str = ""
+    began: float = field(default_factory=time.perf_counter)
+
+    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed", "leak", "data")
+
+    @property
+    def wall(self) -> float:
+        """Seconds of wall time, everything included, over all processes that went on with the run."""
+        return self.before + time.perf_counter() - self.began
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._KEPT} | {"before": self.wall}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in (*self._KEPT, "before"):
+            setattr(self, name, state[name])
+
+
+class Report:
+    """run.json: whether the run goes on, ended or failed, and why."""
+
+    def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
+        self.path, self.progress, self.main = out / "run.json", progress, main
+        self.fixed = {"command": built.recipe.command(), "steps": built.total}
+        self.fixed |= {"context": built.context, "world": ranks.world()}
+
+    def status(self, status: str, reason: str | None = None) -> None:
+        if self.main:
+            (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"status": status, "reason": reason, "last_step": self.progress.step} | self.fixed)
+
+    @contextlib.contextmanager
+    def verdict(self) -> Iterator[None]:
+        """What ends the run in here is written down: by rank 0, or the first of those left where that is lost."""
+        try:
+            with ranks.shared_errors(), lost_workers(), out_of_room(self.path.parent):
+                yield
+        except InbatchError as error:
+            self.main |= isinstance(error, RankError) and error.speaks
+            kinds = {Preempted: "preempted", Interrupted: "interrupted"}
+            self._ended(kinds.get(type(error), "failed"), str(error))
+            raise
+        except BaseException as error:
+            self._ended("crashed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _ended(self, status: str, reason: str) -> None:
+        with contextlib.suppress(InbatchError):  # the reason itself matters more than that the disk is full
+            self.status(status, reason)
+
+
+def tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
+    """Make known on every rank which images could not be read so far, list them all, and say what is new after the
+    first `told`; how many there are now."""
+    loader = built.loader
+    for bad in ranks.spread(lambda _: loader.bad, ranks.world()):
+        loader.note(bad)
+    found = loader.unreadable()
+    if ranks.rank() or len(found) == told:
+        return len(found)
+    new = found[told:]
+    with replacing(out / "bad_images.txt") as file:
+        file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
+    log.note(
+        f"{len(new):,} images cannot be read and are left out"
+        + ("" if loader.held else " (each gave its place to the image that stands there in the next batch)")
+        + f": {new[0]}. All of them are in {out / 'bad_images.txt'}"
+    )
+    return len(found)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the GPU where it trained on one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def clear(out: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
+    for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
+        (out / name).unlink(missing_ok=True)
