@@ -242,3 +242,19 @@ def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("inbatch.log.counted.__defaults__", (0.0,))
     found = run("data digits-canvas --json")
     assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
+
+
+def test_more_than_8_bits_are_told_with_the_levels_that_keep_them(tmp_path: Path) -> None:
+    for i, top in enumerate((300, 4095, 1000)):
+        scan = RANDOM.integers(0, top + 1, (9, 12)).astype(np.uint16)
+        scan[0, 0] = top
+        Image.fromarray(scan).save(tmp_path / f"{i}.png")
+        Image.fromarray(scan.astype(np.uint16)).save(tmp_path / f"{i}.tif")
+    put(tmp_path / "plain.png", (9, 12))
+    found = survey_data(tmp_path, settings={"channels": 1})
+    assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the plain one is white somewhere
+    (tmp_path / "plain.png").unlink()
+    assert survey_data(tmp_path, settings={"channels": 1})["levels"] == [0, 4095]
+    assert "--set levels=[0,4095]" in run(f"data {shlex.quote(str(tmp_path))} --set channels=1").stdout
+    scaled = survey_data(tmp_path, settings={"channels": 1, "levels": (0, 4095)})
+    assert scaled["levels"] is None and scaled["pixels"]["highest"] == [1.0]

@@ -9,6 +9,13 @@ Levels = tuple[float, float]
 _CHUNK = 2**22  # values that are converted at once: what is given may fill half of the memory
 
 
+def stored_bits(image: Image.Image, head: bytes) -> int:
+    """Bits per value of an image file; head: how it begins. Pillow's modes tell of some files only."""
+    if image.format == "PNG":
+        return head[24]
+    return max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else 8  # type: ignore[attr-defined]
+
+
 def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
     """The values as uint8, of the same shape; uint8 stays as it is.
 

@@ -25,7 +25,7 @@ from inbatch.data.jpeg import fast_jpeg
 from inbatch.data.source import Want
 from inbatch.errors import DataError
 from inbatch.files import open_regular
-from inbatch.pixels import Levels, from_pillow, to_bytes
+from inbatch.pixels import Levels, from_pillow, stored_bits, to_bytes
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before a pixel is decoded: a 110 kB PNG can hold 900 Mpx."""
@@ -38,7 +38,7 @@ for _name in ("PIL.TiffImagePlugin", "tifffile"):
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GAP = 3.0  # Pillow's `reducing_gap` at which its manual calls the result indistinguishable
-_ORIENTATION, _BITS = 0x0112, 0x0102
+_ORIENTATION = 0x0112
 _HEAD = 2**18  # bytes read of a file when it is opened: all of most; a worker holds 32 opened files at once
 
 
@@ -82,8 +82,10 @@ class Picture:
     file: its contents, or its path. name: what to call it in an error.
     channels: 1 (grey) or 3 (RGB) of any file; another number of a TIFF that has just as many.
     levels: `pixels.to_bytes`, for more than 8 bits.
-    size: height and width in pixels, upright (EXIF orientation applied).
+    size: height and width in pixels, upright (EXIF orientation applied). bits: per value, as stored.
     """
+
+    bits = 8
 
     def __init__(self, file: bytes | str, name: Callable[[], str], channels: int, levels: Levels | None = None):
         self._name, self.channels, self._levels = name, channels, levels
@@ -163,8 +165,8 @@ class Picture:
             if isinstance(e.__cause__, Image.UnidentifiedImageError) and tiff.is_tiff(head):
                 return self._many(head)
             raise
-        deep = self._levels is not None and image.format == "TIFF" and image.mode.startswith("RGB")
-        if deep and max(image.tag_v2.get(_BITS, (8,))) > 8:  # type: ignore[attr-defined]
+        self.bits = stored_bits(image, head)
+        if self._levels is not None and self.bits > 8 and image.format == "TIFF" and image.mode.startswith("RGB"):
             image.close()  # of which Pillow keeps the upper 8 bits
             return self._many(head)
         return image.size[::-1]
@@ -180,6 +182,7 @@ class Picture:
                     f"it has {found.channels} channels, {self.channels} were asked for "
                     f"(--set channels={found.channels} reads them)"
                 )
+            self.bits = found.bits
         return found.height, found.width
 
     def _open(self) -> Image.Image:

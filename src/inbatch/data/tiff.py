@@ -23,13 +23,14 @@ _UNPACK: dict[int, Any] = {
 
 
 class Header(NamedTuple):
-    """The first page as stored. bytes: of its pixels, or of one tile if that is more. turn: EXIF's orientation, 1 is
-    upright."""
+    """The first page as stored. bytes: of its pixels, or of one tile if that is more. bits: per value.
+    turn: EXIF's orientation, 1 is upright."""
 
     height: int
     width: int
     channels: int
     bytes: int
+    bits: int
     turn: int
 
 
@@ -46,7 +47,9 @@ def header(file: bytes | str) -> Header:
             raise ValueError("not a TIFF of flat images")
         turn = page.tags.valueof(_ORIENTATION, 1)
         size = max(apart * together * height * width, math.prod(page.chunks)) * page.dtype.itemsize
-        return Header(height, width, apart * together, size, turn if turn in range(1, 9) else 1)
+        return Header(
+            height, width, apart * together, size, 8 * page.dtype.itemsize, turn if turn in range(1, 9) else 1
+        )
 
 
 def decode(file: bytes | str) -> np.ndarray:

@@ -24,9 +24,6 @@ from inbatch.survey.tally import Tally, chunks, repeated, total
 from inbatch.views import PRESETS
 from inbatch.views.figure import save_sheet
 
-MAX_BAD = 0.01
-"""Share of unreadable images that a run leaves out; with more it does not begin."""
-
 _FEW = 3  # groups of duplicates that are named, and members of each
 _ROWS, _COLUMNS = 8, 8  # of the picture
 
@@ -77,7 +74,8 @@ def survey_data(
             found["splits"][other], found["leaks"][other] = _leak(data, other, recipe, source, seen, sample, quiet)
     found["memory"] = _memory(recipe, source, device)
     found["batch"], found["steps"] = recipe.batch, len(source) // recipe.batch
-    found["problems"] = _problems(source, seen, found)
+    found["problems"] = _problems(source, seen, found, recipe.max_bad)
+    found["levels"] = _levels(seen) if recipe.levels is None and max(seen.bits, default=8) > 8 else None
     found["picture"] = None if out is None or not seen.numbers else _draw(source, seen, Path(out))
     what = shlex.quote(recipe.data)
     how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
@@ -128,6 +126,11 @@ def _pixels(seen: Tally) -> dict[str, list[float]]:
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
+def _levels(seen: Tally) -> list[int]:
+    """Between which values of 16 bits all pixels lie, as far as their upper 8 bits tell."""
+    return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
+
+
 def _duplicates(source: Source, seen: Tally) -> dict[str, Any]:
     groups = repeated(seen)
     return {
@@ -160,11 +163,12 @@ def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
     return {"decoded_bytes": needed, "free_bytes": free, "resident": resides(needed, free, None), "canvas": canvas}
 
 
-def _problems(source: Source, seen: Tally, found: Mapping[str, Any]) -> list[str]:
+def _problems(source: Source, seen: Tally, found: Mapping[str, Any], max_bad: float) -> list[str]:
     """Why a run would not begin, in sentences."""
     bad, looked = len(seen.unreadable), found["looked_at"]
-    if bad > MAX_BAD * looked:
-        return [f"{bad:,} of {looked:,} images cannot be read, and a run leaves out at most {MAX_BAD:.0%}: remove them"]
+    if bad > max_bad * looked:
+        most = f"{100 * max_bad:g}%"
+        return [f"{bad:,} of {looked:,} images cannot be read, and a run leaves out at most {most}: remove them"]
     if looked - bad > 1 and found["duplicates"]["images"] == looked and found["duplicates"]["groups"] == 1:
         return [f"all {looked:,} images are identical: there is nothing to tell apart"]
     return (

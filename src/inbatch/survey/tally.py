@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -112,19 +111,18 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> Tally:
         found.numbers.append(i)
         found.sizes.extend(map(int, picture.size))
         found.digests += _digest(contents, values)
-        found.kinds[_kind(contents, picture)] += 1
-        if bits := getattr(picture, "bits", None):
-            found.bits[int(bits)] += 1
+        found.kinds[_kind(contents)] += 1
+        if contents is not None:
+            found.bits[picture.bits] += 1
         if pixels and values is not None:
             _add(found, values)
     return found
 
 
-def _kind(contents: bytes | None, picture: Any) -> str:
+def _kind(contents: bytes | None) -> str:
     if contents is None:
         return "pixels in memory"
-    told = getattr(picture, "format", None)
-    return told or next((kind for start, kind in _KINDS.items() if contents.startswith(start)), "another")
+    return next((kind for start, kind in _KINDS.items() if contents.startswith(start)), "another")
 
 
 def _digest(contents: bytes | None, values: np.ndarray | None) -> bytes:

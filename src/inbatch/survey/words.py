@@ -51,6 +51,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     """Lines under the table."""
     bad = found["unreadable"]
     lines = [one["why"] for one in bad[:_FEW]]
+    if found["levels"]:
+        low, high = found["levels"]
+        lines.append(
+            f"Of 16 bits a run keeps the upper 8; all values lie from {low} to {high}: --set levels=[{low},{high}]"
+        )
     if len(bad) > _FEW:
         lines.append(f"and {len(bad) - _FEW:,} more: --json names all")
     if found["picture"]:
