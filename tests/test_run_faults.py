@@ -194,3 +194,17 @@ def test_no_shared_memory_is_a_sentence(images: Path, tmp_path: Path) -> None:
         pytest.skip(f"no file systems of one's own here: {done.stderr.strip()}")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "shared memory, /dev/shm, has 0.1 MB free" in done.stderr and "--workers 0" in done.stderr
+
+
+def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> None:
+    """Its traceback keeps the loader alive, and its workers are deaf to multiprocessing's SIGTERM."""
+    script = f"""
+from inbatch.api import prepare
+built = prepare({str(images)!r}, "simclr", encoder="tiny", size=32, batch=20, resident=False, workers=2,
+                settings={{"method.out": 8}})
+epoch = built.loader.epoch(0)
+next(epoch)
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7, done.stderr

@@ -206,8 +206,12 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
 
 def end_workers(stream: DataLoader[Any]) -> None:
     """Tell the processes of a stream to end, and wait for it: they are deaf to signals, an exit would wait forever."""
-    if stream._iterator is not None:
-        stream._iterator._shutdown_workers()  # type: ignore[attr-defined]
+    made: Any = stream._iterator
+    if made is not None:
+        made._shutdown_workers()
+        for worker in made._workers:  # when the interpreter ends, torch leaves them to multiprocessing's SIGTERM
+            if worker.is_alive():
+                worker.kill()
 
 
 def _deaf(worker: int) -> None:
