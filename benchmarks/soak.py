@@ -5,12 +5,15 @@ folder of PNG and JPEG files and streamed through a worker, on one thread each. 
 paused or has its files damaged every 40 seconds on average, all drawn from --seed, and is taken up again with
 `--resume auto`. In the end both must have left the same: checkpoints, log, figures and encoder, bit for bit, in memory
 that does not grow. Writes results/soak.json and docs/soak.png; exits with 0 only if everything is equal. After 1.4
-times --minutes it stops and says that it has not finished.
+times --minutes it stops, says that it has not finished, and compares what both had until then: every checkpoint of the
+same step, and the lines of their logs.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -165,13 +168,46 @@ def pss(of: int) -> float:
         return 0.0
 
 
+def digest(last: Path) -> tuple[int, str] | None:
+    """The step of a checkpoint, and the SHA-256 of its state but for times; None where there is none just now."""
+    sha256 = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha256.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha256.update(value.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                sha256.update(repr(key).encode())
+                feed(item)
+        elif isinstance(value, list | tuple):
+            sha256.update(b"[")
+            for item in value:
+                feed(item)
+        else:
+            sha256.update(repr(value).encode())
+
+    try:
+        saved = torch.load(last, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None
+    for name in ("seconds", "before"):
+        del saved["state"]["progress"][name]
+    feed(saved["state"])
+    return saved["step"], sha256.hexdigest()
+
+
 class Watch(threading.Thread):
-    """Memory and step of each run, every 2 seconds: [seconds, MB of the trainer, MB of its workers, step]."""
+    """Memory and step of each run, every 2 seconds: [seconds, MB of the trainer, MB of its workers, step].
+
+    digests: of the checkpoints seen, by their step.
+    """
 
     def __init__(self, runs: dict[str, Run]) -> None:
         super().__init__(daemon=True)
         self.runs, self.began, self.over = runs, time.time(), threading.Event()
         self.samples: dict[str, list[list[float]]] = {name: [] for name in runs}
+        self.digests: dict[str, dict[int, str]] = {name: {} for name in runs}
 
     def run(self) -> None:
         while not self.over.wait(2):
@@ -182,6 +218,8 @@ class Watch(threading.Thread):
                 run.workers |= dict.fromkeys(below, now)
                 held = [pss(run.process.pid), sum(pss(pid) for pid in below)]
                 self.samples[name].append([round(now - self.began, 1), *(round(mb, 1) for mb in held), run.step()])
+                if (saved := digest(run.out / "checkpoints" / "last.pt")) is not None:
+                    self.digests[name].setdefault(*saved)
 
 
 def lay_out(folder: Path) -> Path:
@@ -371,6 +409,28 @@ def judged(reference: Run, disturbed: Run, samples: list[list[float]], wrong: li
     return {"equal": all(answers.values()), "answers": answers} | told | {"orphans": orphans, "wrong": wrong}
 
 
+def in_common(one: dict[int, str], other: dict[int, str], logs: tuple[Path, Path]) -> dict[str, Any]:
+    """Of two runs that have not ended: the steps where both were seen to save the same, and lines that their logs share."""
+    steps = sorted(one.keys() & other.keys())
+    lines = [[json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] for log in logs]
+    last = min(found[-1]["step"] for found in lines)
+    kept = [[{k: v for k, v in x.items() if k != "images_per_second"} for x in f if x["step"] < last] for f in lines]
+    return {
+        "checkpoints": len(steps), "different_checkpoints": [step for step in steps if one[step] != other[step]],
+        "last_checkpoint": steps[-1] if steps else None, "log_lines": len(kept[0]), "same_log": kept[0] == kept[1],
+    }  # fmt: skip
+
+
+def not_finished(common: dict[str, Any]) -> str:
+    """What there is to say of it."""
+    same = common["checkpoints"] - len(common["different_checkpoints"])
+    log = "and" if common["same_log"] else "but NOT in"
+    return (
+        f"not finished; the same, bit for bit, at {same} of {common['checkpoints']} steps where both were seen to "
+        f"save, {log} {common['log_lines']:,} lines of the log"
+    )
+
+
 def thinned(samples: list[list[float]], most: int = 500) -> list[list[float]]:
     return samples[:: max(1, -(-len(samples) // most))]
 
@@ -401,7 +461,7 @@ def plot(found: dict[str, Any], png: Path) -> None:
     above.scatter([e["seconds"] / 60 for e in hurt], places, label=f"files damaged, too ({len(hurt)})", **ring)
     verdict = found["verdict"]
     said = "the same, bit for bit" if verdict.get("equal") else verdict.get("reason", "NOT the same")
-    above.set_title(f"{len(found['events'])} blows in {found['minutes']:.0f} minutes; at the end: {said}")
+    above.set_title(f"{len(found['events'])} blows in {found['minutes']:.0f} minutes; at the end: {said}", fontsize=9)
     above.set_ylabel("step")
     below.set_ylabel("memory (PSS), MB")
     below.set_xlabel("minutes")
@@ -460,8 +520,11 @@ def main() -> int:
         if ended and set(codes.values()) == {0}:
             verdict = judged(runs["left alone"], runs["disturbed"], watch.samples["left alone"], disturbance.wrong)
         else:
+            logs = (runs["left alone"].out / "metrics.jsonl", runs["disturbed"].out / "metrics.jsonl")
+            common = in_common(watch.digests["left alone"], watch.digests["disturbed"], logs)
             verdict |= {
-                "reason": "not finished" if len(disturbance.wrong) < 5 else "given up",
+                "common": common,
+                "reason": not_finished(common) if len(disturbance.wrong) < 5 else "given up",
                 "codes": codes,
                 "wrong": disturbance.wrong,
             }
