@@ -410,7 +410,7 @@ def judged(reference: Run, disturbed: Run, samples: list[list[float]], wrong: li
 
 
 def in_common(one: dict[int, str], other: dict[int, str], logs: tuple[Path, Path]) -> dict[str, Any]:
-    """Of two runs that have not ended: the steps where both were seen to save the same, and lines that their logs share."""
+    """Of two runs that have not ended: the steps at which both were seen to save the same, and lines of both logs."""
     steps = sorted(one.keys() & other.keys())
     lines = [[json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] for log in logs]
     last = min(found[-1]["step"] for found in lines)

@@ -16,7 +16,7 @@ import torch
 from inbatch.data.arrays import check_labels
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import TESTS
-from inbatch.data.source import Reading, Source, unlabelled
+from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.errors import ConfigError, DataError
 
 _NAME = re.compile(r"hf/(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))?")
@@ -34,7 +34,9 @@ class HubSource(Source):
         self.levels, self.folder = reading.levels, folder
         label = _label_column(dataset.features)
         wanted = [self.column] if label is None else [self.column, label]
-        rows = dataset.with_format(None).select_columns(wanted).flatten_indices()
+        rows = dataset.with_format(None).select_columns(wanted)
+        if rows._indices is not None:  # rows are read by their place in the table; without a choice of rows, that is it
+            rows = rows.flatten_indices()
         self.rows = rows.cast_column(self.column, _datasets().Image(decode=False))
         if not len(rows):
             raise DataError(f"{name!r} holds no image: it has no rows")
@@ -56,7 +58,12 @@ class HubSource(Source):
         return Picture(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
-        return self._row(i)["path"] or f"row {i}"
+        row = self.rows.data.column(self.column)[i]  # its bytes stay where they are
+        return (row["path"].as_py() if row.is_valid else None) or f"row {i}"
+
+    def signature(self) -> str:
+        names = (str(path) for chunk in self.rows.data.column(self.column).chunks for path in chunk.field("path"))
+        return signed(self, "\0".join(names).encode(errors="surrogatepass"))
 
     def fingerprint(self) -> str | None:
         chunks = self.rows.data.column(self.column).chunks
