@@ -170,7 +170,7 @@ def embed(
         missing: dict[int, str] = {}
         count = embed_run(run, data, out, split=split, device=device, quiet=quiet, missing=missing)
         if as_json:
-            print_json({"images": count, "out": str(out), "unreadable": list(missing.values())})
+            print_json({"images": count, "out": str(out)} | ({"unreadable": list(missing.values())} if missing else {}))
             return
         say(f"{count:,} images embedded into {out}")
         if missing:
