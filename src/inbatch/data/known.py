@@ -19,7 +19,6 @@ from torch import Tensor
 
 from inbatch.data import cifar
 from inbatch.data.arrays import ArraySource, check_labels
-from inbatch.data.decode import file_channels
 from inbatch.data.paths import PathsSource
 from inbatch.data.source import Reading, Source
 from inbatch.errors import DataError
@@ -162,7 +161,7 @@ def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:
     files = sorted(_files(made))  # torchvision's order may be the file system's
     labels, classes = _labels(made, [label for _, label in files], name)
     paths = (path.removeprefix(f"{root}{os.sep}") for path, _ in files)
-    return PathsSource(name, root, paths, labels, classes, file_channels(reading.channels))
+    return PathsSource(name, root, paths, labels, classes, reading)
 
 
 def _files(made: Any) -> list[tuple[str, int]]:

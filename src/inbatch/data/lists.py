@@ -16,7 +16,6 @@ from typing import NamedTuple, TextIO
 import torch
 
 from inbatch.data.arrays import check_labels
-from inbatch.data.decode import file_channels
 from inbatch.data.folder import EXTENSIONS, TESTS
 from inbatch.data.paths import PathsSource, printable
 from inbatch.data.source import Reading, Source, unlabelled
@@ -46,23 +45,23 @@ def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | No
     """A `.csv`, `.tsv` or `.txt` file that lists images; one split, or those of its column `split`."""
     if not isinstance(data, str | os.PathLike):
         return None
-    file, depth = Path(data), file_channels(reading.channels)
+    file = Path(data)
     if file.suffix.lower() not in (".csv", ".tsv", ".txt") or not file.is_file():
         return None
     if file.suffix.lower() == ".txt" and not _lists_images(file):
         return None
     if not _has_splits(file):
-        return {"train": lambda: _open(file, None, depth)}
+        return {"train": lambda: _open(file, None, reading)}
     names = {row.split: row.line for row in _rows(file)} or {"train": 0}
     if "" in names:
         raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
-    found = {name: partial(_open, file, name, depth) for name in sorted(names, key=lambda name: name != "train")}
+    found = {name: partial(_open, file, name, reading) for name in sorted(names, key=lambda name: name != "train")}
     if test := next((name for name in TESTS if name in names), None):
         found["test"] = found[test]
     return dict(found)
 
 
-def _open(file: Path, split: str | None, depth: int) -> Source:
+def _open(file: Path, split: str | None, reading: Reading) -> Source:
     rows = list(_rows(file))
     if not rows:
         raise DataError(f"{str(file)!r} lists no image: write a path on each line")
@@ -71,7 +70,7 @@ def _open(file: Path, split: str | None, depth: int) -> Source:
     if not bool((labels[mine] >= 0).any()):
         classes = ()
     name = str(file) if split is None else f"{file} ({split})"
-    return PathsSource(name, file.parent, (_checked(rows[i], file) for i in mine), labels[mine], classes, depth)
+    return PathsSource(name, file.parent, (_checked(rows[i], file) for i in mine), labels[mine], classes, reading)
 
 
 def _rows(file: Path) -> Iterator[Row]:

@@ -15,8 +15,11 @@ class Names:
     def __init__(self, names: Iterable[bytes] = ()):
         self._text, self._ends = bytearray(), array("q", [0])
         for name in names:
-            self._text += name
-            self._ends.append(len(self._text))
+            self.append(name)
+
+    def append(self, name: bytes) -> None:
+        self._text += name
+        self._ends.append(len(self._text))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

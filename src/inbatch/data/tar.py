@@ -24,6 +24,7 @@ import torch
 from inbatch.data.arrays import MOST_CLASSES
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import EXTENSIONS, TESTS
+from inbatch.data.names import Names
 from inbatch.data.source import Reading, Source
 from inbatch.errors import DataError
 from inbatch.files import open_regular
@@ -42,20 +43,17 @@ class TarSource(Source):
     def __init__(self, shards: Sequence[Path], name: str, reading: Reading):
         self.shards, self.levels = [str(shard) for shard in shards], reading.levels
         self._skipped: Counter[str] = Counter()
-        names, labels = bytearray(), array("q")
-        # Of a million members: 50 MB, where Python's own objects would be ten times that in every worker.
-        ends, starts, sizes, self._first = array("q"), array("q"), array("q"), [0]
+        self._names, labels = Names(), array("q")
+        starts, sizes, self._first = array("q"), array("q"), [0]
         for shard in self.shards:
             for member in _members(shard, self._skipped):
-                names += member.name
-                ends.append(len(names))
+                self._names.append(member.name)
                 starts.append(member.start)
                 sizes.append(member.size)
                 labels.append(member.label)
             self._first.append(len(starts))
         if not len(starts):
             raise DataError(f"No image in {name!r}{self._left_out()}: put KEY.jpg, KEY.png and so on there")
-        self._names, self._ends = np.frombuffer(bytes(names), np.uint8), np.array(ends)
         self._starts, self._sizes = np.array(starts), np.array(sizes)
         known = torch.from_numpy(np.array(labels))
         classes = tuple(str(c) for c in range(int(known.max()) + 1))
@@ -98,8 +96,7 @@ class TarSource(Source):
         return f"{self.name}: {len(self):,} images in {len(self.shards):,} tar files{self._left_out()}; {known}"
 
     def _member(self, i: int) -> str:
-        begin = int(self._ends[i - 1]) if i else 0
-        return self._names[begin : self._ends[i]].tobytes().decode("utf-8", "backslashreplace")
+        return self._names[i].decode("utf-8", "backslashreplace")
 
     def _shard(self, i: int) -> str:
         return self.shards[int(np.searchsorted(self._first, i, "right")) - 1]
