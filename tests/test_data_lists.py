@@ -4,6 +4,7 @@ import os
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
