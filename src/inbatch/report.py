@@ -109,7 +109,7 @@ def tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
     log.note(
         f"{len(new):,} images cannot be read and are left out"
         + ("" if loader.held else " (each gave its place to the image that stands there in the next batch)")
-        + f": {new[0]}. All of them are in {out / 'bad_images.txt'}"
+        + f": {'; '.join(new[:3])}. All of them are in {out / 'bad_images.txt'}"
     )
     return len(found)
 
