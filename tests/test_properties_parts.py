@@ -334,7 +334,7 @@ FILES = {
     "cmyk": image_bytes("JPEG", "CMYK"), "turned": turned(), "png": image_bytes("PNG"),
     "palette": image_bytes("PNG", "P"), "webp": image_bytes("WEBP"), "tiff": image_bytes("TIFF"),
     "packed": image_bytes("TIFF", compression="tiff_lzw"),
-    "bmp": image_bytes("BMP"),
+    "bmp": image_bytes("BMP"), "ppm": image_bytes("PPM"),
 }  # fmt: skip
 
 

@@ -165,7 +165,8 @@ class Picture:
             if isinstance(e.__cause__, Image.UnidentifiedImageError) and tiff.is_tiff(head):
                 return self._many(head)
             raise
-        self.bits = stored_bits(image, head)
+        with _naming(self._name):
+            self.bits = stored_bits(image, head)
         if self._levels is not None and self.bits > 8 and image.format == "TIFF" and image.mode.startswith("RGB"):
             image.close()  # of which Pillow keeps the upper 8 bits
             return self._many(head)
