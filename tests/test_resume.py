@@ -146,6 +146,11 @@ def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> N
     """A launcher that restarts a run which was killed before its first checkpoint must not be refused."""
     tiny("simclr", tmp_path, epochs=1)
     shutil.rmtree(tmp_path / "checkpoints")
+    for again in (False, "auto"):  # what it was judged by is there: it has finished, and is not to be lost
+        with pytest.raises(ConfigError, match="already holds a run"):
+            tiny("simclr", tmp_path, epochs=1, resume=again)
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "result.json").unlink()
     with pytest.raises(ConfigError, match="already holds a run"):
         tiny("simclr", tmp_path, epochs=1)
     assert tiny("simclr", tmp_path, epochs=1, resume="auto").result["steps"] == 5
