@@ -69,10 +69,12 @@ def diverged(folder: Path) -> dict[str, Any]:
 
 
 def collapsed(folder: Path) -> dict[str, Any]:
-    words = ["--stop-on-collapse", "--set", "optimizer.lr=30", "--set", "schedule.warmup=0"]
-    data = ["--data", "digits-canvas", "--batch", "128"]
+    words = ["--stop-on-collapse", "--set", "method.stop_gradient=false", "--set", "method.predictor=false"]
+    words += ["--set", "optimizer.name=sgd", "--set", "optimizer.lr=1", "--set", "schedule.warmup=0"]
+    data = ["--data", "digits-canvas", "--set", "subset=200", "--batch", "40"]
     out = folder / "run"
-    return run(pretrain(out, *words, epochs=40, data=data, quiet=False)).seen | {"status": report(out)["status"]}
+    ended = run(pretrain(out, *words, method="simsiam", epochs=40, data=data, quiet=False))
+    return ended.seen | {"status": report(out)["status"]}
 
 
 def extremes(folder: Path) -> dict[str, Any]:
@@ -96,8 +98,8 @@ DRILLS = [
     ),
     Drill(9, "a rate too large", "optimizer.lr=1e30", {"exit": 4, "status": "failed", "captured": True}, diverged),
     Drill(
-        10, "collapse", "optimizer.lr=30 --stop-on-collapse", {"exit": 4, "status": "failed", "says": ("collapse",)},
-        collapsed,
+        10, "collapse", "SimSiam without stop-gradient and predictor; --stop-on-collapse",
+        {"exit": 4, "status": "failed", "says": ("collapse: their", "did not recover")}, collapsed,
     ),
     Drill(
         18, "extremes of precision", "T 0.01; zero, constant, huge, small rows; batch 1; half precision",
