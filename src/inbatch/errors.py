@@ -5,6 +5,8 @@ class InbatchError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
 
     exit_code = 1
+    alone = False
+    """Whether this process, of several, may be the only one to tell of it."""
 
 
 class ConfigError(InbatchError):

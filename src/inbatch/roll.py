@@ -42,7 +42,9 @@ class Roll:
                 problem = f"ranks disagree about the {name}: rank {self.rank} has another one than rank 0 "
                 problem += f"({_short(mine)}, not {_short(other)})"
                 self.tell(problem, ConfigError.exit_code)
-                raise ConfigError(problem)
+                error = ConfigError(problem)
+                error.alone = True  # rank 0 may be ended before it hears of it
+                raise error
         if self._add(came) == self.world:
             self._set(f"{here} all", "")
         if not self._wait(lambda: self._has(f"{here} all"), self.timeout):

@@ -57,7 +57,8 @@ def killed_while_saving(folder: Path) -> dict[str, Any]:
     out, halves = folder / "killed", 0
     for _ in range(4):
         with going(out, "--resume", "auto", epochs=200, method="moco", lines=3) as process:
-            until(lambda: bool(list(out.glob("checkpoints/.*.tmp"))), "it saved nothing", tick=0.0003)
+            until(lambda: (out / "checkpoints" / "last.pt").exists(), "it saved nothing", tick=0.0003)
+            until(lambda: bool(list(out.glob("checkpoints/.*.tmp"))), "it saved nothing more", tick=0.0003)
             process.kill()
             end(process)
         halves += len(list(out.glob("checkpoints/.*.tmp")))

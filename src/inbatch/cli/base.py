@@ -113,7 +113,8 @@ def reported(as_json: bool) -> Iterator[None]:
     except InbatchError as error:
         message, code = str(error), error.exit_code
         # What ranks decide together is told once; what may befall one of them, by the one it befell.
-        several = type(error) in (InbatchError, DataError) or (isinstance(error, RankError) and error.speaks)
+        speaks = error.alone or (isinstance(error, RankError) and error.speaks)
+        several = speaks or type(error) in (InbatchError, DataError)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
