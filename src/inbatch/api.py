@@ -97,7 +97,8 @@ def pretrain(
             data = _which(data, given)
             recipe, source = plan(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
-        ranks.agree(_facts(recipe, source))
+        if ranks.world() > 1:  # a million names are not read for nobody
+            ranks.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test, download)

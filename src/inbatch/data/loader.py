@@ -97,6 +97,8 @@ class Loader:
 
     def note(self, bad: Mapping[int, str]) -> None:
         """Remember unreadable images; DataError if they are too many by now."""
+        if not bad:  # of nearly every piece
+            return
         self.bad.update(bad)
         check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
 
