@@ -45,6 +45,8 @@ def header(file: bytes | str) -> Header:
         apart, depth, height, width, together = page.shaped
         if page.dtype is None or depth != 1 or min(apart, together) != 1:
             raise ValueError("not a TIFF of flat images")
+        if not all(isinstance(n, int) and n > 0 for n in (apart, height, width, together)):  # tags can hold anything
+            raise ValueError(f"its header says {width}x{height} pixels")
         turn = page.tags.valueof(_ORIENTATION, 1)
         size = max(apart * together * height * width, math.prod(page.chunks)) * page.dtype.itemsize
         return Header(
