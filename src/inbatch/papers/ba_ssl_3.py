@@ -1,0 +1,39 @@
+"""BA-SSL, Table 3: batch fusion plugged into four methods."""
+
+from inbatch.papers import ba_ssl
+from inbatch.papers.scales import IMAGENET100, usual
+from inbatch.papers.table import Column, Row, Scale, Table
+
+METHODS = {
+    "MoCo-v2": (ba_ssl.MOCO, 66.29, 67.54),
+    "BYOL": (ba_ssl.BYOL, 67.95, 68.76),
+    "SimCLR": (ba_ssl.SIMCLR, 63.34, 64.02),
+    "SimSiam": (ba_ssl.SIMSIAM, 66.25, 66.97),
+}
+"""Name -> settings, the paper's top-1 without and with fusion: the best of ten trials each."""
+
+WITHOUT = tuple(Row(name, method, {"Top1": plain}) for name, (method, plain, _) in METHODS.items())
+WITH = tuple(
+    Row(f"{name} + BA", {**method, **ba_ssl.FUSED}, {"Top1": fused}, against=name)
+    for name, (method, _, fused) in METHODS.items()
+)
+
+TABLE = Table(
+    name="ba-ssl-3",
+    title="Batch fusion plugged into four methods",
+    source=f"{ba_ssl.SOURCE}, Table 3",
+    asks="Does batch fusion help methods that were not made for it?",
+    headings=("Top1",),
+    rows=WITHOUT + WITH,
+    scales=usual(differs=(ba_ssl.READING, "the paper reports the best of ten trials, we the mean over seeds"))
+    | {
+        "paper": Scale(
+            (Column("ImageNet-100, linear", "ImageNet-100", "linear.top1", "Top1"),),
+            {"ImageNet-100": IMAGENET100},
+            ba_ssl.PUBLISHED | {"epochs": 400},
+            seeds=tuple(range(10)),
+            cost="80 runs of 400 epochs of ImageNet-100; the paper: four RTX 3090, no time given",
+            differs=(ba_ssl.READING, "the methods' own presets: the paper does not give their settings"),
+        )
+    },
+)

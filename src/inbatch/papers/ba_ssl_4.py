@@ -1,0 +1,36 @@
+"""BA-SSL, Table 4: how many embedding layers fuse a batch."""
+
+from inbatch.papers import ba_ssl
+from inbatch.papers.scales import IMAGENET, usual
+from inbatch.papers.table import Column, Row, Scale, Table
+
+BARE = "0 layers (MoCo-v2)"
+LAYERS = {1: 53.35, 2: 52.62, 3: 53.17}
+
+ROWS = (
+    Row(BARE, ba_ssl.MOCO, {"Top1": 52.50}),
+    *(
+        Row(f"{n} layer{'s' * (n > 1)}", {**ba_ssl.MOCO, **ba_ssl.FUSED, "fuse.layers": n}, {"Top1": top1}, against=BARE)
+        for n, top1 in LAYERS.items()
+    ),
+)
+
+TABLE = Table(
+    name="ba-ssl-4",
+    title="How many embedding layers",
+    source=f"{ba_ssl.SOURCE}, Table 4",
+    asks="Is one embedding layer the right number?",
+    headings=("Top1",),
+    rows=ROWS,
+    scales=usual(differs=(ba_ssl.READING,))
+    | {
+        "paper": Scale(
+            (Column("ImageNet-1k, linear", "ImageNet-1k", "linear.top1", "Top1"),),
+            {"ImageNet-1k": IMAGENET},
+            ba_ssl.PUBLISHED,
+            seeds=(0,),
+            cost="4 runs of 300 epochs of ImageNet-1k; the paper: four RTX 3090, no time given",
+            differs=(ba_ssl.READING,),
+        )
+    },
+)

@@ -1,0 +1,26 @@
+"""Batch curation, Figure 3: how two crops of an image lie to each other, counted over a million pairs."""
+
+from inbatch.papers import curation
+from inbatch.papers.table import Column, Row, Scale, Table
+
+SHARES = {"global-local": 17.27, "adjacent": 1.40, "intersection": 81.33}
+
+_COLUMNS = tuple(Column(f"{name}, counted", curation.COUNTED, f"crops.{name}", name) for name in SHARES)
+
+
+def _scale(pairs: int, seeds: tuple[int, ...], cost: str) -> Scale:
+    return Scale(_COLUMNS, {curation.COUNTED: {"size": 32, "pairs": pairs}}, seeds=seeds, cost=cost)
+
+
+TABLE = Table(
+    name="curation-figure-3",
+    title="How two crops of an image lie to each other",
+    source=f"{curation.SOURCE}, Figure 3",
+    asks="How often does one crop lie inside the other, apart from it, or across its edges?",
+    headings=tuple(SHARES),
+    rows=(Row("default", {"crops": "default"}, SHARES),),
+    scales={
+        "smoke": _scale(10_000, (0, 1), "a second"),
+        **{name: _scale(1_000_000, (0, 1, 2), "seconds; no images are needed") for name in ("cpu", "gpu", "paper")},
+    },
+)

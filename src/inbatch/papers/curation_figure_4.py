@@ -1,0 +1,16 @@
+"""Batch curation, Figure 4: k-NN over the epochs with each way of cropping. Its runs are Table 1's."""
+
+from dataclasses import replace
+
+from inbatch.papers import curation, curation_1
+
+TABLE = replace(
+    curation_1.TABLE,
+    name="curation-figure-4",
+    title="k-NN while SimCLR learns from each kind of pairs",
+    source=f"{curation.SOURCE}, Figure 4 (no figures are given; those of Table 1 stand beside ours)",
+    asks="Which pairs make k-NN rise fastest, and do large crops win only at first?",
+    scales=curation.scales("k-NN"),
+    headings=("K-NN",),
+    curve="knn",
+)

@@ -1,0 +1,252 @@
+"""Run what a table still lacks: each run a process of its own, skipped where its result is known, resumed where it was cut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.environment import environment
+from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
+from inbatch.files import write_json
+from inbatch.inspect.crops import tally
+from inbatch.limits import cores
+from inbatch.papers.results import Failure, Record, find, read_records, write_record
+from inbatch.papers.scales import WHERE
+from inbatch.papers.table import Cell, key
+from inbatch.signals import stop_on_signals
+
+Tell = Callable[[str], None]
+_POLL, _REPORT = 0.3, 60.0  # seconds
+
+
+@dataclass
+class Runner:
+    """Where and how runs are made.
+
+    results: the folder of records. work: of the runs themselves, kept for going on.
+    places: name of a data set -> where its images lie. jobs: runs at a time; None: a core each, on a GPU one.
+    again: failed runs are run anew. tell: takes sentences for people.
+    """
+
+    results: Path
+    work: Path
+    places: Mapping[str, str] = field(default_factory=dict)
+    jobs: int | None = None
+    device: str = "auto"
+    download: bool = False
+    again: bool = False
+    tell: Tell = print
+
+    def __post_init__(self) -> None:
+        self.gpu = self.device not in ("auto", "cpu") or (self.device == "auto" and torch.cuda.is_available())
+        self.jobs = self.jobs or (1 if self.gpu else cores())
+        self._children: dict[str, subprocess.Popen[str]] = {}
+        self._absent: dict[str, str] = {}
+        self._stopping = False
+
+    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that have no record yet, each run once, with every protocol that any of them asks for."""
+        known = read_records(self.results)
+        lacking: dict[str, Cell] = {}
+        for cell in cells:
+            record = find(known, cell)
+            if record is None or (self.again and record.status == "failed"):
+                first = lacking.setdefault(cell.stem, cell)
+                lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
+        return list(lacking.values())
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Run what is missing; what could not be run, by the cell's name, and why.
+
+        Raises Preempted or Interrupted where a signal asks for it, when the running ones have saved themselves.
+        """
+        todo, began = self.missing(cells), time.perf_counter()
+        problems: dict[str, str] = {}
+        with stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
+            spoke, done = began, 0
+            while waiting:
+                ended, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    cell = waiting.pop(future)
+                    try:
+                        record = future.result()
+                    except InbatchError as error:
+                        problems[cell.stem] = str(error)
+                        said = f"not run: {error}"
+                    else:
+                        write_record(self.results, cell, record)
+                        said = _said(record)
+                    done, spoke = done + 1, time.perf_counter()
+                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}{self._left(began, done, len(todo))}")
+                if stop.requested and not self._stopping:
+                    self._stop(stop.requested)
+                    for future in list(waiting):
+                        future.cancel()
+                    waiting = {future: cell for future, cell in waiting.items() if not future.cancelled()}
+                if time.perf_counter() - spoke > _REPORT:
+                    spoke = time.perf_counter()
+                    self.tell(f"{done} of {len(todo)} runs done{self._left(began, done, len(todo))}")
+        if stop.requested:
+            kind = Interrupted if stop.requested == signal.SIGINT else Preempted
+            raise kind(f"stopped by {signal.Signals(stop.requested).name} with {done} of {len(todo)} runs done; the same command goes on")
+        return problems
+
+    def _left(self, began: float, done: int, total: int) -> str:
+        """Time left, from what all runs have done so far."""
+        share = done + sum(_progress(self.work / stem) for stem in list(self._children))
+        if done == total or share <= 0:
+            return ""
+        left = (time.perf_counter() - began) * (total - share) / share
+        return f"; about {timedelta(seconds=round(left))} left"
+
+    def _stop(self, number: int) -> None:
+        """Ask the running ones to save themselves and end."""
+        self._stopping = True
+        for child in list(self._children.values()):
+            with suppress(ProcessLookupError):
+                child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def _one(self, cell: Cell) -> Record:
+        """Make a cell's run, or what is left of it."""
+        if cell.counts:
+            return _counted(cell)
+        if cell.data in self._absent:
+            raise DataError(self._absent[cell.data])
+        name = str(cell.settings["data"])
+        place = self.places.get(name, WHERE.get(name, name))
+        if place is None:
+            raise DataError(f"no images: where is {name}? --data {name}=PATH")
+        folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        result = _finished(folder)
+        if result is None:
+            write_json(recipe := self.work / f"{cell.stem}.json", cell.recipe().nested() | {"data": place})
+            words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
+            result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
+        if "exit_code" in result:
+            return _failed(cell, place, result, log)
+        if cell.protocols:
+            words = ["evaluate", str(folder), "--out", str(folder / "protocols.json")]
+            for protocol in cell.protocols:
+                words += ["--protocol", protocol]
+            found = self._call(cell, words, log)
+            if "exit_code" in found:
+                return _failed(cell, place, found, log)
+            result["evaluation"] = result["evaluation"] | {name: found[name] for name in cell.protocols}
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return _record(cell, place, result)
+
+    def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+        """The JSON object of a command of ours; with an "exit_code" where the run diverged.
+
+        DataError, InbatchError for what is no result: no images, a stop, a crash.
+        """
+        if self._stopping:
+            raise Preempted("stopped")
+        threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, cores() // (self.jobs or 1)))}
+        words = [sys.executable, "-m", "inbatch", *words, "--json", "--device", self.device]
+        with open(log, "a", encoding="utf-8") as file:
+            child = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=file, text=True, env=threads | os.environ,
+                start_new_session=True,  # a Ctrl-C is ours to pass on
+            )  # fmt: skip
+            self._children[cell.stem] = child
+            try:
+                out, _ = child.communicate()
+            finally:
+                del self._children[cell.stem]
+        with suppress(ValueError):
+            found: dict[str, Any] = json.loads(out)
+            if child.returncode == TrainingError.exit_code:
+                return found
+            if child.returncode == DataError.exit_code:
+                self._absent[cell.data] = found["error"]
+                raise DataError(found["error"])
+            if child.returncode == 0:
+                return found
+            raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")
+        raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
+
+
+def _said(record: Record) -> str:
+    if record.failure is not None:
+        return f"failed: {record.failure.sentence}"
+    found = record.evaluation or {}
+    figures = [f"{name} {found[part]['top1']:.1%}" for name, part in (("linear", "linear"), ("k-NN", "knn")) if part in found]
+    return ", ".join([*figures, f"{record.wall_seconds:.0f} s"])
+
+
+def _progress(folder: Path) -> float:
+    """How much of a run is done, from its log."""
+    try:
+        steps = json.loads((folder / "run.json").read_bytes())["steps"]
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            last = file.read().splitlines()[-1]
+        return float(min(1.0, json.loads(last)["step"] / steps))
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return 0.0
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The result that a run left, here or brought from elsewhere."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _source(place: str) -> str:
+    """What images are called where they lie; the way there is nobody's business."""
+    return Path(place).name if Path(place).exists() else place
+
+
+def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
+    recipe = dict(result["recipe"]) | {"data": cell.settings["data"]}
+    if key(recipe) != key(cell.file()):
+        changed = [name for name, value in cell.file().items() if key({name: value}) != key({name: recipe.get(name)})]
+        raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
+    kept = {name: result[name] for name in Record.model_fields if name in result}
+    named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
+    made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
+    return Record.model_validate(kept | named | made)
+
+
+def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Record:
+    words = "\n".join(log.read_text(errors="replace").splitlines()[-20:]).replace(str(log.parent), "")
+    failure = Failure(exit_code=found["exit_code"], sentence=found["error"].replace(str(log.parent), ""), log=words)
+    return Record.model_validate(
+        {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
+        | {"recipe": cell.file(), "command": cell.command(), "protocols": list(cell.protocols), "wall_seconds": 0.0}
+        | {"environment": environment(torch.device("cpu")), "failure": failure}
+    )
+
+
+def _counted(cell: Cell) -> Record:
+    """Pairs of crops, drawn and counted here: it takes seconds."""
+    size = int(cell.settings["size"])
+    found = tally(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
+    return Record.model_validate(
+        {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
+        | {"recipe": cell.file(), "command": cell.command(), "environment": environment(torch.device("cpu"))}
+        | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
+    )
+
+
+def stems(cells: Sequence[Cell]) -> Iterator[str]:
+    """Names of runs, each once."""
+    yield from dict.fromkeys(cell.stem for cell in cells)

@@ -1,0 +1,155 @@
+"""What a published table is: rows and columns with the paper's figures, and how each is run at a scale we can pay."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from inbatch.config import Recipe, make
+
+Settings = Mapping[str, Any]
+SCALES = ("smoke", "cpu", "gpu", "paper")
+PLACE = ("data", "test")
+"""Where images lie decides no figure: it is left out of what tells two runs apart."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    settings: what makes the line, on top of the scale's; flat, as in a recipe ("method.name"). None: the paper quotes
+        it, and nothing is run.
+    paper: its figures by the paper's column, in the paper's unit. against: the line it differs from in one thing.
+    at: settings that it has at one scale, or on one data set, only.
+    """
+
+    name: str
+    settings: Settings | None
+    paper: Mapping[str, float] = field(default_factory=dict)
+    against: str | None = None
+    at: Mapping[str, Settings] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of our columns: a figure of an evaluation ("knn.top1") on one data set, by one protocol.
+
+    paper: the paper's column that it stands for, if any.
+    """
+
+    name: str
+    data: str
+    figure: str
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a table is run: what all of its runs share, on which images, over which seeds.
+
+    data: name of a data set -> its settings, which include "data" and "size".
+    protocols: of evaluation beyond k-NN, linear probe and clustering.
+    cost: what it takes, in words. differs: what is not as in the paper, and why.
+    """
+
+    columns: tuple[Column, ...]
+    data: Mapping[str, Settings]
+    settings: Settings = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    protocols: tuple[str, ...] = ()
+    cost: str = ""
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table or figure, or a claim made into one.
+
+    source: where it stands. asks: its question. headings: the paper's columns. unit: of the paper's figures.
+    curve: the number whose curve over the epochs is the point ("knn"), for a figure.
+    holds: what our runs say at a scale, in words.
+    """
+
+    name: str
+    title: str
+    source: str
+    asks: str
+    rows: tuple[Row, ...]
+    scales: Mapping[str, Scale]
+    headings: tuple[str, ...] = ()
+    unit: str = "%"
+    curve: str | None = None
+    holds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a row on a data set with a seed."""
+
+    row: str
+    data: str
+    seed: int
+    settings: Settings
+    protocols: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether pairs of crops are counted, and nothing is learned."""
+        return "pairs" in self.settings
+
+    def recipe(self) -> Recipe:
+        """What is trained; its data is a name, for the one who runs it to find."""
+        return make(self.settings)
+
+    def file(self) -> dict[str, Any]:
+        """All that decides the result, as it is written to a file."""
+        return dict(self.settings) if self.counts else self.recipe().nested()
+
+    @property
+    def stem(self) -> str:
+        """The name of its files: the same wherever the same is run with the same seed."""
+        what = self.settings["crops"] if self.counts else self.settings["method.name"]
+        return f"{what}-{self.data}-{key(self.file())}-s{self.seed}"
+
+    def command(self) -> str:
+        """What a user types for it."""
+        if not self.counts:
+            return self.recipe().command()
+        options = (f"--{name} {self.settings[name]}" for name in ("crops", "size", "pairs", "seed"))
+        return f"inbatch crops {' '.join(options)}"
+
+
+def key(file: Mapping[str, Any]) -> str:
+    """Ten characters that stand for all that decides what is learned, but for the seed and where the images lie."""
+    told = {name: value for name, value in file.items() if name not in (*PLACE, "seed")}
+    text = json.dumps(_plain(told), sort_keys=True)  # as JSON has it: 1 and 1.0 are one number, a tuple is a list
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def cells(table: Table, scale: str, seeds: tuple[int, ...] | None = None) -> Iterator[Cell]:
+    """Every run of a table, the first seed of all rows first; what two columns share is one run."""
+    at = table.scales[scale]
+    for seed in at.seeds if seeds is None else seeds:
+        for data in dict.fromkeys(column.data for column in at.columns):
+            for row in table.rows:
+                if row.settings is not None:
+                    yield cell(table, scale, row, data, seed)
+
+
+def cell(table: Table, scale: str, row: Row, data: str, seed: int) -> Cell:
+    """The run of a row on a data set. What the row says is stronger than what the scale says."""
+    at = table.scales[scale]
+    own = {**(row.settings or {}), **row.at.get(scale, {}), **row.at.get(data, {})}
+    merged = {**at.settings, **at.data[data], **own, "seed": seed}
+    if "pairs" in merged:  # counted: only what counting takes
+        return Cell(row.name, data, seed, {name: merged[name] for name in ("crops", "size", "pairs", "seed")})
+    return Cell(row.name, data, seed, merged, at.protocols)
