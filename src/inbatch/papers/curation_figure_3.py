@@ -18,6 +18,7 @@ TABLE = Table(
     source=f"{curation.SOURCE}, Figure 3",
     asks="How often does one crop lie inside the other, apart from it, or across its edges?",
     headings=tuple(SHARES),
+    digits=2,
     rows=(Row("default", {"crops": "default"}, SHARES),),
     scales={
         "smoke": _scale(10_000, (0, 1), "a second"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -67,13 +68,39 @@ class Runner:
                 lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
         return list(lacking.values())
 
-    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+    def collect(self, cells: Sequence[Cell]) -> None:
+        """Keep the results of runs that were made elsewhere and lie, finished, where this would have made them."""
+        for cell in self.missing(cells):
+            if not cell.counts and not cell.protocols and (result := _finished(self.work / cell.stem)):
+                write_record(self.results, cell, _record(cell, self.place(cell), result))
+
+    def launch(self, cells: Sequence[Cell]) -> Iterator[str]:
+        """Commands for what is missing, to be given to a launcher; each goes on where it was stopped."""
+        for cell in self.missing(cells):
+            if cell.counts:
+                yield cell.command()
+                continue
+            folder = shlex.quote(str(self.work / cell.stem))
+            words = cell.command().removeprefix("inbatch ").replace(
+                f"--data {cell.settings['data']}", f"--data {shlex.quote(self.places.get(str(cell.settings['data']), 'PATH'))}"
+            )
+            yield f"torchrun --nproc-per-node gpu -m inbatch {words} --out {folder} --resume auto"
+
+    def place(self, cell: Cell) -> str:
+        """Where the images of a cell lie; DataError where only the user knows."""
+        name = str(cell.settings["data"])
+        place = self.places.get(name, WHERE.get(name, name))
+        if place is None:
+            raise DataError(f"where are the images of {name}? --data {name}=PATH")
+        return place
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, InbatchError]:
         """Run what is missing; what could not be run, by the cell's name, and why.
 
         Raises Preempted or Interrupted where a signal asks for it, when the running ones have saved themselves.
         """
         todo, began = self.missing(cells), time.perf_counter()
-        problems: dict[str, str] = {}
+        problems: dict[str, InbatchError] = {}
         with stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
             spoke, done = began, 0
@@ -84,7 +111,7 @@ class Runner:
                     try:
                         record = future.result()
                     except InbatchError as error:
-                        problems[cell.stem] = str(error)
+                        problems[cell.stem] = error
                         said = f"not run: {error}"
                     else:
                         write_record(self.results, cell, record)
@@ -125,10 +152,7 @@ class Runner:
             return _counted(cell)
         if cell.data in self._absent:
             raise DataError(self._absent[cell.data])
-        name = str(cell.settings["data"])
-        place = self.places.get(name, WHERE.get(name, name))
-        if place is None:
-            raise DataError(f"no images: where is {name}? --data {name}=PATH")
+        place = self.place(cell)
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
         result = _finished(folder)
@@ -245,8 +269,3 @@ def _counted(cell: Cell) -> Record:
         | {"recipe": cell.file(), "command": cell.command(), "environment": environment(torch.device("cpu"))}
         | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
     )
-
-
-def stems(cells: Sequence[Cell]) -> Iterator[str]:
-    """Names of runs, each once."""
-    yield from dict.fromkeys(cell.stem for cell in cells)

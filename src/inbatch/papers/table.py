@@ -66,7 +66,7 @@ class Scale:
 class Table:
     """A published table or figure, or a claim made into one.
 
-    source: where it stands. asks: its question. headings: the paper's columns. unit: of the paper's figures.
+    source: where it stands. asks: its question. headings: the paper's columns, in percent. digits: behind the point.
     curve: the number whose curve over the epochs is the point ("knn"), for a figure.
     holds: what our runs say at a scale, in words.
     """
@@ -78,7 +78,7 @@ class Table:
     rows: tuple[Row, ...]
     scales: Mapping[str, Scale]
     headings: tuple[str, ...] = ()
-    unit: str = "%"
+    digits: int = 1
     curve: str | None = None
     holds: Mapping[str, str] = field(default_factory=dict)
 

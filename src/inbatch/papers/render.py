@@ -1,0 +1,241 @@
+"""A filled table as text: for a terminal, Markdown, LaTeX, or a page of HTML that needs nothing else."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+
+from inbatch.papers.results import Record, wall_seconds
+from inbatch.papers.sheet import SURE, Line, Sheet
+from inbatch.papers.table import Cell, cells
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+
+
+def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: the row, the paper's figures and differences, then ours, each beside its difference."""
+    table = sheet.table
+    differs = any(line.row.against for line in sheet.lines)
+    headings = [""]
+    for heading in table.headings:
+        headings += [f"paper: {heading}", *(["paper: gain"] if differs else [])]
+    for column in sheet.columns:
+        headings += [column.name, *(["gain"] if differs else [])]
+    return headings, [_cells(sheet, line, differs) for line in sheet.lines]
+
+
+def _cells(sheet: Sheet, line: Line, differs: bool) -> list[str]:
+    digits, against = sheet.table.digits, sheet.line(line.row.against)
+    out = [line.row.name]
+    for heading, figure in zip(sheet.table.headings, line.paper, strict=True):
+        out.append("" if figure is None else f"{figure:g}" if figure == round(figure, 1) and digits == 1 else f"{figure:.2f}")
+        if differs:
+            moved = line.moved(heading, against)
+            out.append("" if moved is None else f"{moved:+.2f}")
+    for value in line.ours:
+        out += [value.text(digits), *([value.gain(digits)] if differs else [])]
+    return out
+
+
+def notes(sheet: Sheet) -> list[str]:
+    """What must stand below the figures: how many runs, on what, how they differ from the paper's."""
+    table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
+    finished = [record for record in records if record.status == "finished"]
+    lines = [f"{len(finished)} of {sheet.wanted} runs, seeds {', '.join(map(str, at.seeds))}; mean ± standard deviation."]
+    if any(line.row.against for line in sheet.lines):
+        beside = sorted({line.row.against for line in sheet.lines if line.row.against})
+        lines.append(
+            f"Gain: against {' or '.join(beside)} at the same seeds, with p of a paired t-test (* below {SURE}, not corrected "
+            "for the number of rows)."
+        )
+    lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
+    sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
+    if "cifar10-jpeg" in sources.values():
+        lines.append("CIFAR-10 is a JPEG copy (quality about 75): accuracies stand a little below those on the original files.")
+    if finished:
+        lines.append(f"Measured on {_machines(finished)}; {_hours(wall_seconds(finished))} of one process after another.")
+    failed = [record for record in records if record.failure is not None]
+    lines += [f"Failed: {record.command}: {record.failure.sentence}" for record in failed if record.failure]
+    return [*lines, *([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
+
+
+def _machines(records: Iterable[Record]) -> str:
+    def name(record: Record) -> str:
+        where = record.environment
+        what = where["processor"] if where["device"] == "cpu" else where["device"]
+        return f"{what} ({where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['versions']['torch']})"
+
+    return ", ".join(sorted({name(record) for record in records}))
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+
+
+def markdown(sheet: Sheet, *, picture: str | None = None, runs: str | None = None) -> str:
+    """A page in Markdown. picture: where the curves are drawn. runs: where the records lie, for links."""
+    table = sheet.table
+    headings, rows = grid(sheet)
+    parts = [f"# {table.name}: {_md(table.title)}", _md(table.asks), _md_table(headings, rows)]
+    if picture is not None:
+        parts.append(f"![Curves]({picture})")
+    if told := table.holds.get(sheet.scale):
+        parts.append(f"**What holds.** {told}")
+    parts.append("\n".join(f"- {_md(note)}" for note in notes(sheet)))
+    parts.append("## The runs\n\n" + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:"))
+    listed = []
+    for cell, record in first_seeds(sheet):
+        where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
+        listed.append(f"- {_md(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
+    return "\n\n".join([*parts, *listed]) + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([|<>*_\[\]])", r"\\\1", text) if "`" not in text else text
+
+
+def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(_md_cell, line))} |" for line in lines)
+
+
+def _md_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def first_seeds(sheet: Sheet) -> list[tuple[Cell, Record | None]]:
+    """A cell of each row and data set, with its record where there is one."""
+    first = sheet.table.scales[sheet.scale].seeds[0]
+    records, seen = sheet.records, {}
+    for cell in cells(sheet.table, sheet.scale, (first,)):
+        seen.setdefault(cell.stem, (cell, records.get(cell.stem)))
+    return list(seen.values())
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Text as LaTeX takes it."""
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def latex(sheet: Sheet) -> str:
+    """A table environment for booktabs."""
+    headings, rows = grid(sheet)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{tex(sheet.table.title)} ({tex(sheet.table.source)}; {sheet.scale} scale). {tex(' '.join(notes(sheet)[:2]))}}}",
+        rf"\label{{tab:{sheet.table.name}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(tex, headings)) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}thead th{border-bottom:2px solid #222}"
+    "tbody tr:nth-child(even){background:#f4f4f4}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}"
+    "img{max-width:100%}.wide{overflow-x:auto}"
+)
+
+
+def page(sheet: Sheet) -> str:
+    """A self-contained page of HTML: table, curves, notes, and the recipe of every run."""
+    e, table = html.escape, sheet.table
+    headings, rows = grid(sheet)
+    head = "".join(f"<th>{e(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{e(text)}</td>" for text in row) + "</tr>" for row in rows)
+    parts = [
+        f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.asks)}</p>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+    ]
+    if told := table.holds.get(sheet.scale):
+        parts.append(f"<p><b>What holds.</b> {e(told)}</p>")
+    if (png := curves(sheet)) is not None:
+        parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
+    parts.append("<ul>" + "".join(f"<li>{e(note)}</li>" for note in notes(sheet)) + "</ul><h2>Runs</h2>")
+    for cell, record in first_seeds(sheet):
+        recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"
+        parts.append(
+            f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary><p><code>{e(cell.command())}</code></p>{recipe}</details>"
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(table.name)}</title><style>{_STYLE}</style>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _pretty(record: Record) -> str:
+    import json
+
+    return json.dumps({name: value for name, value in record.json().items() if name != "curve"}, indent=1)
+
+
+def curves(sheet: Sheet) -> bytes | None:
+    """A PNG of the rows' curves over the epochs, mean and spread over the seeds, a panel for each data set and number.
+
+    The table's own number if it is a figure of curves, else loss, k-NN, feature_std and rankme. None without curves.
+    """
+    numbers = [sheet.table.curve] if sheet.table.curve else ["loss", "knn", "feature_std", "rankme"]
+    kinds = [data for data in sheet.table.scales[sheet.scale].data if any(_curve(line, data, "epoch") for line in sheet.lines)]
+    if not kinds:
+        return None
+    figure = Figure(figsize=(6.4 * len(kinds), 3.2 * len(numbers)), layout="constrained")
+    panels = figure.subplots(len(numbers), len(kinds), squeeze=False)
+    for across, data in enumerate(kinds):
+        for down, number in enumerate(numbers):
+            panel = panels[down][across]
+            for line, colour in zip(sheet.lines, _cycle(COLOURS), strict=False):
+                if found := _curve(line, data, number):
+                    epochs, means, spreads = found
+                    panel.plot(epochs, means, color=colour, linewidth=1.3, label=line.row.name)
+                    low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+                    panel.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.set(xlabel="epoch", ylabel={"knn": "k-NN, %"}.get(number, number), title=data)
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=100, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _cycle(colours: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from colours
+
+
+def _curve(line: Line, data: str, number: str) -> tuple[list[float], list[float], list[float]] | None:
+    """Epochs, means and standard deviations over the seeds, where every seed has the number."""
+    scale = 100.0 if number == "knn" else 1.0
+    runs = [
+        {look["epoch"]: scale * value for look in record.curve if (value := look.get(number)) is not None}
+        for cell, record in zip(line.cells, line.records, strict=True)
+        if cell.data == data and record.curve
+    ]
+    epochs = sorted(set.intersection(*map(set, runs))) if runs else []
+    if not epochs:
+        return None
+    every = [[run[epoch] for run in runs] for epoch in epochs]
+    return list(epochs), [mean(v) for v in every], [stdev(v) if len(v) > 1 else 0.0 for v in every]
+
+
+FORMATS: dict[str, Callable[[Sheet], str]] = {".md": markdown, ".tex": latex, ".html": page}
+"""Ending of a file -> what is written into it."""
