@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from inbatch.config import make
+from inbatch.config import Recipe, make
 from inbatch.errors import ConfigError, DataError
 from inbatch.files import write_json
 from inbatch.papers.table import Cell, key
@@ -67,20 +67,19 @@ class Record(pydantic.BaseModel, extra="forbid"):
     @property
     def told(self) -> tuple[str, str, int]:
         """What tells it from other runs: key of the recipe, data set, seed."""
-        file = self.recipe if "pairs" in self.recipe else make(_flat(self.recipe)).nested()
-        return key(file), self.data, self.seed
+        return key(self.recipe if "pairs" in self.recipe else read_recipe(self.recipe)), self.data, self.seed
 
     def json(self) -> dict[str, Any]:
         """As it stands in its file."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as settings."""
+def read_recipe(file: Mapping[str, Any]) -> Recipe:
+    """A recipe as a run wrote it; ConfigError where it is none any more."""
     settings: dict[str, Any] = {}
-    for name, value in recipe.items():
+    for name, value in file.items():
         settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return settings
+    return make(settings)
 
 
 Records = Mapping[tuple[str, str, int], Record]
@@ -114,7 +113,7 @@ def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
 
 def find(records: Records, cell: Cell) -> Record | None:
     """The record of a cell, if there is one with all that it asks for."""
-    record = records.get((key(cell.file()), cell.data, cell.seed))
+    record = records.get((cell.key, cell.data, cell.seed))
     lacking = record is not None and record.status == "finished" and set(cell.protocols) - set(record.protocols)
     return None if lacking else record
 

@@ -23,7 +23,7 @@ from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, Trai
 from inbatch.files import write_json
 from inbatch.inspect.crops import tally
 from inbatch.limits import cores
-from inbatch.papers.results import Failure, Record, find, read_records, write_record
+from inbatch.papers.results import Failure, Record, find, read_recipe, read_records, write_record
 from inbatch.papers.scales import WHERE
 from inbatch.papers.table import Cell, key
 from inbatch.signals import stop_on_signals
@@ -241,8 +241,9 @@ def _source(place: str) -> str:
 
 def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     recipe = dict(result["recipe"]) | {"data": cell.settings["data"]}
-    if key(recipe) != key(cell.file()):
-        changed = [name for name, value in cell.file().items() if key({name: value}) != key({name: recipe.get(name)})]
+    if key(read_recipe(recipe)) != cell.key:
+        mine = cell.recipe().nested()
+        changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
         raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
     kept = {name: result[name] for name in Record.model_fields if name in result}
     named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
@@ -255,7 +256,7 @@ def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Reco
     failure = Failure(exit_code=found["exit_code"], sentence=found["error"].replace(str(log.parent), ""), log=words)
     return Record.model_validate(
         {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
-        | {"recipe": cell.file(), "command": cell.command(), "protocols": list(cell.protocols), "wall_seconds": 0.0}
+        | {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols), "wall_seconds": 0.0}
         | {"environment": environment(torch.device("cpu")), "failure": failure}
     )
 
@@ -266,6 +267,6 @@ def _counted(cell: Cell) -> Record:
     found = tally(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
     return Record.model_validate(
         {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
-        | {"recipe": cell.file(), "command": cell.command(), "environment": environment(torch.device("cpu"))}
+        | {"recipe": dict(cell.settings), "command": cell.command(), "environment": environment(torch.device("cpu"))}
         | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
     )

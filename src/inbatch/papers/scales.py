@@ -5,6 +5,8 @@ from typing import Any
 
 from inbatch.papers.table import Column, Scale, Settings
 
+SOURCE = "the survey Deep Learning Feature Extraction with Batch Context"
+
 FIGURES = {
     "linear": "linear.top1",
     "k-NN": "knn.top1",
@@ -91,3 +93,16 @@ def usual(
             differs=("tiny-imagenet-100 (64 pixels) stands for ImageNet-100", "200 epochs", *differs),
         ),
     }  # fmt: skip
+
+
+def published(cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET) -> Scale:
+    """A claim at the size at which it was made: ImageNet-1k, ResNet-50, each method as its authors trained it."""
+    name = str(data["data"])
+    return Scale(
+        columns({name: name}, ("linear",)),
+        {name: data},
+        {"encoder.name": "resnet50", **(settings or {})},
+        seeds=(0,),
+        cost=cost,
+        differs=("each method by its authors' preset", *differs),
+    )

@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
-from inbatch.config import Recipe, make
+from inbatch.config import Recipe, Schedule, make
+from inbatch.parts import Part, make_part
 
 Settings = Mapping[str, Any]
 SCALES = ("smoke", "cpu", "gpu", "paper")
-PLACE = ("data", "test")
-"""Where images lie decides no figure: it is left out of what tells two runs apart."""
+LEFT_OUT = ("data", "test", "seed", "preset")
+"""Settings that do not tell two runs apart: where images lie, and where other settings come from."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,16 @@ class Cell:
         """What is trained; its data is a name, for the one who runs it to find."""
         return make(self.settings)
 
-    def file(self) -> dict[str, Any]:
-        """All that decides the result, as it is written to a file."""
-        return dict(self.settings) if self.counts else self.recipe().nested()
+    @cached_property
+    def key(self) -> str:
+        """What it shares with every run that is the same but for the seed."""
+        return key(self.settings if self.counts else self.recipe())
 
     @property
     def stem(self) -> str:
         """The name of its files: the same wherever the same is run with the same seed."""
         what = self.settings["crops"] if self.counts else self.settings["method.name"]
-        return f"{what}-{self.data}-{key(self.file())}-s{self.seed}"
+        return f"{what}-{self.data}-{self.key}-s{self.seed}"
 
     def command(self) -> str:
         """What a user types for it."""
@@ -120,11 +123,34 @@ class Cell:
         return f"inbatch crops {' '.join(options)}"
 
 
-def key(file: Mapping[str, Any]) -> str:
-    """Ten characters that stand for all that decides what is learned, but for the seed and where the images lie."""
-    told = {name: value for name, value in file.items() if name not in (*PLACE, "seed")}
+def key(what: Recipe | Mapping[str, Any]) -> str:
+    """Ten characters that stand for all that decides what is learned (or counted), but for the seed and the images' place.
+
+    What a recipe leaves as it is by default is not in it: a new setting does not rename what was run before it came.
+    """
+    told = _told(what) if isinstance(what, Recipe) else {k: v for k, v in what.items() if k not in LEFT_OUT}
     text = json.dumps(_plain(told), sort_keys=True)  # as JSON has it: 1 and 1.0 are one number, a tuple is a list
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _told(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says beyond defaults."""
+    told: dict[str, Any] = {}
+    for each in fields(Recipe):
+        value = getattr(recipe, each.name)
+        if each.name in LEFT_OUT or value == each.default:
+            continue
+        if isinstance(value, Part):
+            bare = each.name in ("optimizer", "encoder")  # others' parts: a recipe holds only what was given
+            usual = None if bare else make_part(each.name, {"name": value.name}, recipe.size)
+            options = {} if usual is None else usual.options
+            own = {k: v for k, v in value.options.items() if k not in options or options[k] != v}
+            told[each.name] = {"name": value.name, **own}
+        elif isinstance(value, Schedule):
+            told[each.name] = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        else:
+            told[each.name] = value
+    return told
 
 
 def _plain(value: Any) -> Any:
