@@ -221,6 +221,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
         views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
         schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
+        variance=recipe.variance,
     )  # fmt: skip
     return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
 

@@ -76,6 +76,7 @@ class Recipe:
     shuffle_groups: the momentum tower's context groups (without one: those of every view but the first) are other
         permutations of the batch, so that what a group has in common does not solve the task.
     precision: of the towers. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
+    variance: weight of VICReg's variance term (`functional.narrowness`), added to the loss of any method.
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
         together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
@@ -109,6 +110,7 @@ class Recipe:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
     channels_last: bool = True
+    variance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     joined: bool = False
     compile: bool = False
     resident: bool | None = None

@@ -73,6 +73,8 @@ def _plugins(built: Built) -> dict[str, str]:
         lines["attend"] = attention(built.encoder, built.context)
     if r.crops != "default":
         lines["crops"] = r.crops
+    if r.variance:
+        lines["variance"] = f"{r.variance:g} times VICReg's variance term beside the loss"
     if r.shuffle_groups:
         whose = "the momentum tower's" if built.target else "those of every view but the first"
         lines["groups"] = f"shuffled: {whose}"

@@ -56,6 +56,12 @@ def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[
     return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
 
 
+def narrowness(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
+    """How far features fall short of a standard deviation of 1 (VICReg, Bardes et al. 2022, Eq. 1): the mean over views
+    and features of max(0, 1 - sqrt(Var + eps)), variances unbiased, rows as they are."""
+    return (1 - (wide(z).var(1) + eps).sqrt()).relu().mean()
+
+
 def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
     """Lower Cholesky factor of (1 - eps) cov + eps I, and the jitter it took: 0 wherever there is a factor.
 

@@ -13,6 +13,7 @@ from inbatch.batch import Batch, Rows
 from inbatch.context.curate import Curator
 from inbatch.draws import fold, permutation
 from inbatch.errors import TrainingError
+from inbatch.functional import narrowness
 from inbatch.methods.base import Method
 from inbatch.tower import Tower, follow, running_statistics
 
@@ -47,6 +48,7 @@ class Step:
     shuffle: the momentum tower's context groups are other permutations of the batch, drawn anew for every step and
         view; where there is no momentum tower, those of every view but the first.
     products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
+    variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
     """
 
     method: Method
@@ -64,6 +66,7 @@ class Step:
     curator: Curator | None = None
     shuffle: bool = False
     products: tiled.Products = "float32"
+    variance: float = 0.0
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
@@ -84,6 +87,9 @@ class Step:
 
         with tiled.using(products=self.products, rank=ranks.rank(), world=ranks.world(), add=ranks.add_):
             losses = self.method.loss(rows, taught, whole)
+            if self.variance:
+                narrow = torch.stack([narrowness(x) for x in rows.values()]).mean()
+                losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)

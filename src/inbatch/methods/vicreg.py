@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import moments, wide
+from inbatch.functional import moments, narrowness, wide
 from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
 
@@ -29,7 +29,7 @@ def vicreg(
         raise ValueError(f"VICReg needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     z = wide(z)
     away = torch.stack([(a - b).square().mean() for a, b in combinations(z, 2)]).mean()
-    narrow = (1 - (z.var(1) + eps).sqrt()).relu().mean() * (1 if variance == "mean" else 2)
+    narrow = narrowness(z, eps) * (1 if variance == "mean" else 2)
     shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
     loss = sim * away + std * narrow + cov * shared
     return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}

@@ -1,0 +1,359 @@
+"""The papers' tables: what they hold, how runs are told apart, kept, found, compared and shown."""
+
+import html.parser
+import json
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from typer.testing import CliRunner
+
+from inbatch.cli import app
+from inbatch.config import make
+from inbatch.environment import environment
+from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
+from inbatch.papers import TABLES, render
+from inbatch.papers.ask import ask
+from inbatch.papers.results import Record, find, read_record, read_records, shipped, write_record
+from inbatch.papers.run import Runner
+from inbatch.papers.sheet import fill, paired
+from inbatch.papers.table import SCALES, Cell, Row, Table, cells, key
+
+EVERY = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+TABLE = TABLES["ba-ssl-3"]
+
+
+def record(cell: Cell, linear: float, **more: Any) -> Record:
+    """What a run of this cell might have left."""
+    where = {"device": "cpu", "processor": "one", "threads": 1, "versions": {"torch": "2"}}
+    found = {"linear": {"top1": linear}, "knn": {"top1": linear / 2}}
+    curve = [{"step": 0, "epoch": 0, "knn": 0.1}, {"step": 3, "epoch": 1, "knn": linear / 2, "loss": 5.0}]
+    made = {"schema": 1, "status": "finished", "data": cell.data, "source": cell.data, "seed": cell.seed}
+    made |= {"command": cell.command(), "recipe": dict(cell.settings) if cell.counts else cell.recipe().nested()}
+    made |= {"environment": where, "wall_seconds": 3.0, "evaluation": found, "curve": curve} | more
+    return Record.model_validate(made)
+
+
+def filled(scale: str = "smoke") -> dict[tuple[str, str, int], Record]:
+    """A record for every run of Table 3, its linear accuracy made of row and seed."""
+    names = [row.name for row in TABLE.rows]
+    made = [record(c, 0.5 + names.index(c.row) / 100 + c.seed * c.seed / 50) for c in cells(TABLE, scale)]
+    return {one.told: one for one in made}
+
+
+@EVERY
+def test_a_table_is_whole(table: Table) -> None:
+    names = [row.name for row in table.rows]
+    assert set(table.scales) == set(SCALES) and len(set(names)) == len(names)
+    for row in table.rows:
+        assert row.against is None or row.against in names
+        assert set(row.paper) <= set(table.headings)
+        assert set(row.at) <= {*SCALES, *(data for scale in table.scales.values() for data in scale.data)}
+    for scale in table.scales.values():
+        assert {column.data for column in scale.columns} <= set(scale.data)
+        assert all(column.paper is None or column.paper in table.headings for column in scale.columns)
+        assert len({column.name for column in scale.columns}) == len(scale.columns)
+    if table.headings:
+        assert all(row.paper or row.settings is not None for row in table.rows)
+
+
+@EVERY
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_run_is_a_recipe_and_a_command(table: Table, scale: str) -> None:
+    """The command makes the recipe again, whoever types it."""
+    from inbatch.cli.base import assignments
+
+    for cell in cells(table, scale, (0,)):
+        if cell.counts:
+            continue
+        recipe = cell.recipe()
+        words = shlex.split(cell.command())
+        settings = assignments([words[i + 1] for i, word in enumerate(words) if word == "--set"])
+        typed = {"method.name": words[2], "data": words[4], "preset": words[6]} | settings
+        assert make(typed) == recipe
+
+
+def test_every_system_of_the_sources_is_reachable() -> None:
+    methods = {cell.settings.get("method.name") for table in TABLES.values() for cell in cells(table, "cpu", (0,))}
+    assert methods >= {"simclr", "moco", "supcon", "swav", "byol", "simsiam", "barlow", "wmse", "nnclr", "supervised"}
+    plugs = {name for table in TABLES.values() for row in table.rows for name in (row.settings or {})}
+    assert plugs >= {"fuse.name", "curate.name", "attend.name", "crops", "variance", "method.symmetric"}
+
+
+def test_what_tells_runs_apart() -> None:
+    recipe = make({"data": "digits-canvas", "method.name": "simclr", "size": 32})
+    same = make({"data": "elsewhere", "method.name": "simclr", "size": 32, "seed": 3, "preset": "cifar", "crops": "default"})
+    assert key(recipe) == key(same)
+    for setting in ({"method.temperature": 0.3}, {"epochs": 7}, {"fuse.name": "conv"}, {"schedule.warmup": 3.5}):
+        assert key(make({"data": "digits-canvas", "method.name": "simclr", "size": 32} | setting)) != key(recipe)
+    assert key({"crops": "big", "pairs": 10, "size": 32, "seed": 1}) == key({"crops": "big", "pairs": 10.0, "size": 32})
+
+
+def test_a_record_is_checked(tmp_path: Path) -> None:
+    cell = next(cells(TABLE, "smoke"))
+    path = write_record(tmp_path, cell, record(cell, 0.5))
+    assert find(read_records(tmp_path), cell) == read_record(path)
+    whole = json.loads(path.read_text())
+    broken = {
+        "a number typed by hand": whole | {"accuracy": 0.9},
+        "another schema": whole | {"schema": 2},
+        "no evaluation": {k: v for k, v in whole.items() if k != "evaluation"},
+        "the seed": whole | {"seed": 5},
+        "no recipe": whole | {"recipe": {"method": "simclr"}},
+        "unknown settings": whole | {"recipe": whole["recipe"] | {"temperatur": 3}},
+    }
+    for content in broken.values():
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match="is no result of a run"):
+            read_records(tmp_path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="is no result of a run"):
+        read_records(tmp_path)
+
+
+def test_a_run_serves_whoever_asks_for_no_more_than_it_has(tmp_path: Path) -> None:
+    cell = next(cells(TABLE, "smoke"))
+    write_record(tmp_path, cell, record(cell, 0.5))
+    runner = Runner(tmp_path, tmp_path / "work")
+    assert runner.missing([cell]) == []
+    more = replace(cell, protocols=("few",))
+    assert runner.missing([cell, more]) == [more]
+    write_record(tmp_path, more, record(more, 0.5, protocols=["few", "corruptions"]))
+    assert runner.missing([cell, more]) == []
+
+
+def test_differences_are_paired_by_seed() -> None:
+    sheet = fill(TABLE, "smoke", filled())
+    with_, without = sheet.line("SimCLR + BA"), sheet.line("SimCLR")
+    a, b = with_.ours[0].values, without.ours[0].values
+    assert with_.ours[0].gains == pytest.approx([x - y for x, y in zip(a, b, strict=True)])
+    noisy = [0.3, -0.2, 0.9, 1.4]
+    assert paired(noisy) == pytest.approx(ttest_rel(noisy, [0.0] * 4).pvalue)
+    assert paired([1.0]) is None and paired([0.0, 0.0]) == 1.0
+    assert with_.moved("Top1", without) == pytest.approx(0.68)
+    missing = {told: r for told, r in filled().items() if told[2] == 0}
+    assert fill(TABLE, "smoke", missing).line("BYOL").ours[0].seeds == (0,)
+
+
+def test_what_failed_and_what_is_missing_is_shown() -> None:
+    some = list(cells(TABLE, "smoke"))[:2]
+    failure = {"exit_code": 4, "sentence": "the loss is nan", "log": "..."}
+    ended = record(some[0], 0.0, status="failed", evaluation=None, failure=failure)
+    sheet = fill(TABLE, "smoke", {ended.told: ended})
+    headings, rows = render.grid(sheet)
+    assert rows[0][headings.index("digits, linear")] == "failed" and rows[1][headings.index("digits, linear")] == ""
+    assert any("the loss is nan" in note for note in render.notes(sheet))
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_pages_need_nothing_else_and_take_any_name() -> None:
+    evil = "<script>alert(1)</script> | a & b_c $x$ *y*"
+    row = Row(evil, TABLE.rows[0].settings, {"Top1": 1.0})
+    table = replace(TABLE, rows=(row, *TABLE.rows[1:]), title=evil)
+    made = {r.told: r for r in (record(c, 0.5) for c in cells(table, "smoke"))}
+    sheet = fill(table, "smoke", made)
+    page = Page()
+    page.feed(render.page(sheet))
+    assert "script" not in page.tags and all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert page.loads
+    lines = [line for line in render.markdown(sheet).splitlines() if line.startswith("|")]
+    bars = {line.replace("\\|", "").count("|") for line in lines}
+    assert len(bars) == 1 and not any("<script" in line for line in lines)
+    text = render.latex(sheet)
+    assert r"\textbackslash" not in text and r"a \& b\_c \$x\$" in text and text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_the_curve_is_of_what_every_seed_has() -> None:
+    assert render.curves(fill(TABLE, "smoke", filled())).startswith(b"\x89PNG")
+    assert render.curves(fill(TABLE, "smoke", {})) is None
+
+
+class Fake(Runner):
+    """Makes results without learning; what it was asked for is kept."""
+
+    ends: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.asked: list[list[str]] = []
+        self.ends = {}
+
+    def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+        self.asked.append(words)
+        log.write_text("its last words\n")
+        end = self.ends.get(cell.row)
+        if isinstance(end, InbatchError):
+            raise end
+        if end is not None:
+            return dict(end)
+        where = environment(torch.device("cpu"))
+        made = record(cell, 0.5, environment=where).json() | {"recipe": cell.recipe().nested() | {"data": "somewhere/else"}}
+        return {k: v for k, v in made.items() if k not in ("schema", "status", "data", "source", "seed", "protocols")}
+
+
+def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = list(cells(TABLE, "smoke", (0,)))
+    runner = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
+    runner.ends = {"BYOL": InbatchError("it crashed"), "SimCLR": {"exit_code": 4, "error": "the loss is nan"}}
+    assert {name.split("-")[0] for name in runner.run(asked)} == {"byol"}
+    assert len(runner.asked) == len(asked) and len(said) == len(asked)
+    known = read_records(tmp_path / "results")
+    assert len(known) == len(asked) - 1 and sum(r.status == "failed" for r in known.values()) == 1
+    assert all(r.recipe["data"] == "digits-canvas-colour" for r in known.values())
+    again = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
+    assert again.run(asked) == {} and len(again.asked) == 1  # what crashed; what diverged would diverge again
+    retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=said.append)
+    retried.run(asked)
+    assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
+
+
+def test_missing_images_are_told_once(tmp_path: Path) -> None:
+    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    table = TABLES["ba-ssl-4"]
+    problems = runner.run(list(cells(table, "gpu", (0,))))
+    told = {str(problem) for problem in problems.values()}
+    assert told == {"where are the images of tiny-imagenet-100? --data tiny-imagenet-100=PATH"}
+    assert all(problem.exit_code == 3 for problem in problems.values())
+
+
+def test_runs_made_elsewhere_are_collected(tmp_path: Path) -> None:
+    """What torchrun or SLURM made in the runner's folders becomes a result."""
+    table = TABLES["ba-ssl-4"]
+    runner = Runner(tmp_path / "results", tmp_path / "work", places={"imagenet": "/data/imagenet"})
+    asked = list(cells(table, "paper"))
+    launch = list(runner.launch(asked))
+    assert len(launch) == 4 and all(" --data /data/imagenet " in line and "--resume auto" in line for line in launch)
+    folder = tmp_path / "work" / asked[0].stem
+    folder.mkdir(parents=True)
+    found = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).json()
+    (folder / "result.json").write_text(json.dumps(found | {"recipe": found["recipe"] | {"data": "/data/imagenet"}}))
+    runner.collect(asked)
+    assert find(read_records(tmp_path / "results"), asked[0]) is not None and len(list(runner.launch(asked))) == 3
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.chdir(tmp_path)
+    yield lambda *words: CliRunner().invoke(app, ["table", *words])
+
+
+def test_the_list_of_tables(run_cli: Any) -> None:
+    found = run_cli()
+    assert found.exit_code == 0 and all(name in found.stdout for name in TABLES)
+    assert [t["name"] for t in json.loads(run_cli("--json").stdout)["tables"]] == list(TABLES)
+
+
+@EVERY
+def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, tmp_path: Path) -> None:
+    found = run_cli(table.name)
+    assert found.exit_code == 0, found.output
+    assert table.rows[0].name in found.stdout and "inbatch " in found.stdout
+    assert list(tmp_path.iterdir()) == []
+    shown = json.loads(run_cli(table.name, "--json").stdout)
+    assert shown["name"] == table.name and len(shown["rows"]) == len(table.rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["ba-ssl-33"], 2, "ba-ssl-3"),
+        (["ba-ssl-3", "--scale", "cpuu"], 2, "cpu"),
+        (["ba-ssl-3", "--row", "SimCLR+BA"], 2, "SimCLR + BA"),
+        (["ba-ssl-3", "--on", "cifar"], 2, "photos"),
+        (["ba-ssl-3", "--data", "cifar10"], 2, "NAME=PATH"),
+        (["ba-ssl-3", "--from", "nowhere"], 2, "no folder of results"),
+        (["ba-ssl-3", "-o", "table.doc"], 2, ".md"),
+        (["ba-ssl-3", "--scale", "gpu", "--on", "tiny", "--seed", "0", "--row", "BYOL"], 3, "--data tiny-imagenet-100=PATH"),
+    ],
+)
+def test_what_is_wrong_is_said(words: list[str], code: int, says: str, run_cli: Any) -> None:
+    found = run_cli(*words)
+    assert found.exit_code == code and says in found.output and "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("ending", render.FORMATS)
+def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
+    for cell in cells(TABLE, "smoke"):
+        write_record(tmp_path / "mine", cell, record(cell, 0.5))
+    found = run_cli("ba-ssl-3", "--scale", "smoke", "--from", "mine", "-o", f"out/table{ending}")
+    assert found.exit_code == 0, found.output
+    assert "SimSiam + BA" in (tmp_path / "out" / f"table{ending}").read_text()
+
+
+def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None:
+    """The whole way, with a real run of a second."""
+    words = ["ba-ssl-3", "--scale", "smoke", "--row", "SimCLR", "--seed", "0", "--jobs", "1", "--device", "cpu"]
+    found = run_cli(*words)
+    assert found.exit_code == 0, found.output
+    (path,) = (tmp_path / "runs" / "table" / "results").glob("*.json")
+    one = read_record(path)
+    assert one.told in read_records(path.parent) and one.curve[-1]["loss"] > 0
+    assert not (tmp_path / "runs" / "table" / path.stem / "checkpoints").exists()
+    before = path.stat().st_mtime_ns
+    assert run_cli(*words).exit_code == 0 and path.stat().st_mtime_ns == before
+
+
+def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
+    """SIGTERM: the running runs save themselves, nothing is half done, the same command ends what was begun."""
+    base = TABLE.rows[2]
+    table = replace(TABLE, rows=(replace(base, settings={**(base.settings or {}), "epochs": 60, "subset": 640}),))
+    asked = list(cells(table, "smoke", (0,)))
+    runner = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", tell=lambda text: None)
+
+    def stop() -> None:
+        log = tmp_path / "work" / asked[0].stem / "metrics.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 4:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Preempted, match="the same command goes on"):
+        runner.run(asked)
+    assert not list((tmp_path / "results").glob("*"))
+    assert (tmp_path / "work" / asked[0].stem / "checkpoints" / "last.pt").exists()
+    again = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", tell=lambda text: None)
+    assert again.run(asked) == {} and len(read_records(tmp_path / "results")) == 1
+
+
+@pytest.mark.slow
+@EVERY
+def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
+    """All rows, one seed."""
+    runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", tell=lambda text: None)
+    asked = ask(TABLES, table.name, "smoke", runner=runner, seeds=[0])
+    assert not asked.problems
+    assert all(value.values for line in asked.sheet.lines if line.row.settings is not None for value in line.ours)
+
+
+def test_results_that_come_along_are_of_the_tables() -> None:
+    """Every committed file is a record, and the run of some table's cell."""
+    known = read_records(shipped())
+    asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
+    assert set(known) <= asked
+    for one in known.values():
+        assert "/" not in one.source.removeprefix("torchvision/") and '"/' not in json.dumps(one.json())
+
+
+def test_unknown_settings_of_a_table_are_errors() -> None:
+    row = Row("typo", {"method.name": "simclr", "method.temprature": 1})
+    with pytest.raises(ConfigError, match="temperature"):
+        next(cells(replace(TABLE, rows=(row,)), "smoke")).recipe()
