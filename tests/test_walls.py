@@ -37,7 +37,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "seam": {"batch", "tower"},
     "step": {"batch", "tiled", "tower", "seam", "ranks", "methods.base", "context.curate"},
     "optim": {"schedules"},
-    "evaluate": {"ranks", "products"},
+    "evaluate": {"ranks", "products", "batch", "views"},
     "papers": {"api", "config", "train", "evaluate", "inspect"},
     "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "describe", "doctor"}
     | {"quickstart"},
