@@ -37,7 +37,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "seam": {"batch", "tower"},
     "step": {"batch", "functional", "tiled", "tower", "seam", "ranks", "methods.base", "context.curate"},
     "optim": {"schedules"},
-    "evaluate": {"ranks", "products"},
+    "evaluate": {"ranks", "products", "batch", "views"},
     "papers": {"api", "config", "parts", "train", "evaluate", "inspect", "environment", "signals"},
     "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "describe", "doctor"}
     | {"quickstart", "papers"},

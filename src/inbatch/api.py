@@ -17,7 +17,7 @@ from inbatch.build import Built, build, device_for, held_out, plan, share_of
 from inbatch.capture import replay
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
-from inbatch.data import Source, Subset, decode_all, open_data, splits
+from inbatch.data import Coloured, Source, Subset, decode_all, open_data, splits
 from inbatch.describe import describe, estimate
 from inbatch.doctor import advice
 from inbatch.draws import permutation
@@ -192,6 +192,7 @@ def evaluate_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing.
 
+    data: images of any classes and sizes; grey ones are read in three channels where the encoder learned from three.
     from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
     """
     if from_ not in ("features", "head"):
@@ -199,14 +200,15 @@ def evaluate_run(
     if from_ == "head" and "clustering" not in protocols:
         raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
     run = load_run(path)
-    source = _source(run.recipe, data)
-    held = held_out(run.recipe, source, run.recipe.data if data is None else data, test)
+    recipe, source = (run.recipe, _source(run.recipe, None)) if data is None else _elsewhere(run.recipe, data)
+    held = held_out(recipe, source, recipe.data if data is None else data, test)
     if held is None:
         raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
     encoder = load(path).to(device_for(device))
-    options = {"k": run.recipe.k, "seed": run.recipe.seed} | options
-    head = {"head": judge_head(Path(path), encoder, held[1])} if from_ == "head" else {}
-    found = evaluate(encoder, held[0], held[1], protocols=protocols, **options) | head
+    bank, queries = (Coloured(s) if (s.channels, encoder.channels) == (1, 3) else s for s in held[:2])
+    options = {"k": recipe.k, "seed": recipe.seed} | options
+    head = {"head": judge_head(Path(path), encoder, queries)} if from_ == "head" else {}
+    found = evaluate(encoder, bank, queries, protocols=protocols, **options) | head
     return found | {"run": str(path), "held_out": held[2]}
 
 
@@ -303,6 +305,20 @@ def _source(recipe: Recipe, data: Any) -> Source:
     if data is not None:
         return open_data(data, splits(data)[0], **recipe.reading)
     return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
+
+
+def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
+    """The recipe of a run as far as it holds for the images of another set, and these."""
+    recipe = replace(recipe, test=None, split=splits(data)[0])
+    first = None
+    for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, where these images have them
+        for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: what cannot be read as colour
+            tried = replace(recipe, classes=classes, channels=channels)
+            try:
+                return tried, _source(tried, data)
+            except DataError as error:
+                first = first or error
+    raise first or DataError(f"{data} cannot be read")
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:

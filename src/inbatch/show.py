@@ -21,6 +21,7 @@ FIGURES = {
     "NMI": ("clustering", "nmi"),
     "ACC": ("clustering", "acc"),
     "ARI": ("clustering", "ari"),
+    "fine-tuned": ("finetune", "top1"),
     "head NMI": ("head", "nmi"),
     "head ACC": ("head", "acc"),
     "head ARI": ("head", "ari"),
@@ -72,11 +73,24 @@ def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
     return {name: found[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in found}
 
 
+def conditions(evaluation: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """What was judged with few labels or on corrupted images, in words: k-NN and linear probe again."""
+    found = evaluation or {}
+    rows = [(f"{share} of the labels", given) for share, given in found.get("few", {}).get("shares", {}).items()]
+    if corrupted := found.get("corruptions"):
+        rows += [("corrupted", corrupted), *((f"by {kind}", given) for kind, given in corrupted["kinds"].items())]
+    return rows
+
+
 def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """A table on stdout: a row per name, the headline numbers in percent."""
-    rows = {name: figures(evaluation) for name, evaluation in evaluations.items()}
-    columns = [name for name in FIGURES if any(name in row for row in rows.values())]
-    cells = [[name, *(f"{row[c]:.1%}" if c in row else "" for c in columns)] for name, row in rows.items()]
+    """A table on stdout: a row per name and per condition it was judged in, the headline numbers in percent."""
+    rows = [
+        row
+        for name, evaluation in evaluations.items()
+        for row in ((name, figures(evaluation)), *((f"  {how}", figures(f)) for how, f in conditions(evaluation)))
+    ]
+    columns = [name for name in FIGURES if any(name in row for _, row in rows)]
+    cells = [[name, *(f"{row[c]:.1%}" if c in row else "" for c in columns)] for name, row in rows]
     print_table(["", *columns], cells, numbers=True)
 
 

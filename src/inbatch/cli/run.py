@@ -109,14 +109,25 @@ def pretrain(
 @app.command(
     epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol few,corruptions\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol finetune --tuning-share 0.1\n\n"
     "  inbatch evaluate runs/cc-photos-1 --protocol clustering --from head\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco"
 )
 def evaluate(
     run: RunFolder,
-    data: Annotated[str | None, Option(help="Labelled images to judge by; the run's own by default.")] = None,
+    data: Annotated[
+        str | None, Option(help="Labelled images to judge by, of any classes and sizes; the run's own by default.")
+    ] = None,
     test: Annotated[str | None, Option(help="Test images; else the data's test split or a tenth of it.")] = None,
-    protocol: Annotated[list[str] | None, Option(help="knn, linear, clustering; all by default.")] = None,
+    protocol: Annotated[
+        list[str] | None,
+        Option(
+            "--protocol",
+            "--protocols",
+            help="knn, linear, clustering (by default these three), few, finetune, corruptions.",
+        ),
+    ] = None,
     from_: Annotated[
         str, Option("--from", metavar="features|head", help="Clusters: k-means on features; head: the method's, too.")
     ] = "features",
@@ -125,19 +136,26 @@ def evaluate(
     probe: Annotated[
         str, Option(help="How the linear probe is trained: lbfgs, or as a paper did: moco, ...")
     ] = "lbfgs",
-    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Of k-means and probe; the recipe's by default.")] = None,
+    share: Annotated[list[float] | None, Option(help="Of the labels, for few; 0.01, 0.1, 0.5 by default.")] = None,
+    draws: Annotated[int | None, Option(min=1, help="Draws of those labels; 3 by default.")] = None,
+    tuning: Annotated[str | None, Option(help="How to fine-tune: small, upright, simclr-1, simclr-10.")] = None,
+    tuning_share: Annotated[float | None, Option(help="Of the labels, for finetune; all by default.")] = None,
+    most: Annotated[int | None, Option(min=1, help="Test images to corrupt; 1000 by default.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Of all that is drawn; the recipe's by default.")] = None,
     out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Judge a run's encoder by k-NN, a linear probe and clustering; the protocol stands beside every figure."""
+    """Judge a run's encoder by k-NN, a linear probe, clustering and more; the protocol stands beside every figure."""
     with reported(as_json):
         from inbatch.api import evaluate_run
         from inbatch.files import check_writable, write_json
 
-        protocols = protocol or ["knn", "linear", "clustering"]
+        protocols = [name for names in protocol or ["knn,linear,clustering"] for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
-        options |= {key: value for key, value in {"k": k, "seed": seed}.items() if value is not None}
+        chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
+        chosen["tuning_share"] = tuning_share
+        options |= {key: value for key, value in chosen.items() if value is not None}
         if out is not None:
             check_writable(out)
         found = evaluate_run(run, data, test, protocols=protocols, **options)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from inbatch import draws
 from inbatch.data import array_files, arrays, cifar, digits, folder, hf, known, lists, parquet, tar
+from inbatch.data.arrays import Coloured
 from inbatch.data.classes import choose
 from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
@@ -15,6 +16,7 @@ from inbatch.errors import DataError
 
 __all__ = [
     "OPENERS",
+    "Coloured",
     "Loader",
     "Reading",
     "Resident",

@@ -44,6 +44,20 @@ class Pixels:
         )
 
 
+class Coloured(Source):
+    """A grey source in three equal channels, for an encoder that learned from colour."""
+
+    def __init__(self, source: Source):
+        super().__init__(source.name, 3, source.labels, source.classes)
+        self.source, self.levels = source, source.levels
+
+    def open(self, i: int) -> Pixels:
+        return Pixels(self.source.image(i).expand(3, -1, -1))
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(i)
+
+
 class ArraySource(Source):
     """Images (N, C, H, W) uint8 in memory."""
 

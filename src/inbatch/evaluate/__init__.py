@@ -8,27 +8,41 @@ import torch
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
+from inbatch.evaluate.corruptions import CORRUPTIONS, Chance, check, corruptions
 from inbatch.evaluate.embed import Encoder, Kept, Source, embed, embed_stream, keep, raw_pixels, readable
 from inbatch.evaluate.embeddings import Embeddings, class_count
+from inbatch.evaluate.few import SHARES, few, few_labels
+from inbatch.evaluate.finetune import TUNINGS, Finetune, finetune
 from inbatch.evaluate.knn import knn, knn_scores
-from inbatch.evaluate.linear import PROBES, Lbfgs, Sgd, linear
+from inbatch.evaluate.linear import linear
+from inbatch.evaluate.probes import PROBES, Lbfgs, Sgd
 from inbatch.evaluate.spectrum import feature_std, rankme
 from inbatch.evaluate.write import write_embeddings
 
 __all__ = [
+    "CORRUPTIONS",
     "PROBES",
+    "PROTOCOLS",
     "PROTOCOL_VERSION",
+    "SHARES",
+    "TUNINGS",
+    "Chance",
     "Embeddings",
+    "Finetune",
     "Kept",
     "Lbfgs",
     "Sgd",
     "ari",
     "assigned",
     "clustering",
+    "corruptions",
     "embed",
     "embed_stream",
     "evaluate",
     "feature_std",
+    "few",
+    "few_labels",
+    "finetune",
     "hungarian_accuracy",
     "keep",
     "knn",
@@ -44,18 +58,26 @@ __all__ = [
 PROTOCOL_VERSION = 2
 """Raised whenever the same encoder and images would give other numbers than before."""
 
+PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
+"""Every protocol; the first three are judged by default."""
+
 
 def evaluate(
     encoder: Encoder | None,
     train: Source | Embeddings,
     test: Source | Embeddings,
     *,
-    protocols: Sequence[str] = ("knn", "linear", "clustering"),
+    protocols: Sequence[str] = PROTOCOLS[:3],
     k: int = 200,
     temperature: float = 0.1,
     distance: str = "cosine",
     probe: str | Lbfgs | Sgd = "lbfgs",
     clusters: int | None = None,
+    shares: Sequence[float] = SHARES,
+    draws: int = 3,
+    tuning: str | Finetune = "small",
+    tuning_share: float = 1.0,
+    most: int | None = 1000,
     seed: int = 0,
     batch: int = 512,
     precision: torch.dtype = torch.float32,
@@ -63,13 +85,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of each protocol with all that is needed to compare them, fit for JSON; clustering is of `test`.
 
-    train, test: sources of images, or embeddings made before (the encoder may then be None).
+    train, test: sources of images, or embeddings made before (the encoder may then be None). finetune and corruptions
+        need the encoder and images.
     k is capped by the number of labelled training images; the result states the k that was used.
+    shares, draws: see `few`. tuning, tuning_share: settings and share of `finetune`. most: see `corruptions`.
     ConfigError for unknown protocols; DataError without labels, with one class only, or features that are not finite.
     """
-    unknown = set(protocols) - {"knn", "linear", "clustering"}
+    unknown = set(protocols) - set(PROTOCOLS)
     if unknown:
-        raise ConfigError(f"unknown protocols {sorted(unknown)}: choose from knn, linear, clustering.")
+        raise ConfigError(f"unknown protocols {sorted(unknown)}: choose from {', '.join(PROTOCOLS)}.")
+    given: tuple[Any, Any, Any] = encoder, train, test
+    if "finetune" in protocols:
+        _need_images("finetune trains", *given)
+    if "corruptions" in protocols:
+        _need_images("corruptions are shown to", encoder, test)
+        check(given[0])
 
     def features(data: Source | Embeddings) -> Embeddings:
         if isinstance(data, Embeddings):
@@ -79,9 +109,10 @@ def evaluate(
         return embed(encoder, data, batch=batch, precision=precision, workers=workers)
 
     sets = {"train": features(train), "test": features(test)}
-    known = {split: data.labelled() for split, data in sets.items()}
+    known: dict[str, Any] = {split: data.labelled() for split, data in sets.items()}
     class_count(known["train"], known["test"])
     device = encoder.device if encoder is not None else "cpu"
+    near: dict[str, Any] = {"k": k, "temperature": temperature, "distance": distance}
     result: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         **{
@@ -96,13 +127,30 @@ def evaluate(
         "versions": {name: version(name) for name in ("inbatch", "torch", "scikit-learn")},
     }
     if "knn" in protocols:
-        nearest = min(k, len(known["train"]))
-        result["knn"] = knn(**known, k=nearest, temperature=temperature, distance=distance, device=device)
+        result["knn"] = knn(**known, **near | {"k": min(k, len(known["train"]))}, device=device)
     if "linear" in protocols:
         result["linear"] = linear(**known, probe=probe, seed=seed, device=device)
     if "clustering" in protocols:
         result["clustering"] = {**clustering(known["test"], clusters, seed=seed), "split": "test"}
+    if "few" in protocols:
+        result["few"] = few(**known, shares=shares, draws=draws, probe=probe, seed=seed, device=device, **near)
+    if "finetune" in protocols:
+        result["finetune"] = finetune(*given, tuning, share=tuning_share, seed=seed, batch=batch, workers=workers)
+    if "corruptions" in protocols:
+        options: dict[str, Any] = near | {"probe": probe, "seed": seed, "batch": batch, "precision": precision}
+        result["corruptions"] = corruptions(given[0], **known, source=given[2], most=most, **options)
     return result
+
+
+def _need_images(what: str, encoder: Encoder | None, *data: Source | Embeddings) -> None:
+    """ConfigError unless there is an encoder, and the data are images."""
+    if encoder is None:
+        raise ConfigError(f"{what} an encoder, and there is none.")
+    for one in data:
+        if isinstance(one, Embeddings):
+            raise ConfigError(
+                f"{what} an encoder with images, and {one.name} holds embeddings: give a source of images."
+            )
 
 
 def _describe(encoder: Encoder | None) -> dict[str, Any] | None:

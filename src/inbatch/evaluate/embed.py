@@ -174,16 +174,22 @@ def embed_stream(
     precision: torch.float32, or torch.bfloat16 / float16 for autocast. workers: processes that decode.
     missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
     """
+    kind = "pooled output of the backbone"
+    yield from _stream(
+        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing
+    )
 
-    def encode(images: Tensor) -> Tensor:
-        device = encoder.device
-        half = precision != torch.float32
-        products = fast_products() if device.type == "cpu" else nullcontext()
-        cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
-        with encoder.evaluating(), products, cast:
-            return encoder(images.to(device, non_blocking=True))
 
-    yield from _stream(source, encoder.prepare, encode, "pooled output of the backbone", batch, workers, missing)
+def encode(
+    encoder: Encoder, images: Float[Tensor, "n c s s"], precision: torch.dtype = torch.float32
+) -> Float[Tensor, "n f"]:
+    """Features of prepared images, on the encoder's device, as `embed_stream` has them."""
+    device = encoder.device
+    half = precision != torch.float32
+    products = fast_products() if device.type == "cpu" else nullcontext()
+    cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
+    with encoder.evaluating(), products, cast:
+        return encoder(images.to(device, non_blocking=True))
 
 
 def embed(

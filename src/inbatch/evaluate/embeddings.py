@@ -42,11 +42,17 @@ class Embeddings:
         # A sum is many times quicker to look at; it may overflow where the features do not.
         if not self.vectors.sum().isfinite() and not self.vectors.isfinite().all():
             raise DataError(f"the features of {self.name} hold NaN or infinity: the encoder has diverged.")
-        if known.all():
-            return self
-        identities = tuple(i for i, k in zip(self.identities, known.tolist(), strict=True) if k)
+        return self if known.all() else self.take(known.nonzero()[:, 0])
+
+    def take(self, places: Int[Tensor, "m"]) -> "Embeddings":
+        """The images at these places."""
+        identities = tuple(self.identities[i] for i in places.tolist())
         return replace(
-            self, vectors=self.vectors[known], labels=self.labels[known], identities=identities, index=self.index[known]
+            self,
+            vectors=self.vectors[places],
+            labels=self.labels[places],
+            identities=identities,
+            index=self.index[places],
         )
 
 

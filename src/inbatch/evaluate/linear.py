@@ -5,7 +5,6 @@ crop of every training image, because the features come from clean images.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -16,61 +15,33 @@ from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
 from inbatch.evaluate.embeddings import Embeddings, class_count, hits
+from inbatch.evaluate.probes import PROBES, Lbfgs, Sgd
 from inbatch.products import fast_products
 
 _SMALL = 2**26  # multiplications of a step that is over before a second thread has taken its part
 
 
 @dataclass(frozen=True)
-class Lbfgs:
-    """Multinomial logistic regression on standardised features, full batch.
+class Classifier:
+    """A fitted linear classifier: scores are W x + b of the vectors, standardised where there are a mean and a std.
 
-    Minimises the mean cross-entropy + |W|^2 / (2 C N): the objective of scikit-learn's LogisticRegression(C).
-    tolerance: largest gradient at which it ends, taken in the whitened features in which it searches.
+    weight: (C, D). bias: (C,). mean, std: (D,). protocol: how it was fitted, fit for JSON.
     """
 
-    c: float = 1.0
-    iterations: int = 200
-    tolerance: float = 1e-5
+    weight: Float[Tensor, "c d"]
+    bias: Float[Tensor, "c"]
+    mean: Float[Tensor, "d"] | None
+    std: Float[Tensor, "d"] | None
+    protocol: dict[str, object]
 
-
-@dataclass(frozen=True)
-class Sgd:
-    """Minibatch SGD on the features as they are. The rate falls per epoch: cosine to 0, or by gamma at milestones.
-
-    lr is multiplied by batch / 256 where `scaled`; a batch is never larger than the set. lars: layer-wise rates as in
-    apex's LARC without clipping, far too small for sets that are not of ImageNet's size.
-    """
-
-    lr: float
-    batch: int = 256
-    epochs: int = 100
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    nesterov: bool = False
-    scaled: bool = False
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    lars: bool = False  # has no Nesterov momentum
-
-    def rate(self, epoch: int) -> float:
-        """The factor of the learning rate in an epoch."""
-        if self.milestones:
-            return self.gamma ** sum(epoch >= m for m in self.milestones)
-        return 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-
-
-PROBES: dict[str, Lbfgs | Sgd] = {
-    "lbfgs": Lbfgs(),
-    "moco": Sgd(lr=30.0, milestones=(60, 80)),
-    "simclr": Sgd(lr=0.1, scaled=True, batch=4096, epochs=90, weight_decay=1e-6, nesterov=True),
-    "supcon": Sgd(lr=5.0, batch=512, milestones=(60, 75, 90), gamma=0.2),
-    "swav": Sgd(lr=0.3, weight_decay=1e-6),
-    "barlow": Sgd(lr=0.3, weight_decay=1e-6),
-    "vicreg": Sgd(lr=0.02, weight_decay=1e-6),
-    "simsiam": Sgd(lr=0.1, scaled=True, batch=4096, epochs=90, lars=True),
-    "mocov3": Sgd(lr=0.1, scaled=True, batch=1024, epochs=90),
-}
+    @torch.no_grad()
+    def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        """The scores of every class, on the classifier's device."""
+        query = vectors.to(self.weight.device)
+        if self.mean is not None and self.std is not None:
+            query = (query - self.mean) / self.std
+        with fast_products():
+            return F.linear(query, self.weight, self.bias)
 
 
 def linear(
@@ -85,28 +56,41 @@ def linear(
 
     probe: a name in PROBES, or settings of one's own. Images without a label are left out. ConfigError for other names.
     """
+    train, test = train.labelled(), test.labelled()
+    fitted = fit(train, class_count(train, test), probe, seed=seed, device=device)
+    return {**hits(fitted.scores(test.vectors), test.labels), **fitted.protocol}
+
+
+@torch.no_grad()
+def fit(
+    train: Embeddings,
+    classes: int,
+    probe: str | Lbfgs | Sgd = "lbfgs",
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """The classifier that a probe finds; every image of `train` has a label below `classes`. Errors as in `linear`."""
     name = probe if isinstance(probe, str) else "custom"
     if isinstance(probe, str):
         if probe not in PROBES:
             raise ConfigError(f"there is no linear probe called {probe!r}: choose one of {', '.join(PROBES)}.")
         probe = PROBES[probe]
-    train, test = train.labelled(), test.labelled()
-    classes = class_count(train, test)
-    x, y, query = train.vectors.to(device), train.labels.to(device), test.vectors.to(device)
-    with torch.no_grad(), fast_products():
+    x, y = train.vectors.to(device), train.labels.to(device)
+    mean = std = None
+    with fast_products():
         if isinstance(probe, Lbfgs):
             mean = x.mean(0)
             x = x - mean
             std = (sum(rows.square().sum(0) for rows in x.split(4096)) / len(x)).sqrt()  # type: ignore[union-attr]
             std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # less is the rounding of what does not vary
             weight, bias, extra = _lbfgs(x.div_(std), y, classes, probe)
-            query, normalisation = (query - mean) / std, "standardised by the training features"
+            normalisation = "standardised by the training features"
         else:
             weight, bias, extra = _sgd(x, y, classes, probe, seed)
             normalisation = "none"
-        scores = F.linear(query, weight, bias)
     protocol = {"probe": name, **asdict(probe), **extra, "seed": seed, "classes": classes}
-    return {**hits(scores, test.labels), **protocol, "normalisation": normalisation}
+    return Classifier(weight, bias, mean, std, {**protocol, "normalisation": normalisation})
 
 
 Fitted = tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]

@@ -24,7 +24,7 @@ ROWS = (
 )
 
 # The paper quotes its semi-supervised line from another work; ours are probes of the same features with fewer labels.
-SHARES = {"1 %": "few.1%.linear", "10 %": "few.10%.linear", "50 %": "few.50%.linear"}
+SHARES = {"1 %": "few.shares.1%.linear.top1", "10 %": "few.shares.10%.linear.top1", "50 %": "few.shares.50%.linear.top1"}
 
 
 def _few(data: str, name: str) -> tuple[Column, ...]:

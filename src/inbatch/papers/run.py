@@ -101,6 +101,7 @@ class Runner:
         """
         todo, began = self.missing(cells), time.perf_counter()
         problems: dict[str, InbatchError] = {}
+        self.results.mkdir(parents=True, exist_ok=True)
         with stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
             spoke, done = began, 0

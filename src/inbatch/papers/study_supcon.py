@@ -15,7 +15,7 @@ ROWS = (
 def _corrupted(scale: Scale) -> Scale:
     """With a column of the mean accuracy over 15 corruptions at 5 severities."""
     names = {column.data: column.name.partition(",")[0] for column in scale.columns}
-    more = tuple(Column(f"{name}, corrupted", data, "corruptions.linear.mean") for data, name in names.items())
+    more = tuple(Column(f"{name}, corrupted", data, "corruptions.linear.top1") for data, name in names.items())
     return replace(scale, columns=scale.columns + more, protocols=("corruptions",))
 
 
