@@ -107,9 +107,12 @@ def judge(built: Built, held: Any) -> Judge:
 
 
 def judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
-    """Judge the features on rank 0, remember and log it; whether they are the best so far."""
-    found = ranks.share(judge() if ranks.rank() == 0 else None)
-    progress.curve.append({"step": progress.step, "epoch": epoch} | found)
+    """Judge the features on rank 0, remember and log it; whether they are the best so far.
+
+    The curve gets the mean loss, too: the log has that of single steps.
+    """
+    loss, found = ranks.share((progress.mean_loss(), judge() if ranks.rank() == 0 else {}))
+    progress.curve.append({"step": progress.step, "epoch": epoch} | loss | found)
     log.evaluation(progress.step, found)
     best = found.get("knn", -math.inf) > progress.best
     progress.best = max(progress.best, found.get("knn", -math.inf))

@@ -22,11 +22,16 @@ from inbatch.files import out_of_room, replacing, write_json
 from inbatch.log import Log
 
 
+def _zero() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
 @dataclass
 class Progress:
     """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
 
     step: steps that are done. ended: epochs after which the features have been looked at.
+    loss: the sum of the steps' losses since the last look, () float64 on the device: no step waits to add its own.
     seconds, images: of training alone. before: seconds of wall time before this process.
     most: how different outputs have been at best. collapsed: what no longer is, in sentences.
     leak: how well an embedding told its context group at the last look.
@@ -37,6 +42,7 @@ class Progress:
     ended: int = 0
     best: float = -math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
+    loss: torch.Tensor = field(default_factory=_zero)
     seconds: float = 0.0
     images: int = 0
     before: float = 0.0
@@ -46,12 +52,18 @@ class Progress:
     data: str = ""
     began: float = field(default_factory=time.perf_counter)
 
-    _KEPT = ("step", "ended", "best", "curve", "seconds", "images", "most", "collapsed", "leak", "data")
+    _KEPT = ("step", "ended", "best", "curve", "loss", "seconds", "images", "most", "collapsed", "leak", "data")
 
     @property
     def wall(self) -> float:
         """Seconds of wall time, everything included, over all processes that went on with the run."""
         return self.before + time.perf_counter() - self.began
+
+    def mean_loss(self) -> dict[str, float]:
+        """The mean loss of the steps since the last look, named as a curve does; nothing where there were none."""
+        steps = self.step - (self.curve[-1]["step"] if self.curve else 0)
+        total, self.loss = self.loss, _zero()
+        return {"loss": float(total) / steps} if steps else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._KEPT} | {"before": self.wall}

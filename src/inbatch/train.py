@@ -150,6 +150,7 @@ def _epochs(
             now = time.perf_counter()
             progress.seconds, began = progress.seconds + now - began, now
             progress.images += recipe.batch
+            progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
             log.step(step, epoch, losses | {"lr": built.optimizer.param_groups[0]["lr"]}, recipe.batch)
             asked = ranks.largest(stop.requested or 0)
             if asked and step < built.total:
