@@ -57,6 +57,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         panel.plot(steps, values, color="#0072b2", linewidth=1.2, marker="o" if len(steps) < 30 else "", markersize=3)
         panel.set_ylabel(PANELS[name])
         panel.yaxis.set_label_coords(-0.12, 0.5)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 6))  # no number reaches into the label
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if name != "loss":
