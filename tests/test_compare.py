@@ -35,9 +35,10 @@ EVERY = {"evaluate_every": 1}
 
 @pytest.fixture(scope="module", autouse=True)
 def unjudged() -> Iterator[None]:
-    """No run here is about its last figures."""
+    """No run here is about its last figures and its last picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inbatch.train.evaluation", lambda *_: {})
+        patch.setattr("inbatch.train.plot_curves", lambda *_: None)
         yield
 
 
@@ -208,6 +209,7 @@ def test_a_resumed_run_has_the_same_curve_and_verdict(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut in an epoch: its loss is the mean of the steps before and after; looks before the cut count, too."""
+    monkeypatch.setattr("inbatch.looks.plot_curves", lambda *_: None)
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 8)
@@ -240,8 +242,9 @@ def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) ->
     reference = read_reference(finished)
     log, mine = finished / "metrics.jsonl", [{"step": 5} | entry for entry in reference.curves[0]]
     plot_curves(log, tmp_path / "plain.png")
+    hostile = replace(reference, name="a\udcff$b\x1b[31m\n_c^")  # a path may be called so
     began = time.process_time()
-    plot_curves(log, tmp_path / "band.png", Comparison(reference, mine, [0, 1, 2], 5))
+    plot_curves(log, tmp_path / "band.png", Comparison(hostile, mine, [0, 1, 2], 5))
     assert time.process_time() - began < 2  # 0.3 s on a busy core
     grey = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("plain", "band")]
     shares = [(image == (224, 224, 224)).all(-1).mean() for image in grey]

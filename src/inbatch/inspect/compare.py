@@ -18,6 +18,7 @@ import numpy as np
 
 from inbatch.errors import ConfigError
 from inbatch.inspect.results import MEASURES, differing, listed, read_result
+from inbatch.show import one_line
 
 Entry = Mapping[str, float]
 Curve = Sequence[Entry]
@@ -162,4 +163,5 @@ def read_reference(path: str | Path, name: str | None = None) -> Reference:
             raise ConfigError(f"{path} is no reference: {files[0].name} and {file.name} differ in {listed(other)}")
         if (twin := seeds.setdefault(repr(result["recipe"].get("seed")), file)) != file:
             raise ConfigError(f"{path} is no reference: {twin.name} and {file.name} have the same seed")
-    return Reference(str(path) if name is None else name, [result["curve"] for result in results.values()], first)
+    curves = [result["curve"] for result in results.values()]
+    return Reference(one_line(str(path)) if name is None else name, curves, first)

@@ -10,6 +10,7 @@ from inbatch.errors import DataError
 from inbatch.files import replacing
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.results import MEASURES
+from inbatch.show import one_line
 
 # The name of a number in the log, and what stands beside its axis.
 PANELS = {
@@ -63,7 +64,8 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         if name != "loss":
             panel.set_ylim(bottom=0)  # what falls to nothing must look so
     if compared is not None:
-        title = f"grey: {compared.reference.name}, seeds: {len(compared.reference.curves)}; dots: means between looks"
+        name = one_line(compared.reference.name)[-60:]  # a path may be long, and hold what no font does
+        title = f"grey: {name}, seeds: {len(compared.reference.curves)}; dots: means between looks"
         panels[0].set_title(title, fontsize=8, parse_math=False)
     panels[-1].set_xlabel("step")
     with replacing(png) as file:
