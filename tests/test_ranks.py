@@ -34,6 +34,8 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     first, second = on_ranks(2, job, str(tmp_path / "two"), {})
     assert first == second and (first["world"], alone["world"]) == (2, 1)
     assert first["context"] == alone["context"] == 20
+    losses = [[look["loss"] for look in result["curve"] if "loss" in look] for result in (alone, first)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0]
     one, two = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)

@@ -27,7 +27,9 @@ from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import evaluate, write_embeddings
 from inbatch.files import locked, read_json, write_json
 from inbatch.fit import Fit, resolve
+from inbatch.inspect.compare import Reference, read_reference
 from inbatch.inspect.context import look
+from inbatch.inspect.references import find
 from inbatch.log import counted
 from inbatch.report import Progress, clear
 from inbatch.train import train
@@ -66,6 +68,7 @@ def pretrain(
     dist_timeout: float = 1800.0,
     quiet: bool = False,
     stop_on_collapse: bool = False,
+    compare: str | Path | None = None,
     **fields: Any,
 ) -> Run:
     """Learn features from images and leave a run's folder behind.
@@ -80,6 +83,8 @@ def pretrain(
     test: images with labels to judge the features by, where the data has no test split of its own.
     out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
     stop_on_collapse: end with TrainingError, after a checkpoint, where outputs collapse and do not recover.
+    compare: a run's folder or a folder of results whose curve this one's is held against while it trains (it changes
+        nothing); "auto": runs of the same recipe that come along.
     resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
     dist_timeout: seconds after which a rank that died or hangs ends the others, with an error that names it; more than
         rank 0 takes to judge the features, which the others wait for.
@@ -100,6 +105,7 @@ def pretrain(
         if ranks.world() > 1:  # a million names are not read for nobody
             ranks.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
+        reference = _reference(compare, recipe) if ranks.rank() == 0 else None
         built = build(recipe, source, device=device_for(device), workers=workers)
         held = held_out(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
@@ -116,6 +122,7 @@ def pretrain(
                 quiet=quiet,
                 notes=notes,
                 stop_on_collapse=stop_on_collapse,
+                reference=reference,
             )
         return Run(directory, recipe, result)
 
@@ -280,6 +287,13 @@ def _prepared(data: Any, given: Settings, device: str, workers: int | None, down
     recipe, source = plan(_which(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
     return build(recipe, source, device=device_for(device), workers=workers), fitted
+
+
+def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
+    """What a run of this recipe is to be compared with; read now, for --overwrite may remove it."""
+    if compare is None:
+        return None
+    return find(recipe.nested()) if compare == "auto" else read_reference(compare)
 
 
 def _which(data: Any, given: Settings) -> Any:

@@ -125,12 +125,15 @@ class Log:
         record = {name: float(value) for name, value in values.items()}
         self._write({"step": step} | record)
         self._latest |= record
-        now = time.perf_counter()
         if self._bar is None:
             self.note(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
         else:
-            self._show(step, now)
-        self._clock, self._images = now, 0  # the time it took is no training time
+            self._show(step, time.perf_counter())
+        self.untimed()
+
+    def untimed(self) -> None:
+        """What was done since the last step is no training time."""
+        self._clock, self._images = time.perf_counter(), 0
 
     def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Numbers measured after a step that are kept and not shown."""

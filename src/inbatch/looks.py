@@ -10,10 +10,13 @@ import torch
 from inbatch import ranks
 from inbatch.assign import HeadRows, judge_head
 from inbatch.build import Built
+from inbatch.config import Recipe
 from inbatch.data import Source, Subset
 from inbatch.draws import permutation
 from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
+from inbatch.inspect.against import Comparison
 from inbatch.inspect.collapse import SETTLED, signs, spread
+from inbatch.inspect.curves import plot_curves
 from inbatch.inspect.leak import leak, meets, sign
 from inbatch.log import Log
 from inbatch.report import Progress
@@ -117,6 +120,21 @@ def judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
     best = found.get("knn", -math.inf) > progress.best
     progress.best = max(progress.best, found.get("knn", -math.inf))
     return best
+
+
+def looked_at(recipe: Recipe) -> list[int]:
+    """The epochs after which the features are judged."""
+    return sorted({*range(0, recipe.epochs, recipe.evaluate_every), recipe.epochs})
+
+
+def tell(compared: Comparison | None, out: Path, log: Log) -> None:
+    """After a look, where a run is compared: say what has left the reference's band or come back, and draw both."""
+    if compared is None:
+        return
+    for sentence in compared.news():
+        log.note(sentence)
+    plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
+    log.untimed()
 
 
 def evaluation(built: Built, held: Any, out: Path) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from inbatch.encoders import save_encoder
 from inbatch.environment import environment
 from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.files import write_json
+from inbatch.inspect.against import Comparison
+from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
 from inbatch.log import Log
-from inbatch.looks import chosen, evaluation, guard, judge, judged, survey, watch
+from inbatch.looks import chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
 from inbatch.report import Progress, Report, peak_memory, tell_bad
 from inbatch.signals import Stop, end_on_signals, stop_on_signals
@@ -32,13 +34,14 @@ from inbatch.step import NotFinite
 
 def train(
     built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
-    notes: Sequence[str] = (), stop_on_collapse: bool = False,
+    notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
 
     out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
     notes: sentences for the user, printed at the start.
     stop_on_collapse: end where outputs have collapsed at two looks in a row, after a checkpoint.
+    reference: what the curve is compared with, on rank 0; it decides nothing.
     Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
     kept, see `capture`) or where it ends on collapse.
     """
@@ -53,13 +56,15 @@ def train(
     if resume and main:  # every rank has read it
         set_aside(found)
     progress.data = data
+    looks = looked_at(built.recipe)
+    compared = Comparison(reference.over(looks), progress.curve, looks, built.loader.steps) if reference else None
 
     where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
     report = Report(out, built, progress, main)
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
-        for note in notes:
+        for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
             log.note(note)
         with report.verdict():
             looked = held
@@ -68,9 +73,11 @@ def train(
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
             with products, contextlib.closing(built.loader):
                 with stop_on_signals() as stop, report.verdict():  # torchrun ends the others when a rank has died
-                    _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse)
+                    _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse, compared)
                 with end_on_signals(lambda number: _stopped(number, built, progress, out)):
-                    result = ranks.share(_finish(built, progress, held, out, where) if main else None)
+                    result = ranks.share(_finish(built, progress, held, out, where, compared) if main else None)
+        if compared:
+            log.note(compared.summary())
     report.status("finished")
     return result
 
@@ -99,11 +106,11 @@ def _same_data(then: str, now: str) -> None:
 
 def _epochs(
     built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path,
-    stop_on_collapse: bool,
+    stop_on_collapse: bool, compared: Comparison | None,
 ) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
     recipe, steps = built.recipe, built.loader.steps
-    look = judge(built, held)
+    look, looks = judge(built, held), looked_at(recipe)
     source = built.loader.source
     few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
     watched = Subset(source, few, "watched for collapse")
@@ -117,8 +124,9 @@ def _epochs(
         told = tell_bad(built, out, log, told)
         stays = ranks.share(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
         best = False
-        if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+        if epoch in looks:
             best = judged(look, progress, epoch, log)
+            tell(compared, out, log)
             guard(built, progress, epoch, log)
         progress.ended = epoch
         if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs or stays:
@@ -132,6 +140,7 @@ def _epochs(
     if progress.step == 0:
         watch(built, watched, progress, 0, log)
         judged(look, progress, 0, log)
+        tell(compared, out, log)
     elif progress.ended < progress.step // steps:  # stopped by a signal at an epoch's last step
         end(progress.step // steps)
     for epoch in range(progress.step // steps, recipe.epochs):
@@ -180,11 +189,13 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
         raise InbatchError(problem)
 
 
-def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None
+) -> dict[str, Any]:  # fmt: skip
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
     save_heads(built, out / "heads")
-    plot_curves(out / "metrics.jsonl", out / "curves.png")
+    plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
     result = {
         "command": built.recipe.command(),
         "recipe": built.recipe.nested(),
@@ -199,6 +210,7 @@ def _finish(built: Built, progress: Progress, held: Any, out: Path, where: dict[
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,
+        "compared": compared and compared.json(),
         "collapsed": list(progress.collapsed.values()),
         "leak": progress.leak or None,
         "held_out": held and held[2],

@@ -75,6 +75,9 @@ def pretrain(
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
     stop_on_collapse: Annotated[bool, Option("--stop-on-collapse", help="End with 4 where outputs collapse.")] = False,
     dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
+    compare: Annotated[
+        str | None, Option(metavar="RUN|auto", help="Is the curve normal? Say where it leaves a run's; auto: ours.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -95,13 +98,15 @@ def pretrain(
                 raise ConfigError(
                     "--dry-run shows a new run: leave out --resume (a run's recipe.json holds its settings)"
                 )
+            if compare is not None:
+                raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
             rehearsed = api.rehearse(data, method, expect_world_size=expect_world_size, **shared, **fields)
             print_json(rehearsed) if as_json else print_rehearsal(rehearsed)
             return
         run = api.pretrain(
             data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
             expect_world_size=expect_world_size, dist_timeout=dist_timeout, stop_on_collapse=stop_on_collapse,
-            **shared, **fields,
+            compare=compare, **shared, **fields,
         )  # fmt: skip
         print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
 
