@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -246,7 +247,13 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
-    return validated(pydantic.TypeAdapter(Recipe), top | parts | {"schedule": options["schedule"]}, "")
+    return validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")
+
+
+@cache
+def _schema() -> pydantic.TypeAdapter[Recipe]:
+    """Built once: it takes longer than what it checks."""
+    return pydantic.TypeAdapter(Recipe)
 
 
 def read_file(path: str | Path) -> Settings:

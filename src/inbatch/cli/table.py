@@ -68,7 +68,7 @@ def table(
             if out is not None:
                 say("", f"Written to: {out}")
     if asked.problems:
-        for sentence in dict.fromkeys(asked.problems.values()):
+        for sentence in dict.fromkeys(map(str, asked.problems.values())):
             complain(sentence)
         raise typer.Exit(asked.exit_code)
 
