@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from inbatch.errors import InbatchError
 from inbatch.log import Log
@@ -80,7 +81,9 @@ def test_every_record_is_on_disk_at_once_and_strict_json(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
 
 
-def test_resume_leaves_no_step_twice(tmp_path):
+def test_resume_leaves_no_step_twice(tmp_path, monkeypatch):
+    # TensorBoard reads its files in the order of their names, which within a second end in a count: "10" before "9".
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     with Log(tmp_path, total_steps=100, quiet=True, console=plain()) as log:
         steps(log, range(1, 46))
         log.evaluation(45, {"knn": 0.1})
