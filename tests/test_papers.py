@@ -89,11 +89,15 @@ def test_every_system_of_the_sources_is_reachable() -> None:
 
 
 def test_what_tells_runs_apart() -> None:
-    recipe = make({"data": "digits-canvas", "method.name": "simclr", "size": 32})
-    same = make({"data": "elsewhere", "method.name": "simclr", "size": 32, "seed": 3, "crops": "default"})
+    recipe = make({"data": "digits-canvas", "method.name": "simclr", "size": 32, "preset": "none"})
+    same = make(
+        {"data": "elsewhere", "method.name": "simclr", "size": 32, "preset": "none", "seed": 3, "crops": "default"}
+    )
     assert key(recipe) == key(same)
     for setting in ({"method.temperature": 0.3}, {"epochs": 7}, {"fuse.name": "conv"}, {"schedule.warmup": 3.5}):
-        assert key(make({"data": "digits-canvas", "method.name": "simclr", "size": 32} | setting)) != key(recipe)
+        assert key(
+            make({"data": "digits-canvas", "method.name": "simclr", "size": 32, "preset": "none"} | setting)
+        ) != key(recipe)
     assert key({"crops": "big", "pairs": 10, "size": 32, "seed": 1}) == key({"crops": "big", "pairs": 10.0, "size": 32})
 
 
@@ -178,7 +182,9 @@ def test_pages_need_nothing_else_and_take_any_name() -> None:
     bars = {line.replace("\\|", "").count("|") for line in lines}
     assert len(bars) == 1 and not any("<script" in line for line in lines)
     text = render.latex(sheet)
-    assert r"\textbackslash" not in text and r"a \& b\_c \$x\$" in text and text.count(r"\begin{") == text.count(r"\end{")
+    assert (
+        r"\textbackslash" not in text and r"a \& b\_c \$x\$" in text and text.count(r"\begin{") == text.count(r"\end{")
+    )
 
 
 def test_the_curve_is_of_what_every_seed_has() -> None:
@@ -205,7 +211,9 @@ class Fake(Runner):
         if end is not None:
             return dict(end)
         where = environment(torch.device("cpu"))
-        made = record(cell, 0.5, environment=where).json() | {"recipe": cell.recipe().nested() | {"data": "somewhere/else"}}
+        made = record(cell, 0.5, environment=where).file() | {
+            "recipe": cell.recipe().nested() | {"data": "somewhere/else"}
+        }
         return {k: v for k, v in made.items() if k not in ("schema", "status", "data", "source", "seed", "protocols")}
 
 
@@ -244,7 +252,7 @@ def test_runs_made_elsewhere_are_collected(tmp_path: Path) -> None:
     assert len(launch) == 4 and all(" --data /data/imagenet " in line and "--resume auto" in line for line in launch)
     folder = tmp_path / "work" / asked[0].stem
     folder.mkdir(parents=True)
-    found = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).json()
+    found = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).file()
     (folder / "result.json").write_text(json.dumps(found | {"recipe": found["recipe"] | {"data": "/data/imagenet"}}))
     runner.collect(asked)
     assert find(read_records(tmp_path / "results"), asked[0]) is not None and len(list(runner.launch(asked))) == 3
@@ -282,7 +290,11 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
         (["ba-ssl-3", "--data", "cifar10"], 2, "NAME=PATH"),
         (["ba-ssl-3", "--from", "nowhere"], 2, "no folder of results"),
         (["ba-ssl-3", "-o", "table.doc"], 2, ".md"),
-        (["ba-ssl-3", "--scale", "gpu", "--on", "tiny", "--seed", "0", "--row", "BYOL"], 3, "--data tiny-imagenet-100=PATH"),
+        (
+            ["ba-ssl-3", "--scale", "gpu", "--on", "tiny", "--seed", "0", "--row", "BYOL"],
+            3,
+            "--data tiny-imagenet-100=PATH",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(words: list[str], code: int, says: str, run_cli: Any) -> None:
@@ -350,7 +362,7 @@ def test_results_that_come_along_are_of_the_tables() -> None:
     asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
     assert set(known) <= asked
     for one in known.values():
-        assert "/" not in one.source.removeprefix("torchvision/") and '"/' not in json.dumps(one.json())
+        assert "/" not in one.source.removeprefix("torchvision/") and '"/' not in json.dumps(one.file())
 
 
 def test_unknown_settings_of_a_table_are_errors() -> None:

@@ -127,7 +127,9 @@ def test_walls(module: str) -> None:
     for other in ours(module):
         there = room(other)
         assert there, f"{module} imports the package's face"
-        assert there not in TOP or here in ("__main__", there) or (here, there) == ("cli", "papers"), f"{module} imports {other}, which nobody may"
+        assert there not in TOP or here in ("__main__", there) or (here, there) == ("cli", "papers"), (
+            f"{module} imports {other}, which nobody may"
+        )
         if here in MAY and there not in FREE:
             file = other.removeprefix("inbatch.")
             inside = there == here and (here != "methods" or module == "inbatch.methods")

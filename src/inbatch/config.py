@@ -269,6 +269,11 @@ def read_file(path: str | Path) -> Settings:
         raise ConfigError(f"the recipe {path} is no YAML: {e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of settings")
+    return read_settings(content)
+
+
+def read_settings(content: Mapping[str, Any]) -> Settings:
+    """A nested recipe as settings."""
     settings: Settings = {}
     for key, value in content.items():
         if isinstance(value, dict):

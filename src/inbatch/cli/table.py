@@ -19,14 +19,19 @@ from inbatch.show import complain, print_json, print_table, say
     "  inbatch table ba-ssl-3 --from results/runs -o table.html"
 )
 def table(
-    name: Annotated[str | None, Argument(metavar="NAME", help="ba-ssl-3, curation-1, ...; all are listed without.")] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="ba-ssl-3, curation-1, ...; all are listed without.")
+    ] = None,
     scale: Annotated[
         str | None, Option(metavar="smoke|cpu|gpu|paper", help="Run what is missing at this scale; paper: print it.")
     ] = None,
     from_: Annotated[
-        Path | None, Option("--from", metavar="FOLDER", help="Run nothing: the results in here; else those that come along.")
+        Path | None,
+        Option("--from", metavar="FOLDER", help="Run nothing: the results in here; else those that come along."),
     ] = None,
-    row: Annotated[list[str] | None, Option(help="Only this row, as often as you like; with the one it is against.")] = None,
+    row: Annotated[
+        list[str] | None, Option(help="Only this row, as often as you like; with the one it is against.")
+    ] = None,
     on: Annotated[list[str] | None, Option(metavar="DATA", help="Only on this data set of the table.")] = None,
     seed: Annotated[list[int] | None, Option(min=0, help="Only this seed.")] = None,
     data: Annotated[list[str] | None, Option(metavar="NAME=PATH", help="Where images lie, as cifar10=PATH.")] = None,

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from inbatch.config import make, read_settings
 from inbatch.errors import ConfigError
-from inbatch.files import to_json
+from inbatch.files import read_json, to_json
 from inbatch.inspect.compare import Reference
 from inbatch.inspect.results import differing, listed, read_result
 
@@ -26,8 +27,10 @@ def folder() -> Path:
 def find(recipe: dict[str, Any]) -> Reference:
     """The runs of a (nested) recipe that come along, whatever their seed; ConfigError that names the closest."""
     recipe = json.loads(to_json(recipe))  # as it would come back from a file
-    results = {file.stem: read_result(file) for file in sorted(folder().glob("*.json"))}
-    results = {name: result for name, result in results.items() if result.get("schema") == SCHEMA}
+    learned = [file for file in sorted(folder().glob("*.json")) if _learned(read_json(file))]
+    results = {file.stem: read_result(file) for file in learned}
+    for result in results.values():  # settings that came after the file have their defaults
+        result["recipe"] = json.loads(to_json(make(read_settings(result["recipe"])).nested()))
     if not results:
         raise ConfigError("no runs to compare with come with this installation: give --compare a run's folder")
     other = {name: differing(recipe, result["recipe"], FREE) for name, result in results.items()}
@@ -40,3 +43,9 @@ def find(recipe: dict[str, Any]) -> Reference:
     theirs = results[same[0]]["recipe"]
     curves = [results[name]["curve"] for name in same]
     return Reference(f"the runs {', '.join(same)} that come with inbatch", curves, theirs)
+
+
+def _learned(record: Any) -> bool:
+    """Whether a file is of a finished run: pairs of crops that were counted have no curve, and what failed has none to
+    be like."""
+    return record.get("schema") == SCHEMA and record.get("status", "finished") == "finished" and "curve" in record

@@ -61,14 +61,22 @@ class Asked:
             for column, own, theirs in zip(self.sheet.columns, mine.ours, ours.ours, strict=True):
                 if own.values and theirs.values:
                     digits = self.sheet.table.digits
-                    lines.append(f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, ours {theirs.text(digits)}")
+                    lines.append(
+                        f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, ours {theirs.text(digits)}"
+                    )
         return ["Beside the results that come along:", "", *lines, ""] if lines else []
 
     def json(self) -> dict[str, Any]:
         """The same for a program; figures in percent."""
         headings, rows = self.grid()
         table = self.sheet.table
-        found = {"name": table.name, "scale": self.sheet.scale, "source": table.source, "headings": headings, "rows": rows}
+        found = {
+            "name": table.name,
+            "scale": self.sheet.scale,
+            "source": table.source,
+            "headings": headings,
+            "rows": rows,
+        }
         figures = [
             {"row": line.row.name, "column": column.name, "values": dict(zip(value.seeds, value.values, strict=True))}
             | {"gains": list(value.gains), "p": value.p, "failed": value.failed}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from inbatch.papers import ba_ssl
-from inbatch.papers.scales import CIFAR10, CIFAR100, IMAGENET, IMAGENET100, columns, usual
+from inbatch.papers.scales import CIFAR10, CIFAR100, IMAGENET, IMAGENET100, usual
 from inbatch.papers.table import Column, Row, Scale, Table
 
 ROWS = (
@@ -24,7 +24,11 @@ ROWS = (
 )
 
 # The paper quotes its semi-supervised line from another work; ours are probes of the same features with fewer labels.
-SHARES = {"1 %": "few.shares.1%.linear.top1", "10 %": "few.shares.10%.linear.top1", "50 %": "few.shares.50%.linear.top1"}
+SHARES = {
+    "1 %": "few.shares.1%.linear.top1",
+    "10 %": "few.shares.10%.linear.top1",
+    "50 %": "few.shares.50%.linear.top1",
+}
 
 
 def _few(data: str, name: str) -> tuple[Column, ...]:

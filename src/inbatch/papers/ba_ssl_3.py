@@ -30,7 +30,7 @@ TABLE = Table(
         "paper": Scale(
             (Column("ImageNet-100, linear", "ImageNet-100", "linear.top1", "Top1"),),
             {"ImageNet-100": IMAGENET100},
-            ba_ssl.PUBLISHED | {"epochs": 400},
+            {**ba_ssl.PUBLISHED, "epochs": 400},
             seeds=tuple(range(10)),
             cost="80 runs of 400 epochs of ImageNet-100; the paper: four RTX 3090, no time given",
             differs=(ba_ssl.READING, "the methods' own presets: the paper does not give their settings"),

@@ -10,7 +10,9 @@ LAYERS = {1: 53.35, 2: 52.62, 3: 53.17}
 ROWS = (
     Row(BARE, ba_ssl.MOCO, {"Top1": 52.50}),
     *(
-        Row(f"{n} layer{'s' * (n > 1)}", {**ba_ssl.MOCO, **ba_ssl.FUSED, "fuse.layers": n}, {"Top1": top1}, against=BARE)
+        Row(
+            f"{n} layer{'s' * (n > 1)}", {**ba_ssl.MOCO, **ba_ssl.FUSED, "fuse.layers": n}, {"Top1": top1}, against=BARE
+        )
         for n, top1 in LAYERS.items()
     ),
 )

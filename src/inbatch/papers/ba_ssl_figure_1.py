@@ -5,9 +5,7 @@ from dataclasses import replace
 from inbatch.papers import ba_ssl, ba_ssl_2
 
 _ROWS = tuple(
-    replace(row, paper={"ImageNet-1k": row.paper["ImageNet-1k"]})
-    for row in ba_ssl_2.ROWS
-    if "ImageNet-1k" in row.paper
+    replace(row, paper={"ImageNet-1k": row.paper["ImageNet-1k"]}) for row in ba_ssl_2.ROWS if "ImageNet-1k" in row.paper
 )
 _WHOLE = ba_ssl_2.TABLE.scales["paper"]
 
@@ -18,12 +16,12 @@ TABLE = replace(
     source=f"{ba_ssl.SOURCE}, Figure 1 (its figures as Table 2 gives them)",
     headings=("ImageNet-1k",),
     rows=_ROWS,
-    scales=ba_ssl_2.TABLE.scales
-    | {
+    scales={
+        **ba_ssl_2.TABLE.scales,
         "paper": replace(
             _WHOLE,
             columns=_WHOLE.columns[-1:],
             data={"ImageNet-1k": _WHOLE.data["ImageNet-1k"]},
-        )
+        ),
     },
 )

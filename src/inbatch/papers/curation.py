@@ -1,4 +1,4 @@
-"""What the tables of batch curation (Welle, Poklukar and Kragic 2021) share: SimCLR on CIFAR-10, two views of a crop."""
+"""What the tables of batch curation (Welle, Poklukar and Kragic 2021) share: SimCLR on CIFAR-10."""
 
 from dataclasses import replace
 

@@ -9,7 +9,9 @@ WITHOUT = "default w/o batch curator"
 STRICT = {"curate.name": "redraw", "curate.rule": "strict", "curate.budget": None}
 
 ROWS = (
-    Row(WITHOUT, {**curation.SIMCLR, "crops": "default"}, dict(zip(curation.HEADINGS, (90.67, 86.29, 49), strict=True))),
+    Row(
+        WITHOUT, {**curation.SIMCLR, "crops": "default"}, dict(zip(curation.HEADINGS, (90.67, 86.29, 49), strict=True))
+    ),
     Row(
         "with batch curator",
         {**curation.SIMCLR, "crops": "default", **STRICT},

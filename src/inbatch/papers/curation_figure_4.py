@@ -12,8 +12,6 @@ TABLE = replace(
     asks="Which pairs make k-NN rise fastest, and do large crops win only at first?",
     scales=curation.scales("k-NN"),
     headings=("K-NN",),
-    rows=tuple(
-        replace(row, paper={"K-NN": row.paper["K-NN"]} if row.paper else {}) for row in curation_1.TABLE.rows
-    ),
+    rows=tuple(replace(row, paper={"K-NN": row.paper["K-NN"]} if row.paper else {}) for row in curation_1.TABLE.rows),
     curve="knn",
 )

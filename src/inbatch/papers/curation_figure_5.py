@@ -12,8 +12,6 @@ TABLE = replace(
     asks="Does k-NN rise when curation begins?",
     scales=curation.scales("k-NN"),
     headings=("K-NN",),
-    rows=tuple(
-        replace(row, paper={"K-NN": row.paper["K-NN"]} if row.paper else {}) for row in curation_2.TABLE.rows
-    ),
+    rows=tuple(replace(row, paper={"K-NN": row.paper["K-NN"]} if row.paper else {}) for row in curation_2.TABLE.rows),
     curve="knn",
 )

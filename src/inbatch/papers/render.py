@@ -32,7 +32,9 @@ def _cells(sheet: Sheet, line: Line, differs: bool) -> list[str]:
     digits, against = sheet.table.digits, sheet.line(line.row.against)
     out = [line.row.name]
     for heading, figure in zip(sheet.table.headings, line.paper, strict=True):
-        out.append("" if figure is None else f"{figure:g}" if figure == round(figure, 1) and digits == 1 else f"{figure:.2f}")
+        out.append(
+            "" if figure is None else f"{figure:g}" if figure == round(figure, 1) and digits == 1 else f"{figure:.2f}"
+        )
         if differs:
             moved = line.moved(heading, against)
             out.append("" if moved is None else f"{moved:+.2f}")
@@ -45,19 +47,25 @@ def notes(sheet: Sheet) -> list[str]:
     """What must stand below the figures: how many runs, on what, how they differ from the paper's."""
     table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
     finished = [record for record in records if record.status == "finished"]
-    lines = [f"{len(finished)} of {sheet.wanted} runs, seeds {', '.join(map(str, at.seeds))}; mean ± standard deviation."]
+    lines = [
+        f"{len(finished)} of {sheet.wanted} runs, seeds {', '.join(map(str, at.seeds))}; mean ± standard deviation."
+    ]
     if any(line.row.against for line in sheet.lines):
         beside = sorted({line.row.against for line in sheet.lines if line.row.against})
         lines.append(
-            f"Gain: against {' or '.join(beside)} at the same seeds, with p of a paired t-test (* below {SURE}, not corrected "
-            "for the number of rows)."
+            f"Gain: against {' or '.join(beside)} at the same seeds, with p of a paired t-test (* below {SURE}, "
+            "not corrected for the number of rows)."
         )
     lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
     sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
     if "cifar10-jpeg" in sources.values():
-        lines.append("CIFAR-10 is a JPEG copy (quality about 75): accuracies stand a little below those on the original files.")
+        lines.append(
+            "CIFAR-10 is a JPEG copy (quality about 75): accuracies stand a little below those on the original files."
+        )
     if finished:
-        lines.append(f"Measured on {_machines(finished)}; {_hours(wall_seconds(finished))} of one process after another.")
+        lines.append(
+            f"Measured on {_machines(finished)}; {_hours(wall_seconds(finished))} of one process after another."
+        )
     failed = [record for record in records if record.failure is not None]
     lines += [f"Failed: {record.command}: {record.failure.sentence}" for record in failed if record.failure]
     return [*lines, *([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
@@ -86,7 +94,10 @@ def markdown(sheet: Sheet, *, picture: str | None = None, runs: str | None = Non
     if told := table.holds.get(sheet.scale):
         parts.append(f"**What holds.** {told}")
     parts.append("\n".join(f"- {_md(note)}" for note in notes(sheet)))
-    parts.append("## The runs\n\n" + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:"))
+    parts.append(
+        "## The runs\n\n"
+        + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
+    )
     listed = []
     for cell, record in first_seeds(sheet):
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
@@ -110,7 +121,8 @@ def _md_cell(text: str) -> str:
 def first_seeds(sheet: Sheet) -> list[tuple[Cell, Record | None]]:
     """A cell of each row and data set, with its record where there is one."""
     first = sheet.table.scales[sheet.scale].seeds[0]
-    records, seen = sheet.records, {}
+    records = sheet.records
+    seen: dict[str, tuple[Cell, Record | None]] = {}
     for cell in cells(sheet.table, sheet.scale, (first,)):
         seen.setdefault(cell.stem, (cell, records.get(cell.stem)))
     return list(seen.values())
@@ -130,10 +142,11 @@ def tex(text: str) -> str:
 def latex(sheet: Sheet) -> str:
     """A table environment for booktabs."""
     headings, rows = grid(sheet)
+    caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{tex(sheet.table.title)} ({tex(sheet.table.source)}; {sheet.scale} scale). {tex(' '.join(notes(sheet)[:2]))}}}",
+        rf"\caption{{{tex(caption)}}}",
         rf"\label{{tab:{sheet.table.name}}}",
         rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
         r"\toprule",
@@ -174,7 +187,8 @@ def page(sheet: Sheet) -> str:
     for cell, record in first_seeds(sheet):
         recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"
         parts.append(
-            f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary><p><code>{e(cell.command())}</code></p>{recipe}</details>"
+            f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary>"
+            f"<p><code>{e(cell.command())}</code></p>{recipe}</details>"
         )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(table.name)}</title><style>{_STYLE}</style>'
@@ -185,7 +199,7 @@ def page(sheet: Sheet) -> str:
 def _pretty(record: Record) -> str:
     import json
 
-    return json.dumps({name: value for name, value in record.json().items() if name != "curve"}, indent=1)
+    return json.dumps({name: value for name, value in record.file().items() if name != "curve"}, indent=1)
 
 
 def curves(sheet: Sheet) -> bytes | None:
@@ -194,7 +208,11 @@ def curves(sheet: Sheet) -> bytes | None:
     The table's own number if it is a figure of curves, else loss, k-NN, feature_std and rankme. None without curves.
     """
     numbers = [sheet.table.curve] if sheet.table.curve else ["loss", "knn", "feature_std", "rankme"]
-    kinds = [data for data in sheet.table.scales[sheet.scale].data if any(_curve(line, data, "epoch") for line in sheet.lines)]
+    kinds = [
+        data
+        for data in sheet.table.scales[sheet.scale].data
+        if any(_curve(line, data, "epoch") for line in sheet.lines)
+    ]
     if not kinds:
         return None
     figure = Figure(figsize=(6.4 * len(kinds), 3.2 * len(numbers)), layout="constrained")
@@ -225,8 +243,8 @@ def _cycle(colours: Sequence[str]) -> Iterable[str]:
 def _curve(line: Line, data: str, number: str) -> tuple[list[float], list[float], list[float]] | None:
     """Epochs, means and standard deviations over the seeds, where every seed has the number."""
     scale = 100.0 if number == "knn" else 1.0
-    runs = [
-        {look["epoch"]: scale * value for look in record.curve if (value := look.get(number)) is not None}
+    runs: list[dict[float, float]] = [
+        {float(look["epoch"] or 0): scale * value for look in record.curve if (value := look.get(number)) is not None}
         for cell, record in zip(line.cells, line.records, strict=True)
         if cell.data == data and record.curve
     ]

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import pydantic
 
-from inbatch.config import Recipe, make
+from inbatch.config import make, read_settings
 from inbatch.errors import ConfigError, DataError
 from inbatch.files import write_json
+from inbatch.inspect.references import folder
 from inbatch.papers.table import Cell, key
 
 Number = float | int | None
@@ -58,7 +59,9 @@ class Record(pydantic.BaseModel, extra="forbid"):
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Record":
-        if (self.status == "finished") == (self.evaluation is None) or (self.status == "failed") == (self.failure is None):
+        if (self.status == "finished") == (self.evaluation is None) or (self.status == "failed") == (
+            self.failure is None
+        ):
             raise ValueError("a finished run has an evaluation, a failed one a failure, and neither has both")
         if self.recipe.get("seed") != self.seed:
             raise ValueError("the seed is not the recipe's")
@@ -67,19 +70,11 @@ class Record(pydantic.BaseModel, extra="forbid"):
     @property
     def told(self) -> tuple[str, str, int]:
         """What tells it from other runs: key of the recipe, data set, seed."""
-        return key(self.recipe if "pairs" in self.recipe else read_recipe(self.recipe)), self.data, self.seed
+        return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
 
-    def json(self) -> dict[str, Any]:
+    def file(self) -> dict[str, Any]:
         """As it stands in its file."""
         return self.model_dump(by_alias=True, exclude_none=True)
-
-
-def read_recipe(file: Mapping[str, Any]) -> Recipe:
-    """A recipe as a run wrote it; ConfigError where it is none any more."""
-    settings: dict[str, Any] = {}
-    for name, value in file.items():
-        settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return make(settings)
 
 
 Records = Mapping[tuple[str, str, int], Record]
@@ -121,14 +116,13 @@ def find(records: Records, cell: Cell) -> Record | None:
 def write_record(folder: Path, cell: Cell, record: Record) -> Path:
     """Keep a record under its cell's name."""
     path = folder / f"{cell.stem}.json"
-    write_json(path, record.json())
+    write_json(path, record.file())
     return path
 
 
 def shipped() -> Path:
-    """The folder of the records that come along: packaged, or a checkout's own."""
-    packaged = Path(__file__).parent / "runs"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "results" / "runs"
+    """The folder of the records that come along."""
+    return folder()
 
 
 def wall_seconds(records: Iterable[Record]) -> float:

@@ -1,4 +1,4 @@
-"""Run what a table still lacks: each run a process of its own, skipped where its result is known, resumed where it was cut."""
+"""Run what a table still lacks: a process for each run, none for what is known, and what was cut goes on."""
 
 import json
 import os
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from inbatch.config import make, read_settings
 from inbatch.environment import environment
 from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
 from inbatch.files import write_json
 from inbatch.inspect.crops import tally
 from inbatch.limits import cores
-from inbatch.papers.results import Failure, Record, find, read_recipe, read_records, write_record
+from inbatch.papers.results import Failure, Record, find, read_records, write_record
 from inbatch.papers.scales import WHERE
 from inbatch.papers.table import Cell, key
 from inbatch.signals import stop_on_signals
@@ -81,8 +82,13 @@ class Runner:
                 yield cell.command()
                 continue
             folder = shlex.quote(str(self.work / cell.stem))
-            words = cell.command().removeprefix("inbatch ").replace(
-                f"--data {cell.settings['data']}", f"--data {shlex.quote(self.places.get(str(cell.settings['data']), 'PATH'))}"
+            words = (
+                cell.command()
+                .removeprefix("inbatch ")
+                .replace(
+                    f"--data {cell.settings['data']}",
+                    f"--data {shlex.quote(self.places.get(str(cell.settings['data']), 'PATH'))}",
+                )
             )
             yield f"torchrun --nproc-per-node gpu -m inbatch {words} --out {folder} --resume auto"
 
@@ -118,7 +124,8 @@ class Runner:
                         write_record(self.results, cell, record)
                         said = _said(record)
                     done, spoke = done + 1, time.perf_counter()
-                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}{self._left(began, done, len(todo))}")
+                    left = self._left(began, done, len(todo))
+                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}{left}")
                 if stop.requested and not self._stopping:
                     self._stop(stop.requested)
                     for future in list(waiting):
@@ -129,7 +136,10 @@ class Runner:
                     self.tell(f"{done} of {len(todo)} runs done{self._left(began, done, len(todo))}")
         if stop.requested:
             kind = Interrupted if stop.requested == signal.SIGINT else Preempted
-            raise kind(f"stopped by {signal.Signals(stop.requested).name} with {done} of {len(todo)} runs done; the same command goes on")
+            raise kind(
+                f"stopped by {signal.Signals(stop.requested).name} with {done} of {len(todo)} runs done; "
+                "the same command goes on"
+            )
         return problems
 
     def _left(self, began: float, done: int, total: int) -> str:
@@ -210,7 +220,9 @@ def _said(record: Record) -> str:
     if record.failure is not None:
         return f"failed: {record.failure.sentence}"
     found = record.evaluation or {}
-    figures = [f"{name} {found[part]['top1']:.1%}" for name, part in (("linear", "linear"), ("k-NN", "knn")) if part in found]
+    figures = [
+        f"{name} {found[part]['top1']:.1%}" for name, part in (("linear", "linear"), ("k-NN", "knn")) if part in found
+    ]
     return ", ".join([*figures, f"{record.wall_seconds:.0f} s"])
 
 
@@ -242,7 +254,7 @@ def _source(place: str) -> str:
 
 def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     recipe = dict(result["recipe"]) | {"data": cell.settings["data"]}
-    if key(read_recipe(recipe)) != cell.key:
+    if key(make(read_settings(recipe))) != cell.key:
         mine = cell.recipe().nested()
         changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
         raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
@@ -257,7 +269,12 @@ def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Reco
     failure = Failure(exit_code=found["exit_code"], sentence=found["error"].replace(str(log.parent), ""), log=words)
     return Record.model_validate(
         {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
-        | {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols), "wall_seconds": 0.0}
+        | {
+            "recipe": cell.recipe().nested(),
+            "command": cell.command(),
+            "protocols": list(cell.protocols),
+            "wall_seconds": 0.0,
+        }
         | {"environment": environment(torch.device("cpu")), "failure": failure}
     )
 

@@ -37,15 +37,16 @@ WHERE = {
 """Where images lie unless --data NAME=PATH says so; None: only the user knows."""
 
 SHORT = (
-    "digits: 1,297 embedded images of 32 pixels instead of the paper's, 30 epochs, encoder tiny (74,400 parameters), "
-    "batch 128, AdamW, k = 20",
-    "photos: 10,000 images of CIFAR-10, the same encoder and batch, 4 epochs, k = 200; judged on its 10,000 test images",
+    "digits: 1,297 embedded images of 32 pixels, 30 epochs, encoder tiny (74,400 parameters), batch 128, AdamW, k = 20",
+    "photos: 10,000 images of CIFAR-10, the same encoder and batch, 4 epochs, k = 200; judged on 10,000 test images",
     "the linear probe is logistic regression on features of clean images",
 )
 
 
-def columns(names: Mapping[str, str], figures: Sequence[str], paper: Mapping[str, str] | None = None) -> tuple[Column, ...]:
-    """A column for every figure on every data set. names: of a data set -> in the table. paper: figure -> its column."""
+def columns(
+    names: Mapping[str, str], figures: Sequence[str], paper: Mapping[str, str] | None = None
+) -> tuple[Column, ...]:
+    """A column for every figure on every data set. names: data set -> in the table. paper: figure -> column."""
     return tuple(
         Column(f"{shown}, {figure}", data, FIGURES[figure], (paper or {}).get(figure))
         for data, shown in names.items()
@@ -78,7 +79,10 @@ def usual(
         ),
         "cpu": Scale(
             columns({"digits": "digits", "photos": "photos"}, figures),
-            {"digits": digits | {"epochs": 30, "evaluate_every": 3}, "photos": photos | {"epochs": 4, "evaluate_every": 1}},
+            {
+                "digits": digits | {"epochs": 30, "evaluate_every": 3},
+                "photos": photos | {"epochs": 4, "evaluate_every": 1},
+            },
             own,
             protocols=protocols,
             cost=told.get("cpu", ""),
@@ -95,7 +99,9 @@ def usual(
     }  # fmt: skip
 
 
-def published(cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET) -> Scale:
+def published(
+    cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET
+) -> Scale:
     """A claim at the size at which it was made: ImageNet-1k, ResNet-50, each method as its authors trained it."""
     name = str(data["data"])
     return Scale(

@@ -1,4 +1,4 @@
-"""A table filled in: the paper's figures, ours over the seeds, and what a row's one difference makes, paired by seed."""
+"""A table filled in: the paper's figures, ours over the seeds, and what a row's difference makes, paired by seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,21 +1,28 @@
 """BA2M (Cheng et al. 2021) against SE and CBAM, in a classifier: the survey's example of attention over a batch."""
 
-from inbatch.papers.scales import CIFAR100, SOURCE, published, usual
+from inbatch.papers.scales import CIFAR100, published, usual
 from inbatch.papers.table import Row, Table
 
 NONE = "no attention"
 BLOCKS = {"SE": "se", "CBAM": "cbam", "BA2M": "ba2m"}
 PLAIN = {"method.name": "supervised"}
 RESNET = {"encoder.name": "resnet10", "encoder.stem": "imagenet", "views.name": "supervised"}
-AT = {"photos": RESNET, "cifar10": {"views.name": "supervised"}, "tiny": {"views.name": "supervised"}, "cifar100": {"views.name": "supervised"}}
+AT = {
+    "photos": RESNET,
+    "cifar10": {"views.name": "supervised"},
+    "tiny": {"views.name": "supervised"},
+    "cifar100": {"views.name": "supervised"},
+}
 
 TABLE = Table(
     name="study-ba2m",
     title="Attention over the samples of a batch, and attention within one",
     source="Cheng et al. 2021, arXiv 2103.15099; its figures are not in the survey",
     asks="Does weighing the samples of a batch help a classifier more than SE or CBAM?",
-    rows=(Row(NONE, PLAIN, at=AT),)
-    + tuple(Row(name, {**PLAIN, "attend.name": block}, against=NONE, at=AT) for name, block in BLOCKS.items()),
+    rows=(
+        Row(NONE, PLAIN, at=AT),
+        *(Row(name, {**PLAIN, "attend.name": block}, against=NONE, at=AT) for name, block in BLOCKS.items()),
+    ),
     scales=usual(
         differs=(
             "no code of BA2M is public: it is our reading of it (docs/context/attend.md)",
@@ -25,8 +32,9 @@ TABLE = Table(
     )
     | {
         "paper": published(
-            "4 runs of CIFAR-100 with ResNet-50", data=CIFAR100,
+            "4 runs of CIFAR-100 with ResNet-50",
+            data=CIFAR100,
             settings={"epochs": 200, "batch": 128},
         )
-    },  # fmt: skip
+    },
 )

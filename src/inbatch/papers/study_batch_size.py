@@ -1,11 +1,11 @@
-"""A claim of the survey: methods with negatives need large batches, others less. Accuracy against batch size, by family."""
+"""A claim of the survey: methods with negatives need large batches, others less. Accuracy against batch size."""
 
 from math import sqrt
 
 from inbatch.papers.scales import CIFAR10, DIGITS, SOURCE, columns
-from inbatch.papers.table import Row, Scale, Table
+from inbatch.papers.table import Row, Scale, Settings, Table
 
-FAMILIES = {
+FAMILIES: dict[str, Settings] = {
     "SimCLR": {"method.name": "simclr"},
     "DCL": {"method.name": "dcl"},
     "MoCo-v2": {"method.name": "moco", "method.layers": 2},
@@ -37,11 +37,15 @@ TABLE = Table(
     asks="Which families lose what in small batches?",
     rows=_rows(SMALL, ()),
     scales={
-        "smoke": Scale(columns({"digits": "digits"}, ("k-NN",)), {"digits": {**DIGITS, "subset": 600, "epochs": 1}}, seeds=(0,)),
+        "smoke": Scale(
+            columns({"digits": "digits"}, ("k-NN",)), {"digits": {**DIGITS, "subset": 600, "epochs": 1}}, seeds=(0,)
+        ),
         "cpu": Scale(
             columns({"digits": "digits"}, ("linear", "k-NN")),
             {"digits": {**DIGITS, "epochs": 30, "evaluate_every": 3}},
-            differs=("batches of 32 to 512 of 1,297 images, 30 epochs whatever the batch; the rate goes with its root",),
+            differs=(
+                "batches of 32 to 512 of 1,297 images, 30 epochs whatever the batch; the rate goes with its root",
+            ),
         ),
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10"}, ("linear", "k-NN")),

@@ -1,11 +1,11 @@
 """A claim of the survey, of VICReg's paper: its variance term steadies other methods, such as BYOL and SimCLR."""
 
 from inbatch.papers.scales import SOURCE, published, usual
-from inbatch.papers.table import Row, Table
+from inbatch.papers.table import Row, Settings, Table
 
 WEIGHT = 1.0
 # BYOL's "norm" on the digits does what the term is to do: without it there is something to steady.
-PLAIN = {
+PLAIN: dict[str, Settings] = {
     "BYOL": {"method.name": "byol", "method.norm": False},
     "SimCLR": {"method.name": "simclr"},
     "SimSiam": {"method.name": "simsiam"},

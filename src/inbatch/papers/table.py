@@ -124,7 +124,7 @@ class Cell:
 
 
 def key(what: Recipe | Mapping[str, Any]) -> str:
-    """Ten characters that stand for all that decides what is learned (or counted), but for the seed and the images' place.
+    """Ten characters for all that decides what is learned (or counted), but for the seed and the images' place.
 
     What a recipe leaves as it is by default is not in it: a new setting does not rename what was run before it came.
     """
@@ -147,7 +147,9 @@ def _told(recipe: Recipe) -> dict[str, Any]:
             own = {k: v for k, v in value.options.items() if k not in options or options[k] != v}
             told[each.name] = {"name": value.name, **own}
         elif isinstance(value, Schedule):
-            told[each.name] = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+            told[each.name] = {
+                f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default
+            }
         else:
             told[each.name] = value
     return told
