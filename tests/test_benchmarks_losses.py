@@ -62,6 +62,7 @@ def measured(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "losses-1thread.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_file_is_whole(measured: dict[str, Any], folder: Path) -> None:
     assert measured["environment"]["threads"] == 1
     assert measured["commands"][0].startswith("python benchmarks/losses.py --threads 1 --rows 64")

@@ -27,7 +27,7 @@ from inbatch.methods import METHODS
 from inbatch.show import explain, printable
 
 COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "inspect", "views", "crops", "methods", "plugins")
-COMMANDS += ("bench", "doctor", "data")
+COMMANDS += ("bench", "doctor", "data", "table")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
 

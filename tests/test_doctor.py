@@ -126,6 +126,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::4]}
     assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]

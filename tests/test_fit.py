@@ -57,6 +57,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 # The search
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [2, 6, 64, 250, 251, 4096])
 @pytest.mark.parametrize("curve", [lambda g: 100 + 10 * g, lambda g: 100 + 10 * g + g * g / 20], ids=["line", "square"])
 def test_the_largest_divisor_that_fits_is_found(
@@ -117,6 +118,7 @@ def test_what_groups_there_are() -> None:
 # Real dry steps
 
 
+@pytest.mark.slow
 def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
     recipe, source = planned()
     found = []

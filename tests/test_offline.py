@@ -99,6 +99,7 @@ WANTED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", WANTED)
 def test_weights_from_the_network_are_refused_at_once(line: str, tmp_path: Path) -> None:
     """Nothing is waited for and tried again; empty folders keep a cache of this machine from answering."""

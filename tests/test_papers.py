@@ -324,6 +324,7 @@ def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None
     assert run_cli(*words).exit_code == 0 and path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
     """SIGTERM: the running runs save themselves, nothing is half done, the same command ends what was begun."""
     base = TABLE.rows[2]

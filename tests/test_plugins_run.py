@@ -45,6 +45,7 @@ def test_every_combination_trains(method: str, fuse: str | None, curate: bool, a
     assert not still, "these were never trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav", "pcl"])
 @pytest.mark.parametrize("stops", [(3,), (5,), (7,), (8,)])
 def test_resuming_is_bit_exact(

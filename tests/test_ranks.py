@@ -88,6 +88,7 @@ def torchrun(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_path: Path) -> None:
     """A signal to the launcher: both ranks stop at one step, with one checkpoint; one process can finish the run."""

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from inbatch.methods import METHODS
+from inbatch.papers.results import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +22,15 @@ def render() -> ModuleType:
 
 def test_the_page_is_what_the_files_make(render: ModuleType) -> None:
     assert (ROOT / "results" / "README.md").read_text() == render.page(), "python results/render.py writes it anew"
+
+
+def test_the_pages_of_tables_are_what_the_records_make() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    made = tables.pages(read_records(ROOT / "results" / "runs"))
+    written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
+    assert written == made, "python results/tables.py writes them anew"
 
 
 @pytest.mark.parametrize("name", ["README", *METHODS])

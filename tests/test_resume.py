@@ -54,6 +54,7 @@ def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: py
     assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Fault 1: SIGKILL at any moment, saving included (it saves after every 5 steps of some milliseconds)."""
     fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
@@ -80,6 +81,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Pat
     assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
     """Faults 1 and 23: what a launcher starts again with `--resume auto` is not refused for the little it has left."""
     tiny("simclr", tmp_path, epochs=1)
@@ -95,6 +97,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) ->
     assert steps == sorted(steps), "the log was not begun anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -121,6 +124,7 @@ def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> Non
         tiny("moco", tmp_path, epochs=1, resume=True)
 
 
+@pytest.mark.slow
 def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
     """One more, one less or another label is another permutation; the run in the folder stays as it is."""
     images = write_folder(open_data("digits-canvas", subset=60), tmp_path / "images")

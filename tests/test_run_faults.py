@@ -55,6 +55,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 10], ids=["in an epoch", "at the end"])
 @pytest.mark.parametrize("size", [0, 2_000, 100_000])
 def test_a_disk_that_fills_up_ends_a_run_with_a_sentence(
@@ -77,6 +78,7 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence(
         assert_same_state(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "shut").mkdir(mode=0o555)
     words = [sys.executable, "-m", "inbatch", "pretrain", "--data", "digits-canvas", "--epochs", "1"]
@@ -93,6 +95,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 # Faults 5 and 6: signals, while it saves and while it is judged.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_while_saving_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -114,6 +117,7 @@ def test_a_second_signal_while_saving_changes_nothing(
     assert_same_state(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with monkeypatch.context() as patch:
@@ -182,6 +186,7 @@ def test_a_killed_worker_is_a_sentence(images: Path, tmp_path: Path, monkeypatch
     assert_same_state(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_no_shared_memory_is_a_sentence(images: Path, tmp_path: Path) -> None:
     words = ["pretrain", "--data", str(images), "--out", str(tmp_path / "run"), "--encoder", "tiny", "--epochs", "1"]
     words += ["--batch", "20", "--workers", "1", "--set", "resident=false", "--set", "size=224"]
@@ -196,6 +201,7 @@ def test_no_shared_memory_is_a_sentence(images: Path, tmp_path: Path) -> None:
     assert "shared memory, /dev/shm, has 0.1 MB free" in done.stderr and "--workers 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> None:
     """Its traceback keeps the loader alive, and its workers are deaf to multiprocessing's SIGTERM."""
     script = f"""

@@ -114,6 +114,7 @@ def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
     assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Path) -> None:
     code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, env=env)
@@ -150,12 +151,14 @@ def test_a_result_that_cannot_be_written_is_no_success(line: str, tmp_path: Path
     assert "the result cannot be written to stdout: No space left on device\n" in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_progress_cannot_be_shown(tmp_path: Path) -> None:
     assert ended(f"{TINY} --out run", tmp_path, stderr="/dev/full", stdout=str(tmp_path / "out")) == 0
     assert "k-NN" in (tmp_path / "out").read_text()
     assert ended("methods nosuch", tmp_path, stderr="/dev/full") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_any_encoding(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "é图").mkdir()

@@ -65,6 +65,7 @@ def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monke
     assert torch.equal(seen["l"], source.labels) and seen["e"] == 3 and expected.std() > 0
 
 
+@pytest.mark.slow
 def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

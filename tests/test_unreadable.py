@@ -55,6 +55,7 @@ def expected(bad: set[int], epoch: int) -> list[int]:
     return used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["crops", "canvases"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: int, whole: bool) -> None:
@@ -129,6 +130,7 @@ def run(images: Path, out: Path, **fields: Any) -> inbatch.Run:
     return inbatch.pretrain(images, "simclr", out=out, settings=settings, **(SHORT | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bool) -> None:
     bad = [files(images)[i] for i in (0, 64, 129)]  # those that are looked at for collapse, too
@@ -142,6 +144,7 @@ def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bo
     assert sum(evaluated[split].get("unreadable", 0) for split in ("train", "test")) >= (0 if resident else 3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (5, 60, 100):
         damage(files(images)[i], "pixels")
@@ -154,6 +157,7 @@ def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monke
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_files_that_vanish_in_the_middle_of_a_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def _two_ranks(folder: str, out: str) -> list[str]:
     return (Path(out) / "bad_images.txt").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
     order = draws.permutation(0, 0, N).tolist()
     for place in (1, 11, 25, 39):  # of the first and the second half of a batch
@@ -206,6 +211,7 @@ def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_pcl_surveys_what_can_be_read(images: Path, tmp_path: Path) -> None:
     for i in (0, 70, 129):
         damage(files(images)[i], "pixels")

@@ -64,7 +64,7 @@ def notes(sheet: Sheet) -> list[str]:
         )
     if finished:
         lines.append(
-            f"Measured on {_machines(finished)}; {_hours(wall_seconds(finished))} of one process after another."
+            f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} of one process after another."
         )
     failed = [record for record in records if record.failure is not None]
     lines += [f"Failed: {record.command}: {record.failure.sentence}" for record in failed if record.failure]
@@ -80,7 +80,8 @@ def _machines(records: Iterable[Record]) -> str:
     return ", ".join(sorted({name(record) for record in records}))
 
 
-def _hours(seconds: float) -> str:
+def hours(seconds: float) -> str:
+    """Seconds in minutes or hours."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
