@@ -1,4 +1,4 @@
-"""Writes docs/results from the records in runs/, so that no figure is typed by hand: python results/tables.py"""
+"""Writes docs/results from the records in records/, so that no figure is typed by hand: python results/tables.py"""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ HEAD = """# The papers' tables and figures
 
 Each is one command, `inbatch table NAME`, and one file of [src/inbatch/papers](../../src/inbatch/papers): its rows and their
 settings, the paper's figures, what we do otherwise. `--scale cpu` runs what is missing on two cores, `--scale gpu` on
-one GPU, `--scale paper` prints the commands for a cluster. Figures are made of the files in [results/runs](../../results/runs),
+one GPU, `--scale paper` prints the commands for a cluster. Figures are made of the files in [results/records](../../results/records),
 one for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
 
 | table or figure | what | cpu scale | hours of one core |
@@ -43,7 +43,7 @@ def pages(records: Records) -> dict[str, str]:
     made = {}
     for sheet in sheets(records):
         picture = f"{stem(sheet)}.png" if sheet.table.curve else None
-        made[f"{stem(sheet)}.md"] = markdown(sheet, picture=picture, runs="../../results/runs")
+        made[f"{stem(sheet)}.md"] = markdown(sheet, picture=picture, runs="../../results/records")
     lines = []
     for table in TABLES.values():
         sheet = fill(table, "cpu", records)
@@ -55,7 +55,7 @@ def pages(records: Records) -> dict[str, str]:
 
 
 def main() -> None:
-    records = read_records(HERE / "runs")
+    records = read_records(HERE / "records")
     DOCS.mkdir(exist_ok=True)
     for name, text in pages(records).items():
         (DOCS / name).write_text(text)

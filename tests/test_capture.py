@@ -128,6 +128,7 @@ def _diverge_on_a_rank(folder: str) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_two_ranks_are_made_again_by_one_process(tmp_path: Path) -> None:
     for said in on_ranks(2, _diverge_on_a_rank, str(tmp_path)):
         assert "inbatch replay" in said

@@ -282,6 +282,7 @@ def test_build_wants_a_number() -> None:
 LINE = "pretrain --data digits-canvas --set subset=200 --batch 40 --dry-run"
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_the_answer(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     free(27)
@@ -357,6 +358,7 @@ def found_on_a_rank() -> list[dict[str, Any]]:
     return [fit.fit(*plan("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json() for synced in (False, True)]
 
 
+@pytest.mark.slow
 def test_ranks_agree() -> None:
     one, other = on_ranks(2, found_on_a_rank)
     assert one == other and [found["share"] for found in one] == [64, 128]

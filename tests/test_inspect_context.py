@@ -123,6 +123,7 @@ def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
     assert "fewer than two groups" not in shown_.stdout  # two batches are two groups
 
 
+@pytest.mark.slow
 def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
     settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
     tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
@@ -264,6 +265,7 @@ def test_adjacent_views_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert shares[0] == 1 and shares[1] < 0.5
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_cost_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = Path(__file__).resolve().parents[1] / "benchmarks" / "context.py"
     spec = importlib.util.spec_from_file_location("context_cost", file)

@@ -154,6 +154,7 @@ with Log(Path(sys.argv[1]), total_steps=40) as log:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_on_a_terminal(tmp_path, term):
     ours, theirs = pty.openpty()

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import shlex
 import signal
 import threading
@@ -364,6 +365,7 @@ def test_results_that_come_along_are_of_the_tables() -> None:
     assert set(known) <= asked
     for one in known.values():
         assert "/" not in one.source.removeprefix("torchvision/") and '"/' not in json.dumps(one.file())
+        assert not re.search(r"\s/\w+/", json.dumps(one.file())), "the way to somebody's folder"
 
 
 def test_unknown_settings_of_a_table_are_errors() -> None:

@@ -231,6 +231,7 @@ def killed(out: str, step: int) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_where_rank_0_dies_another_writes_the_report(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="lost rank 0"):
         on_ranks(2, killed, str(tmp_path / "run"), 3)

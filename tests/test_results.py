@@ -28,7 +28,7 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    made = tables.pages(read_records(ROOT / "results" / "runs"))
+    made = tables.pages(read_records(ROOT / "results" / "records"))
     written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
     assert written == made, "python results/tables.py writes them anew"
 

@@ -20,7 +20,14 @@ from inbatch.methods import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stops", [(3,), (5,), (2, 7)], ids=["in an epoch", "at its end", "twice"])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((3,), id="in an epoch"),
+        pytest.param((5,), id="at its end", marks=pytest.mark.slow),
+        pytest.param((2, 7), id="twice", marks=pytest.mark.slow),
+    ],
+)
 def test_resuming_is_bit_exact(
     method: str, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,6 +44,7 @@ def test_resuming_is_bit_exact(
     assert steps == sorted(steps), "the log goes back"
 
 
+@pytest.mark.slow
 def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path / "whole", resident=False, workers=2)
     with monkeypatch.context() as patch, pytest.raises(Preempted):

@@ -169,6 +169,7 @@ STREAMED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_a_sentence(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill() -> None:
         workers = multiprocessing.active_children()

@@ -125,6 +125,7 @@ def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Pa
         assert "\x1b" not in sent
 
 
+@pytest.mark.slow
 def test_in_the_background(tmp_path: Path) -> None:
     """A job that its terminal no longer listens to is not stopped (SIGTTOU, SIGTTIN)."""
     code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, background=True)
@@ -197,6 +198,7 @@ def test_as_a_shell_starts_it(words: str, code: int, told: str) -> None:
     assert (done.returncode, done.stderr) == (code, told)
 
 
+@pytest.mark.slow
 def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None:
     """No home, no locale, no terminal, nothing to read: what libraries say of that is not for our users."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}

@@ -37,6 +37,7 @@ def surveyed(images: int) -> dict[str, Any]:
     return state | {"found": found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [120, 121], ids=["even", "odd"])
 def test_a_survey_is_shared_by_the_ranks(images: int) -> None:
     """Two ranks, each with half of the images and of the clusterings, end where one process ends."""
@@ -170,6 +171,7 @@ def test_labels_are_needed_where_a_method_learns_from_them(tmp_path: Path) -> No
         inbatch.pretrain(images, "supervised", out=tmp_path, encoder="tiny", batch=20)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path) -> None:
     """What a terminal or a scheduler does: every process gets the signal, the one that decodes too."""
     words = ["pretrain", "simclr", "--data", "digits-canvas", "--batch", "40", "--epochs", "400", "--workers", "2"]
@@ -215,6 +217,7 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
         judged((images, labels), (images[:9], labels[:9] + 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

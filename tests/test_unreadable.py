@@ -178,6 +178,7 @@ def test_files_that_vanish_in_the_middle_of_a_run(
     assert "No such file" in listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", ["true", "false"])
 def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> None:
     for file in files(images)[::10]:
@@ -225,6 +226,7 @@ def test_pcl_surveys_what_can_be_read(images: Path, tmp_path: Path) -> None:
 # Embedding.
 
 
+@pytest.mark.slow
 def test_embeddings_keep_the_numbers_of_the_others(images: Path, tmp_path: Path) -> None:
     encoder = run(images, tmp_path / "run", epochs=1).encoder
     whole = embed(encoder, open_data(images))

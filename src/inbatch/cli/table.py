@@ -14,9 +14,9 @@ from inbatch.show import complain, print_json, print_table, say
 @app.command(
     epilog="Examples:\n\n  inbatch table     what there is\n\n"
     "  inbatch table ba-ssl-3     the paper's figures beside ours, and every command\n\n"
-    "  inbatch table ba-ssl-3 --scale cpu --data cifar10=~/cifar-10-batches-py\n\n"
-    "  inbatch table ba-ssl-3 --scale cpu --row 'SimCLR + BA' --on digits\n\n"
-    "  inbatch table ba-ssl-3 --from results/runs -o table.html"
+    "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"
+    "  inbatch table ba-ssl-3 --scale cpu --on digits --seed 0\n\n"
+    "  inbatch table ba-ssl-3 --from results/records -o table.html"
 )
 def table(
     name: Annotated[

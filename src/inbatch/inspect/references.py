@@ -20,8 +20,8 @@ FREE |= {"channels_last"}
 def folder() -> Path:
     """Where the files lie: in the package, or in a checkout among its results."""
     here = Path(__file__).parents
-    packaged = here[1] / "papers" / "runs"
-    return packaged if packaged.is_dir() else here[3] / "results" / "runs"
+    packaged = here[1] / "papers" / "records"
+    return packaged if packaged.is_dir() else here[3] / "results" / "records"
 
 
 def find(recipe: dict[str, Any]) -> Reference:

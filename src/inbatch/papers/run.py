@@ -72,8 +72,8 @@ class Runner:
     def collect(self, cells: Sequence[Cell]) -> None:
         """Keep the results of runs that were made elsewhere and lie, finished, where this would have made them."""
         for cell in self.missing(cells):
-            if not cell.counts and not cell.protocols and (result := _finished(self.work / cell.stem)):
-                write_record(self.results, cell, _record(cell, self.place(cell), result))
+            if not cell.counts and _finished(self.work / cell.stem) is not None:
+                write_record(self.results, cell, self._one(cell))  # learns nothing, but judges what is not judged yet
 
     def launch(self, cells: Sequence[Cell]) -> Iterator[str]:
         """Commands for what is missing, to be given to a launcher; each goes on where it was stopped."""
@@ -81,16 +81,10 @@ class Runner:
             if cell.counts:
                 yield cell.command()
                 continue
-            folder = shlex.quote(str(self.work / cell.stem))
-            words = (
-                cell.command()
-                .removeprefix("inbatch ")
-                .replace(
-                    f"--data {cell.settings['data']}",
-                    f"--data {shlex.quote(self.places.get(str(cell.settings['data']), 'PATH'))}",
-                )
-            )
-            yield f"torchrun --nproc-per-node gpu -m inbatch {words} --out {folder} --resume auto"
+            name, folder = str(cell.settings["data"]), shlex.quote(str(self.work / cell.stem))
+            place = shlex.quote(self.places.get(name, "PATH"))
+            words = cell.command().replace(f"--data {name}", f"--data {place}", 1)
+            yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
 
     def place(self, cell: Cell) -> str:
         """Where the images of a cell lie; DataError where only the user knows."""
@@ -110,7 +104,7 @@ class Runner:
         self.results.mkdir(parents=True, exist_ok=True)
         with stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
-            spoke, done = began, 0
+            spoke, done, kept = began, 0, 0
             while waiting:
                 ended, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
                 for future in ended:
@@ -122,7 +116,7 @@ class Runner:
                         said = f"not run: {error}"
                     else:
                         write_record(self.results, cell, record)
-                        said = _said(record)
+                        said, kept = _said(record), kept + 1
                     done, spoke = done + 1, time.perf_counter()
                     left = self._left(began, done, len(todo))
                     self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}{left}")
@@ -137,7 +131,7 @@ class Runner:
         if stop.requested:
             kind = Interrupted if stop.requested == signal.SIGINT else Preempted
             raise kind(
-                f"stopped by {signal.Signals(stop.requested).name} with {done} of {len(todo)} runs done; "
+                f"stopped by {signal.Signals(stop.requested).name} with {kept} of {len(todo)} runs done; "
                 "the same command goes on"
             )
         return problems
@@ -199,6 +193,8 @@ class Runner:
                 start_new_session=True,  # a Ctrl-C is ours to pass on
             )  # fmt: skip
             self._children[cell.stem] = child
+            if self._stopping:  # asked for while it was started
+                child.send_signal(signal.SIGTERM)
             try:
                 out, _ = child.communicate()
             finally:
@@ -258,15 +254,16 @@ def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
         mine = cell.recipe().nested()
         changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
         raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
-    kept = {name: result[name] for name in Record.model_fields if name in result}
+    here = json.dumps({name: result[name] for name in Record.model_fields if name in result})
+    kept = json.loads(here.replace(json.dumps(place)[1:-1], _source(place)) if _source(place) != place else here)
     named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
     made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
     return Record.model_validate(kept | named | made)
 
 
 def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Record:
-    words = "\n".join(log.read_text(errors="replace").splitlines()[-20:]).replace(str(log.parent), "")
-    failure = Failure(exit_code=found["exit_code"], sentence=found["error"].replace(str(log.parent), ""), log=words)
+    words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
     return Record.model_validate(
         {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
         | {
@@ -277,6 +274,11 @@ def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Reco
         }
         | {"environment": environment(torch.device("cpu")), "failure": failure}
     )
+
+
+def _anywhere(text: str) -> str:
+    """Text without the way to this machine's folders."""
+    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
 
 
 def _counted(cell: Cell) -> Record:
