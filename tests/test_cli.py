@@ -96,7 +96,8 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     assert examples.count(f"inbatch {command}") >= 2
     flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
     assert "--json" in flags and len(flags) <= (29 if command == "pretrain" else 20), sorted(flags)
-    assert ("--quiet" in flags) == (command in ("quickstart", "pretrain", "embed", "table")), "quiet is for what shows progress"
+    shows = ("quickstart", "pretrain", "embed", "table")
+    assert ("--quiet" in flags) == (command in shows), "quiet is for what shows progress"
 
 
 def test_the_overview_names_every_command_and_exit_code() -> None:
