@@ -37,7 +37,6 @@ class Opened(Protocol):
     """An image whose size is known and whose pixels are not yet decoded (`decode.Picture` is one)."""
 
     size: tuple[int, int]
-    bits: int
 
     def __enter__(self) -> "Opened": ...
     def __exit__(self, *exc: object) -> None: ...

@@ -10,6 +10,9 @@ READING = "no code of the paper is public: batch fusion is our reading of it (do
 PUBLISHED: Settings = {"batch": 256, "encoder.name": "resnet18", "epochs": 300}
 
 MOCO: Settings = {"method.name": "moco", "method.layers": 2}
+SYMMETRIC: Settings = {**MOCO, "method.symmetric": True}
+"""Algorithm 1's loss: plain and fused views are queries and keys both. MoCo v2's own has one query, which is the fused
+view then: nothing plain is ever learned from."""
 BYOL: Settings = {"method.name": "byol"}
 SIMCLR: Settings = {"method.name": "simclr"}
 SIMSIAM: Settings = {"method.name": "simsiam"}

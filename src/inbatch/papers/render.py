@@ -230,7 +230,13 @@ def curves(sheet: Sheet) -> bytes | None:
             panel.set(xlabel="epoch", ylabel={"knn": "k-NN, %"}.get(number, number), title=data)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(fontsize=8, frameon=False)
+    names, shown = [], []
+    for panel in panels.flat:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            if name not in names:
+                names.append(name)
+                shown.append(handle)
+    figure.legend(shown, names, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, dpi=100, format="png", metadata={"Software": None})
     return out.getvalue()

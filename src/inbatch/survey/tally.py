@@ -113,7 +113,7 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> Tally:
         found.digests += _digest(contents, values)
         found.kinds[_kind(contents)] += 1
         if contents is not None:
-            found.bits[picture.bits] += 1
+            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # a file, so it is a Picture
         if pixels and values is not None:
             _add(found, values)
     return found
