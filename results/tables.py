@@ -17,7 +17,7 @@ settings, the paper's figures, what we do otherwise. `--scale cpu` runs what is 
 one GPU, `--scale paper` prints the commands for a cluster. Figures are made of the files in [results/records](../../results/records),
 one for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
 
-| table or figure | what | cpu scale | hours of one core |
+| table or figure | what | cpu scale | time on one core |
 | --- | --- | --- | --- |
 """
 

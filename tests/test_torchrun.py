@@ -188,3 +188,13 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
         losses.append({line["step"]: line["loss"] for line in lines if "loss" in line})
     assert losses[0].keys() == losses[1].keys()
     assert max(abs(losses[0][step] - losses[1][step]) for step in losses[0]) < 0.05
+
+
+@pytest.mark.parametrize("given", [["nomethod"], ["simclr", "--compare", "nowhere"]], ids=["method", "reference"])
+def test_what_all_ranks_find_wrong_is_told_once(given: list[str], tmp_path: Path) -> None:
+    """The launcher ends all when one has ended: rank 0, which speaks, goes first."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
+    command = [*launch, "pretrain", *given, "--data", "digits-canvas", "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode and ended.stderr.count("\nerror: ") + ended.stderr.startswith("error: ") == 1, ended.stderr
+    assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError
+from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError, TrainingError
 from inbatch.limits import launched
 from inbatch.roll import Roll, fresh
 
@@ -91,7 +91,11 @@ def together(expect: int | None = None, device: str = "cpu", timeout: float = _T
     except Exception as error:
         if made and not isinstance(error, Preempted | Interrupted):
             _hang_up()  # what holds the group (DDP) outlives its end, and the others would wait for this process's
-            if rank() == 0:  # the store, and the word in it, may live in this process
+            ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            # The store, and the word in it, may live in rank 0. Where it lives in the launcher, which ends all when one
+            # has ended, rank 0 goes first: it says for all what all have found wrong.
+            shared = isinstance(error, ConfigError | TrainingError) and not error.alone
+            if rank() == 0 if ours else rank() and shared:
                 time.sleep(_LINGER)
         raise
     finally:

@@ -116,7 +116,8 @@ def ask(
     elif runs:
         problems = runner.run(list(cells(table, scale)))
     known = read_records(runner.results if runs else from_ or shipped())
-    beside = fill(table, scale, read_records(shipped())) if runs else None
+    others = runs and runner.results.resolve() != shipped().resolve()
+    beside = fill(table, scale, read_records(shipped())) if others else None
     asked = Asked(fill(table, scale, known), problems, beside, launch)
     if out is not None:
         with replacing(out) as file:

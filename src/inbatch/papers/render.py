@@ -82,6 +82,8 @@ def _machines(records: Iterable[Record]) -> str:
 
 def hours(seconds: float) -> str:
     """Seconds in minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
