@@ -13,9 +13,27 @@ SCALES = ("cpu", "gpu", "paper")
 HEAD = """# The papers' tables and figures
 
 Each is one command, `inbatch table NAME`, and one file of [src/inbatch/papers](../../src/inbatch/papers): its rows and their
-settings, the paper's figures, what we do otherwise. `--scale cpu` runs what is missing on two cores, `--scale gpu` on
-one GPU, `--scale paper` prints the commands for a cluster. Figures are made of the files in [results/records](../../results/records),
-one for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
+settings, the paper's figures, what we do otherwise. Figures are made of the files in [results/records](../../results/records), one
+for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
+
+```bash
+inbatch table                                                    # what there is
+inbatch table ba-ssl-3                                           # what came out, what differs, every command; runs nothing
+inbatch table ba-ssl-3 --scale cpu --data cifar10=FOLDER         # run what is missing on two cores
+inbatch table ba-ssl-3 --scale cpu --on digits --row SimCLR --seed 0   # one cell
+inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # or .md, .tex
+```
+
+| scale | what |
+| --- | --- |
+| `smoke` | 192 digits, one epoch: whether everything works |
+| `cpu` | embedded digits in colour (30 epochs) and a fifth of CIFAR-10 (4 epochs), a small encoder; about two minutes a run, one run on each core |
+| `gpu` | CIFAR-10 and 100 classes of Tiny ImageNet, ResNet-18, 200 epochs, one GPU |
+| `paper` | as published; prints a `torchrun` command for every run, to be launched where there is a cluster (`inbatch slurm` writes a batch script). Runs that lie finished in `--work` become results by the same command |
+
+A run is a process of its own, and lies in `runs/table` with its log; its result in `runs/table/results`. Ctrl-C or SIGTERM lets the running ones save themselves, and the same command goes on; what has a result is not run again. A
+run that diverges is a result, shown as failed with its last words (`--again` runs it anew); one without images is none. "Gain" is the mean over the seeds of the difference from the row without, at the same seed, with the p of a paired
+t-test: with three seeds only large differences are told from chance. `inbatch pretrain ... --compare auto` holds a run of your own against the [curves](../compare.md) of these.
 
 | table or figure | what | cpu scale | time on one core |
 | --- | --- | --- | --- |

@@ -368,6 +368,14 @@ def test_results_that_come_along_are_of_the_tables() -> None:
         assert not re.search(r"\s/\w+/", json.dumps(one.file())), "the way to somebody's folder"
 
 
+def test_figure_3_is_the_papers() -> None:
+    """Shares within 0.15 points, at every seed."""
+    table = TABLES["curation-figure-3"]
+    (line,) = fill(table, "cpu", read_records(shipped())).lines
+    for paper, value in zip(line.paper, line.ours, strict=True):
+        assert len(value.values) == 3 and all(abs(one - paper) < 0.15 for one in value.values)
+
+
 def test_unknown_settings_of_a_table_are_errors() -> None:
     row = Row("typo", {"method.name": "simclr", "method.temprature": 1})
     with pytest.raises(ConfigError, match="temperature"):

@@ -20,6 +20,11 @@ TABLE = Table(
     asks="How often does one crop lie inside the other, apart from it, or across its edges?",
     headings=tuple(SHARES),
     digits=2,
+    holds=dict.fromkeys(
+        ("cpu", "gpu", "paper"),
+        "The figure, exactly: at every seed the three shares lie within 0.15 points of the paper's, where crops are "
+        "compared as integer boxes and touching edges are no containment.",
+    ),
     rows=(Row("default", {"crops": "default"}, SHARES),),
     scales={
         "smoke": _scale(10_000, (0, 1), "a second"),
