@@ -29,6 +29,8 @@ from inbatch.papers.scales import WHERE
 from inbatch.papers.table import Cell, key
 from inbatch.signals import stop_on_signals
 
+ON = "on-"
+"""A protocol that begins so is a linear probe on the images of another data set."""
 Tell = Callable[[str], None]
 _POLL, _REPORT = 0.3, 60.0  # seconds
 
@@ -86,9 +88,8 @@ class Runner:
             words = cell.command().replace(f"--data {name}", f"--data {place}", 1)
             yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
 
-    def place(self, cell: Cell) -> str:
-        """Where the images of a cell lie; DataError where only the user knows."""
-        name = str(cell.settings["data"])
+    def place(self, name: str) -> str:
+        """Where the images of a data set lie; DataError where only the user knows."""
         place = self.places.get(name, WHERE.get(name, name))
         if place is None:
             raise DataError(f"where are the images of {name}? --data {name}=PATH")
@@ -157,7 +158,7 @@ class Runner:
             return _counted(cell)
         if cell.data in self._absent:
             raise DataError(self._absent[cell.data])
-        place = self.place(cell)
+        place = self.place(str(cell.settings["data"]))
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
         result = _finished(folder)
@@ -167,14 +168,17 @@ class Runner:
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
             return _failed(cell, place, result, log)
-        if cell.protocols:
-            words = ["evaluate", str(folder), "--out", str(folder / "protocols.json")]
-            for protocol in cell.protocols:
-                words += ["--protocol", protocol]
+        for protocol in cell.protocols:
+            other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
+            words = ["evaluate", str(folder), "--out", str(folder / f"{protocol}.json")]
+            words += (
+                ["--protocol", protocol] if other is None else ["--protocol", "linear", "--data", self.place(other)]
+            )
             found = self._call(cell, words, log)
             if "exit_code" in found:
                 return _failed(cell, place, found, log)
-            result["evaluation"] = result["evaluation"] | {name: found[name] for name in cell.protocols}
+            told = found[protocol] if other is None else {"linear": found["linear"]}
+            result["evaluation"] = result["evaluation"] | {protocol: told}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _record(cell, place, result)
 

@@ -51,7 +51,7 @@ class Scale:
     """How a table is run: what all of its runs share, on which images, over which seeds.
 
     data: name of a data set -> its settings, which include "data" and "size".
-    protocols: of evaluation beyond k-NN, linear probe and clustering.
+    protocols: of evaluation beyond k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
     cost: what it takes, in words. differs: what is not as in the paper, and why.
     """
 
