@@ -10,6 +10,7 @@ from inbatch.files import check_writable, replacing
 from inbatch.papers import render
 from inbatch.papers.results import read_records, shipped
 from inbatch.papers.run import Runner
+from inbatch.papers.scales import WHERE
 from inbatch.papers.sheet import Sheet, fill
 from inbatch.papers.table import Table, cells
 from inbatch.parts import check_known
@@ -45,6 +46,8 @@ class Asked:
             lines += ["", f"What holds. {told}"]
         lines += ["", *self._compared(), "The runs (seed 0; others with --seed):", ""]
         lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.sheet)]
+        names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.sheet)} & WHERE.keys()
+        lines += [f"(--data {name}: put the place of its images there.)" for name in sorted(names)]
         if self.launch:
             lines += ["", "To be launched where there is a cluster (inbatch slurm writes a batch script):", ""]
             lines += [f"  {command}" for command in self.launch]
