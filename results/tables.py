@@ -75,7 +75,11 @@ def pages(records: Records) -> dict[str, str]:
 def main() -> None:
     records = read_records(HERE / "records")
     DOCS.mkdir(exist_ok=True)
-    for name, text in pages(records).items():
+    made = pages(records)
+    for old in DOCS.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
         (DOCS / name).write_text(text)
     for sheet in sheets(records):
         if sheet.table.curve and (png := curves(sheet)):
