@@ -301,6 +301,8 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
 def test_what_is_wrong_is_said(words: list[str], code: int, says: str, run_cli: Any) -> None:
     found = run_cli(*words)
     assert found.exit_code == code and says in found.output and "Traceback" not in found.output
+    told = json.loads(run_cli(*words, "--json", "--quiet").stdout)
+    assert told["exit_code"] == code and says in told["error"]
 
 
 @pytest.mark.parametrize("ending", render.FORMATS)

@@ -88,7 +88,8 @@ class Asked:
         ]
         told = {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
         problems = {name: str(problem) for name, problem in self.problems.items()}
-        return found | told | {"problems": problems}
+        said = "; ".join(dict.fromkeys(problems.values()))
+        return found | told | {"problems": problems} | ({"error": said, "exit_code": self.exit_code} if said else {})
 
 
 def ask(
