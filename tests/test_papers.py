@@ -370,6 +370,26 @@ def test_results_that_come_along_are_of_the_tables() -> None:
         assert not re.search(r"\s/\w+/", json.dumps(one.file())), "the way to somebody's folder"
 
 
+def test_results_that_come_along_are_called_what_they_are() -> None:
+    """Pages link to them by that name."""
+    stems = {(c.key, c.data, c.seed): c.stem for table in TABLES.values() for s in SCALES for c in cells(table, s)}
+    for path in shipped().glob("*.json"):
+        assert path.stem == stems[read_record(path).told]
+
+
+def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> None:
+    """A run that ends for its data is told of by itself: the next may want no labels, or other images."""
+    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    runner.ends = {"MoCo-v2": DataError("no labels")}
+    asked = list(cells(TABLE, "smoke", (0,)))
+    assert len(runner.run(asked)) == 1 and len(read_records(tmp_path / "results")) == len(asked) - 1
+
+
+def test_a_table_cut_down_wants_fewer_runs() -> None:
+    found = ask(TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), on=["digits"], rows=["SimCLR + BA"], seeds=[0])
+    assert found.sheet.wanted == 2
+
+
 def test_figure_3_is_the_papers() -> None:
     """Shares within 0.15 points, at every seed."""
     table = TABLES["curation-figure-3"]

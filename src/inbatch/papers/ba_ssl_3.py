@@ -36,7 +36,7 @@ TABLE = Table(
         "chance. On photographs all lie within two points either way, as the paper's do (up with SimCLR, by "
         "k-NN with BYOL, too; down by k-NN with MoCo v2), and the spread over seeds is as large. On the "
         "digits fusion lowers the mean of all four: most where the fused view is the only query (MoCo v2, "
-        "whose features lose most of their rank), least with SimCLR."
+        "whose features lose half of their rank), least with SimCLR."
     },
     rows=WITHOUT + WITH + OURS,
     scales=usual(differs=(ba_ssl.READING, "the paper reports the best of ten trials, we the mean over seeds"))

@@ -57,7 +57,6 @@ class Runner:
         self.gpu = self.device not in ("auto", "cpu") or (self.device == "auto" and torch.cuda.is_available())
         self.jobs = self.jobs or (1 if self.gpu else cores())
         self._children: dict[str, subprocess.Popen[str]] = {}
-        self._absent: dict[str, str] = {}
         self._stopping = False
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
@@ -156,9 +155,7 @@ class Runner:
         """Make a cell's run, or what is left of it."""
         if cell.counts:
             return _counted(cell)
-        if cell.data in self._absent:
-            raise DataError(self._absent[cell.data])
-        place = self.place(str(cell.settings["data"]))
+        began, place = time.perf_counter(), self.place(str(cell.settings["data"]))
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
         result = _finished(folder)
@@ -167,7 +164,7 @@ class Runner:
             words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
-            return _failed(cell, place, result, log)
+            return self._failed(cell, place, result, log, began)
         for protocol in cell.protocols:
             other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
             words = ["evaluate", str(folder), "--out", str(folder / f"{protocol}.json")]
@@ -176,7 +173,7 @@ class Runner:
             )
             found = self._call(cell, words, log)
             if "exit_code" in found:
-                return _failed(cell, place, found, log)
+                return self._failed(cell, place, found, log, began)
             told = found[protocol] if other is None else {"linear": found["linear"]}
             result["evaluation"] = result["evaluation"] | {protocol: told}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -208,12 +205,21 @@ class Runner:
             if child.returncode == TrainingError.exit_code:
                 return found
             if child.returncode == DataError.exit_code:
-                self._absent[cell.data] = found["error"]
                 raise DataError(found["error"])
             if child.returncode == 0:
                 return found
             raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")
         raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
+
+    def _failed(self, cell: Cell, place: str, found: Mapping[str, Any], log: Path, began: float) -> Record:
+        """What is kept of a run that diverged: its last words."""
+        words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
+        named = {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
+        made = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}
+        where = environment(torch.device("cuda" if self.gpu else "cpu"))
+        spent = time.perf_counter() - began
+        return Record.model_validate(named | made | {"environment": where, "wall_seconds": spent, "failure": failure})
 
 
 def _said(record: Record) -> str:
@@ -263,21 +269,6 @@ def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
     made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
     return Record.model_validate(kept | named | made)
-
-
-def _failed(cell: Cell, place: str, found: Mapping[str, Any], log: Path) -> Record:
-    words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
-    return Record.model_validate(
-        {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
-        | {
-            "recipe": cell.recipe().nested(),
-            "command": cell.command(),
-            "protocols": list(cell.protocols),
-            "wall_seconds": 0.0,
-        }
-        | {"environment": environment(torch.device("cpu")), "failure": failure}
-    )
 
 
 def _anywhere(text: str) -> str:

@@ -1,7 +1,6 @@
 """What the tables share: data sets by name, and what smoke, cpu and gpu mean unless a table says otherwise."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from inbatch.papers.table import Column, Scale, Settings
 
@@ -10,9 +9,6 @@ SOURCE = "the survey Deep Learning Feature Extraction with Batch Context"
 FIGURES = {
     "linear": "linear.top1",
     "k-NN": "knn.top1",
-    "NMI": "clustering.nmi",
-    "ACC": "clustering.acc",
-    "patch": "crops.area",
 }
 """Heading -> where the figure stands in an evaluation."""
 
@@ -55,23 +51,20 @@ def columns(
 
 
 def usual(
-    figures: Sequence[str] = ("linear", "k-NN"), *, settings: Settings | None = None, views: str | None = None,
-    gpu: Settings | None = None, cost: Mapping[str, str] | None = None, differs: Sequence[str] = (),
-    protocols: tuple[str, ...] = (),
+    figures: Sequence[str] = ("linear", "k-NN"), *, views: str | None = None, gpu: Settings | None = None,
+    differs: Sequence[str] = (), protocols: tuple[str, ...] = (),
 ) -> dict[str, Scale]:  # fmt: skip
     """smoke, cpu and gpu as most tables have them.
 
-    settings: of all three. views: other ones than the digits' own and the photographs'. gpu: more for that scale.
+    views: other ones than the digits' own and the photographs'. gpu: more for that scale.
     """
-    own: dict[str, Any] = dict(settings or {})
     drawn = {} if views is None else {"views.name": views}
     digits, photos = {**DIGITS, **drawn}, {**PHOTOS, **drawn}
-    told = cost or {}
     return {
         "smoke": Scale(
             columns({"digits": "digits"}, figures),
             {"digits": digits | {"subset": 192}},
-            {"epochs": 1, "batch": 64, "evaluate_every": 1, **own},
+            {"epochs": 1, "batch": 64, "evaluate_every": 1},
             seeds=(0, 1),
             protocols=protocols,
             cost="seconds a run: whether it works, not what comes out",
@@ -83,17 +76,15 @@ def usual(
                 "digits": digits | {"epochs": 30, "evaluate_every": 3},
                 "photos": photos | {"epochs": 4, "evaluate_every": 1},
             },
-            own,
             protocols=protocols,
-            cost=told.get("cpu", ""),
             differs=(*SHORT, *differs),
         ),
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, figures),
             {"cifar10": CIFAR10, "tiny": TINY},
-            {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20, **own, **(gpu or {})},
+            {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20, **(gpu or {})},
             protocols=protocols,
-            cost=told.get("gpu", "about 6 to 12 minutes a run on one H100 by the sketches' speed; nothing was run yet"),
+            cost="not measured yet",
             differs=("tiny-imagenet-100 (64 pixels) stands for ImageNet-100", "200 epochs", *differs),
         ),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from inbatch.papers.results import Record, Records, find
-from inbatch.papers.table import Cell, Column, Row, Table, cell
+from inbatch.papers.table import Cell, Column, Row, Table, cell, cells
 
 SURE = 0.05
 """Below this p a difference is called one; the p of a table's rows are not corrected for their number."""
@@ -68,7 +68,6 @@ class Sheet:
 
     table: Table
     scale: str
-    columns: tuple[Column, ...]
     lines: tuple[Line, ...]
 
     def line(self, name: str | None) -> Line | None:
@@ -81,17 +80,14 @@ class Sheet:
         return {c.stem: r for line in self.lines for c, r in zip(line.cells, line.records, strict=True)}
 
     @property
+    def columns(self) -> tuple[Column, ...]:
+        """Ours."""
+        return self.table.scales[self.scale].columns
+
+    @property
     def wanted(self) -> int:
         """How many runs the table has at this scale."""
-        at = self.table.scales[self.scale]
-        stems = {
-            cell(self.table, self.scale, line.row, data, seed).stem
-            for line in self.lines
-            if line.row.settings is not None
-            for data in at.data
-            for seed in at.seeds
-        }
-        return len(stems)
+        return len({one.stem for one in cells(self.table, self.scale)})
 
 
 def fill(table: Table, scale: str, records: Records) -> Sheet:
@@ -112,9 +108,9 @@ def fill(table: Table, scale: str, records: Records) -> Sheet:
         other = found.get(row.against or "", [])
         ours = tuple(_value(column, found[row.name], other) for column in at.columns)
         paper = tuple(row.paper.get(heading) for heading in table.headings)
-        cells = tuple(one for one, _ in found[row.name])
-        lines.append(Line(row, paper, ours, cells, tuple(record for _, record in found[row.name])))
-    return Sheet(table, scale, at.columns, tuple(lines))
+        runs = tuple(one for one, _ in found[row.name])
+        lines.append(Line(row, paper, ours, runs, tuple(record for _, record in found[row.name])))
+    return Sheet(table, scale, tuple(lines))
 
 
 def figure(record: Record, path: str) -> float | None:
