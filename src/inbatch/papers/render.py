@@ -3,8 +3,10 @@
 import base64
 import html
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
@@ -200,8 +202,6 @@ def page(sheet: Sheet) -> str:
 
 
 def _pretty(record: Record) -> str:
-    import json
-
     return json.dumps({name: value for name, value in record.file().items() if name != "curve"}, indent=1)
 
 
@@ -223,7 +223,7 @@ def curves(sheet: Sheet) -> bytes | None:
     for across, data in enumerate(kinds):
         for down, number in enumerate(numbers):
             panel = panels[down][across]
-            for line, colour in zip(sheet.lines, _cycle(COLOURS), strict=False):
+            for line, colour in zip(sheet.lines, cycle(COLOURS), strict=False):
                 if found := _curve(line, data, number):
                     epochs, means, spreads = found
                     panel.plot(epochs, means, color=colour, linewidth=1.3, label=line.row.name)
@@ -242,11 +242,6 @@ def curves(sheet: Sheet) -> bytes | None:
     out = io.BytesIO()
     figure.savefig(out, dpi=100, format="png", metadata={"Software": None})
     return out.getvalue()
-
-
-def _cycle(colours: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from colours
 
 
 def _curve(line: Line, data: str, number: str) -> tuple[list[float], list[float], list[float]] | None:
