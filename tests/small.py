@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, object]] = {
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
+    "moco-smooth": ("moco", SMALL["moco"] | {"smooth": 0.2, "neighbours": 3}),
     "simclr-3": ("simclr", SMALL["simclr"]),
     "mocov3-3": ("mocov3", SMALL["mocov3"] | {"layers": 3, "last_norm": True}),
     "nnclr-3": ("nnclr", SMALL["nnclr"] | {"contrast": "nt_xent"}),

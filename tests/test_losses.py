@@ -89,12 +89,16 @@ def literal_supcon(z: Tensor, positive: Callable[[int, int], bool], t: float, ba
     return sum(terms) / len(terms)
 
 
-def literal_info_nce(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
-    """He et al. 2020, Eq. 1."""
+def literal_info_nce(q: Tensor, k: Tensor, queue: Tensor, t: float, smooth: float = 0, neighbours: int = 1) -> Tensor:
+    """He et al. 2020, Eq. 1; a cross-entropy with a target that is shared with the nearest keys."""
     terms = []
     for i in range(len(q)):
-        own = (unit(q[i]) @ unit(k[i]).detach() / t).exp()
-        terms.append(-(own / (own + sum((unit(q[i]) @ other / t).exp() for other in queue))).log())
+        logits = torch.stack([unit(q[i]) @ key / t for key in [unit(k[i]).detach(), *queue]])
+        nearest = sorted(range(1, len(logits)), key=lambda j: float(logits[j].detach()), reverse=True)[:neighbours]
+        target = torch.zeros_like(logits)
+        target[0] = 1 - smooth
+        target[nearest] = smooth / neighbours
+        terms.append(-(target * (logits.exp() / logits.exp().sum()).log()).sum())
     return sum(terms) / len(terms)
 
 
@@ -145,6 +149,10 @@ def test_info_nce(seed: int, n: int, m: int, d: int, t: float) -> None:
     bank = torch.nn.functional.normalize(draw(seed + 1, m, d), dim=1)
     q, k = draw(seed, 2, n, d)
     assert_same(lambda q, k: info_nce(q, k, bank, t), lambda q, k: literal_info_nce(q, k, bank, t), q, k)
+    near = seed % m + 1
+    assert_same(
+        lambda q, k: info_nce(q, k, bank, t, 0.3, near), lambda q, k: literal_info_nce(q, k, bank, t, 0.3, near), q, k
+    )
 
 
 @few
@@ -235,8 +243,19 @@ def test_extreme_rows_have_finite_loss_and_gradient(name: str, rows: str, dtype:
         lambda: supcon(draw(0, 1, 6, 4)),
         lambda: supcon(draw(0, 2, 6, 4), LABEL, mask=torch.eye(6)),
         lambda: info_nce(draw(0, 0, 4), draw(0, 0, 4), queue(4)),
+        lambda: info_nce(draw(0, 3, 4), draw(0, 3, 4), queue(4), smooth=1.0),
+        lambda: info_nce(draw(0, 3, 4), draw(0, 3, 4), queue(4)[:5], smooth=0.1),
     ],
-    ids=["one view", "one sample", "one row", "one view without labels", "labels and mask", "no query"],
+    ids=[
+        "one view",
+        "one sample",
+        "one row",
+        "one view without labels",
+        "labels and mask",
+        "no query",
+        "no target",
+        "few keys",
+    ],
 )
 def test_what_the_equation_cannot_answer_is_refused(call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"NT-Xent|SupCon|InfoNCE"):

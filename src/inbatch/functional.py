@@ -9,6 +9,7 @@ import warnings
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from inbatch import tiled
 
@@ -101,25 +102,36 @@ def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperat
 
 
 def nearest(
-    q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], leave_out: Bool[Tensor, "k"] | None = None
-) -> Int[Tensor, "n"]:
-    """Which key has the largest product with each row, those left out aside; no gradient."""
-    return tiled.nearest(q, keys, leave_out)
+    q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], leave_out: Bool[Tensor, "k"] | None = None, count: int = 1
+) -> Int[Tensor, "n count"]:
+    """Which keys have the largest products with each row, the largest first, those left out aside; no gradient."""
+    return tiled.nearest(q, keys, leave_out, count)
 
 
 def info_nce(
-    q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07
-) -> Float[Tensor, ""]:
+    q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07,
+    smooth: float = 0.0, neighbours: int = 10,
+) -> Float[Tensor, ""]:  # fmt: skip
     """InfoNCE of queries against their own key and a queue of unit rows (He et al. 2020, Eq. 1).
 
     l_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T)) ), averaged; queries and
-    keys are normalised inside, keys carry no gradient.
+    keys are normalised inside, keys carry no gradient. smooth: the share of the target that is not the own key's but
+    in equal parts that of the query's nearest `neighbours` of the queue (Lin et al. 2023, arXiv 2212.07158).
     """
     if q.shape != k.shape or not len(q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= len(queue))):
+        raise ValueError(
+            f"InfoNCE gives a share below 1 to 1 to {len(queue)} neighbours, got smooth {smooth:g}, {neighbours}"
+        )
     q, k = normalize(q), normalize(k.detach())
+    queue = queue.to(q.dtype)
     positive = (q * k).sum(-1) / temperature
-    return (torch.logaddexp(positive, logsumexp_rows(q, queue.to(q.dtype), temperature)) - positive).mean()
+    loss = torch.logaddexp(positive, logsumexp_rows(q, queue, temperature)) - positive
+    if smooth:
+        near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
+        loss = loss + smooth * (positive - (q * near).sum(-1) / temperature)
+    return loss.mean()
 
 
 def mean_of_others(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:

@@ -101,15 +101,16 @@ def logsumexp(
 
 
 def nearest(
-    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], leave_out: Bool[Tensor, "m"] | None = None
-) -> Int[Tensor, "n"]:
-    """Which row of k has the largest product with each row of q, those left out aside; no gradient."""
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], leave_out: Bool[Tensor, "m"] | None = None, count: int = 1
+) -> Int[Tensor, "n count"]:
+    """Which rows of k have the largest products with each row of q, those left out aside; no gradient."""
 
     def best(some: Tensor) -> Tensor:
         products = some @ k.T
-        return (products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)).argmax(1)
+        products = products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)
+        return products.argmax(1, keepdim=True) if count == 1 else products.topk(count).indices
 
-    plan, place = _PLAN.get(), torch.zeros(len(q), dtype=torch.long, device=q.device)
+    plan, place = _PLAN.get(), torch.zeros(len(q), count, dtype=torch.long, device=q.device)
     start, stop = _share(len(q), plan)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), fast_products():
         for first in range(start, stop, size := max(1, _BLOCK // len(k))):

@@ -17,6 +17,7 @@ class MoCo(Method):
     temperature: T of `info_nce`. queue: keys remembered. m: momentum of the target tower. out: width of the rows.
     layers, hidden: linear layers of the projection (1 in v1, 2 in v2), width between them (None: the features').
     symmetric: both views are queries and keys; the two losses are added, as in the authors' CIFAR-10 demo.
+    smooth, neighbours: share of the target that goes to a query's nearest keys of the queue, and how many (Light-MoCo).
     """
 
     target = ("projection",)
@@ -33,13 +34,22 @@ class MoCo(Method):
         "batch": 512, "epochs": 200, "schedule.warmup": 0,
         "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99}  # fmt: skip
     _ours = {"source": "ours, for the embedded data", "method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}
-    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": _ours}
+    _light = _v2 | {
+        "source": "light-moco, moco/builder.py: hidden layer, both directions; the share and its keys are ours",
+        "method.hidden": 2048, "method.symmetric": True, "method.smooth": 0.2}  # fmt: skip
+    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "light": _light, "cifar": _cifar, "digits": _ours}
 
     def __init__(self, temperature: float = 0.07, queue: int = 65536, m: float = 0.999, layers: int = 1,
-                 hidden: int | None = None, out: int = 128, symmetric: bool = False) -> None:  # fmt: skip
+                 hidden: int | None = None, out: int = 128, symmetric: bool = False,
+                 smooth: float = 0.0, neighbours: int = 10) -> None:  # fmt: skip
         super().__init__()
+        if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= queue)):
+            raise ValueError(
+                f"smooth {smooth:g} must be below 1 and neighbours {neighbours} no more than queue {queue}"
+            )
         self.temperature, self.m, self.symmetric = temperature, m, symmetric
         self.layers, self.hidden, self.out = layers, hidden, out
+        self.smooth, self.neighbours = smooth, neighbours
         self.queue = Queue(queue, out)
 
     def heads(self, width: int) -> dict[str, Head]:
@@ -52,8 +62,9 @@ class MoCo(Method):
         return (1, 0) if self.symmetric else (1,)
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        how = self.queue.rows, self.temperature, self.smooth, self.neighbours
         pairs = zip(online["projection"], target["projection"], strict=True)
-        return {"loss": torch.stack([info_nce(q, k, self.queue.rows, self.temperature) for q, k in pairs]).sum()}
+        return {"loss": torch.stack([info_nce(q, k, *how) for q, k in pairs]).sum()}
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(target["projection"].flatten(0, 1)))

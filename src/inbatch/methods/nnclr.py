@@ -20,7 +20,7 @@ def neighbours(z: Float[Tensor, "n d"], support: Float[Tensor, "k d"], filled: I
     """NN(z, Q): of the first `filled` unit rows of the support set those nearest to z; with none, z's unit rows."""
     z = normalize(z.detach())
     empty = torch.arange(len(support), device=z.device) >= filled
-    place = nearest(z, support.to(z.dtype), leave_out=empty)
+    place = nearest(z, support.to(z.dtype), leave_out=empty)[:, 0]
     return torch.where(filled > 0, support[place].to(z.dtype), z)
 
 

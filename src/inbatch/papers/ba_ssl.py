@@ -13,6 +13,8 @@ MOCO: Settings = {"method.name": "moco", "method.layers": 2}
 SYMMETRIC: Settings = {**MOCO, "method.symmetric": True}
 """Algorithm 1's loss: plain and fused views are queries and keys both. MoCo v2's own has one query, which is the fused
 view then: nothing plain is ever learned from."""
+LIGHT: Settings = {**SYMMETRIC, "method.smooth": 0.2}
+"""Light-MoCo (Lin et al. 2023, arXiv 2212.07158): MoCo v2 for small encoders, with its smoothed InfoNCE."""
 BYOL: Settings = {"method.name": "byol"}
 SIMCLR: Settings = {"method.name": "simclr"}
 SIMSIAM: Settings = {"method.name": "simsiam"}
