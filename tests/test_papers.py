@@ -21,6 +21,7 @@ from inbatch.cli import app
 from inbatch.config import make
 from inbatch.environment import environment
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
+from inbatch.files import locked
 from inbatch.papers import TABLES, render
 from inbatch.papers.ask import ask
 from inbatch.papers.results import Record, find, read_record, read_records, shipped, write_record
@@ -84,9 +85,19 @@ def test_every_run_is_a_recipe_and_a_command(table: Table, scale: str) -> None:
 
 def test_every_system_of_the_sources_is_reachable() -> None:
     methods = {cell.settings.get("method.name") for table in TABLES.values() for cell in cells(table, "cpu", (0,))}
-    assert methods >= {"simclr", "moco", "supcon", "swav", "byol", "simsiam", "barlow", "wmse", "nnclr", "supervised"}
+    named = ("simclr", "moco", "supcon", "swav", "cc", "pcl", "byol", "simsiam", "barlow", "vicreg", "wmse", "nnclr",
+             "supervised")  # fmt: skip
+    assert methods >= set(named)
     plugs = {name for table in TABLES.values() for row in table.rows for name in (row.settings or {})}
-    assert plugs >= {"fuse.name", "curate.name", "attend.name", "crops", "variance", "method.symmetric"}
+    assert plugs >= {
+        "fuse.name",
+        "curate.name",
+        "attend.name",
+        "crops",
+        "variance",
+        "method.symmetric",
+        "method.smooth",
+    }
 
 
 def test_what_tells_runs_apart() -> None:
@@ -156,6 +167,38 @@ def test_what_failed_and_what_is_missing_is_shown() -> None:
     headings, rows = render.grid(sheet)
     assert rows[0][headings.index("digits, linear")] == "failed" and rows[1][headings.index("digits, linear")] == ""
     assert any("the loss is nan" in note for note in render.notes(sheet))
+
+
+def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) -> None:
+    """The others' figures stand; --again judges anew and does not learn anew."""
+    table = TABLES["ba-ssl-1"]
+    asked = [cell for cell in cells(table, "cpu", (0,)) if cell.row == "Ours" and cell.data == "digits"]
+
+    class Diverges(Fake):
+        def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+            made = super()._call(cell, words, log)
+            return {"exit_code": 4, "error": "the loss is nan"} if words[0] == "evaluate" else made
+
+    runner = Diverges(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    assert runner.run(asked) == {} and [words[0] for words in runner.asked] == ["pretrain", "evaluate"]
+    known = read_records(tmp_path / "results")
+    sheet = fill(table, "cpu", known)
+    shown = dict(zip([c.name for c in sheet.columns], sheet.line("Ours").ours, strict=True))
+    assert shown["digits, linear"].text() == "50.0" and shown["digits, linear, 1 % of labels"].text() == "failed"
+    assert any("judged by few: the loss is nan" in note for note in render.notes(sheet))
+    assert runner.missing(asked) == [] and replace(runner, again=True).missing(asked) == asked
+
+
+def test_ours_stands_beside_the_paper_s_column_that_it_stands_for() -> None:
+    table = TABLES["ba-ssl-2"]
+    headings, rows = render.grid(fill(table, "paper", {}))
+    assert headings[:9] == [
+        "", "paper: CIFAR-10", "paper: gain", "CIFAR-10, linear", "gain", "paper: CIFAR-100", "paper: gain",
+        "CIFAR-100, linear", "gain",
+    ]  # fmt: skip
+    assert all(len(row) == len(headings) for row in rows)
+    headings, _ = render.grid(fill(table, "cpu", {}))
+    assert headings.index("digits, linear") == 1 + 2 * len(table.headings)
 
 
 class Page(html.parser.HTMLParser):
@@ -233,6 +276,35 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=said.append)
     retried.run(asked)
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
+
+
+def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -> None:
+    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    with locked(tmp_path / "work"), pytest.raises(ConfigError, match="is being written by process"):
+        runner.run(list(cells(TABLE, "smoke", (0,))))
+    assert runner.asked == [] and not list((tmp_path / "results").glob("*.json"))
+
+
+def test_how_far_a_table_is(tmp_path: Path) -> None:
+    """A bar moves with every run, and with what the running ones have done."""
+    shown: list[tuple[float, int, str]] = []
+    asked = list(cells(TABLE, "smoke", (0,)))
+
+    class Slow(Fake):
+        def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+            self._children[cell.stem] = None  # type: ignore[assignment]
+            time.sleep(1.5 if self.asked == [] else 0)
+            made = super()._call(cell, words, log)
+            del self._children[cell.stem]
+            return made
+
+    work = tmp_path / "work"
+    folder = work / asked[0].stem
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"steps": 10}')
+    (folder / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
+    Slow(tmp_path / "results", work, jobs=1, tell=lambda text: None, show=lambda *how: shown.append(how)).run(asked)
+    assert shown[0][:2] == (0.5, len(asked)) and "left" in shown[0][2]
 
 
 def test_missing_images_are_told_once(tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
     assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
 
 
+def test_a_wide_table_is_cut_between_columns(tmp_path: Path) -> None:
+    """No figure is broken: what does not fit stands below, beside the rows' names."""
+    _, wide = on_a_terminal("table ba-ssl-3", tmp_path, 5000)
+    _, narrow = on_a_terminal("table ba-ssl-3", tmp_path, 80)
+    figure = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+(?: \(p \d\.\d+\))?")
+    found, again = (figure.findall(sent.partition("at cpu scale")[0]) for sent in (wide, narrow))
+    assert len(found) > 20 and sorted(found) == sorted(again)
+    rows = [line for line in narrow.partition("at cpu scale")[0].splitlines() if line.startswith("SimCLR + BA")]
+    assert len(rows) > 2 and all(len(row) <= 80 for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
 def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Path) -> None:

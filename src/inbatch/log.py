@@ -4,9 +4,10 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -18,7 +19,7 @@ from inbatch.files import cannot_write, replacing, to_json
 from inbatch.show import printable
 
 
-class _Console(Console):
+class Terminal(Console):
     """A terminal that may go away, or a full disk: a run goes on without it."""
 
     def _check_buffer(self) -> None:
@@ -29,6 +30,60 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+
+def note(console: Console, text: str) -> None:
+    """One line for the user, whatever is in it."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+class Bar:
+    """How far something is, at the foot of an interactive terminal.
+
+    Drawn when it is told to: there is no thread beside the training loop, and none to fork into data workers.
+    """
+
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the text leaves
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+        )
+        self._task = self._progress.add_task("starting", total=total, completed=done, text="")
+        self._progress.start()
+
+    def show(self, done: float, what: str, text: str) -> None:
+        """So much of the total is done, in words before the bar and behind it."""
+        self._progress.update(self._task, completed=done, description=what, text=text, refresh=True)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._progress.stop()
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[tuple[Callable[[str], None], Callable[[float, int, str], None] | None]]:
+    """For what consists of many runs: a function that tells a sentence, one that draws how far all of it is.
+
+    The second is None where stderr is no terminal. The bar begins with the first that is drawn.
+    """
+    console = Terminal(stderr=True)
+    console.quiet, bars = quiet, list[Bar]()
+
+    def show(done: float, total: int, text: str) -> None:
+        if not bars:
+            bars.append(Bar(console, total))
+        bars[0].show(done, f"{int(done)}/{total} runs", text)
+
+    try:
+        yield partial(note, console), show if console.is_interactive and not quiet else None
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 class Log:
@@ -55,7 +110,7 @@ class Log:
         console: Console | None = None,
     ) -> None:
         self.total_steps, self.every = total_steps, every
-        self._console = console or _Console(stderr=True)
+        self._console = console or Terminal(stderr=True)
         self._console.quiet = quiet
         self._path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
         if directory is not None:
@@ -76,20 +131,8 @@ class Log:
         else:
             self.note('No TensorBoard log: it is not installed (pip install "inbatch[tensorboard]").')
 
-        # Refreshed by hand: no thread beside the training loop, none to fork into data workers.
-        self._bar: Progress | None = None
-        if self._console.is_interactive and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=None),  # what the text leaves
-                TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
-                console=self._console,
-                expand=True,
-                auto_refresh=False,
-                redirect_stdout=False,
-            )
-            self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step, text="")
-            self._bar.start()
+        shown = self._console.is_interactive and not quiet
+        self._bar = Bar(self._console, total_steps, resume_step) if shown else None
         self._interval = 0.5 if self._bar else interval
 
         self._shown = -float("inf")
@@ -141,7 +184,7 @@ class Log:
 
     def note(self, text: str) -> None:
         """One line for the user."""
-        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        note(self._console, text)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
@@ -151,7 +194,7 @@ class Log:
             with suppress(OSError):
                 self._tensorboard.close()
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
     def __enter__(self) -> "Log":
         return self
@@ -185,7 +228,7 @@ class Log:
         if self._bar is None:
             self.note("  ".join([epoch, f"step {step:,}/{self.total_steps:,}", *text]))
         else:
-            self._bar.update(self._task, completed=step, description=epoch, text="  ".join(text), refresh=True)
+            self._bar.show(step, epoch, "  ".join(text))
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -206,7 +249,7 @@ def _truncate(path: Path, step: int) -> None:
 
 def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
     """The chunks as they come; on stderr, every `interval` seconds, how many of `total` are done and the time left."""
-    console, began, shown, done = _Console(stderr=True), time.perf_counter(), time.perf_counter(), 0
+    console, began, shown, done = Terminal(stderr=True), time.perf_counter(), time.perf_counter(), 0
     for chunk in chunks:
         yield chunk
         done, now = done + len(chunk), time.perf_counter()

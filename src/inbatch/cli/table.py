@@ -49,6 +49,7 @@ def table(
 ) -> None:
     """A table or figure of the papers: their figures, ours, what differs, and the command of every run."""
     with reported(as_json):
+        from inbatch.log import progress
         from inbatch.papers import TABLES
         from inbatch.papers.ask import ask
         from inbatch.papers.run import Runner
@@ -58,13 +59,14 @@ def table(
             found = [{"name": n, "title": title, "source": source} for n, title, source in rows]
             print_json({"tables": found}) if as_json else print_table(("table", "what", "source"), rows)
             return
-        runner = Runner(
-            results or work / "results", work, _places(data), jobs=jobs, device=device, download=download, again=again,
-            tell=lambda text: None if quiet else typer.echo(text, err=True),
-        )  # fmt: skip
-        asked = ask(
-            TABLES, name, scale, runner=runner, from_=from_, rows=row or (), on=on or (), seeds=seed or (), out=out
-        )
+        with progress(quiet) as (tell, show):
+            runner = Runner(
+                results or work / "results", work, _places(data), jobs=jobs, device=device, download=download,
+                again=again, tell=tell, show=show,
+            )  # fmt: skip
+            asked = ask(
+                TABLES, name, scale, runner=runner, from_=from_, rows=row or (), on=on or (), seeds=seed or (), out=out
+            )
         if as_json:
             print_json(asked.json())
         else:

@@ -13,6 +13,7 @@ from inbatch.papers import (
     curation_figure_5,
     study_ba2m,
     study_batch_size,
+    study_clusters,
     study_multicrop,
     study_nnclr,
     study_supcon,
@@ -26,7 +27,8 @@ TABLES: dict[str, Table] = {
     for module in (
         ba_ssl_1, ba_ssl_2, ba_ssl_3, ba_ssl_4, ba_ssl_figure_1,
         curation_1, curation_2, curation_figure_3, curation_figure_4, curation_figure_5,
-        study_batch_size, study_variance, study_supcon, study_multicrop, study_nnclr, study_ba2m, study_transfer,
+        study_batch_size, study_variance, study_supcon, study_multicrop, study_nnclr, study_clusters, study_ba2m,
+        study_transfer,
     )
 }  # fmt: skip
 """Name -> table or figure: the whole registry."""

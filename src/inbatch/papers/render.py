@@ -12,37 +12,45 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from inbatch.papers.results import Record, wall_seconds
-from inbatch.papers.sheet import SURE, Line, Sheet
+from inbatch.papers.sheet import SURE, Line, Sheet, Value
 from inbatch.papers.table import Cell, cells
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 
 
 def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the row, the paper's figures and differences, then ours, each beside its difference."""
-    table = sheet.table
+    """Headings and cells: the row; each of the paper's columns with those of ours that stand for it; the rest of ours.
+
+    Behind every figure stands the difference from the row that its row is against, where there are such rows.
+    """
     differs = any(line.row.against for line in sheet.lines)
+    order: list[tuple[str, int]] = []
+    for i, heading in enumerate(sheet.table.headings):
+        order += [("paper", i), *(("ours", j) for j, column in enumerate(sheet.columns) if column.paper == heading)]
+    order += [("ours", j) for j in range(len(sheet.columns)) if ("ours", j) not in order]
     headings = [""]
-    for heading in table.headings:
-        headings += [f"paper: {heading}", *(["paper: gain"] if differs else [])]
-    for column in sheet.columns:
-        headings += [column.name, *(["gain"] if differs else [])]
-    return headings, [_cells(sheet, line, differs) for line in sheet.lines]
+    for whose, i in order:
+        if whose == "paper":
+            headings += [f"paper: {sheet.table.headings[i]}", *(["paper: gain"] if differs else [])]
+        else:
+            headings += [sheet.columns[i].name, *(["gain"] if differs else [])]
+    rows = []
+    for line in sheet.lines:
+        cells = [_paper(sheet, line, i) if whose == "paper" else _ours(sheet, line.ours[i]) for whose, i in order]
+        rows.append([line.row.name, *(text for figure, gain in cells for text in ([figure, gain][: 1 + differs]))])
+    return headings, rows
 
 
-def _cells(sheet: Sheet, line: Line, differs: bool) -> list[str]:
-    digits, against = sheet.table.digits, sheet.line(line.row.against)
-    out = [line.row.name]
-    for heading, figure in zip(sheet.table.headings, line.paper, strict=True):
-        out.append(
-            "" if figure is None else f"{figure:g}" if figure == round(figure, 1) and digits == 1 else f"{figure:.2f}"
-        )
-        if differs:
-            moved = line.moved(heading, against)
-            out.append("" if moved is None else f"{moved:+.2f}")
-    for value in line.ours:
-        out += [value.text(digits), *([value.gain(digits)] if differs else [])]
-    return out
+def _paper(sheet: Sheet, line: Line, column: int) -> tuple[str, str]:
+    """The paper's figure and what it says the row's difference makes."""
+    figure, moved = line.paper[column], line.moved(sheet.table.headings[column], sheet.line(line.row.against))
+    short = figure is not None and figure == round(figure, 1) and sheet.table.digits == 1
+    text = "" if figure is None else f"{figure:g}" if short else f"{figure:.2f}"
+    return text, "" if moved is None else f"{moved:+.2f}"
+
+
+def _ours(sheet: Sheet, value: Value) -> tuple[str, str]:
+    return value.text(sheet.table.digits), value.gain(sheet.table.digits)
 
 
 def notes(sheet: Sheet) -> list[str]:
@@ -68,8 +76,11 @@ def notes(sheet: Sheet) -> list[str]:
         lines.append(
             f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} of one process after another."
         )
-    failed = [record for record in records if record.failure is not None]
-    lines += [f"Failed: {record.command}: {record.failure.sentence}" for record in failed if record.failure]
+    lines += [
+        f"Failed: {record.command}{protocol and f', judged by {protocol}'}: {sentence}"
+        for record in records
+        for protocol, sentence in record.failures.items()
+    ]
     return [*lines, *([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
 
 

@@ -25,7 +25,8 @@ class Failure(pydantic.BaseModel, extra="forbid"):
 
 
 class Record(pydantic.BaseModel, extra="forbid"):
-    """One run as it is kept: what was run, on what, and what came out. A failed one has no evaluation.
+    """One run as it is kept: what was run, on what, and what came out. A failed one has no evaluation; where only one
+    of its protocols failed, the evaluation says so there.
 
     data: the name of the data set in the table; source: what the images were called where they lay.
     recipe: as the run wrote it, the data by its name; of counted crops what counting took.
@@ -71,6 +72,14 @@ class Record(pydantic.BaseModel, extra="forbid"):
     def told(self) -> tuple[str, str, int]:
         """What tells it from other runs: key of the recipe, data set, seed."""
         return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """What failed and why: "" for the whole run, else protocols of its evaluation."""
+        if self.failure is not None:
+            return {"": self.failure.sentence}
+        judged = {name: found for name, found in (self.evaluation or {}).items() if isinstance(found, dict)}
+        return {name: found["failed"] for name, found in judged.items() if "failed" in found}
 
     def file(self) -> dict[str, Any]:
         """As it stands in its file."""

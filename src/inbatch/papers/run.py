@@ -21,7 +21,7 @@ import torch
 from inbatch.config import make, read_settings
 from inbatch.environment import environment
 from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
-from inbatch.files import write_json
+from inbatch.files import locked, write_json
 from inbatch.inspect.crops import tally
 from inbatch.limits import cores
 from inbatch.papers.results import Failure, Record, find, read_records, write_record
@@ -41,7 +41,8 @@ class Runner:
 
     results: the folder of records. work: of the runs themselves, kept for going on.
     places: name of a data set -> where its images lie. jobs: runs at a time; None: a core each, on a GPU one.
-    again: failed runs are run anew. tell: takes sentences for people.
+    again: failed runs are run anew. tell: takes sentences for people. show: draws how much of how many runs is done,
+    with words on the time left; without it they are told every minute.
     """
 
     results: Path
@@ -52,6 +53,7 @@ class Runner:
     download: bool = False
     again: bool = False
     tell: Tell = print
+    show: Callable[[float, int, str], None] | None = None
 
     def __post_init__(self) -> None:
         self.gpu = self.device not in ("auto", "cpu") or (self.device == "auto" and torch.cuda.is_available())
@@ -65,7 +67,7 @@ class Runner:
         lacking: dict[str, Cell] = {}
         for cell in cells:
             record = find(known, cell)
-            if record is None or (self.again and record.status == "failed"):
+            if record is None or (self.again and record.failures):
                 first = lacking.setdefault(cell.stem, cell)
                 lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
         return list(lacking.values())
@@ -101,8 +103,12 @@ class Runner:
         """
         todo, began = self.missing(cells), time.perf_counter()
         problems: dict[str, InbatchError] = {}
+        if not todo:
+            return problems
         self.results.mkdir(parents=True, exist_ok=True)
-        with stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+        with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            if void:
+                self.tell(void)
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
             spoke, done, kept = began, 0, 0
             while waiting:
@@ -117,17 +123,16 @@ class Runner:
                     else:
                         write_record(self.results, cell, record)
                         said, kept = _said(record), kept + 1
-                    done, spoke = done + 1, time.perf_counter()
-                    left = self._left(began, done, len(todo))
-                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}{left}")
+                    done += 1
+                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}")
                 if stop.requested and not self._stopping:
                     self._stop(stop.requested)
                     for future in list(waiting):
                         future.cancel()
                     waiting = {future: cell for future, cell in waiting.items() if not future.cancelled()}
-                if time.perf_counter() - spoke > _REPORT:
+                if time.perf_counter() - spoke > (1.0 if self.show else _REPORT):
                     spoke = time.perf_counter()
-                    self.tell(f"{done} of {len(todo)} runs done{self._left(began, done, len(todo))}")
+                    self._report(began, done, len(todo))
         if stop.requested:
             kind = Interrupted if stop.requested == signal.SIGINT else Preempted
             raise kind(
@@ -136,13 +141,15 @@ class Runner:
             )
         return problems
 
-    def _left(self, began: float, done: int, total: int) -> str:
-        """Time left, from what all runs have done so far."""
+    def _report(self, began: float, done: int, total: int) -> None:
+        """How far it is, and the time left, from what all runs have done so far."""
         share = done + sum(_progress(self.work / stem) for stem in list(self._children))
-        if done == total or share <= 0:
-            return ""
-        left = (time.perf_counter() - began) * (total - share) / share
-        return f"; about {timedelta(seconds=round(left))} left"
+        left = (time.perf_counter() - began) * (total - share) / share if share > 0 else None
+        words = "" if left is None else f"about {timedelta(seconds=round(left))} left"
+        if self.show is not None:
+            self.show(share, total, words)
+        else:
+            self.tell(", ".join([f"{done} of {total} runs done", *([words] if words else [])]))
 
     def _stop(self, number: int) -> None:
         """Ask the running ones to save themselves and end."""
@@ -172,9 +179,10 @@ class Runner:
                 ["--protocol", protocol] if other is None else ["--protocol", "linear", "--data", self.place(other)]
             )
             found = self._call(cell, words, log)
-            if "exit_code" in found:
-                return self._failed(cell, place, found, log, began)
-            told = found[protocol] if other is None else {"linear": found["linear"]}
+            if "exit_code" in found:  # the run stands: what was learned from is judged by the rest
+                told = {"failed": _anywhere(found["error"])}
+            else:
+                told = found[protocol] if other is None else {"linear": found["linear"]}
             result["evaluation"] = result["evaluation"] | {protocol: told}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _record(cell, place, result)

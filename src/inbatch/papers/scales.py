@@ -9,6 +9,9 @@ SOURCE = "the survey Deep Learning Feature Extraction with Batch Context"
 FIGURES = {
     "linear": "linear.top1",
     "k-NN": "knn.top1",
+    "NMI": "clustering.nmi",
+    "ACC": "clustering.acc",
+    "head ACC": "head.acc",
 }
 """Heading -> where the figure stands in an evaluation."""
 
@@ -91,12 +94,13 @@ def usual(
 
 
 def published(
-    cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET
-) -> Scale:
+    cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET,
+    figures: Sequence[str] = ("linear",),
+) -> Scale:  # fmt: skip
     """A claim at the size at which it was made: ImageNet-1k, ResNet-50, each method as its authors trained it."""
     name = str(data["data"])
     return Scale(
-        columns({name: name}, ("linear",)),
+        columns({name: name}, figures),
         {name: data},
         {"encoder.name": "resnet50", **(settings or {})},
         seeds=(0,),
