@@ -201,6 +201,22 @@ def test_ours_stands_beside_the_paper_s_column_that_it_stands_for() -> None:
     assert headings.index("digits, linear") == 1 + 2 * len(table.headings)
 
 
+def test_columns_that_do_not_fit_stand_below() -> None:
+    headings, rows = ["", "aaaa", "gain", "bbbb", "gain"], [["row", "1", "+1", "2", "+2"]]
+    assert render.column_groups(headings, rows, 100) == [[1, 2, 3, 4]]
+    assert render.column_groups(headings, rows, 17) == [[1, 2], [3, 4]]  # row___aaaa___gain is 17
+    assert render.column_groups(headings, rows, 16) == [[1], [2], [3], [4]]
+    assert render.column_groups(headings, rows, 10, together=2) == [[1, 2], [3, 4]]
+
+
+def test_latex_s_tables_are_no_wider_than_a_page() -> None:
+    losing = replace(TABLE, rows=(TABLE.rows[0], replace(TABLE.rows[1], against=TABLE.rows[2].name), *TABLE.rows[2:]))
+    text = render.latex(fill(losing, "smoke", filled()))
+    assert all(line.count(" & ") <= 8 for line in text.splitlines())
+    assert text.count(r"\begin{tabular}") == text.count(r"\toprule") == text.count(r"\bottomrule") > 1
+    assert "$-$" in text and not re.search(r"& -\d", text)
+
+
 class Page(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()

@@ -39,8 +39,8 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "optim": {"schedules"},
     "evaluate": {"ranks", "products", "batch", "views"},
     "papers": {"api", "config", "parts", "train", "evaluate", "inspect", "environment", "signals"},
-    "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "describe", "doctor"}
-    | {"quickstart", "papers"},
+    "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "log", "describe"}
+    | {"doctor", "quickstart", "papers"},
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""

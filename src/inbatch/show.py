@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -94,35 +95,27 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
     print_table(["", *columns], cells, numbers=True)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
-    """A table on stdout; numbers: every column but the first is flush right.
+def width(numbers: bool = False) -> int:
+    """How many characters a line of a table may have. In a file or a pipe rows stay whole, but for sentences."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 100_000 if numbers else 160
 
-    Where a terminal is too narrow for all columns of numbers, the rest stand in tables below, beside the first again.
-    """
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
+    """A table on stdout; numbers: every column but the first is flush right."""
     if not first():
         return
     from rich import box
-    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # In a file or a pipe rows stay whole, but for sentences; a terminal says how wide it is.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100_000 if numbers else 160)
-    lines = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *lines, strict=True)]
-    parts: list[list[int]] = [[]]
-    for i in range(1, len(headings)):
-        if numbers and parts[-1] and widths[0] + sum(widths[j] for j in parts[-1]) + widths[i] > console.width + 3:
-            parts.append([])
-        parts[-1].append(i)
-    for part in parts:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for i in (0, *part):
-            table.add_column(Text(headings[i]), justify="right" if numbers and i else "left")
-        for line in lines:
-            table.add_row(*(Text(line[i]) for i in (0, *part)))
-        console.print(table, *([""] if part is not parts[-1] else []), sep="\n")
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else width(numbers))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if numbers and i else "left")
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    console.print(table)
 
 
 def print_verdict(verdict: "Verdict") -> None:

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from inbatch.cli.base import Device, Json, Quiet, app, reported
 from inbatch.errors import ConfigError
-from inbatch.show import complain, print_json, print_table, say
+from inbatch.show import complain, print_json, print_table, say, width
 
 
 @app.command(
@@ -70,8 +70,10 @@ def table(
         if as_json:
             print_json(asked.json())
         else:
-            print_table(*asked.grid(), numbers=True)
-            say("", *asked.words())
+            for part in asked.grids(width(numbers=True)):
+                print_table(*part, numbers=True)
+                say("")
+            say(*asked.words())
             if out is not None:
                 say("", f"Written to: {out}")
     if asked.problems:

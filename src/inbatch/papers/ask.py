@@ -34,9 +34,9 @@ class Asked:
         """0, or that of the first problem."""
         return next((problem.exit_code for problem in self.problems.values()), 0)
 
-    def grid(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows."""
-        return render.grid(self.sheet)
+    def grids(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
+        """Headings and rows, in as many tables as it takes for each to fit into so many characters."""
+        return render.grids(self.sheet, width)
 
     def words(self) -> list[str]:
         """What stands below the table."""
@@ -71,7 +71,7 @@ class Asked:
 
     def json(self) -> dict[str, Any]:
         """The same for a program; figures in percent."""
-        headings, rows = self.grid()
+        headings, rows = render.grid(self.sheet)
         table = self.sheet.table
         found = {
             "name": table.name,

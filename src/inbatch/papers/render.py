@@ -10,6 +10,7 @@ from itertools import cycle
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
+from rich.cells import cell_len
 
 from inbatch.papers.results import Record, wall_seconds
 from inbatch.papers.sheet import SURE, Line, Sheet, Value
@@ -23,7 +24,7 @@ def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
 
     Behind every figure stands the difference from the row that its row is against, where there are such rows.
     """
-    differs = any(line.row.against for line in sheet.lines)
+    differs = together(sheet) == 2
     order: list[tuple[str, int]] = []
     for i, heading in enumerate(sheet.table.headings):
         order += [("paper", i), *(("ours", j) for j, column in enumerate(sheet.columns) if column.paper == heading)]
@@ -39,6 +40,35 @@ def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
         cells = [_paper(sheet, line, i) if whose == "paper" else _ours(sheet, line.ours[i]) for whose, i in order]
         rows.append([line.row.name, *(text for figure, gain in cells for text in ([figure, gain][: 1 + differs]))])
     return headings, rows
+
+
+def together(sheet: Sheet) -> int:
+    """How many columns of the grid make one: a figure, and what its row's difference makes where rows have one."""
+    return 2 if any(line.row.against for line in sheet.lines) else 1
+
+
+def grids(sheet: Sheet, width: int) -> list[tuple[list[str], list[list[str]]]]:
+    """The grid in as many as it takes for each to fit into so many characters, the rows' names in all of them."""
+    headings, rows = grid(sheet)
+    groups = column_groups(headings, rows, width, together(sheet))
+    return [([headings[i] for i in (0, *some)], [[row[i] for i in (0, *some)] for row in rows]) for some in groups]
+
+
+def column_groups(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, together: int = 1
+) -> list[list[int]]:
+    """The columns of a table in as many groups as it takes for each to fit, beside the first, into so many characters.
+
+    Columns are three characters apart. together: so many stay in one group, from the second on, however wide they are.
+    """
+    widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *rows, strict=True)]
+    groups: list[list[int]] = [[]]
+    for i in range(1, len(headings), together):
+        some = list(range(i, min(i + together, len(headings))))
+        if groups[-1] and sum(widths[j] for j in (0, *groups[-1], *some)) > width + 3:
+            groups.append([])
+        groups[-1] += some
+    return groups
 
 
 def _paper(sheet: Sheet, line: Line, column: int) -> tuple[str, str]:
@@ -150,30 +180,40 @@ _TEX = {
 }  # fmt: skip
 
 
+_TEX_WIDTH = 76  # characters across a page of LaTeX's article, small
+
+
 def tex(text: str) -> str:
-    """Text as LaTeX takes it."""
-    return "".join(_TEX.get(c, c) for c in text)
+    """Text as LaTeX takes it; the hyphen of a negative number is a minus."""
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
 
 
 def latex(sheet: Sheet) -> str:
-    """A table environment for booktabs."""
-    headings, rows = grid(sheet)
+    """A table environment for booktabs; columns that are too many for a page's width stand below the others."""
     caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{tex(caption)}}}",
-        rf"\label{{tab:{sheet.table.name}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-        r"\toprule",
-        " & ".join(map(tex, headings)) + r" \\",
-        r"\midrule",
-        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    parts = []
+    for headings, rows in grids(sheet, _TEX_WIDTH):
+        lines = [
+            rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(tex, headings)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        parts.append("\n".join(lines))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\footnotesize",
+            rf"\caption{{{tex(caption)}}}",
+            rf"\label{{tab:{sheet.table.name}}}",
+            "\n\n\\medskip\n".join(parts),
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 _STYLE = (
