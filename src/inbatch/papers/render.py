@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
@@ -219,6 +219,7 @@ def latex(sheet: Sheet) -> str:
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem;text-align:right}"
+    "td{white-space:nowrap}"
     "td:first-child,th:first-child{text-align:left}thead th{border-bottom:2px solid #222}"
     "tbody tr:nth-child(even){background:#f4f4f4}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}"
     "img{max-width:100%}.wide{overflow-x:auto}"
@@ -274,10 +275,10 @@ def curves(sheet: Sheet) -> bytes | None:
     for across, data in enumerate(kinds):
         for down, number in enumerate(numbers):
             panel = panels[down][across]
-            for line, colour in zip(sheet.lines, cycle(COLOURS), strict=False):
+            for line, (dashes, colour) in zip(sheet.lines, cycle(product(("-", "--", ":"), COLOURS)), strict=False):
                 if found := _curve(line, data, number):
                     epochs, means, spreads = found
-                    panel.plot(epochs, means, color=colour, linewidth=1.3, label=line.row.name)
+                    panel.plot(epochs, means, dashes, color=colour, linewidth=1.3, label=line.row.name)
                     low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
                     panel.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.set(xlabel="epoch", ylabel={"knn": "k-NN, %"}.get(number, number), title=data)
