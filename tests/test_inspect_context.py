@@ -20,6 +20,7 @@ from inbatch.context.curate import pair_distances, violating
 from inbatch.context.grouped import as_group
 from inbatch.encoders.attend import blocks
 from inbatch.errors import ConfigError, DataError, Preempted
+from inbatch.runs import source_of
 
 COUNT = 3
 CELL, GAP = pictures._CELL, pictures._GAP
@@ -50,7 +51,7 @@ def found(full: Path) -> dict:
 def rebuilt(folder: Path) -> api.Built:
     """The parts of a run with its weights, put together without `inspect_run`."""
     recipe = api.load_run(folder).recipe
-    built = api.build(recipe, api._source(recipe, None), device=torch.device("cpu"))
+    built = api.build(recipe, source_of(recipe, None), device=torch.device("cpu"))
     built.tower.load_state_dict(api.checkpoint.load(folder / "checkpoints").state["tower"])
     return built
 

@@ -57,6 +57,7 @@ ABOVE |= {
     "losses",
     "looks",
     "report",
+    "runs",
     "show",
     "survey",
     "",

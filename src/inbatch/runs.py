@@ -1,0 +1,156 @@
+"""A run's folder, and what is done with one: its encoder, its judgement, its pictures, features of other images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inbatch import checkpoint, process
+from inbatch.assign import judge_head
+from inbatch.build import build, device_for, held_out
+from inbatch.capture import replay
+from inbatch.config import Recipe, make, read_file
+from inbatch.data import Coloured, Source, open_data, splits
+from inbatch.encoders import Encoder, load_encoder
+from inbatch.errors import ConfigError, DataError
+from inbatch.evaluate import embed_stream as stream
+from inbatch.evaluate import evaluate, write_embeddings
+from inbatch.files import read_json
+from inbatch.inspect.context import look
+from inbatch.log import counted
+from inbatch.report import Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its recipe and what it found."""
+
+    directory: Path
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The trained encoder, in evaluation mode."""
+        return load_encoder(self.directory / "encoder")
+
+
+def load(path: str | Path) -> Encoder:
+    """The encoder of a run's folder, or of a folder that `save_encoder` wrote."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not the folder of a run")
+    return load_encoder(path / "encoder" if (path / "encoder").is_dir() else path)
+
+
+def load_run(path: str | Path) -> Run:
+    """A finished run by its folder; ConfigError where there is none."""
+    path = Path(path)
+    if not (path / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    if not (path / "result.json").is_file():
+        raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
+    return Run(path, make(read_file(path / "recipe.json")), read_json(path / "result.json"))
+
+
+def evaluate_run(
+    path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] = ("knn", "linear", "clustering"),
+    from_: str = "features", device: str = "auto", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing.
+
+    data: images of any classes and sizes; grey ones are read in three channels where the encoder learned from three.
+    from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
+    """
+    if from_ not in ("features", "head"):
+        raise ConfigError(f"clusters come from features or head, not {from_!r}")
+    if from_ == "head" and "clustering" not in protocols:
+        raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
+    run = load_run(path)
+    recipe, source = (run.recipe, source_of(run.recipe, None)) if data is None else _elsewhere(run.recipe, data)
+    held = held_out(recipe, source, recipe.data if data is None else data, test)
+    if held is None:
+        raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
+    encoder = load(path).to(device_for(device))
+    bank, queries = (Coloured(s) if (s.channels, encoder.channels) == (1, 3) else s for s in held[:2])
+    options = {"k": recipe.k, "seed": recipe.seed} | options
+    head = {"head": judge_head(Path(path), encoder, queries)} if from_ == "head" else {}
+    found = evaluate(encoder, bank, queries, protocols=protocols, **options) | head
+    return found | {"run": str(path), "held_out": held[2]}
+
+
+def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
+    """Make a run's captured step again, and find where its numbers stop being finite (`capture.replay`)."""
+    process.ready()
+    return replay(Path(path), device_for(device))
+
+
+def inspect_run(
+    path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Draw what the plug-ins of a run, finished or stopped, do to a batch, and measure it (`inspect.context.look`).
+
+    data: where the run's images are now; the recipe's by default. out: the pictures' folder, RUN/inspect by default.
+    count: images to a picture. seed: which images, and what is drawn.
+    Raises ConfigError where there is no run or no checkpoint, DataError where the images are gone.
+    """
+    folder = Path(path)
+    if not (folder / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    if count < 1 or seed < 0:
+        raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
+    saved = checkpoint.load(folder / "checkpoints")
+    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
+    if context := report_of(folder).get("context"):  # a run of several processes: how large its groups were
+        settings["context"] = context
+    recipe = make(settings)
+    try:
+        source = source_of(recipe, data)
+    except DataError as error:
+        raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
+    built, progress = build(recipe, source, device=device_for(device)), Progress()
+    checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
+    found = look(built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count)
+    return {"run": str(path), "step": progress.step, "note": saved.note} | found
+
+
+def embed_run(
+    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
+    missing: dict[int, str] | None = None,
+) -> int:  # fmt: skip
+    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
+
+    split: "train" or "test" where the data has both. quiet: no progress on stderr.
+    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
+    """
+    encoder = load(path).to(device_for(device))
+    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
+    chunks = stream(encoder, source, batch=256, missing=missing)
+    return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+
+
+def source_of(recipe: Recipe, data: Any) -> Source:
+    """The images of a recipe, or where they are now."""
+    if data is not None:
+        return open_data(data, splits(data)[0], **recipe.reading)
+    return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
+
+
+def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
+    """The recipe of a run as far as it holds for the images of another set, and these."""
+    recipe = replace(recipe, test=None, split=splits(data)[0])
+    first = None
+    for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, where these images have them
+        for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: what cannot be read as colour
+            tried = replace(recipe, classes=classes, channels=channels)
+            try:
+                return tried, source_of(tried, data)
+            except DataError as error:
+                first = first or error
+    raise first or DataError(f"{data} cannot be read")
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """What a run's run.json says; nothing where there is none."""
+    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
