@@ -14,7 +14,7 @@ from runs import stop_after, tiny
 from typer.testing import CliRunner, Result
 
 import inbatch.inspect.context as pictures
-from inbatch import api
+from inbatch import api, checkpoint
 from inbatch.cli import app
 from inbatch.context.curate import pair_distances, violating
 from inbatch.context.grouped import as_group
@@ -52,7 +52,7 @@ def rebuilt(folder: Path) -> api.Built:
     """The parts of a run with its weights, put together without `inspect_run`."""
     recipe = api.load_run(folder).recipe
     built = api.build(recipe, source_of(recipe, None), device=torch.device("cpu"))
-    built.tower.load_state_dict(api.checkpoint.load(folder / "checkpoints").state["tower"])
+    built.tower.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
     return built
 
 
