@@ -1,13 +1,18 @@
 """The pages with figures say what the files say."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from inbatch.methods import METHODS
+from inbatch.papers import TABLES
+from inbatch.papers.render import grid
 from inbatch.papers.results import read_records
+from inbatch.papers.sheet import SURE, fill
+from inbatch.papers.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +36,18 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
     made = tables.pages(read_records(ROOT / "results" / "records"))
     written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
     assert written == made, "python results/tables.py writes them anew"
+
+
+SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
+
+
+@pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
+def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
+    """A paragraph is written by hand, its figures are the records': both move, or the test fails."""
+    sheet = fill(table, scale, read_records(ROOT / "results" / "records"))
+    figures = re.compile(r"\d+\.\d+")
+    shown = set(figures.findall(str(grid(sheet)))) | {f"{SURE:g}"}
+    assert set(figures.findall(table.holds[scale])) <= shown
 
 
 @pytest.mark.parametrize("name", ["README", *METHODS])

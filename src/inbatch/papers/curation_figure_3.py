@@ -22,8 +22,8 @@ TABLE = Table(
     digits=2,
     holds=dict.fromkeys(
         ("cpu", "gpu", "paper"),
-        "The figure, exactly: at every seed the three shares lie within 0.15 points of the paper's, where crops are "
-        "compared as integer boxes and touching edges are no containment.",
+        "The figure, exactly: at every seed the three shares lie within a tenth of a point of the paper's, where crops "
+        "are compared as integer boxes and touching edges are no containment.",
     ),
     rows=(Row("default", {"crops": "default"}, SHARES),),
     scales={

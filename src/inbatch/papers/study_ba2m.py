@@ -32,7 +32,7 @@ TABLE = Table(
     )
     | {
         "paper": published(
-            "4 runs of CIFAR-100 with ResNet-50",
+            "CIFAR-100 with ResNet-50",
             data=CIFAR100,
             settings={"epochs": 200, "batch": 128},
         )

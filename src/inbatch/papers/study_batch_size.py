@@ -57,7 +57,7 @@ TABLE = Table(
             {"imagenet": {"data": "imagenet", "preset": "imagenet", "size": 224}},
             {"encoder.name": "resnet50"},
             seeds=(0,),
-            cost="30 runs of 100 to 200 epochs of ImageNet-1k with ResNet-50",
+            cost="100 to 200 epochs of ImageNet-1k with ResNet-50",
         ),
     },
 )

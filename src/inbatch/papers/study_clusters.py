@@ -23,7 +23,7 @@ TABLE = Table(
     scales=usual(FIGURES)
     | {
         "paper": published(
-            "5 runs of 1,000 epochs of CIFAR-10 with ResNet-34",
+            "1,000 epochs a run of CIFAR-10 with ResNet-34",
             ("images of 32 pixels: CC's authors enlarge them to 224 (preset cifar224)",),
             {"encoder.name": "resnet34", "epochs": 1000},
             data=CIFAR10,

@@ -26,6 +26,6 @@ TABLE = Table(
             {"cifar10": {**CIFAR10, "views.name": "simclr_cifar"}, "tiny": {**TINY, "views.name": "simclr_cifar"}},
             {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20},
         ),
-        "paper": published("2 runs of 200 epochs of ImageNet-1k with ResNet-50; SwAV's: 75.3 % after 800"),
+        "paper": published("200 epochs of ImageNet-1k with ResNet-50; SwAV's: 75.3 % after 800"),
     },
 )
