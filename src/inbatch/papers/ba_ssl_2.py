@@ -36,9 +36,9 @@ TABLE = Table(
         "cpu": "The paper's order does not show at this size. It puts its method first on CIFAR-10, by 0.80 points "
         "over MoCo v2; here that method (MoCo v3's loss with batch fusion) is level with MoCo v2 within chance, a "
         "little below it on photographs, where all seven lie between 42.9 and 45.0 % by the probe. On the digits "
-        "SimCLR and W-MSE lead by far; the methods with a slow copy of the network have not come as far in 300 "
-        "steps, and their seeds differ by several points. Light-MoCo's smoothing costs nothing on photographs and "
-        "much on the digits, beside the same symmetric loss without it (Table 3)."
+        "SimCLR and W-MSE lead by far; the others have not come as far in 300 steps, and MoCo's seeds lie far apart "
+        "by k-NN. Light-MoCo's smoothing costs nothing on photographs and much on the digits, beside the same "
+        "symmetric loss without it (Table 3)."
     },
     rows=ROWS,
     scales=usual(differs=(ba_ssl.READING, LIGHT))
