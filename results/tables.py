@@ -32,7 +32,7 @@ inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # o
 | `paper` | as published; prints a `torchrun` command for every run, to be launched where there is a cluster (`inbatch slurm` writes a batch script). Runs that lie finished in `--work` become results by the same command |
 
 A run is a process of its own, and lies in `runs/table` with its log; its result in `runs/table/results`. Ctrl-C or SIGTERM lets the running ones save themselves, and the same command goes on; what has a result is not run again. A
-run that diverges is a result, shown as failed with its last words (`--again` runs it anew); one without images is none. "Gain" is the mean over the seeds of the difference from the row without, at the same seed, with the p of a paired
+run that diverges is a result, shown as failed with its last words (`--again` runs it anew), and so is a protocol that does after the training; a run without images is none. A `--work` holds one table at a time. "Gain" is the mean over the seeds of the difference from the row without, at the same seed, with the p of a paired
 t-test: with three seeds only large differences are told from chance. `inbatch pretrain ... --compare auto` holds a run of your own against the [curves](../compare.md) of these.
 
 | table or figure | what | cpu scale | time on one core |

@@ -45,7 +45,7 @@ class MoCo(Method):
         super().__init__()
         if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= queue)):
             raise ValueError(
-                f"smooth {smooth:g} must be below 1 and neighbours {neighbours} no more than queue {queue}"
+                f"smooth {smooth:g} must be below 1 and neighbours {neighbours} from 1 to the queue's {queue}"
             )
         self.temperature, self.m, self.symmetric = temperature, m, symmetric
         self.layers, self.hidden, self.out = layers, hidden, out
