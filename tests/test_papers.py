@@ -303,7 +303,7 @@ def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -
 
 def test_how_far_a_table_is(tmp_path: Path) -> None:
     """A bar moves with every run, and with what the running ones have done."""
-    shown: list[tuple[float, int, str]] = []
+    shown: list[tuple[float, int, str, str]] = []
     asked = list(cells(TABLE, "smoke", (0,)))
 
     class Slow(Fake):
@@ -320,7 +320,7 @@ def test_how_far_a_table_is(tmp_path: Path) -> None:
     (folder / "run.json").write_text('{"steps": 10}')
     (folder / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
     Slow(tmp_path / "results", work, jobs=1, tell=lambda text: None, show=lambda *how: shown.append(how)).run(asked)
-    assert shown[0][:2] == (0.5, len(asked)) and "left" in shown[0][2]
+    assert shown[0][:3] == (0.5, len(asked), f"0 of {len(asked)} runs") and "left" in shown[0][3]
 
 
 def test_missing_images_are_told_once(tmp_path: Path) -> None:

@@ -66,18 +66,21 @@ class Bar:
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[tuple[Callable[[str], None], Callable[[float, int, str], None] | None]]:
+def progress(
+    quiet: bool = False,
+) -> Iterator[tuple[Callable[[str], None], Callable[[float, int, str, str], None] | None]]:
     """For what consists of many runs: a function that tells a sentence, one that draws how far all of it is.
 
-    The second is None where stderr is no terminal. The bar begins with the first that is drawn.
+    The second takes how much is done, of how much, and words before and behind the bar, which begins with its first
+    call; it is None where stderr is no terminal.
     """
     console = Terminal(stderr=True)
     console.quiet, bars = quiet, list[Bar]()
 
-    def show(done: float, total: int, text: str) -> None:
+    def show(done: float, total: int, what: str, text: str) -> None:
         if not bars:
             bars.append(Bar(console, total))
-        bars[0].show(done, f"{int(done)}/{total} runs", text)
+        bars[0].show(done, what, text)
 
     try:
         yield partial(note, console), show if console.is_interactive and not quiet else None

@@ -32,6 +32,7 @@ from inbatch.signals import stop_on_signals
 ON = "on-"
 """A protocol that begins so is a linear probe on the images of another data set."""
 Tell = Callable[[str], None]
+Show = Callable[[float, int, str, str], None]
 _POLL, _REPORT = 0.3, 60.0  # seconds
 
 
@@ -42,7 +43,7 @@ class Runner:
     results: the folder of records. work: of the runs themselves, kept for going on.
     places: name of a data set -> where its images lie. jobs: runs at a time; None: a core each, on a GPU one.
     again: failed runs are run anew. tell: takes sentences for people. show: draws how much of how many runs is done,
-    with words on the time left; without it they are told every minute.
+    in words, and the time left; without it they are told every minute.
     """
 
     results: Path
@@ -53,7 +54,7 @@ class Runner:
     download: bool = False
     again: bool = False
     tell: Tell = print
-    show: Callable[[float, int, str], None] | None = None
+    show: Show | None = None
 
     def __post_init__(self) -> None:
         self.gpu = self.device not in ("auto", "cpu") or (self.device == "auto" and torch.cuda.is_available())
@@ -145,11 +146,11 @@ class Runner:
         """How far it is, and the time left, from what all runs have done so far."""
         share = done + sum(_progress(self.work / stem) for stem in list(self._children))
         left = (time.perf_counter() - began) * (total - share) / share if share > 0 else None
-        words = "" if left is None else f"about {timedelta(seconds=round(left))} left"
+        ready, words = f"{done} of {total} runs", "" if left is None else f"about {timedelta(seconds=round(left))} left"
         if self.show is not None:
-            self.show(share, total, words)
+            self.show(share, total, ready, words)
         else:
-            self.tell(", ".join([f"{done} of {total} runs done", *([words] if words else [])]))
+            self.tell(", ".join([f"{ready} done", *([words] if words else [])]))
 
     def _stop(self, number: int) -> None:
         """Ask the running ones to save themselves and end."""
