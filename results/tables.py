@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from inbatch.papers import TABLES
-from inbatch.papers.render import curves, hours, markdown
+from inbatch.papers.curves import curves
+from inbatch.papers.render import hours, markdown
 from inbatch.papers.results import Records, read_records, wall_seconds
 from inbatch.papers.sheet import Sheet, fill
 

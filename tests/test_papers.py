@@ -24,6 +24,7 @@ from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
 from inbatch.files import locked
 from inbatch.papers import TABLES, render
 from inbatch.papers.ask import ask
+from inbatch.papers.curves import curves
 from inbatch.papers.results import Record, find, read_record, read_records, shipped, write_record
 from inbatch.papers.run import Runner
 from inbatch.papers.sheet import fill, paired
@@ -248,8 +249,8 @@ def test_pages_need_nothing_else_and_take_any_name() -> None:
 
 
 def test_the_curve_is_of_what_every_seed_has() -> None:
-    assert render.curves(fill(TABLE, "smoke", filled())).startswith(b"\x89PNG")
-    assert render.curves(fill(TABLE, "smoke", {})) is None
+    assert curves(fill(TABLE, "smoke", filled())).startswith(b"\x89PNG")
+    assert curves(fill(TABLE, "smoke", {})) is None
 
 
 class Fake(Runner):

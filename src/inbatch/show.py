@@ -109,7 +109,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbe
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else width(numbers))
+    console = Console(file=sys.stdout, width=width(numbers))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, heading in enumerate(headings):
         table.add_column(Text(heading), justify="right" if numbers and i else "left")

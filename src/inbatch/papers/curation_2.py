@@ -34,9 +34,9 @@ TABLE = Table(
     holds={
         "cpu": "On photographs both signs are the paper's: +0.4 points by the probe (paper +0.14) and +0.5 by k-NN "
         "(paper +1.34), no more than chance gives three seeds (p 0.06 at best). On the digits there is nothing to "
-        "see: means move by a point while seeds differ by four and more. The mean area of a crop, 49 % with and "
-        "without, is the paper's exactly. Judging each pair by itself, our cheaper rule, is not the curator's "
-        "equal: on photographs it costs 1.1 points by k-NN."
+        "see: the means move by less than the seeds differ. The mean area of a crop, 49 % with and without, is the "
+        "paper's exactly. Judging each pair by itself, our cheaper rule, is not the curator's equal: on photographs "
+        "it costs 1.1 points by k-NN."
     },
     rows=ROWS,
     scales=curation.scales("linear", "k-NN", patch=True),
