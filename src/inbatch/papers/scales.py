@@ -11,7 +11,6 @@ FIGURES = {
     "k-NN": "knn.top1",
     "NMI": "clustering.nmi",
     "ACC": "clustering.acc",
-    "head ACC": "head.acc",
 }
 """Heading -> where the figure stands in an evaluation."""
 
