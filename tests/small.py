@@ -205,7 +205,7 @@ def train(
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
-        groups=groups, total=10, seed=3, synced=synced, curator=curator(plugs, tower, drawn, views),
+        groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, curator=curator(plugs, tower, drawn, views),
         shuffle="shuffle" in plugs,
     )  # fmt: skip
     losses = []

@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
+FREE = {"errors", "draws", "files", "limits", "modes", "machine", "process", "pixels", "budget"}
 GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
@@ -47,6 +47,8 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
 ABOVE = {"config", "build", "capture", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe"}
 ABOVE |= {
     "bench",
+    "calibrate",
+    "timing",
     "doctor",
     "fit",
     "parts",

@@ -12,7 +12,9 @@ import torch
 
 from inbatch import process, ranks
 from inbatch.batch import Batch
+from inbatch.budget import duration
 from inbatch.build import Built, build, device_for, held_out, plan, share_of
+from inbatch.calibrate import needs_plan, plan_budget, with_default_budget
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
 from inbatch.data import Source, Subset, decode_all, open_data
@@ -21,11 +23,12 @@ from inbatch.doctor import advice
 from inbatch.draws import permutation
 from inbatch.errors import ConfigError
 from inbatch.files import locked, write_json
-from inbatch.fit import Fit, resolve
+from inbatch.fit import Fit, resolve, within_memory
 from inbatch.inspect.compare import Reference, read_reference
 from inbatch.inspect.references import find
 from inbatch.report import clear
 from inbatch.runs import Run, embed_run, evaluate_run, inspect_run, load, load_run, replay_run, report_of
+from inbatch.timing import expectation, smaller_choices, step_seconds
 from inbatch.train import train
 from inbatch.views import Views, make_views
 from inbatch.views.figure import save_grid
@@ -63,6 +66,9 @@ def pretrain(
     method: a name of `METHODS`; simclr by default.
     fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...);
         settings: those with a dot, {"method.temperature": 0.2}; config: a YAML or JSON file of them.
+    budget="45m" (minutes, hours, days) ends the run, its evaluation included, within that time: it chooses encoder,
+        image size, batch and length by real steps on this data and machine. On a CPU a budget of one hour is the
+        default if neither budget, epochs, steps, preset, encoder nor a config says how long or what.
     context="auto" looks for the largest context group that fits in memory, with a few dry steps, and puts it into the
         recipe; the batch then need not fit. It costs one more forward pass where there are several groups.
     test: images with labels to judge the features by, where the data has no test split of its own.
@@ -76,29 +82,43 @@ def pretrain(
     Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
     Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
     """
+    began = process.command_began()
     process.ready()
     with ranks.together(expect_world_size, device_for(device).type, dist_timeout):
         given = _settings(method, config, settings, fields)
-        going_on = _run_to_resume(out, resume)
+        going_on, choice = _run_to_resume(out, resume), None
         if going_on is not None:
             recipe, source, data = _resumed(going_on, data, given, download)
             directory = going_on
         else:
             data = _which(data, given)
-            recipe, source = plan(data, given, download)
+            given = with_default_budget(given, data, device_for(device), config is not None)
+            if needs_plan(given):
+                _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refused before minutes are spent
+                choice, source = plan_budget(
+                    data, given, began, device=device_for(device), workers=workers, download=download
+                )
+                recipe = choice.recipe
+            else:
+                recipe, source = plan(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
         if ranks.world() > 1:  # a million names are not read for nobody
             ranks.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
+        memory = ""
+        if going_on is None:
+            recipe, memory = within_memory(recipe, source, device_for(device), workers)
         reference = _reference(compare, recipe) if ranks.rank() == 0 else None
-        built = build(recipe, source, device=device_for(device), workers=workers)
+        loader = choice.loader if choice else None
+        built = build(recipe, source, device=device_for(device), workers=workers, loader=loader)
         held = held_out(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # from here on something is written: whatever could be refused has been
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
-            notes = [note for note in (stale, fitted and fitted.sentence(), _advice(built)) if note]
+            notes = [note for note in (stale, memory, fitted and fitted.sentence(), _advice(built)) if note]
+            notes = [*(choice.sentences() if choice else ()), *notes]
             result = train(
                 built,
                 directory,
@@ -108,6 +128,8 @@ def pretrain(
                 notes=notes,
                 stop_on_collapse=stop_on_collapse,
                 reference=reference,
+                began=began,
+                calibration=choice.json() if choice else None,
             )
         return Run(directory, recipe, result)
 
@@ -127,15 +149,29 @@ def rehearse(
     download: bool = False, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
-    decoded images in the cache."""
+    decoded images in the cache. Says also how long the run would take."""
+    began = process.command_began()
     with ranks.together(expect_world_size, device_for(device).type):
-        built, fitted = _prepared(data, _settings(method, config, settings, fields), device, workers, download)
+        given, choice = _settings(method, config, settings, fields), None
+        given = with_default_budget(given, _which(data, given), device_for(device), config is not None)
+        if needs_plan(given):
+            choice, source = plan_budget(
+                _which(data, given), given, began, device=device_for(device), workers=workers, download=download
+            )
+            built, fitted = build(choice.recipe, source, device=device_for(device), loader=choice.loader), None
+        else:
+            built, fitted = _prepared(data, given, device, workers, download)
         where = built.recipe.data if isinstance(data, str | None) else data
         held = held_out(built.recipe, built.source, where, download=download)
-        found = {"recipe": built.recipe.nested(), "description": describe(built), "held_out": held and held[2]}
+        lines, found = [describe(built)], {"recipe": built.recipe.nested(), "held_out": held and held[2]}
         if fitted is not None:
-            found |= {"description": f"{found['description']}\n{fitted.sentence()}", "context_found": fitted.json()}
-        return found | estimate(built)
+            lines, found = [*lines, fitted.sentence()], found | {"context_found": fitted.json()}
+        seconds = choice.chosen.seconds if choice else step_seconds(built)
+        lines += [*(choice.sentences() if choice else ()), expectation(built, seconds)]
+        smaller = smaller_choices(built) if built.total * seconds > 3600 and built.recipe.budget is None else []
+        found["seconds_estimate"] = {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)}
+        lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
+        return found | {"description": "\n".join(lines)} | estimate(built)
 
 
 def draw_views(
@@ -258,8 +294,8 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
     return recipe, source, data
 
 
-def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path:
-    """A folder for a new run, chosen by rank 0 for all."""
+def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) -> Path:
+    """A folder for a new run, chosen by rank 0 for all; without a recipe it is only said whether `out` may be used."""
     if out is not None:
         folder = Path(out)
         if (folder / "recipe.json").exists() and not overwrite:
@@ -268,6 +304,8 @@ def _new_folder(out: str | Path | None, recipe: Recipe, overwrite: bool) -> Path
                 "or choose another --out"
             )
         return folder
+    if recipe is None:
+        return Path("runs")
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(recipe.data).name).strip("-") or "data"
     number = 1
     while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():

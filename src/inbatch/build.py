@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from inbatch import kernels, ranks
 from inbatch.batch import Batch
+from inbatch.budget import Timeline
 from inbatch.config import Recipe, make, method_named
 from inbatch.context.crops import arrange
 from inbatch.data import Loader, Source, Subset, open_data, splits
@@ -50,11 +51,12 @@ class Built:
     step: Step
     context: int
     lr: float
+    timeline: Timeline
 
     @property
     def total(self) -> int:
         """Steps of the whole run."""
-        return self.recipe.epochs * self.loader.steps
+        return self.timeline.total
 
     def parts(self) -> dict[str, Any]:
         """Everything whose state makes a checkpoint complete."""
@@ -140,8 +142,13 @@ def _processor_words() -> frozenset[str]:
     return frozenset(Path("/proc/cpuinfo").read_text().split())
 
 
-def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None) -> Built:
-    """Make every part of a run; wrong combinations are errors here, not at some later step."""
+def build(
+    recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None
+) -> Built:
+    """Make every part of a run; wrong combinations are errors here, not at some later step.
+
+    loader: one made for the same images, batch, seed and views, to be used again.
+    """
     world = ranks.world()
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
@@ -174,7 +181,7 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
             method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
             heads = method.heads(encoder.width)
         fuse, fused = fusion(recipe, method, views, encoder, context)
-    loader = Loader(
+    loader = loader or Loader(
         source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=ranks.rank(), world=world,
         resident=recipe.resident, workers=workers, whole=recipe.curate is not None, max_bad=recipe.max_bad,
     )  # fmt: skip
@@ -214,16 +221,17 @@ def build(recipe: Recipe, source: Source, *, device: torch.device, workers: int 
     )  # fmt: skip
     with _settings_of("optimizer", recipe.optimizer.name):
         optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
-    set_rates(recipe, loader.steps, optimizer, 0)  # a schedule that cannot be is an error now
-    total = recipe.epochs * loader.steps
+    timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
+    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # a schedule that cannot be is an error now
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target,
         views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
-        schedule=functools.partial(set_rates, recipe, loader.steps), groups=groups, total=total, seed=recipe.seed,
+        schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
+        progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
         variance=recipe.variance,
     )  # fmt: skip
-    return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr)
+    return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline)
 
 
 def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
@@ -231,13 +239,13 @@ def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...
     return views(batch.to(device)).images
 
 
-def set_rates(recipe: Recipe, steps: int, optimizer: Optimizer, step: int) -> None:
-    """Set the optimiser's learning rates for a step; a pure function of the step (`steps` to an epoch)."""
-    s, total, warmup = recipe.schedule, recipe.epochs * steps, recipe.schedule.warmup * steps
-    if s.name == "cosine" or step < warmup:
-        factor = warmup_cosine(step, total, warmup, 1.0, s.end)
+def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
+    """Set the optimiser's learning rates for a step; a pure function of its place (`steps` to an epoch)."""
+    s, total, warmup, place = recipe.schedule, timeline.planned, recipe.schedule.warmup * steps, timeline.place(step)
+    if s.name == "cosine" or place < warmup:
+        factor = warmup_cosine(place, total, warmup, 1.0, s.end)
     else:
-        factor = step_decay(step, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
+        factor = step_decay(place, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
     set_learning_rate(optimizer, factor)
 
 

@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic_core import PydanticCustomError
 
+from inbatch.budget import parse_budget
 from inbatch.context.crops import CROPS
 from inbatch.encoders import MAX_SIDE
 from inbatch.errors import ConfigError
@@ -42,6 +43,10 @@ def _context(value: Any) -> Any:
 
 
 Context = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_context)]
+Seconds = Annotated[
+    float | None, pydantic.BeforeValidator(lambda value: None if value is None else parse_budget(value))
+]
+Replan = tuple[Annotated[int, pydantic.Field(ge=0, le=_MOST)], Annotated[int, pydantic.Field(ge=0, le=_MOST)]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class Recipe:
     resident: keep the decoded images on the device; None decides by size.
     max_bad: share of the images that may be unreadable.
     k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
+    steps: length of the run in optimiser steps; it ends there, also within an epoch. None: `epochs` say it.
+    budget: seconds within which the whole run ends, from the start of the command to the written result.
+    replans: (step, steps left from there) each time the length was changed to keep the budget; written by the run.
     """
 
     data: str
@@ -119,6 +127,9 @@ class Recipe:
     k: Positive = 200
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 1
+    steps: Positive | None = None
+    budget: Seconds = None
+    replans: tuple[Replan, ...] = ()
     preset: str = "imagenet"
 
     @property
@@ -182,11 +193,23 @@ _CANVAS = {
 }  # fmt: skip
 SHARED_PRESETS: dict[str, Settings] = {
     "none": {},
+    "fast": {
+        "encoder.name": "fast",
+        "views.name": "simclr_cifar",
+        "views.area": 0.2,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 2e-3,
+        "optimizer.weight_decay": 1e-4,
+        "schedule.scaling": "none",
+        "schedule.warmup": 1,
+        "batch": 256,
+        "epochs": 30,
+    },
     "digits": _CANVAS | {"views.name": "digits"},
     "digits-colour": _CANVAS | {"views.name": "digits_colour"},
 }
-"""No preset, and those of the embedded data, for every method; a method's own "digits" goes on top. k is 20 there,
-because 130 images of a class are fewer than 200 neighbours."""
+"""No preset, the one for a budget of time, and those of the embedded data, for every method; a method's own "digits"
+goes on top. k is 20 there, because 130 images of a class are fewer than 200 neighbours."""
 
 
 def method_named(name: str) -> type[Method]:
@@ -217,6 +240,8 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
     given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
     given.pop("source", None)  # for people
+    if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
+        given |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
     # Options of another part than the preset's are not the preset's to set.
     for part in PARTS:
         chosen = settings.get(f"{part}.name")

@@ -126,6 +126,38 @@ def resolve(
     return replace(recipe, context=found.context), found
 
 
+def within_memory(
+    recipe: Recipe, source: Source, device: torch.device, workers: int | None = None
+) -> tuple[Recipe, str]:
+    """Return the recipe with a context that fits in the free memory, and a sentence if it had to be made smaller.
+
+    The estimate costs one small forward pass; nothing is decoded. A context that was asked for stays as it is.
+    Every rank must call it, and all get the same.
+
+    Raises:
+        ConfigError: If the context that was asked for does not fit, or no context does.
+    """
+    if recipe.context == "auto":
+        return recipe, ""
+    asked, share = recipe.context is not None, share_of(recipe, ranks.world())
+    context = int(recipe.context) if isinstance(recipe.context, int) else share
+    free = -ranks.largest(-room(device))
+    needed = _Bench(recipe, source, device, workers).trial(context, dry=False).needed
+    if needed <= (free if asked else LIMIT * free):
+        return recipe, ""
+    if asked:
+        raise ConfigError(
+            f"this run takes about {_gb(needed)}, and {_gb(free)} of memory are free: set a smaller context "
+            "(--context auto finds one), a smaller encoder, size or batch, or free some memory"
+        )
+    smaller, found = resolve(replace(recipe, context="auto"), source, device, workers)
+    assert found is not None
+    return smaller, (
+        f"Memory: with the whole batch at once this run takes about {_gb(needed)}, and {_gb(free)} are free: the "
+        f"context is {found.context:,} instead of {share:,}. " + found.sentence()
+    )
+
+
 def candidates(recipe: Recipe, world: int) -> list[int]:
     """The contexts that a recipe could have on so many ranks, smallest first; ConfigError where there is none."""
     share, apart = share_of(recipe, world), world if recipe.sync_norm else 1

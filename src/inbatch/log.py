@@ -18,6 +18,9 @@ from rich.table import Column
 from inbatch.files import cannot_write, replacing, to_json
 from inbatch.show import printable
 
+_SLOW = 10.0
+"""Seconds after which a step is written down, however few steps have been since the last."""
+
 
 class Terminal(Console):
     """A terminal that may go away, or a full disk: a run goes on without it."""
@@ -59,6 +62,10 @@ class Bar:
     def show(self, done: float, what: str, text: str) -> None:
         """So much of the total is done, in words before the bar and behind it."""
         self._progress.update(self._task, completed=done, description=what, text=text, refresh=True)
+
+    def total(self, total: int) -> None:
+        """So much there is to do from now on."""
+        self._progress.update(self._task, total=total)
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -153,7 +160,7 @@ class Log:
         now, self._epoch = time.perf_counter(), epoch
         self._first = self._first or (step, now)
         self._images += images
-        if step % self.every == 0 or step in (1, self.total_steps):
+        if step % self.every == 0 or step in (1, self.total_steps) or now - self._clock >= _SLOW:
             record = {name: float(value) for name, value in values.items()}
             now = time.perf_counter()  # reading a value waits for the device, and only then is the step done
             record["images_per_second"] = self._images / (now - self._clock)
@@ -176,6 +183,12 @@ class Log:
         else:
             self._show(step, time.perf_counter())
         self.untimed()
+
+    def length(self, total_steps: int) -> None:
+        """The run has another length from now on."""
+        self.total_steps = total_steps
+        if self._bar is not None:
+            self._bar.total(total_steps)
 
     def untimed(self) -> None:
         """What was done since the last step is no training time."""
@@ -232,6 +245,16 @@ class Log:
             self.note("  ".join([epoch, f"step {step:,}/{self.total_steps:,}", *text]))
         else:
             self._bar.show(step, epoch, "  ".join(text))
+
+
+def spent(path: Path) -> float:
+    """Seconds that a run had used when its log was last written; 0 where it does not say."""
+    seconds = 0.0
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                seconds = max(seconds, float(json.loads(line)["elapsed"]))
+    return seconds
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """What is looked at on the way, and when a run ends: collapse, leaks between groups, k-NN, every protocol's figures."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,49 @@ Held = tuple[Any, Any, str]
 def chosen(built: Built, held: Held) -> tuple[Held, Held]:
     """What is judged on the way, and what at the end; images that are looked at again and again are kept in memory.
 
-    On the way that is everything where images are resident, else so many, the same ones each time.
+    On the way that is everything if images are resident and there is no budget, else so many, the same ones each time.
     """
 
     def some(source: Source, most: int) -> tuple[Any, Any]:
-        if built.loader.held is not None or len(source) <= most:
+        budget = built.recipe.budget is not None  # looks take their time from it
+        if len(source) <= most or (built.loader.held is not None and not budget):
             kept = keep(source)
             return kept, kept
-        return keep(Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")), source
+        return keep(_fixed(source, most)), source
 
     (bank, whole_bank), (queries, whole_queries) = some(held[0], BANK), some(held[1], QUERIES)
     return (bank, queries, held[2]), (whole_bank, whole_queries, held[2])
+
+
+def affordable(built: Built, held: Held, seconds: float) -> Held:
+    """Return as many of the images to judge by as one evaluation can embed in so many seconds; all of them if it can.
+
+    The same images each time; what is left out stands in the description.
+    """
+    bank, queries, what = held
+    few = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
+    sample = Subset(queries, few, "timed")
+    _embedded(built, sample)  # warms up
+    began = time.perf_counter()
+    _embedded(built, sample)
+    each = (time.perf_counter() - began) / len(few)
+    most = int(seconds / each)
+    if len(bank) + len(queries) <= most:
+        return held
+    some = max(100, most * 5 // 6), max(50, most // 6)
+    bank, queries = (_fixed(source, count) for source, count in zip((bank, queries), some, strict=True))
+    return bank, queries, f"{what}; {len(bank):,} images and {len(queries):,} of it, as the budget is short"
+
+
+def _embedded(built: Built, source: Source) -> Any:
+    return embed(built.encoder, source, precision=built.tower.precision)
+
+
+def _fixed(source: Source, most: int) -> Source:
+    """At most so many images of a source, the same ones each time."""
+    if len(source) <= most:
+        return source
+    return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")
 
 
 def watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Log) -> None:
@@ -109,13 +142,14 @@ def judge(built: Built, held: Any) -> Judge:
     return look
 
 
-def judged(judge: Judge, progress: Progress, epoch: int, log: Log) -> bool:
+def judged(judge: Judge, progress: Progress, epoch: int, log: Log, steps: int) -> bool:
     """Judge the features on rank 0, remember and log it; whether they are the best so far.
 
-    The curve gets the mean loss, too: the log has that of single steps.
+    The curve gets the mean loss, too: the log has that of single steps. steps: of an epoch, for one that is not whole.
     """
     loss, found = ranks.share((progress.mean_loss(), judge() if ranks.rank() == 0 else {}))
-    progress.curve.append({"step": progress.step, "epoch": epoch} | loss | found)
+    done = epoch if progress.step == epoch * steps else progress.step / steps
+    progress.curve.append({"step": progress.step, "epoch": done} | loss | found)
     log.evaluation(progress.step, found)
     best = found.get("knn", -math.inf) > progress.best
     progress.best = max(progress.best, found.get("knn", -math.inf))

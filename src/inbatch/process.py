@@ -7,6 +7,7 @@ These hold for the whole process, so they are the program's to set (`inbatch ...
 import ctypes
 import os
 import sys
+import time
 
 from inbatch.limits import affine, cores
 
@@ -18,6 +19,21 @@ tuned = False
 """Whether this process has been set up."""
 keeps_memory = False
 """Whether freed memory is kept for the next step."""
+_began: float | None = None
+"""When the program began, until a command has taken it."""
+
+
+def program_begins() -> None:
+    """Note the time at which the program `inbatch` began: a budget counts from there."""
+    global _began
+    _began = time.perf_counter()
+
+
+def command_began() -> float:
+    """Return when the command that runs now began: the program's start, once, else now."""
+    global _began
+    began, _began = _began, None
+    return time.perf_counter() if began is None else began
 
 
 def tune() -> None:

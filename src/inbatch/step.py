@@ -43,7 +43,7 @@ class Step:
     call: the tower, or what wraps it to average gradients over ranks.
     groups: context groups per rank; synced: they reach over all ranks (synchronised norm).
     schedule: sets the optimiser's rates for a step.
-    total: steps of the whole run.
+    progress: the share of the run that is done at a step.
     curator: draws some of the views again before they are learned from.
     shuffle: the momentum tower's context groups are other permutations of the batch, drawn anew for every step and
         view; where there is no momentum tower, those of every view but the first.
@@ -60,7 +60,7 @@ class Step:
     optimizer: Optimizer
     schedule: Callable[[Optimizer, int], None]
     groups: int
-    total: int
+    progress: Callable[[int], float]
     seed: int = 0
     synced: bool = False
     curator: Curator | None = None
@@ -70,7 +70,7 @@ class Step:
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
-        progress = step / self.total
+        progress = self.progress(step)
         self.schedule(self.optimizer, step)
         curated: dict[str, float] = {}
         if self.curator is not None:

@@ -4,7 +4,8 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from inbatch import ranks
 from inbatch.assign import save_heads
+from inbatch.budget import Keeper, Pace
 from inbatch.build import Built
 from inbatch.capture import capture
 from inbatch.checkpoint import load, restore, save, set_aside
@@ -24,17 +26,24 @@ from inbatch.files import write_json
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
-from inbatch.log import Log
-from inbatch.looks import chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
+from inbatch.log import Log, spent
+from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
 from inbatch.report import Progress, Report, peak_memory, tell_bad
 from inbatch.signals import Stop, end_on_signals, stop_on_signals
 from inbatch.step import NotFinite
+from inbatch.timing import expectation, step_seconds
+
+JUDGED = 0.03
+"""Share of a budget that one evaluation may take to embed its images."""
+SAVE_EVERY = 600.0
+"""Seconds between two checkpoints within an epoch, where there is no budget; with one, a twentieth of it."""
 
 
 def train(
     built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
+    began: float | None = None, calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
 
@@ -42,15 +51,18 @@ def train(
     notes: sentences for the user, printed at the start.
     stop_on_collapse: end where outputs have collapsed at two looks in a row, after a checkpoint.
     reference: what the curve is compared with, on rank 0; it decides nothing.
+    began: when the command began (`time.perf_counter`), from which on a budget counts; now by default.
+    calibration: how the recipe was chosen for its budget, for the result.
     Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
     kept, see `capture`) or where it ends on collapse.
     """
-    progress, main = Progress(), ranks.rank() == 0
+    progress, main = Progress(began=time.perf_counter() if began is None else began), ranks.rank() == 0
     parts, data = built.parts() | {"progress": progress}, _signature(built)
     if resume:
         found = load(out / "checkpoints")
         _same_data(found.state.get("progress", {}).get("data", data), data)
         restore(parts, found.state)
+        progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # also what a killed process lost
         notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
     ranks.agree({"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context})
     if resume and main:  # every rank has read it
@@ -64,22 +76,51 @@ def train(
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
+        log.note(_expected(built, progress, calibration))
         for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
             log.note(note)
         with report.verdict():
-            looked = held
-            if held is not None and main:
-                looked, held = chosen(built, held)
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
             with products, contextlib.closing(built.loader):
                 with stop_on_signals() as stop, report.verdict():  # torchrun ends the others when a rank has died
-                    _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse, compared)
+                    looked, pace = held, None
+                    if main and built.recipe.budget is not None:
+                        held, pace = _within(built, held, progress)
+                    if main and held is not None:
+                        looked, held = chosen(built, held)
+                    keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
+                    _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse, compared, keeper)
                 with end_on_signals(lambda number: _stopped(number, built, progress, out)):
-                    result = ranks.share(_finish(built, progress, held, out, where, compared) if main else None)
+                    extra = {"calibration": calibration} if calibration else {}
+                    result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
         if compared:
             log.note(compared.summary())
     report.status("finished")
     return result
+
+
+def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] | None) -> str:
+    """How long the rest of the run takes, as calibrated, as seen before a resume, or by a slice of a step."""
+    if calibration:
+        tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
+        seconds = tried[calibration["chosen"]]
+    elif progress.step:
+        seconds = progress.seconds / progress.step
+    else:
+        seconds = ranks.share(step_seconds(built))
+    return expectation(built, seconds, progress.step)
+
+
+def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
+    """What a run with a budget is judged by, and its pace: what the last evaluation takes is measured before."""
+    budget = built.recipe.budget or 0.0
+    left = max(1.0, budget - progress.wall)
+    began = time.perf_counter()
+    if held is not None:
+        held = affordable(built, held, JUDGED * left)
+        judge(built, held)()
+    reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
+    return held, Pace(budget, reserve)
 
 
 def _signature(built: Built) -> str:
@@ -106,50 +147,59 @@ def _same_data(then: str, now: str) -> None:
 
 def _epochs(
     built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path,
-    stop_on_collapse: bool, compared: Comparison | None,
+    stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper,
 ) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
-    recipe, steps = built.recipe, built.loader.steps
-    look, looks = judge(built, held), looked_at(recipe)
+    recipe, steps, main = built.recipe, built.loader.steps, ranks.rank() == 0
+    look = judge(built, held)
     source = built.loader.source
     few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
     watched = Subset(source, few, "watched for collapse")
     told = tell_bad(built, out, log, 0)
 
     def end(epoch: int) -> None:
-        """Look at the features after so many epochs, and save."""
+        """Look at the features after so many epochs, the last one perhaps not whole, and save."""
         nonlocal told
         before = set(progress.collapsed)
         watch(built, watched, progress, epoch, log)
         told = tell_bad(built, out, log, told)
         stays = ranks.share(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
-        best = False
-        if epoch in looks:
-            best = judged(look, progress, epoch, log)
-            tell(compared, out, log)
-            guard(built, progress, epoch, log)
-        progress.ended = epoch
-        if best or epoch % recipe.checkpoint_every == 0 or epoch == recipe.epochs or stays:
+        best, last = False, progress.step >= built.total
+        if epoch % recipe.evaluate_every == 0 or last:
+            best = look_at(epoch)
+        progress.ended = progress.step // steps
+        if best or epoch % recipe.checkpoint_every == 0 or last or stays:
             _save(parts, progress, out, best)
+            keeper.saved()
         if stays:
             raise TrainingError(
                 f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
                 f"the next look; a checkpoint is saved, curves are in {out / 'metrics.jsonl'}"
             )
 
+    def look_at(epoch: int) -> bool:
+        began = time.perf_counter()
+        best = judged(look, progress, epoch, log, steps)
+        tell(compared, out, log)
+        if progress.step:
+            guard(built, progress, epoch, log)
+        keeper.look_seconds = time.perf_counter() - began
+        return best
+
     if progress.step == 0:
         watch(built, watched, progress, 0, log)
-        judged(look, progress, 0, log)
-        tell(compared, out, log)
+        look_at(0)
     elif progress.ended < progress.step // steps:  # stopped by a signal at an epoch's last step
         end(progress.step // steps)
-    for epoch in range(progress.step // steps, recipe.epochs):
+    keeper.start(progress.step, built.total)
+    while progress.step < built.total:
+        epoch, first = divmod(progress.step, steps)
         began = time.perf_counter()  # waiting for data counts, judging and saving do not
-        if progress.step % steps == 0 and built.method.surveys(epoch):
+        if first == 0 and built.method.surveys(epoch):
             found = survey(built, epoch)
             if found:
                 log.evaluation(progress.step, found)
-        for batch in built.loader.epoch(epoch, start=progress.step % steps):
+        for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
             try:
                 losses = built.step(batch, progress.step)
             except NotFinite as error:
@@ -160,12 +210,46 @@ def _epochs(
             progress.seconds, began = progress.seconds + now - began, now
             progress.images += recipe.batch
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
-            log.step(step, epoch, losses | {"lr": built.optimizer.param_groups[0]["lr"]}, recipe.batch)
-            asked = ranks.largest(stop.requested or 0)
+            now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
+            log.step(step, epoch, losses | now_so, recipe.batch)
+            # One collective tells a signal of any rank, and whether rank 0's clock is to be looked at.
+            asked, due = divmod(ranks.largest(2 * (stop.requested or 0) + int(main and keeper.due())), 2)
             if asked and step < built.total:
                 _save(parts, progress, out, best=False)
                 raise _stopped(asked, built, progress, out)
-        end(epoch + 1)
+            if due and _keep_time(built, keeper, progress, out, log):
+                _save(parts, progress, out, best=False)
+                keeper.saved()
+                keeper.paused(time.perf_counter() - now)
+                began = time.perf_counter()
+            if step >= built.total:
+                break
+        if progress.step % steps == 0 or progress.step >= built.total:
+            ended = time.perf_counter()
+            end(-(-progress.step // steps))
+            keeper.paused(time.perf_counter() - ended)
+
+
+def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log: Log) -> bool:
+    """Change the length of the run if its budget asks for it; return whether a checkpoint is due."""
+    step, recipe = progress.step, built.recipe
+    between = recipe.evaluate_every * built.loader.steps
+    looks = -(-built.total // between) - step // between
+    left, save_now = ranks.share(keeper.check(step, built.timeline, looks) if ranks.rank() == 0 else None)
+    if left is not None:
+        built.timeline.change(step, left)
+        built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
+        if ranks.rank() == 0:  # before the steps that follow: a resumed run repeats them
+            write_json(out / "recipe.json", built.recipe.nested())
+        log.length(built.total)
+        if abs(built.total - keeper.said) > 0.1 * keeper.said:
+            why = "longer" if built.total < keeper.said else "less time"
+            log.note(
+                f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
+                f"{keeper.said:,}, and its schedule is fitted to that."
+            )
+            keeper.said = built.total
+    return save_now
 
 
 def _stopped(number: int, built: Built, progress: Progress, out: Path) -> InbatchError:
@@ -190,7 +274,8 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
 
 
 def _finish(
-    built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None
+    built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None,
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
@@ -216,6 +301,7 @@ def _finish(
         "held_out": held and held[2],
         "evaluation": None if held is None else evaluation(built, held, out),
     }
+    result |= extra
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

@@ -32,6 +32,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The program `inbatch`."""
+    process.program_begins()
     process.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
     with lasting_streams():

@@ -41,7 +41,7 @@ def quickstart(
 
 
 @app.command(
-    epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n"
+    epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
     "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
     "  inbatch pretrain --data ~/photos --dry-run\n\n"
     "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096"
@@ -56,6 +56,10 @@ def pretrain(
     batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
     context: Annotated[
         str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        Option(metavar="TIME", help="45m, 1h30m, 2d: all of it ends within this time. On a CPU 1h by default."),
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
     seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
@@ -87,6 +91,7 @@ def pretrain(
         from inbatch import api
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
+        chosen |= {"budget": budget}
         chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
         chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}

@@ -1,6 +1,7 @@
 """Encoders: any backbone with pooled features, and how to prepare the images it takes.
 
-`create_encoder` knows timm's names, `torchvision/NAME`, and two small ones of ours:
+`create_encoder` knows timm's names, `torchvision/NAME`, and three small ones of ours:
+  fast      a narrow ResNet-9 with strides, for 32 to 96 pixels (1.6 million parameters at its width of 32);
   resnet10  ResNet-18 with one basic block per stage instead of two (4.9 million parameters);
   tiny      three 3x3 convolutions with batch norm, 32-64-96, for canvases of about 20 pixels (74,400 parameters).
 At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool.
@@ -44,7 +45,7 @@ def create_encoder(
     attend_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Encoder:
-    """An encoder by name: `tiny`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
+    """An encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
 
     stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
     init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by

@@ -8,6 +8,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
+from inbatch.encoders.fast import fast
 from inbatch.errors import ConfigError
 
 # timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
@@ -21,6 +22,8 @@ def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[
     try:
         if name == "tiny":
             return _tiny(channels, **kwargs), ()
+        if name == "fast":
+            return fast(channels, size, **kwargs), ()
         if name.startswith("torchvision/"):
             return _torchvision(name.removeprefix("torchvision/"), channels, kwargs)
         backbone = _timm(name, size, channels, kwargs)
@@ -34,7 +37,7 @@ def _timm(name: str, size: int, channels: int, kwargs: dict[str, Any], published
     import timm
 
     if name != "resnet10" and not timm.is_model(name):
-        raise _unknown(name, ["tiny", "resnet10", *timm.list_models()])
+        raise _unknown(name, ["tiny", "fast", "resnet10", *timm.list_models()])
     name, args = timm_arguments(name, size, channels, kwargs)
     return timm.create_model(name, pretrained=published, **args)
 
@@ -58,7 +61,7 @@ def published_cfg(backbone: nn.Module) -> dict[str, Any]:
 
 def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
     """The same timm model with its published weights."""
-    if name in ("tiny", "resnet10") or name.startswith("torchvision/"):
+    if name in ("tiny", "fast", "resnet10") or name.startswith("torchvision/"):
         raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
     try:
         return _timm(name, size, channels, kwargs | _cached(name), published=True)

@@ -1,0 +1,184 @@
+"""A budget of time: how it is written, and how a run keeps to it while the machine changes."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from inbatch.errors import ConfigError
+
+LEAST = 30.0
+"""Seconds below which a budget is refused: starting, evaluating and writing alone take about as long."""
+LATE, EARLY = 0.05, 0.15
+"""A run with a budget ends at most this share of it late, and at most this share early."""
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_WRITTEN = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+
+
+def parse_budget(value: Any) -> float:
+    """Return the seconds of a budget such as "45m", "1h30m" or "2d"; a number is seconds.
+
+    Raises:
+        ConfigError: For other text, or a budget that is not above `LEAST` seconds.
+    """
+    text = str(value).strip().lower()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif _WRITTEN.fullmatch(text):
+        seconds = sum(float(count) * _UNITS[unit] for count, unit in re.findall(r"([\d.]+)([smhd])", text))
+    else:
+        raise ConfigError(f"budget = {text[:40]!r} is not a time: write minutes, hours or days, such as 45m, 1h30m, 2d")
+    if not LEAST <= seconds < math.inf:
+        raise ConfigError(f"budget = {text[:40]!r} is too short: a run needs at least {LEAST:g} seconds, such as 10m")
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people, in at most two units: "45 s", "12 min", "3 h 20 min", "11 days"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        hours, rest = divmod(minutes, 60)
+        return f"{hours} h {rest} min" if rest and hours < 10 else f"{round(minutes / 60)} h"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365:,.0f} years"
+
+
+@dataclass
+class Timeline:
+    """The length of a run in steps, and where each step stands in it if the length changed on the way.
+
+    Schedules are functions of the place. Until the first change the place of a step is the step itself; after one, the
+    rest of the plan is stretched or shortened to the steps that are left, so that every schedule ends at its end.
+
+    planned: steps of the recipe. changes: (step, steps left from there), in order.
+    """
+
+    planned: int
+    changes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run, as far as known now."""
+        return sum(self.changes[-1]) if self.changes else self.planned
+
+    def place(self, step: int) -> float:
+        """Return where a step stands in the planned run, from 0 to `planned`."""
+        place, start, left = 0.0, 0, self.planned
+        applied = False
+        for at, rest in self.changes:
+            if step < at:
+                break
+            place += (self.planned - place) * (at - start) / left if left else 0.0
+            start, left, applied = at, rest, True
+        if not applied:
+            return step
+        return place + (self.planned - place) * (step - start) / left if left else float(self.planned)
+
+    def progress(self, step: int) -> float:
+        """Return the share of the run that is done at a step, from 0 to 1."""
+        return self.place(step) / self.planned
+
+    def change(self, step: int, left: int) -> None:
+        """From `step` on, `left` more steps end the run."""
+        self.changes = [change for change in self.changes if change[0] < step]
+        self.changes.append((step, left))
+
+
+_TOLERATED, _FEW = 0.02, 20
+"""A run is made shorter if its steps are late by more than this share of what is left, of the last few by any."""
+
+
+@dataclass
+class Pace:
+    """Decides when the length of a run must change so that it ends within its budget.
+
+    seconds: the budget. reserve: seconds kept for what follows the last step. cost: relative cost of a step at a share
+    of the run (1: the costliest), for runs whose images grow.
+    """
+
+    seconds: float
+    reserve: float = 0.0
+    growth: Sequence[tuple[float, float]] = ()
+    _slack: float = 0.015
+
+    def fitting(self, used: float, per_step: float, progress: float) -> int:
+        """Return how many more steps fit, if a step at this point of the run takes `per_step` seconds."""
+        left = self.seconds * (1 - self._slack) - self.reserve - used
+        return max(0, int(left / (per_step * self._mean_cost(progress) / self._cost(progress))))
+
+    def revised(self, step: int, timeline: Timeline, used: float, per_step: float) -> int | None:
+        """Return how many steps must be left so that the run ends in time, None if the plan holds."""
+        progress, planned = timeline.progress(step), timeline.total - step
+        fits = self.fitting(used, per_step, progress)
+        if fits < planned * (1 - _TOLERATED) or (fits < planned and planned <= _FEW):
+            return fits
+        # Room appears if others stop working; near the end it is not worth another schedule.
+        return fits if fits > planned * 1.1 + 1 and progress < 0.8 else None
+
+    def _cost(self, progress: float) -> float:
+        return next((cost for end, cost in self.growth if progress < end), 1.0)
+
+    def _mean_cost(self, progress: float) -> float:
+        """Mean relative cost of the steps from here to the end."""
+        if progress >= 1:
+            return 1.0
+        total, at = 0.0, progress
+        for end, cost in (*self.growth, (1.0, 1.0)):
+            if end > at:
+                total, at = total + (end - at) * cost, end
+        return total / (1 - progress)
+
+
+class Keeper:
+    """Watches a run's clock: when to look at it again, whether its length must change, when to save a checkpoint.
+
+    One process decides (rank 0), because clocks differ. pace: None for a run without a budget, which is only saved.
+    every: seconds between two checkpoints.
+    """
+
+    def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
+        self.pace, self.clock, self.every = pace, clock, every
+        self.per_step: float | None = None
+        self.look_seconds = 0.0
+        self.said = 0  # where the user was told that the run ends
+        self._saved = self._checked = clock()
+        self._idle, self._step = 0.0, 0
+        self._interval = max(0.5, 0.01 * pace.seconds) if pace else every
+
+    def start(self, step: int, total: int) -> None:
+        """The next step is the first that is timed; the run is known to end at `total`."""
+        self.said = total
+        self._step, self._checked, self._idle = step, self.clock(), 0.0
+
+    def due(self) -> bool:
+        """Return whether it is time to look at the clock."""
+        now = self.clock()
+        hurry = self.pace is not None and now > 0.9 * (self.pace.seconds - self.pace.reserve)
+        return now - self._checked >= self._interval * (0.2 if hurry else 1) or now - self._saved >= self.every
+
+    def paused(self, seconds: float) -> None:
+        """Tell of time that was no training: a look at the features, a checkpoint."""
+        self._idle += seconds
+
+    def saved(self) -> None:
+        """A checkpoint was written just now."""
+        self._saved = self.clock()
+
+    def check(self, step: int, timeline: Timeline, looks_left: int) -> tuple[int | None, bool]:
+        """Return how many steps must be left (None: as planned), and whether to save a checkpoint."""
+        now = self.clock()
+        if step > self._step:
+            recent = max(1e-9, now - self._checked - self._idle) / (step - self._step)
+            self.per_step = recent if self.per_step is None else (self.per_step + recent) / 2
+        self._step, self._checked, self._idle = step, now, 0.0
+        left = None
+        if self.pace is not None and self.per_step is not None:
+            used = now + self.look_seconds * looks_left
+            left = self.pace.revised(step, timeline, used, self.per_step)
+        return left, now - self._saved >= self.every

@@ -1,0 +1,225 @@
+"""From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from inbatch import ranks
+from inbatch.budget import duration
+from inbatch.build import Built, build, natural_size, plan
+from inbatch.config import Recipe, Settings, make
+from inbatch.data import Loader, Source
+from inbatch.errors import ConfigError, DataError
+from inbatch.limits import cores
+
+SHARE, MOST = 0.05, 60.0
+"""Calibration takes at most this share of the budget, and at most so many seconds."""
+WIDTHS = (24, 32, 48)
+"""Of the encoder `fast`, narrowest first: the candidates of a budget."""
+WORTH = {24: 0, 32: 700_000, 48: 4_000_000}
+"""Views from which on a width pays (docs/fast.md)."""
+TRAINED = 0.85
+"""Share of the budget that training gets in the plan; start, evaluation and checkpoints take the rest."""
+DECODED = 0.15
+"""Share of the budget that decoding may take before the first step; of larger sets a part is learned from."""
+_LOOKS = 8
+_TIMED = 2
+"""Steps that are timed, after one that warms up."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An encoder that was tried. seconds: of a step. steps: that fit into the budget. views: seen by then."""
+
+    name: str
+    seconds: float
+    steps: int
+    views: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget is spent on, and why. loader: for the run to use again."""
+
+    recipe: Recipe
+    chosen: Candidate
+    tried: tuple[Candidate, ...]
+    seconds: float
+    notes: tuple[str, ...]
+    loader: Loader
+    asked: bool
+
+    def sentences(self) -> list[str]:
+        """Lines for the user: what was chosen, from what, and why."""
+        r, c = self.recipe, self.chosen
+        tried = "; ".join(f"{x.name}: {x.seconds:.2f} s a step, {x.views:,} views" for x in self.tried)
+        why = "as asked" if self.asked else "the widest that sees enough views"
+        return [
+            *self.notes,
+            f"Budget of {duration(r.budget or 0)}: {c.name} ({why}), {r.size} pixels, batch {r.batch}, {c.steps:,} "
+            f"steps of about {c.seconds:.2f} s, {c.steps / self.loader.steps:.3g} passes over the images. "
+            f"Calibrated in {duration(self.seconds)} ({tried}).",
+        ]
+
+    def json(self) -> dict[str, Any]:
+        """The same as plain numbers."""
+        return {
+            "seconds": self.seconds, "chosen": self.chosen.name, "tried": [asdict(one) for one in self.tried],
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+DEFAULT = "1h"
+"""The budget on a processor where nothing else says how long to train or what."""
+_SAYS = ("budget", "epochs", "steps", "preset", "encoder.name")
+
+
+def with_default_budget(given: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
+    """Return the settings with a budget of one hour if they say nothing of length or encoder, on a processor.
+
+    configured: they come from a file, which says what to do. Embedded data have a preset of their own, of minutes.
+    """
+    embedded = isinstance(data, str) and data.startswith("digits-canvas")
+    if device.type != "cpu" or configured or embedded or any(given.get(key) is not None for key in _SAYS):
+        return given
+    return given | {"budget": DEFAULT}
+
+
+def needs_plan(given: Settings) -> bool:
+    """Return whether a budget is asked for that no earlier run has been planned into."""
+    planned = given.get("steps") is not None and given.get("encoder.name") is not None
+    return given.get("budget") is not None and not planned
+
+
+def plan_budget(
+    data: Any, given: Settings, began: float, *, device: torch.device, workers: int | None, download: bool
+) -> tuple[Choice, Source]:
+    """Return the recipe that spends a budget best here, and the data opened.
+
+    given: settings, of which "budget" is one. What they say (encoder, size, batch, method, ...) stays as it is.
+    began: when the command began (`time.perf_counter`).
+    Every rank must call it, and all get the same.
+    """
+    for key, other in (("epochs", "--epochs"), ("steps", "steps")):
+        if given.get(key) is not None:
+            raise ConfigError(
+                f"budget = {given['budget']} and {key} = {given[key]} both set the length of the run: "
+                f"leave out {other}, or --budget"
+            )
+    given, notes = dict(given), list[str]()
+    chosen_by_user = any(given.get(key) is not None for key in ("encoder.name", "preset"))
+    if not chosen_by_user:
+        given["preset"] = "fast"
+    recipe, source = plan(data, given, download)
+    budget = recipe.budget or 0.0
+    if given.get("size") is None and recipe.preset == "fast":
+        given["size"] = small_size(source, device)
+        recipe = make(given | {"data": recipe.data, "channels": recipe.channels})
+    recipe, source = _decodable(data, given, recipe, source, download, budget, notes)
+    given |= {"data": recipe.data, "channels": recipe.channels, "size": recipe.size, "subset": recipe.subset}
+    given["batch"] = recipe.batch if given.get("batch") is not None else _batch(recipe, source)
+
+    widths = [{}] if chosen_by_user else [{"encoder.width": width} for width in WIDTHS]
+    loader, tried, start = None, list[tuple[Candidate, Settings]](), time.perf_counter()
+    for options in widths:
+        if tried and not _time_for_another(start, tried[-1][0].seconds, budget):
+            notes.append(f"The wider encoders were not tried: the budget of {duration(budget)} leaves no time for it.")
+            break
+        settings = given | options | {"steps": 10**6, "epochs": 10**6}
+        built = build(make(settings), source, device=device, workers=workers, loader=loader)
+        loader = built.loader
+        seconds = ranks.share(time_steps(built))
+        left = ranks.share(budget - (time.perf_counter() - began))
+        steps = max(1, int(TRAINED * left / seconds))
+        views = steps * built.recipe.batch * len(built.views)
+        name = f"{built.encoder.name} {options['encoder.width']}" if options else built.encoder.name
+        tried.append((Candidate(name, seconds, steps, views), settings))
+    assert loader is not None
+    best = 0
+    for number, (candidate, settings) in enumerate(tried):
+        if candidate.views >= WORTH.get(settings.get("encoder.width", 0), 0):
+            best = number
+    candidate, settings = tried[best]
+    epochs = max(1, -(-candidate.steps // loader.steps))
+    settings |= {
+        "steps": candidate.steps,
+        "epochs": epochs,
+        "evaluate_every": given.get("evaluate_every") or max(1, round(epochs / _LOOKS)),
+        "checkpoint_every": given.get("checkpoint_every") or max(1, round(epochs / 20)),
+    }
+    settings["schedule.warmup"] = given.get("schedule.warmup", 0.05 * candidate.steps / loader.steps)
+    names = tuple(one for one, _ in tried)
+    return Choice(
+        make(settings), candidate, names, time.perf_counter() - start, tuple(notes), loader, chosen_by_user
+    ), source
+
+
+def small_size(source: Source, device: torch.device) -> int:
+    """Return the side of the images that a budget on a processor affords: their own up to 64 pixels, else 64."""
+    natural = natural_size(source)
+    return natural if natural <= 64 or device.type != "cpu" else 64
+
+
+def time_steps(built: Built) -> float:
+    """Return the seconds of one step: real steps on the first batches, of which the first only warms up."""
+    batches = built.loader.epoch(0, stop=_TIMED + 1)
+    times = []
+    for number, batch in enumerate(_endless(batches, built)):
+        began = time.perf_counter()
+        float(built.step(batch, number)["loss"])  # reading it waits for the device
+        times.append(time.perf_counter() - began)
+        if len(times) > _TIMED:
+            break
+    return min(times[1:])
+
+
+def _endless(batches: Any, built: Built) -> Any:
+    """The batches, then those of the next epochs: a small set has one batch to an epoch."""
+    yield from batches
+    for epoch in range(1, _TIMED + 2):
+        yield from built.loader.epoch(epoch, stop=1)
+
+
+def _time_for_another(start: float, last: float, budget: float) -> bool:
+    """Whether another, larger encoder can be timed within the limit; rank 0 decides."""
+    expected = 2.0 * last * (_TIMED + 1)
+    return bool(ranks.share(time.perf_counter() - start + expected <= min(SHARE * budget, MOST)))
+
+
+def _batch(recipe: Recipe, source: Source) -> int:
+    """The preset's batch, or the largest power of two that the images fill."""
+    return max(2, min(recipe.batch, 1 << len(source).bit_length() - 1))
+
+
+def _decodable(
+    data: Any, given: Settings, recipe: Recipe, source: Source, download: bool, budget: float, notes: list[str]
+) -> tuple[Recipe, Source]:
+    """As many of the images as can be decoded in a share of the budget."""
+    if recipe.subset is not None:
+        return recipe, source
+    each = ranks.share(_decode_seconds(source, 2 * recipe.size))
+    most = int(DECODED * budget / each) if each > 0 else len(source)
+    if len(source) <= most:
+        return recipe, source
+    most = max(2, most)
+    notes.append(
+        f"Learning from {most:,} of {len(source):,} images, drawn by a fixed seed: decoding all of them takes about "
+        f"{duration(each * len(source))}. A longer budget takes more of them."
+    )
+    return plan(data, given | {"subset": most, "size": recipe.size, "batch": recipe.batch}, download)
+
+
+def _decode_seconds(source: Source, canvas: int) -> float:
+    """Seconds that one image takes to decode on all cores, by some that are spread evenly."""
+    chosen = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    began, done = time.perf_counter(), 0
+    for i in chosen:
+        try:
+            with source.open(i) as picture:
+                picture.tensor(canvas)
+            done += 1
+        except DataError:
+            continue  # counted and named where all images are read
+    return (time.perf_counter() - began) / max(1, done) / cores()

@@ -1,0 +1,86 @@
+"""How long a run will take, said before its first epoch."""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from inbatch import ranks
+from inbatch.budget import duration
+from inbatch.build import Built, build
+from inbatch.parts import Part
+from inbatch.tower import Tower, frozen_statistics
+
+_SAMPLES = 16
+"""A slice of the batch that is timed: even a ResNet-50 answers in seconds."""
+_DAY = 86400.0
+SMALLER: tuple[tuple[str, dict[str, object]], ...] = (
+    ("resnet18", {}),
+    ("resnet10", {}),
+    ("fast", {}),
+)
+"""Encoders that take less time, in falling order of their cost."""
+
+
+def step_seconds(built: Built) -> float:
+    """Return about how long one training step takes, from a small slice of a batch; nothing of the run changes.
+
+    The slice runs forward and backward through the network, and forward through a target network. It is timed at its
+    second pass and scaled to the batch; views, loss and optimiser are small beside it.
+    """
+    share = built.recipe.batch // ranks.world()
+    count = min(_SAMPLES, share)
+    sizes = [view.size for view in built.views.views]
+    learning, teaching = (list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views))
+    device = built.loader.device
+    devices = [device] if device.type == "cuda" else []
+
+    def rows(tower: Tower, numbers: list[int], grad: bool) -> list[Tensor]:
+        images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
+        with frozen_statistics(tower), torch.set_grad_enabled(grad):
+            return list(tower.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
+
+    def work() -> float:
+        began = time.perf_counter()
+        learned = rows(built.tower, learning, grad=True)
+        if built.target is not None:
+            rows(built.target, teaching, grad=False)
+        torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
+        built.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with torch.random.fork_rng(devices=devices):
+        work()
+        seconds = work()
+    again = 4 / 3 if built.step.groups > 1 else 1.0  # one more forward pass
+    return seconds * share / count * again
+
+
+def expectation(built: Built, seconds: float, done: int = 0) -> str:
+    """Return a sentence on how long the steps that are left take, and what to do if that is longer than a day."""
+    left = built.total - done
+    total = left * seconds
+    text = f"Expected: about {duration(total)} for {left:,} steps of about {_short(seconds)}, evaluation not counted"
+    if total > _DAY and built.recipe.budget is None:
+        text += "; --budget 1h fits it into an hour"
+    return text + "."
+
+
+def smaller_choices(built: Built) -> list[tuple[str, float]]:
+    """Return (setting, seconds of the whole run) of encoders that take less time than this run's."""
+    now, found = step_seconds(built) * built.total, []
+    names = [name for name, _ in SMALLER]
+    after = names.index(built.encoder.name) + 1 if built.encoder.name in names else 0
+    for name, options in SMALLER[after:]:
+        recipe = replace(built.recipe, encoder=Part(name, dict(options)), attend=None, fuse=None, curate=None)
+        other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
+        if other * built.total < 0.8 * now:
+            found.append((f"--encoder {name}", other * built.total))
+    return found
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.95 else f"{seconds:.1f} s" if seconds < 90 else duration(seconds)
