@@ -229,7 +229,7 @@ def build(
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance,
+        variance=recipe.variance, scale=functools.partial(image_scale, recipe),
     )  # fmt: skip
     return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline)
 
@@ -239,9 +239,16 @@ def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...
     return views(batch.to(device)).images
 
 
+def image_scale(recipe: Recipe, progress: float) -> float:
+    """Return the share of its side at which the encoder sees an image at a share of the run."""
+    return recipe.grow_from if progress < recipe.grow_until else 1.0
+
+
 def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
     """Set the optimiser's learning rates for a step; a pure function of its place (`steps` to an epoch)."""
-    s, total, warmup, place = recipe.schedule, timeline.planned, recipe.schedule.warmup * steps, timeline.place(step)
+    s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
+    # At most a tenth of a run whose length is given in steps; `config.make` sees to it for one given in epochs.
+    warmup = min(s.warmup * steps, total / 10) if recipe.steps else s.warmup * steps
     if s.name == "cosine" or place < warmup:
         factor = warmup_cosine(place, total, warmup, 1.0, s.end)
     else:

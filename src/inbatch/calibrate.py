@@ -1,12 +1,15 @@
 """From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from inbatch import ranks
+from inbatch.batch import Batch
 from inbatch.budget import duration
 from inbatch.build import Built, build, natural_size, plan
 from inbatch.config import Recipe, Settings, make
@@ -163,23 +166,26 @@ def small_size(source: Source, device: torch.device) -> int:
 
 
 def time_steps(built: Built) -> float:
-    """Return the seconds of one step: real steps on the first batches, of which the first only warms up."""
-    batches = built.loader.epoch(0, stop=_TIMED + 1)
+    """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones."""
+    until = built.recipe.grow_until
+    full = _timed(built, built.total - 1)
+    return full * (1 - until) + (_timed(built, 0) * until if until else 0.0)
+
+
+def _timed(built: Built, step: int) -> float:
+    """Seconds of a step at a place of the run: the best of some after one that warms up."""
     times = []
-    for number, batch in enumerate(_endless(batches, built)):
+    for batch in islice(_batches(built), _TIMED + 1):
         began = time.perf_counter()
-        float(built.step(batch, number)["loss"])  # reading it waits for the device
+        float(built.step(batch, step)["loss"])  # reading it waits for the device
         times.append(time.perf_counter() - began)
-        if len(times) > _TIMED:
-            break
     return min(times[1:])
 
 
-def _endless(batches: Any, built: Built) -> Any:
-    """The batches, then those of the next epochs: a small set has one batch to an epoch."""
-    yield from batches
-    for epoch in range(1, _TIMED + 2):
-        yield from built.loader.epoch(epoch, stop=1)
+def _batches(built: Built) -> Iterator[Batch]:
+    """Batches of the first epochs: a small set has one to an epoch."""
+    for epoch in range(_TIMED + 1):
+        yield from built.loader.epoch(epoch, stop=_TIMED + 1)
 
 
 def _time_for_another(start: float, last: float, budget: float) -> bool:

@@ -83,6 +83,8 @@ class Recipe:
         permutations of the batch, so that what a group has in common does not solve the task.
     precision: of the towers. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
     variance: weight of VICReg's variance term (`functional.narrowness`), added to the loss of any method.
+    grow_from, grow_until: until this share of the run the encoder sees its views at this share of their side, which
+        costs the square of it; then at full size (progressive resizing). 1 and 0: always at full size.
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
         together, as in SwAV's and DINO's code.
     resident: keep the decoded images on the device; None decides by size.
@@ -120,6 +122,8 @@ class Recipe:
     loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
     channels_last: bool = True
     variance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
+    grow_from: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    grow_until: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     joined: bool = False
     compile: bool = False
     resident: bool | None = None

@@ -49,6 +49,7 @@ class Step:
         view; where there is no momentum tower, those of every view but the first.
     products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
     variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
+    scale: of the images' side at a share of the run, for runs whose images grow.
     """
 
     method: Method
@@ -67,11 +68,15 @@ class Step:
     shuffle: bool = False
     products: tiled.Products = "float32"
     variance: float = 0.0
+    scale: Callable[[float], float] = lambda progress: 1.0
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = self.progress(step)
         self.schedule(self.optimizer, step)
+        for tower in (self.tower, self.target):
+            if tower is not None:
+                tower.scale = self.scale(progress)
         curated: dict[str, float] = {}
         if self.curator is not None:
             batch, curated = self.curator(batch, ranks.gather, ranks.rank() * len(batch))

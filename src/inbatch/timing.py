@@ -1,6 +1,8 @@
 """How long a run will take, said before its first epoch."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,11 +26,23 @@ SMALLER: tuple[tuple[str, dict[str, object]], ...] = (
 
 
 def step_seconds(built: Built) -> float:
-    """Return about how long one training step takes, from a small slice of a batch; nothing of the run changes.
+    """Return about how long a training step takes on the mean of the run, from a small slice of a batch.
 
-    The slice runs forward and backward through the network, and forward through a target network. It is timed at its
-    second pass and scaled to the batch; views, loss and optimiser are small beside it.
+    Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
+    network. It is timed at its second pass and scaled to the batch; views, loss and optimiser are small beside it.
     """
+    until, full = built.recipe.grow_until, _step_seconds(built, 1.0)
+    return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from) * until if until else 0.0)
+
+
+def growth(built: Built) -> list[tuple[float, float]]:
+    """Return [(share of the run, relative cost of its steps)] while images are small, for `budget.Pace`."""
+    until = built.recipe.grow_until
+    return [(until, _step_seconds(built, built.recipe.grow_from) / _step_seconds(built, 1.0))] if until else []
+
+
+def _step_seconds(built: Built, scale: float) -> float:
+    """The same at one scale of the images."""
     share = built.recipe.batch // ranks.world()
     count = min(_SAMPLES, share)
     sizes = [view.size for view in built.views.views]
@@ -38,7 +52,7 @@ def step_seconds(built: Built) -> float:
 
     def rows(tower: Tower, numbers: list[int], grad: bool) -> list[Tensor]:
         images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
-        with frozen_statistics(tower), torch.set_grad_enabled(grad):
+        with frozen_statistics(tower), scaled(tower, scale), torch.set_grad_enabled(grad):
             return list(tower.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
 
     def work() -> float:
@@ -57,6 +71,16 @@ def step_seconds(built: Built) -> float:
         seconds = work()
     again = 4 / 3 if built.step.groups > 1 else 1.0  # one more forward pass
     return seconds * share / count * again
+
+
+@contextmanager
+def scaled(tower: Tower, scale: float) -> Iterator[None]:
+    """The network sees its images at this scale for a while."""
+    before, tower.scale = tower.scale, scale
+    try:
+        yield
+    finally:
+        tower.scale = before
 
 
 def expectation(built: Built, seconds: float, done: int = 0) -> str:

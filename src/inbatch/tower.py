@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from inbatch.batch import Rows
 from inbatch.context.fuse import Fusion
@@ -48,6 +49,7 @@ class Tower(nn.Module):
         self.precision = precision
         self.joined, self.together = joined, joined or not mixes(encoder)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.scale = 1.0  # of the images' side, while a run's images grow; `Step` sets it
 
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
         """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own.
@@ -96,6 +98,8 @@ class Tower(nn.Module):
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
+        if self.scale != 1:
+            images = adaptive_avg_pool2d(images, round(images.shape[-1] * self.scale))
         return self.encoder(images.contiguous(memory_format=self.memory_format))
 
     def _heads(self, features: Tensor) -> Rows:

@@ -32,7 +32,7 @@ from inbatch.products import fast_products
 from inbatch.report import Progress, Report, peak_memory, tell_bad
 from inbatch.signals import Stop, end_on_signals, stop_on_signals
 from inbatch.step import NotFinite
-from inbatch.timing import expectation, step_seconds
+from inbatch.timing import expectation, growth, step_seconds
 
 JUDGED = 0.03
 """Share of a budget that one evaluation may take to embed its images."""
@@ -120,7 +120,7 @@ def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
         held = affordable(built, held, JUDGED * left)
         judge(built, held)()
     reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
-    return held, Pace(budget, reserve)
+    return held, Pace(budget, reserve, growth(built))
 
 
 def _signature(built: Built) -> str:
