@@ -7,6 +7,7 @@ These hold for the whole process, so they are the program's to set (`inbatch ...
 import ctypes
 import os
 import sys
+import time
 
 from inbatch.limits import affine, cores
 
@@ -14,6 +15,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _PAD = 2**28
 """Bytes asked of the system at a time."""
 
+started = time.monotonic()
+"""When this module was loaded: by the program, as one of its first."""
 tuned = False
 """Whether this process has been set up."""
 keeps_memory = False
