@@ -45,6 +45,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "losses.json"
 PLOT = ROOT / "docs" / "losses.png"
 
+spec = importlib.util.spec_from_file_location("children", ROOT / "src" / "inbatch" / "children.py")
+children = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(children)
+
 OURS = {
     "inbatch": {"mode": "auto"},
     "inbatch, bf16 products": {"mode": "auto", "products": "bf16"},
@@ -417,8 +421,8 @@ class Contestant:
     def start(self) -> "Contestant":
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
-        self.process = subprocess.Popen(
-            [self.python, __file__, "--one", json.dumps(self.job)], text=True, env=os.environ | threads,
+        self.process = children.start(
+            [self.python, __file__, "--one", json.dumps(self.job)], env=os.environ | threads,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         return self
@@ -690,7 +694,8 @@ def measure_ceiling(threads: int) -> dict[str, float]:
     """The machine's rate, and how busy others kept it before."""
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     call = [sys.executable, __file__, "--one", json.dumps({"ceiling": True, "threads": threads})]
-    return load | json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    out, _ = children.start(call, stdout=subprocess.PIPE).communicate()
+    return load | json.loads(out)
 
 
 def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
@@ -716,6 +721,7 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.one:
+        children.end_with_parent()
         one(json.loads(args.one))
         return {}
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inbatch.children import end_with_parent, start
 from inbatch.environment import environment
 from inbatch.files import write_json
 from inbatch.machine import forget_peak, held, peak
@@ -115,7 +116,7 @@ def first_step(folder: str, cache: Path) -> float:
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, "-m", "inbatch", "pretrain", "--data", folder, "--out", out, *RUN.split()]
         began = time.perf_counter()
-        run = subprocess.Popen(words, env=os.environ | {"INBATCH_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
+        run = start(words, env=os.environ | {"INBATCH_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
         log = Path(out) / "metrics.jsonl"
         while not (log.is_file() and '"step": 1,' in log.read_text()):
             if run.poll() is not None:
@@ -130,11 +131,15 @@ def first_step(folder: str, cache: Path) -> float:
 def apart(cache: Path, *words: str) -> Any:
     """What this file, called with some words, tells in a new process."""
     call = [sys.executable, __file__, *words]
-    done = subprocess.run(call, env=os.environ | {"INBATCH_CACHE": str(cache)}, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    one = start(call, env=os.environ | {"INBATCH_CACHE": str(cache)}, stdout=subprocess.PIPE)
+    out, _ = one.communicate()
+    if one.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {one.returncode}")
+    return json.loads(out.splitlines()[-1])
 
 
 def main(words: Sequence[str] | None = None) -> None:
+    end_with_parent()  # if this file started itself
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)

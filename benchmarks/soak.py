@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 
 from inbatch import checkpoint
+from inbatch.children import start
 from inbatch.data import open_data, write_folder
 from inbatch.environment import environment
 from inbatch.errors import InbatchError
@@ -96,7 +97,7 @@ class Run:
         self.out = out
         self.words = [*words, "--out", str(out), "--resume", "auto"]
         self.console = out.with_suffix(".txt")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self.began, self.heard_from = 0.0, 0
         self.workers: dict[int, float] = {}  # every process that the run had below it, and when it was last there
 
@@ -105,7 +106,7 @@ class Run:
         command = [sys.executable, "-m", "inbatch", "pretrain", "moco", *self.words]
         env = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_CACHE": "off"}
         with open(self.console, "ab") as console:
-            self.process = subprocess.Popen(command, env=env, stdout=console, stderr=console)
+            self.process = start(command, env=env, stdout=console, stderr=console)
 
     @property
     def code(self) -> int | None:

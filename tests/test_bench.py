@@ -243,7 +243,8 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     (race,) = found["sections"]["loss"]
     assert set(race["contestants"]) == {"inbatch", "literal"} and race["threads"] == [1]
     ceiling = found["ceilings"]["1"]
-    assert ceiling["copy"] > 0 and ceiling["float32"] >= ceiling["float32_plain"] > 0 and ceiling["bf16"] > 0
+    assert ceiling["copy"] > 0 and ceiling["float32"] >= ceiling["float32_plain"] > 0
+    assert ceiling["bf16"] is None or ceiling["bf16"] > 0
     for row in race["contestants"].values():
         assert row["low"] <= row["rate"] <= row["high"] and len(row["rounds"]) == 2
         assert row["share"] == pytest.approx(row["rate"] * 4 * 256**2 * 128 / ceiling["float32"])

@@ -1,7 +1,9 @@
 """What `inbatch doctor` says, on machines that are made up and on this one."""
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,9 +128,81 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
 
 
+FAKE = """
+import json, sys, time
+job = json.loads(sys.argv[1])
+if job["make"] == "ceilings":
+    found = {"float32": 40e9, "bf16": 80e9 if job["bf16"] else None, "copy": 8e9}
+else:
+    sys.stdin.readline()
+    found = {}
+    if "HANGS":
+        time.sleep(600 * (job["channels_last"] and not job.get("tune")))
+print(json.dumps(found), flush=True)
+for _ in sys.stdin:
+    print(json.dumps({"units": 2 * job["batch"], "seconds": 0.5}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype, str], None]:
+    """Processes that measure nothing, on a processor that multiplies bf16 or does not; one of them may hang."""
+    from inbatch.bench import measure, runner
+
+    def change(precision: torch.dtype, hangs: str = "") -> None:
+        (tmp_path / "fake.py").write_text(FAKE.replace("HANGS", hangs))
+        monkeypatch.setattr(runner, "SCRIPT", tmp_path / "fake.py")
+        for module in (doctor, measure):
+            monkeypatch.setattr(module, "precision_for", lambda name, device: precision)
+
+    return change
+
+
+def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None]) -> None:
+    fake(torch.float32)
+    found = doctor.measure()
+    assert found["ceilings"]["bf16"] is None and len(found["tower"]) == 3
+    assert not any(doctor.CONTESTANTS[who]["bf16"] for who in found["tower"])
+    rows = dict(row[:2] for row in doctor.rows(found))
+    assert rows["products in bf16"] == "not measured: this processor does not multiply bf16"
+    fake(torch.bfloat16)
+    found = doctor.measure()
+    assert list(found["tower"]) == list(doctor.CONTESTANTS)
+    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.rows(found)
+
+
+@pytest.mark.parametrize("limit", ["LIMIT", "BUDGET", "until"])
+def test_what_takes_too_long_is_named_and_the_rest_is_measured(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    fake(torch.float32, "hangs")
+    if limit != "until":
+        monkeypatch.setattr(doctor, limit, 5.0)
+    began = time.monotonic()
+    found = doctor.measure(until=began + 5 if limit == "until" else math.inf)
+    assert time.monotonic() - began < 40
+    first, second, third = found["tower"].values()
+    assert "not measured: stopped after" in second["failed"]
+    if limit == "LIMIT":
+        assert first["rate"] == third["rate"] == 4 * found["batch"]
+        assert dict(row[:2] for row in doctor.rows(found))["channels_last"] == second["failed"]
+
+
+def test_ceilings_that_take_too_long_are_named(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(torch.float32)
+    monkeypatch.setattr(doctor, "LIMIT", 0.0)
+    found = doctor.measure()
+    assert doctor.rows(found)[0][:2] == ("products and copies", found["ceilings"]["failed"])
+    assert "stopped after" in found["ceilings"]["failed"] and found["batch"] == 4
+
+
+def test_a_slow_processor_gets_a_small_batch() -> None:
+    assert [doctor.batch_for(rate) for rate in (0, 40e9, 200e9, 350e9, 5e12)] == [4, 4, 8, 16, 32]
+
+
 @pytest.mark.slow
 def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::4]}
+    few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::5]}
     assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]
     monkeypatch.setattr(doctor, "CONTESTANTS", few)
     found = doctor.measure(quick=True)

@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "draws", "files", "limits", "modes", "machine", "process", "pixels", "budget"}
+FREE = {"errors", "budget", "children", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
 GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
@@ -40,7 +40,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "evaluate": {"ranks", "products", "batch", "views"},
     "papers": {"api", "config", "parts", "train", "evaluate", "inspect", "environment", "signals"},
     "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "log", "describe"}
-    | {"doctor", "quickstart", "papers"},
+    | {"doctor", "quickstart", "papers", "signals"},
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""

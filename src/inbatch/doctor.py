@@ -1,10 +1,11 @@
 """What this machine can do, what of it is in use, and what that gains (`inbatch doctor`)."""
 
+import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from inbatch.build import device_for, precision_for
 from inbatch.data import cache
 from inbatch.data.jpeg import fast_jpeg
 from inbatch.environment import environment
+from inbatch.errors import InbatchError
 from inbatch.limits import affine, cores, launched, limited_bytes
 from inbatch.machine import free_bytes
 from inbatch.products import onednn
@@ -32,6 +34,18 @@ _LARGE = 96
 """Side in pixels from which on views without numba take a share of a step that is seen."""
 _BUSY = 0.5
 """Cores that others keep busy from which on a step with all cores waits for them."""
+
+BUDGET = 40.0
+"""Seconds that `measure` takes at most."""
+ANSWER = 52.0
+"""Seconds after the start of the program when `inbatch doctor` stops to measure: it answers within 60."""
+LIMIT = 15.0
+"""Seconds that the products and copies, or one answer of a contestant, may take."""
+_BATCHES = (32, 16, 8, 4)
+_STEP = 0.7
+"""Seconds that a step should take at half of the processor's fastest products; smaller batches are taken for it."""
+_VIEW = 3.33e9
+"""Operations of a ResNet-18 on a view of 32 pixels, forward and backward, as torch counts them."""
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
@@ -76,40 +90,44 @@ def advice(device: torch.device, largest: int, workers: int) -> str:
     return f"Could be faster: {'; '.join(wanted)} (inbatch doctor tells more)." if wanted else ""
 
 
-def measure(quick: bool = False) -> dict[str, Any]:
-    """What the processor reaches, and an encoder's steps with and without settings, in processes that take turns.
+def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
+    """Measure what the processor reaches, and an encoder's steps by setting, in processes that take turns.
 
-    ceilings: products in float32 and bf16 (operations a second) and copies (bytes a second). tower: views a second of
-    a ResNet-18 on 32 pixels, forward and backward, by setting. Takes half a minute.
+    What has no result when the time is over has the key "failed" with the reason. bf16 is left out if the processor
+    does not multiply it: emulated, it takes minutes.
+
+    Args:
+        quick: fewer and smaller measurements.
+        until: when it must be over, by `time.monotonic`; it takes `BUDGET` seconds at most anyway.
+
+    Returns:
+        ceilings: products in float32 and bf16 (operations a second; None for bf16 that is left out) and copies (bytes a
+            second). batch: images of a step, fewer on slow processors. tower: views a second of a ResNet-18 on 32
+            pixels, forward and backward, by setting.
     """
     from inbatch.bench.measure import ceilings
     from inbatch.bench.runner import Contestant, Race
 
-    reached = ceilings("cpu", torch.get_num_threads(), quick)
-    job = {"device": "cpu", "threads": torch.get_num_threads(), "quick": quick, "seconds": 0.1 if quick else 1.0}
-    mine = job | {"module": "inbatch.doctor", "make": "tower", "batch": 4 if quick else 32}
-    field = [Contestant(who, mine | chosen) for who, chosen in CONTESTANTS.items()]
+    began, threads, reached = time.monotonic(), torch.get_num_threads(), dict[str, Any]()
+    until = min(began + BUDGET, until)
+    try:
+        reached = ceilings("cpu", threads, quick, each=2.0, limit=min(LIMIT, until - began))
+    except InbatchError as error:
+        reached = {"failed": str(error)}
+    batch = _BATCHES[-1] if quick else batch_for(reached.get("float32", 0))
+    job = {"device": "cpu", "threads": threads, "quick": quick, "seconds": 0.1 if quick else 1.0}
+    mine = job | {"module": "inbatch.bench.tower", "make": "tower", "batch": batch, "waits": True}
+    bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
+    chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
+    field = [Contestant(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
     race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
-    return {"environment": environment(torch.device("cpu")), "ceilings": reached, "tower": race["contestants"]}
+    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "batch": batch}
+    return found | {"tower": race["contestants"]}
 
 
-def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
-    """In the process of a contestant: a step of an encoder without its optimiser; units are views."""
-    from inbatch.encoders import create_encoder
-
-    layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
-    encoder = create_encoder("resnet18", size=32, channels=3).to(memory_format=layout)
-    images = [torch.randn(job["batch"], 3, 32, 32).contiguous(memory_format=layout) for _ in range(2)]
-
-    def step() -> int:
-        encoder.zero_grad(set_to_none=True)
-        for view in images:
-            with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
-                made = encoder(view)
-            made.float().square().mean().backward()
-        return 2 * job["batch"]
-
-    return step, {}
+def batch_for(rate: float) -> int:
+    """How many images a step of `tower` takes, two views of each, if products reach so many operations a second."""
+    return next((n for n in _BATCHES if 2 * n * _VIEW <= _STEP * rate / 2), _BATCHES[-1])
 
 
 def others_busy(seconds: float = 0.1) -> float | None:
@@ -242,11 +260,7 @@ def _version(name: str) -> str:
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What `measure` found, in words: what, how fast, how many times as fast as torch ships it."""
     reached = found["ceilings"]
-    lines = [
-        ("products in float32", f"{reached['float32'] / 1e9:,.0f} GFLOP/s", ""),
-        ("products in bf16", f"{reached['bf16'] / 1e9:,.0f} GFLOP/s", f"{reached['bf16'] / reached['float32']:.2f}"),
-        ("copies of memory", f"{reached['copy'] / 1e9:,.0f} GB/s", ""),
-    ]
+    lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
     base = next(iter(found["tower"].values())).get("rate")
     for who, row in found["tower"].items():
         if "rate" not in row or base is None:
@@ -254,3 +268,15 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         else:
             lines.append((f"ResNet-18, {who}", f"{row['rate']:,.0f} views/s", f"{row['rate'] / base:.2f}"))
     return lines
+
+
+def _reached(float32: float, bf16: float | None, copy: float, **more: Any) -> list[tuple[str, str, str]]:
+    """The rows of ceilings."""
+    half = ("not measured: this processor does not multiply bf16", "")
+    if bf16 is not None:
+        half = (f"{bf16 / 1e9:,.0f} GFLOP/s", f"{bf16 / float32:.2f}")
+    return [
+        ("products in float32", f"{float32 / 1e9:,.0f} GFLOP/s", ""),
+        ("products in bf16", *half),
+        ("copies of memory", f"{copy / 1e9:,.0f} GB/s", ""),
+    ]

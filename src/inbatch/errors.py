@@ -28,7 +28,7 @@ class TrainingError(InbatchError):
 
 
 class Preempted(InbatchError):
-    """The run was asked to stop (SIGTERM, SIGUSR1), saved a checkpoint and can be resumed."""
+    """The run was asked to stop (SIGTERM, SIGUSR1, SIGHUP), saved a checkpoint and can be resumed."""
 
     exit_code = 75
 

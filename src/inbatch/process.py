@@ -15,6 +15,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _PAD = 2**28
 """Bytes asked of the system at a time."""
 
+started = time.monotonic()
+"""When this module was loaded: by the program, as one of its first."""
 tuned = False
 """Whether this process has been set up."""
 keeps_memory = False

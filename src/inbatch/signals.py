@@ -3,11 +3,20 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-# SIGUSR1 is SLURM's warning before the time limit; Windows has none.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+# SIGUSR1 is SLURM's warning before the time limit, SIGHUP a terminal or connection that is gone; Windows has neither.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_HANGUP = getattr(signal, "SIGHUP", None)
+
+
+class Ended(SystemExit):
+    """A signal asks this process to end. The exit code is 128 + its number, as a shell has it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
 
 
 class Stop:
@@ -29,7 +38,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Collect SIGTERM, SIGUSR1 and SIGINT in a flag; afterwards the old handlers are back.
+    """Collect SIGTERM, SIGUSR1, SIGINT and SIGHUP in a flag; afterwards the old handlers are back.
 
     A third Ctrl-C ends the process at once. Outside the main thread, where Python allows no handlers, the flag
     is never set.
@@ -41,7 +50,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextmanager
 def end_on_signals(error: Callable[[int], BaseException]) -> Iterator[None]:
-    """Raise `error(number)` where SIGTERM, SIGUSR1 or SIGINT comes: for work that may be dropped and done again."""
+    """Raise `error(number)` if one of SIGNALS comes: for work that may be dropped and done again."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise error(number)
@@ -50,12 +59,19 @@ def end_on_signals(error: Callable[[int], BaseException]) -> Iterator[None]:
         yield
 
 
+def ending() -> AbstractContextManager[None]:
+    """Raise `Ended`, or KeyboardInterrupt for SIGINT, if one of SIGNALS comes, so that children end."""
+    return end_on_signals(lambda number: KeyboardInterrupt() if number == signal.SIGINT else Ended(number))
+
+
 @contextmanager
 def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, handle) for number in SIGNALS}
+    # nohup ignores SIGHUP so that the program outlives its terminal.
+    wanted = [number for number in SIGNALS if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+    old = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """What a machine can do: products of matrices and copies of memory, as fast as torch makes them."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,20 +15,27 @@ SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 4096), (4096, 4096
 """Products (n, k) by (k, m); the fastest is the ceiling."""
 LARGE = ((8192, 8192, 8192), (16384, 2048, 16384))
 """Those that fill a GPU."""
+_CALLS = 4
+"""Calls that are made at least, the first of them to warm up."""
 ERROR = 1e-5
 """Float32 that is farther from float64, of the largest entry, is none."""
 
 
 def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
-    """Told are float32 and bf16 in operations a second, copy in bytes read and written a second."""
+    """Told are float32 and bf16 in operations a second, copy in bytes read and written a second.
+
+    bf16 is None if the job says that the hardware has none.
+    """
     device, patience = torch.device(job["device"]), 0.02 if job["quick"] else 0.3
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = LARGE if device.type == "cuda" else SHAPES[:1] if job["quick"] else SHAPES
-    plain = products(device, torch.float32, shapes, patience)
-    told = {"float32_plain": plain, "bf16": products(device, torch.bfloat16, shapes, patience)}
+    each = job["each"]
+    plain = products(device, torch.float32, shapes, patience, each)
+    half = products(device, torch.bfloat16, shapes, patience, each) if job["bf16"] else None
+    told: dict[str, Any] = {"float32_plain": plain, "bf16": half}
     if device.type == "cpu":
         with fast_products():  # oneDNN's where it is the faster one, and true
-            told["float32_onednn"] = products(device, torch.float32, shapes, patience)
+            told["float32_onednn"] = products(device, torch.float32, shapes, patience, each)
     told["float32"] = max(plain, told.get("float32_onednn", 0))
     source = torch.ones((1 if job["quick"] else 16) * 2**20 * (16 if device.type == "cuda" else 4), device=device)
     into = torch.empty_like(source)
@@ -36,10 +44,15 @@ def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     return (lambda: 1), told
 
 
-def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: float) -> float:
-    """The highest rate over the shapes, in operations a second; 0 where float32 is none."""
-    best = 0.0
+def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: float, each: float = math.inf) -> float:
+    """The highest rate over the shapes, in operations a second; 0 where float32 is none.
+
+    each: seconds; shapes that would end later, by the rate so far, are left out.
+    """
+    best, until = 0.0, time.perf_counter() + each
     for n, k, m in shapes:
+        if best and time.perf_counter() + _CALLS * 2 * n * k * m / best > until:
+            continue
         a, b = (torch.randn(*size, device=device).to(kind) for size in ((n, k), (k, m)))
         out = torch.empty(n, m, device=device, dtype=kind)
         seconds = fastest(partial(torch.mm, a, b, out=out), device, patience)
@@ -65,6 +78,6 @@ def fastest(call: Callable[[], Any], device: torch.device, patience: float) -> f
 
     timed()
     spent: list[float] = []
-    while len(spent) < 3 or sum(spent) < patience:
+    while len(spent) < _CALLS - 1 or sum(spent) < patience:
         spent.append(timed())
     return min(spent)

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
 Work = tuple[Callable[[], int], dict[str, Any]]
 """One call, and what is told about it."""
 BRIEF = 0.1
@@ -34,6 +35,8 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
 
     torch.set_num_threads(job["threads"])
     call, told = getattr(importlib.import_module(job["module"]), job["make"])(job)
+    if job.get("waits"):  # others import at the same time
+        sys.stdin.readline()
     asynchronous = job["device"].startswith("cuda")
 
     def timed(count: int) -> tuple[float, int]:
@@ -76,24 +79,25 @@ def signal_workers(name: str) -> None:
                 os.kill(child.pid or 0, getattr(signal, name))
 
 
-def beside(name: str) -> None:
+def beside(name: str, folder: Path = HERE) -> Any:
     """Load a file beside this one under its bare name, whatever else is called so: a peer's Python has no inbatch."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec and spec.loader
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
 
 
 def main(job: dict[str, Any]) -> None:
     """Every answer is a line of JSON on the first stdout, whatever libraries print."""
+    beside("children", HERE.parent).end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def tell(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
-    here = Path(__file__).resolve().parent
-    sys.path = [p for p in sys.path if Path(p).resolve() != here]
+    sys.path = [p for p in sys.path if Path(p).resolve() != HERE]
     if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
         return tell({"failed": "not installed"})
     try:

@@ -1,18 +1,22 @@
 """Section by section: ceilings, contestants in turns, and what was found as a value."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inbatch.bench.options import Options
 from inbatch.bench.runner import Contestant
 from inbatch.bench.sections import MAKERS, Field
-from inbatch.build import device_for
+from inbatch.build import device_for, precision_for
 from inbatch.environment import environment
 from inbatch.errors import InbatchError
 from inbatch.files import check_writable, write_json
+from inbatch.signals import ending
 
 
 def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
@@ -47,14 +51,34 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     return found
 
 
-def ceilings(device: str, threads: int, quick: bool) -> dict[str, Any]:
-    """What the machine can do with so many threads, by a process of its own."""
-    job = {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01, "quick": quick}
-    one = Contestant("ceiling", job | {"device": device, "threads": threads})
-    try:
-        one.meet()
-    finally:
-        row = one.end()
+def ceilings(
+    device: str, threads: int, quick: bool, *, each: float = math.inf, limit: float = math.inf
+) -> dict[str, Any]:
+    """What the machine can do with so many threads, by a process of its own.
+
+    The ceiling of bf16 is None if the hardware does not multiply bf16: emulated, it takes minutes.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: threads of torch.
+        quick: small products only.
+        each: seconds after which no larger products of a kind are tried.
+        limit: seconds that all of it may take.
+
+    Raises:
+        InbatchError: the process failed or exceeded the limit.
+    """
+    job = {"module": "inbatch.bench.ceiling", "make": "ceilings", "seconds": 0.01, "quick": quick, "each": each}
+    bf16 = precision_for("auto", torch.device(device)) == torch.bfloat16
+    one = Contestant("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
+    with ending():
+        try:
+            one.meet()
+        except BaseException:
+            one.kill()
+            raise
+        finally:
+            row = one.end()
     if "failed" in row:
-        raise InbatchError(f"the machine's ceiling cannot be measured: {row['failed']}")
+        raise InbatchError(f"the machine's ceiling: {row['failed']}")
     return {key: value for key, value in row.items() if key not in ("rounds", "first_seconds", "calls", "versions")}

@@ -22,6 +22,13 @@ def plain() -> Any:
     return importlib.import_module("plain")
 
 
+def follow(worker: int) -> None:
+    """A data worker ends with its contestant."""
+    import importlib
+
+    importlib.import_module("children").follow(worker)
+
+
 def lightly_transform(size: int) -> Any:
     """The one of its CIFAR-10 benchmark, which blurs nothing; for photographs its default."""
     from lightly.transforms import SimCLRTransform
@@ -92,7 +99,7 @@ def loader(job: dict[str, Any]) -> Any:
     cuda = job["device"].startswith("cuda")
     return torch.utils.data.DataLoader(
         data, job["batch"], shuffle=True, drop_last=True, num_workers=job["workers"],
-        pin_memory=cuda, persistent_workers=job["workers"] > 0,
+        pin_memory=cuda, persistent_workers=job["workers"] > 0, worker_init_fn=follow,
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Contestants take turns, each a process of its own, so that what changes with time hits all alike."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from inbatch import errors
+from inbatch import children, errors
+from inbatch.signals import ending
 
 SCRIPT = Path(__file__).with_name("contest.py")
 OURS = "inbatch"
@@ -25,26 +28,39 @@ class Contestant:
     """A process that works when it is told to, as seen from the one that tells it.
 
     job: what `contest.py` gets. python: whose libraries it imports. peer: whether it may be missing.
+    limit: seconds that an answer may take. until: when all must be over, by `time.monotonic`. A process that exceeds
+        either is killed; rounds that it has done count.
     """
 
     who: str
     job: Mapping[str, Any]
     python: str = sys.executable
     peer: bool = False
+    limit: float = math.inf
+    until: float = math.inf
     row: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
+    late: bool = False
     process: subprocess.Popen[str] | None = None
 
-    def meet(self) -> None:
-        """Start it, and wait until it is warm or could not be. Raises what our own settings or data are guilty of."""
+    def start(self) -> None:
+        """Start the process; it imports and warms up."""
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         # Nobody's figures hang on what an earlier run has left in a cache of decoded images.
         env = os.environ | {"INBATCH_CACHE": "off"} | threads
+        self.began = time.monotonic()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
-        self.process = subprocess.Popen(
-            [self.python, str(SCRIPT), json.dumps(dict(self.job) | {"began": time.time()})], text=True, env=env,
+        self.process = children.start(
+            [self.python, str(SCRIPT), json.dumps(dict(self.job) | {"began": time.time()})], env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
+
+    def meet(self) -> None:
+        """Start it, and wait until it is warm or could not be. Raises what our own settings or data are guilty of."""
+        if self.process is None:
+            self.start()
+        if self.job.get("waits"):
+            self._say_go()
         self.row = self._answer()
         kind = {"ConfigError": errors.ConfigError, "DataError": errors.DataError}.get(self.row.get("kind", ""))
         if kind is not None and not self.peer:
@@ -52,29 +68,51 @@ class Contestant:
 
     def go(self) -> None:
         """One round."""
-        if "failed" in self.row or self.process is None:
+        if "failed" in self.row or self.process is None or self.late or time.monotonic() > self.until:
             return
-        assert self.process.stdin
-        with suppress(BrokenPipeError):
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
+        self._say_go()
         answer = self._answer()
         if "failed" in answer:
-            self.row = answer
+            self.row |= {} if self.late and self.rates else answer
         else:
             self.rates.append(answer["units"] / answer["seconds"])
 
+    def _say_go(self) -> None:
+        assert self.process and self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
     def _answer(self) -> dict[str, Any]:
         assert self.process and self.process.stdout
-        if line := self.process.stdout.readline():
+        allowed = min(self.limit, self.until - time.monotonic(), threading.TIMEOUT_MAX)
+        timer = threading.Timer(max(0.0, allowed), self._stop)
+        timer.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
         code = self.process.wait()
+        if self.late:
+            return {"failed": f"not measured: stopped after {time.monotonic() - self.began:.0f} s"}
         if code == -9:  # the system's own limit
             return {"failed": "out of memory"}
         self.errors.seek(0)
         said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
         return {"failed": said[-1]}
+
+    def _stop(self) -> None:
+        """Kill a process that is late, in a thread beside the one that waits."""
+        self.late = True
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self.process is not None:
+            self.process.kill()
 
     def end(self) -> dict[str, Any]:
         """Let the process end; what was found."""
@@ -114,14 +152,22 @@ class Race:
         show_missing: also name libraries that are not installed.
         """
         found: dict[str, Any] = {}
-        try:
-            for one in self.contestants:  # one after another: a warm-up is no other's disturbance
-                one.meet()
-            for number in range(rounds):
-                for one in self.contestants[:: 1 if number % 2 == 0 else -1]:
-                    one.go()
-        finally:
-            rows = {one.who: one.end() for one in self.contestants}
+        with ending():
+            try:
+                for one in self.contestants:
+                    if one.job.get("waits"):  # all import at once
+                        one.start()
+                for one in self.contestants:  # one after another: a warm-up is no other's disturbance
+                    one.meet()
+                for number in range(rounds):
+                    for one in self.contestants[:: 1 if number % 2 == 0 else -1]:
+                        one.go()
+            except BaseException:  # a signal, too: they would end their work first
+                for one in self.contestants:
+                    one.kill()
+                raise
+            finally:
+                rows = {one.who: one.end() for one in self.contestants}
         for who, row in rows.items():
             if show_missing or not row.get("failed", "").startswith("not installed"):
                 found[who] = row | shared(row, ceilings)

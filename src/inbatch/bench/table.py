@@ -55,7 +55,8 @@ def machine(found: Mapping[str, Any]) -> str:
     where = env["device"] if env["device"] != "cpu" else f"{env['processor']}, {env['cores']} cores"
     told = [f"{where}, torch {env['versions']['torch']}"]
     for threads, ceiling in found["ceilings"].items():
-        rates = f"{ceiling['float32'] / 1e9:,.0f} GFLOP/s in float32, {ceiling['bf16'] / 1e9:,.0f} in bf16"
+        half = f", {ceiling['bf16'] / 1e9:,.0f} in bf16" if ceiling["bf16"] else ", no bf16"
+        rates = f"{ceiling['float32'] / 1e9:,.0f} GFLOP/s in float32{half}"
         told.append(f"{threads} thread{'s' * (threads != '1')}: {rates}, copies {ceiling['copy'] / 1e9:,.0f} GB/s")
     return "; ".join(told)
 

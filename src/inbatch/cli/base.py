@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch import process
+from inbatch import children, process
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.show import complain, first, print_json, say
+from inbatch.signals import Ended
 
 app = typer.Typer(
     name="inbatch",
@@ -32,6 +34,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The program `inbatch`."""
+    children.end_with_parent()  # if another command of ours started this one
     process.program_begins()
     process.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
@@ -110,6 +113,9 @@ def reported(as_json: bool) -> Iterator[None]:
         yield
         return
     except KeyboardInterrupt:
+        several = False
+    except Ended as error:
+        message, code = f"stopped by {signal.Signals(error.number).name}", 128 + error.number
         several = False
     except InbatchError as error:
         message, code = str(error), error.exit_code

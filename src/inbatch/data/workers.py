@@ -1,7 +1,6 @@
 """In the processes that decode streamed images: what stands at the places of an epoch, cropped or whole."""
 
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from inbatch import draws
+from inbatch import children, draws
 from inbatch.data.resident import stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError, InbatchError
@@ -196,7 +195,7 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        worker_init_fn=_deaf,
+        worker_init_fn=children.begin_worker,
         persistent_workers=workers > 0,
         timeout=_PATIENCE if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
@@ -205,17 +204,5 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
 
 
 def end_workers(stream: DataLoader[Any]) -> None:
-    """Tell the processes of a stream to end, and wait for it: they are deaf to signals, an exit would wait forever."""
-    made: Any = stream._iterator
-    if made is not None:
-        made._shutdown_workers()
-        for worker in made._workers:  # when the interpreter ends, torch leaves them to multiprocessing's SIGTERM
-            if worker.is_alive():
-                worker.kill()
-
-
-def _deaf(worker: int) -> None:
-    """A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """End the processes of a stream, and wait for them."""
+    children.end_workers(stream._iterator)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from inbatch import children
 from inbatch.errors import DataError
 from inbatch.evaluate.embeddings import Embeddings
 from inbatch.limits import cores
@@ -140,8 +141,10 @@ def _stream(
     n = len(source)
     ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     chunks = _Chunks(source, prepare)
-    loader: DataLoader = DataLoader(chunks, sampler=ranges, batch_size=None, num_workers=workers)
-    for at, (images, bad) in zip(ranges, loader, strict=True):
+    loader: DataLoader = DataLoader(
+        chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=children.begin_worker
+    )  # fmt: skip
+    for at, (images, bad) in zip(ranges, children.batches(loader), strict=True):
         if bad and missing is None:
             raise DataError(next(iter(bad.values())))
         if missing is not None:

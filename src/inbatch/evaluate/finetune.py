@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from inbatch import children
 from inbatch.batch import Batch
 from inbatch.draws import fold, permutation
 from inbatch.errors import ConfigError, DataError, TrainingError
@@ -141,10 +142,12 @@ def _train(
     order = (
         (epoch, some) for epoch in range(epochs) for some in permutation(seed, epoch, len(held)).tensor_split(parts)
     )
-    loader: DataLoader = DataLoader(_Canvases(held), sampler=order, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(
+        _Canvases(held), sampler=order, batch_size=None, num_workers=workers, worker_init_fn=children.begin_worker  # type: ignore[arg-type]
+    )  # fmt: skip
     tuned.train()
     loss = torch.zeros(())
-    for step, (epoch, index, images, size) in enumerate(loader):
+    for step, (epoch, index, images, size) in enumerate(children.batches(loader)):
         if len(index) < 2:  # norm layers would have nothing to go by
             continue
         label = held.labels[index]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from inbatch import children
 from inbatch.config import make, read_settings
 from inbatch.environment import environment
 from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
@@ -198,8 +199,8 @@ class Runner:
         threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, cores() // (self.jobs or 1)))}
         words = [sys.executable, "-m", "inbatch", *words, "--json", "--device", self.device]
         with open(log, "a", encoding="utf-8") as file:
-            child = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=file, text=True, env=threads | os.environ,
+            child = children.start(
+                words, stdout=subprocess.PIPE, stderr=file, env=threads | os.environ,
                 start_new_session=True,  # a Ctrl-C is ours to pass on
             )  # fmt: skip
             self._children[cell.stem] = child
