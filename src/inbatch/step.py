@@ -49,6 +49,7 @@ class Step:
         view; where there is no momentum tower, those of every view but the first.
     products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
     variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
+    commit: called before anything but buffers of the towers and the curator changes; the step is then finished.
     """
 
     method: Method
@@ -67,11 +68,11 @@ class Step:
     shuffle: bool = False
     products: tiled.Products = "float32"
     variance: float = 0.0
+    commit: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = self.progress(step)
-        self.schedule(self.optimizer, step)
         curated: dict[str, float] = {}
         if self.curator is not None:
             batch, curated = self.curator(batch, ranks.gather, ranks.rank() * len(batch))
@@ -101,6 +102,8 @@ class Step:
         norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise NotFinite(step, batch, losses, norm)
+        self.commit()
+        self.schedule(self.optimizer, step)
         self.optimizer.step()
         self.method.on_weights(self.tower.heads)
 

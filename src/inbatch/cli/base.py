@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch import process
+from inbatch import process, signals
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.show import complain, first, print_json, say
 
@@ -36,7 +36,16 @@ def main() -> None:
     process.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
     with lasting_streams():
-        app()
+        with signals.answered_in_time(_tell) as stop:
+            try:
+                stop.release()
+                app()
+            except (SystemExit, signals.StopRequested) as end:  # click makes an exit of one outside of a command
+                if stop.requested is None or signals.watchdog.told or getattr(end, "code", 1) == 0:
+                    raise
+                error = signals.without_result(stop.requested)
+                _tell(error)
+                sys.exit(error.exit_code)
 
 
 @contextmanager
@@ -106,9 +115,13 @@ def program(
 def reported(as_json: bool) -> Iterator[None]:
     """Errors for people: a sentence on stderr, with --json an object on stdout too, and the exit code of their kind."""
     message, code = "interrupted", Interrupted.exit_code
+    _told_as[0] = as_json
     try:
         yield
         return
+    except signals.StopRequested as request:
+        error = signals.without_result(request.number)
+        message, code, several = str(error), error.exit_code, False
     except KeyboardInterrupt:
         several = False
     except InbatchError as error:
@@ -121,11 +134,24 @@ def reported(as_json: bool) -> Iterator[None]:
             raise
         message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
         several = True
+    signals.watchdog.told = True
     if first() or several:
         complain(message)
     if as_json:
         print_json({"error": message, "exit_code": code})
     raise typer.Exit(code)
+
+
+_told_as = [False]
+"""Whether the command prints its errors as JSON, too."""
+
+
+def _tell(error: InbatchError) -> None:
+    """Print the error of a process that cannot return from its command."""
+    if first():
+        complain(str(error))
+    if _told_as[0]:
+        print_json({"error": str(error), "exit_code": error.exit_code})
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

@@ -216,6 +216,6 @@ def end_workers(stream: DataLoader[Any]) -> None:
 
 def _deaf(worker: int) -> None:
     """A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
