@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from runs import assert_same_state, saved, stop_after, tiny
 from torch import nn
 
-import inbatch
 from inbatch import api, checkpoint, looks, signals, stopping
 from inbatch.build import Built
-from inbatch.errors import InbatchError, Interrupted, Preempted
+from inbatch.data import open_data, write_folder
+from inbatch.errors import Interrupted, Preempted
 from inbatch.methods.pcl import PCL
-from inbatch.signals import Stop, StopRequested, stop_on_signals
+from inbatch.signals import StopRequested, stop_on_signals
 
 FUSED: dict[str, Any] = {"fuse": "conv", "settings": {"curate.name": "redraw"}}
 """Epoch 1 is curated; its first step makes the curator's network again."""
@@ -67,9 +66,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logged(out: Path) -> list[dict[str, float]]:
-    """The log without its timings."""
+    """What evaluations and surveys logged; which steps are logged depends on the time, too, but each is once."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    steps = [line["step"] for line in lines if "lr" in line]
+    assert steps == sorted(set(steps))
+    return [line for line in lines if "lr" not in line]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,9 @@ def logged(out: Path) -> list[dict[str, float]]:
     ids=str,
 )
 def test_a_lost_step_leaves_the_state_of_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, context: int | None, place: str, fields: dict[str, Any]
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, context: int | None, place: str,
+    fields: dict[str, Any],
+) -> None:  # fmt: skip
     options = {"context": context, "checkpoint_every": 2} | fields
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -101,7 +103,7 @@ def test_a_lost_step_leaves_the_state_of_the_one_before(
 
     # Again in the first step of an epoch, where the curator's network and a method's memory have just changed.
     with monkeypatch.context() as patch:
-        in_step(patch, 5, "backward" if place == "backward" else place, signal.SIGINT)
+        in_step(patch, 5, place, signal.SIGINT)
         with pytest.raises(Interrupted, match=r"during step 6 of 10"):
             tiny(method, tmp_path / "in", resume=True, **options)
     tiny(method, tmp_path / "in", resume=True, **options)
@@ -222,32 +224,30 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 # Real processes.
 
-STUCK = """
-import hashlib, os, signal, sys
+IN_STEP = """
+import hashlib, sys
 from inbatch import api
 from inbatch.cli import main
 
-def stuck(*_):
-    "One call of a library that cannot be interrupted, of more than a minute."
+def stuck(gradient):
+    "One call of a library, of many minutes."
     print("stuck", file=sys.stderr, flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 
-"""
-
-IN_STEP = STUCK + """
-real = api.build
 def build(*args, **options):
     built = real(*args, **options)
-    seen = []
+    now, make = [-1], type(built.step).__call__
     def hook(module, given, made):
-        if made.requires_grad:
-            seen.append(1)
-            if len(seen) == 8:
-                made.register_hook(stuck)
-    list(built.tower.encoder.modules())[-1].register_forward_hook(lambda m, x, y: hook(m, x, y))
+        if made.requires_grad and now[0] == 3:
+            made.register_hook(stuck)
+    def call(self, batch, step):
+        now[0] = step
+        return make(self, batch, step)
+    type(built.step).__call__ = call
+    list(built.tower.encoder.modules())[-1].register_forward_hook(hook)
     return built
-api.build = build
-sys.argv = ["inbatch", *sys.argv[1:]]
+
+real, api.build = api.build, build
 main()
 """
 
@@ -272,19 +272,121 @@ def stopped_in(script: str, words: list[str], number: int, until: str) -> tuple[
     return child.returncode, out, before + err, time.monotonic() - began
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: int, code: int) -> None:
-    fields = {"--subset": 200, "--batch": 40, "--epochs": 2}
-    words = ["pretrain", "--data", "digits-canvas", "--out", str(tmp_path / "run"), "--json", "--quiet"]
-    words += ["--epochs", "2", "--batch", "40", "--set", "subset=200", "--set", "method.out=8"]
-    words += ["--set", "evaluate_every=2"]
-    del fields
-    ended, out, err, seconds = stopped_in(IN_STEP, words, number, "stuck")
-    assert ended == code, err
-    assert f"stopped by {signal.Signals(number).name} during step 4 of 10, which is lost" in err
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+SMALL = ["--data", "digits-canvas", "--encoder", "tiny", "--batch", "40", "--epochs", "2", "--quiet"]
+SMALL += ["--set", "subset=200", "--set", "method.out=8", "--set", "evaluate_every=2"]
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Signals) -> None:
+    words = ["pretrain", "--out", str(tmp_path / "run"), "--json", *SMALL]
+    code, out, err, seconds = stopped_in(IN_STEP, words, number, "stuck")
+    assert code == CODES[number], err
+    assert f"stopped by {number.name} during step 4 of 10, which is lost" in err and "Traceback" not in err
     assert json.loads(out)["exit_code"] == code
     assert seconds < 30
     found = checkpoint.load(tmp_path / "run" / "checkpoints")
     assert found.step == 3 and found.note is None
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert status["status"] == ("interrupted" if number == signal.SIGINT else "preempted") and status["last_step"] == 3
+
+
+AGAIN_AND_AGAIN = """
+import importlib, sys
+from inbatch.cli import main
+
+def endless(*args, **options):
+    print("busy", file=sys.stderr, flush=True)
+    while True:
+        real(*args, **options)
+
+place, name = sys.argv.pop(1).split(":")
+place = importlib.import_module(place)
+real = getattr(place, name)
+setattr(place, name, endless)
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    tiny("simclr", out, epochs=1)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    ("words", "phase"),
+    [
+        (["pretrain", *SMALL], "inbatch.api:plan"),
+        (["pretrain", *SMALL], "inbatch.data.loader:hold"),
+        (["pretrain", "--context", "auto", *SMALL], "inbatch.fit:_dry_step"),
+        (["pretrain", *SMALL], "inbatch.train:step_seconds"),
+        (["pretrain", *SMALL], "inbatch.train:chosen"),
+        (["pretrain", *SMALL], "inbatch.looks:knn"),
+        (["pretrain", *SMALL], "inbatch.train:evaluation"),
+        (["evaluate", "RUN"], "inbatch.runs:evaluate"),
+        (["embed", "RUN", "digits-canvas", "-o", "features.npz"], "inbatch.runs:write_embeddings"),
+        (["data", "digits-canvas"], "inbatch.survey.look:chunks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_every_long_phase_is_ended_by_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, words: list[str], phase: str,
+    number: signal.Signals,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = [str(finished) if word == "RUN" else word for word in words]
+    code, _, err, seconds = stopped_in(AGAIN_AND_AGAIN, [phase, *words], number, "busy")
+    assert code == CODES[number], err
+    assert f"error: stopped by {number.name} " in err and "Traceback" not in err
+    assert seconds < 30
+    for status in tmp_path.glob("runs/*/run.json"):
+        assert json.loads(status.read_text())["status"] in ("interrupted", "preempted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_decoding_in_threads_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    """Also where every thread is inside one image, and a pool waits for its threads."""
+    images = write_folder(open_data("digits-canvas-colour", subset=400), tmp_path / "images")
+    slow = """
+import sys, time
+from inbatch.cli import main
+from inbatch.data import resident
+def decode(*args):
+    print("busy", file=sys.stderr, flush=True)
+    time.sleep(60)
+resident._decode = decode
+main()
+"""
+    words = ["pretrain", *SMALL, "--data", str(images), "--out", str(tmp_path / "run")]
+    code, _, err, seconds = stopped_in(slow, words, number, "busy")
+    assert code == CODES[number] and "before there was a result" in err, err
+    assert seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_a_table_waits_for_its_runs(tmp_path: Path, number: signal.Signals) -> None:
+    words = ["table", "ba-ssl-3", "--scale", "smoke", "--on", "digits", "--seed", "0", "--jobs", "1"]
+    words += ["--work", str(tmp_path / "work")]
+    script = """
+import sys
+from inbatch.cli import main
+from inbatch.papers import run
+real = run.subprocess.Popen
+def started(*args, **options):
+    child = real(*args, **options)
+    print("busy", child.pid, file=sys.stderr, flush=True)
+    return child
+run.subprocess.Popen = started
+main()
+"""
+    code, _, err, seconds = stopped_in(script, words, number, "busy")
+    assert code == CODES[number] and f"stopped by {number.name} with 0 of" in err, err
+    assert seconds < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(err.split("busy ")[1].split()[0]), 0)

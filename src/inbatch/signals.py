@@ -16,9 +16,7 @@ from types import FrameType
 from inbatch.errors import InbatchError, Interrupted, Preempted
 
 # SIGUSR1 is SLURM's warning before the time limit, SIGHUP a terminal that was closed; Windows has neither.
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name)
-)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 GRACE = 3.0
 """Seconds after which a training step that was expected to end soon is lost."""
@@ -183,8 +181,8 @@ class Watchdog:
     def _end(self, number: int) -> None:
         try:
             error = self.answer(number)
-        except Exception as problem:  # the disk is full, for example
-            error = problem if isinstance(problem, InbatchError) else InbatchError(f"{type(problem).__name__}: {problem}")
+        except Exception as problem:  # the disk is full, for example; the process ends all the same
+            error = problem if isinstance(problem, InbatchError) else InbatchError(repr(problem))
         if not self.told:
             self.tell(error)
         workers = sys.modules.get("multiprocessing")  # not imported for this, least of all now

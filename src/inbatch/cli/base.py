@@ -22,7 +22,7 @@ app = typer.Typer(
     epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
     "  inbatch pretrain --help\n\n"
     "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
-    "75 stopped with a checkpoint, 130 Ctrl-C.",
+    "75 stopped by a signal, 130 by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,17 +35,16 @@ def main() -> None:
     process.program_begins()
     process.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
-    with lasting_streams():
-        with signals.answered_in_time(_tell) as stop:
-            try:
-                stop.release()
-                app()
-            except (SystemExit, signals.StopRequested) as end:  # click makes an exit of one outside of a command
-                if stop.requested is None or signals.watchdog.told or getattr(end, "code", 1) == 0:
-                    raise
-                error = signals.without_result(stop.requested)
-                _tell(error)
-                sys.exit(error.exit_code)
+    with lasting_streams(), signals.answered_in_time(_tell) as stop:
+        try:
+            stop.release()
+            app()
+        except (SystemExit, signals.StopRequested) as end:  # click makes an exit of one outside of a command
+            if stop.requested is None or signals.watchdog.told or getattr(end, "code", 1) == 0:
+                raise
+            error = signals.without_result(stop.requested)
+            _tell(error)
+            sys.exit(error.exit_code)
 
 
 @contextmanager
