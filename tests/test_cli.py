@@ -102,7 +102,7 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
 
 def test_the_overview_names_every_command_and_exit_code() -> None:
     shown = run("--help").stdout
-    assert all(command in shown for command in COMMANDS) and "75 stopped with a checkpoint" in shown
+    assert all(command in shown for command in COMMANDS) and "75 stopped by a signal" in shown
     assert run("--version").stdout.strip()
 
 

@@ -61,6 +61,7 @@ ABOVE |= {
     "report",
     "runs",
     "show",
+    "stopping",
     "survey",
     "",
 }

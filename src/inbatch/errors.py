@@ -28,13 +28,13 @@ class TrainingError(InbatchError):
 
 
 class Preempted(InbatchError):
-    """The run was asked to stop (SIGTERM, SIGUSR1, SIGHUP), saved a checkpoint and can be resumed."""
+    """Stopped by SIGTERM, SIGHUP or SIGUSR1; a run saved a checkpoint, if it had finished a step, and can be resumed."""
 
     exit_code = 75
 
 
 class Interrupted(InbatchError):
-    """Ctrl-C: saved a checkpoint and can be resumed."""
+    """Stopped by Ctrl-C; as Preempted."""
 
     exit_code = 130
 

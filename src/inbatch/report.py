@@ -4,6 +4,7 @@ import contextlib
 import math
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from inbatch.data import lost_workers
 from inbatch.errors import InbatchError, Interrupted, Preempted, RankError
 from inbatch.files import out_of_room, replacing, write_json
 from inbatch.log import Log
+from inbatch.signals import StopRequested
 
 
 def _zero() -> torch.Tensor:
@@ -36,6 +38,7 @@ class Progress:
     most: how different outputs have been at best. collapsed: what no longer is, in sentences.
     leak: how well an embedding told its context group at the last look.
     data: how many images it learns from, and the signature of their names and labels.
+    saved: `step` and `ended` of the last checkpoint on the disk.
     """
 
     step: int = 0
@@ -51,6 +54,7 @@ class Progress:
     leak: dict[str, float] = field(default_factory=dict)
     data: str = ""
     began: float = field(default_factory=time.perf_counter)
+    saved: tuple[int, int] = (0, 0)
 
     _KEPT = ("step", "ended", "best", "curve", "loss", "seconds", "images", "most", "collapsed", "leak", "data")
 
@@ -71,6 +75,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
+        self.saved = self.step, self.ended
 
 
 class Report:
@@ -94,12 +99,19 @@ class Report:
                 yield
         except InbatchError as error:
             self.main |= isinstance(error, RankError) and error.speaks
-            kinds = {Preempted: "preempted", Interrupted: "interrupted"}
-            self._ended(kinds.get(type(error), "failed"), str(error))
+            self.ended(error)
+            raise
+        except StopRequested as error:
+            self._ended("interrupted" if error.number == signal.SIGINT else "preempted", str(error))
             raise
         except BaseException as error:
             self._ended("crashed", f"{type(error).__name__}: {error}")
             raise
+
+    def ended(self, error: InbatchError) -> None:
+        """Write that the run ended by an error for people."""
+        kinds = {Preempted: "preempted", Interrupted: "interrupted"}
+        self._ended(kinds.get(type(error), "failed"), str(error))
 
     def _ended(self, status: str, reason: str) -> None:
         with contextlib.suppress(InbatchError):  # the reason itself matters more than that the disk is full

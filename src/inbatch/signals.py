@@ -1,80 +1,218 @@
-"""Being asked to stop: a signal sets a flag, and the training loop looks at it between two steps."""
+"""Signals that ask to stop: in work that may be lost they raise, in work that must be finished they set a flag.
 
+In the program `inbatch` a watchdog thread also ends the process if the main thread does not answer in time, because
+Python runs no signal handler while the main thread is inside one long call of a library.
+"""
+
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
-# SIGUSR1 is SLURM's warning before the time limit, SIGHUP a terminal or connection that is gone; Windows has neither.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
-_HANGUP = getattr(signal, "SIGHUP", None)
+from inbatch.errors import InbatchError, Interrupted, Preempted
+
+# SIGUSR1 is SLURM's warning before the time limit, SIGHUP a terminal that was closed; Windows has neither.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+
+GRACE = 3.0
+"""Seconds after which a training step that was expected to end soon is lost."""
+LIMIT = 5.0
+"""Seconds after which the watchdog answers; `docker stop` kills after 10, and a checkpoint must be written before."""
+
+finishing = threading.RLock()
+"""Held during work that must be finished before the process may end."""
 
 
-class Ended(SystemExit):
-    """A signal asks this process to end. The exit code is 128 + its number, as a shell has it."""
+class StopRequested(KeyboardInterrupt):
+    """Raised in the main thread by a signal, in work that may be lost; no `except Exception` catches it.
+
+    number: the signal.
+    """
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 
+def stopped(number: int, where: str) -> InbatchError:
+    """Return the error of a process that was stopped by a signal: Interrupted for Ctrl-C, else Preempted."""
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    return kind(f"stopped by {signal.Signals(number).name} {where}")
+
+
+def without_result(number: int) -> InbatchError:
+    """Return the error of a command that was stopped before it had a result."""
+    return stopped(number, "before there was a result; the same command starts again")
+
+
 class Stop:
-    """Whether this process was asked to stop, and by which signal: the first one counts."""
+    """Whether this process was asked to stop, and by which signal: the first one counts.
+
+    It begins held: signals only set `requested`. quick: the work is expected to end within `GRACE` seconds, so the
+    first signal does not raise; a second one does, and so does `check` when the time is up.
+    """
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        self.quick = False
+        self._raises = self._locked = False
+        self._since = 0.0
         self._interrupts = 0
 
+    def hold(self) -> None:
+        """Begin work that must be finished: signals only set the flag, and the watchdog waits."""
+        self._raises = False
+        if not self._locked:
+            finishing.acquire()
+            self._locked = True
+
+    def release(self) -> None:
+        """Begin work that may be lost: a signal, also one that came before, raises StopRequested."""
+        self.quick = False
+        if self._locked:
+            self._locked = False
+            finishing.release()
+        self._raises = True
+        if self.requested is not None:
+            self._raise()
+
+    def check(self) -> None:
+        """Raise StopRequested if a signal has waited for `GRACE` seconds, in work that may be lost."""
+        if self.requested is not None and self._raises and time.monotonic() - self._since >= GRACE:
+            self._raise()
+
+    def _raise(self) -> None:
+        assert self.requested is not None
+        self._raises = False  # once: what answers it must be finished
+        raise StopRequested(self.requested)
+
+    def _close(self, outer: object) -> None:
+        self._raises = False
+        if isinstance(outer, Stop) and self.requested is not None:  # answered here: it must not raise there
+            outer.requested, outer._interrupts, outer._raises = self.requested, self._interrupts, False
+        if self._locked:
+            self._locked = False
+            finishing.release()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = number
+        first = self.requested is None
+        if first:
+            self.requested, self._since = number, time.monotonic()
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts == 2:
                 # The kernel ends the process at the third, even where Python has no say (a stuck collective).
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._raises and not (first and self.quick):
+            self._raise()
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Collect SIGTERM, SIGUSR1, SIGINT and SIGHUP in a flag; afterwards the old handlers are back.
+    """Collect SIGTERM, SIGHUP, SIGUSR1 and SIGINT in a Stop; afterwards the old handlers are back.
 
-    A third Ctrl-C ends the process at once. Outside the main thread, where Python allows no handlers, the flag
-    is never set.
+    A third Ctrl-C ends the process at once. A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread,
+    where Python allows no handlers, the flag is never set.
     """
     stop = Stop()
-    with _handled(stop._handle):
-        yield stop
-
-
-@contextmanager
-def end_on_signals(error: Callable[[int], BaseException]) -> Iterator[None]:
-    """Raise `error(number)` if one of SIGNALS comes: for work that may be dropped and done again."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise error(number)
-
-    with _handled(handle):
-        yield
-
-
-def ending() -> AbstractContextManager[None]:
-    """Raise `Ended`, or KeyboardInterrupt for SIGINT, if one of SIGNALS comes, so that children end."""
-    return end_on_signals(lambda number: KeyboardInterrupt() if number == signal.SIGINT else Ended(number))
-
-
-@contextmanager
-def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
-    # nohup ignores SIGHUP so that the program outlives its terminal.
-    wanted = [number for number in SIGNALS if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN]
-    old = {number: signal.signal(number, handle) for number in wanted}
+    ignored = {n for n in SIGNALS if n == getattr(signal, "SIGHUP", 0) and signal.getsignal(n) == signal.SIG_IGN}
+    old = {number: signal.signal(number, stop._handle) for number in SIGNALS if number not in ignored}
     try:
-        yield
+        yield stop
     finally:
+        stop._close(getattr(old[signal.SIGTERM], "__self__", None))
         for number, handler in old.items():
             # None: a handler that was not set from Python cannot be set again from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Work that may be lost, with child processes: any of SIGNALS raises StopRequested, so that they are ended."""
+    with stop_on_signals() as stop:
+        stop.release()
+        yield
+
+
+class Watchdog:
+    """Ends the process `LIMIT` seconds after the first signal, unless it has ended by then.
+
+    It waits for work that must be finished (`finishing`), asks `answer` for the error that says what is lost, which may
+    write a checkpoint, tells it and exits with its code. Data workers end with it.
+    """
+
+    def __init__(self) -> None:
+        self.answer: Callable[[int], InbatchError] = without_result
+        self.tell: Callable[[InbatchError], None] = lambda error: None
+        self.told = False
+        self._over = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the context lasts. In the main thread only."""
+        self._over.clear()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # The C handler writes the signal's number: Python's own does not run inside a long call.
+        old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            signal.set_wakeup_fd(old)
+            os.close(writer)
+            thread.join()
+            os.close(reader)
+
+    def _watch(self, reader: int) -> None:
+        number = 0
+        while number not in SIGNALS:
+            read = os.read(reader, 1)
+            if not read:
+                return
+            number = read[0]
+        if self._over.wait(LIMIT):
+            return
+        with finishing:
+            if not self._over.is_set():
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        try:
+            error = self.answer(number)
+        except Exception as problem:  # the disk is full, for example; the process ends all the same
+            error = problem if isinstance(problem, InbatchError) else InbatchError(repr(problem))
+        if not self.told:
+            self.tell(error)
+        workers = sys.modules.get("multiprocessing")  # not imported for this, least of all now
+        for child in workers.active_children() if workers else ():
+            child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(error.exit_code)
+
+
+watchdog = Watchdog()
+"""Of the program; it watches nothing in another process (a notebook, a script), whose end is not ours to decide."""
+
+
+@contextmanager
+def answered_in_time(tell: Callable[[InbatchError], None]) -> Iterator[Stop]:
+    """Let the watchdog watch the program; its signals set the Stop that is yielded, which begins held.
+
+    tell: prints the error of a process that the watchdog ends.
+    """
+    watchdog.tell, watchdog.told, watchdog.answer = tell, False, without_result
+    main = threading.current_thread() is threading.main_thread()
+    with stop_on_signals() as stop, watchdog.watching() if main else nullcontext():
+        yield stop

@@ -50,6 +50,7 @@ class Step:
     products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
     variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
     scale: of the images' side at a share of the run, for runs whose images grow.
+    commit: called before anything but buffers of the towers and the curator changes; the step is then finished.
     """
 
     method: Method
@@ -69,11 +70,11 @@ class Step:
     products: tiled.Products = "float32"
     variance: float = 0.0
     scale: Callable[[float], float] = lambda progress: 1.0
+    commit: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = self.progress(step)
-        self.schedule(self.optimizer, step)
         for tower in (self.tower, self.target):
             if tower is not None:
                 tower.scale = self.scale(progress)
@@ -106,6 +107,8 @@ class Step:
         norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise NotFinite(step, batch, losses, norm)
+        self.commit()
+        self.schedule(self.optimizer, step)
         self.optimizer.step()
         self.method.on_weights(self.tower.heads)
 

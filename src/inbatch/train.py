@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from inbatch.data import Subset
 from inbatch.describe import describe
 from inbatch.encoders import save_encoder
 from inbatch.environment import environment
-from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
+from inbatch.errors import DataError, InbatchError, TrainingError
 from inbatch.files import write_json
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.compare import Reference
@@ -30,8 +29,9 @@ from inbatch.log import Log, spent
 from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
 from inbatch.report import Progress, Report, peak_memory, tell_bad
-from inbatch.signals import Stop, end_on_signals, stop_on_signals
+from inbatch.signals import stop_on_signals
 from inbatch.step import NotFinite
+from inbatch.stopping import Stopping
 from inbatch.timing import expectation, growth, step_seconds
 
 JUDGED = 0.03
@@ -76,21 +76,24 @@ def train(
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
-        log.note(_expected(built, progress, calibration))
+        with report.verdict():
+            log.note(_expected(built, progress, calibration))
         for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
             log.note(note)
         with report.verdict():
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
-            with products, contextlib.closing(built.loader):
-                with stop_on_signals() as stop, report.verdict():  # torchrun ends the others when a rank has died
-                    looked, pace = held, None
-                    if main and built.recipe.budget is not None:
-                        held, pace = _within(built, held, progress)
-                    if main and held is not None:
-                        looked, held = chosen(built, held)
-                    keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
-                    _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse, compared, keeper)
-                with end_on_signals(lambda number: _stopped(number, built, progress, out)):
+            with products, contextlib.closing(built.loader), stop_on_signals() as stop:
+                stopping = Stopping(built, parts, report, stop)
+                with stopping.answering():
+                    with report.verdict():  # torchrun ends the others when a rank has died
+                        looked, pace = held, None
+                        if main and built.recipe.budget is not None:
+                            held, pace = _within(built, held, progress)
+                        if main and held is not None:
+                            looked, held = chosen(built, held)
+                        keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
+                        _epochs(built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper)
+                    stop.release()  # all is saved
                     extra = {"calibration": calibration} if calibration else {}
                     result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
         if compared:
@@ -146,7 +149,7 @@ def _same_data(then: str, now: str) -> None:
 
 
 def _epochs(
-    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stop: Stop, held: Any, out: Path,
+    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any, out: Path,
     stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper,
 ) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
@@ -167,6 +170,7 @@ def _epochs(
         best, last = False, progress.step >= built.total
         if epoch % recipe.evaluate_every == 0 or last:
             best = look_at(epoch)
+        stopping.stop.hold()
         progress.ended = progress.step // steps
         if best or epoch % recipe.checkpoint_every == 0 or last or stays:
             _save(parts, progress, out, best)
@@ -176,6 +180,7 @@ def _epochs(
                 f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
                 f"the next look; a checkpoint is saved, curves are in {out / 'metrics.jsonl'}"
             )
+        stopping.finished()
 
     def look_at(epoch: int) -> bool:
         began = time.perf_counter()
@@ -189,8 +194,8 @@ def _epochs(
     if progress.step == 0:
         watch(built, watched, progress, 0, log)
         look_at(0)
-    elif progress.ended < progress.step // steps:  # stopped by a signal at an epoch's last step
-        end(progress.step // steps)
+    elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
+        end(-(-progress.step // steps))  # stopped by a signal at an epoch's last step
     keeper.start(progress.step, built.total)
     while progress.step < built.total:
         epoch, first = divmod(progress.step, steps)
@@ -200,6 +205,7 @@ def _epochs(
             if found:
                 log.evaluation(progress.step, found)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
+            stopping.begin()
             try:
                 losses = built.step(batch, progress.step)
             except NotFinite as error:
@@ -213,15 +219,16 @@ def _epochs(
             now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
             log.step(step, epoch, losses | now_so, recipe.batch)
             # One collective tells a signal of any rank, and whether rank 0's clock is to be looked at.
-            asked, due = divmod(ranks.largest(2 * (stop.requested or 0) + int(main and keeper.due())), 2)
-            if asked and step < built.total:
+            asked, due = divmod(ranks.largest(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2)
+            if asked:
                 _save(parts, progress, out, best=False)
-                raise _stopped(asked, built, progress, out)
+                raise stopping.answer(asked)
             if due and _keep_time(built, keeper, progress, out, log):
                 _save(parts, progress, out, best=False)
                 keeper.saved()
                 keeper.paused(time.perf_counter() - now)
                 began = time.perf_counter()
+            stopping.finished()
             if step >= built.total:
                 break
         if progress.step % steps == 0 or progress.step >= built.total:
@@ -252,14 +259,6 @@ def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log:
     return save_now
 
 
-def _stopped(number: int, built: Built, progress: Progress, out: Path) -> InbatchError:
-    kind = Interrupted if number == signal.SIGINT else Preempted
-    return kind(
-        f"stopped by {signal.Signals(number).name} at step {progress.step} of {built.total}, checkpoint saved: "
-        f"inbatch pretrain --resume {out}"
-    )
-
-
 def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:
     """Write a checkpoint from rank 0; an error there ends every rank."""
     problem = None
@@ -271,6 +270,7 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
             problem = str(error)
     if problem := ranks.share(problem):
         raise InbatchError(problem)
+    progress.saved = progress.step, progress.ended
 
 
 def _finish(

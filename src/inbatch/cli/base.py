@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,9 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch import children, process
+from inbatch import children, process, signals
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.show import complain, first, print_json, say
-from inbatch.signals import Ended
 
 app = typer.Typer(
     name="inbatch",
@@ -24,7 +22,7 @@ app = typer.Typer(
     epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
     "  inbatch pretrain --help\n\n"
     "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
-    "75 stopped with a checkpoint, 130 Ctrl-C.",
+    "75 stopped by a signal, 130 by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,8 +36,16 @@ def main() -> None:
     process.program_begins()
     process.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
-    with lasting_streams():
-        app()
+    with lasting_streams(), signals.answered_in_time(_tell) as stop:
+        try:
+            stop.release()
+            app()
+        except (SystemExit, signals.StopRequested) as end:  # click makes an exit of one outside of a command
+            if stop.requested is None or signals.watchdog.told or getattr(end, "code", 1) == 0:
+                raise
+            error = signals.without_result(stop.requested)
+            _tell(error)
+            sys.exit(error.exit_code)
 
 
 @contextmanager
@@ -109,13 +115,14 @@ def program(
 def reported(as_json: bool) -> Iterator[None]:
     """Errors for people: a sentence on stderr, with --json an object on stdout too, and the exit code of their kind."""
     message, code = "interrupted", Interrupted.exit_code
+    _told_as[0] = as_json
     try:
         yield
         return
+    except signals.StopRequested as request:
+        error = signals.without_result(request.number)
+        message, code, several = str(error), error.exit_code, False
     except KeyboardInterrupt:
-        several = False
-    except Ended as error:
-        message, code = f"stopped by {signal.Signals(error.number).name}", 128 + error.number
         several = False
     except InbatchError as error:
         message, code = str(error), error.exit_code
@@ -127,11 +134,24 @@ def reported(as_json: bool) -> Iterator[None]:
             raise
         message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
         several = True
+    signals.watchdog.told = True
     if first() or several:
         complain(message)
     if as_json:
         print_json({"error": message, "exit_code": code})
     raise typer.Exit(code)
+
+
+_told_as = [False]
+"""Whether the command prints its errors as JSON, too."""
+
+
+def _tell(error: InbatchError) -> None:
+    """Print the error of a process that cannot return from its command."""
+    if first():
+        complain(str(error))
+    if _told_as[0]:
+        print_json({"error": str(error), "exit_code": error.exit_code})
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

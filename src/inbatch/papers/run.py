@@ -21,14 +21,14 @@ import torch
 from inbatch import children
 from inbatch.config import make, read_settings
 from inbatch.environment import environment
-from inbatch.errors import DataError, InbatchError, Interrupted, Preempted, TrainingError
+from inbatch.errors import DataError, InbatchError, Preempted, TrainingError
 from inbatch.files import locked, write_json
 from inbatch.inspect.crops import tally
 from inbatch.limits import cores
 from inbatch.papers.results import Failure, Record, find, read_records, write_record
 from inbatch.papers.scales import WHERE
 from inbatch.papers.table import Cell, key
-from inbatch.signals import stop_on_signals
+from inbatch.signals import stop_on_signals, stopped
 
 ON = "on-"
 """A protocol that begins so is a linear probe on the images of another data set."""
@@ -109,6 +109,7 @@ class Runner:
             return problems
         self.results.mkdir(parents=True, exist_ok=True)
         with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            stop.hold()  # the running ones answer in time, and are waited for
             if void:
                 self.tell(void)
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
@@ -136,11 +137,7 @@ class Runner:
                     spoke = time.perf_counter()
                     self._report(began, done, len(todo))
         if stop.requested:
-            kind = Interrupted if stop.requested == signal.SIGINT else Preempted
-            raise kind(
-                f"stopped by {signal.Signals(stop.requested).name} with {kept} of {len(todo)} runs done; "
-                "the same command goes on"
-            )
+            raise stopped(stop.requested, f"with {kept} of {len(todo)} runs done; the same command goes on")
         return problems
 
     def _report(self, began: float, done: int, total: int) -> None:
