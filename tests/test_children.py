@@ -239,8 +239,8 @@ PRETRAIN = (
     " --set resident=false --set size=32 --set evaluate_every=4000"
 )
 COMMANDS = {  # words, how many processes it has when it is in the midst of its work, exit codes
-    "doctor": ("doctor", 1, {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}),
-    "bench": ("bench step --quick --no-peers", 1, {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}),
+    "doctor": ("doctor", 1, {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}),
+    "bench": ("bench step --quick --no-peers", 1, {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}),
     "table": (
         "table ba-ssl-3 --scale smoke --row SimCLR --seed 0 --jobs 1 --device cpu",
         1,

@@ -28,7 +28,7 @@ class TrainingError(InbatchError):
 
 
 class Preempted(InbatchError):
-    """Stopped by SIGTERM, SIGHUP or SIGUSR1; a run saved a checkpoint, if it had finished a step, and can be resumed."""
+    """Stopped by SIGTERM, SIGHUP or SIGUSR1; a run that had finished a step saved a checkpoint and can be resumed."""
 
     exit_code = 75
 
