@@ -1,5 +1,6 @@
 """What is looked at on the way, and when a run ends: collapse, leaks between groups, k-NN, every protocol's figures."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from inbatch.build import Built
 from inbatch.config import Recipe
 from inbatch.data import Source, Subset
 from inbatch.draws import permutation
+from inbatch.encoders import Encoder
+from inbatch.encoders.fast import Whitening
 from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.collapse import SETTLED, signs, spread
@@ -65,6 +68,22 @@ def affordable(built: Built, held: Held, seconds: float) -> Held:
     some = max(100, most * 5 // 6), max(50, most // 6)
     bank, queries = (_fixed(source, count) for source, count in zip((bank, queries), some, strict=True))
     return bank, queries, f"{what}; {len(bank):,} images and {len(queries):,} of it, as the budget is short"
+
+
+def settled(encoder: Encoder, source: Source, **options: Any) -> Encoder:
+    """Return the encoder ready to be judged: an untrained one that whitens its features gets a copy that can.
+
+    In training the statistics follow the features; before, the copy takes those of at most 2,000 images of the source,
+    so that the untrained encoder is judged by the same protocol as the trained one.
+    """
+    if not any(isinstance(m, Whitening) and not int(m.num_batches_tracked) for m in encoder.modules()):
+        return encoder
+    ready = copy.deepcopy(encoder)
+    features = embed(ready, _fixed(source, QUERIES), **options).vectors
+    for module in ready.modules():
+        if isinstance(module, Whitening):
+            module.fit(features)
+    return ready
 
 
 def _embedded(built: Built, source: Source) -> Any:
@@ -131,9 +150,10 @@ def judge(built: Built, held: Any) -> Judge:
         if held is None:
             few = torch.arange(min(2048, len(built.loader.source)))
             watched = Subset(built.loader.source, few, "to watch the features")
-            vectors = embed(built.encoder, watched, **options).vectors
+            vectors = embed(settled(built.encoder, watched, **options), watched, **options).vectors
             return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
-        bank, queries = (embed(built.encoder, source, **options) for source in held[:2])
+        encoder = settled(built.encoder, held[0], **options)
+        bank, queries = (embed(encoder, source, **options) for source in held[:2])
         found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
         bank, queries = bank.labelled(), queries.labelled()
         near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)

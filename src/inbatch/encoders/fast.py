@@ -53,6 +53,15 @@ class Whitening(nn.Module):
             wide = x.to(self.running_mean.dtype)
             return (wide - self.running_mean) @ self.matrix().to(x.device)
 
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take mean and covariance of these features (N, F), for an encoder that has seen none in training."""
+        self._matrix = None
+        features = features.to(self.running_mean)
+        self.running_mean.copy_(features.mean(0))
+        self.running_var.copy_(torch.cov(features.T))
+        self.num_batches_tracked.fill_(1)
+
     def matrix(self) -> Tensor:
         """C^(-1/2) as of now, (F, F)."""
         if self._matrix is None:
