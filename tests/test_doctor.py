@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +56,11 @@ def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) 
     quiet(others_busy=lambda: 1.2)
     said = doctor.advice(CPU, 32, 0)
     assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
+    monkeypatch.setattr(process, "tuned", True)  # a run of the program takes fewer by itself
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert doctor.advice(CPU, 32, 0) == ""
+    load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
+    assert load == "others keep 1.2 cores busy; a run computes with 3 threads meanwhile"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     quiet(cores=lambda: 1)
     assert doctor.advice(CPU, 32, 0) == ""  # one thread waits for nobody
@@ -79,37 +83,6 @@ def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypa
     assert "inbatch.tune()" in doctor.advice(CPU, 32, 0)
     monkeypatch.setattr(process, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
     assert doctor.advice(CPU, 32, 0) == ""
-
-
-STAT = """cpu  900 0 900 9000 100 0 0 0 0 0
-cpu0 10 1 20 4000 5 2 3 0 0 0
-cpu1 500 0 100 3000 50 0 0 4 0 0
-cpu10 390 0 780 2000 45 0 0 0 0 0
-intr 1 2 3
-"""
-
-
-def test_work_of_some_cores() -> None:
-    assert doctor.worked(STAT, {"cpu0"}) == 36 and doctor.worked(STAT, {"cpu1"}) == 604
-    assert doctor.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells")
-def test_busy_cores_are_seen(quiet: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes while this process sleeps is others' work."""
-    mine, ticks = min(os.sched_getaffinity(0)), iter((0, 10 * os.sysconf("SC_CLK_TCK"), 5, 5))
-    clock = SimpleNamespace(read_text=lambda: f"cpu{mine} {next(ticks)} 0 0 0 0 0 0 0\n")
-    monkeypatch.undo()
-    quiet(cores=lambda: 4, affine=lambda: 4, _STAT=clock)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    busy = doctor.others_busy(0.05)
-    assert busy is not None and busy > 1
-    assert doctor.others_busy(0.01) == 0
-    quiet(affine=lambda: 8)
-    assert doctor.others_busy(0.01) is None
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    quiet(affine=lambda: 4)
-    assert doctor.others_busy(0.01) is None
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 FAULTS = """
 import resource, torch
@@ -20,10 +21,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def told(code: str, **environment: str) -> str:
-    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "INBATCH_ALLOCATOR")}
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what the program sets."""
+    return {key: value for key, value in os.environ.items() if key not in ("INBATCH_ALLOCATOR", *OPENMP)} | more
+
+
+def told(code: str, **more: str) -> str:
     run = [sys.executable, "-c", code]
-    return subprocess.run(run, env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(run, env=environment(**more), capture_output=True, text=True, check=True).stdout.strip()
 
 
 @LINUX
@@ -44,6 +49,30 @@ def test_no_more_threads_than_a_quota_gives_cores() -> None:
     ) == ("None")
 
 
+WAITING = """
+import os
+print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")))
+"""
+
+
+def test_waiting_threads_sleep() -> None:
+    """They would spin beside other processes, and OpenMP is told before torch is loaded."""
+    begin = "import sys; from inbatch import process; process.begin(); assert 'torch' not in sys.modules"
+    assert told(begin + WAITING) == "passive 1000 None"
+    assert told(begin + WAITING, OMP_WAIT_POLICY="active") == "active None None"
+    assert told(begin + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"
+    assert told(begin + WAITING, KMP_BLOCKTIME="3") == "None None 3"
+    assert told("import torch; from inbatch import process; process.begin()" + WAITING) == "None None None"
+
+
+@LINUX
+def test_openmp_of_torch_is_told_how_to_wait() -> None:
+    code = "from inbatch import process; process.begin(); import torch"
+    run = [sys.executable, "-c", code]
+    seen = subprocess.run(run, env=environment(OMP_DISPLAY_ENV="verbose"), capture_output=True, text=True).stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in seen and "GOMP_SPINCOUNT = '1000'" in seen
+
+
 def test_denormal_numbers_are_zero_on_every_thread() -> None:
     code = "import torch; torch.set_num_threads(2)\n"
     half = "print(int((torch.full((1 << 20,), 1e-39) * 0.5).count_nonzero()))"
@@ -54,6 +83,6 @@ def test_denormal_numbers_are_zero_on_every_thread() -> None:
 def test_a_library_leaves_the_process_alone() -> None:
     """Training in somebody's own process sets nothing that he has not asked for."""
     code = "import inbatch.api; from inbatch import process; process.ready(); import torch\n"
-    assert told(code + "print(process.tuned, process.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)") == (
-        "False False True"
-    )
+    assert told(
+        code + "print(process.tuned, process.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)" + WAITING
+    ) == ("False False True\nNone None None")

@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "budget", "children", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
+FREE = {"errors", "budget", "children", "draws", "files", "limits", "load", "modes", "machine", "process", "pixels"}
 GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
@@ -63,6 +63,7 @@ ABOVE |= {
     "show",
     "stopping",
     "survey",
+    "threads",
     "",
 }
 """What stands above the step, and the faces: only what is true of everyone is asked of them."""

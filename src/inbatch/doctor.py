@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,18 +21,17 @@ from inbatch.data.jpeg import fast_jpeg
 from inbatch.environment import environment
 from inbatch.errors import InbatchError
 from inbatch.limits import affine, cores, launched, limited_bytes
+from inbatch.load import others_busy
 from inbatch.machine import free_bytes
 from inbatch.products import onednn
+from inbatch.threads import adapts, threads_beside
 from inbatch.views import fused
 
 _SHARED = Path("/dev/shm")
 _ROOM = 2**30
 """Bytes of shared memory below which data workers may fail: containers often get 64 MB."""
-_STAT = Path("/proc/stat")
 _LARGE = 96
 """Side in pixels from which on views without numba take a share of a step that is seen."""
-_BUSY = 0.5
-"""Cores that others keep busy from which on a step with all cores waits for them."""
 
 BUDGET = 40.0
 """Seconds that `measure` takes at most."""
@@ -70,7 +68,7 @@ class Finding:
 def examine(device: str = "auto") -> list[Finding]:
     """What there is and what is in use; nothing is measured but how busy the cores are."""
     on = device_for(device)
-    found = [_threads(on), _busy(), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    found = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
     return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
 
 
@@ -83,7 +81,7 @@ def advice(device: torch.device, largest: int, workers: int) -> str:
     if workers:
         found += [_shared_memory()]
     if device.type == "cpu":
-        found = [_threads(device), _busy(), _allocator(), *found]
+        found = [_threads(device), _busy(device), _allocator(), *found]
         if largest >= _LARGE:
             found += [_views()]
     wanted = [finding.advice for finding in found if finding.advice]
@@ -130,31 +128,6 @@ def batch_for(rate: float) -> int:
     return next((n for n in _BATCHES if 2 * n * _VIEW <= _STEP * rate / 2), _BATCHES[-1])
 
 
-def others_busy(seconds: float = 0.1) -> float | None:
-    """How many of this process's cores others keep busy, seen for so long; None where the system does not tell.
-
-    Nor does it where a quota gives a share of cores that are everybody's, or where others are ranks of the same run.
-    """
-    if cores() < affine() or launched("LOCAL_WORLD_SIZE") > 1:
-        return None
-    try:
-        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        tick, began, own = os.sysconf("SC_CLK_TCK"), time.perf_counter(), time.process_time()
-        before = worked(_STAT.read_text(), mine)
-        time.sleep(seconds)
-        after, spent = worked(_STAT.read_text(), mine), time.perf_counter() - began
-        return max(0.0, ((after - before) / tick - (time.process_time() - own)) / spent)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
-
-
-def worked(stat: str, mine: Collection[str]) -> int:
-    """Clock ticks that some cores have not been idle or waiting for a disk, out of /proc/stat."""
-    lines = [line.split() for line in stat.splitlines()]
-    fields = [[int(x) for x in line[1:9]] for line in lines if line[0] in mine]
-    return sum(sum(ticks) - ticks[3] - ticks[4] for ticks in fields)
-
-
 def _threads(device: torch.device) -> Finding:
     near = launched("LOCAL_WORLD_SIZE")
     threads, fair = torch.get_num_threads(), max(1, cores() // near)
@@ -166,15 +139,20 @@ def _threads(device: torch.device) -> Finding:
     return Finding("threads", found)
 
 
-def _busy() -> Finding:
-    busy = others_busy()
+def _busy(device: torch.device) -> Finding:
+    busy, threads = others_busy(), torch.get_num_threads()
     if busy is None:
         return Finding("load", "not known here")
-    found = f"others keep {busy:.1f} cores busy"
-    if busy < _BUSY or torch.get_num_threads() == 1:
+    found, free = f"others keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
+    if free == threads:
         return Finding("load", found)
-    free = max(1, round(cores() - busy))
+    if adapts(device):
+        return Finding("load", f"{found}; a run computes with {_count(free)} meanwhile")
     return Finding("load", found, f"{found}, and threads wait for each other: OMP_NUM_THREADS={free} until they end")
+
+
+def _count(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def _memory() -> Finding:

@@ -14,6 +14,15 @@ from inbatch.limits import affine, cores
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _PAD = 2**28
 """Bytes asked of the system at a time."""
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+"""Variables by which a user says how threads wait."""
+_SLEEP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+"""Waiting threads sleep after some 20 microseconds (GNU's OpenMP) or at once (others).
+
+GNU's default is to spin for milliseconds, so a thread whose core another process uses stops all others."""
+
+_added: dict[str, str] = {}
+"""What of it `begin` has put into the environment."""
 
 started = time.monotonic()
 """When this module was loaded: by the program, as one of its first."""
@@ -43,7 +52,9 @@ def tune() -> None:
 
     Freed memory is kept by glibc's allocator instead of given back and cleared anew at every step: more memory is held
     for it, and INBATCH_ALLOCATOR=system leaves it alone. There are no more threads than the cores that a container's
-    quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Numbers too small to be normal
+    quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Threads that wait for others
+    sleep soon, where torch is not yet loaded and neither OMP_WAIT_POLICY, GOMP_SPINCOUNT nor KMP_BLOCKTIME is set; and
+    a run on a CPU takes fewer threads while other processes are busy (`inbatch.threads`). Numbers too small to be normal
     count as 0, which some processors multiply much slower.
     """
     begin()
@@ -59,8 +70,18 @@ def begin() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client, which timm loads, is loaded
     if os.environ.get("INBATCH_ALLOCATOR") != "system":
         keeps_memory = _keep_freed_memory()
-    if "torch" not in sys.modules and cores() < affine():
+    if "torch" in sys.modules:
+        return  # its threads are set up when it is loaded
+    if cores() < affine():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    if not _WAITING & os.environ.keys():
+        os.environ.update(_SLEEP)
+        _added.update(_SLEEP)
+
+
+def untuned() -> dict[str, str]:
+    """Return the environment without what says how threads wait, unless the user has said it: for other programs."""
+    return {name: value for name, value in os.environ.items() if name not in _added}
 
 
 def ready() -> None:

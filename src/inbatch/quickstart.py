@@ -12,6 +12,10 @@ from inbatch.files import write_json
 from inbatch.inspect.neighbours import neighbour_grid
 
 DATA = "digits-canvas"
+EPOCHS = 15
+SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1}
+"""What differs from the preset of the data, so that it ends within a minute on two cores: a quarter of the epochs with
+half the batch, which makes twice as many steps of them."""
 RAW, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 
 
@@ -62,12 +66,12 @@ def quickstart(
 ) -> Verdict:
     """Learn from `digits-canvas` with SimCLR, and judge raw pixels, the encoder untrained and trained alike.
 
-    out: the run's folder, with a number behind it where it exists already. epochs: the preset's by default.
+    out: the run's folder, with a number behind it where it exists already. epochs: `EPOCHS` by default.
     Writes `neighbours.png` and `quickstart.json` beside what every run leaves.
     """
     began = time.perf_counter()
-    budget: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, **budget)
+    chosen = SETTINGS | {"epochs": epochs or EPOCHS}
+    run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, settings=chosen)
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
     untrained = prepare(DATA, config=run.directory / "recipe.json", device=device).encoder
     k = run.recipe.k

@@ -39,6 +39,7 @@ class Progress:
     leak: how well an embedding told its context group at the last look.
     data: how many images it learns from, and the signature of their names and labels.
     saved: `step` and `ended` of the last checkpoint on the disk.
+    threads: every number of threads that it computed with, in the order of their first use.
     """
 
     step: int = 0
@@ -53,6 +54,7 @@ class Progress:
     collapsed: dict[str, str] = field(default_factory=dict)
     leak: dict[str, float] = field(default_factory=dict)
     data: str = ""
+    threads: list[int] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
 
@@ -70,12 +72,14 @@ class Progress:
         return {"loss": float(total) / steps} if steps else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._KEPT} | {"before": self.wall}
+        kept = {name: getattr(self, name) for name in self._KEPT}
+        return kept | {"before": self.wall, "threads": list(self.threads)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended
+        self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
 
 
 class Report:
@@ -89,7 +93,13 @@ class Report:
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"status": status, "reason": reason, "last_step": self.progress.step} | self.fixed)
+            now = {
+                "status": status,
+                "reason": reason,
+                "last_step": self.progress.step,
+                "threads": self.progress.threads,
+            }
+            write_json(self.path, now | self.fixed)
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:

@@ -285,9 +285,11 @@ class _Tiles:
         return total
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that spread their operations over `threads` cores each; the process's own, because a fork has none."""
+    """Threads that spread their operations over `threads` cores each; the process's own, because a fork has none.
+
+    A run may change its number of threads: pools that are no longer used end."""
     before, all_started = torch.get_num_threads(), threading.Barrier(parts)
     pool = ThreadPoolExecutor(parts, "tiles", torch.set_num_threads, (threads,))
     list(pool.map(lambda part: all_started.wait(), range(parts)))

@@ -32,6 +32,7 @@ from inbatch.report import Progress, Report, peak_memory, tell_bad
 from inbatch.signals import stop_on_signals
 from inbatch.step import NotFinite
 from inbatch.stopping import Stopping
+from inbatch.threads import Threads
 from inbatch.timing import expectation, growth, step_seconds
 
 JUDGED = 0.03
@@ -82,7 +83,8 @@ def train(
             log.note(note)
         with report.verdict():
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
-            with products, contextlib.closing(built.loader), stop_on_signals() as stop:
+            threads = Threads(built.loader.device, progress.threads)
+            with products, contextlib.closing(built.loader), threads, stop_on_signals() as stop:
                 stopping = Stopping(built, parts, report, stop)
                 with stopping.answering():
                     with report.verdict():  # torchrun ends the others when a rank has died
@@ -92,7 +94,10 @@ def train(
                         if main and held is not None:
                             looked, held = chosen(built, held)
                         keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
-                        _epochs(built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper)
+                        _epochs(
+                            built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
+                            threads,
+                        )  # fmt: skip
                     stop.release()  # all is saved
                     extra = {"calibration": calibration} if calibration else {}
                     result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
@@ -150,7 +155,7 @@ def _same_data(then: str, now: str) -> None:
 
 def _epochs(
     built: Built, progress: Progress, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any, out: Path,
-    stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper,
+    stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
 ) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
     recipe, steps, main = built.recipe, built.loader.steps, ranks.rank() == 0
@@ -199,6 +204,8 @@ def _epochs(
     keeper.start(progress.step, built.total)
     while progress.step < built.total:
         epoch, first = divmod(progress.step, steps)
+        if sentence := threads.decide():
+            log.note(sentence)
         began = time.perf_counter()  # waiting for data counts, judging and saving do not
         if first == 0 and built.method.surveys(epoch):
             found = survey(built, epoch)
@@ -291,6 +298,7 @@ def _finish(
         "images": len(built.source),
         "unreadable": len(built.loader.unreadable()),
         "steps": built.total,
+        "threads": progress.threads,
         "training_seconds": progress.seconds,
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": peak_memory(built.loader.device),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from inbatch import children, errors
+from inbatch.process import untuned
 from inbatch.signals import ending
 
 SCRIPT = Path(__file__).with_name("contest.py")
@@ -47,7 +47,7 @@ class Contestant:
         """Start the process; it imports and warms up."""
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         # Nobody's figures hang on what an earlier run has left in a cache of decoded images.
-        env = os.environ | {"INBATCH_CACHE": "off"} | threads
+        env = untuned() | {"INBATCH_CACHE": "off"} | threads
         self.began = time.monotonic()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
         self.process = children.start(

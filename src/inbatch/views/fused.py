@@ -99,7 +99,7 @@ def _check(pixels: Tensor, source: Tensor, boxes: Tensor) -> None:
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """The process's own, because a fork has no threads."""
+    """The process's own, because a fork has no threads. A run may change their number: old pools end."""
     return ThreadPoolExecutor(threads, "views")
