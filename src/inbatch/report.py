@@ -34,7 +34,8 @@ class Progress:
 
     step: steps that are done. ended: epochs after which the features have been looked at.
     loss: the sum of the steps' losses since the last look, () float64 on the device: no step waits to add its own.
-    seconds, images: of training alone. before: seconds of wall time before this process.
+    seconds, cpu_seconds, images: of training alone; cpu_seconds are those of the processor, over all threads of this
+        process. before: seconds of wall time before this process.
     most: how different outputs have been at best. collapsed: what no longer is, in sentences.
     leak: how well an embedding told its context group at the last look.
     data: how many images it learns from, and the signature of their names and labels.
@@ -48,6 +49,7 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
     loss: torch.Tensor = field(default_factory=_zero)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     images: int = 0
     before: float = 0.0
     most: dict[str, float] = field(default_factory=dict)
@@ -65,6 +67,10 @@ class Progress:
         """Seconds of wall time, everything included, over all processes that went on with the run."""
         return self.before + time.perf_counter() - self.began
 
+    def cost(self) -> dict[str, float]:
+        """Return what training has cost so far, named as in the log."""
+        return {"training_seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "images": self.images}
+
     def mean_loss(self) -> dict[str, float]:
         """The mean loss of the steps since the last look, named as a curve does; nothing where there were none."""
         steps = self.step - (self.curve[-1]["step"] if self.curve else 0)
@@ -73,13 +79,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in self._KEPT}
-        return kept | {"before": self.wall, "threads": list(self.threads)}
+        return kept | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
+        self.cpu_seconds = state.get("cpu_seconds", math.nan)  # a checkpoint from before they were counted
 
 
 class Report:

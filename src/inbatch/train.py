@@ -189,6 +189,8 @@ def _epochs(
 
     def look_at(epoch: int) -> bool:
         began = time.perf_counter()
+        judges: dict[str, float] = {"bank": len(held[0]), "queries": len(held[1])} if held else {}
+        log.record(progress.step, progress.cost() | judges)
         best = judged(look, progress, epoch, log, steps)
         tell(compared, out, log)
         if progress.step:
@@ -206,7 +208,7 @@ def _epochs(
         epoch, first = divmod(progress.step, steps)
         if sentence := threads.decide():
             log.note(sentence)
-        began = time.perf_counter()  # waiting for data counts, judging and saving do not
+        began, used = time.perf_counter(), time.process_time()  # waiting for data counts, judging and saving do not
         if first == 0 and built.method.surveys(epoch):
             found = survey(built, epoch)
             if found:
@@ -219,8 +221,9 @@ def _epochs(
                 kept = capture(out, built, error)
                 raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {out}") from error
             progress.step = step = progress.step + 1
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.process_time()
             progress.seconds, began = progress.seconds + now - began, now
+            progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
             progress.images += recipe.batch
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
             now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
@@ -234,7 +237,7 @@ def _epochs(
                 _save(parts, progress, out, best=False)
                 keeper.saved()
                 keeper.paused(time.perf_counter() - now)
-                began = time.perf_counter()
+                began, used = time.perf_counter(), time.process_time()
             stopping.finished()
             if step >= built.total:
                 break
@@ -300,6 +303,7 @@ def _finish(
         "steps": built.total,
         "threads": progress.threads,
         "training_seconds": progress.seconds,
+        "training_cpu_seconds": progress.cpu_seconds,
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": peak_memory(built.loader.device),
         "curve": progress.curve,

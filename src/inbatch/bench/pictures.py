@@ -2,11 +2,13 @@
 
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from inbatch.errors import ConfigError, DataError
@@ -75,6 +77,17 @@ def parquet(file: Path, count: int) -> list[bytes]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} cannot be read as a Parquet file of images: {error}") from error
     return out[:count]
+
+
+def labelled(file: Path) -> tuple[list[bytes], torch.Tensor]:
+    """The image files of a Parquet file and their labels (N,); DataError unless there is one for each."""
+    files = parquet(file, sys.maxsize)
+    from pyarrow.parquet import read_schema, read_table
+
+    labels = read_table(file, columns=["label"])["label"].to_pylist() if "label" in read_schema(file).names else []
+    if len(labels) != len(files) or None in labels or not files:
+        raise DataError(f"{file} holds {len(files):,} images and {len(labels):,} labels: give a file with one for each")
+    return files, torch.tensor(labels)
 
 
 def pack(files: Sequence[bytes], folder: Path) -> None:

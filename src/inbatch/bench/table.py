@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from inbatch.bench import accuracy
 from inbatch.bench.runner import OURS
 from inbatch.show import print_table, say
 
@@ -118,4 +119,5 @@ def waits(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 def texts(name: str, found: Mapping[str, Any]) -> dict[str, str]:
     """Marker -> text of a results file by its name."""
     kinds = {"bench-": sections, "training-": trainings, "bf16": curves, "waiting": waits}
+    kinds["time-to-accuracy"] = lambda name, found: {name: accuracy.markdown(found)}
     return next((make(name, found) for start, make in kinds.items() if name.startswith(start)), {})

@@ -1,0 +1,296 @@
+"""Time until a k-NN accuracy on CIFAR-10, by lightly's benchmark recipe and by inbatch.
+
+    python benchmarks/time_to_accuracy.py --data cifar10-jpeg --who lightly --target 0.5 --out lightly.json
+    python benchmarks/time_to_accuracy.py --data cifar10-jpeg --who inbatch --command "simclr --epochs 20" \\
+        --target 0.5 --out inbatch.json
+    python benchmarks/time_to_accuracy.py --draw lightly.json inbatch.json --out results/time-to-accuracy.json \\
+        --figure docs/time-to-accuracy.png
+
+--data holds train.parquet and test.parquet. Training alone is timed, as wall time and as seconds of the processor over
+all threads; looks and checkpoints are not. A look judges the encoder (before the head) by weighted k-NN, k 200,
+temperature 0.1; every entry of the curve says with how many images as bank and how many as queries. The target is
+reached at the first look that finds it. Killed or interrupted, the same command goes on from the folder beside --out
+(its name without .json), and the file is written as it goes.
+
+lightly: SimCLR as in its docs/source/getting_started/benchmarks/cifar10_benchmark.py, in float32, from its own parts
+and torch's DataLoader, by a plain loop instead of pytorch-lightning's trainer, and without worker processes, so that
+every second of the processor is counted. Ends at the target, unless --past-target. The queries are the whole test set,
+the bank is the whole training set if a look then costs less than a tenth of --every-seconds or the accuracy is near the
+target, else its first 10,000 images.
+inbatch: what stands behind `inbatch pretrain` in --command, any settings, to its end; it looks when its recipe says so,
+and what it does before the first step (reading, decoding, choosing a recipe for a budget) is not counted either.
+"""
+
+import argparse
+import copy
+import math
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inbatch.bench import peers
+from inbatch.bench.accuracy import draw, entries, flags, markdown, reached, together
+from inbatch.bench.pictures import labelled
+from inbatch.bench.plain import MEAN, STD, Encoded
+from inbatch.checkpoint import LAST, load, save
+from inbatch.environment import environment
+from inbatch.errors import ConfigError, DataError, InbatchError, Interrupted, Preempted
+from inbatch.evaluate import knn_scores
+from inbatch.files import locked, read_json, write_json
+from inbatch.machine import threads
+from inbatch.show import say
+from inbatch.signals import Stop, stop_on_signals
+
+RECIPE = {
+    "method": "SimCLR", "encoder": "ResNetGenerator resnet-18", "head": "512-512-128", "batch": 128,
+    "temperature": 0.5, "optimizer": "sgd", "lr": 0.06, "momentum": 0.9, "weight_decay": 5e-4,
+    "schedule": "cosine by epochs", "epochs": 200, "precision": "float32", "workers": 0, "seed": 0,
+    "views": "SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)",
+    "source": "lightly, docs/source/getting_started/benchmarks/cifar10_benchmark.py",
+    "trainer": "a plain loop in place of pytorch-lightning's",
+}  # fmt: skip
+"""lightly's, as published, but for the trainer and the workers; the rate is 0.06 * batch / 128."""
+FIRST = 10_000
+"""Images of the bank at a look that must be cheap."""
+NEAR = 0.1
+"""How far below the target the whole bank is asked."""
+SAVE_SECONDS = 180.0
+"""Wall time between two checkpoints."""
+
+Images = tuple[list[bytes], Tensor]
+"""Encoded files and their labels."""
+
+
+def seeded(*numbers: int) -> None:
+    """Every generator of random numbers as these numbers say, so that a step is the same after a kill."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, files: list[bytes]) -> Tensor:
+    """What the encoder makes of clean images, as lightly's benchmark shows them."""
+    from torchvision import transforms
+
+    clean = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    seeing = copy.deepcopy(encoder).eval().to(memory_format=torch.channels_last)  # the quickest way to look
+    loader = torch.utils.data.DataLoader(Encoded(files, clean), 32)
+    return torch.cat([seeing(images.contiguous(memory_format=torch.channels_last)) for images, _ in loader])
+
+
+def look(encoder: nn.Module, train: Images, test: Images, target: float, every: float) -> dict[str, Any]:
+    """k-NN accuracy, how many images the bank held, and what the look cost."""
+    began, whole = time.process_time(), len(train[0])
+    queries, bank = features(encoder, test[0]), features(encoder, train[0][:FIRST])
+
+    def accuracy() -> float:
+        labels, classes = train[1][: len(bank)], int(train[1].max()) + 1
+        scores = knn_scores(queries, bank, labels, classes, k=min(200, len(bank)), temperature=0.1)
+        return float((scores.argmax(1) == test[1]).double().mean())
+
+    found = accuracy()
+    cost = (time.process_time() - began) * (len(test[0]) + whole) / (len(test[0]) + len(bank))
+    if len(bank) < whole and (cost < every / 10 or found >= target - NEAR):
+        bank = torch.cat([bank, features(encoder, train[0][len(bank) :])])
+        found = accuracy()
+    told = {"knn": found, "bank": len(bank), "queries": len(queries)}
+    return told | {"look_cpu_seconds": time.process_time() - began}
+
+
+@dataclass
+class Lightly:
+    """Training by lightly's recipe: the parts that learn, how far they are, what it has cost, and the curve."""
+
+    train: Images
+    threads: int
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seeded(RECIPE["seed"])
+        self.model = peers.network({"library": "lightly"})
+        learn = {key: RECIPE[key] for key in ("lr", "momentum", "weight_decay")}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **learn)
+        self.criterion = peers.criterion("lightly", RECIPE["temperature"])
+        self.data = Encoded(self.train[0], peers.TRANSFORMS["lightly"](32))
+        self.steps = len(self.data) // RECIPE["batch"]
+        if not self.steps:
+            raise DataError(f"{len(self.data)} images are no batch of {RECIPE['batch']}: give more images")
+        self.total = self.steps * RECIPE["epochs"]
+        self.told = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
+
+    def views(self) -> Iterator[Any]:
+        """Batches of two views from this step on; every step's depend on its number alone."""
+        begin = self.step
+        for step in range(begin, self.total):
+            epoch, at = divmod(step, self.steps)
+            if at == 0 or step == begin:
+                order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(epoch))
+                rows = order[: self.steps * RECIPE["batch"]].view(self.steps, -1)[at:].tolist()
+                loader = iter(torch.utils.data.DataLoader(self.data, batch_sampler=rows))
+            seeded(RECIPE["seed"], step)
+            yield next(loader)[0]
+
+    def learn(self, views: Iterator[Any]) -> None:
+        """One step, timed from the files to the weights."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        done = self.step // self.steps / RECIPE["epochs"]
+        self.optimizer.param_groups[0]["lr"] = RECIPE["lr"] * (1 + math.cos(math.pi * done)) / 2
+        first, second = next(views)
+        loss = self.criterion(self.model(first), self.model(second))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+        self.step += 1
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+
+    def due(self, every: float) -> bool:
+        """Whether it is time to look, which it is at the end."""
+        last = self.curve[-1] if self.curve else {"images": 0, "cpu_seconds": 0.0}
+        long_ago = self.cpu_seconds - last["cpu_seconds"] >= every or self.step == self.total
+        return long_ago and self.step * RECIPE["batch"] > last["images"]
+
+    def judge(self, test: Images, target: float, every: float) -> None:
+        """Look, and put what is found on the curve."""
+        mean = sum(self.losses) / len(self.losses)
+        entry = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "images": self.step * RECIPE["batch"]}
+        entry |= {"epoch": self.step / self.steps, "loss": mean}
+        self.curve.append(entry | look(self.model[:-1], self.train, test, target, every))
+        self.losses = []
+
+    def save(self, folder: Path) -> None:
+        clock = [self.seconds, self.cpu_seconds]
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "clock": clock}
+        save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.told}, step=self.step)
+
+    def restore(self, folder: Path) -> str:
+        """Go on from the folder's checkpoint; a sentence about it. ConfigError if it is another run's."""
+        found = load(folder)
+        state = found.state
+        if state["told"] != self.told:
+            raise ConfigError(f"{folder} holds another run ({state['told']}, not {self.told}): choose another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.curve, self.step = state["losses"], state["entries"], found.step
+        self.seconds, self.cpu_seconds = state["clock"]
+        return found.note or f"Going on from step {self.step:,}, {self.cpu_seconds:,.0f} s of the processor."
+
+
+def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **told: Any) -> dict[str, Any]:
+    """Write what is known so far, and return it."""
+    words = ["python", "benchmarks/time_to_accuracy.py", "--who", args.who, "--target", f"{args.target:g}"]
+    words += ["--threads", str(args.threads)]
+    words += ["--command", args.command] if args.command else ["--every-seconds", f"{args.every_seconds:g}"]
+    result = {"who": args.who, "command": shlex.join(words), "target": args.target, "images": images}
+    result |= {"reached": reached(curve, args.target), "environment": args.environment, **told, "curve": curve}
+    write_json(args.out, result)
+    return result
+
+
+def lightly(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
+    """Train by lightly's recipe until the target, the hours or the epochs are over, or a signal comes."""
+    folder, test = args.out.with_suffix(""), labelled(args.data / "test.parquet")
+    ends, saved = time.perf_counter() + 3600 * args.hours, time.perf_counter()
+    with locked(folder):
+        run = Lightly(labelled(args.data / "train.parquet"), args.threads)
+        if (folder / LAST).exists():
+            say(run.restore(folder))
+        views = run.views()
+        while True:
+            if run.due(args.every_seconds):
+                run.save(folder)  # looks take long
+                run.judge(test, args.target, args.every_seconds)
+                last, saved = run.curve[-1], 0.0
+                say(
+                    f"{last['cpu_seconds']:,.0f} s, epoch {last['epoch']:.2f}: k-NN {last['knn']:.1%}, {last['bank']:,}"
+                )
+            there = reached(run.curve, args.target) and not args.past_target
+            ended = there or stop.requested or time.perf_counter() >= ends or run.step == run.total
+            if ended or time.perf_counter() - saved >= SAVE_SECONDS:
+                run.save(folder)
+                told = {"step": run.step, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
+                result = write(args, run.curve, len(run.data), recipe=RECIPE, **told)
+                saved = time.perf_counter()
+            if ended:
+                return result
+            run.learn(views)
+
+
+def inbatch(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
+    """Run inbatch to its end, the hours or a signal, and write its curve as it goes."""
+    from pyarrow.parquet import ParquetFile
+
+    folder, ends = args.out.with_suffix(""), time.perf_counter() + 3600 * args.hours
+    line = [sys.executable, "-m", "inbatch", "pretrain", *shlex.split(args.command), "--data", str(args.data)]
+    line += ["--out", str(folder), "--resume", "auto"]
+    environ = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    child, code = subprocess.Popen(line, env=environ), None
+    count = ParquetFile(args.data / "train.parquet").metadata.num_rows
+    while code is None:
+        try:
+            code = child.wait(5)
+        except subprocess.TimeoutExpired:
+            if stop.requested or time.perf_counter() >= ends:
+                child.terminate()  # it saves a checkpoint
+        recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
+        used = min(count, recipe.get("subset") or count)
+        result = write(args, entries(folder, used), used, recipe=recipe)
+    if code not in (0, Preempted.exit_code, Interrupted.exit_code):
+        raise InbatchError(f"inbatch pretrain ended with {code}; what it said stands above")
+    return result
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder with train.parquet and test.parquet")
+    parser.add_argument("--who", choices=("lightly", "inbatch"))
+    parser.add_argument("--target", type=float, default=0.5, help="k-NN accuracy, a share of 1")
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file: the curve, or with --draw all of them")
+    parser.add_argument("--threads", type=int, default=threads())
+    parser.add_argument("--hours", type=float, default=math.inf, help="wall time of this call")
+    parser.add_argument("--every-seconds", type=float, default=300.0, help="lightly: processor time between two looks")
+    parser.add_argument("--past-target", action="store_true", help="lightly: go on when the target is reached")
+    parser.add_argument("--command", default="", help='inbatch: method, preset, settings, as in "simclr --epochs 20"')
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="CURVE", help="put curves together, the slower first")
+    parser.add_argument("--figure", type=Path, help="with --draw: the picture")
+    args = parser.parse_args(words)
+    if args.draw:
+        found = together(args.draw)
+        write_json(args.out, found)
+        if args.figure:
+            draw(found, args.figure)
+        say(markdown(found))
+        return found
+    if args.who is None or args.data is None:
+        parser.error("say with --data and --who what to train, or with --draw which curves to draw")
+    if args.out.suffix != ".json":
+        parser.error(f"--out {args.out} has to end in .json: the folder of the run gets the name without it")
+    torch.set_num_threads(args.threads)
+    args.environment = environment(torch.device("cpu")) | {"flags": flags()}
+    if args.who == "lightly":
+        args.environment["lightly"] = version("lightly")
+    with stop_on_signals() as stop:
+        return lightly(args, stop) if args.who == "lightly" else inbatch(args, stop)
+
+
+if __name__ == "__main__":
+    main()
