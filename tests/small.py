@@ -205,8 +205,8 @@ def train(
     step = Step(
         method=method, tower=tower, call=ranks.wrap(tower), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
-        groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, curator=curator(plugs, tower, drawn, views),
-        shuffle="shuffle" in plugs,
+        groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
+        curator=curator(plugs, tower, drawn, views),
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):

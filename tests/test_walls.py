@@ -40,7 +40,7 @@ MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
     "evaluate": {"ranks", "products", "batch", "views"},
     "papers": {"api", "config", "parts", "train", "evaluate", "inspect", "environment", "signals"},
     "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "log", "describe"}
-    | {"doctor", "quickstart", "papers", "signals"},
+    | {"doctor", "forecast", "quickstart", "papers", "signals"},
     "__main__": {"cli"},
 } | {room: set() for room in FREE}  # fmt: skip
 """Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
@@ -51,6 +51,7 @@ ABOVE |= {
     "timing",
     "doctor",
     "fit",
+    "forecast",
     "parts",
     "plug",
     "assign",

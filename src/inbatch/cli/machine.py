@@ -60,9 +60,13 @@ def doctor(
     with reported(as_json):
         process.ready()
         from inbatch import doctor as look
+        from inbatch.forecast import forecast
 
         cleared = look.cache.clear() if clear_cache else None
-        found, measured = look.examine(device), look.measure(until=process.started + look.ANSWER) if measure else None
+        found, measured = look.examine(device), None
+        if measure:
+            found += forecast()
+            measured = look.measure(until=process.started + look.ANSWER)
         if as_json:
             told = {"found": [vars(one) for one in found], "measured": measured}
             print_json(told if cleared is None else told | {"cleared_bytes": cleared})

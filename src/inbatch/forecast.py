@@ -1,0 +1,37 @@
+"""How long `inbatch quickstart` takes on this machine, and what a budget of an hour does (`inbatch doctor`)."""
+
+from typing import Any
+
+import torch
+
+from inbatch import quickstart
+from inbatch.budget import duration
+from inbatch.build import build, plan
+from inbatch.calibrate import TRAINED, time_steps
+from inbatch.doctor import Finding
+
+
+def forecast() -> list[Finding]:
+    """How long `inbatch quickstart` and what an hour's budget would do here, by a few real steps of both."""
+    hour = 3600.0
+    images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
+    _, seconds, batch = _steps(images, {"preset": "fast", "steps": 100, "epochs": 100})
+    made = int(TRAINED * hour / seconds)
+    quick = {"epochs": quickstart.EPOCHS} | quickstart.SETTINGS
+    total, each, _ = _steps(quickstart.DATA, quick)
+    rest = 12.0  # start, evaluation and pictures, as measured on two AVX2 cores
+    return [
+        Finding("quickstart", f"about {duration(total * each + rest)}"),
+        Finding(
+            "a budget of 1 h",
+            f"about {made:,} steps of {batch} images, {made * batch / 1e6:,.1f} million images of 32 pixels, with the "
+            f"encoder fast ({seconds:.2f} s a step)",
+        ),
+    ]
+
+
+def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
+    """Steps of a run, seconds of one of them, and images of its batch."""
+    recipe, source = plan(data, given)
+    built = build(recipe, source, device=torch.device("cpu"))
+    return built.total, time_steps(built), recipe.batch
