@@ -1,9 +1,9 @@
 """What is looked at on the way, and when a run ends: collapse, leaks between groups, k-NN, every protocol's figures."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from inbatch.config import Recipe
 from inbatch.data import Source, Subset
 from inbatch.draws import permutation
 from inbatch.encoders import Encoder
-from inbatch.encoders.fast import Whitening
-from inbatch.evaluate import embed, evaluate, feature_std, keep, knn, rankme, readable
+from inbatch.evaluate import Embeddings, embed, evaluate, feature_std, keep, knn, rankme, readable
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.collapse import SETTLED, signs, spread
 from inbatch.inspect.curves import plot_curves
@@ -70,20 +69,17 @@ def affordable(built: Built, held: Held, seconds: float) -> Held:
     return bank, queries, f"{what}; {len(bank):,} images and {len(queries):,} of it, as the budget is short"
 
 
-def settled(encoder: Encoder, source: Source, **options: Any) -> Encoder:
-    """Return the encoder ready to be judged: an untrained one that whitens its features gets a copy that can.
+def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
+    """Embed images and fit what whitens the encoder's features on them, if anything does; no label is used.
 
-    In training the statistics follow the features; before, the copy takes those of at most 2,000 images of the source,
-    so that the untrained encoder is judged by the same protocol as the trained one.
+    The images that are judged next are then whitened by the same statistics.
     """
-    if not any(isinstance(m, Whitening) and not int(m.num_batches_tracked) for m in encoder.modules()):
-        return encoder
-    ready = copy.deepcopy(encoder)
-    features = embed(ready, _fixed(source, QUERIES), **options).vectors
-    for module in ready.modules():
-        if isinstance(module, Whitening):
-            module.fit(features)
-    return ready
+    if encoder.readout is None:
+        return embed(encoder, source, **options)
+    encoder.readout.forget()
+    found = embed(encoder, source, **options)
+    encoder.readout.fit(found.vectors)
+    return replace(found, vectors=encoder.readout.whitened(found.vectors.to(encoder.device)).cpu())
 
 
 def _embedded(built: Built, source: Source) -> Any:
@@ -148,12 +144,12 @@ def judge(built: Built, held: Any) -> Judge:
     def look() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.tower.precision, "workers": built.loader.workers}
         if held is None:
-            few = torch.arange(min(2048, len(built.loader.source)))
+            most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
+            few = torch.arange(min(most, len(built.loader.source)))
             watched = Subset(built.loader.source, few, "to watch the features")
-            vectors = embed(settled(built.encoder, watched, **options), watched, **options).vectors
+            vectors = embed_bank(built.encoder, watched, **options).vectors[:2048]
             return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
-        encoder = settled(built.encoder, held[0], **options)
-        bank, queries = (embed(encoder, source, **options) for source in held[:2])
+        bank, queries = embed_bank(built.encoder, held[0], **options), embed(built.encoder, held[1], **options)
         found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
         bank, queries = bank.labelled(), queries.labelled()
         near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)

@@ -126,7 +126,7 @@ def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
     began = time.perf_counter()
     if held is not None:
         held = affordable(built, held, JUDGED * left)
-        judge(built, held)()
+    judge(built, held)()
     reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
     return held, Pace(budget, reserve, growth(built))
 

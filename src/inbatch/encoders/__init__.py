@@ -15,7 +15,8 @@ from typing import Any
 from inbatch.encoders.attend import ATTENDS, added, blocks, install, meets_in_training_only, without
 from inbatch.encoders.backbones import build, cifar_stem, pretrained, published_cfg
 from inbatch.encoders.encoder import MAX_SIDE, Encoder, Prepare
-from inbatch.encoders.weights import STEMS, fill, read, save_encoder, split
+from inbatch.encoders.readout import Readout
+from inbatch.encoders.weights import STEMS, fill, read, read_readout, save_encoder, split
 from inbatch.errors import ConfigError, DataError
 
 __all__ = [
@@ -43,6 +44,7 @@ def create_encoder(
     std: Sequence[float] | None = None,
     attend: str | None = None,
     attend_options: Mapping[str, Any] | None = None,
+    whiten: bool = False,
     **kwargs: Any,
 ) -> Encoder:
     """An encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
@@ -55,6 +57,8 @@ def create_encoder(
     attend: None, or attention by a name of `ATTENDS`, with its options and the residual `stages` that get a block
         (`attend.install`). Weights go into the backbone first; the blocks start fresh, unless init is a folder whose
         encoder was saved with the same attend and options.
+    whiten: features that are handed out are pooled over quarters of the image and whitened (`Readout`), once training
+        has fitted that; heads and losses see the plain ones.
     ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
     """
     if size not in range(1, MAX_SIDE + 1):
@@ -103,6 +107,8 @@ def create_encoder(
         stem=used,
         arguments=kwargs,
     )
+    if whiten:
+        encoder.readout = Readout(encoder.width)
     if attend is not None:
         install(encoder, attend, attend_options)
     if saved and encoder.attend == saved:
@@ -131,6 +137,7 @@ def load_encoder(directory: str | Path) -> Encoder:
         if saved := config.get("attend"):  # absent from what was saved before there was one
             install(encoder, saved["name"], saved["options"])
             fill(blocks(encoder), attended, str(directory))
+        read_readout(encoder, directory, config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise DataError(f"{directory}: config.json describes no encoder ({type(e).__name__}: {e}).") from e
     return encoder.eval()

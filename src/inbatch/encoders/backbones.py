@@ -8,7 +8,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from inbatch.encoders.fast import fast
+from inbatch.encoders.fast import Fast
 from inbatch.errors import ConfigError
 
 # timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
@@ -23,7 +23,7 @@ def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[
         if name == "tiny":
             return _tiny(channels, **kwargs), ()
         if name == "fast":
-            return fast(channels, size, **kwargs), ()
+            return Fast(channels, size, **kwargs), ()
         if name.startswith("torchvision/"):
             return _torchvision(name.removeprefix("torchvision/"), channels, kwargs)
         backbone = _timm(name, size, channels, kwargs)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from inbatch.encoders.readout import Readout
 from inbatch.errors import ConfigError, DataError
 from inbatch.modes import evaluating
 from inbatch.pixels import Levels, from_pillow, to_bytes
@@ -66,6 +67,7 @@ class Encoder(nn.Module):
     ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
     `attend` is the name and the options of its attention, None without; `slots` are the names of the attention's
     blocks, of which `pooled` is the one behind the pooling (`attend.install` sets the three).
+    readout: pools and whitens what `represent` hands out; None: the features as they are.
     levels: the two values that become 0 and 255 where images have more than 8 bits, as those it learned from.
     ConfigError if the backbone does not give one row per image.
     """
@@ -95,6 +97,7 @@ class Encoder(nn.Module):
         self.slots: tuple[str, ...] = ()
         self.levels: Levels | None = None
         self.pooled: nn.Module | None = None
+        self.readout: Readout | None = None
         self.width = self._measure()
 
     @property
@@ -104,6 +107,14 @@ class Encoder(nn.Module):
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
         rows = self.backbone(x)
         return rows if self.pooled is None else self.pooled(rows)
+
+    def represent(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
+        """The features to hand out and to judge: those of `forward`, or what the readout makes of the feature map."""
+        if self.readout is None:
+            return self(x)
+        maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
+        found = self(x) if maps is None else maps(x)
+        return self.readout(found if found.ndim in (2, 4) else self(x))
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradient, for a while."""
@@ -123,8 +134,12 @@ class Encoder(nn.Module):
             if not isinstance(chunk, Tensor) or chunk.dtype != torch.uint8:
                 chunk = [self._tensor(i) for i in chunk]
             with self.evaluating():
-                rows.append(self(self.prepare(chunk).to(self.device)).float().cpu())
-        return torch.cat(rows).numpy() if rows else np.empty((0, self.width), np.float32)
+                rows.append(self.represent(self.prepare(chunk).to(self.device)).float().cpu())
+        return (
+            torch.cat(rows).numpy()
+            if rows
+            else np.empty((0, self.readout.width if self.readout else self.width), np.float32)
+        )
 
     def _tensor(self, image: Any) -> Tensor:
         """One (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""

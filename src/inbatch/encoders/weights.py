@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from inbatch.encoders.attend import blocks, without
 from inbatch.encoders.backbones import published_cfg, timm_arguments
 from inbatch.encoders.encoder import Encoder
+from inbatch.encoders.readout import Readout
 from inbatch.errors import ConfigError, DataError
 from inbatch.files import read_json, replacing
 
+READOUT = "readout.safetensors"
+"""Beside model.safetensors, which other libraries load and would refuse further tensors in."""
 STEMS = (
     "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
     'max-pool): choose stem="imagenet" or stem="cifar" as the weights were trained, or other weights.'
@@ -75,7 +78,37 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     if encoder.attend:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))
-    write(Path(directory), backbone, {k: getattr(encoder, k) for k in keys}, _timm_config(encoder))
+    ours = {k: getattr(encoder, k) for k in keys} | write_readout(encoder, Path(directory))
+    write(Path(directory), backbone, ours, _timm_config(encoder))
+
+
+def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:
+    """Write the readout's statistics beside the weights; returns what config.json says of them."""
+    readout = encoder.readout
+    if readout is None:
+        (directory / READOUT).unlink(missing_ok=True)
+        return {}
+    data = safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in readout.state_dict().items()})
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / READOUT) as file:
+        file.write(data)
+    return {"readout": {"grid": readout.grid, "eps": readout.eps, "sha256": hashlib.sha256(data).hexdigest()}}
+
+
+def read_readout(encoder: Encoder, directory: Path, config: dict[str, Any]) -> None:
+    """Give the encoder the readout that was saved with it; DataError if the file is damaged or missing."""
+    saved = config.get("readout")
+    if not saved:
+        return
+    path = directory / READOUT
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != saved["sha256"]:
+            raise DataError(f"{path} is not the file config.json describes; it is damaged.")
+        encoder.readout = Readout(encoder.width, int(saved["grid"]), float(saved["eps"]))
+        encoder.readout.load_state_dict(safetensors.torch.load(data))
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

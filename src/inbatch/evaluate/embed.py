@@ -191,8 +191,9 @@ def encode(
     half = precision != torch.float32
     products = fast_products() if device.type == "cpu" else nullcontext()
     cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
+    represent = getattr(encoder, "represent", encoder)  # the rows of a head, or an encoder of somebody else, have none
     with encoder.evaluating(), products, cast:
-        return encoder(images.to(device, non_blocking=True))
+        return represent(images.to(device, non_blocking=True))
 
 
 def embed(

@@ -1,0 +1,59 @@
+"""From feature maps to the features that are handed out: pooled by quarters of the image, and decorrelated."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+WIDEST = 2048
+"""Features that are decorrelated at most: the matrix has the square of them."""
+
+
+class Readout(nn.Module):
+    """Pool a feature map over a grid of the image and whiten it: (x - mean) C^(-1/2).
+
+    C is the covariance of the features of clean images, without labels. Heads and losses do not see this: they learn
+    from the mean over the whole image. Directions of small variance count as much as large ones afterwards, which
+    nearest neighbours gain from (docs/fast.md). Until it is fitted the pooled features pass as they are.
+
+    Args:
+        width: channels of the feature map.
+        grid: side of the grid; by default 2 if that gives at most `WIDEST` features, else 1.
+        eps: share of the largest variance that is added to all, so that directions of noise alone do not count.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+    images: Tensor
+
+    def __init__(self, width: int, grid: int | None = None, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.grid, self.eps = grid or (2 if 4 * width <= WIDEST else 1), eps
+        self.width = width * self.grid**2
+        self.register_buffer("mean", torch.zeros(self.width))
+        self.register_buffer("matrix", torch.eye(self.width))
+        self.register_buffer("images", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (N, C, H, W), or features that are pooled already (N, C) and then stand in each part of the grid."""
+        pooled = adaptive_avg_pool2d(x, self.grid).flatten(1) if x.ndim == 4 else x.repeat(1, self.grid**2)
+        return self.whitened(pooled) if int(self.images) else pooled
+
+    def whitened(self, rows: Tensor) -> Tensor:
+        """Pooled features (N, F), decorrelated."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows.to(self.mean) - self.mean) @ self.matrix
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> None:
+        """Take mean and covariance of pooled features (N, F) of clean images; fewer than 4 F of them raise eps."""
+        rows = rows.to(self.mean.device, torch.float64)
+        variance, axes = torch.linalg.eigh(torch.cov(rows.T) if len(rows) > 1 else torch.eye(self.width).double())
+        eps = self.eps * max(1.0, 4 * self.width / len(rows))
+        scale = (variance.clamp(min=0) + eps * variance.amax().clamp(min=1e-12)).rsqrt()
+        self.mean.copy_(rows.mean(0))
+        self.matrix.copy_(axes * scale @ axes.T)
+        self.images.fill_(len(rows))
+
+    def forget(self) -> None:
+        """Pass pooled features as they are again."""
+        self.images.zero_()

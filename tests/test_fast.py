@@ -1,0 +1,107 @@
+"""The encoder `fast`, its whitened features, and images that grow during a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import inbatch
+from inbatch.build import build, image_scale, plan
+from inbatch.encoders import create_encoder, load_encoder, save_encoder
+from inbatch.encoders.readout import Readout
+from inbatch.errors import DataError
+
+IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def _rows(n: int, seed: int = 0) -> torch.Tensor:
+    """Rows of 6 correlated features of different scales."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=g) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) + 3
+
+
+def test_fast_works_on_about_32_pixels_whatever_the_images_are() -> None:
+    for size, side in ((20, 20), (32, 32), (64, 32), (96, 48), (128, 32)):
+        encoder = create_encoder("fast", size=size, width=8)
+        assert encoder.width == 64
+        stem = encoder.backbone.stages[0]
+        assert stem(torch.randn(2, 3, size, size)).shape[-1] == side
+
+
+def test_readout_decorrelates_once_it_is_fitted() -> None:
+    readout, x = Readout(6, grid=1, eps=1e-6), _rows(20_000)
+    assert torch.equal(readout(x), x)  # nothing was fitted yet
+    readout.fit(x)
+    out = readout(_rows(20_000, 999)).double()
+    assert torch.allclose(torch.cov(out.T), torch.eye(6, dtype=torch.float64), atol=0.1)
+    assert out.mean(0).abs().max() < 0.1
+    readout.forget()
+    assert torch.equal(readout(x), x)
+
+
+def test_readout_equals_the_literal_matrix() -> None:
+    readout, x = Readout(6, grid=1, eps=1e-3), _rows(500)
+    readout.fit(x)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T).double())
+    literal = vectors @ torch.diag((values + 1e-3 * values.max()) ** -0.5) @ vectors.T
+    assert torch.allclose(readout(x).double(), (x - x.mean(0)).double() @ literal, atol=1e-4)
+    few = Readout(6, grid=1, eps=1e-3)
+    few.fit(x[:3])  # fewer images than features: finite, and closer to no whitening
+    assert torch.isfinite(few(x)).all()
+
+
+def test_readout_pools_over_quarters_unless_that_is_too_wide() -> None:
+    assert Readout(512).grid == 2 and Readout(512).width == 2048 and Readout(513).grid == 1
+    maps = torch.randn(3, 5, 4, 4)
+    quarters = torch.stack([maps[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2) for j in (0, 2)], 2)
+    assert torch.allclose(Readout(5)(maps), quarters.flatten(1))
+    assert Readout(5)(torch.randn(3, 5)).shape == (3, 20)
+
+
+def test_a_saved_encoder_keeps_its_readout_and_heads_see_plain_features(tmp_path: Path) -> None:
+    for name in ("fast", "resnet10", "torchvision/resnet18"):
+        encoder = create_encoder(name, size=32, whiten=True).eval()
+        images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+        plain = encoder(encoder.prepare(images[:4]))
+        assert encoder.readout is not None
+        encoder.readout.fit(torch.from_numpy(encoder.embed(images)))
+        assert torch.equal(encoder(encoder.prepare(images[:4])), plain)
+        save_encoder(encoder, tmp_path / name)
+        again = load_encoder(tmp_path / name)
+        assert (again.embed(images[:4]) == encoder.embed(images[:4])).all()
+    path = tmp_path / "fast/readout.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="damaged"):
+        load_encoder(tmp_path / "fast")
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        load_encoder(tmp_path / "fast")
+
+
+def test_images_grow_from_a_share_of_their_side_at_a_share_of_the_run() -> None:
+    given = {"preset": "fast", "encoder.width": 8, "steps": 10, "batch": 16, "grow_from": 0.5, "grow_until": 0.6}
+    recipe, source = plan(IMAGES, given)
+    assert [image_scale(recipe, step / 10) for step in (0, 5, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
+    built = build(recipe, source, device=CPU)
+    sides: list[int] = []
+    built.encoder.register_forward_hook(lambda module, given, made: sides.append(given[0].shape[-1]))
+    for batch in built.loader.epoch(0):
+        built.step(batch, 0)
+        built.step(batch, 9)
+        break
+    assert sides == [16, 16, 32, 32]
+
+
+def test_the_preset_fast_is_there_for_every_method() -> None:
+    for method in ("simclr", "byol", "moco", "barlow"):
+        recipe, _ = plan(IMAGES, {"preset": "fast", "method.name": method, "epochs": 1})
+        assert recipe.encoder.name == "fast" and recipe.optimizer.name == "adamw" and recipe.preset == "fast"
+
+
+def test_fast_learns_from_a_small_run(tmp_path: Path) -> None:
+    run = inbatch.pretrain(IMAGES, out=tmp_path / "run", preset="fast", epochs=2, batch=16, quiet=True,
+                           settings={"encoder.width": 8})  # fmt: skip
+    losses = [entry["loss"] for entry in run.result["curve"] if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    assert run.encoder.embed(IMAGES[:4]).shape == (4, 256)
