@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import inbatch
+from inbatch.children import PARENT
 from inbatch.data import open_data, write_folder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
@@ -74,7 +75,7 @@ def launch(words: list[str], folder: Path, **environment: str) -> "subprocess.Po
     with open(folder / "console.txt", "a") as console:
         run = subprocess.Popen(
             [sys.executable, *words], stdout=console, stderr=console, text=True, start_new_session=True, cwd=folder,
-            env=os.environ | environment,
+            env=os.environ | {PARENT: str(os.getpid())} | environment,  # a command also ends with pytest
         )  # fmt: skip
     launched.append(run)
     return run
@@ -142,7 +143,7 @@ end_with_parent()
 print("ready", flush=True)
 time.sleep(600)
 """
-PARENT = """
+STARTS = """
 import sys, time
 from inbatch.children import start
 child = start({words!r})
@@ -156,7 +157,7 @@ def test_a_program_ends_with_its_parent(tmp_path: Path, way: str) -> None:
     words = [sys.executable, "-c", CHILD.format(before="sys.platform = 'darwin'" if way == "poll" else "")]
     if way == "wrapper":
         words = ["sh", "-c", f"{shlex.join(words)}; true"]
-    run = launch(script(tmp_path, PARENT.format(words=words)), tmp_path)
+    run = launch(script(tmp_path, STARTS.format(words=words)), tmp_path)
     console = tmp_path / "console.txt"
     assert until(lambda: "ready" in console.read_text(), 60), console.read_text()
     pids = below(run.pid)
