@@ -86,3 +86,10 @@ def test_a_library_leaves_the_process_alone() -> None:
     assert told(
         code + "print(process.tuned, process.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)" + WAITING
     ) == ("False False True\nNone None None")
+
+
+def test_other_programs_wait_as_they_ship() -> None:
+    """Contestants of a benchmark do not inherit how this program's threads wait, only what the user has set."""
+    code = "from inbatch import process; process.begin(); import os; os.environ = process.untuned()"
+    assert told(code + WAITING) == "None None None"
+    assert told(code + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"

@@ -13,7 +13,7 @@ from inbatch.show import complain, print_figures, print_json, print_rehearsal, p
 
 @app.command(
     epilog="Examples:\n\n  inbatch quickstart\n\n"
-    "  inbatch quickstart --epochs 8 --margin 5     a few seconds, for CI\n\n"
+    "  inbatch quickstart --epochs 8 --margin 5     less time, for CI\n\n"
     "  inbatch quickstart --json > figures.json"
 )
 def quickstart(
