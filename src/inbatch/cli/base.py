@@ -40,12 +40,13 @@ def main() -> None:
         try:
             stop.release()
             app()
-        except (SystemExit, signals.StopRequested) as end:  # click makes an exit of one outside of a command
-            if stop.requested is None or signals.watchdog.told or getattr(end, "code", 1) == 0:
+        except (SystemExit, signals.StopRequested) as end:
+            if stop.requested is None or getattr(end, "code", 1) == 0:
                 raise
             error = signals.without_result(stop.requested)
-            _tell(error)
-            sys.exit(error.exit_code)
+            if not signals.watchdog.told:  # before a command began
+                _tell(error)
+            signals.leave(error.exit_code)
 
 
 @contextmanager
