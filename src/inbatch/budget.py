@@ -37,7 +37,7 @@ def parse_budget(value: Any) -> float:
 
 def duration(seconds: float) -> str:
     """Return a time for people, in at most two units: "45 s", "12 min", "3 h 20 min", "11 days"."""
-    if seconds < 90:
+    if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
@@ -110,7 +110,7 @@ class Pace:
     def fitting(self, used: float, per_step: float, progress: float) -> int:
         """Return how many more steps fit, if a step at this point of the run takes `per_step` seconds."""
         left = self.seconds * (1 - self._slack) - self.reserve - used
-        return max(0, int(left / (per_step * self._mean_cost(progress) / self._cost(progress))))
+        return max(0, int(left / (per_step * self._mean_cost(progress) / self.cost(progress))))
 
     def revised(self, step: int, timeline: Timeline, used: float, per_step: float) -> int | None:
         """Return how many steps must be left so that the run ends in time, None if the plan holds."""
@@ -121,7 +121,8 @@ class Pace:
         # Room appears if others stop working; near the end it is not worth another schedule.
         return fits if fits > planned * 1.1 + 1 and progress < 0.8 else None
 
-    def _cost(self, progress: float) -> float:
+    def cost(self, progress: float) -> float:
+        """Relative cost of a step at a share of the run."""
         return next((cost for end, cost in self.growth if progress < end), 1.0)
 
     def _mean_cost(self, progress: float) -> float:
@@ -148,7 +149,7 @@ class Keeper:
         self.look_seconds = 0.0
         self.said = 0  # where the user was told that the run ends
         self._saved = self._checked = clock()
-        self._idle, self._step = 0.0, 0
+        self._idle, self._step, self._cost = 0.0, 0, math.nan
         self._interval = max(0.5, 0.01 * pace.seconds) if pace else every
 
     def start(self, step: int, total: int) -> None:
@@ -173,7 +174,10 @@ class Keeper:
     def check(self, step: int, timeline: Timeline, looks_left: int) -> tuple[int | None, bool]:
         """Return how many steps must be left (None: as planned), and whether to save a checkpoint."""
         now = self.clock()
-        if step > self._step:
+        cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
+        if cost != self._cost:  # images have grown: earlier steps say nothing of the next ones
+            self.per_step, self._cost = None, cost
+        elif step > self._step:
             recent = max(1e-9, now - self._checked - self._idle) / (step - self._step)
             self.per_step = recent if self.per_step is None else (self.per_step + recent) / 2
         self._step, self._checked, self._idle = step, now, 0.0

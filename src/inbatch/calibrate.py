@@ -34,12 +34,17 @@ _TIMED = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """An encoder that was tried. seconds: of a step. steps: that fit into the budget. views: seen by then."""
+    """An encoder that was tried.
+
+    seconds: of a step, on the mean of the run. steps: that fit into the budget. views: seen by then. small: what a step
+    costs while images are small, relative to one at full size.
+    """
 
     name: str
     seconds: float
     steps: int
     views: int
+    small: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Choice:
     def json(self) -> dict[str, Any]:
         """The same as plain numbers."""
         return {
-            "seconds": self.seconds, "chosen": self.chosen.name, "tried": [asdict(one) for one in self.tried],
-            "notes": list(self.notes),
+            "seconds": self.seconds, "chosen": self.chosen.name, "small": self.chosen.small,
+            "tried": [asdict(one) for one in self.tried], "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -133,12 +138,12 @@ def plan_budget(
         settings = given | options | {"steps": 10**6, "epochs": 10**6}
         built = build(make(settings), source, device=device, workers=workers, loader=loader)
         loader = built.loader
-        seconds = ranks.share(time_steps(built))
+        seconds, small = ranks.share(_both(built))
         left = ranks.share(budget - (time.perf_counter() - began))
         steps = max(1, int(TRAINED * left / seconds))
         views = steps * built.recipe.batch * len(built.views)
         name = f"{built.encoder.name} {options['encoder.width']}" if options else built.encoder.name
-        tried.append((Candidate(name, seconds, steps, views), settings))
+        tried.append((Candidate(name, seconds, steps, views, small), settings))
     assert loader is not None
     best = 0
     for number, (candidate, settings) in enumerate(tried):
@@ -167,9 +172,14 @@ def small_size(source: Source, device: torch.device) -> int:
 
 def time_steps(built: Built) -> float:
     """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones."""
-    until = built.recipe.grow_until
-    full = _timed(built, built.total - 1)
-    return full * (1 - until) + (_timed(built, 0) * until if until else 0.0)
+    return _both(built)[0]
+
+
+def _both(built: Built) -> tuple[float, float]:
+    """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
+    until, full = built.recipe.grow_until, _timed(built, built.total - 1)
+    small = _timed(built, 0) if until else full
+    return full * (1 - until) + small * until, small / full
 
 
 def _timed(built: Built, step: int) -> float:

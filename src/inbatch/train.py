@@ -90,7 +90,7 @@ def train(
                     with report.verdict():  # torchrun ends the others when a rank has died
                         looked, pace = held, None
                         if main and built.recipe.budget is not None:
-                            held, pace = _within(built, held, progress)
+                            held, pace = _within(built, held, progress, calibration)
                         if main and held is not None:
                             looked, held = chosen(built, held)
                         keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
@@ -119,7 +119,7 @@ def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] |
     return expectation(built, seconds, progress.step)
 
 
-def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
+def _within(built: Built, held: Any, progress: Progress, calibration: Mapping[str, Any] | None) -> tuple[Any, Pace]:
     """What a run with a budget is judged by, and its pace: what the last evaluation takes is measured before."""
     budget = built.recipe.budget or 0.0
     left = max(1.0, budget - progress.wall)
@@ -128,7 +128,9 @@ def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
         held = affordable(built, held, JUDGED * left)
     judge(built, held)()
     reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
-    return held, Pace(budget, reserve, growth(built))
+    until = built.recipe.grow_until
+    costs = [(until, calibration["small"])] if calibration and until else growth(built)
+    return held, Pace(budget, reserve, costs)
 
 
 def _signature(built: Built) -> str:
