@@ -144,6 +144,17 @@ def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None])
     assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.rows(found)
 
 
+def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
+    quiet: Change, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(torch.float32)
+    quiet(others_busy=lambda: 1.0)
+    monkeypatch.setattr(doctor, "adapts", lambda device: True)
+    assert doctor.measure()["threads"] == 3
+    monkeypatch.setattr(doctor, "adapts", lambda device: False)
+    assert doctor.measure()["threads"] == 4
+
+
 @pytest.mark.parametrize("limit", ["LIMIT", "BUDGET", "until"])
 def test_what_takes_too_long_is_named_and_the_rest_is_measured(
     fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, limit: str

@@ -35,8 +35,9 @@ _LARGE = 96
 
 BUDGET = 40.0
 """Seconds that `measure` takes at most."""
-ANSWER = 52.0
-"""Seconds after the start of the program when `inbatch doctor` stops to measure: it answers within 60."""
+MEASURED, FORECAST = 38.0, 44.0
+"""Seconds after the start of the program when `inbatch doctor`, which answers within 60, ends `measure` and begins no
+other steps."""
 LIMIT = 15.0
 """Seconds that the products and copies, or one answer of a contestant, may take."""
 _BATCHES = (32, 16, 8, 4)
@@ -100,13 +101,15 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
 
     Returns:
         ceilings: products in float32 and bf16 (operations a second; None for bf16 that is left out) and copies (bytes a
-            second). batch: images of a step, fewer on slow processors. tower: views a second of a ResNet-18 on 32
-            pixels, forward and backward, by setting.
+            second). threads: fewer beside busy processes. batch: images of a step, fewer on slow processors. tower:
+            views a second of a ResNet-18 on 32 pixels, forward and backward, by setting.
     """
     from inbatch.bench.measure import ceilings
     from inbatch.bench.runner import Contestant, Race
 
     began, threads, reached = time.monotonic(), torch.get_num_threads(), dict[str, Any]()
+    if adapts(torch.device("cpu")):  # as a run does; threads that share a core with others wait for each other
+        threads = threads_beside(others_busy(), cores(), threads)
     until = min(began + BUDGET, until)
     try:
         reached = ceilings("cpu", threads, quick, each=2.0, limit=min(LIMIT, until - began))
@@ -119,7 +122,7 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
     chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
     field = [Contestant(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
     race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
-    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "batch": batch}
+    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
     return found | {"tower": race["contestants"]}
 
 

@@ -51,7 +51,7 @@ def bench(
 
 @app.command(epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache")
 def doctor(
-    measure: Annotated[bool, Option(help="Measure what settings gain on the processor: 40 seconds at most.")] = True,
+    measure: Annotated[bool, Option(help="Measure what settings gain on the processor: a minute at most.")] = True,
     clear_cache: Annotated[bool, Option("--clear-cache", help="Remove decoded images kept for the next run.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -65,8 +65,8 @@ def doctor(
         cleared = look.cache.clear() if clear_cache else None
         found, measured = look.examine(device), None
         if measure:
-            found += forecast()
-            measured = look.measure(until=process.started + look.ANSWER)
+            measured = look.measure(until=process.started + look.MEASURED)
+            found += forecast(until=process.started + look.FORECAST)
         if as_json:
             told = {"found": [vars(one) for one in found], "measured": measured}
             print_json(told if cleared is None else told | {"cleared_bytes": cleared})
@@ -76,7 +76,8 @@ def doctor(
         print_table(("", "here"), [(one.what, one.found) for one in found])
         if measured is not None:
             say("")
-            what = f"measured; {measured['batch']} images a step"
+            threads = measured["threads"]
+            what = f"measured; {threads} thread{'s' * (threads > 1)}, {measured['batch']} images a step"
             print_table((what, "reached", "times as fast"), look.rows(measured), numbers=True)
         wanted = [one.advice for one in found if one.advice]
         say("", *(["Could be faster:", *(f"  {advice}" for advice in wanted)] if wanted else ["Nothing to do."]))
