@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from inbatch import load, process, threads
+from inbatch import busy, process, threads
 from inbatch.api import pretrain
 from inbatch.threads import Threads, threads_beside
 
@@ -28,10 +29,10 @@ intr 1 2 3
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """A program with two threads on two cores; the list holds how busy others are at each decision, the last stays."""
-    busy = [1.0]
+    loads = [1.0]
 
     def now(seconds: float = 0.0) -> float:
-        return busy.pop(0) if len(busy) > 1 else busy[0]
+        return loads.pop(0) if len(loads) > 1 else loads[0]
 
     monkeypatch.setattr(process, "tuned", True)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -40,13 +41,13 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(threads, "Load", lambda: SimpleNamespace(seconds=2.0, busy=now))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield busy
+    yield loads
     torch.set_num_threads(before)
 
 
 def test_work_of_some_cores() -> None:
-    assert load.worked(STAT, {"cpu0"}) == 36 and load.worked(STAT, {"cpu1"}) == 604
-    assert load.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
+    assert busy.worked(STAT, {"cpu0"}) == 36 and busy.worked(STAT, {"cpu1"}) == 604
+    assert busy.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
 
 
 @LINUX
@@ -54,18 +55,18 @@ def test_busy_cores_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes while this process sleeps is others' work."""
     mine, ticks = min(os.sched_getaffinity(0)), iter((0, 10 * os.sysconf("SC_CLK_TCK"), 5, 5))
     clock = SimpleNamespace(read_text=lambda: f"cpu{mine} {next(ticks)} 0 0 0 0 0 0 0\n")
-    monkeypatch.setattr(load, "_STAT", clock)
+    monkeypatch.setattr(busy, "_STAT", clock)
     for name in ("cores", "affine"):
-        monkeypatch.setattr(load, name, lambda: 4)
+        monkeypatch.setattr(busy, name, lambda: 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    busy = load.others_busy(0.05)
-    assert busy is not None and busy > 1
-    assert load.others_busy(0.01) == 0
-    monkeypatch.setattr(load, "affine", lambda: 8)
-    assert load.others_busy(0.01) is None
+    seen = busy.others_busy(0.05)
+    assert seen is not None and seen > 1
+    assert busy.others_busy(0.01) == 0
+    monkeypatch.setattr(busy, "affine", lambda: 8)
+    assert busy.others_busy(0.01) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(load, "affine", lambda: 4)
-    assert load.others_busy(0.01) is None
+    monkeypatch.setattr(busy, "affine", lambda: 4)
+    assert busy.others_busy(0.01) is None
 
 
 def compute(seconds: float) -> None:
@@ -76,26 +77,26 @@ def compute(seconds: float) -> None:
 
 @LINUX
 def test_own_work_and_that_of_data_workers_is_not_others() -> None:
-    before = load._own()
+    before = busy._own()
     compute(0.1)
     child = multiprocessing.get_context("fork").Process(target=compute, args=(0.3,))
     child.start()
     while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":  # ended, not yet waited for
         time.sleep(0.02)
-    alive = load._own() - before
+    alive = busy._own() - before
     child.join()
-    assert alive > 0.35 and load._own() - before >= alive - 0.05
+    assert alive > 0.35 and busy._own() - before >= alive - 0.05
 
 
 @pytest.mark.parametrize(
-    ("busy", "cores", "most", "count"),
+    ("load", "cores", "most", "count"),
     [
         (None, 2, 2, 2), (0.0, 2, 2, 2), (0.4, 2, 2, 2), (0.5, 2, 2, 1), (0.8, 2, 2, 1), (1.3, 2, 2, 1), (2.0, 2, 2, 1),
         (0.3, 1, 1, 1), (5.0, 1, 1, 1), (1.2, 4, 4, 3), (1.0, 8, 4, 4), (5.6, 8, 4, 2), (1.0, 64, 64, 63),
     ],
 )  # fmt: skip
-def test_a_thread_for_each_core_that_others_leave(busy: float | None, cores: int, most: int, count: int) -> None:
-    assert threads_beside(busy, cores, most) == count
+def test_a_thread_for_each_core_that_others_leave(load: float | None, cores: int, most: int, count: int) -> None:
+    assert threads_beside(load, cores, most) == count
 
 
 def test_the_number_follows_the_load(beside: list[float]) -> None:
@@ -131,7 +132,7 @@ def test_the_number_is_left_alone(who: str, beside: list[float], monkeypatch: py
 def test_a_run_tells_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"epochs": 2, "subset": 64, "batch": 32, "evaluate_every": 2}
+    small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch": 32, "evaluate_every": 2}
     beside[:] = [1.0, 0.0]
     run = pretrain("digits-canvas", "simclr", out=tmp_path / "beside", **small)
     assert run.result["threads"] == [1, 2] and torch.get_num_threads() == 2

@@ -21,7 +21,7 @@ TREES = {
 PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
 EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
 
-FREE = {"errors", "budget", "children", "draws", "files", "limits", "load", "modes", "machine", "process", "pixels"}
+FREE = {"errors", "budget", "busy", "children", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
 GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
 TOP = {"__main__", "cli", "papers"}
 MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
@@ -210,6 +210,12 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 """
     python(script, *sorted(TREES.keys() - needs - {"inbatch.__main__"}))
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    """An imported module becomes an attribute of the package, and would hide a function of its name."""
+    modules = {name.removeprefix("inbatch.") for name in TREES if name.count(".") == 1}
+    assert modules & set(inbatch.__all__) == {"losses"}, "which is public as a module"
 
 
 def test_importing_the_package_costs_nothing() -> None:

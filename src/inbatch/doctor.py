@@ -16,12 +16,12 @@ import torch
 
 from inbatch import process
 from inbatch.build import device_for, precision_for
+from inbatch.busy import others_busy
 from inbatch.data import cache
 from inbatch.data.jpeg import fast_jpeg
 from inbatch.environment import environment
 from inbatch.errors import InbatchError
 from inbatch.limits import affine, cores, launched, limited_bytes
-from inbatch.load import others_busy
 from inbatch.machine import free_bytes
 from inbatch.products import onednn
 from inbatch.threads import adapts, threads_beside

@@ -7,8 +7,8 @@ from types import TracebackType
 import torch
 
 from inbatch import process, ranks
+from inbatch.busy import Load, others_busy
 from inbatch.limits import cores
-from inbatch.load import Load, others_busy
 
 _WINDOW = 1.0
 """Seconds that the load is measured at least: the system counts work in hundredths of a second."""
