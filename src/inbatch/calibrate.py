@@ -1,9 +1,11 @@
 """From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ TRAINED = 0.85
 DECODED = 0.15
 """Share of the budget that decoding may take before the first step; of larger sets a part is learned from."""
 _LOOKS = 8
-_TIMED = 2
-"""Steps that are timed, after one that warms up."""
+_WARM = 2
+"""Steps that are made before one is timed: memory is asked for, and views are compiled."""
 
 
 @dataclass(frozen=True)
@@ -177,30 +179,37 @@ def time_steps(built: Built) -> float:
 
 def _both(built: Built) -> tuple[float, float]:
     """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
-    until, full = built.recipe.grow_until, _timed(built, built.total - 1)
-    small = _timed(built, 0) if until else full
+    until = built.recipe.grow_until
+    limit = min(SHARE * (built.recipe.budget or math.inf), MOST) / 12  # two sizes of up to three encoders, twice over
+    small = _timed(built, 0, limit) if until else 0.0
+    full = _timed(built, built.total - 1, limit)
+    small = small or full
     return full * (1 - until) + small * until, small / full
 
 
-def _timed(built: Built, step: int) -> float:
-    """Seconds of a step at a place of the run: the best of some after one that warms up."""
-    times = []
-    for batch in islice(_batches(built), _TIMED + 1):
-        began = time.perf_counter()
+def _timed(built: Built, step: int, seconds: float = 5.0) -> float:
+    """Seconds of a step at a place of the run: the median of those made in so many seconds, after some that warm up."""
+    times: list[float] = []
+    began = time.perf_counter()
+    for batch in _batches(built):
+        start = time.perf_counter()
         float(built.step(batch, step)["loss"])  # reading it waits for the device
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        times.append(time.perf_counter() - start)
+        # Ranks make the same number of steps: rank 0 says when it is enough.
+        if ranks.share(len(times) > _WARM + 1 and time.perf_counter() - began > seconds):
+            break
+    return median(times[_WARM:])
 
 
 def _batches(built: Built) -> Iterator[Batch]:
-    """Batches of the first epochs: a small set has one to an epoch."""
-    for epoch in range(_TIMED + 1):
-        yield from built.loader.epoch(epoch, stop=_TIMED + 1)
+    """Batches of the first epochs, again and again: a small set has one to an epoch."""
+    for epoch in count():
+        yield from built.loader.epoch(epoch, stop=8)
 
 
 def _time_for_another(start: float, last: float, budget: float) -> bool:
     """Whether another, larger encoder can be timed within the limit; rank 0 decides."""
-    expected = 2.0 * last * (_TIMED + 1)
+    expected = 3.0 * last * (_WARM + 2)
     return bool(ranks.share(time.perf_counter() - start + expected <= min(SHARE * budget, MOST)))
 
 

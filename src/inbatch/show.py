@@ -202,7 +202,8 @@ def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
         for m in every
     ]
     print_table(("method", "what it is", "views", "momentum tower", "labels", "presets"), rows)
-    say("", "Every method also has the preset fast, for a budget of time, and digits and digits-colour, for the embedded data.")
+    say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
+    say("and digits-colour.")
     say("One method in detail: inbatch methods NAME")
 
 

@@ -261,7 +261,7 @@ def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log:
         if ranks.rank() == 0:  # before the steps that follow: a resumed run repeats them
             write_json(out / "recipe.json", built.recipe.nested())
         log.length(built.total)
-        if abs(built.total - keeper.said) > 0.1 * keeper.said:
+        if abs(built.total - keeper.said) > 0.25 * keeper.said:
             why = "longer" if built.total < keeper.said else "less time"
             log.note(
                 f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
