@@ -12,9 +12,9 @@ from inbatch.files import write_json
 from inbatch.inspect.neighbours import neighbour_grid
 
 DATA = "digits-canvas"
-EPOCHS = 12
+EPOCHS = 10
 SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1}
-"""What differs from the preset of the data, so that it ends within a minute on two cores: a fifth of the epochs with
+"""What differs from the preset of the data, so that it ends within a minute on two cores: a sixth of the epochs with
 half the batch, which makes twice as many steps of them."""
 RAW, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 

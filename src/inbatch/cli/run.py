@@ -18,7 +18,7 @@ from inbatch.show import complain, print_figures, print_json, print_rehearsal, p
 )
 def quickstart(
     out: Annotated[Path, Option(help="The run's folder; gets a number where it exists.")] = Path("runs/quickstart"),
-    epochs: Annotated[int | None, Option(min=1, help="12 by default; fewer take less time.")] = None,
+    epochs: Annotated[int | None, Option(min=1, help="10 by default; fewer take less time.")] = None,
     margin: Annotated[float, Option(help="Points of k-NN above raw pixels without which it exits with 4.")] = 20,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Of weights, order and views.")] = 0,
     device: Device = "auto",
