@@ -60,6 +60,8 @@ ABOVE |= {
     "looks",
     "report",
     "runs",
+    "run_encoder",
+    "judgement",
     "show",
     "survey",
     "",

@@ -136,7 +136,7 @@ def peak_memory(device: torch.device) -> int:
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+    for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
     for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):

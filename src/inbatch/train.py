@@ -26,6 +26,7 @@ from inbatch.files import write_json
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
+from inbatch.judgement import worth
 from inbatch.log import Log, spent
 from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
@@ -93,6 +94,7 @@ def train(
                 with end_on_signals(lambda number: _stopped(number, built, progress, out)):
                     extra = {"calibration": calibration} if calibration else {}
                     result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
+        log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if compared:
             log.note(compared.summary())
     report.status("finished")
@@ -141,7 +143,7 @@ def _same_data(then: str, now: str) -> None:
     if then != now:
         raise DataError(
             f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
-            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN/encoder"
+            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN"
         )
 
 
@@ -301,7 +303,7 @@ def _finish(
         "held_out": held and held[2],
         "evaluation": None if held is None else evaluation(built, held, out),
     }
-    result |= extra
+    result |= worth(built, held, out) | extra
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

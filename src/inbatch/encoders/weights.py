@@ -40,8 +40,14 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     backbone.load_state_dict(weights)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs."""
+def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs.
+
+    Of an encoder: what `save_encoder` would write.
+    """
+    if isinstance(path, Encoder):
+        module, ours = as_saved(path)
+        return dict(module.state_dict()), ours
     config: dict[str, Any] = {}
     try:
         if path.is_dir():
@@ -70,12 +76,17 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
     backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
     """
+    write(Path(directory), *as_saved(encoder), _timm_config(encoder))
+
+
+def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
+    """The module whose weights are saved, and our part of config.json."""
     keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
     backbone = encoder.backbone
     if encoder.attend:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))
-    write(Path(directory), backbone, {k: getattr(encoder, k) for k in keys}, _timm_config(encoder))
+    return backbone, {k: getattr(encoder, k) for k in keys}
 
 
 def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

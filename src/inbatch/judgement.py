@@ -1,0 +1,80 @@
+"""What training was worth: an encoder beside the same encoder before its first step, with labels and without."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.build import Built, views_of
+from inbatch.config import Recipe
+from inbatch.data import Source
+from inbatch.encoders import Encoder
+from inbatch.errors import InbatchError
+from inbatch.evaluate import evaluate
+from inbatch.inspect.neighbours import neighbour_grid
+from inbatch.inspect.unlabelled import Chosen, compared, embed_all
+from inbatch.run_encoder import initial_encoder, initial_name
+
+PROTOCOLS = ("knn", "linear", "clustering")
+COSTLY = ("finetune", "corruptions")
+"""Protocols by which the encoder before training is not judged: each takes minutes, and says little of it."""
+
+
+def worth(built: Built, held: Any, out: Path) -> dict[str, Any]:
+    """Compare a run's encoder with the one that it began with, and draw neighbours.png; entries of result.json.
+
+    "initial": what that encoder is called. "untrained": its figures, None without labels. "unlabelled": measures that
+    need no labels. "comparison_seconds": what all this took.
+    """
+    began, recipe = time.perf_counter(), built.recipe
+    before = initial_encoder(recipe, out, built.loader.device)
+    options: dict[str, Any] = {"k": recipe.k, "seed": recipe.seed, "workers": built.loader.workers}
+    untrained = None if held is None else evaluate(before, *held[:2], **options)
+    source = Chosen(built.loader.source, built.loader.held, recipe.seed)
+    found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
+    shown = source.only(found["after"].number)
+    near = min(5, len(shown) - 1)
+    neighbour_grid(shown, found["after"].clean, out / "neighbours.png", 8, near, before=found["before"].clean)
+    return {
+        "initial": initial_name(recipe),
+        "untrained": untrained,
+        "unlabelled": compared(found["before"], found["after"]),
+        "comparison_seconds": time.perf_counter() - began,
+    }
+
+
+def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[Encoder | None, str | None]:
+    """The encoder that a run began with; None, and why, if the weights that its recipe names are gone."""
+    try:
+        return initial_encoder(recipe, run, device), None
+    except InbatchError as error:
+        return None, f"the encoder before training cannot be created: {error}"
+
+
+def judge_labelled(
+    before: Encoder | None,
+    encoder: Encoder,
+    bank: Any,
+    queries: Any,
+    protocols: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The figures of an encoder, and as "untrained" those of the encoder before training by the same protocols.
+
+    That one is not judged by `COSTLY`; it is None if nothing else is asked for.
+    """
+    found = evaluate(encoder, bank, queries, protocols=protocols, **options)
+    cheap = [name for name in protocols if name not in COSTLY]
+    judged = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
+    return found | {"untrained": judged}
+
+
+def judge_unlabelled(
+    recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int
+) -> dict[str, Any]:
+    """The measures that need no labels, of both encoders; entries of evaluation.json."""
+    encoders = {"after": encoder} | ({} if before is None else {"before": before})
+    found = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
+    return {"unlabelled": compared(found.get("before"), found["after"]), "images": len(found["after"].clean)}
