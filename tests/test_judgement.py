@@ -90,7 +90,7 @@ def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, pho
     found = learned.result["unlabelled"]
     assert {name: told["better"] for name, told in found.items()} == MEASURES
     for told in found.values():
-        assert told["untrained"] != told["trained"] and "images" in told["what"]
+        assert told["untrained"] != told["trained"] and "image" in told["what"]
     assert found["rankme"]["trained"] <= 40 and "40 images, at most 96" in found["rankme"]["what"]
     assert 1 / 40 <= found["same_image"]["trained"] <= 1
     assert learned.result["untrained"] is None and learned.result["initial"] == "untrained encoder"

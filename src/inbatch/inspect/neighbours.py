@@ -21,7 +21,7 @@ BLACK = "#000000"
 
 SIDE, FRAME = 96, 4
 """Of an image on the sheet, and of the frame around it, in pixels."""
-GAP, NAME, HEAD = 8, 14, 46
+GAP, NAME, HEAD = 8, 14, 48
 """Between images, for the name over an image, for the head of the sheet, in pixels."""
 _DPI = 100
 
@@ -55,7 +55,7 @@ def neighbour_grid(
     sheet = torch.full((height, width, 3), 255, dtype=torch.uint8)
     texts, counts = list[tuple[int, int, str]](), list[str]()
     for title, start, found in zip(sides, starts, nearest, strict=True):
-        texts.append((start, HEAD - 16, title))
+        texts.append((start, HEAD - 4, title))
         right = known = 0
         for row, query in enumerate(chosen.tolist()):
             label, top = int(source.labels[query]), HEAD + row * line + NAME * named
@@ -73,7 +73,7 @@ def neighbour_grid(
                     texts.append((left, top - 3, name))
         counts += [f"{title}: " * bool(title) + f"{right} of {known}"] if known else []
     said = f"; of the query's class (blue): {', '.join(counts)}; others orange" if counts else ""
-    texts += [(GAP, HEAD - 16, "query"), (GAP, 16, f"Nearest neighbours by cosine similarity{said}")]
+    texts += [(GAP, HEAD - 4, "query"), (GAP, 20, f"Nearest neighbours by cosine similarity{said}")]
     _write(png, sheet, texts)
 
 
@@ -107,7 +107,8 @@ def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int,
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     figure.figimage(sheet.numpy(), resize=False)
     for left, top, text in texts:
-        figure.text(left / width, 1 - top / height, text, fontsize=7, va="bottom", parse_math=False)
+        size = 7 if top > HEAD else 9
+        figure.text(left / width, 1 - top / height, text, fontsize=size, va="bottom", parse_math=False)
     with replacing(png) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows boxes
         figure.savefig(file, dpi=_DPI, format="png", pil_kwargs={"compress_level": 3})
