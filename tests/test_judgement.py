@@ -78,7 +78,7 @@ def test_one_view_is_drawn_twice() -> None:
     source = open_data((torch.randint(0, 255, (12, 1, 20, 20), dtype=torch.uint8), [0] * 12))
     encoder = create_encoder("tiny", size=20, channels=1).eval()
     one = Views(make_views("digits", {"size": 20}, 1)[:1], encoder.mean, encoder.std)
-    found = unlabelled.embed_all({"it": encoder}, one, source, 0)["it"]
+    found = unlabelled.embed_all({"it": encoder}, one, unlabelled.Chosen(source, None, 0), 0)["it"]
     assert found.first.shape == found.second.shape == (12, 96)
     assert not torch.allclose(found.first, found.second)
 
@@ -143,11 +143,13 @@ def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, m
     assert f"{40 - len(bad)} images" in result["unlabelled"]["rankme"]["what"]
     assert (tmp_path / "run" / "neighbours.png").is_file()
     gone = open_data(folder)
-    gone = inbatch.data.Subset(gone, torch.tensor([i for i in range(40) if gone.identity(i) in {b.name for b in bad}]), "")
+    gone = inbatch.data.Subset(
+        gone, torch.tensor([i for i in range(40) if gone.identity(i) in {b.name for b in bad}]), ""
+    )
     encoder = create_encoder("tiny", size=24)
     views = Views(make_views("simclr_cifar", {"size": 24}, 3), encoder.mean, encoder.std)
     with pytest.raises(DataError, match="0 images that can be read"):
-        unlabelled.embed_all({"it": encoder}, views, gone, 0)
+        unlabelled.embed_all({"it": encoder}, views, unlabelled.Chosen(gone, None, 0), 0)
 
 
 def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +194,9 @@ def test_a_run_with_labels_shows_every_column_untrained(tmp_path: Path) -> None:
 
 def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {})
+    monkeypatch.setattr(
+        judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
+    )
     judge: Any = judgement.judge_labelled
     assert judge("before", "after", None, None, ["finetune"], {}) == {"untrained": None}
     assert judge("before", "after", None, None, ["knn", "few", "corruptions"], {}) == {"untrained": {}}
@@ -250,3 +254,17 @@ def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: 
     assert_same_state(
         dict(judgement.initial_encoder(built.recipe, tmp_path).state_dict()), dict(built.encoder.state_dict())
     )
+
+
+def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = inbatch.api.prepare("digits-canvas", batch=50)
+    assert judgement.images_within(built, 1e9)[0] == unlabelled.IMAGES
+    images, seconds = judgement.images_within(built, 0.0)
+    assert images == 64 and seconds > 1
+    found = judgement.worth(built, None, tmp_path, images)["unlabelled"]
+    assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
+
+
+def test_a_run_with_a_budget_keeps_it_with_the_comparison(photos: Path, tmp_path: Path) -> None:
+    result = learn(photos, tmp_path / "run", epochs=10_000, budget="40s").result
+    assert result["unlabelled"] and result["wall_seconds"] < 60

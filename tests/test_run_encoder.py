@@ -146,7 +146,9 @@ def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
     ("method", "fields"),
     [("simclr", {}), ("moco", {"encoder": "resnet10"}), ("swav", {"attend": "ba2m"}), ("cc", {"seed": 5})],
 )
-def test_the_initial_encoder_is_that_of_the_run_bit_for_bit(tmp_path: Path, method: str, fields: dict[str, Any]) -> None:
+def test_the_initial_encoder_is_that_of_the_run_bit_for_bit(
+    tmp_path: Path, method: str, fields: dict[str, Any]
+) -> None:
     built = api.prepare("digits-canvas", method, subset=200, batch=40, **fields)
     before = torch.get_rng_state()
     again = initial_encoder(built.recipe, tmp_path)
@@ -167,7 +169,11 @@ def test_averaged_weights_are_preferred(copy: Path) -> None:
 
 def test_where_there_is_neither_encoder_nor_checkpoint(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
-    for line in (f"embed {words(copy)} digits-canvas -o f.npz", f"export {words(copy)} -o new", f"evaluate {words(copy)}"):
+    for line in (
+        f"embed {words(copy)} digits-canvas -o f.npz",
+        f"export {words(copy)} -o new",
+        f"evaluate {words(copy)}",
+    ):
         found = run(line)
         assert found.exit_code == 2 and "neither an encoder nor a checkpoint" in found.stderr, found.output
         assert "--resume auto" in found.stderr and found.stderr.count("error") == 1
@@ -208,7 +214,9 @@ def test_a_run_that_was_killed(copy: Path) -> None:
 
 
 def test_the_full_result_is_refused(stopped: Path) -> None:
-    with pytest.raises(ConfigError, match="has not finished: continue it with inbatch pretrain --resume '.*inbatch export"):
+    with pytest.raises(
+        ConfigError, match="has not finished: continue it with inbatch pretrain --resume '.*inbatch export"
+    ):
         inbatch.load_run(stopped)
 
 

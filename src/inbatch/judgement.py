@@ -14,7 +14,7 @@ from inbatch.encoders import Encoder
 from inbatch.errors import InbatchError
 from inbatch.evaluate import evaluate
 from inbatch.inspect.neighbours import neighbour_grid
-from inbatch.inspect.unlabelled import Chosen, compared, embed_all
+from inbatch.inspect.unlabelled import IMAGES, Chosen, compared, embed_all
 from inbatch.run_encoder import initial_encoder, initial_name
 
 PROTOCOLS = ("knn", "linear", "clustering")
@@ -22,9 +22,10 @@ COSTLY = ("finetune", "corruptions")
 """Protocols by which the encoder before training is not judged: each takes minutes, and says little of it."""
 
 
-def worth(built: Built, held: Any, out: Path) -> dict[str, Any]:
+def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
     """Compare a run's encoder with the one that it began with, and draw neighbours.png; entries of result.json.
 
+    images: how many, at most, are embedded for the picture and for what is measured without labels.
     "initial": what that encoder is called. "untrained": its figures, None without labels. "unlabelled": measures that
     need no labels. "comparison_seconds": what all this took.
     """
@@ -32,7 +33,7 @@ def worth(built: Built, held: Any, out: Path) -> dict[str, Any]:
     before = initial_encoder(recipe, out, built.loader.device)
     options: dict[str, Any] = {"k": recipe.k, "seed": recipe.seed, "workers": built.loader.workers}
     untrained = None if held is None else evaluate(before, *held[:2], **options)
-    source = Chosen(built.loader.source, built.loader.held, recipe.seed)
+    source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
     found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
     shown = source.only(found["after"].number)
     near = min(5, len(shown) - 1)
@@ -43,6 +44,22 @@ def worth(built: Built, held: Any, out: Path) -> dict[str, Any]:
         "unlabelled": compared(found["before"], found["after"]),
         "comparison_seconds": time.perf_counter() - began,
     }
+
+
+def images_within(built: Built, seconds: float) -> tuple[int, float]:
+    """Return how many images `worth` can embed in so many seconds, and about how many seconds they take.
+
+    One of few numbers, so that a run that goes on later counts the same.
+    """
+    few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
+    each = 0.0
+    for _ in range(2):  # the first time warms up
+        began = time.perf_counter()
+        number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
+        each = 2 * (time.perf_counter() - began) / len(number)
+    most = min(IMAGES, len(built.loader.source))
+    images = next((n for n in (IMAGES, 1000, 500, 250, 125) if min(n, most) * each <= seconds), 64)
+    return images, 1.0 + min(images, most) * each
 
 
 def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[Encoder | None, str | None]:

@@ -26,7 +26,7 @@ from inbatch.files import write_json
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
-from inbatch.judgement import worth
+from inbatch.judgement import IMAGES, images_within, worth
 from inbatch.log import Log, spent
 from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
@@ -84,16 +84,17 @@ def train(
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
             with products, contextlib.closing(built.loader):
                 with stop_on_signals() as stop, report.verdict():  # torchrun ends the others when a rank has died
-                    looked, pace = held, None
+                    looked, pace, images = held, None, IMAGES
                     if main and built.recipe.budget is not None:
-                        held, pace = _within(built, held, progress)
+                        held, pace, images = _within(built, held, progress)
                     if main and held is not None:
                         looked, held = chosen(built, held)
                     keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
                     _epochs(built, progress, parts, log, stop, looked, out, stop_on_collapse, compared, keeper)
                 with end_on_signals(lambda number: _stopped(number, built, progress, out)):
                     extra = {"calibration": calibration} if calibration else {}
-                    result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
+                    ended = (built, progress, held, out, where, compared, extra, images)
+                    result = ranks.share(_finish(*ended) if main else None)
         log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if compared:
             log.note(compared.summary())
@@ -113,16 +114,19 @@ def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] |
     return expectation(built, seconds, progress.step)
 
 
-def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace]:
-    """What a run with a budget is judged by, and its pace: what the last evaluation takes is measured before."""
+def _within(built: Built, held: Any, progress: Progress) -> tuple[Any, Pace, int]:
+    """What a run with a budget is judged by, its pace, and how many images are compared at its end.
+
+    What all this takes is measured before; the encoder before training is judged, too."""
     budget = built.recipe.budget or 0.0
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
     if held is not None:
         held = affordable(built, held, JUDGED * left)
         judge(built, held)()
-    reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
-    return held, Pace(budget, reserve)
+    looks = time.perf_counter() - began
+    images, compared = images_within(built, JUDGED * left)
+    return held, Pace(budget, 5.0 * looks + compared + 0.01 * left + 2.0), images
 
 
 def _signature(built: Built) -> str:
@@ -277,7 +281,7 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
 
 def _finish(
     built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, Any], images: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
@@ -303,7 +307,7 @@ def _finish(
         "held_out": held and held[2],
         "evaluation": None if held is None else evaluation(built, held, out),
     }
-    result |= worth(built, held, out) | extra
+    result |= worth(built, held, out, images) | extra
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

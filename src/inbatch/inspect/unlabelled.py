@@ -25,19 +25,22 @@ from inbatch.evaluate.embed import encode
 from inbatch.inspect.neighbours import SIDE
 from inbatch.views import Views
 
-IMAGES, VIEWED = 2_000, 1_000
-"""How many images are embedded as they are, and of how many of these two views."""
+IMAGES = 2_000
+"""How many images are embedded as they are; of half as many two views are embedded, too."""
 _CHUNK = 128
 
 Rows = Float[Tensor, "n f"]
 
 
 class Chosen(Subset):
-    """Some images of a source, from memory if they are held there decoded."""
+    """Some images of a source, from memory if they are held there decoded.
+
+    viewed: of the first so many two views are embedded, too.
+    """
 
     def __init__(self, source: Source, held: Resident | None, seed: int, most: int = IMAGES) -> None:
-        order = permutation(seed, 0, len(source))[:most]
-        parts = (order[:VIEWED], order[VIEWED:])  # each in the order in which the images lie
+        order, self.viewed = permutation(seed, 0, len(source))[:most], most // 2
+        parts = (order[: self.viewed], order[self.viewed :])  # each in the order in which the images lie
         super().__init__(source, torch.cat([part.sort().values for part in parts]), "drawn by the seed")
         self.held = held
 
@@ -71,8 +74,8 @@ class Embedded:
     number: Tensor
 
 
-def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Source, seed: int) -> dict[str, Embedded]:
-    """Embed the images of a source, and two views of the first of them, with several encoders; decode each image once.
+def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int) -> dict[str, Embedded]:
+    """Embed images, and two views of the first of them, with several encoders; decode each image once.
 
     All on the device of the encoders; the views are the same for each encoder, and for the same seed. An image that
     cannot be read is left out; DataError if fewer than two are left.
@@ -85,7 +88,7 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Source, see
         assert batch.images is not None and batch.size is not None
         sizes = batch.size.tolist()
         images = [image[:, :h, :w] for image, (h, w) in zip(batch.images, sizes, strict=True)]
-        count = int((number < VIEWED).sum())
+        count = int((number < source.viewed).sum())
         pair = two_views(views, batch.take(slice(count)).to(device)) if count else ()
         for name, encoder in encoders.items():
             clean = encoder.prepare(images)
