@@ -178,7 +178,7 @@ def test_where_there_is_neither_encoder_nor_checkpoint(copy: Path, tmp_path: Pat
         assert found.exit_code == 2 and "neither an encoder nor a checkpoint" in found.stderr, found.output
         assert "--resume auto" in found.stderr and found.stderr.count("error") == 1
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="neither recipe.json nor model.safetensors"):
+    with pytest.raises(ConfigError, match=r"neither recipe\.json nor model\.safetensors"):
         inbatch.load(tmp_path / "empty")
 
 
@@ -215,7 +215,7 @@ def test_a_run_that_was_killed(copy: Path) -> None:
 
 def test_the_full_result_is_refused(stopped: Path) -> None:
     with pytest.raises(
-        ConfigError, match="has not finished: continue it with inbatch pretrain --resume '.*inbatch export"
+        ConfigError, match=r"has not finished: continue it with inbatch pretrain --resume '.*inbatch export"
     ):
         inbatch.load_run(stopped)
 
