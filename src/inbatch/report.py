@@ -77,14 +77,15 @@ class Report:
     """run.json: whether the run goes on, ended or failed, and why."""
 
     def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
-        self.path, self.progress, self.main = out / "run.json", progress, main
-        self.fixed = {"command": built.recipe.command(), "steps": built.total}
+        self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
+        self.fixed = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": ranks.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"status": status, "reason": reason, "last_step": self.progress.step} | self.fixed)
+            steps = {"last_step": self.progress.step, "steps": self.built.total}  # a budget may change the length
+            write_json(self.path, {"status": status, "reason": reason} | steps | self.fixed)
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:
