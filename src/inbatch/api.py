@@ -119,8 +119,8 @@ def pretrain(
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
                 save_initial(recipe, built.encoder, directory)
-            notes = [stale, memory, fitted and fitted.sentence(), _advice(built), *built.notes]
-            notes = [*(choice.sentences() if choice else ()), *filter(None, notes)]
+            notes = [note for note in (stale, memory, fitted and fitted.sentence(), _advice(built)) if note]
+            notes = [*(choice.sentences() if choice else ()), *notes, *built.notes]
             result = train(
                 built,
                 directory,

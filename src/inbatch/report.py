@@ -78,14 +78,14 @@ class Report:
 
     def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
         self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
-        self.fixed = {"command": built.recipe.command()}
+        self.fixed: dict[str, Any] = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": ranks.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
-            steps = {"last_step": self.progress.step, "steps": self.built.total}  # a budget may change the length
-            write_json(self.path, {"status": status, "reason": reason} | steps | self.fixed)
+            now = {"status": status, "reason": reason, "last_step": self.progress.step}
+            write_json(self.path, now | {"steps": self.built.total} | self.fixed)  # a budget may change the length
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:

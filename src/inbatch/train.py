@@ -307,7 +307,7 @@ def _finish(
         "held_out": held and held[2],
         "evaluation": None if held is None else evaluation(built, held, out),
     }
-    result |= worth(built, held, out, images) | extra
+    result |= worth(built, held, out, images) | dict(extra)
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result
