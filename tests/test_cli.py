@@ -26,7 +26,7 @@ from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.show import explain, printable
 
-COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "inspect", "views", "crops", "methods", "plugins")
+COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "export", "inspect", "views", "crops", "methods", "plugins")
 COMMANDS += ("bench", "doctor", "data", "table")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
@@ -122,7 +122,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
 
     for module, name in (
         (api, "pretrain"), (api, "rehearse"), (api, "evaluate_run"), (api, "embed_run"), (api, "draw_views"),
-        (api, "inspect_run"), (inbatch.inspect.crops, "tally"), (inbatch.quickstart, "quickstart"),
+        (api, "export_run"), (api, "inspect_run"), (inbatch.inspect.crops, "tally"), (inbatch.quickstart, "quickstart"),
         (inbatch.bench.measure, "bench"), (inbatch.doctor, "examine"), (inbatch.survey.look, "survey_data"),
         (inbatch.papers.ask, "ask"),
     ):  # fmt: skip

@@ -38,6 +38,7 @@ def unjudged() -> Iterator[None]:
     """No run here is about its last figures and its last picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inbatch.train.evaluation", lambda *_: {})
+        patch.setattr("inbatch.train.worth", lambda *_: {"comparison_seconds": 0.0})
         patch.setattr("inbatch.train.plot_curves", lambda *_: None)
         yield
 

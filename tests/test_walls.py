@@ -61,6 +61,8 @@ ABOVE |= {
     "looks",
     "report",
     "runs",
+    "run_encoder",
+    "judgement",
     "show",
     "stopping",
     "survey",

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inbatch import losses as losses
-    from inbatch.api import Run, draw_views, embed_run, evaluate_run, load, load_run, pretrain, rehearse
+    from inbatch.api import Run, draw_views, embed_run, evaluate_run, export_run, load, load_run, pretrain, rehearse
     from inbatch.encoders import Encoder
     from inbatch.methods import METHODS
     from inbatch.process import tune
     from inbatch.survey.look import survey_data
 
-_API = ("Run", "draw_views", "embed_run", "evaluate_run", "load", "load_run", "pretrain", "rehearse")
+_API = ("Run", "draw_views", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "rehearse")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.encoders"}
 _WHERE |= {"tune": "inbatch.process", "survey_data": "inbatch.survey.look"}
 
@@ -28,6 +28,7 @@ __all__ = [
     "draw_views",
     "embed_run",
     "evaluate_run",
+    "export_run",
     "load",
     "load_run",
     "losses",

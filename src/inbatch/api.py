@@ -27,15 +27,16 @@ from inbatch.fit import Fit, resolve, within_memory
 from inbatch.inspect.compare import Reference, read_reference
 from inbatch.inspect.references import find
 from inbatch.report import clear
-from inbatch.runs import Run, embed_run, evaluate_run, inspect_run, load, load_run, replay_run, report_of
+from inbatch.run_encoder import kept_initial, save_initial
+from inbatch.runs import Run, embed_run, evaluate_run, export_run, inspect_run, load, load_run, replay_run, report_of
 from inbatch.timing import expectation, smaller_choices, step_seconds
 from inbatch.train import train
 from inbatch.views import Views, make_views
 from inbatch.views.figure import save_grid
 
 __all__ = [
-    "Run", "draw_views", "embed_run", "evaluate_run", "inspect_run", "load", "load_run", "prepare", "pretrain",
-    "rehearse", "replay_run",
+    "Run", "draw_views", "embed_run", "evaluate_run", "export_run", "inspect_run", "load", "load_run", "prepare",
+    "pretrain", "rehearse", "replay_run",
 ]  # fmt: skip
 
 
@@ -109,16 +110,17 @@ def pretrain(
         if going_on is None:
             recipe, memory = within_memory(recipe, source, device_for(device), workers)
         reference = _reference(compare, recipe) if ranks.rank() == 0 else None
-        loader = choice.loader if choice else None
-        built = build(recipe, source, device=device_for(device), workers=workers, loader=loader)
+        loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
+        built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
         held = held_out(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # from here on something is written: whatever could be refused has been
             if ranks.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
+                save_initial(recipe, built.encoder, directory)
             notes = [note for note in (stale, memory, fitted and fitted.sentence(), _advice(built)) if note]
-            notes = [*(choice.sentences() if choice else ()), *notes]
+            notes = [*(choice.sentences() if choice else ()), *notes, *built.notes]
             result = train(
                 built,
                 directory,

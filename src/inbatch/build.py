@@ -19,8 +19,8 @@ from inbatch.budget import Timeline
 from inbatch.config import Recipe, make, method_named
 from inbatch.context.crops import arrange
 from inbatch.data import Loader, Source, Subset, open_data, splits
-from inbatch.draws import fold, permutation
-from inbatch.encoders import Encoder, create_encoder
+from inbatch.draws import permutation
+from inbatch.encoders import Encoder
 from inbatch.encoders.convolution import by_product
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
@@ -29,6 +29,7 @@ from inbatch.norm import synchronise_norm
 from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
 from inbatch.parts import shown
 from inbatch.plug import curator_of, fusion
+from inbatch.run_encoder import make_encoder, seeded, starting_weights
 from inbatch.schedules import step_decay, warmup_cosine
 from inbatch.step import Step
 from inbatch.tower import Tower, momentum_tower
@@ -52,6 +53,7 @@ class Built:
     context: int
     lr: float
     timeline: Timeline
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -143,11 +145,13 @@ def _processor_words() -> frozenset[str]:
 
 
 def build(
-    recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None
-) -> Built:
+    recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None,
+    init: Path | None = None,
+) -> Built:  # fmt: skip
     """Make every part of a run; wrong combinations are errors here, not at some later step.
 
     loader: one made for the same images, batch, seed and views, to be used again.
+    init: where a run keeps the weights that its `encoder.init` named (`run_encoder.kept_initial`).
     """
     world = ranks.world()
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
@@ -162,19 +166,13 @@ def build(
     if recipe.shuffle_groups and recipe.batch == context:
         raise ConfigError(f"shuffle_groups: the batch of {context} is one group, there is none to shuffle; set context")
 
-    # Weights are drawn from the seed without disturbing the caller's random numbers.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(fold(recipe.seed, 0x1217))
+    notes: list[str] = []
+    start = init or starting_weights(recipe, notes)
+    with seeded(recipe, device):
         with _settings_of("method", recipe.method.name):
             method = method_class(**options)
-        attend, chosen = recipe.attend, recipe.attend.options if recipe.attend else {}
-        encoder = create_encoder(
-            recipe.encoder.name, size=recipe.size, channels=recipe.channels, **recipe.encoder.options,
-            attend=attend.name if attend else None, attend_options={k: v for k, v in chosen.items() if v is not None},
-        )  # fmt: skip
-        encoder.levels = recipe.levels
-        crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
-        views = Views(crops, encoder.mean, encoder.std, pairs)
+        encoder = make_encoder(recipe, start)
+        views = views_of(recipe, encoder)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
             classes = int(source.labels.max()) + 1
@@ -231,7 +229,16 @@ def build(
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
         variance=recipe.variance, scale=functools.partial(image_scale, recipe),
     )  # fmt: skip
-    return Built(recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline)
+    return Built(
+        recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def views_of(recipe: Recipe, encoder: Encoder) -> Views:
+    """What draws the views of a recipe, normalised as the encoder takes them."""
+    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
+    return Views(crops, encoder.mean, encoder.std, pairs)
 
 
 def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from inbatch.data.arrays import Pixels
 from inbatch.environment import environment
 from inbatch.errors import ConfigError, DataError
 from inbatch.files import read_json, replacing, write_json
+from inbatch.run_encoder import kept_initial
 from inbatch.step import NotFinite
 
 FOLDER = "nan_capture"
@@ -82,7 +83,8 @@ def _again(
     recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, resident=False)
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
-    built = build(recipe, _Empty(told, saved["labels"], recipe.channels), device=device, workers=0)
+    source, init = _Empty(told, saved["labels"], recipe.channels), kept_initial(folder.parent)
+    built = build(recipe, source, device=device, workers=0, init=init)
     checkpoint.restore(built.parts(), saved["parts"])
     step, batch = built.step, _batch(folder, told).to(device)
     step.curator = None  # its attempts are the batch's

@@ -43,7 +43,7 @@ def chosen(built: Built, held: Held) -> tuple[Held, Held]:
         if len(source) <= most or (built.loader.held is not None and not budget):
             kept = keep(source)
             return kept, kept
-        return keep(_fixed(source, most)), source
+        return keep(fixed_sample(source, most)), source
 
     (bank, whole_bank), (queries, whole_queries) = some(held[0], BANK), some(held[1], QUERIES)
     return (bank, queries, held[2]), (whole_bank, whole_queries, held[2])
@@ -65,8 +65,17 @@ def affordable(built: Built, held: Held, seconds: float) -> Held:
     if len(bank) + len(queries) <= most:
         return held
     some = max(100, most * 5 // 6), max(50, most // 6)
-    bank, queries = (_fixed(source, count) for source, count in zip((bank, queries), some, strict=True))
+    bank, queries = (fixed_sample(source, count) for source, count in zip((bank, queries), some, strict=True))
     return bank, queries, f"{what}; {len(bank):,} images and {len(queries):,} of it, as the budget is short"
+
+
+def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:
+    """Fit what whitens an encoder's features, if anything does and it is not fitted yet, on at most 10,000 images.
+
+    again: also if it is fitted: to features that have changed since.
+    """
+    if encoder.readout is not None and (again or not int(encoder.readout.images)):
+        embed_bank(encoder, fixed_sample(source, BANK))
 
 
 def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
@@ -86,7 +95,7 @@ def _embedded(built: Built, source: Source) -> Any:
     return embed(built.encoder, source, precision=built.tower.precision)
 
 
-def _fixed(source: Source, most: int) -> Source:
+def fixed_sample(source: Source, most: int) -> Source:
     """At most so many images of a source, the same ones each time."""
     if len(source) <= most:
         return source

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inbatch.api import Run, prepare, pretrain
+from inbatch.api import Run, pretrain
 from inbatch.data import open_data
-from inbatch.evaluate import embed, evaluate, raw_pixels
+from inbatch.evaluate import evaluate, raw_pixels
 from inbatch.files import write_json
-from inbatch.inspect.neighbours import neighbour_grid
 
 DATA = "digits-canvas"
 EPOCHS = 10
@@ -67,20 +66,17 @@ def quickstart(
     """Learn from `digits-canvas` with SimCLR, and judge raw pixels, the encoder untrained and trained alike.
 
     out: the run's folder, with a number behind it where it exists already. epochs: `EPOCHS` by default.
-    Writes `neighbours.png` and `quickstart.json` beside what every run leaves.
+    Writes `quickstart.json` beside what every run leaves.
     """
     began = time.perf_counter()
     chosen = SETTINGS | {"epochs": epochs or EPOCHS}
     run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, settings=chosen)
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
-    untrained = prepare(DATA, config=run.directory / "recipe.json", device=device).encoder
-    k = run.recipe.k
     rows = {
-        RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=k, seed=seed),
-        UNTRAINED: evaluate(untrained, train, test, k=k, seed=seed),
+        RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=run.recipe.k, seed=seed),
+        UNTRAINED: run.result["untrained"],
         TRAINED: run.result["evaluation"],
     }
-    neighbour_grid(test, embed(run.encoder, test).vectors, run.directory / "neighbours.png")
     gain = 100 * (rows[TRAINED]["knn"]["top1"] - rows[RAW]["knn"]["top1"])
     verdict = Verdict(run, rows, gain, margin, time.perf_counter() - began)
     write_json(run.directory / "quickstart.json", verdict.json())

@@ -93,8 +93,8 @@ class Report:
     """run.json: whether the run goes on, ended or failed, and why."""
 
     def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
-        self.path, self.progress, self.main = out / "run.json", progress, main
-        self.fixed = {"command": built.recipe.command(), "steps": built.total}
+        self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
+        self.fixed: dict[str, Any] = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": ranks.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
@@ -105,6 +105,7 @@ class Report:
                 "reason": reason,
                 "last_step": self.progress.step,
                 "threads": self.progress.threads,
+                "steps": self.built.total,  # a budget may change the length
             }
             write_json(self.path, now | self.fixed)
 
@@ -165,7 +166,7 @@ def peak_memory(device: torch.device) -> int:
 
 def clear(out: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+    for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
     for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):

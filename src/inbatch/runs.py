@@ -1,5 +1,7 @@
 """A run's folder, and what is done with one: its encoder, its judgement, its pictures, features of other images."""
 
+import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +13,16 @@ from inbatch.build import build, device_for, held_out
 from inbatch.capture import replay
 from inbatch.config import Recipe, make, read_file
 from inbatch.data import Coloured, Source, open_data, splits
-from inbatch.encoders import Encoder, load_encoder
+from inbatch.encoders import Encoder, save_encoder
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
-from inbatch.evaluate import evaluate, write_embeddings
+from inbatch.evaluate import write_embeddings
 from inbatch.files import read_json
 from inbatch.inspect.context import look
+from inbatch.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
 from inbatch.log import counted
 from inbatch.report import Progress
+from inbatch.run_encoder import initial_name, kept_initial, load_run_encoder
 
 
 @dataclass(frozen=True)
@@ -32,51 +36,110 @@ class Run:
     @property
     def encoder(self) -> Encoder:
         """The trained encoder, in evaluation mode."""
-        return load_encoder(self.directory / "encoder")
+        return load_run_encoder(self.directory).encoder
 
 
 def load(path: str | Path) -> Encoder:
-    """The encoder of a run's folder, or of a folder that `save_encoder` wrote."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not the folder of a run")
-    return load_encoder(path / "encoder" if (path / "encoder").is_dir() else path)
+    """The encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
+
+    Warns, with the step that the encoder is from, if the run has not finished.
+    """
+    found = load_run_encoder(path)
+    if found.note:
+        warnings.warn(found.note, stacklevel=2)
+    return found.encoder
 
 
 def load_run(path: str | Path) -> Run:
     """A finished run by its folder; ConfigError where there is none."""
+    recipe, path = recipe_of(path), Path(path)
+    if not (path / "result.json").is_file():
+        where = shlex.quote(str(path))
+        raise ConfigError(
+            f"the run in {path} has not finished: continue it with inbatch pretrain --resume {where}, or use its "
+            f"encoder as it is (inbatch.load, inbatch evaluate {where}, inbatch export {where} -o FOLDER)"
+        )
+    return Run(path, recipe, read_json(path / "result.json"))
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe of a run, finished or not; ConfigError where there is no run."""
     path = Path(path)
     if not (path / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
-    if not (path / "result.json").is_file():
-        raise ConfigError(f"the run in {path} has not finished: continue it with inbatch pretrain --resume {path}")
-    return Run(path, make(read_file(path / "recipe.json")), read_json(path / "result.json"))
+    return make(read_file(path / "recipe.json"))
 
 
 def evaluate_run(
-    path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] = ("knn", "linear", "clustering"),
+    path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge a run's encoder by its own data or another; options are `evaluate`'s. Writes nothing.
+    """Judge the encoder of a run, finished or stopped, by its own data or another; options are `evaluate`'s.
+
+    Writes nothing. The encoder before training is judged, too ("untrained"); "step", "steps" and "note" say which step
+    the encoder is from. Without labels the measures of `inspect.unlabelled` are all there is ("unlabelled").
 
     data: images of any classes and sizes; grey ones are read in three channels where the encoder learned from three.
+    protocols: k-NN, linear probe and clustering by default; ConfigError for those asked for where nothing is labelled.
     from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
     """
     if from_ not in ("features", "head"):
         raise ConfigError(f"clusters come from features or head, not {from_!r}")
-    if from_ == "head" and "clustering" not in protocols:
+    if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
-    run = load_run(path)
-    recipe, source = (run.recipe, source_of(run.recipe, None)) if data is None else _elsewhere(run.recipe, data)
+    own, path = recipe_of(path), Path(path)
+    found = load_run_encoder(path)
+    recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     held = held_out(recipe, source, recipe.data if data is None else data, test)
-    if held is None:
-        raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
-    encoder = load(path).to(device_for(device))
-    bank, queries = (Coloured(s) if (s.channels, encoder.channels) == (1, 3) else s for s in held[:2])
+    encoder = found.encoder.to(device_for(device))
     options = {"k": recipe.k, "seed": recipe.seed} | options
-    head = {"head": judge_head(Path(path), encoder, queries)} if from_ == "head" else {}
-    found = evaluate(encoder, bank, queries, protocols=protocols, **options) | head
-    return found | {"run": str(path), "held_out": held[2]}
+    before, why = before_training(own, path, encoder.device)
+    told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
+    told["note"] = ". ".join(filter(None, (found.note, why))) or None
+    if held is None:
+        if protocols is not None or from_ == "head":
+            raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
+        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"]) | told
+    bank, queries = (_for(encoder, part) for part in held[:2])
+    head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
+    judged = judge_labelled(
+        before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped=found.note is not None
+    )
+    return judged | head | told
+
+
+def _for(encoder: Encoder, source: Source) -> Source:
+    """The source with as many channels as the encoder takes."""
+    return Coloured(source) if (source.channels, encoder.channels) == (1, 3) else source
+
+
+def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the encoder of a run, finished or stopped, into a folder of its own, as `save_encoder` does.
+
+    `inbatch.load(out)` reads it, and timm (`local-dir:`) if it can build the backbone, which "timm" says.
+    Raises ConfigError if the folder holds anything but an encoder that was written before.
+    """
+    out = Path(out)
+    if out.exists() and not _is_free(out):
+        raise ConfigError(f"{out} exists and holds something else than an exported encoder: choose another folder")
+    found = load_run_encoder(path)
+    save_encoder(found.encoder, out)
+    encoder, known = found.encoder, "architecture" in read_json(out / "config.json")
+    what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels, "width": encoder.width}
+    return {"run": str(path), "out": str(out), "timm": known} | what | found.stage()
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a folder is empty, or holds an encoder that we wrote and nothing else."""
+    if not out.is_dir():
+        return False
+    inside = {entry.name for entry in out.iterdir()}
+    if not inside:
+        return True
+    try:
+        return inside == {"model.safetensors", "config.json"} and "inbatch" in read_json(out / "config.json")
+    except DataError:
+        return False
 
 
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
@@ -109,7 +172,7 @@ def inspect_run(
         source = source_of(recipe, data)
     except DataError as error:
         raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
-    built, progress = build(recipe, source, device=device_for(device)), Progress()
+    built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), Progress()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
     found = look(built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count)
     return {"run": str(path), "step": progress.step, "note": saved.note} | found
@@ -117,14 +180,21 @@ def inspect_run(
 
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
-    missing: dict[int, str] | None = None,
+    missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None,
 ) -> int:  # fmt: skip
     """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
 
+    path: a run, finished or stopped, or an encoder's folder. stage: takes the "step" that the encoder is from, of how
+        many "steps", and a "note" if the run has not finished; None: that is a warning.
     split: "train" or "test" where the data has both. quiet: no progress on stderr.
     missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
     """
-    encoder = load(path).to(device_for(device))
+    found = load_run_encoder(path)
+    if stage is not None:
+        stage |= found.stage()
+    elif found.note:
+        warnings.warn(found.note, stacklevel=2)
+    encoder = found.encoder.to(device_for(device))
     source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))

@@ -95,6 +95,20 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
     print_table(["", *columns], cells, numbers=True)
 
 
+def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> None:
+    """A table on stdout of what is measured without labels: before and after training, and which is better."""
+    names = {"same_image": "same image found", "rankme": "RankMe", "feature_std": "feature std"}
+
+    def cell(name: str, value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
+
+    rows = [
+        (names.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
+        for name, told in measures.items()
+    ]
+    print_table(["without labels", before, after, "better"], rows, numbers=True)
+
+
 def width(numbers: bool = False) -> int:
     """How many characters a line of a table may have. In a file or a pipe rows stay whole, but for sentences."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 100_000 if numbers else 160
@@ -132,17 +146,28 @@ def print_run(run: "Run") -> None:
     """A finished run's table, its speed, its folder, and what to do next."""
     result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
     if result["evaluation"]:
-        untrained = {"knn": {"top1": result["curve"][0]["knn"]}}
-        print_figures({"untrained encoder": untrained, "trained encoder": result["evaluation"]})
-        say("", f"Judged by:  {result['held_out']}")
-    else:
-        say("No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.", "")
+        print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
+        say("", f"Judged by:  {result['held_out']}", "")
+    print_measures(result["unlabelled"], result["initial"], "trained encoder")
+    if not result["evaluation"]:
+        say("", "No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.")
+    say("", f"Neighbours: {run.directory / 'neighbours.png'} (left: before training, right: after)")
     for sentence in result["collapsed"]:
         say(f"Warning:    at the end of the run {sentence}", "")
     say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
     say(f"Run:        {run.directory}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
     if result["evaluation"]:
         say(f"  inbatch evaluate {folder} --k 20")
+
+
+def print_export(found: Mapping[str, Any]) -> None:
+    """An exported encoder, where it is, and how to load it."""
+    shape = f"{found['channels']}x{found['size']}x{found['size']} -> {found['width']}"
+    say(f"Encoder:    {found['encoder']}, {shape}", f"Written to: {found['out']}")
+    say(*([f"Note:       {found['note']}"] if found["note"] else []), "", "In Python:", "")
+    say(f"  inbatch.load({found['out']!r})")
+    if found["timm"]:
+        say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
 
 
 def print_rehearsal(found: Mapping[str, Any]) -> None:

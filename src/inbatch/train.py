@@ -25,6 +25,7 @@ from inbatch.files import write_json
 from inbatch.inspect.against import Comparison
 from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
+from inbatch.judgement import IMAGES, images_within, worth
 from inbatch.log import Log, spent
 from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
 from inbatch.products import fast_products
@@ -88,9 +89,9 @@ def train(
                 stopping = Stopping(built, parts, report, stop)
                 with stopping.answering():
                     with report.verdict():  # torchrun ends the others when a rank has died
-                        looked, pace = held, None
+                        looked, pace, images = held, None, IMAGES
                         if main and built.recipe.budget is not None:
-                            held, pace = _within(built, held, progress, calibration)
+                            held, pace, images = _within(built, held, progress, calibration)
                         if main and held is not None:
                             looked, held = chosen(built, held)
                         keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
@@ -100,7 +101,9 @@ def train(
                         )  # fmt: skip
                     stop.release()  # all is saved
                     extra = {"calibration": calibration} if calibration else {}
-                    result = ranks.share(_finish(built, progress, held, out, where, compared, extra) if main else None)
+                    ended = (built, progress, held, out, where, compared, extra, images)
+                    result = ranks.share(_finish(*ended) if main else None)
+        log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if compared:
             log.note(compared.summary())
     report.status("finished")
@@ -119,18 +122,24 @@ def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] |
     return expectation(built, seconds, progress.step)
 
 
-def _within(built: Built, held: Any, progress: Progress, calibration: Mapping[str, Any] | None) -> tuple[Any, Pace]:
-    """What a run with a budget is judged by, and its pace: what the last evaluation takes is measured before."""
+def _within(
+    built: Built, held: Any, progress: Progress, calibration: Mapping[str, Any] | None
+) -> tuple[Any, Pace, int]:
+    """What a run with a budget is judged by, its pace, and how many images are compared at its end.
+
+    What all this takes is measured before; the encoder before training is judged, too.
+    """
     budget = built.recipe.budget or 0.0
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
     if held is not None:
         held = affordable(built, held, JUDGED * left)
     judge(built, held)()
-    reserve = 2.5 * (time.perf_counter() - began) + 0.01 * left + 2.0
+    looks = time.perf_counter() - began
+    images, compared = images_within(built, JUDGED * left)
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
-    return held, Pace(budget, reserve, costs)
+    return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
 
 
 def _signature(built: Built) -> str:
@@ -151,7 +160,7 @@ def _same_data(then: str, now: str) -> None:
     if then != now:
         raise DataError(
             f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
-            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN/encoder"
+            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN"
         )
 
 
@@ -287,7 +296,7 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
 
 def _finish(
     built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, Any], images: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
@@ -315,7 +324,7 @@ def _finish(
         "held_out": held and held[2],
         "evaluation": None if held is None else evaluation(built, held, out),
     }
-    result |= extra
+    result |= worth(built, held, out, images) | dict(extra)
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

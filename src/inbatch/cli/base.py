@@ -87,7 +87,7 @@ Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everyth
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Only results and errors.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, as often as you like.")]
-RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a finished run.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")]
 KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
 Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
 

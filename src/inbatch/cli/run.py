@@ -8,7 +8,17 @@ from typer import Argument, Option
 
 from inbatch.cli.base import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
 from inbatch.errors import ConfigError, TrainingError
-from inbatch.show import complain, print_figures, print_json, print_rehearsal, print_run, print_verdict, say
+from inbatch.show import (
+    complain,
+    print_export,
+    print_figures,
+    print_json,
+    print_measures,
+    print_rehearsal,
+    print_run,
+    print_verdict,
+    say,
+)
 
 
 @app.command(
@@ -52,7 +62,7 @@ def pretrain(
     out: Annotated[Path | None, Option(help="The run's folder; runs/METHOD-DATA-NUMBER by default.")] = None,
     preset: Annotated[str | None, Option(help="Settings of a paper; by default those for the images' size.")] = None,
     encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
-    init: Annotated[str | None, Option(metavar="PATH|timm", help="Weights to start from.")] = None,
+    init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Weights to start from.")] = None,
     batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
     context: Annotated[
         str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
@@ -161,7 +171,7 @@ def evaluate(
         from inbatch.api import evaluate_run
         from inbatch.files import check_writable, write_json
 
-        protocols = [name for names in protocol or ["knn,linear,clustering"] for name in names.split(",")]
+        protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen["tuning_share"] = tuning_share
@@ -174,8 +184,14 @@ def evaluate(
         if as_json:
             print_json(found)
         else:
-            print_figures({str(run): found})
-            say("", f"Judged by:  {found['held_out']}", f"Written to: {out}")
+            if "unlabelled" in found:
+                print_measures(found["unlabelled"], found["initial"], str(run))
+                say("", f"Judged by:  {found['images']:,} images without labels")
+            else:
+                untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
+                print_figures(untrained | {str(run): found})
+                say("", f"Judged by:  {found['held_out']}")
+            say(*([f"Note:       {found['note']}"] if found["note"] else []), f"Written to: {out}")
 
 
 @app.command(
@@ -195,12 +211,30 @@ def embed(
     with reported(as_json):
         from inbatch.api import embed_run
 
-        missing: dict[int, str] = {}
-        count = embed_run(run, data, out, split=split, device=device, quiet=quiet, missing=missing)
+        missing, stage = dict[int, str](), dict[str, Any]()
+        count = embed_run(run, data, out, split=split, device=device, quiet=quiet, missing=missing, stage=stage)
         if as_json:
-            print_json({"images": count, "out": str(out)} | ({"unreadable": list(missing.values())} if missing else {}))
+            unreadable = {"unreadable": list(missing.values())} if missing else {}
+            print_json({"images": count, "out": str(out)} | unreadable | (stage if stage["note"] else {}))
             return
-        say(f"{count:,} images embedded into {out}")
+        say(f"{count:,} images embedded into {out}", *([f"Note: {stage['note']}"] if stage["note"] else []))
         if missing:
             few = "; ".join(list(missing.values())[:3])
             complain(f"{len(missing):,} images cannot be read and are not in it: {few}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
+    "  inbatch export runs/simclr-photos-1 -o encoder --json"
+)
+def export(
+    run: RunFolder,
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="For model.safetensors and config.json.")],
+    as_json: Json = False,
+) -> None:
+    """Write the encoder of a run, finished or stopped, into a folder that inbatch.load and, if it can, timm reads."""
+    with reported(as_json):
+        from inbatch.api import export_run
+
+        found = export_run(run, out)
+        print_json(found) if as_json else print_export(found)

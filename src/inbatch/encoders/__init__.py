@@ -39,7 +39,7 @@ def create_encoder(
     size: int,
     channels: int = 3,
     stem: str = "auto",
-    init: str | Path | None = None,
+    init: str | Path | Encoder | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     attend: str | None = None,
@@ -51,7 +51,7 @@ def create_encoder(
 
     stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
     init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
-        `save_encoder`, or a state dict in a .safetensors, .pt or .pth file.
+        `save_encoder`, a state dict in a .safetensors, .pt or .pth file, or another encoder, whose weights are copied.
     mean, std: one number per channel; by default those of the weights, else ImageNet's for 3 channels, else 0.5 and
         0.25.
     attend: None, or attention by a name of `ATTENDS`, with its options and the residual `stages` that get a block
@@ -80,6 +80,7 @@ def create_encoder(
         used = "cifar" if size <= 64 else "imagenet"
     if used == "cifar":
         cifar_stem(backbone, channels)
+    where = f"the encoder {init.name}" if isinstance(init, Encoder) else init
     attended: dict[str, Any] = {}
     saved: dict[str, Any] | None = None
     if init == "timm":
@@ -89,13 +90,15 @@ def create_encoder(
         config = published_cfg(backbone)
         mean, std = mean or config["mean"], std or config["std"]
     elif init is not None:
-        weights, config = read(Path(init))
+        weights, config = read(init if isinstance(init, Encoder) else Path(init))
         weights, attended = split(weights)
         saved = config.get("attend")
         if attended and not saved:
-            raise ConfigError(f"{init} holds attention blocks: give its folder, whose config.json says which they are.")
+            raise ConfigError(
+                f"{where} holds attention blocks: give its folder, whose config.json says which they are."
+            )
         weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
-        fill(backbone, weights, f"{name} ({init})")
+        fill(backbone, weights, f"{name} ({where})")
         mean, std = mean or config.get("mean"), std or config.get("std")
     encoder = Encoder(
         backbone,
@@ -112,10 +115,10 @@ def create_encoder(
     if attend is not None:
         install(encoder, attend, attend_options)
     if saved and encoder.attend == saved:
-        fill(blocks(encoder), attended, f"{attend} ({init})")
+        fill(blocks(encoder), attended, f"{attend} ({where})")
     elif saved and not meets_in_training_only(saved["name"]):
         raise ConfigError(
-            f"the weights in {init} were trained with attend={saved['name']!r} and are of no use without its blocks: "
+            f"the weights in {where} were trained with attend={saved['name']!r} and are of no use without its blocks: "
             f"ask for the same, attend_options={saved['options']}, not for {encoder.attend}."
         )
     return encoder

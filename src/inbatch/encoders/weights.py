@@ -43,8 +43,14 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     backbone.load_state_dict(weights)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs."""
+def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs.
+
+    Of an encoder: what `save_encoder` would write.
+    """
+    if isinstance(path, Encoder):
+        module, ours = as_saved(path)
+        return dict(module.state_dict()), ours
     config: dict[str, Any] = {}
     try:
         if path.is_dir():
@@ -73,13 +79,18 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
     backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
     """
+    module, ours = as_saved(encoder)
+    write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
+
+
+def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
+    """The module whose weights are saved, and our part of config.json."""
     keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
     backbone = encoder.backbone
     if encoder.attend:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))
-    ours = {k: getattr(encoder, k) for k in keys} | write_readout(encoder, Path(directory))
-    write(Path(directory), backbone, ours, _timm_config(encoder))
+    return backbone, {k: getattr(encoder, k) for k in keys}
 
 
 def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:

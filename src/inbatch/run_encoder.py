@@ -1,0 +1,171 @@
+"""The encoder of a run: as its recipe creates it, as it was before training, and as it is now, finished or stopped."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch import checkpoint
+from inbatch.config import Recipe, make, read_file
+from inbatch.draws import fold
+from inbatch.encoders import Encoder, create_encoder, load_encoder, save_encoder
+from inbatch.encoders.weights import fill
+from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.files import read_json
+from inbatch.methods import METHODS
+
+CPU = torch.device("cpu")
+ENDED = ("preempted", "interrupted", "failed", "crashed")
+"""What run.json calls a run that was stopped and wrote so; one that was killed is still "running" there."""
+
+
+@dataclass(frozen=True)
+class RunEncoder:
+    """The encoder of a run or of an encoder's folder, in evaluation mode.
+
+    step, steps: at which step of how many it was, as far as the folder says so.
+    note: a sentence for the user if it is not the encoder of a finished run.
+    """
+
+    encoder: Encoder
+    step: int | None = None
+    steps: int | None = None
+    note: str | None = None
+
+    def stage(self) -> dict[str, Any]:
+        """Everything but the encoder, for JSON."""
+        return {"step": self.step, "steps": self.steps, "note": self.note}
+
+
+@contextmanager
+def seeded(recipe: Recipe, device: torch.device = CPU) -> Iterator[None]:
+    """Draw weights from the recipe's seed inside, without disturbing the caller's random numbers."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(fold(recipe.seed, 0x1217))
+        yield
+
+
+def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
+    """Create the encoder of a recipe, with weights from torch's random numbers or from `init`."""
+    attend, options = recipe.attend, recipe.encoder.options | {"init": init}
+    blocks = {k: v for k, v in attend.options.items() if v is not None} if attend else {}
+    encoder = create_encoder(
+        recipe.encoder.name, size=recipe.size, channels=recipe.channels, **options,
+        attend=attend.name if attend else None, attend_options=blocks,
+    )  # fmt: skip
+    encoder.levels = recipe.levels
+    return encoder
+
+
+def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder | None:
+    """What `encoder.init` names; if that is a run, finished or stopped, its encoder.
+
+    notes: takes a sentence if that run has not finished.
+    """
+    init = recipe.encoder.options.get("init")
+    if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
+        return init
+    found = load_run_encoder(init)
+    notes += [found.note] if found.note else []
+    return found.encoder
+
+
+def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
+    """Keep the weights that a run begins with if its seed alone does not give them: their file may be gone later."""
+    if recipe.encoder.options.get("init") is not None:
+        save_encoder(encoder, run / "initial")
+
+
+def kept_initial(run: Path) -> Path | None:
+    """The folder in which a run keeps the weights that it began with; None if its seed gives them."""
+    return run / "initial" if (run / "initial" / "config.json").is_file() else None
+
+
+def initial_encoder(recipe: Recipe, run: Path, device: torch.device = CPU) -> Encoder:
+    """Create the encoder that a run began with, in evaluation mode: the same weights, bit for bit."""
+    if kept := kept_initial(run):
+        encoder = load_encoder(kept)
+    else:
+        start = starting_weights(recipe, [])
+        with seeded(recipe, device):
+            METHODS[recipe.method.name](**recipe.method.options)  # it is made first, and may draw numbers
+            encoder = make_encoder(recipe, start)
+    if recipe.channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    return encoder.to(device).eval()
+
+
+def initial_name(recipe: Recipe) -> str:
+    """What to call that encoder in a table."""
+    return "untrained encoder" if recipe.encoder.options.get("init") is None else "encoder before training"
+
+
+def load_run_encoder(path: str | Path) -> RunEncoder:
+    """The encoder of a run: from its folder `encoder/`, else from its last checkpoint. Needs none of its images.
+
+    path: a run's folder, or a folder that `save_encoder` wrote.
+    Raises ConfigError if there is neither an encoder nor a checkpoint, DataError if what there is is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not the folder of a run")
+    report = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    if (path / "encoder" / "config.json").is_file():
+        return RunEncoder(load_encoder(path / "encoder"), report.get("last_step"), report.get("steps"))
+    if (path / "recipe.json").is_file():
+        return _from_checkpoint(path, report)
+    if (path / "model.safetensors").is_file():
+        return RunEncoder(load_encoder(path))
+    raise ConfigError(
+        f"{path} is not the folder of a run or of an encoder: it has neither recipe.json nor model.safetensors"
+    )
+
+
+def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
+    recipe = make(read_file(path / "recipe.json"))
+    try:
+        saved = checkpoint.load(path / "checkpoints")
+    except ConfigError:
+        words = ["inbatch", "pretrain", "--config", str(path / "recipe.json"), "--out", str(path), "--resume", "auto"]
+        raise ConfigError(
+            f"the run in {path} has saved neither an encoder nor a checkpoint: begin it again ({shlex.join(words)})"
+        ) from None
+    except InbatchError as error:
+        raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
+    encoder, notes = _without_weights(recipe, path)
+    tower = saved.state.get("average") or saved.state.get("tower")
+    try:
+        weights = {k.removeprefix("encoder."): v for k, v in dict(tower or {}).items() if k.startswith("encoder.")}
+        fill(encoder, weights, f"the encoder {recipe.encoder.name}")
+    except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
+    notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
+    return RunEncoder(encoder.eval(), saved.step, report.get("steps"), ". ".join(notes))
+
+
+def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
+    """The encoder of a run whose weights are not the run's yet, its mean and std are."""
+    if kept := kept_initial(path):
+        return load_encoder(kept), []
+    with seeded(recipe):
+        try:
+            return make_encoder(recipe, starting_weights(recipe, [])), []
+        except InbatchError as error:  # of an older version, which did not keep them
+            if recipe.encoder.options.get("init") is None:
+                raise
+            encoder = make_encoder(recipe, None)
+            return encoder, [f"mean {encoder.mean} and std {encoder.std} are the default ones ({error})"]
+
+
+def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
+    """At which step a run was stopped, and of which step its encoder is."""
+    last, steps = max(step, report.get("last_step") or 0), report.get("steps")
+    of = f" of {steps:,}" if steps else ""
+    if report.get("status") in ENDED:
+        return f"the run in {path} was stopped at step {last:,}{of}; its encoder is from step {step:,}"
+    how = "is finished but has lost its encoder folder" if report.get("status") == "finished" else "has not finished"
+    return f"the run in {path} {how}; its encoder is from step {step:,}{of}"
