@@ -33,7 +33,7 @@ def lightly_transform(size: int) -> Any:
     """The one of its CIFAR-10 benchmark, with half the jitter and no blur; for photographs its default."""
     from lightly.transforms import SimCLRTransform
 
-    small = {"cj_strength": 0.5, "gaussian_blur": 0.0} if size <= 64 else {}
+    small: dict[str, Any] = {"cj_strength": 0.5, "gaussian_blur": 0.0} if size <= 64 else {}
     return SimCLRTransform(input_size=size, **small)
 
 
