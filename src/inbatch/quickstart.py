@@ -12,9 +12,9 @@ from inbatch.files import write_json
 
 DATA = "digits-canvas"
 EPOCHS = 10
-SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1}
+SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1, "optimizer.lr": 4e-3}
 """What differs from the preset of the data, so that it ends within a minute on two cores: a sixth of the epochs with
-half the batch, which makes twice as many steps of them."""
+half the batch, which makes twice as many steps of them, at twice the learning rate."""
 RAW, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 
 
