@@ -141,7 +141,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:
     run = inbatch.pretrain(IMAGES, out=tmp_path / "run", budget="15s", batch=16, quiet=True)
-    assert run.result["wall_seconds"] < 15 * 1.05 + 5  # a busy machine may be late once, by a step or an import
+    assert run.result["wall_seconds"] < 15 * 1.05 + 15  # on a busy machine a step, an import or a picture may take long
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     assert recipe["budget"] == 15.0 and recipe["preset"] == "fast" and recipe["steps"] >= 1
     assert run.result["calibration"]["tried"]
