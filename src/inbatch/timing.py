@@ -17,11 +17,7 @@ from inbatch.tower import Tower, frozen_statistics
 _SAMPLES = 16
 """A slice of the batch that is timed: even a ResNet-50 answers in seconds."""
 _DAY = 86400.0
-SMALLER: tuple[tuple[str, dict[str, object]], ...] = (
-    ("resnet18", {}),
-    ("resnet10", {}),
-    ("fast", {}),
-)
+SMALLER = ("resnet18", "resnet10", "fast")
 """Encoders that take less time, in falling order of their cost."""
 
 
@@ -96,10 +92,9 @@ def expectation(built: Built, seconds: float, done: int = 0) -> str:
 def smaller_choices(built: Built) -> list[tuple[str, float]]:
     """Return (setting, seconds of the whole run) of encoders that take less time than this run's."""
     now, found = step_seconds(built) * built.total, []
-    names = [name for name, _ in SMALLER]
-    after = names.index(built.encoder.name) + 1 if built.encoder.name in names else 0
-    for name, options in SMALLER[after:]:
-        recipe = replace(built.recipe, encoder=Part(name, dict(options)), attend=None, fuse=None, curate=None)
+    after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
+    for name in SMALLER[after:]:
+        recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None)
         other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
         if other * built.total < 0.8 * now:
             found.append((f"--encoder {name}", other * built.total))
