@@ -205,6 +205,9 @@ def test_a_run_that_was_killed(copy: Path) -> None:
     (copy / "run.json").write_text(json.dumps(report | {"status": "running", "last_step": 0}))
     with pytest.warns(UserWarning, match="has not finished; its encoder is from step 7 of 10"):
         inbatch.load(copy)
+    (copy / "run.json").write_text('{"status": ["failed"], "last_step": "many", "steps": [1]}')
+    with pytest.warns(UserWarning, match="has not finished; its encoder is from step 7$"):
+        inbatch.load(copy)
     (copy / "run.json").unlink()
     with pytest.warns(UserWarning, match="has not finished; its encoder is from step 7$"):
         inbatch.load(copy)

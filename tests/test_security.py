@@ -322,7 +322,12 @@ RUNS = {
 def test_a_crafted_run_is_refused(name: str, finished: Path, elsewhere: Path) -> None:
     shutil.copytree(finished, "run")
     (elsewhere / "run" / name).write_text(RUNS[name])
-    found = run("inspect run" if name == "run.json" else "evaluate run --protocol knn")
+    if name == "result.json":  # no command needs it of its own run
+        with pytest.raises(DataError, match="cannot be read"):
+            inbatch.load_run("run")
+        name = "as a reference"
+    line = {"run.json": "inspect run", "recipe.json": "evaluate run --protocol knn"}
+    found = run(line.get(name, "pretrain --data digits-canvas --compare run --out new"))
     assert found.exit_code in (2, 3) and found.stderr.startswith("error: "), found.output
 
 

@@ -115,10 +115,10 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
         raise ConfigError(f"{path} is not the folder of a run")
     report = read_json(path / "run.json") if (path / "run.json").is_file() else {}
     if (path / "encoder" / "config.json").is_file():
-        return RunEncoder(load_encoder(path / "encoder"), report.get("last_step"), report.get("steps"))
+        return RunEncoder(load_encoder(path / "encoder"), _count(report, "last_step"), _count(report, "steps"))
     if (path / "recipe.json").is_file():
         return _from_checkpoint(path, report)
-    if (path / "model.safetensors").is_file():
+    if (path / "model.safetensors").exists() or (path / "config.json").exists():
         return RunEncoder(load_encoder(path))
     raise ConfigError(
         f"{path} is not the folder of a run or of an encoder: it has neither recipe.json nor model.safetensors"
@@ -144,7 +144,13 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
     notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
-    return RunEncoder(encoder.eval(), saved.step, report.get("steps"), ". ".join(notes))
+    return RunEncoder(encoder.eval(), saved.step, _count(report, "steps"), ". ".join(notes))
+
+
+def _count(report: dict[str, Any], key: str) -> int | None:
+    """A number of steps that run.json states; None for anything else that stands there."""
+    value = report.get(key)
+    return value if isinstance(value, int) else None
 
 
 def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
@@ -163,7 +169,7 @@ def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
 
 def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
     """At which step a run was stopped, and of which step its encoder is."""
-    last, steps = max(step, report.get("last_step") or 0), report.get("steps")
+    last, steps = max(step, _count(report, "last_step") or 0), _count(report, "steps")
     of = f" of {steps:,}" if steps else ""
     if report.get("status") in ENDED:
         return f"the run in {path} was stopped at step {last:,}{of}; its encoder is from step {step:,}"
