@@ -119,10 +119,10 @@ class Stopping:
 
 
 def turns(built: Built, stop: Stop) -> list[Any]:
-    """Let Python run between the layers of a step, so that signals are handled there; return the hooks' handles.
+    """Let Python run between the products of a step, so that signals are handled there; return the hooks' handles.
 
     The backward pass runs outside Python, on a CPU for minutes. On a GPU it only starts kernels, and a compiled network
-    has no hooks inside.
+    has no hooks inside. Only layers with a matrix are hooked, as the others take little time.
     """
     if built.recipe.compile or built.loader.device.type != "cpu":
         return []
@@ -136,5 +136,6 @@ def turns(built: Built, stop: Stop) -> list[Any]:
             made.register_hook(backward)
 
     networks = [network for network in (built.tower, built.target) if network is not None]
-    leaves = [m for network in networks for m in network.modules() if next(m.children(), None) is None]
-    return [module.register_forward_hook(forward) for module in leaves]
+    modules = [module for network in networks for module in network.modules()]
+    layers = [m for m in modules if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    return [layer.register_forward_hook(forward) for layer in layers]
