@@ -157,7 +157,7 @@ DRILLS = [
     Drill(
         6, "a second signal", "SIGTERM twice, 0.1 s apart", {"exit": 75, "checkpoint": "of the last step"}, twice
     ),
-    Drill(6, "Ctrl-C again and again", "SIGINT three times in a step", {"exit": 130, "at once": True}, three_interrupts),
+    Drill(6, "Ctrl-C again and again", "SIGINT thrice in a step", {"exit": 130, "at once": True}, three_interrupts),
     Drill(
         7, "a rank dies", "os._exit(9) on rank 1; --dist-timeout 10",
         {"exit": 1, "in time": True, "processes left": 0, "says": ("rank 1",)}, partial(rank_fails, "os._exit(9)"),
