@@ -125,7 +125,8 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     found = load_run_encoder(path)
     save_encoder(found.encoder, out)
     encoder, known = found.encoder, "architecture" in read_json(out / "config.json")
-    what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels, "width": encoder.width}
+    what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels}
+    what["width"] = encoder.feature_width
     return {"run": str(path), "out": str(out), "timm": known} | what | found.stage()
 
 

@@ -104,6 +104,11 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def feature_width(self) -> int:
+        """How many features are handed out for an image."""
+        return self.width if self.readout is None else self.readout.width
+
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
         rows = self.backbone(x)
         return rows if self.pooled is None else self.pooled(rows)
