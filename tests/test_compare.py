@@ -38,7 +38,8 @@ def unjudged() -> Iterator[None]:
     """No run here is about its last figures and its last picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inbatch.train.evaluation", lambda *_: {})
-        patch.setattr("inbatch.train.worth", lambda *_: {"comparison_seconds": 0.0})
+        nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
+        patch.setattr("inbatch.train.worth", lambda *_: nothing)
         patch.setattr("inbatch.train.plot_curves", lambda *_: None)
         yield
 

@@ -74,7 +74,8 @@ def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:
 
     again: also if it is fitted: to features that have changed since.
     """
-    if encoder.readout is not None and (again or not int(encoder.readout.images)):
+    readout = getattr(encoder, "readout", None)  # an encoder of somebody else has none
+    if readout is not None and (again or not int(readout.images)):
         embed_bank(encoder, fixed_sample(source, BANK))
 
 
