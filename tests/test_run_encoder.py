@@ -262,6 +262,18 @@ def test_export_overwrites_nothing_foreign(stopped: Path, tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
+def test_an_encoder_with_a_readout_is_exported_twice(tmp_path: Path) -> None:
+    """It has a third file, which is its own, too."""
+    encoder = create_encoder("fast", size=32, whiten=True).eval()
+    assert encoder.readout is not None
+    encoder.readout.fit(torch.randn(50, encoder.readout.width))
+    save_encoder(encoder, tmp_path / "encoder")
+    for _ in range(2):
+        inbatch.export_run(tmp_path / "encoder", tmp_path / "out")
+    images = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
+    np.testing.assert_array_equal(inbatch.load(tmp_path / "out").embed(images), encoder.embed(images))
+
+
 def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
     import timm
 

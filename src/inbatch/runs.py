@@ -14,6 +14,7 @@ from inbatch.capture import replay
 from inbatch.config import Recipe, make, read_file
 from inbatch.data import Coloured, Source, open_data, splits
 from inbatch.encoders import Encoder, save_encoder
+from inbatch.encoders.weights import READOUT
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluate import embed_stream as stream
 from inbatch.evaluate import write_embeddings
@@ -23,6 +24,8 @@ from inbatch.judgement import PROTOCOLS, before_training, judge_labelled, judge_
 from inbatch.log import counted
 from inbatch.report import Progress
 from inbatch.run_encoder import initial_name, kept_initial, load_run_encoder
+
+ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _is_free(out: Path) -> bool:
     if not inside:
         return True
     try:
-        return inside == {"model.safetensors", "config.json"} and "inbatch" in read_json(out / "config.json")
+        return inside <= ENCODER_FILES and "inbatch" in read_json(out / "config.json")
     except DataError:
         return False
 
