@@ -83,6 +83,25 @@ def test_one_view_is_drawn_twice() -> None:
     assert not torch.allclose(found.first, found.second)
 
 
+def test_whitened_features_are_measured_before_they_are() -> None:
+    """Whitening gives every encoder the same rank and spread; only what is handed out is found by it."""
+    source = open_data(torch.randint(0, 255, (40, 3, 32, 32), dtype=torch.uint8))
+    encoder = create_encoder("fast", size=32, whiten=True).eval()
+    views = Views(make_views("simclr_cifar", {"size": 32}, 3), encoder.mean, encoder.std)
+    chosen = unlabelled.Chosen(source, None, 0)
+    plain = unlabelled.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    expected = unlabelled.measures(plain)
+    assert encoder.readout is not None and plain.handed_out(plain.clean) is plain.clean
+    encoder.readout.fit(plain.clean)
+    found = unlabelled.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    assert int(encoder.readout.images) == 40
+    assert torch.equal(found.clean, plain.clean)
+    whitened = encoder.embed([source.image(int(i)) for i in chosen.indices])
+    np.testing.assert_allclose(found.handed_out(found.clean), whitened, rtol=1e-3, atol=1e-3)
+    del expected["same_image"]
+    assert unlabelled.measures(found) | expected == unlabelled.measures(found)
+
+
 # Runs without labels
 
 

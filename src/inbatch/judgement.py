@@ -39,7 +39,8 @@ def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str,
     found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
     shown = source.only(found["after"].number)
     near = min(5, len(shown) - 1)
-    neighbour_grid(shown, found["after"].clean, out / "neighbours.png", 8, near, before=found["before"].clean)
+    old, new = (found[name].handed_out(found[name].clean) for name in ("before", "after"))
+    neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
     return {
         "initial": initial_name(recipe),
         "untrained": untrained,
@@ -96,11 +97,11 @@ def judge_labelled(
 
 
 def judge_unlabelled(
-    recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int
+    recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
 ) -> dict[str, Any]:
-    """The measures that need no labels, of both encoders; entries of evaluation.json."""
+    """The measures that need no labels, of both encoders; entries of evaluation.json. stopped: as above."""
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
-        fit_readout(one, source)
+        fit_readout(one, source, again=stopped and one is encoder)
     found = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
     return {"unlabelled": compared(found.get("before"), found["after"]), "images": len(found["after"].clean)}

@@ -143,6 +143,8 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         fill(encoder, weights, f"the encoder {recipe.encoder.name}")
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
+    if encoder.readout is not None:
+        notes = [*notes, "What whitens its features is from the last evaluation before; inbatch evaluate fits it again"]
     notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
     return RunEncoder(encoder.eval(), saved.step, _count(report, "steps"), ". ".join(notes))
 

@@ -94,7 +94,7 @@ def evaluate_run(
     found = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     held = held_out(recipe, source, recipe.data if data is None else data, test)
-    encoder = found.encoder.to(device_for(device))
+    encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
     options = {"k": recipe.k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
     told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
@@ -102,13 +102,10 @@ def evaluate_run(
     if held is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
-        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"]) | told
+        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
     bank, queries = (_for(encoder, part) for part in held[:2])
     head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
-    judged = judge_labelled(
-        before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped=found.note is not None
-    )
-    return judged | head | told
+    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | told
 
 
 def _for(encoder: Encoder, source: Source) -> Source:

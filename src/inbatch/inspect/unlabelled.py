@@ -5,6 +5,7 @@ Alignment and uniformity: Wang and Isola 2020 (arXiv 2005.10242), equations 1 an
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from inbatch.data.arrays import Pixels
 from inbatch.data.source import Opened
 from inbatch.draws import permutation
 from inbatch.encoders import Encoder
+from inbatch.encoders.readout import Readout
 from inbatch.errors import DataError
 from inbatch.evaluate import feature_std, rankme
 from inbatch.evaluate.embed import encode
@@ -65,13 +67,23 @@ class Chosen(Subset):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What an encoder makes of some images. clean: features of the images; first, second: of two views of each of
-    some; number: which of the images could be read."""
+    """What an encoder makes of some images, before its features are whitened if that is done to them.
+
+    clean: features of the images; first, second: of two views of each of some; number: which images could be read.
+    readout: what whitens the features that are handed out; None if nothing does.
+    """
 
     clean: Rows
     first: Rows
     second: Rows
     number: Tensor
+    readout: Readout | None = None
+
+    def handed_out(self, rows: Rows) -> Rows:
+        """The features that nearest neighbours are found by."""
+        if self.readout is None or not int(self.readout.images):
+            return rows
+        return self.readout.whitened(rows.to(self.readout.mean.device)).cpu()
 
 
 def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int) -> dict[str, Embedded]:
@@ -92,13 +104,31 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, see
         pair = two_views(views, batch.take(slice(count)).to(device)) if count else ()
         for name, encoder in encoders.items():
             clean = encoder.prepare(images)
-            parts = [encode(encoder, x).float().cpu() for x in (clean, *pair)]
+            with _unwhitened(encoder):
+                parts = [encode(encoder, x).float().cpu() for x in (clean, *pair)]
             rows[name].append(tuple(parts) if pair else (parts[0], parts[0][:0], parts[0][:0]))
     number = torch.cat(numbers) if numbers else torch.zeros(0).long()
     if len(number) < 2:
         raise DataError(f"{source.name} has {len(number)} images that can be read: two are needed to compare features")
     whole = {name: [torch.cat(x) for x in zip(*parts, strict=True)] for name, parts in rows.items()}
-    return {name: Embedded(clean, first, second, number) for name, (clean, first, second) in whole.items()}
+    return {
+        name: Embedded(clean, first, second, number, encoders[name].readout)
+        for name, (clean, first, second) in whole.items()
+    }
+
+
+@contextmanager
+def _unwhitened(encoder: Encoder) -> Iterator[None]:
+    """Features as they are, for a while: whitened ones are spread alike, whatever was learned."""
+    if encoder.readout is None:
+        yield
+        return
+    fitted = encoder.readout.images.clone()
+    encoder.readout.forget()
+    try:
+        yield
+    finally:
+        encoder.readout.images.copy_(fitted)
 
 
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
@@ -126,7 +156,7 @@ def measures(found: Embedded) -> dict[str, float]:
     """Every measure by its name."""
     first, second = (F.normalize(rows, dim=1) for rows in (found.first, found.second))
     return {
-        "same_image": same_image(first, second),
+        "same_image": same_image(*(F.normalize(found.handed_out(x), dim=1) for x in (found.first, found.second))),
         "rankme": float(rankme(found.clean)),
         "feature_std": float(feature_std(found.clean)),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
