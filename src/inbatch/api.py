@@ -26,6 +26,7 @@ from inbatch.files import locked, write_json
 from inbatch.fit import Fit, resolve, within_memory
 from inbatch.inspect.compare import Reference, read_reference
 from inbatch.inspect.references import find
+from inbatch.log import progress
 from inbatch.report import clear
 from inbatch.run_encoder import kept_initial, save_initial
 from inbatch.runs import Run, embed_run, evaluate_run, export_run, inspect_run, load, load_run, replay_run, report_of
@@ -96,9 +97,10 @@ def pretrain(
             given = with_default_budget(given, data, device_for(device), config is not None)
             if needs_plan(given):
                 _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refused before minutes are spent
-                choice, source = plan_budget(
-                    data, given, began, device=device_for(device), workers=workers, download=download
-                )
+                with progress(quiet) as (tell, _):
+                    choice, source = plan_budget(
+                        data, given, began, device=device_for(device), workers=workers, download=download, tell=tell
+                    )
                 recipe = choice.recipe
             else:
                 recipe, source = plan(data, given, download)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from statistics import median
@@ -104,12 +104,13 @@ def needs_plan(given: Settings) -> bool:
 
 
 def plan_budget(
-    data: Any, given: Settings, began: float, *, device: torch.device, workers: int | None, download: bool
-) -> tuple[Choice, Source]:
+    data: Any, given: Settings, began: float, *, device: torch.device, workers: int | None, download: bool,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Choice, Source]:  # fmt: skip
     """Return the recipe that spends a budget best here, and the data opened.
 
     given: settings, of which "budget" is one. What they say (encoder, size, batch, method, ...) stays as it is.
-    began: when the command began (`time.perf_counter`).
+    began: when the command began (`time.perf_counter`). tell: gets a sentence on rank 0 before steps are timed.
     Every rank must call it, and all get the same.
     """
     for key, other in (("epochs", "--epochs"), ("steps", "steps")):
@@ -132,6 +133,10 @@ def plan_budget(
     given["batch"] = recipe.batch if given.get("batch") is not None else _batch(recipe, source)
 
     widths = [{}] if chosen_by_user else [{"encoder.width": width} for width in WIDTHS]
+    limit = min(SHARE * budget, MOST)
+    if ranks.rank() == 0:
+        tell(f"Budget of {duration(budget)}: timing real steps, for at most {duration(limit)}.")
+    limit /= 12  # two sizes of up to three encoders, twice over
     loader, tried, start = None, list[tuple[Candidate, Settings]](), time.perf_counter()
     for options in widths:
         if tried and not _time_for_another(start, tried[-1][0].seconds, budget):
@@ -140,7 +145,7 @@ def plan_budget(
         settings = given | options | {"steps": 10**6, "epochs": 10**6}
         built = build(make(settings), source, device=device, workers=workers, loader=loader)
         loader = built.loader
-        seconds, small = ranks.share(_both(built))
+        seconds, small = ranks.share(_both(built, limit))
         left = ranks.share(budget - (time.perf_counter() - began))
         steps = max(1, int(TRAINED * left / seconds))
         views = steps * built.recipe.batch * len(built.views)
@@ -172,22 +177,24 @@ def small_size(source: Source, device: torch.device) -> int:
     return natural if natural <= 64 or device.type != "cpu" else 64
 
 
-def time_steps(built: Built) -> float:
-    """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones."""
-    return _both(built)[0]
+def time_steps(built: Built, limit: float) -> float:
+    """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones.
+
+    limit: seconds that steps of one size are made; each is made four times at least.
+    """
+    return _both(built, limit)[0]
 
 
-def _both(built: Built) -> tuple[float, float]:
+def _both(built: Built, limit: float) -> tuple[float, float]:
     """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
     until = built.recipe.grow_until
-    limit = min(SHARE * (built.recipe.budget or math.inf), MOST) / 12  # two sizes of up to three encoders, twice over
     small = _timed(built, 0, limit) if until else 0.0
     full = _timed(built, built.total - 1, limit)
     small = small or full
     return full * (1 - until) + small * until, small / full
 
 
-def _timed(built: Built, step: int, seconds: float = 5.0) -> float:
+def _timed(built: Built, step: int, seconds: float) -> float:
     """Seconds of a step at a place of the run: the median of those made in so many seconds, after some that warm up."""
     times: list[float] = []
     began = time.perf_counter()

@@ -12,6 +12,11 @@ from inbatch.build import build, plan
 from inbatch.calibrate import TRAINED, time_steps
 from inbatch.doctor import Finding
 
+REST = 23.0
+"""Seconds of `inbatch quickstart` beside its steps: start, evaluation and pictures, measured on two AVX2 cores."""
+_EACH = 2.0
+"""Seconds that steps at one size of the images are timed."""
+
 
 def forecast(until: float = math.inf) -> list[Finding]:
     """How long `inbatch quickstart` and what an hour's budget would do here, by a few real steps of both.
@@ -24,8 +29,7 @@ def forecast(until: float = math.inf) -> list[Finding]:
 
 def _quickstart() -> str:
     total, each, _ = _steps(quickstart.DATA, {"epochs": quickstart.EPOCHS} | quickstart.SETTINGS)
-    rest = 12.0  # start, evaluation and pictures, as measured on two AVX2 cores
-    return f"about {duration(total * each + rest)}"
+    return f"about {duration(total * each + REST)}"
 
 
 def _hour() -> str:
@@ -42,4 +46,4 @@ def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
     """Steps of a run, seconds of one of them, and images of its batch."""
     recipe, source = plan(data, given)
     built = build(recipe, source, device=torch.device("cpu"))
-    return built.total, time_steps(built), recipe.batch
+    return built.total, time_steps(built, _EACH), recipe.batch

@@ -65,8 +65,8 @@ def doctor(
         cleared = look.cache.clear() if clear_cache else None
         found, measured = look.examine(device), None
         if measure:
+            found += forecast(until=process.started + look.FORECAST)  # first: it is what most people ask for
             measured = look.measure(until=process.started + look.MEASURED)
-            found += forecast(until=process.started + look.FORECAST)
         if as_json:
             told = {"found": [vars(one) for one in found], "measured": measured}
             print_json(told if cleared is None else told | {"cleared_bytes": cleared})
