@@ -198,9 +198,9 @@ class Lightly:
 def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **told: Any) -> dict[str, Any]:
     """Write what is known so far, and return it."""
     words = ["python", "benchmarks/time_to_accuracy.py", "--who", args.who, "--target", f"{args.target:g}"]
-    words += ["--threads", str(args.threads)]
+    words += ["--threads", str(args.threads)] + (["--label", args.label] if args.label else [])
     words += ["--command", args.command] if args.command else ["--every-seconds", f"{args.every_seconds:g}"]
-    result = {"who": args.who, "command": shlex.join(words), "target": args.target, "images": images}
+    result = {"who": args.label or args.who, "command": shlex.join(words), "target": args.target, "images": images}
     result |= {"reached": reached(curve, args.target), "environment": args.environment, **told, "curve": curve}
     write_json(args.out, result)
     return result
@@ -270,6 +270,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--every-seconds", type=float, default=300.0, help="lightly: processor time between two looks")
     parser.add_argument("--past-target", action="store_true", help="lightly: go on when the target is reached")
     parser.add_argument("--command", default="", help='inbatch: method, preset, settings, as in "simclr --epochs 20"')
+    parser.add_argument("--label", help="what the curve is called in table and figure; who it is by default")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="CURVE", help="put curves together, the slower first")
     parser.add_argument("--figure", type=Path, help="with --draw: the picture")
     args = parser.parse_args(words)

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from inbatch import doctor, process
+from inbatch import doctor, forecast, process
 from inbatch.cli import app
 
 CPU = torch.device("cpu")
@@ -99,6 +100,23 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["doctor", "--device", "tpu"]).exit_code == 2
     monkeypatch.setenv("INBATCH_CACHE_GB", "much")
     assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
+
+
+def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(finding.found == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
+    monkeypatch.setattr(forecast, "time_steps", lambda built, limit: 0.1)
+    found = {finding.what: finding.found for finding in forecast.forecast()}
+    assert found["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and what is done beside them
+    assert found["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
+
+
+def test_the_command_forecasts_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    empty: dict[str, Any] = {"ceilings": {"failed": "no time"}, "tower": {"as torch ships": {}}, "threads": 1, "batch": 4}
+    monkeypatch.setattr(forecast, "forecast", lambda until: asked.append("forecast") or [])
+    monkeypatch.setattr(doctor, "measure", lambda until: asked.append("measure") or empty)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert asked == ["forecast", "measure"]
 
 
 FAKE = """

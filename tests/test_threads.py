@@ -14,7 +14,7 @@ import torch
 
 from inbatch import busy, process, threads
 from inbatch.api import pretrain
-from inbatch.threads import Threads, threads_beside
+from inbatch.threads import Threads, beside_others, threads_beside
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells")
@@ -129,11 +129,17 @@ def test_the_number_is_left_alone(who: str, beside: list[float], monkeypatch: py
         assert not chosen.decide() and torch.get_num_threads() == 2 and used == [2]
 
 
+def test_steps_are_timed_with_the_threads_of_a_run(beside: list[float]) -> None:
+    with beside_others(CPU):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
 def test_a_run_tells_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch": 32, "evaluate_every": 2}
-    beside[:] = [1.0, 0.0]
+    beside[:] = [1.0, 1.0, 1.0, 0.0]  # when a step is timed, the features are judged first, and every epoch begins
     run = pretrain("digits-canvas", "simclr", out=tmp_path / "beside", **small)
     assert run.result["threads"] == [1, 2] and torch.get_num_threads() == 2
     assert json.loads((run.directory / "run.json").read_text())["threads"] == [1, 2]

@@ -1,5 +1,6 @@
 """benchmarks/time_to_accuracy.py: a killed curve goes on as it was, its file is whole, the target is found rightly."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -221,6 +222,10 @@ def test_curves_are_drawn_together(tmp_path: Path) -> None:
     assert "| inbatch | 1 | 500 (not yet at 250) | 4.00 |" in text
     late = found | {"target": 0.9}
     assert "not in 2,000" in markdown(late)
+    only_ours = copy.deepcopy(found)
+    for look in only_ours["runs"][0]["curve"]:
+        look["knn"] = 0.1
+    assert "| inbatch | 1 | 500 (not yet at 250) | over 4.00 |" in markdown(only_ours)
     draw(late, tmp_path / "late.png")
     files[0].write_text(files[0].read_text().replace('"target": 0.5', '"target": 0.6'))
     with pytest.raises(DataError, match="differ in target"):

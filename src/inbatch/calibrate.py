@@ -18,6 +18,7 @@ from inbatch.config import Recipe, Settings, make
 from inbatch.data import Loader, Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.limits import cores
+from inbatch.threads import beside_others
 
 SHARE, MOST = 0.05, 60.0
 """Calibration takes at most this share of the budget, and at most so many seconds."""
@@ -145,7 +146,8 @@ def plan_budget(
         settings = given | options | {"steps": 10**6, "epochs": 10**6}
         built = build(make(settings), source, device=device, workers=workers, loader=loader)
         loader = built.loader
-        seconds, small = ranks.share(_both(built, limit))
+        with beside_others(device):
+            seconds, small = ranks.share(_both(built, limit))
         left = ranks.share(budget - (time.perf_counter() - began))
         steps = max(1, int(TRAINED * left / seconds))
         views = steps * built.recipe.batch * len(built.views)
@@ -182,7 +184,8 @@ def time_steps(built: Built, limit: float) -> float:
 
     limit: seconds that steps of one size are made; each is made four times at least.
     """
-    return _both(built, limit)[0]
+    with beside_others(built.loader.device):
+        return _both(built, limit)[0]
 
 
 def _both(built: Built, limit: float) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -81,3 +83,11 @@ class Threads:
             f"Other processes keep {busy:.1f} of {cores()} cores busy: this run computes with {count} instead of "
             f"{self._most} threads while they do, decided again every epoch. OMP_NUM_THREADS={self._most} keeps all."
         )
+
+
+@contextmanager
+def beside_others(device: torch.device) -> Iterator[None]:
+    """Compute with as many threads as a run would now: what is timed here is then what a step takes there."""
+    with Threads(device, []) as threads:
+        threads.decide()
+        yield

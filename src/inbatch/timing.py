@@ -12,6 +12,7 @@ from inbatch import ranks
 from inbatch.budget import duration
 from inbatch.build import Built, build
 from inbatch.parts import Part
+from inbatch.threads import beside_others
 from inbatch.tower import Tower, frozen_statistics
 
 _SAMPLES = 16
@@ -27,8 +28,10 @@ def step_seconds(built: Built) -> float:
     Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
     network. It is timed at its second pass and scaled to the batch; views, loss and optimiser are small beside it.
     """
-    until, full = built.recipe.grow_until, _step_seconds(built, 1.0)
-    return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from) * until if until else 0.0)
+    until = built.recipe.grow_until
+    with beside_others(built.loader.device):
+        full = _step_seconds(built, 1.0)
+        return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from) * until if until else 0.0)
 
 
 def growth(built: Built) -> list[tuple[float, float]]:

@@ -89,6 +89,8 @@ def train(
                 stopping = Stopping(built, parts, report, stop)
                 with stopping.answering():
                     with report.verdict():  # torchrun ends the others when a rank has died
+                        if sentence := threads.decide():
+                            log.note(sentence)
                         looked, pace, images = held, None, IMAGES
                         if main and built.recipe.budget is not None:
                             held, pace, images = _within(built, held, progress, calibration)

@@ -87,27 +87,31 @@ def amount(seconds: float) -> str:
     return f"{float(f'{seconds:.3g}'):,.0f}"
 
 
-def row(run: Mapping[str, Any], target: float, first: Mapping[str, float] | None) -> list[str]:
-    """A run's cells; first: when the first run reached the target."""
+def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[str]:
+    """A run's cells; base: the run that it is compared with. If that one did not reach the target, its last look says
+    how many times sooner at least."""
     when, last, env = reached(run["curve"], target), run["curve"][-1], run["environment"]
     best = max(entry["knn"] for entry in run["curve"])
-    sooner = f"{first['cpu_seconds'] / when['cpu_seconds']:.2f}" if first and when else ""
+    first, sooner = reached(base["curve"], target), ""
+    if when and when["cpu_seconds"]:
+        until = (first or base["curve"][-1])["cpu_seconds"]
+        sooner = f"{'' if first else 'over '}{until / when['cpu_seconds']:.2f}"
     cpu = f"not in {amount(last['cpu_seconds'])}"
     if when:
         cpu = f"{amount(when['cpu_seconds'])} (not yet at {amount(when['cpu_seconds_before'])})"
     rate = last["images"] / last["cpu_seconds"] if last["cpu_seconds"] else 0.0
     seen = f"{(when or last)['images'] / run['images']:.1f}"
     judges = f"{(when or last)['bank']:,}, {(when or last)['queries']:,}"
-    return [run["who"], str(env["threads"]), cpu, sooner, seen, judges, f"{rate:.1f}", f"{best:.1%}"]
+    untrained = "" if run["curve"][0]["cpu_seconds"] else f"{run['curve'][0]['knn']:.1%}"
+    return [run["who"], str(env["threads"]), cpu, sooner, seen, judges, f"{rate:.1f}", untrained, f"{best:.1%}"]
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table of several curves, and where and how they were made."""
-    target = found["target"]
-    first = reached(found["runs"][0]["curve"], target)
-    heads = ["who", "threads", f"processor seconds to {target:.0%}", f"times sooner than {found['runs'][0]['who']}"]
-    heads += ["epochs", "bank, queries", "images a processor second", "best k-NN"]
-    cells = [heads, ["---"] * len(heads), *(row(run, target, first) for run in found["runs"])]
+    target, base = found["target"], found["runs"][0]
+    heads = ["who", "threads", f"processor seconds to {target:.0%}", f"times sooner than {base['who']}"]
+    heads += ["epochs", "bank, queries", "images a processor second", "k-NN untrained", "best k-NN"]
+    cells = [heads, ["---"] * len(heads), *(row(run, target, base) for run in found["runs"])]
     made = []
     for run in found["runs"]:
         env = run["environment"]
