@@ -112,7 +112,12 @@ def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_forecasts_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    empty: dict[str, Any] = {"ceilings": {"failed": "no time"}, "tower": {"as torch ships": {}}, "threads": 1, "batch": 4}
+    empty: dict[str, Any] = {
+        "ceilings": {"failed": "no time"},
+        "tower": {"as torch ships": {}},
+        "threads": 1,
+        "batch": 4,
+    }
     monkeypatch.setattr(forecast, "forecast", lambda until: asked.append("forecast") or [])
     monkeypatch.setattr(doctor, "measure", lambda until: asked.append("measure") or empty)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0

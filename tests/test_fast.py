@@ -2,14 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import inbatch
+from inbatch.api import embed_run
 from inbatch.build import build, image_scale, plan
+from inbatch.data import open_data
 from inbatch.encoders import create_encoder, load_encoder, save_encoder
 from inbatch.encoders.readout import Readout
 from inbatch.errors import DataError
+from inbatch.evaluate import clustering, embed, evaluate, feature_std, rankme
+from inbatch.looks import fit_readout, judge
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -49,6 +54,39 @@ def test_readout_equals_the_literal_matrix() -> None:
     few = Readout(6, grid=1, eps=1e-3)
     few.fit(x[:3])  # fewer images than features: finite, and closer to no whitening
     assert torch.isfinite(few(x)).all()
+
+
+def test_plain_features_are_got_back() -> None:
+    readout, x = Readout(6, grid=1), _rows(500)
+    assert readout.unwhitened(x) is x  # nothing was fitted yet
+    readout.fit(x)
+    with readout.paused():
+        assert torch.equal(readout(x), x)
+    assert torch.allclose(readout.unwhitened(readout(x)), x, atol=1e-4)
+
+
+def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
+    """Whitening gives every direction the same weight, so k-means on whitened features finds less."""
+    labels = torch.arange(64) % 4
+    encoder = create_encoder("fast", size=32, width=8, whiten=True).eval()
+    source = open_data((IMAGES, labels))
+    plain = embed(encoder, source)
+    fit_readout(encoder, source)
+    found = evaluate(encoder, source, source, protocols=["knn", "clustering"], k=5)
+    assert found["clustering"] == clustering(plain) | {"split": "test", "features": "before whitening"}
+    assert "features" not in evaluate(None, plain, plain, protocols=["clustering"])["clustering"]
+
+    built = build(*plan((IMAGES, labels), {"preset": "fast", "encoder.width": 8, "epochs": 1, "batch": 16}), device=CPU)
+    built.encoder.load_state_dict(encoder.state_dict())
+    spread = judge(built, (source, source, "all"))()
+    assert spread["rankme"] == pytest.approx(float(rankme(plain.vectors)), rel=1e-3)
+    assert spread["feature_std"] == pytest.approx(float(feature_std(plain.vectors)), rel=1e-3)
+
+    save_encoder(encoder, tmp_path / "encoder")
+    for plainly, expected in ((True, plain.vectors), (False, embed(encoder, source).vectors)):
+        embed_run(tmp_path / "encoder", IMAGES, tmp_path / "f.npz", plain=plainly)
+        rows = torch.from_numpy(np.load(tmp_path / "f.npz")["vector"])
+        assert torch.allclose(rows, expected, atol=1e-3)
 
 
 def test_readout_pools_over_quarters_unless_that_is_too_wide() -> None:

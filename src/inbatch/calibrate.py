@@ -1,6 +1,5 @@
 """From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

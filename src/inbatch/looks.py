@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inbatch import ranks
 from inbatch.assign import HeadRows, judge_head
@@ -157,15 +158,20 @@ def judge(built: Built, held: Any) -> Judge:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
             few = torch.arange(min(most, len(built.loader.source)))
             watched = Subset(built.loader.source, few, "to watch the features")
-            vectors = embed_bank(built.encoder, watched, **options).vectors[:2048]
-            return {"feature_std": float(feature_std(vectors)), "rankme": float(rankme(vectors))}
+            return _spread(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, held[0], **options), embed(built.encoder, held[1], **options)
-        found = {"feature_std": float(feature_std(queries.vectors)), "rankme": float(rankme(queries.vectors[:2048]))}
+        found = _spread(built.encoder, queries.vectors)
         bank, queries = bank.labelled(), queries.labelled()
         near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | found
 
     return look
+
+
+def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
+    """How different features are, before they are whitened if that is done to them."""
+    plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
+    return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
 def judged(judge: Judge, progress: Progress, epoch: int, log: Log, steps: int) -> bool:

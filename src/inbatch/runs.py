@@ -3,6 +3,7 @@
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def inspect_run(
 
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
-    missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None,
+    missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
 ) -> int:  # fmt: skip
     """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
 
@@ -189,6 +190,7 @@ def embed_run(
         many "steps", and a "note" if the run has not finished; None: that is a warning.
     split: "train" or "test" where the data has both. quiet: no progress on stderr.
     missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
+    plain: features before they are whitened (`encoder.whiten`), to find clusters in; the same if nothing whitens them.
     """
     found = load_run_encoder(path)
     if stage is not None:
@@ -198,7 +200,8 @@ def embed_run(
     encoder = found.encoder.to(device_for(device))
     source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
-    return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+    with encoder.plain() if plain else nullcontext():
+        return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:

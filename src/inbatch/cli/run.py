@@ -203,6 +203,9 @@ def embed(
     data: Data,
     out: Annotated[Path, Option("--out", "-o", help="A .parquet or .npz file; replaced where it exists.")],
     split: Annotated[str | None, Option(help="train or test, where the data has both.")] = None,
+    plain: Annotated[
+        bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -212,7 +215,8 @@ def embed(
         from inbatch.api import embed_run
 
         missing, stage = dict[int, str](), dict[str, Any]()
-        count = embed_run(run, data, out, split=split, device=device, quiet=quiet, missing=missing, stage=stage)
+        options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
+        count = embed_run(run, data, out, missing=missing, stage=stage, **options)
         if as_json:
             unreadable = {"unreadable": list(missing.values())} if missing else {}
             print_json({"images": count, "out": str(out)} | unreadable | (stage if stage["note"] else {}))

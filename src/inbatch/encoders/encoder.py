@@ -1,7 +1,7 @@
 """A backbone with pooled features, and how to prepare the images it takes."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,10 @@ class Encoder(nn.Module):
         maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
         found = self(x) if maps is None else maps(x)
         return self.readout(found if found.ndim in (2, 4) else self(x))
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Hand out features that are not whitened, for a while."""
+        return nullcontext() if self.readout is None else self.readout.paused()
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradient, for a while."""

@@ -1,5 +1,8 @@
 """From feature maps to the features that are handed out: pooled by quarters of the image, and decorrelated."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -42,6 +45,26 @@ class Readout(nn.Module):
         """Pooled features (N, F), decorrelated."""
         with torch.autocast(rows.device.type, enabled=False):
             return (rows.to(self.mean) - self.mean) @ self.matrix
+
+    def unwhitened(self, rows: Tensor) -> Tensor:
+        """The pooled features (N, F) that `whitened` made these of; the rows as they are if nothing is fitted.
+
+        Clusters and the spread of features are found in these: whitened ones are spread alike in all directions.
+        """
+        if not int(self.images):
+            return rows
+        found = torch.linalg.solve(self.matrix.double(), rows.to(self.mean.device).double(), left=False)
+        return (found + self.mean).to(rows)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Pass pooled features as they are, for a while."""
+        images = self.images.clone()
+        self.forget()
+        try:
+            yield
+        finally:
+            self.images.copy_(images)
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:

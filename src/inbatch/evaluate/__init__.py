@@ -1,6 +1,7 @@
 """Evaluation: an encoder and two data sets in, numbers with their protocol out. It knows no method."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -131,7 +132,9 @@ def evaluate(
     if "linear" in protocols:
         result["linear"] = linear(**known, probe=probe, seed=seed, device=device)
     if "clustering" in protocols:
-        result["clustering"] = {**clustering(known["test"], clusters, seed=seed), "split": "test"}
+        plain = known["test"] if test is sets["test"] else _plain(encoder, known["test"])
+        told = {"split": "test"} | ({} if plain is known["test"] else {"features": "before whitening"})
+        result["clustering"] = clustering(plain, clusters, seed=seed) | told
     if "few" in protocols:
         result["few"] = few(**known, shares=shares, draws=draws, probe=probe, seed=seed, device=device, **near)
     if "finetune" in protocols:
@@ -151,6 +154,15 @@ def _need_images(what: str, encoder: Encoder | None, *data: Source | Embeddings)
             raise ConfigError(
                 f"{what} an encoder with images, and {one.name} holds embeddings: give a source of images."
             )
+
+
+def _plain(encoder: Any, found: Embeddings) -> Embeddings:
+    """The embeddings before the encoder whitened them, if it does: whitened features lie alike in all directions, and
+    k-means finds nothing in them."""
+    readout = getattr(encoder, "readout", None)
+    if readout is None or not int(readout.images):
+        return found
+    return replace(found, vectors=readout.unwhitened(found.vectors))
 
 
 def _describe(encoder: Encoder | None) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ Alignment and uniformity: Wang and Isola 2020 (arXiv 2005.10242), equations 1 an
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +103,7 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, see
         pair = two_views(views, batch.take(slice(count)).to(device)) if count else ()
         for name, encoder in encoders.items():
             clean = encoder.prepare(images)
-            with _unwhitened(encoder):
+            with encoder.plain():
                 parts = [encode(encoder, x).float().cpu() for x in (clean, *pair)]
             rows[name].append(tuple(parts) if pair else (parts[0], parts[0][:0], parts[0][:0]))
     number = torch.cat(numbers) if numbers else torch.zeros(0).long()
@@ -115,20 +114,6 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, see
         name: Embedded(clean, first, second, number, encoders[name].readout)
         for name, (clean, first, second) in whole.items()
     }
-
-
-@contextmanager
-def _unwhitened(encoder: Encoder) -> Iterator[None]:
-    """Features as they are, for a while: whitened ones are spread alike, whatever was learned."""
-    if encoder.readout is None:
-        yield
-        return
-    fitted = encoder.readout.images.clone()
-    encoder.readout.forget()
-    try:
-        yield
-    finally:
-        encoder.readout.images.copy_(fitted)
 
 
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
