@@ -135,12 +135,13 @@ def plan_budget(
     widths = [{}] if chosen_by_user else [{"encoder.width": width} for width in WIDTHS]
     limit = min(SHARE * budget, MOST)
     if ranks.rank() == 0:
-        tell(f"Budget of {duration(budget)}: timing real steps, for at most {duration(limit)}.")
+        tell(f"Budget of {duration(budget)}: timing real steps, for about {duration(limit)}.")
     limit /= 12  # two sizes of up to three encoders, twice over
     loader, tried, start = None, list[tuple[Candidate, Settings]](), time.perf_counter()
     for options in widths:
         if tried and not _time_for_another(start, tried[-1][0].seconds, budget):
-            notes.append(f"The wider encoders were not tried: the budget of {duration(budget)} leaves no time for it.")
+            wide = f"Widths from {options['encoder.width']} on were"
+            notes.append(f"{wide} not tried: the budget of {duration(budget)} leaves no time for it.")
             break
         settings = given | options | {"steps": 10**6, "epochs": 10**6}
         built = build(make(settings), source, device=device, workers=workers, loader=loader)

@@ -48,3 +48,8 @@ class RankError(InbatchError):
     def __init__(self, message: str, speaks: bool = False) -> None:
         super().__init__(message)
         self.speaks = speaks
+
+
+def unreadable(count: int) -> str:
+    """The beginning of a sentence on images that cannot be read."""
+    return "1 image cannot be read and is" if count == 1 else f"{count:,} images cannot be read and are"

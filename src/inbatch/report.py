@@ -18,7 +18,7 @@ from inbatch import ranks
 from inbatch.build import Built
 from inbatch.capture import FOLDER
 from inbatch.data import lost_workers
-from inbatch.errors import InbatchError, Interrupted, Preempted, RankError
+from inbatch.errors import InbatchError, Interrupted, Preempted, RankError, unreadable
 from inbatch.files import out_of_room, replacing, write_json
 from inbatch.log import Log
 from inbatch.signals import StopRequested
@@ -149,8 +149,8 @@ def tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
     with replacing(out / "bad_images.txt") as file:
         file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
     log.note(
-        f"{len(new):,} images cannot be read and are left out"
-        + ("" if loader.held else " (each gave its place to the image that stands there in the next batch)")
+        f"{unreadable(len(new))} left out"
+        + ("" if loader.held else " (their places went to the images that stand there in the next batch)")
         + f": {'; '.join(new[:3])}. All of them are in {out / 'bad_images.txt'}"
     )
     return len(found)

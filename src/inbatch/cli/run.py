@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from inbatch.cli.base import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
-from inbatch.errors import ConfigError, TrainingError
+from inbatch.errors import ConfigError, TrainingError, unreadable
 from inbatch.show import (
     complain,
     print_export,
@@ -218,13 +218,14 @@ def embed(
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
         count = embed_run(run, data, out, missing=missing, stage=stage, **options)
         if as_json:
-            unreadable = {"unreadable": list(missing.values())} if missing else {}
-            print_json({"images": count, "out": str(out)} | unreadable | (stage if stage["note"] else {}))
+            bad = {"unreadable": list(missing.values())} if missing else {}
+            print_json({"images": count, "out": str(out)} | bad | (stage if stage["note"] else {}))
             return
-        say(f"{count:,} images embedded into {out}", *([f"Note: {stage['note']}"] if stage["note"] else []))
+        note = [f"Note: {stage['note']}"] if stage["note"] else []
+        say(f"{count:,} image{'s' * (count != 1)} embedded into {out}", *note)
         if missing:
             few = "; ".join(list(missing.values())[:3])
-            complain(f"{len(missing):,} images cannot be read and are not in it: {few}")
+            complain(f"{unreadable(len(missing))} not in it: {few}")
 
 
 @app.command(

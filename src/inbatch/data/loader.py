@@ -122,7 +122,7 @@ class Loader:
                 lines.append(f"{self.held.scaled:,} images scaled down to a longer side of {max(h, w)} pixels")
             lines.extend(f"left out: {reason}" for reason in self.held.dropped)
         else:
-            lines.append(f"streamed by {self.workers} workers ({self._why})")
+            lines.append(f"streamed by {self.workers} worker{'s' * (self.workers != 1)} ({self._why})")
         return "\n".join(lines)
 
     def _share(self, step: int) -> range:
