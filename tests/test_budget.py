@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,30 @@ from runs import assert_same_state, saved, stop_after
 from typer.testing import CliRunner
 
 import inbatch
-from inbatch import budget, calibrate
+from inbatch import api, budget, calibrate, train
 from inbatch.budget import Keeper, Pace, Timeline, duration, parse_budget
 from inbatch.cli import app
 from inbatch.errors import ConfigError, Preempted
+from inbatch.looks import limited
 
 
 def test_parse_budget_reads_minutes_hours_and_days() -> None:
     written = {"45m": 2700, "1h30m": 5400, "2d": 172800, "90s": 90, "0.5h": 1800, " 1H ": 3600, 60: 60, 61.5: 61.5}
+    written |= {"1h 30m": 5400, "5 min": 300, "2 days": 172800, "1.5 hours": 5400, timedelta(minutes=5): 300}
     for text, seconds in written.items():
         assert parse_budget(text) == seconds
 
 
 def test_bad_budgets_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    for text in ("0", "-5m", "soon", "1s", "45", "5 m m", "infd", "nan", "m", "1m2"):
+    for text in ("0", "-5m", "soon", "1s", "45", "5 m m", "infd", "nan", "m", "1m2", "9" * 400 + "d", "1001d"):
         with pytest.raises(ConfigError, match="budget = "):
             parse_budget(text)
         done = CliRunner().invoke(app, ["pretrain", "--data", "digits-canvas", "--out", str(tmp_path / "run"),
                                         f"--budget={text}"])  # fmt: skip
         assert done.exit_code == 2 and done.output.count("\n") == 1 and "budget" in done.output, done.output
-    with pytest.raises(ConfigError):
-        parse_budget(True)
+    for value, said in ((True, "not a time"), (math.nan, "not a time"), (math.inf, "too long"), (10**400, "too long")):
+        with pytest.raises(ConfigError, match=said):
+            parse_budget(value)
     done = CliRunner().invoke(app, ["pretrain", "--data", "digits-canvas", "--budget", "45m", "--epochs", "3"])
     assert done.exit_code == 2 and "both set the length" in done.output
     assert not (tmp_path / "run").exists()
@@ -142,7 +147,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
 ) -> None:
     run = inbatch.pretrain(IMAGES, out=tmp_path / "run", budget="15s", batch=16)
     said = capsys.readouterr().err
-    assert -1 < said.find("timing real steps, for about 1 s") < said.find("Expected: about")
+    assert -1 < said.find("timing real steps, for about 10 s") < said.find("Expected: about")
     assert run.result["wall_seconds"] < 15 * 1.05 + 15  # on a busy machine a step, an import or a picture may take long
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     assert recipe["budget"] == 15.0 and recipe["preset"] == "fast" and recipe["steps"] >= 1
@@ -156,6 +161,74 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )
     assert_same_state(saved(tmp_path / "run")["tower"], saved(tmp_path / "again")["tower"])
+
+    before = (tmp_path / "run/result.json").read_bytes()
+    again = inbatch.pretrain(IMAGES, resume=tmp_path / "run")
+    assert "is finished" in capsys.readouterr().err and again.result["steps"] == run.result["steps"]
+    assert (tmp_path / "run/result.json").read_bytes() == before
+
+
+def _plan(**given: Any) -> calibrate.Choice:
+    given = {key.replace("__", "."): value for key, value in given.items()} | {"batch": 16}
+    options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
+    return calibrate.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
+
+
+def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
+    monkeypatch: pytest.MonkeyPatch, short: None
+) -> None:
+    monkeypatch.setattr(calibrate, "_timed", lambda built, step, seconds: 0.01 if step else 0.0143)
+    choice = _plan(budget="15s", encoder__width=12, context="auto")
+    assert choice.recipe.encoder.options["width"] == 12 and choice.recipe.preset == "fast"
+    assert choice.recipe.context == 16 and any(note.startswith("context: 16") for note in choice.notes)
+    assert choice.chosen.small == 1.0  # small images cannot cost more: that was noise
+    assert _plan(budget="15s", encoder__name="fast").recipe.optimizer.name == "adamw"
+    for more in ({"epochs": 2}, {"steps": 3}, {"steps": 3, "encoder__name": "fast"}):
+        asked = {key.replace("__", "."): value for key, value in ({"budget": "15s"} | more).items()}
+        assert calibrate.needs_plan(asked)
+        with pytest.raises(ConfigError, match="both set the length"):
+            _plan(**asked)
+
+
+def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pytest.MonkeyPatch, short: None) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a whole step was made")
+
+    monkeypatch.setattr(calibrate, "_timed", refuse)
+    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 1.0)
+    choice = _plan(budget="15s", encoder__name="tiny")
+    assert 1 <= choice.chosen.steps <= 13 and any("steps only" in note for note in choice.notes)
+    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 100.0)
+    with pytest.raises(ConfigError, match="too short for tiny, 16 pixels and batch 16: a step takes about 100 s"):
+        _plan(budget="15s", encoder__name="tiny")
+
+
+def test_another_length_or_part_takes_the_place_of_a_files() -> None:
+    planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "k": 7}
+    planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup": 0.1}
+    assert api._over(planned, {"seed": 1}) == planned | {"seed": 1}
+    kept = {"k": 7, "encoder.name": "fast", "encoder.width": 24}
+    for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
+        assert api._over(planned, asked) == kept | asked
+    by_hand = {"epochs": 9, "evaluate_every": 3}
+    assert api._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
+    assert api._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
+    assert "encoder.width" not in api._over(planned, {"encoder.name": "tiny"})
+
+
+def test_a_resumed_run_is_judged_by_as_many_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None
+) -> None:
+    labels = torch.arange(64) % 4
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        patch.setattr(train, "affordable", lambda built, held, seconds: limited(held, 30, 4))
+        with pytest.raises(Preempted):
+            inbatch.pretrain((IMAGES, labels), out=tmp_path / "run", budget="15s", batch=16, quiet=True)
+    run = inbatch.pretrain((IMAGES, labels), resume=tmp_path / "run", quiet=True)
+    judged = run.result["evaluation"]
+    assert (judged["train"]["images"], judged["test"]["images"]) == (30, 4)
+    assert run.result["calibration"]["tried"]
 
 
 def test_one_hour_is_the_default_on_a_processor_where_nothing_else_says_what_to_do() -> None:

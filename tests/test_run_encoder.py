@@ -17,7 +17,7 @@ from inbatch import api, checkpoint
 from inbatch.config import make, read_file
 from inbatch.encoders import create_encoder, save_encoder
 from inbatch.errors import ConfigError, DataError, Preempted
-from inbatch.run_encoder import initial_encoder
+from inbatch.run_encoder import initial_encoder, with_encoder_of_init
 
 SENTENCE = "was stopped at step 7 of 10; its encoder is from step 7"
 IMAGES = torch.randint(0, 255, (5, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -288,3 +288,23 @@ def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
     with torch.no_grad():
         rows = model(encoder.prepare(images))
     np.testing.assert_allclose(rows.numpy(), encoder.embed(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_of_init_is_that_of_the_weights(tmp_path: Path) -> None:
+    """--init alone chooses the encoder, too: weights of another one would not fit."""
+    encoder = create_encoder("fast", size=32, width=8, whiten=True)
+    save_encoder(encoder, tmp_path / "encoder")
+    found = with_encoder_of_init({"encoder.init": str(tmp_path / "encoder")})
+    assert {k: found[k] for k in ("encoder.name", "encoder.width", "encoder.whiten")} == {
+        "encoder.name": "fast", "encoder.width": 8, "encoder.whiten": True,
+    }  # fmt: skip
+    recipe = make(found | {"data": "photos", "size": 32, "preset": "fast", "epochs": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe.nested()))
+    again = with_encoder_of_init({"encoder.init": tmp_path / "run"})
+    assert again["encoder.name"] == "fast" and again["encoder.width"] == 8
+    assert again["encoder.init"] == tmp_path / "run"
+    for given in ({}, {"encoder.init": "timm"}, {"encoder.init": "w.pth"}, found | {"encoder.name": "tiny"}):
+        assert with_encoder_of_init(given) == given
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        create_encoder("tiny", size=32, init="nowhere")

@@ -28,7 +28,7 @@ from inbatch.inspect.compare import Reference, read_reference
 from inbatch.inspect.references import find
 from inbatch.log import progress
 from inbatch.report import clear
-from inbatch.run_encoder import kept_initial, save_initial
+from inbatch.run_encoder import kept_initial, save_initial, with_encoder_of_init
 from inbatch.runs import Run, embed_run, evaluate_run, export_run, inspect_run, load, load_run, replay_run, report_of
 from inbatch.timing import expectation, smaller_choices, step_seconds
 from inbatch.train import train
@@ -89,12 +89,18 @@ def pretrain(
     with ranks.together(expect_world_size, device_for(device).type, dist_timeout):
         given = _settings(method, config, settings, fields)
         going_on, choice = _run_to_resume(out, resume), None
+        if going_on is not None and report_of(going_on).get("status") == "finished" and _has_result(going_on):
+            _resumed(going_on, data, given, download)  # refuses what contradicts it
+            with progress(quiet) as (tell, _):
+                tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} judges it again.")
+            return load_run(going_on)
         if going_on is not None:
             recipe, source, data = _resumed(going_on, data, given, download)
             directory = going_on
         else:
             data = _which(data, given)
             given = with_default_budget(given, data, device_for(device), config is not None)
+            given = with_encoder_of_init(given)
             if needs_plan(given):
                 _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refused before minutes are spent
                 with progress(quiet) as (tell, _):
@@ -109,7 +115,7 @@ def pretrain(
             ranks.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         memory = ""
-        if going_on is None:
+        if going_on is None and choice is None:  # else a budget has looked already
             recipe, memory = within_memory(recipe, source, device_for(device), workers)
         reference = _reference(compare, recipe) if ranks.rank() == 0 else None
         loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
@@ -158,6 +164,7 @@ def rehearse(
     with ranks.together(expect_world_size, device_for(device).type):
         given, choice = _settings(method, config, settings, fields), None
         given = with_default_budget(given, _which(data, given), device_for(device), config is not None)
+        given = with_encoder_of_init(given)
         if needs_plan(given):
             choice, source = plan_budget(
                 _which(data, given), given, began, device=device_for(device), workers=workers, download=download
@@ -214,6 +221,7 @@ def _advice(built: Built) -> str:
 
 def _prepared(data: Any, given: Settings, device: str, workers: int | None, download: bool) -> tuple[Built, Fit | None]:
     """What these settings make of the data, and how its context was found where they ask for it."""
+    given = with_encoder_of_init(given)
     recipe, source = plan(_which(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
     return build(recipe, source, device=device_for(device), workers=workers), fitted
@@ -237,12 +245,35 @@ def _which(data: Any, given: Settings) -> Any:
 def _settings(
     method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
 ) -> Settings:
-    given = read_file(config) if config is not None else {}
-    if method is not None:
-        given["method.name"] = method
-    for key, value in values.items():
-        given[f"{key}.name" if key in (*PARTS, "schedule") else key] = value
-    return given | dict(settings or {})
+    asked: Settings = {} if method is None else {"method.name": method}
+    asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
+    asked |= dict(settings or {})
+    return asked if config is None else _over(read_file(config), asked)
+
+
+_PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
+"""What a budget plans besides the length, and a file of settings without one says by itself."""
+
+
+def _over(file: Settings, asked: Settings) -> Settings:
+    """What is asked for on top of a file of settings.
+
+    Another length takes the place of the file's, with all that followed from that. Options belong to one part only.
+    """
+    lengths = ("budget", "epochs", "steps")
+    if any(asked.get(key) is not None for key in lengths):
+        followed = (*lengths, "replans", *(_PLANNED if file.get("budget") is not None else ()))
+        file = {key: value for key, value in file.items() if key not in followed}
+    for part in PARTS:
+        name = asked.get(f"{part}.name")
+        if name is not None and name != file.get(f"{part}.name", name):
+            file = {key: value for key, value in file.items() if not key.startswith(f"{part}.")}
+    return file | asked
+
+
+def _has_result(folder: Path) -> bool:
+    """Whether a run has written all that it hands out."""
+    return (folder / "result.json").is_file() and (folder / "encoder" / "config.json").is_file()
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:

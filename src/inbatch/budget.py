@@ -4,33 +4,41 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from inbatch.errors import ConfigError
 
-LEAST = 30.0
-"""Seconds below which a budget is refused: starting, evaluating and writing alone take about as long."""
+LEAST = 60.0
+"""Seconds below which a budget is refused: starting, evaluating and writing alone take up to half of them."""
 LATE, EARLY = 0.05, 0.15
 """A run with a budget ends at most this share of it late, and at most this share early."""
 
+_MOST = 1000 * 86400.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_WRITTEN = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+_ONE = r"(\d+(?:\.\d+)?) ?(s|sec|seconds?|m|min|minutes?|h|hours?|d|days?)"
+_WRITTEN = re.compile(rf"{_ONE}(?: ?{_ONE})*")
 
 
 def parse_budget(value: Any) -> float:
-    """Return the seconds of a budget such as "45m", "1h30m" or "2d"; a number is seconds.
+    """Return the seconds of a budget such as "45m", "1h 30m" or "2 days"; a number is seconds, or a timedelta.
 
     Raises:
         ConfigError: For other text, or a budget that is not above `LEAST` seconds.
     """
     text = str(value).strip().lower()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+    seconds = math.nan
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = math.inf if abs(value) >= _MOST else float(value)
     elif _WRITTEN.fullmatch(text):
-        seconds = sum(float(count) * _UNITS[unit] for count, unit in re.findall(r"([\d.]+)([smhd])", text))
-    else:
+        seconds = sum(float(count) * _UNITS[unit[0]] for count, unit in re.findall(_ONE, text))
+    if math.isnan(seconds):
         raise ConfigError(f"budget = {text[:40]!r} is not a time: write minutes, hours or days, such as 45m, 1h30m, 2d")
-    if not LEAST <= seconds < math.inf:
+    if seconds >= _MOST:
+        raise ConfigError(f"budget = {text[:40]!r} is too long: give at most {_MOST / 86400:,.0f} days, such as 2d")
+    if seconds < LEAST:
         raise ConfigError(f"budget = {text[:40]!r} is too short: a run needs at least {LEAST:g} seconds, such as 10m")
     return seconds
 

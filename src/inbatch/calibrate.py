@@ -1,5 +1,6 @@
 """From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +17,10 @@ from inbatch.build import Built, build, natural_size, plan
 from inbatch.config import Recipe, Settings, make
 from inbatch.data import Loader, Source
 from inbatch.errors import ConfigError, DataError
+from inbatch.fit import resolve, within_memory
 from inbatch.limits import cores
 from inbatch.threads import beside_others
+from inbatch.timing import growth, step_seconds
 
 SHARE, MOST = 0.05, 60.0
 """Calibration takes at most this share of the budget, and at most so many seconds."""
@@ -29,6 +32,14 @@ TRAINED = 0.85
 """Share of the budget that training gets in the plan; start, evaluation and checkpoints take the rest."""
 DECODED = 0.15
 """Share of the budget that decoding may take before the first step; of larger sets a part is learned from."""
+SHORTEST = 10.0
+"""Seconds that calibration takes about at least: building an encoder and four steps at each size of the images."""
+ROUGH = 0.15
+"""Share of the budget above which whole steps are not made before the run: a slice of one says how long they take."""
+FEW = 20
+"""Steps below which a run is said to be too short to learn much."""
+_SLICE = 4
+"""Samples of that slice."""
 _LOOKS = 8
 _WARM = 2
 """Steps that are made before one is timed: memory is asked for, and views are compiled."""
@@ -98,8 +109,8 @@ def with_default_budget(given: Settings, data: Any, device: torch.device, config
 
 
 def needs_plan(given: Settings) -> bool:
-    """Return whether a budget is asked for that no earlier run has been planned into."""
-    planned = given.get("steps") is not None and given.get("encoder.name") is not None
+    """Return whether a budget is asked for that no earlier run has been planned into: its recipe has all three."""
+    planned = all(given.get(key) is not None for key in ("steps", "epochs"))
     return given.get("budget") is not None and not planned
 
 
@@ -120,9 +131,9 @@ def plan_budget(
                 f"leave out {other}, or --budget"
             )
     given, notes = dict(given), list[str]()
-    chosen_by_user = any(given.get(key) is not None for key in ("encoder.name", "preset"))
-    if not chosen_by_user:
-        given["preset"] = "fast"
+    chosen_by_user = any(given.get(key) is not None for key in ("encoder.name", "encoder.width", "preset"))
+    if given.get("encoder.name", "fast") == "fast":
+        given.setdefault("preset", "fast")
     recipe, source = plan(data, given, download)
     budget = recipe.budget or 0.0
     if given.get("size") is None and recipe.preset == "fast":
@@ -135,30 +146,47 @@ def plan_budget(
     widths = [{}] if chosen_by_user else [{"encoder.width": width} for width in WIDTHS]
     limit = min(SHARE * budget, MOST)
     if ranks.rank() == 0:
-        tell(f"Budget of {duration(budget)}: timing real steps, for about {duration(limit)}.")
+        tell(f"Budget of {duration(budget)}: timing real steps, for about {duration(max(limit, SHORTEST))}.")
     limit /= 12  # two sizes of up to three encoders, twice over
     loader, tried, start = None, list[tuple[Candidate, Settings]](), time.perf_counter()
+    contexts: list[str] = []
     for options in widths:
         if tried and not _time_for_another(start, tried[-1][0].seconds, budget):
             wide = f"Widths from {options['encoder.width']} on were"
             notes.append(f"{wide} not tried: the budget of {duration(budget)} leaves no time for it.")
             break
         settings = given | options | {"steps": 10**6, "epochs": 10**6}
-        built = build(make(settings), source, device=device, workers=workers, loader=loader)
+        trial, found = _in_memory(make(settings), source, device, workers)
+        settings["context"] = trial.context
+        built = build(trial, source, device=device, workers=workers, loader=loader)
         loader = built.loader
         with beside_others(device):
             seconds, small = ranks.share(_both(built, limit))
         left = ranks.share(budget - (time.perf_counter() - began))
-        steps = max(1, int(TRAINED * left / seconds))
+        steps = int(TRAINED * left / seconds)
+        if not steps and not tried:
+            raise ConfigError(
+                f"budget = {duration(budget)} is too short for {built.encoder.name}, {recipe.size} pixels and batch "
+                f"{built.recipe.batch}: a step takes about {duration(seconds)}. Leave out encoder and preset, set a "
+                f"smaller batch, or give at least {duration(40 * seconds)}"
+            )
+        steps = max(1, steps)
         views = steps * built.recipe.batch * len(built.views)
         name = f"{built.encoder.name} {options['encoder.width']}" if options else built.encoder.name
         tried.append((Candidate(name, seconds, steps, views, small), settings))
+        contexts.append(found)
     assert loader is not None
     best = 0
     for number, (candidate, settings) in enumerate(tried):
         if candidate.views >= WORTH.get(settings.get("encoder.width", 0), 0):
             best = number
     candidate, settings = tried[best]
+    notes += [contexts[best]] if contexts[best] else []
+    if candidate.steps < FEW:
+        notes.append(
+            f"The budget leaves time for {candidate.steps} steps only: the preset fast, a smaller batch or a longer "
+            "budget make more."
+        )
     epochs = max(1, -(-candidate.steps // loader.steps))
     settings |= {
         "steps": candidate.steps,
@@ -166,11 +194,19 @@ def plan_budget(
         "evaluate_every": given.get("evaluate_every") or max(1, round(epochs / _LOOKS)),
         "checkpoint_every": given.get("checkpoint_every") or max(1, round(epochs / 20)),
     }
-    settings["schedule.warmup"] = given.get("schedule.warmup", 0.05 * candidate.steps / loader.steps)
+    settings["schedule.warmup"] = given.get("schedule.warmup", round(0.05 * candidate.steps / loader.steps, 6))
     names = tuple(one for one, _ in tried)
     return Choice(
         make(settings), candidate, names, time.perf_counter() - start, tuple(notes), loader, chosen_by_user
     ), source
+
+
+def _in_memory(recipe: Recipe, source: Source, device: torch.device, workers: int | None) -> tuple[Recipe, str]:
+    """The recipe with a context that fits in memory, before any step is made, and a sentence if one was looked for."""
+    recipe, fitted = resolve(recipe, source, device, workers)
+    if fitted is not None:
+        return recipe, fitted.sentence()
+    return within_memory(recipe, source, device, workers)
 
 
 def small_size(source: Source, device: torch.device) -> int:
@@ -190,10 +226,13 @@ def time_steps(built: Built, limit: float) -> float:
 
 def _both(built: Built, limit: float) -> tuple[float, float]:
     """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
-    until = built.recipe.grow_until
-    small = _timed(built, 0, limit) if until else 0.0
+    until, budget = built.recipe.grow_until, built.recipe.budget or math.inf
+    if budget < math.inf:
+        rough = ranks.share(step_seconds(built, _SLICE))
+        if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of it
+            return rough, growth(built, _SLICE)[0][1] if until else 1.0
     full = _timed(built, built.total - 1, limit)
-    small = small or full
+    small = min(full, _timed(built, 0, limit)) if until else full
     return full * (1 - until) + small * until, small / full
 
 

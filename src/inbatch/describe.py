@@ -41,10 +41,17 @@ def describe(built: Built) -> str:
         **_plugins(built),
         "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
-        "run": f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {built.loader.steps:,} steps = {built.total:,}, "
-        f"{_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
+        "run": f"{_length(built)}, {_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
     }
     return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
+
+
+def _length(built: Built) -> str:
+    """How long the run is: in epochs, or in steps if those were set."""
+    r, each = built.recipe, built.loader.steps
+    if r.steps is not None:
+        return f"{built.total:,} step{'s' * (built.total != 1)}, {built.total / each:.3g} passes over the images"
+    return f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {each:,} step{'s' * (each != 1)} = {built.total:,}"
 
 
 def _colourless(r: Recipe) -> str:

@@ -55,7 +55,7 @@ def affordable(built: Built, held: Held, seconds: float) -> Held:
 
     The same images each time; what is left out stands in the description.
     """
-    bank, queries, what = held
+    bank, queries, _ = held
     few = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
     sample = Subset(queries, few, "timed")
     _embedded(built, sample)  # warms up
@@ -65,9 +65,15 @@ def affordable(built: Built, held: Held, seconds: float) -> Held:
     most = int(seconds / each)
     if len(bank) + len(queries) <= most:
         return held
-    some = max(100, most * 5 // 6), max(50, most // 6)
-    bank, queries = (fixed_sample(source, count) for source, count in zip((bank, queries), some, strict=True))
-    return bank, queries, f"{what}; {len(bank):,} images and {len(queries):,} of it, as the budget is short"
+    return limited(held, max(100, most * 5 // 6), max(50, most // 6))
+
+
+def limited(held: Held, bank: int, queries: int) -> Held:
+    """At most so many of the images to judge by, the same ones each time; the description says if some are left out."""
+    some, few = fixed_sample(held[0], bank), fixed_sample(held[1], queries)
+    if len(some) == len(held[0]) and len(few) == len(held[1]):
+        return held
+    return some, few, f"{held[2]}; {len(some):,} images and {len(few):,} of it, as the budget is short"
 
 
 def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:

@@ -40,6 +40,8 @@ class Progress:
     leak: how well an embedding told its context group at the last look.
     data: how many images it learns from, and the signature of their names and labels.
     saved: `step` and `ended` of the last checkpoint on the disk.
+    calibration: how the recipe was chosen for its budget.
+    judged: with a budget, images of the bank, queries, and images compared at the end: as many after a resume.
     threads: every number of threads that it computed with, in the order of their first use.
     """
 
@@ -56,6 +58,8 @@ class Progress:
     collapsed: dict[str, str] = field(default_factory=dict)
     leak: dict[str, float] = field(default_factory=dict)
     data: str = ""
+    calibration: dict[str, Any] | None = None
+    judged: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
@@ -79,12 +83,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in self._KEPT}
-        return kept | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
+        told = {"calibration": self.calibration, "judged": list(self.judged)}
+        return kept | told | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended
+        self.calibration, self.judged = state.get("calibration"), list(state.get("judged", []))
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
         self.cpu_seconds = state.get("cpu_seconds", math.nan)  # a checkpoint from before they were counted
 

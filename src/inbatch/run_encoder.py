@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from inbatch import checkpoint
-from inbatch.config import Recipe, make, read_file
+from inbatch.config import Recipe, Settings, make, read_file
 from inbatch.draws import fold
 from inbatch.encoders import Encoder, create_encoder, load_encoder, save_encoder
 from inbatch.encoders.weights import fill
@@ -72,6 +72,29 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
     found = load_run_encoder(init)
     notes += [found.note] if found.note else []
     return found.encoder
+
+
+def with_encoder_of_init(given: Settings) -> Settings:
+    """The settings with the encoder, and its options, that `encoder.init` was saved with, if they name none.
+
+    encoder.init: a run, or a folder that `save_encoder` wrote; other files of weights do not say whose they are.
+    """
+    init = given.get("encoder.init")
+    if init in (None, "timm") or given.get("encoder.name") is not None or not isinstance(init, str | Path):
+        return given
+    folder = Path(init)
+    if (folder / "recipe.json").is_file():
+        encoder = make(read_file(folder / "recipe.json")).encoder
+        found = {"name": encoder.name} | encoder.options
+    elif (folder / "config.json").is_file():
+        saved = read_json(folder / "config.json").get("inbatch", {})
+        found = {"name": saved.get("name")} | (saved.get("arguments") or {})
+        if "readout" in saved:
+            found["whiten"] = True
+    else:
+        return given
+    known = {f"encoder.{key}": value for key, value in found.items() if key != "init" and value is not None}
+    return known | given
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
@@ -144,7 +167,9 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
     if encoder.readout is not None:
-        notes = [*notes, "What whitens its features is from the last evaluation before; inbatch evaluate fits it again"]
+        notes = [*notes, "what whitens its features was fitted at the last evaluation before"]
+    if recipe.replans:  # run.json of a run that was killed may be older
+        report = report | {"steps": sum(recipe.replans[-1])}
     notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
     return RunEncoder(encoder.eval(), saved.step, _count(report, "steps"), ". ".join(notes))
 

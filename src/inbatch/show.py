@@ -53,6 +53,13 @@ def say(*lines: str) -> None:
             print(one_line(line))
 
 
+def warn(message: str) -> None:
+    """What a user should know of a command that succeeds, on stderr."""
+    if first():
+        with suppress(OSError):
+            print("warning:", one_line(message), file=sys.stderr)
+
+
 def complain(message: str) -> None:
     """An error, on stderr."""
     whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
@@ -106,7 +113,19 @@ def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after
         (names.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
         for name, told in measures.items()
     ]
-    print_table(["without labels", before, after, "better"], rows, numbers=True)
+    count = max((told.get("images", 0) for told in measures.values()), default=0)
+    what = f"without labels, {count:,} images" if count else "without labels"  # older results do not tell
+    print_table([what, before, after, "better"], rows, numbers=True)
+
+
+def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
+    """Lines on the images that figures are of, and whether they are too few for clusters."""
+    count = found["test"]["labelled"]
+    lines = [f"Judged by:  {count:,} image{'s' * (count != 1)}: {held_out}"]
+    clusters = found.get("clustering", {}).get("clusters", 0)
+    if count < 10 * clusters:
+        lines.append(f"Note:       NMI and ACC of {count:,} images in {clusters:,} clusters are high by chance alone")
+    return lines
 
 
 def width(numbers: bool = False) -> int:
@@ -147,7 +166,7 @@ def print_run(run: "Run") -> None:
     result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
     if result["evaluation"]:
         print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
-        say("", f"Judged by:  {result['held_out']}", "")
+        say("", *judged_by(result["evaluation"], result["held_out"]), "")
     print_measures(result["unlabelled"], result["initial"], "trained encoder")
     if not result["evaluation"]:
         say("", "No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.")

@@ -98,7 +98,7 @@ class Stopping:
             if self._log.exists():
                 os.truncate(self._log, self._logged)  # what a lost evaluation logged is logged again
         lost = self._step == step
-        where = f"during step {step + 1:,} of {total:,}, which is lost" if lost else f"at step {step} of {total}"
+        where = f"during step {step + 1:,} of {total:,}, which is lost" if lost else f"at step {step:,} of {total:,}"
         if step == 0:
             after = "; nothing was saved yet: start again with --overwrite or --resume auto"
         else:

@@ -22,28 +22,32 @@ SMALLER = ("resnet18", "resnet10", "fast")
 """Encoders that take less time, in falling order of their cost."""
 
 
-def step_seconds(built: Built) -> float:
+def step_seconds(built: Built, samples: int = _SAMPLES) -> float:
     """Return about how long a training step takes on the mean of the run, from a small slice of a batch.
 
     Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
     network. It is timed at its second pass and scaled to the batch; views, loss and optimiser are small beside it.
+    samples: of the slice; fewer are quicker to time and less exact.
     """
     until = built.recipe.grow_until
     with beside_others(built.loader.device):
-        full = _step_seconds(built, 1.0)
-        return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from) * until if until else 0.0)
+        full = _step_seconds(built, 1.0, samples)
+        return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from, samples) * until if until else 0.0)
 
 
-def growth(built: Built) -> list[tuple[float, float]]:
+def growth(built: Built, samples: int = _SAMPLES) -> list[tuple[float, float]]:
     """Return [(share of the run, relative cost of its steps)] while images are small, for `budget.Pace`."""
     until = built.recipe.grow_until
-    return [(until, _step_seconds(built, built.recipe.grow_from) / _step_seconds(built, 1.0))] if until else []
+    if not until:
+        return []
+    small, full = (_step_seconds(built, scale, samples) for scale in (built.recipe.grow_from, 1.0))
+    return [(until, min(1.0, small / full))]
 
 
-def _step_seconds(built: Built, scale: float) -> float:
+def _step_seconds(built: Built, scale: float, samples: int = _SAMPLES) -> float:
     """The same at one scale of the images."""
     share = built.recipe.batch // ranks.world()
-    count = min(_SAMPLES, share)
+    count = min(samples, share)
     sizes = [view.size for view in built.views.views]
     learning, teaching = (list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views))
     device = built.loader.device

@@ -12,7 +12,7 @@ import torch
 
 from inbatch import ranks
 from inbatch.assign import save_heads
-from inbatch.budget import Keeper, Pace
+from inbatch.budget import Keeper, Pace, duration
 from inbatch.build import Built
 from inbatch.capture import capture
 from inbatch.checkpoint import load, restore, save, set_aside
@@ -27,7 +27,7 @@ from inbatch.inspect.compare import Reference
 from inbatch.inspect.curves import plot_curves
 from inbatch.judgement import IMAGES, images_within, worth
 from inbatch.log import Log, spent
-from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, looked_at, survey, tell, watch
+from inbatch.looks import affordable, chosen, evaluation, guard, judge, judged, limited, looked_at, survey, tell, watch
 from inbatch.products import fast_products
 from inbatch.report import Progress, Report, peak_memory, tell_bad
 from inbatch.signals import stop_on_signals
@@ -66,6 +66,7 @@ def train(
         restore(parts, found.state)
         progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # also what a killed process lost
         notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+    progress.calibration = calibration = progress.calibration if resume else dict(calibration) if calibration else None
     ranks.agree({"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context})
     if resume and main:  # every rank has read it
         set_aside(found)
@@ -106,6 +107,9 @@ def train(
                     ended = (built, progress, held, out, where, compared, extra, images)
                     result = ranks.share(_finish(*ended) if main else None)
         log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
+        if built.recipe.budget is not None:
+            took, budget = duration(result["wall_seconds"]), duration(built.recipe.budget)
+            log.note(f"Took {took} of the budget of {budget}.")
         if compared:
             log.note(compared.summary())
     report.status("finished")
@@ -114,7 +118,7 @@ def train(
 
 def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] | None) -> str:
     """How long the rest of the run takes, as calibrated, as seen before a resume, or by a slice of a step."""
-    if calibration:
+    if calibration and not progress.step:
         tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
         seconds = tried[calibration["chosen"]]
     elif progress.step:
@@ -135,10 +139,13 @@ def _within(
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
     if held is not None:
-        held = affordable(built, held, JUDGED * left)
+        held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
     judge(built, held)()
     looks = time.perf_counter() - began
     images, compared = images_within(built, JUDGED * left)
+    if progress.judged:
+        images = progress.judged[2]
+    progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
     return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images

@@ -6,10 +6,12 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from inbatch.budget import parse_budget
 from inbatch.cli.base import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
 from inbatch.errors import ConfigError, TrainingError, unreadable
 from inbatch.show import (
     complain,
+    judged_by,
     print_export,
     print_figures,
     print_json,
@@ -18,6 +20,7 @@ from inbatch.show import (
     print_run,
     print_verdict,
     say,
+    warn,
 )
 
 
@@ -98,6 +101,8 @@ def pretrain(
 ) -> None:
     """Learn features from images and leave a run's folder: recipe, log, curves, checkpoints, encoder, result."""
     with reported(as_json):
+        if budget is not None:
+            parse_budget(budget)  # before torch is loaded, which takes seconds
         from inbatch import api
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
@@ -190,7 +195,7 @@ def evaluate(
             else:
                 untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
                 print_figures(untrained | {str(run): found})
-                say("", f"Judged by:  {found['held_out']}")
+                say("", *judged_by(found, found["held_out"]))
             say(*([f"Note:       {found['note']}"] if found["note"] else []), f"Written to: {out}")
 
 
@@ -225,7 +230,7 @@ def embed(
         say(f"{count:,} image{'s' * (count != 1)} embedded into {out}", *note)
         if missing:
             few = "; ".join(list(missing.values())[:3])
-            complain(f"{unreadable(len(missing))} not in it: {few}")
+            warn(f"{unreadable(len(missing))} not in it: {few}")
 
 
 @app.command(

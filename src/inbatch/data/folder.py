@@ -76,7 +76,7 @@ class FolderSource(Source):
             if self._labelled
             else "unlabelled (not every image lies in one of at least two sub-folders)"
         )
-        return f"{self.name}: {len(self):,} images found{self._left_out()}; {kind}"
+        return f"{self.name}: {len(self):,} image{'s' * (len(self) != 1)} found{self._left_out()}; {kind}"
 
     def _left_out(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.scan.skipped.most_common(5))

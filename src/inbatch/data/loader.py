@@ -68,6 +68,8 @@ class Loader:
             source = self.held.source
             _differ(self.held)
         self.source, self.steps = source, len(source) // batch
+        if len(source) < 2:
+            raise DataError(f"{source.name} has 1 image: the images of a batch learn from each other, give two or more")
         if not self.steps:
             raise DataError(
                 f"{source.name} has {len(source):,} images, fewer than one batch of {batch:,}: "

@@ -70,7 +70,8 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise
     except Exception as e:  # a crafted file makes torch's reader raise whatever it likes
         raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
-    raise ConfigError(f'{path}: weights come from "timm", a folder, or a .safetensors, .pt or .pth file.')
+    kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
+    raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
 
 
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:

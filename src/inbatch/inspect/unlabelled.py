@@ -183,5 +183,6 @@ def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
     old, new = None if before is None else measures(before), measures(after)
     return {
         name: {"untrained": old and old[name], "trained": new[name], "better": better, "what": what}
+        | {"images": len(after.clean if name in ("rankme", "feature_std") else after.first)}
         for name, (better, what) in told.items()
     }
