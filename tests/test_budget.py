@@ -16,6 +16,7 @@ import inbatch
 from inbatch import api, budget, calibrate, train
 from inbatch.budget import Keeper, Pace, Timeline, duration, parse_budget
 from inbatch.cli import app
+from inbatch.config import make
 from inbatch.errors import ConfigError, Preempted
 from inbatch.looks import limited
 
@@ -210,6 +211,8 @@ def test_another_length_or_part_takes_the_place_of_a_files() -> None:
     kept = {"k": 7, "encoder.name": "fast", "encoder.width": 24}
     for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
         assert api._over(planned, asked) == kept | asked
+    with pytest.raises(ConfigError, match="replans end the run before its first step"):
+        make({"data": "photos", "replans": [[0, 0]]})
     by_hand = {"epochs": 9, "evaluate_every": 3}
     assert api._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
     assert api._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"

@@ -280,7 +280,10 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
-    return validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")
+    recipe = validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")
+    if recipe.replans and not sum(recipe.replans[-1]):
+        raise ConfigError("replans end the run before its first step: leave them out, a run with a budget writes them")
+    return recipe
 
 
 @cache

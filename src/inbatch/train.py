@@ -108,8 +108,8 @@ def train(
                     result = ranks.share(_finish(*ended) if main else None)
         log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if built.recipe.budget is not None:
-            took, budget = duration(result["wall_seconds"]), duration(built.recipe.budget)
-            log.note(f"Took {took} of the budget of {budget}.")
+            share = result["wall_seconds"] / built.recipe.budget
+            log.note(f"Took {share:.0%} of the budget of {duration(built.recipe.budget)}.")
         if compared:
             log.note(compared.summary())
     report.status("finished")

@@ -44,7 +44,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{memory['free_bytes'] / 1e9:,.1f} GB free, limit {SHARE:.0%} of it"
         ),
     )
-    yield "an epoch", f"{found['steps']:,} steps of {found['batch']:,} images"
+    yield "an epoch", f"{found['steps']:,} step{'s' * (found['steps'] != 1)} of {found['batch']:,} images"
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
