@@ -196,11 +196,11 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pyt
         raise AssertionError("a whole step was made")
 
     monkeypatch.setattr(calibrate, "_timed", refuse)
-    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 1.0)
+    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 0.8)
     choice = _plan(budget="15s", encoder__name="tiny")
-    assert 1 <= choice.chosen.steps <= 13 and any("steps only" in note for note in choice.notes)
+    assert 5 <= choice.chosen.steps <= 13 and any("steps only" in note for note in choice.notes)
     monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 100.0)
-    with pytest.raises(ConfigError, match="too short for tiny, 16 pixels and batch 16: a step takes about 100 s"):
+    with pytest.raises(ConfigError, match=r"too short for tiny, 16 pixels and batch 16: a step takes about 100\.0 s"):
         _plan(budget="15s", encoder__name="tiny")
 
 

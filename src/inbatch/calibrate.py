@@ -36,8 +36,8 @@ SHORTEST = 10.0
 """Seconds that calibration takes about at least: building an encoder and four steps at each size of the images."""
 ROUGH = 0.15
 """Share of the budget above which whole steps are not made before the run: a slice of one says how long they take."""
-FEW = 20
-"""Steps below which a run is said to be too short to learn much."""
+FEWEST, FEW = 5, 20
+"""Steps below which a budget is refused, and below which a run is said to be too short to learn much."""
 _SLICE = 4
 """Samples of that slice."""
 _LOOKS = 8
@@ -164,11 +164,11 @@ def plan_budget(
             seconds, small = ranks.share(_both(built, limit))
         left = ranks.share(budget - (time.perf_counter() - began))
         steps = int(TRAINED * left / seconds)
-        if not steps and not tried:
+        if steps < FEWEST and not tried:
             raise ConfigError(
                 f"budget = {duration(budget)} is too short for {built.encoder.name}, {recipe.size} pixels and batch "
-                f"{built.recipe.batch}: a step takes about {duration(seconds)}. Leave out encoder and preset, set a "
-                f"smaller batch, or give at least {duration(40 * seconds)}"
+                f"{built.recipe.batch}: a step takes about {seconds:,.1f} s. Leave out encoder and preset, set a "
+                f"smaller batch, or give at least {duration(max(2 * budget, 40 * seconds))}"
             )
         steps = max(1, steps)
         views = steps * built.recipe.batch * len(built.views)
