@@ -225,7 +225,7 @@ def test_curves_are_drawn_together(tmp_path: Path) -> None:
     only_ours = copy.deepcopy(found)
     for look in only_ours["runs"][0]["curve"]:
         look["knn"] = 0.1
-    assert "| inbatch | 1 | 500 (not yet at 250) | over 4.00 |" in markdown(only_ours)
+    assert "| inbatch | 1 | 500 (not yet at 250) | over 4 |" in markdown(only_ours)
     draw(late, tmp_path / "late.png")
     files[0].write_text(files[0].read_text().replace('"target": 0.5', '"target": 0.6'))
     with pytest.raises(DataError, match="differ in target"):

@@ -95,13 +95,14 @@ def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[
     first, sooner = reached(base["curve"], target), ""
     if when and when["cpu_seconds"]:
         until = (first or base["curve"][-1])["cpu_seconds"]
-        sooner = f"{'' if first else 'over '}{until / when['cpu_seconds']:.2f}"
+        times = until / when["cpu_seconds"]
+        sooner = f"{times:.2f}" if first else f"over {times:.3g}"
     cpu = f"not in {amount(last['cpu_seconds'])}"
     if when:
         cpu = f"{amount(when['cpu_seconds'])} (not yet at {amount(when['cpu_seconds_before'])})"
     rate = last["images"] / last["cpu_seconds"] if last["cpu_seconds"] else 0.0
     seen = f"{(when or last)['images'] / run['images']:.1f}"
-    judges = f"{(when or last)['bank']:,}, {(when or last)['queries']:,}"
+    judges = ", ".join(f"{(when or last)[key]:,.0f}" for key in ("bank", "queries"))
     untrained = "" if run["curve"][0]["cpu_seconds"] else f"{run['curve'][0]['knn']:.1%}"
     return [run["who"], str(env["threads"]), cpu, sooner, seen, judges, f"{rate:.1f}", untrained, f"{best:.1%}"]
 
@@ -138,6 +139,9 @@ def draw(found: Mapping[str, Any], png: Path) -> None:
             panel.plot(entry["cpu_seconds"], 100 * entry["knn"], "o", color=colour, markersize=4, markerfacecolor=face)
     panel.axhline(100 * found["target"], color="black", linewidth=0.8, linestyle=":")
     panel.set(xscale="log", xlabel="processor seconds of training, all threads", ylabel="k-NN accuracy, %")
+    for axis in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+        axis("{x:,.0f}")
+    panel.tick_params(axis="x", which="both", labelrotation=45)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
