@@ -105,7 +105,7 @@ def test_in_a_terminal(photos: Path, tmp_path: Path) -> None:
         "height 20 / 23 / 40",
         "2 images in 1 groups: cat/3.jpg = dog/again.jpeg",
         "LEAK into test",
-        "1 steps of 8 images",
+        "1 step of 8 images",
         "a row for each of cat, dog",
     ):
         assert words in found.stdout, words

@@ -89,7 +89,7 @@ def pretrain(
     with ranks.together(expect_world_size, device_for(device).type, dist_timeout):
         given = _settings(method, config, settings, fields)
         going_on, choice = _run_to_resume(out, resume), None
-        if going_on is not None and report_of(going_on).get("status") == "finished" and _has_result(going_on):
+        if going_on is not None and _spent(going_on):
             _resumed(going_on, data, given, download)  # refuses what contradicts it
             with progress(quiet) as (tell, _):
                 tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} judges it again.")
@@ -271,9 +271,10 @@ def _over(file: Settings, asked: Settings) -> Settings:
     return file | asked
 
 
-def _has_result(folder: Path) -> bool:
-    """Whether a run has written all that it hands out."""
-    return (folder / "result.json").is_file() and (folder / "encoder" / "config.json").is_file()
+def _spent(folder: Path) -> bool:
+    """Whether a run has used its budget and written all that it hands out: judging it again would exceed the budget."""
+    ended = report_of(folder).get("status") == "finished" and (folder / "result.json").is_file()
+    return ended and read_file(folder / "recipe.json").get("budget") is not None
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
