@@ -238,7 +238,9 @@ class TestFaults:
         (folder / name).write_bytes(data[: len(data) // 2])
 
     def test_too_few_images(self):
-        for n, batch in ((1, 2), (40, 41)):
+        with pytest.raises(DataError, match="array has 1 image: the images of a batch learn from each other"):
+            Loader(numbered(1), batch=2, views=VIEWS, seed=0)
+        for n, batch in ((30, 32), (40, 41)):
             with pytest.raises(DataError, match=f"array has {n} images, fewer than one batch of {batch}") as error:
                 Loader(numbered(n), batch=batch, views=VIEWS, seed=0)
             assert error.value.exit_code == 3

@@ -68,7 +68,7 @@ class Loader:
             source = self.held.source
             _differ(self.held)
         self.source, self.steps = source, len(source) // batch
-        if len(source) < 2:
+        if not self.steps and len(source) == 1:
             raise DataError(f"{source.name} has 1 image: the images of a batch learn from each other, give two or more")
         if not self.steps:
             raise DataError(
