@@ -38,8 +38,10 @@ def test_bad_budgets_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     for value, said in ((True, "not a time"), (math.nan, "not a time"), (math.inf, "too long"), (10**400, "too long")):
         with pytest.raises(ConfigError, match=said):
             parse_budget(value)
-    done = CliRunner().invoke(app, ["pretrain", "--data", "digits-canvas", "--budget", "45m", "--epochs", "3"])
-    assert done.exit_code == 2 and "both set the length" in done.output
+    for more in ([], ["--set", "steps=3"], ["--set", "steps=3", "--encoder", "fast"]):
+        words = ["pretrain", "--data", "nowhere", "--budget", "45m", "--epochs", "3", *more]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2 and "both set the length" in done.output
     assert not (tmp_path / "run").exists()
 
 

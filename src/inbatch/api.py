@@ -14,7 +14,7 @@ from inbatch import process, ranks
 from inbatch.batch import Batch
 from inbatch.budget import duration
 from inbatch.build import Built, build, device_for, held_out, plan, share_of
-from inbatch.calibrate import needs_plan, plan_budget, with_default_budget
+from inbatch.calibrate import check_one_length, needs_plan, plan_budget, with_default_budget
 from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
 from inbatch.context.crops import arrange
 from inbatch.data import Source, Subset, decode_all, open_data
@@ -248,6 +248,8 @@ def _settings(
     asked: Settings = {} if method is None else {"method.name": method}
     asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
     asked |= dict(settings or {})
+    if values.get("budget") is not None:  # the command of a run that was planned has all three, by --set
+        check_one_length(asked)
     return asked if config is None else _over(read_file(config), asked)
 
 

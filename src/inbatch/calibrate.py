@@ -114,6 +114,16 @@ def needs_plan(given: Settings) -> bool:
     return given.get("budget") is not None and not planned
 
 
+def check_one_length(given: Settings) -> None:
+    """Raise ConfigError if a budget is asked for together with another length."""
+    for key, other in (("epochs", "--epochs"), ("steps", "steps")):
+        if given.get("budget") is not None and given.get(key) is not None:
+            raise ConfigError(
+                f"budget = {given['budget']} and {key} = {given[key]} both set the length of the run: "
+                f"leave out {other}, or --budget"
+            )
+
+
 def plan_budget(
     data: Any, given: Settings, began: float, *, device: torch.device, workers: int | None, download: bool,
     tell: Callable[[str], None] = lambda sentence: None,
@@ -124,12 +134,7 @@ def plan_budget(
     began: when the command began (`time.perf_counter`). tell: gets a sentence on rank 0 before steps are timed.
     Every rank must call it, and all get the same.
     """
-    for key, other in (("epochs", "--epochs"), ("steps", "steps")):
-        if given.get(key) is not None:
-            raise ConfigError(
-                f"budget = {given['budget']} and {key} = {given[key]} both set the length of the run: "
-                f"leave out {other}, or --budget"
-            )
+    check_one_length(given)
     given, notes = dict(given), list[str]()
     chosen_by_user = any(given.get(key) is not None for key in ("encoder.name", "encoder.width", "preset"))
     if given.get("encoder.name", "fast") == "fast":

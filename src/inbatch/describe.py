@@ -11,6 +11,7 @@ from inbatch import ranks
 from inbatch.build import Built
 from inbatch.config import Recipe
 from inbatch.encoders import Encoder, added
+from inbatch.errors import many
 from inbatch.machine import free_bytes
 from inbatch.optim import build_optimizer, parameter_groups
 from inbatch.show import printable
@@ -50,8 +51,8 @@ def _length(built: Built) -> str:
     """How long the run is: in epochs, or in steps if those were set."""
     r, each = built.recipe, built.loader.steps
     if r.steps is not None:
-        return f"{built.total:,} step{'s' * (built.total != 1)}, {built.total / each:.3g} passes over the images"
-    return f"{r.epochs:,} epoch{'s' * (r.epochs > 1)} x {each:,} step{'s' * (each != 1)} = {built.total:,}"
+        return f"{many(built.total, 'step')}, {built.total / each:.3g} passes over the images"
+    return f"{many(r.epochs, 'epoch')} x {many(each, 'step')} = {built.total:,}"
 
 
 def _colourless(r: Recipe) -> str:

@@ -50,6 +50,11 @@ class RankError(InbatchError):
         self.speaks = speaks
 
 
+def many(count: int, noun: str) -> str:
+    """A number with its noun: "1 image", "6,000 images"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def unreadable(count: int) -> str:
     """The beginning of a sentence on images that cannot be read."""
-    return "1 image cannot be read and is" if count == 1 else f"{count:,} images cannot be read and are"
+    return f"{many(count, 'image')} cannot be read and {'is' if count == 1 else 'are'}"

@@ -49,10 +49,10 @@ def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str,
     }
 
 
-def images_within(built: Built, seconds: float) -> tuple[int, float]:
+def images_within(built: Built, seconds: float, images: int | None = None) -> tuple[int, float]:
     """Return how many images `worth` can embed in so many seconds, and about how many seconds they take.
 
-    One of few numbers, so that a run that goes on later counts the same.
+    images: as many in any case, for a run that goes on.
     """
     few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
     each = 0.0
@@ -61,7 +61,8 @@ def images_within(built: Built, seconds: float) -> tuple[int, float]:
         number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
         each = 2 * (time.perf_counter() - began) / len(number)
     most = min(IMAGES, len(built.loader.source))
-    images = next((n for n in (IMAGES, 1000, 500, 250, 125) if min(n, most) * each <= seconds), 64)
+    if images is None:
+        images = next((n for n in (IMAGES, 1000, 500, 250, 125) if min(n, most) * each <= seconds), 64)
     return images, 1.0 + min(images, most) * each
 
 

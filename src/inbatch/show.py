@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from inbatch.errors import many
+
 if TYPE_CHECKING:
     from inbatch.api import Run
     from inbatch.methods.base import Method
@@ -114,14 +116,14 @@ def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after
         for name, told in measures.items()
     ]
     count = max((told.get("images", 0) for told in measures.values()), default=0)
-    what = f"without labels, {count:,} images" if count else "without labels"  # older results do not tell
+    what = f"without labels, {many(count, 'image')}" if count else "without labels"  # older results do not tell
     print_table([what, before, after, "better"], rows, numbers=True)
 
 
 def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
     """Lines on the images that figures are of, and whether they are too few for clusters."""
     count = found["test"]["labelled"]
-    lines = [f"Judged by:  {count:,} image{'s' * (count != 1)}: {held_out}"]
+    lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
     clusters = found.get("clustering", {}).get("clusters", 0)
     if count < 10 * clusters:
         lines.append(f"Note:       NMI and ACC of {count:,} images in {clusters:,} clusters are high by chance alone")

@@ -11,6 +11,7 @@ from torch import Tensor
 from inbatch import ranks
 from inbatch.budget import duration
 from inbatch.build import Built, build
+from inbatch.errors import many
 from inbatch.parts import Part
 from inbatch.threads import beside_others
 from inbatch.tower import Tower, frozen_statistics
@@ -90,7 +91,9 @@ def expectation(built: Built, seconds: float, done: int = 0) -> str:
     """Return a sentence on how long the steps that are left take, and what to do if that is longer than a day."""
     left = built.total - done
     total = left * seconds
-    text = f"Expected: about {duration(total)} for {left:,} steps of about {_short(seconds)}, evaluation not counted"
+    text = (
+        f"Expected: about {duration(total)} for {many(left, 'step')} of about {_short(seconds)}, evaluation not counted"
+    )
     if total > _DAY and built.recipe.budget is None:
         text += "; --budget 1h fits it into an hour"
     return text + "."

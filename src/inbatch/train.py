@@ -66,7 +66,9 @@ def train(
         restore(parts, found.state)
         progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # also what a killed process lost
         notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
-    progress.calibration = calibration = progress.calibration if resume else dict(calibration) if calibration else None
+    if not resume:
+        progress.calibration = dict(calibration) if calibration else None
+    calibration = progress.calibration
     ranks.agree({"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context})
     if resume and main:  # every rank has read it
         set_aside(found)
@@ -142,9 +144,7 @@ def _within(
         held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
     judge(built, held)()
     looks = time.perf_counter() - began
-    images, compared = images_within(built, JUDGED * left)
-    if progress.judged:
-        images = progress.judged[2]
+    images, compared = images_within(built, JUDGED * left, *progress.judged[2:])
     progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)

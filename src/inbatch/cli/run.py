@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from inbatch.budget import parse_budget
 from inbatch.cli.base import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
-from inbatch.errors import ConfigError, TrainingError, unreadable
+from inbatch.errors import ConfigError, TrainingError, many, unreadable
 from inbatch.show import (
     complain,
     judged_by,
@@ -227,7 +227,7 @@ def embed(
             print_json({"images": count, "out": str(out)} | bad | (stage if stage["note"] else {}))
             return
         note = [f"Note: {stage['note']}"] if stage["note"] else []
-        say(f"{count:,} image{'s' * (count != 1)} embedded into {out}", *note)
+        say(f"{many(count, 'image')} embedded into {out}", *note)
         if missing:
             few = "; ".join(list(missing.values())[:3])
             warn(f"{unreadable(len(missing))} not in it: {few}")

@@ -13,7 +13,7 @@ from PIL import Image
 from inbatch.data.decode import Picture, file_channels
 from inbatch.data.scan import EXTENSIONS, is_kind, scan
 from inbatch.data.source import Reading, Source, unlabelled
-from inbatch.errors import DataError
+from inbatch.errors import DataError, many
 from inbatch.pixels import Levels
 
 TESTS = ("test", "val", "validation")
@@ -76,13 +76,13 @@ class FolderSource(Source):
             if self._labelled
             else "unlabelled (not every image lies in one of at least two sub-folders)"
         )
-        return f"{self.name}: {len(self):,} image{'s' * (len(self) != 1)} found{self._left_out()}; {kind}"
+        return f"{self.name}: {many(len(self), 'image')} found{self._left_out()}; {kind}"
 
     def _left_out(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.scan.skipped.most_common(5))
-        skipped = f", {self.scan.skipped.total():,} other files skipped ({kinds})" if kinds else ""
+        skipped = f", {many(self.scan.skipped.total(), 'other file')} skipped ({kinds})" if kinds else ""
         bad = self.scan.unreadable
-        return skipped + (f", {len(bad)} unreadable folders ({'; '.join(bad[:3])})" if bad else "")
+        return skipped + (f", {many(len(bad), 'unreadable folder')} ({'; '.join(bad[:3])})" if bad else "")
 
 
 def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:

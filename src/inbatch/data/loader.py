@@ -12,7 +12,7 @@ from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
 from inbatch.data.source import Source
 from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, room_to_share, stream
-from inbatch.errors import DataError
+from inbatch.errors import DataError, many
 from inbatch.limits import cores
 from inbatch.machine import free_bytes
 
@@ -118,13 +118,13 @@ class Loader:
         lines = [self.source.report()]
         if self.held:
             n, c, h, w = self.held.images.shape
-            lines.append(f"resident: {n:,} images of {c}x{h}x{w} on {self.device} ({self._why})")
+            lines.append(f"resident: {many(n, 'image')} of {c}x{h}x{w} on {self.device} ({self._why})")
             lines.extend(self.held.notes)
             if self.held.scaled:
-                lines.append(f"{self.held.scaled:,} images scaled down to a longer side of {max(h, w)} pixels")
+                lines.append(f"{many(self.held.scaled, 'image')} scaled down to a longer side of {max(h, w)} pixels")
             lines.extend(f"left out: {reason}" for reason in self.held.dropped)
         else:
-            lines.append(f"streamed by {self.workers} worker{'s' * (self.workers != 1)} ({self._why})")
+            lines.append(f"streamed by {many(self.workers, 'worker')} ({self._why})")
         return "\n".join(lines)
 
     def _share(self, step: int) -> range:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from inbatch.errors import many
 from inbatch.pixels import Levels
 
 Want = tuple[int, Literal["bilinear", "bicubic"]]
@@ -88,7 +89,7 @@ class Source(ABC):
     def report(self) -> str:
         """One or more lines for people: what was found, and what was not used."""
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
-        return f"{self.name}: {len(self):,} images, {known}"
+        return f"{self.name}: {many(len(self), 'image')}, {known}"
 
 
 class Subset(Source):

@@ -26,7 +26,7 @@ from inbatch.data.decode import Picture, file_channels
 from inbatch.data.folder import EXTENSIONS, TESTS
 from inbatch.data.names import Names
 from inbatch.data.source import Reading, Source
-from inbatch.errors import DataError
+from inbatch.errors import DataError, many
 from inbatch.files import open_regular
 
 _IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
@@ -93,7 +93,8 @@ class TarSource(Source):
 
     def report(self) -> str:
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
-        return f"{self.name}: {len(self):,} images in {len(self.shards):,} tar files{self._left_out()}; {known}"
+        where = many(len(self.shards), "tar file")
+        return f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}; {known}"
 
     def _member(self, i: int) -> str:
         return self._names[i].decode("utf-8", "backslashreplace")
@@ -103,7 +104,7 @@ class TarSource(Source):
 
     def _left_out(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common(5))
-        return f", {self._skipped.total():,} other members skipped ({kinds})" if kinds else ""
+        return f", {many(self._skipped.total(), 'other member')} skipped ({kinds})" if kinds else ""
 
 
 class _Member(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from inbatch.data.resident import SHARE
+from inbatch.errors import many
 
 _FEW = 10  # unreadable images that are named
 _CLASSES = 12  # whose names fit beside their counts
@@ -44,7 +45,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{memory['free_bytes'] / 1e9:,.1f} GB free, limit {SHARE:.0%} of it"
         ),
     )
-    yield "an epoch", f"{found['steps']:,} step{'s' * (found['steps'] != 1)} of {found['batch']:,} images"
+    yield "an epoch", f"{many(found['steps'], 'step')} of {found['batch']:,} images"
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
