@@ -79,7 +79,7 @@ class TestFolder:
 
         monkeypatch.setattr(os, "scandir", refuse)  # chmod does not stop root
         source = open_data(tmp_path)
-        assert len(source) == 1 and "1 unreadable folders (locked/: Permission denied)" in source.report()
+        assert len(source) == 1 and "1 unreadable folder (locked/: Permission denied)" in source.report()
 
     @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
     def test_a_name_that_is_not_text(self, tmp_path):
@@ -107,7 +107,7 @@ class TestFolder:
         with pytest.raises(DataError, match="No image under"):
             open_data(tmp_path)
         (tmp_path / "notes.txt").write_text("no image")
-        with pytest.raises(DataError, match=r"1 other files skipped \(1 .txt\)"):
+        with pytest.raises(DataError, match=r"1 other file skipped \(1 .txt\)"):
             open_data(tmp_path)
         with pytest.raises(DataError, match="does not exist; data can be"):
             open_data(tmp_path / "nowhere")

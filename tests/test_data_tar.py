@@ -217,7 +217,7 @@ class TestFaults:
                 open_data(shard(tmp_path / "a.tar", *pictures(0), ("000.cls", label)))
 
     def test_no_image(self, tmp_path):
-        with pytest.raises(DataError, match=r"No image in .*1 other members skipped \(1 \.txt\)"):
+        with pytest.raises(DataError, match=r"No image in .*1 other member skipped \(1 \.txt\)"):
             open_data(shard(tmp_path / "a.tar", ("a.txt", b"?")))
         with pytest.raises(DataError, match="No image in"):
             open_data(shard(tmp_path / "b.tar"))

@@ -186,4 +186,4 @@ class TestNoFiles:
     def test_gif_is_told_to_be_skipped(self, tmp_path):
         zoo.fill(tmp_path, GOOD[:1])
         (tmp_path / "a.gif").write_bytes(b"GIF89a")
-        assert "1 other files skipped (1 .gif)" in open_data(tmp_path).report()
+        assert "1 other file skipped (1 .gif)" in open_data(tmp_path).report()
