@@ -5,19 +5,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from runs import assert_same_state
 
 import inbatch
-from inbatch.api import embed_run
+from inbatch import checkpoint
+from inbatch.api import embed_run, prepare
 from inbatch.build import build, image_scale, plan
-from inbatch.data import open_data
+from inbatch.data import Subset, open_data
 from inbatch.encoders import create_encoder, load_encoder, save_encoder
+from inbatch.encoders.patches import WhitenedPatches
 from inbatch.encoders.readout import Readout
 from inbatch.errors import DataError
 from inbatch.evaluate import clustering, embed, evaluate, feature_std, rankme
 from inbatch.looks import fit_readout, judge
+from inbatch.run_encoder import fit_first_layer, initial_encoder
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
+
+
+def _literal_filters(images: torch.Tensor, kernel: int, stride: int, std: tuple[float, ...]) -> torch.Tensor:
+    """The filters of whitened patches, patch by patch."""
+    x = images.double() / 255 / torch.tensor(std).view(-1, 1, 1)
+    places = range(0, images.shape[-1] - kernel + 1, stride)
+    patches = torch.stack([i[:, r : r + kernel, c : c + kernel].flatten() for i in x for r in places for c in places])
+    values, vectors = np.linalg.eigh(np.cov(patches.numpy().T, bias=True))
+    rows = [vectors[:, i] / np.sqrt(max(values[i], 0) + 1e-2) for i in reversed(range(len(values)))]
+    return torch.from_numpy(np.stack(rows)).unflatten(1, (images.shape[1], kernel, kernel))
 
 
 def _rows(n: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +83,7 @@ def test_plain_features_are_got_back() -> None:
 def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
     """Whitening gives every direction the same weight, so k-means on whitened features finds less."""
     labels = torch.arange(64) % 4
-    encoder = create_encoder("fast", size=32, width=8, whiten=True).eval()
+    encoder = create_encoder("fast", size=32, width=8, whiten=True, whiten_patches=True).eval()
     source = open_data((IMAGES, labels))
     plain = embed(encoder, source)
     fit_readout(encoder, source)
@@ -143,3 +158,81 @@ def test_fast_learns_from_a_small_run(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in run.result["curve"] if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
     assert run.encoder.embed(IMAGES[:4]).shape == (4, 256)
+
+
+def test_whitened_patches_equal_the_literal_components() -> None:
+    for channels, size, kernel, stride, components in ((3, 16, 3, 1, 12), (1, 16, 3, 1, 12), (3, 32, 7, 4, 12)):
+        images = IMAGES[:20, :channels, :size, :size].clone()
+        images[..., 1:] = images[..., 1:] // 2 + images[..., :-1] // 2  # neighbours are alike, as in photographs
+        std = (0.2, 0.25, 0.3)[:channels]
+        layer = WhitenedPatches(channels, components, kernel, stride)
+        layer.fit(images, std)
+        half = min(components, channels * kernel**2)
+        assert layer.weight.shape == (2 * half, channels, kernel, kernel)
+        assert torch.equal(layer.weight[half:], -layer.weight[:half])
+        literal = _literal_filters(images, kernel, stride, std)[:half].to(layer.weight)
+        same = (layer.weight[:half] * literal).flatten(1).sum(1).abs() / literal.flatten(1).square().sum(1)
+        assert torch.allclose(same, torch.ones(half), atol=1e-3)
+        assert not list(layer.parameters())
+
+
+def test_whitened_patches_do_not_depend_on_threads_and_take_flat_images() -> None:
+    filters = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            layer = WhitenedPatches(3)
+            layer.fit(IMAGES, (0.229, 0.224, 0.225))
+        finally:
+            torch.set_num_threads(before)
+        filters.append(layer.weight.clone())
+    assert torch.equal(*filters)
+    layer.fit(torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), (0.2, 0.2, 0.2))
+    assert torch.isfinite(layer.weight).all()
+
+
+def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(tmp_path: Path) -> None:
+    """It is made of the images, is not trained, and the encoder before training, resume, init and files have it."""
+    settings = {"encoder.width": 8}
+    run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=2, batch=16, quiet=True,
+                           settings=settings)  # fmt: skip
+
+    def filters(encoder: torch.nn.Module) -> torch.Tensor:
+        return next(m for m in encoder.modules() if isinstance(m, WhitenedPatches)).weight
+
+    expected = WhitenedPatches(3)
+    expected.fit(IMAGES, run.encoder.std)
+    assert torch.equal(filters(run.encoder), expected.weight)
+    assert torch.equal(filters(initial_encoder(run.recipe, tmp_path / "run")), expected.weight)
+    state = checkpoint.load(tmp_path / "run/checkpoints").state
+    for part in ("tower", "target"):
+        assert torch.equal(state[part]["encoder.backbone.stages.0.0.weight"], expected.weight)
+    other = IMAGES.flip(0) // 2
+    again = inbatch.pretrain(other, out=tmp_path / "again", preset="fast", epochs=1, batch=16, quiet=True,
+                             settings={"encoder.init": str(tmp_path / "run")})  # fmt: skip
+    assert torch.equal(filters(again.encoder), expected.weight)  # of the run that it starts from
+    assert torch.equal(filters(load_encoder(tmp_path / "again/encoder")), expected.weight)
+
+    older = create_encoder("fast", size=32, width=8)
+    save_encoder(older, tmp_path / "older")
+    recipe = prepare(
+        IMAGES, preset="fast", epochs=1, batch=16, settings={"encoder.init": str(tmp_path / "older")}
+    ).recipe
+    assert recipe.encoder.options["whiten_patches"] is False
+
+
+def test_unreadable_images_do_not_reach_the_first_layer(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    whole = open_data(tmp_path)
+    wanted, found = (create_encoder("fast", size=32, width=8, whiten_patches=True) for _ in range(2))
+    fit_first_layer(wanted, Subset(whole, torch.tensor([0, 1, 3, 4, 5]), "all but one"))
+    data = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(data[: len(data) // 2])
+    fit_first_layer(found, open_data(tmp_path))
+    assert_same_state(dict(found.backbone.stages[0][0].state_dict()), dict(wanted.backbone.stages[0][0].state_dict()))
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match="none of 6 images"):
+        fit_first_layer(found, open_data(tmp_path))

@@ -29,7 +29,7 @@ from inbatch.norm import synchronise_norm
 from inbatch.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
 from inbatch.parts import shown
 from inbatch.plug import curator_of, fusion
-from inbatch.run_encoder import make_encoder, seeded, starting_weights
+from inbatch.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights
 from inbatch.schedules import step_decay, warmup_cosine
 from inbatch.step import Step
 from inbatch.tower import Tower, momentum_tower
@@ -151,7 +151,7 @@ def build(
     """Make every part of a run; wrong combinations are errors here, not at some later step.
 
     loader: one made for the same images, batch, seed and views, to be used again.
-    init: where a run keeps the weights that its `encoder.init` named (`run_encoder.kept_initial`).
+    init: where a run keeps the weights that it began with (`run_encoder.kept_initial`).
     """
     world = ranks.world()
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
@@ -172,6 +172,8 @@ def build(
         with _settings_of("method", recipe.method.name):
             method = method_class(**options)
         encoder = make_encoder(recipe, start)
+        if start is None:
+            fit_first_layer(encoder, source)
         views = views_of(recipe, encoder)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):

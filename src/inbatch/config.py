@@ -201,6 +201,7 @@ SHARED_PRESETS: dict[str, Settings] = {
         "source": "ours: the most accuracy in an hour of a laptop's processor (docs/fast.md)",
         "encoder.name": "fast",
         "encoder.whiten": True,
+        "encoder.whiten_patches": True,
         "views.name": "simclr_cifar",
         "views.area": 0.2,
         "optimizer.name": "adamw",

@@ -6,15 +6,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from inbatch import checkpoint
+from inbatch import checkpoint, ranks
 from inbatch.config import Recipe, Settings, make, read_file
+from inbatch.data import Source
 from inbatch.draws import fold
-from inbatch.encoders import Encoder, create_encoder, load_encoder, save_encoder
+from inbatch.encoders import Encoder, Prepare, create_encoder, load_encoder, save_encoder
+from inbatch.encoders.patches import WhitenedPatches
 from inbatch.encoders.weights import fill
-from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.errors import ConfigError, DataError, InbatchError, many
 from inbatch.files import read_json
 from inbatch.methods import METHODS
 
@@ -74,6 +78,41 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
     return found.encoder
 
 
+_SAMPLE = 256
+"""Images from which a first layer of whitened patches is taken, at most."""
+_SAMPLES: WeakKeyDictionary[Source, dict[Prepare, Tensor]] = WeakKeyDictionary()
+"""The ones of a source, which a calibration would otherwise decode for each candidate."""
+
+
+def fit_first_layer(encoder: Encoder, source: Source) -> None:
+    """Take the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
+
+    It draws no random numbers. Every rank must call it, and all get the same filters.
+    Raises DataError if none of the images can be read.
+    """
+    for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
+        layer.fit(_sample(source, encoder.prepare), encoder.std)
+        layer.weight.copy_(ranks.share(layer.weight))
+
+
+def _sample(source: Source, prepare: Prepare) -> Tensor:
+    """Images that lie evenly spread in a source, as an encoder takes them but uint8: (N, C, size, size)."""
+    samples = _SAMPLES.setdefault(source, {})
+    if prepare not in samples:
+        images: list[Tensor] = []
+        for i in torch.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).long().tolist():
+            try:
+                with source.open(i) as picture:
+                    images.append(picture.tensor(2 * prepare.size))
+            except DataError:
+                continue  # counted, named and judged where all images are read
+        if not images:
+            tried = many(min(_SAMPLE, len(source)), "image")
+            raise DataError(f"{source.name}: none of {tried}, spread evenly over the set, can be read")
+        samples[prepare] = prepare.squares(images).round().to(torch.uint8)
+    return samples[prepare]
+
+
 def with_encoder_of_init(given: Settings) -> Settings:
     """The settings with the encoder, and its options, that `encoder.init` was saved with, if they name none.
 
@@ -93,13 +132,16 @@ def with_encoder_of_init(given: Settings) -> Settings:
             found["whiten"] = True
     else:
         return given
+    if found["name"] == "fast":  # one that was saved without this layer must not get it from a preset
+        found.setdefault("whiten_patches", False)
     known = {f"encoder.{key}": value for key, value in found.items() if key != "init" and value is not None}
     return known | given
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
-    """Keep the weights that a run begins with if its seed alone does not give them: their file may be gone later."""
-    if recipe.encoder.options.get("init") is not None:
+    """Keep the weights that a run begins with if its seed alone does not give them, but a file or its images do."""
+    of_images = any(isinstance(module, WhitenedPatches) for module in encoder.modules())
+    if of_images or recipe.encoder.options.get("init") is not None:
         save_encoder(encoder, run / "initial")
 
 

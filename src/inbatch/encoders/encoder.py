@@ -37,10 +37,14 @@ class Prepare:
         The shorter side is resized (bilinear, antialiased) to `size`, from 128 pixels on to size * 256 / 224,
         then the centre is cropped; an image of the wanted size stays as it is. DataError for other input.
         """
-        x = self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
+        x = self.squares(images)
         mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
         return (x / 255 - mean) / std
+
+    def squares(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
+        """The same images before they are normalised, values of 0 to 255."""
+        return self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
 
     def _fit(self, image: Tensor) -> Tensor:
         if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels:

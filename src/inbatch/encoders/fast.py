@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from inbatch.encoders.patches import WhitenedPatches
+
 
 class Residual(nn.Module):
     """x + f(x)."""
@@ -20,14 +22,22 @@ class Fast(nn.Module):
     Four stages of `width` times 1, 2, 4 and 8 channels, each half as large as the one before; the last `blocks` of them
     have a residual block of two convolutions. The stem has stride 1 up to 40 pixels, 2 up to 96, and 4 above, so that
     the first stage works on about 32 pixels whatever the images are.
+
+    whiten_patches: the stem is a frozen layer that whitens patches of the training images, and a 1x1 convolution.
     """
 
-    def __init__(self, channels: int, size: int, width: int = 32, blocks: int = 1) -> None:
+    def __init__(
+        self, channels: int, size: int, width: int = 32, blocks: int = 1, whiten_patches: bool = False
+    ) -> None:
         super().__init__()
         if not 0 <= blocks <= 3 or width < 1:
             raise ValueError(f"width {width} and blocks {blocks}: a width of at least 1, and 0 to 3 blocks")
         stem = 1 if size <= 40 else 2 if size <= 96 else 4
-        layers: list[nn.Module] = [_convolution(channels, width, stem, kernel=3 if stem < 4 else 7)]
+        kernel = 3 if stem < 4 else 7
+        layers: list[nn.Module] = [_convolution(channels, width, stem, kernel)]
+        if whiten_patches:
+            patches = WhitenedPatches(channels, kernel=kernel, stride=stem)
+            layers = [nn.Sequential(patches, _convolution(patches.width, width, kernel=1))]
         for stage in range(1, 4):
             before, after = width * 2 ** (stage - 1), width * 2**stage
             layers.append(_convolution(before, after, 2))
