@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from inbatch.api import prepare
+from inbatch.apps.console import print_table, say
 from inbatch.batch import Batch
-from inbatch.build import Built, device_for
-from inbatch.context.curate import pair_distances
-from inbatch.describe import estimate
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.show import print_table, say
+from inbatch.context.curation import pair_distances
+from inbatch.runtime.device import device_for
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.training.build import Built
+from inbatch.training.summary import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-cost.json"
 PLAIN, GROUPS, SHARE = "simclr", "context batch/4", "curate, at a share"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from inbatch.api import prepare
-from inbatch.describe import estimate
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.fit import LIMIT
-from inbatch.show import print_table, say
+from inbatch.apps.console import print_table, say
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.training.auto_context import LIMIT
+from inbatch.training.summary import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-memory.json"
 WORKSPACE = 4 / 3

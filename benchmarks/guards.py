@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from inbatch import tune
+from inbatch.apps.bench import inbatch_workloads, reference_workloads, synthetic_data
+from inbatch.apps.console import print_table, say
 from inbatch.batch import Batch
-from inbatch.bench import ours, pictures, plain
-from inbatch.build import precision_for
-from inbatch.machine import threads
-from inbatch.show import print_table, say
+from inbatch.runtime.device import precision_for
+from inbatch.runtime.memory import threads
 
 Work = tuple[Callable[[], int], dict[str, Any]]
 
@@ -45,8 +45,8 @@ class Guard:
 
 def bare(job: dict[str, Any]) -> Work:
     """SimCLR's step as one would write it down, of the same parts: what inbatch's own step adds is its overhead."""
-    run = ours.built(job)
-    batches = ours.endless(run)
+    run = inbatch_workloads.built(job)
+    batches = inbatch_workloads.endless(run)
 
     def call() -> int:
         batch = next(batches)
@@ -62,7 +62,7 @@ def bare(job: dict[str, Any]) -> Work:
 
 def eager(job: dict[str, Any]) -> Work:
     """The tower in float32, laid out as torch does by default."""
-    return ours.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
+    return inbatch_workloads.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
@@ -70,7 +70,7 @@ def decode_pil(job: dict[str, Any]) -> Work:
     from PIL import Image
 
     paths = sorted(Path(job["data"]).rglob("*.jpg"))
-    return plain.in_turn(paths, job["some"], lambda path: np.asarray(Image.open(path).convert("RGB"))), {}
+    return reference_workloads.in_turn(paths, job["some"], lambda path: np.asarray(Image.open(path).convert("RGB"))), {}
 
 
 def guards(folder: Path, quick: bool) -> dict[str, Guard]:
@@ -87,14 +87,18 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
     loss = base | {"rows": 64 if quick else 4096, "dim": 128}
     near = base | {"folder": str(folder), "queries": 64 if quick else 2000, "classes": 10, "k": 5 if quick else 200}
     return {
-        "views, 32 px, over torchvision v2": Guard(ours.views, plain.views_tensor, 5, small),
-        "views, 224 px, over torchvision v2": Guard(ours.views, plain.views_tensor, 3, large),
-        "JPEG, 32 x 32 files, over Pillow": Guard(ours.decode, decode_pil, 1.5, small),
-        "JPEG, 500 x 375 files, over Pillow": Guard(ours.decode, decode_pil, 1.05, large),
-        "NT-Xent, 4,096 rows, over literal": Guard(ours.loss, plain.loss, 1.3, loss, None),
-        "k-NN, over product and top-k": Guard(ours.neighbours, plain.neighbours, 0.9, near, None),
-        "tower, over eager float32": Guard(ours.tower, eager, 1.4 if bf16 else 1.0, tower, None),
-        "step, over a bare loop": Guard(ours.step, bare, 0.9, tower, None),
+        "views, 32 px, over torchvision v2": Guard(inbatch_workloads.views, reference_workloads.views_tensor, 5, small),
+        "views, 224 px, over torchvision v2": Guard(
+            inbatch_workloads.views, reference_workloads.views_tensor, 3, large
+        ),
+        "JPEG, 32 x 32 files, over Pillow": Guard(inbatch_workloads.decode, decode_pil, 1.5, small),
+        "JPEG, 500 x 375 files, over Pillow": Guard(inbatch_workloads.decode, decode_pil, 1.05, large),
+        "NT-Xent, 4,096 rows, over literal": Guard(inbatch_workloads.loss, reference_workloads.loss, 1.3, loss, None),
+        "k-NN, over product and top-k": Guard(
+            inbatch_workloads.neighbours, reference_workloads.neighbours, 0.9, near, None
+        ),
+        "tower, over eager float32": Guard(inbatch_workloads.tower, eager, 1.4 if bf16 else 1.0, tower, None),
+        "step, over a bare loop": Guard(inbatch_workloads.step, bare, 0.9, tower, None),
     }
 
 
@@ -103,10 +107,10 @@ def lay_out(folder: Path, quick: bool) -> None:
     for size, count in ((32, 16 if quick else 512), (224, 2 if quick else 24)):
         inside = folder / str(size)
         inside.mkdir()
-        images = pictures.draw(count, size)
+        images = synthetic_data.draw(count, size)
         np.save(inside / "images.npy", images)
-        pictures.write_folder(pictures.jpegs(images, size), inside / "jpegs")
-    for name, array in pictures.features(264 if quick else 22_000, 256, 10).items():
+        synthetic_data.write_folder(synthetic_data.jpegs(images, size), inside / "jpegs")
+    for name, array in synthetic_data.features(264 if quick else 22_000, 256, 10).items():
         np.save(folder / f"{name}.npy", array)
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from inbatch import kernels, tiled
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.show import complain, print_table, say
+from inbatch.apps.console import complain, print_table, say
+from inbatch.nn import logsumexp, triton_logsumexp
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
 
 OUT = Path(__file__).parents[1] / "results" / "kernels-gpu.json"
 TEMPERATURE = 0.1
@@ -56,8 +56,11 @@ def compute(way: str, q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Te
     """Log-sum-exps and the gradient of the rows, in a way of WAYS."""
     q = q.detach().requires_grad_()
     plain = way.startswith("torch")
-    with patch.object(kernels, "usable", lambda *_: False) if plain else tiled.using(), tiled.using(**WAYS[way]):
-        lse = tiled.logsumexp(q, q if k is None else k, TEMPERATURE, others=k is None)
+    with (
+        patch.object(triton_logsumexp, "usable", lambda *_: False) if plain else logsumexp.using(),
+        logsumexp.using(**WAYS[way]),
+    ):
+        lse = logsumexp.logsumexp(q, q if k is None else k, TEMPERATURE, others=k is None)
         lse.backward(gradient)
     assert q.grad is not None
     return lse.detach(), q.grad
@@ -172,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    if not kernels.usable(torch.empty(1, args.dim, device=device)):
+    if not triton_logsumexp.usable(torch.empty(1, args.dim, device=device)):
         complain(f"The kernels cannot be used: {torch.cuda.get_device_name(device)}, rows {args.dim} wide.")
         return 1
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"temperature": TEMPERATURE}

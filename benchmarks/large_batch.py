@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from inbatch.api import prepare
-from inbatch.build import Built
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.functional import normalize
-from inbatch.report import peak_memory
-from inbatch.show import complain, say
+from inbatch.apps.console import complain, say
+from inbatch.nn.functional import normalize
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.runtime.memory import peak_memory
+from inbatch.training.build import Built
 
 OUT = Path(__file__).parents[1] / "results" / "large-batch.json"
 BLOCK = 512

@@ -260,9 +260,9 @@ class Measured:
     def _planned(self) -> Any:
         if self.plan is None:
             return nullcontext()
-        from inbatch import tiled
+        from inbatch.nn import logsumexp
 
-        return tiled.using(**self.plan)
+        return logsumexp.using(**self.plan)
 
     def told(self) -> dict[str, float]:
         """The value and the norm of the gradient of the last call."""
@@ -673,7 +673,7 @@ def begun(args: argparse.Namespace, threads: int, file: Path, command: str) -> d
     """A file with nothing measured yet, or the one that --update goes on with."""
     import torch
 
-    from inbatch.environment import environment
+    from inbatch.runtime.environment import environment
 
     keys = ("dim", "queue", "repeat", "limit", "memory_bytes")
     found: dict[str, Any] = {
@@ -725,8 +725,8 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
         one(json.loads(args.one))
         return {}
 
-    from inbatch.files import write_json
-    from inbatch.show import print_table, say
+    from inbatch.apps.console import print_table, say
+    from inbatch.runtime.files import write_json
 
     if args.plot:
         plot(json.loads(file_of(args.out, args.threads[0]).read_text()), PLOT)

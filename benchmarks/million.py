@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from inbatch.children import end_with_parent, start
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.machine import forget_peak, held, peak
-from inbatch.show import print_table, say
+from inbatch.apps.console import print_table, say
+from inbatch.runtime.child_processes import end_with_parent, start
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.runtime.memory import forget_peak, held, peak
 
 OUT = Path(__file__).parents[1] / "results" / "million.json"
 SEEDS, FOLDERS, POINTS = 400, 1000, 21

@@ -65,9 +65,9 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     """Medians over the steps of the seconds of every part."""
     import torch
 
-    from inbatch import step
     from inbatch.api import prepare
-    from inbatch.log import Log
+    from inbatch.training import step
+    from inbatch.training.metric_logger import Log
 
     case = dict(case)
     size = case["batch"] * 4
@@ -128,8 +128,8 @@ def main() -> None:
     tune()
     import torch
 
-    from inbatch.environment import environment
-    from inbatch.files import write_json
+    from inbatch.runtime.environment import environment
+    from inbatch.runtime.files import write_json
 
     if asked.threads:
         torch.set_num_threads(asked.threads)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from inbatch import ranks, tiled
-from inbatch.describe import COPIES
-from inbatch.environment import environment
-from inbatch.files import write_json
+from inbatch.apps.console import print_table, say
 from inbatch.methods.simclr import nt_xent
-from inbatch.show import print_table, say
+from inbatch.nn import logsumexp
+from inbatch.runtime import distributed
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.training.summary import COPIES
 
 OUT = Path(__file__).parents[1] / "results" / "scaling.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4
@@ -64,13 +65,13 @@ def case(rank: int, world: int, n: int, repeat: int, folder: str) -> None:
 
     def add(x: torch.Tensor) -> None:
         sent[0] += x.numel() * x.element_size()
-        ranks.add_(x)
+        distributed.add_(x)
 
     z = torch.randn(VIEWS, n // VIEWS, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for number in range(repeat + 1):
         dist.barrier()
         sent[0], z.grad, begin = 0, None, time.perf_counter()
-        with tiled.using(mode="always", rank=rank, world=world, add=add):
+        with logsumexp.using(mode="always", rank=rank, world=world, add=add):
             nt_xent(z, 0.1).backward()
         if number:
             seconds.append(time.perf_counter() - begin)

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from inbatch import checkpoint
-from inbatch.children import start
+from inbatch.apps.console import complain, say
 from inbatch.data import open_data, write_folder
-from inbatch.environment import environment
 from inbatch.errors import InbatchError
-from inbatch.files import write_json
-from inbatch.show import complain, say
+from inbatch.runtime.child_processes import start
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 RECIPE = {

@@ -40,18 +40,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inbatch.bench import peers
-from inbatch.bench.accuracy import draw, entries, flags, markdown, reached, together
-from inbatch.bench.pictures import labelled
-from inbatch.bench.plain import MEAN, STD, Encoded
-from inbatch.checkpoint import LAST, load, save
-from inbatch.environment import environment
+from inbatch.apps.bench import peer_workloads
+from inbatch.apps.bench.accuracy import draw, entries, flags, markdown, reached, together
+from inbatch.apps.bench.reference_workloads import MEAN, STD, Encoded
+from inbatch.apps.bench.synthetic_data import labelled
+from inbatch.apps.console import say
 from inbatch.errors import ConfigError, DataError, InbatchError, Interrupted, Preempted
-from inbatch.evaluate import knn_scores
-from inbatch.files import locked, read_json, write_json
-from inbatch.machine import threads
-from inbatch.show import say
-from inbatch.signals import Stop, stop_on_signals
+from inbatch.evaluation import knn_scores
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import locked, read_json, write_json
+from inbatch.runtime.memory import threads
+from inbatch.runtime.signals import Stop, stop_on_signals
+from inbatch.training.checkpoint import LAST, load, save
 
 RECIPE = {
     "method": "SimCLR", "encoder": "ResNetGenerator resnet-18", "head": "512-512-128", "batch": 128,
@@ -125,11 +125,11 @@ class Lightly:
 
     def __post_init__(self) -> None:
         seeded(RECIPE["seed"])
-        self.model = peers.network({"library": "lightly"})
+        self.model = peer_workloads.network({"library": "lightly"})
         learn = {key: RECIPE[key] for key in ("lr", "momentum", "weight_decay")}
         self.optimizer = torch.optim.SGD(self.model.parameters(), **learn)
-        self.criterion = peers.criterion("lightly", RECIPE["temperature"])
-        self.data = Encoded(self.train[0], peers.TRANSFORMS["lightly"](32))
+        self.criterion = peer_workloads.criterion("lightly", RECIPE["temperature"])
+        self.data = Encoded(self.train[0], peer_workloads.TRANSFORMS["lightly"](32))
         self.steps = len(self.data) // RECIPE["batch"]
         if not self.steps:
             raise DataError(f"{len(self.data)} images are no batch of {RECIPE['batch']}: give more images")

@@ -27,16 +27,17 @@ import torch
 
 from inbatch import tune
 from inbatch.api import prepare
-from inbatch.bench import pictures
-from inbatch.bench.measure import ceilings
-from inbatch.bench.options import PEERS
-from inbatch.bench.runner import Contestant, Race
-from inbatch.bench.table import print_race
-from inbatch.build import Built, device_for
-from inbatch.environment import environment
-from inbatch.files import write_json
-from inbatch.machine import threads
-from inbatch.show import print_table, say
+from inbatch.apps.bench import synthetic_data
+from inbatch.apps.bench.benchmark import ceilings
+from inbatch.apps.bench.options import PEERS
+from inbatch.apps.bench.report import print_race
+from inbatch.apps.bench.runner import Contestant, Race
+from inbatch.apps.console import print_table, say
+from inbatch.runtime.device import device_for
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.runtime.memory import threads
+from inbatch.training.build import Built
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,20 +61,20 @@ def jpegs(args: argparse.Namespace, folder: Path, size: int, count: int) -> str:
     """The data asked for, else drawn files."""
     if args.data is not None:
         return str(args.data)
-    files = pictures.jpegs(pictures.draw(args.batch if args.quick else count, size), size)
-    return str(pictures.write_folder(files, folder / "jpegs"))
+    files = synthetic_data.jpegs(synthetic_data.draw(args.batch if args.quick else count, size), size)
+    return str(synthetic_data.write_folder(files, folder / "jpegs"))
 
 
 def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every library in turns."""
     data = jpegs(args, folder, 32, 4096)
-    pictures.pack(pictures.encoded(data, 10**6), folder)
+    synthetic_data.pack(synthetic_data.encoded(data, 10**6), folder)
     shared = {
         "size": 32, "batch": args.batch, "encoder": args.encoder, "stem": args.stem, "method": "simclr",
         "compile": False, "device": args.device, "threads": args.threads, "workers": args.workers, "seconds": 0.01,
         "calls": args.steps, "folder": str(folder), "data": data,
     }  # fmt: skip
-    ours = shared | {"module": "inbatch.bench.ours", "make": "step", "tune": True, "count": False}
+    ours = shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": "step", "tune": True, "count": False}
     contestants = [
         Contestant("inbatch", ours | {"settings": recipe(args)}),
         Contestant("inbatch, float32", ours | {"settings": recipe(args) | {"precision": "float32"}}),

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from inbatch.api import prepare
-from inbatch.environment import environment
-from inbatch.inspect.leak import leak
+from inbatch.runtime.environment import environment
+from inbatch.training.monitors.context_leak import leak
 
 ENTRIES = {
     "off": {},

@@ -74,8 +74,8 @@ def run(data: str, words: list[str], seed: int) -> dict[str, Any]:
 def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     """What the encoder of a recipe is worth before its first step."""
     from inbatch.api import prepare
-    from inbatch.build import held_out
-    from inbatch.evaluate import evaluate
+    from inbatch.evaluation import evaluate
+    from inbatch.training.holdout import held_out
 
     fields = {key: recipe[key] for key in ("subset", "size", "channels", "batch")}
     built = prepare(data, "simclr", settings={"encoder.name": recipe["encoder"]["name"]}, seed=seed, **fields)

@@ -297,7 +297,7 @@ def fitted(page: Path) -> str:
 
 def measured(page: Path) -> str:
     """A page with what `inbatch bench`, benchmarks/training.py and profile_step.py found: <!-- bench-32px views -->."""
-    from inbatch.bench.table import texts
+    from inbatch.apps.bench.report import texts
 
     text = page.read_text()
     for file in sorted(HERE.glob("*.json")):

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from inbatch.papers import TABLES
-from inbatch.papers.curves import curves
-from inbatch.papers.render import hours, markdown
-from inbatch.papers.results import Records, read_records, wall_seconds
-from inbatch.papers.sheet import Sheet, fill
+from inbatch.apps.papers import TABLES
+from inbatch.apps.papers.curve_plot import curves
+from inbatch.apps.papers.filled_table import Sheet, fill
+from inbatch.apps.papers.render import hours, markdown
+from inbatch.apps.papers.results import Records, read_records, wall_seconds
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "results"
 SCALES = ("cpu", "gpu", "paper")
 HEAD = """# The papers' tables and figures
 
-Each is one command, `inbatch table NAME`, and one file of [src/inbatch/papers](../../src/inbatch/papers): its rows and their
+Each is one command, `inbatch table NAME`, and one file of [src/inbatch/apps/papers/tables](../../src/inbatch/apps/papers/tables): its rows and their
 settings, the paper's figures, what we do otherwise. Figures are made of the files in [results/records](../../results/records), one
 for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
 

@@ -8,7 +8,7 @@ from test_evaluate import Pictures
 from typer.testing import CliRunner, Result
 
 import inbatch
-from inbatch.cli import app
+from inbatch.apps.cli import app
 
 
 def bars(n: int = 60, seed: int = 0, size: int = 20, channels: int = 1) -> Pictures:

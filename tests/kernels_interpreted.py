@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inbatch import kernels, tiled
+from inbatch.nn import logsumexp, triton_logsumexp
 
 Case = tuple[str, int, int, int, bool, float, str, tuple[int, int] | None]
 """Name, rows, columns, width, others, temperature, products, and the rows asked for (None is all)."""
@@ -93,8 +93,8 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
         terms = scale * weights.abs()[start:stop] @ b.abs()
         return compare(found, (scale * weights @ b)[start:stop], share * terms + 1e-30)
 
-    lse, none = kernels.forward(q, k, scale, others, start, stop, False, products)
-    again, mean = kernels.forward(q, k, scale, others, start, stop, True, products)
+    lse, none = triton_logsumexp.forward(q, k, scale, others, start, stop, False, products)
+    again, mean = triton_logsumexp.forward(q, k, scale, others, start, stop, True, products)
     assert none is None and torch.equal(again, lse)
     given = (scale, others, start, stop)
     of_q, of_k = (lse_q.float(), grad_q), (lse_k.float(), grad_k)
@@ -102,14 +102,15 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
         "lse": compare(lse, lse_q[start:stop], logits),
         "mean": compare(mean, (by_q @ wide[1])[start:stop], share * (by_q @ wide[1].abs())[start:stop] + 1e-30),
         "queries": back(
-            grad_q[:, None] * by_q, wide[1], kernels.backward(q, k, *given, *of_q, None, None, products)
+            grad_q[:, None] * by_q, wide[1], triton_logsumexp.backward(q, k, *given, *of_q, None, None, products)
         ),
         "both": back(
-            grad_q[:, None] * by_q + by_k * grad_k, wide[1], kernels.backward(q, k, *given, *of_q, *of_k, products)
+            grad_q[:, None] * by_q + by_k * grad_k, wide[1],
+            triton_logsumexp.backward(q, k, *given, *of_q, *of_k, products)
         ),
     }  # fmt: skip
     start, stop = (0, m) if some is None else (min(start, m), min(stop, m))
-    found = kernels.backward(k, q, scale, others, start, stop, None, None, *of_q, products)
+    found = triton_logsumexp.backward(k, q, scale, others, start, stop, None, None, *of_q, products)
     return told | {"keys": back((grad_q[:, None] * by_q).T, wide[0], found)}
 
 
@@ -129,19 +130,19 @@ def through_tiled() -> dict[str, float]:
         for mode in ("never", "always"):
             a = q.clone().requires_grad_(learn[0])
             b = a if len(learn) == 1 else keys.clone().requires_grad_(learn[1])
-            with tiled.using(mode=mode):
-                value = tiled.logsumexp(a, b, 0.1, others)
+            with logsumexp.using(mode=mode):
+                value = logsumexp.logsumexp(a, b, 0.1, others)
                 assert value.grad_fn is not None and ("Tiled" in type(value.grad_fn).__name__) == (mode == "always")
                 value.square().sum().backward()
             answers.append([value.detach(), *(x.grad for x in ((a,) if b is a else (a, b)) if x.grad is not None)])
         told[name] = error(answers[1], answers[0])
 
-        plans = [tiled.Plan(rank=rank, world=2) for rank in range(2)]
-        parts = [tiled._kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
+        plans = [logsumexp.Plan(rank=rank, world=2) for rank in range(2)]
+        parts = [logsumexp._kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
         lse = parts[0] + parts[1]
         needs = (*learn, False)[:2]
         given = q, None if keys is q else keys, lse, 2 * lse, 10.0, others, needs
-        shares = [[x for x in tiled._kernel_gradients(*given, plan) if x is not None] for plan in plans]
+        shares = [[x for x in logsumexp._kernel_gradients(*given, plan) if x is not None] for plan in plans]
         told[f"{name}, two ranks"] = error([lse, *(a + b for a, b in zip(*shares, strict=True))], answers[0])
     return told
 
@@ -153,9 +154,11 @@ def types() -> dict[str, float]:
     told = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = q.to(dtype), k.to(dtype)
-        assert kernels.usable(a, b)
-        lse, mean = kernels.forward(a, b, 10.0, False, 0, 5, True)
-        other, expected = kernels.forward(a.float().contiguous(), b.float().contiguous(), 10.0, False, 0, 5, True)
+        assert triton_logsumexp.usable(a, b)
+        lse, mean = triton_logsumexp.forward(a, b, 10.0, False, 0, 5, True)
+        other, expected = triton_logsumexp.forward(
+            a.float().contiguous(), b.float().contiguous(), 10.0, False, 0, 5, True
+        )
         assert mean is not None and expected is not None
         told[str(dtype)] = float((lse - other).abs().max() + (mean - expected).abs().max())
     return told
@@ -165,10 +168,10 @@ def refused() -> dict[str, bool]:
     """What `usable` says of tensors that the kernels do not take."""
     x = torch.ones(2, 4)
     return {
-        "nothing": kernels.usable(),
-        "float64": kernels.usable(x, x.double()),
-        "wide": kernels.usable(torch.ones(2, kernels.WIDEST + 1)),
-        "no device": kernels.usable(x, x.to("meta")),
+        "nothing": triton_logsumexp.usable(),
+        "float64": triton_logsumexp.usable(x, x.double()),
+        "wide": triton_logsumexp.usable(torch.ones(2, triton_logsumexp.WIDEST + 1)),
+        "no device": triton_logsumexp.usable(x, x.to("meta")),
     }
 
 

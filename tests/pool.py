@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "inbatch.step"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "inbatch.training.step"])
 
 
 def _child(rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:

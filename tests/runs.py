@@ -10,8 +10,8 @@ import torch
 from small import SMALL
 
 import inbatch
-from inbatch import checkpoint
-from inbatch.log import Log
+from inbatch.training import checkpoint
+from inbatch.training.metric_logger import Log
 
 TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
 

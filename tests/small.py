@@ -6,17 +6,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from inbatch import ranks, seam
 from inbatch.batch import Batch, Rows
-from inbatch.context.attend import BA2M, BatchFormer
-from inbatch.context.curate import Curator
-from inbatch.context.fuse import FUSIONS, Fusion
-from inbatch.draws import fold, permutation
+from inbatch.context.attention import BA2M, BatchFormer
+from inbatch.context.curation import Curator
+from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.norm import synchronise_norm
-from inbatch.step import Step
-from inbatch.tower import Tower, momentum_tower
+from inbatch.models.sync_batchnorm import synchronise_norm
+from inbatch.models.tower import Tower, momentum_tower
+from inbatch.rng import fold, permutation
+from inbatch.runtime import distributed
+from inbatch.training import grad_cache
+from inbatch.training.step import Step
 
 SMALL: dict[str, dict[str, object]] = {
     "simclr": {"out": 8},
@@ -183,12 +184,12 @@ def train(
     variant: str, n: int, groups: int, steps: int = 2, synced: bool = False, plugs: Collection[str] = ()
 ) -> dict[str, list]:
     """Some steps through the seam on this rank's part of the batches; the whole state as nested lists."""
-    method, tower, target = parts(variant, plugs, n // groups // (1 if synced else ranks.world()))
+    method, tower, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
     if synced:
         for module in (tower, target):
             if module is not None:
                 synchronise_norm(module)
-                ranks.join_groups(module)
+                distributed.join_groups(module)
     given: list[tuple[Tensor, ...]] = []
     views = views_of(variant)
 
@@ -203,7 +204,7 @@ def train(
         return tuple(made)
 
     step = Step(
-        method=method, tower=tower, call=ranks.wrap(tower), target=target, views=drawn, count=views,
+        method=method, tower=tower, call=distributed.wrap(tower), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
         curator=curator(plugs, tower, drawn, views),
@@ -211,7 +212,7 @@ def train(
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         given.append(images)
-        losses.append(step(Batch(ranks.own(batch.index), ranks.own(batch.label)), s)["loss"].item())
+        losses.append(step(Batch(distributed.own(batch.index), distributed.own(batch.label)), s)["loss"].item())
     return state(method, tower, target) | {"loss": losses}
 
 
@@ -303,7 +304,7 @@ def _in_groups(tower: Tower, images: list[Tensor], views: list[int], groups: int
     start = [copy.deepcopy(m.state_dict()) for m in norms]
     left: list[list[dict[str, Tensor]]] = []
     made = []
-    for g, group in enumerate(seam.cut(images, groups)):
+    for g, group in enumerate(grad_cache.cut(images, groups)):
         twins = copy.deepcopy(norms)  # one set of running statistics per group; parameters are shared below
         for norm, twin, old in zip(norms, twins, start, strict=True):
             twin.load_state_dict(old)

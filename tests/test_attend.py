@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inbatch.context.attend import BA2M, BatchFormer
+from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.grouped import as_group
-from inbatch.describe import attention
-from inbatch.encoders import ATTENDS, added, create_encoder, load_encoder, save_encoder, without
-from inbatch.encoders.attend import blocks, meets_in_training_only
 from inbatch.errors import ConfigError
+from inbatch.models import ATTENDS, added, create_encoder, load_encoder, save_encoder, without
+from inbatch.models.attention_slots import blocks, meets_in_training_only
+from inbatch.training.summary import attention
 
 EVERY = pytest.mark.parametrize("name", ATTENDS)
 WEIGHTS = pytest.mark.parametrize("weight", ["sample", "channel", "full"])

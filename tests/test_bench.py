@@ -15,10 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inbatch.bench import contest, ours, pictures, plain, runner, table
-from inbatch.bench.options import SECTIONS, Options
-from inbatch.bench.sections import MAKERS, Field
-from inbatch.cli import app
+from inbatch.apps.bench import inbatch_workloads, reference_workloads, report, runner, synthetic_data, worker
+from inbatch.apps.bench.options import SECTIONS, Options
+from inbatch.apps.bench.suites import MAKERS, Field
+from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, DataError
 from inbatch.losses import nt_xent
 
@@ -70,7 +70,7 @@ def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: 
         assert len(set(names)) == len(names)
         for one in race.contestants:
             name = one.job["module"].rpartition(".")[2]
-            assert callable(getattr(importlib.import_module(f"inbatch.bench.{name}"), one.job["make"]))
+            assert callable(getattr(importlib.import_module(f"inbatch.apps.bench.{name}"), one.job["make"]))
             json.dumps(dict(one.job))
 
 
@@ -79,34 +79,34 @@ def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: 
 
 def test_images_are_as_long_as_photographs_when_encoded(tmp_path: Path) -> None:
     for size, low, high in ((32, 500, 1500), (224, 50_000, 150_000)):
-        images = pictures.draw(3, size)
-        assert images.shape == (3, *pictures.SIDES[size], 3) and not (images[0] == images[1]).all()
-        assert low < np.mean([len(file) for file in pictures.jpegs(images, size)]) < high
+        images = synthetic_data.draw(3, size)
+        assert images.shape == (3, *synthetic_data.SIDES[size], 3) and not (images[0] == images[1]).all()
+        assert low < np.mean([len(file) for file in synthetic_data.jpegs(images, size)]) < high
 
 
 def test_all_read_the_same_files(tmp_path: Path) -> None:
-    files = pictures.jpegs(pictures.draw(5, 32), 32)
-    pictures.pack(files, tmp_path)
-    assert plain.files({"folder": str(tmp_path)}) == files
-    folder = pictures.write_folder(files, tmp_path / "jpegs")
-    assert sorted(pictures.encoded(str(folder), 9)) == sorted(files)
+    files = synthetic_data.jpegs(synthetic_data.draw(5, 32), 32)
+    synthetic_data.pack(files, tmp_path)
+    assert reference_workloads.files({"folder": str(tmp_path)}) == files
+    folder = synthetic_data.write_folder(files, tmp_path / "jpegs")
+    assert sorted(synthetic_data.encoded(str(folder), 9)) == sorted(files)
     with pytest.raises(DataError, match="no JPEG"):
         (tmp_path / "empty").mkdir()
-        pictures.encoded(str(tmp_path / "empty"), 9)
+        synthetic_data.encoded(str(tmp_path / "empty"), 9)
 
 
 def test_the_literal_loss_is_ours() -> None:
     z = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert plain.literal_nt_xent(z).item() == pytest.approx(nt_xent(z, 0.1).item(), rel=1e-6)
+    assert reference_workloads.literal_nt_xent(z).item() == pytest.approx(nt_xent(z, 0.1).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("make", ["neighbours", "probe", "clusters"])
 def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> None:
-    for name, array in pictures.features(500, 16, 4).items():
+    for name, array in synthetic_data.features(500, 16, 4).items():
         np.save(tmp_path / f"{name}.npy", array)
     job = JOB | {"folder": str(tmp_path), "queries": 100, "classes": 4, "k": 20}
     told = []
-    for module in (ours, plain):
+    for module in (inbatch_workloads, reference_workloads):
         call, said = getattr(module, make)(job)
         assert call() == 1
         told.append(said["nmi" if make == "clusters" else "top1"])
@@ -114,22 +114,22 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
 
 
 def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", pictures.draw(4, 32))
-    run = ours.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
+    np.save(tmp_path / "images.npy", synthetic_data.draw(4, 32))
+    run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
     layers = [(3, 32, 32), (32, 64, 16), (64, 96, 16)]  # channels in and out, side of the output
     forward = [2 * 9 * a * b * side**2 for a, b, side in layers]
     convolutions = 3 * sum(forward) - forward[0]  # nobody asks for the gradient of the image
     head = 3 * 2 * (96 * 96 + 96 * 96 + 96 * 128)
-    assert ours.work_of(run, next(run.loader.epoch(0))) == 2 * 4 * (convolutions + head)
+    assert inbatch_workloads.work_of(run, next(run.loader.epoch(0))) == 2 * 4 * (convolutions + head)
 
 
 @pytest.mark.parametrize("make", ["views", "tower", "step"])
 def test_ours_counts_what_it_did(make: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", pictures.draw(8, 32))
+    np.save(tmp_path / "images.npy", synthetic_data.draw(8, 32))
     job = JOB | {"folder": str(tmp_path), "size": 32, "batch": 4, "unit": "views"}
-    call, told = getattr(ours, make)(job)
+    call, told = getattr(inbatch_workloads, make)(job)
     assert call() == (4 if make == "step" else 8)
-    assert told["of"] in table.CEILINGS and told["needs"] > 0
+    assert told["of"] in report.CEILINGS and told["needs"] > 0
 
 
 # Turns
@@ -169,7 +169,7 @@ def test_contestants_take_turns_and_are_told_by_their_median(fake: Any, tmp_path
     assert (tmp_path / "log").read_text() == "iooiio"
     row = found["contestants"]["inbatch"]
     assert (row["low"], row["rate"], row["high"]) == (2, 5, 10) and row["share"] == pytest.approx(5 * 2 / 100)
-    told = list(table.rows(found))
+    told = list(report.rows(found))
     assert told[0][:4] == ("inbatch", "5", "2", "10") and told[0][5] == "10% of bandwidth"
     assert told[1][:5] == ("other", "1", "0.5", "2", "5.00")
 
@@ -185,7 +185,7 @@ def test_what_cannot_run_says_why(fake: Any) -> None:
     shown = race.run(1, {}, show_missing=True)
     failed = {who: row["failed"] for who, row in shown["contestants"].items() if "failed" in row}
     assert failed == {"lost": "not installed", "mute": "gone", "full": "out of memory", "wrong": "a setting"}
-    assert [row[-1] for row in table.rows(shown)][1] == "not installed"
+    assert [row[-1] for row in report.rows(shown)][1] == "not installed"
 
 
 def test_libraries_that_are_missing_are_left_out_unless_asked_for(fake: Any) -> None:
@@ -202,7 +202,7 @@ def test_our_own_refusal_is_the_user_s_error(fake: Any, kind: str, error: type[E
 def test_milliseconds_are_the_other_way_round() -> None:
     row = {"rate": 100.0, "low": 50.0, "high": 200.0}
     race = {"unit": "ms", "title": "", "threads": [1], "contestants": {"inbatch": row, "other": row | {"rate": 50.0}}}
-    told = list(table.rows(race))
+    told = list(report.rows(race))
     assert told[0][1:4] == ("10", "5", "20") and told[1][4] == "2.00"
 
 
@@ -218,9 +218,9 @@ def test_workers_stand_still_between_the_rounds() -> None:
         return any((state() == "T") == wanted for _ in range(100_000))
 
     try:
-        contest.signal_workers("SIGSTOP")
+        worker.signal_workers("SIGSTOP")
         assert becomes(True)
-        contest.signal_workers("SIGCONT")
+        worker.signal_workers("SIGCONT")
         assert becomes(False)
     finally:
         child.kill()
@@ -249,7 +249,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
         assert row["low"] <= row["rate"] <= row["high"] and len(row["rounds"]) == 2
         assert row["share"] == pytest.approx(row["rate"] * 4 * 256**2 * 128 / ceiling["float32"])
     assert CliRunner().invoke(app, ["bench", "los"]).exit_code == 2
-    told = table.texts("bench-32px", found)
+    told = report.texts("bench-32px", found)
     assert "| literal |" in told["bench-32px loss"] and "inbatch bench loss" in told["bench-32px machine"]
 
 
@@ -276,11 +276,11 @@ def test_training_is_measured(kind: str, tmp_path: Path) -> None:
     if kind == "--curves":
         assert all(len(run["loss"]) == 2 and math.isfinite(sum(run["loss"])) for run in found["runs"].values())
         assert found["apart"]["bf16"] < found["apart"]["float32, seed 1"] and out.with_suffix(".png").is_file()
-        assert "| bf16 |" in table.texts("bf16", found)["bf16"]
+        assert "| bf16 |" in report.texts("bf16", found)["bf16"]
     else:
         row = found["encoders"]["tiny"]
         assert row["waiting"] == pytest.approx(sum(row["waited"]) / sum(row["waited"] + row["worked"]))
-        assert len(row["waited"]) == 2 and "| tiny |" in table.texts("waiting", found)["waiting"]
+        assert len(row["waited"]) == 2 and "| tiny |" in report.texts("waiting", found)["waiting"]
 
 
 def test_the_page_is_what_the_files_make() -> None:

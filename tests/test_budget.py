@@ -13,12 +13,13 @@ from runs import assert_same_state, saved, stop_after
 from typer.testing import CliRunner
 
 import inbatch
-from inbatch import api, budget, calibrate, train
-from inbatch.budget import Keeper, Pace, Timeline, duration, parse_budget
-from inbatch.cli import app
-from inbatch.config import make
+from inbatch import api
+from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
-from inbatch.looks import limited
+from inbatch.training import budget, calibration, loop
+from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
+from inbatch.training.monitors.online_evaluation import limited
+from inbatch.training.recipe import make
 
 
 def test_parse_budget_reads_minutes_hours_and_days() -> None:
@@ -142,7 +143,7 @@ def test_a_run_whose_length_changed_resumes_and_repeats_bit_for_bit(
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets of seconds are allowed, and one encoder is tried."""
     monkeypatch.setattr(budget, "LEAST", 1.0)
-    monkeypatch.setattr(calibrate, "WIDTHS", (8,))
+    monkeypatch.setattr(calibration, "WIDTHS", (8,))
 
 
 def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
@@ -159,7 +160,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(calibrate, "_both", refuse)
+    monkeypatch.setattr(calibration, "_both", refuse)
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )
@@ -171,16 +172,16 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     assert (tmp_path / "run/result.json").read_bytes() == before
 
 
-def _plan(**given: Any) -> calibrate.Choice:
+def _plan(**given: Any) -> calibration.Choice:
     given = {key.replace("__", "."): value for key, value in given.items()} | {"batch": 16}
     options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
-    return calibrate.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
+    return calibration.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
 
 
 def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
     monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:
-    monkeypatch.setattr(calibrate, "_timed", lambda built, step, seconds: 0.01 if step else 0.0143)
+    monkeypatch.setattr(calibration, "_timed", lambda built, step, seconds: 0.01 if step else 0.0143)
     choice = _plan(budget="15s", encoder__width=12, context="auto")
     assert choice.recipe.encoder.options["width"] == 12 and choice.recipe.preset == "fast"
     assert choice.recipe.context == 16 and any(note.startswith("context: 16") for note in choice.notes)
@@ -188,7 +189,7 @@ def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
     assert _plan(budget="15s", encoder__name="fast").recipe.optimizer.name == "adamw"
     for more in ({"epochs": 2}, {"steps": 3}, {"steps": 3, "encoder__name": "fast"}):
         asked = {key.replace("__", "."): value for key, value in ({"budget": "15s"} | more).items()}
-        assert calibrate.needs_plan(asked)
+        assert calibration.needs_plan(asked)
         with pytest.raises(ConfigError, match="both set the length"):
             _plan(**asked)
 
@@ -197,11 +198,11 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pyt
     def refuse(*args: Any) -> None:
         raise AssertionError("a whole step was made")
 
-    monkeypatch.setattr(calibrate, "_timed", refuse)
-    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 4.0)
+    monkeypatch.setattr(calibration, "_timed", refuse)
+    monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 4.0)
     choice = _plan(budget="60s", encoder__name="tiny")  # 60 s allow 12 steps of 4 s, fewer on a busy machine
     assert 5 <= choice.chosen.steps <= 12 and any("steps only" in note for note in choice.notes)
-    monkeypatch.setattr(calibrate, "step_seconds", lambda built, samples: 100.0)
+    monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 100.0)
     with pytest.raises(ConfigError, match=r"too short for tiny, 16 pixels and batch 16: a step takes about 100\.0 s"):
         _plan(budget="15s", encoder__name="tiny")
 
@@ -227,7 +228,7 @@ def test_a_resumed_run_is_judged_by_as_many_images(
     labels = torch.arange(64) % 4
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        patch.setattr(train, "affordable", lambda built, held, seconds: limited(held, 30, 4))
+        patch.setattr(loop, "affordable", lambda built, held, seconds: limited(held, 30, 4))
         with pytest.raises(Preempted):
             inbatch.pretrain((IMAGES, labels), out=tmp_path / "run", budget="15s", batch=16, quiet=True)
     run = inbatch.pretrain((IMAGES, labels), resume=tmp_path / "run", quiet=True)
@@ -238,10 +239,10 @@ def test_a_resumed_run_is_judged_by_as_many_images(
 
 def test_one_hour_is_the_default_on_a_processor_where_nothing_else_says_what_to_do() -> None:
     cpu = torch.device("cpu")
-    default = calibrate.with_default_budget({}, "photos", cpu, configured=False)
-    assert default["budget"] == "1h" and calibrate.needs_plan(default)
+    default = calibration.with_default_budget({}, "photos", cpu, configured=False)
+    assert default["budget"] == "1h" and calibration.needs_plan(default)
     for given in ({"epochs": 3}, {"preset": "cifar"}, {"encoder.name": "tiny"}, {"budget": "2h"}, {"steps": 5}):
-        assert calibrate.with_default_budget(given, "photos", cpu, configured=False) == given
-    assert calibrate.with_default_budget({}, "photos", cpu, configured=True) == {}
-    assert calibrate.with_default_budget({}, "digits-canvas", cpu, configured=False) == {}
-    assert calibrate.with_default_budget({}, "photos", torch.device("cuda"), configured=False) == {}
+        assert calibration.with_default_budget(given, "photos", cpu, configured=False) == given
+    assert calibration.with_default_budget({}, "photos", cpu, configured=True) == {}
+    assert calibration.with_default_budget({}, "digits-canvas", cpu, configured=False) == {}
+    assert calibration.with_default_budget({}, "photos", torch.device("cuda"), configured=False) == {}

@@ -13,14 +13,14 @@ from small import SMALL
 from typer.testing import CliRunner
 
 import inbatch
-from inbatch import capture as module
 from inbatch.api import prepare, replay_run
-from inbatch.build import Built
-from inbatch.capture import FOLDER, capture
-from inbatch.cli import app
+from inbatch.apps.cli import app
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, TrainingError
-from inbatch.step import NotFinite, Step
+from inbatch.training import replay as module
+from inbatch.training.build import Built
+from inbatch.training.replay import FOLDER, capture
+from inbatch.training.step import NotFinite, Step
 
 
 def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch import checkpoint, files
 from inbatch.errors import ConfigError, InbatchError
+from inbatch.runtime import files
+from inbatch.training import checkpoint
 
 
 def state(step):
@@ -117,7 +118,7 @@ def save_forever(folder, first):
 
 def test_killed_while_saving(two):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["inbatch.checkpoint"])
+    context.set_forkserver_preload(["inbatch.training.checkpoint"])
     rng, step, stuck = random.Random(0), 2, 0
     for _ in range(8):
         process = context.Process(target=save_forever, args=(two, step + 1))

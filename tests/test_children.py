@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import inbatch
-from inbatch.children import PARENT
 from inbatch.data import open_data, write_folder
+from inbatch.runtime.child_processes import PARENT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
 

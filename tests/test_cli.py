@@ -19,12 +19,14 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import inbatch
-from inbatch import api, checkpoint
-from inbatch.cli import app
-from inbatch.config import Recipe, make
+from inbatch import api
+from inbatch.apps.cli import app
+from inbatch.apps.cli.output import explain
 from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
-from inbatch.show import explain, printable
+from inbatch.runtime.text import printable
+from inbatch.training import checkpoint
+from inbatch.training.recipe import Recipe, make
 
 COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "export", "inspect", "views", "crops", "methods", "plugins")
 COMMANDS += ("bench", "doctor", "data", "table")
@@ -113,18 +115,21 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
     def cut(*args: Any, **options: Any) -> None:
         raise Preempted("parsed")
 
-    import inbatch.bench.measure
-    import inbatch.doctor
-    import inbatch.inspect.crops
-    import inbatch.papers.ask
-    import inbatch.quickstart
-    import inbatch.survey.look
+    import inbatch.apps.bench.benchmark
+    import inbatch.apps.doctor
+    import inbatch.apps.papers.command
+    import inbatch.apps.quickstart
+    import inbatch.apps.reports.batch_context
+    import inbatch.apps.reports.crop_statistics
+    import inbatch.apps.reports.dataset
+    import inbatch.apps.reports.view_grid
 
     for module, name in (
-        (api, "pretrain"), (api, "rehearse"), (api, "evaluate_run"), (api, "embed_run"), (api, "draw_views"),
-        (api, "export_run"), (api, "inspect_run"), (inbatch.inspect.crops, "tally"), (inbatch.quickstart, "quickstart"),
-        (inbatch.bench.measure, "bench"), (inbatch.doctor, "examine"), (inbatch.survey.look, "survey_data"),
-        (inbatch.papers.ask, "ask"),
+        (api, "pretrain"), (api, "rehearse"), (api, "evaluate_run"), (api, "embed_run"), (api, "export_run"),
+        (inbatch.apps.reports.view_grid, "draw_views"), (inbatch.apps.reports.batch_context, "inspect_run"),
+        (inbatch.apps.reports.crop_statistics, "tally"), (inbatch.apps.quickstart, "quickstart"),
+        (inbatch.apps.bench.benchmark, "bench"), (inbatch.apps.doctor, "examine"),
+        (inbatch.apps.reports.dataset, "survey_data"), (inbatch.apps.papers.command, "ask"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, cut)
     examples = [part.strip() for part in run(f"{command} --help").stdout.partition("Examples:")[2].splitlines()]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import inbatch
-from inbatch.heads import Head, mlp
-from inbatch.inspect.collapse import signs, spread
-from inbatch.tower import Tower
+from inbatch.models.tower import Tower
+from inbatch.nn.heads import Head, mlp
+from inbatch.training.monitors.collapse import signs, spread
 
 BROKEN = {
     "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}),

@@ -19,16 +19,16 @@ from typer.testing import CliRunner, Result
 
 from inbatch import api
 from inbatch.api import load_run
-from inbatch.cli import app
+from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
-from inbatch.inspect import references
-from inbatch.inspect.against import Comparison
-from inbatch.inspect.compare import FLOORS, Reference, read_reference
-from inbatch.inspect.curves import plot_curves
-from inbatch.inspect.results import MEASURES
-from inbatch.log import Log
-from inbatch.looks import looked_at
-from inbatch.report import Progress
+from inbatch.training.metric_logger import Log
+from inbatch.training.monitors import shipped_references
+from inbatch.training.monitors.comparison import Comparison
+from inbatch.training.monitors.curve_plot import plot_curves
+from inbatch.training.monitors.online_evaluation import looked_at
+from inbatch.training.monitors.reference import FLOORS, Reference, read_reference
+from inbatch.training.monitors.reference_files import MEASURES
+from inbatch.training.train_state import Progress
 
 EVERY = {"evaluate_every": 1}
 
@@ -37,10 +37,10 @@ EVERY = {"evaluate_every": 1}
 def unjudged() -> Iterator[None]:
     """No run here is about its last figures and its last picture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inbatch.train.evaluation", lambda *_: {})
+        patch.setattr("inbatch.training.loop.evaluation", lambda *_: {})
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
-        patch.setattr("inbatch.train.worth", lambda *_: nothing)
-        patch.setattr("inbatch.train.plot_curves", lambda *_: None)
+        patch.setattr("inbatch.training.loop.worth", lambda *_: nothing)
+        patch.setattr("inbatch.training.loop.plot_curves", lambda *_: None)
         yield
 
 
@@ -171,7 +171,9 @@ def test_a_run_is_inside_its_own_band_and_comparing_changes_nothing(
         real(self, step, epoch, values, images)
 
     monkeypatch.setattr(Log, "step", log)
-    monkeypatch.setattr("inbatch.looks.plot_curves", lambda log, png, compared: drawn.append(png.name))
+    monkeypatch.setattr(
+        "inbatch.training.monitors.online_evaluation.plot_curves", lambda log, png, compared: drawn.append(png.name)
+    )
     own = shutil.copytree(finished, tmp_path / "run")
     again = tiny("simclr", own, compare=own, overwrite=True, **EVERY)
     assert_same_state(saved(own), saved(finished))
@@ -211,7 +213,7 @@ def test_a_resumed_run_has_the_same_curve_and_verdict(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut in an epoch: its loss is the mean of the steps before and after; looks before the cut count, too."""
-    monkeypatch.setattr("inbatch.looks.plot_curves", lambda *_: None)
+    monkeypatch.setattr("inbatch.training.monitors.online_evaluation.plot_curves", lambda *_: None)
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 8)
@@ -306,18 +308,18 @@ def test_a_folder_of_seeds_is_one_recipe(finished: Path, tmp_path: Path) -> None
 def test_auto_finds_the_runs_of_the_same_recipe(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "folder", lambda: tmp_path)
+    monkeypatch.setattr(shipped_references, "folder", lambda: tmp_path)
     recipe = json.loads((finished / "recipe.json").read_text())
     with pytest.raises(ConfigError, match="no runs to compare with come with this installation"):
-        references.find(recipe)
+        shipped_references.find(recipe)
     free = {"seed": 5, "data": "/elsewhere/digits-canvas", "k": 3, "precision": "float32", "evaluate_every": 2}
     changed(finished, tmp_path / "same-5.json", lambda r: (r.update(schema=1), r["recipe"].update(free)))
     changed(finished, tmp_path / "same-0.json", lambda r: r.update(schema=1))
     changed(finished, tmp_path / "later.json", lambda r: r.update(schema=2))
     other = {"data": "/elsewhere/other", "epochs": 9}
     changed(finished, tmp_path / "other.json", lambda r: (r.update(schema=1), r["recipe"].update(other)))
-    found = references.find(recipe)
+    found = shipped_references.find(recipe)
     assert len(found.curves) == 2 and "same-0, same-5" in found.name
     assert api._reference("auto", load_run(finished).recipe) == found
     with pytest.raises(ConfigError, match=r"The closest, same-0, differs in epochs \(2 there, 3 here\)"):
-        references.find(recipe | {"epochs": 3})
+        shipped_references.find(recipe | {"epochs": 3})

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from inbatch.config import make, parse_assignment, read_file
 from inbatch.errors import ConfigError
+from inbatch.training.recipe import make, parse_assignment, read_file
 
 
 def parsed(command: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.api import prepare
-from inbatch.encoders import convolution
-from inbatch.encoders.convolution import by_product
+from inbatch.models import cpu_convolution
+from inbatch.models.cpu_convolution import by_product
 
 CASES = [  # channels in and out, side of the image, kernel, stride, padding
     (8, 16, 4, 3, 1, 1),
@@ -88,16 +88,18 @@ def test_a_layer_of_ones_own_is_not_touched() -> None:
     network = nn.Sequential(Own(3, 3, 1), nn.Conv2d(3, 3, 1))
     names = list(network.state_dict())
     by_product(network)
-    assert type(network[0]) is Own and type(network[1]) is convolution.Conv2d and list(network.state_dict()) == names
+    assert (
+        type(network[0]) is Own and type(network[1]) is cpu_convolution.Conv2d and list(network.state_dict()) == names
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 @pytest.mark.parametrize("slow", [True, False])
 def test_where_a_run_takes_it(precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.build.slow_weight_gradients", lambda: slow)
+    monkeypatch.setattr("inbatch.runtime.device.slow_weight_gradients", lambda: slow)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     built = prepare(images, encoder="resnet10", batch=8, settings={"precision": precision}, device="cpu")
     kinds = {type(m) for m in built.encoder.modules() if isinstance(m, nn.Conv2d)}
-    assert (convolution.Conv2d in kinds) == (precision == "bf16" and slow)
+    assert (cpu_convolution.Conv2d in kinds) == (precision == "bf16" and slow)
     losses = built.step(next(iter(built.loader.epoch(0))), 0)
     assert torch.isfinite(losses["loss"])

@@ -11,11 +11,11 @@ from PIL import Image
 from scipy import ndimage
 from test_evaluate import Pictures, clouds, encoder, pictures
 
-from inbatch.draws import fold
+from inbatch.apps.cli.output import conditions, figures
 from inbatch.errors import ConfigError
-from inbatch.evaluate import CORRUPTIONS, Chance, corruptions, embed, evaluate, knn, linear
-from inbatch.evaluate.corruptions import blur, digital, lines, noise, weather
-from inbatch.show import conditions, figures
+from inbatch.evaluation import CORRUPTIONS, Chance, corruptions, embed, evaluate, knn, linear_probe
+from inbatch.evaluation.corruptions import blur, digital, linear_maps, noise, weather
+from inbatch.rng import fold
 
 EVERY = pytest.mark.parametrize("name", CORRUPTIONS)
 SIZES = {"small": (24, 32), "large": (2, 224)}
@@ -140,7 +140,7 @@ def test_lines_are_scipy_s_and_pillow_s(side):
     x, device = np.random.default_rng(0).random((side, 3)), torch.device("cpu")
     for edge, mode in (("edge", "nearest"), ("symmetric", "reflect"), ("mirror", "mirror")):
         for sigma in (0.4, 1.5, 6.0):
-            mine = lines.smoothing(side, sigma, edge, 3.0, device).double().numpy() @ x
+            mine = linear_maps.smoothing(side, sigma, edge, 3.0, device).double().numpy() @ x
             assert np.allclose(mine, ndimage.gaussian_filter1d(x, sigma, axis=0, mode=mode, truncate=3), atol=1e-5)
     for factor in (1.0, 1.07, 1.26, 2.25, 4.5):
         kept = int(np.ceil(side / factor))
@@ -148,11 +148,11 @@ def test_lines_are_scipy_s_and_pillow_s(side):
         zoomed = ndimage.zoom(x[top : top + kept], (factor, 1), order=1)
         trim = (len(zoomed) - side) // 2
         if kept > 1:
-            mine = lines.zooming(side, factor, device).double().numpy() @ x
+            mine = linear_maps.zooming(side, factor, device).double().numpy() @ x
             assert np.allclose(mine, zoomed[trim : trim + side], atol=1e-5)
     picture = Image.fromarray((x * 255).astype(np.float32), "F")
     for size in {1, max(1, int(side * 0.65)), side, 2 * side + 1}:
-        mine = lines.boxes(side, size, device).double().numpy() @ (x * 255)
+        mine = linear_maps.boxes(side, size, device).double().numpy() @ (x * 255)
         assert np.allclose(mine, np.asarray(picture.resize((3, size), Image.Resampling.BOX)), atol=1e-3)
 
 
@@ -261,12 +261,15 @@ def test_figures_are_those_of_the_protocols_on_corrupted_images():
     net, train, test = encoder(), bars(40), bars(16, seed=1)
     clean = embed(net, train), embed(net, test)
     found = corruptions(net, *clean, test, k=9, seed=3, batch=7)
-    assert found["clean"] == {"knn": knn(*clean, k=9)["top1"], "linear": linear(*clean)["top1"]}
+    assert found["clean"] == {"knn": knn(*clean, k=9)["top1"], "linear": linear_probe(*clean)["top1"]}
     images, names = torch.stack(test.images), list(CORRUPTIONS)
     for name, severity in (("fog", 4), ("pixelate", 5), ("gaussian_noise", 1)):
         made = CORRUPTIONS[name](images, severity, Chance(fold(3, names.index(name)), torch.arange(16)))
         shown = embed(net, Pictures(list(made), test.labels))
-        for protocol, top1 in (("knn", knn(clean[0], shown, k=9)["top1"]), ("linear", linear(clean[0], shown)["top1"])):
+        for protocol, top1 in (
+            ("knn", knn(clean[0], shown, k=9)["top1"]),
+            ("linear", linear_probe(clean[0], shown)["top1"]),
+        ):
             assert found["each"][name][protocol]["severities"][severity - 1] == pytest.approx(top1)
     for protocol in ("knn", "linear"):
         each = [found["each"][name][protocol] for name in names]

@@ -14,19 +14,18 @@ from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner, Result
 
-from inbatch import draws
+from inbatch import rng
+from inbatch.apps.cli import app
+from inbatch.apps.reports.crop_statistics import PAPER_AREA, PAPER_SHARES, parse_size, tally
 from inbatch.batch import Batch
-from inbatch.cli import app
-from inbatch.context import crops
-from inbatch.context.crops import ADJACENT, CROPS, GLOBAL_LOCAL, INTERSECTION, arrange, configuration
 from inbatch.data import Loader, open_data
+from inbatch.data.views import PRESETS, View, Views, crop_pairs
+from inbatch.data.views.crop_pairs import ADJACENT, CROPS, GLOBAL_LOCAL, INTERSECTION, arrange, configuration
+from inbatch.data.views.pipeline import PAIR
 from inbatch.errors import ConfigError
-from inbatch.inspect.crops import PAPER_AREA, PAPER_SHARES, parse_size, tally
-from inbatch.views import PRESETS, View, Views
-from inbatch.views.pipeline import PAIR
 
 PLAIN = View(32), View(32)
-EVERY = pytest.mark.parametrize("code", [GLOBAL_LOCAL, ADJACENT, INTERSECTION], ids=crops.CONFIGURATIONS)
+EVERY = pytest.mark.parametrize("code", [GLOBAL_LOCAL, ADJACENT, INTERSECTION], ids=crop_pairs.CONFIGURATIONS)
 DEFAULT = ((0.08, 1.0),) * 2, ((3 / 4, 4 / 3),) * 2
 
 
@@ -90,13 +89,13 @@ def test_counts_and_chances_equal_enumeration(a, b):
     nested = (a[0] - b[0]) * (a[1] - b[1]) > 0
     axes = [positions(extent[i], a[i], b[i], nested) for i in (0, 1)]
     tensors = [torch.tensor([x]) for x in (extent, a, b)]
-    counted = torch.stack(crops.relations(*tensors))[:, 0]
+    counted = torch.stack(crop_pairs.relations(*tensors))[:, 0]
     for i in (0, 1):
         assert counted[:, i].tolist() == [sum(kind == k for *_, kind in axes[i]) for k in range(3)]
     boxes = torch.tensor([[(y[k], x[k], *box) for y in axes[0] for x in axes[1]] for k, box in ((0, a), (1, b))])
     shares = configuration(boxes).bincount(minlength=3).double() / boxes.shape[1]
     for code in range(3):
-        found = crops.chances(torch.tensor([code]), tensors[0], tensors[1][:, None], tensors[2][:, None])
+        found = crop_pairs.chances(torch.tensor([code]), tensors[0], tensors[1][:, None], tensors[2][:, None])
         assert found.item() == pytest.approx(shares[code].item(), abs=1e-6)
         assert (found > 0).item() == (shares[code] > 0).item()
 
@@ -112,7 +111,7 @@ def test_every_position_of_a_kind_is_drawn_equally_often(a, b):
             n = len(expected)
             u = (torch.arange(n).double() + 0.5).div(n)[:, None].expand(n, 2)
             shape = [torch.tensor([x]).expand(n, 2) for x in (extent, a, b)]
-            first, second = crops._place(u, *shape, torch.full((n, 2), kind))
+            first, second = crop_pairs._place(u, *shape, torch.full((n, 2), kind))
             assert sorted(zip(first[:, axis].tolist(), second[:, axis].tolist(), strict=True)) == expected
 
 
@@ -124,7 +123,7 @@ def test_every_position_of_a_kind_is_drawn_equally_often(a, b):
     "height, width", [(32, 32), (8, 8), (224, 224), (375, 500), (500, 333), (20, 200), (200, 20), (4000, 3000)]
 )
 def test_every_pair_has_its_configuration_and_lies_in_the_image(code, height, width):
-    boxes = pair(crops.CONFIGURATIONS[code], 400, height, width)
+    boxes = pair(crop_pairs.CONFIGURATIONS[code], 400, height, width)
     assert (configuration(boxes) == code).all()
     top, left, h, w = boxes.unbind(-1)
     assert min(top.min(), left.min()) >= 0 and min(h.min(), w.min()) >= 1
@@ -137,7 +136,7 @@ def test_every_pair_has_its_configuration_and_lies_in_the_image(code, height, wi
 def test_views_that_differ_keep_their_own_areas_and_shapes():
     views = View(32, scale=(0.3, 0.9)), View(32, scale=(0.05, 0.2), ratio=(1.0, 1.0))
     for code in range(3):
-        boxes = pair(crops.CONFIGURATIONS[code], 500, 200, 260, views=views)
+        boxes = pair(crop_pairs.CONFIGURATIONS[code], 500, 200, 260, views=views)
         assert (configuration(boxes) == code).all()
         share = area(boxes) / (200 * 260)
         assert share[0].min() > 0.29 and share[0].max() < 0.91 and share[1].min() > 0.048 and share[1].max() < 0.21
@@ -181,7 +180,7 @@ def test_pairs_are_distributed_as_if_drawn_until_one_fits(rejected, code):
     Total variation of noise alone is about 0.014 here (adjacent); 13 candidates instead of 34 give 0.07.
     """
     theirs = rejected[:, configuration(rejected) == code][:, :20_000]
-    ours = pair(crops.CONFIGURATIONS[code], 20_000, 32, 32)
+    ours = pair(crop_pairs.CONFIGURATIONS[code], 20_000, 32, 32)
     assert (histogram(ours) - histogram(theirs)).abs().sum() / 2 < 0.03
     for measure in (
         area,
@@ -197,7 +196,7 @@ def test_pairs_are_distributed_as_if_drawn_until_one_fits(rejected, code):
 
 @EVERY
 def test_neither_view_is_preferred(code):
-    first, second = area(pair(crops.CONFIGURATIONS[code], 8000, 224, 224))
+    first, second = area(pair(crop_pairs.CONFIGURATIONS[code], 8000, 224, 224))
     assert stats.binomtest(int((first > second).sum()), int((first != second).sum()), 0.5).pvalue > 1e-3
 
 
@@ -214,9 +213,9 @@ def test_an_image_too_small_is_cut_as_by_default():
 
 
 def test_same_numbers_same_boxes_in_any_batch():
-    pairs = crops.CropPairs((0, 1, 2), *DEFAULT)
+    pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
     size = torch.tensor([[32, 32], [375, 500], [20, 200], [2, 2]]).repeat(16, 1)
-    u = draws.uniform(3, 1, torch.arange(64), PAIR, pairs.draws)
+    u = rng.uniform(3, 1, torch.arange(64), PAIR, pairs.draws)
     whole, state = pairs(u, size), torch.get_rng_state()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pairs(u[order], size[order]), whole[:, order])
@@ -233,23 +232,23 @@ def test_seed_epoch_and_attempt_draw_anew():
 
 
 def test_nothing_asks_for_values_on_an_accelerator():
-    pairs = crops.CropPairs((0, 1, 2), *DEFAULT)
+    pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
     u, size = torch.empty(8, pairs.draws, device="meta"), torch.empty(8, 2, dtype=torch.long, device="meta")
     assert pairs(u, size).shape == (2, 8, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_boxes_on_a_gpu():
-    pairs = crops.CropPairs((0, 1, 2), *DEFAULT)
+    pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
     size = torch.tensor([[32, 32], [375, 500]]).repeat(2000, 1)
-    u = draws.uniform(0, 0, torch.arange(4000), PAIR, pairs.draws)
+    u = rng.uniform(0, 0, torch.arange(4000), PAIR, pairs.draws)
     there = pairs(u.cuda(), size.cuda()).cpu()
     assert (there == pairs(u, size)).all(-1).double().mean() > 0.999  # exp may differ in its last bit
 
 
 def test_256_pairs_take_milliseconds():
-    pairs = crops.CropPairs((0, 1, 2), *DEFAULT)
-    u, size = draws.uniform(0, 0, torch.arange(256), PAIR, pairs.draws), torch.full((256, 2), 224)
+    pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
+    u, size = rng.uniform(0, 0, torch.arange(256), PAIR, pairs.draws), torch.full((256, 2), 224)
     taken = []
     for _ in range(10):
         begin = time.perf_counter()
@@ -330,7 +329,7 @@ def test_errors_say_what_to_do():
         with pytest.raises(ConfigError, match=said):
             arrange(name, views)
     with pytest.raises(ConfigError, match="two views"):
-        Views((View(32),) * 3, [0.5] * 3, [0.5] * 3, crops.CropPairs((0,), *DEFAULT))
+        Views((View(32),) * 3, [0.5] * 3, [0.5] * 3, crop_pairs.CropPairs((0,), *DEFAULT))
 
 
 # The command
@@ -350,7 +349,7 @@ def test_coverage_equals_a_literal_count():
 
 def test_chunks_change_nothing(monkeypatch):
     whole = tally("equal", (20, 30), 300)
-    monkeypatch.setattr("inbatch.inspect.crops._CHUNK", 7)
+    monkeypatch.setattr("inbatch.apps.reports.crop_statistics._CHUNK", 7)
     parts = tally("equal", (20, 30), 300)
     assert (whole.shares, whole.area) == (parts.shares, parts.area) and torch.equal(whole.coverage, parts.coverage)
 
@@ -386,7 +385,7 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
         drawn.append(given[:3])
         raise ConfigError("parsed")
 
-    monkeypatch.setattr("inbatch.inspect.crops.tally", cut)
+    monkeypatch.setattr("inbatch.apps.reports.crop_statistics.tally", cut)
     assert all(run(line.removeprefix("inbatch ")).exit_code == 2 for line in examples)
     assert drawn == [
         ("default", (32, 32), 1_000_000),

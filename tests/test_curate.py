@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inbatch import api
 from inbatch.batch import Batch
-from inbatch.context.curate import Curator, pair_distances, violating
+from inbatch.context.curation import Curator, pair_distances, violating
 from inbatch.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def distances(z: Tensor, distance: str) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize("views", [2, 3])
 def test_distances_pair_by_pair(distance: str, views: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.context.curate._HELD", 3 * 8 * views)
+    monkeypatch.setattr("inbatch.context.curation._HELD", 3 * 8 * views)
     z = torch.randn(views, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     own, near = distances(z, distance)
     for first in (0, 5):  # a rank's part

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch.data import jpeg, open_data, splits, write_folder
-from inbatch.data.decode import Picture, decoders
-from inbatch.data.folder import scan
+from inbatch.data import open_data, splits, write_folder
+from inbatch.data.decoding import jpeg
+from inbatch.data.decoding.image_file import Picture, decoders
+from inbatch.data.sources.folder import scan
 from inbatch.errors import ConfigError, DataError
 
 RAMP = np.indices((20, 30)).sum(0).astype(np.uint8) * 5  # brighter towards the bottom right
@@ -240,13 +241,13 @@ class TestDecode:
             opened(good[: len(good) // 2]).tensor()
         with pytest.raises(DataError, match="'the file' cannot be read: 32-bit"):
             opened(encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF")).tensor()
-        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 599)
+        monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 599)
         with pytest.raises(DataError, match=r"'the file' cannot be read: 30x20 pixels are over the limit"):
             opened(good)
 
     def test_a_jpeg_over_the_limit_is_not_decoded(self, monkeypatch):
-        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 599)
-        monkeypatch.setattr("inbatch.data.jpeg.decode", None)
+        monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 599)
+        monkeypatch.setattr("inbatch.data.decoding.jpeg.decode", None)
         with pytest.raises(DataError, match="30x20 pixels are over the limit"):
             opened(encoded(Image.fromarray(RAMP), "JPEG"))
 
@@ -276,7 +277,7 @@ class TestFastJpeg:
     def both(self, data, monkeypatch, what, channels=3):
         fast = what(opened(data, channels))
         with monkeypatch.context() as without:
-            without.setattr("inbatch.data.decode.fast_jpeg", lambda: False)
+            without.setattr("inbatch.data.decoding.image_file.fast_jpeg", lambda: False)
             slow = what(opened(data, channels))
         return fast, slow
 
@@ -291,7 +292,7 @@ class TestFastJpeg:
             given.append(pixels is not None)
             return pixels
 
-        monkeypatch.setattr("inbatch.data.jpeg.decode", count)
+        monkeypatch.setattr("inbatch.data.decoding.jpeg.decode", count)
         return given
 
     @pytest.mark.parametrize("channels", [1, 3])
@@ -356,7 +357,7 @@ class TestFastJpeg:
         PHOTO.save(tmp_path / "1.jpg")
         PHOTO.save(tmp_path / "2.png")
         expected = [open_data(tmp_path).image(i) for i in (0, 1)]
-        monkeypatch.setattr("inbatch.data.decode._HEAD", 1000)
+        monkeypatch.setattr("inbatch.data.decoding.image_file._HEAD", 1000)
         source = open_data(tmp_path)
         assert all(torch.equal(source.image(i), expected[i]) for i in (0, 1)) and decoded == [True, True]
         with source.open(0) as picture:
@@ -373,7 +374,7 @@ class TestFastJpeg:
         boxes, wanted = torch.tensor([[3, 5, 150, 201], [40, 50, 30, 41], [0, 0, 203, 301]]), [(64, how)] * 3
         crops = []
         for vectors in (True, False):
-            monkeypatch.setattr("inbatch.data.decode._vectors", lambda vectors=vectors: vectors)
+            monkeypatch.setattr("inbatch.data.decoding.image_file._vectors", lambda vectors=vectors: vectors)
             crops.append(torch.stack(opened(data, channels).crops(boxes, wanted)).int())
         assert (crops[0] - crops[1]).abs().max() <= 1
 
@@ -413,7 +414,7 @@ class TestParquet:
 
     def test_only_a_few_row_groups_are_held(self, tmp_path, monkeypatch):
         write_parquet(tmp_path / "train.parquet", self.images, group=1)
-        monkeypatch.setattr("inbatch.data.parquet.CACHE_BYTES", 3 * len(self.images[0]))
+        monkeypatch.setattr("inbatch.data.sources.parquet.CACHE_BYTES", 3 * len(self.images[0]))
         source = open_data(tmp_path)
         for i in range(10):
             source.image(i)
@@ -436,7 +437,7 @@ class TestParquet:
 
     def test_threads_read_the_same_rows(self, tmp_path, monkeypatch):
         write_parquet(tmp_path / "train.parquet", self.images, group=2)
-        monkeypatch.setattr("inbatch.data.parquet.CACHE_BYTES", 1)
+        monkeypatch.setattr("inbatch.data.sources.parquet.CACHE_BYTES", 1)
         source = open_data(tmp_path)
         order = [i % 10 for i in range(0, 1200, 7)]
         with ThreadPoolExecutor(4) as pool:

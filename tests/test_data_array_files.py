@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from inbatch.data import array_files, open_data, splits
+from inbatch.data import open_data, splits
 from inbatch.data.loader import Loader
+from inbatch.data.sources import numpy_files
+from inbatch.data.views import PRESETS, Views
 from inbatch.errors import DataError
-from inbatch.views import PRESETS, Views
 
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 8, 9, 3), dtype=np.uint8)
 GIVEN = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
@@ -156,8 +157,8 @@ class TestHostile:
     def test_a_bomb_is_refused_before_it_is_unpacked(self, tmp_path, monkeypatch):
         np.savez_compressed(tmp_path / "x.npz", images=np.zeros((1000, 64, 64, 3), np.uint8))
         assert (tmp_path / "x.npz").stat().st_size < 20_000
-        monkeypatch.setattr(array_files, "free_bytes", lambda device: 10_000_000)
-        monkeypatch.setattr(array_files, "_load", None)
+        monkeypatch.setattr(numpy_files, "free_bytes", lambda device: 10_000_000)
+        monkeypatch.setattr(numpy_files, "_load", None)
         with pytest.raises(DataError, match=r"would unpack to 0.0 GB, 0.0 GB are free: save the images as .npy"):
             open_data(tmp_path / "x.npz")
 

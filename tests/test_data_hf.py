@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from inbatch.data import OPENERS, Loader, open_data, splits
+from inbatch.data.views import View, Views
 from inbatch.errors import DataError
-from inbatch.views import View, Views
 
 datasets = pytest.importorskip("datasets")
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+import inbatch
 from inbatch import api
 from inbatch.batch import Batch
 from inbatch.data import open_data
 from inbatch.data.cache import place
-from inbatch.data.decode import Picture
-from inbatch.encoders import create_encoder, load_encoder, save_encoder
+from inbatch.data.decoding.image_file import Picture
+from inbatch.data.pixels import to_bytes
+from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError
-from inbatch.pixels import to_bytes
-from inbatch.views import View, Views
+from inbatch.models import create_encoder, load_encoder, save_encoder
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -92,7 +93,7 @@ class TestToBytes:
     def test_in_parts(self, monkeypatch):
         values = noise(9, 5)
         whole = to_bytes(values, LEVELS)
-        monkeypatch.setattr("inbatch.pixels._CHUNK", 12)
+        monkeypatch.setattr("inbatch.data.pixels._CHUNK", 12)
         assert (to_bytes(values, LEVELS) == whole).all()
 
     def test_little_more_memory_than_the_result(self):
@@ -168,7 +169,7 @@ class TestFiles:
     @pytest.mark.parametrize("vectors", [True, False])
     def test_every_channel_is_cut_and_resized_as_a_grey_image_is(self, how, vectors, monkeypatch):
         """Pillow takes four channels for three and transparency, which it would weigh by."""
-        monkeypatch.setattr("inbatch.data.decode._vectors", lambda: vectors)
+        monkeypatch.setattr("inbatch.data.decoding.image_file._vectors", lambda: vectors)
         values = noise(40, 50, 4, dtype=np.uint8, high=256)
         boxes, wanted = torch.tensor([[3, 4, 30, 33], [0, 0, 40, 50]]), [(16, how), (24, how)]
         together = opened(bands(values), 4).crops(boxes, wanted)
@@ -213,12 +214,12 @@ class TestFiles:
 class TestHostile:
     def test_over_the_limit_by_its_header(self, monkeypatch):
         data = bands(noise(30, 20, 5))  # 3,000 values, 6,000 bytes
-        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 1999)
+        monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 1999)
         with pytest.raises(DataError, match="20x30 pixels of 0 MB are over the limit"):
             opened(data, 5)
-        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 2000)
+        monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 2000)
         opened(data, 5)
-        monkeypatch.setattr("inbatch.data.decode.MAX_PIXELS", 599)
+        monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 599)
         with pytest.raises(DataError, match="over the limit"):
             opened(bands(noise(30, 20, 2, dtype=np.uint8)), 2)
 
@@ -324,7 +325,7 @@ class TestRemembered:
         assert not np.allclose(encoder.embed(plain), vectors, atol=1e-2)  # levels matter, and were applied
         found = api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
         assert found["run"] == str(tmp_path / "run")
-        part = api.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)
+        part = inbatch.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)
         assert part.name.startswith("simclr") and Image.open(tmp_path / "v.png").size[0] > 100
 
     def test_saved_with_the_encoder(self, tmp_path):
@@ -365,7 +366,7 @@ class TestViews:
             assert one.shape == (6, k, 16, 16) and (one - other).abs().max() < 0.03
 
     def test_colour_is_left_out_of_a_presets_views(self):
-        from inbatch.views import make_views
+        from inbatch.data.views import make_views
 
         for view in make_views("simclr", {"size": 32}, 13):
             assert not view.needs_colour and view.brightness and view.contrast and view.jitter

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch.build import held_out, plan
 from inbatch.data import open_data, splits
 from inbatch.errors import DataError
+from inbatch.training.holdout import held_out
+from inbatch.training.plan import plan
 
 
 def photos(root, *names):

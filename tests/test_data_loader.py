@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch import draws
+from inbatch import rng
 from inbatch.data import Loader, decode_all, open_data
 from inbatch.errors import DataError
 
@@ -24,7 +24,7 @@ class Corners:
 
     def boxes(self, index, size, seed, epoch, attempt=0):
         def one(view):
-            u = draws.uniform(seed, epoch, index, view, 2, attempt)
+            u = rng.uniform(seed, epoch, index, view, 2, attempt)
             return torch.cat([(u * (size - 6)).long(), torch.full((len(index), 2), 6)], 1)
 
         return torch.stack([one(v) for v in range(len(self.views))])
@@ -66,7 +66,7 @@ def test_an_epoch_is_the_permutation_without_its_tail(resident):
     for epoch in (0, 1):
         batches = list(loader.epoch(epoch))
         index = torch.cat([b.index for b in batches])
-        assert index.tolist() == draws.permutation(3, epoch, 40)[:36].tolist()
+        assert index.tolist() == rng.permutation(3, epoch, 40)[:36].tolist()
         assert len(set(index.tolist())) == 36
         assert all(torch.equal(b.label, b.index % 5) and b.seed == 3 and b.epoch == epoch for b in batches)
     assert not torch.equal(index, torch.cat([b.index for b in loader.epoch(0)]))

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from inbatch.data import Loader, open_data, splits
+from inbatch.data.views import View, Views
 from inbatch.errors import DataError
-from inbatch.views import View, Views
 
 
 def encoded(value: int, kind="PNG") -> bytes:

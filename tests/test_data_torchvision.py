@@ -17,7 +17,7 @@ from test_data_cifar import LABELS, PIXELS, Call, ten
 from torchvision.datasets import utils
 
 from inbatch.data import open_data, splits
-from inbatch.data.known import SETS
+from inbatch.data.sources.torchvision_sets import SETS
 from inbatch.errors import DataError
 
 rng = np.random.default_rng(0)

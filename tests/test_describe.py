@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inbatch import describe
 from inbatch.api import prepare
-from inbatch.build import Built
+from inbatch.training import summary
+from inbatch.training.build import Built
 
 
 def built(method: str = "simclr", **settings: Any) -> Built:
@@ -26,7 +26,7 @@ def total(tensors: Any) -> int:
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
     run = built(method, optimizer__name=optimizer, optimizer__lr=0.01)
-    told = describe.estimate(run)["memory_bytes_estimate"]
+    told = summary.estimate(run)["memory_bytes_estimate"]
     run.step(next(iter(run.loader.epoch(0))), 0)
     states = (x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
     assert told["optimiser"] == pytest.approx(total(states), rel=1e-3)
@@ -41,16 +41,16 @@ def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytes
     """They are measured on a few samples, and follow the context, not the batch."""
 
     def activations() -> int:
-        return describe.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
+        return summary.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
 
     told = activations()
-    monkeypatch.setattr(describe, "_SAMPLES", context)  # no straight line: the group itself
+    monkeypatch.setattr(summary, "_SAMPLES", context)  # no straight line: the group itself
     assert told == pytest.approx(activations(), rel=1e-3)
 
 
 def test_shapes_and_parameters() -> None:
     run = built("supervised")
-    told = describe.estimate(run)
+    told = summary.estimate(run)
     assert told["parameters"] == {"encoder": 74_400, "classifier": 96 * 10 + 10}
     images = run.step.views(next(iter(run.loader.epoch(0))))
     assert told["views"] == [list(image.shape) for image in images]
@@ -60,5 +60,5 @@ def test_shapes_and_parameters() -> None:
 
 
 def test_the_recipe_in_words() -> None:
-    words = describe.describe(built(context=16, schedule__scaling="linear", optimizer__lr=0.3))
+    words = summary.describe(built(context=16, schedule__scaling="linear", optimizer__lr=0.3))
     assert "64 = 4 context groups of 16" in words and "lr 0.075 = 0.3 x 64/256" in words

@@ -12,13 +12,13 @@ import test_methods
 import torch
 from test_seam import assert_same
 
-from inbatch.config import make, parse_assignment
-from inbatch.encoders.attend import ATTENDS
+from inbatch.apps.cli.output import explain_plugins
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.parts import plugins
-from inbatch.show import explain_plugins
+from inbatch.models.attention_slots import ATTENDS
+from inbatch.training.recipe import make, parse_assignment
+from inbatch.training.registry import plugins
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = pytest.mark.parametrize("name", METHODS)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inbatch import doctor, forecast, process
-from inbatch.cli import app
+from inbatch.apps import doctor, forecast
+from inbatch.apps.cli import app
+from inbatch.runtime import tuning
 
 CPU = torch.device("cpu")
 Change = Callable[..., None]
@@ -29,7 +30,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
 
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(process, "keeps_memory", True)
+    monkeypatch.setattr(tuning, "keeps_memory", True)
     monkeypatch.setattr(doctor.fused, "available", lambda: True)
     change(cores=lambda: 4, affine=lambda: 4, others_busy=lambda: 0.1, fast_jpeg=lambda: True)
     change(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**34)))
@@ -57,7 +58,7 @@ def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) 
     quiet(others_busy=lambda: 1.2)
     said = doctor.advice(CPU, 32, 0)
     assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
-    monkeypatch.setattr(process, "tuned", True)  # a run of the program takes fewer by itself
+    monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer by itself
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert doctor.advice(CPU, 32, 0) == ""
     load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
@@ -79,10 +80,10 @@ def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: p
 
 
 def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "keeps_memory", False)
-    monkeypatch.setattr(process, "tuned", False)
+    monkeypatch.setattr(tuning, "keeps_memory", False)
+    monkeypatch.setattr(tuning, "tuned", False)
     assert "inbatch.tune()" in doctor.advice(CPU, 32, 0)
-    monkeypatch.setattr(process, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
+    monkeypatch.setattr(tuning, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
     assert doctor.advice(CPU, 32, 0) == ""
 
 
@@ -143,12 +144,12 @@ for _ in sys.stdin:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype, str], None]:
     """Processes that measure nothing, on a processor that multiplies bf16 or does not; one of them may hang."""
-    from inbatch.bench import measure, runner
+    from inbatch.apps.bench import benchmark, runner
 
     def change(precision: torch.dtype, hangs: str = "") -> None:
         (tmp_path / "fake.py").write_text(FAKE.replace("HANGS", hangs))
         monkeypatch.setattr(runner, "SCRIPT", tmp_path / "fake.py")
-        for module in (doctor, measure):
+        for module in (doctor, benchmark):
             monkeypatch.setattr(module, "precision_for", lambda name, device: precision)
 
     return change

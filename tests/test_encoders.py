@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from inbatch.encoders import Encoder, create_encoder, load_encoder, save_encoder
 from inbatch.errors import ConfigError, DataError
+from inbatch.models import Encoder, create_encoder, load_encoder, save_encoder
 
 
 def parameters(encoder):

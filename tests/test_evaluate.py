@@ -17,9 +17,8 @@ from timm.optim import Lars
 from torch import nn
 from torch.nn import functional as F
 
-from inbatch.encoders import create_encoder
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluate import (
+from inbatch.evaluation import (
     PROBES,
     Embeddings,
     Kept,
@@ -36,15 +35,16 @@ from inbatch.evaluate import (
     keep,
     knn,
     knn_scores,
-    linear,
+    linear_probe,
     nmi,
     rankme,
     raw_pixels,
     write_embeddings,
 )
-from inbatch.evaluate.linear import _lbfgs, _sgd
+from inbatch.evaluation.linear_probe import _lbfgs, _sgd
+from inbatch.models import create_encoder
 
-knn_module = importlib.import_module("inbatch.evaluate.knn")
+knn_module = importlib.import_module("inbatch.evaluation.knn")
 
 
 class Pictures:
@@ -174,7 +174,7 @@ def test_only_what_fits_is_kept():
 def test_images_of_one_size_are_prepared_as_they_are_one_by_one(monkeypatch):
     source, net = pictures(9, sizes=((31, 40),)), encoder()
     together = embed(net, source, batch=9)
-    monkeypatch.setattr(importlib.import_module("inbatch.evaluate.embed"), "_TOGETHER", 0)
+    monkeypatch.setattr(importlib.import_module("inbatch.evaluation.embed"), "_TOGETHER", 0)
     assert torch.allclose(embed(net, source, batch=9).vectors, together.vectors, atol=1e-6)
 
 
@@ -337,7 +337,7 @@ def test_knn_refuses():
 
 def test_lbfgs_is_scikit_learns_logistic_regression():
     train, test = clouds(200, spread=2, seed=1), clouds(100, spread=2, seed=2)
-    result = linear(train, test, Lbfgs(c=0.3, tolerance=1e-7))
+    result = linear_probe(train, test, Lbfgs(c=0.3, tolerance=1e-7))
     x, query = train.vectors.double(), test.vectors.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     reference = LogisticRegression(C=0.3, tol=1e-8, max_iter=1000).fit((x - mean) / std, train.labels)
@@ -369,7 +369,7 @@ def test_lbfgs_takes_dead_features_and_any_scale():
         vectors = torch.cat([e.vectors * torch.logspace(-3, 3, 8), torch.ones(len(e), 1)], 1)
         return Embeddings(vectors, e.labels, e.identities, e.name, e.feature)
 
-    plain, wide = linear(train, test), linear(widened(train), widened(test))
+    plain, wide = linear_probe(train, test), linear_probe(widened(train), widened(test))
     assert wide["top1"] == pytest.approx(plain["top1"], abs=0.02)
 
 
@@ -384,16 +384,16 @@ def test_lbfgs_takes_collapsed_features(noise):
         vectors = vectors + noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
         return Embeddings(vectors, e.labels, e.identities, e.name, e.feature)
 
-    found = linear(collapsed(train), collapsed(test), Lbfgs(c=1e12))
+    found = linear_probe(collapsed(train), collapsed(test), Lbfgs(c=1e12))
     assert 0.2 < found["top1"] <= 1 and math.isfinite(found["largest_gradient"])
 
 
 @pytest.mark.parametrize("name", sorted(set(PROBES) - {"simsiam"}))
 def test_every_preset_learns_and_repeats(name):
     train, test = clouds(400, classes=8, spread=0.5, seed=1), clouds(200, classes=8, spread=0.5, seed=2)
-    first = linear(train, test, name, seed=3)
+    first = linear_probe(train, test, name, seed=3)
     assert first["top1"] > 0.95 and 1 >= first["top5"] >= first["top1"]
-    assert linear(train, test, name, seed=3) == first
+    assert linear_probe(train, test, name, seed=3) == first
     json.dumps(first)
 
 
@@ -445,7 +445,7 @@ def test_small_steps_leave_the_threads_as_they_were():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        linear(clouds(40), clouds(20), Sgd(lr=0.1, epochs=1))
+        linear_probe(clouds(40), clouds(20), Sgd(lr=0.1, epochs=1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -470,7 +470,7 @@ def test_rates():
 
 def test_unknown_probe():
     with pytest.raises(ConfigError, match="lbfgs, moco"):
-        linear(clouds(20), clouds(20), "lgfbs")
+        linear_probe(clouds(20), clouds(20), "lgfbs")
 
 
 # Clusters and collapse

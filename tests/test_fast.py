@@ -9,17 +9,18 @@ from PIL import Image
 from runs import assert_same_state
 
 import inbatch
-from inbatch import checkpoint
 from inbatch.api import embed_run, prepare
-from inbatch.build import build, image_scale, plan
 from inbatch.data import Subset, open_data
-from inbatch.encoders import create_encoder, load_encoder, save_encoder
-from inbatch.encoders.patches import WhitenedPatches
-from inbatch.encoders.readout import Readout
 from inbatch.errors import DataError
-from inbatch.evaluate import clustering, embed, evaluate, feature_std, rankme
-from inbatch.looks import fit_readout, judge
-from inbatch.run_encoder import fit_first_layer, initial_encoder
+from inbatch.evaluation import clustering, embed, evaluate, feature_std, rankme
+from inbatch.models import create_encoder, load_encoder, save_encoder
+from inbatch.models.readout import Readout
+from inbatch.models.whitened_patches import WhitenedPatches
+from inbatch.training import checkpoint
+from inbatch.training.build import build, image_scale
+from inbatch.training.monitors.online_evaluation import fit_readout, judge
+from inbatch.training.plan import plan
+from inbatch.training.run_encoder import fit_first_layer, initial_encoder
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")

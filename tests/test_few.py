@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from bars import bars_run, command
+from inbatch.show import conditions, figures, print_figures
 from test_evaluate import clouds
 
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluate import evaluate, few, few_labels, knn, linear
-from inbatch.show import conditions, figures, print_figures
+from inbatch.evaluation import evaluate, few, few_labels, knn, linear_probe
 
 
 def slow_few_labels(labels, share, seed):
     """Class by class: the first of its images in the seed's order."""
-    from inbatch.draws import permutation
+    from inbatch.rng import permutation
 
     order = permutation(seed, 0, len(labels)).tolist()
     kept = []
@@ -57,14 +57,15 @@ def test_figures_are_those_of_the_protocols_on_the_kept_images():
         k = min(20, len(each[0]))
         assert (one["images"], one["knn"]["k"]) == (len(each[0]), k)
         assert one["knn"]["each"]["top1"] == [knn(some, test, k)["top1"] for some in each]
-        assert one["linear"]["each"]["top1"] == [linear(some, test)["top1"] for some in each]
+        assert one["linear"]["each"]["top1"] == [linear_probe(some, test)["top1"] for some in each]
         for name in ("knn", "linear"):
             assert one[name]["top1"] == pytest.approx(sum(one[name]["each"]["top1"]) / 2)
     assert found["shares"]["2%"]["of_a_class"] == {"least": 2, "most": 2}
     assert found == few(train, test, shares=(0.02, 0.2), draws=2, k=20, seed=5)
     whole = few(train, test, shares=(1.0,), draws=1, k=20)["shares"]["100%"]
     assert (
-        whole["linear"]["top1"] == linear(train, test)["top1"] and whole["knn"]["top1"] == knn(train, test, 20)["top1"]
+        whole["linear"]["top1"] == linear_probe(train, test)["top1"]
+        and whole["knn"]["top1"] == knn(train, test, 20)["top1"]
     )
 
 

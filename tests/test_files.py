@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from inbatch import files
 from inbatch.errors import ConfigError, InbatchError
+from inbatch.runtime import files
 
 HOLDER = """
 import os, sys, time

@@ -11,12 +11,12 @@ from test_evaluate import Pictures, clouds, encoder, pictures
 from torch import nn
 from torch.nn import functional as F
 
+from inbatch.apps.cli.output import figures
 from inbatch.batch import Batch
-from inbatch.draws import fold, permutation
+from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError, TrainingError
-from inbatch.evaluate import TUNINGS, Finetune, evaluate, few_labels, finetune
-from inbatch.show import figures
-from inbatch.views import View, Views
+from inbatch.evaluation import TUNINGS, Finetune, evaluate, few_labels, finetune
+from inbatch.rng import fold, permutation
 
 SHORT = Finetune(epochs=2, batch=8, steps=0)
 
@@ -90,7 +90,7 @@ def test_the_encoder_given_is_left_as_it_was_and_the_same_seed_gives_the_same():
 def test_trained_weights_repeat_bit_for_bit_with_and_without_workers(monkeypatch):
     import importlib
 
-    module, seen = importlib.import_module("inbatch.evaluate.finetune"), []
+    module, seen = importlib.import_module("inbatch.evaluation.finetune"), []
     embed = module.embed
     monkeypatch.setattr(module, "embed", lambda net, *a, **b: seen.append(net.state_dict()) or embed(net, *a, **b))
     monkeypatch.setattr(module, "keep", lambda source: source)  # as if it were too large

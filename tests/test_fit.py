@@ -14,12 +14,15 @@ from pool import on_ranks
 from runs import assert_same_state, saved, tiny
 from test_cli import one_object, run
 
-from inbatch import api, fit, machine
-from inbatch.build import build, plan
-from inbatch.config import Recipe, make
+from inbatch import api
 from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError
-from inbatch.fit import Trial, candidates, predict
+from inbatch.runtime import memory
+from inbatch.training import auto_context
+from inbatch.training.auto_context import Trial, candidates, predict
+from inbatch.training.build import build
+from inbatch.training.plan import plan
+from inbatch.training.recipe import Recipe, make
 
 CPU, MB = torch.device("cpu"), 1_000_000
 SMALL = {"subset": 200, "batch": 128, "context": "auto"}
@@ -32,7 +35,7 @@ def planned(**settings: Any) -> tuple[Recipe, Source]:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets how many MB are free."""
-    return lambda size: monkeypatch.setattr(fit, "free_bytes", lambda *_: int(size * MB))
+    return lambda size: monkeypatch.setattr(auto_context, "free_bytes", lambda *_: int(size * MB))
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             kept = round((needed(context) - needed(0)) / 2)
             return Trial(round(needed(context)), kept, seconds * context if dry else None)
 
-        monkeypatch.setattr(fit._Bench, "trial", trial)
+        monkeypatch.setattr(auto_context._Bench, "trial", trial)
         return made
 
     return given
@@ -74,9 +77,9 @@ def test_the_largest_divisor_that_fits_is_found(
         fits = [c for c in sizes if curve(c) <= 0.8 * size]
         if not fits:
             with pytest.raises(ConfigError, match="even a group of"):
-                fit.fit(recipe, source, CPU)
+                auto_context.fit(recipe, source, CPU)
             continue
-        found = fit.fit(recipe, source, CPU)
+        found = auto_context.fit(recipe, source, CPU)
         chosen.append(found.context)
         assert found.context == max(fits) and found.needed == round(curve(max(fits)))
         assert found.how == "found by a dry step" and found.context in made
@@ -90,16 +93,16 @@ def test_a_line_through_the_last_two_points() -> None:
     assert predict(one, 8) == 1000 and predict(one, 16) == 1000 + 8 * 15  # as counted, with a margin
     two = one | {16: Trial(2000, 160)}
     assert predict(two, 32) == 2000 + 16 * 125 and predict(two | {16: Trial(1001, 160)}, 32) == 1001 + 160
-    assert predict(two | {64: Trial(fit._FULL, 0)}, 128) == fit._FULL
+    assert predict(two | {64: Trial(auto_context._FULL, 0)}, 128) == auto_context._FULL
 
 
 def test_a_group_that_would_take_too_long_is_predicted(
     free: Callable[[float], None], costs: Callable[..., list[int]]
 ) -> None:
     recipe, source = planned(batch=1024)
-    made = costs(lambda g: 100 + 10 * g, seconds=fit.PATIENCE / 300)
+    made = costs(lambda g: 100 + 10 * g, seconds=auto_context.PATIENCE / 300)
     free(1)
-    found = fit.fit(recipe, source, CPU)
+    found = auto_context.fit(recipe, source, CPU)
     assert found.context == 1024 and max(made) == 256 and "predicted by dry steps" in found.sentence()
 
 
@@ -124,7 +127,7 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
     found = []
     for size in (25, 60, 1000):
         free(size)
-        found.append(fit.fit(recipe, source, CPU))
+        found.append(auto_context.fit(recipe, source, CPU))
         assert found[-1].needed <= 0.8 * size * MB
         assert found[-1].larger is None or found[-1].larger[1] > 0.8 * size * MB
     contexts = [one.context for one in found]
@@ -135,24 +138,24 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
 
 def dry_and_real() -> tuple[int, int, int]:
     """The context, what was found for it, and what a step of the run takes."""
-    fit.free_bytes = lambda *_: 140 * MB  # this process ends with the test
-    recipe, found = fit.resolve(*planned(subset=600, batch=512), CPU)
+    auto_context.free_bytes = lambda *_: 140 * MB  # this process ends with the test
+    recipe, found = auto_context.resolve(*planned(subset=600, batch=512), CPU)
     assert found is not None
     built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
     batch = next(iter(built.loader.epoch(0)))
     steps = []
     for step in range(3):  # what libraries load, or the allocator keeps, in one of them is not a step's
-        fit.settle(CPU)
-        before = fit.held(CPU)
+        auto_context.settle(CPU)
+        before = auto_context.held(CPU)
         built.step(batch, step)
-        steps.append(fit.peak(CPU) - before)
+        steps.append(auto_context.peak(CPU) - before)
     return found.context, found.needed, min(steps)
 
 
 def test_the_dry_step_is_like_a_real_one() -> None:
     """What was found is not less than what a step of the run takes, nor much more; in a process that is new, because
     one that has run for long takes memory that it has."""
-    if fit.held(CPU) is None:
+    if auto_context.held(CPU) is None:
         pytest.skip("this system does not tell the peak of a process")
     ((context, needed, taken),) = on_ranks(1, dry_and_real)
     assert context < 512
@@ -161,7 +164,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
 
 def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """With their group's size; and a plug-in whose weights belong to a group is weighed, too."""
-    seen, real = [], fit._dry_step
+    seen, real = [], auto_context._dry_step
 
     def step(built: Any, samples: int, side: int, plain: bool = False) -> None:
         real(built, samples, side, plain)
@@ -170,46 +173,46 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
             assert built.tower.fuse.layers[0].steps[0].in_channels == samples == built.context
             seen.append(samples)
 
-    monkeypatch.setattr(fit, "_dry_step", step)
-    monkeypatch.setattr(fit, "PATIENCE", 0.0)
+    monkeypatch.setattr(auto_context, "_dry_step", step)
+    monkeypatch.setattr(auto_context, "PATIENCE", 0.0)
     free(1000)
     recipe, source = planned(fuse__name="conv", attend__name="batchformer", curate__name="redraw", method__name="byol")
-    found = fit.fit(recipe, source, CPU)
+    found = auto_context.fit(recipe, source, CPU)
     assert seen == [8, 32] and found.context == 128 and "predicted" in found.how
 
 
 def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fit._dry_step
+    real = auto_context._dry_step
 
     def step(built: Any, samples: int, *rest: Any, **more: Any) -> None:
         if samples > 16:
             raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
         real(built, samples, *rest, **more)
 
-    monkeypatch.setattr(fit, "_dry_step", step)
+    monkeypatch.setattr(auto_context, "_dry_step", step)
     free(1000)
-    found = fit.fit(*planned(), CPU)
+    found = auto_context.fit(*planned(), CPU)
     assert found.context == 16 and found.larger == (32, None)
     assert "32 would run out of memory" in found.sentence()
-    monkeypatch.setattr(fit, "_dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        fit.fit(*planned(), CPU)
+        auto_context.fit(*planned(), CPU)
 
 
 def test_where_the_system_tells_nothing_bytes_are_counted(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "held", lambda device: None)
-    monkeypatch.setattr(fit, "_dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
+    monkeypatch.setattr(auto_context, "held", lambda device: None)
+    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
     free(20)
-    found = fit.fit(*planned(), CPU)
+    found = auto_context.fit(*planned(), CPU)
     assert 2 <= found.context < 128 and "counted with a margin of 50 %" in found.sentence()
 
 
 def test_nothing_fits(free: Callable[[float], None]) -> None:
     free(3)
     with pytest.raises(ConfigError, match=r"even a group of 2 takes \d+ MB .* of the 3 MB free .* smaller encoder"):
-        fit.fit(*planned(), CPU)
+        auto_context.fit(*planned(), CPU)
 
 
 def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
@@ -218,7 +221,7 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
     found = {}
     for name, settings in {"small": {"batch": 32}, "large": {"batch": 128}, "streamed": {"resident": False}}.items():
         recipe, source = planned(**settings)
-        bench = fit._Bench(recipe, source, CPU, workers=3)
+        bench = auto_context._Bench(recipe, source, CPU, workers=3)
         bench.trial(8, dry=False)
         found[name] = bench.batch
     per = 128 * 2 * 20 * 20  # the crops of a batch, one channel
@@ -258,7 +261,7 @@ def test_a_run_keeps_the_number(
     tiny("simclr", tmp_path / "given", context=context, epochs=1)
     assert_same_state(saved(tmp_path / "auto"), saved(tmp_path / "given"))
 
-    monkeypatch.setattr(fit, "fit", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched again"))
     again = tiny("simclr", tmp_path / "auto", context="auto", epochs=1, resume=True)
     assert again.recipe.context == context
     with pytest.raises(ConfigError, match="keeps its recipe: context = 39"):
@@ -267,7 +270,7 @@ def test_a_run_keeps_the_number(
 
 def test_a_run_that_was_begun_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path, context=None, epochs=1)
-    monkeypatch.setattr(fit, "fit", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched"))
     assert tiny("simclr", tmp_path, context="auto", epochs=1, resume=True).recipe.context is None
 
 
@@ -335,7 +338,8 @@ def test_the_table_of_cards_is_what_the_file_makes() -> None:
         for card, context in row["contexts"].items():
             taken = row["fixed"] + row["rows"] + np.array([1, 2]) * context * row["per_sample"]
             assert (
-                taken[0] <= fit.LIMIT * float(card) * 1e9 < taken[1] and benchmark.context(row, float(card)) == context
+                taken[0] <= auto_context.LIMIT * float(card) * 1e9 < taken[1]
+                and benchmark.context(row, float(card)) == context
             )
 
 
@@ -343,8 +347,8 @@ def test_the_table_of_cards_is_what_the_file_makes() -> None:
 
 
 def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "limited_bytes", lambda: [12_000, 8_000])
-    assert machine.free_bytes(CPU, 4) == 2_000
+    monkeypatch.setattr(memory, "limited_bytes", lambda: [12_000, 8_000])
+    assert memory.free_bytes(CPU, 4) == 2_000
 
 
 # Ranks
@@ -352,10 +356,14 @@ def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def found_on_a_rank() -> list[dict[str, Any]]:
     """What ranks with unequal memory find, each for itself and with synchronised norm."""
-    from inbatch import ranks
+    from inbatch.runtime import distributed
 
-    fit.free_bytes = lambda *_: (1000 if ranks.rank() == 0 else 40) * MB  # this process ends with the test
-    return [fit.fit(*plan("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json() for synced in (False, True)]
+    auto_context.free_bytes = lambda *_: (
+        (1000 if distributed.rank() == 0 else 40) * MB
+    )  # this process ends with the test
+    return [
+        auto_context.fit(*plan("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json() for synced in (False, True)
+    ]
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inbatch.context.fuse import FUSIONS, ConvFusion, Fusion, SetFusion, patch_for, patches, restore
+from inbatch.context.fusion import FUSIONS, ConvFusion, Fusion, SetFusion, patch_for, patches, restore
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError
-from inbatch.heads import Head
-from inbatch.tower import Tower, follow, momentum_tower
+from inbatch.models.tower import Tower, follow, momentum_tower
+from inbatch.nn.heads import Head
 
 GIVEN = {"group": 6, "size": 8, "mean": (0.25, 0.5, 0.75), "std": (0.5, 0.25, 2.0)}
 KINDS = pytest.mark.parametrize("kind", FUSIONS)

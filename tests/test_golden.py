@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from vectors import DTYPES, Case, manifest, unlabelled
 
-from inbatch import optim
-from inbatch import schedules as s
 from inbatch.batch import Batch
-from inbatch.evaluate import Embeddings, ari, hungarian_accuracy, knn, knn_scores, nmi
-from inbatch.functional import logsumexp_rows
+from inbatch.evaluation import Embeddings, ari, hungarian_accuracy, knn, knn_scores, nmi
 from inbatch.losses import info_nce, nt_xent, supcon
-from inbatch.memory import Queue
 from inbatch.methods import METHODS
-from inbatch.tower import follow
+from inbatch.models.tower import follow
+from inbatch.nn import schedules as s
+from inbatch.nn.functional import logsumexp_rows
+from inbatch.nn.memory_bank import Queue
+from inbatch.training import optim
 
 
 def test_files_are_the_manifest_s(golden: Path) -> None:

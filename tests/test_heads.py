@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch.heads import mlp
+from inbatch.nn.heads import mlp
 
 
 def kinds(network: nn.Sequential) -> list[str]:

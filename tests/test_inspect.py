@@ -9,8 +9,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from inbatch.data import open_data
 from inbatch.errors import DataError
-from inbatch.inspect.curves import plot_curves
-from inbatch.inspect.neighbours import RIGHT, UNKNOWN, WRONG, neighbour_grid
+from inbatch.training.monitors.curve_plot import plot_curves
+from inbatch.training.monitors.neighbour_grid import RIGHT, UNKNOWN, WRONG, save_neighbour_grid
 
 
 def pixels(png, colour):
@@ -35,7 +35,7 @@ def test_neighbours_are_those_of_scikit_learn(source, tmp_path, monkeypatch):
     vectors = torch.randn(30, 5)
     drawn, real = [], source.image
     monkeypatch.setattr(source, "image", lambda i: drawn.append(i) or real(i))
-    neighbour_grid(source, vectors, tmp_path / "n.png", queries=4, neighbours=3)
+    save_neighbour_grid(source, vectors, tmp_path / "n.png", queries=4, neighbours=3)
     rows = np.array(drawn).reshape(4, 4)
     found = NearestNeighbors(n_neighbors=4, metric="cosine").fit(vectors).kneighbors(vectors[rows[:, 0]])[1]
     np.testing.assert_array_equal(rows, found)
@@ -46,23 +46,23 @@ def test_frames_say_right_and_wrong(source, tmp_path):
     png = tmp_path / "n.png"
     source.labels[:6] = torch.arange(6) % 3
     one_hot = torch.eye(4)[source.labels] + 0.01 * torch.randn(30, 4)
-    neighbour_grid(source, one_hot, png, queries=3, neighbours=5)
+    save_neighbour_grid(source, one_hot, png, queries=3, neighbours=5)
     right = pixels(png, RIGHT)
     assert right > 0 and pixels(png, WRONG) == pixels(png, UNKNOWN) == 0
 
-    neighbour_grid(source, torch.randn(30, 4), png, queries=3, neighbours=5)
+    save_neighbour_grid(source, torch.randn(30, 4), png, queries=3, neighbours=5)
     assert 0 < pixels(png, RIGHT) < right and pixels(png, WRONG) > 0
 
     source.labels[:] = -1
-    neighbour_grid(source, one_hot, png, queries=3, neighbours=5)
+    save_neighbour_grid(source, one_hot, png, queries=3, neighbours=5)
     assert pixels(png, RIGHT) == pixels(png, WRONG) == 0 and pixels(png, UNKNOWN) > 0
 
 
 def test_vectors_that_do_not_fit(source, tmp_path):
     with pytest.raises(DataError, match="29 vectors do not belong to the 30 images"):
-        neighbour_grid(source, torch.randn(29, 4), tmp_path / "n.png")
+        save_neighbour_grid(source, torch.randn(29, 4), tmp_path / "n.png")
     with pytest.raises(DataError, match="too few for 30 neighbours"):
-        neighbour_grid(source, torch.randn(30, 4), tmp_path / "n.png", neighbours=30)
+        save_neighbour_grid(source, torch.randn(30, 4), tmp_path / "n.png", neighbours=30)
 
 
 def test_curves_show_what_was_logged(tmp_path):

@@ -13,14 +13,17 @@ from PIL import Image
 from runs import stop_after, tiny
 from typer.testing import CliRunner, Result
 
-import inbatch.inspect.context as pictures
-from inbatch import api, checkpoint
-from inbatch.cli import app
-from inbatch.context.curate import pair_distances, violating
+import inbatch
+import inbatch.apps.reports.batch_context as pictures
+from inbatch import api
+from inbatch.apps.cli import app
+from inbatch.apps.reports import view_grid
+from inbatch.context.curation import pair_distances, violating
 from inbatch.context.grouped import as_group
-from inbatch.encoders.attend import blocks
 from inbatch.errors import ConfigError, DataError, Preempted
-from inbatch.runs import source_of
+from inbatch.models.attention_slots import blocks
+from inbatch.training import checkpoint
+from inbatch.training.run import source_of
 
 COUNT = 3
 CELL, GAP = pictures._CELL, pictures._GAP
@@ -45,7 +48,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(full: Path) -> dict:
-    return api.inspect_run(full, count=COUNT)
+    return inbatch.inspect_run(full, count=COUNT)
 
 
 def rebuilt(folder: Path) -> api.Built:
@@ -107,10 +110,10 @@ def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: 
     kept = {name: shown(full / "inspect" / name) for name in ("views.png", "fused.png")}
     (tmp_path / "attention.png").write_bytes(b"of an earlier look")
     (tmp_path / "mine.txt").touch()
-    api.inspect_run(full, out=tmp_path, count=COUNT)
+    inbatch.inspect_run(full, out=tmp_path, count=COUNT)
     assert all(np.array_equal(shown(tmp_path / name), kept[name]) for name in kept), "the same seed draws the same"
     assert len(shown(tmp_path / "attention.png")) > 100 and (tmp_path / "mine.txt").exists()
-    api.inspect_run(full, out=tmp_path, count=COUNT, seed=1)
+    inbatch.inspect_run(full, out=tmp_path, count=COUNT, seed=1)
     assert not np.array_equal(shown(tmp_path / "views.png"), kept["views.png"])
 
 
@@ -128,7 +131,7 @@ def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
 def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
     settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
     tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
-    found = api.inspect_run(tmp_path / "run", count=COUNT)
+    found = inbatch.inspect_run(tmp_path / "run", count=COUNT)
     (block,) = found["attend"]["blocks"]
     assert block["mean"] == pytest.approx(1 / 20) and block["least"] < 1 / 20 < block["largest"]
     width = shown(tmp_path / "run/inspect/attention.png").shape[1]
@@ -200,7 +203,7 @@ def test_groups_are_those_that_the_run_had(full: Path, tmp_path: Path) -> None:
     shutil.copytree(full, tmp_path / "run")
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"context": None}))
-    assert api.inspect_run(tmp_path / "run", count=2)["attend"]["group"] == 20
+    assert inbatch.inspect_run(tmp_path / "run", count=2)["attend"]["group"] == 20
 
 
 def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
@@ -219,9 +222,9 @@ def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run/checkpoints")
     refused(f"{tmp_path / 'run'}", 2, "No checkpoint")
     with pytest.raises(ConfigError, match="count is 1 or more"):
-        api.inspect_run(full, count=0)
+        inbatch.inspect_run(full, count=0)
     with pytest.raises(DataError, match="the images of the run"):
-        api.inspect_run(full, tmp_path / "nowhere")
+        inbatch.inspect_run(full, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("batch", [8])
@@ -255,13 +258,13 @@ def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
 
 
 def test_adjacent_views_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from inbatch.context.crops import ADJACENT, configuration
+    from inbatch.data.views.crop_pairs import ADJACENT, configuration
 
     boxes: list[torch.Tensor] = []
-    monkeypatch.setattr(api, "save_grid", lambda out, images, drawn, mean, std: boxes.append(drawn.boxes))
+    monkeypatch.setattr(view_grid, "save_grid", lambda out, images, drawn, mean, std: boxes.append(drawn.boxes))
     fields = {"views": "simclr_cifar", "count": 20}
-    api.draw_views("digits-canvas-colour", tmp_path / "x.png", crops="adjacent", **fields)
-    api.draw_views("digits-canvas-colour", tmp_path / "x.png", **fields)
+    inbatch.draw_views("digits-canvas-colour", tmp_path / "x.png", crops="adjacent", **fields)
+    inbatch.draw_views("digits-canvas-colour", tmp_path / "x.png", **fields)
     shares = [float((configuration(b) == ADJACENT).float().mean()) for b in boxes]
     assert shares[0] == 1 and shares[1] < 0.5
 

@@ -15,13 +15,13 @@ from test_cli import run
 from torch.nn import functional as F
 
 import inbatch
-from inbatch import judgement
 from inbatch.data import open_data
-from inbatch.encoders import create_encoder
+from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
-from inbatch.inspect import neighbours, unlabelled
-from inbatch.inspect.neighbours import neighbour_grid
-from inbatch.views import Views, make_views
+from inbatch.models import create_encoder
+from inbatch.training import judgement
+from inbatch.training.monitors import label_free, neighbour_grid
+from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
 MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher", "uniformity": "lower",
             "alignment": "lower"}  # fmt: skip
@@ -58,17 +58,17 @@ def test_measures_literally() -> None:
     first, second = (F.normalize(torch.randn(9, 5), dim=1) for _ in range(2))
     pairs = [(i, j) for i in range(9) for j in range(i)]
     potential = [float(torch.exp(-2 * ((first[i] - first[j]) ** 2).sum())) for i, j in pairs]
-    assert unlabelled.uniformity(first) == pytest.approx(np.log(np.mean(potential)), abs=1e-5)
+    assert label_free.uniformity(first) == pytest.approx(np.log(np.mean(potential)), abs=1e-5)
     apart = [float(((first[i] - second[i]) ** 2).sum()) for i in range(9)]
-    assert unlabelled.alignment(first, second) == pytest.approx(np.mean(apart), abs=1e-5)
+    assert label_free.alignment(first, second) == pytest.approx(np.mean(apart), abs=1e-5)
     found = [max(range(9), key=lambda j, i=i: float(first[i] @ second[j])) == i for i in range(9)]
-    assert unlabelled.same_image(first, second) == pytest.approx(np.mean(found))
-    assert unlabelled.same_image(first, first) == 1 and unlabelled.alignment(first, first) == 0
+    assert label_free.same_image(first, second) == pytest.approx(np.mean(found))
+    assert label_free.same_image(first, first) == 1 and label_free.alignment(first, first) == 0
 
 
 def test_collapsed_features_are_told_by_every_measure_but_alignment() -> None:
     same = torch.ones(50, 8)
-    found = unlabelled.measures(unlabelled.Embedded(same, same, same, torch.arange(50)))
+    found = label_free.measures(label_free.Embedded(same, same, same, torch.arange(50)))
     assert found["same_image"] == pytest.approx(1 / 50) and found["rankme"] == pytest.approx(1, abs=0.01)
     assert found["uniformity"] == pytest.approx(0, abs=1e-6) and found["feature_std"] == pytest.approx(0, abs=1e-5)
     assert found["alignment"] == 0
@@ -78,7 +78,7 @@ def test_one_view_is_drawn_twice() -> None:
     source = open_data((torch.randint(0, 255, (12, 1, 20, 20), dtype=torch.uint8), [0] * 12))
     encoder = create_encoder("tiny", size=20, channels=1).eval()
     one = Views(make_views("digits", {"size": 20}, 1)[:1], encoder.mean, encoder.std)
-    found = unlabelled.embed_all({"it": encoder}, one, unlabelled.Chosen(source, None, 0), 0)["it"]
+    found = label_free.embed_all({"it": encoder}, one, label_free.Chosen(source, None, 0), 0)["it"]
     assert found.first.shape == found.second.shape == (12, 96)
     assert not torch.allclose(found.first, found.second)
 
@@ -88,18 +88,18 @@ def test_whitened_features_are_measured_before_they_are() -> None:
     source = open_data(torch.randint(0, 255, (40, 3, 32, 32), dtype=torch.uint8))
     encoder = create_encoder("fast", size=32, whiten=True).eval()
     views = Views(make_views("simclr_cifar", {"size": 32}, 3), encoder.mean, encoder.std)
-    chosen = unlabelled.Chosen(source, None, 0)
-    plain = unlabelled.embed_all({"it": encoder}, views, chosen, 0)["it"]
-    expected = unlabelled.measures(plain)
+    chosen = label_free.Chosen(source, None, 0)
+    plain = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    expected = label_free.measures(plain)
     assert encoder.readout is not None and plain.handed_out(plain.clean) is plain.clean
     encoder.readout.fit(plain.clean)
-    found = unlabelled.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    found = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
     assert int(encoder.readout.images) == 40
     assert torch.equal(found.clean, plain.clean)
     whitened = encoder.embed([source.image(int(i)) for i in chosen.indices])
     np.testing.assert_allclose(found.handed_out(found.clean), whitened, rtol=1e-3, atol=1e-3)
     del expected["same_image"]
-    assert unlabelled.measures(found) | expected == unlabelled.measures(found)
+    assert label_free.measures(found) | expected == label_free.measures(found)
 
 
 # Runs without labels
@@ -115,7 +115,7 @@ def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, pho
     assert learned.result["untrained"] is None and learned.result["initial"] == "untrained encoder"
     assert learned.result["comparison_seconds"] > 0
     width, height = Image.open(learned.directory / "neighbours.png").size
-    assert width > 11 * neighbours.SIDE and height > 8 * neighbours.SIDE
+    assert width > 11 * neighbour_grid.SIDE and height > 8 * neighbour_grid.SIDE
     assert json.loads((learned.directory / "result.json").read_text())["unlabelled"] == found
 
 
@@ -153,7 +153,7 @@ def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_pa
 def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    monkeypatch.setattr(unlabelled, "_CHUNK", 2)  # some chunk is damaged as a whole
+    monkeypatch.setattr(label_free, "_CHUNK", 2)  # some chunk is damaged as a whole
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     bad = sorted(folder.iterdir())[::4]
     for file in bad:
@@ -168,7 +168,7 @@ def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, m
     encoder = create_encoder("tiny", size=24)
     views = Views(make_views("simclr_cifar", {"size": 24}, 3), encoder.mean, encoder.std)
     with pytest.raises(DataError, match="0 images that can be read"):
-        unlabelled.embed_all({"it": encoder}, views, unlabelled.Chosen(gone, None, 0), 0)
+        label_free.embed_all({"it": encoder}, views, label_free.Chosen(gone, None, 0), 0)
 
 
 def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     before, after = torch.randn(30, 5), torch.eye(3)[source.labels] + 0.01 * torch.randn(30, 3)
     drawn, real = [], source.image
     monkeypatch.setattr(source, "image", lambda i: drawn.append(i) or real(i))
-    neighbour_grid(source, after, tmp_path / "n.png", 2, 3, before=before)
+    save_neighbour_grid(source, after, tmp_path / "n.png", 2, 3, before=before)
     left, right = drawn[: 2 * 4], drawn[2 * 4 :]
     for row in range(2):
         query, *near = left[4 * row : 4 * row + 4]
@@ -185,7 +185,7 @@ def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert near == [i for i in similar.argsort(descending=True).tolist() if i != query][:3]
         assert all(source.labels[i] == source.labels[query] for i in right[3 * row : 3 * row + 3])
     with pytest.raises(DataError, match="29 vectors"):
-        neighbour_grid(source, after, tmp_path / "n.png", before=before[:29])
+        save_neighbour_grid(source, after, tmp_path / "n.png", before=before[:29])
 
 
 # Runs with labels
@@ -277,7 +277,7 @@ def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: 
 
 def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = inbatch.api.prepare("digits-canvas", batch=50)
-    assert judgement.images_within(built, 1e9)[0] == unlabelled.IMAGES
+    assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
     images, seconds = judgement.images_within(built, 0.0)
     assert images == 64 and seconds > 1
     found = judgement.worth(built, None, tmp_path, images)["unlabelled"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernels_interpreted import Case, cases, errors
 
-from inbatch import kernels
+from inbatch.nn import triton_logsumexp
 
 CASES = [case[0] for case in cases()] + [f"symmetric {n} T={t}" for n in (1, 5, 130) for t in (0.07, 0.003)]
 CUDA = pytest.mark.skipif(
@@ -75,21 +75,21 @@ assert "triton" not in sys.modules
 @pytest.mark.parametrize("products", ["float32", "tf32x3", "bf16"])
 @pytest.mark.parametrize("width", [3, 64, 128, 256])
 @pytest.mark.parametrize("rows", [1, 100, 4096, 100_000])
-def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: kernels.Products) -> None:
-    tile = kernels._tile(products, width)
+def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: triton_logsumexp.Products) -> None:
+    tile = triton_logsumexp._tile(products, width)
     for columns in (0, 1, 511, 4096, 100_003):
-        parts, span = kernels._deal(rows, columns, tile)
+        parts, span = triton_logsumexp._deal(rows, columns, tile)
         assert span % tile["BLOCK_N"] == 0
         assert (parts - 1) * span < max(columns, 1) <= parts * span  # every program has some, all have them all
         blocks = -(-rows // tile["BLOCK_M"])
-        assert parts == 1 or blocks * parts <= kernels.PROGRAMS
+        assert parts == 1 or blocks * parts <= triton_logsumexp.PROGRAMS
         assert parts == 1 or parts * rows * tile["WIDTH"] * 4 <= 32 * 2**20
 
 
 @CUDA
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case[0])
 def test_on_a_card(case: Case) -> None:
-    assert kernels.usable(torch.ones(1, 1, device="cuda"))
+    assert triton_logsumexp.usable(torch.ones(1, 1, device="cuda"))
     found = errors(case, "cuda")
     assert all(error <= 1 for error in found.values()), found
 
@@ -98,7 +98,7 @@ def test_on_a_card(case: Case) -> None:
 def test_equal_bits_on_a_card() -> None:
     q = torch.randn(1000, 64, device="cuda")
     for products in ("float32", "tf32x3", "bf16"):
-        first, second = (kernels.forward(q, q, 1.0, True, 0, 1000, True, products) for _ in range(2))
+        first, second = (triton_logsumexp.forward(q, q, 1.0, True, 0, 1000, True, products) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

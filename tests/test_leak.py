@@ -9,8 +9,8 @@ from pool import on_ranks
 from runs import tiny
 
 from inbatch import api
-from inbatch.inspect.leak import SURE, group_leak, leak, meets, sign
-from inbatch.tower import running_statistics
+from inbatch.models.tower import running_statistics
+from inbatch.training.monitors.context_leak import SURE, group_leak, leak, meets, sign
 
 
 def rows(strength: float, scale: float = 0.0) -> torch.Tensor:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from inbatch import limits
-from inbatch.limits import cores, limited_bytes
+from inbatch.runtime import resources
+from inbatch.runtime.resources import cores, limited_bytes
 
 
 @pytest.fixture(autouse=True)
 def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of 64 cores."""
-    monkeypatch.setattr(limits, "affine", lambda: 64)
+    monkeypatch.setattr(resources, "affine", lambda: 64)
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -77,4 +77,4 @@ def test_cores_without_a_quota(tmp_path: Path, text: str) -> None:
 
 def test_cores_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert 1 <= cores() <= limits.affine() <= (os.cpu_count() or 1)
+    assert 1 <= cores() <= resources.affine() <= (os.cpu_count() or 1)

@@ -13,7 +13,7 @@ from rich.console import Console
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from inbatch.errors import InbatchError
-from inbatch.log import Log
+from inbatch.training.metric_logger import Log
 
 
 def lines(folder):
@@ -61,7 +61,7 @@ def test_records(tmp_path):
 
 def test_images_per_second(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("inbatch.log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("inbatch.training.metric_logger.time.perf_counter", lambda: now[0])
     console = plain()
     with Log(tmp_path, total_steps=30, interval=0, console=console) as log:
         for step in range(1, 31):

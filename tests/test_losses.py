@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inbatch import losses
-from inbatch.functional import wide
 from inbatch.losses import (
     barlow_twins,
     byol,
@@ -29,6 +28,7 @@ from inbatch.losses import (
     vicreg,
     wmse,
 )
+from inbatch.nn.functional import wide
 
 LABEL = torch.tensor([0, 1, 0, -1, 2, 1])
 

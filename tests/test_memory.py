@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inbatch.memory import Queue
+from inbatch.nn.memory_bank import Queue
 
 
 @given(size=st.integers(1, 9), pushes=st.lists(st.integers(0, 20), max_size=8))

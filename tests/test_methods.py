@@ -13,10 +13,10 @@ from small import SMALL, VARIANTS, create
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import normalize
 from inbatch.losses import info_nce
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
+from inbatch.nn.functional import normalize
 
 N = 8
 EVERY = pytest.mark.parametrize("variant", VARIANTS)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch import optim
 from inbatch.errors import ConfigError
+from inbatch.training import optim
 
 
 def tower():

@@ -17,18 +17,18 @@ import torch
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
-from inbatch.cli import app
-from inbatch.config import make
-from inbatch.environment import environment
+from inbatch.apps.cli import app
+from inbatch.apps.papers import TABLES, render
+from inbatch.apps.papers.command import ask
+from inbatch.apps.papers.curve_plot import curves
+from inbatch.apps.papers.filled_table import fill, paired
+from inbatch.apps.papers.results import Record, find, read_record, read_records, shipped, write_record
+from inbatch.apps.papers.runner import Runner
+from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
-from inbatch.files import locked
-from inbatch.papers import TABLES, render
-from inbatch.papers.ask import ask
-from inbatch.papers.curves import curves
-from inbatch.papers.results import Record, find, read_record, read_records, shipped, write_record
-from inbatch.papers.run import Runner
-from inbatch.papers.sheet import fill, paired
-from inbatch.papers.table import SCALES, Cell, Row, Table, cells, key
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import locked
+from inbatch.training.recipe import make
 
 EVERY = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 TABLE = TABLES["ba-ssl-3"]
@@ -72,7 +72,7 @@ def test_a_table_is_whole(table: Table) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_is_a_recipe_and_a_command(table: Table, scale: str) -> None:
     """The command makes the recipe again, whoever types it."""
-    from inbatch.cli.base import assignments
+    from inbatch.apps.cli.app import assignments
 
     for cell in cells(table, scale, (0,)):
         if cell.counts:

@@ -11,11 +11,11 @@ from small import SMALL
 
 import inbatch
 from inbatch import api
-from inbatch.config import make, parse_assignment
-from inbatch.context.crops import CROPS
-from inbatch.encoders.attend import blocks
+from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
+from inbatch.models.attention_slots import blocks
+from inbatch.training.recipe import make, parse_assignment
 
 COMBINATIONS = list(itertools.product((None, "conv", "set"), (False, True), (None, "ba2m", "batchformer")))
 

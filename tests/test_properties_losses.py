@@ -13,9 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inbatch import losses, tiled
+from inbatch import losses
 from inbatch.batch import Batch
-from inbatch.functional import normalize, wide
 from inbatch.losses import (
     barlow_twins,
     byol,
@@ -36,6 +35,8 @@ from inbatch.losses import (
     wmse,
 )
 from inbatch.methods import METHODS
+from inbatch.nn import logsumexp
+from inbatch.nn.functional import normalize, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:features depend on each other")
 
@@ -138,7 +139,7 @@ class Given:
     mode: str
 
     def __call__(self, name: str, z: Tensor | None = None) -> Tensor:
-        with tiled.using(mode=self.mode):
+        with logsumexp.using(mode=self.mode):
             return EQUATIONS[name](self.z if z is None else z, self.y, self.t)
 
 
@@ -169,9 +170,9 @@ def answered(compute: Callable[[], Tensor]) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, and ragged ones, in small matrices."""
-    monkeypatch.setattr(tiled, "TILE", 5)
-    monkeypatch.setattr(tiled, "APART", 2**40)
-    monkeypatch.setattr(tiled, "_BLOCK", 40)
+    monkeypatch.setattr(logsumexp, "TILE", 5)
+    monkeypatch.setattr(logsumexp, "APART", 2**40)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 40)
 
 
 def test_every_equation_is_here() -> None:
@@ -209,7 +210,7 @@ def test_what_is_not_finite_never_becomes_a_number(
     logits = name in ("swapped_prediction", "sinkhorn", "dino", "cluster_contrast", "cross_entropy")
     assume(not logits or (z.shape[2] > 1 and value > -math.inf))  # a logit of -inf is a probability of 0
     z[-place[0], place[1] % z.shape[1], place[2] % z.shape[2]] = value
-    with tiled.using(mode=problem.mode):
+    with logsumexp.using(mode=problem.mode):
         assert not answered(lambda: EQUATIONS[name](z, y, problem.t)).isfinite()
 
 
@@ -359,7 +360,7 @@ def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> 
         "sinkhorn": lambda x: (x * sinkhorn(z, t)).mean(),
         "dino": lambda x: dino(x, z, torch.linspace(0, 0.1, z.shape[2]), t, t),
     }.get(name, lambda x: EQUATIONS[name](x, y, t))
-    with tiled.using(mode=problem.mode):
+    with logsumexp.using(mode=problem.mode):
         assert torch.autograd.gradcheck(still, x, atol=1e-6, rtol=1e-3)
 
 

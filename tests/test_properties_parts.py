@@ -16,21 +16,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from inbatch import api, checkpoint, draws, schedules
-from inbatch.config import make, parse_assignment
-from inbatch.data import cache, jpeg, open_data
-from inbatch.data.decode import FORMATS, Picture
-from inbatch.data.parquet import ParquetSource
+from inbatch import api, rng
+from inbatch.data import cache, open_data
+from inbatch.data.decoding import jpeg
+from inbatch.data.decoding.image_file import FORMATS, Picture
 from inbatch.data.resident import hold
+from inbatch.data.sources.parquet import ParquetSource
+from inbatch.data.views import PRESETS
 from inbatch.errors import ConfigError, DataError, InbatchError
-from inbatch.evaluate import clustering, feature_std, knn, linear, rankme
-from inbatch.evaluate.embeddings import Embeddings
-from inbatch.evaluate.linear import Sgd
-from inbatch.log import _truncate
-from inbatch.memory import Queue
+from inbatch.evaluation import clustering, feature_std, knn, linear_probe, rankme
+from inbatch.evaluation.embeddings import Embeddings
+from inbatch.evaluation.linear_probe import Sgd
 from inbatch.methods import METHODS
-from inbatch.parts import PARTS
-from inbatch.views import PRESETS
+from inbatch.nn import schedules
+from inbatch.nn.memory_bank import Queue
+from inbatch.training import checkpoint
+from inbatch.training.metric_logger import _truncate
+from inbatch.training.recipe import make, parse_assignment
+from inbatch.training.registry import PARTS
 
 seeds = st.integers(0, 2**31)
 
@@ -137,7 +140,7 @@ def test_knn(train: Embeddings, k: int, distance: str) -> None:
 @given(train=embeddings(), probe=st.sampled_from(["lbfgs", "sgd"]))
 def test_linear(train: Embeddings, probe: str) -> None:
     try:
-        found = linear(train, train, Sgd(lr=0.1, batch=4, epochs=3) if probe == "sgd" else probe)
+        found = linear_probe(train, train, Sgd(lr=0.1, batch=4, epochs=3) if probe == "sgd" else probe)
     except DataError:
         known = train.vectors[train.labels >= 0]
         assert not known.isfinite().all() or len(train.labels[train.labels >= 0].unique()) < 2
@@ -224,8 +227,8 @@ any_int = st.integers(-(2**70), 2**70)
 @examples(60)
 @given(seed=any_int, epoch=any_int, n=st.integers(0, 50), view=any_int, count=st.integers(0, 5))
 def test_draws_of_any_key(seed: int, epoch: int, n: int, view: int, count: int) -> None:
-    assert draws.permutation(seed, epoch, n).sort().values.tolist() == list(range(n))
-    found = draws.uniform(seed, epoch, torch.arange(n), view, count)
+    assert rng.permutation(seed, epoch, n).sort().values.tolist() == list(range(n))
+    found = rng.uniform(seed, epoch, torch.arange(n), view, count)
     assert found.shape == (n, count) and bool(((found >= 0) & (found < 1)).all())
 
 

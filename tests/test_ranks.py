@@ -15,9 +15,9 @@ from pool import on_ranks
 from safetensors.torch import load_file
 
 import inbatch
-import inbatch.checkpoint
-from inbatch import ranks
+import inbatch.training.checkpoint
 from inbatch.errors import ConfigError
+from inbatch.runtime import distributed
 
 RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 2, "precision": "float32", "quiet": True}
 
@@ -43,7 +43,7 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
 
 def disagree(out: str) -> str:
     try:
-        job(out, {"seed": ranks.rank()})
+        job(out, {"seed": distributed.rank()})
     except ConfigError as error:
         return str(error)
     return "went on"
@@ -61,12 +61,18 @@ def test_a_launcher_that_starts_too_few_is_noticed(tmp_path: Path) -> None:
 
 
 def gathered() -> list[Any]:
-    x = torch.arange(4.0).view(2, 2) + 10 * ranks.rank()
-    whole = ranks.gather(x, dim=1)
-    mean = torch.tensor([1.0, 2.0]) * (1 + ranks.rank())
-    ranks.average_([mean])
-    mine = ranks.rank()
-    return [whole.tolist(), ranks.own(whole, 1).tolist(), mean.tolist(), ranks.largest(mine), ranks.share(mine)]
+    x = torch.arange(4.0).view(2, 2) + 10 * distributed.rank()
+    whole = distributed.gather(x, dim=1)
+    mean = torch.tensor([1.0, 2.0]) * (1 + distributed.rank())
+    distributed.average_([mean])
+    mine = distributed.rank()
+    return [
+        whole.tolist(),
+        distributed.own(whole, 1).tolist(),
+        mean.tolist(),
+        distributed.largest(mine),
+        distributed.share(mine),
+    ]
 
 
 def test_collectives() -> None:

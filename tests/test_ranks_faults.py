@@ -18,11 +18,11 @@ import torch.distributed as dist
 from pool import _context, on_ranks
 
 import inbatch
-from inbatch import ranks, roll
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
-from inbatch.log import Log
-from inbatch.roll import Roll, fresh
+from inbatch.runtime import distributed, rank_store
+from inbatch.runtime.rank_store import Roll, fresh
+from inbatch.training.metric_logger import Log
 
 TIMEOUT = 6.0
 
@@ -80,7 +80,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
 
 
 def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roll, "GRACE", 0.3)
+    monkeypatch.setattr(rank_store, "GRACE", 0.3)
     together = rolls(4)
     left = [together[1], together[3]]
     for r, error in zip(left, at_once(*(r.call for r in left)), strict=True):
@@ -103,7 +103,7 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
 def endless(fault: str, bad: int) -> str:
     """Steps with a collective; one rank comes to grief in the third."""
     for step in range(10_000):
-        if step == 3 and ranks.rank() == bad:
+        if step == 3 and distributed.rank() == bad:
             match fault:
                 case "dies":
                     os._exit(1)
@@ -115,7 +115,7 @@ def endless(fault: str, bad: int) -> str:
                     raise DataError("cat.jpg cannot be read")
                 case "has a bug":
                     raise RuntimeError("shapes do not fit")
-        ranks.largest(step)
+        distributed.largest(step)
     return "never"
 
 
@@ -124,7 +124,7 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
-        with ranks.together(timeout=TIMEOUT):
+        with distributed.together(timeout=TIMEOUT):
             endless(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))
@@ -177,7 +177,7 @@ def test_an_error_of_one_rank_is_repeated_by_the_others(fault: str, kind: str, t
 def missing(folder: str) -> tuple[str, str, float]:
     began = time.monotonic()
     try:
-        inbatch.pretrain(folder if ranks.rank() == 0 else f"{folder}/missing", out=f"{folder}/run", quiet=True)
+        inbatch.pretrain(folder if distributed.rank() == 0 else f"{folder}/missing", out=f"{folder}/run", quiet=True)
     except Exception as error:
         time.sleep(1)  # a process that lives on, as in a notebook
         return type(error).__name__, str(error), time.monotonic() - began
@@ -195,7 +195,7 @@ def test_images_that_one_node_lacks_end_all_before_the_first_step(tmp_path: Path
 def relabelled() -> str:
     images = torch.arange(48 * 64).remainder(251).byte().view(48, 1, 8, 8)
     labels = torch.arange(48) % 3
-    labels[5] += ranks.rank()
+    labels[5] += distributed.rank()
     try:
         inbatch.pretrain((images, labels), batch=8, epochs=1, out="never", quiet=True)
     except ConfigError as error:
@@ -213,7 +213,7 @@ def killed(out: str, step: int) -> Any:
     real = Log.step
 
     def log(self: Any, at: int, *rest: Any) -> None:
-        if at == step and ranks.rank() == 0:
+        if at == step and distributed.rank() == 0:
             os._exit(9)
         real(self, at, *rest)
 

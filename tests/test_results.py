@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 
+from inbatch.apps.papers import TABLES
+from inbatch.apps.papers.filled_table import SURE, fill
+from inbatch.apps.papers.render import grid
+from inbatch.apps.papers.results import read_records
+from inbatch.apps.papers.spec import Table
 from inbatch.methods import METHODS
-from inbatch.papers import TABLES
-from inbatch.papers.render import grid
-from inbatch.papers.results import read_records
-from inbatch.papers.sheet import SURE, fill
-from inbatch.papers.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 

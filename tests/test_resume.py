@@ -13,10 +13,10 @@ import pytest
 from runs import assert_same_state, saved, stop_after, tiny
 
 import inbatch
-from inbatch import checkpoint
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
+from inbatch.training import checkpoint
 
 
 @pytest.mark.parametrize("method", METHODS)

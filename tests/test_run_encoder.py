@@ -13,11 +13,12 @@ from runs import assert_same_state, stop_after, tiny
 from test_cli import one_object, run
 
 import inbatch
-from inbatch import api, checkpoint
-from inbatch.config import make, read_file
-from inbatch.encoders import create_encoder, save_encoder
+from inbatch import api
 from inbatch.errors import ConfigError, DataError, Preempted
-from inbatch.run_encoder import initial_encoder, with_encoder_of_init
+from inbatch.models import create_encoder, save_encoder
+from inbatch.training import checkpoint
+from inbatch.training.recipe import make, read_file
+from inbatch.training.run_encoder import initial_encoder, with_encoder_of_init
 
 SENTENCE = "was stopped at step 7 of 10; its encoder is from step 7"
 IMAGES = torch.randint(0, 255, (5, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

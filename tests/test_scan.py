@@ -14,18 +14,19 @@ import torch
 from PIL import Image
 from test_data_loader import VIEWS
 
-from inbatch.data import Loader, cache, open_data, scan
-from inbatch.data.names import Names
-from inbatch.data.scan import EXTENSIONS
-from inbatch.draws import permutation
+from inbatch.data import Loader, cache, open_data
+from inbatch.data.sources import folder_scan
+from inbatch.data.sources.folder_scan import EXTENSIONS
+from inbatch.data.sources.packed_names import Names
+from inbatch.rng import permutation
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """An empty cache in which every scan is worth keeping, and folders that changed some time ago are relied on."""
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(scan, "WORTH", 0)
-    monkeypatch.setattr(scan, "_SETTLED", -(10**10))
+    monkeypatch.setattr(folder_scan, "WORTH", 0)
+    monkeypatch.setattr(folder_scan, "_SETTLED", -(10**10))
     return tmp_path / "cache"
 
 
@@ -57,8 +58,8 @@ def read(monkeypatch):
 
 def again(folder):
     """A scan in a process that remembers none."""
-    scan._recent.clear()
-    return scan.scan(folder)
+    folder_scan._recent.clear()
+    return folder_scan.scan(folder)
 
 
 def literal(folder):
@@ -95,7 +96,7 @@ class TestOrder:
     def test_names_that_sort_about_a_slash(self, tmp_path):
         fill(tmp_path, *(f"{name}/1.png" for name in ("a", "a b", "a-b", "a.d", "a0", "A", "é", "a/a", "a/a.b")))
         fill(tmp_path, "a.png", "a!.png", "a/.png/2.png", "a/b.png", "a0.png", "a/a/0.png", "zz.JPG", ".x/1.png")
-        found = scan.scan(tmp_path).paths.tolist()
+        found = folder_scan.scan(tmp_path).paths.tolist()
         assert found == literal(tmp_path) and len(found) == 15
 
     def test_any_tree(self, tmp_path):
@@ -109,14 +110,14 @@ class TestOrder:
             path = tmp_path.joinpath(*parts)
             path.mkdir(parents=True, exist_ok=True)
             (path / (draw.choice("ab-.0") + draw.choice((".png", ".jpeg", ".txt")))).touch()
-        found = scan.scan(tmp_path).paths.tolist()
+        found = folder_scan.scan(tmp_path).paths.tolist()
         assert found == literal(tmp_path) and len(found) > 100
 
     def test_of_two_links_the_first_by_name_counts(self, tmp_path):
         """By the folder's name alone: `photos` before `photos-old`, whose images would sort first."""
         fill(tmp_path, "photos/1.png")
         (tmp_path / "photos-old").symlink_to("photos")
-        assert scan.scan(tmp_path).paths.tolist() == [b"photos/1.png"]
+        assert folder_scan.scan(tmp_path).paths.tolist() == [b"photos/1.png"]
 
     def test_deeper_than_python_recurses(self, tmp_path):
         at = os.open(tmp_path, os.O_RDONLY)
@@ -126,7 +127,7 @@ class TestOrder:
             os.close(last)
         os.close(at)
         fill(tmp_path, "d/d/1.png")
-        assert scan.scan(tmp_path).paths.tolist() == [b"d/d/1.png"]
+        assert folder_scan.scan(tmp_path).paths.tolist() == [b"d/d/1.png"]
         subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
 
     def test_links_that_lead_nowhere(self, tmp_path):
@@ -134,7 +135,7 @@ class TestOrder:
         (tmp_path / "round.png").symlink_to("round.png")
         (tmp_path / "gone.png").symlink_to("nowhere")
         os.mkfifo(tmp_path / "pipe.png")
-        result = scan.scan(tmp_path)
+        result = folder_scan.scan(tmp_path)
         assert (
             result.paths.tolist() == [b"1.png"]
             and result.skipped == {".png that are no files": 3}
@@ -192,10 +193,10 @@ class TestKept:
         assert b"a/0.jpg" in again(tree).paths.tolist()
 
     def test_what_changed_just_before_is_not_relied_on(self, root, tree, monkeypatch):
-        monkeypatch.setattr(scan, "_SETTLED", 10**12)
+        monkeypatch.setattr(folder_scan, "_SETTLED", 10**12)
         assert again(tree).stamps == {}
         names = read(monkeypatch)
-        assert again(tree).kept == 0 and len(names) == 6 and scan.scan(tree).read == 6
+        assert again(tree).kept == 0 and len(names) == 6 and folder_scan.scan(tree).read == 6
 
     def test_a_broken_link_may_be_mended(self, root, tree):
         (tree / "a" / "x.png").symlink_to(tree.parent / "later.png")
@@ -221,8 +222,8 @@ class TestKept:
         assert names == ["c"] and found.kept == 5 and found.paths.tolist() == literal(tree)
 
     def test_a_killed_scan_goes_on_from_what_was_written(self, root, tree, monkeypatch):
-        monkeypatch.setattr(scan, "_EVERY", 0.0)
-        stored, real = [], scan._store
+        monkeypatch.setattr(folder_scan, "_EVERY", 0.0)
+        stored, real = [], folder_scan._store
 
         def die(place, listings, name):
             real(place, listings, name)
@@ -230,15 +231,15 @@ class TestKept:
             if len(stored) == 4:
                 raise MemoryError  # nothing may be done any more
 
-        monkeypatch.setattr(scan, "_store", die)
+        monkeypatch.setattr(folder_scan, "_store", die)
         with pytest.raises(MemoryError):
             again(tree)
-        monkeypatch.setattr(scan, "_store", real)
+        monkeypatch.setattr(folder_scan, "_store", real)
         found = again(tree)
         assert stored == [1, 2, 3, 4] and (found.read, found.kept) == (2, 4) and found.paths.tolist() == literal(tree)
 
     def test_short_scans_leave_nothing(self, root, tree, monkeypatch):
-        monkeypatch.setattr(scan, "WORTH", 60.0)
+        monkeypatch.setattr(folder_scan, "WORTH", 60.0)
         again(tree)
         assert not root.exists()
 
@@ -303,7 +304,7 @@ def test_a_long_path_costs_itself_alone(tmp_path):
             (tmp_path / f"{i:05d}" / "0.jpg").touch()
         else:
             os.link(tmp_path / f"{i // 1000 * 1000:05d}" / "0.jpg", tmp_path / f"{i // 1000 * 1000:05d}" / f"{i}.jpg")
-    found = scan.scan(tmp_path)
+    found = folder_scan.scan(tmp_path)
     assert len(found.paths) == 20_001 and len(pickle.dumps(found.paths)) < 20_001 * 25
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from inbatch import schedules
 from inbatch.errors import ConfigError
+from inbatch.nn import schedules
 
 
 def test_ends_of_a_ramp():

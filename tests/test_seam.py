@@ -8,9 +8,10 @@ import small
 from pool import on_ranks
 from small import VARIANTS, literal, train
 
-from inbatch import api, seam
-from inbatch.inspect.leak import leak
-from inbatch.views import Views
+from inbatch import api
+from inbatch.data.views import Views
+from inbatch.training import grad_cache
+from inbatch.training.monitors.context_leak import leak
 
 N = 16
 
@@ -80,7 +81,7 @@ def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
     """With several groups the first pass holds no graph, and only rows come out."""
     _, tower, _ = small.parts("simclr")
     images = next(small.batches(N, 1, 2))[1]
-    groups = [functools.partial(tuple, group) for group in seam.cut(list(images), 4)]
-    swept = seam.sweep(tower, tower, groups, range(2), [1, 2, 3, 4], grad=True)
+    groups = [functools.partial(tuple, group) for group in grad_cache.cut(list(images), 4)]
+    swept = grad_cache.sweep(tower, tower, groups, range(2), [1, 2, 3, 4], grad=True)
     assert swept.live is None and not swept.rows["projection"].requires_grad
     assert swept.rows["projection"].shape == (2, N, 8)

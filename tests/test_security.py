@@ -19,11 +19,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import inbatch
-from inbatch.cli import app
+from inbatch.apps.cli import app
 from inbatch.data import write_folder
-from inbatch.data.arrays import ArraySource
+from inbatch.data.sources.arrays import ArraySource
 from inbatch.errors import DataError
-from inbatch.inspect.neighbours import neighbour_grid
+from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
 ROOT = Path(inbatch.__file__).parent
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"
@@ -428,7 +428,7 @@ def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: py
     source = inbatch.data.open_data(hostile)
     features = inbatch.load("run").embed([source.image(i) for i in range(len(source))])
     with warnings.catch_warnings(action="error"):  # a letter that no font has is no news
-        neighbour_grid(source, torch.from_numpy(features), tmp_path / "neighbours.png", queries=14)
+        save_neighbour_grid(source, torch.from_numpy(features), tmp_path / "neighbours.png", queries=14)
 
     import pyarrow.parquet as parquet
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from inbatch.signals import SIGNALS, Stop, stop_on_signals
+from inbatch.runtime.signals import SIGNALS, Stop, stop_on_signals
 
 CHILD = """
 import sys, time

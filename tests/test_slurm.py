@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from inbatch.cli import app
+from inbatch.apps.cli import app
 
 SRUN = """#!/bin/bash
 # As the real one: what it is told to run, and signals handed on to that.

@@ -14,12 +14,15 @@ import torch
 from runs import assert_same_state, saved, stop_after, tiny
 from torch import nn
 
-from inbatch import api, checkpoint, looks, signals, stopping
-from inbatch.build import Built
+from inbatch import api
 from inbatch.data import open_data, write_folder
 from inbatch.errors import Interrupted, Preempted
 from inbatch.methods.pcl import PCL
-from inbatch.signals import StopRequested, stop_on_signals
+from inbatch.runtime import signals
+from inbatch.runtime.signals import StopRequested, stop_on_signals
+from inbatch.training import checkpoint, stopping
+from inbatch.training.build import Built
+from inbatch.training.monitors import online_evaluation
 
 FUSED: dict[str, Any] = {"fuse": "conv", "settings": {"curate.name": "redraw"}}
 """Epoch 1 is curated; its first step makes the curator's network again."""
@@ -143,7 +146,9 @@ def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.
     tiny("simclr", tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(("method", "where"), [("simclr", (looks, "knn")), ("pcl", (PCL, "survey"))], ids=str)
+@pytest.mark.parametrize(
+    ("method", "where"), [("simclr", (online_evaluation, "knn")), ("pcl", (PCL, "survey"))], ids=str
+)
 def test_a_lost_evaluation_or_survey_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, where: tuple[Any, str]
 ) -> None:
@@ -323,14 +328,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["pretrain", *SMALL], "inbatch.api:plan"),
         (["pretrain", *SMALL], "inbatch.data.loader:hold"),
-        (["pretrain", "--context", "auto", *SMALL], "inbatch.fit:_dry_step"),
-        (["pretrain", *SMALL], "inbatch.train:step_seconds"),
-        (["pretrain", *SMALL], "inbatch.train:chosen"),
-        (["pretrain", *SMALL], "inbatch.looks:knn"),
-        (["pretrain", *SMALL], "inbatch.train:evaluation"),
-        (["evaluate", "RUN"], "inbatch.runs:evaluate"),
-        (["embed", "RUN", "digits-canvas", "-o", "features.npz"], "inbatch.runs:write_embeddings"),
-        (["data", "digits-canvas"], "inbatch.survey.look:chunks"),
+        (["pretrain", "--context", "auto", *SMALL], "inbatch.training.auto_context:_dry_step"),
+        (["pretrain", *SMALL], "inbatch.training.loop:step_seconds"),
+        (["pretrain", *SMALL], "inbatch.training.loop:chosen"),
+        (["pretrain", *SMALL], "inbatch.training.monitors.online_evaluation:knn"),
+        (["pretrain", *SMALL], "inbatch.training.loop:evaluation"),
+        (["evaluate", "RUN"], "inbatch.training.run:evaluate"),
+        (["embed", "RUN", "digits-canvas", "-o", "features.npz"], "inbatch.training.run:write_embeddings"),
+        (["data", "digits-canvas"], "inbatch.apps.reports.dataset:chunks"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -12,10 +12,10 @@ from PIL import Image
 from test_cli import one_object, run
 
 import inbatch
+from inbatch.apps.reports import image_statistics
+from inbatch.apps.reports.dataset import survey_data
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
-from inbatch.survey import tally
-from inbatch.survey.look import survey_data
 
 RANDOM = np.random.default_rng(0)
 
@@ -68,8 +68,8 @@ def test_the_other_split(photos: Path) -> None:
 
 
 def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "_BLOCK", 1000)
-    monkeypatch.setattr(tally, "_CHUNK", 2)
+    monkeypatch.setattr(image_statistics, "_BLOCK", 1000)
+    monkeypatch.setattr(image_statistics, "_CHUNK", 2)
     for channels in (1, 3):
         source = open_data(photos, channels=channels)
         every = torch.cat([source.image(i).flatten(1) for i in range(9)], 1).double() / 255
@@ -80,7 +80,9 @@ def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: p
 
 
 def test_sums_are_exact_however_large() -> None:
-    one = tally.Tally(pixels=2**40, sums=np.array([255 * 2**40], object), squares=np.array([255**2 * 2**40], object))
+    one = image_statistics.Tally(
+        pixels=2**40, sums=np.array([255 * 2**40], object), squares=np.array([255**2 * 2**40], object)
+    )
     assert one.mean_and_deviation() == ([1.0], [0.0])
 
 
@@ -239,7 +241,7 @@ def test_settings_and_pictures_that_cannot_be(photos: Path, tmp_path: Path) -> N
 
 
 def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.log.counted.__defaults__", (0.0,))
+    monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0,))
     found = run("data digits-canvas --json")
     assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
 

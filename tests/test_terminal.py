@@ -20,7 +20,7 @@ TINY = "pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1"
 PLAIN = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "PYTHONIOENCODING": ""}
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "inbatch.api", "inbatch.cli"])
+_context.set_forkserver_preload(["torch", "inbatch.api", "inbatch.apps.cli"])
 
 
 def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str], background: bool) -> None:
@@ -50,7 +50,7 @@ def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str
         os.setpgid(0, 0)  # not the terminal's group any more
     code = 98
     try:
-        from inbatch.cli import main
+        from inbatch.apps.cli import main
 
         sys.argv = ["inbatch", *shlex.split(line)]
         main()

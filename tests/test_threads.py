@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from inbatch import busy, process, threads
 from inbatch.api import pretrain
-from inbatch.threads import Threads, beside_others, threads_beside
+from inbatch.runtime import cpu_load, threads, tuning
+from inbatch.runtime.threads import Threads, beside_others, threads_beside
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells")
@@ -34,7 +34,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     def now(seconds: float = 0.0) -> float:
         return loads.pop(0) if len(loads) > 1 else loads[0]
 
-    monkeypatch.setattr(process, "tuned", True)
+    monkeypatch.setattr(tuning, "tuned", True)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(threads, "others_busy", now)
@@ -46,8 +46,8 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def test_work_of_some_cores() -> None:
-    assert busy.worked(STAT, {"cpu0"}) == 36 and busy.worked(STAT, {"cpu1"}) == 604
-    assert busy.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
+    assert cpu_load.worked(STAT, {"cpu0"}) == 36 and cpu_load.worked(STAT, {"cpu1"}) == 604
+    assert cpu_load.worked(STAT, {"cpu0", "cpu10"}) == 36 + 1170
 
 
 @LINUX
@@ -55,18 +55,18 @@ def test_busy_cores_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes while this process sleeps is others' work."""
     mine, ticks = min(os.sched_getaffinity(0)), iter((0, 10 * os.sysconf("SC_CLK_TCK"), 5, 5))
     clock = SimpleNamespace(read_text=lambda: f"cpu{mine} {next(ticks)} 0 0 0 0 0 0 0\n")
-    monkeypatch.setattr(busy, "_STAT", clock)
+    monkeypatch.setattr(cpu_load, "_STAT", clock)
     for name in ("cores", "affine"):
-        monkeypatch.setattr(busy, name, lambda: 4)
+        monkeypatch.setattr(cpu_load, name, lambda: 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    seen = busy.others_busy(0.05)
+    seen = cpu_load.others_busy(0.05)
     assert seen is not None and seen > 1
-    assert busy.others_busy(0.01) == 0
-    monkeypatch.setattr(busy, "affine", lambda: 8)
-    assert busy.others_busy(0.01) is None
+    assert cpu_load.others_busy(0.01) == 0
+    monkeypatch.setattr(cpu_load, "affine", lambda: 8)
+    assert cpu_load.others_busy(0.01) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(busy, "affine", lambda: 4)
-    assert busy.others_busy(0.01) is None
+    monkeypatch.setattr(cpu_load, "affine", lambda: 4)
+    assert cpu_load.others_busy(0.01) is None
 
 
 def compute(seconds: float) -> None:
@@ -77,15 +77,15 @@ def compute(seconds: float) -> None:
 
 @LINUX
 def test_own_work_and_that_of_data_workers_is_not_others() -> None:
-    before = busy._own()
+    before = cpu_load._own()
     compute(0.1)
     child = multiprocessing.get_context("fork").Process(target=compute, args=(0.3,))
     child.start()
     while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":  # ended, not yet waited for
         time.sleep(0.02)
-    alive = busy._own() - before
+    alive = cpu_load._own() - before
     child.join()
-    assert alive > 0.35 and busy._own() - before >= alive - 0.05
+    assert alive > 0.35 and cpu_load._own() - before >= alive - 0.05
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_epoch_too_short_to_measure_changes_nothing(beside: list[float], monk
 @pytest.mark.parametrize("who", ["library", "user", "gpu", "ranks"])
 def test_the_number_is_left_alone(who: str, beside: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     if who == "library":
-        monkeypatch.setattr(process, "tuned", False)
+        monkeypatch.setattr(tuning, "tuned", False)
     if who == "user":
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     if who == "ranks":
@@ -144,6 +144,6 @@ def test_a_run_tells_and_records_its_threads(
     assert run.result["threads"] == [1, 2] and torch.get_num_threads() == 2
     assert json.loads((run.directory / "run.json").read_text())["threads"] == [1, 2]
     assert " ".join(capsys.readouterr().err.split()).count("this run computes with 1 instead of 2 threads") == 1
-    monkeypatch.setattr(process, "tuned", False)
+    monkeypatch.setattr(tuning, "tuned", False)
     beside[:] = [1.0]
     assert pretrain("digits-canvas", "simclr", out=tmp_path / "library", **small).result["threads"] == [2]

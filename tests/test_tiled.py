@@ -11,18 +11,19 @@ from test_seam import N, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inbatch import api, losses, products, tiled
-from inbatch.functional import logsumexp_others, normalize
+from inbatch import api, losses
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
+from inbatch.nn import cpu_matmul, logsumexp
+from inbatch.nn.functional import logsumexp_others, normalize
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, and ragged ones, in small matrices."""
-    monkeypatch.setattr(tiled, "TILE", 7)
-    monkeypatch.setattr(tiled, "APART", 0)
-    monkeypatch.setattr(tiled, "_BLOCK", 100)
+    monkeypatch.setattr(logsumexp, "TILE", 7)
+    monkeypatch.setattr(logsumexp, "APART", 0)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 100)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def both(compute: Callable[..., Tensor], *given: Tensor, weighted: bool = True) 
     """Value and gradients of a function of tensors, literal and in tiles."""
     for mode in ("never", "always"):
         leaves = [x.clone().requires_grad_(x.requires_grad or x.is_floating_point()) for x in given]
-        with tiled.using(mode=mode):
+        with logsumexp.using(mode=mode):
             value = compute(*leaves)
             weight = rows(*value.shape, seed=9, dtype=value.dtype, unit=False) if weighted and value.ndim else 1.0
             (value * weight).sum().backward()
@@ -64,9 +65,9 @@ FLOAT32 = 2e-5
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 7), (20, 33), (33, 5)])
 def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
     q, k = rows(n, 6, dtype=dtype), rows(m, 6, seed=1, dtype=dtype)
-    same(lambda q, k: tiled.logsumexp(q, k, temperature), q, k, tolerance=tolerance)
-    same(lambda q: tiled.logsumexp(q, k, temperature), q, tolerance=tolerance)  # keys learn nothing
-    same(lambda k: tiled.logsumexp(q, k, temperature), k, tolerance=tolerance)  # queries learn nothing
+    same(lambda q, k: logsumexp.logsumexp(q, k, temperature), q, k, tolerance=tolerance)
+    same(lambda q: logsumexp.logsumexp(q, k, temperature), q, tolerance=tolerance)  # keys learn nothing
+    same(lambda k: logsumexp.logsumexp(q, k, temperature), k, tolerance=tolerance)  # queries learn nothing
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.03, 0.01])
@@ -74,16 +75,16 @@ def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, tem
 @pytest.mark.parametrize("n", [2, 7, 8, 40])
 def test_rows_meet_themselves(n: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
     u, more = rows(n, 6, dtype=dtype), rows(n + 9, 6, seed=1, dtype=dtype)
-    same(lambda u: tiled.logsumexp(u, u, temperature, others=True), u, tolerance=tolerance)
-    same(lambda u: tiled.logsumexp(u, u, temperature), u, tolerance=tolerance)
-    same(lambda u, k: tiled.logsumexp(u, k, temperature, others=True), u, more, tolerance=tolerance)
+    same(lambda u: logsumexp.logsumexp(u, u, temperature, others=True), u, tolerance=tolerance)
+    same(lambda u: logsumexp.logsumexp(u, u, temperature), u, tolerance=tolerance)
+    same(lambda u, k: logsumexp.logsumexp(u, k, temperature, others=True), u, more, tolerance=tolerance)
 
 
 def test_rows_of_any_length_and_a_row_without_gradient() -> None:
     q, k = 40 * rows(12, 5, unit=False), rows(30, 5, seed=1, unit=False)
-    same(lambda q, k: tiled.logsumexp(q, k, 0.1), q, k)
-    same(lambda q, k: tiled.logsumexp(q, k, 0.1)[:3] * 0, q, k)
-    same(lambda q: tiled.logsumexp(q, q, 1.0, others=True), q / 40)
+    same(lambda q, k: logsumexp.logsumexp(q, k, 0.1), q, k)
+    same(lambda q, k: logsumexp.logsumexp(q, k, 0.1)[:3] * 0, q, k)
+    same(lambda q: logsumexp.logsumexp(q, q, 1.0, others=True), q / 40)
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -142,14 +143,14 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
 def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(tiled, "TILE", 32)
-    monkeypatch.setattr(tiled, "_BLOCK", 2**12)
+    monkeypatch.setattr(logsumexp, "TILE", 32)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 2**12)
     z = rows(2, 600, 8, dtype=torch.float32).requires_grad_()
     compute = LOSSES[name]
-    with tiled.using(mode="always"), Largest() as largest:
+    with logsumexp.using(mode="always"), Largest() as largest:
         compute(z).backward()
     assert largest.numbers < 3 * z.numel(), "O(N D)"
-    with tiled.using(mode="never"), Largest() as largest:
+    with logsumexp.using(mode="never"), Largest() as largest:
         compute(z).backward()
     literal = 600 * (50 if name.startswith("info_nce") else 600)
     assert largest.numbers >= literal, "the test can see a matrix"
@@ -157,32 +158,32 @@ def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_it_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(tiled._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))
-    monkeypatch.setattr(tiled, "LEAST", 400)
+    monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))
+    monkeypatch.setattr(logsumexp, "LEAST", 400)
     for n in (19, 20):
-        tiled.logsumexp(rows(n, 4), rows(20, 4), 0.1)
+        logsumexp.logsumexp(rows(n, 4), rows(20, 4), 0.1)
     assert len(made) == 1
-    with tiled.using(mode="never"):
-        tiled.logsumexp(rows(40, 4), rows(20, 4), 0.1)
-        with tiled.using(mode="always"):
-            tiled.logsumexp(rows(2, 4), rows(2, 4), 0.1)
+    with logsumexp.using(mode="never"):
+        logsumexp.logsumexp(rows(40, 4), rows(20, 4), 0.1)
+        with logsumexp.using(mode="always"):
+            logsumexp.logsumexp(rows(2, 4), rows(2, 4), 0.1)
     assert len(made) == 2
 
 
 def test_the_way_back_can_be_gone_twice() -> None:
     u, q, k = (rows(20, 4, seed=s).requires_grad_() for s in range(3))
-    with tiled.using(mode="always"):
-        for value, leaf in ((tiled.logsumexp(u, u, 0.1, True), u), (tiled.logsumexp(q, k.detach(), 0.1), q)):
+    with logsumexp.using(mode="always"):
+        for value, leaf in ((logsumexp.logsumexp(u, u, 0.1, True), u), (logsumexp.logsumexp(q, k.detach(), 0.1), q)):
             first, second = (torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for _ in range(2))
             assert torch.equal(first, second)
 
 
 def test_autocast_does_not_round_the_products() -> None:
     u = rows(30, 8, dtype=torch.float32).requires_grad_()
-    with tiled.using(mode="always"):
-        plain = torch.autograd.grad(tiled.logsumexp(u, u, 0.1, True).sum(), u)[0]
+    with logsumexp.using(mode="always"):
+        plain = torch.autograd.grad(logsumexp.logsumexp(u, u, 0.1, True).sum(), u)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            inside = torch.autograd.grad(tiled.logsumexp(u, u, 0.1, True).sum(), u)[0]
+            inside = torch.autograd.grad(logsumexp.logsumexp(u, u, 0.1, True).sum(), u)[0]
     assert torch.equal(plain, inside)
 
 
@@ -190,8 +191,8 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
     u = rows(200, 16, dtype=torch.float32).requires_grad_()
     value, exact = {}, {}
     for kind in ("float32", "bf16"):
-        with tiled.using(mode="always", products=kind):
-            lse = tiled.logsumexp(u, u, 0.1, True)
+        with logsumexp.using(mode="always", products=kind):
+            lse = logsumexp.logsumexp(u, u, 0.1, True)
             value[kind], exact[kind] = lse, torch.autograd.grad(lse.mean(), u)[0]
     error = (exact["bf16"] - exact["float32"]).norm() / exact["float32"].norm()
     assert 1e-5 < error < 5e-3
@@ -200,15 +201,15 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
 
 def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by an error inside, and by two losses at a time of which the first ends first."""
-    monkeypatch.setattr(products, "onednn", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
-        with pytest.raises(ZeroDivisionError), products.fast_products():
+        with pytest.raises(ZeroDivisionError), cpu_matmul.fast_products():
             assert matmul.fp32_precision == "bf16"
             raise ZeroDivisionError
         assert matmul.fp32_precision == "ieee"
-        one, other = products.fast_products(), products.fast_products()
+        one, other = cpu_matmul.fast_products(), cpu_matmul.fast_products()
         one.__enter__()
         other.__enter__()
         one.__exit__(None, None, None)
@@ -221,14 +222,14 @@ def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch)
 
 def test_nearest() -> None:
     q, k = rows(300, 6, dtype=torch.float32), rows(70, 6, seed=1, dtype=torch.float32)
-    assert torch.equal(tiled.nearest(q, k)[:, 0], (q @ k.T).argmax(1))
-    assert torch.equal(tiled.nearest(q, k, count=3), (q @ k.T).topk(3).indices)
+    assert torch.equal(logsumexp.nearest(q, k)[:, 0], (q @ k.T).argmax(1))
+    assert torch.equal(logsumexp.nearest(q, k, count=3), (q @ k.T).topk(3).indices)
     out = torch.arange(70) >= 20
-    assert torch.equal(tiled.nearest(q, k, out)[:, 0], (q @ k[:20].T).argmax(1))
+    assert torch.equal(logsumexp.nearest(q, k, out)[:, 0], (q @ k[:20].T).argmax(1))
 
 
 def train_all(groups: int) -> dict[str, dict]:
-    tiled.LEAST, tiled.TILE, tiled.APART = 0, 5, 0
+    logsumexp.LEAST, logsumexp.TILE, logsumexp.APART = 0, 5, 0
     return {variant: train(variant, N, groups) for variant in VARIANTS}
 
 
@@ -240,7 +241,7 @@ def trained(world: int, groups: int) -> list[dict[str, dict]]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 1), (2, 2)])
 def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
-    with tiled.using(mode="never"):
+    with logsumexp.using(mode="never"):
         expected = literal(variant, N, world * groups)
     for found in trained(world, groups):
         assert_same(found[variant], expected)
@@ -251,7 +252,7 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
     torch.set_num_threads(threads)
     u, counts = rows(112, 4), []
     for rank in range(3):
-        made = [tiled._Tiles(u, k, 1.0, False, tiled.Plan(rank=rank, world=3)) for k in (None, u)]
+        made = [logsumexp._Tiles(u, k, 1.0, False, logsumexp.Plan(rank=rank, world=3)) for k in (None, u)]
         assert [tiles.parts for tiles in made] == [threads, threads]
         counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
     assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
@@ -263,7 +264,7 @@ def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
     u, made = rows(112, 4), []
     for rank, threads in enumerate((1, 3, 8)):
         torch.set_num_threads(threads)
-        tiles = tiled._Tiles(u, None, 1.0, False, tiled.Plan(rank=rank, world=3))
+        tiles = logsumexp._Tiles(u, None, 1.0, False, logsumexp.Plan(rank=rank, world=3))
         made += [(r.start, c.start) for part in range(tiles.parts) for r, c, _ in tiles(part)]
     assert sorted(made) == [(7 * i, 7 * j) for i in range(16) for j in range(i, 16)]
 
@@ -273,8 +274,8 @@ def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, on
     u, k = rows(90, 6).requires_grad_(), rows(70, 6, seed=1).requires_grad_()
 
     def found() -> list[Tensor]:
-        with tiled.using(mode="always"):
-            pair = tiled.logsumexp(u, u, 0.1, True), tiled.logsumexp(u, k, 0.1)
+        with logsumexp.using(mode="always"):
+            pair = logsumexp.logsumexp(u, u, 0.1, True), logsumexp.logsumexp(u, k, 0.1)
             return [*pair, *torch.autograd.grad((pair[0] * pair[0]).sum() + pair[1].sum(), (u, k))]
 
     expected = found()
@@ -290,6 +291,6 @@ def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
     given = {"subset": 80, "batch": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
     built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
     compute = built.method.loss
-    built.method.loss = lambda *rows: plans.append(tiled._PLAN.get()) or compute(*rows)
+    built.method.loss = lambda *rows: plans.append(logsumexp._PLAN.get()) or compute(*rows)
     built.step(next(iter(built.loader.epoch(0))), 0)
-    assert plans[0].products == "bf16" and tiled._PLAN.get() == tiled.Plan()
+    assert plans[0].products == "bf16" and logsumexp._PLAN.get() == logsumexp.Plan()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch.bench.accuracy import draw, entries, markdown, reached, together
-from inbatch.bench.table import texts
+from inbatch.apps.bench.accuracy import draw, entries, markdown, reached, together
+from inbatch.apps.bench.report import texts
 from inbatch.errors import ConfigError, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -36,8 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pyarrow import Table
     from pyarrow.parquet import write_table
 
-    from inbatch.bench.pictures import draw as images
-    from inbatch.bench.pictures import jpegs
+    from inbatch.apps.bench.synthetic_data import draw as images
+    from inbatch.apps.bench.synthetic_data import jpegs
 
     folder = tmp_path_factory.mktemp("cifar")
     for seed, (split, count) in enumerate((("train", 40), ("test", 20))):

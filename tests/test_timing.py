@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import inbatch
-from inbatch import fit
 from inbatch.api import rehearse
-from inbatch.build import build, plan
 from inbatch.errors import ConfigError
-from inbatch.timing import expectation, growth, smaller_choices, step_seconds
+from inbatch.training import auto_context
+from inbatch.training.build import build
+from inbatch.training.plan import plan
+from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
 
 IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -60,14 +61,14 @@ def test_a_dry_run_says_how_long_the_run_takes() -> None:
 
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, source = plan(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32})
-    assert fit.within_memory(recipe, source, CPU) == (recipe, "")
-    needed = fit._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
-    monkeypatch.setattr(fit, "room", lambda device: int(needed * 0.9))
-    smaller, note = fit.within_memory(recipe, source, CPU)
+    assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
+    needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
+    monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
+    smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note
     asked, _ = plan(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32, "context": 64})
     with pytest.raises(ConfigError, match="of memory are free"):
-        fit.within_memory(asked, source, CPU)
+        auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):
         inbatch.pretrain(IMAGES, encoder="resnet10", batch=64, epochs=1, context=64, size=32, quiet=True)

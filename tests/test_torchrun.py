@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from runs import assert_same_state, saved
 
-from inbatch import checkpoint
 from inbatch.data import open_data, write_folder
+from inbatch.training import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 40, "evaluate_every": 40, "precision": "float32"}

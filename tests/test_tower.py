@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.api import prepare
-from inbatch.heads import Head, mlp
-from inbatch.tower import Tower, mixes
+from inbatch.models.tower import Tower, mixes
+from inbatch.nn.heads import Head, mlp
 
 
 class Encoder(nn.Module):

@@ -17,11 +17,12 @@ from runs import assert_same_state, saved, stop_after, tiny
 from small import SMALL
 
 import inbatch
-from inbatch import checkpoint
-from inbatch.build import held_out, plan
 from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
-from inbatch.looks import survey
 from inbatch.methods import METHODS
+from inbatch.training import checkpoint
+from inbatch.training.holdout import held_out
+from inbatch.training.monitors.online_evaluation import survey
+from inbatch.training.plan import plan
 
 
 def surveyed(images: int) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
         raise DataError("an image is gone")
 
     with monkeypatch.context() as patch, pytest.raises(DataError):
-        patch.setattr("inbatch.looks.evaluate", broken)
+        patch.setattr("inbatch.training.monitors.online_evaluation.evaluate", broken)
         tiny("simclr", tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
     assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
@@ -235,18 +236,18 @@ def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
 def test_looks_on_the_way_take_some_of_a_streamed_set_and_the_end_takes_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
 ) -> None:
-    from inbatch import looks
+    from inbatch.training.monitors import online_evaluation
 
     sizes: list[int] = []
-    real = looks.embed
+    real = online_evaluation.embed
 
     def counting(encoder: Any, source: Any, **options: Any) -> Any:
         sizes.append(len(source))
         return real(encoder, source, **options)
 
-    monkeypatch.setattr(looks, "embed", counting)
-    monkeypatch.setattr(looks, "BANK", 50)
-    monkeypatch.setattr(looks, "QUERIES", 30)
+    monkeypatch.setattr(online_evaluation, "embed", counting)
+    monkeypatch.setattr(online_evaluation, "BANK", 50)
+    monkeypatch.setattr(online_evaluation, "QUERIES", 30)
     found = tiny("simclr", tmp_path, epochs=1, resident=resident, workers=0, settings={"schedule.warmup": 0})
     assert sizes == [200, 500, 200, 500] if resident else [50, 30, 50, 30]
     evaluated = found.result["evaluation"]

@@ -9,7 +9,7 @@ from test_evaluate import pictures
 
 import inbatch
 from inbatch.errors import DataError
-from inbatch.evaluate import Finetune
+from inbatch.evaluation import Finetune
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from test_data_loader import VIEWS, same
 from typer.testing import CliRunner
 
 import inbatch
-from inbatch import draws
-from inbatch.cli import app
+from inbatch import rng
+from inbatch.apps.cli import app
 from inbatch.data import Loader, open_data, write_folder
 from inbatch.errors import DataError, Preempted
-from inbatch.evaluate import embed
+from inbatch.evaluation import embed
 
 BATCH, N = 20, 130  # six batches, and a tail of ten
 
@@ -45,7 +45,7 @@ def loader(folder: Path, **fields: Any) -> Loader:
 
 def expected(bad: set[int], epoch: int) -> list[int]:
     """The rule in as many words: whoever cannot be read gives its place to who has it in the next batch."""
-    order = draws.permutation(3, epoch, N).tolist()[: N // BATCH * BATCH]
+    order = rng.permutation(3, epoch, N).tolist()[: N // BATCH * BATCH]
     used = []
     for place in range(len(order)):
         at = place
@@ -59,7 +59,7 @@ def expected(bad: set[int], epoch: int) -> list[int]:
 @pytest.mark.parametrize("whole", [False, True], ids=["crops", "canvases"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: int, whole: bool) -> None:
-    order = draws.permutation(3, 0, N).tolist()
+    order = rng.permutation(3, 0, N).tolist()
     # Two in the last batch, whose next is the first; and two places in a row of the same slot.
     bad = {order[i] for i in (7, 100, 101, 30, 50)}
     plain = list(loader(images, whole=whole).epoch(1))
@@ -94,7 +94,7 @@ def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: in
 
 
 def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
-    order = draws.permutation(3, 0, N).tolist()
+    order = rng.permutation(3, 0, N).tolist()
     for i in (order[25], order[33], order[47]):
         damage(files(images)[i], "pixels")
     whole = list(loader(images).epoch(0))
@@ -106,7 +106,7 @@ def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
 
 
 def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
-    for i in draws.permutation(3, 0, N).tolist()[5:8]:
+    for i in rng.permutation(3, 0, N).tolist()[5:8]:
         damage(files(images)[i], "pixels")
     with pytest.raises(DataError, match=r"3 of 130 images .* cannot be read \(max_bad allows 2%\)") as error:
         list(loader(images, max_bad=0.02).epoch(0))
@@ -161,7 +161,7 @@ def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monke
 def test_files_that_vanish_in_the_middle_of_a_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inbatch.log import Log
+    from inbatch.training.metric_logger import Log
 
     gone, real = files(images)[10:14], Log.step
 
@@ -202,7 +202,7 @@ def _two_ranks(folder: str, out: str) -> list[str]:
 
 @pytest.mark.slow
 def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
-    order = draws.permutation(0, 0, N).tolist()
+    order = rng.permutation(0, 0, N).tolist()
     for place in (1, 11, 25, 39):  # of the first and the second half of a batch
         damage(files(images)[order[place]], "pixels")
     lists = on_ranks(2, _two_ranks, str(images), str(tmp_path / "two"))

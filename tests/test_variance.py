@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import inbatch
 from inbatch.api import prepare
-from inbatch.functional import narrowness
 from inbatch.methods.vicreg import vicreg
+from inbatch.nn.functional import narrowness
 
 
 def test_it_is_vicregs_term() -> None:

@@ -11,10 +11,10 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from inbatch import draws
+from inbatch import rng
 from inbatch.batch import Batch
+from inbatch.data.views import PRESETS, View, Views, colour, crop, filters, operation, pipeline
 from inbatch.errors import ConfigError, DataError
-from inbatch.views import PRESETS, View, Views, colour, crop, filters, operation, pipeline
 
 CLOSE = dict(rtol=0, atol=2e-6)
 """Values lie in [0, 1]: a pixel of 8 bits is 4e-3, so this is a two-thousandth of one."""
@@ -76,7 +76,7 @@ def literal_box(u: list[float], height: int, width: int, scale, ratio) -> list[i
 def test_boxes_equal_a_literal_loop(scale):
     sizes = torch.tensor([[32, 32], [375, 500], [20, 200], [200, 20], [3, 4], [1, 1], [1, 7], [600, 450]])
     size, ratio = sizes.repeat(60, 1), (3 / 4, 4 / 3)
-    u = draws.uniform(0, 0, torch.arange(len(size)), 0, crop.DRAWS)
+    u = rng.uniform(0, 0, torch.arange(len(size)), 0, crop.DRAWS)
     expected = [literal_box(d, h, w, scale, ratio) for d, (h, w) in zip(u.tolist(), size.tolist(), strict=True)]
     assert crop.random_boxes(u, size, scale, ratio).tolist() == expected
 
@@ -109,7 +109,7 @@ def test_resampling_equals_torchvision(monkeypatch, how, size, large):
     for image, (h, w) in zip(images, sizes.tolist(), strict=True):
         image[:, h:] = image[:, :, w:] = 255
     source = torch.tensor([0, 1, 2, 3, 1, 0, 0])
-    u = draws.uniform(0, 1, torch.arange(6), 0, crop.DRAWS)
+    u = rng.uniform(0, 1, torch.arange(6), 0, crop.DRAWS)
     boxes = crop.random_boxes(u, sizes[source[:6]], (0.02, 1.0), (0.5, 2.0))
     boxes = torch.cat([boxes, torch.tensor([[39, 47, 1, 1]])])
     flip = torch.tensor([0, 1, 0, 1, 0, 1, 1]).bool()
@@ -163,7 +163,7 @@ def test_hue_equals_torchvisions_and_no_turn_changes_no_bit():
 def test_jitter_in_drawn_order_equals_torchvision_in_that_order():
     """All 24 orders, on and off, against torchvision's four functions applied one after the other."""
     x, jitter = values(96), colour.Jitter(0.8, 0.8, 0.6, 0.7, 0.2)
-    u = draws.uniform(0, 0, torch.arange(96), 0, 6)
+    u = rng.uniform(0, 0, torch.arange(96), 0, 6)
     u[:, 5] = (torch.arange(96) % 24 + 0.5) / 24
     kind, factors, turns, order = jitter.settle(u)
     expected, orders = [], set()
@@ -182,7 +182,7 @@ def test_jitter_in_drawn_order_equals_torchvision_in_that_order():
 
 
 def test_jitter_is_distributed_as_torchvisions():
-    kind, factors, turns, order = colour.Jitter(0.8, 0.4, 1.2, 0.8, 0.2).settle(draws.uniform(0, 0, MANY, 0, 6))
+    kind, factors, turns, order = colour.Jitter(0.8, 0.4, 1.2, 0.8, 0.2).settle(rng.uniform(0, 0, MANY, 0, 6))
     on = kind > 0
     assert stats.binomtest(int(on.sum()), len(MANY), 0.8).pvalue > SURE
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_grey_solarise_exposure():
 
 def test_noise_is_normal_and_an_own_one_per_image():
     noise = colour.Noise(0.05)
-    kind, key = noise.settle(draws.uniform(0, 0, torch.arange(64), 0, 2))
+    kind, key = noise.settle(rng.uniform(0, 0, torch.arange(64), 0, 2))
     added = noise(torch.full((64, 1, 20, 20), 0.5), kind, key) - 0.5
     assert stats.kstest(added.flatten().numpy() / 0.05, "norm").pvalue > SURE
     assert len({tuple(row) for row in added.flatten(1).tolist()}) == 64
@@ -230,7 +230,7 @@ def test_blur_equals_torchvisions(taps):
 
 
 def test_blur_is_distributed_as_torchvisions():
-    on, sigma = filters.Blur(0.3, (0.1, 2.0), 3).settle(draws.uniform(0, 0, MANY, 0, 2))
+    on, sigma = filters.Blur(0.3, (0.1, 2.0), 3).settle(rng.uniform(0, 0, MANY, 0, 2))
     torch.manual_seed(0)
     theirs = v2.GaussianBlur(3, (0.1, 2.0))
     assert same_distribution(sigma, [theirs.make_params([])["sigma"][0] for _ in range(len(MANY))])
@@ -259,7 +259,7 @@ def test_affine_equals_torchvisions():
 
 def test_affine_map_inverts_its_formula_and_stays_in_range():
     ours = filters.Affine((0.75, 1.35), 1.2, 15.0, 10.0, 0.35, "zeros")
-    _, inverse = ours.settle(draws.uniform(0, 0, MANY, 0, 6))
+    _, inverse = ours.settle(rng.uniform(0, 0, MANY, 0, 6))
     forward = torch.linalg.inv(inverse[:, :, :2].double())
     assert 0.75 < forward.det().sqrt().min() < 0.76 and 1.34 < forward.det().sqrt().max() < 1.35
     shift = -(forward @ inverse[:, :, 2:].double())[:, :, 0] / 2
@@ -276,7 +276,7 @@ def test_affine_map_inverts_its_formula_and_stays_in_range():
 
 def literal_views(view: View, number: int, b: Batch) -> torch.Tensor:
     """One view of a batch by torchvision's functions, image by image, from the settings drawn for it."""
-    u = draws.uniform(b.seed, b.epoch, b.index, number, pipeline.COLUMNS)
+    u = rng.uniform(b.seed, b.epoch, b.index, number, pipeline.COLUMNS)
     box = crop.random_boxes(u[:, : crop.DRAWS], b.size, view.scale, view.ratio)
     settings = {type(step).__name__: step.settle(u[:, columns]) for step, columns in pipeline.operations(view)}
     out = []

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 
-from inbatch.views import Drawn
-from inbatch.views.figure import _CELL, _COLOURS, _GAP, grid, save_grid
+from inbatch.apps.reports.view_grid import _CELL, _COLOURS, _GAP, grid, save_grid
+from inbatch.data.views import Drawn
 
 RED, GREEN = (np.array(ImageColor.getrgb(c)) for c in _COLOURS[:2])
 STEP = _CELL + _GAP

@@ -11,10 +11,10 @@ from test_views import CLOSE, batch, per_image, photos
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as tv
 
-from inbatch import draws
+from inbatch import rng
 from inbatch.batch import Batch
+from inbatch.data.views import PRESETS, View, Views, numba_backend, operation, pipeline
 from inbatch.errors import DataError
-from inbatch.views import PRESETS, View, Views, fused, operation, pipeline
 
 MEAN, STD = [0.4, 0.5, 0.6, 0.5, 0.5], [0.2, 0.25, 0.3, 0.2, 0.2]
 JITTER = dict(jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
@@ -22,7 +22,7 @@ EVERYTHING = View(32, **JITTER, grey=0.2, blur=0.5, kernel=5, solarise=0.2)
 DOES = [
     name
     for name, preset in PRESETS.items()
-    if all(fused.knows([step for step, _ in pipeline.operations(view)]) for view in preset())
+    if all(numba_backend.knows([step for step, _ in pipeline.operations(view)]) for view in preset())
 ]
 
 
@@ -44,13 +44,13 @@ def assert_same(ours, theirs, solarised: bool = False) -> None:
 @pytest.fixture
 def used(monkeypatch) -> list[int]:
     """One entry for each time that the kernel draws."""
-    calls, real = [], fused.draw
+    calls, real = [], numba_backend.draw
 
     def counted(view, *rest):
         calls.append(view.size)
         return real(view, *rest)
 
-    monkeypatch.setattr(fused, "draw", counted)
+    monkeypatch.setattr(numba_backend, "draw", counted)
     return calls
 
 
@@ -104,7 +104,7 @@ def test_single_operations_equal_torchvisions():
     """On ready crops, so that nothing else happens; the settings are those that were drawn."""
     photo, index = photos(16), torch.arange(16)
     x, boxes = photo.float() / 255, torch.zeros(1, 16, 4, dtype=torch.long)
-    u = draws.uniform(3, 0, index, 0, pipeline.COLUMNS)
+    u = rng.uniform(3, 0, index, 0, pipeline.COLUMNS)
     for setting, function in (
         (dict(jitter=1.0, brightness=0.8), tv.adjust_brightness),
         (dict(jitter=1.0, contrast=0.8), tv.adjust_contrast),
@@ -130,7 +130,7 @@ def test_single_operations_equal_torchvisions():
 
 
 def test_threads_pieces_and_neighbours_change_no_bit(monkeypatch):
-    monkeypatch.setattr(fused, "_APART", 0)
+    monkeypatch.setattr(numba_backend, "_APART", 0)
     views = Views([EVERYTHING, replace(EVERYTHING, size=20)], MEAN[:3], STD[:3])
     b = batch(photos(37, h=60, w=48))
     whole, before = views(b), torch.get_num_threads()
@@ -148,7 +148,7 @@ def test_threads_pieces_and_neighbours_change_no_bit(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process")
 def test_a_fork_has_threads_of_its_own(monkeypatch):
-    monkeypatch.setattr(fused, "_APART", 0)
+    monkeypatch.setattr(numba_backend, "_APART", 0)
     views, b = Views([View(8, **JITTER)], MEAN[:3], STD[:3]), batch(photos(8, h=12, w=12))
     torch.set_num_threads(2)
     try:
@@ -188,7 +188,7 @@ def test_nothing_outside_of_an_image_is_read():
 
 
 def test_without_numba_torch_draws(monkeypatch, used):
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(numba_backend, "available", lambda: False)
     ours, theirs = both([EVERYTHING], batch(photos()))
     assert torch.equal(ours.images[0], theirs.images[0]) and not used
 
@@ -199,15 +199,15 @@ def test_numba_waits_for_the_first_view():
 
 
 def test_without_a_place_for_the_cache_it_is_compiled_all_the_same(monkeypatch):
-    from inbatch.views import kernel
+    from inbatch.data.views import numba_kernel
 
     def njit(signature, cache=False, **rest):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(kernel.numba, "njit", njit)
-    assert kernel._compiled() is kernel._draw
+    monkeypatch.setattr(numba_kernel.numba, "njit", njit)
+    assert numba_kernel._compiled() is numba_kernel._draw
 
 
 # Accelerators
@@ -240,9 +240,9 @@ def test_an_accelerator_is_never_waited_for(monkeypatch, name):
 
 def test_an_attempt_of_each_sample_is_that_attempt():
     attempt = torch.tensor([0, 3, 1, 0, 700])
-    u = draws.uniform(2**62, 5, torch.arange(5), 2, 4, attempt)
+    u = rng.uniform(2**62, 5, torch.arange(5), 2, 4, attempt)
     for i, n in enumerate(attempt.tolist()):
-        assert torch.equal(u[i], draws.uniform(2**62, 5, torch.arange(5), 2, 4, n)[i])
+        assert torch.equal(u[i], rng.uniform(2**62, 5, torch.arange(5), 2, 4, n)[i])
 
 
 COMPILED = """

@@ -1,96 +1,80 @@
-"""Who imports whom: the table of walls, read from the source, and what the package does without some libraries."""
+"""Who may import whom: an ordered list of rooms and a table of walls, checked against the source."""
 
 import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 import inbatch
 
 ROOT = Path(inbatch.__file__).parent
-TREES = {
-    ".".join(("inbatch", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(
-        file.read_text()
-    )
+FILES = {
+    ".".join(("inbatch", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
     for file in ROOT.rglob("*.py")
 }
-PACKAGES = {name for name in TREES if (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()}
-EVERYONE = pytest.mark.parametrize("module", sorted(TREES))
+TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
+PACKAGES = {name for name, file in FILES.items() if file.name == "__init__.py"}
 
-FREE = {"errors", "budget", "busy", "children", "draws", "files", "limits", "modes", "machine", "process", "pixels"}
-GROUND = {"batch", "functional", "tiled", "kernels", "products", "heads", "memory", "schedules", "clusters"}
-TOP = {"__main__", "cli", "papers"}
-MAY: dict[str, set[str]] = {room: GROUND for room in GROUND} | {
-    "methods": GROUND | {"methods.base"},
-    "context": {"batch"},
-    "encoders": {"context.attend", "context.grouped"},
-    "views": {"batch"},
-    "data": {"batch"},
-    "roll": set(),
-    "ranks": {"roll"},
-    "norm": {"ranks"},
-    "tower": GROUND | {"context.fuse", "context.grouped"},
-    "seam": {"batch", "tower"},
-    "step": {"batch", "functional", "tiled", "tower", "seam", "ranks", "methods.base", "context.curate"},
-    "optim": {"schedules"},
-    "evaluate": {"ranks", "products", "batch", "views"},
-    "papers": {"api", "config", "parts", "train", "evaluate", "inspect", "environment", "signals"},
-    "cli": {"api", "bench", "config", "train", "evaluate", "inspect", "survey", "show", "log", "describe"}
-    | {"doctor", "forecast", "quickstart", "papers", "signals"},
-    "__main__": {"cli"},
-} | {room: set() for room in FREE}  # fmt: skip
-"""Room -> the rooms (or single files) of ours that it may import, beside itself and what is free for all."""
-ABOVE = {"config", "build", "capture", "checkpoint", "signals", "environment", "log", "inspect", "train", "describe"}
-ABOVE |= {
-    "bench",
-    "calibrate",
-    "timing",
-    "doctor",
-    "fit",
-    "forecast",
-    "parts",
-    "plug",
-    "assign",
-    "api",
-    "quickstart",
-    "losses",
-    "looks",
-    "report",
-    "runs",
-    "run_encoder",
-    "judgement",
-    "show",
-    "stopping",
-    "survey",
-    "threads",
-    "",
-}
-"""What stands above the step, and the faces: only what is true of everyone is asked of them."""
+ROOMS: list[set[str]] = [
+    {"batch", "errors", "rng"},
+    {"nn", "context", "runtime"},
+    {"methods", "data"},
+    {"losses", "models", "evaluation"},
+    {"training"},
+    {"api"},
+    {"apps"},
+    {"__main__"},
+]
+"""From the bottom to the top. A room imports rooms of lower lines only, none of its own line."""
 
-SMALL_WORLD = {
-    room: {"torch", "jaxtyping"}
-    for room in (*GROUND, "methods", "context", "seam", "tower", "step", "ranks", "roll", "norm")
+MAY: dict[str, set[str]] = {
+    "nn": {"batch", "errors", "rng", "nn"},
+    "context": {"batch", "errors", "context"},
+    "methods": {"batch", "errors", "rng", "nn", "methods.base"},
+    "losses": {"nn", "methods"},
+    "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
+    | {"training.grad_cache"},
+    "training.grad_cache": {"batch", "models"},
+    "__main__": {"apps.cli"},
 }
-SMALL_WORLD["clusters"] |= {"sklearn", "threadpoolctl"}
-SMALL_WORLD["kernels"] |= {"triton"}
-"""Rooms that know few libraries, the standard one aside."""
-ONLY = {
-    "torch.distributed": {"ranks"},
-    "torch.nn.parallel": {"ranks"},
-    "pydantic": {"config", "parts", "cli", "papers"},
-    "typer": {"cli"},
-    "numba": {"views"},
-    "llvmlite": {"views"},
-    "simplejpeg": {"data", "bench"},
-    "datasets": {"data"},
-    "huggingface_hub": {"data", "encoders"},
-    "tifffile": {"data"},
+"""Room or file -> all that it may import of ours, where that is less than its place in the list allows."""
+
+NEVER: dict[str, set[str]] = {
+    "models": {"data.sources", "data.decoding", "data.views", "data.loader", "data.open", "data"},
+    "evaluation": {"methods", "models", "training"},
 }
-"""Libraries that only some rooms know."""
+"""Room -> rooms and files that it must not import, although they are below; `data.pixels` alone is free to models."""
+
+ONLY: dict[str, set[str]] = {
+    "torch.distributed": {"runtime.distributed"},
+    "torch.nn.parallel": {"runtime.distributed"},
+    "pydantic": {"training.recipe", "training.registry", "apps.cli", "apps.papers"},
+    "typer": {"apps.cli"},
+    "numba": {"data.views"},
+    "llvmlite": {"data.views"},
+    "simplejpeg": {"data", "apps.bench"},
+    "datasets": {"data.sources"},
+    "huggingface_hub": {"data.sources", "models"},
+    "tifffile": {"data.decoding"},
+    "triton": {"nn.triton_logsumexp"},
+}
+"""Library -> the rooms or files that may name it."""
+
+FEW = {"torch", "jaxtyping"}
+LIBRARIES: dict[str, set[str]] = {"nn": FEW, "context": FEW, "methods": FEW, "losses": FEW}
+LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
+LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
+LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
+LIBRARIES |= {f"models.{name}": FEW for name in ("tower", "sync_batchnorm")}
+"""Room or file -> the libraries that it may know, besides the standard one."""
+
+TORCHLESS = {"errors", "runtime.tuning", "apps.cli"}
+"""What can be imported without torch: `--help` answers at once."""
+
+DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
+"""How sums and products are computed fast is what these are for: they may ask for the type of the device."""
 
 
 def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]:
@@ -124,36 +108,74 @@ def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
     return found - {module}
 
 
+def short(module: str) -> str:
+    """The name without the package's, "" for the package itself."""
+    return module.removeprefix("inbatch").removeprefix(".")
+
+
 def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    return short(module).split(".")[0]
 
 
-@EVERYONE
-def test_walls(module: str) -> None:
-    here = room(module)
-    assert here in MAY or here in ABOVE, f"say in this file what the new room {here!r} may import"
-    for other in ours(module):
-        there = room(other)
-        assert there, f"{module} imports the package's face"
-        assert there not in TOP or here in ("__main__", there) or (here, there) == ("cli", "papers"), (
-            f"{module} imports {other}, which nobody may"
-        )
-        if here in MAY and there not in FREE:
-            file = other.removeprefix("inbatch.")
-            inside = there == here and (here != "methods" or module == "inbatch.methods")
-            assert inside or {there, file} & MAY[here], f"{module} imports {other}"
+def inside(module: str, places: set[str]) -> bool:
+    """Whether a module is one of some rooms or files, or lies in one."""
+    name = short(module)
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-@EVERYONE
-def test_libraries(module: str) -> None:
-    here = room(module)
-    for name in imports(module):
-        for library, rooms in ONLY.items():
-            if name == library or name.startswith(f"{library}."):
-                assert here in rooms, f"{module} names {library}"
-    roots = {name.split(".")[0] for node in ast.walk(TREES[module]) for name in _roots(node)}
-    if here in SMALL_WORLD:
-        assert roots - sys.stdlib_module_names <= SMALL_WORLD[here] | {"inbatch"}
+def where(module: str, table: dict[str, set[str]]) -> set[str] | None:
+    """What a table says of a module: its own line before that of its room."""
+    return next((table[place] for place in (short(module), room(module)) if place in table), None)
+
+
+def problems(check: Callable[[str], Iterator[str]]) -> list[str]:
+    return [problem for module in sorted(TREES) for problem in check(module)]
+
+
+def test_rooms_import_only_rooms_below() -> None:
+    line = {name: number for number, names in enumerate(ROOMS) for name in names}
+    assert {room(name) for name in TREES} == {*line, ""}, "say in ROOMS where a new room stands"
+
+    def check(module: str) -> Iterator[str]:
+        for other in ours(module) if module != "inbatch" else ():
+            here, there = room(module), room(other)
+            if other == "inbatch":
+                yield f"{module} imports the package itself"
+            elif there != here and line[there] >= line[here]:
+                yield f"{module} imports {other}, which is not below it"
+
+    assert not problems(check)
+
+
+def test_walls_inside_and_between_rooms() -> None:
+    def check(module: str) -> Iterator[str]:
+        may, never = where(module, MAY), NEVER.get(room(module), set())
+        for other in ours(module):
+            if may is not None and not inside(other, may) and module != "inbatch.methods":
+                yield f"{module} imports {other}, but may import only {sorted(may)}"
+            if short(other) in never or (inside(other, never - {"data"}) and short(other) != "data.pixels"):
+                yield f"{module} imports {other}, which {room(module)} must not know"
+
+    assert not problems(check)
+
+
+def test_imports_go_in_no_circle() -> None:
+    graph = {name: ours(name) for name in TREES if name != "inbatch"}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_libraries_stay_where_they_belong() -> None:
+    def check(module: str) -> Iterator[str]:
+        for name in imports(module):
+            for library, places in ONLY.items():
+                if (name == library or name.startswith(f"{library}.")) and not inside(module, places):
+                    yield f"{module} names {library}"
+        known = where(module, LIBRARIES)
+        roots = {name.split(".")[0] for node in ast.walk(TREES[module]) for name in _roots(node)}
+        if known is not None and (more := roots - sys.stdlib_module_names - known - {"inbatch"}):
+            yield f"{module} imports {sorted(more)}"
+
+    assert not problems(check)
 
 
 def _roots(node: ast.AST) -> list[str]:
@@ -162,33 +184,42 @@ def _roots(node: ast.AST) -> list[str]:
     return [node.module or "inbatch"] if isinstance(node, ast.ImportFrom) else []
 
 
-@EVERYONE
-def test_nothing_is_unpickled(module: str) -> None:
-    used = {name for name in imports(module) if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")}
-    # CIFAR's files are pickles; the names that one may ask for stand for nothing that runs (tests/test_data_cifar.py).
-    inert = {"pickle.Unpickler"} if module == "inbatch.data.cifar" else set()
-    assert used <= {"pickle", "pickle.UnpicklingError"} | inert
-    for node in ast.walk(TREES[module]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert "weights_only=True" in ast.unparse(node)
-        assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False")
+def test_nothing_is_unpickled() -> None:
+    def check(module: str) -> Iterator[str]:
+        used = {name for name in imports(module) if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")}
+        # CIFAR's files are pickles; the names that one may ask for stand for nothing that runs.
+        inert = {"pickle.Unpickler"} if module == "inbatch.data.sources.cifar" else set()
+        yield from (f"{module} names {name}" for name in used - {"pickle", "pickle.UnpicklingError"} - inert)
+        for node in ast.walk(TREES[module]):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                if "weights_only=True" not in ast.unparse(node):
+                    yield f"{module}: torch.load without weights_only=True"
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+                yield f"{module}: allow_pickle"
+
+    assert not problems(check)
 
 
-FAST = {"tiled", "kernels", "products"}
-"""How a loss's sums are computed fast is what these are for."""
+def test_the_library_never_prints() -> None:
+    """Values are returned, or told to `runtime.terminal`; only programs in `apps` print."""
+
+    def check(module: str) -> Iterator[str]:
+        if room(module) not in ("apps", "__main__"):
+            calls = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call))
+            yield from (f"{module}: print" for call in calls if ast.unparse(call.func) == "print")
+
+    assert not problems(check)
 
 
-@pytest.mark.parametrize("module", [name for name in sorted(TREES) if room(name) in (GROUND | {"methods"}) - FAST])
-def test_a_loss_names_no_device(module: str) -> None:
-    nodes = list(ast.walk(TREES[module]))
-    words = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    words |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert not words & {"cuda", "cpu", "mps", "xpu"}
+def test_a_loss_names_no_device() -> None:
+    def check(module: str) -> Iterator[str]:
+        if inside(module, {"nn", "methods", "losses"}) and not inside(module, DEVICES):
+            nodes = list(ast.walk(TREES[module]))
+            words = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            words |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            yield from (f"{module} names {word}" for word in words & {"cuda", "cpu", "mps", "xpu"})
 
-
-def test_imports_go_one_way() -> None:
-    graph = {name: ours(name, hints=False) for name in TREES if name != "inbatch"}
-    list(graphlib.TopologicalSorter(graph).static_order())
+    assert not problems(check)
 
 
 def python(script: str, *words: str) -> None:
@@ -196,22 +227,30 @@ def python(script: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
-    needs = {"inbatch.config", "inbatch.parts"} | {name for name in TREES if room(name) == "cli"}
-    while more := {name for name in TREES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
-        needs |= more
-    assert {room(name) for name in needs} <= ABOVE | TOP
-    script = """
+_WITHOUT = """
 import importlib, sys
+libraries, names = sys.argv[1].split(","), sys.argv[2:]
 class Wall:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("typer", "pydantic"):
+        if name.split(".")[0] in libraries:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Wall())
-for name in sys.argv[1:]:
+for name in names:
     importlib.import_module(name)
 """
-    python(script, *sorted(TREES.keys() - needs - {"inbatch.__main__"}))
+
+
+def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
+    needs = {"inbatch.training.recipe", "inbatch.training.registry"}
+    needs |= {name for name in TREES if inside(name, {"apps.cli"})}
+    while more := {name for name in TREES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
+        needs |= more
+    assert {room(name) for name in needs} <= {"training", "api", "apps", "__main__"}
+    python(_WITHOUT, "typer,pydantic", *sorted(TREES.keys() - needs - {"inbatch.__main__"}))
+
+
+def test_help_needs_no_torch() -> None:
+    python(_WITHOUT, "torch", *sorted(name for name in TREES if inside(name, TORCHLESS)))
 
 
 def test_no_module_takes_the_place_of_a_public_name() -> None:

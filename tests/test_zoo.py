@@ -12,9 +12,9 @@ from zoo import animals
 
 from inbatch import api
 from inbatch.data import Loader, decode_all, open_data
-from inbatch.data.decode import Picture
+from inbatch.data.decoding.image_file import Picture
+from inbatch.data.views import View, Views
 from inbatch.errors import DataError
-from inbatch.views import View, Views
 
 ALL = animals()
 GOOD = [animal for animal in ALL if animal.pixels is not None]

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inbatch import losses as losses
-    from inbatch.api import Run, draw_views, embed_run, evaluate_run, export_run, load, load_run, pretrain, rehearse
-    from inbatch.encoders import Encoder
+    from inbatch.api import Run, embed_run, evaluate_run, export_run, load, load_run, pretrain, rehearse
+    from inbatch.apps.reports.batch_context import inspect_run
+    from inbatch.apps.reports.dataset import survey_data
+    from inbatch.apps.reports.view_grid import draw_views
     from inbatch.methods import METHODS
-    from inbatch.process import tune
-    from inbatch.survey.look import survey_data
+    from inbatch.models import Encoder
+    from inbatch.runtime.tuning import tune
 
-_API = ("Run", "draw_views", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "rehearse")
-_WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.encoders"}
-_WHERE |= {"tune": "inbatch.process", "survey_data": "inbatch.survey.look"}
+_API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "rehearse")
+_WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
+_WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
+_WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 
 __all__ = [
     "METHODS",
@@ -29,6 +32,7 @@ __all__ = [
     "embed_run",
     "evaluate_run",
     "export_run",
+    "inspect_run",
     "load",
     "load_run",
     "losses",

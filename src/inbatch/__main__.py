@@ -1,6 +1,6 @@
 """`python -m inbatch`, and so `torchrun -m inbatch`: the command line."""
 
-from inbatch.cli import main
+from inbatch.apps.cli import main
 
 if __name__ == "__main__":
     main()

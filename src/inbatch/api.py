@@ -8,35 +8,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from inbatch import process, ranks
-from inbatch.batch import Batch
-from inbatch.budget import duration
-from inbatch.build import Built, build, device_for, held_out, plan, share_of
-from inbatch.calibrate import check_one_length, needs_plan, plan_budget, with_default_budget
-from inbatch.config import PARTS, Part, Recipe, Settings, make, read_file
-from inbatch.context.crops import arrange
-from inbatch.data import Source, Subset, decode_all, open_data
-from inbatch.describe import describe, estimate
-from inbatch.doctor import advice
-from inbatch.draws import permutation
+from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError
-from inbatch.files import locked, write_json
-from inbatch.fit import Fit, resolve, within_memory
-from inbatch.inspect.compare import Reference, read_reference
-from inbatch.inspect.references import find
-from inbatch.log import progress
-from inbatch.report import clear
-from inbatch.run_encoder import kept_initial, save_initial, with_encoder_of_init
-from inbatch.runs import Run, embed_run, evaluate_run, export_run, inspect_run, load, load_run, replay_run, report_of
-from inbatch.timing import expectation, smaller_choices, step_seconds
-from inbatch.train import train
-from inbatch.views import Views, make_views
-from inbatch.views.figure import save_grid
+from inbatch.runtime import distributed, tuning
+from inbatch.runtime.device import device_for
+from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.terminal import progress
+from inbatch.training.advice import advice
+from inbatch.training.auto_context import Fit, resolve, within_memory
+from inbatch.training.budget import duration
+from inbatch.training.build import Built, build, share_of
+from inbatch.training.calibration import plan_budget
+from inbatch.training.holdout import held_out
+from inbatch.training.loop import train
+from inbatch.training.monitors.reference import Reference, read_reference
+from inbatch.training.monitors.shipped_references import find
+from inbatch.training.plan import data_asked_for, merged_settings, needs_plan, plan, with_default_budget
+from inbatch.training.recipe import Recipe, Settings, make, read_file
+from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run, report_of
+from inbatch.training.run_encoder import kept_initial, save_initial, with_encoder_of_init
+from inbatch.training.status import clear
+from inbatch.training.summary import describe, estimate
+from inbatch.training.timing import expectation, smaller_choices, step_seconds
 
 __all__ = [
-    "Run", "draw_views", "embed_run", "evaluate_run", "export_run", "inspect_run", "load", "load_run", "prepare",
+    "Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "prepare",
     "pretrain", "rehearse", "replay_run",
 ]  # fmt: skip
 
@@ -84,10 +80,10 @@ def pretrain(
     Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
     Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
     """
-    began = process.command_began()
-    process.ready()
-    with ranks.together(expect_world_size, device_for(device).type, dist_timeout):
-        given = _settings(method, config, settings, fields)
+    began = tuning.command_began()
+    tuning.ready()
+    with distributed.together(expect_world_size, device_for(device).type, dist_timeout):
+        given = merged_settings(method, config, settings, fields)
         going_on, choice = _run_to_resume(out, resume), None
         if going_on is not None and _spent(going_on):
             _resumed(going_on, data, given, download)  # refuses what contradicts it
@@ -98,7 +94,7 @@ def pretrain(
             recipe, source, data = _resumed(going_on, data, given, download)
             directory = going_on
         else:
-            data = _which(data, given)
+            data = data_asked_for(data, given)
             given = with_default_budget(given, data, device_for(device), config is not None)
             given = with_encoder_of_init(given)
             if needs_plan(given):
@@ -111,19 +107,19 @@ def pretrain(
             else:
                 recipe, source = plan(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
-        if ranks.world() > 1:  # a million names are not read for nobody
-            ranks.agree(_facts(recipe, source))
+        if distributed.world() > 1:  # a million names are not read for nobody
+            distributed.agree(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         memory = ""
         if going_on is None and choice is None:  # else a budget has looked already
             recipe, memory = within_memory(recipe, source, device_for(device), workers)
-        reference = _reference(compare, recipe) if ranks.rank() == 0 else None
+        reference = _reference(compare, recipe) if distributed.rank() == 0 else None
         loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
         built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
         held = held_out(recipe, built.loader.source, data, test, download)
-        lock = locked(directory) if ranks.rank() == 0 else contextlib.nullcontext()
+        lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # from here on something is written: whatever could be refused has been
-            if ranks.rank() == 0 and going_on is None:
+            if distributed.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
                 save_initial(recipe, built.encoder, directory)
@@ -150,7 +146,7 @@ def prepare(
     download: bool = False, **fields: Any,
 ) -> Built:  # fmt: skip
     """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
-    return _prepared(data, _settings(method, config, settings, fields), device, workers, download)[0]
+    return _prepared(data, merged_settings(method, config, settings, fields), device, workers, download)[0]
 
 
 def rehearse(
@@ -160,14 +156,14 @@ def rehearse(
 ) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
     decoded images in the cache. Says also how long the run would take."""
-    began = process.command_began()
-    with ranks.together(expect_world_size, device_for(device).type):
-        given, choice = _settings(method, config, settings, fields), None
-        given = with_default_budget(given, _which(data, given), device_for(device), config is not None)
+    began = tuning.command_began()
+    with distributed.together(expect_world_size, device_for(device).type):
+        given, choice = merged_settings(method, config, settings, fields), None
+        given = with_default_budget(given, data_asked_for(data, given), device_for(device), config is not None)
         given = with_encoder_of_init(given)
         if needs_plan(given):
             choice, source = plan_budget(
-                _which(data, given), given, began, device=device_for(device), workers=workers, download=download
+                data_asked_for(data, given), given, began, device=device_for(device), workers=workers, download=download
             )
             built, fitted = build(choice.recipe, source, device=device_for(device), loader=choice.loader), None
         else:
@@ -185,28 +181,6 @@ def rehearse(
         return found | {"description": "\n".join(lines)} | estimate(built)
 
 
-def draw_views(
-    data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
-    settings: Mapping[str, Any] | None = None, **fields: Any,
-) -> Part:  # fmt: skip
-    """Draw some images beside their views into a picture; returns the views' name and options."""
-    given = _settings(method, None, settings, fields)
-    recipe, source = plan(_which(data, given), given)
-    chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
-    mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
-    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
-    views = Views(crops, mean, std, pairs)
-    held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
-    number, label = torch.arange(len(held.source)), held.source.labels
-    drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
-    images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
-    try:
-        save_grid(out, images, drawn, mean, std)
-    except ValueError as error:  # an ending that is no picture's
-        raise ConfigError(f"cannot write {out}: {error}") from None
-    return recipe.views
-
-
 def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
     """What must be equal on all ranks before anything is built of it."""
     versions: dict[str, object] = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
@@ -222,7 +196,7 @@ def _advice(built: Built) -> str:
 def _prepared(data: Any, given: Settings, device: str, workers: int | None, download: bool) -> tuple[Built, Fit | None]:
     """What these settings make of the data, and how its context was found where they ask for it."""
     given = with_encoder_of_init(given)
-    recipe, source = plan(_which(data, given), given, download)
+    recipe, source = plan(data_asked_for(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
     return build(recipe, source, device=device_for(device), workers=workers), fitted
 
@@ -232,45 +206,6 @@ def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
     if compare is None:
         return None
     return find(recipe.nested()) if compare == "auto" else read_reference(compare)
-
-
-def _which(data: Any, given: Settings) -> Any:
-    """The data to learn from: what is given, else what the settings say."""
-    data = given.get("data") if data is None else data
-    if data is None:
-        raise ConfigError("which images? give --data a folder, a file of images, or a set such as digits-canvas")
-    return data
-
-
-def _settings(
-    method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
-) -> Settings:
-    asked: Settings = {} if method is None else {"method.name": method}
-    asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
-    asked |= dict(settings or {})
-    if values.get("budget") is not None:  # the command of a run that was planned has all three, by --set
-        check_one_length(asked)
-    return asked if config is None else _over(read_file(config), asked)
-
-
-_PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
-"""What a budget plans besides the length, and a file of settings without one says by itself."""
-
-
-def _over(file: Settings, asked: Settings) -> Settings:
-    """What is asked for on top of a file of settings.
-
-    Another length takes the place of the file's, with all that followed from that. Options belong to one part only.
-    """
-    lengths = ("budget", "epochs", "steps")
-    if any(asked.get(key) is not None for key in lengths):
-        followed = (*lengths, "replans", *(_PLANNED if file.get("budget") is not None else ()))
-        file = {key: value for key, value in file.items() if key not in followed}
-    for part in PARTS:
-        name = asked.get(f"{part}.name")
-        if name is not None and name != file.get(f"{part}.name", name):
-            file = {key: value for key, value in file.items() if not key.startswith(f"{part}.")}
-    return file | asked
 
 
 def _spent(folder: Path) -> bool:
@@ -318,13 +253,13 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
         what = ", ".join(f"{k} = {v!r} (the run has {mine.get(k)!r})" for k, v in changed.items())
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     report = report_of(folder)
-    if recipe.context is None and report.get("world", ranks.world()) != ranks.world():
+    if recipe.context is None and report.get("world", distributed.world()) != distributed.world():
         # It follows from the number of ranks, and decides results.
         recipe = replace(recipe, context=report["context"])
-        if share_of(recipe, ranks.world()) % report["context"]:
+        if share_of(recipe, distributed.world()) % report["context"]:
             raise ConfigError(
-                f"the run in {folder} meets in groups of {report['context']}, which {ranks.world()} ranks cannot form: "
-                f"go on with {report['world']}, as before"
+                f"the run in {folder} meets in groups of {report['context']}, which {distributed.world()} ranks cannot "
+                f"form: go on with {report['world']}, as before"
             )
     if isinstance(data, str | Path | None):
         data = recipe.data
@@ -348,4 +283,4 @@ def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) 
     number = 1
     while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():
         number += 1
-    return Path(ranks.share(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))
+    return Path(distributed.share(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))

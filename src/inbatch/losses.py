@@ -1,6 +1,5 @@
 """Every equation as a plain function of tensors, under its usual name."""
 
-from inbatch.functional import info_nce, sinkhorn
 from inbatch.methods.barlow import barlow_twins
 from inbatch.methods.byol import byol
 from inbatch.methods.cc import cluster_contrast
@@ -16,6 +15,7 @@ from inbatch.methods.supervised import cross_entropy
 from inbatch.methods.swav import swapped_prediction
 from inbatch.methods.vicreg import vicreg
 from inbatch.methods.wmse import wmse
+from inbatch.nn.functional import info_nce, sinkhorn
 
 __all__ = [
     "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",

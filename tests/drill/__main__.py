@@ -13,7 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of the tests
 
 from drill.faults import DRILLS, Drill
-from inbatch.show import print_table, printable, say
+from inbatch.apps.console import print_table, say
+from inbatch.runtime.text import printable
 
 
 def told(value: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inbatch import checkpoint
+from inbatch.training import checkpoint
 
 from .stage import (
     MAIN,

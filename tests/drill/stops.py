@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inbatch import checkpoint
 from inbatch.errors import InbatchError
+from inbatch.training import checkpoint
 
 from .stage import (
     INBATCH,

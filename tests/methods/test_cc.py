@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from vectors import DTYPES, Case, unlabelled
 
-from inbatch.build import plan
 from inbatch.losses import cluster_contrast
 from inbatch.methods import METHODS
 from inbatch.methods.cc import CC, contrast
+from inbatch.training.plan import plan
 
 
 @DTYPES

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vectors import DTYPES, Case
 
 from inbatch.batch import Batch
+from inbatch.data.views import PRESETS
 from inbatch.losses import dino
 from inbatch.methods.dino import DINO
-from inbatch.views import PRESETS
 
 
 def batch(n: int, epoch: int = 0) -> Batch:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from vectors import DTYPES, Case, unlabelled
 
-from inbatch.functional import normalize
 from inbatch.losses import nnclr, nt_xent
-from inbatch.memory import Queue
 from inbatch.methods.nnclr import NNCLR, neighbours
+from inbatch.nn.functional import normalize
+from inbatch.nn.memory_bank import Queue
 
 
 def literal(near: Tensor, p: Tensor, t: float) -> Tensor:

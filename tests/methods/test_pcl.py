@@ -9,10 +9,10 @@ from torch import Tensor
 from vectors import DTYPES, Case, unlabelled
 
 from inbatch.batch import Batch
-from inbatch.clusters import Clustering, agreement, concentration, k_means
-from inbatch.functional import normalize
 from inbatch.losses import info_nce, proto_nce
 from inbatch.methods.pcl import PCL
+from inbatch.nn.clustering import Clustering, agreement, concentration, k_means
+from inbatch.nn.functional import normalize
 
 
 def alone(task, n):

@@ -10,7 +10,7 @@ from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import simsiam
 from inbatch.methods.simsiam import SimSiam
-from inbatch.optim import parameter_groups, set_learning_rate
+from inbatch.training.optim import parameter_groups, set_learning_rate
 
 
 def literal(p: Tensor, z: Tensor, stop_gradient: bool, teach: str) -> Tensor:

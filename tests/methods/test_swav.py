@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from vectors import DTYPES, Case
 
 from inbatch.batch import Batch
-from inbatch.encoders import create_encoder
-from inbatch.functional import normalize
+from inbatch.data.views import PRESETS
 from inbatch.losses import sinkhorn, swapped_prediction
 from inbatch.methods.swav import SwAV
-from inbatch.tower import Tower
-from inbatch.views import PRESETS
+from inbatch.models import create_encoder
+from inbatch.models.tower import Tower
+from inbatch.nn.functional import normalize
 
 
 def batch(n: int, epoch: int = 0) -> Batch:

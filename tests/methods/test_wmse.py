@@ -11,9 +11,9 @@ from vectors import DTYPES, Case, unlabelled
 import inbatch
 from inbatch.batch import Batch
 from inbatch.errors import ConfigError
-from inbatch.functional import factor, moments
 from inbatch.losses import wmse
 from inbatch.methods.wmse import WMSE, whiten
+from inbatch.nn.functional import factor, moments
 
 LOSSES = pytest.mark.parametrize("name", ["wmse_loss__1", "wmse_loss__2", "wmse_loss__3"])
 

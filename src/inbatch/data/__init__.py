@@ -1,18 +1,12 @@
-"""Sources of images and the loader that turns them into batches."""
+"""From a folder or a name to batches of augmented views: sources, decoding, the loader and the views."""
 
-import os
-from collections.abc import Callable
-
-from inbatch import draws
-from inbatch.data import array_files, arrays, cifar, digits, folder, hf, known, lists, parquet, tar
-from inbatch.data.arrays import Coloured
-from inbatch.data.classes import choose
-from inbatch.data.folder import write_folder
 from inbatch.data.loader import Loader
+from inbatch.data.open import OPENERS, open_data, splits
 from inbatch.data.resident import Resident, decode_all
 from inbatch.data.source import Reading, Source, Subset
+from inbatch.data.sources.arrays import Coloured
+from inbatch.data.sources.folder import write_folder
 from inbatch.data.workers import lost_workers
-from inbatch.errors import DataError
 
 __all__ = [
     "OPENERS",
@@ -28,70 +22,3 @@ __all__ = [
     "splits",
     "write_folder",
 ]
-
-OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
-    "an array, a tensor or a pair (images, labels)": arrays.find,
-    "digits-canvas or digits-canvas-colour": digits.find,
-    "torchvision/NAME, a set by its name": known.find,
-    "a Parquet file, or a folder with train.parquet": parquet.find,
-    "a .csv, .tsv or .txt list of paths": lists.find,
-    "a .npy or .npz file": array_files.find,
-    "a folder of CIFAR-10 or CIFAR-100": cifar.find,
-    "a folder of Hugging Face datasets, or hf/NAME": hf.find,
-    "a .tar, shards-{000..003}.tar or a folder of .tar files": tar.find,
-    "a folder of images": folder.find,
-}
-"""Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the
-data is not of its kind; the first that answers wins. A further kind is one file with a finder and one line here."""
-
-_SUBSET_SEED = 0  # not the run's: every run on "10,000 images" sees the same ones
-
-
-def splits(data: object) -> tuple[str, ...]:
-    """Which splits the data has: ("train",) or ("train", "test"). DataError if nothing can open it."""
-    return tuple(_find(data, Reading()))
-
-
-def open_data(
-    data: object,
-    split: str = "train",
-    *,
-    subset: int | None = None,
-    channels: int | None = None,
-    classes: str | None = None,
-    levels: tuple[float, float] | None = None,
-    download: bool = False,
-) -> Source:
-    """Open one split of a path, a name or an in-memory array (`OPENERS` lists the kinds).
-
-    subset: only that many images, the first of a fixed permutation, in the source's order.
-    classes: a file with the names of the classes to use, a line each, in the order of their numbers: images of other
-        classes are left out.
-    channels, levels, download: see `Reading`; arrays and embedded data must agree with the channels.
-    Raises DataError if there is no such data, split or number of images.
-    """
-    found = _find(data, Reading(channels, levels, download))
-    if split not in found:
-        raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}")
-    source = found[split]()
-    if classes is not None:
-        source = choose(source, classes)
-    if subset is None:
-        return source
-    if not 0 < subset <= len(source):
-        raise DataError(f"{subset:,} images of {source.name} were asked for; it has {len(source):,}")
-    chosen = draws.permutation(_SUBSET_SEED, 0, len(source))[:subset].sort().values
-    return Subset(source, chosen, "a fixed random choice")
-
-
-def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
-    for find in OPENERS.values():
-        if (found := find(data, reading)) is not None:
-            return found
-    if isinstance(data, str | os.PathLike) and not os.path.exists(data):
-        raise DataError(f"{_name(data)} does not exist; data can be {'; '.join(OPENERS)}")
-    raise DataError(f"{_name(data)} cannot be opened; data can be {'; '.join(OPENERS)}")
-
-
-def _name(data: object) -> str:
-    return repr(os.fspath(data)) if isinstance(data, str | os.PathLike) else f"A {type(data).__name__}"

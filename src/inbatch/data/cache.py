@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from inbatch.data.decode import decoders
+from inbatch.data.decoding.image_file import decoders
 from inbatch.data.source import Source
 from inbatch.errors import ConfigError
-from inbatch.files import to_json
-from inbatch.limits import cores
+from inbatch.runtime.files import to_json
+from inbatch.runtime.resources import cores
 
 WORTH = 2.0
 """Seconds of decoding from which a set is kept: below, nobody waits, and many small experiments would fill the disk."""

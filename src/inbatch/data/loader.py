@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch import draws
+from inbatch import rng
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
 from inbatch.data.source import Source
 from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, room_to_share, stream
 from inbatch.errors import DataError, many
-from inbatch.limits import cores
-from inbatch.machine import free_bytes
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.resources import cores
 
 PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
 
@@ -135,7 +135,7 @@ class Loader:
 
     def _resident(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self.held is not None
-        order = draws.permutation(self.seed, epoch, len(self.source)).to(self.device)
+        order = rng.permutation(self.seed, epoch, len(self.source)).to(self.device)
         for step in steps:
             places = self._share(step)
             index = order[places.start : places.stop]

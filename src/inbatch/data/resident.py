@@ -15,7 +15,7 @@ from inbatch.data import cache
 from inbatch.data.cache import Decoded
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
-from inbatch.limits import cores
+from inbatch.runtime.resources import cores
 
 SHARE = 0.25
 """Of the free memory, at most this much is given to the images."""

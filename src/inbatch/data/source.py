@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from inbatch.data.pixels import Levels
 from inbatch.errors import many
-from inbatch.pixels import Levels
 
 Want = tuple[int, Literal["bilinear", "bicubic"]]
 """What a view wants of its crop: the side of the output in pixels, and how to interpolate."""

@@ -13,10 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from inbatch import children, draws
+from inbatch import rng
 from inbatch.data.resident import stack
 from inbatch.data.source import Source, Want
 from inbatch.errors import DataError, InbatchError
+from inbatch.runtime import child_processes
 
 _PATIENCE = 3600  # seconds to wait for a piece: a disk that never answers must not hold the trainer forever
 _OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
@@ -77,7 +78,7 @@ class Places:
         Those that it cannot, where it raises DataError, are noted in `bad`.
         """
         if self._epoch != epoch:
-            self._epoch, self._order = epoch, draws.permutation(self.seed, epoch, len(self.source))
+            self._epoch, self._order = epoch, rng.permutation(self.seed, epoch, len(self.source))
         used = len(self.source) // self.batch * self.batch
         why = ""
         for at in range(place, place + used, self.batch):
@@ -195,7 +196,7 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        worker_init_fn=children.begin_worker,
+        worker_init_fn=child_processes.begin_worker,
         persistent_workers=workers > 0,
         timeout=_PATIENCE if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
@@ -205,4 +206,4 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
 
 def end_workers(stream: DataLoader[Any]) -> None:
     """End the processes of a stream, and wait for them."""
-    children.end_workers(stream._iterator)
+    child_processes.end_workers(stream._iterator)

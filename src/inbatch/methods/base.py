@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.heads import Head
+from inbatch.nn.heads import Head
 
 
 class Method(nn.Module):

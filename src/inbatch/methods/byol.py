@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import mean_of_others, normalize
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
-from inbatch.schedules import cosine
+from inbatch.nn.functional import mean_of_others, normalize
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.schedules import cosine
 
 
 def byol(

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, mean_of_others, normalize, wide
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import logsumexp_others, mean_of_others, normalize, wide
+from inbatch.nn.heads import Head, mlp
 
 
 def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import cross_prediction, sharpened, wide
-from inbatch.heads import Head, Prototypes, mlp
 from inbatch.methods.base import Method
-from inbatch.schedules import cosine, linear, progress
+from inbatch.nn.functional import cross_prediction, sharpened, wide
+from inbatch.nn.heads import Head, Prototypes, mlp
+from inbatch.nn.schedules import cosine, linear, progress
 
 
 def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], center: Float[Tensor, "k"],

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import info_nce, normalize
-from inbatch.heads import Head, mlp
-from inbatch.memory import Queue
 from inbatch.methods.base import Method
+from inbatch.nn.functional import info_nce, normalize
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.memory_bank import Queue
 
 
 class MoCo(Method):

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_rows, normalize
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
-from inbatch.schedules import cosine
+from inbatch.nn.functional import logsumexp_rows, normalize
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.schedules import cosine
 
 
 def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1.0) -> Float[Tensor, ""]:

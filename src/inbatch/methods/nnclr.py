@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, logsumexp_rows, nearest, normalize
-from inbatch.heads import Head, mlp
-from inbatch.memory import Queue
 from inbatch.methods.base import Method
+from inbatch.nn.functional import logsumexp_others, logsumexp_rows, nearest, normalize
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.memory_bank import Queue
 
 Contrast = Literal["one_way", "nt_xent"]
 

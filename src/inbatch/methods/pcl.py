@@ -4,11 +4,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.clusters import Clusterings, Spread
-from inbatch.functional import info_nce, logsumexp_rows, normalize, wide
-from inbatch.heads import Head, mlp
-from inbatch.memory import Queue
 from inbatch.methods.base import Method
+from inbatch.nn.clustering import Clusterings, Spread
+from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.memory_bank import Queue
 
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, mean_of_others, normalize
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import logsumexp_others, mean_of_others, normalize
+from inbatch.nn.heads import Head, mlp
 
 
 def nt_xent(

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import mean_of_others, normalize, wide
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import mean_of_others, normalize, wide
+from inbatch.nn.heads import Head, mlp
 
 Teach = Literal["each", "mean"]
 

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import logsumexp_others, normalize, product, sharpened
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import logsumexp_others, normalize, product, sharpened
+from inbatch.nn.heads import Head, mlp
 
 
 def supcon(

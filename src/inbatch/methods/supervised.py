@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import wide
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import wide
+from inbatch.nn.heads import Head, mlp
 
 
 def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoothing: float = 0.0) -> Float[Tensor, ""]:

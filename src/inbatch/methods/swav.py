@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import cross_prediction, normalize, product, sharpened, sinkhorn
-from inbatch.heads import Head, Prototypes, mlp
-from inbatch.memory import Queue
 from inbatch.methods.base import Method
+from inbatch.nn.functional import cross_prediction, normalize, product, sharpened, sinkhorn
+from inbatch.nn.heads import Head, Prototypes, mlp
+from inbatch.nn.memory_bank import Queue
 
 
 def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n k"],

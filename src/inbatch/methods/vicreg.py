@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.functional import moments, narrowness, wide
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import moments, narrowness, wide
+from inbatch.nn.heads import Head, mlp
 
 
 def vicreg(

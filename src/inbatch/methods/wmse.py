@@ -5,10 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
-from inbatch.draws import uniform
-from inbatch.functional import factor, moments, normalize, wide
-from inbatch.heads import Head, mlp
 from inbatch.methods.base import Method
+from inbatch.nn.functional import factor, moments, normalize, wide
+from inbatch.nn.heads import Head, mlp
+from inbatch.rng import uniform
 
 
 def whiten(x: Float[Tensor, "*b n d"], mean: Float[Tensor, "*b 1 d"], lower: Float[Tensor, "*b d d"]

@@ -1,0 +1,148 @@
+"""Curves of accuracy over what training cost, by benchmarks/time_to_accuracy.py: read from a run, drawn, in a table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from inbatch.errors import DataError
+from inbatch.runtime.files import read_json
+
+Entry = dict[str, Any]
+COLOURS = ("#999999", "#0072b2", "#d55e00", "#009e73")
+
+KEPT = ("cpu_seconds", "images", "bank", "queries")
+FLAGS = {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "asimd"}
+
+
+def flags() -> list[str]:
+    """What the processor says that it can do, of what matters for training; nothing where Linux does not tell."""
+    path = Path("/proc/cpuinfo")
+    return sorted(FLAGS & set(path.read_text().split())) if path.exists() else []
+
+
+def reached(entries: Sequence[Entry], target: float) -> dict[str, float] | None:
+    """When a look first found the target, by what bank, and the cost at the look before; None if none did.
+
+    A look with a part of the images as bank counts, too: with fewer neighbours to choose from it finds less.
+    """
+    before = 0.0
+    for entry in entries:
+        if entry["knn"] >= target:
+            told = {key: entry[key] for key in ("seconds", "cpu_seconds", "images", "bank", "queries")}
+            return {"target": target, "cpu_seconds_before": before} | told
+        before = entry["cpu_seconds"]
+    return None
+
+
+def entries(folder: Path, images: int) -> list[Entry]:
+    """The looks of an inbatch run that learns from `images` images, from its log; none if it has not looked yet.
+
+    The loss is the mean of those logged since the look before. A finished run's evaluation takes the place of its last
+    look if it was judged by more images. DataError if the log does not say what training cost.
+    """
+    log, result = folder / "metrics.jsonl", folder / "result.json"
+    cost: Entry = {}
+    losses: list[float] = []
+    curve: list[Entry] = []
+    for line in log.read_text("utf-8").splitlines() if log.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:  # half a line: it is being written
+            continue
+        if record.get("loss") is not None:
+            losses.append(record["loss"])
+        if "training_seconds" in record:
+            cost = record
+        if "knn" not in record:
+            continue
+        if cost.get("step") != record["step"] or cost["cpu_seconds"] is None:
+            raise DataError(f"{log} does not say what training cost: the run was begun by an older inbatch, run anew")
+        look = {"seconds": cost["training_seconds"]} | {key: cost[key] for key in KEPT}
+        look |= {"epoch": cost["images"] / images, "loss": mean(losses) if losses else None, "knn": record["knn"]}
+        curve.append(look)
+        losses = []
+    judged = (read_json(result).get("evaluation") or {}) if result.exists() else {}
+    if curve and "knn" in judged:
+        told = {"bank": judged["train"]["labelled"], "queries": judged["test"]["labelled"]}
+        if tuple(told.values()) > (curve[-1]["bank"], curve[-1]["queries"]):
+            curve[-1] |= told | {"knn": judged["knn"]["top1"]}
+    return curve
+
+
+def together(files: Sequence[Path]) -> dict[str, Any]:
+    """Curve files in one; the first is what the others are compared with. DataError unless
+    all have one target and as many images."""
+    runs = [read_json(file) for file in files]
+    for what in ("target", "images"):
+        told = sorted({run[what] for run in runs})
+        if len(told) != 1:
+            raise DataError(f"{', '.join(map(str, files))} differ in {what} ({told}): draw curves that have the same")
+    return {"target": runs[0]["target"], "images": runs[0]["images"], "runs": runs}
+
+
+def amount(seconds: float) -> str:
+    """Seconds to three figures."""
+    return f"{float(f'{seconds:.3g}'):,.0f}"
+
+
+def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[str]:
+    """A run's cells; base: the run that it is compared with. If that one did not reach the target, its last look says
+    how many times sooner at least."""
+    when, last, env = reached(run["curve"], target), run["curve"][-1], run["environment"]
+    best = max(entry["knn"] for entry in run["curve"])
+    first, sooner = reached(base["curve"], target), ""
+    if when and when["cpu_seconds"]:
+        until = (first or base["curve"][-1])["cpu_seconds"]
+        times = until / when["cpu_seconds"]
+        sooner = f"{times:.2f}" if first else f"over {times:.3g}"
+    cpu = f"not in {amount(last['cpu_seconds'])}"
+    if when:
+        cpu = f"{amount(when['cpu_seconds'])} (not yet at {amount(when['cpu_seconds_before'])})"
+    rate = last["images"] / last["cpu_seconds"] if last["cpu_seconds"] else 0.0
+    seen = f"{(when or last)['images'] / run['images']:.1f}"
+    judges = ", ".join(f"{(when or last)[key]:,.0f}" for key in ("bank", "queries"))
+    untrained = "" if run["curve"][0]["cpu_seconds"] else f"{run['curve'][0]['knn']:.1%}"
+    return [run["who"], str(env["threads"]), cpu, sooner, seen, judges, f"{rate:.1f}", untrained, f"{best:.1%}"]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table of several curves, and where and how they were made."""
+    target, base = found["target"], found["runs"][0]
+    heads = ["who", "threads", f"processor seconds to {target:.0%}", f"times sooner than {base['who']}"]
+    heads += ["epochs", "bank, queries", "images a processor second", "k-NN untrained", "best k-NN"]
+    cells = [heads, ["---"] * len(heads), *(row(run, target, base) for run in found["runs"])]
+    made = []
+    for run in found["runs"]:
+        env = run["environment"]
+        versions = f"torch {env['versions']['torch']}" + (f", lightly {env['lightly']}" if "lightly" in env else "")
+        made.append(f"{run['who']}: {env['processor']} ({', '.join(env['flags'])}), {versions}, `{run['command']}`.")
+    return "".join(f"| {' | '.join(one)} |\n" for one in cells) + "\n" + "\n".join(made) + "\n"
+
+
+def draw(found: Mapping[str, Any], png: Path) -> None:
+    """k-NN accuracy over processor seconds; hollow where the bank was a part of the images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for run, colour in zip(found["runs"], COLOURS, strict=False):
+        shown = [entry for entry in run["curve"] if entry["cpu_seconds"] > 0]  # an untrained encoder has no logarithm
+        panel.plot(
+            [entry["cpu_seconds"] for entry in shown], [100 * entry["knn"] for entry in shown],
+            color=colour, linewidth=1.4, label=run["who"],
+        )  # fmt: skip
+        for entry in shown:
+            whole = entry["bank"] >= run["images"]
+            face = colour if whole else "white"
+            panel.plot(entry["cpu_seconds"], 100 * entry["knn"], "o", color=colour, markersize=4, markerfacecolor=face)
+    panel.axhline(100 * found["target"], color="black", linewidth=0.8, linestyle=":")
+    panel.set(xscale="log", xlabel="processor seconds of training, all threads", ylabel="k-NN accuracy, %")
+    for axis in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+        axis("{x:,.0f}")
+    panel.tick_params(axis="x", which="both", labelrotation=45)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(png, dpi=120)

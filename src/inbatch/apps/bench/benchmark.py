@@ -1,0 +1,90 @@
+"""Section by section: ceilings, contestants in turns, and what was found as a value."""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.apps.bench.options import Options
+from inbatch.apps.bench.runner import Contestant
+from inbatch.apps.bench.suites import MAKERS, Field
+from inbatch.errors import InbatchError
+from inbatch.runtime.device import device_for, precision_for
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import check_writable, write_json
+from inbatch.runtime.signals import ending
+
+
+def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
+    """Measure what is asked for: ceilings, settings and, by section, what every contestant reached.
+
+    told: gets every race when it is over. Raises ConfigError and DataError.
+    """
+    options.check()
+    if options.out is not None:
+        check_writable(Path(options.out))
+    device = device_for(options.device).type
+    load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    data = options.data and Path(options.data).name
+    settings = options.settings() | {"methods": options.methods, "device": device, "data": data}
+    where = environment(device_for(options.device)) | load
+    found: dict[str, Any] = {"command": options.command(), "environment": where, "settings": settings}
+    found |= {"ceilings": {}, "sections": {}}
+    for section in options.chosen:
+        threads = options.threads_of(section)
+        if str(threads) not in found["ceilings"]:
+            found["ceilings"][str(threads)] = ceilings(device, threads, options.quick)
+        with tempfile.TemporaryDirectory(prefix="inbatch-bench-") as folder:
+            races = MAKERS[section](Field(options, section, device, Path(folder)))
+            found["sections"][section] = []
+            for race in races:
+                known = found["ceilings"][str(threads)]
+                over = race.run(settings["rounds"], known, show_missing=options.peers is True)
+                found["sections"][section].append(over)
+                told(over)
+    if options.out is not None:
+        write_json(options.out, found)
+    return found
+
+
+def ceilings(
+    device: str, threads: int, quick: bool, *, each: float = math.inf, limit: float = math.inf
+) -> dict[str, Any]:
+    """What the machine can do with so many threads, by a process of its own.
+
+    The ceiling of bf16 is None if the hardware does not multiply bf16: emulated, it takes minutes.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: threads of torch.
+        quick: small products only.
+        each: seconds after which no larger products of a kind are tried.
+        limit: seconds that all of it may take.
+
+    Raises:
+        InbatchError: the process failed or exceeded the limit.
+    """
+    job = {
+        "module": "inbatch.apps.bench.hardware_peak",
+        "make": "ceilings",
+        "seconds": 0.01,
+        "quick": quick,
+        "each": each,
+    }
+    bf16 = precision_for("auto", torch.device(device)) == torch.bfloat16
+    one = Contestant("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
+    with ending():
+        try:
+            one.meet()
+        except BaseException:
+            one.kill()
+            raise
+        finally:
+            row = one.end()
+    if "failed" in row:
+        raise InbatchError(f"the machine's ceiling: {row['failed']}")
+    return {key: value for key, value in row.items() if key not in ("rounds", "first_seconds", "calls", "versions")}

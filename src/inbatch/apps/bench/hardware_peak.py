@@ -1,0 +1,83 @@
+"""What a machine can do: products of matrices and copies of memory, as fast as torch makes them."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.nn.cpu_matmul import fast_products
+
+SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 4096), (4096, 4096, 128))
+"""Products (n, k) by (k, m); the fastest is the ceiling."""
+LARGE = ((8192, 8192, 8192), (16384, 2048, 16384))
+"""Those that fill a GPU."""
+_CALLS = 4
+"""Calls that are made at least, the first of them to warm up."""
+ERROR = 1e-5
+"""Float32 that is farther from float64, of the largest entry, is none."""
+
+
+def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
+    """Told are float32 and bf16 in operations a second, copy in bytes read and written a second.
+
+    bf16 is None if the job says that the hardware has none.
+    """
+    device, patience = torch.device(job["device"]), 0.02 if job["quick"] else 0.3
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shapes = LARGE if device.type == "cuda" else SHAPES[:1] if job["quick"] else SHAPES
+    each = job["each"]
+    plain = products(device, torch.float32, shapes, patience, each)
+    half = products(device, torch.bfloat16, shapes, patience, each) if job["bf16"] else None
+    told: dict[str, Any] = {"float32_plain": plain, "bf16": half}
+    if device.type == "cpu":
+        with fast_products():  # oneDNN's where it is the faster one, and true
+            told["float32_onednn"] = products(device, torch.float32, shapes, patience, each)
+    told["float32"] = max(plain, told.get("float32_onednn", 0))
+    source = torch.ones((1 if job["quick"] else 16) * 2**20 * (16 if device.type == "cuda" else 4), device=device)
+    into = torch.empty_like(source)
+    seconds = fastest(partial(into.copy_, source), device, patience)
+    told["copy"] = 2 * source.numel() * source.element_size() / seconds
+    return (lambda: 1), told
+
+
+def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: float, each: float = math.inf) -> float:
+    """The highest rate over the shapes, in operations a second; 0 where float32 is none.
+
+    each: seconds; shapes that would end later, by the rate so far, are left out.
+    """
+    best, until = 0.0, time.perf_counter() + each
+    for n, k, m in shapes:
+        if best and time.perf_counter() + _CALLS * 2 * n * k * m / best > until:
+            continue
+        a, b = (torch.randn(*size, device=device).to(kind) for size in ((n, k), (k, m)))
+        out = torch.empty(n, m, device=device, dtype=kind)
+        seconds = fastest(partial(torch.mm, a, b, out=out), device, patience)
+        if kind != torch.float32 or device.type != "cpu" or exact(a[:64], b, out[:64]):
+            best = max(best, 2 * n * k * m / seconds)
+    return best
+
+
+def exact(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    true = a.double() @ b.double()
+    return bool((out - true).abs().max() <= ERROR * true.abs().max())
+
+
+def fastest(call: Callable[[], Any], device: torch.device, patience: float) -> float:
+    """Seconds of the fastest of some calls."""
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    timed()
+    spent: list[float] = []
+    while len(spent) < _CALLS - 1 or sum(spent) < patience:
+        spent.append(timed())
+    return min(spent)

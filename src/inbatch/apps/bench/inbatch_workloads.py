@@ -1,0 +1,213 @@
+"""What inbatch does, in the process of a contestant: through the parts that a run is made of."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inbatch.api import prepare
+from inbatch.batch import Batch
+from inbatch.data import decode_all, open_data
+from inbatch.evaluation import Embeddings, clustering, knn, linear_probe
+from inbatch.losses import nt_xent
+from inbatch.runtime.device import device_for
+from inbatch.training.build import Built
+from inbatch.training.metric_logger import Log
+
+Work = tuple[Callable[[], int], dict[str, Any]]
+
+
+def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> Built:
+    """A run as a user would have it; every setting that is not the job's is the default."""
+    given = {"size": job["size"], "batch": job["batch"], "encoder.name": job["encoder"], "compile": job["compile"]}
+    given |= job.get("settings", {}) | (settings or {}) | fields
+    data = images(job) if data is None else data
+    return prepare(data, job["method"], settings=given, device=job["device"], workers=job.get("workers"))
+
+
+def images(job: dict[str, Any]) -> Tensor:
+    """(N, C, H, W) uint8, at least a batch of them."""
+    few = torch.from_numpy(np.load(Path(job["folder"]) / "images.npy")).permute(0, 3, 1, 2)
+    return few[torch.arange(max(job["batch"], len(few))) % len(few)].contiguous()
+
+
+def endless(run: Built) -> Iterator[Batch]:
+    """The batches of all epochs."""
+    for epoch in itertools.count():
+        yield from run.loader.epoch(epoch)
+
+
+def work_of(run: Built, batch: Batch) -> int:
+    """Operations of the towers for a batch, forward and backward, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    drawn = run.views(batch.to(run.loader.device)).images
+    online, taught = (list(pick(len(drawn))) for pick in (run.method.online_views, run.method.target_views))
+    with FlopCounterMode(display=False) as counter:
+        # Not by calling it: what is compiled shows no operations.
+        rows = run.tower.forward([drawn[v] for v in online], online)
+        sum((x.float().square().mean() for x in rows.values()), torch.zeros(())).backward()
+        if run.target is not None:
+            with torch.no_grad():
+                run.target.forward([drawn[v] for v in taught], taught)
+    run.tower.zero_grad()
+    return int(counter.get_total_flops())
+
+
+def precision(run: Built) -> str:
+    return "bf16" if run.tower.precision == torch.bfloat16 else "float32"
+
+
+def views(job: dict[str, Any]) -> Work:
+    """Views of a batch that lies decoded on the device."""
+    size = job["size"]
+    preset = {"views.name": "simclr_cifar" if size <= 64 else "simclr"}
+    held = images(job | {"batch": 1})
+    run = built(job | {"encoder": "tiny", "method": "simclr"}, held[:2], batch=2, preset="none", settings=preset)
+    # A run would hold photographs at twice the size of a view: here views are cut from whole ones.
+    held = held.to(run.loader.device)
+    where, batches = torch.arange(job["batch"], device=held.device) % len(held), itertools.count()
+
+    def call() -> int:
+        drawn = run.views(Batch(where, where, seed=0, epoch=next(batches), images=held, at=where))
+        return sum(len(x) for x in drawn.images)
+
+    # The least that must move: each pixel of a view read as a byte, and written as a float.
+    return call, {"of": "copy", "needs": 3 * size**2 * (1 + 4)}
+
+
+def tower(job: dict[str, Any]) -> Work:
+    """Forward and backward of the tower alone, on views that are there."""
+    run = built(job, resident=True)
+    drawn = run.views(next(run.loader.epoch(0))).images
+    online = list(run.method.online_views(len(drawn)))
+    operations = work_of(run, next(run.loader.epoch(0)))
+    count = sum(len(drawn[v]) for v in online)
+
+    def call() -> int:
+        rows = run.tower([drawn[v] for v in online], online)
+        run.tower.zero_grad()
+        torch.autograd.backward(list(rows.values()), [torch.ones_like(x) for x in rows.values()])
+        if run.target is not None:
+            taught = list(run.method.target_views(len(drawn)))
+            with torch.no_grad():
+                run.target([drawn[v] for v in taught], taught)
+        return job["batch"] if job["unit"] == "images" else count
+
+    per_unit = operations / (job["batch"] if job["unit"] == "images" else count)
+    return call, {"of": precision(run), "needs": per_unit, "precision": precision(run)}
+
+
+def step(job: dict[str, Any]) -> Work:
+    """Whole training steps: waiting for the batch, views, towers, loss, optimiser, log."""
+    run = built(job, job.get("data"))
+    told: dict[str, Any] = {"precision": precision(run)}
+    if job.get("count", True):  # not where the time to the first step is told
+        told |= {"of": precision(run), "needs": work_of(run, next(run.loader.epoch(0))) / job["batch"]}
+    log, batches, numbers = Log(None, total_steps=run.total, quiet=True), endless(run), itertools.count()
+
+    def call() -> int:
+        batch, number = next(batches), next(numbers)
+        losses = run.step(batch, number % run.total)
+        log.step(number + 1, number // run.loader.steps, losses, job["batch"])
+        return job["batch"]
+
+    return call, told
+
+
+def loss(job: dict[str, Any]) -> Work:
+    """Forward and backward of NT-Xent."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(2, job["rows"] // 2, job["dim"], generator=g).to(job["device"]).requires_grad_()
+
+    def call() -> int:
+        z.grad = None
+        nt_xent(z, 0.1).backward()
+        return 1
+
+    return call, {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
+
+
+def decode(job: dict[str, Any]) -> Work:
+    """Every image of a source, one after another, to uint8."""
+    source = open_data(job["data"])
+    numbers = itertools.cycle(range(min(len(source), job["files"])))
+
+    def call() -> int:
+        for _ in range(job["some"]):
+            with source.open(next(numbers)) as picture:
+                picture.tensor()
+        return int(job["some"])
+
+    return call, {}
+
+
+def resident(job: dict[str, Any]) -> Work:
+    """A whole source at once, by all threads."""
+    source = open_data(job["data"])
+
+    def call() -> int:
+        return len(decode_all(source, "cpu", canvas=2 * job["size"], threads=job["threads"]).images)
+
+    return call, {}
+
+
+def stream(job: dict[str, Any]) -> Work:
+    """Two views of every image of an epoch, through worker processes."""
+    run = built(job | {"encoder": "tiny"}, job["data"], resident=False)
+    batches = endless(run)
+
+    def call() -> int:
+        run.views(next(batches).to(run.loader.device))
+        return int(job["batch"])
+
+    return call, {"workers": run.loader.workers}
+
+
+def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
+    """The bank and the queries."""
+    rows, labels = (torch.from_numpy(np.load(Path(job["folder"]) / f"{x}.npy")) for x in ("features", "labels"))
+
+    def some(part: slice) -> Embeddings:
+        names = tuple(map(str, range(len(labels[part]))))
+        return Embeddings(rows[part], labels[part], names, "synthetic", "features")
+
+    return some(slice(job["queries"], None)), some(slice(job["queries"]))
+
+
+def neighbours(job: dict[str, Any]) -> Work:
+    bank, queries = embeddings(job)
+    device, operations = device_for(job["device"]), 2 * len(bank) * len(queries) * bank.vectors.shape[1]
+    told: dict[str, Any] = {"of": "float32", "needs": operations}
+
+    def call() -> int:
+        told["top1"] = knn(bank, queries, k=job["k"], device=device)["top1"]
+        return 1
+
+    return call, told
+
+
+def probe(job: dict[str, Any]) -> Work:
+    bank, queries = embeddings(job)
+    device, told = device_for(job["device"]), {"top1": 0.0}
+
+    def call() -> int:
+        told["top1"] = float(linear_probe(bank, queries, device=device)["top1"])  # type: ignore[arg-type]
+        return 1
+
+    return call, told
+
+
+def clusters(job: dict[str, Any]) -> Work:
+    _, queries = embeddings(job)
+    told = {"nmi": 0.0}
+
+    def call() -> int:
+        told["nmi"] = float(clustering(queries, job["classes"])["nmi"])  # type: ignore[arg-type]
+        return 1
+
+    return call, told

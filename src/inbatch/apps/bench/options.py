@@ -1,0 +1,112 @@
+"""What `inbatch bench` may be asked, and what is made of it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inbatch.errors import ConfigError
+from inbatch.runtime import memory
+
+SECTIONS = {
+    "views": "augmentation, a core at a time",
+    "tower": "encoder and head, forward and backward",
+    "step": "whole training steps",
+    "loss": "NT-Xent, forward and backward",
+    "data": "decoding and loading JPEG files",
+    "evaluation": "k-NN, linear probe, k-means",
+}
+PER_CORE = ("views", "data")
+"""Sections that are told per core where nobody says how many threads."""
+PEERS = {"lightly": "lightly", "solo-learn": "solo"}
+"""Library -> its package."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how long.
+
+    sections: names of `SECTIONS`, all by default. size: of the views; 224 are cut from 500 x 375 pixels.
+    batch: 256 at 32 pixels and 64 at 224 by default. methods: whose towers and steps.
+    threads: of every contestant; by default one for views and decoding, for the rest as many as torch takes by itself.
+    data: what steps and decoding take instead of drawn images. peers: True: name libraries that are missing, too;
+    False: start none. peers_python: a Python that has them, this one by default. rounds: turns of every contestant.
+    quick: everything small, to see that it works; its figures are worth nothing. compile: towers and steps compiled,
+    too. out: a JSON file to write.
+    """
+
+    sections: tuple[str, ...] = ()
+    size: int = 32
+    batch: int | None = None
+    encoder: str | None = None
+    methods: tuple[str, ...] = ("simclr",)
+    threads: int | None = None
+    device: str = "auto"
+    data: str | None = None
+    peers: bool | None = None
+    peers_python: str | None = None
+    rounds: int | None = None
+    quick: bool = False
+    compile: bool = False
+    out: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be measured."""
+        for name in self.sections:
+            if name not in SECTIONS:
+                raise ConfigError(f"there is no section {name!r} to measure; there are {', '.join(SECTIONS)}")
+        if self.size not in (32, 224):
+            raise ConfigError(f"--size is 32 or 224, not {self.size}: the images that go with it are made for these")
+        least = {"batch": 4, "threads": 1, "rounds": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"--{name} is {low} or more, not {value}")
+        if self.peers_python is not None and not _runs(self.peers_python):
+            raise ConfigError(f"--peers-python {self.peers_python} is no program: give the path of a Python")
+        if self.out is not None and self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a folder: name a file in it")
+        if self.out is not None and not self.out.absolute().parent.is_dir():
+            raise ConfigError(f"--out {self.out}: there is no folder {self.out.parent}")
+        if self.data is not None and not {"step", "data"} & set(self.chosen):
+            raise ConfigError("--data is what step and data measure: ask for one of them, or leave it out")
+        if self.data is not None and not Path(self.data).exists():
+            raise ConfigError(f"--data {self.data} does not exist: give a folder of images or a Parquet file")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The sections in their order."""
+        return tuple(name for name in SECTIONS if not self.sections or name in self.sections)
+
+    def threads_of(self, section: str) -> int:
+        return self.threads or (1 if section in PER_CORE else memory.threads())
+
+    def settings(self) -> dict[str, Any]:
+        """What is left to defaults, filled in."""
+        small = self.size == 32
+        return {
+            "size": self.size,
+            "batch": self.batch or (16 if self.quick else 256 if small else 64),
+            "encoder": self.encoder or ("tiny" if self.quick else "resnet18"),
+            "rounds": self.rounds or (2 if self.quick else 7),
+            "seconds": 0.02 if self.quick else 1.0,
+            "compile": self.compile,
+            "quick": self.quick,
+        }
+
+    def command(self) -> str:
+        """The command that repeats it, without where things lie on this machine."""
+        words = ["inbatch bench", *self.sections, f"--size {self.size}"]
+        words += [f"--method {name}" for name in self.methods if self.methods != ("simclr",)]
+        for name in ("batch", "encoder", "threads", "rounds"):
+            words += [f"--{name} {getattr(self, name)}"] if getattr(self, name) is not None else []
+        for name in ("data", "peers_python", "out"):
+            value = getattr(self, name)
+            words += [f"--{name.replace('_', '-')} {Path(value).name}"] if value is not None else []
+        words += [] if self.device == "auto" else [f"--device {self.device}"]
+        words += [] if self.peers is None else ["--peers" if self.peers else "--no-peers"]
+        return " ".join(words + [f"--{name}" for name in ("compile", "quick") if getattr(self, name)])
+
+
+def _runs(program: str) -> bool:
+    return Path(program).is_file() and os.access(program, os.X_OK)

@@ -1,0 +1,123 @@
+"""What was found, in words: on a terminal, and between the markers of a page of the docs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from inbatch.apps.bench import accuracy
+from inbatch.apps.bench.runner import OURS
+from inbatch.apps.console import print_table, say
+
+SLOWER = {"s": 1.0, "ms": 1e3}
+"""Units of time, in parts of a second; others are rates."""
+CEILINGS = {"float32": "float32 products", "bf16": "bf16 products", "copy": "bandwidth"}
+
+
+def headings(race: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("who", race["unit"], "from", "to", "inbatch is times faster", "of the ceiling", "")
+
+
+def rows(race: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """A row per contestant: median and spread over the rounds, how much faster inbatch is, share of the ceiling."""
+    own = race["contestants"].get(OURS, {}).get("rate")
+    for who, row in race["contestants"].items():
+        if "rate" not in row:
+            yield who, "", "", "", "", "", row.get("failed", "")
+            continue
+        told = [amount(row[key], race["unit"]) for key in ("rate", "low", "high")]
+        if race["unit"] in SLOWER:
+            told[1:] = told[:0:-1]
+        ratio = "" if own is None or who == OURS else f"{own / row['rate']:.2f}"
+        share = f"{row['share']:.0%} of {CEILINGS[row['of']]}" if "share" in row else "-"
+        yield who, *told, ratio, share, note(row)
+
+
+def amount(rate: float, unit: str) -> str:
+    """A rate in its unit, to three figures or the whole number."""
+    value = SLOWER[unit] / rate if unit in SLOWER else rate
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def note(row: Mapping[str, Any]) -> str:
+    """What a contestant has to say."""
+    said = [row["precision"]] if "precision" in row else []
+    said += [f"{row['workers']} workers"] if "workers" in row else []
+    said += [f"{name} {row[key]:.3f}" for key, name in (("top1", "top-1"), ("nmi", "NMI")) if key in row]
+    return ", ".join(said)
+
+
+def title(race: Mapping[str, Any]) -> str:
+    threads = " or ".join(map(str, race["threads"]))
+    return f"{race['title']}; {threads} thread{'s' * (threads != '1')}"
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Where it was measured, and what that machine can do."""
+    env = found["environment"]
+    where = env["device"] if env["device"] != "cpu" else f"{env['processor']}, {env['cores']} cores"
+    told = [f"{where}, torch {env['versions']['torch']}"]
+    for threads, ceiling in found["ceilings"].items():
+        half = f", {ceiling['bf16'] / 1e9:,.0f} in bf16" if ceiling["bf16"] else ", no bf16"
+        rates = f"{ceiling['float32'] / 1e9:,.0f} GFLOP/s in float32{half}"
+        told.append(f"{threads} thread{'s' * (threads != '1')}: {rates}, copies {ceiling['copy'] / 1e9:,.0f} GB/s")
+    return "; ".join(told)
+
+
+def print_race(race: Mapping[str, Any]) -> None:
+    """A race's table."""
+    say(title(race))
+    print_table(headings(race), rows(race), numbers=True)
+    say("")
+
+
+def print_machine(found: Mapping[str, Any]) -> None:
+    """Where it was measured, and a warning where others worked there, too."""
+    say(machine(found))
+    if (load := found["environment"].get("load", 0)) > 0.5:
+        say(f"Warning: other work ran here (load {load:.1f}). It makes figures worse; ratios suffer less.")
+    if found["settings"]["quick"]:
+        say("All was made small (--quick): that it works is shown, how fast is not.")
+
+
+def markdown(race: Mapping[str, Any]) -> str:
+    """A race's table for a page."""
+    lines = [headings(race), ["---"] * len(headings(race)), *rows(race)]
+    return f"{title(race)}:\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def sections(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """What `inbatch bench` wrote: marker -> text, for the machine and for every section."""
+    told = {f"{name} machine": f"{machine(found)}. `{found['command']}`\n"}
+    return told | {f"{name} {s}": "\n".join(map(markdown, races)) for s, races in found["sections"].items()}
+
+
+def trainings(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """What benchmarks/training.py wrote of everyone's training."""
+    race = found["race"]
+    first = [f"{who} {x['first_seconds']:.1f}" for who, x in race["contestants"].items() if "first_seconds" in x]
+    return {name: f"{markdown(race)}\nSeconds from the start to the end of the first step: {', '.join(first)}.\n"}
+
+
+def curves(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """What it wrote of precisions."""
+    lines = ["| | loss, mean of the last 20 steps | mean distance from float32 | images/s |", "| --- |" + " --- |" * 3]
+    for who, row in found["runs"].items():
+        last = row["loss"][-20:]
+        apart = f"{found['apart'][who]:.4f}" if who in found["apart"] else ""
+        lines.append(f"| {who} | {sum(last) / len(last):.4f} | {apart} | {row['images_per_second']:,.0f} |")
+    return {name: "\n".join(lines) + "\n"}
+
+
+def waits(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """What it wrote of waiting for data."""
+    lines = ["| encoder | batch | workers | images/s | time spent waiting |", "| --- |" + " --- |" * 4]
+    for who, row in found["encoders"].items():
+        cells = [who, str(row["batch"]), str(row["workers"]), f"{row['images_per_second']:,.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['waiting']:.1%} |")
+    return {name: "\n".join(lines) + "\n"}
+
+
+def texts(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """Marker -> text of a results file by its name."""
+    kinds = {"bench-": sections, "training-": trainings, "bf16": curves, "waiting": waits}
+    kinds["time-to-accuracy"] = lambda name, found: {name: accuracy.markdown(found)}
+    return next((make(name, found) for start, make in kinds.items() if name.startswith(start)), {})

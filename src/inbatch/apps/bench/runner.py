@@ -1,0 +1,183 @@
+"""Contestants take turns, each a process of its own, so that what changes with time hits all alike."""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from inbatch import errors
+from inbatch.runtime import child_processes
+from inbatch.runtime.signals import ending
+from inbatch.runtime.tuning import untuned
+
+SCRIPT = Path(__file__).with_name("contest.py")
+OURS = "inbatch"
+"""The contestant that the others are compared with is called so, or begins so."""
+
+
+@dataclass
+class Contestant:
+    """A process that works when it is told to, as seen from the one that tells it.
+
+    job: what `contest.py` gets. python: whose libraries it imports. peer: whether it may be missing.
+    limit: seconds that an answer may take. until: when all must be over, by `time.monotonic`. A process that exceeds
+        either is killed; rounds that it has done count.
+    """
+
+    who: str
+    job: Mapping[str, Any]
+    python: str = sys.executable
+    peer: bool = False
+    limit: float = math.inf
+    until: float = math.inf
+    row: dict[str, Any] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    late: bool = False
+    process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start the process; it imports and warms up."""
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
+        # Nobody's figures hang on what an earlier run has left in a cache of decoded images.
+        env = untuned() | {"INBATCH_CACHE": "off"} | threads
+        self.began = time.monotonic()
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
+        self.process = child_processes.start(
+            [self.python, str(SCRIPT), json.dumps(dict(self.job) | {"began": time.time()})], env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+
+    def meet(self) -> None:
+        """Start it, and wait until it is warm or could not be. Raises what our own settings or data are guilty of."""
+        if self.process is None:
+            self.start()
+        if self.job.get("waits"):
+            self._say_go()
+        self.row = self._answer()
+        kind = {"ConfigError": errors.ConfigError, "DataError": errors.DataError}.get(self.row.get("kind", ""))
+        if kind is not None and not self.peer:
+            raise kind(self.row["failed"])
+
+    def go(self) -> None:
+        """One round."""
+        if "failed" in self.row or self.process is None or self.late or time.monotonic() > self.until:
+            return
+        self._say_go()
+        answer = self._answer()
+        if "failed" in answer:
+            self.row |= {} if self.late and self.rates else answer
+        else:
+            self.rates.append(answer["units"] / answer["seconds"])
+
+    def _say_go(self) -> None:
+        assert self.process and self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process and self.process.stdout
+        allowed = min(self.limit, self.until - time.monotonic(), threading.TIMEOUT_MAX)
+        timer = threading.Timer(max(0.0, allowed), self._stop)
+        timer.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        code = self.process.wait()
+        if self.late:
+            return {"failed": f"not measured: stopped after {time.monotonic() - self.began:.0f} s"}
+        if code == -9:  # the system's own limit
+            return {"failed": "out of memory"}
+        self.errors.seek(0)
+        said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
+        return {"failed": said[-1]}
+
+    def _stop(self) -> None:
+        """Kill a process that is late, in a thread beside the one that waits."""
+        self.late = True
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self.process is not None:
+            self.process.kill()
+
+    def end(self) -> dict[str, Any]:
+        """Let the process end; what was found."""
+        if self.process is not None:
+            assert self.process.stdin and self.process.stdout
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.stdout.close()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.errors.close()
+            self.process = None
+        if "failed" in self.row:
+            return {"failed": self.row["failed"]}
+        rates = {"rate": median(self.rates), "low": min(self.rates), "high": max(self.rates)} if self.rates else {}
+        return rates | {"rounds": self.rates} | self.row
+
+
+@dataclass
+class Race:
+    """Contestants that do the same work.
+
+    unit: of what they are told in: something "/s", or "s" or "ms" of one piece of work.
+    """
+
+    title: str
+    unit: str
+    contestants: Sequence[Contestant]
+
+    def run(self, rounds: int, ceilings: Mapping[str, Any], *, show_missing: bool) -> dict[str, Any]:
+        """Rounds in turns, every other one in the opposite order; what was found, fit for JSON.
+
+        ceilings: what the machine does, by which a contestant that says what it needs is told its share.
+        show_missing: also name libraries that are not installed.
+        """
+        found: dict[str, Any] = {}
+        with ending():
+            try:
+                for one in self.contestants:
+                    if one.job.get("waits"):  # all import at once
+                        one.start()
+                for one in self.contestants:  # one after another: a warm-up is no other's disturbance
+                    one.meet()
+                for number in range(rounds):
+                    for one in self.contestants[:: 1 if number % 2 == 0 else -1]:
+                        one.go()
+            except BaseException:  # a signal, too: they would end their work first
+                for one in self.contestants:
+                    one.kill()
+                raise
+            finally:
+                rows = {one.who: one.end() for one in self.contestants}
+        for who, row in rows.items():
+            if show_missing or not row.get("failed", "").startswith("not installed"):
+                found[who] = row | shared(row, ceilings)
+        threads = sorted({one.job["threads"] for one in self.contestants})
+        return {"title": self.title, "unit": self.unit, "threads": threads, "contestants": found}
+
+
+def shared(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, Any]:
+    """A rate as a share of a ceiling: `needs` of a unit (operations or bytes) over what the machine does of `of`."""
+    if "rate" not in row or "of" not in row or not ceilings.get(row["of"]):
+        return {}
+    return {"share": row["rate"] * row["needs"] / ceilings[row["of"]]}

@@ -1,0 +1,162 @@
+"""The program: what all of its commands share, and how they report."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from inbatch.apps.console import complain, first, print_json, say
+from inbatch.errors import DataError, InbatchError, Interrupted, RankError
+from inbatch.runtime import child_processes, signals, tuning
+
+app = typer.Typer(
+    name="inbatch",
+    help="Learn image features by letting the samples of a batch teach each other.",
+    epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
+    "  inbatch pretrain --help\n\n"
+    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
+    "75 stopped by a signal, 130 by Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The program `inbatch`."""
+    child_processes.end_with_parent()  # if another command of ours started this one
+    tuning.program_begins()
+    tuning.begin()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
+    with lasting_streams(), signals.answered_in_time(_tell) as stop:
+        try:
+            stop.release()
+            app()
+        except (SystemExit, signals.StopRequested) as end:
+            if stop.requested is None or getattr(end, "code", 1) == 0:
+                raise
+            error = signals.without_result(stop.requested)
+            if not signals.watchdog.told:  # before a command began
+                _tell(error)
+            signals.leave(error.exit_code)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Streams that take what is written: any character, and where they are closed, nothing.
+
+    Exits with 1 where a result could not be written, in silence where whoever read it has left (`| head`).
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file opened would get its number, and what a library prints
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115
+        if number:
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise  # of a file: what fails on a stream bears no name
+        if error.errno != errno.EPIPE:
+            complain(f"the result cannot be written to stdout: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+        sys.exit(1)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Only results and errors.")]
+Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, as often as you like.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")]
+KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
+Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
+
+SEEDS = 2**32 - 1
+"""The largest; scikit-learn takes no larger one."""
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(version("inbatch"))
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Errors for people: a sentence on stderr, with --json an object on stdout too, and the exit code of their kind."""
+    message, code = "interrupted", Interrupted.exit_code
+    _told_as[0] = as_json
+    try:
+        yield
+        return
+    except signals.StopRequested as request:
+        error = signals.without_result(request.number)
+        message, code, several = str(error), error.exit_code, False
+    except KeyboardInterrupt:
+        several = False
+    except InbatchError as error:
+        message, code = str(error), error.exit_code
+        # What ranks decide together is told once; what may befall one of them, by the one it befell.
+        speaks = error.alone or (isinstance(error, RankError) and error.speaks)
+        several = speaks or type(error) in (InbatchError, DataError)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
+        several = True
+    signals.watchdog.told = True
+    if first() or several:
+        complain(message)
+    if as_json:
+        print_json({"error": message, "exit_code": code})
+    raise typer.Exit(code)
+
+
+_told_as = [False]
+"""Whether the command prints its errors as JSON, too."""
+
+
+def _tell(error: InbatchError) -> None:
+    """Print the error of a process that cannot return from its command."""
+    if first():
+        complain(str(error))
+    if _told_as[0]:
+        print_json({"error": str(error), "exit_code": error.exit_code})
+
+
+def assignments(texts: list[str] | None) -> dict[str, Any]:
+    """The values of --set as settings."""
+    from inbatch.training.recipe import parse_assignment
+
+    return {key: value for text in texts or () for key, value in parse_assignment(text).items()}

@@ -1,0 +1,207 @@
+"""Commands that show: views, data, inspect, crops, methods, plugins."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import SEEDS, Data, Device, Json, Set, app, assignments, reported
+from inbatch.apps.cli.output import (
+    explain,
+    explain_plugins,
+    print_method,
+    print_methods,
+    print_plugin,
+    print_plugins,
+    print_replay,
+)
+from inbatch.apps.console import complain, print_json, print_table, say
+from inbatch.errors import ConfigError, DataError, TrainingError
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch views ~/photos -o views.png\n\n"
+    "  inbatch views ~/photos --views swav --size 224\n\n"
+    "  inbatch views ~/photos --views simclr --crops adjacent\n\n"
+    "  inbatch views digits-canvas --count 16 --set views.strength=0.5"
+)
+def views(
+    data: Data,
+    out: Annotated[Path, Option("--out", "-o", help="The picture; replaced where it exists.")] = Path("views.png"),
+    views: Annotated[
+        str | None, Option(help="simclr, mocov2, swav, ...; those for the images' size by default.")
+    ] = None,
+    preset: Annotated[str | None, Option(help="The views of this preset of the method.")] = None,
+    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
+    method: Annotated[str | None, Option(help="Whose presets; simclr by default.")] = None,
+    size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
+    count: Annotated[int, Option(min=1, help="Images.")] = 8,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images beside the views a method would learn from: judge by eye before training."""
+    with reported(as_json):
+        from inbatch.apps.reports.view_grid import draw_views
+
+        fields = {"views": views, "preset": preset, "crops": crops, "size": size}
+        chosen = {key: value for key, value in fields.items() if value is not None}
+        part = draw_views(data, out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
+        if as_json:
+            print_json({"out": str(out), "views": part.name, "options": part.options})
+        else:
+            options = ", ".join(f"{key} {value}" for key, value in part.options.items())
+            say(f"{out}: every image with its crops, then its views ({part.name}: {options})")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch data ~/photos\n\n"
+    "  inbatch data ~/photos --sample 2000 -o samples.png\n\n"
+    "  inbatch data scans --set channels=1 --json > scans.json"
+)
+def data(
+    data: Data,
+    split: Annotated[str | None, Option(help="train or test, where there are both; the first by default.")] = None,
+    sample: Annotated[int | None, Option(min=1, help="Look at so many images, evenly spaced; all by default.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: some images, a row for a class.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Look at every image before learning: classes, sizes, duplicates, leaks, damage. Exits with 3 if a run would."""
+    with reported(as_json):
+        from inbatch.apps.reports import dataset_text
+        from inbatch.apps.reports.dataset import survey_data
+
+        found = survey_data(
+            data, split=split, sample=sample, out=out, settings=assignments(set_), device=device, quiet=False
+        )
+        if as_json:
+            print_json(found)
+        else:
+            say(found["report"], "")
+            print_table(("", "found"), list(dataset_text.rows(found)))
+            say("", *dataset_text.notes(found))
+            say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
+    if found["problems"]:
+        for problem in found["problems"]:
+            complain(problem)
+        raise typer.Exit(DataError.exit_code)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch inspect runs/simclr-photos-1\n\n"
+    "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1"
+)
+def inspect(
+    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")],
+    data: Annotated[str | None, Option(help="Where its images are now; as in its recipe by default.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="The pictures' folder; RUN/inspect by default.")] = None,
+    count: Annotated[int, Option(min=1, help="Images to a picture.")] = 8,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw what a run's plug-ins do to a batch (fusion, curation, attention), and measure it; learns nothing."""
+    with reported(as_json):
+        from inbatch.apps.reports.batch_context import inspect_run, rows
+
+        found = inspect_run(run, data, out=out, count=count, seed=seed, device=device)
+        if as_json:
+            print_json(found)
+            return
+        print_table(("plug-in", "measured", "found"), rows(found))
+        say("", f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
+        if found["note"]:
+            say(f"Note:      {found['note']}")
+        for picture in found["pictures"]:
+            say(f"Picture:   {picture}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json"
+)
+def replay(
+    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run that ended on a number not finite.")],
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make the step again at which a loss or gradient was not finite, and say where it began; 4 if it is finite now."""
+    with reported(as_json):
+        from inbatch.api import replay_run
+
+        found = replay_run(run, device=device)
+        if as_json:
+            print_json(found)
+        else:
+            print_replay(found)
+        if not found["reproduced"]:
+            raise typer.Exit(TrainingError.exit_code)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch crops -o crops.png\n\n"
+    "  inbatch crops --crops all --size 224 --pairs 100000\n\n"
+    "  inbatch crops --sampler torchvision --size 375x500 --pairs 20000"
+)
+def crops(
+    name: Annotated[str, Option("--crops", help="default, global-local, adjacent, ..., or all.")] = "default",
+    size: Annotated[str, Option(help="Of the images, in pixels: a side, or HEIGHTxWIDTH.")] = "32",
+    pairs: Annotated[int, Option(help="How many pairs of crops to draw.")] = 1_000_000,
+    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: coverage and shares.")] = None,
+    sampler: Annotated[str, Option(metavar="ours|torchvision", help="Who draws; torchvision is slow.")] = "ours",
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Count how two crops of an image lie to each other: one inside the other, apart, or across its edges."""
+    with reported(as_json):
+        from inbatch.apps.reports import crop_statistics as inspect
+
+        names, sides = inspect.chosen(name, sampler), inspect.parse_size(size)
+        tallies = [inspect.tally(one, sides, pairs, seed, sampler, partial(typer.echo, err=True)) for one in names]
+        if out is not None:
+            inspect.plot(tallies, sides, pairs, out)
+        if as_json:
+            told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": out and str(out)}
+            print_json(told | {"crops": {t.name: t.json() for t in tallies}})
+        else:
+            print_table(inspect.HEADINGS, inspect.rows(tallies, sides), numbers=True)
+            say("", f"{pairs:,} pairs of {sides[0]} x {sides[1]} pixels, drawn by {sampler}")
+            if out is not None:
+                say(f"Picture: {out}")
+
+
+@app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
+def methods(
+    name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What there is to learn with; with a NAME its options and its presets."""
+    with reported(as_json):
+        from inbatch.training.recipe import METHODS, method_named
+
+        if name is not None:
+            told = explain(name, method_named(name))
+            print_json(told) if as_json else print_method(told)
+            return
+        every = [explain(name, kind) for name, kind in METHODS.items()]
+        print_json({"methods": every}) if as_json else print_methods(every)
+
+
+@app.command(epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
+def plugins(
+    name: Annotated[str | None, Argument(metavar="NAME", help="One plug-in: its options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How samples can meet before the loss (fusion, curation, attention), with any method; with a NAME its options."""
+    with reported(as_json):
+        every = explain_plugins()
+        if name is None:
+            print_json({"plugins": every}) if as_json else print_plugins(every)
+            return
+        known = {plugin["name"]: plugin for plugin in every}
+        if name not in known:
+            raise ConfigError(f"there is no plug-in {name!r}; there are {', '.join(known)}")
+        print_json(known[name]) if as_json else print_plugin(known[name])

@@ -1,0 +1,244 @@
+"""Print what commands found: runs, methods, plug-ins, tables of figures."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from inbatch.apps.console import print_table, say
+from inbatch.errors import many
+
+if TYPE_CHECKING:  # at run time torch would be loaded for every --help
+    from inbatch.apps.quickstart import Verdict
+    from inbatch.methods.base import Method
+    from inbatch.training.run import Run
+
+FIGURES = {
+    "k-NN": ("knn", "top1"),
+    "linear": ("linear", "top1"),
+    "NMI": ("clustering", "nmi"),
+    "ACC": ("clustering", "acc"),
+    "ARI": ("clustering", "ari"),
+    "fine-tuned": ("finetune", "top1"),
+    "head NMI": ("head", "nmi"),
+    "head ACC": ("head", "acc"),
+    "head ARI": ("head", "ari"),
+}
+"""Heading -> where the number stands in an evaluation; NMI, ACC and ARI compare clusters with classes."""
+
+
+def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    """The headline numbers of an evaluation, those that it holds."""
+    found = evaluation or {}
+    return {name: found[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in found}
+
+
+def conditions(evaluation: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """What was judged with few labels or on corrupted images, in words: k-NN and linear probe again."""
+    found = evaluation or {}
+    rows = [(f"{share} of the labels", given) for share, given in found.get("few", {}).get("shares", {}).items()]
+    if corrupted := found.get("corruptions"):
+        rows += [("corrupted", corrupted), *((f"by {kind}", given) for kind, given in corrupted["kinds"].items())]
+    return rows
+
+
+def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """A table on stdout: a row per name and per condition it was judged in, the headline numbers in percent."""
+    rows = [
+        row
+        for name, evaluation in evaluations.items()
+        for row in ((name, figures(evaluation)), *((f"  {how}", figures(f)) for how, f in conditions(evaluation)))
+    ]
+    columns = [name for name in FIGURES if any(name in row for _, row in rows)]
+    cells = [[name, *(f"{row[c]:.1%}" if c in row else "" for c in columns)] for name, row in rows]
+    print_table(["", *columns], cells, numbers=True)
+
+
+def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> None:
+    """A table on stdout of what is measured without labels: before and after training, and which is better."""
+    names = {"same_image": "same image found", "rankme": "RankMe", "feature_std": "feature std"}
+
+    def cell(name: str, value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
+
+    rows = [
+        (names.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
+        for name, told in measures.items()
+    ]
+    count = max((told.get("images", 0) for told in measures.values()), default=0)
+    what = f"without labels, {many(count, 'image')}" if count else "without labels"  # older results do not tell
+    print_table([what, before, after, "better"], rows, numbers=True)
+
+
+def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
+    """Lines on the images that figures are of, and whether they are too few for clusters."""
+    count = found["test"]["labelled"]
+    lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
+    clusters = found.get("clustering", {}).get("clusters", 0)
+    if count < 10 * clusters:
+        lines.append(f"Note:       NMI and ACC of {count:,} images in {clusters:,} clusters are high by chance alone")
+    return lines
+
+
+def print_verdict(verdict: "Verdict") -> None:
+    """A quickstart's table, its pictures, and what to do next."""
+    folder = verdict.run.directory
+    print_figures(verdict.rows)
+    if verdict.reached:
+        say("", f"{verdict.sentence()}.")
+    say("", f"Curves:      {folder / 'curves.png'}", f"Neighbours:  {folder / 'neighbours.png'}")
+    say("", "Now your own photos, labelled or not:", "", "  inbatch pretrain --data ~/photos")
+
+
+def print_run(run: "Run") -> None:
+    """A finished run's table, its speed, its folder, and what to do next."""
+    result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
+    if result["evaluation"]:
+        print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
+        say("", *judged_by(result["evaluation"], result["held_out"]), "")
+    print_measures(result["unlabelled"], result["initial"], "trained encoder")
+    if not result["evaluation"]:
+        say("", "No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.")
+    say("", f"Neighbours: {run.directory / 'neighbours.png'} (left: before training, right: after)")
+    for sentence in result["collapsed"]:
+        say(f"Warning:    at the end of the run {sentence}", "")
+    say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
+    say(f"Run:        {run.directory}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
+    if result["evaluation"]:
+        say(f"  inbatch evaluate {folder} --k 20")
+
+
+def print_export(found: Mapping[str, Any]) -> None:
+    """An exported encoder, where it is, and how to load it."""
+    shape = f"{found['channels']}x{found['size']}x{found['size']} -> {found['width']}"
+    say(f"Encoder:    {found['encoder']}, {shape}", f"Written to: {found['out']}")
+    say(*([f"Note:       {found['note']}"] if found["note"] else []), "", "In Python:", "")
+    say(f"  inbatch.load({found['out']!r})")
+    if found["timm"]:
+        say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
+
+
+def print_rehearsal(found: Mapping[str, Any]) -> None:
+    """What a run would be: a YAML file that --config takes, the rest in its comments."""
+    import yaml
+
+    lines = found["description"].splitlines()
+    lines += [f"judged:  by {found['held_out'] or 'nothing: there are no labels'}"]
+    lines += [f"views:   {' + '.join('x'.join(map(str, v)) for v in found['views'])} (samples x channels x pixels)"]
+    lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in found["rows"].items()]
+    memory = found["memory_bytes_estimate"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in memory.items() if n and name != "sum")
+    lines += [f"memory:  an estimate of {_size(memory['sum'])}, beside Python and torch: {parts}"]
+    if memory["sum"] > found["memory_bytes_free"]:
+        lines += [f"         MORE THAN THE {_size(found['memory_bytes_free'])} THAT ARE FREE: use a smaller --context"]
+    say(*(f"# {line}" for line in lines))
+    say(*yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
+
+
+def print_replay(found: Mapping[str, Any]) -> None:
+    """A step made again: whether it failed again, where that begins, and what float32 makes of it."""
+    say(f"Captured:  {found['captured']}")
+    tries = {found["precision"]: found} | ({"float32": found["float32"]} if "float32" in found else {})
+    for precision, one in tries.items():
+        how = "not finite again" if one["reproduced"] else "finite"
+        say("", f"Again in {precision}: {how}; loss {one['loss']:.6g}, gradient's norm {one['grad_norm']:.6g}")
+        places = one["places"]
+        say(*(f"  {'first' if i == 0 else 'then'} {place}" for i, place in enumerate(places[:4])))
+        if len(places) > 4:
+            say(f"  and {len(places) - 4:,} more places behind it (--json lists them)")
+    if not found["reproduced"]:
+        say("", "It is not repeated here: the same device, versions and number of threads compute the same numbers.")
+    elif "float32" in found and not found["float32"]["reproduced"]:
+        say("", "In float32 the step is finite: --set precision=float32.")
+
+
+def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
+    """A method for --json and the tables; options by name: default and what it is."""
+    told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
+    options = _told(told[1:], parameters)
+    least, most = kind.views
+    return {
+        "name": name,
+        "what": told[0] if told else "",
+        "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
+        "labels": kind.labels,
+        "momentum_tower": bool(kind.target),
+        "options": {p.name: {"default": p.default, "what": options.get(p.name, "")} for p in parameters.values()},
+        "presets": kind.presets,
+    }
+
+
+def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
+    """A row per method."""
+    rows = [
+        (m["name"], m["what"], m["views"], _yes(m["momentum_tower"]), _yes(m["labels"]), ", ".join(m["presets"]))
+        for m in every
+    ]
+    print_table(("method", "what it is", "views", "momentum tower", "labels", "presets"), rows)
+    say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
+    say("and digits-colour.")
+    say("One method in detail: inbatch methods NAME")
+
+
+def print_method(m: Mapping[str, Any]) -> None:
+    """A method's options, and its presets with their sources."""
+    say(f"{m['name']}: {m['what']}")
+    say(f"{m['views']} views; momentum tower: {_yes(m['momentum_tower'])}; learns from labels: {_yes(m['labels'])}", "")
+    rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
+    print_table(("--set", "default", "what it is"), rows)
+    for name, settings in m["presets"].items():
+        say("", f"--preset {name}   {settings.get('source', '')}")
+        say(*(f"    {key}: {value}" for key, value in settings.items() if key != "source"))
+    say("", f"Every other setting: inbatch pretrain {m['name']} --data ... --dry-run")
+
+
+STAGES = "which residual stages get a block, from 1; all by default"
+
+
+def explain_plugins() -> list[dict[str, Any]]:
+    """Every plug-in for --json and the tables."""
+    from inbatch.training.registry import plugins
+
+    every = []
+    for name, (part, doc, defaults) in plugins().items():
+        lines = doc.splitlines()
+        told = _told(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
+        options = {key: {"default": value, "what": told.get(key, "")} for key, value in defaults.items()}
+        every.append({"part": part, "name": name, "what": lines[0], "options": options})
+    return every
+
+
+def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
+    """A row per plug-in."""
+    flags = {"curate": "--curate"}
+    rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
+    print_table(("flag", "what it is", "options"), rows)
+    say("", "They go with every method, and together. Beside them: --crops (inbatch crops --crops all) and")
+    say("--shuffle-groups. One plug-in in detail: inbatch plugins NAME")
+
+
+def print_plugin(p: Mapping[str, Any]) -> None:
+    """A plug-in's options."""
+    say(f"{p['name']}: {p['what']}", "")
+    print_table(
+        ("--set", "default", "what it is"),
+        [(f"{p['part']}.{o}", str(told["default"]), told["what"]) for o, told in p["options"].items()],
+    )
+
+
+def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
+    """What a docstring says of the options: "name, name: what", at the start of a line or behind a full stop."""
+    one = "|".join(options)
+    text = re.sub(r"\n\s+", " ", "\n".join(lines))
+    parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]
+    told = zip(parts[::2], parts[1::2], strict=True)
+    return {name: what.split("\n")[0].strip() for names, what in told for name in names.split(", ")}
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,93 @@
+"""The command for the papers' tables and figures: table."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import Device, Json, Quiet, app, reported
+from inbatch.apps.console import complain, print_json, print_table, say, width
+from inbatch.errors import ConfigError
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch table     what there is\n\n"
+    "  inbatch table ba-ssl-3     the paper's figures beside ours, and every command\n\n"
+    "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"
+    "  inbatch table ba-ssl-3 --scale cpu --on digits --seed 0\n\n"
+    "  inbatch table ba-ssl-3 --from results/records -o table.html"
+)
+def table(
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="ba-ssl-3, curation-1, ...; all are listed without.")
+    ] = None,
+    scale: Annotated[
+        str | None, Option(metavar="smoke|cpu|gpu|paper", help="Run what is missing at this scale; paper: print it.")
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        Option("--from", metavar="FOLDER", help="Run nothing: the results in here; else those that come along."),
+    ] = None,
+    row: Annotated[
+        list[str] | None, Option(help="Only this row, as often as you like; with the one it is against.")
+    ] = None,
+    on: Annotated[list[str] | None, Option(metavar="DATA", help="Only on this data set of the table.")] = None,
+    seed: Annotated[list[int] | None, Option(min=0, help="Only this seed.")] = None,
+    data: Annotated[list[str] | None, Option(metavar="NAME=PATH", help="Where images lie, as cifar10=PATH.")] = None,
+    work: Annotated[Path, Option(help="Where runs lie, to go on with.")] = Path("runs/table"),
+    results: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Where results are kept, a file per run; WORK/results by default.")
+    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write it as .md, .tex or .html.")] = None,
+    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; a core each, one on a GPU.")] = None,
+    device: Device = "auto",
+    download: Annotated[bool, Option("--download", help="Fetch torchvision's sets that are not there yet.")] = False,
+    again: Annotated[bool, Option("--again", help="Run anew what failed.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A table or figure of the papers: their figures, ours, what differs, and the command of every run."""
+    with reported(as_json):
+        from inbatch.apps.papers import TABLES
+        from inbatch.apps.papers.command import ask
+        from inbatch.apps.papers.runner import Runner
+        from inbatch.runtime.terminal import progress
+
+        if name is None:
+            rows = [(t.name, t.title, t.source) for t in TABLES.values()]
+            found = [{"name": n, "title": title, "source": source} for n, title, source in rows]
+            print_json({"tables": found}) if as_json else print_table(("table", "what", "source"), rows)
+            return
+        with progress(quiet) as (tell, show):
+            runner = Runner(
+                results or work / "results", work, _places(data), jobs=jobs, device=device, download=download,
+                again=again, tell=tell, show=show,
+            )  # fmt: skip
+            asked = ask(
+                TABLES, name, scale, runner=runner, from_=from_, rows=row or (), on=on or (), seeds=seed or (), out=out
+            )
+        if as_json:
+            print_json(asked.json())
+        else:
+            for part in asked.grids(width(numbers=True)):
+                print_table(*part, numbers=True)
+                say("")
+            say(*asked.words())
+            if out is not None:
+                say("", f"Written to: {out}")
+    if asked.problems:
+        for sentence in dict.fromkeys(map(str, asked.problems.values())):
+            complain(sentence)
+        raise typer.Exit(asked.exit_code)
+
+
+def _places(texts: list[str] | None) -> dict[str, str]:
+    """NAME=PATH as a mapping."""
+    places: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, path = text.partition("=")
+        if not (equals and name and path):
+            raise ConfigError(f"--data takes NAME=PATH, for example cifar10=~/cifar-10-batches-py, not {text!r}")
+        places[name] = str(Path(path).expanduser()) if path.startswith("~") else path
+    return places

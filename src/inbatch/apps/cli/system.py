@@ -1,0 +1,91 @@
+"""Commands about speed and the machine: bench, doctor, slurm."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import Device, Json, app, reported
+from inbatch.apps.console import print_json, print_table, say
+from inbatch.runtime import tuning
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch bench --quick     some minutes, to see that all of it works\n\n"
+    "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
+    "  inbatch bench tower step --method simclr --method moco --batch 512 --device cuda --compile"
+)
+def bench(
+    sections: Annotated[
+        list[str] | None, Argument(metavar="[SECTION]...", help="views, tower, step, loss, data, evaluation.")
+    ] = None,
+    size: Annotated[int, Option(help="Side of the views: 32, or 224 out of photographs.")] = 32,
+    batch: Annotated[int | None, Option(help="Samples per step; 256 at 32 pixels, 64 at 224.")] = None,
+    encoder: Annotated[str | None, Option(help="resnet18 by default.")] = None,
+    method: Annotated[list[str] | None, Option(help="Whose towers and steps, as often as you like; simclr.")] = None,
+    threads: Annotated[int | None, Option(help="One for views and decoding, else all cores by default.")] = None,
+    device: Device = "auto",
+    data: Annotated[str | None, Option(help="JPEG files for step and data; drawn ones by default.")] = None,
+    peers: Annotated[bool | None, Option("--peers/--no-peers", help="Other libraries; those installed.")] = None,
+    peers_python: Annotated[str | None, Option(metavar="PATH", help="A Python that has the other libraries.")] = None,
+    rounds: Annotated[int | None, Option(help="Turns of every contestant; 7 by default.")] = None,
+    compile: Annotated[bool, Option("--compile", help="Towers and steps compiled, too.")] = False,
+    quick: Annotated[bool, Option("--quick", help="All small: whether it works, not how fast.")] = False,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write all that was found as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's speed beside its ceiling and other libraries, every contestant in turns."""
+    with reported(as_json):
+        from inbatch.apps.bench import benchmark
+        from inbatch.apps.bench.options import Options
+        from inbatch.apps.bench.report import print_machine, print_race
+
+        options = Options(
+            tuple(sections or ()), size, batch, encoder, tuple(method or ["simclr"]), threads, device, data, peers,
+            peers_python, rounds, quick, compile, out,
+        )  # fmt: skip
+        found = benchmark.bench(options, (lambda race: None) if as_json else print_race)
+        print_json(found) if as_json else print_machine(found)
+
+
+@app.command(epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache")
+def doctor(
+    measure: Annotated[bool, Option(help="Measure what settings gain on the processor: a minute at most.")] = True,
+    clear_cache: Annotated[bool, Option("--clear-cache", help="Remove decoded images kept for the next run.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What this machine can do, what of it is in use, what that gains, and what to do where more could be had."""
+    with reported(as_json):
+        tuning.ready()
+        from inbatch.apps import doctor as look
+        from inbatch.apps.forecast import forecast
+
+        cleared = look.cache.clear() if clear_cache else None
+        found, measured = look.examine(device), None
+        if measure:
+            found += forecast(until=tuning.started + look.FORECAST)  # first: it is what most people ask for
+            measured = look.measure(until=tuning.started + look.MEASURED)
+        if as_json:
+            told = {"found": [vars(one) for one in found], "measured": measured}
+            print_json(told if cleared is None else told | {"cleared_bytes": cleared})
+            return
+        if cleared is not None:
+            say(f"{cleared / 1e9:,.2f} GB of decoded images removed", "")
+        print_table(("", "here"), [(one.what, one.found) for one in found])
+        if measured is not None:
+            say("")
+            threads = measured["threads"]
+            what = f"measured; {threads} thread{'s' * (threads > 1)}, {measured['batch']} images a step"
+            print_table((what, "reached", "times as fast"), look.rows(measured), numbers=True)
+        wanted = [one.advice for one in found if one.advice]
+        say("", *(["Could be faster:", *(f"  {advice}" for advice in wanted)] if wanted else ["Nothing to do."]))
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800"
+)
+def slurm() -> None:
+    """Print a batch script for SLURM: it saves before its time is up, queues again, and goes on where it was."""
+    print(resources.files("inbatch.apps.cli").joinpath("job.sbatch").read_text("utf-8"), end="")

@@ -1,0 +1,247 @@
+"""Commands that learn, judge and use: quickstart, pretrain, evaluate, embed."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
+from inbatch.apps.cli.output import (
+    judged_by,
+    print_export,
+    print_figures,
+    print_measures,
+    print_rehearsal,
+    print_run,
+    print_verdict,
+)
+from inbatch.apps.console import complain, print_json, say, warn
+from inbatch.errors import ConfigError, TrainingError, many, unreadable
+from inbatch.training.budget import parse_budget
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch quickstart\n\n"
+    "  inbatch quickstart --epochs 8 --margin 5     less time, for CI\n\n"
+    "  inbatch quickstart --json > figures.json"
+)
+def quickstart(
+    out: Annotated[Path, Option(help="The run's folder; gets a number where it exists.")] = Path("runs/quickstart"),
+    epochs: Annotated[int | None, Option(min=1, help="10 by default; fewer take less time.")] = None,
+    margin: Annotated[float, Option(help="Points of k-NN above raw pixels without which it exits with 4.")] = 20,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of weights, order and views.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn from real handwritten digits that come along, and see what it is worth. About a minute on two cores."""
+    with reported(as_json):
+        from inbatch.apps.quickstart import quickstart as run
+
+        verdict = run(out, epochs=epochs, margin=margin, seed=seed, device=device, quiet=quiet)
+        if as_json:
+            failure = {} if verdict.reached else {"error": verdict.sentence(), "exit_code": TrainingError.exit_code}
+            print_json(verdict.json() | failure)
+        else:
+            print_verdict(verdict)
+        if not verdict.reached:
+            complain(verdict.sentence())
+            raise typer.Exit(TrainingError.exit_code)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
+    "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
+    "  inbatch pretrain --data ~/photos --dry-run\n\n"
+    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096"
+)
+def pretrain(
+    method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
+    data: Annotated[str | None, Option(help=KINDS)] = None,
+    out: Annotated[Path | None, Option(help="The run's folder; runs/METHOD-DATA-NUMBER by default.")] = None,
+    preset: Annotated[str | None, Option(help="Settings of a paper; by default those for the images' size.")] = None,
+    encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
+    init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Weights to start from.")] = None,
+    batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
+    context: Annotated[
+        str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        Option(metavar="TIME", help="45m, 1h30m, 2d: all of it ends within this time. On a CPU 1h by default."),
+    ] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
+    seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
+    fuse: Annotated[str | None, Option(metavar="conv|set", help="Mix a group's images before the encoder.")] = None,
+    attend: Annotated[str | None, Option(help="ba2m, batchformer: attention over the samples; se, eca, cbam.")] = None,
+    curate: Annotated[bool, Option("--curate", help="Redraw views that their sample cannot be told by.")] = False,
+    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
+    shuffle_groups: Annotated[bool, Option("--shuffle-groups", help="Other groups for what views learn from.")] = False,
+    device: Device = "auto",
+    compile: Annotated[bool, Option("--compile", help="Compile the encoder: slower to start, then faster.")] = False,
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images that do not fit.")] = None,
+    download: Annotated[bool, Option("--download", help="Fetch a torchvision/NAME that is not there yet.")] = False,
+    config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
+    set_: Set = None,
+    resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
+    expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
+    stop_on_collapse: Annotated[bool, Option("--stop-on-collapse", help="End with 4 where outputs collapse.")] = False,
+    dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
+    compare: Annotated[
+        str | None, Option(metavar="RUN|auto", help="Is the curve normal? Say where it leaves a run's; auto: ours.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn features from images and leave a run's folder: recipe, log, curves, checkpoints, encoder, result."""
+    with reported(as_json):
+        if budget is not None:
+            parse_budget(budget)  # before torch is loaded, which takes seconds
+        from inbatch import api
+
+        chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
+        chosen |= {"budget": budget}
+        chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
+        chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
+        fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
+        shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
+        shared["download"] = download
+        if dry_run:
+            if resume is not None:
+                raise ConfigError(
+                    "--dry-run shows a new run: leave out --resume (a run's recipe.json holds its settings)"
+                )
+            if compare is not None:
+                raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
+            rehearsed = api.rehearse(data, method, expect_world_size=expect_world_size, **shared, **fields)
+            print_json(rehearsed) if as_json else print_rehearsal(rehearsed)
+            return
+        run = api.pretrain(
+            data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
+            expect_world_size=expect_world_size, dist_timeout=dist_timeout, stop_on_collapse=stop_on_collapse,
+            compare=compare, **shared, **fields,
+        )  # fmt: skip
+        print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol few,corruptions\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --protocol finetune --tuning-share 0.1\n\n"
+    "  inbatch evaluate runs/cc-photos-1 --protocol clustering --from head\n\n"
+    "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco"
+)
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None, Option(help="Labelled images to judge by, of any classes and sizes; the run's own by default.")
+    ] = None,
+    test: Annotated[str | None, Option(help="Test images; else the data's test split or a tenth of it.")] = None,
+    protocol: Annotated[
+        list[str] | None,
+        Option(
+            "--protocol",
+            "--protocols",
+            help="knn, linear, clustering (by default these three), few, finetune, corruptions.",
+        ),
+    ] = None,
+    from_: Annotated[
+        str, Option("--from", metavar="features|head", help="Clusters: k-means on features; head: the method's, too.")
+    ] = "features",
+    k: Annotated[int | None, Option(min=1, help="Neighbours; the recipe's by default.")] = None,
+    temperature: Annotated[float, Option(min=0.001, help="Of the neighbours' weights.")] = 0.1,
+    probe: Annotated[
+        str, Option(help="How the linear probe is trained: lbfgs, or as a paper did: moco, ...")
+    ] = "lbfgs",
+    share: Annotated[list[float] | None, Option(help="Of the labels, for few; 0.01, 0.1, 0.5 by default.")] = None,
+    draws: Annotated[int | None, Option(min=1, help="Draws of those labels; 3 by default.")] = None,
+    tuning: Annotated[str | None, Option(help="How to fine-tune: small, upright, simclr-1, simclr-10.")] = None,
+    tuning_share: Annotated[float | None, Option(help="Of the labels, for finetune; all by default.")] = None,
+    most: Annotated[int | None, Option(min=1, help="Test images to corrupt; 1000 by default.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Of all that is drawn; the recipe's by default.")] = None,
+    out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a run's encoder by k-NN, a linear probe, clustering and more; the protocol stands beside every figure."""
+    with reported(as_json):
+        from inbatch.api import evaluate_run
+        from inbatch.runtime.files import check_writable, write_json
+
+        protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
+        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
+        chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
+        chosen["tuning_share"] = tuning_share
+        options |= {key: value for key, value in chosen.items() if value is not None}
+        if out is not None:
+            check_writable(out)
+        found = evaluate_run(run, data, test, protocols=protocols, **options)
+        out = out or run / "evaluation.json"
+        write_json(out, found)
+        if as_json:
+            print_json(found)
+        else:
+            if "unlabelled" in found:
+                print_measures(found["unlabelled"], found["initial"], str(run))
+                say("", f"Judged by:  {found['images']:,} images without labels")
+            else:
+                untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
+                print_figures(untrained | {str(run): found})
+                say("", *judged_by(found, found["held_out"]))
+            say(*([f"Note:       {found['note']}"] if found["note"] else []), f"Written to: {out}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test"
+)
+def embed(
+    run: RunFolder,
+    data: Data,
+    out: Annotated[Path, Option("--out", "-o", help="A .parquet or .npz file; replaced where it exists.")],
+    split: Annotated[str | None, Option(help="train or test, where the data has both.")] = None,
+    plain: Annotated[
+        bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write path, index, label and feature vector of every image to a file; memory does not grow with their number."""
+    with reported(as_json):
+        from inbatch.api import embed_run
+
+        missing, stage = dict[int, str](), dict[str, Any]()
+        options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
+        count = embed_run(run, data, out, missing=missing, stage=stage, **options)
+        if as_json:
+            bad = {"unreadable": list(missing.values())} if missing else {}
+            print_json({"images": count, "out": str(out)} | bad | (stage if stage["note"] else {}))
+            return
+        note = [f"Note: {stage['note']}"] if stage["note"] else []
+        say(f"{many(count, 'image')} embedded into {out}", *note)
+        if missing:
+            few = "; ".join(list(missing.values())[:3])
+            warn(f"{unreadable(len(missing))} not in it: {few}")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
+    "  inbatch export runs/simclr-photos-1 -o encoder --json"
+)
+def export(
+    run: RunFolder,
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="For model.safetensors and config.json.")],
+    as_json: Json = False,
+) -> None:
+    """Write the encoder of a run, finished or stopped, into a folder that inbatch.load and, if it can, timm reads."""
+    with reported(as_json):
+        from inbatch.api import export_run
+
+        found = export_run(run, out)
+        print_json(found) if as_json else print_export(found)

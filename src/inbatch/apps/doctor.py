@@ -1,0 +1,160 @@
+"""What this machine can do, what of it is in use, and what that gains (`inbatch doctor`)."""
+
+import math
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from inbatch.data import cache
+from inbatch.errors import InbatchError
+from inbatch.nn.cpu_matmul import onednn
+from inbatch.runtime.cpu_load import others_busy
+from inbatch.runtime.device import device_for, precision_for
+from inbatch.runtime.environment import environment
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.resources import cores, limited_bytes
+from inbatch.runtime.threads import adapts, threads_beside
+from inbatch.training.advice import Finding, _allocator, _busy, _jpeg, _shared_memory, _threads, _version, _views
+
+BUDGET = 40.0
+"""Seconds that `measure` takes at most."""
+FORECAST, MEASURED = 32.0, 46.0
+"""Seconds after the start of the program when `inbatch doctor`, which answers within 60, begins no other forecast and
+ends `measure`."""
+LIMIT = 15.0
+"""Seconds that the products and copies, or one answer of a contestant, may take."""
+_BATCHES = (32, 16, 8, 4)
+_STEP = 0.7
+"""Seconds that a step should take at half of the processor's fastest products; smaller batches are taken for it."""
+_VIEW = 3.33e9
+"""Operations of a ResNet-18 on a view of 32 pixels, forward and backward, as torch counts them."""
+
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
+    "channels_last": {"bf16": False, "channels_last": True},
+    "bf16": {"bf16": True, "channels_last": False},
+    "bf16, channels_last": {"bf16": True, "channels_last": True},
+    "the same, as the program sets its process": {"bf16": True, "channels_last": True, "tune": True},
+    "float32, channels_last, as the program sets its process": {"bf16": False, "channels_last": True, "tune": True},
+}
+"""What a step of an encoder is measured with."""
+
+
+def examine(device: str = "auto") -> list[Finding]:
+    """What there is and what is in use; nothing is measured but how busy the cores are."""
+    on = device_for(device)
+    found = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
+
+
+def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
+    """Measure what the processor reaches, and an encoder's steps by setting, in processes that take turns.
+
+    What has no result when the time is over has the key "failed" with the reason. bf16 is left out if the processor
+    does not multiply it: emulated, it takes minutes.
+
+    Args:
+        quick: fewer and smaller measurements.
+        until: when it must be over, by `time.monotonic`; it takes `BUDGET` seconds at most anyway.
+
+    Returns:
+        ceilings: products in float32 and bf16 (operations a second; None for bf16 that is left out) and copies (bytes a
+            second). threads: fewer beside busy processes. batch: images of a step, fewer on slow processors. tower:
+            views a second of a ResNet-18 on 32 pixels, forward and backward, by setting.
+    """
+    from inbatch.apps.bench.benchmark import ceilings
+    from inbatch.apps.bench.runner import Contestant, Race
+
+    began, threads, reached = time.monotonic(), torch.get_num_threads(), dict[str, Any]()
+    if adapts(torch.device("cpu")):  # as a run does; threads that share a core with others wait for each other
+        threads = threads_beside(others_busy(), cores(), threads)
+    until = min(began + BUDGET, until)
+    try:
+        reached = ceilings("cpu", threads, quick, each=2.0, limit=min(LIMIT, until - began))
+    except InbatchError as error:
+        reached = {"failed": str(error)}
+    batch = _BATCHES[-1] if quick else batch_for(reached.get("float32", 0))
+    job = {"device": "cpu", "threads": threads, "quick": quick, "seconds": 0.1 if quick else 1.0}
+    mine = job | {"module": "inbatch.apps.bench.tower", "make": "tower", "batch": batch, "waits": True}
+    bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
+    chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
+    field = [Contestant(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
+    race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
+    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
+    return found | {"tower": race["contestants"]}
+
+
+def batch_for(rate: float) -> int:
+    """How many images a step of `tower` takes, two views of each, if products reach so many operations a second."""
+    return next((n for n in _BATCHES if 2 * n * _VIEW <= _STEP * rate / 2), _BATCHES[-1])
+
+
+def _memory() -> Finding:
+    limit = ", as a container or job allows" if limited_bytes() else ""
+    return Finding("memory", f"{free_bytes(torch.device('cpu')) / 1e9:,.1f} GB free{limit}")
+
+
+def _gpu(device: torch.device) -> list[Finding]:
+    if device.type != "cuda":
+        return [Finding("GPU", "there is one, not asked for" if torch.cuda.is_available() else "none that torch sees")]
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    kernels = "Triton's kernels for losses" if find_spec("triton") else "no Triton"
+    return [Finding("GPU", f"{torch.cuda.get_device_name(device)}, {memory:,.0f} GB; {kernels}")]
+
+
+def _precision(device: torch.device) -> Finding:
+    bf16 = precision_for("auto", device) == torch.bfloat16
+    why = "multiplies bf16" if bf16 else "does not say that it multiplies bf16"
+    whose = "the GPU" if device.type == "cuda" else "the processor"
+    return Finding("precision", f"{'bf16' if bf16 else 'float32'}, channels_last: {whose} {why}")
+
+
+def _products() -> Finding:
+    return Finding("float32 products", "oneDNN's, the faster ones here" if onednn() else "torch's own")
+
+
+def _denormals() -> Finding:
+    flushed = float(torch.tensor(1e-39) * 0.5) == 0
+    return Finding("denormal numbers", "count as 0" if flushed else "are computed with")
+
+
+def _cache() -> Finding:
+    folder = cache.where()
+    if folder is None:
+        return Finding("cache", "off: decoded images are not kept between runs")
+    return Finding("cache", f"{folder}: {cache.used() / 1e9:,.1f} of {cache.limit() / 1e9:,.0f} GB used")
+
+
+def _extras() -> list[Finding]:
+    names = {"pyarrow": "Parquet files", "tensorboard": "TensorBoard logs"}
+    return [
+        Finding(what, f"{name} {_version(name)}" if find_spec(name) else f"needs {name}, which is not installed")
+        for name, what in names.items()
+    ]
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What `measure` found, in words: what, how fast, how many times as fast as torch ships it."""
+    reached = found["ceilings"]
+    lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
+    base = next(iter(found["tower"].values())).get("rate")
+    for who, row in found["tower"].items():
+        if "rate" not in row or base is None:
+            lines.append((who, row.get("failed", ""), ""))
+        else:
+            lines.append((f"ResNet-18, {who}", f"{row['rate']:,.0f} views/s", f"{row['rate'] / base:.2f}"))
+    return lines
+
+
+def _reached(float32: float, bf16: float | None, copy: float, **more: Any) -> list[tuple[str, str, str]]:
+    """The rows of ceilings."""
+    half = ("not measured: this processor does not multiply bf16", "")
+    if bf16 is not None:
+        half = (f"{bf16 / 1e9:,.0f} GFLOP/s", f"{bf16 / float32:.2f}")
+    return [
+        ("products in float32", f"{float32 / 1e9:,.0f} GFLOP/s", ""),
+        ("products in bf16", *half),
+        ("copies of memory", f"{copy / 1e9:,.0f} GB/s", ""),
+    ]

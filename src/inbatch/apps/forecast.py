@@ -1,0 +1,50 @@
+"""How long `inbatch quickstart` takes on this machine, and what a budget of an hour does (`inbatch doctor`)."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from inbatch.apps import quickstart
+from inbatch.training.advice import Finding
+from inbatch.training.budget import duration
+from inbatch.training.build import build
+from inbatch.training.calibration import TRAINED, time_steps
+from inbatch.training.plan import plan
+
+REST = 23.0
+"""Seconds of `inbatch quickstart` beside its steps: start, evaluation and pictures, measured on two AVX2 cores."""
+_EACH = 2.0
+"""Seconds that steps at one size of the images are timed."""
+
+
+def forecast(until: float = math.inf) -> list[Finding]:
+    """How long `inbatch quickstart` and what an hour's budget would do here, by a few real steps of both.
+
+    until: by `time.monotonic`; what has not begun by then is left out.
+    """
+    both = (("quickstart", _quickstart), ("a budget of 1 h", _hour))
+    return [Finding(what, ask() if time.monotonic() < until else "not measured: no time is left") for what, ask in both]
+
+
+def _quickstart() -> str:
+    total, each, _ = _steps(quickstart.DATA, {"epochs": quickstart.EPOCHS} | quickstart.SETTINGS)
+    return f"about {duration(total * each + REST)}"
+
+
+def _hour() -> str:
+    images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
+    _, seconds, batch = _steps(images, {"preset": "fast", "steps": 100, "epochs": 100})
+    made = int(TRAINED * 3600.0 / seconds)
+    return (
+        f"about {made:,} steps of {batch} images, {made * batch / 1e6:,.1f} million images of 32 pixels, with the "
+        f"encoder fast ({seconds:.2f} s a step)"
+    )
+
+
+def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
+    """Steps of a run, seconds of one of them, and images of its batch."""
+    recipe, source = plan(data, given)
+    built = build(recipe, source, device=torch.device("cpu"))
+    return built.total, time_steps(built, _EACH), recipe.batch

@@ -1,0 +1,148 @@
+"""What `inbatch table NAME` does: run what is asked for and missing, fill the table, say how each figure is come by."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from inbatch.apps.papers import render
+from inbatch.apps.papers.filled_table import Sheet, fill
+from inbatch.apps.papers.results import read_records, shipped
+from inbatch.apps.papers.runner import Runner
+from inbatch.apps.papers.scales import WHERE
+from inbatch.apps.papers.spec import Table, cells
+from inbatch.errors import ConfigError, InbatchError
+from inbatch.runtime.files import check_writable, replacing
+from inbatch.training.registry import check_known
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A table at a scale, filled as far as there are results.
+
+    problems: runs that could not be made, by name. beside: the same table of the results that come along, where those
+    of the sheet are the user's. launch: commands of runs that are not for this machine.
+    """
+
+    sheet: Sheet
+    problems: Mapping[str, InbatchError] = field(default_factory=dict)
+    beside: Sheet | None = None
+    launch: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the first problem."""
+        return next((problem.exit_code for problem in self.problems.values()), 0)
+
+    def grids(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
+        """Headings and rows, in as many tables as it takes for each to fit into so many characters."""
+        return render.grids(self.sheet, width)
+
+    def words(self) -> list[str]:
+        """What stands below the table."""
+        table, scale = self.sheet.table, self.sheet.scale
+        lines = [f"{table.name} at {scale} scale. {table.asks}", *render.notes(self.sheet)]
+        if told := table.holds.get(scale):
+            lines += ["", f"What holds. {told}"]
+        lines += ["", *self._compared(), "The runs (seed 0; others with --seed):", ""]
+        lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.sheet)]
+        names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.sheet)} & WHERE.keys()
+        lines += [f"(--data {name}: put the place of its images there.)" for name in sorted(names)]
+        if self.launch:
+            lines += ["", "To be launched where there is a cluster (inbatch slurm writes a batch script):", ""]
+            lines += [f"  {command}" for command in self.launch]
+        elif not self.sheet.records:
+            lines += ["", f"Nothing has been run yet: inbatch table {table.name} --scale {scale}"]
+        return [part for line in lines for part in line.split("\n")]
+
+    def _compared(self) -> list[str]:
+        """The user's figures beside ours."""
+        if self.beside is None:
+            return []
+        lines = []
+        for mine, ours in zip(self.sheet.lines, self.beside.lines, strict=True):
+            for column, own, theirs in zip(self.sheet.columns, mine.ours, ours.ours, strict=True):
+                if own.values and theirs.values:
+                    digits = self.sheet.table.digits
+                    lines.append(
+                        f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, ours {theirs.text(digits)}"
+                    )
+        return ["Beside the results that come along:", "", *lines, ""] if lines else []
+
+    def json(self) -> dict[str, Any]:
+        """The same for a program; figures in percent."""
+        headings, rows = render.grid(self.sheet)
+        table = self.sheet.table
+        found = {
+            "name": table.name,
+            "scale": self.sheet.scale,
+            "source": table.source,
+            "headings": headings,
+            "rows": rows,
+        }
+        figures = [
+            {"row": line.row.name, "column": column.name, "values": dict(zip(value.seeds, value.values, strict=True))}
+            | {"gains": list(value.gains), "p": value.p, "failed": value.failed}
+            for line in self.sheet.lines
+            for column, value in zip(self.sheet.columns, line.ours, strict=True)
+        ]
+        told = {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
+        problems = {name: str(problem) for name, problem in self.problems.items()}
+        said = "; ".join(dict.fromkeys(problems.values()))
+        return found | told | {"problems": problems} | ({"error": said, "exit_code": self.exit_code} if said else {})
+
+
+def ask(
+    tables: Mapping[str, Table], name: str, scale: str | None = None, *, runner: Runner, from_: Path | None = None,
+    rows: Sequence[str] = (), on: Sequence[str] = (), seeds: Sequence[int] = (), out: Path | None = None,
+) -> Asked:  # fmt: skip
+    """Fill a table.
+
+    scale: what is missing at it is run, unless from_ says where results are; None: shows those that come along, at cpu.
+    rows, on, seeds: only these rows (with those that they are compared with), data sets and seeds. out: a file for it.
+    Raises ConfigError for what is not known, DataError for files that are no results.
+    """
+    check_known("table", name, tables)
+    table, runs = tables[name], scale is not None and from_ is None
+    scale = scale or "cpu"
+    check_known("scale", scale, table.scales)
+    if out is not None:
+        _writer(out)
+        check_writable(out)
+    table = _chosen(table, scale, rows, on, seeds)
+    if from_ is not None and not from_.is_dir():
+        raise ConfigError(f"{from_} is no folder of results")
+    problems: dict[str, InbatchError] = {}
+    launch: tuple[str, ...] = ()
+    if runs and scale == "paper":
+        runner.collect(list(cells(table, scale)))
+        launch = tuple(runner.launch(list(cells(table, scale))))
+    elif runs:
+        problems = runner.run(list(cells(table, scale)))
+    known = read_records(runner.results if runs else from_ or shipped())
+    others = runs and runner.results.resolve() != shipped().resolve()
+    beside = fill(table, scale, read_records(shipped())) if others else None
+    asked = Asked(fill(table, scale, known), problems, beside, launch)
+    if out is not None:
+        with replacing(out) as file:
+            file.write(_writer(out)(asked.sheet).encode())
+    return asked
+
+
+def _writer(out: Path) -> Callable[[Sheet], str]:
+    check_known("ending", out.suffix, render.FORMATS)
+    return render.FORMATS[out.suffix]
+
+
+def _chosen(table: Table, scale: str, rows: Sequence[str], on: Sequence[str], seeds: Sequence[int]) -> Table:
+    """The table cut down to what is asked for."""
+    at = table.scales[scale]
+    for row in rows:
+        check_known("row", row, {row.name: None for row in table.rows})
+    for data in on:
+        check_known("data set", data, at.data)
+    with_against = {*rows, *(row.against for row in table.rows if row.name in rows)}
+    columns = tuple(column for column in at.columns if not on or column.data in on)
+    cut = replace(at, columns=columns, seeds=tuple(seeds) or at.seeds)
+    kept = tuple(row for row in table.rows if not rows or row.name in with_against)
+    return replace(table, rows=kept, scales={**table.scales, scale: cut})

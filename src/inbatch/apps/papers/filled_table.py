@@ -1,0 +1,149 @@
+"""A table filled in: the paper's figures, ours over the seeds, and what a row's difference makes, paired by seed."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from inbatch.apps.papers.results import Record, Records, find
+from inbatch.apps.papers.spec import Cell, Column, Row, Table, cell, cells
+
+SURE = 0.05
+"""Below this p a difference is called one; the p of a table's rows are not corrected for their number."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One of our figures: its values by seed, in percent; what it is against the row it is compared with.
+
+    gains: differences at the seeds that both have. p: of a paired t-test, two-sided; None for fewer than two seeds.
+    failed: runs that have no figure.
+    """
+
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    gains: tuple[float, ...] = ()
+    p: float | None = None
+    failed: int = 0
+
+    def text(self, digits: int = 1) -> str:
+        """Mean and standard deviation; empty where nothing was run."""
+        if not self.values:
+            return "failed" if self.failed else ""
+        some = f" ({self.failed} failed)" if self.failed else ""
+        return f"{mean(self.values):.{digits}f}{_deviation(self.values, digits)}{some}"
+
+    def gain(self, digits: int = 1) -> str:
+        """Mean difference with its p; a star where it is below `SURE`."""
+        if not self.gains:
+            return ""
+        told = "" if self.p is None else f" (p {self.p:.2f}){'*' * (self.p < SURE)}"
+        return f"{mean(self.gains):+.{digits}f}{_deviation(self.gains, digits)}{told}"
+
+
+def _deviation(values: Sequence[float], digits: int) -> str:
+    return f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row: the paper's figures, ours by column, and the runs' records by data set and seed."""
+
+    row: Row
+    paper: tuple[float | None, ...]
+    ours: tuple[Value, ...]
+    cells: tuple[Cell, ...]
+    records: tuple[Record, ...]
+
+    def moved(self, heading: str, against: "Line | None") -> float | None:
+        """What the paper says the row's difference makes."""
+        if against is None or heading not in self.row.paper or heading not in against.row.paper:
+            return None
+        return self.row.paper[heading] - against.row.paper[heading]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table at a scale, with whatever results there are."""
+
+    table: Table
+    scale: str
+    lines: tuple[Line, ...]
+
+    def line(self, name: str | None) -> Line | None:
+        """A row by its name."""
+        return next((line for line in self.lines if line.row.name == name), None)
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """All records, by their cells' names."""
+        return {c.stem: r for line in self.lines for c, r in zip(line.cells, line.records, strict=True)}
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Ours."""
+        return self.table.scales[self.scale].columns
+
+    @property
+    def wanted(self) -> int:
+        """How many runs the table has at this scale."""
+        return len({one.stem for one in cells(self.table, self.scale)})
+
+
+def fill(table: Table, scale: str, records: Records) -> Sheet:
+    """The table at this scale, filled from records."""
+    at = table.scales[scale]
+    found: dict[str, list[tuple[Cell, Record]]] = {}
+    for row in table.rows:
+        found[row.name] = []
+        if row.settings is None:
+            continue
+        for data in dict.fromkeys(column.data for column in at.columns):
+            for seed in at.seeds:
+                one = cell(table, scale, row, data, seed)
+                if (record := find(records, one)) is not None:
+                    found[row.name].append((one, record))
+    lines = []
+    for row in table.rows:
+        other = found.get(row.against or "", [])
+        ours = tuple(_value(column, found[row.name], other) for column in at.columns)
+        paper = tuple(row.paper.get(heading) for heading in table.headings)
+        runs = tuple(one for one, _ in found[row.name])
+        lines.append(Line(row, paper, ours, runs, tuple(record for _, record in found[row.name])))
+    return Sheet(table, scale, tuple(lines))
+
+
+def figure(record: Record, path: str) -> float | None:
+    """A number of an evaluation by its path, in percent; None where the record has none."""
+    value: Any = record.evaluation
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return None if value is None else 100 * float(value)
+
+
+def _value(column: Column, runs: list[tuple[Cell, Record]], other: list[tuple[Cell, Record]]) -> Value:
+    mine, theirs = (_by_seed(column, some) for some in (runs, other))
+    both = [seed for seed in mine if seed in theirs]
+    gains = tuple(mine[seed] - theirs[seed] for seed in both)
+    protocol = column.figure.split(".")[0]
+    failed = sum(one.data == column.data and not {"", protocol}.isdisjoint(record.failures) for one, record in runs)
+    return Value(tuple(mine), tuple(mine.values()), gains, paired(gains), failed)
+
+
+def _by_seed(column: Column, runs: list[tuple[Cell, Record]]) -> dict[int, float]:
+    found = {one.seed: figure(record, column.figure) for one, record in runs if one.data == column.data}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def paired(gains: Sequence[float]) -> float | None:
+    """p of the two-sided t-test that paired differences have mean 0; 1 where all are 0, None for fewer than two."""
+    if len(gains) < 2:
+        return None
+    if len(set(gains)) == 1:
+        return 1.0 if gains[0] == 0 else 0.0
+    from scipy.stats import ttest_1samp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences: p is next to 0, to whatever digit
+        return float(ttest_1samp(gains, 0.0).pvalue)

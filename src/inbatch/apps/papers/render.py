@@ -1,0 +1,256 @@
+"""A filled table as text: for a terminal, Markdown, LaTeX, or a page of HTML that needs nothing else."""
+
+import base64
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.cells import cell_len
+
+from inbatch.apps.papers.curve_plot import curves
+from inbatch.apps.papers.filled_table import SURE, Line, Sheet, Value
+from inbatch.apps.papers.results import Record, wall_seconds
+from inbatch.apps.papers.spec import Cell, cells
+
+
+def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: the row; each of the paper's columns with those of ours that stand for it; the rest of ours.
+
+    Behind every figure stands the difference from the row that its row is against, where there are such rows.
+    """
+    differs = together(sheet) == 2
+    order: list[tuple[str, int]] = []
+    for i, heading in enumerate(sheet.table.headings):
+        order += [("paper", i), *(("ours", j) for j, column in enumerate(sheet.columns) if column.paper == heading)]
+    order += [("ours", j) for j in range(len(sheet.columns)) if ("ours", j) not in order]
+    headings = [""]
+    for whose, i in order:
+        if whose == "paper":
+            headings += [f"paper: {sheet.table.headings[i]}", *(["paper: gain"] if differs else [])]
+        else:
+            headings += [sheet.columns[i].name, *(["gain"] if differs else [])]
+    rows = []
+    for line in sheet.lines:
+        cells = [_paper(sheet, line, i) if whose == "paper" else _ours(sheet, line.ours[i]) for whose, i in order]
+        rows.append([line.row.name, *(text for figure, gain in cells for text in ([figure, gain][: 1 + differs]))])
+    return headings, rows
+
+
+def together(sheet: Sheet) -> int:
+    """How many columns of the grid make one: a figure, and what its row's difference makes where rows have one."""
+    return 2 if any(line.row.against for line in sheet.lines) else 1
+
+
+def grids(sheet: Sheet, width: int) -> list[tuple[list[str], list[list[str]]]]:
+    """The grid in as many as it takes for each to fit into so many characters, the rows' names in all of them."""
+    headings, rows = grid(sheet)
+    groups = column_groups(headings, rows, width, together(sheet))
+    return [([headings[i] for i in (0, *some)], [[row[i] for i in (0, *some)] for row in rows]) for some in groups]
+
+
+def column_groups(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, together: int = 1
+) -> list[list[int]]:
+    """The columns of a table in as many groups as it takes for each to fit, beside the first, into so many characters.
+
+    Columns are three characters apart. together: so many stay in one group, from the second on, however wide they are.
+    """
+    widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *rows, strict=True)]
+    groups: list[list[int]] = [[]]
+    for i in range(1, len(headings), together):
+        some = list(range(i, min(i + together, len(headings))))
+        if groups[-1] and sum(widths[j] for j in (0, *groups[-1], *some)) > width + 3:
+            groups.append([])
+        groups[-1] += some
+    return groups
+
+
+def _paper(sheet: Sheet, line: Line, column: int) -> tuple[str, str]:
+    """The paper's figure and what it says the row's difference makes."""
+    figure, moved = line.paper[column], line.moved(sheet.table.headings[column], sheet.line(line.row.against))
+    short = figure is not None and figure == round(figure, 1) and sheet.table.digits == 1
+    text = "" if figure is None else f"{figure:g}" if short else f"{figure:.2f}"
+    return text, "" if moved is None else f"{moved:+.2f}"
+
+
+def _ours(sheet: Sheet, value: Value) -> tuple[str, str]:
+    return value.text(sheet.table.digits), value.gain(sheet.table.digits)
+
+
+def notes(sheet: Sheet) -> list[str]:
+    """What must stand below the figures: how many runs, on what, how they differ from the paper's."""
+    table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
+    finished = [record for record in records if record.status == "finished"]
+    lines = [
+        f"{len(finished)} of {sheet.wanted} runs, seeds {', '.join(map(str, at.seeds))}; mean ± standard deviation."
+    ]
+    if any(line.row.against for line in sheet.lines):
+        beside = sorted({line.row.against for line in sheet.lines if line.row.against})
+        lines.append(
+            f"Gain: against {' or '.join(beside)} at the same seeds, with p of a paired t-test (* below {SURE}, "
+            "not corrected for the number of rows)."
+        )
+    lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
+    sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
+    if "cifar10-jpeg" in sources.values():
+        lines.append(
+            "CIFAR-10 is a JPEG copy (quality about 75): accuracies stand a little below those on the original files."
+        )
+    if finished:
+        lines.append(
+            f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} of one process after another."
+        )
+    lines += [
+        f"Failed: {record.command}{protocol and f', judged by {protocol}'}: {sentence}"
+        for record in records
+        for protocol, sentence in record.failures.items()
+    ]
+    return [*lines, *([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
+
+
+def _machines(records: Iterable[Record]) -> str:
+    def name(record: Record) -> str:
+        where = record.environment
+        what = where["processor"] if where["device"] == "cpu" else where["device"]
+        return f"{what} ({where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['versions']['torch']})"
+
+    return ", ".join(sorted({name(record) for record in records}))
+
+
+def hours(seconds: float) -> str:
+    """Seconds in minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+
+
+def markdown(sheet: Sheet, *, picture: str | None = None, runs: str | None = None) -> str:
+    """A page in Markdown. picture: where the curves are drawn. runs: where the records lie, for links."""
+    table = sheet.table
+    headings, rows = grid(sheet)
+    parts = [f"# {table.name}: {_md(table.title)}", _md(table.asks), _md_table(headings, rows)]
+    if picture is not None:
+        parts.append(f"![Curves]({picture})")
+    if told := table.holds.get(sheet.scale):
+        parts.append(f"**What holds.** {told}")
+    parts.append("\n".join(f"- {_md(note)}" for note in notes(sheet)))
+    parts.append(
+        "## The runs\n\n"
+        + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
+    )
+    listed = []
+    for cell, record in first_seeds(sheet):
+        where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
+        listed.append(f"- {_md(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
+    return "\n\n".join([*parts, *listed]) + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([|<>*_\[\]])", r"\\\1", text) if "`" not in text else text
+
+
+def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(_md_cell, line))} |" for line in lines)
+
+
+def _md_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def first_seeds(sheet: Sheet) -> list[tuple[Cell, Record | None]]:
+    """A cell of each row and data set, with its record where there is one."""
+    first = sheet.table.scales[sheet.scale].seeds[0]
+    records = sheet.records
+    seen: dict[str, tuple[Cell, Record | None]] = {}
+    for cell in cells(sheet.table, sheet.scale, (first,)):
+        seen.setdefault(cell.stem, (cell, records.get(cell.stem)))
+    return list(seen.values())
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
+
+
+_TEX_WIDTH = 76  # characters across a page of LaTeX's article, small
+
+
+def tex(text: str) -> str:
+    """Text as LaTeX takes it; the hyphen of a negative number is a minus."""
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
+
+
+def latex(sheet: Sheet) -> str:
+    """A table environment for booktabs; columns that are too many for a page's width stand below the others."""
+    caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
+    parts = []
+    for headings, rows in grids(sheet, _TEX_WIDTH):
+        lines = [
+            rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(tex, headings)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        parts.append("\n".join(lines))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\footnotesize",
+            rf"\caption{{{tex(caption)}}}",
+            rf"\label{{tab:{sheet.table.name}}}",
+            "\n\n\\medskip\n".join(parts),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem;text-align:right}"
+    "td{white-space:nowrap}"
+    "td:first-child,th:first-child{text-align:left}thead th{border-bottom:2px solid #222}"
+    "tbody tr:nth-child(even){background:#f4f4f4}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}"
+    "img{max-width:100%}.wide{overflow-x:auto}"
+)
+
+
+def page(sheet: Sheet) -> str:
+    """A self-contained page of HTML: table, curves, notes, and the recipe of every run."""
+    e, table = html.escape, sheet.table
+    headings, rows = grid(sheet)
+    head = "".join(f"<th>{e(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{e(text)}</td>" for text in row) + "</tr>" for row in rows)
+    parts = [
+        f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.asks)}</p>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+    ]
+    if told := table.holds.get(sheet.scale):
+        parts.append(f"<p><b>What holds.</b> {e(told)}</p>")
+    if (png := curves(sheet)) is not None:
+        parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
+    parts.append("<ul>" + "".join(f"<li>{e(note)}</li>" for note in notes(sheet)) + "</ul><h2>Runs</h2>")
+    for cell, record in first_seeds(sheet):
+        recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"
+        parts.append(
+            f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary>"
+            f"<p><code>{e(cell.command())}</code></p>{recipe}</details>"
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(table.name)}</title><style>{_STYLE}</style>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _pretty(record: Record) -> str:
+    return json.dumps({name: value for name, value in record.file().items() if name != "curve"}, indent=1)
+
+
+FORMATS: dict[str, Callable[[Sheet], str]] = {".md": markdown, ".tex": latex, ".html": page}
+"""Ending of a file -> what is written into it."""

@@ -1,0 +1,294 @@
+"""Run what a table still lacks: a process for each run, none for what is known, and what was cut goes on."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.apps.papers.results import Failure, Record, find, read_records, write_record
+from inbatch.apps.papers.scales import WHERE
+from inbatch.apps.papers.spec import Cell, key
+from inbatch.apps.reports.crop_statistics import tally
+from inbatch.errors import DataError, InbatchError, Preempted, TrainingError
+from inbatch.runtime import child_processes
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.resources import cores
+from inbatch.runtime.signals import stop_on_signals, stopped
+from inbatch.training.recipe import make, read_settings
+
+ON = "on-"
+"""A protocol that begins so is a linear probe on the images of another data set."""
+Tell = Callable[[str], None]
+Show = Callable[[float, int, str, str], None]
+_POLL, _REPORT = 0.3, 60.0  # seconds
+
+
+@dataclass
+class Runner:
+    """Where and how runs are made.
+
+    results: the folder of records. work: of the runs themselves, kept for going on.
+    places: name of a data set -> where its images lie. jobs: runs at a time; None: a core each, on a GPU one.
+    again: failed runs are run anew. tell: takes sentences for people. show: draws how much of how many runs is done,
+    in words, and the time left; without it they are told every minute.
+    """
+
+    results: Path
+    work: Path
+    places: Mapping[str, str] = field(default_factory=dict)
+    jobs: int | None = None
+    device: str = "auto"
+    download: bool = False
+    again: bool = False
+    tell: Tell = print
+    show: Show | None = None
+
+    def __post_init__(self) -> None:
+        self.gpu = self.device not in ("auto", "cpu") or (self.device == "auto" and torch.cuda.is_available())
+        self.jobs = self.jobs or (1 if self.gpu else cores())
+        self._children: dict[str, subprocess.Popen[str]] = {}
+        self._stopping = False
+
+    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that have no record yet, each run once, with every protocol that any of them asks for."""
+        known = read_records(self.results)
+        lacking: dict[str, Cell] = {}
+        for cell in cells:
+            record = find(known, cell)
+            if record is None or (self.again and record.failures):
+                first = lacking.setdefault(cell.stem, cell)
+                lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
+        return list(lacking.values())
+
+    def collect(self, cells: Sequence[Cell]) -> None:
+        """Keep the results of runs that were made elsewhere and lie, finished, where this would have made them."""
+        for cell in self.missing(cells):
+            if not cell.counts and _finished(self.work / cell.stem) is not None:
+                write_record(self.results, cell, self._one(cell))  # learns nothing, but judges what is not judged yet
+
+    def launch(self, cells: Sequence[Cell]) -> Iterator[str]:
+        """Commands for what is missing, to be given to a launcher; each goes on where it was stopped."""
+        for cell in self.missing(cells):
+            if cell.counts:
+                yield cell.command()
+                continue
+            name, folder = str(cell.settings["data"]), shlex.quote(str(self.work / cell.stem))
+            place = shlex.quote(self.places.get(name, "PATH"))
+            words = cell.command().replace(f"--data {name}", f"--data {place}", 1)
+            yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
+
+    def place(self, name: str) -> str:
+        """Where the images of a data set lie; DataError where only the user knows."""
+        place = self.places.get(name, WHERE.get(name, name))
+        if place is None:
+            raise DataError(f"where are the images of {name}? --data {name}=PATH")
+        return place
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, InbatchError]:
+        """Run what is missing; what could not be run, by the cell's name, and why.
+
+        Raises Preempted or Interrupted where a signal asks for it, when the running ones have saved themselves.
+        """
+        todo, began = self.missing(cells), time.perf_counter()
+        problems: dict[str, InbatchError] = {}
+        if not todo:
+            return problems
+        self.results.mkdir(parents=True, exist_ok=True)
+        with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            stop.hold()  # the running ones answer in time, and are waited for
+            if void:
+                self.tell(void)
+            waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
+            spoke, done, kept = began, 0, 0
+            while waiting:
+                ended, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    cell = waiting.pop(future)
+                    try:
+                        record = future.result()
+                    except InbatchError as error:
+                        problems[cell.stem] = error
+                        said = f"not run: {error}"
+                    else:
+                        write_record(self.results, cell, record)
+                        said, kept = _said(record), kept + 1
+                    done += 1
+                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}")
+                if stop.requested and not self._stopping:
+                    self._stop(stop.requested)
+                    for future in list(waiting):
+                        future.cancel()
+                    waiting = {future: cell for future, cell in waiting.items() if not future.cancelled()}
+                if time.perf_counter() - spoke > (1.0 if self.show else _REPORT):
+                    spoke = time.perf_counter()
+                    self._report(began, done, len(todo))
+        if stop.requested:
+            raise stopped(stop.requested, f"with {kept} of {len(todo)} runs done; the same command goes on")
+        return problems
+
+    def _report(self, began: float, done: int, total: int) -> None:
+        """How far it is, and the time left, from what all runs have done so far."""
+        share = done + sum(_progress(self.work / stem) for stem in list(self._children))
+        left = (time.perf_counter() - began) * (total - share) / share if share > 0 else None
+        ready, words = f"{done} of {total} runs", "" if left is None else f"about {timedelta(seconds=round(left))} left"
+        if self.show is not None:
+            self.show(share, total, ready, words)
+        else:
+            self.tell(", ".join([f"{ready} done", *([words] if words else [])]))
+
+    def _stop(self, number: int) -> None:
+        """Ask the running ones to save themselves and end."""
+        self._stopping = True
+        for child in list(self._children.values()):
+            with suppress(ProcessLookupError):
+                child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def _one(self, cell: Cell) -> Record:
+        """Make a cell's run, or what is left of it."""
+        if cell.counts:
+            return _counted(cell)
+        began, place = time.perf_counter(), self.place(str(cell.settings["data"]))
+        folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        result = _finished(folder)
+        if result is None:
+            write_json(recipe := self.work / f"{cell.stem}.json", cell.recipe().nested() | {"data": place})
+            words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
+            result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
+        if "exit_code" in result:
+            return self._failed(cell, place, result, log, began)
+        for protocol in cell.protocols:
+            other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
+            words = ["evaluate", str(folder), "--out", str(folder / f"{protocol}.json")]
+            words += (
+                ["--protocol", protocol] if other is None else ["--protocol", "linear", "--data", self.place(other)]
+            )
+            found = self._call(cell, words, log)
+            if "exit_code" in found:  # the run stands: what was learned from is judged by the rest
+                told = {"failed": _anywhere(found["error"])}
+            else:
+                told = found[protocol] if other is None else {"linear": found["linear"]}
+            result["evaluation"] = result["evaluation"] | {protocol: told}
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return _record(cell, place, result)
+
+    def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+        """The JSON object of a command of ours; with an "exit_code" where the run diverged.
+
+        DataError, InbatchError for what is no result: no images, a stop, a crash.
+        """
+        if self._stopping:
+            raise Preempted("stopped")
+        threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, cores() // (self.jobs or 1)))}
+        words = [sys.executable, "-m", "inbatch", *words, "--json", "--device", self.device]
+        with open(log, "a", encoding="utf-8") as file:
+            child = child_processes.start(
+                words, stdout=subprocess.PIPE, stderr=file, env=threads | os.environ,
+                start_new_session=True,  # a Ctrl-C is ours to pass on
+            )  # fmt: skip
+            self._children[cell.stem] = child
+            if self._stopping:  # asked for while it was started
+                child.send_signal(signal.SIGTERM)
+            try:
+                out, _ = child.communicate()
+            finally:
+                del self._children[cell.stem]
+        with suppress(ValueError):
+            found: dict[str, Any] = json.loads(out)
+            if child.returncode == TrainingError.exit_code:
+                return found
+            if child.returncode == DataError.exit_code:
+                raise DataError(found["error"])
+            if child.returncode == 0:
+                return found
+            raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")
+        raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
+
+    def _failed(self, cell: Cell, place: str, found: Mapping[str, Any], log: Path, began: float) -> Record:
+        """What is kept of a run that diverged: its last words."""
+        words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
+        named = {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
+        made = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}
+        where = environment(torch.device("cuda" if self.gpu else "cpu"))
+        spent = time.perf_counter() - began
+        return Record.model_validate(named | made | {"environment": where, "wall_seconds": spent, "failure": failure})
+
+
+def _said(record: Record) -> str:
+    if record.failure is not None:
+        return f"failed: {record.failure.sentence}"
+    found = record.evaluation or {}
+    figures = [
+        f"{name} {found[part]['top1']:.1%}" for name, part in (("linear", "linear"), ("k-NN", "knn")) if part in found
+    ]
+    return ", ".join([*figures, f"{record.wall_seconds:.0f} s"])
+
+
+def _progress(folder: Path) -> float:
+    """How much of a run is done, from its log."""
+    try:
+        steps = json.loads((folder / "run.json").read_bytes())["steps"]
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            last = file.read().splitlines()[-1]
+        return float(min(1.0, json.loads(last)["step"] / steps))
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return 0.0
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The result that a run left, here or brought from elsewhere."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _source(place: str) -> str:
+    """What images are called where they lie; the way there is nobody's business."""
+    return Path(place).name if Path(place).exists() else place
+
+
+def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
+    recipe = dict(result["recipe"]) | {"data": cell.settings["data"]}
+    if key(make(read_settings(recipe))) != cell.key:
+        mine = cell.recipe().nested()
+        changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
+        raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
+    here = json.dumps({name: result[name] for name in Record.model_fields if name in result})
+    kept = json.loads(here.replace(json.dumps(place)[1:-1], _source(place)) if _source(place) != place else here)
+    named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
+    made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
+    return Record.model_validate(kept | named | made)
+
+
+def _anywhere(text: str) -> str:
+    """Text without the way to this machine's folders."""
+    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
+
+
+def _counted(cell: Cell) -> Record:
+    """Pairs of crops, drawn and counted here: it takes seconds."""
+    size = int(cell.settings["size"])
+    found = tally(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
+    return Record.model_validate(
+        {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
+        | {"recipe": dict(cell.settings), "command": cell.command(), "environment": environment(torch.device("cpu"))}
+        | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
+    )

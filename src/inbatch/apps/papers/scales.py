@@ -1,0 +1,108 @@
+"""What the tables share: data sets by name, and what smoke, cpu and gpu mean unless a table says otherwise."""
+
+from collections.abc import Mapping, Sequence
+
+from inbatch.apps.papers.spec import Column, Scale, Settings
+
+SOURCE = "the survey Deep Learning Feature Extraction with Batch Context"
+
+FIGURES = {
+    "linear": "linear.top1",
+    "k-NN": "knn.top1",
+    "NMI": "clustering.nmi",
+    "ACC": "clustering.acc",
+}
+"""Heading -> where the figure stands in an evaluation."""
+
+DIGITS: Settings = {"data": "digits-canvas-colour", "preset": "digits-colour", "size": 32}
+PHOTOS: Settings = {
+    "data": "cifar10", "subset": 10_000, "preset": "digits", "size": 32, "k": 200, "views.name": "simclr_cifar",
+}  # fmt: skip
+"""A fifth of CIFAR-10, with the digits' small encoder, heads, optimiser and batch."""
+CIFAR10: Settings = {"data": "cifar10", "preset": "cifar", "size": 32}
+CIFAR100: Settings = {"data": "cifar100", "preset": "cifar", "size": 32}
+TINY: Settings = {"data": "tiny-imagenet-100", "preset": "cifar", "size": 64}
+IMAGENET100: Settings = {"data": "imagenet-100", "preset": "imagenet", "size": 224}
+IMAGENET: Settings = {"data": "imagenet", "preset": "imagenet", "size": 224}
+
+WHERE = {
+    "cifar10": "torchvision/CIFAR10",
+    "cifar100": "torchvision/CIFAR100",
+    "tiny-imagenet-100": None,
+    "imagenet-100": None,
+    "imagenet": None,
+}
+"""Where images lie unless --data NAME=PATH says so; None: only the user knows."""
+
+SHORT = (
+    "digits: 1,297 embedded images of 32 pixels, 30 epochs, encoder tiny (74,400 parameters), batch 128, AdamW, k = 20",
+    "photos: 10,000 images of CIFAR-10, the same encoder and batch, 4 epochs, k = 200; judged on 10,000 test images",
+    "the linear probe is logistic regression on features of clean images",
+)
+
+
+def columns(
+    names: Mapping[str, str], figures: Sequence[str], paper: Mapping[str, str] | None = None
+) -> tuple[Column, ...]:
+    """A column for every figure on every data set. names: data set -> in the table. paper: figure -> column."""
+    return tuple(
+        Column(f"{shown}, {figure}", data, FIGURES[figure], (paper or {}).get(figure))
+        for data, shown in names.items()
+        for figure in figures
+    )
+
+
+def usual(
+    figures: Sequence[str] = ("linear", "k-NN"), *, views: str | None = None, gpu: Settings | None = None,
+    differs: Sequence[str] = (), protocols: tuple[str, ...] = (),
+) -> dict[str, Scale]:  # fmt: skip
+    """smoke, cpu and gpu as most tables have them.
+
+    views: other ones than the digits' own and the photographs'. gpu: more for that scale.
+    """
+    drawn = {} if views is None else {"views.name": views}
+    digits, photos = {**DIGITS, **drawn}, {**PHOTOS, **drawn}
+    return {
+        "smoke": Scale(
+            columns({"digits": "digits"}, figures),
+            {"digits": digits | {"subset": 192}},
+            {"epochs": 1, "batch": 64, "evaluate_every": 1},
+            seeds=(0, 1),
+            protocols=protocols,
+            cost="seconds a run: whether it works, not what comes out",
+            differs=("192 images, one epoch: its figures mean nothing",),
+        ),
+        "cpu": Scale(
+            columns({"digits": "digits", "photos": "photos"}, figures),
+            {
+                "digits": digits | {"epochs": 30, "evaluate_every": 3},
+                "photos": photos | {"epochs": 4, "evaluate_every": 1},
+            },
+            protocols=protocols,
+            differs=(*SHORT, *differs),
+        ),
+        "gpu": Scale(
+            columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, figures),
+            {"cifar10": CIFAR10, "tiny": TINY},
+            {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20, **(gpu or {})},
+            protocols=protocols,
+            cost="not measured yet",
+            differs=("tiny-imagenet-100 (64 pixels) stands for ImageNet-100", "200 epochs", *differs),
+        ),
+    }  # fmt: skip
+
+
+def published(
+    cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET,
+    figures: Sequence[str] = ("linear",),
+) -> Scale:  # fmt: skip
+    """A claim at the size at which it was made: ImageNet-1k, ResNet-50, each method as its authors trained it."""
+    name = str(data["data"])
+    return Scale(
+        columns({name: name}, figures),
+        {name: data},
+        {"encoder.name": "resnet50", **(settings or {})},
+        seeds=(0,),
+        cost=cost,
+        differs=("each method by its authors' preset", *differs),
+    )

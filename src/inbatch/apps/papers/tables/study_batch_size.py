@@ -1,0 +1,63 @@
+"""A claim of the survey: methods with negatives need large batches, others less. Accuracy against batch size."""
+
+from math import sqrt
+
+from inbatch.apps.papers.scales import CIFAR10, DIGITS, SOURCE, columns
+from inbatch.apps.papers.spec import Row, Scale, Settings, Table
+
+FAMILIES: dict[str, Settings] = {
+    "SimCLR": {"method.name": "simclr"},
+    "DCL": {"method.name": "dcl"},
+    "MoCo-v2": {"method.name": "moco", "method.layers": 2},
+    "SwAV": {"method.name": "swav"},
+    "BYOL": {"method.name": "byol"},
+    "Barlow Twins": {"method.name": "barlow"},
+}
+SMALL, USUAL, LARGE = (32, 64, 128, 256, 512), 128, (32, 128, 512, 2048)
+
+
+def _rows(sizes: tuple[int, ...], large: tuple[int, ...]) -> tuple[Row, ...]:
+    """AdamW's rate goes with the root of the batch; that of the gpu scale's presets with the batch itself."""
+    return tuple(
+        Row(
+            f"{name}, {batch}",
+            {**family, "batch": batch},
+            against=None if batch == USUAL else f"{name}, {USUAL}",
+            at={"digits": {"optimizer.lr": 2e-3 * sqrt(batch / USUAL)}},
+        )
+        for name, family in FAMILIES.items()
+        for batch in sorted({*sizes, *large})
+    )
+
+
+TABLE = Table(
+    name="study-batch-size",
+    title="Accuracy against batch size",
+    source=f"{SOURCE}, on SimCLR, MoCo, SwAV, BYOL and Barlow Twins",
+    asks="Which families lose what in small batches?",
+    rows=_rows(SMALL, ()),
+    scales={
+        "smoke": Scale(
+            columns({"digits": "digits"}, ("k-NN",)), {"digits": {**DIGITS, "subset": 600, "epochs": 1}}, seeds=(0,)
+        ),
+        "cpu": Scale(
+            columns({"digits": "digits"}, ("linear", "k-NN")),
+            {"digits": {**DIGITS, "epochs": 30, "evaluate_every": 3}},
+            differs=(
+                "batches of 32 to 512 of 1,297 images, 30 epochs whatever the batch; the rate goes with its root",
+            ),
+        ),
+        "gpu": Scale(
+            columns({"cifar10": "CIFAR-10"}, ("linear", "k-NN")),
+            {"cifar10": CIFAR10},
+            {"epochs": 200, "encoder.name": "resnet18", "evaluate_every": 20},
+        ),
+        "paper": Scale(
+            columns({"imagenet": "ImageNet-1k"}, ("linear",)),
+            {"imagenet": {"data": "imagenet", "preset": "imagenet", "size": 224}},
+            {"encoder.name": "resnet50"},
+            seeds=(0,),
+            cost="100 to 200 epochs of ImageNet-1k with ResNet-50",
+        ),
+    },
+)

@@ -1,0 +1,32 @@
+"""A claim of the survey: SupCon beats cross-entropy, and stands corruptions better."""
+
+from dataclasses import replace
+
+from inbatch.apps.papers.scales import SOURCE, published, usual
+from inbatch.apps.papers.spec import Column, Row, Scale, Table
+
+ENTROPY = "cross-entropy"
+ROWS = (
+    Row(ENTROPY, {"method.name": "supervised"}),
+    Row("SupCon", {"method.name": "supcon"}, against=ENTROPY),
+)
+
+
+def _corrupted(scale: Scale) -> Scale:
+    """With a column of the mean accuracy over 15 corruptions at 5 severities."""
+    names = {column.data: column.name.partition(",")[0] for column in scale.columns}
+    more = tuple(Column(f"{name}, corrupted", data, "corruptions.linear.top1") for data, name in names.items())
+    return replace(scale, columns=scale.columns + more, protocols=("corruptions",))
+
+
+# Both see the views of contrastive learning: SupCon's authors give cross-entropy the same.
+_USUAL = usual(("linear",))
+TABLE = Table(
+    name="study-supcon",
+    title="Supervised contrastive learning and cross-entropy",
+    source=f"{SOURCE}, on SupCon",
+    asks="Does contrasting classes beat classifying, on clean images and on corrupted ones?",
+    rows=ROWS,
+    scales={name: _corrupted(scale) for name, scale in _USUAL.items()}
+    | {"paper": _corrupted(published("ImageNet-1k with ResNet-50; the paper used ResNet-200 for 81.4 %"))},
+)

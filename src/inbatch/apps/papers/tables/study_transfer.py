@@ -1,0 +1,45 @@
+"""A claim of the survey, of MoCo's paper: features learned without labels serve other tasks as well as those with."""
+
+from dataclasses import replace
+
+from inbatch.apps.papers.scales import SOURCE, published, usual
+from inbatch.apps.papers.spec import Column, Row, Scale, Table
+
+LABELS = "supervised"
+ROWS = (
+    Row(
+        LABELS,
+        {"method.name": "supervised"},
+        at={"photos": {"views.name": "supervised"}, "gpu": {"views.name": "supervised"}},
+    ),
+    Row("MoCo-v2", {"method.name": "moco", "method.layers": 2}, against=LABELS),
+    Row("SimCLR", {"method.name": "simclr"}, against=LABELS),
+    Row("BYOL", {"method.name": "byol"}, against=LABELS),
+)
+OTHERS = ("digits-canvas-colour", "cifar10")
+
+
+def _elsewhere(scale: Scale, others: tuple[str, ...] = OTHERS) -> Scale:
+    """With a column of a probe on each of these data sets, all of their labels."""
+    names = {column.data: column.name.partition(",")[0] for column in scale.columns}
+    more = tuple(
+        Column(f"learned from {name}, linear on {other}", data, f"on-{other}.linear.top1")
+        for data, name in names.items()
+        for other in others
+    )
+    return replace(scale, columns=scale.columns + more, protocols=tuple(f"on-{other}" for other in others))
+
+
+_USUAL = usual(("linear",))
+TABLE = Table(
+    name="study-transfer",
+    title="Features judged on other images than they were learned from",
+    source=f"{SOURCE}, on MoCo",
+    asks="Do features that were learned without labels serve other images better than those learned with?",
+    rows=ROWS,
+    scales={name: _elsewhere(scale) for name, scale in _USUAL.items() if name != "smoke"}
+    | {
+        "smoke": _elsewhere(_USUAL["smoke"], OTHERS[:1]),  # which are always there
+        "paper": _elsewhere(published("100 to 200 epochs of ImageNet-1k with ResNet-50")),
+    },
+)

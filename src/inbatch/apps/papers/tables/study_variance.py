@@ -1,0 +1,23 @@
+"""A claim of the survey, of VICReg's paper: its variance term steadies other methods, such as BYOL and SimCLR."""
+
+from inbatch.apps.papers.scales import SOURCE, published, usual
+from inbatch.apps.papers.spec import Row, Settings, Table
+
+WEIGHT = 1.0
+# BYOL's "norm" on the digits does what the term is to do: without it there is something to steady.
+PLAIN: dict[str, Settings] = {
+    "BYOL": {"method.name": "byol", "method.norm": False},
+    "SimCLR": {"method.name": "simclr"},
+    "SimSiam": {"method.name": "simsiam"},
+}
+
+TABLE = Table(
+    name="study-variance",
+    title="VICReg's variance term added to other methods",
+    source=f"{SOURCE}, on VICReg",
+    asks="Does keeping every feature's spread help methods that have other means against collapse?",
+    rows=tuple(Row(name, method) for name, method in PLAIN.items())
+    + tuple(Row(f"{name} + variance", {**method, "variance": WEIGHT}, against=name) for name, method in PLAIN.items())
+    + (Row("VICReg", {"method.name": "vicreg"}),),
+    scales=usual() | {"paper": published("100 epochs of ImageNet-1k with ResNet-50")},
+)

@@ -1,0 +1,1 @@
+"""Reports as pages, text and figures: batch context, crops, data sets, views."""

@@ -1,0 +1,394 @@
+"""What the plug-ins of a run do to a batch: pictures of it, and a few numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from inbatch.apps.reports.view_grid import grid
+from inbatch.batch import Batch
+from inbatch.context.attention import BA2M, BatchFormer
+from inbatch.context.curation import violating
+from inbatch.context.grouped import as_group
+from inbatch.data.views import Drawn
+from inbatch.errors import ConfigError, DataError
+from inbatch.models.attention_slots import blocks
+from inbatch.runtime.device import device_for
+from inbatch.runtime.files import cannot_write, replacing
+from inbatch.training import checkpoint
+from inbatch.training.build import Built, build
+from inbatch.training.monitors.context_leak import leak, sign
+from inbatch.training.recipe import make, read_file
+from inbatch.training.run import report_of, source_of
+from inbatch.training.run_encoder import kept_initial
+from inbatch.training.train_state import Progress
+
+PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
+"""What `look` may write; each is named after what it shows."""
+
+NEIGHBOURS, BLOCKS = 5, 3
+"""How many other samples stand beside one that attends to them, and how many of the last blocks are drawn."""
+
+_CELL, _GAP, _LINE = 96, 4, 14
+Cells = Sequence[tuple[Image.Image, str]]
+"""Pictures that stand side by side, each with what is written under it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells, under a line of text where there is one."""
+
+    cells: Cells
+    heading: str = ""
+
+
+def look(built: Built, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
+    """Draw what the plug-ins of a run do to the first batch of an epoch; what was measured, for JSON and `rows`.
+
+    epoch: the next one of the run; where curation has not begun by then, the first one that is curated.
+    out: the folder of the pictures (`PICTURES`); those of an earlier look are removed. count: images to a picture.
+    Nothing is learned. Raises InbatchError where the pictures cannot be written.
+    """
+    curator = built.step.curator
+    found: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
+    batch = next(iter(built.loader.epoch(found["epoch"], stop=1))).to(built.loader.device)
+    drawn = built.views(batch)
+    pictures = {"views.png": _views(built, batch, drawn, count)}
+    told = leak(built, found["epoch"])
+    found["leak"] = told | {"told_apart": sign(told, built.recipe.shuffle_groups)} if told else None
+    images: Sequence[Tensor] = drawn.images
+    if curator is not None:
+        images, found["curate"], picture = redrawn(built, batch, count)
+        found["curate"]["begun"] = epoch >= curator.starts
+        if picture is not None:
+            pictures["redrawn.png"] = picture
+    group = [view[: built.context] for view in images]
+    if built.tower.fuse is not None:
+        found["fuse"], pictures["fused.png"] = fused(built, group, count)
+    if built.recipe.attend is not None:
+        found["attend"], attention = attended(built, group, count)
+        if attention is not None:
+            pictures["attention.png"] = attention
+    _write(out, pictures)
+    return found | {"pictures": [str(out / name) for name in pictures]}
+
+
+def _views(built: Built, batch: Batch, drawn: Drawn, count: int) -> Image.Image:
+    few = range(min(count, len(batch)))
+    return _grid(built, [_original(built, batch, i) for i in few], drawn, slice(len(few)))
+
+
+@torch.no_grad()
+def fused(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image]:
+    """Plain and fused images of a group as in training, and what fusion adds that is not the image itself.
+
+    group: V views (G, C, H, W) of one context group, normalised. Told are, in standard deviations of a pixel, `change`,
+    the mean absolute difference of fused and plain images, and `added`, that of the fused images from `own` times the
+    plain ones, the closest multiple of them. `common` is the share of the latter (of its squares) that is the same for
+    all images of the group.
+    """
+    tower = built.tower
+    fuse, number = tower.fuse, min(tower.fused & set(built.method.online_views(len(group))))
+    assert fuse is not None
+    plain = group[number]
+    with tower.autocast(plain), as_group(tower):
+        mixed = fuse(plain).float()
+    centred = plain - plain.mean()
+    own = float((mixed * centred).sum() / centred.square().sum().clamp_min(1e-12))
+    added = mixed - mixed.mean() - own * centred
+    told = {
+        "name": built.recipe.fuse.name if built.recipe.fuse else "",
+        "view": number,
+        "change": float((mixed - plain).abs().mean()),
+        "own": own,
+        "added": float(added.abs().mean()),
+        "common": float(added.mean(0).square().mean() / added.square().mean().clamp_min(1e-12)),
+    }
+
+    shown = _pixels(built, mixed[:count])
+    low, high = float(shown.min()), float(shown.max())
+    rest = added[:count].cpu() * _column(built.views.std)
+    most = float(np.quantile(rest.abs().numpy(), 0.99))
+    times = float(f"{0.5 / most:.2g}") if most > 1e-6 else 1.0
+    columns = (
+        ("plain", _pixels(built, plain[:count])),
+        ("fused", (shown - low) / max(high - low, 1e-6)),
+        (f"added x {times:g}", 0.5 + times * rest),
+    )
+    title = (
+        f"View {number} as the encoder gets it in training, fused ({told['name']}) in a group of {len(plain)}.",
+        f"Fused: values from {low:.2f} to {high:.2f} of what is otherwise 0 to 1, black to white.",
+        f"Added: fused - {own:.2f} x plain, {times:g} times as strong; grey is nothing.",
+    )
+    drawn = [Row([(_tile(column[i]), name) for name, column in columns]) for i in range(len(shown))]
+    return told, sheet(title, drawn)
+
+
+def redrawn(built: Built, batch: Batch, count: int) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
+    """The curated views of a batch, what curation did, and the worst violators before and after, if there are any."""
+    curator = built.step.curator
+    assert curator is not None
+    judged: list[Tensor] = []
+
+    def listen(x: Tensor, dim: int) -> Tensor:
+        """Every judgement passes here as own and nearest distances."""
+        if dim == 0:
+            judged.append(x.cpu())
+        return x
+
+    curated, done = curator(batch, listen)
+    assert curated.attempt is not None
+    images = built.views(curated).images
+    (own, nearest), (own_after, nearest_after) = judged[:2], judged[-2:]
+    told: dict[str, Any] = {name.removeprefix("curate_"): value for name, value in done.items()}
+    told |= {"rule": curator.rule, "distance": curator.distance, "where": curator.where, "samples": len(own)}
+    bad, still = (
+        violating(*pair, curator.rule, curator.margin) for pair in ((own, nearest), (own_after, nearest_after))
+    )
+    if not bad.any():
+        return images, told, None
+    worst = (own - nearest).masked_fill(~bad, -torch.inf).argsort(descending=True)[: min(count, int(bad.sum()))]
+
+    chosen = worst.to(batch.index.device)
+    some, first = batch.take(chosen), built.views(batch.take(chosen))
+    last = built.views(curated.take(chosen))
+    lines = []
+    for i, sample in enumerate(worst.tolist()):
+        original = _original(built, some, i)
+        before, after = (_grid(built, [original], views, slice(i, i + 1)) for views in (first, last))
+        verdict = "still violates" if still[sample] else "kept"
+        lines.append(
+            Row(
+                [
+                    (before, f"own {own[sample]:.3f}, nearest other {nearest[sample]:.3f}"),
+                    (after, f"{verdict}: own {own_after[sample]:.3f}, nearest other {nearest_after[sample]:.3f}"),
+                ]
+            )
+        )
+    title = (
+        f"As drawn (left), as learned from (right): the worst of {int(bad.sum())} violators among {len(own)} samples.",
+        f"{curator.distance} distance of the model's {curator.where}; own: between the views of the image,",
+        "nearest other: to the closest view of another image of the batch.",
+    )
+    return images, told, sheet(title, lines)
+
+
+def attended(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image | None]:
+    """The weights that the samples of a group give each other in every attention block, and a picture of them.
+
+    Told are mean, least and largest weight of each block; without blocks in which samples meet, none and no picture.
+    """
+    tower, encoder = built.tower, built.encoder
+    learning = list(built.method.online_views(len(group)))
+    number = next((v for v in learning if v not in tower.fused), learning[0])
+    seen: dict[str, Tensor] = {}
+
+    def hook(slot: str) -> Callable[..., None]:
+        def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            assert isinstance(block, BA2M | BatchFormer)
+            seen[slot] = block.weights(given[0]).float().cpu()
+
+        return note
+
+    pairs = list(zip(encoder.slots, blocks(encoder), strict=True))
+    handles = [b.register_forward_pre_hook(hook(slot)) for slot, b in pairs if isinstance(b, BA2M | BatchFormer)]
+    images = group[number]
+    try:
+        with tower.evaluating(), as_group(tower):
+            if number in tower.fused and tower.fuse is not None:
+                with tower.autocast(images):
+                    images = tower.fuse(images)
+            tower.features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    measured = [
+        {"block": slot, "mean": float(w.mean()), "least": float(w.min()), "largest": float(w.max())}
+        for slot, w in seen.items()
+    ]
+    told = {"name": encoder.attend["name"] if encoder.attend else "", "view": number, "group": len(images)}
+    told["blocks"] = measured
+    if not seen:
+        return told, None
+    pictures = [_tile(image) for image in _pixels(built, group[number])]
+    if isinstance(pairs[0][1], BatchFormer):
+        return told, _neighbours(pictures, next(iter(seen.values())).mean(1), count)
+    return told, _weighed(pictures, {slot: w.flatten(1).mean(1) for slot, w in seen.items()}, count)
+
+
+def _weighed(pictures: Sequence[Image.Image], weights: dict[str, Tensor], count: int) -> Image.Image:
+    """BA2M: images of the group in the order of their weights, a row for each of the last blocks."""
+    lines = []
+    for slot, weight in list(weights.items())[-BLOCKS:]:
+        order = weight.argsort(descending=True)
+        places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
+        chosen = order[places].tolist()
+        lines.append(
+            Row([(pictures[i], f"{weight[i]:.3f}") for i in chosen], f"block {slot.removeprefix('backbone.')}")
+        )
+    title = (
+        f"Weights of the samples of a group of {len(pictures)} in the last blocks (mean 1), from the largest to the",
+        "smallest, at even steps.",
+    )
+    return sheet(title, lines)
+
+
+def _neighbours(pictures: Sequence[Image.Image], weights: Float[Tensor, "g n"], count: int) -> Image.Image:
+    """BatchFormer: images, and whom of the others each attends to most."""
+    others = weights.clone().fill_diagonal_(-1)
+    near = others.topk(min(NEIGHBOURS, len(pictures) - 1)).indices.tolist()
+    lines = [
+        Row([(pictures[i], f"itself {weights[i, i]:.2%}"), *((pictures[j], f"{weights[i, j]:.2%}") for j in near[i])])
+        for i in range(min(count, len(pictures)))
+    ]
+    title = (
+        f"Whom each image (left) attends to most in a group of {len(pictures)}; heads averaged.",
+        f"Evenly spread, every weight would be {1 / len(pictures):.2%}.",
+    )
+    return sheet(title, lines)
+
+
+def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
+    """Rows of pictures under a title, everything on white."""
+    font = ImageFont.load_default(11)
+    places: list[tuple[int, int, str]] = [(_GAP, _GAP + i * _LINE, text) for i, text in enumerate(title)]
+    pasted: list[tuple[Image.Image, tuple[int, int]]] = []
+    y, wide = _GAP + len(title) * _LINE + _GAP, 0
+    for line in lines:
+        if line.heading:
+            places.append((_GAP, y, line.heading))
+            y += _LINE
+        x = _GAP
+        for picture, text in line.cells:
+            pasted.append((picture, (x, y)))
+            places.append((x, y + picture.height, text))
+            x += max(picture.width, round(font.getlength(text))) + _GAP
+        y += max(picture.height for picture, _ in line.cells) + _LINE + _GAP
+        wide = max(wide, x)
+    wide = max(wide, *(round(x + font.getlength(text)) + _GAP for x, _, text in places))
+    made = Image.new("RGB", (wide, y), "white")
+    pen = ImageDraw.Draw(made)
+    for picture, place in pasted:
+        made.paste(picture, place)
+    for x, top, text in places:
+        pen.text((x, top), text, fill="black", font=font)
+    return made
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table: plug-in, what was measured, and what came out."""
+    told, lines = found["leak"], []
+    if told is None:
+        lines.append(("groups", "told from one embedding", "not asked: fewer than two groups of 4 samples"))
+    else:
+        share = f"{told['leak']:.1%} (chance {told['leak_chance']:.1%}, standard error {told['leak_error']:.1%})"
+        lines.append(("groups", "told from one embedding", share))
+        lines.append(("", "in words", told["told_apart"] or "the context groups cannot be told apart."))
+    if fuse := found.get("fuse"):
+        name = f"fuse {fuse['name']}"
+        lines.append((name, f"mean change of a pixel, view {fuse['view']}", f"{fuse['change']:.3f} sd"))
+        lines.append(("", f"of it not {fuse['own']:.2f} x the image itself", f"{fuse['added']:.3f} sd"))
+        lines.append(("", "of that the same for all images", f"{fuse['common']:.1%}"))
+    if curate := found.get("curate"):
+        when = "" if curate["begun"] else f"; the run is before its first curated epoch, {found['epoch'] + 1}"
+        asked = f"samples that violate, as drawn ({curate['rule']})"
+        share = f"{curate['violating_before']:.1%} of {curate['samples']}{when}"
+        lines.append(("curate", asked, share))
+        if not curate["violating_before"]:
+            lines.append(("", "redrawn", "none violates, so there is nothing to draw"))
+        else:
+            left = f"{curate['violating']:.1%} ({curate['redrawn']:.2f} redraws per sample)"
+            lines.append(("", f"left after {curate['rounds']:.0f} rounds", left))
+    if attend := found.get("attend"):
+        name = f"attend {attend['name']}"
+        for i, block in enumerate(attend["blocks"]):
+            values = f"{block['mean']:.4f} / {block['least']:.4f} / {block['largest']:.4f}"
+            slot = block["block"].removeprefix("backbone.")
+            lines.append(("" if i else name, f"weights in {slot}: mean / least / largest", values))
+        if not attend["blocks"]:
+            lines.append((name, "weights of samples", "there are none: it looks at every sample alone"))
+    return lines
+
+
+def _original(built: Built, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
+    """The image of a sample, as its boxes measure it."""
+    pictures = batch.take(slice(i, i + 1)).pictures()
+    if pictures is None:  # the workers cropped, and it did not travel
+        return built.loader.source.image(int(batch.index[i]))
+    (image,) = pictures
+    if batch.size is None:
+        return image
+    height, width = batch.size[i].tolist()
+    return image[:, :height, :width]
+
+
+def _grid(built: Built, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:
+    """Images with their boxes, and their views: these of the drawn ones."""
+    some = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
+    return Image.fromarray(grid(originals, some, built.views.mean, built.views.std))
+
+
+def _pixels(built: Built, images: Tensor) -> Float[Tensor, "n c h w"]:
+    """Normalised images as they were before: of values 0 to 1 where they are views."""
+    return images.float().cpu() * _column(built.views.std) + _column(built.views.mean)
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _tile(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """Values from 0 to 1 as a picture: one channel in grey, of more than three the first three."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    pixels = (shown.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().contiguous().numpy()
+    zoom = _CELL / max(pixels.shape[:2])
+    how = Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
+    return Image.fromarray(pixels).resize((round(pixels.shape[1] * zoom), round(pixels.shape[0] * zoom)), how)
+
+
+def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in PICTURES:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    for name, picture in pictures.items():
+        with replacing(out / name) as file:
+            picture.save(file, format="PNG")
+
+
+def inspect_run(
+    path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Draw what the plug-ins of a run, finished or stopped, do to a batch, and measure it (`inspect.context.look`).
+
+    data: where the run's images are now; the recipe's by default. out: the pictures' folder, RUN/inspect by default.
+    count: images to a picture. seed: which images, and what is drawn.
+    Raises ConfigError where there is no run or no checkpoint, DataError where the images are gone.
+    """
+    folder = Path(path)
+    if not (folder / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    if count < 1 or seed < 0:
+        raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
+    saved = checkpoint.load(folder / "checkpoints")
+    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
+    if context := report_of(folder).get("context"):  # a run of several processes: how large its groups were
+        settings["context"] = context
+    recipe = make(settings)
+    try:
+        source = source_of(recipe, data)
+    except DataError as error:
+        raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
+    built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), Progress()
+    checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
+    found = look(built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count)
+    return {"run": str(path), "step": progress.step, "note": saved.note} | found

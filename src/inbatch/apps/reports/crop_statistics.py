@@ -1,0 +1,205 @@
+"""How the two crops of an image lie to each other, counted over many pairs (Welle et al. 2021, Figure 3, Table 1)."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inbatch.data.views import View, Views
+from inbatch.data.views.crop_pairs import CONFIGURATIONS, CROPS, arrange, configuration
+from inbatch.errors import ConfigError
+from inbatch.runtime.files import replacing
+
+SAMPLERS = ("ours", "torchvision")
+PAPER_SIZE = (32, 32)
+PAPER_SHARES = (0.1727, 0.0140, 0.8133)
+"""Figure 3: default crops of 32 x 32 pixels, in the order of CONFIGURATIONS."""
+PAPER_AREA = {
+    "default": 0.49, "global-local": 0.51, "adjacent": 0.17, "intersection": 0.49, "equal": 0.39,
+    "big": 0.70, "small": 0.29, "global-local-big": 0.73,
+}  # fmt: skip
+"""Table 1, last column: the average area of a crop as a share of the image."""
+
+_CHUNK = 1024  # pairs drawn at once
+_MOST = 4096  # pixels of an image's side
+_BLUE, _ORANGE = "#0072b2", "#d55e00"
+
+
+HEADINGS = ("crops", *CONFIGURATIONS, "mean area", "paper's, 32 px", "seconds")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted over the pairs of crops of one name.
+
+    shares: of the pairs, in the order of CONFIGURATIONS. area: mean of all boxes, as a share of the image.
+    coverage: (height, width), how many boxes cover a pixel, divided by the largest of these numbers.
+    """
+
+    name: str
+    shares: tuple[float, ...]
+    area: float
+    coverage: Float[Tensor, "h w"]
+    seconds: float
+
+    def json(self) -> dict[str, Any]:
+        """All but the coverage."""
+        shares = dict(zip(CONFIGURATIONS, self.shares, strict=True))
+        return shares | {"area": self.area, "paper_area": PAPER_AREA[self.name], "seconds": self.seconds}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of "32" or "375x500". Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
+    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not (2 <= height <= _MOST and 2 <= width <= _MOST):
+        raise ConfigError(
+            f"--size {text} is not the size of an image: give a side, like 32, or height x width, like 375x500, "
+            f"from 2 to {_MOST:,} pixels."
+        )
+    return height, width
+
+
+def chosen(name: str, sampler: str) -> list[str]:
+    """The names to tally: one of CROPS, or all of them. Raises ConfigError for what is not known or not drawn."""
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"There is no sampler {sampler!r}. Choose ours or torchvision.")
+    if name != "all" and name not in CROPS:
+        raise ConfigError(f"There are no crops {name!r}. Choose one of {', '.join(CROPS)}, or all.")
+    names = list(CROPS) if name == "all" else [name]
+    if sampler == "torchvision":
+        drawn = [one for one in CROPS if not CROPS[one].configurations]
+        if set(names) - set(drawn):
+            raise ConfigError(
+                f"torchvision draws each crop on its own: it has no {name!r}. Choose one of {', '.join(drawn)}, "
+                "or --sampler ours."
+            )
+    return names
+
+
+def tally(
+    name: str,
+    size: tuple[int, int],
+    pairs: int,
+    seed: int = 0,
+    sampler: str = "ours",
+    notice: Callable[[str], None] = lambda text: None,
+) -> Tally:
+    """Draw pairs of crops of images of one size (height, width) and count; memory does not grow with their number.
+
+    sampler: ours, or torchvision's own RandomResizedCrop, box by box. notice: is told when that will take long.
+    Raises ConfigError for fewer than one pair.
+    """
+    if pairs < 1:
+        raise ConfigError(f"{pairs} pairs cannot be counted: draw at least one.")
+    height, width = size
+    begin, done = time.perf_counter(), 0
+    codes, area = torch.zeros(len(CONFIGURATIONS), dtype=torch.long), 0
+    corners = torch.zeros((height + 1) * (width + 1), dtype=torch.long)
+    draw = _torchvision if sampler == "torchvision" else _ours
+    for number, boxes in enumerate(draw(name, size, pairs, seed)):
+        codes += configuration(boxes).bincount(minlength=len(codes))
+        area += int(boxes[..., 2:].prod(-1).sum())
+        corners += _corners(boxes.flatten(0, 1), width + 1, len(corners))
+        done += boxes.shape[1]
+        if number == 0:
+            warm = time.perf_counter()  # the first chunk also pays for what is loaded and set up
+        elif number == 1 and (left := (time.perf_counter() - warm) * (pairs - done) / boxes.shape[1]) > 5:
+            notice(f"{name}: {pairs:,} pairs will take about {left:,.0f} s")
+    covered = corners.view(height + 1, width + 1).cumsum(0).cumsum(1)[:height, :width]
+    return Tally(
+        name,
+        tuple((codes.double() / pairs).tolist()),
+        area / (2 * pairs * height * width),
+        covered / covered.max(),
+        time.perf_counter() - begin,
+    )
+
+
+def _ours(name: str, size: tuple[int, int], pairs: int, seed: int) -> Iterator[Int[Tensor, "2 b 4"]]:
+    views, together = arrange(name, (View(32), View(32)))  # only where they cut is asked
+    draw = Views(views, (0.5,), (0.5,), together)
+    for index in torch.arange(pairs).split(_CHUNK):
+        yield draw.boxes(index, torch.tensor(size).expand(len(index), 2), seed, 0)
+
+
+def _torchvision(name: str, size: tuple[int, int], pairs: int, seed: int) -> Iterator[Int[Tensor, "2 b 4"]]:
+    from torchvision.transforms import RandomResizedCrop
+
+    (view, _), _ = arrange(name, (View(32), View(32)))
+    scale, ratio = list(view.scale), list(view.ratio)
+    image = torch.zeros(()).expand(1, *size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for first in range(0, pairs, _CHUNK):
+            count = 2 * min(_CHUNK, pairs - first)
+            drawn = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)]
+            yield torch.tensor(drawn).view(-1, 2, 4).transpose(0, 1)
+
+
+def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor, "length"]:
+    """Of each box +1, -1, -1, +1 at its four corners: summed along y and x, how many boxes cover each pixel."""
+    top, left, height, width = boxes.unbind(1)
+    begin, end = top * stride + left, (top + height) * stride + left
+    plus, minus = torch.cat([begin, end + width]), torch.cat([begin + width, end])
+    return plus.bincount(minlength=length) - minus.bincount(minlength=length)
+
+
+def rows(tallies: Sequence[Tally], size: tuple[int, int]) -> list[tuple[str, ...]]:
+    """The table: name, shares in percent, mean area, the paper's; then its own row of shares, where it has one."""
+    cells = []
+    for t in tallies:
+        shares = (f"{share:.2%}" for share in t.shares)
+        cells.append((t.name, *shares, f"{t.area:.1%}", f"{PAPER_AREA[t.name]:.0%}", f"{t.seconds:.1f}"))
+        if t.name == "default" and size == PAPER_SIZE:
+            cells.append(("  the paper's", *(f"{share:.2%}" for share in PAPER_SHARES), "49%", "", ""))
+    return cells
+
+
+def plot(tallies: Sequence[Tally], size: tuple[int, int], pairs: int, png: Path) -> None:
+    """Draw of each tally the heat map of coverage and the bars of the shares, as Figure 3 has them.
+
+    The paper's shares stand beside ours where it has them: default, 32 x 32 pixels.
+    """
+    several = len(tallies) > 1
+    wide, high = (2.1 * len(tallies), 4.6) if several else (7.2, 3.0)
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    panels = figure.subplots(*((2, len(tallies)) if several else (1, 2)), squeeze=False)
+    columns = panels.T if several else panels
+    for t, (heat, bars) in zip(tallies, columns, strict=True):
+        shown = heat.imshow(t.coverage.numpy(), cmap="viridis", vmin=0, vmax=1)
+        heat.set(xticks=[], yticks=[])
+        area = f"mean area {t.area:.1%}" + (f" (paper {PAPER_AREA[t.name]:.0%})" if size == PAPER_SIZE else "")
+        heat.set_title(f"{t.name}\n{area}" if several else f"coverage; {area}", fontsize=8)
+        beside = t.name == "default" and size == PAPER_SIZE
+        _bars(bars, t.shares, PAPER_SHARES if beside else None, small=several)
+    figure.colorbar(shown, ax=panels[0, :] if several else panels[0, 0], shrink=0.8)
+    what = f"crops {tallies[0].name}, " if not several else ""
+    figure.suptitle(f"{what}{pairs:,} pairs of {size[0]} x {size[1]} pixels", fontsize=9)
+    with replacing(png) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+def _bars(panel: Any, shares: Sequence[float], paper: Sequence[float] | None, small: bool) -> None:
+    wide = 0.8 if paper is None else 0.4
+    sets = [("ours", shares, _BLUE)] + ([] if paper is None else [("paper", paper, _ORANGE)])
+    for k, (label, values, colour) in enumerate(sets):
+        places = [i + wide * (k - (len(sets) - 1) / 2) for i in range(len(values))]
+        drawn = panel.bar(places, [100 * v for v in values], wide, color=colour, label=label)
+        panel.bar_label(
+            drawn, [f"{v:.0%}" if small and paper is None else f"{100 * v:.1f}" for v in values], fontsize=6
+        )
+    panel.set_xticks(range(len(shares)), CONFIGURATIONS, fontsize=6 if small else 8, rotation=20 if small else 0)
+    panel.set_ylim(0, 115)
+    panel.set_ylabel("% of pairs", fontsize=7)
+    panel.tick_params(axis="y", labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
+    if paper is not None:
+        panel.legend(fontsize=7, frameon=False, loc="upper left")

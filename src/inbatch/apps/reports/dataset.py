@@ -1,0 +1,203 @@
+"""What a data set holds, and whether it can be learned from, before anything is (`inbatch data`)."""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from inbatch.apps.reports.image_statistics import Tally, chunks, repeated, total
+from inbatch.apps.reports.view_grid import save_sheet
+from inbatch.data import Source, open_data, splits
+from inbatch.data.loader import resides
+from inbatch.data.resident import estimate
+from inbatch.data.views import PRESETS
+from inbatch.data.views.crop_pairs import arrange
+from inbatch.errors import ConfigError
+from inbatch.runtime.device import device_for
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.terminal import counted
+from inbatch.runtime.text import printable
+from inbatch.training.plan import plan
+from inbatch.training.recipe import Recipe
+
+_FEW = 3  # groups of duplicates that are named, and members of each
+_ROWS, _COLUMNS = 8, 8  # of the picture
+
+
+def survey_data(
+    data: Any, *, split: str | None = None, sample: int | None = None, out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Look at every image of some data once, and tell what `inbatch data` tells, as values that JSON knows.
+
+    split: which one, the first by default; the others are compared with it. sample: only so many images of each, evenly
+        spaced. out: a picture of some images, a row for a class. settings: how they are read, as in a recipe
+        (channels, levels, classes, subset). quiet: no progress on stderr.
+    What hinders a run is in `problems`; nothing is there where the data can be learned from. Names are printable.
+    Raises DataError where there is no image at all, ConfigError for settings that cannot be.
+    """
+    if sample is not None and sample < 1:
+        raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
+    every = splits(data)
+    chosen = split or every[0]
+    given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})
+    recipe, source = plan(data, {"split": chosen} | given)
+    indices = _spaced(len(source), sample)
+    seen = total(_counted(chunks(source, indices), len(indices), "looked at", quiet))
+    counts = np.bincount(source.labels[source.labels >= 0].numpy(), minlength=len(source.classes)).tolist()
+    found: dict[str, Any] = {
+        "data": recipe.data,
+        "split": chosen,
+        "report": printable(source.report()),
+        "images": len(source),
+        "looked_at": len(indices),
+        "channels": source.channels,
+        "classes": [{"name": _name(c), "images": n} for c, n in zip(source.classes, counts, strict=True)],
+        "unlabelled": int((source.labels < 0).sum()),
+        "imbalance": max(counts) / min(counts) if counts and min(counts) else None,
+        "skipped": {_name(kind): n for kind, n in source.skipped().items()},
+        "formats": dict(seen.kinds.most_common()),
+        "bits": {str(bits): n for bits, n in sorted(seen.bits.items())},
+        "sizes": _sizes(seen),
+        "pixels": _pixels(seen),
+        "unreadable": [{"image": _name(source.identity(i)), "why": _name(why)} for i, why in seen.unreadable],
+        "duplicates": _duplicates(source, seen),
+        "splits": {chosen: len(source)},
+        "leaks": {},
+    }
+    for other in every:
+        if other != chosen:
+            found["splits"][other], found["leaks"][other] = _leak(data, other, recipe, source, seen, sample, quiet)
+    found["memory"] = _memory(recipe, source, device)
+    found["batch"], found["steps"] = recipe.batch, len(source) // recipe.batch
+    found["problems"] = _problems(source, seen, found, recipe.max_bad)
+    found["levels"] = _levels(seen) if recipe.levels is None and max(seen.bits, default=8) > 8 else None
+    found["picture"] = None if out is None or not seen.numbers else _draw(source, seen, Path(out))
+    what = shlex.quote(recipe.data)
+    how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
+    after = [f"inbatch views {what} -o views.png{how}", f"inbatch pretrain --data {what}{how}"]
+    found["next"] = [] if found["problems"] else after
+    return found
+
+
+def _spaced(n: int, sample: int | None) -> list[int]:
+    """All numbers, or so many of them, evenly spaced."""
+    return (
+        list(range(n)) if sample is None or sample >= n else np.linspace(0, n - 1, sample).round().astype(int).tolist()
+    )
+
+
+def _counted(tallies: Any, n: int, what: str, quiet: bool) -> Any:
+    return tallies if quiet else counted(tallies, n, what)
+
+
+def _name(text: str) -> str:
+    return printable(text).replace("\n", "\\n")
+
+
+def _sizes(seen: Tally) -> dict[str, Any]:
+    """Of the images that can be read, in pixels; shorter_side: how many by its power of two."""
+    if not seen.sizes:
+        return {"distinct": 0}
+    sizes = np.array(seen.sizes).reshape(-1, 2)
+    common = Counter(zip(*sizes.T.tolist(), strict=True))
+    bins = Counter(1 << math.ceil(math.log2(side)) for side in sizes.min(1).tolist())
+
+    def middle(sides: np.ndarray) -> dict[str, float]:
+        return {"min": int(sides.min()), "median": float(np.median(sides)), "max": int(sides.max())}
+
+    return {
+        "height": middle(sizes[:, 0]),
+        "width": middle(sizes[:, 1]),
+        "distinct": len(common),
+        "most": [{"height": h, "width": w, "images": n} for (h, w), n in common.most_common(5)],
+        "shorter_side": [{"up_to": side, "images": bins[side]} for side in sorted(bins)],
+    }
+
+
+def _pixels(seen: Tally) -> dict[str, list[float]]:
+    """By channel, 1 being white; every pixel counts the same."""
+    mean, deviation = seen.mean_and_deviation()
+    ends = [np.ravel(x).tolist() if seen.pixels else [] for x in (seen.lowest, seen.highest)]
+    return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
+
+
+def _levels(seen: Tally) -> list[int]:
+    """Between which values of 16 bits all pixels lie, as far as their upper 8 bits tell."""
+    return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
+
+
+def _duplicates(source: Source, seen: Tally) -> dict[str, Any]:
+    groups = repeated(seen)
+    return {
+        "groups": len(groups),
+        "images": sum(map(len, groups)),
+        "first": [[_name(source.identity(i)) for _, i in group[:_FEW]] for group in groups[:_FEW]],
+    }
+
+
+def _leak(
+    data: Any, other: str, recipe: Recipe, source: Source, seen: Tally, sample: int | None, quiet: bool
+) -> tuple[int, dict[str, Any]]:
+    """How many images another split has, and those of them that this one has, too."""
+    there = open_data(data, other, **recipe.reading)
+    indices = _spaced(len(there), sample)
+    also = total(_counted(chunks(there, indices, pixels=False), len(indices), f"of {other} compared", quiet))
+    both = [group for group in repeated(seen, also) if {which for which, _ in group} == {0, 1}]
+    pairs = [(group[0][1], next(i for which, i in group if which)) for group in both[:_FEW]]
+    return len(there), {
+        "images": sum(which for group in both for which, _ in group),
+        "first": [[_name(source.identity(a)), _name(there.identity(b))] for a, b in pairs],
+    }
+
+
+def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
+    """Where a run of this data would hold its images, by the largest of its views."""
+    views, _ = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+    canvas = 2 * max(view.size for view in views)
+    needed, free = estimate(source, canvas), free_bytes(device_for(device))
+    return {"decoded_bytes": needed, "free_bytes": free, "resident": resides(needed, free, None), "canvas": canvas}
+
+
+def _problems(source: Source, seen: Tally, found: Mapping[str, Any], max_bad: float) -> list[str]:
+    """Why a run would not begin, in sentences."""
+    bad, looked = len(seen.unreadable), found["looked_at"]
+    if bad > max_bad * looked:
+        most = f"{100 * max_bad:g}%"
+        return [f"{bad:,} of {looked:,} images cannot be read, and a run leaves out at most {most}: remove them"]
+    if looked - bad > 1 and found["duplicates"]["images"] == looked and found["duplicates"]["groups"] == 1:
+        return [f"all {looked:,} images are identical: there is nothing to tell apart"]
+    return (
+        [] if len(source) - bad > 1 else ["there is one image: samples learn from each other, so at least 2 are needed"]
+    )
+
+
+def _draw(source: Source, seen: Tally, out: Path) -> dict[str, Any]:
+    """A picture of some images that can be read: a row for each of some classes, or as they come."""
+    numbers, rows = torch.tensor(seen.numbers, dtype=torch.long), [""]
+    labels = source.labels[numbers]
+    classes = labels[labels >= 0].unique()
+    if len(classes):
+        some = classes[_spaced(len(classes), _ROWS)].tolist()
+        picked, rows = [numbers[labels == c] for c in some], [_name(source.classes[c]) for c in some]
+    else:
+        picked = [numbers[_spaced(len(numbers), _ROWS * _COLUMNS)]]
+    shown = []
+    for row in picked:
+        few = row[_spaced(len(row), _COLUMNS)] if len(classes) else row
+        images = []
+        for i in few.tolist():
+            with source.open(i) as picture:
+                images.append(picture.tensor(192))
+        shown += [images[at : at + _COLUMNS] for at in range(0, len(images), _COLUMNS)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_sheet(out, shown)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+        raise ConfigError(f"cannot write {out}: {error}") from None
+    return {"out": str(out), "rows": rows}

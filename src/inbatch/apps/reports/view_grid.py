@@ -1,0 +1,122 @@
+"""Pictures of images, and of their views: what the model is shown, and where each view was cut."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.data import Subset, decode_all
+from inbatch.data.views import Views, make_views
+from inbatch.data.views.crop_pairs import arrange
+from inbatch.data.views.pipeline import Drawn
+from inbatch.errors import ConfigError
+from inbatch.rng import permutation
+from inbatch.runtime.files import replacing
+from inbatch.training.plan import data_asked_for, merged_settings, plan
+from inbatch.training.recipe import Part
+
+_CELL = 96
+_GAP = 4
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#9a6324")
+
+
+def grid(images: Tensor | Sequence[Tensor], drawn: Drawn, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """One row per image: the image with the box of every view, then the views, each framed in its box's colour.
+
+    images: (n, C, H, W) uint8, or n of (C, h, w); drawn: their views, normalised with mean and std.
+    Returns (height, width, 3) uint8. One channel is shown in grey, of more than three the first three.
+    """
+    views = len(drawn.images)
+    sheet = Image.new("RGB", ((_CELL + _GAP) * (1 + views) + _GAP, (_CELL + _GAP) * len(images) + _GAP), "white")
+    for row, image in enumerate(images):
+        top = _GAP + row * (_CELL + _GAP)
+        height, width = image.shape[-2:]
+        zoom = _CELL / max(height, width)
+        original = _picture(image.cpu().numpy()).resize((round(width * zoom), round(height * zoom)), _how(zoom))
+        pen = ImageDraw.Draw(original)
+        for view in range(views):
+            y, x, h, w = (zoom * side for side in drawn.boxes[view, row].tolist())
+            pen.rectangle((x, y, x + w - 1, y + h - 1), outline=_COLOURS[view % len(_COLOURS)], width=2)
+        sheet.paste(original, (_GAP, top))
+        for view, batch in enumerate(drawn.images):
+            values = batch[row].float().cpu().numpy() * _column(std) + _column(mean)
+            tile = _picture((values * 255).round().clip(0, 255).astype(np.uint8))
+            tile = tile.resize((_CELL, _CELL), _how(_CELL / tile.width))
+            colour = _COLOURS[view % len(_COLOURS)]
+            ImageDraw.Draw(tile).rectangle((0, 0, _CELL - 1, _CELL - 1), outline=colour, width=2)
+            sheet.paste(tile, (_GAP + (1 + view) * (_CELL + _GAP), top))
+    return np.asarray(sheet)
+
+
+def save_grid(
+    path: str | Path,
+    images: Tensor | Sequence[Tensor],
+    drawn: Drawn,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Write `grid` to an image file, whole or not at all; ValueError for an ending that is no picture's."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"unknown file extension: {Path(path).suffix}")
+    with replacing(Path(path)) as file:
+        Image.fromarray(grid(images, drawn, mean, std)).save(file, format=kind)
+
+
+def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ValueError if its ending is no picture's."""
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            zoom = _CELL / max(image.shape[-2:])
+            height, width = (max(1, round(side * zoom)) for side in image.shape[-2:])
+            tile = _picture(image.cpu().numpy()).resize((width, height), _how(zoom))
+            sheet.paste(tile, (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP)))
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{Path(path).suffix!r} is the ending of no picture")
+    with replacing(Path(path)) as file:
+        sheet.save(file, kind)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """(C, h, w) uint8 as an RGB picture."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 0)
+    return Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
+
+
+def _how(zoom: float) -> Image.Resampling:
+    """Pixels stay visible where they are enlarged."""
+    return Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
+
+
+def _column(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)[:, None, None]
+
+
+def draw_views(
+    data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
+    settings: Mapping[str, Any] | None = None, **fields: Any,
+) -> Part:  # fmt: skip
+    """Draw some images beside their views into a picture; returns the views' name and options."""
+    given = merged_settings(method, None, settings, fields)
+    recipe, source = plan(data_asked_for(data, given), given)
+    chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
+    mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
+    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
+    views = Views(crops, mean, std, pairs)
+    held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
+    number, label = torch.arange(len(held.source)), held.source.labels
+    drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
+    images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
+    try:
+        save_grid(out, images, drawn, mean, std)
+    except ValueError as error:  # an ending that is no picture's
+        raise ConfigError(f"cannot write {out}: {error}") from None
+    return recipe.views

@@ -1,0 +1,197 @@
+"""Lists of image files with labels: CSV, TSV and plain text.
+
+CSV and TSV: with a header, the columns `path` (or image, file, filename, filepath), `label` (class, target) and
+`split`, others are not read; without one, a path and perhaps a label. Text: on each line a path that ends as images do,
+and perhaps a label after a tab, a comma or a space. Labels are integers or names; an empty one and -1 are unknown.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+
+from inbatch.data.source import Reading, Source, unlabelled
+from inbatch.data.sources.arrays import check_labels
+from inbatch.data.sources.folder import EXTENSIONS, TESTS
+from inbatch.data.sources.path_source import PathsSource, printable
+from inbatch.errors import DataError
+
+COLUMNS = {
+    "path": ("path", "image", "file", "filename", "filepath"),
+    "label": ("label", "class", "target"),
+    "split": ("split",),
+}
+"""What a header may call them, in any case."""
+
+_ENDINGS = "|".join(re.escape(extension.decode()) for extension in EXTENSIONS)
+_LINE = re.compile(rf"(.*(?:{_ENDINGS}))(?:\s*[\t, ]\s*(.*))?", re.IGNORECASE)  # the longest beginning that ends so
+
+
+class Row(NamedTuple):
+    """One image of a list; empty where the list does not say."""
+
+    line: int
+    path: str
+    label: str
+    split: str
+
+
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    """A `.csv`, `.tsv` or `.txt` file that lists images; one split, or those of its column `split`."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    file = Path(data)
+    if file.suffix.lower() not in (".csv", ".tsv", ".txt") or not file.is_file():
+        return None
+    if file.suffix.lower() == ".txt" and not _lists_images(file):
+        return None
+    if not _has_splits(file):
+        return {"train": lambda: _open(file, None, reading)}
+    names = {row.split: row.line for row in _rows(file)} or {"train": 0}
+    if "" in names:
+        raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
+    found = {name: partial(_open, file, name, reading) for name in sorted(names, key=lambda name: name != "train")}
+    if test := next((name for name in TESTS if name in names), None):
+        found["test"] = found[test]
+    return dict(found)
+
+
+def _open(file: Path, split: str | None, reading: Reading) -> Source:
+    rows = list(_rows(file))
+    if not rows:
+        raise DataError(f"{str(file)!r} lists no image: write a path on each line")
+    labels, classes = _labels(rows, str(file))
+    mine = [i for i, row in enumerate(rows) if split is None or row.split == split]
+    if not bool((labels[mine] >= 0).any()):
+        classes = ()
+    name = str(file) if split is None else f"{file} ({split})"
+    return PathsSource(name, file.parent, (_checked(rows[i], file) for i in mine), labels[mine], classes, reading)
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    """The images of a list in its order; DataError that names the line where it cannot be read."""
+    try:
+        with _opened(file) as lines:
+            yield from _text(lines, file) if file.suffix.lower() == ".txt" else _table(lines, file)
+    except OSError as e:
+        raise DataError(f"{str(file)!r} cannot be read: {e.strerror}") from e
+
+
+def _opened(file: Path) -> TextIO:
+    # Names that are not UTF-8 keep their bytes; a mark at the beginning, which Windows writes, is none of the text.
+    newline = None if file.suffix.lower() == ".txt" else ""
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _text(lines: Iterator[str], file: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            match = _LINE.fullmatch(line.strip("\n"))
+            if not match:
+                raise DataError(
+                    f"{str(file)!r}, line {number}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
+                    f"{_printable(line.strip())}; other names can stand in a .csv file"
+                )
+            yield Row(number, match[1], (match[2] or "").strip(), "")
+
+
+def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    place: dict[str, int] | None = None
+    width = 0
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if place is None:
+                place, width = _header(cells), len(cells)
+                if place:
+                    continue
+                if width > 2:
+                    raise DataError(
+                        f"{str(file)!r} has {width} columns: name them in its first line: path, label, split"
+                    )
+                place = {"path": 0, "label": 1} if width == 2 else {"path": 0}
+            if len(cells) != width:
+                raise DataError(
+                    f"{str(file)!r}, line {reader.line_num}: {len(cells)} columns, the first line has {width}; "
+                    "put names with a separator in them into quotes"
+                )
+            values = {what: cells[at] for what, at in place.items()}
+            label, split = values.get("label", "").strip(), values.get("split", "").strip()
+            yield Row(reader.line_num, values["path"], label, split)
+    except csv.Error as e:
+        raise DataError(f"{str(file)!r}, line {reader.line_num}: {e}") from e
+
+
+def _header(cells: list[str]) -> dict[str, int]:
+    """Where the columns are; empty if this is no header."""
+    names = [cell.strip().lower() for cell in cells]
+    found = {
+        what: next(i for i, name in enumerate(names) if name in words)
+        for what, words in COLUMNS.items()
+        if set(words) & set(names)
+    }
+    return found if "path" in found else {}
+
+
+def _has_splits(file: Path) -> bool:
+    """Whether a list has a column of splits, by its first line."""
+    if file.suffix.lower() == ".txt":
+        return False
+    with _opened(file) as lines:
+        try:
+            first = next(csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","), [])
+        except csv.Error:  # reading it all will say where
+            return False
+    return "split" in _header(first)
+
+
+def _lists_images(file: Path) -> bool:
+    """Whether the first line of a text with something on it names an image."""
+    try:
+        with _opened(file) as lines:
+            first = next((line for line in lines if line.strip()), "")
+    except OSError:
+        return False
+    return bool(_LINE.fullmatch(first.strip("\n")))
+
+
+def _labels(rows: list[Row], name: str) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Labels (N,) and their names: numbers where every known label is one, else the sorted names."""
+    given = ["" if row.label == "-1" else row.label for row in rows]
+    known = sorted(set(given) - {""})
+    if not known:
+        return unlabelled(len(rows)), ()
+    if not all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in known):
+        number = {"": -1} | {label: i for i, label in enumerate(known)}
+        return torch.tensor([number[label] for label in given]), tuple(_printable(label, "") for label in known)
+    labels = check_labels(torch.tensor([int(label or -1) for label in given]), len(rows), f"The labels in {name!r}")
+    return labels, tuple(map(str, range(int(labels.max()) + 1)))
+
+
+def _checked(row: Row, file: Path) -> str:
+    """The path of a row; DataError if it cannot be one, or leaves the list's folder."""
+    wrong = None
+    if not row.path or "\0" in row.path:
+        wrong = "no name of a file"
+    elif os.pardir in row.path and _leaves(row.path):
+        wrong = "outside the list's folder; give absolute paths to files elsewhere"
+    if wrong:
+        raise DataError(f"{str(file)!r}, line {row.line}: {_printable(row.path)} is {wrong}")
+    return row.path
+
+
+def _leaves(path: str) -> bool:
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
+
+
+def _printable(text: str, quote: str = "'") -> str:
+    """Text for an error or a class's name, whatever bytes it came from."""
+    return f"{quote}{printable(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"

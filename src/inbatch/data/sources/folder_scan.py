@@ -1,0 +1,264 @@
+"""What images lie under a folder. A scan that took long is kept in the cache, and the next one reads again only the
+folders that have changed since."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+from inbatch.data import cache
+from inbatch.data.sources.packed_names import Names
+from inbatch.runtime.files import to_json
+
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
+
+WORTH = 2.0
+"""Seconds of reading folders from which a scan is kept."""
+
+_EVERY = 30.0  # seconds of reading after which what was found is kept already: an interrupted scan goes on from there
+_SETTLED = 2 * 10**9  # nanoseconds: a folder may change again within a tick of its file system's clock
+_FORMAT = 1
+
+Stamp = tuple[int, int, int, int]
+"""Device, number, times of change of the contents and of the rest, in nanoseconds: what a folder was like."""
+
+
+class Listing(NamedTuple):
+    """What lies in one folder: names of images and of folders, sorted, with a NUL between them.
+
+    stamp: None where the folder had changed a moment before or holds broken links, and is to be read again.
+    """
+
+    stamp: Stamp | None
+    images: bytes | memoryview
+    folders: bytes | memoryview
+    skipped: dict[str, int]
+
+
+@dataclass
+class Scan:
+    """What lies under a folder: sorted image paths relative to it, and what was left out.
+
+    stamps: of every folder, empty where not all can be relied on. read, kept: folders that were read, and those known
+    from the cache.
+    """
+
+    paths: Names = field(default_factory=Names)
+    skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    stamps: dict[bytes, Stamp] = field(default_factory=dict)
+    read: int = 0
+    kept: int = 0
+
+
+_recent: WeakValueDictionary[str, Scan] = WeakValueDictionary()
+"""By their root, scans that sources in use hold: the next source of the same folder shares them."""
+
+
+def scan(root: Path) -> Scan:
+    """Every image under a folder at any depth, hidden files apart; symbolic links are followed, once each.
+
+    Paths are bytes with "/" between the parts, sorted alike on every file system.
+    """
+    real = os.path.realpath(root)
+    last = _recent.get(real)
+    if last is not None and last.stamps and all(_unchanged(*one) for one in last.stamps.items()):
+        return last
+    place = _place(real)
+    known = {} if place is None else _load(place)
+    listings: dict[bytes, Listing] = {}
+    result, began, saved = Scan(), time.perf_counter(), 0.0
+
+    def keep(after: float) -> None:
+        nonlocal saved
+        if place is not None and time.perf_counter() - began - saved >= after:
+            known.update(listings)
+            _store(place, known, str(root))
+            saved = time.perf_counter() - began
+
+    try:
+        for prefix, listing in _walk(root, known, result):
+            listings[prefix] = listing
+            if listing is not known.get(prefix):
+                keep(_EVERY)
+        if result.read:
+            known.clear()  # folders that are gone
+            saved = 0.0
+            keep(WORTH)
+    except KeyboardInterrupt:
+        keep(WORTH)
+        raise
+    for listing in listings.values():
+        result.skipped.update(listing.skipped)
+    result.paths = Names(_in_order(listings))
+    _recent[real] = result
+    return result
+
+
+def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tuple[bytes, Listing]]:
+    """Every folder, by its path with a "/" behind it; counts go into the result."""
+    seen: set[tuple[int, int]] = set()
+    stack, whole = [(os.fsencode(root), b"")], True
+    while stack:
+        folder, prefix = stack.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to what was scanned already
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            listing = known.get(prefix)
+            if listing is None or listing.stamp != _stamp(status):
+                listing, result.read = _read(folder, status), result.read + 1
+            else:
+                result.kept += 1
+        except OSError as e:
+            result.unreadable.append(f"{os.fsdecode(prefix) or root}: {e.strerror}")
+            whole = False
+            continue
+        if listing.stamp is None:
+            whole = False
+        else:
+            result.stamps[folder] = listing.stamp
+        stack.extend((os.path.join(folder, name), prefix + name + b"/") for name in reversed(_split(listing.folders)))
+        yield prefix, listing
+    if not whole:
+        result.stamps.clear()
+
+
+def _read(folder: bytes, status: os.stat_result) -> Listing:
+    images, folders, skipped, broken = [], [], Counter[str](), False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            extension = os.path.splitext(entry.name)[1].lower()
+            if is_kind(entry.is_dir):
+                folders.append(entry.name)
+            elif extension in EXTENSIONS and is_kind(entry.is_file):
+                images.append(entry.name)
+            else:
+                odd = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
+                skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
+                broken |= entry.is_symlink()  # what it points to may come to be, and the folder will not show it
+    settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
+    stamp = _stamp(status) if settled and not broken else None
+    return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
+
+
+def is_kind(kind: Callable[[], bool]) -> bool:
+    """What an entry is; nothing, where its links go round in a circle."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def _in_order(listings: dict[bytes, Listing]) -> Iterator[bytes]:
+    """The images' paths as bytes sort: a folder's stand where its name sorts with a "/" behind it."""
+    stack = [(b"", iter(_keys(listings[b""])))] if listings else []
+    while stack:
+        prefix, keys = stack[-1]
+        for key in keys:
+            path = prefix + key
+            if not key.endswith(b"/"):
+                yield path
+            elif path in listings:
+                stack.append((path, iter(_keys(listings[path]))))
+                break
+        else:
+            stack.pop()
+
+
+def _keys(listing: Listing) -> list[bytes]:
+    folders = [name + b"/" for name in _split(listing.folders)]
+    return sorted(_split(listing.images) + folders) if folders else _split(listing.images)
+
+
+def _split(names: bytes | memoryview) -> list[bytes]:
+    return bytes(names).split(b"\0") if len(names) else []
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_dev & sys.maxsize, status.st_ino & sys.maxsize, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _unchanged(folder: bytes, stamp: Stamp) -> bool:
+    with suppress(OSError):
+        return _stamp(os.stat(folder)) == stamp
+    return False
+
+
+def _place(real: str) -> Path | None:
+    """Where the scan of a folder is kept, there or not; None where it is not to be."""
+    root = cache.where()
+    if root is None or not cache.limit():
+        return None
+    what = json.dumps(["scan", _FORMAT, sys.byteorder, [os.fsdecode(e) for e in EXTENSIONS], real])
+    return root / hashlib.sha256(what.encode()).hexdigest()
+
+
+def _store(place: Path, listings: dict[bytes, Listing], name: str) -> None:
+    numbers, skipped, needed = array("q"), {}, 0
+    kept = [(prefix, one) for prefix, one in listings.items() if one.stamp is not None]
+    for row, (prefix, one) in enumerate(kept):
+        lengths = len(prefix), len(one.images), len(one.folders)
+        numbers.extend((*(one.stamp or ()), *lengths))
+        needed += sum(lengths)
+        if one.skipped:
+            skipped[str(row)] = one.skipped
+
+    def write(folder: Path) -> None:
+        said = 0
+        with open(folder / "names.bin", "xb") as file:
+            for prefix, one in kept:
+                for part in (prefix, one.images, one.folders):
+                    file.write(part)
+                    said = zlib.crc32(part, said)
+        (folder / "folders.i64").write_bytes(numbers.tobytes())
+        note = {"name": name, "names": said, "folders": zlib.crc32(numbers), "skipped": skipped}
+        (folder / "entry.json").write_text(to_json(note), "utf-8", errors="backslashreplace")
+
+    cache.keep(place, needed + numbers.itemsize * len(numbers), write, replace=True)
+
+
+def _load(place: Path) -> dict[bytes, Listing]:
+    """What was kept; nothing where that is damaged, which is then removed."""
+    try:
+        if not place.is_dir():
+            return {}
+        found = _listings(place)
+    except PermissionError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        cache.remove(place)
+        return {}
+    with suppress(OSError):
+        os.utime(place / "entry.json")
+    return found
+
+
+def _listings(place: Path) -> dict[bytes, Listing]:
+    note = json.loads((place / "entry.json").read_text("utf-8"))
+    numbers, text = array("q", (place / "folders.i64").read_bytes()), (place / "names.bin").read_bytes()
+    if note["names"] != zlib.crc32(text) or note["folders"] != zlib.crc32(numbers):
+        raise ValueError("a checksum differs")
+    found, at, names = {}, 0, memoryview(text)
+    skipped = {int(row): {str(k): int(n) for k, n in kinds.items()} for row, kinds in note["skipped"].items()}
+    for row in range(0, len(numbers), 7):
+        a, b, c, d, *lengths = numbers[row : row + 7]
+        ends = [at := at + length for length in lengths]
+        prefix, images = bytes(names[ends[0] - lengths[0] : ends[0]]), names[ends[0] : ends[1]]
+        found[prefix] = Listing((a, b, c, d), images, names[ends[1] : ends[2]], skipped.get(row // 7, {}))
+    if at != len(text):
+        raise ValueError("the names end elsewhere")
+    return found

@@ -1,0 +1,215 @@
+"""Hugging Face `datasets`: folders that `save_to_disk` wrote, and sets of the hub by name. Nothing is run, and nothing
+fetched unless that is asked for."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.source import Reading, Source, signed, unlabelled
+from inbatch.data.sources.arrays import check_labels
+from inbatch.data.sources.folder import TESTS
+from inbatch.errors import ConfigError, DataError
+
+_NAME = re.compile(r"hf/(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))?")
+_IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
+
+
+class HubSource(Source):
+    """The rows of one split, in order, memory-mapped: an image is read from the disk when it is asked for.
+
+    folder: where files lie that rows name by a relative path; None: there are none. Absolute paths are followed.
+    """
+
+    def __init__(self, dataset: Any, name: str, folder: Path | None, reading: Reading):
+        self.column = _image_column(dataset.features, name)
+        self.levels, self.folder = reading.levels, folder
+        label = _label_column(dataset.features)
+        wanted = [self.column] if label is None else [self.column, label]
+        rows = dataset.with_format(None).select_columns(wanted)
+        if rows._indices is not None:  # rows are read by their place in the table; without a choice of rows, that is it
+            rows = rows.flatten_indices()
+        self.rows = rows.cast_column(self.column, _datasets().Image(decode=False))
+        if not len(rows):
+            raise DataError(f"{name!r} holds no image: it has no rows")
+        labels, classes = unlabelled(len(rows)), ()
+        if label is not None:
+            labels = _labels(rows.data.column(label), f"The column {label!r} of {name!r}")
+            highest = int(labels.max())
+            classes = tuple(getattr(rows.features[label], "names", None) or map(str, range(highest + 1)))
+            if highest >= len(classes):
+                raise DataError(f"{name!r} holds the label {highest}, but names {len(classes)} classes")
+        super().__init__(name, file_channels(reading.channels), labels, classes if bool((labels >= 0).any()) else ())
+
+    def open(self, i: int) -> Picture:
+        found = self._row(i)
+        if found["bytes"] is not None:
+            return Picture(found["bytes"], lambda: self.identity(i), self.channels, self.levels)
+        if not found["path"]:
+            raise DataError(f"{self.identity(i)!r} of {self.name!r} holds no image")
+        return Picture(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
+
+    def identity(self, i: int) -> str:
+        row = self.rows.data.column(self.column)[i]  # its bytes stay where they are
+        return (row["path"].as_py() if row.is_valid else None) or f"row {i}"
+
+    def signature(self) -> str:
+        names = (str(path) for chunk in self.rows.data.column(self.column).chunks for path in chunk.field("path"))
+        return signed(self, "\0".join(names).encode(errors="surrogatepass"))
+
+    def fingerprint(self) -> str | None:
+        chunks = self.rows.data.column(self.column).chunks
+        if not self.rows.cache_files or any(chunk.field("bytes").null_count for chunk in chunks):
+            return None  # in memory, or pixels lie in files of their own
+        said = hashlib.sha256(self.column.encode())
+        for file in self.rows.cache_files:
+            status = os.stat(file["filename"])
+            said.update(f"{os.path.realpath(file['filename'])}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return said.hexdigest()
+
+    def _row(self, i: int) -> dict[str, Any]:
+        return self.rows.data.column(self.column)[i].as_py() or {"bytes": None, "path": None}
+
+    def _file(self, path: str) -> str:
+        """Where an image outside of the table lies; DataError for a URL, and for what leaves the folder."""
+        if os.path.isabs(path):
+            return path
+        if self.folder is not None and "://" not in path:
+            root, file = self.folder.resolve(), (self.folder / path).resolve()
+            if file.is_relative_to(root):
+                return str(file)
+        raise DataError(f"{path!r} cannot be read: {self.name!r} names a file that is not in its folder")
+
+
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    """A folder that `save_to_disk` wrote, with all its splits; or `hf/NAME`, `hf/NAME:CONFIG` from the hub's cache."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    if isinstance(data, str) and data.startswith("hf/") and not os.path.exists(data):
+        if not (named := _NAME.fullmatch(data)):
+            raise DataError(f"{data!r} is no name of a set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
+        loaded = _hub(named["name"], named["config"], reading.download)
+        opened = {split: partial(HubSource, rows, f"{data} ({split})", None, reading) for split, rows in loaded.items()}
+        return _named(opened)
+    root = Path(data)
+    if (root / "dataset_dict.json").is_file():
+        names = _json(root / "dataset_dict.json").get("splits", [])
+        if not names or any(Path(str(name)).name != name for name in names):
+            raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or none that are folders beside it")
+        return _named({name: partial(_saved, root / name, reading) for name in names})
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        return {"train": partial(_saved, root, reading)}
+    return None
+
+
+def _named(splits: Mapping[str, Callable[[], Source]]) -> dict[str, Callable[[], Source]]:
+    """All splits, `train` first; what is not trained on is called `test`, too."""
+    ordered = dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
+    test = next((name for name in TESTS if name in ordered), None)
+    return ordered if test is None else ordered | {"test": ordered[test]}
+
+
+def _saved(folder: Path, reading: Reading) -> Source:
+    """What `Dataset.save_to_disk` wrote; its tables must lie in the folder."""
+    tables = _json(folder / "state.json").get("_data_files", [])
+    try:
+        inside = all(Path(table["filename"]).name == table["filename"] for table in tables)
+    except (TypeError, KeyError) as e:
+        raise DataError(f"{str(folder / 'state.json')!r} is damaged: {e}") from e
+    if not inside:
+        raise DataError(f"{str(folder / 'state.json')!r} names a table that is not in its folder")
+    datasets = _datasets()
+    try:
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except Exception as e:  # on a damaged folder, or one without rows, it can be any
+        raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}") from e
+    return HubSource(loaded, str(folder), folder, reading)
+
+
+@lru_cache(maxsize=4)
+def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
+    """{split: dataset} of a set on the hub, from this machine's caches unless it may be fetched."""
+    datasets = _datasets()
+    try:
+        if download:
+            return dict(datasets.load_dataset(name, config))
+        from huggingface_hub import snapshot_download
+
+        with _offline():
+            try:
+                return dict(datasets.load_dataset(name, config))
+            except OSError:  # not prepared yet, but its files may have been fetched
+                files = snapshot_download(name, repo_type="dataset", local_files_only=True)
+                return dict(datasets.load_dataset(files, config))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        if isinstance(e, FileNotFoundError) and not download:
+            raise DataError(f"hf/{name} is not on this machine: fetch it with --download") from e
+        raise DataError(f"hf/{name} cannot be loaded: {e}") from e
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Both libraries refuse to reach the network for a while, as with HF_HUB_OFFLINE=1 in the environment."""
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (_datasets().config, constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _image_column(features: Any, name: str) -> str:
+    """The column of images: the only one, or the one of the usual name."""
+    found = [column for column, kind in features.items() if isinstance(kind, _datasets().Image)]
+    usual = [column for column in _IMAGES if column in found]
+    if len(found) != 1 and not usual:
+        raise DataError(
+            f"{name!r} has the columns {', '.join(map(repr, features))}: one with the feature Image is needed"
+            + (", called image where there are several" if found else "")
+        )
+    return (usual or found)[0]
+
+
+def _label_column(features: Any) -> str | None:
+    """The column of class labels: of the usual name, else the first of the feature ClassLabel."""
+    named = [column for column, kind in features.items() if isinstance(kind, _datasets().ClassLabel)]
+    return next((column for column in _LABELS if column in features), named[0] if named else None)
+
+
+def _labels(column: Any, what: str) -> torch.Tensor:
+    try:
+        values = torch.from_numpy(column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).copy())
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise DataError(f"{what} is {column.type}: integers are needed") from e
+    return check_labels(values, len(column), what)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{str(file)!r} cannot be read: {e}") from e
+    if not isinstance(found, dict):
+        raise DataError(f"{str(file)!r} is damaged: it is no JSON object")
+    return found
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as e:
+        raise ConfigError('Hugging Face datasets need the library: python -m pip install "inbatch[hf]"') from e
+    return datasets

@@ -1,0 +1,223 @@
+"""Parquet files in the Hugging Face image layout, read by row group.
+
+Columns `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64, -1 or null for unknown); class
+names in the file's `huggingface` metadata.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.pixels import Levels
+from inbatch.data.source import Reading, Source, signed, unlabelled
+from inbatch.data.sources.arrays import check_labels
+from inbatch.data.sources.folder import TESTS
+from inbatch.errors import ConfigError, DataError
+
+CACHE_BYTES = 512 * 2**20
+"""Encoded row groups that each process keeps; a set larger than this is read again and again when shuffled."""
+
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
+"""What Arrow may raise on a damaged file, on one that is gone, or on types that hold no image."""
+
+_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
+
+
+class ParquetSource(Source):
+    """The rows of one or more files, in order; images stay encoded and on disk until asked for."""
+
+    _last: "_Rows | None"
+
+    def __init__(self, files: Sequence[Path], name: str, channels: int = 3, levels: Levels | None = None):
+        parquet = _pyarrow()
+        self.levels = levels
+        self.files = [str(file) for file in files]
+        names: tuple[str, ...] = ()
+        labels, starts, groups = [], [0], []
+        for number, file in enumerate(self.files):
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    schema, meta = opened.schema_arrow, opened.metadata
+                    column = opened.read(["label"])["label"] if "label" in schema.names else None
+            except _UNREADABLE as e:
+                raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
+            fields = {f.name for f in schema.field("image").flatten()} if "image" in schema.names else set()
+            if not {"image.bytes", "image.path"} <= fields:
+                raise DataError(
+                    f"{file!r} has the columns {', '.join(schema.names)}: "
+                    "a column `image` (struct of `bytes` and `path`) is needed"
+                )
+            names = _class_names(schema.metadata) or names
+            for group in range(meta.num_row_groups):
+                groups.append((number, group))
+                starts.append(starts[-1] + meta.row_group(group).num_rows)
+            labels.append(unlabelled(meta.num_rows) if column is None else _labels(column, file))
+        known = torch.cat(labels)
+        if not len(known):
+            raise DataError(f"{name!r} holds no image: its Parquet files have no rows")
+        highest = int(known.max())
+        names = (names or tuple(str(c) for c in range(highest + 1))) if highest >= 0 else ()
+        if highest >= len(names):
+            raise DataError(f"{name!r} holds the label {highest}, but its metadata names {len(names)} classes")
+        super().__init__(name, channels, known, names)
+        self._starts, self._groups = starts, groups
+        self._forget()
+
+    def open(self, i: int) -> Picture:
+        rows = self._rows(i)
+        data = rows[i]
+        if data is None:
+            raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
+        return Picture(data, lambda: rows.path(i), self.channels, self.levels)
+
+    def identity(self, i: int) -> str:
+        return self._rows(i).path(i)
+
+    def fingerprint(self) -> str | None:
+        said = hashlib.sha256()
+        try:
+            for name in self.files:
+                with open(name, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    said.update(f"{os.path.realpath(name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                    said.update(_footer(file))
+        except (OSError, ValueError):  # reading a row will say what is wrong
+            return None
+        return said.hexdigest()
+
+    def signature(self) -> str:
+        """By the files' footers, which hold sizes and places of their columns: names are only read with the images."""
+        footers = []
+        for name in self.files:
+            with open(name, "rb") as file:
+                footers.append(_footer(file))
+        return signed(self, b"".join(footers))
+
+    def _rows(self, i: int) -> "_Rows":
+        """The row group of row i, from memory if it is there."""
+        last = self._last
+        if last is not None and last.first <= i < last.stop:  # most often, and without a lock
+            return last
+        which = bisect_right(self._starts, i) - 1
+        if self._process != os.getpid():  # a forked worker must not share the parent's open files
+            self._forget()
+        with self._lock:
+            if which in self._cache:
+                self._cache.move_to_end(which)
+            else:
+                self._cache[which] = self._read(which)
+                while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:
+                    self._cache.popitem(last=False)
+            self._last = rows = self._cache[which]
+            return rows
+
+    def _read(self, which: int) -> "_Rows":
+        file, group = self._groups[which]
+        try:
+            if file not in self._opened:
+                self._opened[file] = _pyarrow().ParquetFile(self.files[file])
+            table = self._opened[file].read_row_group(group, columns=["image"], use_threads=False)
+            rows = _Rows(table["image"].combine_chunks(), self._starts[which])
+            if rows.stop != (stop := self._starts[which + 1]):
+                raise ValueError(f"it holds {rows.stop - rows.first:,} rows, not {stop - rows.first:,}")
+        except _UNREADABLE as e:
+            raise DataError(f"Row group {group} of {self.files[file]!r} cannot be read: {e}") from e
+        return rows
+
+    def _forget(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._opened: dict[int, Any] = {}
+        self._cache: OrderedDict[int, _Rows] = OrderedDict()
+        self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened", "_cache", "_last", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class _Rows:
+    """The encoded images of a row group in memory, numbered as in the source."""
+
+    def __init__(self, images: Any, first: int):
+        self.first, self.stop, self.nbytes = first, first + len(images), images.nbytes
+        column = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
+        self._paths, self._bytes = column["path"], column["bytes"].cast("large_binary")
+        _, ends, data = self._bytes.buffers()
+        self._ends = memoryview(ends).cast("B").cast("q")[self._bytes.offset :]
+        self._data = memoryview(data if data is not None else b"")
+
+    def __getitem__(self, i: int) -> bytes | None:
+        place = i - self.first
+        start, end = self._ends[place], self._ends[place + 1]
+        # Empty: missing, or a file of no bytes.
+        return bytes(self._data[start:end]) if start < end else self._bytes[place].as_py()
+
+    def path(self, i: int) -> str:
+        return self._paths[i - self.first].as_py() or f"row {i}"
+
+
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    path, depth, levels = Path(data), file_channels(reading.channels), reading.levels
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return {"train": lambda: ParquetSource([path], str(path), depth, levels)}
+    if not path.is_dir():
+        return None
+    files: dict[str, list[Path]] = {}
+    for name in sorted(filter(_SPLIT.fullmatch, os.listdir(path))):
+        files.setdefault(name.partition(".")[0].partition("-")[0], []).append(path / name)
+    if "train" not in files:
+        return None
+    splits: dict[str, Callable[[], Source]] = {}
+    splits["train"] = lambda: ParquetSource(files["train"], str(path), depth, levels)
+    if test := next((name for name in TESTS if name in files), None):
+        splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth, levels)
+    return splits
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """The end of a Parquet file, which says what it holds and where."""
+    file.seek(-8, os.SEEK_END)  # the footer's length, and the letters that end the file
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    return file.read(length)
+
+
+def _labels(column: Any, file: str) -> torch.Tensor:
+    try:
+        values = torch.from_numpy(column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).copy())
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise DataError(f"The column `label` of {file!r} is {column.type}: integers are needed") from e
+    return check_labels(values, len(column), f"The labels of {file!r}")
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
+    """The names of the feature `label`; none if the file does not say."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features["label"]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as e:
+        raise ConfigError('Parquet files need pyarrow: python -m pip install "inbatch[parquet]"') from e
+    return parquet

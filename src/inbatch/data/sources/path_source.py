@@ -1,0 +1,53 @@
+"""Image files named one by one, by a list or by a known set."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.source import Reading, Source
+from inbatch.data.sources.packed_names import Names
+from inbatch.errors import DataError
+
+
+class PathsSource(Source):
+    """Image files, decoded when asked for; whether one is there is seen when it is opened.
+
+    paths: N names, absolute or relative to `root`.
+    """
+
+    def __init__(
+        self, name: str, root: str | os.PathLike, paths: Iterable[str], labels: Int[Tensor, "n"],
+        classes: tuple[str, ...], reading: Reading,
+    ):  # fmt: skip
+        super().__init__(name, file_channels(reading.channels), labels, classes)
+        self.root, self.levels, self._paths = os.fspath(root), reading.levels, Names(map(os.fsencode, paths))
+        if not self._paths:
+            raise DataError(f"{name!r} names no image")
+
+    def open(self, i: int) -> Picture:
+        return Picture(self._path(i), lambda: printable(os.fsencode(self._path(i))), self.channels, self.levels)
+
+    def identity(self, i: int) -> str:
+        return printable(self._paths[i])
+
+    def fingerprint(self) -> str | None:
+        said = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
+        for i in range(len(self)):
+            try:
+                status = os.stat(self._path(i))
+            except OSError:  # opening it will say so
+                return None
+            said.update(b"%s\0%d\0%d\0" % (self._paths[i], status.st_size, status.st_mtime_ns))
+        return said.hexdigest()
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._paths[i]))
+
+
+def printable(path: bytes) -> str:
+    """A name that can be printed and stored whatever bytes it is made of."""
+    return path.decode("utf-8", "backslashreplace")

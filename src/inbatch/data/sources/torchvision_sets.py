@@ -1,0 +1,187 @@
+"""torchvision's labelled sets by their names: `torchvision/STL10`, or `torchvision/STL10:FOLDER`.
+
+They lie where torchvision puts them, under FOLDER, $INBATCH_DATA or ./data, and are fetched only when asked for, by
+torchvision and only where it knows the archive's checksum. CIFAR's files, which are pickles, are read by `cifar`.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inbatch.data.source import Reading, Source
+from inbatch.data.sources import cifar
+from inbatch.data.sources.arrays import ArraySource, check_labels
+from inbatch.data.sources.path_source import PathsSource
+from inbatch.errors import DataError
+
+PREFIX = "torchvision/"
+
+
+class Known(NamedTuple):
+    """A set of torchvision's. place: what is there under the root when it is there.
+
+    splits: our names of its splits -> the arguments torchvision takes for them. maker: its class, by default the name.
+    fetched: whether torchvision can fetch it and check what it got.
+    """
+
+    place: str
+    splits: dict[str, dict[str, Any]]
+    maker: str | None = None
+    fetched: bool = True
+
+
+def _named(*same: str, **other: str) -> dict[str, dict[str, Any]]:
+    """Splits that torchvision calls the same, and those that it calls otherwise."""
+    return {name: {"split": its} for name, its in ({name: name for name in same} | other).items()}
+
+
+_TWO: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+_ONE: dict[str, dict[str, Any]] = {"train": {}}
+
+SETS = {
+    "CIFAR10": Known(cifar.KINDS["CIFAR10"].folder, _TWO),
+    "CIFAR100": Known(cifar.KINDS["CIFAR100"].folder, _TWO),
+    "MNIST": Known("MNIST", _TWO),
+    "FashionMNIST": Known("FashionMNIST", _TWO),
+    "KMNIST": Known("KMNIST", _TWO),
+    "QMNIST": Known("QMNIST", _TWO),
+    **{
+        f"EMNIST-{part}": Known("EMNIST", {k: {"split": part} | v for k, v in _TWO.items()}, "EMNIST")
+        for part in ("balanced", "byclass", "bymerge", "letters", "digits", "mnist")
+    },
+    "USPS": Known("usps.bz2", _TWO),
+    "SVHN": Known("train_32x32.mat", _named("train", "test", "extra")),
+    "STL10": Known("stl10_binary", _named("train", "test", "unlabeled", "train+unlabeled")),
+    "Food101": Known("food-101", _named("train", "test")),
+    "Flowers102": Known("flowers-102", _named("train", "test", "val")),
+    "OxfordIIITPet": Known("oxford-iiit-pet", _named(train="trainval", test="test")),
+    "DTD": Known("dtd", _named("train", "test", "val")),
+    "EuroSAT": Known("eurosat", _ONE),
+    "Caltech101": Known("caltech101", _ONE),
+    "GTSRB": Known("gtsrb", _named("train", "test")),
+    "FGVCAircraft": Known("fgvc-aircraft-2013b", _named("train", "test", "val", "trainval"), fetched=False),
+    "Country211": Known("country211", _named("train", "test", val="valid")),
+    "StanfordCars": Known("stanford_cars", _named("train", "test"), fetched=False),
+    "SUN397": Known("SUN397", _ONE),
+    "Imagenette": Known("imagenette2", _named("train", test="val")),
+}
+"""Every set that can be had by its name."""
+
+
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    """The splits of a set of torchvision's, there or not; None for what does not begin with `torchvision/`."""
+    if not isinstance(data, str) or not data.startswith(PREFIX):
+        return None
+    name, _, where = data.removeprefix(PREFIX).partition(":")
+    if name not in SETS:
+        close = difflib.get_close_matches(name.lower(), [known.lower() for known in SETS], n=1)
+        meant = next((known for known in SETS if [known.lower()] == close), None)
+        hint = f"did you mean {PREFIX}{meant}?" if meant else f"there are {', '.join(SETS)}"
+        raise DataError(f"{data!r} is no set of torchvision's that can be read: {hint}")
+    root = Path(where or os.environ.get("INBATCH_DATA") or "data").expanduser()
+    return {split: partial(_open, name, split, root, reading) for split in SETS[name].splits}
+
+
+def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
+    """One split of a set, fetched before if that is asked for and it is not there."""
+    try:
+        made = _made(name, split, root)
+    except Exception as e:  # a damaged file may raise anything
+        there, fetched = (root / SETS[name].place).exists(), SETS[name].fetched
+        if not (reading.download and fetched):
+            how = (
+                "`inbatch pretrain --download` (download=True) fetches it" if fetched else "it must be fetched by hand"
+            )
+            said = "" if "download=True" in str(e) else f" ({e})"
+            wrong = f"whole{said}: remove {str(root / SETS[name].place)!r}, and" if there else "there:"
+            raise DataError(f"{PREFIX}{name} ({split}) was looked for in {str(root)!r} and is not {wrong} {how}") from e
+        _fetch(name, split, root)
+        return _open(name, split, root, Reading(reading.channels, reading.levels))
+    source = made if isinstance(made, Source) else _source(made, f"{PREFIX}{name} ({split})", root, reading)
+    if reading.channels not in (None, source.channels):
+        raise DataError(f"{source.name} has {source.channels} channels, {reading.channels} were asked for")
+    return source
+
+
+def _made(name: str, split: str, root: Path, download: bool = False) -> Any:
+    """torchvision's own object, or for CIFAR our source."""
+    known = SETS[name]
+    if not download and not (root / known.place).exists():
+        raise FileNotFoundError(f"no {root / known.place}")
+    if name in cifar.KINDS and not download:
+        return cifar.open_split(root / known.place, cifar.KINDS[name], split, Reading())
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    maker = getattr(datasets, known.maker or name)
+    if name in cifar.KINDS:  # its constructor unpickles
+        return download_and_extract_archive(maker.url, str(root), filename=maker.filename, md5=maker.tgz_md5)
+    return maker(root=str(root), download=download, **known.splits[split])
+
+
+def _fetch(name: str, split: str, root: Path) -> None:
+    """Have torchvision fetch a set; processes that want the same wait for each other."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root), contextlib.redirect_stdout(sys.stderr):
+            try:
+                _made(name, split, root)  # another process may have been faster
+            except Exception:
+                _made(name, split, root, download=True)
+    except Exception as e:
+        raise DataError(f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}") from e
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    with open(root / ".inbatch.lock", "a") as file:
+        with contextlib.suppress(ImportError, OSError):  # no locks on this system, or on this disk
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:
+    """Our source over what torchvision found: its arrays as they are, its files by their paths."""
+    if getattr(made, "data", None) is not None:
+        images = torch.as_tensor(made.data)
+        images = images[:, None] if images.ndim == 3 else images
+        labels, classes = _labels(made, getattr(made, "targets", None), name)
+        return ArraySource(images, labels, classes, name)
+    files = sorted(_files(made))  # torchvision's order may be the file system's
+    labels, classes = _labels(made, [label for _, label in files], name)
+    paths = (path.removeprefix(f"{root}{os.sep}") for path, _ in files)
+    return PathsSource(name, root, paths, labels, classes, reading)
+
+
+def _files(made: Any) -> list[tuple[str, int]]:
+    """Paths and labels, where torchvision's objects keep them."""
+    if hasattr(made, "categories"):  # Caltech's numbers become names as it opens them
+        folder = Path(made.root, "101_ObjectCategories")
+        names = [folder / made.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(made.y, made.index, strict=True)]
+        return [(str(path), y) for path, y in zip(names, made.y, strict=True)]
+    pairs = getattr(made, "samples", None) or getattr(made, "_samples", None)
+    if pairs is None:
+        paths = made._images if hasattr(made, "_images") else made._image_files
+        pairs = zip(paths, made._labels, strict=True)
+    return [(str(path), int(label)) for path, label in pairs]
+
+
+def _labels(made: Any, given: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels (N,) and the classes' names; numbers where torchvision knows none."""
+    values = torch.as_tensor(np.asarray(made.labels if given is None else given).astype(np.int64))
+    labels = check_labels(values[:, 0] if values.ndim == 2 else values, len(values), f"The labels of {name}")
+    classes = getattr(made, "classes", None) or getattr(made, "categories", None) or range(int(labels.max()) + 1)
+    if int(labels.max()) >= len(classes):
+        raise DataError(f"{name} holds the label {int(labels.max())}, but has {len(classes)} classes")
+    return labels, tuple(str(c if isinstance(c, str | int) else c[0]) for c in classes)

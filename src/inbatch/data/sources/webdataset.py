@@ -1,0 +1,247 @@
+"""WebDataset: samples in tar files, read where they lie. Nothing is ever extracted, and nothing uncompressed.
+
+The members of one sample share a key, all of the name before its last part's first dot: `cat/01.jpg` with its label
+in `cat/01.cls` (a number) or `cat/01.json` ({"label": number}).
+"""
+
+import hashlib
+import json
+import math
+import operator
+import os
+import re
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.source import Reading, Source
+from inbatch.data.sources.arrays import MOST_CLASSES
+from inbatch.data.sources.folder import EXTENSIONS, TESTS
+from inbatch.data.sources.packed_names import Names
+from inbatch.errors import DataError, many
+from inbatch.runtime.files import open_regular
+
+_IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
+_PACKED = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz)", re.IGNORECASE)
+_SPLIT = re.compile(r"(train|test|val|validation)(?![A-Za-z]).*\.tar")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_LABEL_BYTES = 2**20  # of a .cls or .json; what is longer holds no label
+_MOST = 10**6  # shards that a pattern may name
+
+
+class TarSource(Source):
+    """The images of some shards, in their order. What is kept of each is where it lies, and its name."""
+
+    def __init__(self, shards: Sequence[Path], name: str, reading: Reading):
+        self.shards, self.levels = [str(shard) for shard in shards], reading.levels
+        self._skipped: Counter[str] = Counter()
+        self._names, labels = Names(), array("q")
+        starts, sizes, self._first = array("q"), array("q"), [0]
+        for shard in self.shards:
+            for member in _members(shard, self._skipped):
+                self._names.append(member.name)
+                starts.append(member.start)
+                sizes.append(member.size)
+                labels.append(member.label)
+            self._first.append(len(starts))
+        if not len(starts):
+            raise DataError(f"No image in {name!r}{self._left_out()}: put KEY.jpg, KEY.png and so on there")
+        self._starts, self._sizes = np.array(starts), np.array(sizes)
+        known = torch.from_numpy(np.array(labels))
+        classes = tuple(str(c) for c in range(int(known.max()) + 1))
+        super().__init__(name, file_channels(reading.channels), known, classes)
+
+    def open(self, i: int) -> Picture:
+        start, size, shard = int(self._starts[i]), int(self._sizes[i]), self._shard(i)
+        try:
+            with open_regular(shard) as file:
+                file.seek(start)
+                data = file.read(size)
+        except OSError as e:
+            raise DataError(f"{shard!r} cannot be read: {e.strerror or e}") from e
+        if len(data) < size:
+            raise DataError(f"{shard!r} is shorter than when the run began: {self.identity(i)!r} is gone")
+        return Picture(data, lambda: f"{shard}:{self._member(i)}", self.channels, self.levels)
+
+    def identity(self, i: int) -> str:
+        return f"{os.path.basename(self._shard(i))}:{self._member(i)}"
+
+    def fingerprint(self) -> str | None:
+        said = hashlib.sha256()
+        try:
+            for shard in self.shards:
+                status = os.stat(shard)
+                said.update(
+                    f"{os.path.realpath(shard)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(
+                        "utf-8", "surrogateescape"
+                    )
+                )
+        except OSError:  # opening an image will say so
+            return None
+        return said.hexdigest()
+
+    def skipped(self) -> dict[str, int]:
+        return dict(self._skipped.most_common())
+
+    def report(self) -> str:
+        known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
+        where = many(len(self.shards), "tar file")
+        return f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}; {known}"
+
+    def _member(self, i: int) -> str:
+        return self._names[i].decode("utf-8", "backslashreplace")
+
+    def _shard(self, i: int) -> str:
+        return self.shards[int(np.searchsorted(self._first, i, "right")) - 1]
+
+    def _left_out(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common(5))
+        return f", {many(self._skipped.total(), 'other member')} skipped ({kinds})" if kinds else ""
+
+
+class _Member(NamedTuple):
+    """An image in a shard: its bytes lie at `start`. label: -1 where unknown."""
+
+    name: bytes
+    start: int
+    size: int
+    label: int
+
+
+def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    """A `.tar`, a pattern such as `train-{000..146}.tar`, or a folder of shards, which may be called by their split.
+
+    A folder that holds sub-folders or images beside its tar files is a folder of images.
+    """
+    if not isinstance(data, str | os.PathLike):
+        return None
+    text, path = os.fspath(data), Path(data)
+    if text.lower().endswith(".tar") and _RANGE.search(text) and not path.exists():
+        shards = _expanded(text)
+        return {"train": lambda: TarSource(shards, text, reading)}
+    if path.is_file() and _PACKED.fullmatch(path.name):
+        raise DataError(
+            f"{text!r} is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar"
+        )
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return {"train": lambda: TarSource([path], text, reading)}
+    if not path.is_dir():
+        return None
+    inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    shards = [entry for entry in inside if entry.suffix.lower() == ".tar" and entry.is_file()]
+    if not shards or any(e.is_dir() or os.fsencode(e.suffix).lower() in EXTENSIONS for e in inside):
+        return None
+    files: dict[str, list[Path]] = {}
+    for shard in shards:
+        match = _SPLIT.fullmatch(shard.name)
+        files.setdefault(match[1] if match else "", []).append(shard)
+    if "train" not in files or "" in files:  # names that are not all splits say nothing
+        return {"train": lambda: TarSource(shards, text, reading)}
+    splits: dict[str, Callable[[], Source]] = {"train": lambda: TarSource(files["train"], text, reading)}
+    if test := next((name for name in TESTS if name in files), None):
+        splits["test"] = lambda: TarSource(files[test], f"{text} ({test})", reading)
+    return splits
+
+
+def _expanded(pattern: str) -> list[Path]:
+    """The files that `{000..146}` stands for, which must all be there; numbers keep their width."""
+    pieces = _RANGE.split(pattern)  # text, first, last, text, ...
+    ends = [(int(first), int(last), len(first)) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if math.prod(max(0, last - first + 1) for first, last, _ in ends) not in range(1, _MOST + 1):
+        raise DataError(f"{pattern!r} names no file, or more than {_MOST:,}: a range is {{FIRST..LAST}}")
+    numbers = product(*([f"{n:0{width}}" for n in range(first, last + 1)] for first, last, width in ends))
+    texts = pieces[::3]
+    files = [Path("".join(a + b for a, b in zip(texts, (*chosen, ""), strict=True))) for chosen in numbers]
+    if missing := [file for file in files if not file.is_file()]:
+        raise DataError(
+            f"{pattern!r}: {len(missing):,} of {len(files):,} files are missing, such as {str(missing[0])!r}"
+        )
+    return files
+
+
+def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
+    """The images of a shard in order, with their labels; DataError names it if anything is amiss."""
+    found: list[tuple[bytes, str, int, int]] = []
+    labels: dict[str, int] = {}
+    try:
+        with open_regular(shard) as file:
+            _check_plain(file)
+            length = os.fstat(file.fileno()).st_size
+            with tarfile.open(fileobj=file, mode="r:") as opened:
+                while (member := opened.next()) is not None:
+                    opened.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    if (name := _allowed(member, skipped)) is None:
+                        continue
+                    if member.offset_data + member.size > length:
+                        raise ValueError(f"it is truncated within {name!r}")
+                    folder, _, last = name.rpartition("/")
+                    stem, _, extension = last.partition(".")
+                    key, extension = f"{folder}/{stem}", extension.lower()
+                    if extension in _IMAGES:
+                        encoded = name.encode("utf-8", "surrogateescape")
+                        found.append((encoded, key, member.offset_data, member.size))
+                    elif extension in ("cls", "json"):
+                        if (label := _label(file, member, extension)) is not None:
+                            labels[key] = label
+                    else:
+                        skipped[f".{extension}" if extension else "no extension"] += 1
+                file.seek(opened.offset)
+                if file.read(512) != bytes(512):  # tarfile takes what it cannot read for the end
+                    raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
+    except Exception as e:  # of damaged headers tarfile raises any
+        raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
+    for encoded, key, start, size in found:
+        yield _Member(encoded, start, size, labels.get(key, -1))
+
+
+def _check_plain(file: BinaryIO) -> None:
+    """ValueError for a file that is compressed, whatever it is called."""
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise ValueError("it is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar")
+
+
+def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
+    """The name of a file that may be read, None for what is left out; ValueError for what no data set needs."""
+    name = member.name.removeprefix("./")
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts:
+        raise ValueError(f"its member {member.name!r} leads out of the folder it is unpacked in")
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
+    if any(part.startswith(".") for part in parts):
+        skipped["hidden"] += 1
+        return None
+    return name
+
+
+def _label(file: BinaryIO, member: tarfile.TarInfo, extension: str) -> int | None:
+    """The class in a .cls or .json; None where a .json says none."""
+    if member.size > _LABEL_BYTES:
+        raise ValueError(f"its member {member.name!r} of {member.size / 1e6:,.0f} MB is too long for a label")
+    file.seek(member.offset_data)
+    text = file.read(member.size)
+    try:
+        if extension == "cls":
+            label = int(text)
+        else:
+            said = json.loads(text)
+            if not isinstance(said, dict) or said.get("label") is None:
+                return None
+            label = operator.index(said["label"])
+        if not -1 <= label < MOST_CLASSES:
+            raise ValueError(f"classes are numbers from 0 to {MOST_CLASSES:,}, -1 is unknown")
+        return label
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"its member {member.name!r} holds no whole number as a label: {e}") from e

@@ -1,0 +1,262 @@
+"""A batch becomes V views: every image draws its own, keyed by (seed, epoch, sample, view), on the batch's device."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.data.views import crop, numba_backend, operation
+from inbatch.data.views.colour import Exposure, Grey, Jitter, Noise, Solarise
+from inbatch.data.views.filters import Affine, Blur
+from inbatch.data.views.operation import Operation, idle
+from inbatch.data.views.view import View
+from inbatch.errors import ConfigError, DataError
+from inbatch.rng import head, spread
+
+_CACHE = 2**17
+"""Values per core worked on at a time on a CPU: half a megabyte stays in its cache."""
+
+PAIR = -1
+"""The number under which pairs of boxes draw, beside those of the views."""
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """Boxes of two views at once, out of `draws` uniform numbers per image; of no height where it has none to give."""
+
+    draws: int
+
+    def __call__(self, u: Float[Tensor, "b draws"], size: Int[Tensor, "b 2"]) -> Int[Tensor, "2 b 4"]: ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """V views of B samples.
+
+    images: per view (B, C, s, s) float32, normalised.
+    boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
+    flipped: (V, B) bool, whether the view is mirrored left to right.
+    """
+
+    images: tuple[Float[Tensor, "b c _ _"], ...]
+    boxes: Int[Tensor, "v b 4"]
+    flipped: Bool[Tensor, "v b"]
+
+
+class Views:
+    """Draws `views` of every image and normalises them with the mean and std (of values in [0, 1]) per channel.
+
+    pairs: where given, draws the boxes of two views together; everything else of a view is drawn as without it.
+    fused: None: on a CPU the compiled kernel draws the views it knows (`views.fused`); False: torch's operations draw
+        them all. The views are the same but for rounding.
+    Raises ConfigError where a view needs red, green and blue and there are not three channels.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        mean: Sequence[float],
+        std: Sequence[float],
+        pairs: Pairs | None = None,
+        fused: Literal[False] | None = None,
+    ) -> None:
+        self.views, self.mean, self.std, self.pairs, self.fused = tuple(views), tuple(mean), tuple(std), pairs, fused
+        if not self.views or not self.mean or len(self.mean) != len(self.std):
+            raise ConfigError("Views need at least one view, and one mean and one std per channel.")
+        if len(self.mean) != 3 and any(view.needs_colour for view in self.views):
+            raise ConfigError(
+                f"Saturation, hue and greyscale need red, green and blue, but the images have {len(self.mean)} "
+                "channel(s). Set saturation, hue and grey to 0, or choose a preset without colour (digits)."
+            )
+        if pairs is not None and len(self.views) != 2:
+            raise ConfigError(f"Pairs of crops need two views of every image, not {len(self.views)}.")
+        alike = groupby(range(len(self.views)), key=lambda number: self.views[number])  # drawn in one pass
+        self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
+        self._compiled: Callable[..., Drawn] | None = None
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}
+
+    def compile(self, **options: Any) -> None:
+        """Draw by torch.compile (whose options these are) from now on, on an accelerator; a CPU has its own kernel.
+
+        It compiles anew for every number of samples."""
+        self._compiled = torch.compile(self._draw, dynamic=False, **options)
+
+    def boxes(
+        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int,
+        attempt: int | Int[Tensor, "b"] = 0,
+    ) -> Int[Tensor, "v b 4"]:  # fmt: skip
+        """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
+        heads = self._heads(seed, epoch, attempt, index.device)
+        return self._boxes(spread(heads[:-1], index, crop.DRAWS), heads[-1], index, size)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Drawn:
+        """The views of a batch. Crops that came with it are used as they are, then everything else is done here.
+
+        Every attempt of a sample (`batch.attempt`) is drawn from a stream of its own.
+        Raises DataError for images that do not fit the views.
+        """
+        given, cut = self._checked(batch)
+        index, at, size = batch.index, batch.at if cut is None else None, batch.size
+        if cut is None:
+            at = torch.arange(len(batch), device=index.device) if at is None else at
+            height, width = given[0].shape[2:]
+            size = torch.stack([torch.full_like(index, x) for x in (height, width)], 1) if size is None else size
+        heads = self._heads(batch.seed, batch.epoch, 0 if batch.attempt is None else batch.attempt, index.device)
+        draw = self._draw if self._compiled is None or operation.can_ask(index) else self._compiled
+        return draw(heads, index, size, at, given, cut)
+
+    def _heads(self, seed: int, epoch: int, attempt: int | Tensor, device: torch.device) -> Tensor:
+        """(V + 1, 1 or b): what the random numbers of every view start from, and those of pairs. Tensors, because they
+        change from step to step and nothing compiled must; filled in, because a copy would wait for the device."""
+        heads = [head(seed, epoch, number, attempt) for number in (*range(len(self)), PAIR)]
+        return torch.stack([x if isinstance(x, Tensor) else torch.full((1,), x, device=device) for x in heads])
+
+    def _boxes(self, u: Tensor, pair_head: Tensor, index: Tensor, size: Tensor) -> Tensor:
+        """u: (V, b, crop.DRAWS or more)."""
+        alone = torch.cat(
+            [
+                _boxes(view, u[numbers[0] : numbers[-1] + 1].flatten(0, 1), size.repeat(len(numbers), 1))
+                for view, numbers, _ in self._alike
+            ]
+        ).unflatten(0, (len(self), len(index)))
+        if self.pairs is None:
+            return alone
+        paired = self.pairs(spread(pair_head, index, self.pairs.draws), size)
+        return torch.where(paired[..., 2:3] > 0, paired, alone)
+
+    def _draw(
+        self, heads: Tensor, index: Tensor, size: Tensor | None, at: Tensor | None, given: list[Tensor],
+        cut: Tensor | None,
+    ) -> Drawn:  # fmt: skip
+        """From images of `size`, lying `at` given[0], or from crops, `given` one tensor per view, `cut` out there."""
+        count, drawn = len(index), spread(heads[:-1], index, COLUMNS)
+        if cut is None:
+            assert size is not None and at is not None
+            placed = self._boxes(drawn, heads[-1], index, size)
+        else:
+            placed = cut
+        images, flipped = [], []
+        for view, numbers, steps in self._alike:
+            u, where = (x[numbers[0] : numbers[-1] + 1].flatten(0, 1) for x in (drawn, placed))
+            flip = u[:, crop.DRAWS] < view.flip
+            if at is None:
+                pixels, source = torch.cat([given[number] for number in numbers]), None
+            else:
+                pixels, source = given[0], at.repeat(len(numbers))
+            images += self._render(view, steps, u, pixels, source, where, flip).split(count)
+            flipped.append(flip)
+        return Drawn(tuple(images), placed, torch.cat(flipped).unflatten(0, (len(self), count)))
+
+    def _render(
+        self,
+        view: View,
+        steps: list[tuple[Operation, slice]],
+        u: Tensor,
+        pixels: Tensor,
+        source: Tensor | None,
+        boxes: Tensor,
+        flip: Tensor,
+    ) -> Tensor:
+        """n views: cut from images `source` of `pixels`, or from ready crops (source None), then every step."""
+        todo = [step for step, _ in steps]
+        settled = [step.settle(u[:, columns]) for step, columns in steps]
+
+        def work(take: Callable[[Tensor], Tensor]) -> Tensor:
+            if source is None:
+                x = crop.mirror(take(pixels).float().div_(255), take(flip))
+            else:
+                x = crop.resample(pixels, take(source), take(boxes), take(flip), view.size, view.interpolation)
+            for step, drawn in zip(todo, settled, strict=True):
+                kind, *parameters = map(take, drawn)
+                if not idle(kind):
+                    x = step(x, kind, *parameters)
+            for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
+                channel.sub_(mean).div_(std)
+            return x
+
+        if not operation.can_ask(u):
+            return work(lambda t: t)
+        if self.fused is None and numba_backend.knows(todo) and numba_backend.available():
+            return numba_backend.draw(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
+        # A core's cache holds a few images. Those that want the same done come together, so that whole pieces skip.
+        want = torch.zeros(len(u), dtype=torch.long)
+        for kind, *_ in settled:
+            want = want * 8 + kind
+        out = torch.empty(len(u), len(self.mean), view.size, view.size)
+        piece = max(1, _CACHE * torch.get_num_threads() // out[0].numel())
+        for some in want.argsort(stable=True).split(piece):
+            out.index_copy_(0, some, work(partial(torch.index_select, dim=0, index=some)))
+        return out
+
+    def _checked(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """The batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
+        crops, channels = batch.crops, len(self.mean)
+        given = [x for x in ([batch.images] if crops is None else crops) if x is not None]
+        if not given or any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != channels for x in given):
+            raise DataError(
+                f"Views are drawn from uint8 images of {channels} channel(s) (B, C, H, W), but the batch holds "
+                f"{[(x.dtype, tuple(x.shape)) for x in given]}. Open the data with this number of channels."
+            )
+        if crops is None:
+            return given, None
+        sides = [view.size for view in self.views]
+        if [tuple(x.shape[2:]) for x in given] != [(side, side) for side in sides] or batch.boxes is None:
+            raise DataError(
+                f"The workers' crops are {[tuple(x.shape[2:]) for x in given]} pixels, the views {sides} square "
+                "(with boxes). Load with the views that are drawn."
+            )
+        if batch.attempt is not None:
+            raise ConfigError(
+                "Views cannot be drawn again from crops that the workers have cut. Keep the data resident "
+                "on the device (resident=True)."
+            )
+        return given, batch.boxes
+
+
+def _boxes(view: View, u: Tensor, size: Tensor) -> Tensor:
+    if view.scale is None:
+        return crop.centre_boxes(size, view.centre)
+    return crop.random_boxes(u[:, : crop.DRAWS], size, view.scale, view.ratio)
+
+
+def _table(view: View) -> tuple[tuple[object, type[Operation], tuple[object, ...]], ...]:
+    """Every operation in its order: whether the view does it, what it is, its parameters."""
+    moved = (view.zoom, view.aspect, view.rotation, view.shear, view.shift) != ((1, 1), 1, 0, 0, 0)
+    exposed = (view.gain, view.offset) != ((1, 1), (0, 0))
+    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    return (
+        (moved, Affine, (view.zoom, view.aspect, view.rotation, view.shear, view.shift, view.padding)),
+        (view.jitter, Jitter, (view.jitter, *strengths)),
+        (view.grey, Grey, (view.grey,)),
+        (view.blur, Blur, (view.blur, view.sigma, view.taps)),
+        (view.solarise, Solarise, (view.solarise, view.threshold)),
+        (exposed, Exposure, (view.gain, view.offset)),
+        (view.noise, Noise, (view.noise,)),
+    )
+
+
+COLUMNS = crop.DRAWS + 1 + sum(kind.draws for _, kind, _ in _table(View(1)))
+"""Random numbers per view: the crop's, the flip's, each operation's."""
+
+
+def operations(view: View) -> list[tuple[Operation, slice]]:
+    """What a view does after crop and flip, each with the columns of its random numbers. The columns are the same in
+    every view, so that an operation's draws do not depend on which others are done."""
+    steps, at = [], crop.DRAWS + 1
+    for wanted, kind, parameters in _table(view):
+        if wanted:
+            steps.append((kind(*parameters), slice(at, at + kind.draws)))
+        at += kind.draws
+    return steps

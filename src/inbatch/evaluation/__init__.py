@@ -1,0 +1,50 @@
+"""An encoder and two data sets in, numbers with their protocol out. It knows no method."""
+
+from inbatch.evaluation.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
+from inbatch.evaluation.collapse_metrics import feature_std, rankme
+from inbatch.evaluation.corruptions import CORRUPTIONS, Chance, corruptions
+from inbatch.evaluation.embed import Kept, embed, embed_stream, keep, raw_pixels, readable
+from inbatch.evaluation.embeddings import Embeddings
+from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
+from inbatch.evaluation.export import write_embeddings
+from inbatch.evaluation.few_labels import SHARES, few, few_labels
+from inbatch.evaluation.finetune import TUNINGS, Finetune, finetune
+from inbatch.evaluation.knn import knn, knn_scores
+from inbatch.evaluation.linear_probe import linear_probe
+from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
+
+__all__ = [
+    "CORRUPTIONS",
+    "PROBES",
+    "PROTOCOLS",
+    "PROTOCOL_VERSION",
+    "SHARES",
+    "TUNINGS",
+    "Chance",
+    "Embeddings",
+    "Finetune",
+    "Kept",
+    "Lbfgs",
+    "Sgd",
+    "ari",
+    "assigned",
+    "clustering",
+    "corruptions",
+    "embed",
+    "embed_stream",
+    "evaluate",
+    "feature_std",
+    "few",
+    "few_labels",
+    "finetune",
+    "hungarian_accuracy",
+    "keep",
+    "knn",
+    "knn_scores",
+    "linear_probe",
+    "nmi",
+    "rankme",
+    "raw_pixels",
+    "readable",
+    "write_embeddings",
+]

@@ -1,0 +1,84 @@
+"""Clusters against classes: k-means, and the usual three measures."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from inbatch.errors import ConfigError
+from inbatch.evaluation.embeddings import Embeddings
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.resources import cores
+
+
+def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
+
+
+def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Adjusted Rand index: 0 expected by chance, 1 for equal partitions."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
+
+
+def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Share of samples matched by the best one-to-one map of clusters to classes; their numbers may differ."""
+    from scipy.optimize import linear_sum_assignment
+
+    table = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
+    np.add.at(table, (clusters.numpy(), labels.numpy()), 1)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
+
+
+def clustering(
+    embeddings: Embeddings, clusters: int | None = None, *, n_init: int = 10, seed: int = 0
+) -> dict[str, object]:
+    """k-means (scikit-learn) on L2-normalised features: nmi, acc and ari in their ranges, with the protocol.
+
+    Restarts run side by side, on a thread each: several threads add up one's sums in no fixed order.
+    clusters: as many as there are classes by default. Images without a label are left out.
+    ConfigError for more clusters than images.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    known = embeddings.labelled()
+    clusters = clusters or len(known.labels.unique())
+    if clusters > len(known):
+        raise ConfigError(f"{clusters} clusters cannot be made of {len(known)} images of {known.name}.")
+    rows = F.normalize(known.vectors).numpy()
+
+    def fit(state: int) -> Any:
+        with threadpool_limits(1, "openmp"):  # a thread has a limit of its own
+            return KMeans(clusters, n_init=1, random_state=state).fit(rows)
+
+    states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
+    fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
+    with threadpool_limits(1), ThreadPoolExecutor(max(1, min(n_init, cores(), fit_at_once))) as pool:
+        best = min(pool.map(fit, states), key=lambda means: means.inertia_)
+    found = torch.from_numpy(best.labels_).long()
+    protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}
+    return {**_scores(known.labels, found), **protocol, "images": len(known)}
+
+
+def assigned(outputs: Embeddings) -> dict[str, object]:
+    """nmi, acc and ari where an image's cluster is its largest output; nothing is fitted.
+
+    used: how many of the `clusters` have an image. Images without a label are left out.
+    """
+    known = outputs.labelled()
+    found = known.vectors.argmax(1)
+    protocol = {"clusters": known.vectors.shape[1], "used": len(found.unique()), "assignment": "largest output"}
+    return {**_scores(known.labels, found), **protocol, "images": len(known)}
+
+
+def _scores(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> dict[str, float]:
+    return {"nmi": nmi(labels, clusters), "acc": hungarian_accuracy(labels, clusters), "ari": ari(labels, clusters)}

@@ -1,0 +1,120 @@
+"""How features stand corrupted images: classifiers that learned from clean ones, shown every corruption."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from inbatch.errors import ConfigError
+from inbatch.evaluation.corruptions.image_rng import Chance
+from inbatch.evaluation.corruptions.registry import CORRUPTIONS, SEVERITIES, SMALL
+from inbatch.evaluation.embed import Encoder, Source, encode
+from inbatch.evaluation.embeddings import Embeddings, class_count
+from inbatch.evaluation.knn import knn_scores
+from inbatch.evaluation.linear_probe import fit
+from inbatch.evaluation.probe_presets import Lbfgs, Sgd
+from inbatch.rng import fold, permutation
+
+_AT_ONCE = 2**22  # values of images that are corrupted together
+
+
+def corruptions(
+    encoder: Encoder,
+    train: Embeddings,
+    test: Embeddings,
+    source: Source,
+    *,
+    most: int | None = 1000,
+    k: int = 200,
+    temperature: float = 0.1,
+    distance: str = "cosine",
+    probe: str | Lbfgs | Sgd = "lbfgs",
+    seed: int = 0,
+    batch: int = 512,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """top1 in [0, 1] of k-NN and linear probe, fitted on clean features, on every corruption at every severity.
+
+    train, test: clean features, of which those of `test` are of the images in `source`; encoder: that made them.
+    most: test images at most, the same ones each time; None for all. Images are brought to the encoder's size first.
+    The result holds the means over all, over each kind, over each corruption, and `drop`: the share of the accuracy on
+    the same images, clean, that is lost (Hendrycks and Dietterich 2019). ConfigError as `check` has it.
+    """
+    train, test = train.labelled(), test.labelled()
+    classes, device = class_count(train, test), encoder.device
+    if most is not None and most < 1:
+        raise ConfigError(f"corruptions need a test image at least, not {most}.")
+    if most is not None and most < len(test):
+        test = test.take(permutation(0, 0, len(test))[:most].sort().values)
+    linear, nearest = fit(train, classes, probe, seed=seed, device=device), min(k, len(train))
+    bank = train.vectors.to(device)
+
+    def right(vectors: Tensor, labels: Int[Tensor, "n"]) -> Int[Tensor, "2"]:
+        """How many k-NN tells rightly, and how many the probe does."""
+        near = knn_scores(
+            vectors.to(device), bank, train.labels, classes, k=nearest, temperature=temperature, distance=distance
+        )
+        told = torch.stack([near.argmax(1), linear.scores(vectors).argmax(1).cpu()])
+        return (told == labels).sum(1)
+
+    clean = right(test.vectors, test.labels)
+    found = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.long)
+    side = 0
+    for images, some in _chunks(encoder, source, test, batch):
+        side, index = max(images.shape[2:]), some.index.to(device)
+        for number, corruption in enumerate(CORRUPTIONS.values()):
+            chance = Chance(fold(seed, number), index)
+            for severity in SEVERITIES:
+                made = encoder.prepare(corruption(images, severity, chance))
+                found[number, severity - 1] += right(encode(encoder, made, precision).float(), some.labels)
+    kinds = dict.fromkeys(corruption.kind for corruption in CORRUPTIONS.values())
+    of_kind = {kind: [c.kind == kind for c in CORRUPTIONS.values()] for kind in kinds}
+    share, before = found.double() / len(test), clean.double() / len(test)
+    protocol = {"k": nearest, "distance": distance, "temperature": temperature if distance == "cosine" else None}
+    return {
+        **_figures(share.mean((0, 1)), before),
+        "clean": {"knn": before[0].item(), "linear": before[1].item()},
+        "kinds": {kind: _figures(share[torch.tensor(these)].mean((0, 1)), before) for kind, these in of_kind.items()},
+        "each": {name: _figures(s.mean(0), before, s) for name, s in zip(CORRUPTIONS, share, strict=True)},
+        "images": len(test),
+        "parameters": "CIFAR-10-C" if side <= SMALL else "ImageNet-C",
+        "side": side,
+        "seed": seed,
+        "probe": linear.protocol["probe"],
+        **protocol,
+    }
+
+
+def _figures(top1: Tensor, before: Tensor, each: Tensor | None = None) -> dict[str, dict[str, Any]]:
+    """Of k-NN and probe: top1, the share of the clean accuracy that is lost, and the figures of the severities."""
+    return {
+        name: {"top1": top1[i].item(), "drop": (1 - top1[i] / before[i]).item() if before[i] else None}
+        | ({} if each is None else {"severities": each[:, i].tolist()})
+        for i, name in enumerate(("knn", "linear"))
+    }
+
+
+def _chunks(
+    encoder: Encoder, source: Source, test: Embeddings, batch: int
+) -> Iterator[tuple[UInt8[Tensor, "n c s s"], Embeddings]]:
+    """The test images on the encoder's device, resized and cropped as it takes them but still uint8."""
+    prepare: Any = encoder.prepare
+    channels = prepare.channels
+    pixels = replace(prepare, mean=(0.0,) * channels, std=(1.0,) * channels)
+    step = max(1, min(batch, _AT_ONCE // (channels * prepare.size**2)))
+    for places in torch.arange(len(test)).split(step):
+        some = test.take(places)
+        images = pixels(source.image(i) for i in some.index.tolist())
+        yield (images.clamp(0, 1) * 255).round().to(encoder.device, torch.uint8), some
+
+
+def check(encoder: Encoder) -> None:
+    """ConfigError unless an encoder's images can be corrupted."""
+    channels = getattr(encoder.prepare, "channels", None)
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"corruptions are of images with 1 or 3 channels, and this encoder takes {channels}: leave them out."
+        )

@@ -1,0 +1,249 @@
+"""Features of clean images: all at once, or as a stream of chunks for sets of any length."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import chain
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from inbatch.errors import DataError
+from inbatch.evaluation.embeddings import Embeddings
+from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime import child_processes
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.resources import cores
+
+_TOGETHER = 2**24  # bytes of images that are prepared at once rather than one by one
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What is read of a data set: uint8 images, labels (-1 unknown) and names."""
+
+    name: str
+    labels: Int[Tensor, "n"]
+
+    def __len__(self) -> int: ...
+    def image(self, i: int, /) -> UInt8[Tensor, "c h w"]: ...
+    def identity(self, i: int, /) -> str: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What is asked of an encoder; `inbatch.encoders.Encoder` is one."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def prepare(self) -> Callable[[Iterable[Tensor]], Tensor]: ...
+    def evaluating(self) -> AbstractContextManager[None]: ...
+    def __call__(self, x: Float[Tensor, "n c s s"], /) -> Float[Tensor, "n f"]: ...
+
+
+class Kept:
+    """A source whose decoded images stay in memory once they have been read: the same numbers, sooner."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.name, self.labels = source, source.name, source.labels
+        self._images: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        if i not in self._images:
+            self._images[i] = self.source.image(i)
+        return self._images[i]
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(i)
+
+    def read(self) -> None:
+        """Decode what has not been read yet and can be, on all cores."""
+
+        def look(part: list[int]) -> None:
+            for i in part:
+                with suppress(DataError):  # told when its turn comes
+                    self.image(i)
+
+        missing = [i for i in range(len(self)) if i not in self._images]
+        if missing:
+            parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
+            with ThreadPoolExecutor(cores()) as pool:
+                list(pool.map(look, parts))
+
+
+def keep(source: Source, limit: int = 2**29) -> Source:
+    """The source with its images kept in memory, for whoever embeds it again and again; itself if they are too large.
+
+    limit: bytes that they may fill, judged by 16 of them; nor may it be more than a twentieth of the free memory, which
+        a run has better use for.
+    """
+    some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    size = sum(image.nbytes for image in readable(source, some)) / max(1, len(some)) * len(source)
+    return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 20) else source
+
+
+def readable(
+    source: Source, numbers: Iterable[int], bad: dict[int, str] | None = None
+) -> Iterator[UInt8[Tensor, "c h w"]]:
+    """The images of these numbers that can be read, one by one; why the others cannot goes into `bad`."""
+    for i in numbers:
+        try:
+            image = source.image(i)
+        except DataError as error:
+            if bad is not None:
+                bad[i] = str(error)
+        else:
+            yield image
+
+
+class _Chunks(Dataset[tuple[Tensor | None, dict[int, str]]]):
+    """Prepared images of a range of numbers, None if there are none, and those that cannot be read (number: why).
+
+    Decoding and resizing happen here, in a worker if there are any.
+    """
+
+    def __init__(self, source: Source, prepare: Callable[[Iterable[Tensor]], Tensor]):
+        self.source, self.prepare = source, prepare
+
+    def __getitem__(self, at: range) -> tuple[Tensor | None, dict[int, str]]:
+        bad: dict[int, str] = {}
+        images = readable(self.source, at, bad)
+        first = next(images, None)
+        if first is None:
+            return None, bad
+        if len(at) * first.nbytes > _TOGETHER:
+            return self.prepare(chain([first], images)), bad
+        several = [first, *images]
+        return self.prepare(torch.stack(several) if all(x.shape == first.shape for x in several) else several), bad
+
+
+def _stream(
+    source: Source,
+    prepare: Callable[[Iterable[Tensor]], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    feature: str,
+    batch: int,
+    workers: int,
+    missing: dict[int, str] | None,
+) -> Iterator[Embeddings]:
+    if not len(source):
+        raise DataError(f"{source.name} holds no images.")
+    if isinstance(source, Kept):
+        source.read()
+        workers = 0  # who would keep the images for themselves
+    n = len(source)
+    ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
+    chunks = _Chunks(source, prepare)
+    loader: DataLoader = DataLoader(
+        chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=child_processes.begin_worker
+    )  # fmt: skip
+    for at, (images, bad) in zip(ranges, child_processes.batches(loader), strict=True):
+        if bad and missing is None:
+            raise DataError(next(iter(bad.values())))
+        if missing is not None:
+            missing |= bad
+        if images is None:
+            continue
+        index = torch.tensor([i for i in at if i not in bad])
+        yield Embeddings(
+            vectors=encode(images).float().cpu(),
+            labels=source.labels[index].cpu(),
+            identities=tuple(source.identity(i) for i in index.tolist()),
+            index=index,
+            name=source.name,
+            feature=feature,
+        )
+
+
+def embed_stream(
+    encoder: Encoder,
+    source: Source,
+    *,
+    batch: int = 512,
+    precision: torch.dtype = torch.float32,
+    workers: int = 0,
+    missing: dict[int, str] | None = None,
+) -> Iterator[Embeddings]:
+    """Chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
+
+    Runs on the encoder's device, in evaluation mode without gradient; the encoder is left as it was between chunks.
+    precision: torch.float32, or torch.bfloat16 / float16 for autocast. workers: processes that decode.
+    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
+    """
+    kind = "pooled output of the backbone"
+    yield from _stream(
+        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing
+    )
+
+
+def encode(
+    encoder: Encoder, images: Float[Tensor, "n c s s"], precision: torch.dtype = torch.float32
+) -> Float[Tensor, "n f"]:
+    """Features of prepared images, on the encoder's device, as `embed_stream` has them."""
+    device = encoder.device
+    half = precision != torch.float32
+    products = fast_products() if device.type == "cpu" else nullcontext()
+    cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
+    represent = getattr(encoder, "represent", encoder)  # the rows of a head, or an encoder of somebody else, have none
+    with encoder.evaluating(), products, cast:
+        return represent(images.to(device, non_blocking=True))
+
+
+def embed(
+    encoder: Encoder,
+    source: Source,
+    *,
+    batch: int = 512,
+    precision: torch.dtype = torch.float32,
+    workers: int = 0,
+) -> Embeddings:
+    """The embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
+    bad: dict[int, str] = {}
+    chunks = embed_stream(encoder, source, batch=batch, precision=precision, workers=workers, missing=bad)
+    return _join(chunks, bad)
+
+
+def raw_pixels(source: Source, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
+    """The pixels themselves, in [0, 1] and flattened, as the baseline every feature must beat.
+
+    Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
+    """
+    size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
+    resize, bad = _Flatten(size), dict[int, str]()
+    return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad), bad)
+
+
+class _Flatten:
+    def __init__(self, size: int):
+        self.shape = (size, size)
+
+    def __call__(self, images: Iterable[Tensor]) -> Tensor:
+        return torch.stack([self._fit(i.float() / 255).flatten() for i in images])
+
+    def _fit(self, x: Tensor) -> Tensor:
+        if x.shape[1:] == self.shape:
+            return x
+        return nn.functional.interpolate(x[None], self.shape, mode="bilinear", antialias=True)[0]
+
+
+def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
+    chunks = list(stream)
+    if not chunks:
+        few = "; ".join(list(bad.values())[:3])
+        raise DataError(f"none of {len(bad):,} images can be read: {few}")
+    return Embeddings(
+        vectors=torch.cat([c.vectors for c in chunks]),
+        labels=torch.cat([c.labels for c in chunks]),
+        identities=tuple(i for c in chunks for i in c.identities),
+        index=torch.cat([c.index for c in chunks]),
+        name=chunks[0].name,
+        feature=chunks[0].feature,
+        missing=tuple(bad.values()),
+    )

@@ -1,0 +1,102 @@
+"""Embeddings on disk, written chunk by chunk: memory stays flat, and a file appears only when it is whole."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import numpy as np
+
+from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation.embeddings import Embeddings
+from inbatch.runtime.files import replacing
+
+
+def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
+    """Columns path, index, label (-1 unknown) and vector to a .parquet or .npz file; returns the number of rows.
+
+    ConfigError for other endings, or .parquet without pyarrow; DataError if nothing comes. Replaces an existing file.
+    """
+    path = Path(path)
+    writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings]], int]] = {".parquet": _parquet, ".npz": _npz}
+    if path.suffix not in writers:
+        raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
+    with replacing(path) as file:
+        rows = writers[path.suffix](file, stream)
+        if not rows:
+            raise DataError(f"{path} was not written: there are no images to embed.")
+    return rows
+
+
+def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
+    """One row group per chunk."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise ConfigError("Parquet needs pyarrow: `pip install 'inbatch[parquet]'`, or write to .npz.") from e
+    rows, writer = 0, None
+    try:
+        for chunk in stream:
+            n, width = chunk.vectors.shape
+            columns = {
+                "path": pa.array([_text(i) for i in chunk.identities], pa.string()),
+                "index": pa.array(chunk.index.numpy()),
+                "label": pa.array(chunk.labels.numpy()),
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(chunk.vectors.numpy().ravel()), width),
+            }
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            rows += n
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows
+
+
+def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
+    """The number of rows and the longest path are known at the end only, so both go through unnamed files."""
+    folder = Path(file.name).parent
+    with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
+        rows, width, longest, labels, index = 0, 0, 1, [], []
+        for chunk in stream:
+            vectors.write(np.ascontiguousarray(chunk.vectors.numpy(), np.float32).tobytes())
+            labels.append(chunk.labels.numpy())
+            index.append(chunk.index.numpy())
+            identities = [_text(i) for i in chunk.identities]
+            longest = max(longest, *map(len, identities))
+            names.write(json.dumps(identities) + "\n")
+            rows, width = rows + len(chunk), chunk.vectors.shape[1]
+        if not rows:
+            return 0
+        vectors.seek(0)
+        names.seek(0)
+        text = np.dtype(f"<U{longest}")
+        with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            _array(archive, "path", text, (rows,), (np.array(json.loads(line), text).tobytes() for line in names))
+            _array(archive, "index", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in index))
+            _array(archive, "label", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in labels))
+            _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
+        return rows
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], data: Iterator[bytes]) -> None:
+    """One .npy member from pieces of its bytes."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(member, header)
+        for piece in data:
+            member.write(piece)
+
+
+def _pieces(file: IO[bytes], size: int = 1 << 22) -> Iterator[bytes]:
+    while piece := file.read(size):
+        yield piece
+
+
+def _text(identity: str) -> str:
+    """A file name that is not UTF-8 in characters that every reader takes."""
+    return identity.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

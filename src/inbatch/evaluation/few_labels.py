@@ -1,0 +1,89 @@
+"""Few labels: the same features, and a classifier that is told the class of a small share of the images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from inbatch.errors import ConfigError
+from inbatch.evaluation.embeddings import Embeddings, class_count
+from inbatch.evaluation.knn import knn
+from inbatch.evaluation.linear_probe import linear_probe
+from inbatch.evaluation.probe_presets import Lbfgs, Sgd
+from inbatch.rng import permutation
+
+SHARES = (0.01, 0.1, 0.5)
+"""Of the labels; the first two are those of the papers' tables."""
+
+
+def few_labels(labels: Int[Tensor, "n"], share: float, seed: int = 0) -> Int[Tensor, "m"]:
+    """The places whose label is kept, in order: the same share of every class, rounded, and one image at least.
+
+    labels: (N,) int64; what is below 0 is never kept. A smaller share of the same seed is part of a larger one.
+    ConfigError unless 0 < share <= 1.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"a share of the labels is above 0 and at most 1, not {share:g}.")
+    order = permutation(seed, 0, len(labels))
+    order = order[labels[order] >= 0]
+    order = order[labels[order].argsort(stable=True)]  # by class, in each as the seed has it
+    counts = labels[order].bincount()
+    wanted = (share * counts.double()).round().long().clamp(min=1)
+    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return order[rank < wanted[labels[order]]].sort().values
+
+
+def few(
+    train: Embeddings,
+    test: Embeddings,
+    *,
+    shares: Sequence[float] = SHARES,
+    draws: int = 3,
+    k: int = 200,
+    temperature: float = 0.1,
+    distance: str = "cosine",
+    probe: str | Lbfgs | Sgd = "lbfgs",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """top1 and top5 in [0, 1] of k-NN and linear probe, means over draws of the labels, with every single figure.
+
+    draws: with the seeds seed, seed + 1, ... k is capped by the images that keep their label. Per share the result says
+    how many those are, and how many of a class at least and at most. ConfigError for no draw or no share.
+    """
+    if draws < 1 or not shares:
+        raise ConfigError(f"few labels need a share and a draw at least, not {len(shares)} and {draws}.")
+    train, test = train.labelled(), test.labelled()
+    class_count(train, test)
+    seeds = list(range(seed, seed + draws))
+    found: dict[str, Any] = {}
+    for share in shares:
+        known = [few_labels(train.labels, share, s) for s in seeds]
+        counts, nearest = train.labels[known[0]].bincount(), min(k, len(known[0]))
+        near, probed = [], []
+        for s, places in zip(seeds, known, strict=True):
+            some = train.take(places)
+            near.append(knn(some, test, nearest, temperature, distance, device=device))
+            probed.append(linear_probe(some, test, probe, seed=s, device=device))
+        found[percent(share)] = {
+            "images": len(known[0]),
+            "of_a_class": {"least": int(counts[counts > 0].min()), "most": int(counts.max())},
+            "knn": {**_means(near), "k": nearest},
+            "linear": _means(probed),
+        }
+    name = probe if isinstance(probe, str) else "custom"
+    protocol = {"probe": name, "distance": distance, "temperature": temperature if distance == "cosine" else None}
+    return {"shares": found, "seeds": seeds, **protocol, "drawn": "the same share of every class, nested by seed"}
+
+
+def percent(share: float) -> str:
+    """A share for people: 0.01 is "1%"."""
+    return f"{100 * share:.6g}%"
+
+
+def _means(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of top1 and top5; `each` holds those of the single draws."""
+    each = {name: [one[name] for one in figures] for name in ("top1", "top5")}
+    return {name: sum(values) / len(values) for name, values in each.items()} | {"each": each}

@@ -1,0 +1,205 @@
+"""Fine-tuning: a linear layer on the encoder, and all weights trained with labels."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from inbatch.batch import Batch
+from inbatch.data.views import View, Views
+from inbatch.errors import ConfigError, DataError, TrainingError
+from inbatch.evaluation.embed import Encoder, Kept, Source, embed, keep, readable
+from inbatch.evaluation.embeddings import hits
+from inbatch.evaluation.few_labels import few_labels
+from inbatch.rng import fold, permutation
+from inbatch.runtime import child_processes
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """SGD with Nesterov momentum on all weights; the rate falls along half a cosine, without warm-up.
+
+    lr is multiplied by batch / 256. steps: at least so many, by more epochs where the images are few.
+    area, flip: the smallest random resized crop (the share of an image), and the probability of a mirrored one.
+    """
+
+    epochs: int = 30
+    batch: int = 64
+    lr: float = 0.05
+    steps: int = 300
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    area: float = 0.2
+    flip: float = 0.5
+
+
+TUNINGS = {
+    "small": Finetune(),
+    "upright": Finetune(flip=0.0),
+    "simclr-1": Finetune(epochs=60, batch=4096, steps=0, area=0.08),
+    "simclr-10": Finetune(epochs=30, batch=4096, steps=0, area=0.08),
+}
+"""simclr-1, simclr-10: SimCLR's (Chen et al. 2020, appendix B.5) for 1 % of ImageNet's labels, and for 10 % and more.
+small: the same with batches, steps and crops for thousands of images. upright: small without mirror images (digits)."""
+
+
+@runtime_checkable
+class Trainable(Encoder, Protocol):
+    """What is asked of an encoder to be fine-tuned: a module like `inbatch.encoders.Encoder`."""
+
+    size: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def finetune(
+    encoder: Encoder,
+    train: Source,
+    test: Source,
+    settings: str | Finetune = "small",
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    batch: int = 512,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """top1 and top5 in [0, 1] on clean test images, with the protocol and the seconds it took.
+
+    settings: a name in TUNINGS, or one's own. share: of the labels of every class, as `few_labels` draws them.
+    A copy of the encoder is trained, in its own precision; norm layers see batches of the labelled images. The same
+    seed, machine and number of threads give the same weights bit for bit. batch: test images at a time.
+    ConfigError for other names, or an encoder that is no module; TrainingError where the loss is not finite.
+    """
+    began = time.perf_counter()
+    name = settings if isinstance(settings, str) else "custom"
+    if isinstance(settings, str):
+        if settings not in TUNINGS:
+            raise ConfigError(f"there is no fine-tuning called {settings!r}: choose one of {', '.join(TUNINGS)}.")
+        settings = TUNINGS[settings]
+    if not isinstance(encoder, Trainable) or not isinstance(encoder, nn.Module):
+        raise ConfigError("fine-tuning trains an encoder: give a module like inbatch.encoders.Encoder.")
+    chosen = few_labels(train.labels, share, seed)
+    counts = train.labels[chosen].bincount()
+    if (counts > 0).sum() < 2:
+        raise DataError(f"{train.name} has fewer than two classes with a label: there is nothing to tell apart.")
+    classes = max(len(counts), int(test.labels.max()) + 1)
+    devices = [encoder.device] if encoder.device.type == "cuda" else []
+    # What is random in the encoder (dropout) draws from torch's generator, which afterwards is as it was.
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.backends.cudnn.flags(deterministic=True):
+        torch.manual_seed(fold(seed))
+        tuned: Any = copy.deepcopy(encoder).requires_grad_(True)
+        head = nn.Linear(tuned.width, classes, device=encoder.device)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        used = _train(tuned, head, _Chosen(train, chosen, 2 * tuned.size), settings, seed, workers)
+        found = embed(tuned, test, batch=batch, workers=workers).labelled()
+        scores = head(found.vectors.to(encoder.device)).detach()
+    some = {"share": share, "images": len(chosen), "of_a_class": [int(counts[counts > 0].min()), int(counts.max())]}
+    protocol = {
+        "settings": name,
+        **asdict(settings),
+        "nesterov": settings.momentum > 0,
+        **used,
+        **some,
+        "seed": seed,
+        "classes": classes,
+    }
+    return {**hits(scores, found.labels), **protocol, "seconds": time.perf_counter() - began}
+
+
+def _train(
+    tuned: Any, head: nn.Linear, source: "_Chosen", settings: Finetune, seed: int, workers: int
+) -> dict[str, Any]:
+    """Train both in place; the settings as they came out."""
+    held = keep(source)
+    if isinstance(held, Kept):
+        held.read()
+        workers = 0  # who would keep the images for themselves
+    parts = math.ceil(len(held) / settings.batch)  # batches of nearly the same size: no image is left out
+    epochs = max(settings.epochs, math.ceil(settings.steps / parts))
+    batch, total = math.ceil(len(held) / parts), epochs * parts
+    lr = settings.lr * batch / 256
+    optimiser = torch.optim.SGD(
+        [*tuned.parameters(), *head.parameters()],
+        lr,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
+    view = View(tuned.size, scale=(settings.area, 1.0), flip=settings.flip)
+    views = Views([view], tuned.mean, tuned.std, fused=False)  # the same with and without the compiled kernel
+    order = (
+        (epoch, some) for epoch in range(epochs) for some in permutation(seed, epoch, len(held)).tensor_split(parts)
+    )
+    loader: DataLoader = DataLoader(
+        _Canvases(held), sampler=order, batch_size=None, num_workers=workers,
+        worker_init_fn=child_processes.begin_worker,  # type: ignore[arg-type]
+    )  # fmt: skip
+    tuned.train()
+    loss = torch.zeros(())
+    for step, (epoch, index, images, size) in enumerate(child_processes.batches(loader)):
+        if len(index) < 2:  # norm layers would have nothing to go by
+            continue
+        label = held.labels[index]
+        drawn = views(Batch(index, label, seed, epoch, images=images, size=size).to(tuned.device))
+        optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        loss = F.cross_entropy(head(tuned(drawn.images[0])), label.to(tuned.device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    if not loss.isfinite():
+        raise TrainingError(f"fine-tuning diverged: its loss is not finite with lr {settings.lr:g}. Use a smaller one.")
+    return {"epochs": epochs, "steps": total, "batch": batch, "lr_used": lr}
+
+
+class _Chosen:
+    """Some images of a source, the large ones scaled down to `longest` pixels: crops need no more."""
+
+    def __init__(self, source: Source, places: Int[Tensor, "m"], longest: int) -> None:
+        self.source, self.places, self.longest = source, places.tolist(), longest
+        self.name, self.labels = source.name, source.labels[places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(self.places[i])
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        image = self.source.image(self.places[i])
+        scale = self.longest / max(image.shape[1:])
+        if scale >= 1:
+            return image
+        size = [max(1, round(side * scale)) for side in image.shape[1:]]
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+class _Canvases(Dataset[tuple[int, Tensor, Tensor, Tensor]]):
+    """Images of a batch on a common canvas, for an epoch and some numbers: those that can be read, and their sizes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, at: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor, Tensor]:
+        epoch, numbers = at
+        bad: dict[int, str] = {}
+        images = list(readable(self.source, numbers.tolist(), bad))
+        index = torch.tensor([i for i in numbers.tolist() if i not in bad])
+        size = torch.tensor([image.shape[1:] for image in images]).view(-1, 2)
+        if not images:
+            return epoch, index, torch.empty(0), size
+        canvas = images[0].new_zeros(len(images), len(images[0]), *size.amax(0).tolist())
+        for into, image in zip(canvas, images, strict=True):
+            into[:, : image.shape[1], : image.shape[2]] = image
+        return epoch, index, canvas, size

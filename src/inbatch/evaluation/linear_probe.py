@@ -1,0 +1,192 @@
+"""Linear probe: a linear classifier on features that were computed once.
+
+The papers' presets keep their optimiser, learning rate, batch and length; what they cannot keep is the random
+crop of every training image, because the features come from clean images.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from inbatch.errors import ConfigError
+from inbatch.evaluation.embeddings import Embeddings, class_count, hits
+from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
+from inbatch.nn.cpu_matmul import fast_products
+
+_SMALL = 2**26  # multiplications of a step that is over before a second thread has taken its part
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A fitted linear classifier: scores are W x + b of the vectors, standardised where there are a mean and a std.
+
+    weight: (C, D). bias: (C,). mean, std: (D,). protocol: how it was fitted, fit for JSON.
+    """
+
+    weight: Float[Tensor, "c d"]
+    bias: Float[Tensor, "c"]
+    mean: Float[Tensor, "d"] | None
+    std: Float[Tensor, "d"] | None
+    protocol: dict[str, object]
+
+    @torch.no_grad()
+    def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        """The scores of every class, on the classifier's device."""
+        query = vectors.to(self.weight.device)
+        if self.mean is not None and self.std is not None:
+            query = (query - self.mean) / self.std
+        with fast_products():
+            return F.linear(query, self.weight, self.bias)
+
+
+def linear_probe(
+    train: Embeddings,
+    test: Embeddings,
+    probe: str | Lbfgs | Sgd = "lbfgs",
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, object]:
+    """top1 and top5 in [0, 1] on the test features of a classifier trained on the training features, with the protocol.
+
+    probe: a name in PROBES, or settings of one's own. Images without a label are left out. ConfigError for other names.
+    """
+    train, test = train.labelled(), test.labelled()
+    fitted = fit(train, class_count(train, test), probe, seed=seed, device=device)
+    return {**hits(fitted.scores(test.vectors), test.labels), **fitted.protocol}
+
+
+@torch.no_grad()
+def fit(
+    train: Embeddings,
+    classes: int,
+    probe: str | Lbfgs | Sgd = "lbfgs",
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """The classifier that a probe finds; every image of `train` has a label below `classes`. Errors as in `linear`."""
+    name = probe if isinstance(probe, str) else "custom"
+    if isinstance(probe, str):
+        if probe not in PROBES:
+            raise ConfigError(f"there is no linear probe called {probe!r}: choose one of {', '.join(PROBES)}.")
+        probe = PROBES[probe]
+    x, y = train.vectors.to(device), train.labels.to(device)
+    mean = std = None
+    with fast_products():
+        if isinstance(probe, Lbfgs):
+            mean = x.mean(0)
+            x = x - mean
+            std = (sum(rows.square().sum(0) for rows in x.split(4096)) / len(x)).sqrt()  # type: ignore[union-attr]
+            std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # less is the rounding of what does not vary
+            weight, bias, extra = _lbfgs(x.div_(std), y, classes, probe)
+            normalisation = "standardised by the training features"
+        else:
+            weight, bias, extra = _sgd(x, y, classes, probe, seed)
+            normalisation = "none"
+    protocol = {"probe": name, **asdict(probe), **extra, "seed": seed, "classes": classes}
+    return Classifier(weight, bias, mean, std, {**protocol, "normalisation": normalisation})
+
+
+Fitted = tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]
+
+
+def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lbfgs) -> Fitted:
+    """x: standardised. The weights are searched for as W = V / L, L L^T being the objective's curvature at W = 0.
+
+    Seen from V the features are white and the way to the minimum is short; the minimum is the same. The gradient is in
+    closed form. Logits are (C, N): softmax over rows, of which there are few, is many times faster than along them.
+    """
+    n, width = x.shape
+    decay = 1 / (probe.c * n)
+    some = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: 4 * width].to(x.device)]
+    curvature = some.T @ some / (len(some) * classes)
+    curvature.diagonal().add_(decay)
+    more = 1e-6 * curvature.trace()
+    for _ in range(8):  # features that have collapsed are nearly of rank 1
+        curvature.diagonal().add_(more)
+        factor, failed = torch.linalg.cholesky_ex(curvature)
+        if not failed:
+            break
+        more = 10 * more
+    searched = x.new_zeros(classes, width + 1)  # the last column is the bias
+    searched.grad = slope = torch.zeros_like(searched)
+    gradient, minus = torch.zeros_like(searched), x.new_full((1, n), -1)
+    optimiser = torch.optim.LBFGS(
+        [searched],
+        max_iter=probe.iterations,
+        tolerance_grad=probe.tolerance,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def found() -> tuple[Tensor, Tensor]:
+        weight = torch.linalg.solve_triangular(factor, searched[:, :-1], upper=False, left=False)
+        return weight, searched[:, -1] * classes**0.5
+
+    @torch.no_grad()
+    def closure() -> Tensor:
+        weight, bias = found()
+        logits = torch.addmm(bias[:, None], weight, x.T)
+        total = logits.logsumexp(0)
+        loss = (total - logits.gather(0, y[None])[0]).mean() + decay / 2 * weight.square().sum()
+        error = logits.sub_(total).exp_().scatter_add_(0, y[None], minus)
+        gradient[:, :-1] = torch.addmm(decay * weight, error, x, alpha=1 / n)
+        gradient[:, -1] = error.mean(1)
+        slope[:, :-1] = torch.linalg.solve_triangular(factor.T, gradient[:, :-1], upper=True, left=False)
+        slope[:, -1] = gradient[:, -1] * classes**0.5
+        return loss
+
+    optimiser.step(closure)
+    closure()  # the line search may have looked elsewhere last
+    used = optimiser.state[searched]["n_iter"]
+    return *found(), {"iterations_used": used, "largest_gradient": gradient.abs().max().item()}
+
+
+@torch.no_grad()
+def _sgd(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd, seed: int) -> Fitted:
+    """Steps are small and many: the gradient in closed form (softmax minus one-hot), in memory that is made once."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = x.new_zeros(classes, x.shape[1] + 1)  # the last column is the bias
+    weight[:, :-1] = 0.01 * torch.randn(classes, x.shape[1], generator=draw)
+    gradient, change = torch.zeros_like(weight), torch.zeros_like(weight)
+    batch = min(probe.batch, len(x))
+    lr = probe.lr * batch / 256 if probe.scaled else probe.lr
+    rows, minus = x.new_ones(batch, x.shape[1] + 1), x.new_full((1, batch), -1)
+    with _threads(1 if batch * weight.numel() < _SMALL else torch.get_num_threads()):
+        for epoch in range(probe.epochs):
+            for at in torch.randperm(len(x), generator=draw).to(x.device).split(batch):
+                some = rows[: len(at)]
+                torch.index_select(x, 0, at, out=some[:, :-1])
+                error = (weight @ some.T).softmax(0).scatter_add_(0, y[at][None], minus)
+                torch.mm(error, some, out=gradient).div_(len(at))
+                _step(weight, gradient, change, lr * probe.rate(epoch), probe)
+    return weight[:, :-1], weight[:, -1], {"batch": batch, "lr_used": lr}
+
+
+def _step(weight: Tensor, gradient: Tensor, change: Tensor, lr: float, probe: Sgd) -> None:
+    """torch.optim.SGD's step, in place; with LARS, weights and bias (the last column) have a rate each."""
+    if probe.lars:
+        for w, g in ((weight[:, :-1], gradient[:, :-1]), (weight[:, -1], gradient[:, -1])):
+            length, slope = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+            trust = 0.001 * length / (slope + probe.weight_decay * length + 1e-8)
+            g.add_(w, alpha=probe.weight_decay).mul_(torch.where((length > 0) & (slope > 0), trust, 1.0))
+    elif probe.weight_decay:
+        gradient.add_(weight, alpha=probe.weight_decay)
+    change.mul_(probe.momentum).add_(gradient)
+    weight.add_(gradient.add_(change, alpha=probe.momentum) if probe.nesterov else change, alpha=-lr)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,1 +1,0 @@
-"""What a batch does, in pictures and numbers."""

@@ -1,0 +1,19 @@
+"""Encoders (a backbone with pooled features), and the online and target networks that train them."""
+
+from inbatch.models.attention_slots import ATTENDS, added, install, without
+from inbatch.models.encoder import MAX_SIDE, Encoder, Prepare
+from inbatch.models.factory import create_encoder, load_encoder
+from inbatch.models.weights import save_encoder
+
+__all__ = [
+    "ATTENDS",
+    "MAX_SIDE",
+    "Encoder",
+    "Prepare",
+    "added",
+    "create_encoder",
+    "install",
+    "load_encoder",
+    "save_encoder",
+    "without",
+]

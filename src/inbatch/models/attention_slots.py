@@ -1,0 +1,223 @@
+"""The slot for attention: a block in every residual block of a backbone, or one behind its pooling."""
+
+import copy
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from inbatch.context.attention import BA2M, BatchFormer
+from inbatch.context.grouped import Grouped, as_group
+from inbatch.errors import ConfigError
+from inbatch.models.encoder import Encoder
+
+
+def se(channels: int, reduction: int = 16) -> nn.Module:
+    """Squeeze-and-excitation of each sample's channels (Hu et al. 2018, arXiv 1709.01507), timm's.
+
+    reduction: channels for one inside the block; timm rounds the rest to a multiple of 8.
+    """
+    from timm.layers import SEModule
+
+    return SEModule(channels, rd_ratio=1 / reduction)
+
+
+def eca(channels: int, kernel: int | None = None) -> nn.Module:
+    """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151): a convolution over channels, timm's.
+
+    kernel: its width, odd; None: by the number of channels, as in the paper.
+    """
+    from timm.layers import EcaModule
+
+    if kernel is None:
+        return EcaModule(channels)
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"eca: kernel is an odd number, not {kernel}.")
+    return EcaModule(kernel_size=kernel)
+
+
+def cbam(channels: int, reduction: int = 16, kernel: int = 7) -> nn.Module:
+    """Attention of each sample over its channels, then its positions (Woo et al. 2018, arXiv 1807.06521), timm's.
+
+    reduction: channels for one inside the channel part. kernel: width of the convolution over positions, odd.
+    """
+    from timm.layers.cbam import CbamModule
+
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"cbam: kernel is an odd number, not {kernel}.")
+    return CbamModule(channels, rd_ratio=1 / reduction, spatial_kernel_size=kernel)
+
+
+ATTENDS: dict[str, Callable[..., nn.Module]] = {
+    "ba2m": BA2M,
+    "batchformer": BatchFormer,
+    "se": se,
+    "eca": eca,
+    "cbam": cbam,
+}
+"""What can stand in the slot. The first argument is the slot's: `channels` of a map, or `width` of pooled features;
+the others are options, of JSON's types."""
+
+
+def install(encoder: Encoder, name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Put a block of ATTENDS into an encoder without one, which keeps its weights.
+
+    options: of the block, and `stages` for blocks of maps: which residual stages get them, from 1; all by default.
+    A block of maps stands behind the last norm of each residual block, before the sum; in a plain chain of layers,
+    such as `tiny`, behind every norm, each of which is a stage.
+    ConfigError for unknown names and options, and for backbones that have no such place.
+    """
+    maker, first, full = _resolve(name, options or {})
+    if encoder.attend is not None:
+        raise ConfigError(f"{encoder.name} has the attention {encoder.attend['name']} already: create another encoder.")
+    if first == "width":
+        encoder.pooled = _make(maker, name, encoder.width, full)
+        slots = ["pooled"]
+    else:
+        places = _places(encoder, name)
+        stages = full.get("stages") or list(range(1, len(places) + 1))
+        if not isinstance(stages, list) or not set(stages) <= set(range(1, len(places) + 1)):
+            raise ConfigError(f"{encoder.name} has the stages 1 to {len(places)} for {name}, not {stages!r}.")
+        full["stages"] = sorted(set(stages))
+        inner = {key: value for key, value in full.items() if key != "stages"}
+        slots = []
+        for block, norm in (place for stage in full["stages"] for place in places[stage - 1]):
+            layer, owner = encoder.get_submodule(norm), encoder.get_submodule(block)
+            made = _make(maker, name, _channels(layer), inner)
+            if hasattr(owner, "se"):  # timm's own slot
+                owner.se = made
+                slots.append(f"{block}.se")
+            else:
+                encoder.set_submodule(norm, nn.Sequential(layer, made))
+                slots.append(f"{norm}.1")
+    encoder.attend, encoder.slots = {"name": name, "options": full}, tuple(slots)
+    blocks(encoder).to(encoder.device).train(encoder.training)
+
+
+def blocks(encoder: Encoder) -> nn.ModuleList:
+    """The attention blocks of an encoder, in the order of its layers; empty without `attend`."""
+    return nn.ModuleList(encoder.get_submodule(slot) for slot in encoder.slots)
+
+
+def without(encoder: Encoder) -> Encoder:
+    """A copy without its attention blocks.
+
+    Where samples meet in training only (ba2m, batchformer) it gives the same features in evaluation.
+    """
+    plain = copy.deepcopy(encoder)
+    for slot in plain.slots:
+        above, _, leaf = slot.rpartition(".")
+        owner = plain.get_submodule(above)
+        if isinstance(owner, nn.Sequential):
+            plain.set_submodule(above, owner[0])
+        else:
+            setattr(owner, leaf, None)
+    plain.attend, plain.slots = None, ()
+    return plain
+
+
+def added(encoder: Encoder, group: int = 2) -> dict[str, Any]:
+    """What the attention blocks add: `blocks`, `parameters`, `flops` of an image in a forward pass in training, and the
+    last two as shares of the encoder without them (`parameters_share`, `flops_share`).
+
+    A multiplication and an addition are two FLOPs; those of convolutions and matrix products are counted.
+    group: samples that meet, from 2 on (BatchFormer's cost for an image grows with them).
+    """
+    (parameters, flops), (plain_parameters, plain_flops) = _cost(encoder, group), _cost(without(encoder), group)
+    return {
+        "blocks": len(encoder.slots),
+        "parameters": parameters - plain_parameters,
+        "flops": flops - plain_flops,
+        "parameters_share": parameters / plain_parameters - 1,
+        "flops_share": flops / plain_flops - 1,
+    }
+
+
+def meets_in_training_only(name: str) -> bool:
+    """Whether the block is absent in evaluation, so that the plain backbone is all there is to it."""
+    maker = ATTENDS.get(name)
+    return inspect.isclass(maker) and issubclass(maker, Grouped)
+
+
+def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], str, dict[str, Any]]:
+    """What makes the block, the name of its first argument, and all options as JSON returns them."""
+    if name not in ATTENDS:
+        near = difflib.get_close_matches(name, ATTENDS, n=1)
+        raise ConfigError(
+            f"there is no attention called {name!r}: "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(ATTENDS)}.")
+        )
+    first, *others = inspect.signature(ATTENDS[name]).parameters.values()
+    known = {p.name: p.default for p in others}
+    allowed = [*known, *(["stages"] if first.name == "channels" else [])]
+    for key in options:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            why = f"{name} stands behind the pooling and has no stages" if key == "stages" else f"{name} has no {key!r}"
+            hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(allowed) or 'none'}."
+            raise ConfigError(f"{why}: {hint}")
+    try:
+        return ATTENDS[name], first.name, json.loads(json.dumps(known | dict(options)))
+    except TypeError as e:
+        raise ConfigError(f"an attention's options must fit into JSON, to be saved with the encoder: {e}") from e
+
+
+def _make(maker: Callable[..., nn.Module], name: str, size: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is made after it starts from the same weights as without it
+            return maker(size, **options)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
+        raise ConfigError(f"{name} cannot be built for {size} channels with {options}: {e}") from e
+
+
+def _places(encoder: Encoder, name: str) -> list[list[tuple[str, str]]]:
+    """By stage: the names, within the encoder, of the blocks and of their last norms."""
+    backbone = encoder.backbone
+    if isinstance(backbone, nn.Sequential):
+        places = [[("backbone", f"backbone.{n}")] for n, m in backbone.named_children() if _channels(m)]
+    else:
+        stages = {f"layer{i}": getattr(backbone, f"layer{i}", None) for i in (1, 2, 3, 4)}
+        places = [
+            [_place(f"backbone.{key}.{n}", block) for n, block in stage.named_children()]
+            for key, stage in stages.items()
+            if isinstance(stage, nn.Sequential)
+        ]
+        if len(places) < len(stages):
+            places = []
+    if not places or not all(norm for stage in places for _, norm in stage):
+        raise ConfigError(
+            f"{encoder.name} has no residual stages in which {name} could stand: choose a ResNet, or "
+            'attend="batchformer", which stands behind the pooling of any encoder.'
+        )
+    taken = [b for stage in places for b, _ in stage if getattr(encoder.get_submodule(b), "se", None) is not None]
+    if taken:
+        raise ConfigError(f"{encoder.name} has attention of its own ({taken[0]}.se): choose the plain ResNet.")
+    return places
+
+
+def _place(name: str, block: nn.Module) -> tuple[str, str]:
+    norms = [n for n, m in block.named_modules() if _channels(m) and not n.startswith("downsample")]
+    return name, f"{name}.{norms[-1]}" if norms else ""
+
+
+def _channels(norm: nn.Module) -> int:
+    """Of a norm layer of maps; 0 for anything else."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels
+    return norm.num_features if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) else 0
+
+
+def _cost(encoder: Encoder, group: int) -> tuple[int, int]:
+    """Parameters, and FLOPs of an image; on no device and no other rank, which norm layers in training would ask."""
+    twin = copy.deepcopy(encoder).to("meta").eval()
+    for part in twin.modules():
+        if isinstance(part, Grouped):
+            part.gather, part.own = Grouped.gather, Grouped.own
+    with torch.no_grad(), as_group(twin), FlopCounterMode(display=False) as counter:
+        twin(torch.empty(group, encoder.channels, encoder.size, encoder.size, device="meta"))
+    return sum(p.numel() for p in encoder.parameters()), counter.get_total_flops() // group

@@ -1,0 +1,150 @@
+"""Backbones by name, without their classifier: ours, timm's and torchvision's (imported only when asked)."""
+
+import difflib
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from torch import nn
+
+from inbatch.errors import ConfigError
+from inbatch.models.fast import Fast
+
+# timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
+_REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    """A backbone with random weights, and the names of the classifiers it does without."""
+    if wrong := sorted(set(kwargs) & set(_REFUSED)):
+        raise ConfigError(f"an encoder has no setting {wrong[0]!r}: weights are named by init.")
+    try:
+        if name == "tiny":
+            return _tiny(channels, **kwargs), ()
+        if name == "fast":
+            return Fast(channels, size, **kwargs), ()
+        if name.startswith("torchvision/"):
+            return _torchvision(name.removeprefix("torchvision/"), channels, kwargs)
+        backbone = _timm(name, size, channels, kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise ConfigError(f"{name} cannot be built for {size} pixels, {channels} channels and {kwargs}: {e}") from e
+    classifier = published_cfg(backbone).get("classifier") or ()
+    return backbone, (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def _timm(name: str, size: int, channels: int, kwargs: dict[str, Any], published: bool = False) -> nn.Module:
+    import timm
+
+    if name != "resnet10" and not timm.is_model(name):
+        raise _unknown(name, ["tiny", "fast", "resnet10", *timm.list_models()])
+    name, args = timm_arguments(name, size, channels, kwargs)
+    return timm.create_model(name, pretrained=published, **args)
+
+
+def timm_arguments(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's own name and arguments; fixed-size models (ViT, Swin) are told the size, resnet10 its depth."""
+    import timm
+
+    args = {"num_classes": 0, "in_chans": channels, **kwargs}
+    if name == "resnet10":
+        return "resnet18", {"layers": [1, 1, 1, 1], **args}
+    cfg = timm.get_pretrained_cfg(name)
+    return name, {"img_size": size, **args} if cfg is not None and cfg.fixed_input_size else args
+
+
+def published_cfg(backbone: nn.Module) -> dict[str, Any]:
+    """What timm knows of the published weights of one of its models; empty for others."""
+    cfg: Any = getattr(backbone, "pretrained_cfg", {})
+    return cfg
+
+
+def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
+    """The same timm model with its published weights."""
+    if name in ("tiny", "fast", "resnet10") or name.startswith("torchvision/"):
+        raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
+    try:
+        return _timm(name, size, channels, kwargs | _cached(name), published=True)
+    except ConfigError:
+        raise
+    except Exception as e:  # timm and its hub client raise whatever their transport raises
+        raise ConfigError(
+            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). {_INSTEAD}"
+        ) from e
+
+
+_INSTEAD = "Without a network, give init the path of a downloaded .safetensors file."
+
+
+def _cached(name: str) -> dict[str, Any]:
+    """Arguments for timm where the hub does not answer: its client would ask again for minutes before it looks."""
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or _reached(constants.ENDPOINT):
+        return {}
+    file = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+    if not isinstance(file, str):
+        raise ConfigError(
+            f"the published weights of {name} are in no cache, and {constants.ENDPOINT} does not answer. {_INSTEAD}"
+        )
+    return {"pretrained_cfg_overlay": {"file": file}}
+
+
+def _reached(endpoint: str) -> bool:
+    """Whether somebody answers there; left to the client where a proxy stands between."""
+    where = urlsplit(endpoint)
+    if getproxies().get(where.scheme):
+        return True
+    try:
+        socket.create_connection((where.hostname or "", where.port or 443), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _torchvision(name: str, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise _unknown(f"torchvision/{name}", [f"torchvision/{n}" for n in names])
+    backbone = torchvision.models.get_model(name, weights=None, **kwargs)
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ConfigError(f"torchvision/{name} has no linear classifier to take off: choose another model.")
+    backbone.set_submodule(linear[-1], nn.Identity())
+    if channels != 3:
+        first = next(n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+        old = backbone.get_submodule(first)
+        new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        backbone.set_submodule(first, new)
+    return backbone, (linear[-1],)
+
+
+def _tiny(channels: int) -> nn.Module:
+    # The maximum over positions, because a digit covers a small part of its canvas: k-NN 0.85, with the mean 0.71.
+    layers: list[nn.Module] = []
+    for width, stride in ((32, 1), (64, 2), (96, 1)):
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def cifar_stem(backbone: Any, channels: int) -> None:
+    """3x3 convolution of stride 1 and no max-pool, as in SimCLR's CIFAR experiments (appendix B.9)."""
+    backbone.conv1 = nn.Conv2d(channels, backbone.bn1.num_features, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+
+
+def _unknown(name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists what there is."
+    return ConfigError(f"there is no encoder called {name!r}: {hint}")

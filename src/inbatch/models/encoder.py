@@ -1,0 +1,181 @@
+"""A backbone with pooled features, and how to prepare the images it takes."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from inbatch.data.pixels import Levels, from_pillow, to_bytes
+from inbatch.errors import ConfigError, DataError
+from inbatch.models.readout import Readout
+from inbatch.nn.eval_mode import evaluating
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+MAX_SIDE = 4096
+"""Pixels of an encoder's images, at most: a folder from elsewhere must not ask for all the memory there is."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """From uint8 images of any size to the normalised float32 square an encoder takes; nothing random."""
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
+        """images: (N, C, H, W) uint8, or any iterable of (C, h, w) uint8, of which one at a time is held.
+
+        The shorter side is resized (bilinear, antialiased) to `size`, from 128 pixels on to size * 256 / 224,
+        then the centre is cropped; an image of the wanted size stays as it is. DataError for other input.
+        """
+        x = self.squares(images)
+        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
+        return (x / 255 - mean) / std
+
+    def squares(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
+        """The same images before they are normalised, values of 0 to 255."""
+        return self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
+
+    def _fit(self, image: Tensor) -> Tensor:
+        if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels:
+            raise DataError(
+                f"the encoder takes uint8 images of {self.channels} channels, (C, H, W), but was given "
+                f"{image.dtype} of shape {tuple(image.shape)}: convert them, or create another encoder."
+            )
+        x, (h, w), size = image.float(), image.shape[-2:], self.size
+        if (h, w) == (size, size):
+            return x
+        short = round(size * 256 / 224) if size >= 128 else size
+        if min(h, w) != short:
+            h, w = (short, short * w // h) if h <= w else (short * h // w, short)
+            batch = x if x.ndim == 4 else x[None]
+            x = nn.functional.interpolate(batch, (h, w), mode="bilinear", antialias=True).view(*x.shape[:-2], h, w)
+        top, left = round((h - size) / 2), round((w - size) / 2)
+        return x[..., top : top + size, left : left + size]
+
+
+class Encoder(nn.Module):
+    """A backbone with pooled features, and what one must know to feed it.
+
+    forward: normalised float (N, channels, size, size) -> (N, width). `stem` is "cifar" or "imagenet" for the
+    ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
+    `attend` is the name and the options of its attention, None without; `slots` are the names of the attention's
+    blocks, of which `pooled` is the one behind the pooling (`attend.install` sets the three).
+    readout: pools and whitens what `represent` hands out; None: the features as they are.
+    levels: the two values that become 0 and 255 where images have more than 8 bits, as those it learned from.
+    ConfigError if the backbone does not give one row per image.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        name: str,
+        size: int,
+        channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        stem: str | None = None,
+        arguments: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.backbone, self.name, self.stem = backbone, name, stem
+        self.size, self.channels = size, channels
+        self.mean = tuple(map(float, mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)))
+        self.std = tuple(map(float, std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)))
+        if not len(self.mean) == len(self.std) == channels:
+            raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
+        self.prepare = Prepare(size, channels, self.mean, self.std)
+        self.arguments = arguments
+        self.attend: dict[str, Any] | None = None
+        self.slots: tuple[str, ...] = ()
+        self.levels: Levels | None = None
+        self.pooled: nn.Module | None = None
+        self.readout: Readout | None = None
+        self.width = self._measure()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def feature_width(self) -> int:
+        """How many features are handed out for an image."""
+        return self.width if self.readout is None else self.readout.width
+
+    def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
+        rows = self.backbone(x)
+        return rows if self.pooled is None else self.pooled(rows)
+
+    def represent(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
+        """The features to hand out and to judge: those of `forward`, or what the readout makes of the feature map."""
+        if self.readout is None:
+            return self(x)
+        maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
+        found = self(x) if maps is None else maps(x)
+        return self.readout(found if found.ndim in (2, 4) else self(x))
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Hand out features that are not whitened, for a while."""
+        return nullcontext() if self.readout is None else self.readout.paused()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradient, for a while."""
+        return evaluating(self)
+
+    def embed(self, images: Any, batch: int = 256) -> np.ndarray:
+        """Features (N, width) float32 of clean images.
+
+        images: tensor (N, C, H, W); array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of Pillow images,
+        (C, h, w) tensors or (h, w, C) arrays of any sizes. Those that are not uint8 are brought to it by `levels`.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
+            images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
+        rows = []
+        for start in range(0, len(images), batch):
+            chunk = images[start : start + batch]
+            if not isinstance(chunk, Tensor) or chunk.dtype != torch.uint8:
+                chunk = [self._tensor(i) for i in chunk]
+            with self.evaluating():
+                rows.append(self.represent(self.prepare(chunk).to(self.device)).float().cpu())
+        return (
+            torch.cat(rows).numpy()
+            if rows
+            else np.empty((0, self.readout.width if self.readout else self.width), np.float32)
+        )
+
+    def _tensor(self, image: Any) -> Tensor:
+        """One (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
+        if isinstance(image, Tensor):
+            if image.dtype == torch.uint8:
+                return image
+            image = (
+                (image.float() if image.dtype == torch.bfloat16 else image.detach()).cpu().numpy().transpose(1, 2, 0)
+            )
+        try:
+            if isinstance(image, Image.Image):
+                image = from_pillow(ImageOps.exif_transpose(image), self.channels, self.levels)
+            image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
+        except ValueError as e:
+            raise DataError(f"An image cannot be embedded: {e}") from e
+        return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+
+    def _measure(self) -> int:
+        try:
+            with self.evaluating():
+                shape = self(torch.zeros(1, self.channels, self.size, self.size, device=self.device)).shape
+        except (RuntimeError, ValueError, AssertionError) as e:
+            raise ConfigError(f"{self.name} cannot take {self.channels}x{self.size}x{self.size} images: {e}") from e
+        if len(shape) != 2:
+            raise ConfigError(f"{self.name} gives {tuple(shape)} for one image instead of one row of pooled features.")
+        return shape[1]

@@ -1,0 +1,133 @@
+"""Create and load encoders by name.
+
+`create_encoder` knows timm's names, `torchvision/NAME`, and three small ones of ours:
+  fast      a narrow ResNet-9 with strides, for 32 to 96 pixels (1.6 million parameters at its width of 32);
+  resnet10  ResNet-18 with one basic block per stage instead of two (4.9 million parameters);
+  tiny      three 3x3 convolutions with batch norm, 32-64-96, for canvases of about 20 pixels (74,400 parameters).
+At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inbatch.errors import ConfigError, DataError
+from inbatch.models.attention_slots import blocks, install, meets_in_training_only
+from inbatch.models.backbones import build, cifar_stem, pretrained, published_cfg
+from inbatch.models.encoder import MAX_SIDE, Encoder
+from inbatch.models.readout import Readout
+from inbatch.models.weights import STEMS, fill, read, read_readout, split
+
+
+def create_encoder(
+    name: str,
+    *,
+    size: int,
+    channels: int = 3,
+    stem: str = "auto",
+    init: str | Path | Encoder | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    attend: str | None = None,
+    attend_options: Mapping[str, Any] | None = None,
+    whiten: bool = False,
+    **kwargs: Any,
+) -> Encoder:
+    """An encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
+
+    stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
+    init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
+        `save_encoder`, a state dict in a .safetensors, .pt or .pth file, or another encoder, whose weights are copied.
+    mean, std: one number per channel; by default those of the weights, else ImageNet's for 3 channels, else 0.5 and
+        0.25.
+    attend: None, or attention by a name of `ATTENDS`, with its options and the residual `stages` that get a block
+        (`attend.install`). Weights go into the backbone first; the blocks start fresh, unless init is a folder whose
+        encoder was saved with the same attend and options.
+    whiten: features that are handed out are pooled over quarters of the image and whitened (`Readout`), once training
+        has fitted that; heads and losses see the plain ones.
+    ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
+    """
+    if size not in range(1, MAX_SIDE + 1):
+        raise ConfigError(f"an encoder takes images of 1 to {MAX_SIDE:,} pixels a side, not {size!r:.40}.")
+    if stem not in ("auto", "cifar", "imagenet"):
+        raise ConfigError(f'stem is "auto", "cifar" or "imagenet", not {stem!r}.')
+    if attend is None and attend_options:
+        raise ConfigError("attend_options are options of an attention block: name it with attend=.")
+    try:
+        json.dumps(kwargs)
+    except TypeError as e:
+        raise ConfigError(f"an encoder's arguments must fit into JSON, to be saved with it: {e}") from e
+    backbone, classifier = build(name, size, channels, kwargs)
+    family = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
+    if stem == "cifar" and not family:
+        raise ConfigError(f'{name} is no ResNet, so it has no CIFAR stem: use stem="auto".')
+    used = stem if family else None
+    if used == "auto":
+        used = "cifar" if size <= 64 else "imagenet"
+    if used == "cifar":
+        cifar_stem(backbone, channels)
+    where = f"the encoder {init.name}" if isinstance(init, Encoder) else init
+    attended: dict[str, Any] = {}
+    saved: dict[str, Any] | None = None
+    if init == "timm":
+        if used == "cifar":
+            raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
+        backbone = pretrained(name, size, channels, kwargs)
+        config = published_cfg(backbone)
+        mean, std = mean or config["mean"], std or config["std"]
+    elif init is not None:
+        weights, config = read(init if isinstance(init, Encoder) else Path(init))
+        weights, attended = split(weights)
+        saved = config.get("attend")
+        if attended and not saved:
+            raise ConfigError(
+                f"{where} holds attention blocks: give its folder, whose config.json says which they are."
+            )
+        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
+        fill(backbone, weights, f"{name} ({where})")
+        mean, std = mean or config.get("mean"), std or config.get("std")
+    encoder = Encoder(
+        backbone,
+        name=name,
+        size=size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        stem=used,
+        arguments=kwargs,
+    )
+    if whiten:
+        encoder.readout = Readout(encoder.width)
+    if attend is not None:
+        install(encoder, attend, attend_options)
+    if saved and encoder.attend == saved:
+        fill(blocks(encoder), attended, f"{attend} ({where})")
+    elif saved and not meets_in_training_only(saved["name"]):
+        raise ConfigError(
+            f"the weights in {where} were trained with attend={saved['name']!r} and are of no use without its blocks: "
+            f"ask for the same, attend_options={saved['options']}, not for {encoder.attend}."
+        )
+    return encoder
+
+
+def load_encoder(directory: str | Path) -> Encoder:
+    """The encoder `save_encoder` wrote, in evaluation mode; DataError if it is damaged or not ours."""
+    directory = Path(directory)
+    weights, config = read(directory)
+    if config.get("arguments") is None:
+        raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
+    weights, attended = split(weights)
+    try:
+        known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
+        encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+        if levels := config.get("levels"):
+            encoder.levels = (float(levels[0]), float(levels[1]))
+        fill(encoder.backbone, weights, str(directory))
+        if saved := config.get("attend"):  # absent from what was saved before there was one
+            install(encoder, saved["name"], saved["options"])
+            fill(blocks(encoder), attended, str(directory))
+        read_readout(encoder, directory, config)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise DataError(f"{directory}: config.json describes no encoder ({type(e).__name__}: {e}).") from e
+    return encoder.eval()

@@ -1,0 +1,180 @@
+"""The tower: images of one context group in, rows out; and the slow copy that teaches it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from inbatch.batch import Rows
+from inbatch.context.fusion import Fusion
+from inbatch.context.grouped import Grouped
+from inbatch.nn.eval_mode import evaluating
+from inbatch.nn.heads import Head
+
+
+class Tower(nn.Module):
+    """Fusion, encoder and heads. Samples meet here only inside the context group of one call.
+
+    fuse: mixes the images of the views numbered `fused` while training.
+    reads: the heads whose rows come out.
+    precision: bfloat16 makes matrix products in it (autocast), float32 leaves the encoder's own type; rows come
+        out in float32, or in the encoder's type where that is wider.
+    channels_last: lay out images as most convolutions like them best.
+    joined: neighbouring views of one size run through the encoder together, and all views through the heads, as
+        SwAV's and DINO's code does: then they share norm statistics. Views of an encoder without any do so anyway.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, Head],
+        reads: Sequence[str],
+        precision: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        joined: bool = False,
+        fuse: Fusion | None = None,
+        fused: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.fuse, self.fused = fuse, frozenset(fused)
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({name: head.network for name, head in heads.items()})
+        self.sources = {name: head.source for name, head in heads.items()}
+        self.reads = tuple(reads)
+        self.precision = precision
+        self.joined, self.together = joined, joined or not mixes(encoder)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.scale = 1.0  # of the images' side, while a run's images grow; `Step` sets it
+
+    def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
+        """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own.
+
+        numbers: which of a sample's views they are; by default all, in order.
+        """
+        mixed = [n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
+        fuse = nn.Identity() if self.fuse is None else self.fuse
+        with self.autocast(views[0]):
+            views = [fuse(view) if mix else view for view, mix in zip(views, mixed, strict=True)]
+        # Fused images look unlike those of evaluation: norm layers remember the plain ones where there are some.
+        forget = self.fuse is not None and self.fuse.remember == "plain" and not all(mixed)
+
+        def remembered(mix: bool) -> AbstractContextManager[None]:
+            return frozen_statistics(self) if mix and forget else nullcontext()
+
+        # Autocast keeps its bfloat16 weights for all that runs inside it; run by run, their gradients meet in float32.
+        group, features = len(views[0]), list[Tensor]()
+        alike = [view.shape if self.together else n for n, view in enumerate(views)]
+        for (_, mix), run in groupby(zip(alike, mixed, views, strict=True), key=lambda at: at[:2]):
+            images = [view for _, _, view in run]
+            with remembered(mix), self.autocast(views[0]):
+                features += self._features(torch.cat(images) if len(images) > 1 else images[0]).split(group)
+        if self.joined:
+            with self.autocast(views[0]):
+                rows = self._heads(torch.cat(features))
+            return {name: rows[name].unflatten(0, (len(views), group)) for name in self.reads}
+        made = []
+        for feature, mix in zip(features, mixed, strict=True):
+            with remembered(mix), self.autocast(views[0]):
+                made.append(self._heads(feature))
+        return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+
+    def outputs(self, images: Tensor) -> Rows:
+        """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
+        with self.autocast(images):
+            return self._heads(self._features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The features (G, F) alone."""
+        with self.autocast(images):
+            return _wide(self._features(images))
+
+    def autocast(self, images: Tensor) -> torch.autocast:
+        """The precision in which the tower runs."""
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.scale != 1:
+            images = adaptive_avg_pool2d(images, round(images.shape[-1] * self.scale))
+        return self.encoder(images.contiguous(memory_format=self.memory_format))
+
+    def _heads(self, features: Tensor) -> Rows:
+        made = {"features": features}
+        for name, head in self.heads.items():
+            made[name] = head(made[self.sources[name]])
+        return {name: _wide(x) for name, x in made.items()}
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradient, for a while."""
+        return evaluating(self)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:
+    """A copy of the tower, without the heads that are online only, that no gradient reaches."""
+    kept = {name: head for name, head in heads.items() if not head.online_only}
+    slow = copy.deepcopy(tower)
+    for name in set(slow.heads) - set(kept):
+        del slow.heads[name]
+    slow.sources = {name: head.source for name, head in kept.items()}
+    slow.reads = tuple(reads)
+    if slow.fuse is not None and slow.fuse.target == "none":
+        slow.fuse = None
+    return slow.requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
+
+    Norm statistics are the target's own: it has seen its own images. A shared fusion is the newest.
+    """
+    new = dict(online.named_parameters())
+    pairs = [(own, new[name]) for name, own in target.named_parameters()]
+    slow: list[Tensor] = [pair[0] for pair in pairs]
+    torch._foreach_mul_(slow, momentum)
+    torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
+    fuse = getattr(target, "fuse", None)
+    if isinstance(fuse, Fusion) and fuse.target == "shared":
+        fuse.load_state_dict(online.get_submodule("fuse").state_dict())
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether samples of a call may meet in a module: by batch statistics, attention over samples, or because a module
+    of somebody's own says so (`mixes = True`)."""
+
+    def meets(m: nn.Module) -> bool:
+        known = isinstance(m, Grouped | nn.modules.batchnorm._BatchNorm) or "running_" in "".join(m._buffers)
+        return known or getattr(m, "mixes", False)
+
+    return any(map(meets, module.modules()))
+
+
+def norms(module: nn.Module) -> list[Any]:
+    """The normalisation layers that keep running statistics."""
+    return [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances of those layers."""
+    return [statistic for norm in norms(module) for statistic in (norm.running_mean, norm.running_var)]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Norm layers use the statistics of their batch, as in training, and remember none."""
+    layers = [norm for norm in norms(module) if norm.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

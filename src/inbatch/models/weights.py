@@ -1,0 +1,165 @@
+"""Weights of encoders on disk, in timm's `local-dir` layout: reading, fitting, saving. No pickle runs."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from inbatch.errors import ConfigError, DataError
+from inbatch.models.attention_slots import blocks, without
+from inbatch.models.backbones import published_cfg, timm_arguments
+from inbatch.models.encoder import Encoder
+from inbatch.models.readout import Readout
+from inbatch.runtime.files import read_json, replacing
+
+READOUT = "readout.safetensors"
+"""Beside model.safetensors, which other libraries load and would refuse further tensors in."""
+STEMS = (
+    "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
+    'max-pool): choose stem="imagenet" or stem="cifar" as the weights were trained, or other weights.'
+)
+
+
+def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load weights that fit exactly; else ConfigError says what is missing, left over or of another shape."""
+    own = backbone.state_dict()
+    if "conv1.weight" in own:
+        theirs = weights.get("conv1.weight", weights.get("conv1.0.weight"))
+        if theirs is not None and theirs.shape[-1] != own["conv1.weight"].shape[-1]:
+            sides = [f"{k}x{k}" for k in (own["conv1.weight"].shape[-1], theirs.shape[-1])]
+            raise ConfigError(STEMS.format(name=what, ours=sides[0], theirs=sides[1]))
+    problems = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [k for k in own if k in weights and own[k].shape != weights[k].shape],
+    }
+    found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
+    if found:
+        raise ConfigError(f"the weights do not fit {what}: {'; '.join(found)}. Are they of the same architecture?")
+    backbone.load_state_dict(weights)
+
+
+def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs.
+
+    Of an encoder: what `save_encoder` would write.
+    """
+    if isinstance(path, Encoder):
+        module, ours = as_saved(path)
+        return dict(module.state_dict()), ours
+    config: dict[str, Any] = {}
+    try:
+        if path.is_dir():
+            data = (path / "model.safetensors").read_bytes()
+            config = read_json(path / "config.json").get("inbatch", {})
+            if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
+                raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
+            return safetensors.torch.load(data), config
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path), config
+        if path.suffix in (".pt", ".pth"):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            if not all(isinstance(v, Tensor) for v in weights.values()):
+                raise TypeError("it holds more than tensors")
+            return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
+    except DataError:
+        raise
+    except Exception as e:  # a crafted file makes torch's reader raise whatever it likes
+        raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
+    kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
+    raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
+
+
+def save_encoder(encoder: Encoder, directory: str | Path) -> None:
+    """`model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
+
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
+    backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
+    """
+    module, ours = as_saved(encoder)
+    write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
+
+
+def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
+    """The module whose weights are saved, and our part of config.json."""
+    keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
+    backbone = encoder.backbone
+    if encoder.attend:
+        backbone = without(encoder).backbone
+        backbone.add_module("attend", blocks(encoder))
+    return backbone, {k: getattr(encoder, k) for k in keys}
+
+
+def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:
+    """Write the readout's statistics beside the weights; returns what config.json says of them."""
+    readout = encoder.readout
+    if readout is None:
+        (directory / READOUT).unlink(missing_ok=True)
+        return {}
+    data = safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in readout.state_dict().items()})
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / READOUT) as file:
+        file.write(data)
+    return {"readout": {"grid": readout.grid, "eps": readout.eps, "sha256": hashlib.sha256(data).hexdigest()}}
+
+
+def read_readout(encoder: Encoder, directory: Path, config: dict[str, Any]) -> None:
+    """Give the encoder the readout that was saved with it; DataError if the file is damaged or missing."""
+    saved = config.get("readout")
+    if not saved:
+        return
+    path = directory / READOUT
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != saved["sha256"]:
+            raise DataError(f"{path} is not the file config.json describes; it is damaged.")
+        encoder.readout = Readout(encoder.width, int(saved["grid"]), float(saved["eps"]))
+        encoder.readout.load_state_dict(safetensors.torch.load(data))
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the plain backbone, and those of the attention blocks, n.NAME."""
+    attend = {k: v for k, v in weights.items() if k.startswith("attend.")}
+    return {k: v for k, v in weights.items() if k not in attend}, {
+        k.removeprefix("attend."): v for k, v in attend.items()
+    }
+
+
+def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
+    """A module's weights with our part of config.json, and what others than us read there."""
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    data = safetensors.torch.save(weights)
+    config = {**others, "inbatch": {**ours, "sha256": hashlib.sha256(data).hexdigest()}}
+    for name, content in (("model.safetensors", data), ("config.json", json.dumps(config, indent=2).encode())):
+        with replacing(directory / name) as file:
+            file.write(content)
+
+
+def _timm_config(encoder: Encoder) -> dict[str, Any]:
+    """timm's part of config.json; empty if timm alone cannot build the backbone."""
+    known = published_cfg(encoder.backbone)
+    if not known or encoder.arguments is None or encoder.stem == "cifar" or encoder.attend:
+        return {}
+    name, args = timm_arguments(encoder.name, encoder.size, encoder.channels, encoder.arguments)
+    pretrained_cfg: dict[str, Any] = {
+        "input_size": (encoder.channels, encoder.size, encoder.size),
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "crop_pct": 224 / 256 if encoder.size >= 128 else 1.0,
+        "interpolation": "bilinear",
+        "fixed_input_size": "img_size" in args,
+        **{k: known[k] for k in ("first_conv", "classifier") if k in known},
+    }
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "model_args": args,
+        "pretrained_cfg": pretrained_cfg,
+    }

@@ -1,0 +1,168 @@
+"""Clusters of the whole data set: k-means, how concentrated they are, and prototypes remembered between steps."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from inbatch.batch import Batch
+from inbatch.nn.functional import normalize
+from inbatch.rng import fold, uniform
+
+Spread = Callable[[Callable[[int], Any], int], list[Any]]
+"""spread(task, n) -> [task(0), ..., task(n - 1)], shared out over the ranks."""
+
+
+def k_means(
+    rows: Float[Tensor, "m d"], count: int, restarts: int, iterations: int, seed: int
+) -> tuple[Float[Tensor, "k d"], Int[Tensor, "m"], Float[Tensor, "m"]]:
+    """Centroids, the cluster of each row, and its Euclidean distance to that centroid: the best of some restarts.
+
+    scikit-learn's, on one thread: several add up their sums in no fixed order, so that the same rows would not always
+    give the same clusters. It begins at rows far apart (k-means++), looked for among ten times as many as there are
+    clusters: among all of them that takes longer than what follows. ValueError for more clusters than rows.
+    """
+    from sklearn.cluster import KMeans, kmeans_plusplus
+    from threadpoolctl import threadpool_limits
+
+    if count > len(rows):
+        raise ValueError(f"{count:,} clusters cannot be made of {len(rows):,} rows")
+
+    def begin(x: Any, count: int, random_state: Any) -> Any:
+        some = x if len(x) <= 10 * count else x[random_state.permutation(len(x))[: 10 * count]]
+        return kmeans_plusplus(some, count, random_state=random_state)[0]
+
+    means = KMeans(count, init=begin, n_init=restarts, max_iter=iterations, random_state=seed % 2**32)
+    with threadpool_limits(1):
+        assignment = torch.from_numpy(means.fit_predict(rows.numpy())).long()
+    centroids = torch.from_numpy(means.cluster_centers_)
+    return centroids, assignment, torch.linalg.vector_norm(rows - centroids[assignment], dim=1)
+
+
+def concentration(
+    distance: Float[Tensor, "m"], assignment: Int[Tensor, "m"], count: int, temperature: float, alpha: float = 10.0
+) -> Float[Tensor, "k"]:
+    """phi of each cluster, its prototype's temperature: small where it is dense (Li et al. 2021, Eq. 12).
+
+    phi = mean distance to the centroid / log(Z + alpha) for Z members, and the largest of all where Z < 2; cut to the
+    10th and 90th percentile; scaled to the mean `temperature`. At least a hundredth of that: clusters of identical
+    rows have a phi of 0.
+    """
+    size = torch.bincount(assignment, minlength=count).to(distance.dtype)
+    total = torch.zeros_like(size).index_add(0, assignment, distance)
+    phi = torch.where(size > 1, total / size.clamp(min=1) / (size + alpha).log(), 0)
+    phi = torch.where(size > 1, phi, phi.max())
+    phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
+    share = phi / phi.mean() if phi.mean() > 0 else torch.ones_like(phi)
+    return temperature * share.clamp(min=0.01)
+
+
+def agreement(label: Int[Tensor, "m"], assignment: Int[Tensor, "m"]) -> float:
+    """Normalised mutual information of clusters and labels, over the rows whose label is known (not -1)."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    known = label >= 0
+    return float(normalized_mutual_info_score(label[known].numpy(), assignment[known].numpy()))
+
+
+class Clustering(nn.Module):
+    """The prototypes of `count` clusters and the cluster of every image of the data set, saved with the run.
+
+    centroids: unit rows. density: each prototype's temperature. made: 1 once there are any, 0 before.
+    """
+
+    centroids: Tensor
+    density: Tensor
+    assignment: Tensor
+    made: Tensor
+
+    def __init__(self, count: int, dim: int, images: int) -> None:
+        super().__init__()
+        if not 2 <= count <= images:
+            raise ValueError(f"{count:,} clusters cannot be made of {images:,} images: choose 2 to {images:,}")
+        self.register_buffer("centroids", torch.zeros(count, dim))
+        self.register_buffer("density", torch.ones(count))
+        self.register_buffer("assignment", torch.zeros(images, dtype=torch.int64))
+        self.register_buffer("made", torch.zeros(()))
+
+    @torch.no_grad()
+    def remember(
+        self, centroids: Float[Tensor, "k d"], density: Float[Tensor, "k"], assignment: Int[Tensor, "m"]
+    ) -> None:
+        """Replace the clusters; m is the number of images that could be read."""
+        self.centroids.copy_(centroids)
+        self.density.copy_(density)
+        self.assignment[: len(assignment)] = assignment.to(self.assignment.device)
+        self.made.fill_(1)
+
+    def columns(
+        self, batch: Batch, most: int, key: int = 0
+    ) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c"], Bool[Tensor, "c"]]:
+        """Each sample's own prototype, then negatives: the prototypes, their densities, and which of them count.
+
+        Negatives are the prototypes that are no sample's own: all, or `most`, drawn for this batch in whatever order.
+        """
+        own, count = self.assignment[batch.index], len(self.density)
+        taken = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, own, True)
+        place = batch.index.sum() * count + torch.arange(count, device=own.device)
+        # What is taken is drawn last and does not count.
+        chance = uniform(batch.seed, batch.epoch, place, key, 1)[:, 0].masked_fill(taken, 2)
+        others = chance.topk(min(most, count), largest=False).indices
+        chosen, counts = torch.cat([own, others]), torch.cat([torch.ones_like(own, dtype=torch.bool), ~taken[others]])
+        return self.centroids[chosen], self.density[chosen], counts
+
+
+class Clusterings(nn.Module):
+    """Clusterings of one data set into different numbers of clusters.
+
+    counts: clusters of each. dim: width of the rows. negatives: of `Clustering.columns`. temperature, alpha: of
+    `concentration`. restarts, iterations: of `k_means`.
+    """
+
+    every: Any  # a ModuleList of Clustering
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        dim: int,
+        negatives: int,
+        temperature: float,
+        alpha: float,
+        restarts: int,
+        iterations: int,
+    ) -> None:
+        super().__init__()
+        self.counts, self.dim, self.negatives = tuple(counts), dim, negatives
+        self.temperature, self.alpha, self.restarts, self.iterations = temperature, alpha, restarts, iterations
+        self.every = nn.ModuleList()
+
+    def hold(self, images: int) -> None:
+        """Make room for the clusters of so many images; ValueError where there are fewer than clusters."""
+        self.every = nn.ModuleList(Clustering(count, self.dim, images) for count in self.counts)
+
+    def mean(self, loss: Callable[..., Tensor], batch: Batch) -> Float[Tensor, ""]:
+        """loss(prototypes, densities, which count), averaged over the clusterings; 0 before there are clusters."""
+        terms = [c.made * loss(*c.columns(batch, self.negatives, key)) for key, c in enumerate(self.every)]
+        return torch.stack(terms).mean()
+
+    def survey(
+        self, rows: Float[Tensor, "m d"], label: Int[Tensor, "m"], epoch: int, spread: Spread
+    ) -> dict[str, float]:
+        """Find and remember new clusters, each clustering one task to spread; their agreement with labels, if any."""
+        u = normalize(rows)
+
+        def find(i: int) -> list[Any]:
+            count = self.counts[i]
+            centroids, assignment, distance = k_means(u, count, self.restarts, self.iterations, fold(epoch, i))
+            density = concentration(distance, assignment, count, self.temperature, self.alpha)
+            return [x.numpy() for x in (normalize(centroids), density, assignment)]  # which travel between ranks
+
+        found = {}
+        for clustering, arrays in zip(self.every, spread(find, len(self.counts)), strict=True):
+            centroids, density, assignment = map(torch.from_numpy, arrays)
+            clustering.remember(centroids, density, assignment)
+            if (label >= 0).any():
+                found[f"nmi_{len(density)}"] = agreement(label, assignment)
+        return found

@@ -1,0 +1,163 @@
+"""Equations that two or more methods share, and numerics too delicate to be written twice. Pure functions of tensors of
+any floating type, computed in float32 or wider, inside autocast too.
+
+The log-sum-exps stand here so that a method's file never decides how they are computed: `tiled` does.
+"""
+
+import warnings
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from inbatch.nn import logsumexp
+
+
+def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The tensor in float32, or in its own type where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def counted(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """What to divide by; nan where squaring went past the largest number of its type: its quotients would be 0."""
+    return size.masked_fill(size == torch.inf, torch.nan)
+
+
+def _check(temperature: float) -> None:
+    if not temperature > 0:  # 0 makes nan of a loss, less turns it around
+        raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be above 0")
+
+
+def sharpened(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
+    """x / T; ValueError for a T that is not above 0."""
+    _check(temperature)
+    return wide(x) / temperature
+
+
+def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    """Rows of length 1. One shorter than 1e-12 stays as it is, so that its gradient does not grow by 1e12; one too long
+    to be squared (1e19 in float32) is nan.
+    """
+    x = wide(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / counted(length.masked_fill(length < 1e-12, 1))
+
+
+def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
+    """The matrix product; autocast does not make it a half-precision one."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[Tensor, "*b d d"]]:
+    """Mean and unbiased covariance of the rows."""
+    x = wide(x)
+    mean = x.mean(-2, keepdim=True)
+    return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
+
+
+def narrowness(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
+    """How far features fall short of a standard deviation of 1 (VICReg, Bardes et al. 2022, Eq. 1): the mean over views
+    and features of max(0, 1 - sqrt(Var + eps)), variances unbiased, rows as they are."""
+    return (1 - (wide(z).var(1) + eps).sqrt()).relu().mean()
+
+
+def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
+    """Lower Cholesky factor of (1 - eps) cov + eps I, and the jitter it took: 0 wherever there is a factor.
+
+    Where there is none (features that depend on each other), the least of 1e-5, 1e-3 and 0.1 that helps is added to
+    the diagonal, times its mean (1 if that is 0), and a warning says so.
+    """
+    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    cov = (1 - eps) * cov + eps * eye
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    jitter = torch.zeros_like(failed, dtype=cov.dtype)
+    if not failed.any():
+        return lower, jitter
+    warnings.warn(
+        "features depend on each other: a covariance had no Cholesky factor until jitter was added to it (more "
+        "samples, fewer features or a larger eps help)", stacklevel=3,
+    )  # fmt: skip
+    mean = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
+    unit = mean.masked_fill(mean == 0, 1)[..., None, None] * eye
+    for step in (1e-5, 1e-3, 0.1):
+        jitter = jitter.masked_fill(failed != 0, step)
+        lower, failed = torch.linalg.cholesky_ex(cov + jitter[..., None, None] * unit)
+    return lower, jitter
+
+
+def logsumexp_others(
+    u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
+) -> Float[Tensor, "n"]:
+    """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
+    _check(temperature)
+    return logsumexp.logsumexp(u, u if keys is None else keys, temperature, others=True)
+
+
+def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
+    """log sum_k exp(q_i . k / T) for every row i, over all keys."""
+    _check(temperature)
+    return logsumexp.logsumexp(q, keys, temperature)
+
+
+def nearest(
+    q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], leave_out: Bool[Tensor, "k"] | None = None, count: int = 1
+) -> Int[Tensor, "n count"]:
+    """Which keys have the largest products with each row, the largest first, those left out aside; no gradient."""
+    return logsumexp.nearest(q, keys, leave_out, count)
+
+
+def info_nce(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07,
+    smooth: float = 0.0, neighbours: int = 10,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """InfoNCE of queries against their own key and a queue of unit rows (He et al. 2020, Eq. 1).
+
+    l_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T)) ), averaged; queries and
+    keys are normalised inside, keys carry no gradient. smooth: the share of the target that is not the own key's but
+    in equal parts that of the query's nearest `neighbours` of the queue (Lin et al. 2023, arXiv 2212.07158).
+    """
+    if q.shape != k.shape or not len(q):
+        raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= len(queue))):
+        raise ValueError(
+            f"InfoNCE gives a share below 1 to 1 to {len(queue)} neighbours, got smooth {smooth:g}, {neighbours}"
+        )
+    q, k = normalize(q), normalize(k.detach())
+    queue = queue.to(q.dtype)
+    positive = (q * k).sum(-1) / temperature
+    loss = torch.logaddexp(positive, logsumexp_rows(q, queue, temperature)) - positive
+    if smooth:
+        near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
+        loss = loss + smooth * (positive - (q * near).sum(-1) / temperature)
+    return loss.mean()
+
+
+def mean_of_others(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+    """For every row the mean of its sample's rows in the other views."""
+    return (x.sum(0) - x) / (len(x) - 1)
+
+
+def sinkhorn(
+    scores: Float[Tensor, "*views n k"], epsilon: float = 0.05, iterations: int = 3
+) -> Float[Tensor, "*views n k"]:
+    """Soft assignments of N rows to K columns that are all used alike, of each view alone; no gradient.
+
+    exp(scores / epsilon), scaled `iterations` times to columns of equal sums and then to rows that sum to 1, in
+    logarithms: no score is too large (Cuturi 2013; Caron et al. 2020, Eq. 3 to 5).
+    """
+    if iterations < 1 or not scores.numel():
+        raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
+    log = sharpened(scores.detach(), epsilon)
+    for _ in range(iterations):
+        log = log.log_softmax(-2).log_softmax(-1)
+    return log.exp()
+
+
+def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) -> Float[Tensor, ""]:
+    """-sum_k p_i[k] log softmax(logits_j)[k], averaged over samples, views i of the first A and other views j of V."""
+    if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
+        raise ValueError(f"a view predicts others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
+    log = wide(logits).log_softmax(-1)
+    return -(p * mean_of_others(log)[: len(p)]).sum(-1).mean()

@@ -1,0 +1,72 @@
+"""Heads: the small networks between the encoder's features and the rows that the loss reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.nn.functional import normalize, product
+
+
+@dataclass(frozen=True)
+class Head:
+    """A named head's network, what feeds it, and which towers have it.
+
+    source: "features", or the name of an earlier head.
+    online_only: left out of the momentum tower (a predictor).
+    """
+
+    network: nn.Module
+    source: str = "features"
+    online_only: bool = False
+
+
+Last = Literal["linear", "plain", "norm", "norm_scale", "norm_plain"]
+
+
+def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of the given widths with an activation between them.
+
+    norm: batch normalisation after every hidden layer.
+    last: what closes the network: a linear layer with bias, one without ("plain"), or one without and batch
+        normalisation with learned scale and shift ("norm"), scale alone ("norm_scale") or neither ("norm_plain").
+    """
+    if len(widths) < 2:
+        raise ValueError(f"mlp needs at least an input and an output width, got {widths}")
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        hidden = i < len(widths) - 2
+        normed = norm if hidden else last.startswith("norm")
+        layers.append(nn.Linear(fan_in, fan_out, bias=not normed and (hidden or last == "linear")))
+        if normed:
+            norm_layer = nn.BatchNorm1d(fan_out, affine=hidden or last != "norm_plain")
+            if not hidden and last == "norm_scale":
+                norm_layer.bias.requires_grad_(False)
+            layers.append(norm_layer)
+        if hidden:
+            layers.append(nn.ReLU(inplace=True) if activation is nn.ReLU else activation())
+    return nn.Sequential(*layers)
+
+
+class Prototypes(nn.Module):
+    """Cosines of rows with learned unit vectors: (N, dim) -> (N, count), in float32 or wider.
+
+    through: the gradient runs through the normalisation of the vectors (a weight-normalised layer of gain 1, as
+        DINO's); otherwise they count as they are, and `restore` makes them unit vectors again after the optimiser
+        (as SwAV's).
+    """
+
+    def __init__(self, dim: int, count: int, through: bool = False) -> None:
+        super().__init__()
+        self.through = through
+        self.weight = nn.Parameter(normalize(torch.randn(count, dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = normalize(self.weight) if self.through else self.weight
+        return product(normalize(x), weight.T)
+
+    @torch.no_grad()
+    def restore(self) -> Tensor:
+        """Unit vectors again, (count, dim), without gradient."""
+        return self.weight.copy_(normalize(self.weight)).detach()

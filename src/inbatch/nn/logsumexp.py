@@ -1,0 +1,340 @@
+"""Log-sum-exps of products of rows, and their gradients, without the matrix of products ever being held.
+
+S = q k^T / T is made tile by tile, exponentiated, summed and forgotten; on the way back the tiles are made again.
+Memory is O((N + M) D), not O(N M). Where rows meet themselves S is symmetric, and half of the tiles suffice. On a GPU
+Triton's kernels do it (`kernels`), everywhere else products of torch, tile by tile out of the processor's cache.
+
+Ranks deal the tiles among themselves and add up what they find: time falls with their number, and every rank has the
+whole result, as if it had been alone.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from inbatch.nn import triton_logsumexp
+from inbatch.nn.cpu_matmul import fast_products
+
+Mode = Literal["auto", "never", "always"]
+Products = triton_logsumexp.Products
+
+LEAST = 2**17
+"""Fewer pairs (362 by 362) are held as they are: half a megabyte, and faster than tiles."""
+TILE = 512
+"""Rows and columns of a tile for one core: with its operands it stays in the second cache."""
+APART = 2**19
+"""From so many pairs on cores work side by side, each on tiles of its own."""
+PARTS = 4
+"""So many cores at most work side by side, each with sums of its own; more share the operations of each."""
+_BLOCK = 2**22
+"""Pairs held at once where neither tiles nor a whole matrix will do."""
+_REACH = {torch.float32: 60.0, torch.float64: 600.0}
+"""Logits of either sign may be so large: their exponentials, and sums of billions, are still numbers."""
+
+
+def _alone(x: Tensor) -> None:
+    """Nobody's to add."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How log-sum-exps are computed.
+
+    mode: "auto" takes tiles where the matrix would be large, "never" holds it whole, "always" never does.
+    products: "float32"; "bf16" rounds what is multiplied to bfloat16 (on a CPU: on the way back only, because its
+        products come out rounded, too) and "tf32x3" makes three products in TF32 of one, nearly float32, in the GPU's
+        kernels alone. Matrices that are held whole are made in float32.
+    rank, world, add: the tiles of which every world-th is computed here, and how a tensor is summed over ranks in
+        place.
+    """
+
+    mode: Mode = "auto"
+    products: Products = "float32"
+    rank: int = 0
+    world: int = 1
+    add: Callable[[Tensor], None] = _alone
+
+
+_PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039 (it is frozen)
+
+
+@contextlib.contextmanager
+def using(**changes: Any) -> Iterator[Plan]:
+    """Compute log-sum-exps like this for a while: fields of `Plan`."""
+    token = _PLAN.set(replace(_PLAN.get(), **changes))
+    try:
+        yield _PLAN.get()
+    finally:
+        _PLAN.reset(token)
+
+
+def logsumexp(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, others: bool = False
+) -> Float[Tensor, "n"]:
+    """log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
+
+    others: leave out j = i (k may have more rows than q). Rows of any length; where k is q itself, half is enough.
+    """
+    plan = _PLAN.get()
+    if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
+        return _whole(q, k, 1 / temperature, others)
+    if triton_logsumexp.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
+        return _Tiled.apply(q, None if k is q else k, 1 / temperature, others, plan)
+    # Logits too large for exponentials without a running maximum, which would double what a tile costs.
+    size = max(1, _BLOCK // max(1, len(k)))
+    parts = [checkpoint(_whole, some, k, 1 / temperature, others, i * size, use_reentrant=False)
+             for i, some in enumerate(q.split(size))]  # fmt: skip
+    return torch.cat(parts)
+
+
+def nearest(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], leave_out: Bool[Tensor, "m"] | None = None, count: int = 1
+) -> Int[Tensor, "n count"]:
+    """Which rows of k have the largest products with each row of q, those left out aside; no gradient."""
+
+    def best(some: Tensor) -> Tensor:
+        products = some @ k.T
+        products = products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)
+        return products.argmax(1, keepdim=True) if count == 1 else products.topk(count).indices
+
+    plan, place = _PLAN.get(), torch.zeros(len(q), count, dtype=torch.long, device=q.device)
+    start, stop = _share(len(q), plan)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), fast_products():
+        for first in range(start, stop, size := max(1, _BLOCK // len(k))):
+            place[first : min(first + size, stop)] = best(q[first : min(first + size, stop)])
+    plan.add(place)
+    return place
+
+
+def _whole(q: Tensor, k: Tensor, scale: float, others: bool, first: int = 0) -> Tensor:
+    """The literal version; q are rows first, first + 1, ... of all."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q @ k.T) * scale
+    if others:
+        itself = torch.arange(first, first + len(q), device=q.device)[:, None] == torch.arange(len(k), device=q.device)
+        logits = logits.masked_fill(itself, -torch.inf)
+    return logits.logsumexp(1)
+
+
+def _reach(q: Tensor, k: Tensor) -> float:
+    """No product of a row of q and one of k is larger."""
+    longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
+    return float(longest[0] * longest[-1])
+
+
+class _Tiled(torch.autograd.Function):
+    """logsumexp; k is None where it is q."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> Tensor:
+        # Of keys that learn nothing, their mean as each query weighs them is all that the way back needs.
+        weighs = ctx.needs_input_grad[0] and k is not None and not ctx.needs_input_grad[1]
+        ctx.kernels = triton_logsumexp.usable(q, q if k is None else k)
+        with torch.autocast(q.device.type, enabled=False):
+            lse, mean = (_kernel_sums if ctx.kernels else _sums)(q, k, scale, others, weighs, plan)
+        ctx.save_for_backward(q, k, lse, mean)
+        ctx.scale, ctx.others, ctx.plan = scale, others, plan
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, lse, mean = ctx.saved_tensors
+        if mean is not None:
+            return (ctx.scale * gradient)[:, None] * mean, None, None, None, None
+        way, needs = _kernel_gradients if ctx.kernels else _gradients, ctx.needs_input_grad[:2]
+        with torch.autocast(q.device.type, enabled=False):
+            return *way(q, k, lse, gradient, ctx.scale, ctx.others, needs, ctx.plan), None, None, None
+
+
+Found = tuple[Tensor, Tensor | None]
+
+
+def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+    """The log-sum-exps (n), and the rows of k averaged with each query's weights (n, D) where asked for."""
+    tiles, right = _Tiles(q, k, scale, others, plan), q if k is None else k
+
+    def work(part: int) -> Found:
+        sums, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
+        for rows, columns, e in tiles(part):
+            sums[rows] += e.sum(1)
+            if k is None and rows != columns:
+                sums[columns] += e.sum(0)
+            if mean is not None:
+                mean[rows].addmm_(e, right[columns])
+        return sums, mean
+
+    sums, mean = tiles.spread(work)
+    assert sums is not None
+    plan.add(sums)
+    if mean is not None:
+        plan.add(mean)
+        mean /= sums[:, None]
+    return sums.log_(), mean
+
+
+def _gradients(
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = gradient_i exp(S_ij - lse_i); k = q: their sum."""
+    tiles = _Tiles(q, k, scale, others, plan)
+    top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # or small gradients of low rows would underflow
+    weight = (gradient / top) * (-lse).exp()
+    narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
+    left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
+
+    def add(to: Tensor, e: Tensor, x: Tensor) -> None:
+        if plan.products == "bf16":
+            to += e.bfloat16() @ x
+        else:
+            to.addmm_(e, x)
+
+    def work(part: int) -> tuple[Tensor | None, Tensor | None]:
+        dq = _zeros(q) if needs[0] else None
+        dk = _zeros(k) if k is not None and needs[1] else None
+        both = q.new_empty(tiles.numbers if k is None else 0)
+        for rows, columns, e in tiles(part):
+            if k is None:
+                e *= torch.add(weight[rows, None], weight[columns], out=both[: e.numel()].view_as(e))
+            if dq is not None:
+                add(dq[rows], e, right[columns])
+                if k is None and rows != columns:
+                    add(dq[columns], e.T, left[rows])
+            if dk is not None:
+                add(dk[columns], e.T, left[rows])
+        return dq, dk
+
+    dq, dk = tiles.spread(work)
+    if dq is not None:
+        plan.add(dq)
+        dq *= scale * top if k is None else (scale * top * weight)[:, None]
+    if dk is not None:
+        plan.add(dk)
+        dk *= scale * top
+    return dq, dk
+
+
+class _Tiles:
+    """The tiles of exp(S), of k = q those on and above the diagonal, dealt to ranks and to this one's cores.
+
+    A core has tiles and sums of its own: no operation is cut up for several, which would wait for each other thousands
+    of times (and where another process has one of them, for long).
+    """
+
+    def __init__(self, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> None:
+        self.q, self.k, self.scale, self.others, self.plan = q, k, scale, others, plan
+        n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
+        here = q.device.type == "cpu"
+        self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
+        self.side = TILE if here else 8 * TILE
+        if plan.world == 1 and here:  # ranks must cut alike, whatever threads each has
+            self.side *= math.isqrt(self.threads // self.parts)
+            if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
+                self.side = -(-self.side // 2)  # something for everyone
+        self.numbers = min(self.side, n) * min(self.side, m)
+
+    def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """One part's tiles, one after the other in the same memory."""
+        q, right, number = self.q, self.q if self.k is None else self.k, -1
+        memory, plan = q.new_empty(self.numbers), self.plan
+        for i in range(0, len(q), self.side):
+            rows, left = slice(i, min(i + self.side, len(q))), None
+            for j in range(i if self.k is None else 0, len(right), self.side):
+                number += 1
+                if number % plan.world != plan.rank or number // plan.world % self.parts != part:
+                    continue
+                if left is None:
+                    left = q[rows] * (self.scale / math.log(2))  # exp2 is faster than exp
+                columns = slice(j, min(j + self.side, len(right)))
+                e = memory[: len(left) * (columns.stop - j)].view(len(left), -1)
+                torch.mm(left, right[columns].T, out=e).exp2_()
+                if self.others and i == j:
+                    e.diagonal().zero_()
+                yield rows, columns, e
+
+    def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """Each part's tensors, made side by side and added up in order, whatever order they were ready in."""
+
+        @torch.no_grad()  # a thread has a mode of its own
+        def alone(part: int) -> Sequence[Tensor | None]:
+            return work(part)
+
+        with fast_products():
+            if self.parts == 1:
+                return list(work(0))
+            found = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
+        total = list(found[0])
+        for more in found[1:]:
+            for summed, x in zip(total, more, strict=True):
+                if summed is not None and x is not None:
+                    summed += x
+        return total
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that spread their operations over `threads` cores each; the process's own, because a fork has none.
+
+    A run may change its number of threads: pools that are no longer used end."""
+    before, all_started = torch.get_num_threads(), threading.Barrier(parts)
+    pool = ThreadPoolExecutor(parts, "tiles", torch.set_num_threads, (threads,))
+    list(pool.map(lambda part: all_started.wait(), range(parts)))
+    torch.set_num_threads(before)  # what was set last, by whichever thread, is what new threads get
+    return pool
+
+
+def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+    """`_sums` by Triton's kernels; a rank takes its share of the rows."""
+    start, stop = _share(len(q), plan)
+    lse, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
+    keys = q if k is None else k
+    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, others, start, stop, weighs, plan.products)
+    plan.add(lse)
+    if mean is not None and some is not None:
+        mean[start:stop] = some
+        plan.add(mean)
+    return lse, mean
+
+
+def _kernel_gradients(
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
+    plan: Plan,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`_gradients` by Triton's kernels."""
+    its, none, keys = (lse, gradient), (None, None), q if k is None else k
+
+    def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
+        start, stop = _share(len(a), plan)
+        out = _zeros(a)
+        out[start:stop] = triton_logsumexp.backward(
+            a, b, scale, others, start, stop, *own, *other, products=plan.products
+        )
+        plan.add(out)
+        return out
+
+    dq = whole(q, keys, its, its if k is None else none) if needs[0] else None
+    return dq, whole(keys, q, none, its) if k is not None and needs[1] else None
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """Contiguous, whatever x is: ranks add these up."""
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
+def _share(rows: int, plan: Plan) -> tuple[int, int]:
+    """First row of a rank's share, and the first of the next rank's."""
+    return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world

@@ -1,0 +1,35 @@
+"""Rows remembered between steps."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inbatch.nn.functional import normalize
+
+
+class Queue(nn.Module):
+    """The newest `size` rows of width `dim`, first in, first out; all of it is saved with the run.
+
+    Starts with random unit rows, as MoCo's does; `filled` says how many have been replaced by real ones.
+    Any number of rows may be pushed: it wraps around, and of more than `size` only the newest stay.
+    """
+
+    rows: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("rows", normalize(torch.randn(size, dim)))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, rows: Float[Tensor, "n d"]) -> None:
+        """Remember the rows, the oldest making room. Only ever called after the optimiser's step."""
+        n = len(rows)
+        place = (self.pointer + torch.arange(max(0, n - self.size), n, device=rows.device)) % self.size
+        self.rows[place] = rows[-self.size :].to(self.rows.dtype)
+        self.pointer.copy_((self.pointer + n) % self.size)
+        self.filled.copy_((self.filled + n).clamp(max=self.size))

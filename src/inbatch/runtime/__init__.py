@@ -1,0 +1,1 @@
+"""The process, the machine, files and ranks. Nothing here knows of learning."""

@@ -1,0 +1,78 @@
+"""How many of this process's cores other processes keep busy. Needs no torch."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from inbatch.runtime.resources import affine, cores, launched
+
+_STAT = Path("/proc/stat")
+_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+"""Clock ticks per second."""
+
+
+class Load:
+    """The load by other processes since this object was created or last asked.
+
+    The work of this process and of its children (data workers) does not count.
+    """
+
+    def __init__(self) -> None:
+        self._time, self._work = time.perf_counter(), _others()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the last answer."""
+        return time.perf_counter() - self._time
+
+    def busy(self) -> float | None:
+        """Return the mean number of this process's cores that others kept busy; None if the system does not tell.
+
+        It is not known if a quota gives a share of cores that all processes of the machine use, or if other ranks of
+        the same run work on this machine.
+        """
+        since, before = self._time, self._work
+        self._time, self._work = time.perf_counter(), _others()
+        if before is None or self._work is None or self._time <= since:
+            return None
+        return max(0.0, (self._work - before) / (self._time - since))
+
+
+def others_busy(seconds: float = 0.1) -> float | None:
+    """Return `Load.busy` for the next `seconds`."""
+    load = Load()
+    time.sleep(seconds)
+    return load.busy()
+
+
+def worked(stat: str, mine: Collection[str]) -> int:
+    """Clock ticks that some cores have not been idle or waiting for a disk, out of /proc/stat."""
+    lines = [line.split() for line in stat.splitlines()]
+    fields = [[int(x) for x in line[1:9]] for line in lines if line[0] in mine]
+    return sum(sum(ticks) - ticks[3] - ticks[4] for ticks in fields)
+
+
+def _others() -> float | None:
+    """Seconds that other processes have computed on this process's cores; only differences have a meaning."""
+    if cores() < affine() or launched("LOCAL_WORLD_SIZE") > 1:
+        return None
+    try:
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        return worked(_STAT.read_text(), mine) / _TICK - _own()
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def _own() -> float:
+    """Seconds that this process, the children that have ended and those that run have computed."""
+    children = multiprocessing.active_children()  # first: it counts those that have just ended as ended
+    ended = os.times()
+    seconds = time.process_time() + ended.children_user + ended.children_system
+    for child in children:
+        with suppress(OSError):  # it has ended meanwhile
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / _TICK  # user, system, and those of its own ended children
+    return seconds

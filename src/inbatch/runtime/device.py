@@ -1,0 +1,49 @@
+"""The device and the precision that a process computes in."""
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+
+from inbatch.errors import ConfigError
+from inbatch.runtime import distributed
+
+
+def device_for(name: str) -> torch.device:
+    """The device of this process: its own GPU where there is one and "auto" or "cuda" is asked for, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this torch sees no GPU: use --device cpu, or install a build of torch with CUDA")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def precision_for(name: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it and "auto" or "bf16" is asked for, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor says that it multiplies bf16 (AVX-512 BF16, AMX, ARM); known on Linux only."""
+    return bool(_processor_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def slow_weight_gradients() -> bool:
+    """Whether oneDNN's bf16 gradient of a small convolution's weights is a slow one: seen with AVX-512 BF16, no AMX."""
+    words = _processor_words()
+    return "avx512_bf16" in words and not any(word.startswith("amx") for word in words)
+
+
+@functools.cache
+def _processor_words() -> frozenset[str]:
+    if platform.system() != "Linux":
+        return frozenset()
+    return frozenset(Path("/proc/cpuinfo").read_text().split())

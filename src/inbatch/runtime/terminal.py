@@ -1,0 +1,100 @@
+"""Lines and progress bars for people, on stderr."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from inbatch.runtime.text import printable
+
+
+class Terminal(Console):
+    """A terminal that may go away, or a full disk: a run goes on without it."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def note(console: Console, text: str) -> None:
+    """One line for the user, whatever is in it."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+class Bar:
+    """How far something is, at the foot of an interactive terminal.
+
+    Drawn when it is told to: there is no thread beside the training loop, and none to fork into data workers.
+    """
+
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the text leaves
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+        )
+        self._task = self._progress.add_task("starting", total=total, completed=done, text="")
+        self._progress.start()
+
+    def show(self, done: float, what: str, text: str) -> None:
+        """So much of the total is done, in words before the bar and behind it."""
+        self._progress.update(self._task, completed=done, description=what, text=text, refresh=True)
+
+    def total(self, total: int) -> None:
+        """So much there is to do from now on."""
+        self._progress.update(self._task, total=total)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._progress.stop()
+
+
+@contextmanager
+def progress(
+    quiet: bool = False,
+) -> Iterator[tuple[Callable[[str], None], Callable[[float, int, str, str], None] | None]]:
+    """For what consists of many runs: a function that tells a sentence, one that draws how far all of it is.
+
+    The second takes how much is done, of how much, and words before and behind the bar, which begins with its first
+    call; it is None where stderr is no terminal.
+    """
+    console = Terminal(stderr=True)
+    console.quiet, bars = quiet, list[Bar]()
+
+    def show(done: float, total: int, what: str, text: str) -> None:
+        if not bars:
+            bars.append(Bar(console, total))
+        bars[0].show(done, what, text)
+
+    try:
+        yield partial(note, console), show if console.is_interactive and not quiet else None
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
+    """The chunks as they come; on stderr, every `interval` seconds, how many of `total` are done and the time left."""
+    console, began, shown, done = Terminal(stderr=True), time.perf_counter(), time.perf_counter(), 0
+    for chunk in chunks:
+        yield chunk
+        done, now = done + len(chunk), time.perf_counter()
+        if now - shown >= interval:
+            left = timedelta(seconds=round((now - began) * (total - done) / done))
+            console.print(f"{done:,} of {total:,} images {what}, {left} left", markup=False, highlight=False)
+            shown = now

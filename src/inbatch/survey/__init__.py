@@ -1,1 +1,0 @@
-"""What a data set holds, and whether it can be learned from, before anything is."""

@@ -1,0 +1,116 @@
+"""Settings of this machine that a run depends on: what is in use, and what would make it faster."""
+
+import os
+import platform
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from inbatch.data.decoding.jpeg import fast_jpeg
+from inbatch.data.views import numba_backend
+from inbatch.runtime import tuning
+from inbatch.runtime.cpu_load import others_busy
+from inbatch.runtime.resources import affine, cores, launched
+from inbatch.runtime.threads import adapts, threads_beside
+
+_SHARED = Path("/dev/shm")
+
+
+_ROOM = 2**30
+"""Bytes of shared memory below which data workers may fail: containers often get 64 MB."""
+
+
+_LARGE = 96
+"""Side in pixels from which on views without numba take a share of a step that is seen."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about the machine: what is in use, and what to do where more could be."""
+
+    what: str
+    found: str
+    advice: str = ""
+
+
+def advice(device: torch.device, largest: int, workers: int) -> str:
+    """One line for the start of a run: what would make it faster here; nothing where there is nothing.
+
+    largest: side of the largest view in pixels. workers: processes that stream images.
+    """
+    found = [_jpeg()]
+    if workers:
+        found += [_shared_memory()]
+    if device.type == "cpu":
+        found = [_threads(device), _busy(device), _allocator(), *found]
+        if largest >= _LARGE:
+            found += [_views()]
+    wanted = [finding.advice for finding in found if finding.advice]
+    return f"Could be faster: {'; '.join(wanted)} (inbatch doctor tells more)." if wanted else ""
+
+
+def _threads(device: torch.device) -> Finding:
+    near = launched("LOCAL_WORLD_SIZE")
+    threads, fair = torch.get_num_threads(), max(1, cores() // near)
+    found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
+    # Fewer may be torch's own choice (cores that share a multiplier): only who was told to take fewer is told of more.
+    told = "OMP_NUM_THREADS" in os.environ
+    if device.type == "cpu" and (threads > fair or (threads < fair and told)):
+        return Finding("threads", found, f"OMP_NUM_THREADS={fair} is a thread for each core")
+    return Finding("threads", found)
+
+
+def _busy(device: torch.device) -> Finding:
+    busy, threads = others_busy(), torch.get_num_threads()
+    if busy is None:
+        return Finding("load", "not known here")
+    found, free = f"others keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
+    if free == threads:
+        return Finding("load", found)
+    if adapts(device):
+        return Finding("load", f"{found}; a run computes with {_count(free)} meanwhile")
+    return Finding("load", found, f"{found}, and threads wait for each other: OMP_NUM_THREADS={free} until they end")
+
+
+def _count(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def _allocator() -> Finding:
+    if tuning.keeps_memory:
+        return Finding("allocator", "keeps freed memory (INBATCH_ALLOCATOR=system leaves it alone)")
+    if tuning.tuned or platform.libc_ver()[0] != "glibc":
+        return Finding("allocator", "as the system ships it")
+    return Finding("allocator", "as the system ships it", "inbatch.tune() at the top of a script keeps freed memory")
+
+
+def _views() -> Finding:
+    if numba_backend.available():
+        return Finding("views", f"one fused pass on a CPU (numba {_version('numba')})")
+    return Finding("views", "torch's operations", 'python -m pip install "inbatch[fast]" draws views in one pass')
+
+
+def _jpeg() -> Finding:
+    if fast_jpeg():
+        return Finding("JPEG", f"simplejpeg {_version('simplejpeg')}, Pillow {_version('pillow')} for the rest")
+    return Finding("JPEG", "Pillow", "python -m pip install simplejpeg decodes faster")
+
+
+def _shared_memory() -> Finding:
+    with suppress(OSError):
+        free = shutil.disk_usage(_SHARED).free
+        found = f"{free / 1e9:,.1f} GB free for what data workers hand over"
+        short = f"{_SHARED} has {free / 1e6:,.0f} MB for data workers: docker run --shm-size=8g"
+        return Finding("shared memory", found, short if free < _ROOM else "")
+    return Finding("shared memory", "as the system gives it")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,368 @@
+"""`context: auto`: the largest context group whose training step fits in memory, found by dry steps.
+
+A dry step is the towers' part of a real one, on random images and a throw-away copy of the run: no weight, no norm
+statistic and no random number of the caller changes, and nothing is written. Small groups are measured, a straight
+line through them says which group should fit, and that one is measured, too.
+"""
+
+import gc
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.data import Source
+from inbatch.data.loader import PIECE, processes, resides
+from inbatch.data.resident import estimate
+from inbatch.errors import ConfigError
+from inbatch.models.tower import norms
+from inbatch.runtime import distributed
+from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
+from inbatch.runtime.resources import launched
+from inbatch.training.build import Built, build, share_of
+from inbatch.training.recipe import Recipe
+from inbatch.training.summary import estimate as count
+
+LIMIT = 0.8
+"""A step may take at most this much of the free memory: allocators leave gaps, and other programs live."""
+PATIENCE = 20.0
+"""Seconds that one dry step may take; a group that would take longer is predicted, not measured."""
+SMALL = 32
+"""Batch norm over fewer samples is noisy: the user is told."""
+
+_FIRST, _SECOND = 8, 32
+"""At most so many samples are measured first, and second."""
+_CLIMB, _CAREFUL = 8, 2
+"""A dry step is at most so many times larger than the last; careful where a plug-in's cost may be quadratic."""
+_MARGIN = 1.5
+"""What a forward pass keeps, times this, stands for what a step takes until one is measured."""
+_FULL = 2**62
+"""Bytes of a step that ran out of memory."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A context group that fits.
+
+    context: its samples. share: what it divides, a rank's part of the batch (with sync_norm the batch).
+    needed, free: bytes of one rank: all that it holds while it trains, and what is free for it.
+    larger: the next larger group and its bytes (None: it ran out of memory); None where there is none.
+    how: in words, whether the group itself was measured.
+    noisy: batch norm sees few samples. meets: samples of a group meet before the loss.
+    """
+
+    context: int
+    share: int
+    needed: int
+    free: int
+    larger: tuple[int, int | None] | None
+    how: str
+    noisy: bool
+    meets: bool
+
+    def sentence(self) -> str:
+        """One line for the user: what was chosen, why, what it costs, and how to repeat it."""
+        took = f"{_gb(self.needed)} of {_gb(self.free)} free (limit {100 * LIMIT:.0f} %)"
+        text = f"context: {self.context:,} of {self.share:,}, {self.how}: {took}"
+        if self.larger is not None:
+            group, needed = self.larger
+            text += f"; {group:,} would " + ("run out of memory" if needed is None else f"take {_gb(needed)}")
+        text += "."
+        if self.context < self.share:
+            text += " One more forward pass per group: about 1.3 times the time per image."
+        if self.noisy:
+            text += f" Norm statistics of fewer than {SMALL} samples are noisy: a smaller encoder or size gives room."
+        if self.meets:
+            text += (
+                " Where samples meet (batch norm, plug-ins), another context is another result: "
+                f"to repeat this run elsewhere set context={self.context}."
+            )
+        return text
+
+    def json(self) -> dict[str, Any]:
+        """The same for --json."""
+        group, needed = self.larger or (None, None)
+        return {
+            "context": self.context, "share": self.share, "how": self.how, "needed_bytes": self.needed,
+            "free_bytes": self.free, "limit": LIMIT, "larger": group, "larger_needed_bytes": needed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A group that was tried.
+
+    needed: bytes of everything that is held at once. kept: those that grow with the group, as counted.
+    seconds: of its dry step; None where there was none. norm: the towers have batch norm.
+    """
+
+    needed: int
+    kept: int
+    seconds: float | None = None
+    norm: bool = False
+
+
+def resolve(
+    recipe: Recipe, source: Source, device: torch.device, workers: int | None = None
+) -> tuple[Recipe, Fit | None]:
+    """The recipe with a number for `context: auto`, and how it was found; any other recipe as it is, and None.
+
+    Every rank must call it, and all get the same. Raises ConfigError where not even the smallest group fits.
+    """
+    if recipe.context != "auto":
+        return recipe, None
+    gc.collect()
+    frozen = gc.get_freeze_count()
+    gc.freeze()  # only what dry steps leave is then looked through, again and again
+    try:
+        found = fit(recipe, source, device, workers)
+    finally:
+        if not frozen:
+            gc.unfreeze()
+    return replace(recipe, context=found.context), found
+
+
+def within_memory(
+    recipe: Recipe, source: Source, device: torch.device, workers: int | None = None
+) -> tuple[Recipe, str]:
+    """Return the recipe with a context that fits in the free memory, and a sentence if it had to be made smaller.
+
+    The estimate costs one small forward pass; nothing is decoded. A context that was asked for stays as it is.
+    Every rank must call it, and all get the same.
+
+    Raises:
+        ConfigError: If the context that was asked for does not fit, or no context does.
+    """
+    if recipe.context == "auto":
+        return recipe, ""
+    asked, share = recipe.context is not None, share_of(recipe, distributed.world())
+    context = int(recipe.context) if isinstance(recipe.context, int) else share
+    free = -distributed.largest(-room(device))
+    needed = _Bench(recipe, source, device, workers).trial(context, dry=False).needed
+    if needed <= (free if asked else LIMIT * free):
+        return recipe, ""
+    if asked:
+        raise ConfigError(
+            f"this run takes about {_gb(needed)}, and {_gb(free)} of memory are free: set a smaller context "
+            "(--context auto finds one), a smaller encoder, size or batch, or free some memory"
+        )
+    smaller, found = resolve(replace(recipe, context="auto"), source, device, workers)
+    assert found is not None
+    return smaller, (
+        f"Memory: with the whole batch at once this run takes about {_gb(needed)}, and {_gb(free)} are free: the "
+        f"context is {found.context:,} instead of {share:,}. " + found.sentence()
+    )
+
+
+def candidates(recipe: Recipe, world: int) -> list[int]:
+    """The contexts that a recipe could have on so many ranks, smallest first; ConfigError where there is none."""
+    share, apart = share_of(recipe, world), world if recipe.sync_norm else 1
+    least = max(2 * apart, recipe.fuse.options.get("bottleneck", 0) if recipe.fuse else 0)
+    sizes = [c for c in range(least, share + 1) if share % c == 0 and c % apart == 0]
+    if recipe.shuffle_groups:  # one group is none to shuffle
+        sizes = [c for c in sizes if c < recipe.batch]
+    if not sizes:
+        raise ConfigError(f"context = auto: no group of {least} samples or more divides {share:,}: use another batch")
+    return sizes
+
+
+def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | None = None) -> Fit:
+    """The largest group that divides a rank's share of the batch and trains in at most `LIMIT` of the free memory.
+
+    workers: processes that will decode the images: they hold batches, too.
+    The ranks agree: bytes are those of the rank that needs most, and of the one that has least.
+    Raises ConfigError where not even the smallest group fits.
+    """
+    sizes = candidates(recipe, distributed.world())
+    free = -distributed.largest(-room(device))
+    limit, bench = int(LIMIT * free), _Bench(recipe, source, device, workers)
+    tried: dict[int, Trial] = {}
+
+    def climb(top: int, goal: int) -> int:
+        """The next group to measure on the way from one that fits to one that should."""
+        most = top * (_CLIMB if recipe.fuse is None and recipe.attend is None else _CAREFUL)
+        near = [c for c in sizes if top < c <= min(goal, most)]
+        return near[-1] if near else next(c for c in sizes if c > top)
+
+    first = max((c for c in sizes if c <= _FIRST), default=sizes[0])
+    while True:  # a step that cannot fit is counted, and not made
+        trial = bench.trial(first, dry=False)
+        if trial.needed <= free:
+            trial = tried[first] = bench.trial(first)
+        smaller = [c for c in sizes if c < first]
+        if trial.needed <= limit:
+            break
+        if not smaller:
+            raise ConfigError(_nothing_fits(recipe, first, trial.needed, bench.batch, free))
+        first = smaller[-1]
+    # The line needs two points.
+    second = [c for c in sizes if first < c <= _SECOND and predict(tried, c) <= limit]
+    if trial.seconds is not None and (second or smaller):
+        at = (second or smaller)[-1]
+        tried[at] = bench.trial(at)
+
+    together = (
+        recipe.sync_norm and distributed.world() > 1
+    )  # a rank that runs out of memory would leave the others waiting
+    how = "found by a dry step"
+    while True:
+        best = max(c for c in sizes if predict(tried, c) <= limit)
+        top = max(c for c in tried if tried[c].needed <= limit)
+        if best > top:
+            step = climb(top, best)
+        else:  # near the limit a line is no proof: the next one is measured, too, where there is room for it
+            step = next((c for c in sizes if c > best), best)
+            if step in tried or trial.seconds is None or predict(tried, step) > free:
+                break
+        if together or (tried[top].seconds or 0) * step / top > PATIENCE:
+            how = how if best == top else "predicted by dry steps of smaller groups"
+            break
+        tried[step] = bench.trial(step)
+    if trial.seconds is None:
+        how = f"counted with a margin of {100 * (_MARGIN - 1):.0f} %, as this system does not tell what a step takes"
+    settle(device)
+    larger = next((c for c in sizes if c > best), None)
+    more = predict(tried, larger) if larger else 0
+    return Fit(
+        context=best, share=share_of(recipe, distributed.world()), needed=predict(tried, best), free=free, how=how,
+        larger=(larger, more if more < _FULL else None) if larger else None, noisy=trial.norm and best < SMALL,
+        meets=trial.norm or recipe.fuse is not None or recipe.attend is not None,
+    )  # fmt: skip
+
+
+def predict(tried: dict[int, Trial], context: int) -> int:
+    """Bytes of a group: what was found, or a straight line through the last two that are smaller."""
+    if context in tried:
+        return tried[context].needed
+    below = sorted(c for c in tried if c < context)
+    if not below:
+        return min(trial.needed for trial in tried.values())
+    last = below[-1]
+    slope = _MARGIN * tried[last].kept / last
+    if len(below) > 1:
+        a, b = tried[below[-2]], tried[last]
+        slope = max(b.needed - a.needed, b.kept - a.kept) / (last - below[-2])
+    return min(_FULL, tried[last].needed + math.ceil(slope * (context - last)))
+
+
+def room(device: torch.device) -> int:
+    """Bytes that are free for this rank where its step runs: those of the GPU, else of main memory."""
+    near = launched("LOCAL_WORLD_SIZE", distributed.world())  # ranks on this machine
+    if device.type != "cuda":
+        return free_bytes(device, near)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by the allocator, for us
+    return torch.cuda.mem_get_info(device)[0] // math.ceil(near / torch.cuda.device_count()) + kept
+
+
+class _Bench:
+    """Where groups are tried.
+
+    batch: bytes that do not depend on the group: images, waiting pieces, rows. next: those of the next batch, which is
+    put together between two steps.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source, device: torch.device, workers: int | None) -> None:
+        self.recipe = replace(recipe, compile=False, resident=False)  # no image is decoded for a dry step
+        self.source, self.device, self.batch, self.next = source, device, 0, 0
+        self.world, self.workers, self.resident = distributed.world(), workers, recipe.resident
+        self.free = free_bytes(device, self.world)  # as the loader will ask
+
+    def trial(self, context: int, dry: bool = True) -> Trial:
+        """Try a group: count what it keeps, and if `dry` measure a step; the largest of all ranks."""
+        try:
+            found = self._try(context, dry)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            found = None
+        # Every rank takes part in all of these, also one that ran out of memory, and all go on from the same figures.
+        mine = Trial(_FULL, 0, 0.0, False) if found is None else found
+        needed, kept = distributed.largest(mine.needed), distributed.largest(mine.kept)
+        micros = distributed.largest(-1 if mine.seconds is None else round(1e6 * mine.seconds))
+        norm = bool(distributed.largest(int(mine.norm)))
+        return Trial(needed, kept, None if micros < 0 else micros / 1e6, norm)
+
+    def _try(self, context: int, dry: bool) -> Trial:
+        settle(self.device)
+        before, most, seconds = held(self.device), None, None
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
+            built = build(replace(self.recipe, context=context), self.source, device=self.device, workers=0)
+            memory = count(built)["memory_bytes_estimate"]
+            side = self._weigh(built, memory)
+            growing = memory["activations_of_a_group"] + memory["views_of_a_group"]
+            counted = memory["sum"] - memory["pixels_of_a_batch"] - memory["rows_of_a_batch"]
+            if dry and before is not None:
+                samples = context // (self.world if self.recipe.sync_norm else 1)
+                _dry_step(built, 2, side, plain=True)  # gradients and the optimiser's memory are there from now on
+                forget_peak(self.device)
+                began = time.perf_counter()
+                _dry_step(built, samples, side)
+                most, seconds = max(0, peak(self.device) - before), time.perf_counter() - began
+        needed = max(counted, most) if most is not None else counted + (_MARGIN - 1) * growing
+        return Trial(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.tower)))
+
+    def _weigh(self, built: Built, memory: dict[str, int]) -> int:
+        """Weigh what does not depend on the group; returns the side of the images from which views are drawn."""
+        sizes = [view.size for view in built.views.views]
+        canvas, channels = 2 * max(sizes), self.source.channels
+        decoded = estimate(self.source, canvas)
+        each = decoded // len(self.source)  # its uint8 pixels, or the crops that workers cut of it
+        crops = sum(channels * size * size for size in sizes)
+        share = self.recipe.batch // self.world
+        if resides(decoded, self.free, self.resident):
+            pixels = decoded
+        elif self.device.type == "cpu":
+            workers = processes(self.workers, self.world)
+            size = each if self.recipe.curate else crops
+            pixels = size * (share + 2 * workers * min(share, PIECE))  # two pieces wait in each worker
+            self.next = size * share
+        else:
+            pixels = 0  # in the host's memory, until a group's turn comes
+        if self.recipe.shuffle_groups and self.world > 1:  # samples of a group lie on several ranks: all views are held
+            pixels += 4 * crops * (2 * share + self.recipe.batch)
+        self.batch = pixels + memory["rows_of_a_batch"]
+        return max(1, min(canvas, math.isqrt(each // channels)))
+
+
+def _dry_step(built: Built, samples: int, side: int, plain: bool = False) -> None:
+    """The towers' part of a training step of one group of random images; plain: without fusion."""
+    device, channels = built.loader.device, built.recipe.channels
+    pixels = torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8, device=device)
+    index = torch.arange(samples, device=device)
+    views = built.views(Batch(index, torch.zeros_like(index), images=pixels)).images
+    learning, teaching = (list(pick(len(views))) for pick in (built.method.online_views, built.method.target_views))
+
+    def rows(tower: Any, numbers: list[int]) -> list[Tensor]:
+        return list(tower.forward([views[v] for v in numbers], [-1] * len(numbers) if plain else numbers).values())
+
+    learned = rows(built.tower, learning)
+    if built.target is not None:
+        with torch.no_grad():
+            rows(built.target, teaching)
+    built.optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
+    built.optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+def _nothing_fits(recipe: Recipe, context: int, needed: int, batch: int, free: int) -> str:
+    takes = "runs out of memory" if needed >= _FULL else f"takes {_gb(needed)}"
+    return (
+        f"context = auto: even a group of {context:,} {takes} ({_gb(batch)} of it for the images and rows of a batch "
+        f"of {recipe.batch:,}), and {100 * LIMIT:.0f} % of the {_gb(free)} free may be taken: free some memory, or use "
+        "a smaller encoder, smaller images (size), a smaller batch, or precision bf16"
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -1,0 +1,273 @@
+"""A recipe becomes parts: source, loader, views, towers, method, optimiser, step."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inbatch.batch import Batch
+from inbatch.context.curation import CURATORS, Curator
+from inbatch.context.fusion import FUSIONS, Fusion
+from inbatch.data import Loader, Source
+from inbatch.data.views import Views, make_views
+from inbatch.data.views.crop_pairs import arrange
+from inbatch.errors import ConfigError, DataError
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.models import Encoder
+from inbatch.models.cpu_convolution import by_product
+from inbatch.models.sync_batchnorm import synchronise_norm
+from inbatch.models.tower import Tower, momentum_tower
+from inbatch.nn import triton_logsumexp
+from inbatch.nn.schedules import step_decay, warmup_cosine
+from inbatch.runtime import distributed
+from inbatch.runtime.device import precision_for, slow_weight_gradients
+from inbatch.training.budget import Timeline
+from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
+from inbatch.training.recipe import Recipe
+from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights
+from inbatch.training.step import Step
+
+
+@dataclass
+class Built:
+    """The parts of a run, ready for its first step."""
+
+    recipe: Recipe
+    source: Source
+    loader: Loader
+    views: Views
+    encoder: Encoder
+    method: Method
+    tower: Tower
+    target: Tower | None
+    optimizer: Optimizer
+    step: Step
+    context: int
+    lr: float
+    timeline: Timeline
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.timeline.total
+
+    def parts(self) -> dict[str, Any]:
+        """Everything whose state makes a checkpoint complete."""
+        parts: dict[str, Any] = {"tower": self.tower, "method": self.method, "optimizer": self.optimizer}
+        some = {"target": self.target, "curator": self.step.curator}
+        return parts | {name: part for name, part in some.items() if part is not None}
+
+
+def build(
+    recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None,
+    init: Path | None = None,
+) -> Built:  # fmt: skip
+    """Make every part of a run; wrong combinations are errors here, not at some later step.
+
+    loader: one made for the same images, batch, seed and views, to be used again.
+    init: where a run keeps the weights that it began with (`run_encoder.kept_initial`).
+    """
+    world = distributed.world()
+    if recipe.loss_precision == "tf32x3" and device.type != "cuda":
+        raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
+    if world > 1:  # ranks that add up what they find must find the same
+        distributed.agree({"use of Triton's kernels": triton_logsumexp.usable(torch.zeros(1, 1, device=device))})
+    method_class = METHODS[recipe.method.name]
+    options = dict(recipe.method.options)
+    if method_class.labels and not bool((source.labels >= 0).any()):
+        raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
+    context, groups = _context(recipe, world)
+    if recipe.shuffle_groups and recipe.batch == context:
+        raise ConfigError(f"shuffle_groups: the batch of {context} is one group, there is none to shuffle; set context")
+
+    notes: list[str] = []
+    start = init or starting_weights(recipe, notes)
+    with seeded(recipe, device):
+        with _settings_of("method", recipe.method.name):
+            method = method_class(**options)
+        encoder = make_encoder(recipe, start)
+        if start is None:
+            fit_first_layer(encoder, source)
+        views = views_of(recipe, encoder)
+        _check_views(recipe, method, len(views))
+        with _settings_of("method", recipe.method.name):
+            classes = int(source.labels.max()) + 1
+            method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
+            heads = method.heads(encoder.width)
+        fuse, fused = fusion(recipe, method, views, encoder, context)
+    loader = loader or Loader(
+        source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=distributed.rank(), world=world,
+        resident=recipe.resident, workers=workers, whole=recipe.curate is not None, max_bad=recipe.max_bad,
+    )  # fmt: skip
+
+    tower = Tower(
+        encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined,
+        fuse, fused,
+    )  # fmt: skip
+    if device.type == "cpu" and tower.precision == torch.bfloat16 and slow_weight_gradients():
+        by_product(encoder)
+    target = momentum_tower(tower, heads, method.target) if method.target else None
+    for module in (tower, target, method):
+        if module is not None:
+            module.to(device)
+    for module in (tower, target):
+        if module is not None:
+            if recipe.channels_last:
+                module.to(memory_format=torch.channels_last)
+            if recipe.sync_norm:
+                synchronise_norm(module)
+                distributed.join_groups(module)
+    curator = curator_of(recipe, views, tower, recipe.batch // world // groups, device)
+    if recipe.compile:
+        views.compile()  # an accelerator's; a CPU has its own kernel
+        for module in (tower, target):
+            if module is not None:
+                module.compile()
+
+    chosen = dict(recipe.optimizer.options)
+    lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
+    vector_lr = chosen.pop("vector_lr", None)
+    groups_of = parameter_groups(
+        {"encoder": encoder, **tower.heads} | ({} if fuse is None else {"fuse": fuse}),
+        lr=lr, weight_decay=chosen.pop("weight_decay"),
+        vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
+        own={name: {"constant": True} for name in method.constant_lr()},
+    )  # fmt: skip
+    with _settings_of("optimizer", recipe.optimizer.name):
+        optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
+    timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
+    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # a schedule that cannot be is an error now
+    step = Step(
+        method=method, tower=tower, call=distributed.wrap(tower), target=target,
+        views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
+        schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
+        progress=timeline.progress, seed=recipe.seed,
+        synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
+        variance=recipe.variance, scale=functools.partial(image_scale, recipe),
+    )  # fmt: skip
+    return Built(
+        recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def views_of(recipe: Recipe, encoder: Encoder) -> Views:
+    """What draws the views of a recipe, normalised as the encoder takes them."""
+    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
+    return Views(crops, encoder.mean, encoder.std, pairs)
+
+
+def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+    """The images of the views of some samples, whose pixels may still lie in the host's memory."""
+    return views(batch.to(device)).images
+
+
+def image_scale(recipe: Recipe, progress: float) -> float:
+    """Return the share of its side at which the encoder sees an image at a share of the run."""
+    return recipe.grow_from if progress < recipe.grow_until else 1.0
+
+
+def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
+    """Set the optimiser's learning rates for a step; a pure function of its place (`steps` to an epoch)."""
+    s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
+    # At most a tenth of a run whose length is given in steps; `config.make` sees to it for one given in epochs.
+    warmup = min(s.warmup * steps, total / 10) if recipe.steps else s.warmup * steps
+    if s.name == "cosine" or place < warmup:
+        factor = warmup_cosine(place, total, warmup, 1.0, s.end)
+    else:
+        factor = step_decay(place, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
+    set_learning_rate(optimizer, factor)
+
+
+def share_of(recipe: Recipe, world: int) -> int:
+    """How many samples are cut into context groups: a rank's part of the batch, with sync_norm the batch."""
+    if recipe.batch % world:
+        raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
+    return recipe.batch if recipe.sync_norm else recipe.batch // world
+
+
+def _context(recipe: Recipe, world: int) -> tuple[int, int]:
+    """Samples of a context group, and groups per rank."""
+    if recipe.context == "auto":
+        raise ConfigError("context = auto is found before a run is built: inbatch.fit.resolve puts in a number")
+    share = share_of(recipe, world)
+    context = recipe.context or share
+    if context > share or share % context or (recipe.sync_norm and context % world):
+        whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
+        raise ConfigError(f"a context of {context} does not divide {whose}, {share}: choose a divisor of it")
+    if context // (world if recipe.sync_norm else 1) < 2:
+        raise ConfigError("a context group needs at least 2 samples on every rank: its statistics would be nothing")
+    return context, share // context
+
+
+def _check_views(recipe: Recipe, method: Method, views: int) -> None:
+    least, most = method.views
+    if views < least or (most is not None and views > most):
+        wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        raise ConfigError(
+            f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
+            "choose other views (--set views.name=...)" + (" or views.views" if "views" in recipe.views.options else "")
+        )
+
+
+@contextlib.contextmanager
+def _settings_of(part: str, name: str) -> Iterator[None]:
+    """What a constructor refuses (a negative width, a rate below 0) is the setting's fault."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ConfigError(f"{part} {name} cannot be made with these settings: {e}") from e
+
+
+def fusion(
+    recipe: Recipe, method: Method, views: Views, encoder: Encoder, context: int
+) -> tuple[Fusion | None, Sequence[int]]:
+    """The batch fusion of a recipe and the numbers of the views it fuses."""
+    if recipe.fuse is None:
+        return None, ()
+    learned, asked = set(method.online_views(len(views))), recipe.fuse.options["views"]
+    if asked is not None and (not asked or not set(asked) <= set(range(len(views)))):
+        raise ConfigError(f"fuse.views = {list(asked)}: the views are numbered 0 to {len(views) - 1}")
+    if asked is not None and not learned & set(asked):
+        raise ConfigError(
+            f"fuse.views = {list(asked)}: {recipe.method.name} learns from view {', '.join(map(str, sorted(learned)))} "
+            "only, and a fusion of others would never be trained"
+        )
+    fused = asked or ((1,) if 1 in learned else (max(learned),))
+    sizes = {views.views[v].size for v in fused}
+    if len(sizes) > 1:
+        raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
+    given: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
+    make_fusion: Any = FUSIONS[recipe.fuse.name]
+    return make_fusion(**given, **recipe.fuse.options), fused
+
+
+def curator_of(recipe: Recipe, views: Views, tower: Tower, piece: int, device: torch.device) -> Curator | None:
+    """The curator of a recipe; it embeds `piece` images at a time."""
+    if recipe.curate is None:
+        return None
+    if len(views) < 2:
+        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
+    where = recipe.curate.options["where"]
+    if where == "projection" and "projection" not in tower.heads:
+        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
+
+    def embed(model: Tower, batch: Batch) -> Tensor:
+        def rows(image: Tensor) -> Tensor:
+            return model.features(image) if where == "features" else model.outputs(image)[where]
+
+        with model.evaluating():
+            parts = (views(part.to(device)).images for part in batch.split(piece))  # one after the other
+            return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
+
+    curator = CURATORS[recipe.curate.name](**recipe.curate.options)
+    curator.prepare(tower, embed, recipe.epochs)
+    return curator.to(device)

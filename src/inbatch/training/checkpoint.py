@@ -1,0 +1,160 @@
+"""Save and resume: one file per checkpoint, plain values and tensors only, with its checksum inside.
+
+A folder holds `last.pt`, `previous.pt` and `best.pt`. Each is what `torch.save` writes, a zip archive, with the
+SHA-256 of those bytes as the archive's comment: `torch.load(path, weights_only=True)` opens it, and a file and
+its checksum cannot come apart.
+"""
+
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from inbatch.errors import ConfigError, InbatchError
+from inbatch.runtime.files import replacing
+
+LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
+
+# A zip archive ends with the length of its comment, two bytes, and the comment: none as torch writes it.
+_NO_COMMENT = b"\0\0"
+_COMMENT = (64).to_bytes(2, "little")
+_TAIL = len(_COMMENT) + 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found: `note` is a sentence for the user where it is not the checkpoint that was meant."""
+
+    state: dict[str, Any]
+    step: int
+    path: Path
+    note: str | None
+
+
+class _Hashing:
+    """A file for `torch.save` that hashes what passes; it keeps the error that torch would replace by its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = False) -> Path:
+    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, `best.pt`, too.
+
+    state: tensors and plain Python values, in dicts and lists. Whatever happens on the way, one of `last.pt` and
+    `previous.pt` is whole. Raises InbatchError where it cannot be written, TypeError where the state holds
+    something that a safe load (`weights_only=True`) would refuse; the folder is then as it was.
+    """
+    last = directory / LAST
+    with replacing(last, keep=directory / PREVIOUS) as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save({"step": step, "state": state}, hashing)  # type: ignore[arg-type]
+        except RuntimeError:
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
+        file.flush()
+        try:
+            torch.load(file.name, weights_only=True, map_location="cpu", mmap=True)
+        except pickle.UnpicklingError as error:
+            raise TypeError(f"A checkpoint holds plain values and tensors only: {error}") from None
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(_COMMENT + hashing.sha256.hexdigest().encode())
+        if best:  # before `last.pt`, which knows of it: after a kill in between the best is found again
+            file.seek(0)
+            with replacing(directory / BEST) as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+    return last
+
+
+def load(directory: Path, name: str = LAST) -> Checkpoint:
+    """Read `last.pt`, or where that is missing or damaged `previous.pt`, saying so in `note`; all on the CPU.
+
+    name: another file of the folder, for which nothing stands in. Nothing in a file is ever executed. Raises
+    ConfigError where there is no checkpoint, InbatchError where there are only damaged ones.
+    """
+    candidates = [directory / file for file in ((LAST, PREVIOUS) if name == LAST else (name,))]
+    if not any(path.exists() for path in candidates):
+        raise ConfigError(f"No checkpoint {name} in {directory}: is it the folder of a run that has saved one?")
+    problems: list[str] = []
+    for path in candidates:
+        try:
+            payload = _read(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} {error}")
+            continue
+        note = f"{'; '.join(problems)}. Going on from {path}, step {payload['step']}." if problems else None
+        return Checkpoint(payload["state"], payload["step"], path, note)
+    raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start the run anew.")
+
+
+def set_aside(found: Checkpoint) -> None:
+    """Where `previous.pt` stood in, the damaged `last.pt` becomes `damaged.pt`, which the next `save` cannot keep.
+
+    It would put it in the place of `previous.pt`, the only one that is whole.
+    """
+    last = found.path.with_name(LAST)
+    if found.path != last and last.exists():
+        os.replace(last, found.path.with_name(DAMAGED))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The payload of a file; ValueError says what is wrong with it."""
+    if not path.exists():
+        raise ValueError("is missing")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        sha256, left = hashlib.sha256(), size - _TAIL
+        while left > 0:
+            block = file.read(min(left, 1 << 20))
+            sha256.update(block)
+            left -= len(block)
+        sha256.update(_NO_COMMENT)
+        if file.read() != _COMMENT + sha256.hexdigest().encode():
+            raise ValueError(f"is damaged ({size:,} bytes, and their checksum is wrong)" if size else "is empty")
+    try:
+        payload = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a crafted file makes torch's reader raise whatever it likes
+        raise ValueError(f"holds more than plain values and tensors, and is refused ({error})") from None
+    kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else None
+    if kinds != {"step": int, "state": dict}:
+        raise ValueError("is no checkpoint of a run")
+    return payload
+
+
+def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Hand every part its saved state through its own `load_state_dict`.
+
+    Raises InbatchError that lists what is missing or too much, in the whole or within a part.
+    """
+    missing, extra = [k for k in parts if k not in state], [k for k in state if k not in parts]
+    if missing or extra:
+        raise InbatchError(
+            f"The checkpoint does not fit this run: missing {', '.join(missing) or 'nothing'}, "
+            f"too much {', '.join(extra) or 'nothing'}. Resume with the recipe that it was saved with."
+        )
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InbatchError(f"The checkpoint does not fit this run in {name!r}: {error}") from error

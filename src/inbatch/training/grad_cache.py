@@ -1,0 +1,107 @@
+"""The seam: rows out of a tower, gradients back into it, one context group at a time.
+
+With one group the graph is kept. With more, the first pass keeps no graph, and on the way back every group runs
+again, with the same random numbers, and is pushed with its own gradient: memory is that of one group, and the
+gradient that of the whole batch (Gao et al. 2021, arXiv 2101.06983, here with norm statistics and dropout).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inbatch.batch import Rows
+from inbatch.models.tower import Tower, frozen_statistics, norms, running_statistics
+
+Group = Callable[[], Sequence[Tensor]]
+"""Gives the views (G, C, H, W) of one context group, whenever it is asked: they need not be held until the way back."""
+
+
+@dataclass
+class Sweep:
+    """One tower's rows for all groups of this rank, and what is needed to come back.
+
+    numbers: which of a sample's views the V views are.
+    rows: (V, B, D) by head, without graph.
+    live: the same with graph, where there is only one group.
+    """
+
+    groups: Sequence[Group]
+    numbers: Sequence[int]
+    keys: Sequence[int]
+    rows: Rows
+    live: Rows | None
+
+
+def cut(images: Sequence[Tensor], groups: int) -> list[Sequence[Tensor]]:
+    """V views (B, C, H, W) -> the views of each of the groups, in the order of the batch."""
+    return list(zip(*(view.chunk(groups) for view in images), strict=True))
+
+
+@contextlib.contextmanager
+def replayable(key: int, device: torch.device) -> Iterator[None]:
+    """Random numbers (dropout) from a key, so that a group can run twice and any rank could run it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key)
+        yield
+
+
+def sweep(
+    tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], numbers: Sequence[int], keys: Sequence[int],
+    grad: bool,
+) -> Sweep:  # fmt: skip
+    """Run every group through the tower.
+
+    call: the tower itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
+    numbers: which of a sample's views the groups hold.
+    keys: one seed per group.
+    grad: whether gradients will come back.
+    Running statistics end as the mean of what each group alone would have left, so that they, too, do not depend
+    on which rank or in which order the groups ran.
+    """
+    if len(groups) == 1:
+        images = groups[0]()
+        with replayable(keys[0], images[0].device), torch.set_grad_enabled(grad):
+            live = (call if grad else tower)(images, numbers)
+        rows = {name: x.detach() for name, x in live.items()}
+        return Sweep(groups, numbers, keys, rows, live if grad else None)
+
+    statistics, counts = running_statistics(tower), [norm.num_batches_tracked for norm in norms(tower)]
+    before, total = [s.clone() for s in statistics + counts], [torch.zeros_like(s) for s in statistics]
+    parts = []
+    with torch.no_grad():
+        for group, key in zip(groups, keys, strict=True):
+            for statistic, old in zip(statistics + counts, before, strict=True):
+                statistic.copy_(old)
+            images = group()
+            with replayable(key, images[0].device):
+                parts.append(tower(images, numbers))
+            for summed, statistic in zip(total, statistics, strict=True):
+                summed += statistic
+        for statistic, summed in zip(statistics, total, strict=True):
+            statistic.copy_(summed / len(groups))
+    rows = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    return Sweep(groups, numbers, keys, rows, None)
+
+
+def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows) -> None:
+    """Push the gradients of the rows, (V, B, D) by head, back into the tower's parameters.
+
+    call: as in `sweep`; where it has `no_sync`, ranks meet only in the last group's backward pass.
+    """
+    if swept.live is not None:
+        torch.autograd.backward(list(swept.live.values()), [gradients[name] for name in swept.live])
+        return
+    last = len(swept.groups) - 1
+    slices = [dict(zip(gradients, part, strict=True))
+              for part in zip(*(g.chunk(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
+    with frozen_statistics(tower):
+        for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
+            alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
+            images = group()
+            with alone, replayable(key, images[0].device):
+                rows = call(images, swept.numbers)
+                torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

@@ -1,0 +1,63 @@
+"""The heads of a run: saved beside its encoder, and judged by the clusters they assign images to."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.data import Source
+from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation import assigned, embed
+from inbatch.methods import METHODS
+from inbatch.models import Encoder
+from inbatch.models.tower import Tower
+from inbatch.models.weights import fill, read, write
+from inbatch.training.build import Built
+
+
+class HeadRows:
+    """The rows of one of a tower's heads, in the place of an encoder's features."""
+
+    def __init__(self, tower: Tower, encoder: Encoder, head: str) -> None:
+        self.tower, self.head = tower, head
+        self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, tower.evaluating
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.tower([x])[self.head][0]
+
+
+def save_heads(built: Built, directory: Path) -> None:
+    """`model.safetensors` of the heads that learned, and `config.json`: the method, its options, what it was told."""
+    told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
+    told |= {"batch": built.recipe.batch, "views": len(built.views)}
+    method = built.recipe.method
+    write(directory, built.tower.heads, {"method": method.name, "options": method.options, "told": told}, {})
+
+
+def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0) -> dict[str, Any]:
+    """NMI, ACC and ARI of the clusters that a run's head assigns clean images to, with the protocol.
+
+    ConfigError for a method without such a head, or a run without its heads.
+    """
+    if not (run / "heads").is_dir():
+        raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
+    weights, config = read(run / "heads")
+    try:
+        kind, options, told = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
+    name = kind.assigns
+    if name is None:
+        which = ", ".join(method for method, kind in METHODS.items() if kind.assigns)
+        raise ConfigError(f"{config['method']} has no head that assigns clusters; {which} have one")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            method = kind(**options)
+            method.prepare(**told)
+            tower = Tower(encoder, method.heads(encoder.width), (name,))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None
+    fill(tower.heads, weights, f"the heads of {config['method']}")
+    rows = embed(HeadRows(tower.to(encoder.device), encoder, name), source, workers=workers)
+    return {"head": name, **assigned(rows), "split": "test"}

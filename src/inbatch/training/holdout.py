@@ -1,0 +1,46 @@
+"""Images with labels that features are judged by."""
+
+from typing import Any
+
+from inbatch.data import Source, Subset, open_data, splits
+from inbatch.errors import DataError
+from inbatch.methods import METHODS
+from inbatch.rng import permutation
+from inbatch.training.recipe import Recipe
+
+
+def held_out(
+    recipe: Recipe, source: Source, data: Any, test: Any = None, download: bool = False
+) -> tuple[Source, Source, str] | None:
+    """Sources to judge features by, bank and queries, and in words where they are from; None without labels.
+
+    The queries are the test data given or named in the recipe, else the data's own test split, else a tenth of the
+    images. The bank is what is learned from, or where that has no labels, the rest of the test data. Raises DataError
+    for test data without labels or with other classes.
+    """
+    given = test if test is not None else recipe.test
+    labelled = bool((source.labels >= 0).any())
+    if given is None and not labelled:
+        return None
+    where, reading = data if given is None else given, recipe.reading | {"download": download}
+    own = "test" in splits(where) and (given is not None or recipe.split != "test")
+    if not own and (given is None or not labelled):
+        whole = source if given is None else open_data(given, splits(given)[0], **reading)
+        seen = "; their labels were trained on" if given is None and METHODS[recipe.method.name].labels else ""
+        return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
+    split = "test" if own else splits(where)[0]
+    bank = source if labelled else open_data(where, "train", **reading)
+    queries = open_data(where, split, **reading)
+    if queries.classes != bank.classes:
+        raise DataError(f"{queries.name} has other classes than {bank.name}: features cannot be judged by it")
+    return bank, queries, f"{split} split of {queries.name}"
+
+
+def _tenth(source: Source, how: str) -> tuple[Source, Source, str]:
+    """Nine tenths as the bank and one as queries, chosen by a fixed permutation."""
+    if not bool((source.labels >= 0).any()):
+        raise DataError(f"{source.name} has no labels, and features are judged by them: use class sub-folders")
+    order = permutation(0, 0, len(source))
+    cut = max(1, len(source) // 10)
+    bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
+    return bank, queries, how

@@ -1,0 +1,108 @@
+"""What training was worth: an encoder beside the same encoder before its first step, with labels and without."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.data import Source
+from inbatch.errors import InbatchError
+from inbatch.evaluation import evaluate
+from inbatch.models import Encoder
+from inbatch.training.build import Built, views_of
+from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
+from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
+from inbatch.training.monitors.online_evaluation import fit_readout
+from inbatch.training.recipe import Recipe
+from inbatch.training.run_encoder import initial_encoder, initial_name
+
+PROTOCOLS = ("knn", "linear", "clustering")
+COSTLY = ("finetune", "corruptions")
+"""Protocols by which the encoder before training is not judged: each takes minutes, and says little of it."""
+
+
+def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
+    """Compare a run's encoder with the one that it began with, and draw neighbours.png; entries of result.json.
+
+    images: how many, at most, are embedded for the picture and for what is measured without labels.
+    "initial": what that encoder is called. "untrained": its figures, None without labels. "unlabelled": measures that
+    need no labels. "comparison_seconds": what all this took.
+    """
+    began, recipe = time.perf_counter(), built.recipe
+    before = initial_encoder(recipe, out, built.loader.device)
+    options: dict[str, Any] = {"k": recipe.k, "seed": recipe.seed, "workers": built.loader.workers}
+    fit_readout(before, built.loader.source if held is None else held[0])
+    untrained = None if held is None else evaluate(before, *held[:2], **options)
+    source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
+    found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
+    shown = source.only(found["after"].number)
+    near = min(5, len(shown) - 1)
+    old, new = (found[name].handed_out(found[name].clean) for name in ("before", "after"))
+    save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
+    return {
+        "initial": initial_name(recipe),
+        "untrained": untrained,
+        "unlabelled": compared(found["before"], found["after"]),
+        "comparison_seconds": time.perf_counter() - began,
+    }
+
+
+def images_within(built: Built, seconds: float, images: int | None = None) -> tuple[int, float]:
+    """Return how many images `worth` can embed in so many seconds, and about how many seconds they take.
+
+    images: as many in any case, for a run that goes on.
+    """
+    few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
+    each = 0.0
+    for _ in range(2):  # the first time warms up
+        began = time.perf_counter()
+        number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
+        each = 2 * (time.perf_counter() - began) / len(number)
+    most = min(IMAGES, len(built.loader.source))
+    if images is None:
+        images = next((n for n in (IMAGES, 1000, 500, 250, 125) if min(n, most) * each <= seconds), 64)
+    return images, 1.0 + min(images, most) * each
+
+
+def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[Encoder | None, str | None]:
+    """The encoder that a run began with; None, and why, if the weights that its recipe names are gone."""
+    try:
+        return initial_encoder(recipe, run, device), None
+    except InbatchError as error:
+        return None, f"the encoder before training cannot be created: {error}"
+
+
+def judge_labelled(
+    before: Encoder | None,
+    encoder: Encoder,
+    bank: Any,
+    queries: Any,
+    protocols: Sequence[str],
+    options: Mapping[str, Any],
+    stopped: bool = False,
+) -> dict[str, Any]:
+    """The figures of an encoder, and as "untrained" those of the encoder before training by the same protocols.
+
+    That one is not judged by `COSTLY`; it is None if nothing else is asked for. stopped: the encoder is of a run that
+    has not finished, whose readout was fitted at an earlier step.
+    """
+    for one in (encoder, before):
+        if one is not None:
+            fit_readout(one, bank, again=stopped and one is encoder)
+    found = evaluate(encoder, bank, queries, protocols=protocols, **options)
+    cheap = [name for name in protocols if name not in COSTLY]
+    judged = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
+    return found | {"untrained": judged}
+
+
+def judge_unlabelled(
+    recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
+) -> dict[str, Any]:
+    """The measures that need no labels, of both encoders; entries of evaluation.json. stopped: as above."""
+    encoders = {"after": encoder} | ({} if before is None else {"before": before})
+    for one in encoders.values():
+        fit_readout(one, source, again=stopped and one is encoder)
+    found = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
+    return {"unlabelled": compared(found.get("before"), found["after"]), "images": len(found["after"].clean)}

@@ -1,0 +1,355 @@
+"""The loop: epochs, looks on the way, checkpoints, and what is written when it ends."""
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.data import Subset
+from inbatch.errors import DataError, InbatchError, TrainingError
+from inbatch.models import save_encoder
+from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime import distributed
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.runtime.memory import peak_memory
+from inbatch.runtime.signals import stop_on_signals
+from inbatch.runtime.threads import Threads
+from inbatch.training.budget import Keeper, Pace, duration
+from inbatch.training.build import Built
+from inbatch.training.checkpoint import load, restore, save, set_aside
+from inbatch.training.head_evaluation import save_heads
+from inbatch.training.judgement import IMAGES, images_within, worth
+from inbatch.training.metric_logger import Log, spent
+from inbatch.training.monitors.comparison import Comparison
+from inbatch.training.monitors.curve_plot import plot_curves
+from inbatch.training.monitors.online_evaluation import (
+    affordable,
+    chosen,
+    evaluation,
+    guard,
+    judge,
+    judged,
+    limited,
+    looked_at,
+    survey,
+    tell,
+    watch,
+)
+from inbatch.training.monitors.reference import Reference
+from inbatch.training.replay import capture
+from inbatch.training.status import Report, tell_bad
+from inbatch.training.step import NotFinite
+from inbatch.training.stopping import Stopping
+from inbatch.training.summary import describe
+from inbatch.training.timing import expectation, growth, step_seconds
+from inbatch.training.train_state import Progress
+
+JUDGED = 0.03
+"""Share of a budget that one evaluation may take to embed its images."""
+SAVE_EVERY = 600.0
+"""Seconds between two checkpoints within an epoch, where there is no budget; with one, a twentieth of it."""
+
+
+def train(
+    built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
+    notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
+    began: float | None = None, calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
+
+    out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
+    notes: sentences for the user, printed at the start.
+    stop_on_collapse: end where outputs have collapsed at two looks in a row, after a checkpoint.
+    reference: what the curve is compared with, on rank 0; it decides nothing.
+    began: when the command began (`time.perf_counter`), from which on a budget counts; now by default.
+    calibration: how the recipe was chosen for its budget, for the result.
+    Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
+    kept, see `capture`) or where it ends on collapse.
+    """
+    progress, main = Progress(began=time.perf_counter() if began is None else began), distributed.rank() == 0
+    parts, data = built.parts() | {"progress": progress}, _signature(built)
+    if resume:
+        found = load(out / "checkpoints")
+        _same_data(found.state.get("progress", {}).get("data", data), data)
+        restore(parts, found.state)
+        progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # also what a killed process lost
+        notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+    if not resume:
+        progress.calibration = dict(calibration) if calibration else None
+    calibration = progress.calibration
+    distributed.agree(
+        {"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context}
+    )
+    if resume and main:  # every rank has read it
+        set_aside(found)
+    progress.data = data
+    looks = looked_at(built.recipe)
+    compared = Comparison(reference.over(looks), progress.curve, looks, built.loader.steps) if reference else None
+
+    where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
+    report = Report(out, built, progress, main)
+    report.status("running")
+    with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
+        log.note(describe(built))
+        with report.verdict():
+            log.note(_expected(built, progress, calibration))
+        for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
+            log.note(note)
+        with report.verdict():
+            products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
+            threads = Threads(built.loader.device, progress.threads)
+            with products, contextlib.closing(built.loader), threads, stop_on_signals() as stop:
+                stopping = Stopping(built, parts, report, stop)
+                with stopping.answering():
+                    with report.verdict():  # torchrun ends the others when a rank has died
+                        if sentence := threads.decide():
+                            log.note(sentence)
+                        looked, pace, images = held, None, IMAGES
+                        if main and built.recipe.budget is not None:
+                            held, pace, images = _within(built, held, progress, calibration)
+                        if main and held is not None:
+                            looked, held = chosen(built, held)
+                        keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
+                        _epochs(
+                            built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
+                            threads,
+                        )  # fmt: skip
+                    stop.release()  # all is saved
+                    extra = {"calibration": calibration} if calibration else {}
+                    ended = (built, progress, held, out, where, compared, extra, images)
+                    result = distributed.share(_finish(*ended) if main else None)
+        log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
+        if built.recipe.budget is not None:
+            share = result["wall_seconds"] / built.recipe.budget
+            log.note(f"Took {share:.0%} of the budget of {duration(built.recipe.budget)}.")
+        if compared:
+            log.note(compared.summary())
+    report.status("finished")
+    return result
+
+
+def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] | None) -> str:
+    """How long the rest of the run takes, as calibrated, as seen before a resume, or by a slice of a step."""
+    if calibration and not progress.step:
+        tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
+        seconds = tried[calibration["chosen"]]
+    elif progress.step:
+        seconds = progress.seconds / progress.step
+    else:
+        seconds = distributed.share(step_seconds(built))
+    return expectation(built, seconds, progress.step)
+
+
+def _within(
+    built: Built, held: Any, progress: Progress, calibration: Mapping[str, Any] | None
+) -> tuple[Any, Pace, int]:
+    """What a run with a budget is judged by, its pace, and how many images are compared at its end.
+
+    What all this takes is measured before; the encoder before training is judged, too.
+    """
+    budget = built.recipe.budget or 0.0
+    left = max(1.0, budget - progress.wall)
+    began = time.perf_counter()
+    if held is not None:
+        held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
+    judge(built, held)()
+    looks = time.perf_counter() - began
+    images, compared = images_within(built, JUDGED * left, *progress.judged[2:])
+    progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
+    until = built.recipe.grow_until
+    costs = [(until, calibration["small"])] if calibration and until else growth(built)
+    return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
+
+
+def _signature(built: Built) -> str:
+    """Which images a run learns from: another number, name, order or label is another permutation."""
+    source = built.loader.source
+    return f"{len(source):,} images {source.signature()}"
+
+
+def _ranks(out: Path) -> str:
+    """On how many ranks a resumed run goes on, where they are several or were."""
+    now, path = distributed.world(), out / "run.json"
+    before = json.loads(path.read_text()).get("world", now) if path.exists() else now
+    changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
+    return f" on {now} rank{'s' * (now > 1)}{changed}" if changed or now > 1 else ""
+
+
+def _same_data(then: str, now: str) -> None:
+    if then != now:
+        raise DataError(
+            f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
+            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN"
+        )
+
+
+def _epochs(
+    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any, out: Path,
+    stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
+) -> None:  # fmt: skip
+    """Every epoch from `progress.step` on."""
+    recipe, steps, main = built.recipe, built.loader.steps, distributed.rank() == 0
+    look = judge(built, held)
+    source = built.loader.source
+    few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
+    watched = Subset(source, few, "watched for collapse")
+    told = tell_bad(built, out, log, 0)
+
+    def end(epoch: int) -> None:
+        """Look at the features after so many epochs, the last one perhaps not whole, and save."""
+        nonlocal told
+        before = set(progress.collapsed)
+        watch(built, watched, progress, epoch, log)
+        told = tell_bad(built, out, log, told)
+        stays = distributed.share(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
+        best, last = False, progress.step >= built.total
+        if epoch % recipe.evaluate_every == 0 or last:
+            best = look_at(epoch)
+        stopping.stop.hold()
+        progress.ended = progress.step // steps
+        if best or epoch % recipe.checkpoint_every == 0 or last or stays:
+            _save(parts, progress, out, best)
+            keeper.saved()
+        if stays:
+            raise TrainingError(
+                f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
+                f"the next look; a checkpoint is saved, curves are in {out / 'metrics.jsonl'}"
+            )
+        stopping.finished()
+
+    def look_at(epoch: int) -> bool:
+        began = time.perf_counter()
+        judges: dict[str, float] = {"bank": len(held[0]), "queries": len(held[1])} if held else {}
+        log.record(progress.step, progress.cost() | judges)
+        best = judged(look, progress, epoch, log, steps)
+        tell(compared, out, log)
+        if progress.step:
+            guard(built, progress, epoch, log)
+        keeper.look_seconds = time.perf_counter() - began
+        return best
+
+    if progress.step == 0:
+        watch(built, watched, progress, 0, log)
+        look_at(0)
+    elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
+        end(-(-progress.step // steps))  # stopped by a signal at an epoch's last step
+    keeper.start(progress.step, built.total)
+    while progress.step < built.total:
+        epoch, first = divmod(progress.step, steps)
+        if sentence := threads.decide():
+            log.note(sentence)
+        began, used = time.perf_counter(), time.process_time()  # waiting for data counts, judging and saving do not
+        if first == 0 and built.method.surveys(epoch):
+            found = survey(built, epoch)
+            if found:
+                log.evaluation(progress.step, found)
+        for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
+            stopping.begin()
+            try:
+                losses = built.step(batch, progress.step)
+            except NotFinite as error:
+                kept = capture(out, built, error)
+                raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {out}") from error
+            progress.step = step = progress.step + 1
+            now, cpu = time.perf_counter(), time.process_time()
+            progress.seconds, began = progress.seconds + now - began, now
+            progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
+            progress.images += recipe.batch
+            progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
+            now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
+            log.step(step, epoch, losses | now_so, recipe.batch)
+            # One collective tells a signal of any rank, and whether rank 0's clock is to be looked at.
+            asked, due = divmod(distributed.largest(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2)
+            if asked:
+                _save(parts, progress, out, best=False)
+                raise stopping.answer(asked)
+            if due and _keep_time(built, keeper, progress, out, log):
+                _save(parts, progress, out, best=False)
+                keeper.saved()
+                keeper.paused(time.perf_counter() - now)
+                began, used = time.perf_counter(), time.process_time()
+            stopping.finished()
+            if step >= built.total:
+                break
+        if progress.step % steps == 0 or progress.step >= built.total:
+            ended = time.perf_counter()
+            end(-(-progress.step // steps))
+            keeper.paused(time.perf_counter() - ended)
+
+
+def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log: Log) -> bool:
+    """Change the length of the run if its budget asks for it; return whether a checkpoint is due."""
+    step, recipe = progress.step, built.recipe
+    between = recipe.evaluate_every * built.loader.steps
+    looks = -(-built.total // between) - step // between
+    left, save_now = distributed.share(keeper.check(step, built.timeline, looks) if distributed.rank() == 0 else None)
+    if left is not None:
+        built.timeline.change(step, left)
+        built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
+        if distributed.rank() == 0:  # before the steps that follow: a resumed run repeats them
+            write_json(out / "recipe.json", built.recipe.nested())
+        log.length(built.total)
+        if abs(built.total - keeper.said) > 0.25 * keeper.said:
+            why = "longer" if built.total < keeper.said else "less time"
+            log.note(
+                f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
+                f"{keeper.said:,}, and its schedule is fitted to that."
+            )
+            keeper.said = built.total
+    return save_now
+
+
+def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:
+    """Write a checkpoint from rank 0; an error there ends every rank."""
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save(out / "checkpoints", state, step=progress.step, best=best)
+        except InbatchError as error:
+            problem = str(error)
+    if problem := distributed.share(problem):
+        raise InbatchError(problem)
+    progress.saved = progress.step, progress.ended
+
+
+def _finish(
+    built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None,
+    extra: Mapping[str, Any], images: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
+    save_encoder(built.encoder, out / "encoder")
+    save_heads(built, out / "heads")
+    plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
+    result = {
+        "command": built.recipe.command(),
+        "recipe": built.recipe.nested(),
+        "context": built.context,
+        "world": distributed.world(),
+        "precision": str(built.tower.precision).removeprefix("torch."),
+        "environment": where,
+        "images": len(built.source),
+        "unreadable": len(built.loader.unreadable()),
+        "steps": built.total,
+        "threads": progress.threads,
+        "training_seconds": progress.seconds,
+        "training_cpu_seconds": progress.cpu_seconds,
+        "images_per_second": progress.images / max(progress.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(built.loader.device),
+        "curve": progress.curve,
+        "compared": compared and compared.json(),
+        "collapsed": list(progress.collapsed.values()),
+        "leak": progress.leak or None,
+        "held_out": held and held[2],
+        "evaluation": None if held is None else evaluation(built, held, out),
+    }
+    result |= worth(built, held, out, images) | dict(extra)
+    result["wall_seconds"] = progress.wall
+    write_json(out / "result.json", result)
+    return result

@@ -1,0 +1,196 @@
+"""A run's log: numbers in `metrics.jsonl` and TensorBoard, progress for people on stderr (stdout is for results)."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import SupportsFloat
+
+from rich.console import Console
+
+from inbatch.runtime.files import cannot_write, replacing, to_json
+from inbatch.runtime.terminal import Bar, Terminal, note
+
+_SLOW = 10.0
+"""Seconds after which a step is written down, however few steps have been since the last."""
+
+
+class Log:
+    """Numbers of a run by step; a context manager.
+
+    directory: the run's folder; None keeps no files (every rank but the first).
+    total_steps: of the whole run, resumed or not.
+    resume_step: the checkpoint's step; lines after it are removed from an older log, with 0 all of them.
+    every: steps between two records in the files. In between, values are not read, so a tensor on a GPU can be
+        handed over at every step without waiting for it.
+    interval: seconds between two lines of progress where stderr is no terminal.
+    quiet: nothing on stderr; the files are written all the same.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        total_steps: int,
+        quiet: bool = False,
+        resume_step: int = 0,
+        every: int = 10,
+        interval: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        self.total_steps, self.every = total_steps, every
+        self._console = console or Terminal(stderr=True)
+        self._console.quiet = quiet
+        self._path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
+        if directory is not None:
+            _truncate(self._path, resume_step)
+        try:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+        self._tensorboard = None
+        if directory is None:
+            pass
+        elif importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            # The same truncation: TensorBoard hides what an older writer logged from this step on.
+            self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resume_step + 1)
+        else:
+            self.note('No TensorBoard log: it is not installed (pip install "inbatch[tensorboard]").')
+
+        shown = self._console.is_interactive and not quiet
+        self._bar = Bar(self._console, total_steps, resume_step) if shown else None
+        self._interval = 0.5 if self._bar else interval
+
+        self._shown = -float("inf")
+        self._clock = time.perf_counter()  # of the images counted in _images
+        self._images = 0
+        self._first: tuple[int, float] | None = None  # the first step here and when it ended, for the time left
+        self._latest: dict[str, float] = {}
+        self._epoch = 0
+
+    def step(self, step: int, epoch: int, values: Mapping[str, SupportsFloat], images: int) -> None:
+        """One training step is done: the `step`-th counting from 1, in `epoch` counting from 0, over so many images.
+
+        values: "loss" and whatever else is to be kept; numbers or 0-dim tensors.
+        """
+        now, self._epoch = time.perf_counter(), epoch
+        self._first = self._first or (step, now)
+        self._images += images
+        if step % self.every == 0 or step in (1, self.total_steps) or now - self._clock >= _SLOW:
+            record = {name: float(value) for name, value in values.items()}
+            now = time.perf_counter()  # reading a value waits for the device, and only then is the step done
+            record["images_per_second"] = self._images / (now - self._clock)
+            self._clock, self._images = now, 0
+            self._write({"step": step, "epoch": epoch} | record)
+            self._latest |= record
+        if now - self._shown >= self._interval or step == self.total_steps:
+            if "loss" in values:
+                self._latest["loss"] = float(values["loss"])
+            self._show(step, now)
+            self._shown = now
+
+    def evaluation(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Numbers measured after a step, such as "knn" (a share of 1)."""
+        record = {name: float(value) for name, value in values.items()}
+        self._write({"step": step} | record)
+        self._latest |= record
+        if self._bar is None:
+            self.note(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        else:
+            self._show(step, time.perf_counter())
+        self.untimed()
+
+    def length(self, total_steps: int) -> None:
+        """The run has another length from now on."""
+        self.total_steps = total_steps
+        if self._bar is not None:
+            self._bar.total(total_steps)
+
+    def untimed(self) -> None:
+        """What was done since the last step is no training time."""
+        self._clock, self._images = time.perf_counter(), 0
+
+    def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Numbers measured after a step that are kept and not shown."""
+        self._write({"step": step} | {name: float(value) for name, value in values.items()})
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
+        note(self._console, text)
+
+    def close(self) -> None:
+        """Close the files and give the terminal back."""
+        with suppress(OSError):  # every line was flushed: what is left is one that could not be written, and was told
+            self._file.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _write(self, record: dict[str, float]) -> None:
+        try:
+            self._file.write(to_json(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, record["step"])
+
+    def _show(self, step: int, now: float) -> None:
+        epoch, text = f"epoch {self._epoch + 1}", []
+        if "loss" in self._latest:
+            text.append(f"loss {self._latest['loss']:.4g}")
+        if "images_per_second" in self._latest:
+            text.append(f"{self._latest['images_per_second']:,.0f} images/s")
+        if "knn" in self._latest:
+            text.append(f"k-NN {self._latest['knn']:.1%}")
+        first, began = self._first or (step, now)
+        if first < step < self.total_steps:
+            left = (now - began) / (step - first) * (self.total_steps - step)
+            text.append(f"{timedelta(seconds=round(left))} left")
+        if self._bar is None:
+            self.note("  ".join([epoch, f"step {step:,}/{self.total_steps:,}", *text]))
+        else:
+            self._bar.show(step, epoch, "  ".join(text))
+
+
+def spent(path: Path) -> float:
+    """Seconds that a run had used when its log was last written; 0 where it does not say."""
+    seconds = 0.0
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                seconds = max(seconds, float(json.loads(line)["elapsed"]))
+    return seconds
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the lines up to a step: what a killed run logged after its checkpoint will be logged again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            known = 0 < step >= json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # half a line: the run was killed while writing it
+            continue
+        if known:
+            kept.append(line + b"\n")
+    with replacing(path) as file:
+        file.write(b"".join(kept))

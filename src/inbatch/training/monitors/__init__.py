@@ -1,0 +1,1 @@
+"""Checks made during a run, and comparison with a reference run."""

@@ -1,0 +1,87 @@
+"""The curves of a run."""
+
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from inbatch.errors import DataError
+from inbatch.runtime.files import replacing
+from inbatch.runtime.text import one_line
+from inbatch.training.monitors.comparison import Comparison
+from inbatch.training.monitors.reference_files import MEASURES
+
+# The name of a number in the log, and what stands beside its axis.
+PANELS = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "images_per_second": "images / s",
+    "knn": "online k-NN accuracy",
+    "feature_std": "feature std",
+    "rankme": "effective rank",
+    "leak": "group told from\none embedding",
+    "curate_rounds": "redraw rounds",
+    "curate_redrawn": "redraws / sample",
+    "curate_violating_before": "share violating,\nas drawn",
+    "curate_violating": "share violating,\nleft",
+}
+
+
+def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> None:
+    """Draw every number of `PANELS` that a run's `metrics.jsonl` holds over its steps.
+
+    compared: the run's curve and its reference, whose band is drawn behind.
+    Raises DataError where it holds none of them.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        for name in PANELS:
+            if name in record:
+                # null stands for nan: a gap in the curve.
+                value = record[name]
+                curves.setdefault(name, []).append((record["step"], float("nan") if value is None else value))
+    names = [name for name in PANELS if name in curves]
+    if not names:
+        raise DataError(f"{log} holds none of {', '.join(PANELS)}: nothing was logged yet.")
+
+    # A layout that measures every text takes longer than all the drawing, which a run may do after every look.
+    height = 1.9 * len(names)
+    figure = Figure(figsize=(7, height))
+    figure.subplots_adjust(left=0.15, right=0.97, bottom=0.45 / height, top=1 - 0.25 / height, hspace=0.12)
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for name, panel in zip(names, panels, strict=True):
+        steps, values = zip(*curves[name], strict=True)
+        if compared is not None and name in MEASURES:
+            _behind(panel, name, compared)
+        panel.plot(steps, values, color="#0072b2", linewidth=1.2, marker="o" if len(steps) < 30 else "", markersize=3)
+        panel.set_ylabel(PANELS[name])
+        panel.yaxis.set_label_coords(-0.12, 0.5)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 6))  # no number reaches into the label
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if name != "loss":
+            panel.set_ylim(bottom=0)  # what falls to nothing must look so
+    if compared is not None:
+        name = one_line(compared.reference.name)[-60:]  # a path may be long, and hold what no font does
+        title = f"grey: {name}, seeds: {len(compared.reference.curves)}; dots: means between looks"
+        panels[0].set_title(title, fontsize=8, parse_math=False)
+    panels[-1].set_xlabel("step")
+    with replacing(png) as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
+def _behind(panel: Axes, name: str, compared: Comparison) -> None:
+    """The reference's mean and band as far as the run will go; of the loss, as dots, the means that are compared."""
+    epochs = [epoch for epoch in compared.reference.epochs if epoch <= compared.looks[-1]]
+    bands = {epoch * compared.steps: compared.reference.band(name, epoch) for epoch in epochs}
+    known = [(step, *band) for step, band in bands.items() if band is not None]
+    if not known:
+        return
+    steps, low, mean, high = zip(*known, strict=True)
+    panel.fill_between(steps, low, high, color="#999999", alpha=0.3, linewidth=0)
+    panel.plot(steps, mean, color="#777777", linewidth=1, linestyle="--")
+    if name == "loss":
+        means = [(entry["step"], entry[name]) for entry in compared.curve if name in entry]
+        panel.plot(*zip(*means, strict=True), color="#d55e00", linestyle="", marker="o", markersize=3)

@@ -1,0 +1,114 @@
+"""Which images a representation takes for similar."""
+
+import warnings
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from inbatch.data.source import Source
+from inbatch.errors import DataError
+from inbatch.runtime.files import replacing
+from inbatch.runtime.text import printable
+
+RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision
+BLACK = "#000000"
+
+SIDE, FRAME = 96, 4
+"""Of an image on the sheet, and of the frame around it, in pixels."""
+GAP, NAME, HEAD = 8, 14, 48
+"""Between images, for the name over an image, for the head of the sheet, in pixels."""
+_DPI = 100
+
+
+def save_neighbour_grid(
+    source: Source, vectors: Float[Tensor, "n f"], png: Path, queries: int = 8, neighbours: int = 8,
+    before: Float[Tensor, "n g"] | None = None,
+) -> None:  # fmt: skip
+    """Draw some images and, in the same row, the most similar others of the source (cosine similarity).
+
+    vectors: one per image of `source`, in its order. before: the same before training; its neighbours are drawn between
+    the query and those of `vectors`. The queries are spread evenly over the classes, or over the
+    order where nothing is labelled. Where query and neighbour are labelled, the frame says whether they agree.
+    Raises DataError where vectors and images differ in number, or there are too few.
+    """
+    sides = {"before training": before, "after training": vectors} if before is not None else {"": vectors}
+    for rows in sides.values():
+        if len(rows) != len(source):
+            raise DataError(f"{len(rows):,} vectors do not belong to the {len(source):,} images of {source.name}.")
+    if len(source) <= neighbours:
+        raise DataError(f"{source.name} has {len(source)} images: too few for {neighbours} neighbours of each.")
+    queries = min(queries, len(source))
+    order = source.labels.argsort(stable=True)
+    chosen = order[(torch.arange(queries) + 0.5).mul(len(order) / queries).long()]
+    nearest = [_nearest(rows, chosen, neighbours) for rows in sides.values()]
+
+    named = bool((source.labels >= 0).any())
+    cell, line = SIDE + 2 * FRAME + GAP, SIDE + 2 * FRAME + GAP + NAME * named
+    starts = [cell + GAP + side * (neighbours * cell + 2 * GAP) for side in range(len(sides))]
+    width, height = starts[-1] + neighbours * cell + GAP, HEAD + queries * line
+    sheet = torch.full((height, width, 3), 255, dtype=torch.uint8)
+    texts, counts = list[tuple[int, int, str]](), list[str]()
+    for title, start, found in zip(sides, starts, nearest, strict=True):
+        texts.append((start, HEAD - 4, title))
+        right = known = 0
+        for row, query in enumerate(chosen.tolist()):
+            label, top = int(source.labels[query]), HEAD + row * line + NAME * named
+            for column, image in enumerate([query, *found[row].tolist()]):
+                other, colour = int(source.labels[image]), BLACK
+                if column:
+                    colour = UNKNOWN if label < 0 or other < 0 else RIGHT if label == other else WRONG
+                    right, known = right + (colour == RIGHT), known + (colour != UNKNOWN)
+                elif start != starts[0]:
+                    continue  # the query is drawn once
+                left = start + (column - 1) * cell if column else GAP
+                _place(sheet, top, left, source.image(image), colour)
+                if other >= 0:
+                    name = shorten(printable(source.classes[other]), 18, placeholder="…")
+                    texts.append((left, top - 3, name))
+        counts += [f"{title}: " * bool(title) + f"{right} of {known}"] if known else []
+    said = f"; of the query's class (blue): {', '.join(counts)}; others orange" if counts else ""
+    texts += [(GAP, HEAD - 4, "query"), (GAP, 20, f"Nearest neighbours by cosine similarity{said}")]
+    _write(png, sheet, texts)
+
+
+def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[Tensor, "q k"]:
+    vectors = F.normalize(vectors.float(), dim=1)
+    similarity = vectors[chosen] @ vectors.T
+    similarity[torch.arange(len(chosen)), chosen] = -torch.inf
+    return similarity.topk(neighbours, dim=1).indices
+
+
+def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tensor, "c h w"], colour: str) -> None:
+    """An image in its frame, the longer side as long as a place on the sheet."""
+    side = SIDE + 2 * FRAME
+    frame = (torch.tensor(to_rgb(colour)) * 255).round().byte()
+    sheet[top : top + side, left : left + side] = frame
+    shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1))[None].float()
+    height, width = (max(1, round(length * SIDE / max(image.shape[1:]))) for length in image.shape[1:])
+    if SIDE % max(image.shape[1:]) == 0:  # pixels stay pixels
+        shown = F.interpolate(shown, (height, width), mode="nearest")
+    else:
+        shown = F.interpolate(shown, (height, width), mode="bilinear", antialias=True)
+    inside = sheet[top + FRAME : top + FRAME + SIDE, left + FRAME : left + FRAME + SIDE]
+    inside.fill_(255)
+    down, right = (SIDE - height) // 2, (SIDE - width) // 2
+    inside[down : down + height, right : right + width] = shown[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+
+
+def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int, str]]) -> None:
+    """One image for the whole sheet: a panel for each takes matplotlib seconds to lay out."""
+    height, width, _ = sheet.shape
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    figure.figimage(sheet.numpy(), resize=False)
+    for left, top, text in texts:
+        size = 7 if top > HEAD else 9
+        figure.text(left / width, 1 - top / height, text, fontsize=size, va="bottom", parse_math=False)
+    with replacing(png) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows boxes
+        figure.savefig(file, dpi=_DPI, format="png", pil_kwargs={"compress_level": 3})

@@ -1,0 +1,167 @@
+"""Is my curve normal? What a recipe's curve was with some seeds, and the band around it.
+
+A curve is what a run's `result.json` holds under that name: per look a dict of epoch, loss (the mean of the steps since
+the look before), knn (a share of 1), feature_std, rankme.
+"""
+
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inbatch.errors import ConfigError
+from inbatch.runtime.text import one_line
+from inbatch.training.monitors.reference_files import MEASURES, differing, listed, read_result
+
+Entry = Mapping[str, float]
+Curve = Sequence[Entry]
+
+FLOORS = {"knn": (0.03, 0.0), "loss": (0.0, 0.05), "feature_std": (0.1, 0.0), "rankme": (0.0, 0.25)}
+"""The least half-width of a band: fixed, and as a share of the mean.
+
+Where they come from: five seeds of simclr, byol and barlow on the digits (docs/compare.md) deviate by 1 to 4 points of
+k-NN, 1 to 4 % of the loss, 0.004 to 0.016 of feature_std and 4 to 12 % of the rank. The first two are about two such
+deviations, so that one seed gives a hint; the last two many, for what they are to show is a collapse, which is a fall
+to a quarter (`inspect.collapse`)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a recipe's curve was.
+
+    name: for people. curves: one per seed, epochs rising. recipe: theirs, nested, whatever its seed; {}: unknown.
+    """
+
+    name: str
+    curves: Sequence[Curve]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> list[float]:
+        """After which epochs they were looked at."""
+        return sorted({entry["epoch"] for curve in self.curves for entry in curve})
+
+    def band(self, measure: str, epoch: float) -> tuple[float, float, float] | None:
+        """Low, mean and high of a measure after so many epochs; None where no curve has it before and behind.
+
+        Each seed is interpolated linearly between its looks. The band is their mean +- 3 standard deviations of what
+        another seed is from it, s sqrt(1 + 1/n), where s is that of this look or the usual one, whichever is larger;
+        and never narrower than `FLOORS`, which is all that one seed has.
+        """
+        seeds = self._at(measure, epoch)
+        if not seeds:
+            return None
+        mean, (fixed, share) = statistics.fmean(seeds), FLOORS[measure]
+        deviation = max(_deviation(seeds), self._usual[measure]) * math.sqrt(1 + 1 / len(seeds))
+        half = max(3 * deviation, fixed, share * abs(mean))
+        return mean - half, mean, mean + half
+
+    def _at(self, measure: str, epoch: float) -> list[float]:
+        """The value of every seed that has one there."""
+        found = []
+        for curve in self.curves:
+            known = {entry["epoch"]: entry[measure] for entry in curve if measure in entry}
+            if known and min(known) <= epoch <= max(known):
+                found.append(float(np.interp(epoch, list(known), list(known.values()))))
+        return found
+
+    @cached_property
+    def _usual(self) -> dict[str, float]:
+        """The deviation between seeds over all looks but that of the untrained encoder, as the root of a mean square.
+
+        That of one look of a few seeds is far too small too often: of two, below a tenth of the true one in 8 of 100.
+        """
+        found = {}
+        for measure in MEASURES:
+            looks = [self._at(measure, epoch) for epoch in self.epochs if epoch > 0]
+            squares = [_deviation(seeds) ** 2 for seeds in looks if len(seeds) > 1]
+            found[measure] = math.sqrt(statistics.fmean(squares)) if squares else 0.0
+        return found
+
+    def place(self, measure: str, entry: Entry) -> str | None:
+        """Where an entry lies: "inside", "below", "above", "nowhere" (it is no number); None: nothing to compare."""
+        band = self.band(measure, entry["epoch"])
+        if band is None or measure not in entry:
+            return None
+        value = entry[measure]
+        if math.isnan(value):
+            return "nowhere"
+        return "below" if value < band[0] else "above" if value > band[2] else "inside"
+
+    def sentence(self, measure: str, entry: Entry) -> str:
+        """Where a measure lies, for people."""
+        low, _, high = self.band(measure, entry["epoch"]) or (math.nan,) * 3
+        place = self.place(measure, entry)
+        verb = {"inside": "is back inside", "nowhere": "is no number beside"}.get(str(place), f"is {place}")
+        band = f"the band of the reference ({_shown(measure, low, high)})"
+        return f"{MEASURES[measure]} {_shown(measure, entry[measure])} {verb} {band} at epoch {entry['epoch']:g}"
+
+    def outside(self, entry: Entry) -> list[str]:
+        """A sentence for every measure of an entry that lies outside its band."""
+        return [self.sentence(m, entry) for m in MEASURES if self.place(m, entry) not in (None, "inside")]
+
+    def over(self, looks: Sequence[int]) -> "Reference":
+        """The same, its losses means between these looks: a mean over ten epochs is no mean over the last of them.
+
+        A loss is kept where the reference was looked at at both ends of a stretch, and left out elsewhere.
+        """
+        return replace(self, curves=[_over(curve, looks) for curve in self.curves])
+
+
+def _deviation(seeds: Sequence[float]) -> float:
+    return statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+
+
+def _over(curve: Curve, looks: Sequence[int]) -> Curve:
+    losses: dict[float, dict[str, float]] = {}
+    for a, b in pairwise(looks):
+        parts = [
+            (now["loss"], now["epoch"] - then["epoch"])
+            for then, now in pairwise(curve)
+            if a <= then["epoch"] and now["epoch"] <= b and "loss" in now
+        ]
+        if sum(length for _, length in parts) == b - a:
+            losses[b] = {"loss": statistics.fmean(*zip(*parts, strict=True))}
+    rest = [{name: entry[name] for name in entry if name != "loss"} for entry in curve]
+    return [entry | losses.get(entry["epoch"], {}) for entry in rest]
+
+
+def _shown(measure: str, *values: float) -> str:
+    if measure == "knn":
+        return " to ".join(f"{100 * value:.1f}" for value in values) + " %"
+    return " to ".join(f"{value:.4g}" for value in values)
+
+
+def read_reference(path: str | Path, name: str | None = None) -> Reference:
+    """A reference from a `result.json`, a run's folder, or a folder of such files that differ in the seed only.
+
+    name: the path by default. ConfigError where there is none.
+    """
+    path = Path(path)
+    if os.path.isfile(path):
+        files = [path]
+    elif os.path.isfile(path / "recipe.json"):
+        files = [path / "result.json"]
+        if not os.path.isfile(files[0]):
+            raise ConfigError(f"the run in {path} has not finished: it is no reference yet")
+    else:
+        files = sorted(path.glob("*.json")) if os.path.isdir(path) else []
+    if not files:
+        raise ConfigError(f"{path} is no reference: give a run's folder, its result.json, or a folder of such files")
+    results = {file: read_result(file) for file in files}
+    first = results[files[0]]["recipe"]
+    seeds: dict[str, Path] = {}
+    for file, result in results.items():
+        if other := differing(first, result["recipe"], {"seed"}):
+            raise ConfigError(f"{path} is no reference: {files[0].name} and {file.name} differ in {listed(other)}")
+        if (twin := seeds.setdefault(repr(result["recipe"].get("seed")), file)) != file:
+            raise ConfigError(f"{path} is no reference: {twin.name} and {file.name} have the same seed")
+    curves = [result["curve"] for result in results.values()]
+    return Reference(one_line(str(path)) if name is None else name, curves, first)

@@ -1,0 +1,58 @@
+"""The result of a run that another is compared with, read from a file; and where two recipes differ."""
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from inbatch.errors import ConfigError, DataError
+from inbatch.runtime.files import read_json
+
+MEASURES = {"knn": "k-NN", "loss": "loss", "feature_std": "feature_std", "rankme": "RankMe"}
+"""What is compared, and how it is called."""
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A run's result that has a recipe and a curve of numbers; ConfigError for any other file."""
+    try:
+        found = read_json(path)
+    except DataError as error:
+        raise ConfigError(f"no reference: {error}") from None
+    curve = found.get("curve")
+    if not isinstance(found.get("recipe"), dict) or not isinstance(curve, list) or not curve:
+        raise ConfigError(f"{path} is no reference: it is not the result.json of a run, with its recipe and its curve")
+    for entry in curve:
+        measured = {"epoch", *MEASURES} & entry.keys() if isinstance(entry, dict) else set()
+        bad = sorted(name for name in measured if not _number(entry[name]))
+        if bad or "epoch" not in measured:
+            what = ", ".join(bad) or "epoch"
+            raise ConfigError(f"{path} is no reference: {what} is no number at a look of its curve")
+    if any(then["epoch"] >= now["epoch"] for then, now in pairwise(curve)):
+        raise ConfigError(f"{path} is no reference: the epochs of its curve do not rise")
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # false for nan, too
+
+
+def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """The settings in which two nested recipes differ, with both values; of the data the last part of its path counts.
+
+    but: settings that may.
+    """
+    here, there = _flat(mine), _flat(theirs)
+    keys = [key for key in dict.fromkeys([*here, *there]) if key not in but and here.get(key) != there.get(key)]
+    return [f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)" for key in keys]
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
+    return flat | {"data": Path(str(flat.get("data"))).name}
+
+
+def listed(words: Sequence[str], most: int = 5) -> str:
+    """Some of many words, and how many there are more."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

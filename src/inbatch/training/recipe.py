@@ -1,0 +1,372 @@
+"""A run is a value: a frozen recipe, made of named parts, saved as JSON and printable as the command that repeats it.
+
+Settings are flat and dotted ("method.temperature"), from the weakest to the strongest: defaults, the preset of the
+method, a file, the command line. The constructor of a part is its schema; an unknown key is an error with a suggestion.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic_core import PydanticCustomError
+
+from inbatch.data.views.crop_pairs import CROPS
+from inbatch.errors import ConfigError
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.models import MAX_SIDE
+from inbatch.training.budget import parse_budget
+from inbatch.training.registry import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, shown, validated
+
+_MOST = 2**31 - 1
+"""Of anything that is counted: what is more is a slip, or malice, and would end in a crash far from here."""
+Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
+_GROUP = pydantic.TypeAdapter(Annotated[int, pydantic.Field(ge=2, le=_MOST)])
+
+
+def _context(value: Any) -> Any:
+    """A context as it may be given, in one sentence where it may not."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return _GROUP.validate_python(value)
+    except pydantic.ValidationError:
+        wanted = "input should be a whole number of at least 2, auto, or null (the whole share of the batch)"
+        raise PydanticCustomError("context", wanted) from None
+
+
+Context = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_context)]
+Seconds = Annotated[
+    float | None, pydantic.BeforeValidator(lambda value: None if value is None else parse_budget(value))
+]
+Replan = tuple[Annotated[int, pydantic.Field(ge=0, le=_MOST)], Annotated[int, pydantic.Field(ge=0, le=_MOST)]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves.
+
+    name: after the warm-up half a cosine to `end` times the rate, steps at `milestones`, or constant.
+    warmup: epochs of linear rise from 0.
+    milestones: shares of the run at which "step" multiplies the rate by 0.1.
+    scaling: optimizer.lr is for 256 images a batch ("linear"), for 1 ("sqrt"), or as it is ("none").
+    """
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 10
+    end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run does; where it runs and what it prints is not here.
+
+    data, split, subset: the images to learn from; subset: only so many of them, drawn by the seed 0.
+    test: data set for evaluation, None for the data's own test split or a tenth held out.
+    channels, classes, levels: how the images are read (`data.open_data`).
+    size: side of the images the encoder takes, in pixels.
+    batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
+        None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`inbatch.fit`):
+        the number found takes its place before anything is written.
+    fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
+    crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
+    shuffle_groups: the momentum tower's context groups (without one: those of every view but the first) are other
+        permutations of the batch, so that what a group has in common does not solve the task.
+    precision: of the towers. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
+    variance: weight of VICReg's variance term (`functional.narrowness`), added to the loss of any method.
+    grow_from, grow_until: until this share of the run the encoder sees its views at this share of their side, which
+        costs the square of it; then at full size (progressive resizing). 1 and 0: always at full size.
+    joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
+        together, as in SwAV's and DINO's code.
+    resident: keep the decoded images on the device; None decides by size.
+    max_bad: share of the images that may be unreadable.
+    k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
+    steps: length of the run in optimiser steps; it ends there, also within an epoch. None: `epochs` say it.
+    budget: seconds within which the whole run ends, from the start of the command to the written result.
+    replans: (step, steps left from there) each time the length was changed to keep the budget; written by the run.
+    """
+
+    data: str
+    method: Part
+    views: Part
+    encoder: Part
+    optimizer: Part
+    schedule: Schedule = Schedule()
+    fuse: Part | None = None
+    curate: Part | None = None
+    attend: Part | None = None
+    crops: str = "default"
+    shuffle_groups: bool = False
+    split: str = "train"
+    subset: Positive | None = None
+    test: str | None = None
+    channels: Positive = 3
+    classes: str | None = None
+    levels: tuple[float, float] | None = None
+    size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
+    epochs: Positive = 100
+    batch: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
+    context: Context = None
+    sync_norm: bool = False
+    seed: Annotated[int, pydantic.Field(ge=0, le=2**32 - 1)] = 0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
+    channels_last: bool = True
+    variance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
+    grow_from: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    grow_until: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    joined: bool = False
+    compile: bool = False
+    resident: bool | None = None
+    max_bad: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
+    k: Positive = 200
+    evaluate_every: Positive = 10
+    checkpoint_every: Positive = 1
+    steps: Positive | None = None
+    budget: Seconds = None
+    replans: tuple[Replan, ...] = ()
+    preset: str = "imagenet"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the run's images are read: what `data.open_data` is told."""
+        return {"channels": self.channels, "classes": self.classes, "levels": self.levels}
+
+    def flat(self) -> Settings:
+        """The recipe as settings that `make` turns into the same recipe."""
+        settings: Settings = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Part):
+                settings[f"{f.name}.name"] = value.name
+                settings |= {f"{f.name}.{k}": v for k, v in value.options.items()}
+            elif isinstance(value, Schedule):
+                settings |= {f"{f.name}.{k}": v for k, v in dataclasses.asdict(value).items()}
+            elif f.name not in OPTIONAL:
+                settings[f.name] = value
+        return settings
+
+    def nested(self) -> dict[str, Any]:
+        """The recipe as it is written to a file."""
+        file: dict[str, Any] = {}
+        for key, value in self.flat().items():
+            *part, last = key.split(".")
+            (file.setdefault(part[0], {}) if part else file)[last] = list(value) if isinstance(value, tuple) else value
+        return file
+
+    def command(self) -> str:
+        """The command line that repeats the run, whatever size its images would have suggested."""
+        mine = self.flat()
+        # A part of another name than the preset's starts without the preset's options: so it does here.
+        names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
+        given = {key: mine[key] for key in ("data", "preset", "size", "channels")} | names
+        named = make(given).flat()
+        preset = make({key: given[key] for key in ("data", "preset", "size", "channels", "method.name")}).flat()
+        words = ["inbatch", "pretrain", self.method.name, "--data", self.data, "--preset", self.preset]
+        for key, value in mine.items():
+            known = preset if key in names else named
+            followed = key in known and known[key] == value and key not in ("size", "channels")
+            if key not in ("data", "method.name", "preset") and not followed:
+                words += ["--set", f"{key}={_one_line(list(value) if isinstance(value, tuple) else value)}"]
+        return shlex.join(words)
+
+
+def _one_line(value: Any) -> str:
+    """A value in YAML, which would break long lists and sentences into several lines."""
+    text = ""
+    for style in (None, '"'):  # the second has a sign for the end of a line
+        text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        if "\n" not in text:
+            break
+    return text
+
+
+_CANVAS = {
+    "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
+    "schedule.scaling": "none", "schedule.warmup": 2, "batch": 128, "epochs": 60, "k": 20,
+}  # fmt: skip
+SHARED_PRESETS: dict[str, Settings] = {
+    "none": {},
+    "fast": {
+        "source": "ours: the most accuracy in an hour of a laptop's processor (docs/fast.md)",
+        "encoder.name": "fast",
+        "encoder.whiten": True,
+        "encoder.whiten_patches": True,
+        "views.name": "simclr_cifar",
+        "views.area": 0.2,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 3e-3,
+        "optimizer.weight_decay": 1e-4,
+        "schedule.scaling": "none",
+        "schedule.warmup": 1,
+        "batch": 128,
+        "epochs": 30,
+        "grow_from": 0.5,
+        "grow_until": 0.66,
+    },
+    "digits": _CANVAS | {"views.name": "digits"},
+    "digits-colour": _CANVAS | {"views.name": "digits_colour"},
+}
+"""No preset, the one for a budget of time, and those of the embedded data, for every method; a method's own "digits"
+goes on top. k is 20 there, because 130 images of a class are fewer than 200 neighbours."""
+
+
+def method_named(name: str) -> type[Method]:
+    """A method by name; ConfigError with a suggestion."""
+    check_known("method", name, METHODS)
+    return METHODS[name]
+
+
+def natural_preset(data: str, size: float) -> str:
+    """The preset where none is asked for: by the name of an embedded data set, else by the size of the images."""
+    embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
+    return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
+
+
+def make(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of these settings; what they do not say comes from the preset, then from the defaults.
+
+    Raises ConfigError for an unknown key or name (with a suggestion) and for a value that does not fit.
+    """
+    settings = dict(settings)
+    method = settings.get("method.name", "simclr")
+    own = method_named(method).presets
+    size = _number(settings.get("size", 224))
+    natural = natural_preset(str(settings.get("data")), size)
+    preset = settings.setdefault("preset", natural if natural in SHARED_PRESETS | own else "none")
+    check_known("preset", preset, SHARED_PRESETS | own)
+    base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
+    base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
+    given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
+    given.pop("source", None)  # for people
+    if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
+        given |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
+    # Options of another part than the preset's are not the preset's to set.
+    for part in PARTS:
+        chosen = settings.get(f"{part}.name")
+        if chosen is not None and chosen != given.get(f"{part}.name", base.get(f"{part}.name")):
+            given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
+    merged = base | given | settings
+    if "data" not in merged:
+        raise ConfigError("which images? give --data FOLDER (or data: in the file)")
+
+    scalars = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+    top: Settings = {}
+    options: dict[str, Settings] = {part: {} for part in (*PARTS, "schedule")}
+    for key, value in merged.items():
+        part, _, name = key.partition(".")
+        if name and part in options:
+            options[part][name] = value
+        elif key in scalars:
+            top[key] = value
+        else:
+            raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
+    check_known("crops", top.get("crops", "default"), CROPS)
+    parts = {part: make_part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
+    unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
+    for key in unknown:
+        raise ConfigError(f"unknown setting 'schedule.{key}'{nearest(f'schedule.{key}', _all_keys(options))}")
+    if "schedule.warmup" not in settings and "schedule.warmup" in merged:
+        # A preset's warm-up is for its own length; of a shorter run it takes a tenth at most.
+        options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
+    if top.get("evaluate_every") is None:
+        top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
+    recipe = validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")
+    if recipe.replans and not sum(recipe.replans[-1]):
+        raise ConfigError("replans end the run before its first step: leave them out, a run with a budget writes them")
+    return recipe
+
+
+@cache
+def _schema() -> pydantic.TypeAdapter[Recipe]:
+    """Built once: it takes longer than what it checks."""
+    return pydantic.TypeAdapter(Recipe)
+
+
+def read_file(path: str | Path) -> Settings:
+    """Settings from a YAML or JSON file, nested or dotted; ConfigError where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the recipe {path}: {getattr(e, 'strerror', None) or e}") from None
+    try:
+        content = _plain(text)
+    except ValueError as e:
+        raise ConfigError(f"the recipe {path} is no YAML: {e}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"the recipe {path} is not a mapping of settings")
+    return read_settings(content)
+
+
+def read_settings(content: Mapping[str, Any]) -> Settings:
+    """A nested recipe as settings."""
+    settings: Settings = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            settings |= {f"{key}.{name}": option for name, option in value.items()}
+        elif key in (*PARTS, "schedule"):
+            settings[f"{key}.name"] = value  # `method: moco` for short
+        else:
+            settings[str(key)] = value
+    return settings
+
+
+def parse_assignment(text: str) -> Settings:
+    """ "part.key=value" as a setting, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
+    try:
+        parsed = _plain(value)
+    except ValueError:
+        raise ConfigError(f"--set {shown(text)}: the value cannot be read") from None
+    return {key.strip(): None if parsed == "None" else parsed}
+
+
+_LONGEST, _DEEPEST = 2**17, 20  # characters, levels: no recipe comes near
+
+
+def _plain(text: str) -> Any:
+    """The plain values that a YAML text spells out; ValueError says what is wrong, and where.
+
+    A few lines of aliases can stand for gigabytes, and the reader of a deep list goes as deep itself: both are refused.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError("it is too long")
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                raise ValueError(f"line {event.start_mark.line + 1}: no aliases, and no more than {_DEEPEST} levels")
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        where = "" if e.problem_mark is None else f"line {e.problem_mark.line + 1}: "
+        raise ValueError(f"{where}{e.problem}") from None
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as e:  # `!!int x`, `!!timestamp x`, ...
+        raise ValueError(str(e)) from None
+
+
+def _number(value: Any) -> float:
+    """A number to reckon with; what is none is left to validation."""
+    try:
+        return number if math.isfinite(number := float(value)) else 100.0
+    except (TypeError, ValueError, OverflowError):
+        return 100.0
+
+
+def _all_keys(options: Mapping[str, Settings]) -> list[str]:
+    keys = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+    keys |= {f"schedule.{f.name}" for f in dataclasses.fields(Schedule)}
+    return sorted(keys | {f"{p}.{k}" for p, chosen in options.items() if p in PARTS for k in ("name", *chosen)})

@@ -1,0 +1,151 @@
+"""The named parts of a recipe. The constructor of a part is its schema; what it does not know is an error."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
+
+import pydantic
+
+from inbatch.context.curation import CURATORS
+from inbatch.context.fusion import FUSIONS
+from inbatch.data.views import PRESETS
+from inbatch.errors import ConfigError
+from inbatch.methods import METHODS
+from inbatch.models import create_encoder
+from inbatch.models.attention_slots import ATTENDS
+from inbatch.training.optim import OPTIMIZERS
+
+Settings = dict[str, Any]
+"""Flat: "batch" or "part.key" -> value."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named choice and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
+    "method": METHODS,
+    "views": PRESETS,
+    "optimizer": OPTIMIZERS,
+    "encoder": None,  # names are timm's to check
+    "fuse": FUSIONS,
+    "curate": CURATORS,
+    "attend": ATTENDS,
+}
+"""Part -> what there is of it, by name."""
+OPTIONAL = ("fuse", "curate", "attend")
+"""The parts that a run can do without."""
+_GIVEN = {
+    "optimizer": {"params"},
+    "fuse": {"group", "size", "mean", "std"},
+    "attend": {"channels", "width"},
+}
+"""Arguments of a part that are the run's to give."""
+_ABOVE_0 = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
+    "sigma", "epsilon"}  # fmt: skip
+"""Options of a method that divide similarities."""
+
+
+def make_part(part: str, options: Settings, size: int) -> Part | None:
+    """A part with its options checked against the signature of what makes it; None for one that is not wanted."""
+    options = dict(options)
+    if part in OPTIONAL and options.get("name") in (None, "none"):
+        for key in set(options) - {"name"}:
+            raise ConfigError(f"{part}.{key} is set, but there is no {part}.name: {', '.join(PARTS[part] or ())}")
+        return None
+    name = str(options.pop("name"))
+    makers = PARTS[part]
+    if makers is None:
+        allowed = set(inspect.signature(create_encoder).parameters) - {"kwargs"}
+        for key in {"size", "channels", "attend", "attend_options"} & set(options):
+            raise ConfigError(f"{part}.{key} is the recipe's to say: set {key.split('_')[0]}")
+        return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
+    check_known(f"{part}.name", name, makers)
+    maker = makers[name]
+    signature = inspect.signature(maker)
+    if part == "views" and "size" in signature.parameters:
+        options.setdefault("size", size)
+    adapter, known = _schema(part, name)
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known)}")
+    checked = validated(adapter, options, f"{part}.").model_dump()
+    # What is ours is written out in full; torch's optimisers differ from version to version.
+    return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
+
+
+def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Every plug-in that has a name: name -> its part, its docstring, and its options with their defaults."""
+    found = {}
+    for part in OPTIONAL:
+        for name, maker in (PARTS[part] or {}).items():
+            defaults = {key: field.default for key, field in _model(part, name).model_fields.items()}
+            found[name] = (part, inspect.getdoc(maker) or "", defaults)
+    return found
+
+
+@functools.cache
+def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
+    model = _model(part, name)
+    return pydantic.TypeAdapter(model), tuple(model.model_fields)
+
+
+def _model(part: str, name: str) -> type[pydantic.BaseModel]:
+    """The settings of what makes a part: its signature, without what is the run's to give."""
+    maker = (PARTS[part] or {})[name]
+    target = maker.func if isinstance(maker, functools.partial) else maker
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    fields: dict[str, Any] = {}
+    for p in inspect.signature(maker).parameters.values():
+        if p.name not in _GIVEN.get(part, ()):
+            required = p.default is inspect.Parameter.empty
+            hint = hints.get(p.name, Any)
+            if part == "method" and p.name in _ABOVE_0:
+                hint = Annotated[hint, pydantic.Field(gt=0)]
+            fields[p.name] = (hint, ... if required else p.default)
+    if part == "optimizer":
+        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+    if part == "attend" and "channels" in inspect.signature(maker).parameters:
+        fields |= {"stages": (tuple[int, ...] | None, None)}
+    rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
+    return pydantic.create_model(name, __config__=rules, **fields)
+
+
+def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:
+    """What the adapter makes of the values; ConfigError for the first that does not fit."""
+    try:
+        return adapter.validate_python(values)
+    except pydantic.ValidationError as e:
+        fault = e.errors()[0]
+        key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
+        problem = f"{key} = {shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, where that is not too long: what is wrong was not written by us."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_known(key: str, name: Any, names: Iterable[str]) -> None:
+    """ConfigError with a suggestion for a name that is none of these."""
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The end of an error message: what was probably meant, else what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(shown(word).strip("'"), known, n=1)
+    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

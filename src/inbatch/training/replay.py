@@ -1,0 +1,201 @@
+"""A step whose loss or gradient is not finite, kept with all that it started from, and made again: `inbatch replay`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from inbatch.batch import Batch
+from inbatch.data import Source
+from inbatch.data.sources.arrays import Pixels
+from inbatch.errors import ConfigError, DataError
+from inbatch.runtime import distributed
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import read_json, replacing, write_json
+from inbatch.training import checkpoint
+from inbatch.training.build import Built, build
+from inbatch.training.recipe import make, read_file
+from inbatch.training.run_encoder import kept_initial
+from inbatch.training.step import NotFinite
+
+FOLDER = "nan_capture"
+_OPTIONAL = ("size", "attempt", "boxes")
+
+
+def capture(out: Path, built: Built, failed: NotFinite) -> Path:
+    """Keep a failed step in the run's folder: the state of every part, and each rank's samples with their pixels.
+
+    No weight has changed since the step began; what has, running norm statistics, does not matter to it. Every rank
+    calls it, and writes its own samples. Returns the folder. Raises InbatchError where it cannot be written.
+    """
+    folder, batch = out / FOLDER, failed.batch
+    folder.mkdir(parents=True, exist_ok=True)
+    share = {"index": batch.index, "label": batch.label}
+    share |= {name: x for name in _OPTIONAL if (x := getattr(batch, name)) is not None}
+    if (images := batch.pictures()) is not None:
+        share["images"] = images
+    share |= {f"crops.{v}": crop for v, crop in enumerate(batch.crops or ())}
+    with replacing(folder / f"share-{distributed.rank()}.safetensors") as file:
+        file.write(safetensors.torch.save({name: x.cpu().contiguous() for name, x in share.items()}))
+    if distributed.rank():
+        return folder
+    source = built.loader.source
+    state: dict[str, Any] = {name: part.state_dict() for name, part in built.parts().items()}
+    checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step)
+    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+    told = {"step": failed.step, "epoch": batch.epoch, "seed": batch.seed, "reason": str(failed)}
+    told |= {
+        "context": built.context,
+        "world": distributed.world(),
+        "classes": list(source.classes),
+        "data": source.name,
+    }
+    told |= {"images": [source.identity(i) for i in batch.index.tolist()]}  # of this rank, for people
+    told |= {"environment": environment(built.loader.device)}
+    write_json(folder / "recipe.json", built.recipe.nested())
+    write_json(folder / "capture.json", told)
+    return folder
+
+
+def replay(path: Path, device: torch.device) -> dict[str, Any]:
+    """Make a captured step again, without the run's data, and find where numbers stop being finite.
+
+    path: a run's folder, or the capture in it. All ranks' samples run on this process, in the context groups that they
+    had. What was computed in bf16 is computed in float32, too. Writes nothing, and changes nothing.
+    Raises ConfigError where there is no capture, or a part of it is missing.
+    """
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if not (folder / "capture.json").is_file():
+        raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
+    told, saved = read_json(folder / "capture.json"), checkpoint.load(folder).state
+    found = _again(folder, told, saved, device, None)
+    result = {"capture": str(folder), "step": told["step"], "data": told["data"], "captured": told["reason"], **found}
+    if found["precision"] == "bfloat16":
+        result["float32"] = _again(folder, told, saved, device, "float32")
+    return result
+
+
+def _again(
+    folder: Path, told: dict[str, Any], saved: dict[str, Any], device: torch.device, precision: str | None
+) -> dict[str, Any]:
+    """The step once more: whether it fails again, and the places where something was not finite, in their order."""
+    recipe = make(read_file(folder / "recipe.json"))
+    recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, resident=False)
+    if precision is not None:
+        recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
+    source, init = _Empty(told, saved["labels"], recipe.channels), kept_initial(folder.parent)
+    built = build(recipe, source, device=device, workers=0, init=init)
+    checkpoint.restore(built.parts(), saved["parts"])
+    step, batch = built.step, _batch(folder, told).to(device)
+    step.curator = None  # its attempts are the batch's
+    places = [f"the weight {name}" for name, p in built.tower.named_parameters() if not p.isfinite().all()]
+    step.views = _checked(step.views, places)
+    with _watched(built.tower, places):
+        try:
+            losses = step(batch, told["step"])
+            return {"reproduced": False, "loss": float(losses["loss"]), "grad_norm": float(losses["grad_norm"]),
+                    "places": places, "precision": _name(built)}  # fmt: skip
+        except NotFinite as failed:
+            again = failed
+    places += [f"the loss's part {name}" for name, value in again.losses.items() if not torch.isfinite(value)]
+    # From the loss down: the first is where the gradient went wrong.
+    grads = [name for name, p in built.tower.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    places += [f"the gradient of {name}" for name in reversed(grads)]
+    return {"reproduced": True, "loss": float(again.losses["loss"]), "grad_norm": float(again.norm), "places": places,
+            "precision": _name(built)}  # fmt: skip
+
+
+def _name(built: Built) -> str:
+    return str(built.tower.precision).removeprefix("torch.")
+
+
+class _Empty(Source):
+    """As many images as the run's data had, with their labels, and nothing to be seen: the step brings its own."""
+
+    def __init__(self, told: dict[str, Any], labels: Tensor, channels: int):
+        super().__init__(told["data"], channels, labels, tuple(told["classes"]))
+
+    def open(self, i: int) -> Pixels:
+        return Pixels(torch.zeros(self.channels, 1, 1, dtype=torch.uint8))
+
+    def identity(self, i: int) -> str:
+        return str(i)
+
+
+def _batch(folder: Path, told: dict[str, Any]) -> Batch:
+    """The whole batch, of all ranks' samples."""
+    shares = []
+    for rank in range(told["world"]):
+        path = folder / f"share-{rank}.safetensors"
+        try:
+            shares.append(safetensors.torch.load(path.read_bytes()))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}): copy it from the machine of rank {rank}"
+            ) from None
+        except safetensors.SafetensorError as error:
+            raise DataError(f"{path} is damaged: {error}") from None
+
+    def joined(name: str, dim: int = 0) -> Tensor | None:
+        parts = [share[name] for share in shares if name in share]
+        if not parts:
+            return None
+        if name == "images":  # canvases of different sizes
+            height, width = (max(x.shape[side] for x in parts) for side in (2, 3))
+            parts = [nn.functional.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in parts]
+        return torch.cat(parts, dim)
+
+    crops = [joined(f"crops.{v}") for v in range(sum(name.startswith("crops.") for name in shares[0]))]
+    return Batch(
+        index=torch.cat([share["index"] for share in shares]),
+        label=torch.cat([share["label"] for share in shares]),
+        seed=told["seed"],
+        epoch=told["epoch"],
+        images=joined("images"),
+        size=joined("size"),
+        crops=tuple(crop for crop in crops if crop is not None) or None,
+        boxes=joined("boxes", 1),
+        attempt=joined("attempt"),
+    )
+
+
+def _checked(views: Callable[[Batch], Sequence[Tensor]], places: list[str]) -> Callable[[Batch], Sequence[Tensor]]:
+    def checked(batch: Batch) -> Sequence[Tensor]:
+        drawn = views(batch)
+        for v, view in enumerate(drawn):
+            for i in (~view.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist():
+                _once(places, f"view {v} of image {int(batch.index[i])}")
+        return drawn
+
+    return checked
+
+
+@contextmanager
+def _watched(tower: nn.Module, places: list[str]) -> Iterator[None]:
+    """Note, in their order, the innermost modules whose output is the first that is not finite."""
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, made: Any) -> None:
+            if isinstance(made, Tensor) and not made.isfinite().all():
+                _once(places, f"the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    leaves = [(name, module) for name, module in tower.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _once(places: list[str], place: str) -> None:
+    if place not in places:
+        places.append(place)

@@ -1,0 +1,199 @@
+"""A run's folder, and what is done with one: its encoder, its judgement, its pictures, features of other images."""
+
+import shlex
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inbatch.data import Coloured, Source, open_data, splits
+from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation import embed_stream as stream
+from inbatch.evaluation import write_embeddings
+from inbatch.models import Encoder, save_encoder
+from inbatch.models.weights import READOUT
+from inbatch.runtime import tuning
+from inbatch.runtime.device import device_for
+from inbatch.runtime.files import read_json
+from inbatch.runtime.terminal import counted
+from inbatch.training.head_evaluation import judge_head
+from inbatch.training.holdout import held_out
+from inbatch.training.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
+from inbatch.training.recipe import Recipe, make, read_file
+from inbatch.training.replay import replay
+from inbatch.training.run_encoder import initial_name, load_run_encoder
+
+ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its recipe and what it found."""
+
+    directory: Path
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The trained encoder, in evaluation mode."""
+        return load_run_encoder(self.directory).encoder
+
+
+def load(path: str | Path) -> Encoder:
+    """The encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
+
+    Warns, with the step that the encoder is from, if the run has not finished.
+    """
+    found = load_run_encoder(path)
+    if found.note:
+        warnings.warn(found.note, stacklevel=2)
+    return found.encoder
+
+
+def load_run(path: str | Path) -> Run:
+    """A finished run by its folder; ConfigError where there is none."""
+    recipe, path = recipe_of(path), Path(path)
+    if not (path / "result.json").is_file():
+        where = shlex.quote(str(path))
+        raise ConfigError(
+            f"the run in {path} has not finished: continue it with inbatch pretrain --resume {where}, or use its "
+            f"encoder as it is (inbatch.load, inbatch evaluate {where}, inbatch export {where} -o FOLDER)"
+        )
+    return Run(path, recipe, read_json(path / "result.json"))
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe of a run, finished or not; ConfigError where there is no run."""
+    path = Path(path)
+    if not (path / "recipe.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+    return make(read_file(path / "recipe.json"))
+
+
+def evaluate_run(
+    path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
+    from_: str = "features", device: str = "auto", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge the encoder of a run, finished or stopped, by its own data or another; options are `evaluate`'s.
+
+    Writes nothing. The encoder before training is judged, too ("untrained"); "step", "steps" and "note" say which step
+    the encoder is from. Without labels the measures of `inspect.unlabelled` are all there is ("unlabelled").
+
+    data: images of any classes and sizes; grey ones are read in three channels where the encoder learned from three.
+    protocols: k-NN, linear probe and clustering by default; ConfigError for those asked for where nothing is labelled.
+    from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
+    """
+    if from_ not in ("features", "head"):
+        raise ConfigError(f"clusters come from features or head, not {from_!r}")
+    if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
+        raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
+    own, path = recipe_of(path), Path(path)
+    found = load_run_encoder(path)
+    recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
+    held = held_out(recipe, source, recipe.data if data is None else data, test)
+    encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
+    options = {"k": recipe.k, "seed": recipe.seed} | options
+    before, why = before_training(own, path, encoder.device)
+    told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
+    told["note"] = ". ".join(filter(None, (found.note, why))) or None
+    if held is None:
+        if protocols is not None or from_ == "head":
+            raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
+        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
+    bank, queries = (_for(encoder, part) for part in held[:2])
+    head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
+    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | told
+
+
+def _for(encoder: Encoder, source: Source) -> Source:
+    """The source with as many channels as the encoder takes."""
+    return Coloured(source) if (source.channels, encoder.channels) == (1, 3) else source
+
+
+def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the encoder of a run, finished or stopped, into a folder of its own, as `save_encoder` does.
+
+    `inbatch.load(out)` reads it, and timm (`local-dir:`) if it can build the backbone, which "timm" says.
+    Raises ConfigError if the folder holds anything but an encoder that was written before.
+    """
+    out = Path(out)
+    if out.exists() and not _is_free(out):
+        raise ConfigError(f"{out} exists and holds something else than an exported encoder: choose another folder")
+    found = load_run_encoder(path)
+    save_encoder(found.encoder, out)
+    encoder, known = found.encoder, "architecture" in read_json(out / "config.json")
+    what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels}
+    what["width"] = encoder.feature_width
+    return {"run": str(path), "out": str(out), "timm": known} | what | found.stage()
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a folder is empty, or holds an encoder that we wrote and nothing else."""
+    if not out.is_dir():
+        return False
+    inside = {entry.name for entry in out.iterdir()}
+    if not inside:
+        return True
+    try:
+        return inside <= ENCODER_FILES and "inbatch" in read_json(out / "config.json")
+    except DataError:
+        return False
+
+
+def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
+    """Make a run's captured step again, and find where its numbers stop being finite (`capture.replay`)."""
+    tuning.ready()
+    return replay(Path(path), device_for(device))
+
+
+def embed_run(
+    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
+    missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
+) -> int:  # fmt: skip
+    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
+
+    path: a run, finished or stopped, or an encoder's folder. stage: takes the "step" that the encoder is from, of how
+        many "steps", and a "note" if the run has not finished; None: that is a warning.
+    split: "train" or "test" where the data has both. quiet: no progress on stderr.
+    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
+    plain: features before they are whitened (`encoder.whiten`), to find clusters in; the same if nothing whitens them.
+    """
+    found = load_run_encoder(path)
+    if stage is not None:
+        stage |= found.stage()
+    elif found.note:
+        warnings.warn(found.note, stacklevel=2)
+    encoder = found.encoder.to(device_for(device))
+    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
+    chunks = stream(encoder, source, batch=256, missing=missing)
+    with encoder.plain() if plain else nullcontext():
+        return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+
+
+def source_of(recipe: Recipe, data: Any) -> Source:
+    """The images of a recipe, or where they are now."""
+    if data is not None:
+        return open_data(data, splits(data)[0], **recipe.reading)
+    return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
+
+
+def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
+    """The recipe of a run as far as it holds for the images of another set, and these."""
+    recipe = replace(recipe, test=None, split=splits(data)[0])
+    first = None
+    for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, where these images have them
+        for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: what cannot be read as colour
+            tried = replace(recipe, classes=classes, channels=channels)
+            try:
+                return tried, source_of(tried, data)
+            except DataError as error:
+                first = first or error
+    raise first or DataError(f"{data} cannot be read")
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """What a run's run.json says; nothing where there is none."""
+    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}

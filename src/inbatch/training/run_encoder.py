@@ -1,0 +1,247 @@
+"""The encoder of a run: as its recipe creates it, as it was before training, and as it is now, finished or stopped."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from inbatch.data import Source
+from inbatch.errors import ConfigError, DataError, InbatchError, many
+from inbatch.methods import METHODS
+from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
+from inbatch.models.weights import fill
+from inbatch.models.whitened_patches import WhitenedPatches
+from inbatch.rng import fold
+from inbatch.runtime import distributed
+from inbatch.runtime.files import read_json
+from inbatch.training import checkpoint
+from inbatch.training.recipe import Recipe, Settings, make, read_file
+
+CPU = torch.device("cpu")
+ENDED = ("preempted", "interrupted", "failed", "crashed")
+"""What run.json calls a run that was stopped and wrote so; one that was killed is still "running" there."""
+
+
+@dataclass(frozen=True)
+class RunEncoder:
+    """The encoder of a run or of an encoder's folder, in evaluation mode.
+
+    step, steps: at which step of how many it was, as far as the folder says so.
+    note: a sentence for the user if it is not the encoder of a finished run.
+    """
+
+    encoder: Encoder
+    step: int | None = None
+    steps: int | None = None
+    note: str | None = None
+
+    def stage(self) -> dict[str, Any]:
+        """Everything but the encoder, for JSON."""
+        return {"step": self.step, "steps": self.steps, "note": self.note}
+
+
+@contextmanager
+def seeded(recipe: Recipe, device: torch.device = CPU) -> Iterator[None]:
+    """Draw weights from the recipe's seed inside, without disturbing the caller's random numbers."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(fold(recipe.seed, 0x1217))
+        yield
+
+
+def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
+    """Create the encoder of a recipe, with weights from torch's random numbers or from `init`."""
+    attend, options = recipe.attend, recipe.encoder.options | {"init": init}
+    blocks = {k: v for k, v in attend.options.items() if v is not None} if attend else {}
+    encoder = create_encoder(
+        recipe.encoder.name, size=recipe.size, channels=recipe.channels, **options,
+        attend=attend.name if attend else None, attend_options=blocks,
+    )  # fmt: skip
+    encoder.levels = recipe.levels
+    return encoder
+
+
+def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder | None:
+    """What `encoder.init` names; if that is a run, finished or stopped, its encoder.
+
+    notes: takes a sentence if that run has not finished.
+    """
+    init = recipe.encoder.options.get("init")
+    if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
+        return init
+    found = load_run_encoder(init)
+    notes += [found.note] if found.note else []
+    return found.encoder
+
+
+_SAMPLE = 256
+"""Images from which a first layer of whitened patches is taken, at most."""
+_SAMPLES: WeakKeyDictionary[Source, dict[Prepare, Tensor]] = WeakKeyDictionary()
+"""The ones of a source, which a calibration would otherwise decode for each candidate."""
+
+
+def fit_first_layer(encoder: Encoder, source: Source) -> None:
+    """Take the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
+
+    It draws no random numbers. Every rank must call it, and all get the same filters.
+    Raises DataError if none of the images can be read.
+    """
+    for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
+        layer.fit(_sample(source, encoder.prepare), encoder.std)
+        layer.weight.copy_(distributed.share(layer.weight))
+
+
+def _sample(source: Source, prepare: Prepare) -> Tensor:
+    """Images that lie evenly spread in a source, as an encoder takes them but uint8: (N, C, size, size)."""
+    samples = _SAMPLES.setdefault(source, {})
+    if prepare not in samples:
+        images: list[Tensor] = []
+        for i in torch.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).long().tolist():
+            try:
+                with source.open(i) as picture:
+                    images.append(picture.tensor(2 * prepare.size))
+            except DataError:
+                continue  # counted, named and judged where all images are read
+        if not images:
+            tried = many(min(_SAMPLE, len(source)), "image")
+            raise DataError(f"{source.name}: none of {tried}, spread evenly over the set, can be read")
+        samples[prepare] = prepare.squares(images).round().to(torch.uint8)
+    return samples[prepare]
+
+
+def with_encoder_of_init(given: Settings) -> Settings:
+    """The settings with the encoder, and its options, that `encoder.init` was saved with, if they name none.
+
+    encoder.init: a run, or a folder that `save_encoder` wrote; other files of weights do not say whose they are.
+    """
+    init = given.get("encoder.init")
+    if init in (None, "timm") or given.get("encoder.name") is not None or not isinstance(init, str | Path):
+        return given
+    folder = Path(init)
+    if (folder / "recipe.json").is_file():
+        encoder = make(read_file(folder / "recipe.json")).encoder
+        found = {"name": encoder.name} | encoder.options
+    elif (folder / "config.json").is_file():
+        saved = read_json(folder / "config.json").get("inbatch", {})
+        found = {"name": saved.get("name")} | (saved.get("arguments") or {})
+        if "readout" in saved:
+            found["whiten"] = True
+    else:
+        return given
+    if found["name"] == "fast":  # one that was saved without this layer must not get it from a preset
+        found.setdefault("whiten_patches", False)
+    known = {f"encoder.{key}": value for key, value in found.items() if key != "init" and value is not None}
+    return known | given
+
+
+def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
+    """Keep the weights that a run begins with if its seed alone does not give them, but a file or its images do."""
+    of_images = any(isinstance(module, WhitenedPatches) for module in encoder.modules())
+    if of_images or recipe.encoder.options.get("init") is not None:
+        save_encoder(encoder, run / "initial")
+
+
+def kept_initial(run: Path) -> Path | None:
+    """The folder in which a run keeps the weights that it began with; None if its seed gives them."""
+    return run / "initial" if (run / "initial" / "config.json").is_file() else None
+
+
+def initial_encoder(recipe: Recipe, run: Path, device: torch.device = CPU) -> Encoder:
+    """Create the encoder that a run began with, in evaluation mode: the same weights, bit for bit."""
+    if kept := kept_initial(run):
+        encoder = load_encoder(kept)
+    else:
+        start = starting_weights(recipe, [])
+        with seeded(recipe, device):
+            METHODS[recipe.method.name](**recipe.method.options)  # it is made first, and may draw numbers
+            encoder = make_encoder(recipe, start)
+    if recipe.channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    return encoder.to(device).eval()
+
+
+def initial_name(recipe: Recipe) -> str:
+    """What to call that encoder in a table."""
+    return "untrained encoder" if recipe.encoder.options.get("init") is None else "encoder before training"
+
+
+def load_run_encoder(path: str | Path) -> RunEncoder:
+    """The encoder of a run: from its folder `encoder/`, else from its last checkpoint. Needs none of its images.
+
+    path: a run's folder, or a folder that `save_encoder` wrote.
+    Raises ConfigError if there is neither an encoder nor a checkpoint, DataError if what there is is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not the folder of a run")
+    report = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    if (path / "encoder" / "config.json").is_file():
+        return RunEncoder(load_encoder(path / "encoder"), _count(report, "last_step"), _count(report, "steps"))
+    if (path / "recipe.json").is_file():
+        return _from_checkpoint(path, report)
+    if (path / "model.safetensors").exists() or (path / "config.json").exists():
+        return RunEncoder(load_encoder(path))
+    raise ConfigError(
+        f"{path} is not the folder of a run or of an encoder: it has neither recipe.json nor model.safetensors"
+    )
+
+
+def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
+    recipe = make(read_file(path / "recipe.json"))
+    try:
+        saved = checkpoint.load(path / "checkpoints")
+    except ConfigError:
+        words = ["inbatch", "pretrain", "--config", str(path / "recipe.json"), "--out", str(path), "--resume", "auto"]
+        raise ConfigError(
+            f"the run in {path} has saved neither an encoder nor a checkpoint: begin it again ({shlex.join(words)})"
+        ) from None
+    except InbatchError as error:
+        raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
+    encoder, notes = _without_weights(recipe, path)
+    tower = saved.state.get("average") or saved.state.get("tower")
+    try:
+        weights = {k.removeprefix("encoder."): v for k, v in dict(tower or {}).items() if k.startswith("encoder.")}
+        fill(encoder, weights, f"the encoder {recipe.encoder.name}")
+    except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
+    if encoder.readout is not None:
+        notes = [*notes, "what whitens its features was fitted at the last evaluation before"]
+    if recipe.replans:  # run.json of a run that was killed may be older
+        report = report | {"steps": sum(recipe.replans[-1])}
+    notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
+    return RunEncoder(encoder.eval(), saved.step, _count(report, "steps"), ". ".join(notes))
+
+
+def _count(report: dict[str, Any], key: str) -> int | None:
+    """A number of steps that run.json states; None for anything else that stands there."""
+    value = report.get(key)
+    return value if isinstance(value, int) else None
+
+
+def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
+    """The encoder of a run whose weights are not the run's yet, its mean and std are."""
+    if kept := kept_initial(path):
+        return load_encoder(kept), []
+    with seeded(recipe):
+        try:
+            return make_encoder(recipe, starting_weights(recipe, [])), []
+        except InbatchError as error:  # of an older version, which did not keep them
+            if recipe.encoder.options.get("init") is None:
+                raise
+            encoder = make_encoder(recipe, None)
+            return encoder, [f"mean {encoder.mean} and std {encoder.std} are the default ones ({error})"]
+
+
+def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
+    """At which step a run was stopped, and of which step its encoder is."""
+    last, steps = max(step, _count(report, "last_step") or 0), _count(report, "steps")
+    of = f" of {steps:,}" if steps else ""
+    if report.get("status") in ENDED:
+        return f"the run in {path} was stopped at step {last:,}{of}; its encoder is from step {step:,}"
+    how = "is finished but has lost its encoder folder" if report.get("status") == "finished" else "has not finished"
+    return f"the run in {path} {how}; its encoder is from step {step:,}{of}"

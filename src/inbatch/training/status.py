@@ -1,0 +1,94 @@
+"""What a run remembers of itself and tells of itself: its progress, run.json, the images it could not read."""
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from inbatch.data import lost_workers
+from inbatch.errors import InbatchError, Interrupted, Preempted, RankError, unreadable
+from inbatch.runtime import distributed
+from inbatch.runtime.files import out_of_room, replacing, write_json
+from inbatch.runtime.signals import StopRequested
+from inbatch.training.build import Built
+from inbatch.training.metric_logger import Log
+from inbatch.training.replay import FOLDER
+from inbatch.training.train_state import Progress
+
+
+class Report:
+    """run.json: whether the run goes on, ended or failed, and why."""
+
+    def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
+        self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
+        self.fixed: dict[str, Any] = {"command": built.recipe.command()}
+        self.fixed |= {"context": built.context, "world": distributed.world()}
+
+    def status(self, status: str, reason: str | None = None) -> None:
+        if self.main:
+            (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
+            now = {
+                "status": status,
+                "reason": reason,
+                "last_step": self.progress.step,
+                "threads": self.progress.threads,
+                "steps": self.built.total,  # a budget may change the length
+            }
+            write_json(self.path, now | self.fixed)
+
+    @contextlib.contextmanager
+    def verdict(self) -> Iterator[None]:
+        """What ends the run in here is written down: by rank 0, or the first of those left where that is lost."""
+        try:
+            with distributed.shared_errors(), lost_workers(), out_of_room(self.path.parent):
+                yield
+        except InbatchError as error:
+            self.main |= isinstance(error, RankError) and error.speaks
+            self.ended(error)
+            raise
+        except StopRequested as error:
+            self._ended("interrupted" if error.number == signal.SIGINT else "preempted", str(error))
+            raise
+        except BaseException as error:
+            self._ended("crashed", f"{type(error).__name__}: {error}")
+            raise
+
+    def ended(self, error: InbatchError) -> None:
+        """Write that the run ended by an error for people."""
+        kinds = {Preempted: "preempted", Interrupted: "interrupted"}
+        self._ended(kinds.get(type(error), "failed"), str(error))
+
+    def _ended(self, status: str, reason: str) -> None:
+        with contextlib.suppress(InbatchError):  # the reason itself matters more than that the disk is full
+            self.status(status, reason)
+
+
+def tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
+    """Make known on every rank which images could not be read so far, list them all, and say what is new after the
+    first `told`; how many there are now."""
+    loader = built.loader
+    for bad in distributed.spread(lambda _: loader.bad, distributed.world()):
+        loader.note(bad)
+    found = loader.unreadable()
+    if distributed.rank() or len(found) == told:
+        return len(found)
+    new = found[told:]
+    with replacing(out / "bad_images.txt") as file:
+        file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
+    log.note(
+        f"{unreadable(len(new))} left out"
+        + ("" if loader.held else " (their places went to the images that stand there in the next batch)")
+        + f": {'; '.join(new[:3])}. All of them are in {out / 'bad_images.txt'}"
+    )
+    return len(found)
+
+
+def clear(out: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
+    for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
+        (out / name).unlink(missing_ok=True)

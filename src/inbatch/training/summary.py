@@ -1,0 +1,249 @@
+"""A run in words and numbers before its first step: what will be trained, how, and what it will take."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inbatch.data.views import PRESETS
+from inbatch.errors import many
+from inbatch.models import Encoder, added
+from inbatch.models.tower import Tower
+from inbatch.runtime import distributed
+from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.text import printable
+from inbatch.training.build import Built
+from inbatch.training.optim import build_optimizer, parameter_groups
+from inbatch.training.recipe import Recipe
+
+_SAMPLES = 8
+"""What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
+COPIES = 8
+"""Of the rows of the whole batch, about so many are held while a loss is computed: as they came and gathered, online
+and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.tiled`)."""
+
+
+def describe(built: Built) -> str:
+    """The data report and the resolved recipe, in a few lines for people."""
+    r, encoder, world = built.recipe, built.encoder, distributed.world()
+    stem = {"cifar": ", CIFAR stem (3x3, no max-pool)", "imagenet": ", ImageNet stem (7x7, max-pool)"}
+    heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.tower.heads.items())
+    sizes = [view.size for view in built.views.views]
+    sides = " + ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
+    groups = r.batch // built.context
+    shared = f" on {world} ranks" if world > 1 else ""
+    lines = {
+        "data": built.loader.report().replace("\n", "\n" + " " * 9),
+        "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}{_colourless(r)}",
+        "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
+        f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
+        **_plugins(built),
+        "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
+        "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
+        "run": f"{_length(built)}, {_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
+    }
+    return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
+
+
+def _length(built: Built) -> str:
+    """How long the run is: in epochs, or in steps if those were set."""
+    r, each = built.recipe, built.loader.steps
+    if r.steps is not None:
+        return f"{many(built.total, 'step')}, {built.total / each:.3g} passes over the images"
+    return f"{many(r.epochs, 'epoch')} x {many(each, 'step')} = {built.total:,}"
+
+
+def _colourless(r: Recipe) -> str:
+    """What is left out of the views of images that are not red, green and blue."""
+    needed = r.channels != 3 and any(view.needs_colour for view in PRESETS[r.views.name](**r.views.options))
+    return f", without saturation, hue and greyscale ({r.channels} channels)" if needed else ""
+
+
+def _plugins(built: Built) -> dict[str, str]:
+    """A line for every plug-in of the run."""
+    r, fuse, curator = built.recipe, built.tower.fuse, built.step.curator
+    lines = {}
+    if r.fuse is not None and fuse is not None:
+        views = ", ".join(map(str, sorted(built.tower.fused)))
+        lines["fuse"] = (
+            f"{r.fuse.name}, {parameters(fuse):,} parameters, patches of {fuse.patch} px in groups of {built.context}; "
+            f"view {views} of 0 to {len(built.views) - 1}"
+        )
+    if curator is not None:
+        lines["curate"] = (
+            f"from epoch {curator.starts + 1} on, {curator.rule} rule, at most {curator.rounds} rounds and "
+            f"{curator.budget:g} redraws per sample; "
+            f"{curator.distance} distance of {curator.where}, {curator.uses} model"
+        )
+    if r.attend is not None:
+        lines["attend"] = attention(built.encoder, built.context)
+    if r.crops != "default":
+        lines["crops"] = r.crops
+    if r.variance:
+        lines["variance"] = f"{r.variance:g} times VICReg's variance term beside the loss"
+    if r.shuffle_groups:
+        whose = "the momentum tower's" if built.target else "those of every view but the first"
+        lines["groups"] = f"shuffled: {whose}"
+    return lines
+
+
+def attention(encoder: Encoder, context: int) -> str:
+    """What the attention blocks of an encoder add for groups of so many samples."""
+    assert encoder.attend is not None
+    more, count = added(encoder, max(context, 2)), len(encoder.slots)
+    where = "behind the pooling" if encoder.pooled is not None else f"in {count} block{'s' * (count > 1)}"
+    return (
+        f"{encoder.attend['name']} {where}, "
+        f"+{more['parameters']:,} parameters ({more['parameters_share']:.1%}), "
+        f"+{more['flops'] / 1e6:,.3g} MFLOP an image ({more['flops_share']:.1%})"
+    )
+
+
+def parameters(module: nn.Module) -> int:
+    """Numbers in the parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def estimate(built: Built) -> dict[str, Any]:
+    """Parameters, shapes and bytes of one rank, for JSON. Runs the tower on a few random images.
+
+    Bytes of activations are those of the tensors that one forward pass of a context group keeps for the way back;
+    a convolution's workspace and the fragments of an allocator come on top of the sum.
+    """
+    share = built.recipe.batch // distributed.world()
+    group = share // built.step.groups
+    images, rows, activations = _activations(built, group)
+    activations += _fusing(built, group)
+    held = [*built.tower.parameters(), *built.tower.buffers()]
+    learning = [p for p in built.tower.parameters() if p.requires_grad]
+    memory = {
+        "weights": _bytes(held),
+        "gradients": _bytes(learning),
+        "optimiser": round(_state_per_number(built) * _bytes(learning)),
+        "momentum_tower": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
+        "curator": _bytes(built.step.curator.buffers()) + _bytes(built.step.curator.parameters())
+        if built.step.curator
+        else 0,
+        "method": _bytes(built.method.buffers()),
+        "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
+        "pixels_of_a_batch": share * _pixels(built),
+        "rows_of_a_batch": built.recipe.batch * COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
+        "views_of_a_group": sum(group * math.prod(shape[1:]) * 4 for shape in images),
+        "activations_of_a_group": activations,
+    }
+    return {
+        "parameters": {"encoder": parameters(built.encoder)}
+        | {name: parameters(head) for name, head in built.tower.heads.items()}
+        | ({"fuse": parameters(built.tower.fuse)} if built.tower.fuse else {}),
+        "views": [[share, *shape[1:]] for shape in images],
+        "rows": {name: [shape[0], built.recipe.batch, *shape[2:]] for name, shape in rows.items()},
+        "context": built.context,
+        "lr": built.lr,
+        "precision": _precision(built.tower),
+        "device": str(built.loader.device),
+        "images": len(built.source),
+        "steps_per_epoch": built.loader.steps,
+        "steps": built.total,
+        "memory_bytes_estimate": memory | {"sum": sum(memory.values())},
+        "memory_bytes_free": free_bytes(built.loader.device, distributed.world()) + memory["images_on_device"],
+    }
+
+
+def _activations(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Shapes of the views and of the rows of a few samples, and the bytes that a group of this size keeps."""
+    views, rows, kept = _forward(built, min(group, _SAMPLES))
+    if group > _SAMPLES:  # a straight line: some of it (weights in bfloat16) does not grow
+        per_sample = (kept - _forward(built, _SAMPLES // 2)[2]) / (_SAMPLES - _SAMPLES // 2)
+        kept += round(per_sample * (group - _SAMPLES))
+    return views, rows, kept
+
+
+def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Shapes of views and rows, and the bytes that a forward pass of random images keeps for the way back."""
+    sizes = [view.size for view in built.views.views]
+    views = [_images(built, samples, size) for size in sizes]
+    learning = list(built.method.online_views(len(views)))
+    plain = [-1] * len(learning)  # numbers that nothing fuses: a group of so few samples may not fit
+    tower = built.tower.forward  # not as called, which may compile first
+    rows, kept = _kept(built, lambda: tower([views[v] for v in learning], plain))
+    return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
+
+
+def _pixels(built: Built) -> int:
+    """Bytes of one sample that a batch holds on the device before its views are drawn."""
+    if built.loader.held is not None or built.loader.device.type != "cpu":
+        return 0  # among all images, or in the host's memory until a group's turn comes
+    sizes = [view.size for view in built.views.views]
+    if built.recipe.curate is not None:  # whole canvases come, to be drawn from again
+        return built.recipe.channels * (2 * max(sizes)) ** 2
+    return built.recipe.channels * sum(size**2 for size in sizes)
+
+
+def _fusing(built: Built, group: int) -> int:
+    """Bytes that batch fusion keeps for the way back."""
+    fuse = built.tower.fuse
+    if fuse is None:
+        return 0
+    learned = sorted(built.tower.fused & set(built.method.online_views(len(built.views))))
+    images = _images(built, group, built.views.views[learned[0]].size)
+    with built.tower.autocast(images):
+        return _kept(built, lambda: fuse(images))[1] * len(learned)
+
+
+def _images(built: Built, samples: int, size: int) -> Tensor:
+    return torch.randn(samples, built.recipe.channels, size, size, device=built.loader.device)
+
+
+def _kept(built: Built, run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a forward pass gives, and the bytes that it keeps for the way back, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in built.tower.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = run()
+    return found, sum(kept.values())
+
+
+def _state_per_number(built: Built) -> float:
+    """Numbers that the optimiser keeps per parameter, seen at one step of a small one."""
+    options = dict(built.recipe.optimizer.options)
+    small = nn.Linear(64, 64, bias=False)
+    groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))
+    options.pop("vector_lr", None)
+    optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
+    small.weight.grad = torch.ones_like(small.weight)
+    optimizer.step()
+    kept = [x for x in optimizer.state[small.weight].values() if isinstance(x, Tensor)]
+    return sum(x.numel() for x in kept) / small.weight.numel()
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _rate(built: Built) -> str:
+    lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch
+    rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
+    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
+
+
+def _schedule(built: Built) -> str:
+    s = built.recipe.schedule
+    shapes = {
+        "cosine": f"cosine to {s.end * built.lr:.3g}",
+        "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
+        "constant": "constant",
+    }
+    return (f"warm-up of {s.warmup:g} epoch{'s' * (s.warmup != 1)}, then " if s.warmup else "") + shapes[s.name]
+
+
+def _precision(tower: Tower) -> str:
+    return str(tower.precision).removeprefix("torch.")

@@ -1,0 +1,115 @@
+"""How long a run will take, said before its first epoch."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from inbatch.errors import many
+from inbatch.models.tower import Tower, frozen_statistics
+from inbatch.runtime import distributed
+from inbatch.runtime.threads import beside_others
+from inbatch.training.budget import duration
+from inbatch.training.build import Built, build
+from inbatch.training.registry import Part
+
+_SAMPLES = 16
+"""A slice of the batch that is timed: even a ResNet-50 answers in seconds."""
+_DAY = 86400.0
+SMALLER = ("resnet18", "resnet10", "fast")
+"""Encoders that take less time, in falling order of their cost."""
+
+
+def step_seconds(built: Built, samples: int = _SAMPLES) -> float:
+    """Return about how long a training step takes on the mean of the run, from a small slice of a batch.
+
+    Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
+    network. It is timed at its second pass and scaled to the batch; views, loss and optimiser are small beside it.
+    samples: of the slice; fewer are quicker to time and less exact.
+    """
+    until = built.recipe.grow_until
+    with beside_others(built.loader.device):
+        full = _step_seconds(built, 1.0, samples)
+        return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from, samples) * until if until else 0.0)
+
+
+def growth(built: Built, samples: int = _SAMPLES) -> list[tuple[float, float]]:
+    """Return [(share of the run, relative cost of its steps)] while images are small, for `budget.Pace`."""
+    until = built.recipe.grow_until
+    if not until:
+        return []
+    small, full = (_step_seconds(built, scale, samples) for scale in (built.recipe.grow_from, 1.0))
+    return [(until, min(1.0, small / full))]
+
+
+def _step_seconds(built: Built, scale: float, samples: int = _SAMPLES) -> float:
+    """The same at one scale of the images."""
+    share = built.recipe.batch // distributed.world()
+    count = min(samples, share)
+    sizes = [view.size for view in built.views.views]
+    learning, teaching = (list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views))
+    device = built.loader.device
+    devices = [device] if device.type == "cuda" else []
+
+    def rows(tower: Tower, numbers: list[int], grad: bool) -> list[Tensor]:
+        images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
+        with frozen_statistics(tower), scaled(tower, scale), torch.set_grad_enabled(grad):
+            return list(tower.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
+
+    def work() -> float:
+        began = time.perf_counter()
+        learned = rows(built.tower, learning, grad=True)
+        if built.target is not None:
+            rows(built.target, teaching, grad=False)
+        torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
+        built.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with torch.random.fork_rng(devices=devices):
+        work()
+        seconds = work()
+    again = 4 / 3 if built.step.groups > 1 else 1.0  # one more forward pass
+    return seconds * share / count * again
+
+
+@contextmanager
+def scaled(tower: Tower, scale: float) -> Iterator[None]:
+    """The network sees its images at this scale for a while."""
+    before, tower.scale = tower.scale, scale
+    try:
+        yield
+    finally:
+        tower.scale = before
+
+
+def expectation(built: Built, seconds: float, done: int = 0) -> str:
+    """Return a sentence on how long the steps that are left take, and what to do if that is longer than a day."""
+    left = built.total - done
+    total = left * seconds
+    text = (
+        f"Expected: about {duration(total)} for {many(left, 'step')} of about {_short(seconds)}, evaluation not counted"
+    )
+    if total > _DAY and built.recipe.budget is None:
+        text += "; --budget 1h fits it into an hour"
+    return text + "."
+
+
+def smaller_choices(built: Built) -> list[tuple[str, float]]:
+    """Return (setting, seconds of the whole run) of encoders that take less time than this run's."""
+    now, found = step_seconds(built) * built.total, []
+    after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
+    for name in SMALLER[after:]:
+        recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None)
+        other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
+        if other * built.total < 0.8 * now:
+            found.append((f"--encoder {name}", other * built.total))
+    return found
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.95 else f"{seconds:.1f} s" if seconds < 90 else duration(seconds)

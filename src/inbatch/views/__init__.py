@@ -1,7 +1,0 @@
-"""Views: a batch of images becomes V batches of views, on the device, with an own random draw per image."""
-
-from inbatch.views.pipeline import Drawn, Views
-from inbatch.views.presets import PRESETS, make_views
-from inbatch.views.view import View
-
-__all__ = ["PRESETS", "Drawn", "View", "Views", "make_views"]
