@@ -80,7 +80,7 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Contestant("inbatch, float32", ours | {"settings": recipe(args) | {"precision": "float32"}}),
     ]
     for who, package in PEERS.items():
-        job = shared | {"module": "peers", "make": "loop", "library": who, "needs": [package]}
+        job = shared | {"module": "peer_workloads", "make": "loop", "library": who, "needs": [package]}
         contestants.append(Contestant(who, job, args.peers_python, peer=True))
     title = f"SimCLR, {args.encoder}, {args.stem} stem, batch {args.batch}, from {Path(data).name}"
     known = ceilings(args.device, args.threads, args.quick)

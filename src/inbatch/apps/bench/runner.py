@@ -19,7 +19,7 @@ from inbatch.runtime import child_processes
 from inbatch.runtime.signals import ending
 from inbatch.runtime.tuning import untuned
 
-SCRIPT = Path(__file__).with_name("contest.py")
+SCRIPT = Path(__file__).with_name("worker.py")
 OURS = "inbatch"
 """The contestant that the others are compared with is called so, or begins so."""
 
@@ -28,7 +28,7 @@ OURS = "inbatch"
 class Contestant:
     """A process that works when it is told to, as seen from the one that tells it.
 
-    job: what `contest.py` gets. python: whose libraries it imports. peer: whether it may be missing.
+    job: what `worker.py` gets. python: whose libraries it imports. peer: whether it may be missing.
     limit: seconds that an answer may take. until: when all must be over, by `time.monotonic`. A process that exceeds
         either is killed; rounds that it has done count.
     """

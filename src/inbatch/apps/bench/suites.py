@@ -28,14 +28,14 @@ class Field:
         )
 
     def plain(self, who: str, make: str, *needs: str, **more: Any) -> Contestant:
-        job = self.shared | {"module": "plain", "make": make, "needs": needs} | more
+        job = self.shared | {"module": "reference_workloads", "make": make, "needs": needs} | more
         return Contestant(who, job, peer=bool(needs))
 
     def peers(self, make: str, *libraries: str, **more: Any) -> list[Contestant]:
         if self.options.peers is False:
             return []
         job, python = (
-            self.shared | {"module": "peers", "make": make} | more,
+            self.shared | {"module": "peer_workloads", "make": make} | more,
             self.options.peers_python or sys.executable,
         )
         return [

@@ -90,7 +90,7 @@ def beside(name: str, folder: Path = HERE) -> Any:
 
 def main(job: dict[str, Any]) -> None:
     """Every answer is a line of JSON on the first stdout, whatever libraries print."""
-    beside("children", HERE.parent).end_with_parent()
+    beside("child_processes", HERE.parents[1] / "runtime").end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -103,7 +103,7 @@ def main(job: dict[str, Any]) -> None:
     try:
         if job.get("tune"):  # as the program does, before torch is there
             importlib.import_module("inbatch").tune()
-        for name in dict.fromkeys(("plain", job["module"])) if "." not in job["module"] else ():
+        for name in dict.fromkeys(("reference_workloads", job["module"])) if "." not in job["module"] else ():
             beside(name)
         contest(job, tell)
     except Exception as error:
