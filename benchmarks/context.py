@@ -1,6 +1,6 @@
 """What meeting before the loss costs: python benchmarks/context.py [--device auto] [--sizes 32 224] [--batch 256]
 
-Times whole training steps of SimCLR (views, towers, loss, the way back, optimiser) without and with every plug-in, on
+Times whole training steps of SimCLR (views, networks, loss, the way back, optimiser) without and with every plug-in, on
 random uint8 images that lie on the device. A round makes one step of each, so that what changes with time hits all
 alike; told are medians over the rounds, and their ratio to plain SimCLR in the same rounds. Writes
 results/context-cost.json. On a few CPU cores take a smaller --batch and --encoder (tiny, resnet10): they are told, too.
@@ -27,7 +27,7 @@ from inbatch.context.curation import pair_distances
 from inbatch.runtime.device import device_for
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.summary import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-cost.json"
@@ -54,7 +54,7 @@ EPOCH, EPOCHS = 1, 100
 """The steps are those of the first curated epoch."""
 
 
-def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> Built:
+def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> RunComponents:
     """A run of the entry, ready for its first step."""
     words = {f"{key}.name" if key in ("fuse", "attend", "curate") else key: v for key, v in ENTRIES[name].items()}
     if "context" in words:
@@ -66,7 +66,7 @@ def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> 
     return prepare(images, "simclr", settings=settings, device=args.device, **shared)
 
 
-def violate(built: Built, batch: Batch, share: float) -> None:
+def violate(built: RunComponents, batch: Batch, share: float) -> None:
     """Set the curator's margin so that about this share of a batch breaks the pairwise rule as drawn."""
     curator, judged = built.step.curator, []
     assert curator is not None
@@ -84,7 +84,7 @@ def violate(built: Built, batch: Batch, share: float) -> None:
 class Timed:
     """An entry: its parts, its batches, and what its steps took."""
 
-    def __init__(self, built: Built) -> None:
+    def __init__(self, built: RunComponents) -> None:
         self.built, self.device = built, built.loader.device
         self.batches = list(built.loader.epoch(EPOCH))
         self.seconds: list[float] = []

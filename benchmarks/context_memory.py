@@ -2,7 +2,7 @@
 
 An estimate, on any machine: nothing is trained. For every entry the tensors that a forward pass keeps for the way back
 are counted (`inbatch pretrain --dry-run`), which gives the bytes of one more sample in a context group, and those that
-are held whatever its size: weights, gradients, optimiser, momentum tower, and the rows of the whole batch. The context
+are held whatever its size: weights, gradients, optimiser, target network, and the rows of the whole batch. The context
 of a card is the largest power of two whose bytes are at most 80 % of it, a third on top of what is kept for the
 workspace of the way back. `--context auto` measures instead. Writes results/context-memory.json.
 """
@@ -49,7 +49,7 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     small = told[0]
     kept = [memory["activations_of_a_group"] + memory["views_of_a_group"] for memory in told]
     each = (kept[1] - kept[0]) / (GROUPS[1] - GROUPS[0])
-    held = ("weights", "gradients", "optimiser", "momentum_tower", "method")
+    held = ("weights", "gradients", "optimiser", "target_network", "method")
     return {
         "per_sample": round(WORKSPACE * each),
         "rows": round(small["rows_of_a_batch"] / GROUPS[0] * batch),

@@ -50,7 +50,7 @@ def bare(job: dict[str, Any]) -> Work:
 
     def call() -> int:
         batch = next(batches)
-        rows = run.tower(list(run.views(batch).images))
+        rows = run.network(list(run.views(batch).images))
         loss = run.method.loss(rows, {}, Batch(batch.index, batch.label))["loss"]
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -61,8 +61,8 @@ def bare(job: dict[str, Any]) -> Work:
 
 
 def eager(job: dict[str, Any]) -> Work:
-    """The tower in float32, laid out as torch does by default."""
-    return inbatch_workloads.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
+    """The network in float32, laid out as torch does by default."""
+    return inbatch_workloads.network(job | {"settings": {"precision": "float32", "channels_last": False}})
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
@@ -83,7 +83,7 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
     )
     small |= {"batch": 8 if quick else 256, "encoder": "tiny", "some": 8 if quick else 64, "files": 10**6}
     large |= {"batch": 2 if quick else 16, "encoder": "tiny", "some": 1 if quick else 4, "files": 10**6}
-    tower = small | {"batch": 8 if quick else 64, "encoder": "tiny" if quick else "resnet18"}
+    network = small | {"batch": 8 if quick else 64, "encoder": "tiny" if quick else "resnet18"}
     loss = base | {"rows": 64 if quick else 4096, "dim": 128}
     near = base | {"folder": str(folder), "queries": 64 if quick else 2000, "classes": 10, "k": 5 if quick else 200}
     return {
@@ -97,8 +97,8 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
         "k-NN, over product and top-k": Guard(
             inbatch_workloads.neighbours, reference_workloads.neighbours, 0.9, near, None
         ),
-        "tower, over eager float32": Guard(inbatch_workloads.tower, eager, 1.4 if bf16 else 1.0, tower, None),
-        "step, over a bare loop": Guard(inbatch_workloads.step, bare, 0.9, tower, None),
+        "network, over eager float32": Guard(inbatch_workloads.network, eager, 1.4 if bf16 else 1.0, network, None),
+        "step, over a bare loop": Guard(inbatch_workloads.step, bare, 0.9, network, None),
     }
 
 
@@ -107,7 +107,7 @@ def lay_out(folder: Path, quick: bool) -> None:
     for size, count in ((32, 16 if quick else 512), (224, 2 if quick else 24)):
         inside = folder / str(size)
         inside.mkdir()
-        images = synthetic_data.draw(count, size)
+        images = synthetic_data.draw_images(count, size)
         np.save(inside / "images.npy", images)
         synthetic_data.write_folder(synthetic_data.jpegs(images, size), inside / "jpegs")
     for name, array in synthetic_data.features(264 if quick else 22_000, 256, 10).items():

@@ -60,7 +60,7 @@ def compute(way: str, q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Te
         patch.object(triton_logsumexp, "usable", lambda *_: False) if plain else logsumexp.using(),
         logsumexp.using(**WAYS[way]),
     ):
-        lse = logsumexp.logsumexp(q, q if k is None else k, TEMPERATURE, others=k is None)
+        lse = logsumexp.logsumexp(q, q if k is None else k, TEMPERATURE, exclude_self=k is None)
         lse.backward(gradient)
     assert q.grad is not None
     return lse.detach(), q.grad

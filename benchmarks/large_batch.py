@@ -26,7 +26,7 @@ from inbatch.nn.functional import normalize
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
 from inbatch.runtime.memory import peak_memory
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 
 OUT = Path(__file__).parents[1] / "results" / "large-batch.json"
 BLOCK = 512
@@ -34,7 +34,7 @@ TOLERANCE = 1e-6
 """Of the loss, beside the literal one: float32 against float64."""
 
 
-def made(args: argparse.Namespace, method: str, batch: int) -> Built:
+def made(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
     """A run with the preset for CIFAR-10, ready for its first step."""
     words = {"batch": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
     return prepare(args.data, method, device=args.device, **words)
@@ -65,7 +65,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 
     built.method.loss = listen  # type: ignore[method-assign]
     found: dict[str, Any] = {"batch": args.batch, "context": built.context, "groups": built.step.groups}
-    found |= {"precision": str(built.tower.precision), "steps": []}
+    found |= {"precision": str(built.network.precision), "steps": []}
     for number, batch in enumerate(built.loader.epoch(0, stop=args.steps)):
         begin = time.perf_counter()
         loss = float(built.step(batch, number)["loss"])

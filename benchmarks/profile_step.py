@@ -1,7 +1,7 @@
 """Where a step's time goes, and what of it is the framework's own: python benchmarks/profile_step.py
 
-Steps as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer has: views, tower
-forward and backward, loss and its backward, optimiser, momentum tower. The rest of a step is the framework: the
+Steps as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer has: views, network
+forward and backward, loss and its backward, optimiser, target network. The rest of a step is the framework: the
 loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json, from which
 results/render.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
 """
@@ -76,18 +76,18 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     clock = Clock()
     step_of = built.step
     step_of.views = clock.around("views", step_of.views)
-    step_of.call = clock.around("tower, forward", step_of.call)
-    built.tower.forward = clock.around("tower, forward", built.tower.forward)
+    step_of.call = clock.around("network, forward", step_of.call)
+    built.network.forward = clock.around("network, forward", built.network.forward)
     if built.target is not None:
-        built.target.forward = clock.around("momentum tower", built.target.forward)
+        built.target.forward = clock.around("target network", built.target.forward)
     object.__setattr__(built.method, "loss", clock.around("loss", built.method.loss))
     built.optimizer.step = clock.around("optimiser", built.optimizer.step)
     kept = torch.Tensor.backward, torch.autograd.backward, step.follow
     torch.Tensor.backward = clock.around("loss", kept[0])
-    step.follow = clock.around("momentum tower", kept[2])
+    step.follow = clock.around("target network", kept[2])
 
-    def backward(*args: Any, **options: Any) -> None:  # the tower's: the loss's comes through Tensor.backward
-        with clock.part(clock._running[-1][0] if clock._running[-1][0] == "loss" else "tower, backward"):
+    def backward(*args: Any, **options: Any) -> None:  # the network's: the loss's comes through Tensor.backward
+        with clock.part(clock._running[-1][0] if clock._running[-1][0] == "loss" else "network, backward"):
             kept[1](*args, **options)
 
     torch.autograd.backward = backward
@@ -114,7 +114,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     parts = {name: median(one.get(name, 0.0) for one in made[warm:]) for name in names}
     totals = [sum(one.values()) for one in made[warm:]]
     return {"steps": steps, "seconds": median(totals), "least": min(totals), "most": max(totals), "parts": parts,
-            "precision": str(built.tower.precision).removeprefix("torch.")}  # fmt: skip
+            "precision": str(built.network.precision).removeprefix("torch.")}  # fmt: skip
 
 
 def main() -> None:

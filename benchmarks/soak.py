@@ -1,6 +1,6 @@
 """A run that is killed and damaged for an hour, beside one that is left alone: python benchmarks/soak.py [--minutes 60]
 
-Both train MoCo (queue, momentum tower, fusion, curation) by the command line on the embedded digits, written as a
+Both train MoCo (queue, target network, fusion, curation) by the command line on the embedded digits, written as a
 folder of PNG and JPEG files and streamed through a worker, on one thread each. One of them is killed, asked to stop,
 paused or has its files damaged every 40 seconds on average, all drawn from --seed, and is taken up again with
 `--resume auto`. In the end both must have left the same: checkpoints, log, figures and encoder, bit for bit, in memory

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.apps.bench import peer_workloads
-from inbatch.apps.bench.accuracy import draw, entries, flags, markdown, reached, together
+from inbatch.apps.bench.accuracy import entries, flags, markdown, plot_curves, reached, together
 from inbatch.apps.bench.reference_workloads import MEAN, STD, Encoded
 from inbatch.apps.bench.synthetic_data import labelled
 from inbatch.apps.console import say
@@ -278,7 +278,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         found = together(args.draw)
         write_json(args.out, found)
         if args.figure:
-            draw(found, args.figure)
+            plot_curves(found, args.figure)
         say(markdown(found))
         return found
     if args.who is None or args.data is None:

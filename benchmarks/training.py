@@ -31,13 +31,13 @@ from inbatch.apps.bench import synthetic_data
 from inbatch.apps.bench.benchmark import ceilings
 from inbatch.apps.bench.options import PEERS
 from inbatch.apps.bench.report import print_race
-from inbatch.apps.bench.runner import Contestant, Race
+from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 from inbatch.apps.console import print_table, say
 from inbatch.runtime.device import device_for
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
 from inbatch.runtime.memory import threads
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def jpegs(args: argparse.Namespace, folder: Path, size: int, count: int) -> str:
     """The data asked for, else drawn files."""
     if args.data is not None:
         return str(args.data)
-    files = synthetic_data.jpegs(synthetic_data.draw(args.batch if args.quick else count, size), size)
+    files = synthetic_data.jpegs(synthetic_data.draw_images(args.batch if args.quick else count, size), size)
     return str(synthetic_data.write_folder(files, folder / "jpegs"))
 
 
@@ -76,22 +76,22 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     ours = shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": "step", "tune": True, "count": False}
     contestants = [
-        Contestant("inbatch", ours | {"settings": recipe(args)}),
-        Contestant("inbatch, float32", ours | {"settings": recipe(args) | {"precision": "float32"}}),
+        Implementation("inbatch", ours | {"settings": recipe(args)}),
+        Implementation("inbatch, float32", ours | {"settings": recipe(args) | {"precision": "float32"}}),
     ]
     for who, package in PEERS.items():
         job = shared | {"module": "peer_workloads", "make": "loop", "library": who, "needs": [package]}
-        contestants.append(Contestant(who, job, args.peers_python, peer=True))
+        contestants.append(Implementation(who, job, args.peers_python, peer=True))
     title = f"SimCLR, {args.encoder}, {args.stem} stem, batch {args.batch}, from {Path(data).name}"
     known = ceilings(args.device, args.threads, args.quick)
-    race = Race(title, "images/s", contestants).run(args.rounds, known, show_missing=True)
+    race = BenchmarkRounds(title, "images/s", contestants).run(args.rounds, known, show_missing=True)
     print_race(race)
     first = {who: row["first_seconds"] for who, row in race["contestants"].items() if "first_seconds" in row}
     say("Seconds to the end of the first step: " + ", ".join(f"{who} {s:.1f}" for who, s in first.items()))
     return {"ceilings": {str(args.threads): known}, "race": race}
 
 
-def steps(run: Built) -> Iterator[Any]:
+def steps(run: RunComponents) -> Iterator[Any]:
     """Batches without end."""
     for epoch in range(10**9):
         yield from run.loader.epoch(epoch)

@@ -26,7 +26,7 @@ SEEDS = 3
 
 
 def ask(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
-    """The leak of a new tower and of the same after an epoch."""
+    """The leak of a new network and of the same after an epoch."""
     fields = {"preset": "digits", "subset": 4000, "size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
     built = prepare(data, "simclr", settings={"views.name": "simclr_cifar"}, device="cpu", **fields)
     before = leak(built, 1)

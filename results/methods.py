@@ -75,11 +75,11 @@ def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     """What the encoder of a recipe is worth before its first step."""
     from inbatch.api import prepare
     from inbatch.evaluation import evaluate
-    from inbatch.training.holdout import held_out
+    from inbatch.training.holdout import evaluation_split
 
     fields = {key: recipe[key] for key in ("subset", "size", "channels", "batch")}
     built = prepare(data, "simclr", settings={"encoder.name": recipe["encoder"]["name"]}, seed=seed, **fields)
-    held = held_out(built.recipe, built.source, data)
+    held = evaluation_split(built.recipe, built.source, data)
     assert held is not None
     return {"seed": seed, "evaluation": evaluate(built.encoder, *held[:2], k=recipe["k"], seed=seed)}
 

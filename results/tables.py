@@ -4,7 +4,7 @@ from pathlib import Path
 
 from inbatch.apps.papers import TABLES
 from inbatch.apps.papers.curve_plot import curves
-from inbatch.apps.papers.filled_table import Sheet, fill
+from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.render import hours, markdown
 from inbatch.apps.papers.results import Records, read_records, wall_seconds
 
@@ -41,18 +41,18 @@ t-test: with three seeds only large differences are told from chance. `inbatch p
 """
 
 
-def stem(sheet: Sheet) -> str:
+def stem(sheet: FilledTable) -> str:
     """The name of a page."""
     return sheet.table.name if sheet.scale == "cpu" else f"{sheet.table.name}-{sheet.scale}"
 
 
-def sheets(records: Records) -> list[Sheet]:
+def sheets(records: Records) -> list[FilledTable]:
     """Every table at every scale that has a run."""
     every = [fill(table, scale, records) for table in TABLES.values() for scale in SCALES]
     return [sheet for sheet in every if sheet.records and (sheet.scale == "cpu" or _learned(sheet))]
 
 
-def _learned(sheet: Sheet) -> bool:
+def _learned(sheet: FilledTable) -> bool:
     """Whether anything was learned: what is only counted is the same at every scale."""
     return any("pairs" not in record.recipe for record in sheet.records.values())
 

@@ -22,7 +22,7 @@ def cases() -> Iterator[Case]:
         n: int, m: int, d: int, others: bool = False, temperature: float = 0.07, products: str = "float32",
         some: tuple[int, int] | None = None,
     ) -> Case:  # fmt: skip
-        name = f"{n}x{m}x{d} others={others} T={temperature} {products} rows={some or 'all'}"
+        name = f"{n}x{m}x{d} exclude_self={others} T={temperature} {products} rows={some or 'all'}"
         return name, n, m, d, others, temperature, products, some
 
     for others in (False, True):
@@ -123,7 +123,8 @@ def through_tiled() -> dict[str, float]:
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
 
     for name, q, keys, others, learn in (
-        ("itself", u, u, True, (True,)), ("both", u, k, False, (True, True)), ("others", u, k, True, (True, True)),
+        ("itself", u, u, True, (True,)), ("both", u, k, False, (True, True)),
+        ("exclude_self", u, k, True, (True, True)),
         ("queries", u, k, False, (True, False)), ("keys", u, k, False, (False, True)),
     ):  # fmt: skip
         answers = []
@@ -137,7 +138,7 @@ def through_tiled() -> dict[str, float]:
             answers.append([value.detach(), *(x.grad for x in ((a,) if b is a else (a, b)) if x.grad is not None)])
         told[name] = error(answers[1], answers[0])
 
-        plans = [logsumexp.Plan(rank=rank, world=2) for rank in range(2)]
+        plans = [logsumexp.LogSumExpConfig(rank=rank, world=2) for rank in range(2)]
         parts = [logsumexp._kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
         lse = parts[0] + parts[1]
         needs = (*learn, False)[:2]

@@ -12,8 +12,8 @@ from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
+from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
-from inbatch.models.tower import Tower, momentum_tower
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed
 from inbatch.training import grad_cache
@@ -124,20 +124,20 @@ def create(variant: str, **more: object) -> Method:
     return method
 
 
-def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[Method, Tower, Tower | None]:
-    """Method, tower and momentum tower in float64, the same on every call. group: samples of a context group."""
+def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[Method, Network, Network | None]:
+    """Method, network and target network in float64, the same on every call. group: samples of a context group."""
     torch.manual_seed(1)
     method = create(variant)
     heads = method.heads(12)
     fuse, fused = fusion(variant, plugs, group)
     joined = variant.endswith("-joined")
-    tower = Tower(encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
-    target = momentum_tower(tower, heads, method.target) if method.target else None
+    network = Network(encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
+    target = make_target_network(network, heads, method.target) if method.target else None
     if target is not None:
         with torch.no_grad():
             for p in target.parameters():
                 p += 0.1 * torch.randn_like(p)
-    return method.double(), tower.double(), target and target.double()
+    return method.double(), network.double(), target and target.double()
 
 
 def batches(n: int, steps: int, views: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
@@ -160,13 +160,13 @@ def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
 
 
 def curator(
-    plugs: Collection[str], tower: Tower, images: Callable[[Batch], Sequence[Tensor]], views: int
+    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], views: int
 ) -> Curator | None:
     """Curation from the first step on, by either rule."""
     if not {"curate", "strict"} & set(plugs) or views < 2:
         return None
 
-    def embed(model: Tower, batch: Batch) -> Tensor:
+    def embed(model: Network, batch: Batch) -> Tensor:
         with model.evaluating():
             return torch.stack([model.features(view) for view in images(batch)])
 
@@ -175,7 +175,7 @@ def curator(
         if "strict" in plugs
         else Curator()
     )
-    made.prepare(tower, embed, 1)
+    made.prepare(network, embed, 1)
     made.starts = 0
     return made.double()
 
@@ -184,12 +184,12 @@ def train(
     variant: str, n: int, groups: int, steps: int = 2, synced: bool = False, plugs: Collection[str] = ()
 ) -> dict[str, list]:
     """Some steps through the seam on this rank's part of the batches; the whole state as nested lists."""
-    method, tower, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
+    method, network, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
     if synced:
-        for module in (tower, target):
+        for module in (network, target):
             if module is not None:
                 synchronise_norm(module)
-                distributed.join_groups(module)
+                distributed.make_context_global(module)
     given: list[tuple[Tensor, ...]] = []
     views = views_of(variant)
 
@@ -204,60 +204,62 @@ def train(
         return tuple(made)
 
     step = Step(
-        method=method, tower=tower, call=distributed.wrap(tower), target=target, views=drawn, count=views,
-        optimizer=torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
+        method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
-        curator=curator(plugs, tower, drawn, views),
+        curator=curator(plugs, network, drawn, views),
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         given.append(images)
-        losses.append(step(Batch(distributed.own(batch.index), distributed.own(batch.label)), s)["loss"].item())
-    return state(method, tower, target) | {"loss": losses}
+        losses.append(
+            step(Batch(distributed.local_shard(batch.index), distributed.local_shard(batch.label)), s)["loss"].item()
+        )
+    return state(method, network, target) | {"loss": losses}
 
 
-def state(method: Method, tower: Tower, target: Tower | None) -> dict[str, list]:
-    modules = {"method": method, "tower": tower} | ({"target": target} if target is not None else {})
+def state(method: Method, network: Network, target: Network | None) -> dict[str, list]:
+    modules = {"method": method, "tower": network} | ({"target": target} if target is not None else {})
     return {f"{m}.{k}": v.double().tolist() for m, module in modules.items() for k, v in module.state_dict().items()}
 
 
 def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection[str] = ()) -> dict[str, list]:
     """The same steps in plain autograd: every group forward in turn, one graph, one backward, no seam."""
-    method, tower, target = parts(variant, plugs, n // groups)
-    snapshot = copy.deepcopy(tower)
-    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1, momentum=0.9)
+    method, network, target = parts(variant, plugs, n // groups)
+    snapshot = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         if {"curate", "strict"} & set(plugs) and len(images) > 1:
-            images = _curated(plugs, tower if "strict" in plugs else snapshot, batch, images)
-        learning, teaching = list(method.online_views(len(images))), list(method.target_views(len(images)))
+            images = _curated(plugs, network if "strict" in plugs else snapshot, batch, images)
+        online_views, target_views = list(method.online_views(len(images))), list(method.target_views(len(images)))
         moved = "shuffle" in plugs
-        rows = _forward(tower, images, learning, groups, s, 1, moved and target is None)
-        taught: Rows = {}
+        rows = _forward(network, images, online_views, groups, s, 1, moved and target is None)
+        target_rows: Rows = {}
         if target is not None:
             with torch.no_grad():
-                taught = _forward(target, images, teaching, groups, s, 0, moved)
+                target_rows = _forward(target, images, target_views, groups, s, 0, moved)
         before = copy.deepcopy(method.state_dict())
-        loss = method.loss(rows, taught, batch)["loss"]
+        loss = method.loss(rows, target_rows, batch)["loss"]
         assert all(torch.equal(x, before[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
         loss.backward()
-        method.on_gradients(tower.heads, batch, s / 10)
+        method.on_gradients(network.heads, batch, s / 10)
         optimizer.step()
-        method.on_weights(tower.heads)
+        method.on_weights(network.heads)
         if target is not None:
             m = method.momentum(s / 10)
             with torch.no_grad():
-                fast = dict(tower.named_parameters())
+                fast = dict(network.named_parameters())
                 for name, slow in target.named_parameters():
                     shared = name.startswith("fuse.") and "conv" in plugs
                     slow.copy_(fast[name] if shared else m * slow + (1 - m) * fast[name])
-        method.after_step({k: x.detach() for k, x in rows.items()}, taught, batch, s / 10)
+        method.after_step({k: x.detach() for k, x in rows.items()}, target_rows, batch, s / 10)
         losses.append(loss.item())
-    return state(method, tower, target) | {"loss": losses}
+    return state(method, network, target) | {"loss": losses}
 
 
-def _curated(plugs: Collection[str], model: Tower, batch: Batch, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _curated(plugs: Collection[str], model: Network, batch: Batch, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Algorithm 1 of batch curation, pair by pair."""
     views, n = len(images), len(batch)
     model = copy.deepcopy(model).eval()
@@ -288,19 +290,19 @@ def _curated(plugs: Collection[str], model: Tower, batch: Batch, images: Sequenc
 
 
 def _forward(
-    tower: Tower, images: Sequence[Tensor], views: list[int], groups: int, step: int, grad: int, moved: bool
+    network: Network, images: Sequence[Tensor], views: list[int], groups: int, step: int, grad: int, moved: bool
 ) -> Rows:
     n = len(images[0])
-    # Where there is a momentum tower, its groups move; else those of every view but the first.
+    # Where there is a target network, its groups move; else those of every view but the first.
     orders = [permutation(fold(3, step), v, n) if moved and (v or not grad) else torch.arange(n) for v in views]
     dealt = [images[v][order] for v, order in zip(views, orders, strict=True)]
-    rows = _in_groups(tower, dealt, views, groups, step, grad)
+    rows = _in_groups(network, dealt, views, groups, step, grad)
     back = [order.argsort() for order in orders]
     return {k: torch.stack([view[order] for view, order in zip(x, back, strict=True)]) for k, x in rows.items()}
 
 
-def _in_groups(tower: Tower, images: list[Tensor], views: list[int], groups: int, step: int, grad: int) -> Rows:
-    norms = [m for m in tower.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def _in_groups(network: Network, images: list[Tensor], views: list[int], groups: int, step: int, grad: int) -> Rows:
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     start = [copy.deepcopy(m.state_dict()) for m in norms]
     left: list[list[dict[str, Tensor]]] = []
     made = []
@@ -311,7 +313,7 @@ def _in_groups(tower: Tower, images: list[Tensor], views: list[int], groups: int
             norm.running_mean, norm.running_var = twin.running_mean, twin.running_var
             norm.num_batches_tracked = twin.num_batches_tracked
         torch.manual_seed(fold(3, step, grad, g, 0))
-        made.append(tower(group, views))
+        made.append(network(group, views))
         left.append([m.state_dict() for m in twins])
     for i, norm in enumerate(norms):
         norm.running_mean = sum(states[i]["running_mean"] for states in left) / groups

@@ -79,13 +79,13 @@ def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: 
 
 def test_images_are_as_long_as_photographs_when_encoded(tmp_path: Path) -> None:
     for size, low, high in ((32, 500, 1500), (224, 50_000, 150_000)):
-        images = synthetic_data.draw(3, size)
+        images = synthetic_data.draw_images(3, size)
         assert images.shape == (3, *synthetic_data.SIDES[size], 3) and not (images[0] == images[1]).all()
         assert low < np.mean([len(file) for file in synthetic_data.jpegs(images, size)]) < high
 
 
 def test_all_read_the_same_files(tmp_path: Path) -> None:
-    files = synthetic_data.jpegs(synthetic_data.draw(5, 32), 32)
+    files = synthetic_data.jpegs(synthetic_data.draw_images(5, 32), 32)
     synthetic_data.pack(files, tmp_path)
     assert reference_workloads.files({"folder": str(tmp_path)}) == files
     folder = synthetic_data.write_folder(files, tmp_path / "jpegs")
@@ -114,7 +114,7 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
 
 
 def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", synthetic_data.draw(4, 32))
+    np.save(tmp_path / "images.npy", synthetic_data.draw_images(4, 32))
     run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
     layers = [(3, 32, 32), (32, 64, 16), (64, 96, 16)]  # channels in and out, side of the output
     forward = [2 * 9 * a * b * side**2 for a, b, side in layers]
@@ -125,7 +125,7 @@ def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", ["views", "tower", "step"])
 def test_ours_counts_what_it_did(make: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", synthetic_data.draw(8, 32))
+    np.save(tmp_path / "images.npy", synthetic_data.draw_images(8, 32))
     job = JOB | {"folder": str(tmp_path), "size": 32, "batch": 4, "unit": "views"}
     call, told = getattr(inbatch_workloads, make)(job)
     assert call() == (4 if make == "step" else 8)
@@ -157,19 +157,19 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(runner, "SCRIPT", tmp_path / "fake.py")
 
-    def make(who: str, peer: bool = False, **job: Any) -> runner.Contestant:
-        return runner.Contestant(who, {"threads": 1, "log": str(tmp_path / "log"), "name": who[0]} | job, peer=peer)
+    def make(who: str, peer: bool = False, **job: Any) -> runner.Implementation:
+        return runner.Implementation(who, {"threads": 1, "log": str(tmp_path / "log"), "name": who[0]} | job, peer=peer)
 
     return make
 
 
 def test_contestants_take_turns_and_are_told_by_their_median(fake: Any, tmp_path: Path) -> None:
     both = [fake("inbatch", seconds=[1, 2, 5]), fake("other", seconds=[10, 5, 20])]
-    found = runner.Race("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
+    found = runner.BenchmarkRounds("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
     assert (tmp_path / "log").read_text() == "iooiio"
     row = found["contestants"]["inbatch"]
     assert (row["low"], row["rate"], row["high"]) == (2, 5, 10) and row["share"] == pytest.approx(5 * 2 / 100)
-    told = list(report.rows(found))
+    told = list(report.table_rows(found))
     assert told[0][:4] == ("inbatch", "5", "2", "10") and told[0][5] == "10% of bandwidth"
     assert told[1][:5] == ("other", "1", "0.5", "2", "5.00")
 
@@ -181,28 +181,32 @@ def test_what_cannot_run_says_why(fake: Any) -> None:
         fake("full", failed="out of memory"),
         fake("wrong", True, failed="a setting", kind="ConfigError"),
     ]
-    race = runner.Race("work", "ms", [fake("inbatch", seconds=[1]), *others])
+    race = runner.BenchmarkRounds("work", "ms", [fake("inbatch", seconds=[1]), *others])
     shown = race.run(1, {}, show_missing=True)
     failed = {who: row["failed"] for who, row in shown["contestants"].items() if "failed" in row}
     assert failed == {"lost": "not installed", "mute": "gone", "full": "out of memory", "wrong": "a setting"}
-    assert [row[-1] for row in report.rows(shown)][1] == "not installed"
+    assert [row[-1] for row in report.table_rows(shown)][1] == "not installed"
 
 
 def test_libraries_that_are_missing_are_left_out_unless_asked_for(fake: Any) -> None:
-    race = runner.Race("work", "ms", [fake("inbatch", seconds=[1]), fake("lost", True, failed="not installed")])
+    race = runner.BenchmarkRounds(
+        "work", "ms", [fake("inbatch", seconds=[1]), fake("lost", True, failed="not installed")]
+    )
     assert set(race.run(1, {}, show_missing=False)["contestants"]) == {"inbatch"}
 
 
 @pytest.mark.parametrize(("kind", "error"), [("ConfigError", ConfigError), ("DataError", DataError)])
 def test_our_own_refusal_is_the_user_s_error(fake: Any, kind: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="no such encoder"):
-        runner.Race("work", "ms", [fake("inbatch", failed="no such encoder", kind=kind)]).run(1, {}, show_missing=True)
+        runner.BenchmarkRounds("work", "ms", [fake("inbatch", failed="no such encoder", kind=kind)]).run(
+            1, {}, show_missing=True
+        )
 
 
 def test_milliseconds_are_the_other_way_round() -> None:
     row = {"rate": 100.0, "low": 50.0, "high": 200.0}
     race = {"unit": "ms", "title": "", "threads": [1], "contestants": {"inbatch": row, "other": row | {"rate": 50.0}}}
-    told = list(report.rows(race))
+    told = list(report.table_rows(race))
     assert told[0][1:4] == ("10", "5", "20") and told[1][4] == "2.00"
 
 

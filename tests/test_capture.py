@@ -18,9 +18,9 @@ from inbatch.apps.cli import app
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.training import replay as module
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.replay import FOLDER, capture
-from inbatch.training.step import NotFinite, Step
+from inbatch.training.step import NonFiniteError, Step
 
 
 def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -30,20 +30,20 @@ def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     def call(self: Step, batch: Any, step: int) -> Any:
         if step == at:
             with torch.no_grad():
-                dict(self.tower.encoder.named_parameters())["backbone.3.weight"][0, 0, 0, 0] = float("inf")
+                dict(self.network.encoder.named_parameters())["backbone.3.weight"][0, 0, 0, 0] = float("inf")
         return real(self, batch, step)
 
     monkeypatch.setattr(Step, "__call__", call)
 
 
-def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) -> Built:
+def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) -> RunComponents:
     options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
     settings = options | {"precision": "float32"} | fields.pop("settings", {})
     given = {key: value for key, value in TINY.items() if key != "quiet"} | fields
     return prepare(data, method, settings=settings, **given)
 
 
-def kept(out: Path, built: Built, step: int = 0) -> Any:
+def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
     """A step captured as if it had failed; its batch."""
     if built.step.curator is not None:
         built.step.curator.starts = 0
@@ -51,7 +51,7 @@ def kept(out: Path, built: Built, step: int = 0) -> Any:
     if built.step.curator is not None:
         batch, told = built.step.curator(batch)
         assert told["curate_redrawn"] > 0, "nothing was redrawn: the test has lost its point"
-    capture(out, built, NotFinite(step, batch, {"loss": torch.tensor(0.0)}, torch.tensor(0.0)))
+    capture(out, built, NonFiniteError(step, batch, {"loss": torch.tensor(0.0)}, torch.tensor(0.0)))
     built.step.curator = None
     return batch
 

@@ -125,7 +125,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
     import inbatch.apps.reports.view_grid
 
     for module, name in (
-        (api, "pretrain"), (api, "rehearse"), (api, "evaluate_run"), (api, "embed_run"), (api, "export_run"),
+        (api, "pretrain"), (api, "dry_run"), (api, "evaluate_run"), (api, "embed_run"), (api, "export_run"),
         (inbatch.apps.reports.view_grid, "draw_views"), (inbatch.apps.reports.batch_context, "inspect_run"),
         (inbatch.apps.reports.crop_statistics, "tally"), (inbatch.apps.quickstart, "quickstart"),
         (inbatch.apps.bench.benchmark, "bench"), (inbatch.apps.doctor, "examine"),
@@ -206,11 +206,11 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
     assert 1 <= told["used"] <= 7 and 0 <= told["nmi"] < 1
 
     built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head is that of the last checkpoint
-    built.tower.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
+    built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
     source = inbatch.data.open_data("digits-canvas", "test")
-    with built.tower.evaluating():
+    with built.network.evaluating():
         images = built.encoder.prepare(source.image(i) for i in range(len(source)))
-        assignment = built.tower([images])["clusters"][0].argmax(1)
+        assignment = built.network([images])["clusters"][0].argmax(1)
     assert told["nmi"] == pytest.approx(inbatch.evaluate.nmi(source.labels, assignment), abs=0.01)
     assert told["used"] == len(assignment.unique())
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import inbatch
-from inbatch.models.tower import Tower
+from inbatch.models.network import Network
 from inbatch.nn.heads import Head, mlp
 from inbatch.training.monitors.collapse import signs, spread
 
@@ -58,14 +58,14 @@ def test_what_is_whole_is_not(method: str, tmp_path: Path, capfd: pytest.Capture
 def test_spread_of_equal_and_of_different_outputs() -> None:
     """Equal images have rank 1 and no spread; the encoder's and every direct head's numbers, no predictor's."""
     heads = {"projection": Head(mlp(12, 8, norm=False)), "prediction": Head(mlp(8, 8, norm=False), "projection")}
-    tower = Tower(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
-    before = {key: value.clone() for key, value in tower.state_dict().items()}
+    network = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.randn(64, 3, 2, 2)
-    found, same = spread(tower, images), spread(tower, images[:1].expand(64, 3, 2, 2))
+    found, same = spread(network, images), spread(network, images[:1].expand(64, 3, 2, 2))
     assert set(found) == {"features_std", "features_rank", "projection_std", "projection_rank"}
     assert found["features_std"] > 0.9 and found["features_rank"] > 11
     assert same["projection_std"] < 1e-5 and same["projection_rank"] == pytest.approx(1, abs=1e-3)
-    assert tower.training and all(torch.equal(value, before[key]) for key, value in tower.state_dict().items())
+    assert network.training and all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_signs() -> None:

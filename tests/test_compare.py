@@ -25,10 +25,10 @@ from inbatch.training.metric_logger import Log
 from inbatch.training.monitors import shipped_references
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.curve_plot import plot_curves
-from inbatch.training.monitors.online_evaluation import looked_at
+from inbatch.training.monitors.online_evaluation import evaluation_epochs
 from inbatch.training.monitors.reference import FLOORS, Reference, read_reference
 from inbatch.training.monitors.reference_files import MEASURES
-from inbatch.training.train_state import Progress
+from inbatch.training.train_state import TrainState
 
 EVERY = {"evaluate_every": 1}
 
@@ -152,7 +152,7 @@ def test_leaving_and_coming_back_are_told_once() -> None:
 def test_looks_are_those_of_the_run(finished: Path) -> None:
     recipe = load_run(finished).recipe
     for epochs, every, looks in [(2, 1, [0, 1, 2]), (7, 3, [0, 3, 6, 7]), (3, 9, [0, 3])]:
-        assert looked_at(replace(recipe, epochs=epochs, evaluate_every=every)) == looks
+        assert evaluation_epochs(replace(recipe, epochs=epochs, evaluate_every=every)) == looks
 
 
 # Whole runs
@@ -188,7 +188,7 @@ def test_a_run_is_inside_its_own_band_and_comparing_changes_nothing(
 
 
 def test_a_mean_masks_no_nan() -> None:
-    progress = Progress(step=2, curve=[{"step": 0}])
+    progress = TrainState(step=2, curve=[{"step": 0}])
     progress.loss = progress.loss + torch.tensor(torch.nan)
     progress.loss = progress.loss + torch.tensor(1.0)
     assert math.isnan(progress.mean_loss()["loss"])
@@ -311,15 +311,15 @@ def test_auto_finds_the_runs_of_the_same_recipe(
     monkeypatch.setattr(shipped_references, "folder", lambda: tmp_path)
     recipe = json.loads((finished / "recipe.json").read_text())
     with pytest.raises(ConfigError, match="no runs to compare with come with this installation"):
-        shipped_references.find(recipe)
+        shipped_references.find_reference(recipe)
     free = {"seed": 5, "data": "/elsewhere/digits-canvas", "k": 3, "precision": "float32", "evaluate_every": 2}
     changed(finished, tmp_path / "same-5.json", lambda r: (r.update(schema=1), r["recipe"].update(free)))
     changed(finished, tmp_path / "same-0.json", lambda r: r.update(schema=1))
     changed(finished, tmp_path / "later.json", lambda r: r.update(schema=2))
     other = {"data": "/elsewhere/other", "epochs": 9}
     changed(finished, tmp_path / "other.json", lambda r: (r.update(schema=1), r["recipe"].update(other)))
-    found = shipped_references.find(recipe)
+    found = shipped_references.find_reference(recipe)
     assert len(found.curves) == 2 and "same-0, same-5" in found.name
     assert api._reference("auto", load_run(finished).recipe) == found
     with pytest.raises(ConfigError, match=r"The closest, same-0, differs in epochs \(2 there, 3 here\)"):
-        shipped_references.find(recipe | {"epochs": 3})
+        shipped_references.find_reference(recipe | {"epochs": 3})

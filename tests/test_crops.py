@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from inbatch import rng
 from inbatch.apps.cli import app
-from inbatch.apps.reports.crop_statistics import PAPER_AREA, PAPER_SHARES, parse_size, tally
+from inbatch.apps.reports.crop_statistics import PAPER_AREA, PAPER_SHARES, count_configurations, parse_size
 from inbatch.batch import Batch
 from inbatch.data import Loader, open_data
 from inbatch.data.views import PRESETS, View, Views, crop_pairs
@@ -144,7 +144,7 @@ def test_views_that_differ_keep_their_own_areas_and_shapes():
 
 
 def test_default_pairs_have_the_shares_of_figure_3():
-    found = tally("default", (32, 32), 300_000)
+    found = count_configurations("default", (32, 32), 300_000)
     for ours, paper in zip(found.shares, PAPER_SHARES, strict=True):
         assert abs(ours - paper) < 0.003  # 4 standard errors of 300,000 pairs
     assert abs(found.area - PAPER_AREA["default"]) < 0.01
@@ -152,7 +152,7 @@ def test_default_pairs_have_the_shares_of_figure_3():
 
 @pytest.mark.parametrize("name", CROPS)
 def test_average_areas_are_those_of_table_1(name):
-    found = tally(name, (32, 32), 8000)
+    found = count_configurations(name, (32, 32), 8000)
     assert abs(found.area - PAPER_AREA[name]) < 0.015
     configurations = CROPS[name].configurations
     for code, share in enumerate(found.shares):
@@ -340,7 +340,7 @@ def run(line: str) -> Result:
 
 
 def test_coverage_equals_a_literal_count():
-    found = tally("adjacent", (7, 11), 200, seed=5)
+    found = count_configurations("adjacent", (7, 11), 200, seed=5)
     expected = torch.zeros(7, 11)
     for top, left, h, w in pair("adjacent", 200, 7, 11, seed=5).flatten(0, 1).tolist():
         expected[top : top + h, left : left + w] += 1
@@ -348,17 +348,17 @@ def test_coverage_equals_a_literal_count():
 
 
 def test_chunks_change_nothing(monkeypatch):
-    whole = tally("equal", (20, 30), 300)
+    whole = count_configurations("equal", (20, 30), 300)
     monkeypatch.setattr("inbatch.apps.reports.crop_statistics._CHUNK", 7)
-    parts = tally("equal", (20, 30), 300)
+    parts = count_configurations("equal", (20, 30), 300)
     assert (whole.shares, whole.area) == (parts.shares, parts.area) and torch.equal(whole.coverage, parts.coverage)
 
 
 def test_torchvision_draws_the_same_shares_and_leaves_its_generator_alone():
     state = torch.get_rng_state()
-    theirs, again = (tally("small", (32, 32), 3000, sampler="torchvision") for _ in range(2))
+    theirs, again = (count_configurations("small", (32, 32), 3000, sampler="torchvision") for _ in range(2))
     assert torch.equal(state, torch.get_rng_state()) and theirs.shares == again.shares
-    ours = tally("small", (32, 32), 3000)
+    ours = count_configurations("small", (32, 32), 3000)
     assert all(abs(x - y) < 0.025 for x, y in zip(ours.shares, theirs.shares, strict=True))
     assert abs(ours.area - theirs.area) < 0.008
 
@@ -371,7 +371,7 @@ def test_the_command_counts_tells_and_draws(tmp_path: Path):
     told = json.loads(done.stdout)
     assert done.exit_code == 0 and list(told["crops"]) == list(CROPS) and told["size"] == [24, 48]
     assert told["crops"]["adjacent"]["adjacent"] == 1.0 and (tmp_path / "all.png").stat().st_size > 10_000
-    assert told["crops"]["big"]["area"] == tally("big", (24, 48), 500, 1).area
+    assert told["crops"]["big"]["area"] == count_configurations("big", (24, 48), 500, 1).area
     assert "17.27%" not in run("crops --pairs 100 --size 33").stdout, "the paper's shares are those of 32 pixels"
     assert run("crops --sampler torchvision --pairs 50 --crops big").exit_code == 0
 
@@ -385,7 +385,7 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
         drawn.append(given[:3])
         raise ConfigError("parsed")
 
-    monkeypatch.setattr("inbatch.apps.reports.crop_statistics.tally", cut)
+    monkeypatch.setattr("inbatch.apps.reports.crop_statistics.count_configurations", cut)
     assert all(run(line.removeprefix("inbatch ")).exit_code == 2 for line in examples)
     assert drawn == [
         ("default", (32, 32), 1_000_000),

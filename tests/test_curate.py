@@ -183,7 +183,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     whole = made._embed(made.snapshot, batch)
     alone = made._embed(made.snapshot, batch.take(slice(3, 4)))
     torch.testing.assert_close(whole[:, 3:4], alone)
-    assert built.tower.training, "the tower is back in training mode"
+    assert built.network.training, "the network is back in training mode"
 
 
 @pytest.mark.parametrize("crops", ["default", "intersection"])

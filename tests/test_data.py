@@ -16,7 +16,7 @@ from PIL import Image
 
 from inbatch.data import open_data, splits, write_folder
 from inbatch.data.decoding import jpeg
-from inbatch.data.decoding.image_file import Picture, decoders
+from inbatch.data.decoding.image_file import ImageFile, decoders
 from inbatch.data.sources.folder import scan
 from inbatch.errors import ConfigError, DataError
 
@@ -136,7 +136,7 @@ def encoded(image, kind, **options):
 
 
 def opened(data, channels=3):
-    return Picture(data, lambda: "the file", channels)
+    return ImageFile(data, lambda: "the file", channels)
 
 
 class TestDecode:
@@ -303,7 +303,7 @@ class TestFastJpeg:
             return
         data = encoded(PHOTO.convert(mode), "JPEG", quality=90, **self.kinds[kind])
         box = torch.tensor([[5, 9, 180, 170]])
-        for what in (Picture.tensor, lambda p: p.tensor(70), lambda p: p.crops(box, [(40, "bilinear")])[0]):
+        for what in (ImageFile.tensor, lambda p: p.tensor(70), lambda p: p.crops(box, [(40, "bilinear")])[0]):
             fast, slow = self.both(data, monkeypatch, what, channels)
             assert fast.shape[0] == channels and torch.equal(fast, slow)
         assert decoded == [True] * 3
@@ -318,7 +318,7 @@ class TestFastJpeg:
         """Garbage in the middle: Pillow makes something of it, as it did before."""
         data = bytearray(encoded(PHOTO, "JPEG"))
         data[4000:4200] = bytes(200)
-        fast, slow = self.both(bytes(data), monkeypatch, Picture.tensor)
+        fast, slow = self.both(bytes(data), monkeypatch, ImageFile.tensor)
         assert decoded == [False] and torch.equal(fast, slow)
 
     @pytest.mark.parametrize(("place", "value"), [(1, 0xC9), (1, 0xC3), (4, 12), (5, 0), (9, 2)])

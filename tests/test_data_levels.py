@@ -16,7 +16,7 @@ from inbatch import api
 from inbatch.batch import Batch
 from inbatch.data import open_data
 from inbatch.data.cache import place
-from inbatch.data.decoding.image_file import Picture
+from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.pixels import to_bytes
 from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def bands(values, planar="contig", **how) -> bytes:
 
 
 def opened(data, channels=3, levels=None):
-    return Picture(data, lambda: "the file", channels, levels)
+    return ImageFile(data, lambda: "the file", channels, levels)
 
 
 def by_hand(values, low, high):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from inbatch.data import open_data, splits
 from inbatch.errors import DataError
-from inbatch.training.holdout import held_out
-from inbatch.training.plan import plan
+from inbatch.training.holdout import evaluation_split
+from inbatch.training.plan import resolve_recipe
 
 
 def photos(root, *names):
@@ -228,8 +228,8 @@ class TestClasses:
 
     def test_a_run_is_judged_by_the_same_classes(self, tmp_path):
         names = listed(tmp_path, "classes.txt", "c d\nb\n")
-        recipe, source = plan(folder(tmp_path), {"classes": str(names)})
-        bank, queries, how = held_out(recipe, source, tmp_path)
+        recipe, source = resolve_recipe(folder(tmp_path), {"classes": str(names)})
+        bank, queries, how = evaluation_split(recipe, source, tmp_path)
         assert bank is source and queries.classes == bank.classes == ("c d", "b") and "test split" in how
         assert named(queries) == ["b", "c d"] and queries.name != bank.name
 

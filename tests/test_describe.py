@@ -8,10 +8,10 @@ from torch import Tensor
 
 from inbatch.api import prepare
 from inbatch.training import summary
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 
 
-def built(method: str = "simclr", **settings: Any) -> Built:
+def built(method: str = "simclr", **settings: Any) -> RunComponents:
     given = {"subset": 200, "batch": 64, "method.queue": 640} | {k.replace("__", "."): v for k, v in settings.items()}
     if method != "moco":
         del given["method.queue"]
@@ -30,8 +30,8 @@ def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
     run.step(next(iter(run.loader.epoch(0))), 0)
     states = (x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
     assert told["optimiser"] == pytest.approx(total(states), rel=1e-3)
-    assert told["gradients"] == total(p.grad for p in run.tower.parameters() if p.requires_grad)
-    assert told["momentum_tower"] == (total(run.target.state_dict().values()) if run.target else 0)
+    assert told["gradients"] == total(p.grad for p in run.network.parameters() if p.requires_grad)
+    assert told["target_network"] == (total(run.target.state_dict().values()) if run.target else 0)
     assert told["method"] == pytest.approx(640 * 128 * 4 if method == "moco" else 0, abs=64)
     assert told["sum"] == sum(value for name, value in told.items() if name != "sum")
 
@@ -55,7 +55,7 @@ def test_shapes_and_parameters() -> None:
     images = run.step.views(next(iter(run.loader.epoch(0))))
     assert told["views"] == [list(image.shape) for image in images]
     with torch.no_grad():
-        rows = run.tower(images)
+        rows = run.network(images)
     assert told["rows"] == {name: list(x.shape) for name, x in rows.items()}
 
 

@@ -160,12 +160,12 @@ def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None])
     found = doctor.measure()
     assert found["ceilings"]["bf16"] is None and len(found["tower"]) == 3
     assert not any(doctor.CONTESTANTS[who]["bf16"] for who in found["tower"])
-    rows = dict(row[:2] for row in doctor.rows(found))
+    rows = dict(row[:2] for row in doctor.measurement_rows(found))
     assert rows["products in bf16"] == "not measured: this processor does not multiply bf16"
     fake(torch.bfloat16)
     found = doctor.measure()
     assert list(found["tower"]) == list(doctor.CONTESTANTS)
-    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.rows(found)
+    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(found)
 
 
 def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
@@ -193,14 +193,14 @@ def test_what_takes_too_long_is_named_and_the_rest_is_measured(
     assert "not measured: stopped after" in second["failed"]
     if limit == "LIMIT":
         assert first["rate"] == third["rate"] == 4 * found["batch"]
-        assert dict(row[:2] for row in doctor.rows(found))["channels_last"] == second["failed"]
+        assert dict(row[:2] for row in doctor.measurement_rows(found))["channels_last"] == second["failed"]
 
 
 def test_ceilings_that_take_too_long_are_named(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     fake(torch.float32)
     monkeypatch.setattr(doctor, "LIMIT", 0.0)
     found = doctor.measure()
-    assert doctor.rows(found)[0][:2] == ("products and copies", found["ceilings"]["failed"])
+    assert doctor.measurement_rows(found)[0][:2] == ("products and copies", found["ceilings"]["failed"])
     assert "stopped after" in found["ceilings"]["failed"] and found["batch"] == 4
 
 
@@ -215,7 +215,7 @@ def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CONTESTANTS", few)
     found = doctor.measure(quick=True)
     assert found["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in found["tower"].values())
-    rows = doctor.rows(found)
+    rows = doctor.measurement_rows(found)
     assert len(rows) == 5 and rows[3][2] == "1.00"
     found["tower"][next(iter(few))] = {"failed": "out of memory"}
-    assert doctor.rows(found)[3][1] == "out of memory"
+    assert doctor.measurement_rows(found)[3][1] == "out of memory"

@@ -31,8 +31,8 @@ from inbatch.evaluation import (
     embed_stream,
     evaluate,
     feature_std,
+    hold_in_memory,
     hungarian_accuracy,
-    keep,
     knn,
     knn_scores,
     linear_probe,
@@ -167,8 +167,8 @@ def test_kept_images_are_decoded_once_and_give_the_same(sizes):
 
 def test_only_what_fits_is_kept():
     source = pictures(30)
-    assert isinstance(keep(source, 30 * 400), Kept)
-    assert keep(source, 30 * 400 - 1) is source
+    assert isinstance(hold_in_memory(source, 30 * 400), Kept)
+    assert hold_in_memory(source, 30 * 400 - 1) is source
 
 
 def test_images_of_one_size_are_prepared_as_they_are_one_by_one(monkeypatch):

@@ -18,8 +18,8 @@ from inbatch.models.readout import Readout
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.training import checkpoint
 from inbatch.training.build import build, image_scale
-from inbatch.training.monitors.online_evaluation import fit_readout, judge
-from inbatch.training.plan import plan
+from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
+from inbatch.training.plan import resolve_recipe
 from inbatch.training.run_encoder import fit_first_layer, initial_encoder
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -92,9 +92,11 @@ def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
     assert found["clustering"] == clustering(plain) | {"split": "test", "features": "before whitening"}
     assert "features" not in evaluate(None, plain, plain, protocols=["clustering"])["clustering"]
 
-    built = build(*plan((IMAGES, labels), {"preset": "fast", "encoder.width": 8, "epochs": 1, "batch": 16}), device=CPU)
+    built = build(
+        *resolve_recipe((IMAGES, labels), {"preset": "fast", "encoder.width": 8, "epochs": 1, "batch": 16}), device=CPU
+    )
     built.encoder.load_state_dict(encoder.state_dict())
-    spread = judge(built, (source, source, "all"))()
+    spread = make_online_evaluator(built, (source, source, "all"))()
     assert spread["rankme"] == pytest.approx(float(rankme(plain.vectors)), rel=1e-3)
     assert spread["feature_std"] == pytest.approx(float(feature_std(plain.vectors)), rel=1e-3)
 
@@ -135,7 +137,7 @@ def test_a_saved_encoder_keeps_its_readout_and_heads_see_plain_features(tmp_path
 
 def test_images_grow_from_a_share_of_their_side_at_a_share_of_the_run() -> None:
     given = {"preset": "fast", "encoder.width": 8, "steps": 10, "batch": 16, "grow_from": 0.5, "grow_until": 0.6}
-    recipe, source = plan(IMAGES, given)
+    recipe, source = resolve_recipe(IMAGES, given)
     assert [image_scale(recipe, step / 10) for step in (0, 5, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
     built = build(recipe, source, device=CPU)
     sides: list[int] = []
@@ -149,7 +151,7 @@ def test_images_grow_from_a_share_of_their_side_at_a_share_of_the_run() -> None:
 
 def test_the_preset_fast_is_there_for_every_method() -> None:
     for method in ("simclr", "byol", "moco", "barlow"):
-        recipe, _ = plan(IMAGES, {"preset": "fast", "method.name": method, "epochs": 1})
+        recipe, _ = resolve_recipe(IMAGES, {"preset": "fast", "method.name": method, "epochs": 1})
         assert recipe.encoder.name == "fast" and recipe.optimizer.name == "adamw" and recipe.preset == "fast"
 
 

@@ -19,9 +19,9 @@ from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError
 from inbatch.runtime import memory
 from inbatch.training import auto_context
-from inbatch.training.auto_context import Trial, candidates, predict
+from inbatch.training.auto_context import MemoryProbe, candidates, predict
 from inbatch.training.build import build
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, make
 
 CPU, MB = torch.device("cpu"), 1_000_000
@@ -29,7 +29,7 @@ SMALL = {"subset": 200, "batch": 128, "context": "auto"}
 
 
 def planned(**settings: Any) -> tuple[Recipe, Source]:
-    return plan("digits-canvas", SMALL | {k.replace("__", "."): v for k, v in settings.items()})
+    return resolve_recipe("digits-canvas", SMALL | {k.replace("__", "."): v for k, v in settings.items()})
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     def given(needed: Callable[[int], float], seconds: float = 0.0) -> list[int]:
         made: list[int] = []
 
-        def trial(self: Any, context: int, dry: bool = True) -> Trial:
+        def trial(self: Any, context: int, dry: bool = True) -> MemoryProbe:
             if dry:
                 made.append(context)
             kept = round((needed(context) - needed(0)) / 2)
-            return Trial(round(needed(context)), kept, seconds * context if dry else None)
+            return MemoryProbe(round(needed(context)), kept, seconds * context if dry else None)
 
         monkeypatch.setattr(auto_context._Bench, "trial", trial)
         return made
@@ -89,11 +89,11 @@ def test_the_largest_divisor_that_fits_is_found(
 
 
 def test_a_line_through_the_last_two_points() -> None:
-    one = {8: Trial(1000, 80)}
+    one = {8: MemoryProbe(1000, 80)}
     assert predict(one, 8) == 1000 and predict(one, 16) == 1000 + 8 * 15  # as counted, with a margin
-    two = one | {16: Trial(2000, 160)}
-    assert predict(two, 32) == 2000 + 16 * 125 and predict(two | {16: Trial(1001, 160)}, 32) == 1001 + 160
-    assert predict(two | {64: Trial(auto_context._FULL, 0)}, 128) == auto_context._FULL
+    two = one | {16: MemoryProbe(2000, 160)}
+    assert predict(two, 32) == 2000 + 16 * 125 and predict(two | {16: MemoryProbe(1001, 160)}, 32) == 1001 + 160
+    assert predict(two | {64: MemoryProbe(auto_context._FULL, 0)}, 128) == auto_context._FULL
 
 
 def test_a_group_that_would_take_too_long_is_predicted(
@@ -169,8 +169,10 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
     def step(built: Any, samples: int, side: int, plain: bool = False) -> None:
         real(built, samples, side, plain)
         if not plain:
-            assert built.tower.fuse is not None and built.encoder.attend is not None and built.step.curator is not None
-            assert built.tower.fuse.layers[0].steps[0].in_channels == samples == built.context
+            assert (
+                built.network.fuse is not None and built.encoder.attend is not None and built.step.curator is not None
+            )
+            assert built.network.fuse.layers[0].steps[0].in_channels == samples == built.context
             seen.append(samples)
 
     monkeypatch.setattr(auto_context, "_dry_step", step)
@@ -239,7 +241,7 @@ def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: 
     assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch
     plain = api.prepare("digits-canvas", **SMALL | {"context": found.context})
     assert found.recipe == plain.recipe
-    assert_same_state(found.tower.state_dict(), plain.tower.state_dict())
+    assert_same_state(found.network.state_dict(), plain.network.state_dict())
 
 
 # Runs
@@ -362,7 +364,8 @@ def found_on_a_rank() -> list[dict[str, Any]]:
         (1000 if distributed.rank() == 0 else 40) * MB
     )  # this process ends with the test
     return [
-        auto_context.fit(*plan("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json() for synced in (False, True)
+        auto_context.fit(*resolve_recipe("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json()
+        for synced in (False, True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Batch fusion: the paper's module against a literal one, the order-free one, and what the tower does with them."""
+"""Batch fusion: the paper's module against a literal one, the order-free one, and what the network does with them."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inbatch.context.fusion import FUSIONS, ConvFusion, Fusion, SetFusion, patch_for, patches, restore
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError
-from inbatch.models.tower import Tower, follow, momentum_tower
+from inbatch.models.network import Network, ema_update, make_target_network
 from inbatch.nn.heads import Head
 
 GIVEN = {"group": 6, "size": 8, "mean": (0.25, 0.5, 0.75), "std": (0.5, 0.25, 2.0)}
@@ -175,16 +175,16 @@ def test_what_cannot_be_fused(wrong: Callable[[], object]) -> None:
         wrong()
 
 
-def tower(kind: str = "set", **options: object) -> Tower:
+def network(kind: str = "set", **options: object) -> Network:
     torch.manual_seed(2)
     encoder = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(180, 7))
     heads = {"projection": Head(nn.Linear(7, 4))}
     fuse = FUSIONS[kind](**(GIVEN | options))
-    return Tower(encoder, heads, ("projection",), fuse=fuse, fused=(1,))
+    return Network(encoder, heads, ("projection",), fuse=fuse, fused=(1,))
 
 
 def test_the_tower_fuses_the_views_it_is_told_by_their_numbers() -> None:
-    one, plain = tower(), tower()
+    one, plain = network(), network()
     plain.fuse = None
     a, b = some(6).float(), some(6).float().flip(0)
     both = one([a, b])["projection"]
@@ -199,7 +199,7 @@ def test_norm_statistics_are_of_plain_views_where_there_are_some(joined: bool) -
     a, b = some(6).float(), some(6).float().flip(0)
 
     def left(views: list[Tensor], numbers: list[int], **options: object) -> Tensor:
-        made = tower(**options)
+        made = network(**options)
         made.joined = joined
         made(views, numbers)
         return made.encoder[1].running_mean
@@ -211,13 +211,13 @@ def test_norm_statistics_are_of_plain_views_where_there_are_some(joined: bool) -
 
 @pytest.mark.parametrize("target", ["copy", "shared", "none"])
 def test_the_momentum_tower_fuses_as_it_is_told(target: str) -> None:
-    one = tower(target=target)
-    slow = momentum_tower(one, {"projection": Head(one.heads["projection"])}, ("projection",))
+    one = network(target=target)
+    slow = make_target_network(one, {"projection": Head(one.heads["projection"])}, ("projection",))
     before = copy.deepcopy(slow)
     with torch.no_grad():
         for p in one.parameters():
             p += 1
-    follow(slow, one, 0.9)
+    ema_update(slow, one, 0.9)
     if target == "none":
         assert slow.fuse is None
         return

@@ -15,10 +15,10 @@ from inbatch.batch import Batch
 from inbatch.evaluation import Embeddings, ari, hungarian_accuracy, knn, knn_scores, nmi
 from inbatch.losses import info_nce, nt_xent, supcon
 from inbatch.methods import METHODS
-from inbatch.models.tower import follow
+from inbatch.models.network import ema_update
 from inbatch.nn import schedules as s
 from inbatch.nn.functional import logsumexp_rows
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 from inbatch.training import optim
 
 
@@ -86,21 +86,21 @@ def test_moco_over_steps(golden: Path, dtype: torch.dtype) -> None:
     method = moco(case, case["queue0"])
     for step in range(case.options["steps"]):
         online.load_state_dict({"weight": case["wq"][step], "bias": case["bq"][step]})
-        follow(target, online, method.momentum(step / case.options["steps"]))
+        ema_update(target, online, method.momentum(step / case.options["steps"]))
         case.check(target.weight, "wk", step)
         case.check(target.bias, "bk", step)
 
         with torch.no_grad():
-            taught = {"projection": target(case["xk"][step])[None]}
+            target_rows = {"projection": target(case["xk"][step])[None]}
         rows = {"projection": online(case["xq"][step])[None]}
-        loss = method.loss(rows, taught, unlabelled(case.options["batch"]))["loss"]
+        loss = method.loss(rows, target_rows, unlabelled(case.options["batch"]))["loss"]
         case.check(loss, "loss", step)
         online.zero_grad()
         loss.backward()
         case.check(online.weight.grad, "grad_wq", step)
         case.check(online.bias.grad, "grad_bq", step)
 
-        method.after_step(rows, taught, unlabelled(case.options["batch"]), 0.0)
+        method.after_step(rows, target_rows, unlabelled(case.options["batch"]), 0.0)
         n, pointer = case.options["batch"], int(case["ptr"][step])
         case.check(method.queue.rows.T, "queue", step)
         assert method.queue.pointer == pointer
@@ -268,6 +268,6 @@ def moco(case: Case, queue: Tensor) -> nn.Module:
     """The method with the given queue, (D, K), and its pointer at 0."""
     width, size = queue.shape
     method = METHODS["moco"](case.options["temperature"], size, case.options.get("momentum", 0.999), out=width)
-    method.queue = Queue(size, width).to(case.dtype)
+    method.queue = MemoryBank(size, width).to(case.dtype)
     method.queue.rows.copy_(queue.T)
     return method

@@ -55,7 +55,7 @@ def rebuilt(folder: Path) -> api.Built:
     """The parts of a run with its weights, put together without `inspect_run`."""
     recipe = api.load_run(folder).recipe
     built = api.build(recipe, source_of(recipe, None), device=torch.device("cpu"))
-    built.tower.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
+    built.network.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
     return built
 
 
@@ -73,23 +73,23 @@ def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> No
     built = rebuilt(full)
     batch = next(iter(built.loader.epoch(2)))
     views = built.views(batch).images
-    with built.tower.evaluating():
-        z = torch.stack([built.tower.features(view) for view in views])
+    with built.network.evaluating():
+        z = torch.stack([built.network.features(view) for view in views])
     share = violating(*pair_distances(z, z, 0)).float().mean()
     assert found["curate"]["violating_before"] == pytest.approx(float(share))
     assert found["curate"]["begun"] and found["curate"]["samples"] == 40
 
     group = [view[:20] for view in built.views(built.step.curator(batch)[0]).images]
     with torch.no_grad():
-        mixed = built.tower.fuse(group[1])
+        mixed = built.network.fuse(group[1])
     assert found["fuse"]["change"] == pytest.approx(float((mixed - group[1]).abs().mean()), rel=1e-4)
     assert 0 < found["fuse"]["added"] < found["fuse"]["change"] and found["fuse"]["view"] == 1
 
     given: list[torch.Tensor] = []
     last = blocks(built.encoder)[-1]
     last.register_forward_hook(lambda block, x, y: given.append(x[0]))
-    with built.tower.evaluating(), as_group(built.tower):
-        built.tower.features(group[0])
+    with built.network.evaluating(), as_group(built.network):
+        built.network.features(group[0])
         weights = last.weights(given[0])
     told = found["attend"]["blocks"]
     assert [block["block"] for block in told] == list(built.encoder.slots) and found["attend"]["group"] == 20
@@ -100,10 +100,10 @@ def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> No
 
 def test_looking_changes_no_part_of_the_run(full: Path, tmp_path: Path) -> None:
     built = rebuilt(full)
-    before = {name: x.clone() for name, x in built.tower.state_dict().items()}
-    pictures.look(built, 2, tmp_path, COUNT)
-    assert all(torch.equal(x, before[name]) for name, x in built.tower.state_dict().items())
-    assert built.tower.training and not any(m._forward_pre_hooks for m in built.tower.modules())
+    before = {name: x.clone() for name, x in built.network.state_dict().items()}
+    pictures.draw_report(built, 2, tmp_path, COUNT)
+    assert all(torch.equal(x, before[name]) for name, x in built.network.state_dict().items())
+    assert built.network.training and not any(m._forward_pre_hooks for m in built.network.modules())
 
 
 def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: Path) -> None:

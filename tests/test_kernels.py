@@ -75,7 +75,7 @@ assert "triton" not in sys.modules
 @pytest.mark.parametrize("products", ["float32", "tf32x3", "bf16"])
 @pytest.mark.parametrize("width", [3, 64, 128, 256])
 @pytest.mark.parametrize("rows", [1, 100, 4096, 100_000])
-def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: triton_logsumexp.Products) -> None:
+def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: triton_logsumexp.MatmulPrecision) -> None:
     tile = triton_logsumexp._tile(products, width)
     for columns in (0, 1, 511, 4096, 100_003):
         parts, span = triton_logsumexp._deal(rows, columns, tile)

@@ -9,7 +9,7 @@ from pool import on_ranks
 from runs import tiny
 
 from inbatch import api
-from inbatch.models.tower import running_statistics
+from inbatch.models.network import running_statistics
 from inbatch.training.monitors.context_leak import SURE, group_leak, leak, meets, sign
 
 
@@ -52,13 +52,13 @@ def test_it_is_asked_where_samples_meet(fuse: str | None, attend: str | None, ex
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
 def test_looking_changes_nothing(method: str) -> None:
     built = api.prepare("digits-canvas", method, subset=80, batch=16, context=8, fuse="set", attend="batchformer")
-    before = [s.clone() for s in running_statistics(built.tower)]
+    before = [s.clone() for s in running_statistics(built.network)]
     state = torch.get_rng_state()
     found = leak(built, 0)
     assert set(found) == {"leak", "leak_chance", "leak_error"} and found["leak_chance"] == 1 / 10
     assert found == leak(built, 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(built.tower), strict=True))
-    assert torch.equal(state, torch.get_rng_state()) and built.tower.training
+    assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(built.network), strict=True))
+    assert torch.equal(state, torch.get_rng_state()) and built.network.training
 
 
 def test_a_run_logs_it(tmp_path: Path) -> None:

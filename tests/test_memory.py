@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 
 @given(size=st.integers(1, 9), pushes=st.lists(st.integers(0, 20), max_size=8))
 def test_queue_keeps_the_newest(size: int, pushes: list[int]) -> None:
     """Any number of rows at a time, more than fit included: a deque, and a ring written row by row."""
-    queue = Queue(size, 1)
+    queue = MemoryBank(size, 1)
     newest = collections.deque(queue.rows.flatten().tolist(), maxlen=size)
     ring, written = list(newest), 0
     for n in pushes:
@@ -29,7 +29,7 @@ def test_queue_keeps_the_newest(size: int, pushes: list[int]) -> None:
 
 
 def test_queue_starts_with_random_unit_rows_and_is_saved_whole() -> None:
-    queue, other = Queue(50, 8), Queue(50, 8)
+    queue, other = MemoryBank(50, 8), MemoryBank(50, 8)
     torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(50))
     assert not torch.equal(queue.rows, other.rows)
     queue.push(torch.randn(30, 8))

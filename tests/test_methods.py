@@ -23,15 +23,15 @@ EVERY = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def rows(variant: str, order: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Rows, Rows, Batch]:
-    """Online and target rows and batch, as the towers make them of the views in some order; no sample meets another."""
-    method, tower, target = small.parts(variant)
+    """Online and target rows and batch, as the networks make them of the views in some order."""
+    method, network, target = small.parts(variant)
     batch, images = next(small.batches(N, 1, small.views_of(variant)))
     images = order(torch.stack(images))
-    tower.eval()
+    network.eval()
     with torch.no_grad():
-        online = tower([images[v] for v in method.online_views(len(images))])
-        taught = target.eval()([images[v] for v in method.target_views(len(images))]) if target else {}
-    return online, taught, batch
+        online = network([images[v] for v in method.online_views(len(images))])
+        target_rows = target.eval()([images[v] for v in method.target_views(len(images))]) if target else {}
+    return online, target_rows, batch
 
 
 def learnable(online: Rows) -> Rows:
@@ -108,12 +108,12 @@ def test_views_may_change_places_where_the_equation_says_so(variant: str) -> Non
 @EVERY
 def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In real steps: the loss looks at the memory as the last step left it, `on_weights` finds new weights."""
-    method, tower, target = small.parts(variant)
+    method, network, target = small.parts(variant)
     seen: list[tuple[str, dict[str, Tensor], Tensor]] = []
     loss, on_weights, after_step = method.loss, method.on_weights, method.after_step
 
     def weights() -> Tensor:
-        return nn.utils.parameters_to_vector([*tower.parameters(), *(target.parameters() if target else [])]).detach()
+        return nn.utils.parameters_to_vector([*network.parameters(), *(target.parameters() if target else [])]).detach()
 
     def watched_loss(*given: Any) -> Losses:
         seen.append(("loss", memory(method), weights()))
@@ -130,7 +130,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
     monkeypatch.setattr(method, "loss", watched_loss)
     monkeypatch.setattr(method, "on_weights", watched_on_weights)
     monkeypatch.setattr(method, "after_step", watched_after_step)
-    monkeypatch.setattr(small, "parts", lambda *_: (method, tower, target))
+    monkeypatch.setattr(small, "parts", lambda *_: (method, network, target))
     seen.append(("after", memory(method), weights()))
     small.train(variant, N, 2, steps=3)
 

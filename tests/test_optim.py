@@ -9,7 +9,7 @@ from inbatch.errors import ConfigError
 from inbatch.training import optim
 
 
-def tower():
+def network():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
     return {"encoder": encoder, "predictor": nn.Linear(5, 5)}
@@ -28,7 +28,7 @@ def groups_of(modules, **options):
 
 @pytest.mark.parametrize("lr_in_buffer", [False, True])
 def test_lars_equals_a_loop_over_parameters(lr_in_buffer):
-    modules = tower()
+    modules = network()
     ours = optim.build_optimizer("lars", groups_of(modules), lr_in_buffer=lr_in_buffer)
     slow = [p.detach().clone() for m in modules.values() for p in m.parameters()]
     buffers = [torch.zeros_like(p) for p in slow]
@@ -56,7 +56,7 @@ def train(optimizer, modules, steps):
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_resumed_optimiser_goes_on_bit_for_bit(name):
-    whole, resumed = tower(), tower()
+    whole, resumed = network(), network()
     train(optim.build_optimizer(name, groups_of(whole)), whole, range(4))
 
     first = optim.build_optimizer(name, groups_of(resumed))
@@ -71,7 +71,7 @@ def test_resumed_optimiser_goes_on_bit_for_bit(name):
 
 
 def test_lars_leaves_gradients_and_parameters_without_gradient_alone():
-    modules = tower()
+    modules = network()
     gradients(modules, 0)
     frozen = modules["predictor"].weight
     frozen.grad = None
@@ -83,7 +83,7 @@ def test_lars_leaves_gradients_and_parameters_without_gradient_alone():
 
 
 def test_groups_hold_every_trainable_parameter_once():
-    modules = tower()
+    modules = network()
     modules["encoder"][0].bias.requires_grad_(False)
     modules["again"] = modules["predictor"]
     groups = groups_of(modules)
@@ -94,7 +94,7 @@ def test_groups_hold_every_trainable_parameter_once():
 
 
 def test_parts_and_vectors_with_their_own_rates():
-    groups = groups_of(tower(), vector_lr=0.0048, own={"predictor": {"lr": 0.05, "constant": True}})
+    groups = groups_of(network(), vector_lr=0.0048, own={"predictor": {"lr": 0.05, "constant": True}})
     found = {(g["lr"], g["weight_decay"], g["constant"]): len(g["params"]) for g in groups}
     assert found == {(0.2, 0.01, False): 2, (0.0048, 0, False): 4, (0.05, 0.01, True): 1, (0.05, 0, True): 1}
 
@@ -118,11 +118,11 @@ def test_scaled_lr():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: optim.build_optimizer("lrs", groups_of(tower())), "Did you mean 'lars'"),
-        (lambda: optim.build_optimizer("sgd", groups_of(tower()), momentun=0.5), "Did you mean 'momentum'"),
+        (lambda: optim.build_optimizer("lrs", groups_of(network())), "Did you mean 'lars'"),
+        (lambda: optim.build_optimizer("sgd", groups_of(network()), momentun=0.5), "Did you mean 'momentum'"),
         (lambda: optim.scaled_lr(1, 1, "quadratic"), "Choose from linear, none, sqrt"),
-        (lambda: groups_of(tower(), own={"projector": {}}), "the parts are encoder, predictor"),
-        (lambda: groups_of(tower(), own={"encoder": {"rate": 1}}), "Unknown setting rate"),
+        (lambda: groups_of(network(), own={"projector": {}}), "the parts are encoder, predictor"),
+        (lambda: groups_of(network(), own={"encoder": {"rate": 1}}), "Unknown setting rate"),
         (lambda: groups_of({"pool": nn.Flatten()}), "Nothing to train"),
     ],
 )

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from inbatch.apps.cli import app
 from inbatch.apps.papers import TABLES, render
-from inbatch.apps.papers.command import ask
+from inbatch.apps.papers.command import run_table_command
 from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.filled_table import fill, paired
-from inbatch.apps.papers.results import Record, find, read_record, read_records, shipped, write_record
+from inbatch.apps.papers.results import Record, find_record, read_record, read_records, shipped, write_record
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
@@ -117,7 +117,7 @@ def test_what_tells_runs_apart() -> None:
 def test_a_record_is_checked(tmp_path: Path) -> None:
     cell = next(cells(TABLE, "smoke"))
     path = write_record(tmp_path, cell, record(cell, 0.5))
-    assert find(read_records(tmp_path), cell) == read_record(path)
+    assert find_record(read_records(tmp_path), cell) == read_record(path)
     whole = json.loads(path.read_text())
     broken = {
         "a number typed by hand": whole | {"accuracy": 0.9},
@@ -345,7 +345,9 @@ def test_runs_made_elsewhere_are_collected(tmp_path: Path) -> None:
     found = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).file()
     (folder / "result.json").write_text(json.dumps(found | {"recipe": found["recipe"] | {"data": "/data/imagenet"}}))
     runner.collect(asked)
-    assert find(read_records(tmp_path / "results"), asked[0]) is not None and len(list(runner.launch(asked))) == 3
+    assert (
+        find_record(read_records(tmp_path / "results"), asked[0]) is not None and len(list(runner.launch(asked))) == 3
+    )
 
 
 @pytest.fixture
@@ -444,7 +446,7 @@ def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
 def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
     """All rows, one seed."""
     runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", tell=lambda text: None)
-    asked = ask(TABLES, table.name, "smoke", runner=runner, seeds=[0])
+    asked = run_table_command(TABLES, table.name, "smoke", runner=runner, seeds=[0])
     assert not asked.problems
     assert all(value.values for line in asked.sheet.lines if line.row.settings is not None for value in line.ours)
 
@@ -475,7 +477,9 @@ def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> 
 
 
 def test_a_table_cut_down_wants_fewer_runs() -> None:
-    found = ask(TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), on=["digits"], rows=["SimCLR + BA"], seeds=[0])
+    found = run_table_command(
+        TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), on=["digits"], rows=["SimCLR + BA"], seeds=[0]
+    )
     assert found.sheet.wanted == 2
 
 

@@ -34,7 +34,7 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
 def test_every_combination_trains(method: str, fuse: str | None, curate: bool, attend: str | None) -> None:
     given = fields(method, fuse, curate, attend)
     built = api.prepare("digits-canvas", method, **given)
-    plugged = [*blocks(built.encoder).named_parameters(), *(built.tower.fuse.named_parameters() if fuse else ())]
+    plugged = [*blocks(built.encoder).named_parameters(), *(built.network.fuse.named_parameters() if fuse else ())]
     before = [p.detach().clone() for _, p in plugged]
     for step, batch in enumerate(itertools.islice(built.loader.epoch(1), 2)):
         losses = built.step(batch, built.loader.steps + step)
@@ -100,8 +100,8 @@ def test_the_same_seed_is_the_same_start_with_and_without(attend: str) -> None:
     shared = {"subset": 80, "batch": 16, "settings": {"encoder.name": "resnet10"}}
     plain = api.prepare("digits-canvas", "byol", **shared)
     both = api.prepare("digits-canvas", "byol", **shared, attend=attend, fuse="conv")
-    found = both.tower.state_dict()
-    for name, weight in plain.tower.state_dict().items():
+    found = both.network.state_dict()
+    for name, weight in plain.network.state_dict().items():
         assert torch.equal(found[name], weight), name
 
 
@@ -139,11 +139,11 @@ def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
 
 def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
     given = {"subset": 80, "batch": 16, "context": 8, "settings": {"curate.name": "redraw"}, "shuffle_groups": True}
-    found = api.rehearse("digits-canvas", "byol", fuse="conv", attend="ba2m", **given)
+    found = api.dry_run("digits-canvas", "byol", fuse="conv", attend="ba2m", **given)
     words = found["description"]
     for part in ("fuse:    conv, ", "curate:  from epoch 7 on, ", "attend:  ba2m in 3 blocks", "groups:  shuffled"):
         assert part in words, words
-    plain = api.rehearse("digits-canvas", "byol", subset=80, batch=16, context=8)
+    plain = api.dry_run("digits-canvas", "byol", subset=80, batch=16, context=8)
     more, less = found["memory_bytes_estimate"], plain["memory_bytes_estimate"]
     assert more["curator"] >= less["weights"] and less["curator"] == 0
     assert more["activations_of_a_group"] > less["activations_of_a_group"]

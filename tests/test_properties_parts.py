@@ -19,7 +19,7 @@ from PIL import Image
 from inbatch import api, rng
 from inbatch.data import cache, open_data
 from inbatch.data.decoding import jpeg
-from inbatch.data.decoding.image_file import FORMATS, Picture
+from inbatch.data.decoding.image_file import FORMATS, ImageFile
 from inbatch.data.resident import hold
 from inbatch.data.sources.parquet import ParquetSource
 from inbatch.data.views import PRESETS
@@ -29,7 +29,7 @@ from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.linear_probe import Sgd
 from inbatch.methods import METHODS
 from inbatch.nn import schedules
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import _truncate
 from inbatch.training.recipe import make, parse_assignment
@@ -211,7 +211,7 @@ def test_warm_up_and_cosine(
 @examples(60)
 @given(size=st.integers(1, 9), width=st.integers(1, 3), pushes=st.lists(st.integers(0, 20), max_size=8), seed=seeds)
 def test_queue_is_a_list_that_forgets(size: int, width: int, pushes: list[int], seed: int) -> None:
-    queue = Queue(size, width)
+    queue = MemoryBank(size, width)
     rows = queue.rows.tolist()
     for i, n in enumerate(pushes):
         new = torch.randn(n, width, generator=torch.Generator().manual_seed(seed + i))
@@ -366,14 +366,14 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 def pixels_or_refusal(data: bytes, channels: int) -> None:
     try:
-        with Picture(data, lambda: "it", channels) as picture:
+        with ImageFile(data, lambda: "it", channels) as picture:
             height, width = picture.size
             whole = picture.tensor()
             assert whole.shape == (channels, height, width) and whole.dtype == torch.uint8
-        with Picture(data, lambda: "it", channels) as picture:
+        with ImageFile(data, lambda: "it", channels) as picture:
             small = picture.tensor(8)
             assert small.shape[0] == channels and max(small.shape[1:]) <= 8
-        with Picture(data, lambda: "it", channels) as picture:
+        with ImageFile(data, lambda: "it", channels) as picture:
             box = torch.tensor([[height // 3, width // 3, max(1, height // 2), max(1, width // 2)]])
             assert picture.crops(box, [(6, "bicubic")])[0].shape == (channels, 6, 6)
     except DataError as refused:

@@ -68,10 +68,10 @@ def gathered() -> list[Any]:
     mine = distributed.rank()
     return [
         whole.tolist(),
-        distributed.own(whole, 1).tolist(),
+        distributed.local_shard(whole, 1).tolist(),
         mean.tolist(),
-        distributed.largest(mine),
-        distributed.share(mine),
+        distributed.all_reduce_max(mine),
+        distributed.broadcast_object(mine),
     ]
 
 

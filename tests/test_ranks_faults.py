@@ -21,7 +21,7 @@ import inbatch
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.runtime import distributed, rank_store
-from inbatch.runtime.rank_store import Roll, fresh
+from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.training.metric_logger import Log
 
 TIMEOUT = 6.0
@@ -45,9 +45,9 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def rolls(world: int, timeout: float = 5.0) -> list[Roll]:
+def rolls(world: int, timeout: float = 5.0) -> list[RankStore]:
     store = dist.HashStore()
-    return [Roll(store, "run 0", rank, world, timeout) for rank in range(world)]
+    return [RankStore(store, "run 0", rank, world, timeout) for rank in range(world)]
 
 
 def test_ranks_that_agree_go_on_and_meet_again() -> None:
@@ -115,7 +115,7 @@ def endless(fault: str, bad: int) -> str:
                     raise DataError("cat.jpg cannot be read")
                 case "has a bug":
                     raise RuntimeError("shapes do not fit")
-        distributed.largest(step)
+        distributed.all_reduce_max(step)
     return "never"
 
 
@@ -124,7 +124,7 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
-        with distributed.together(timeout=TIMEOUT):
+        with distributed.process_group(timeout=TIMEOUT):
             endless(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))

@@ -34,8 +34,8 @@ def stop(out: Path, method: str = "simclr", **fields: Any) -> Path:
 
 
 def in_checkpoint(out: Path) -> dict[str, torch.Tensor]:
-    tower = checkpoint.load(out / "checkpoints").state["tower"]
-    return {key.removeprefix("encoder."): value for key, value in tower.items() if key.startswith("encoder.")}
+    network = checkpoint.load(out / "checkpoints").state["tower"]
+    return {key.removeprefix("encoder."): value for key, value in network.items() if key.startswith("encoder.")}
 
 
 def loaded(out: Path) -> Any:

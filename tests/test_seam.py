@@ -79,9 +79,9 @@ def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: py
 
 def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
     """With several groups the first pass holds no graph, and only rows come out."""
-    _, tower, _ = small.parts("simclr")
+    _, network, _ = small.parts("simclr")
     images = next(small.batches(N, 1, 2))[1]
     groups = [functools.partial(tuple, group) for group in grad_cache.cut(list(images), 4)]
-    swept = grad_cache.sweep(tower, tower, groups, range(2), [1, 2, 3, 4], grad=True)
+    swept = grad_cache.forward_groups(network, network, groups, range(2), [1, 2, 3, 4], grad=True)
     assert swept.live is None and not swept.rows["projection"].requires_grad
     assert swept.rows["projection"].shape == (2, N, 8)

@@ -21,7 +21,7 @@ from inbatch.methods.pcl import PCL
 from inbatch.runtime import signals
 from inbatch.runtime.signals import StopRequested, stop_on_signals
 from inbatch.training import checkpoint, stopping
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.monitors import online_evaluation
 
 FUSED: dict[str, Any] = {"fuse": "conv", "settings": {"curate.name": "redraw"}}
@@ -32,9 +32,9 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, place: str, number: int 
     """Let a signal come in the middle of the step after so many: in the forward pass, the backward pass, ...."""
     real = api.build
 
-    def build(*args: Any, **options: Any) -> Built:
+    def build(*args: Any, **options: Any) -> RunComponents:
         built = real(*args, **options)
-        network = built.target if place == "target" else built.tower
+        network = built.target if place == "target" else built.network
         assert network is not None
         norm = [m for m in network.encoder.modules() if isinstance(m, nn.BatchNorm2d)][-1]
         make, now = built.step.__class__.__call__, [-1]
@@ -187,7 +187,7 @@ def test_between_two_layers_of_the_backward_pass_a_signal_that_waits_is_answered
     monkeypatch.setattr(signals, "GRACE", 0.2)
     built = api.prepare("digits-canvas", subset=100, batch=20, settings={"method.out": 8})
     reached: list[str] = []
-    layers = [m for m in built.tower.encoder.modules() if isinstance(m, nn.Conv2d)]
+    layers = [m for m in built.network.encoder.modules() if isinstance(m, nn.Conv2d)]
     with stop_on_signals() as stop:
         handles = stopping.turns(built, stop)
 
@@ -250,7 +250,7 @@ def build(*args, **options):
         now[0] = step
         return make(self, batch, step)
     type(built.step).__call__ = call
-    list(built.tower.encoder.modules())[-1].register_forward_hook(hook)
+    list(built.network.encoder.modules())[-1].register_forward_hook(hook)
     return built
 
 real, api.build = api.build, build

@@ -80,7 +80,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: p
 
 
 def test_sums_are_exact_however_large() -> None:
-    one = image_statistics.Tally(
+    one = image_statistics.ImageStatistics(
         pixels=2**40, sums=np.array([255 * 2**40], object), squares=np.array([255**2 * 2**40], object)
     )
     assert one.mean_and_deviation() == ([1.0], [0.0])

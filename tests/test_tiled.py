@@ -15,7 +15,7 @@ from inbatch import api, losses
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
 from inbatch.nn import cpu_matmul, logsumexp
-from inbatch.nn.functional import logsumexp_others, normalize
+from inbatch.nn.functional import logsumexp_excluding_self, normalize
 
 
 @pytest.fixture(autouse=True)
@@ -75,16 +75,16 @@ def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, tem
 @pytest.mark.parametrize("n", [2, 7, 8, 40])
 def test_rows_meet_themselves(n: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
     u, more = rows(n, 6, dtype=dtype), rows(n + 9, 6, seed=1, dtype=dtype)
-    same(lambda u: logsumexp.logsumexp(u, u, temperature, others=True), u, tolerance=tolerance)
+    same(lambda u: logsumexp.logsumexp(u, u, temperature, exclude_self=True), u, tolerance=tolerance)
     same(lambda u: logsumexp.logsumexp(u, u, temperature), u, tolerance=tolerance)
-    same(lambda u, k: logsumexp.logsumexp(u, k, temperature, others=True), u, more, tolerance=tolerance)
+    same(lambda u, k: logsumexp.logsumexp(u, k, temperature, exclude_self=True), u, more, tolerance=tolerance)
 
 
 def test_rows_of_any_length_and_a_row_without_gradient() -> None:
     q, k = 40 * rows(12, 5, unit=False), rows(30, 5, seed=1, unit=False)
     same(lambda q, k: logsumexp.logsumexp(q, k, 0.1), q, k)
     same(lambda q, k: logsumexp.logsumexp(q, k, 0.1)[:3] * 0, q, k)
-    same(lambda q: logsumexp.logsumexp(q, q, 1.0, others=True), q / 40)
+    same(lambda q: logsumexp.logsumexp(q, q, 1.0, exclude_self=True), q / 40)
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,7 +109,7 @@ def sogclr(z: Tensor) -> Tensor:
     """A sum like SogCLR's (Yuan et al. 2022): exponentials over a moving average of every sample."""
     u = normalize(z).flatten(0, 1)
     past = torch.linspace(1, 2, len(u)).to(u)
-    return (logsumexp_others(u, 0.1) - past.log()).exp().mean()
+    return (logsumexp_excluding_self(u, 0.1) - past.log()).exp().mean()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -252,7 +252,7 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
     torch.set_num_threads(threads)
     u, counts = rows(112, 4), []
     for rank in range(3):
-        made = [logsumexp._Tiles(u, k, 1.0, False, logsumexp.Plan(rank=rank, world=3)) for k in (None, u)]
+        made = [logsumexp._Tiles(u, k, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3)) for k in (None, u)]
         assert [tiles.parts for tiles in made] == [threads, threads]
         counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
     assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
@@ -264,7 +264,7 @@ def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
     u, made = rows(112, 4), []
     for rank, threads in enumerate((1, 3, 8)):
         torch.set_num_threads(threads)
-        tiles = logsumexp._Tiles(u, None, 1.0, False, logsumexp.Plan(rank=rank, world=3))
+        tiles = logsumexp._Tiles(u, None, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3))
         made += [(r.start, c.start) for part in range(tiles.parts) for r, c, _ in tiles(part)]
     assert sorted(made) == [(7 * i, 7 * j) for i in range(16) for j in range(i, 16)]
 
@@ -293,4 +293,4 @@ def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
     compute = built.method.loss
     built.method.loss = lambda *rows: plans.append(logsumexp._PLAN.get()) or compute(*rows)
     built.step(next(iter(built.loader.epoch(0))), 0)
-    assert plans[0].products == "bf16" and logsumexp._PLAN.get() == logsumexp.Plan()
+    assert plans[0].products == "bf16" and logsumexp._PLAN.get() == logsumexp.LogSumExpConfig()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch.apps.bench.accuracy import draw, entries, markdown, reached, together
+from inbatch.apps.bench.accuracy import entries, markdown, plot_curves, reached, together
 from inbatch.apps.bench.report import texts
 from inbatch.errors import ConfigError, DataError
 
@@ -36,8 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pyarrow import Table
     from pyarrow.parquet import write_table
 
-    from inbatch.apps.bench.synthetic_data import draw as images
     from inbatch.apps.bench.synthetic_data import jpegs
+    from inbatch.apps.bench.synthetic_data import plot_curves as images
 
     folder = tmp_path_factory.mktemp("cifar")
     for seed, (split, count) in enumerate((("train", 40), ("test", 20))):
@@ -226,7 +226,7 @@ def test_curves_are_drawn_together(tmp_path: Path) -> None:
     for look in only_ours["runs"][0]["curve"]:
         look["knn"] = 0.1
     assert "| inbatch | 1 | 500 (not yet at 250) | over 4 |" in markdown(only_ours)
-    draw(late, tmp_path / "late.png")
+    plot_curves(late, tmp_path / "late.png")
     files[0].write_text(files[0].read_text().replace('"target": 0.5', '"target": 0.6'))
     with pytest.raises(DataError, match="differ in target"):
         together(files)

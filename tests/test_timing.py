@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import inbatch
-from inbatch.api import rehearse
+from inbatch.api import dry_run
 from inbatch.errors import ConfigError
 from inbatch.training import auto_context
 from inbatch.training.build import build
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
 
 IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def test_timing_a_step_changes_nothing_of_the_run() -> None:
     for method, more in (("simclr", {}), ("byol", {}), ("simclr", {"context": 8, "fuse.name": "conv"})):
-        recipe, source = plan(IMAGES, {"method.name": method, "encoder.name": "tiny", "batch": 32, "epochs": 2} | more)
+        recipe, source = resolve_recipe(
+            IMAGES, {"method.name": method, "encoder.name": "tiny", "batch": 32, "epochs": 2} | more
+        )
         built = build(recipe, source, device=CPU)
         before = copy.deepcopy({name: part.state_dict() for name, part in built.parts().items()})
         random = torch.get_rng_state()
@@ -29,18 +31,18 @@ def test_timing_a_step_changes_nothing_of_the_run() -> None:
             state, then = part.state_dict(), before[name]
             assert state.keys() == then.keys()
             assert all(torch.equal(x, then[key]) for key, x in state.items() if isinstance(x, torch.Tensor))
-        assert all(p.grad is None for p in built.tower.parameters())
+        assert all(p.grad is None for p in built.network.parameters())
 
 
 def test_small_images_cost_less() -> None:
     given = {"preset": "fast", "encoder.width": 16, "steps": 5, "size": 64, "batch": 16}
-    recipe, source = plan(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), given)
+    recipe, source = resolve_recipe(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), given)
     ((until, cost),) = growth(build(recipe, source, device=CPU))
     assert until == recipe.grow_until and cost < 0.9
 
 
 def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
-    recipe, source = plan(IMAGES, {"encoder.name": "tiny", "batch": 32, "epochs": 100})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch": 32, "epochs": 100})
     built = build(recipe, source, device=CPU)
     assert built.total == 200
     assert "about 17 min for 200 steps" in expectation(built, 5.0)
@@ -49,25 +51,25 @@ def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
 
 
 def test_smaller_choices_take_less_time() -> None:
-    recipe, source = plan(IMAGES, {"encoder.name": "resnet18", "batch": 16, "epochs": 1})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch": 16, "epochs": 1})
     choices = smaller_choices(build(recipe, source, device=CPU))
     assert choices and all(how.startswith("--encoder ") for how, _ in choices)
 
 
 def test_a_dry_run_says_how_long_the_run_takes() -> None:
-    found = rehearse(IMAGES, encoder="tiny", epochs=3, batch=32)
+    found = dry_run(IMAGES, encoder="tiny", epochs=3, batch=32)
     assert found["seconds_estimate"]["training"] > 0 and "Expected: about" in found["description"]
 
 
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, source = plan(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
     needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
     monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
     smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note
-    asked, _ = plan(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32, "context": 64})
+    asked, _ = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32, "context": 64})
     with pytest.raises(ConfigError, match="of memory are free"):
         auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):

@@ -1,4 +1,4 @@
-"""How a tower runs its views: together where no samples of the encoder meet, in the layout that it was built in."""
+"""How a network runs its views: together where no samples of the encoder meet, in the layout that it was built in."""
 
 import copy
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.api import prepare
-from inbatch.models.tower import Tower, mixes
+from inbatch.models.network import Network, mixes
 from inbatch.nn.heads import Head, mlp
 
 
@@ -25,9 +25,9 @@ class Encoder(nn.Module):
         return self.layers(x)
 
 
-def tower(norm: nn.Module) -> Tower:
+def network(norm: nn.Module) -> Network:
     torch.manual_seed(0)
-    return Tower(Encoder(norm), {"projection": Head(mlp(8, 8, 4))}, ("projection",)).double()
+    return Network(Encoder(norm), {"projection": Head(mlp(8, 8, 4))}, ("projection",)).double()
 
 
 def views(*sizes: int) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_views_of_a_size_run_together_where_samples_do_not_meet(
     norm: nn.Module, sizes: Sequence[int], calls: list[int]
 ) -> None:
     """The heads normalise every view by itself all the same; everything is as with single views."""
-    one = tower(norm)
+    one = network(norm)
     apart = copy.deepcopy(one)
     rows = one(views(*sizes))["projection"]
     assert one.encoder.calls == calls

@@ -20,9 +20,9 @@ import inbatch
 from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
-from inbatch.training.holdout import held_out
+from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.online_evaluation import survey
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 
 
 def surveyed(images: int) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monke
     seen: dict[str, Any] = {}
     monkeypatch.setattr(built.method, "survey", lambda *given: seen.update(zip("rlew", given, strict=True)) or {})
     with torch.no_grad():
-        for p in built.tower.parameters():
-            p.zero_()  # whatever is seen is not seen by the tower that learns
+        for p in built.network.parameters():
+            p.zero_()  # whatever is seen is not seen by the network that learns
     survey(built, 3)
     source, target = built.loader.source, built.target.eval()
     images = built.encoder.prepare(source.image(i) for i in range(60))
@@ -199,8 +199,8 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
     settings = {"size": 16, "batch": 20, "encoder.name": "tiny"}
 
     def judged(data: Any, test: Any = None) -> Any:
-        recipe, source = plan(data, settings)
-        return held_out(recipe, source, data, test)
+        recipe, source = resolve_recipe(data, settings)
+        return evaluation_split(recipe, source, data, test)
 
     bank, queries, how = judged("digits-canvas")
     assert (len(bank), len(queries)) == (1297, 500) and how.startswith("test split")

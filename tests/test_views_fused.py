@@ -44,13 +44,13 @@ def assert_same(ours, theirs, solarised: bool = False) -> None:
 @pytest.fixture
 def used(monkeypatch) -> list[int]:
     """One entry for each time that the kernel draws."""
-    calls, real = [], numba_backend.draw
+    calls, real = [], numba_backend.draw_views
 
     def counted(view, *rest):
         calls.append(view.size)
         return real(view, *rest)
 
-    monkeypatch.setattr(numba_backend, "draw", counted)
+    monkeypatch.setattr(numba_backend, "draw_views", counted)
     return calls
 
 

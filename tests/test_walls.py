@@ -67,7 +67,7 @@ LIBRARIES: dict[str, set[str]] = {"nn": FEW, "context": FEW, "methods": FEW, "lo
 LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
-LIBRARIES |= {f"models.{name}": FEW for name in ("tower", "sync_batchnorm")}
+LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
 """Room or file -> the libraries that it may know, besides the standard one."""
 
 TORCHLESS = {"errors", "runtime.tuning", "apps.cli"}

@@ -12,7 +12,7 @@ from zoo import animals
 
 from inbatch import api
 from inbatch.data import Loader, decode_all, open_data
-from inbatch.data.decoding.image_file import Picture
+from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.views import View, Views
 from inbatch.errors import DataError
 
@@ -36,7 +36,7 @@ class TestOneByOne:
         zoo.fill(tmp_path, [animal])
         source = open_data(tmp_path)
         for read in (
-            (Picture(animal.file, lambda: animal.name, 3).tensor, lambda: source.image(0))
+            (ImageFile(animal.file, lambda: animal.name, 3).tensor, lambda: source.image(0))
             if animal.pixels is not None
             else ()
         ):
@@ -45,17 +45,17 @@ class TestOneByOne:
             with pytest.raises(DataError, match=animal.why) as caught:
                 source.image(0)
             assert repr(os.path.join(str(tmp_path), animal.name)) in str(caught.value) and "\n" not in str(caught.value)
-            with pytest.raises(DataError, match=animal.why), Picture(animal.file, lambda: animal.name, 3) as picture:
+            with pytest.raises(DataError, match=animal.why), ImageFile(animal.file, lambda: animal.name, 3) as picture:
                 picture.tensor()
 
     @EACH
     def test_grey_and_crops(self, animal):
         if animal.pixels is None:
-            with pytest.raises(DataError), Picture(animal.file, lambda: "it", 1) as picture:
+            with pytest.raises(DataError), ImageFile(animal.file, lambda: "it", 1) as picture:
                 picture.crops(torch.tensor([[0, 0, *picture.size]]), [(8, "bicubic")])
             return
         height, width = animal.pixels.shape[:2]
-        with Picture(animal.file, lambda: "it", 3) as picture:
+        with ImageFile(animal.file, lambda: "it", 3) as picture:
             assert picture.size == (height, width)
             boxes = torch.tensor([[0, 0, height, width], [height // 2, width // 2, 1 + height // 3, 1 + width // 3]])
             boxes[1, 2:] = boxes[1, 2:].minimum(torch.tensor([height, width]) - boxes[1, :2])
@@ -64,7 +64,7 @@ class TestOneByOne:
             small = picture.tensor(longest=10)
             assert max(small.shape[1:]) <= 10 and min(small.shape[1:]) >= 1
         luma = animal.pixels @ np.array([0.299, 0.587, 0.114])
-        assert np.abs(Picture(animal.file, lambda: "it", 1).tensor()[0].numpy() - luma).max() <= animal.near + 1
+        assert np.abs(ImageFile(animal.file, lambda: "it", 1).tensor()[0].numpy() - luma).max() <= animal.near + 1
 
     def test_there_are_many(self):
         assert len(GOOD) > 50 and len(BAD) >= 12 and len({animal.name for animal in ALL}) == len(ALL)
@@ -166,7 +166,7 @@ class TestNoFiles:
     def test_opening_one_by_name_is_an_error_at_once(self, tmp_path, name):
         zoo.no_files(tmp_path)[name]()
         with pytest.raises(DataError, match=f"{name}' cannot be read"):
-            Picture(str(tmp_path / name), lambda: str(tmp_path / name), 3)
+            ImageFile(str(tmp_path / name), lambda: str(tmp_path / name), 3)
 
     def test_a_file_that_became_a_pipe(self, tmp_path):
         zoo.fill(tmp_path, GOOD[:1])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inbatch import losses as losses
-    from inbatch.api import Run, embed_run, evaluate_run, export_run, load, load_run, pretrain, rehearse
+    from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.view_grid import draw_views
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
 
-_API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "rehearse")
+_API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "dry_run")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
@@ -29,6 +29,7 @@ __all__ = [
     "Encoder",
     "Run",
     "draw_views",
+    "dry_run",
     "embed_run",
     "evaluate_run",
     "export_run",
@@ -37,7 +38,6 @@ __all__ = [
     "load_run",
     "losses",
     "pretrain",
-    "rehearse",
     "survey_data",
     "tune",
 ]

@@ -15,15 +15,15 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked, write_json
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
-from inbatch.training.auto_context import Fit, resolve, within_memory
+from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
-from inbatch.training.build import Built, build, share_of
+from inbatch.training.build import RunComponents, build, local_batch_size
 from inbatch.training.calibration import plan_budget
-from inbatch.training.holdout import held_out
+from inbatch.training.holdout import evaluation_split
 from inbatch.training.loop import train
 from inbatch.training.monitors.reference import Reference, read_reference
-from inbatch.training.monitors.shipped_references import find
-from inbatch.training.plan import data_asked_for, merged_settings, needs_plan, plan, with_default_budget
+from inbatch.training.monitors.shipped_references import find_reference
+from inbatch.training.plan import data_asked_for, merged_settings, needs_plan, resolve_recipe, with_default_budget
 from inbatch.training.recipe import Recipe, Settings, make, read_file
 from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run, report_of
 from inbatch.training.run_encoder import kept_initial, save_initial, with_encoder_of_init
@@ -32,8 +32,16 @@ from inbatch.training.summary import describe, estimate
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
 
 __all__ = [
-    "Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "prepare",
-    "pretrain", "rehearse", "replay_run",
+    "Run",
+    "dry_run",
+    "embed_run",
+    "evaluate_run",
+    "export_run",
+    "load",
+    "load_run",
+    "prepare",
+    "pretrain",
+    "replay_run",
 ]  # fmt: skip
 
 
@@ -82,7 +90,7 @@ def pretrain(
     """
     began = tuning.command_began()
     tuning.ready()
-    with distributed.together(expect_world_size, device_for(device).type, dist_timeout):
+    with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         given = merged_settings(method, config, settings, fields)
         going_on, choice = _run_to_resume(out, resume), None
         if going_on is not None and _spent(going_on):
@@ -105,10 +113,10 @@ def pretrain(
                     )
                 recipe = choice.recipe
             else:
-                recipe, source = plan(data, given, download)
+                recipe, source = resolve_recipe(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
         if distributed.world() > 1:  # a million names are not read for nobody
-            distributed.agree(_facts(recipe, source))
+            distributed.assert_equal_across_ranks(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         memory = ""
         if going_on is None and choice is None:  # else a budget has looked already
@@ -116,7 +124,7 @@ def pretrain(
         reference = _reference(compare, recipe) if distributed.rank() == 0 else None
         loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
         built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
-        held = held_out(recipe, built.loader.source, data, test, download)
+        held = evaluation_split(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # from here on something is written: whatever could be refused has been
             if distributed.rank() == 0 and going_on is None:
@@ -144,12 +152,12 @@ def prepare(
     data: Any, method: str | None = None, *, config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
     download: bool = False, **fields: Any,
-) -> Built:  # fmt: skip
+) -> RunComponents:  # fmt: skip
     """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
     return _prepared(data, merged_settings(method, config, settings, fields), device, workers, download)[0]
 
 
-def rehearse(
+def dry_run(
     data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
     download: bool = False, **fields: Any,
@@ -157,7 +165,7 @@ def rehearse(
     """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
     decoded images in the cache. Says also how long the run would take."""
     began = tuning.command_began()
-    with distributed.together(expect_world_size, device_for(device).type):
+    with distributed.process_group(expect_world_size, device_for(device).type):
         given, choice = merged_settings(method, config, settings, fields), None
         given = with_default_budget(given, data_asked_for(data, given), device_for(device), config is not None)
         given = with_encoder_of_init(given)
@@ -169,7 +177,7 @@ def rehearse(
         else:
             built, fitted = _prepared(data, given, device, workers, download)
         where = built.recipe.data if isinstance(data, str | None) else data
-        held = held_out(built.recipe, built.source, where, download=download)
+        held = evaluation_split(built.recipe, built.source, where, download=download)
         lines, found = [describe(built)], {"recipe": built.recipe.nested(), "held_out": held and held[2]}
         if fitted is not None:
             lines, found = [*lines, fitted.sentence()], found | {"context_found": fitted.json()}
@@ -188,15 +196,17 @@ def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
     return versions | recipe.flat() | data
 
 
-def _advice(built: Built) -> str:
+def _advice(built: RunComponents) -> str:
     """What would make this run faster here."""
     return advice(built.loader.device, max(view.size for view in built.views.views), built.loader.workers)
 
 
-def _prepared(data: Any, given: Settings, device: str, workers: int | None, download: bool) -> tuple[Built, Fit | None]:
+def _prepared(
+    data: Any, given: Settings, device: str, workers: int | None, download: bool
+) -> tuple[RunComponents, ContextSize | None]:
     """What these settings make of the data, and how its context was found where they ask for it."""
     given = with_encoder_of_init(given)
-    recipe, source = plan(data_asked_for(data, given), given, download)
+    recipe, source = resolve_recipe(data_asked_for(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
     return build(recipe, source, device=device_for(device), workers=workers), fitted
 
@@ -205,7 +215,7 @@ def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
     """What a run of this recipe is to be compared with; read now, for --overwrite may remove it."""
     if compare is None:
         return None
-    return find(recipe.nested()) if compare == "auto" else read_reference(compare)
+    return find_reference(recipe.nested()) if compare == "auto" else read_reference(compare)
 
 
 def _spent(folder: Path) -> bool:
@@ -256,7 +266,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
     if recipe.context is None and report.get("world", distributed.world()) != distributed.world():
         # It follows from the number of ranks, and decides results.
         recipe = replace(recipe, context=report["context"])
-        if share_of(recipe, distributed.world()) % report["context"]:
+        if local_batch_size(recipe, distributed.world()) % report["context"]:
             raise ConfigError(
                 f"the run in {folder} meets in groups of {report['context']}, which {distributed.world()} ranks cannot "
                 f"form: go on with {report['world']}, as before"
@@ -283,4 +293,4 @@ def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) 
     number = 1
     while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():
         number += 1
-    return Path(distributed.share(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))
+    return Path(distributed.broadcast_object(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))

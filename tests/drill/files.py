@@ -265,6 +265,6 @@ DRILLS = [
     Drill(16, "resumed by fewer processes", "2 ranks, then 1", {"exit": 0, "images": "same order"}, other_world),
     Drill(
         17, "state dropped", "each part deleted from last.pt in turn",
-        {"refused, and named": "method, optimizer, progress, target, tower"}, state_dropped,
+        {"refused, and named": "method, optimizer, progress, target, network"}, state_dropped,
     ),
 ]  # fmt: skip

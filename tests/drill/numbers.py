@@ -16,7 +16,7 @@ def call(self, batch, *rest):
     count += 1
     if count == 4:
         with torch.no_grad():
-            next(iter(self.tower.parameters())).fill_(float("{value}"))
+            next(iter(self.network.parameters())).fill_(float("{value}"))
     return real(self, batch, *rest)
 Step.__call__ = call
 """

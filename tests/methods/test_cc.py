@@ -11,7 +11,7 @@ from vectors import DTYPES, Case, unlabelled
 from inbatch.losses import cluster_contrast
 from inbatch.methods import METHODS
 from inbatch.methods.cc import CC, contrast
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 
 
 @DTYPES
@@ -132,7 +132,7 @@ def test_what_cannot_be_contrasted_is_refused() -> None:
 
 def test_the_authors_enlarge_small_images_and_the_natural_preset_does_not() -> None:
     images = torch.randint(0, 255, (20, 3, 32, 32), dtype=torch.uint8)
-    large, natural = (plan(images, {"method.name": "cc"} | more)[0] for more in ({"preset": "cifar224"}, {}))
+    large, natural = (resolve_recipe(images, {"method.name": "cc"} | more)[0] for more in ({"preset": "cifar224"}, {}))
     assert (large.size, large.views.options["size"], large.encoder.name) == (224, 224, "resnet34")
     assert (natural.preset, natural.size, natural.views.options["size"]) == ("cifar", 32, 32)
-    assert plan(images, {"method.name": "cc", "preset": "cifar224", "size": 64})[0].size == 64
+    assert resolve_recipe(images, {"method.name": "cc", "preset": "cifar224", "size": 64})[0].size == 64

@@ -111,14 +111,14 @@ def test_the_head_is_the_paper_s() -> None:
 
 
 def test_the_last_layer_waits() -> None:
-    method, tower, _ = small.parts("dino-4")
+    method, network, _ = small.parts("dino-4")
     for epoch, learns in ((0, False), (1, True)):
         images = next(small.batches(8, 1, 4))[1]
-        rows = tower(images)
+        rows = network(images)
         method.loss(rows, {"prototypes": rows["prototypes"][:2]}, batch(8, epoch))["loss"].backward()
-        method.on_gradients(tower.heads, batch(8, epoch), 0.0)
-        assert (tower.heads["prototypes"].weight.grad is not None) == learns
-        assert all(p.grad is not None for p in tower.heads["projection"].parameters())
+        method.on_gradients(network.heads, batch(8, epoch), 0.0)
+        assert (network.heads["prototypes"].weight.grad is not None) == learns
+        assert all(p.grad is not None for p in network.heads["projection"].parameters())
 
 
 def test_views_are_the_authors() -> None:

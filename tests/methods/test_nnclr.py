@@ -10,7 +10,7 @@ from vectors import DTYPES, Case, unlabelled
 from inbatch.losses import nnclr, nt_xent
 from inbatch.methods.nnclr import NNCLR, neighbours
 from inbatch.nn.functional import normalize
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 
 def literal(near: Tensor, p: Tensor, t: float) -> Tensor:
@@ -22,7 +22,7 @@ def literal(near: Tensor, p: Tensor, t: float) -> Tensor:
 
 def full(method: NNCLR, support: Tensor, pointer: int = 0) -> NNCLR:
     """The method with this support set."""
-    method.queue = Queue(*support.shape).to(support.dtype)
+    method.queue = MemoryBank(*support.shape).to(support.dtype)
     method.queue.rows.copy_(support)
     method.queue.filled.fill_(len(support))
     method.queue.pointer.fill_(pointer)

@@ -14,7 +14,7 @@ from inbatch.data.views import PRESETS
 from inbatch.losses import sinkhorn, swapped_prediction
 from inbatch.methods.swav import SwAV
 from inbatch.models import create_encoder
-from inbatch.models.tower import Tower
+from inbatch.models.network import Network
 from inbatch.nn.functional import normalize
 
 
@@ -165,32 +165,32 @@ def test_all_prototypes_are_used_alike_in_the_end() -> None:
 
 
 def test_prototypes_are_unit_vectors_after_every_step_and_learn_when_they_may() -> None:
-    method, tower, _ = small.parts("swav")
-    before = tower.heads["prototypes"].weight.detach().clone()
+    method, network, _ = small.parts("swav")
+    before = network.heads["prototypes"].weight.detach().clone()
     for epoch, moved in ((0, False), (1, True)):
         method.frozen = 1
         images = next(small.batches(8, 1, 2))[1]
-        method.loss(tower(images), {}, batch(8, epoch))["loss"].backward()
-        optimizer = torch.optim.SGD(tower.parameters(), lr=1.0, weight_decay=0.1)
-        method.on_gradients(tower.heads, batch(8, epoch), 0.0)
+        method.loss(network(images), {}, batch(8, epoch))["loss"].backward()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0, weight_decay=0.1)
+        method.on_gradients(network.heads, batch(8, epoch), 0.0)
         optimizer.step()
         optimizer.zero_grad()
-        method.on_weights(tower.heads)
-        weight = tower.heads["prototypes"].weight.detach()
+        method.on_weights(network.heads)
+        weight = network.heads["prototypes"].weight.detach()
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(6, dtype=torch.float64))
         assert torch.allclose(weight, before) != moved
         assert torch.equal(method.vectors, weight)
 
 
 def test_the_queue_s_scores_are_those_of_the_current_prototypes() -> None:
-    method, tower, _ = small.parts("swav")
+    method, network, _ = small.parts("swav")
     (_, images), (_, more) = small.batches(16, 2, 2)
     with torch.no_grad():
-        rows, later = tower(images), tower(more)
+        rows, later = network(images), network(more)
         method.after_step(rows, {}, batch(16), 0.0)
-        tower.heads["prototypes"].weight.copy_(torch.randn(6, 8))
-        method.on_weights(tower.heads)
-    scores = tower.heads["prototypes"](torch.cat([rows["projection"], later["projection"]], 1).flatten(0, 1))
+        network.heads["prototypes"].weight.copy_(torch.randn(6, 8))
+        method.on_weights(network.heads)
+    scores = network.heads["prototypes"](torch.cat([rows["projection"], later["projection"]], 1).flatten(0, 1))
     whole = sinkhorn(scores.unflatten(0, (2, -1)), method.epsilon, method.iterations)
     torch.testing.assert_close(codes_of(method, scores.unflatten(0, (2, -1))[:, 16:]), whole[:, 16:])
 
@@ -229,14 +229,14 @@ def test_small_views_of_another_size_predict_and_are_not_assigned(joined: bool) 
     """2 views of 32 pixels and 4 of 16; joined, those of one size run through the encoder together."""
     method = SwAV(prototypes=6, hidden=8, out=8)
     encoder = create_encoder("tiny", size=32, channels=3)
-    tower = Tower(encoder, method.heads(encoder.width), method.online, joined=joined)
+    network = Network(encoder, method.heads(encoder.width), method.online, joined=joined)
     runs = []
     encoder.register_forward_hook(lambda module, given, out: runs.append(len(out)))
     sizes = [view.size for view in PRESETS["swav_cifar"]()]
-    rows = tower([torch.randn(4, 3, size, size) for size in sizes])
+    rows = network([torch.randn(4, 3, size, size) for size in sizes])
     assert sizes == [32, 32, 16, 16, 16, 16] and runs == ([8, 16] if joined else [4] * 6)
     assert codes_of(method, rows["prototypes"]).shape == (2, 4, 6)
     rows["prototypes"].retain_grad()
     method.loss(rows, {}, batch(4))["loss"].backward()
     assert rows["prototypes"].grad.abs().sum((1, 2)).min() > 0
-    assert all(p.grad.isfinite().all() for p in tower.parameters())
+    assert all(p.grad.isfinite().all() for p in network.parameters())

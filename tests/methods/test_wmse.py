@@ -13,7 +13,7 @@ from inbatch.batch import Batch
 from inbatch.errors import ConfigError
 from inbatch.losses import wmse
 from inbatch.methods.wmse import WMSE, whiten
-from inbatch.nn.functional import factor, moments
+from inbatch.nn.functional import cholesky_with_jitter, moments
 
 LOSSES = pytest.mark.parametrize("name", ["wmse_loss__1", "wmse_loss__2", "wmse_loss__3"])
 
@@ -46,7 +46,7 @@ def test_vectors_of_whitening(golden: Path, name: str, dtype: torch.dtype) -> No
     m, eps = case.options["momentum"], case.options["eps"]
     x = case.leaf("x")
     mean, cov = moments(x)
-    lower, jitter = factor(cov, eps)
+    lower, jitter = cholesky_with_jitter(cov, eps)
     y = whiten(x, mean, lower)
     case.check(y, "y")
     assert jitter == 0
@@ -56,7 +56,7 @@ def test_vectors_of_whitening(golden: Path, name: str, dtype: torch.dtype) -> No
     running_mean, running_cov = m * mean, m * cov + (1 - m) * torch.eye(x.shape[1], dtype=dtype)
     case.check(running_mean[0], "running_mean")
     case.check(running_cov, "running_cov")
-    case.check(whiten(case["x_eval"], running_mean, factor(running_cov, eps)[0]), "y_eval")
+    case.check(whiten(case["x_eval"], running_mean, cholesky_with_jitter(running_cov, eps)[0]), "y_eval")
 
 
 @DTYPES
@@ -135,7 +135,7 @@ def test_order_does_not_matter_where_draws_are_equal(monkeypatch: pytest.MonkeyP
 def test_whitened_rows_are_white() -> None:
     x = torch.randn(3, 64, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 7
     mean, cov = moments(x)
-    mean, cov = moments(whiten(x, mean, factor(cov)[0]))
+    mean, cov = moments(whiten(x, mean, cholesky_with_jitter(cov)[0]))
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-10)
     torch.testing.assert_close(cov, torch.eye(5, dtype=torch.float64).expand(3, 5, 5), rtol=0, atol=1e-10)
 
@@ -164,7 +164,7 @@ def test_dependent_features_get_jitter_and_a_warning(kind: str, dtype: torch.dty
 def test_jitter_is_added_where_it_is_needed_and_as_much() -> None:
     spoilt = torch.diag(torch.tensor([3.0, 1.0, 0.0, -5e-4]))
     with pytest.warns(UserWarning, match="jitter"):
-        lower, jitter = factor(torch.stack([torch.eye(4), spoilt, torch.ones(4, 4), torch.zeros(4, 4)]))
+        lower, jitter = cholesky_with_jitter(torch.stack([torch.eye(4), spoilt, torch.ones(4, 4), torch.zeros(4, 4)]))
     torch.testing.assert_close(jitter, torch.tensor([0, 1e-3, 1e-5, 1e-5]))
     assert torch.equal(lower[0], torch.eye(4))
     torch.testing.assert_close(lower[1] @ lower[1].T, spoilt + 1e-3 * spoilt.diagonal().mean() * torch.eye(4))

@@ -61,11 +61,11 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
 
     Returns:
         ceilings: products in float32 and bf16 (operations a second; None for bf16 that is left out) and copies (bytes a
-            second). threads: fewer beside busy processes. batch: images of a step, fewer on slow processors. tower:
+            second). threads: fewer beside busy processes. batch: images of a step, fewer on slow processors. network:
             views a second of a ResNet-18 on 32 pixels, forward and backward, by setting.
     """
     from inbatch.apps.bench.benchmark import ceilings
-    from inbatch.apps.bench.runner import Contestant, Race
+    from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 
     began, threads, reached = time.monotonic(), torch.get_num_threads(), dict[str, Any]()
     if adapts(torch.device("cpu")):  # as a run does; threads that share a core with others wait for each other
@@ -80,14 +80,14 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
     mine = job | {"module": "inbatch.apps.bench.tower", "make": "tower", "batch": batch, "waits": True}
     bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
     chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
-    field = [Contestant(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
-    race = Race("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
+    field = [Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
+    race = BenchmarkRounds("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
     found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
     return found | {"tower": race["contestants"]}
 
 
 def batch_for(rate: float) -> int:
-    """How many images a step of `tower` takes, two views of each, if products reach so many operations a second."""
+    """How many images a step of `network` takes, two views of each, if products reach so many operations a second."""
     return next((n for n in _BATCHES if 2 * n * _VIEW <= _STEP * rate / 2), _BATCHES[-1])
 
 
@@ -135,7 +135,7 @@ def _extras() -> list[Finding]:
     ]
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def measurement_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What `measure` found, in words: what, how fast, how many times as fast as torch ships it."""
     reached = found["ceilings"]
     lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)

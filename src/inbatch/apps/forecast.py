@@ -11,7 +11,7 @@ from inbatch.training.advice import Finding
 from inbatch.training.budget import duration
 from inbatch.training.build import build
 from inbatch.training.calibration import TRAINED, time_steps
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 
 REST = 23.0
 """Seconds of `inbatch quickstart` beside its steps: start, evaluation and pictures, measured on two AVX2 cores."""
@@ -45,6 +45,6 @@ def _hour() -> str:
 
 def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
     """Steps of a run, seconds of one of them, and images of its batch."""
-    recipe, source = plan(data, given)
+    recipe, source = resolve_recipe(data, given)
     built = build(recipe, source, device=torch.device("cpu"))
     return built.total, time_steps(built, _EACH), recipe.batch

@@ -75,7 +75,7 @@ class Curator(nn.Module):
     rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as Algorithm 1 does.
     distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
     where: rows of the encoder's "features" or of the method's "projection".
-    model: a "snapshot" of the tower from the end of the previous epoch (the paper's), or the "live" one.
+    model: a "snapshot" of the network from the end of the previous epoch (the paper's), or the "live" one.
     margin: by how much a pair must be nearer, in units of the distance.
     warmup: share of the run before the first curated batch.
     """

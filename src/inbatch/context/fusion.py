@@ -80,7 +80,7 @@ class ConvFusion(Fusion):
     where: "after" or "before" the images are normalised by mean and standard deviation.
     views: which views are fused, counted from 0; by default the second (the paper's), or the last that the method
         learns from.
-    target: the momentum tower fuses with a slow "copy", with the "shared" newest weights (Algorithm 1), or "none".
+    target: the target network fuses with a slow "copy", with the "shared" newest weights (Algorithm 1), or "none".
     remember: the norm statistics for evaluation are of "plain" views only, where there are some, or of "all".
     """
 

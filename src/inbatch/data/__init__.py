@@ -4,13 +4,13 @@ from inbatch.data.loader import Loader
 from inbatch.data.open import OPENERS, open_data, splits
 from inbatch.data.resident import Resident, decode_all
 from inbatch.data.source import Reading, Source, Subset
-from inbatch.data.sources.arrays import Coloured
+from inbatch.data.sources.arrays import GreyAsRGB
 from inbatch.data.sources.folder import write_folder
 from inbatch.data.workers import lost_workers
 
 __all__ = [
     "OPENERS",
-    "Coloured",
+    "GreyAsRGB",
     "Loader",
     "Reading",
     "Resident",

@@ -147,10 +147,10 @@ def load(path: Path) -> tuple[Decoded | None, str]:
 def store(path: Path, kept: Decoded, name: str) -> str:
     """Write a set there, other sets making room; returns a sentence that says so, or why not. Never an error."""
     needed = kept.images.numel() + 8 * len(kept.size)
-    return keep(path, needed, lambda folder: _write(folder, kept, name))
+    return write_entry(path, needed, lambda folder: _write(folder, kept, name))
 
 
-def keep(path: Path, needed: int, write: Callable[[Path], None], *, replace: bool = False) -> str:
+def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, replace: bool = False) -> str:
     """Let `write` fill a new folder that then takes its place there, where it replaces what there is or leaves it.
 
     It must leave an `entry.json` with a `name`, in about the bytes needed. Returns a sentence as `store` does.

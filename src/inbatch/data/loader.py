@@ -11,7 +11,16 @@ from inbatch import rng
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
 from inbatch.data.source import Source
-from inbatch.data.workers import Boxes, Canvases, Crops, Order, Places, end_workers, room_to_share, stream
+from inbatch.data.workers import (
+    Boxes,
+    CanvasDataset,
+    CropDataset,
+    Order,
+    SampleReader,
+    end_workers,
+    room_to_share,
+    stream,
+)
 from inbatch.errors import DataError, many
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
@@ -83,8 +92,8 @@ class Loader:
         if self.held is None:
             self.workers = processes(workers, world)
             self._order = Order()
-            order = Places(source, seed, batch)
-            made = Canvases(order, canvas) if whole else Crops(order, views)
+            order = SampleReader(source, seed, batch)
+            made = CanvasDataset(order, canvas) if whole else CropDataset(order, views)
             self._pin = self.device.type == "cuda"
             pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
             room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)

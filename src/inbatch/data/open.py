@@ -21,16 +21,16 @@ from inbatch.data.sources.class_lists import choose
 from inbatch.errors import DataError
 
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
-    "an array, a tensor or a pair (images, labels)": arrays.find,
-    "digits-canvas or digits-canvas-colour": digits.find,
-    "torchvision/NAME, a set by its name": torchvision_sets.find,
-    "a Parquet file, or a folder with train.parquet": parquet.find,
-    "a .csv, .tsv or .txt list of paths": file_lists.find,
-    "a .npy or .npz file": numpy_files.find,
-    "a folder of CIFAR-10 or CIFAR-100": cifar.find,
-    "a folder of Hugging Face datasets, or hf/NAME": huggingface.find,
-    "a .tar, shards-{000..003}.tar or a folder of .tar files": webdataset.find,
-    "a folder of images": folder.find,
+    "an array, a tensor or a pair (images, labels)": arrays.find_arrays,
+    "digits-canvas or digits-canvas-colour": digits.find_digits,
+    "torchvision/NAME, a set by its name": torchvision_sets.find_torchvision,
+    "a Parquet file, or a folder with train.parquet": parquet.find_parquet,
+    "a .csv, .tsv or .txt list of paths": file_lists.find_file_list,
+    "a .npy or .npz file": numpy_files.find_numpy,
+    "a folder of CIFAR-10 or CIFAR-100": cifar.find_cifar,
+    "a folder of Hugging Face datasets, or hf/NAME": huggingface.find_huggingface,
+    "a .tar, shards-{000..003}.tar or a folder of .tar files": webdataset.find_webdataset,
+    "a folder of images": folder.find_folder,
 }
 """Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the
 data is not of its kind; the first that answers wins. A further kind is one file with a finder and one line here."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from inbatch.data.pixels import Levels
 from inbatch.errors import many
 
-Want = tuple[int, Literal["bilinear", "bicubic"]]
+CropSpec = tuple[int, Literal["bilinear", "bicubic"]]
 """What a view wants of its crop: the side of the output in pixels, and how to interpolate."""
 
 
@@ -34,15 +34,15 @@ class Reading:
 
 
 @runtime_checkable
-class Opened(Protocol):
+class LazyImage(Protocol):
     """An image whose size is known and whose pixels are not yet decoded (`decode.Picture` is one)."""
 
     size: tuple[int, int]
 
-    def __enter__(self) -> "Opened": ...
+    def __enter__(self) -> "LazyImage": ...
     def __exit__(self, *exc: object) -> None: ...
     def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]: ...
-    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[Want]) -> tuple[UInt8[Tensor, "c s s"], ...]: ...
+    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[CropSpec]) -> tuple[UInt8[Tensor, "c s s"], ...]: ...
 
 
 class Source(ABC):
@@ -62,7 +62,7 @@ class Source(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def open(self, i: int) -> Opened:
+    def open(self, i: int) -> LazyImage:
         """Image i, header read, pixels not; DataError that names it if that fails."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Subset(Source):
         super().__init__(source.name, source.channels, source.labels[indices], source.classes)
         self.source, self.indices, self.why, self.levels = source, indices, why, source.levels
 
-    def open(self, i: int) -> Opened:
+    def open(self, i: int) -> LazyImage:
         return self.source.open(int(self.indices[i]))
 
     def identity(self, i: int) -> str:

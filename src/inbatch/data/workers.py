@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import rng
 from inbatch.data.resident import stack
-from inbatch.data.source import Source, Want
+from inbatch.data.source import CropSpec, Source
 from inbatch.errors import DataError, InbatchError
 from inbatch.runtime import child_processes
 
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
     bad: dict[int, str]
 
 
-class Places:
+class SampleReader:
     """Which images stand at the places of an epoch's order, and who takes the place of one that cannot be read.
 
     That is the image at the same place of the next batch, or of the one after it, and so on: no other of its own batch,
@@ -95,12 +95,12 @@ class Places:
         return bad
 
 
-class Crops(Dataset[Any]):
+class CropDataset(Dataset[Any]):
     """In a worker: places of an epoch to their images' crops, each image decoded once for all its views."""
 
-    def __init__(self, places: Places, views: Boxes):
+    def __init__(self, places: SampleReader, views: Boxes):
         self.places, self.source, self.views = places, places.source, views
-        self.wanted: list[Want] = [(view.size, view.interpolation) for view in views.views]
+        self.wanted: list[CropSpec] = [(view.size, view.interpolation) for view in views.views]
 
     def __getitem__(self, key: Key) -> Piece | str:
         epoch, places = key
@@ -136,10 +136,10 @@ class Crops(Dataset[Any]):
             return size[0], box, picture.crops(box, self.wanted)
 
 
-class Canvases(Dataset[Any]):
+class CanvasDataset(Dataset[Any]):
     """In a worker: places of an epoch to their images, uncropped."""
 
-    def __init__(self, places: Places, canvas: int):
+    def __init__(self, places: SampleReader, canvas: int):
         self.places, self.canvas = places, canvas
 
     def __getitem__(self, key: Key) -> Piece | str:

@@ -3,7 +3,7 @@
 from inbatch.evaluation.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
 from inbatch.evaluation.collapse_metrics import feature_std, rankme
 from inbatch.evaluation.corruptions import CORRUPTIONS, Chance, corruptions
-from inbatch.evaluation.embed import Kept, embed, embed_stream, keep, raw_pixels, readable
+from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, raw_pixels, readable
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
 from inbatch.evaluation.export import write_embeddings
@@ -37,8 +37,8 @@ __all__ = [
     "few",
     "few_labels",
     "finetune",
+    "hold_in_memory",
     "hungarian_accuracy",
-    "keep",
     "knn",
     "knn_scores",
     "linear_probe",

@@ -78,7 +78,7 @@ class Kept:
                 list(pool.map(look, parts))
 
 
-def keep(source: Source, limit: int = 2**29) -> Source:
+def hold_in_memory(source: Source, limit: int = 2**29) -> Source:
     """The source with its images kept in memory, for whoever embeds it again and again; itself if they are too large.
 
     limit: bytes that they may fill, judged by 16 of them; nor may it be more than a twentieth of the free memory, which

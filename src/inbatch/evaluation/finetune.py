@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from inbatch.batch import Batch
 from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError, TrainingError
-from inbatch.evaluation.embed import Encoder, Kept, Source, embed, keep, readable
+from inbatch.evaluation.embed import Encoder, Kept, Source, embed, hold_in_memory, readable
 from inbatch.evaluation.embeddings import hits
 from inbatch.evaluation.few_labels import few_labels
 from inbatch.rng import fold, permutation
@@ -122,7 +122,7 @@ def _train(
     tuned: Any, head: nn.Linear, source: "_Chosen", settings: Finetune, seed: int, workers: int
 ) -> dict[str, Any]:
     """Train both in place; the settings as they came out."""
-    held = keep(source)
+    held = hold_in_memory(source)
     if isinstance(held, Kept):
         held.read()
         workers = 0  # who would keep the images for themselves

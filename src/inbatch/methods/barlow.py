@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import counted, product, wide
+from inbatch.nn.functional import nan_if_overflow, product, wide
 from inbatch.nn.heads import Head, mlp
 
 
@@ -18,7 +18,7 @@ def cross_correlation(
     """Correlation over the batch of every feature of one view with every feature of the other (Zbontar et al. 2021,
     Eq. 2); eps is added to the (biased) variances, as batch normalisation does.
     """
-    a, b = ((x - x.mean(0)) / counted((x.var(0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
+    a, b = ((x - x.mean(0)) / nan_if_overflow((x.var(0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
     return product(a.T, b) / len(a)
 
 

@@ -16,11 +16,11 @@ class Method(nn.Module):
     parameter: those are heads, and stand before the loss. Rows come gathered from every group and every rank;
     a loss names none of them.
 
-    online: the heads whose rows the loss reads from the tower that learns.
-    target: the same of the momentum tower; empty means that there is none.
+    online: the heads whose rows the loss reads from the network that learns.
+    target: the same of the target network; empty means that there is none.
     views: fewest and most views that the equation allows (None: any number).
     labels: whether it learns from labels, and so needs a data set that has some.
-    m: momentum of the target tower, where there is one that keeps its momentum.
+    m: momentum of the target network, where there is one that keeps its momentum.
     assigns: the head whose largest output is a sample's cluster or class, where there is one.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": where from.
     """
@@ -51,15 +51,15 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} must say what its loss is")
 
     def online_views(self, views: int) -> Sequence[int]:
-        """Which of the views run through the tower that learns."""
+        """Which of the views run through the network that learns."""
         return range(views)
 
     def target_views(self, views: int) -> Sequence[int]:
-        """Which of the views run through the momentum tower."""
+        """Which of the views run through the target network."""
         return range(views)
 
     def momentum(self, progress: float) -> float:
-        """How much of itself the momentum tower keeps in one step; progress runs from 0 to 1. Constant by default."""
+        """How much of itself the target network keeps in one step; progress runs from 0 to 1. Constant by default."""
         return self.m
 
     def constant_lr(self) -> Sequence[str]:
@@ -82,7 +82,7 @@ class Method(nn.Module):
     def survey(
         self, rows: Rows, label: Tensor, epoch: int, spread: Callable[[Callable[[int], Any], int], list[Any]]
     ) -> dict[str, float]:
-        """Learn from the rows (M, D) that the target tower (else the only one) gives to the clean images of the data.
+        """Learn from the rows (M, D) that the target network (else the only one) gives to the clean images of the data.
 
         spread: spread(task, n) -> [task(0), ..., task(n - 1)], shared out over the ranks. Returns numbers for the log.
         """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import mean_of_others, normalize
+from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
 
@@ -23,14 +23,14 @@ def byol(
     """
     if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
-    cos = (normalize(p) * mean_of_others(normalize(t.detach()))).sum(-1).mean()
+    cos = (normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1).mean()
     return 4 - 4 * cos if scale == "distance" else -cos
 
 
 class BYOL(Method):
     """Bootstrap Your Own Latent, arXiv 2006.07733.
 
-    m: momentum of the target tower at the start; it rises to 1 along half a cosine.
+    m: momentum of the target network at the start; it rises to 1 along half a cosine.
     hidden, out: width of the hidden layer of projection and prediction, and of the rows that are compared.
     predictor: without it the projection itself is compared, and the projection collapses unless `norm` is on.
     norm: batch normalisation (no scale, no shift) closes the projection, as in MoCo v3: what all samples' rows have in

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_others, mean_of_others, normalize, wide
+from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 
 
@@ -20,8 +20,8 @@ def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]
     if x.shape[0] < 2 or x.shape[1] < 2:
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
     u = normalize(x)
-    positive = (u * mean_of_others(u)).sum(-1) / temperature
-    return (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+    positive = (u * mean_other_views(u)).sum(-1) / temperature
+    return (logsumexp_excluding_self(u.flatten(0, 1), temperature) - positive.flatten()).mean()
 
 
 def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:

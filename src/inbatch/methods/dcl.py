@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_others, normalize, sharpened
+from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
 
 
@@ -28,8 +28,10 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
         if symmetric or i == 0:
             positive = (u[i] * u[j]).sum(-1)
             one = torch.ones_like(positive)
-            weight = one if sigma is None else 2 - len(one) * sharpened(positive, sigma).softmax(0)
-            negative = torch.logaddexp(logsumexp_others(u[i], temperature), logsumexp_others(u[i], temperature, u[j]))
+            weight = one if sigma is None else 2 - len(one) * scale_by_temperature(positive, sigma).softmax(0)
+            negative = torch.logaddexp(
+                logsumexp_excluding_self(u[i], temperature), logsumexp_excluding_self(u[i], temperature, u[j])
+            )
             losses.append((negative - (weight.detach() if detach else weight) * positive / temperature).mean())
     return torch.stack(losses).mean()
 

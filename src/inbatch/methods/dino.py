@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import cross_prediction, sharpened, wide
+from inbatch.nn.functional import cross_prediction, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.schedules import cosine, linear, progress
 
@@ -18,8 +18,8 @@ def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], cente
     """Cross-entropy of the teacher's view i, soft-max((t_i - center) / T_t), with the student's other views j,
     soft-max(s_j / T), averaged over samples and pairs i != j (Caron et al. 2021, Eq. 3); no gradient to the teacher.
     """
-    p = sharpened(wide(teacher.detach()) - center, teacher_temperature).softmax(-1)
-    return cross_prediction(p, sharpened(student, temperature))
+    p = scale_by_temperature(wide(teacher.detach()) - center, teacher_temperature).softmax(-1)
+    return cross_prediction(p, scale_by_temperature(student, temperature))
 
 
 class DINO(Method):

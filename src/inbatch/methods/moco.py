@@ -8,13 +8,13 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import info_nce, normalize
 from inbatch.nn.heads import Head, mlp
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 
 class MoCo(Method):
     """Momentum Contrast, arXiv 1911.05722 (v1) and 2003.04297 (v2).
 
-    temperature: T of `info_nce`. queue: keys remembered. m: momentum of the target tower. out: width of the rows.
+    temperature: T of `info_nce`. queue: keys remembered. m: momentum of the target network. out: width of the rows.
     layers, hidden: linear layers of the projection (1 in v1, 2 in v2), width between them (None: the features').
     symmetric: both views are queries and keys; the two losses are added, as in the authors' CIFAR-10 demo.
     smooth, neighbours: share of the target that goes to a query's nearest keys of the queue, and how many (Light-MoCo).
@@ -50,7 +50,7 @@ class MoCo(Method):
         self.temperature, self.m, self.symmetric = temperature, m, symmetric
         self.layers, self.hidden, self.out = layers, hidden, out
         self.smooth, self.neighbours = smooth, neighbours
-        self.queue = Queue(queue, out)
+        self.queue = MemoryBank(queue, out)
 
     def heads(self, width: int) -> dict[str, Head]:
         return {"projection": Head(mlp(width, *[self.hidden or width] * (self.layers - 1), self.out, norm=False))}

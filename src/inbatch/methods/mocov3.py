@@ -29,7 +29,7 @@ def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1
 class MoCoV3(Method):
     """An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057.
 
-    temperature: T of `ctr`. m: momentum of the target tower at the start; it rises to 1 along half a cosine.
+    temperature: T of `ctr`. m: momentum of the target network at the start; it rises to 1 along half a cosine.
     layers: linear layers in the projection: 2 for a ResNet, 3 for a ViT.
     hidden, out: width of the hidden layers of projection and prediction, and of the rows that are compared.
     last_norm: batch normalisation closes the prediction too, as for a ViT.

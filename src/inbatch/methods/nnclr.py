@@ -9,9 +9,9 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_others, logsumexp_rows, nearest, normalize
+from inbatch.nn.functional import logsumexp_excluding_self, logsumexp_rows, nearest, normalize
 from inbatch.nn.heads import Head, mlp
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 Contrast = Literal["one_way", "nt_xent"]
 
@@ -38,7 +38,7 @@ def nnclr(
     positive = (near * p).sum(-1).mean() / temperature
     if contrast == "one_way":
         return logsumexp_rows(near, p, temperature).mean() - positive
-    return logsumexp_others(torch.cat([near, p]), temperature).mean() - positive
+    return logsumexp_excluding_self(torch.cat([near, p]), temperature).mean() - positive
 
 
 class NNCLR(Method):
@@ -64,7 +64,7 @@ class NNCLR(Method):
                  out: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.hidden, self.prediction = temperature, hidden, prediction
-        self.out, self.contrast, self.queue = out, contrast, Queue(queue, out)
+        self.out, self.contrast, self.queue = out, contrast, MemoryBank(queue, out)
 
     def heads(self, width: int) -> dict[str, Head]:
         projection, prediction = (width, self.hidden, self.hidden, self.out), (self.out, self.prediction, self.out)

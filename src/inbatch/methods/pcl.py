@@ -8,7 +8,7 @@ from inbatch.methods.base import Method
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, mlp
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
@@ -28,7 +28,7 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
 class PCL(Method):
     """Prototypical Contrastive Learning of Unsupervised Representations, arXiv 2005.04966.
 
-    temperature: T, and the mean of the prototypes' own. queue: keys remembered. m: momentum of the target tower.
+    temperature: T, and the mean of the prototypes' own. queue: keys remembered. m: momentum of the target network.
     warmup: epochs of InfoNCE alone. clusters: how many in each clustering. negatives: other prototypes at most.
     alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out: width of rows.
     """
@@ -49,7 +49,7 @@ class PCL(Method):
         super().__init__()
         self.temperature, self.m, self.warmup, self.layers, self.out = temperature, m, warmup, layers, out
         self.clusterings = Clusterings(clusters, out, negatives, temperature, alpha, restarts, iterations)
-        self.queue = Queue(queue, out)
+        self.queue = MemoryBank(queue, out)
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         self.clusterings.hold(images)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_others, mean_of_others, normalize
+from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 
 
@@ -23,8 +23,8 @@ def nt_xent(
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
-    positive = (u * mean_of_others(u)).sum(-1) / temperature
-    loss = (logsumexp_others(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+    positive = (u * mean_other_views(u)).sum(-1) / temperature
+    loss = (logsumexp_excluding_self(u.flatten(0, 1), temperature) - positive.flatten()).mean()
     return loss * len(u) if views == "sum" else loss
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import mean_of_others, normalize, wide
+from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 
 Teach = Literal["each", "mean"]
@@ -26,8 +26,8 @@ def simsiam(
     if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
-    taught = mean_of_others(normalize(z)) if teach == "each" else normalize(mean_of_others(z))
-    return -(normalize(p) * taught).sum(-1).mean()
+    target_rows = mean_other_views(normalize(z)) if teach == "each" else normalize(mean_other_views(z))
+    return -(normalize(p) * target_rows).sum(-1).mean()
 
 
 class SimSiam(Method):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_others, normalize, product, sharpened
+from inbatch.nn.functional import logsumexp_excluding_self, normalize, product, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
 
 
@@ -41,8 +41,10 @@ def supcon(
     count, every = members - itself, u.flatten(0, 1)
     a, rows = (u, every) if anchors == "all" else (u[:1], u[0])
     positive = (a * (total - itself[:, None] * a)).sum(-1) / temperature
-    mean = (positive - count * logsumexp_others(rows, temperature, every).view_as(positive)) / count.clamp(min=1)
-    return -sharpened(mean.mean(), base_temperature / temperature)
+    mean = (positive - count * logsumexp_excluding_self(rows, temperature, every).view_as(positive)) / count.clamp(
+        min=1
+    )
+    return -scale_by_temperature(mean.mean(), base_temperature / temperature)
 
 
 class SupCon(Method):

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import cross_prediction, normalize, product, sharpened, sinkhorn
+from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
 from inbatch.nn.heads import Head, Prototypes, mlp
-from inbatch.nn.memory_bank import Queue
+from inbatch.nn.memory_bank import MemoryBank
 
 
 def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n k"],
@@ -17,7 +17,7 @@ def swapped_prediction(scores: Float[Tensor, "v n k"], codes: Float[Tensor, "a n
 
     scores: cosines of rows with prototypes; codes: `sinkhorn` of them. Averages the directions, which Eq. 1 adds.
     """
-    return cross_prediction(codes.detach(), sharpened(scores, temperature))
+    return cross_prediction(codes.detach(), scale_by_temperature(scores, temperature))
 
 
 class SwAV(Method):
@@ -48,7 +48,7 @@ class SwAV(Method):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.frozen, self.queue_from, self.hidden = frozen, queue_from, hidden
         self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss sees no head
-        self.queue = Queue(queue, 2 * out) if queue else None  # of samples: both views' rows in one
+        self.queue = MemoryBank(queue, 2 * out) if queue else None  # of samples: both views' rows in one
 
     def heads(self, width: int) -> dict[str, Head]:
         count, out = self.vectors.shape

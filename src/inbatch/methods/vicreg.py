@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import moments, narrowness, wide
+from inbatch.nn.functional import moments, variance_hinge, wide
 from inbatch.nn.heads import Head, mlp
 
 
@@ -29,7 +29,7 @@ def vicreg(
         raise ValueError(f"VICReg needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     z = wide(z)
     away = torch.stack([(a - b).square().mean() for a, b in combinations(z, 2)]).mean()
-    narrow = narrowness(z, eps) * (1 if variance == "mean" else 2)
+    narrow = variance_hinge(z, eps) * (1 if variance == "mean" else 2)
     shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
     loss = sim * away + std * narrow + cov * shared
     return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import factor, moments, normalize, wide
+from inbatch.nn.functional import cholesky_with_jitter, moments, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.rng import uniform
 
@@ -35,7 +35,7 @@ def wmse(
     _fits(len(z), z.shape[1], z.shape[2], size)
     x = z.double()[:, permutations].unflatten(2, (-1, size))  # (V, K, N / size, size, D)
     mean, cov = moments(x)
-    lower, jitter = factor(cov, eps)
+    lower, jitter = cholesky_with_jitter(cov, eps)
     y = whiten(x, mean, lower).flatten(1, 3)
     y = normalize(y) if norm else y / z.shape[2] ** 0.5
     i, j = torch.triu_indices(len(z), len(z), 1, device=z.device)

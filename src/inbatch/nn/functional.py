@@ -19,7 +19,7 @@ def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def counted(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def nan_if_overflow(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """What to divide by; nan where squaring went past the largest number of its type: its quotients would be 0."""
     return size.masked_fill(size == torch.inf, torch.nan)
 
@@ -29,7 +29,7 @@ def _check(temperature: float) -> None:
         raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be above 0")
 
 
-def sharpened(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
+def scale_by_temperature(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
     """x / T; ValueError for a T that is not above 0."""
     _check(temperature)
     return wide(x) / temperature
@@ -41,7 +41,7 @@ def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """
     x = wide(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / counted(length.masked_fill(length < 1e-12, 1))
+    return x / nan_if_overflow(length.masked_fill(length < 1e-12, 1))
 
 
 def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
@@ -57,13 +57,15 @@ def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[
     return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
 
 
-def narrowness(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
+def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
     """How far features fall short of a standard deviation of 1 (VICReg, Bardes et al. 2022, Eq. 1): the mean over views
     and features of max(0, 1 - sqrt(Var + eps)), variances unbiased, rows as they are."""
     return (1 - (wide(z).var(1) + eps).sqrt()).relu().mean()
 
 
-def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
+def cholesky_with_jitter(
+    cov: Float[Tensor, "*b d d"], eps: float = 0.0
+) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
     """Lower Cholesky factor of (1 - eps) cov + eps I, and the jitter it took: 0 wherever there is a factor.
 
     Where there is none (features that depend on each other), the least of 1e-5, 1e-3 and 0.1 that helps is added to
@@ -87,12 +89,12 @@ def factor(cov: Float[Tensor, "*b d d"], eps: float = 0.0) -> tuple[Float[Tensor
     return lower, jitter
 
 
-def logsumexp_others(
+def logsumexp_excluding_self(
     u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
 ) -> Float[Tensor, "n"]:
     """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
     _check(temperature)
-    return logsumexp.logsumexp(u, u if keys is None else keys, temperature, others=True)
+    return logsumexp.logsumexp(u, u if keys is None else keys, temperature, exclude_self=True)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
@@ -134,7 +136,7 @@ def info_nce(
     return loss.mean()
 
 
-def mean_of_others(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+def mean_other_views(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
     """For every row the mean of its sample's rows in the other views."""
     return (x.sum(0) - x) / (len(x) - 1)
 
@@ -149,7 +151,7 @@ def sinkhorn(
     """
     if iterations < 1 or not scores.numel():
         raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
-    log = sharpened(scores.detach(), epsilon)
+    log = scale_by_temperature(scores.detach(), epsilon)
     for _ in range(iterations):
         log = log.log_softmax(-2).log_softmax(-1)
     return log.exp()
@@ -158,6 +160,6 @@ def sinkhorn(
 def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) -> Float[Tensor, ""]:
     """-sum_k p_i[k] log softmax(logits_j)[k], averaged over samples, views i of the first A and other views j of V."""
     if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
-        raise ValueError(f"a view predicts others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
+        raise ValueError(f"a view predicts the others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
     log = wide(logits).log_softmax(-1)
-    return -(p * mean_of_others(log)[: len(p)]).sum(-1).mean()
+    return -(p * mean_other_views(log)[: len(p)]).sum(-1).mean()

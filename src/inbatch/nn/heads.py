@@ -11,10 +11,10 @@ from inbatch.nn.functional import normalize, product
 
 @dataclass(frozen=True)
 class Head:
-    """A named head's network, what feeds it, and which towers have it.
+    """A named head's network, what feeds it, and which networks have it.
 
     source: "features", or the name of an earlier head.
-    online_only: left out of the momentum tower (a predictor).
+    online_only: left out of the target network (a predictor).
     """
 
     network: nn.Module

@@ -29,7 +29,7 @@ from inbatch.nn import triton_logsumexp
 from inbatch.nn.cpu_matmul import fast_products
 
 Mode = Literal["auto", "never", "always"]
-Products = triton_logsumexp.Products
+MatmulPrecision = triton_logsumexp.MatmulPrecision
 
 LEAST = 2**17
 """Fewer pairs (362 by 362) are held as they are: half a megabyte, and faster than tiles."""
@@ -50,7 +50,7 @@ def _alone(x: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LogSumExpConfig:
     """How log-sum-exps are computed.
 
     mode: "auto" takes tiles where the matrix would be large, "never" holds it whole, "always" never does.
@@ -62,18 +62,18 @@ class Plan:
     """
 
     mode: Mode = "auto"
-    products: Products = "float32"
+    products: MatmulPrecision = "float32"
     rank: int = 0
     world: int = 1
     add: Callable[[Tensor], None] = _alone
 
 
-_PLAN: ContextVar[Plan] = ContextVar("plan", default=Plan())  # noqa: B039 (it is frozen)
+_PLAN: ContextVar[LogSumExpConfig] = ContextVar("plan", default=LogSumExpConfig())  # noqa: B039 (it is frozen)
 
 
 @contextlib.contextmanager
-def using(**changes: Any) -> Iterator[Plan]:
-    """Compute log-sum-exps like this for a while: fields of `Plan`."""
+def using(**changes: Any) -> Iterator[LogSumExpConfig]:
+    """Compute log-sum-exps like this for a while: fields of `LogSumExpConfig`."""
     token = _PLAN.set(replace(_PLAN.get(), **changes))
     try:
         yield _PLAN.get()
@@ -82,20 +82,20 @@ def using(**changes: Any) -> Iterator[Plan]:
 
 
 def logsumexp(
-    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, others: bool = False
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, exclude_self: bool = False
 ) -> Float[Tensor, "n"]:
     """log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
 
-    others: leave out j = i (k may have more rows than q). Rows of any length; where k is q itself, half is enough.
+    exclude_self: leave out j = i (k may have more rows than q). Rows of any length; if k is q, half is computed.
     """
     plan = _PLAN.get()
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
-        return _whole(q, k, 1 / temperature, others)
+        return _whole(q, k, 1 / temperature, exclude_self)
     if triton_logsumexp.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
-        return _Tiled.apply(q, None if k is q else k, 1 / temperature, others, plan)
+        return _Tiled.apply(q, None if k is q else k, 1 / temperature, exclude_self, plan)
     # Logits too large for exponentials without a running maximum, which would double what a tile costs.
     size = max(1, _BLOCK // max(1, len(k)))
-    parts = [checkpoint(_whole, some, k, 1 / temperature, others, i * size, use_reentrant=False)
+    parts = [checkpoint(_whole, some, k, 1 / temperature, exclude_self, i * size, use_reentrant=False)
              for i, some in enumerate(q.split(size))]  # fmt: skip
     return torch.cat(parts)
 
@@ -119,11 +119,11 @@ def nearest(
     return place
 
 
-def _whole(q: Tensor, k: Tensor, scale: float, others: bool, first: int = 0) -> Tensor:
+def _whole(q: Tensor, k: Tensor, scale: float, exclude_self: bool, first: int = 0) -> Tensor:
     """The literal version; q are rows first, first + 1, ... of all."""
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.T) * scale
-    if others:
+    if exclude_self:
         itself = torch.arange(first, first + len(q), device=q.device)[:, None] == torch.arange(len(k), device=q.device)
         logits = logits.masked_fill(itself, -torch.inf)
     return logits.logsumexp(1)
@@ -139,14 +139,16 @@ class _Tiled(torch.autograd.Function):
     """logsumexp; k is None where it is q."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig
+    ) -> Tensor:
         # Of keys that learn nothing, their mean as each query weighs them is all that the way back needs.
         weighs = ctx.needs_input_grad[0] and k is not None and not ctx.needs_input_grad[1]
         ctx.kernels = triton_logsumexp.usable(q, q if k is None else k)
         with torch.autocast(q.device.type, enabled=False):
-            lse, mean = (_kernel_sums if ctx.kernels else _sums)(q, k, scale, others, weighs, plan)
+            lse, mean = (_kernel_sums if ctx.kernels else _sums)(q, k, scale, exclude_self, weighs, plan)
         ctx.save_for_backward(q, k, lse, mean)
-        ctx.scale, ctx.others, ctx.plan = scale, others, plan
+        ctx.scale, ctx.exclude_self, ctx.plan = scale, exclude_self, plan
         return lse
 
     @staticmethod
@@ -157,15 +159,15 @@ class _Tiled(torch.autograd.Function):
             return (ctx.scale * gradient)[:, None] * mean, None, None, None, None
         way, needs = _kernel_gradients if ctx.kernels else _gradients, ctx.needs_input_grad[:2]
         with torch.autocast(q.device.type, enabled=False):
-            return *way(q, k, lse, gradient, ctx.scale, ctx.others, needs, ctx.plan), None, None, None
+            return *way(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan), None, None, None
 
 
 Found = tuple[Tensor, Tensor | None]
 
 
-def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+def _sums(q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig) -> Found:
     """The log-sum-exps (n), and the rows of k averaged with each query's weights (n, D) where asked for."""
-    tiles, right = _Tiles(q, k, scale, others, plan), q if k is None else k
+    tiles, right = _Tiles(q, k, scale, exclude_self, plan), q if k is None else k
 
     def work(part: int) -> Found:
         sums, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
@@ -187,11 +189,11 @@ def _sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool,
 
 
 def _gradients(
-    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
-    plan: Plan,
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
+    needs: tuple[bool, bool], plan: LogSumExpConfig,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = gradient_i exp(S_ij - lse_i); k = q: their sum."""
-    tiles = _Tiles(q, k, scale, others, plan)
+    tiles = _Tiles(q, k, scale, exclude_self, plan)
     top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # or small gradients of low rows would underflow
     weight = (gradient / top) * (-lse).exp()
     narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
@@ -235,8 +237,8 @@ class _Tiles:
     of times (and where another process has one of them, for long).
     """
 
-    def __init__(self, q: Tensor, k: Tensor | None, scale: float, others: bool, plan: Plan) -> None:
-        self.q, self.k, self.scale, self.others, self.plan = q, k, scale, others, plan
+    def __init__(self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig) -> None:
+        self.q, self.k, self.scale, self.exclude_self, self.plan = q, k, scale, exclude_self, plan
         n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
@@ -262,7 +264,7 @@ class _Tiles:
                 columns = slice(j, min(j + self.side, len(right)))
                 e = memory[: len(left) * (columns.stop - j)].view(len(left), -1)
                 torch.mm(left, right[columns].T, out=e).exp2_()
-                if self.others and i == j:
+                if self.exclude_self and i == j:
                     e.diagonal().zero_()
                 yield rows, columns, e
 
@@ -297,12 +299,14 @@ def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs: bool, plan: Plan) -> Found:
+def _kernel_sums(
+    q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig
+) -> Found:
     """`_sums` by Triton's kernels; a rank takes its share of the rows."""
     start, stop = _share(len(q), plan)
     lse, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
     keys = q if k is None else k
-    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, others, start, stop, weighs, plan.products)
+    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, weighs, plan.products)
     plan.add(lse)
     if mean is not None and some is not None:
         mean[start:stop] = some
@@ -311,8 +315,8 @@ def _kernel_sums(q: Tensor, k: Tensor | None, scale: float, others: bool, weighs
 
 
 def _kernel_gradients(
-    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, others: bool, needs: tuple[bool, bool],
-    plan: Plan,
+    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
+    needs: tuple[bool, bool], plan: LogSumExpConfig,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`_gradients` by Triton's kernels."""
     its, none, keys = (lse, gradient), (None, None), q if k is None else k
@@ -321,7 +325,7 @@ def _kernel_gradients(
         start, stop = _share(len(a), plan)
         out = _zeros(a)
         out[start:stop] = triton_logsumexp.backward(
-            a, b, scale, others, start, stop, *own, *other, products=plan.products
+            a, b, scale, exclude_self, start, stop, *own, *other, products=plan.products
         )
         plan.add(out)
         return out
@@ -335,6 +339,6 @@ def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
-def _share(rows: int, plan: Plan) -> tuple[int, int]:
+def _share(rows: int, plan: LogSumExpConfig) -> tuple[int, int]:
     """First row of a rank's share, and the first of the next rank's."""
     return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from inbatch.nn.functional import normalize
 
 
-class Queue(nn.Module):
+class MemoryBank(nn.Module):
     """The newest `size` rows of width `dim`, first in, first out; all of it is saved with the run.
 
     Starts with random unit rows, as MoCo's does; `filled` says how many have been replaced by real ones.

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Products = Literal["float32", "tf32x3", "bf16"]
+MatmulPrecision = Literal["float32", "tf32x3", "bf16"]
 """How rows are multiplied: "float32" in true float32, "tf32x3" by three tensor-core products of float32 split in two,
 "bf16" rounded to bfloat16, as the softmax is before it multiplies rows. Sums are float32 in all of them."""
 
@@ -36,12 +36,12 @@ tl: Any
 
 
 def forward(
-    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], scale: float, others: bool, start: int, stop: int,
-    mean: bool = False, products: Products = "float32",
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], scale: float, exclude_self: bool, start: int, stop: int,
+    mean: bool = False, products: MatmulPrecision = "float32",
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d"] | None]:  # fmt: skip
     """lse_i = log sum_j exp(S_ij) of the rows i = start .. stop - 1 of q over all rows j of k, in float32.
 
-    others: j == i is left out, i counted in q from its first row. mean: also sum_j softmax_j(S_ij) k_j, else None.
+    exclude_self: leave out j == i, i counted in q from its first row. mean: also sum_j softmax_j(S_ij) k_j, else None.
     A row with nothing to sum over has lse -inf and a mean of 0.
     """
     q, k = _operands(products, q, k)
@@ -54,7 +54,7 @@ def forward(
         kernel = _kernels()[0]
         with torch.accelerator.device_index(q.device.index):
             kernel[-(-rows // tile["BLOCK_M"]), parts](
-                q, k, lse, means, start, stop, m, d, span, scale * math.log2(math.e), OTHERS=others,
+                q, k, lse, means, start, stop, m, d, span, scale * math.log2(math.e), OTHERS=exclude_self,
                 **_precision(products), **tile,
             )  # fmt: skip
     if parts == 1:
@@ -67,15 +67,15 @@ def forward(
 
 
 def backward(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], scale: float, others: bool, start: int, stop: int,
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], scale: float, exclude_self: bool, start: int, stop: int,
     lse_a: Float[Tensor, " n"] | None, grad_a: Float[Tensor, " n"] | None,
-    lse_b: Float[Tensor, " m"] | None, grad_b: Float[Tensor, " m"] | None, products: Products = "float32",
+    lse_b: Float[Tensor, " m"] | None, grad_b: Float[Tensor, " m"] | None, products: MatmulPrecision = "float32",
 ) -> Float[Tensor, "rows d"]:  # fmt: skip
     """scale * sum_j (grad_a_i exp(S_ij - lse_a_i) + grad_b_j exp(S_ij - lse_b_j)) b_j of rows start .. stop - 1 of a.
 
     In float32. A pair (lse, grad) that is None leaves its term out. The gradient of the queries is a = q, b = k with
     the pair of a; that of the keys a = k, b = q with the pair of b; rows that are both at once take both pairs.
-    others: pairs i == j are left out. A lse of -inf (nothing was summed) adds nothing.
+    exclude_self: pairs i == j are left out. A lse of -inf (nothing was summed) adds nothing.
     """
     a, b = _operands(products, a, b)
     pairs = (lse_a, grad_a, lse_b, grad_b)
@@ -89,7 +89,7 @@ def backward(
         with torch.accelerator.device_index(a.device.index):
             kernel[-(-rows // tile["BLOCK_M"]), parts](
                 a, b, lse_a, grad_a, lse_b, grad_b, out, start, stop, m, d, span, float(scale),
-                scale * math.log2(math.e), OTHERS=others, **_precision(products), **tile,
+                scale * math.log2(math.e), OTHERS=exclude_self, **_precision(products), **tile,
             )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
@@ -151,7 +151,7 @@ def _kernels() -> tuple[Any, Any]:
     return triton.jit(_forward, do_not_specialize=counts), triton.jit(_backward, do_not_specialize=counts)
 
 
-def _operands(products: Products, *rows: Tensor) -> list[Tensor]:
+def _operands(products: MatmulPrecision, *rows: Tensor) -> list[Tensor]:
     """Rows as the kernels read them; rounded here, a tile goes from memory straight to the tensor cores."""
     if products == "bf16":
         rows = tuple(x.to(torch.bfloat16) for x in rows)
@@ -160,11 +160,11 @@ def _operands(products: Products, *rows: Tensor) -> list[Tensor]:
     return [x.detach().contiguous() for x in rows]
 
 
-def _precision(products: Products) -> dict[str, Any]:
+def _precision(products: MatmulPrecision) -> dict[str, Any]:
     return {"ROUNDED": products == "bf16", "PRECISION": "tf32x3" if products == "tf32x3" else "ieee"}
 
 
-def _tile(products: Products, d: int) -> dict[str, int]:
+def _tile(products: MatmulPrecision, d: int) -> dict[str, int]:
     """Rows and columns of a tile, what of the width is multiplied at once, and how it is compiled.
 
     One table for all cards, never tuned at run time, so that all ranks add in the same order. A tile is about as large

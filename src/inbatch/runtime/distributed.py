@@ -16,13 +16,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError, TrainingError
-from inbatch.runtime.rank_store import Roll, fresh
+from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.runtime.resources import launched
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
 _RUNS = itertools.count()  # every rank counts the same runs
-_roll: Roll | None = None
+_roll: RankStore | None = None
 """Of the run that goes on."""
 
 
@@ -79,7 +79,7 @@ def _init(backend: str, timeout: float) -> None:
 
 
 @contextmanager
-def together(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
+def process_group(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
     """One run of all ranks (`setup`), in which what ends one of them ends all, with a sentence that says why."""
     global _roll
     made, before = setup(expect, device, timeout), _roll
@@ -147,9 +147,9 @@ def _hang_up() -> None:
                         waiting.wait(datetime.timedelta(milliseconds=1))
 
 
-def _new_roll(timeout: float) -> Roll:
+def _new_roll(timeout: float) -> RankStore:
     store = dist.distributed_c10d._get_default_store()  # an existing group's can be had in no other way
-    return Roll(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
+    return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
 
 
 def _joined() -> bool:
@@ -171,16 +171,16 @@ def local_rank() -> int:
     return launched("LOCAL_RANK", 0)
 
 
-def wrap(tower: nn.Module) -> nn.Module:
-    """The tower with its gradients averaged over ranks during the backward pass; itself where it is alone."""
+def wrap(network: nn.Module) -> nn.Module:
+    """The network with its gradients averaged over ranks during the backward pass; itself where it is alone."""
     if world() == 1:
-        return tower
-    device = next(tower.parameters()).device
+        return network
+    device = next(network.parameters()).device
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
     unsynced: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(
-        tower,
+        network,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **unsynced,
@@ -196,7 +196,7 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def own(x: Tensor, dim: int = 0) -> Tensor:
+def local_shard(x: Tensor, dim: int = 0) -> Tensor:
     """This rank's part of a gathered tensor."""
     return x.chunk(world(), dim)[rank()]
 
@@ -213,7 +213,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of every rank's values: how ranks agree that one of them was asked to stop."""
     if world() == 1:
         return value
@@ -223,7 +223,7 @@ def largest(value: int) -> int:
     return int(shared)
 
 
-def share(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value (a plain Python object) on every rank; the others wait for it."""
     if world() == 1:
         return value
@@ -232,7 +232,7 @@ def share(value: Any) -> Any:
     return box[0]
 
 
-def spread(task: Callable[[int], Any], count: int) -> list[Any]:
+def distribute_tasks(task: Callable[[int], Any], count: int) -> list[Any]:
     """[task(0), ..., task(count - 1)], shared out over the ranks; every rank gets all of it (plain or numpy values)."""
     if world() == 1:
         return [task(i) for i in range(count)]
@@ -242,7 +242,7 @@ def spread(task: Callable[[int], Any], count: int) -> list[Any]:
     return [done[i] for i in range(count)]
 
 
-def agree(facts: Mapping[str, object]) -> None:
+def assert_equal_across_ranks(facts: Mapping[str, object]) -> None:
     """Refuse to go on where ranks differ in something that must be equal (recipe, data, version), and say in what.
 
     A rank that ends before it comes here (its folder of images is not there) ends the others at once. It needs no
@@ -290,14 +290,14 @@ class _AllOverRanks(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
-        return own(gradient)
+        return local_shard(gradient)
 
 
-def join_groups(module: nn.Module) -> None:
+def make_context_global(module: nn.Module) -> None:
     """Context groups of the module's parts (those with `gather` and `own`) reach over all ranks from now on."""
     if world() == 1:
         return
     parts: list[Any] = list(module.modules())
     for part in parts:
         if hasattr(part, "gather") and hasattr(part, "own"):
-            part.gather, part.own = _AllOverRanks.apply, own
+            part.gather, part.own = _AllOverRanks.apply, local_shard

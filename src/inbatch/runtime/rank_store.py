@@ -14,7 +14,7 @@ GRACE = 10.0
 _KINDS: dict[int, type[InbatchError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, TrainingError)}
 
 
-class Roll:
+class RankStore:
     """The ranks of one run.
 
     store: torch's, shared by all; its keys begin with `run`, which is another for every run on the same store.

@@ -1,6 +1,6 @@
 """`context: auto`: the largest context group whose training step fits in memory, found by dry steps.
 
-A dry step is the towers' part of a real one, on random images and a throw-away copy of the run: no weight, no norm
+A dry step is the networks' part of a real one, on random images and a throw-away copy of the run: no weight, no norm
 statistic and no random number of the caller changes, and nothing is written. Small groups are measured, a straight
 line through them says which group should fit, and that one is measured, too.
 """
@@ -19,11 +19,11 @@ from inbatch.data import Source
 from inbatch.data.loader import PIECE, processes, resides
 from inbatch.data.resident import estimate
 from inbatch.errors import ConfigError
-from inbatch.models.tower import norms
+from inbatch.models.network import norms
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
 from inbatch.runtime.resources import launched
-from inbatch.training.build import Built, build, share_of
+from inbatch.training.build import RunComponents, build, local_batch_size
 from inbatch.training.recipe import Recipe
 from inbatch.training.summary import estimate as count
 
@@ -45,7 +45,7 @@ _FULL = 2**62
 
 
 @dataclass(frozen=True)
-class Fit:
+class ContextSize:
     """A context group that fits.
 
     context: its samples. share: what it divides, a rank's part of the batch (with sync_norm the batch).
@@ -93,11 +93,11 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MemoryProbe:
     """A group that was tried.
 
     needed: bytes of everything that is held at once. kept: those that grow with the group, as counted.
-    seconds: of its dry step; None where there was none. norm: the towers have batch norm.
+    seconds: of its dry step; None where there was none. norm: the networks have batch norm.
     """
 
     needed: int
@@ -108,7 +108,7 @@ class Trial:
 
 def resolve(
     recipe: Recipe, source: Source, device: torch.device, workers: int | None = None
-) -> tuple[Recipe, Fit | None]:
+) -> tuple[Recipe, ContextSize | None]:
     """The recipe with a number for `context: auto`, and how it was found; any other recipe as it is, and None.
 
     Every rank must call it, and all get the same. Raises ConfigError where not even the smallest group fits.
@@ -139,9 +139,9 @@ def within_memory(
     """
     if recipe.context == "auto":
         return recipe, ""
-    asked, share = recipe.context is not None, share_of(recipe, distributed.world())
+    asked, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
     context = int(recipe.context) if isinstance(recipe.context, int) else share
-    free = -distributed.largest(-room(device))
+    free = -distributed.all_reduce_max(-room(device))
     needed = _Bench(recipe, source, device, workers).trial(context, dry=False).needed
     if needed <= (free if asked else LIMIT * free):
         return recipe, ""
@@ -160,7 +160,7 @@ def within_memory(
 
 def candidates(recipe: Recipe, world: int) -> list[int]:
     """The contexts that a recipe could have on so many ranks, smallest first; ConfigError where there is none."""
-    share, apart = share_of(recipe, world), world if recipe.sync_norm else 1
+    share, apart = local_batch_size(recipe, world), world if recipe.sync_norm else 1
     least = max(2 * apart, recipe.fuse.options.get("bottleneck", 0) if recipe.fuse else 0)
     sizes = [c for c in range(least, share + 1) if share % c == 0 and c % apart == 0]
     if recipe.shuffle_groups:  # one group is none to shuffle
@@ -170,7 +170,7 @@ def candidates(recipe: Recipe, world: int) -> list[int]:
     return sizes
 
 
-def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | None = None) -> Fit:
+def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | None = None) -> ContextSize:
     """The largest group that divides a rank's share of the batch and trains in at most `LIMIT` of the free memory.
 
     workers: processes that will decode the images: they hold batches, too.
@@ -178,9 +178,9 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
     Raises ConfigError where not even the smallest group fits.
     """
     sizes = candidates(recipe, distributed.world())
-    free = -distributed.largest(-room(device))
+    free = -distributed.all_reduce_max(-room(device))
     limit, bench = int(LIMIT * free), _Bench(recipe, source, device, workers)
-    tried: dict[int, Trial] = {}
+    tried: dict[int, MemoryProbe] = {}
 
     def climb(top: int, goal: int) -> int:
         """The next group to measure on the way from one that fits to one that should."""
@@ -227,14 +227,15 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
     settle(device)
     larger = next((c for c in sizes if c > best), None)
     more = predict(tried, larger) if larger else 0
-    return Fit(
-        context=best, share=share_of(recipe, distributed.world()), needed=predict(tried, best), free=free, how=how,
+    return ContextSize(
+        context=best, share=local_batch_size(recipe, distributed.world()), needed=predict(tried, best), free=free,
+        how=how,
         larger=(larger, more if more < _FULL else None) if larger else None, noisy=trial.norm and best < SMALL,
         meets=trial.norm or recipe.fuse is not None or recipe.attend is not None,
     )  # fmt: skip
 
 
-def predict(tried: dict[int, Trial], context: int) -> int:
+def predict(tried: dict[int, MemoryProbe], context: int) -> int:
     """Bytes of a group: what was found, or a straight line through the last two that are smaller."""
     if context in tried:
         return tried[context].needed
@@ -271,7 +272,7 @@ class _Bench:
         self.world, self.workers, self.resident = distributed.world(), workers, recipe.resident
         self.free = free_bytes(device, self.world)  # as the loader will ask
 
-    def trial(self, context: int, dry: bool = True) -> Trial:
+    def trial(self, context: int, dry: bool = True) -> MemoryProbe:
         """Try a group: count what it keeps, and if `dry` measure a step; the largest of all ranks."""
         try:
             found = self._try(context, dry)
@@ -280,13 +281,13 @@ class _Bench:
                 raise
             found = None
         # Every rank takes part in all of these, also one that ran out of memory, and all go on from the same figures.
-        mine = Trial(_FULL, 0, 0.0, False) if found is None else found
-        needed, kept = distributed.largest(mine.needed), distributed.largest(mine.kept)
-        micros = distributed.largest(-1 if mine.seconds is None else round(1e6 * mine.seconds))
-        norm = bool(distributed.largest(int(mine.norm)))
-        return Trial(needed, kept, None if micros < 0 else micros / 1e6, norm)
+        mine = MemoryProbe(_FULL, 0, 0.0, False) if found is None else found
+        needed, kept = distributed.all_reduce_max(mine.needed), distributed.all_reduce_max(mine.kept)
+        micros = distributed.all_reduce_max(-1 if mine.seconds is None else round(1e6 * mine.seconds))
+        norm = bool(distributed.all_reduce_max(int(mine.norm)))
+        return MemoryProbe(needed, kept, None if micros < 0 else micros / 1e6, norm)
 
-    def _try(self, context: int, dry: bool) -> Trial:
+    def _try(self, context: int, dry: bool) -> MemoryProbe:
         settle(self.device)
         before, most, seconds = held(self.device), None, None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
@@ -303,9 +304,9 @@ class _Bench:
                 _dry_step(built, samples, side)
                 most, seconds = max(0, peak(self.device) - before), time.perf_counter() - began
         needed = max(counted, most) if most is not None else counted + (_MARGIN - 1) * growing
-        return Trial(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.tower)))
+        return MemoryProbe(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.network)))
 
-    def _weigh(self, built: Built, memory: dict[str, int]) -> int:
+    def _weigh(self, built: RunComponents, memory: dict[str, int]) -> int:
         """Weigh what does not depend on the group; returns the side of the images from which views are drawn."""
         sizes = [view.size for view in built.views.views]
         canvas, channels = 2 * max(sizes), self.source.channels
@@ -328,21 +329,23 @@ class _Bench:
         return max(1, min(canvas, math.isqrt(each // channels)))
 
 
-def _dry_step(built: Built, samples: int, side: int, plain: bool = False) -> None:
-    """The towers' part of a training step of one group of random images; plain: without fusion."""
+def _dry_step(built: RunComponents, samples: int, side: int, plain: bool = False) -> None:
+    """The networks' part of a training step of one group of random images; plain: without fusion."""
     device, channels = built.loader.device, built.recipe.channels
     pixels = torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8, device=device)
     index = torch.arange(samples, device=device)
     views = built.views(Batch(index, torch.zeros_like(index), images=pixels)).images
-    learning, teaching = (list(pick(len(views))) for pick in (built.method.online_views, built.method.target_views))
+    online_views, target_views = (
+        list(pick(len(views))) for pick in (built.method.online_views, built.method.target_views)
+    )
 
-    def rows(tower: Any, numbers: list[int]) -> list[Tensor]:
-        return list(tower.forward([views[v] for v in numbers], [-1] * len(numbers) if plain else numbers).values())
+    def rows(network: Any, numbers: list[int]) -> list[Tensor]:
+        return list(network.forward([views[v] for v in numbers], [-1] * len(numbers) if plain else numbers).values())
 
-    learned = rows(built.tower, learning)
+    learned = rows(built.network, online_views)
     if built.target is not None:
         with torch.no_grad():
-            rows(built.target, teaching)
+            rows(built.target, target_views)
     built.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
     built.optimizer.step()

@@ -1,4 +1,4 @@
-"""A recipe becomes parts: source, loader, views, towers, method, optimiser, step."""
+"""A recipe becomes parts: source, loader, views, networks, method, optimiser, step."""
 
 import contextlib
 import functools
@@ -22,8 +22,8 @@ from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models import Encoder
 from inbatch.models.cpu_convolution import by_product
+from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
-from inbatch.models.tower import Tower, momentum_tower
 from inbatch.nn import triton_logsumexp
 from inbatch.nn.schedules import step_decay, warmup_cosine
 from inbatch.runtime import distributed
@@ -36,7 +36,7 @@ from inbatch.training.step import Step
 
 
 @dataclass
-class Built:
+class RunComponents:
     """The parts of a run, ready for its first step."""
 
     recipe: Recipe
@@ -45,8 +45,8 @@ class Built:
     views: Views
     encoder: Encoder
     method: Method
-    tower: Tower
-    target: Tower | None
+    network: Network
+    target: Network | None
     optimizer: Optimizer
     step: Step
     context: int
@@ -61,7 +61,7 @@ class Built:
 
     def parts(self) -> dict[str, Any]:
         """Everything whose state makes a checkpoint complete."""
-        parts: dict[str, Any] = {"tower": self.tower, "method": self.method, "optimizer": self.optimizer}
+        parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
         some = {"target": self.target, "curator": self.step.curator}
         return parts | {name: part for name, part in some.items() if part is not None}
 
@@ -69,7 +69,7 @@ class Built:
 def build(
     recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None,
     init: Path | None = None,
-) -> Built:  # fmt: skip
+) -> RunComponents:  # fmt: skip
     """Make every part of a run; wrong combinations are errors here, not at some later step.
 
     loader: one made for the same images, batch, seed and views, to be used again.
@@ -79,7 +79,9 @@ def build(
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
     if world > 1:  # ranks that add up what they find must find the same
-        distributed.agree({"use of Triton's kernels": triton_logsumexp.usable(torch.zeros(1, 1, device=device))})
+        distributed.assert_equal_across_ranks(
+            {"use of Triton's kernels": triton_logsumexp.usable(torch.zeros(1, 1, device=device))}
+        )
     method_class = METHODS[recipe.method.name]
     options = dict(recipe.method.options)
     if method_class.labels and not bool((source.labels >= 0).any()):
@@ -108,27 +110,27 @@ def build(
         resident=recipe.resident, workers=workers, whole=recipe.curate is not None, max_bad=recipe.max_bad,
     )  # fmt: skip
 
-    tower = Tower(
+    network = Network(
         encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined,
         fuse, fused,
     )  # fmt: skip
-    if device.type == "cpu" and tower.precision == torch.bfloat16 and slow_weight_gradients():
+    if device.type == "cpu" and network.precision == torch.bfloat16 and slow_weight_gradients():
         by_product(encoder)
-    target = momentum_tower(tower, heads, method.target) if method.target else None
-    for module in (tower, target, method):
+    target = make_target_network(network, heads, method.target) if method.target else None
+    for module in (network, target, method):
         if module is not None:
             module.to(device)
-    for module in (tower, target):
+    for module in (network, target):
         if module is not None:
             if recipe.channels_last:
                 module.to(memory_format=torch.channels_last)
             if recipe.sync_norm:
                 synchronise_norm(module)
-                distributed.join_groups(module)
-    curator = curator_of(recipe, views, tower, recipe.batch // world // groups, device)
+                distributed.make_context_global(module)
+    curator = curator_of(recipe, views, network, recipe.batch // world // groups, device)
     if recipe.compile:
         views.compile()  # an accelerator's; a CPU has its own kernel
-        for module in (tower, target):
+        for module in (network, target):
             if module is not None:
                 module.compile()
 
@@ -136,7 +138,7 @@ def build(
     lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
     vector_lr = chosen.pop("vector_lr", None)
     groups_of = parameter_groups(
-        {"encoder": encoder, **tower.heads} | ({} if fuse is None else {"fuse": fuse}),
+        {"encoder": encoder, **network.heads} | ({} if fuse is None else {"fuse": fuse}),
         lr=lr, weight_decay=chosen.pop("weight_decay"),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
         own={name: {"constant": True} for name in method.constant_lr()},
@@ -146,15 +148,15 @@ def build(
     timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
     set_rates(recipe, loader.steps, timeline, optimizer, 0)  # a schedule that cannot be is an error now
     step = Step(
-        method=method, tower=tower, call=distributed.wrap(tower), target=target,
+        method=method, network=network, call=distributed.wrap(network), target=target,
         views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
         variance=recipe.variance, scale=functools.partial(image_scale, recipe),
     )  # fmt: skip
-    return Built(
-        recipe, source, loader, views, encoder, method, tower, target, optimizer, step, context, lr, timeline,
+    return RunComponents(
+        recipe, source, loader, views, encoder, method, network, target, optimizer, step, context, lr, timeline,
         tuple(notes),
     )  # fmt: skip
 
@@ -187,7 +189,7 @@ def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimiz
     set_learning_rate(optimizer, factor)
 
 
-def share_of(recipe: Recipe, world: int) -> int:
+def local_batch_size(recipe: Recipe, world: int) -> int:
     """How many samples are cut into context groups: a rank's part of the batch, with sync_norm the batch."""
     if recipe.batch % world:
         raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
@@ -198,7 +200,7 @@ def _context(recipe: Recipe, world: int) -> tuple[int, int]:
     """Samples of a context group, and groups per rank."""
     if recipe.context == "auto":
         raise ConfigError("context = auto is found before a run is built: inbatch.fit.resolve puts in a number")
-    share = share_of(recipe, world)
+    share = local_batch_size(recipe, world)
     context = recipe.context or share
     if context > share or share % context or (recipe.sync_norm and context % world):
         whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
@@ -250,17 +252,17 @@ def fusion(
     return make_fusion(**given, **recipe.fuse.options), fused
 
 
-def curator_of(recipe: Recipe, views: Views, tower: Tower, piece: int, device: torch.device) -> Curator | None:
+def curator_of(recipe: Recipe, views: Views, network: Network, piece: int, device: torch.device) -> Curator | None:
     """The curator of a recipe; it embeds `piece` images at a time."""
     if recipe.curate is None:
         return None
     if len(views) < 2:
         raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
     where = recipe.curate.options["where"]
-    if where == "projection" and "projection" not in tower.heads:
+    if where == "projection" and "projection" not in network.heads:
         raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
 
-    def embed(model: Tower, batch: Batch) -> Tensor:
+    def embed(model: Network, batch: Batch) -> Tensor:
         def rows(image: Tensor) -> Tensor:
             return model.features(image) if where == "features" else model.outputs(image)[where]
 
@@ -269,5 +271,5 @@ def curator_of(recipe: Recipe, views: Views, tower: Tower, piece: int, device: t
             return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
 
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(tower, embed, recipe.epochs)
+    curator.prepare(network, embed, recipe.epochs)
     return curator.to(device)

@@ -18,8 +18,8 @@ from inbatch.runtime.resources import cores
 from inbatch.runtime.threads import beside_others
 from inbatch.training.auto_context import resolve, within_memory
 from inbatch.training.budget import duration
-from inbatch.training.build import Built, build
-from inbatch.training.plan import check_one_length, natural_size, plan
+from inbatch.training.build import RunComponents, build
+from inbatch.training.plan import check_one_length, natural_size, resolve_recipe
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.timing import growth, step_seconds
 
@@ -108,7 +108,7 @@ def plan_budget(
     chosen_by_user = any(given.get(key) is not None for key in ("encoder.name", "encoder.width", "preset"))
     if given.get("encoder.name", "fast") == "fast":
         given.setdefault("preset", "fast")
-    recipe, source = plan(data, given, download)
+    recipe, source = resolve_recipe(data, given, download)
     budget = recipe.budget or 0.0
     if given.get("size") is None and recipe.preset == "fast":
         given["size"] = small_size(source, device)
@@ -135,8 +135,8 @@ def plan_budget(
         built = build(trial, source, device=device, workers=workers, loader=loader)
         loader = built.loader
         with beside_others(device):
-            seconds, small = distributed.share(_both(built, limit))
-        left = distributed.share(budget - (time.perf_counter() - began))
+            seconds, small = distributed.broadcast_object(_both(built, limit))
+        left = distributed.broadcast_object(budget - (time.perf_counter() - began))
         steps = int(TRAINED * left / seconds)
         if steps < FEWEST and not tried:
             raise ConfigError(
@@ -189,7 +189,7 @@ def small_size(source: Source, device: torch.device) -> int:
     return natural if natural <= 64 or device.type != "cpu" else 64
 
 
-def time_steps(built: Built, limit: float) -> float:
+def time_steps(built: RunComponents, limit: float) -> float:
     """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones.
 
     limit: seconds that steps of one size are made; each is made four times at least.
@@ -198,11 +198,11 @@ def time_steps(built: Built, limit: float) -> float:
         return _both(built, limit)[0]
 
 
-def _both(built: Built, limit: float) -> tuple[float, float]:
+def _both(built: RunComponents, limit: float) -> tuple[float, float]:
     """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
     until, budget = built.recipe.grow_until, built.recipe.budget or math.inf
     if budget < math.inf:
-        rough = distributed.share(step_seconds(built, _SLICE))
+        rough = distributed.broadcast_object(step_seconds(built, _SLICE))
         if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of it
             return rough, growth(built, _SLICE)[0][1] if until else 1.0
     full = _timed(built, built.total - 1, limit)
@@ -210,7 +210,7 @@ def _both(built: Built, limit: float) -> tuple[float, float]:
     return full * (1 - until) + small * until, small / full
 
 
-def _timed(built: Built, step: int, seconds: float) -> float:
+def _timed(built: RunComponents, step: int, seconds: float) -> float:
     """Seconds of a step at a place of the run: the median of those made in so many seconds, after some that warm up."""
     times: list[float] = []
     began = time.perf_counter()
@@ -219,12 +219,12 @@ def _timed(built: Built, step: int, seconds: float) -> float:
         float(built.step(batch, step)["loss"])  # reading it waits for the device
         times.append(time.perf_counter() - start)
         # Ranks make the same number of steps: rank 0 says when it is enough.
-        if distributed.share(len(times) > _WARM + 1 and time.perf_counter() - began > seconds):
+        if distributed.broadcast_object(len(times) > _WARM + 1 and time.perf_counter() - began > seconds):
             break
     return median(times[_WARM:])
 
 
-def _batches(built: Built) -> Iterator[Batch]:
+def _batches(built: RunComponents) -> Iterator[Batch]:
     """Batches of the first epochs, again and again: a small set has one to an epoch."""
     for epoch in count():
         yield from built.loader.epoch(epoch, stop=8)
@@ -233,7 +233,7 @@ def _batches(built: Built) -> Iterator[Batch]:
 def _time_for_another(start: float, last: float, budget: float) -> bool:
     """Whether another, larger encoder can be timed within the limit; rank 0 decides."""
     expected = 3.0 * last * (_WARM + 2)
-    return bool(distributed.share(time.perf_counter() - start + expected <= min(SHARE * budget, MOST)))
+    return bool(distributed.broadcast_object(time.perf_counter() - start + expected <= min(SHARE * budget, MOST)))
 
 
 def _batch(recipe: Recipe, source: Source) -> int:
@@ -247,7 +247,7 @@ def _decodable(
     """As many of the images as can be decoded in a share of the budget."""
     if recipe.subset is not None:
         return recipe, source
-    each = distributed.share(_decode_seconds(source, 2 * recipe.size))
+    each = distributed.broadcast_object(_decode_seconds(source, 2 * recipe.size))
     most = int(DECODED * budget / each) if each > 0 else len(source)
     if len(source) <= most:
         return recipe, source
@@ -256,7 +256,7 @@ def _decodable(
         f"Learning from {most:,} of {len(source):,} images, drawn by a fixed seed: decoding all of them takes about "
         f"{duration(each * len(source))}. A longer budget takes more of them."
     )
-    return plan(data, given | {"subset": most, "size": recipe.size, "batch": recipe.batch}, download)
+    return resolve_recipe(data, given | {"subset": most, "size": recipe.size, "batch": recipe.batch}, download)
 
 
 def _decode_seconds(source: Source, canvas: int) -> float:

@@ -1,4 +1,4 @@
-"""The seam: rows out of a tower, gradients back into it, one context group at a time.
+"""The seam: rows out of a network, gradients back into it, one context group at a time.
 
 With one group the graph is kept. With more, the first pass keeps no graph, and on the way back every group runs
 again, with the same random numbers, and is pushed with its own gradient: memory is that of one group, and the
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from inbatch.batch import Rows
-from inbatch.models.tower import Tower, frozen_statistics, norms, running_statistics
+from inbatch.models.network import Network, frozen_statistics, norms, running_statistics
 
 Group = Callable[[], Sequence[Tensor]]
 """Gives the views (G, C, H, W) of one context group, whenever it is asked: they need not be held until the way back."""
 
 
 @dataclass
-class Sweep:
-    """One tower's rows for all groups of this rank, and what is needed to come back.
+class GroupForward:
+    """One network's rows for all groups of this rank, and what is needed to come back.
 
     numbers: which of a sample's views the V views are.
     rows: (V, B, D) by head, without graph.
@@ -41,7 +41,7 @@ def cut(images: Sequence[Tensor], groups: int) -> list[Sequence[Tensor]]:
 
 
 @contextlib.contextmanager
-def replayable(key: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(key: int, device: torch.device) -> Iterator[None]:
     """Random numbers (dropout) from a key, so that a group can run twice and any rank could run it."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -49,13 +49,13 @@ def replayable(key: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def sweep(
-    tower: Tower, call: Callable[..., Rows], groups: Sequence[Group], numbers: Sequence[int], keys: Sequence[int],
+def forward_groups(
+    network: Network, call: Callable[..., Rows], groups: Sequence[Group], numbers: Sequence[int], keys: Sequence[int],
     grad: bool,
-) -> Sweep:  # fmt: skip
-    """Run every group through the tower.
+) -> GroupForward:  # fmt: skip
+    """Run every group through the network.
 
-    call: the tower itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
+    call: the network itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
     numbers: which of a sample's views the groups hold.
     keys: one seed per group.
     grad: whether gradients will come back.
@@ -64,12 +64,12 @@ def sweep(
     """
     if len(groups) == 1:
         images = groups[0]()
-        with replayable(keys[0], images[0].device), torch.set_grad_enabled(grad):
-            live = (call if grad else tower)(images, numbers)
+        with seeded_rng(keys[0], images[0].device), torch.set_grad_enabled(grad):
+            live = (call if grad else network)(images, numbers)
         rows = {name: x.detach() for name, x in live.items()}
-        return Sweep(groups, numbers, keys, rows, live if grad else None)
+        return GroupForward(groups, numbers, keys, rows, live if grad else None)
 
-    statistics, counts = running_statistics(tower), [norm.num_batches_tracked for norm in norms(tower)]
+    statistics, counts = running_statistics(network), [norm.num_batches_tracked for norm in norms(network)]
     before, total = [s.clone() for s in statistics + counts], [torch.zeros_like(s) for s in statistics]
     parts = []
     with torch.no_grad():
@@ -77,20 +77,20 @@ def sweep(
             for statistic, old in zip(statistics + counts, before, strict=True):
                 statistic.copy_(old)
             images = group()
-            with replayable(key, images[0].device):
-                parts.append(tower(images, numbers))
+            with seeded_rng(key, images[0].device):
+                parts.append(network(images, numbers))
             for summed, statistic in zip(total, statistics, strict=True):
                 summed += statistic
         for statistic, summed in zip(statistics, total, strict=True):
             statistic.copy_(summed / len(groups))
     rows = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    return Sweep(groups, numbers, keys, rows, None)
+    return GroupForward(groups, numbers, keys, rows, None)
 
 
-def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows) -> None:
-    """Push the gradients of the rows, (V, B, D) by head, back into the tower's parameters.
+def backward_groups(swept: GroupForward, network: Network, call: Callable[..., Rows], gradients: Rows) -> None:
+    """Push the gradients of the rows, (V, B, D) by head, back into the network's parameters.
 
-    call: as in `sweep`; where it has `no_sync`, ranks meet only in the last group's backward pass.
+    call: as in `forward_groups`; where it has `no_sync`, ranks meet only in the last group's backward pass.
     """
     if swept.live is not None:
         torch.autograd.backward(list(swept.live.values()), [gradients[name] for name in swept.live])
@@ -98,10 +98,10 @@ def push(swept: Sweep, tower: Tower, call: Callable[..., Rows], gradients: Rows)
     last = len(swept.groups) - 1
     slices = [dict(zip(gradients, part, strict=True))
               for part in zip(*(g.chunk(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
-    with frozen_statistics(tower):
+    with frozen_statistics(network):
         for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
             images = group()
-            with alone, replayable(key, images[0].device):
+            with alone, seeded_rng(key, images[0].device):
                 rows = call(images, swept.numbers)
                 torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

@@ -11,28 +11,28 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import assigned, embed
 from inbatch.methods import METHODS
 from inbatch.models import Encoder
-from inbatch.models.tower import Tower
+from inbatch.models.network import Network
 from inbatch.models.weights import fill, read, write
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 
 
 class HeadRows:
-    """The rows of one of a tower's heads, in the place of an encoder's features."""
+    """The rows of one of a network's heads, in the place of an encoder's features."""
 
-    def __init__(self, tower: Tower, encoder: Encoder, head: str) -> None:
-        self.tower, self.head = tower, head
-        self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, tower.evaluating
+    def __init__(self, network: Network, encoder: Encoder, head: str) -> None:
+        self.network, self.head = network, head
+        self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, network.evaluating
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.tower([x])[self.head][0]
+        return self.network([x])[self.head][0]
 
 
-def save_heads(built: Built, directory: Path) -> None:
+def save_heads(built: RunComponents, directory: Path) -> None:
     """`model.safetensors` of the heads that learned, and `config.json`: the method, its options, what it was told."""
     told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
     told |= {"batch": built.recipe.batch, "views": len(built.views)}
     method = built.recipe.method
-    write(directory, built.tower.heads, {"method": method.name, "options": method.options, "told": told}, {})
+    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": told}, {})
 
 
 def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0)
         with torch.random.fork_rng(devices=[]):
             method = kind(**options)
             method.prepare(**told)
-            tower = Tower(encoder, method.heads(encoder.width), (name,))
+            network = Network(encoder, method.heads(encoder.width), (name,))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None
-    fill(tower.heads, weights, f"the heads of {config['method']}")
-    rows = embed(HeadRows(tower.to(encoder.device), encoder, name), source, workers=workers)
+    fill(network.heads, weights, f"the heads of {config['method']}")
+    rows = embed(HeadRows(network.to(encoder.device), encoder, name), source, workers=workers)
     return {"head": name, **assigned(rows), "split": "test"}

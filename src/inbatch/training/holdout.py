@@ -9,7 +9,7 @@ from inbatch.rng import permutation
 from inbatch.training.recipe import Recipe
 
 
-def held_out(
+def evaluation_split(
     recipe: Recipe, source: Source, data: Any, test: Any = None, download: bool = False
 ) -> tuple[Source, Source, str] | None:
     """Sources to judge features by, bank and queries, and in words where they are from; None without labels.

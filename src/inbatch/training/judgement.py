@@ -11,7 +11,7 @@ from inbatch.data import Source
 from inbatch.errors import InbatchError
 from inbatch.evaluation import evaluate
 from inbatch.models import Encoder
-from inbatch.training.build import Built, views_of
+from inbatch.training.build import RunComponents, views_of
 from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 from inbatch.training.monitors.online_evaluation import fit_readout
@@ -23,7 +23,7 @@ COSTLY = ("finetune", "corruptions")
 """Protocols by which the encoder before training is not judged: each takes minutes, and says little of it."""
 
 
-def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
+def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
     """Compare a run's encoder with the one that it began with, and draw neighbours.png; entries of result.json.
 
     images: how many, at most, are embedded for the picture and for what is measured without labels.
@@ -49,7 +49,7 @@ def worth(built: Built, held: Any, out: Path, images: int = IMAGES) -> dict[str,
     }
 
 
-def images_within(built: Built, seconds: float, images: int | None = None) -> tuple[int, float]:
+def images_within(built: RunComponents, seconds: float, images: int | None = None) -> tuple[int, float]:
     """Return how many images `worth` can embed in so many seconds, and about how many seconds they take.
 
     images: as many in any case, for a run that goes on.

@@ -21,7 +21,7 @@ from inbatch.runtime.memory import peak_memory
 from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import Keeper, Pace, duration
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import load, restore, save, set_aside
 from inbatch.training.head_evaluation import save_heads
 from inbatch.training.judgement import IMAGES, images_within, worth
@@ -30,25 +30,25 @@ from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.monitors.online_evaluation import (
     affordable,
-    chosen,
+    check_collapse,
+    check_leak,
+    choose_online_subsets,
+    evaluate_online,
     evaluation,
-    guard,
-    judge,
-    judged,
+    evaluation_epochs,
     limited,
-    looked_at,
+    make_online_evaluator,
+    report_comparison,
     survey,
-    tell,
-    watch,
 )
 from inbatch.training.monitors.reference import Reference
 from inbatch.training.replay import capture
-from inbatch.training.status import Report, tell_bad
-from inbatch.training.step import NotFinite
+from inbatch.training.status import Report, report_unreadable
+from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
 from inbatch.training.summary import describe
 from inbatch.training.timing import expectation, growth, step_seconds
-from inbatch.training.train_state import Progress
+from inbatch.training.train_state import TrainState
 
 JUDGED = 0.03
 """Share of a budget that one evaluation may take to embed its images."""
@@ -57,7 +57,7 @@ SAVE_EVERY = 600.0
 
 
 def train(
-    built: Built, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
+    built: RunComponents, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -72,7 +72,7 @@ def train(
     Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
     kept, see `capture`) or where it ends on collapse.
     """
-    progress, main = Progress(began=time.perf_counter() if began is None else began), distributed.rank() == 0
+    progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
     parts, data = built.parts() | {"progress": progress}, _signature(built)
     if resume:
         found = load(out / "checkpoints")
@@ -83,13 +83,13 @@ def train(
     if not resume:
         progress.calibration = dict(calibration) if calibration else None
     calibration = progress.calibration
-    distributed.agree(
+    distributed.assert_equal_across_ranks(
         {"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context}
     )
     if resume and main:  # every rank has read it
         set_aside(found)
     progress.data = data
-    looks = looked_at(built.recipe)
+    looks = evaluation_epochs(built.recipe)
     compared = Comparison(reference.over(looks), progress.curve, looks, built.loader.steps) if reference else None
 
     where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
@@ -97,24 +97,24 @@ def train(
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
-        with report.verdict():
+        with report.record_exit_status():
             log.note(_expected(built, progress, calibration))
         for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
             log.note(note)
-        with report.verdict():
+        with report.record_exit_status():
             products = fast_products() if built.loader.device.type == "cpu" else contextlib.nullcontext()
             threads = Threads(built.loader.device, progress.threads)
             with products, contextlib.closing(built.loader), threads, stop_on_signals() as stop:
                 stopping = Stopping(built, parts, report, stop)
                 with stopping.answering():
-                    with report.verdict():  # torchrun ends the others when a rank has died
+                    with report.record_exit_status():  # torchrun ends the others when a rank has died
                         if sentence := threads.decide():
                             log.note(sentence)
                         looked, pace, images = held, None, IMAGES
                         if main and built.recipe.budget is not None:
                             held, pace, images = _within(built, held, progress, calibration)
                         if main and held is not None:
-                            looked, held = chosen(built, held)
+                            looked, held = choose_online_subsets(built, held)
                         keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
                         _epochs(
                             built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
@@ -123,7 +123,7 @@ def train(
                     stop.release()  # all is saved
                     extra = {"calibration": calibration} if calibration else {}
                     ended = (built, progress, held, out, where, compared, extra, images)
-                    result = distributed.share(_finish(*ended) if main else None)
+                    result = distributed.broadcast_object(_finish(*ended) if main else None)
         log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if built.recipe.budget is not None:
             share = result["wall_seconds"] / built.recipe.budget
@@ -134,7 +134,7 @@ def train(
     return result
 
 
-def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] | None) -> str:
+def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[str, Any] | None) -> str:
     """How long the rest of the run takes, as calibrated, as seen before a resume, or by a slice of a step."""
     if calibration and not progress.step:
         tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
@@ -142,12 +142,12 @@ def _expected(built: Built, progress: Progress, calibration: Mapping[str, Any] |
     elif progress.step:
         seconds = progress.seconds / progress.step
     else:
-        seconds = distributed.share(step_seconds(built))
+        seconds = distributed.broadcast_object(step_seconds(built))
     return expectation(built, seconds, progress.step)
 
 
 def _within(
-    built: Built, held: Any, progress: Progress, calibration: Mapping[str, Any] | None
+    built: RunComponents, held: Any, progress: TrainState, calibration: Mapping[str, Any] | None
 ) -> tuple[Any, Pace, int]:
     """What a run with a budget is judged by, its pace, and how many images are compared at its end.
 
@@ -158,7 +158,7 @@ def _within(
     began = time.perf_counter()
     if held is not None:
         held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
-    judge(built, held)()
+    make_online_evaluator(built, held)()
     looks = time.perf_counter() - began
     images, compared = images_within(built, JUDGED * left, *progress.judged[2:])
     progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
@@ -167,7 +167,7 @@ def _within(
     return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
 
 
-def _signature(built: Built) -> str:
+def _signature(built: RunComponents) -> str:
     """Which images a run learns from: another number, name, order or label is another permutation."""
     source = built.loader.source
     return f"{len(source):,} images {source.signature()}"
@@ -190,24 +190,24 @@ def _same_data(then: str, now: str) -> None:
 
 
 def _epochs(
-    built: Built, progress: Progress, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any, out: Path,
-    stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
+    built: RunComponents, progress: TrainState, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any,
+    out: Path, stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
 ) -> None:  # fmt: skip
     """Every epoch from `progress.step` on."""
     recipe, steps, main = built.recipe, built.loader.steps, distributed.rank() == 0
-    look = judge(built, held)
+    look = make_online_evaluator(built, held)
     source = built.loader.source
     few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
     watched = Subset(source, few, "watched for collapse")
-    told = tell_bad(built, out, log, 0)
+    told = report_unreadable(built, out, log, 0)
 
     def end(epoch: int) -> None:
         """Look at the features after so many epochs, the last one perhaps not whole, and save."""
         nonlocal told
         before = set(progress.collapsed)
-        watch(built, watched, progress, epoch, log)
-        told = tell_bad(built, out, log, told)
-        stays = distributed.share(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
+        check_collapse(built, watched, progress, epoch, log)
+        told = report_unreadable(built, out, log, told)
+        stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
         best, last = False, progress.step >= built.total
         if epoch % recipe.evaluate_every == 0 or last:
             best = look_at(epoch)
@@ -227,15 +227,15 @@ def _epochs(
         began = time.perf_counter()
         judges: dict[str, float] = {"bank": len(held[0]), "queries": len(held[1])} if held else {}
         log.record(progress.step, progress.cost() | judges)
-        best = judged(look, progress, epoch, log, steps)
-        tell(compared, out, log)
+        best = evaluate_online(look, progress, epoch, log, steps)
+        report_comparison(compared, out, log)
         if progress.step:
-            guard(built, progress, epoch, log)
+            check_leak(built, progress, epoch, log)
         keeper.look_seconds = time.perf_counter() - began
         return best
 
     if progress.step == 0:
-        watch(built, watched, progress, 0, log)
+        check_collapse(built, watched, progress, 0, log)
         look_at(0)
     elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
         end(-(-progress.step // steps))  # stopped by a signal at an epoch's last step
@@ -253,7 +253,7 @@ def _epochs(
             stopping.begin()
             try:
                 losses = built.step(batch, progress.step)
-            except NotFinite as error:
+            except NonFiniteError as error:
                 kept = capture(out, built, error)
                 raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {out}") from error
             progress.step = step = progress.step + 1
@@ -265,7 +265,9 @@ def _epochs(
             now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
             log.step(step, epoch, losses | now_so, recipe.batch)
             # One collective tells a signal of any rank, and whether rank 0's clock is to be looked at.
-            asked, due = divmod(distributed.largest(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2)
+            asked, due = divmod(
+                distributed.all_reduce_max(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2
+            )
             if asked:
                 _save(parts, progress, out, best=False)
                 raise stopping.answer(asked)
@@ -283,12 +285,14 @@ def _epochs(
             keeper.paused(time.perf_counter() - ended)
 
 
-def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log: Log) -> bool:
+def _keep_time(built: RunComponents, keeper: Keeper, progress: TrainState, out: Path, log: Log) -> bool:
     """Change the length of the run if its budget asks for it; return whether a checkpoint is due."""
     step, recipe = progress.step, built.recipe
     between = recipe.evaluate_every * built.loader.steps
     looks = -(-built.total // between) - step // between
-    left, save_now = distributed.share(keeper.check(step, built.timeline, looks) if distributed.rank() == 0 else None)
+    left, save_now = distributed.broadcast_object(
+        keeper.check(step, built.timeline, looks) if distributed.rank() == 0 else None
+    )
     if left is not None:
         built.timeline.change(step, left)
         built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
@@ -305,7 +309,7 @@ def _keep_time(built: Built, keeper: Keeper, progress: Progress, out: Path, log:
     return save_now
 
 
-def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> None:
+def _save(parts: dict[str, Any], progress: TrainState, out: Path, best: bool) -> None:
     """Write a checkpoint from rank 0; an error there ends every rank."""
     problem = None
     if distributed.rank() == 0:
@@ -314,14 +318,14 @@ def _save(parts: dict[str, Any], progress: Progress, out: Path, best: bool) -> N
             save(out / "checkpoints", state, step=progress.step, best=best)
         except InbatchError as error:
             problem = str(error)
-    if problem := distributed.share(problem):
+    if problem := distributed.broadcast_object(problem):
         raise InbatchError(problem)
     progress.saved = progress.step, progress.ended
 
 
 def _finish(
-    built: Built, progress: Progress, held: Any, out: Path, where: dict[str, Any], compared: Comparison | None,
-    extra: Mapping[str, Any], images: int,
+    built: RunComponents, progress: TrainState, held: Any, out: Path, where: dict[str, Any],
+    compared: Comparison | None, extra: Mapping[str, Any], images: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
@@ -332,7 +336,7 @@ def _finish(
         "recipe": built.recipe.nested(),
         "context": built.context,
         "world": distributed.world(),
-        "precision": str(built.tower.precision).removeprefix("torch."),
+        "precision": str(built.network.precision).removeprefix("torch."),
         "environment": where,
         "images": len(built.source),
         "unreadable": len(built.loader.unreadable()),

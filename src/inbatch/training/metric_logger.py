@@ -105,7 +105,7 @@ class Log:
             self.note(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
         else:
             self._show(step, time.perf_counter())
-        self.untimed()
+        self.reset_throughput()
 
     def length(self, total_steps: int) -> None:
         """The run has another length from now on."""
@@ -113,7 +113,7 @@ class Log:
         if self._bar is not None:
             self._bar.total(total_steps)
 
-    def untimed(self) -> None:
+    def reset_throughput(self) -> None:
         """What was done since the last step is no training time."""
         self._clock, self._images = time.perf_counter(), 0
 

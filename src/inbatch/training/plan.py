@@ -13,7 +13,7 @@ from inbatch.training.recipe import PARTS, Recipe, Settings, make, method_named,
 from inbatch.training.registry import shown
 
 
-def plan(data: Any, settings: Mapping[str, Any], download: bool = False) -> tuple[Recipe, Source]:
+def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = False) -> tuple[Recipe, Source]:
     """The complete recipe for some data, and the data opened: size, channels and preset follow the images."""
     settings = dict(settings)
     source = open_data(

@@ -79,10 +79,10 @@ class Recipe:
         the number found takes its place before anything is written.
     fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
     crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
-    shuffle_groups: the momentum tower's context groups (without one: those of every view but the first) are other
+    shuffle_groups: the target network's context groups (without one: those of every view but the first) are other
         permutations of the batch, so that what a group has in common does not solve the task.
-    precision: of the towers. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
-    variance: weight of VICReg's variance term (`functional.narrowness`), added to the loss of any method.
+    precision: of the networks. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
+    variance: weight of VICReg's variance term (`functional.variance_hinge`), added to the loss of any method.
     grow_from, grow_until: until this share of the run the encoder sees its views at this share of their side, which
         costs the square of it; then at full size (progressive resizing). 1 and 0: always at full size.
     joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs

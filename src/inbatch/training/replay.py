@@ -19,16 +19,16 @@ from inbatch.runtime import distributed
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, replacing, write_json
 from inbatch.training import checkpoint
-from inbatch.training.build import Built, build
+from inbatch.training.build import RunComponents, build
 from inbatch.training.recipe import make, read_file
 from inbatch.training.run_encoder import kept_initial
-from inbatch.training.step import NotFinite
+from inbatch.training.step import NonFiniteError
 
 FOLDER = "nan_capture"
 _OPTIONAL = ("size", "attempt", "boxes")
 
 
-def capture(out: Path, built: Built, failed: NotFinite) -> Path:
+def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
     """Keep a failed step in the run's folder: the state of every part, and each rank's samples with their pixels.
 
     No weight has changed since the step began; what has, running norm statistics, does not matter to it. Every rank
@@ -94,25 +94,25 @@ def _again(
     checkpoint.restore(built.parts(), saved["parts"])
     step, batch = built.step, _batch(folder, told).to(device)
     step.curator = None  # its attempts are the batch's
-    places = [f"the weight {name}" for name, p in built.tower.named_parameters() if not p.isfinite().all()]
+    places = [f"the weight {name}" for name, p in built.network.named_parameters() if not p.isfinite().all()]
     step.views = _checked(step.views, places)
-    with _watched(built.tower, places):
+    with _watched(built.network, places):
         try:
             losses = step(batch, told["step"])
             return {"reproduced": False, "loss": float(losses["loss"]), "grad_norm": float(losses["grad_norm"]),
                     "places": places, "precision": _name(built)}  # fmt: skip
-        except NotFinite as failed:
+        except NonFiniteError as failed:
             again = failed
     places += [f"the loss's part {name}" for name, value in again.losses.items() if not torch.isfinite(value)]
     # From the loss down: the first is where the gradient went wrong.
-    grads = [name for name, p in built.tower.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    grads = [name for name, p in built.network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     places += [f"the gradient of {name}" for name in reversed(grads)]
     return {"reproduced": True, "loss": float(again.losses["loss"]), "grad_norm": float(again.norm), "places": places,
             "precision": _name(built)}  # fmt: skip
 
 
-def _name(built: Built) -> str:
-    return str(built.tower.precision).removeprefix("torch.")
+def _name(built: RunComponents) -> str:
+    return str(built.network.precision).removeprefix("torch.")
 
 
 class _Empty(Source):
@@ -177,7 +177,7 @@ def _checked(views: Callable[[Batch], Sequence[Tensor]], places: list[str]) -> C
 
 
 @contextmanager
-def _watched(tower: nn.Module, places: list[str]) -> Iterator[None]:
+def _watched(network: nn.Module, places: list[str]) -> Iterator[None]:
     """Note, in their order, the innermost modules whose output is the first that is not finite."""
 
     def look(name: str) -> Callable[..., None]:
@@ -187,7 +187,7 @@ def _watched(tower: nn.Module, places: list[str]) -> Iterator[None]:
 
         return hook
 
-    leaves = [(name, module) for name, module in tower.named_modules() if not any(True for _ in module.children())]
+    leaves = [(name, module) for name, module in network.named_modules() if not any(True for _ in module.children())]
     handles = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inbatch.data import Coloured, Source, open_data, splits
+from inbatch.data import GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import embed_stream as stream
 from inbatch.evaluation import write_embeddings
@@ -19,7 +19,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import judge_head
-from inbatch.training.holdout import held_out
+from inbatch.training.holdout import evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
 from inbatch.training.recipe import Recipe, make, read_file
 from inbatch.training.replay import replay
@@ -93,7 +93,7 @@ def evaluate_run(
     own, path = recipe_of(path), Path(path)
     found = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
-    held = held_out(recipe, source, recipe.data if data is None else data, test)
+    held = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
     options = {"k": recipe.k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
@@ -110,7 +110,7 @@ def evaluate_run(
 
 def _for(encoder: Encoder, source: Source) -> Source:
     """The source with as many channels as the encoder takes."""
-    return Coloured(source) if (source.channels, encoder.channels) == (1, 3) else source
+    return GreyAsRGB(source) if (source.channels, encoder.channels) == (1, 3) else source
 
 
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:

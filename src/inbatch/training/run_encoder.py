@@ -93,7 +93,7 @@ def fit_first_layer(encoder: Encoder, source: Source) -> None:
     """
     for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
         layer.fit(_sample(source, encoder.prepare), encoder.std)
-        layer.weight.copy_(distributed.share(layer.weight))
+        layer.weight.copy_(distributed.broadcast_object(layer.weight))
 
 
 def _sample(source: Source, prepare: Prepare) -> Tensor:
@@ -203,9 +203,9 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     except InbatchError as error:
         raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
     encoder, notes = _without_weights(recipe, path)
-    tower = saved.state.get("average") or saved.state.get("tower")
+    network = saved.state.get("average") or saved.state.get("tower")
     try:
-        weights = {k.removeprefix("encoder."): v for k, v in dict(tower or {}).items() if k.startswith("encoder.")}
+        weights = {k.removeprefix("encoder."): v for k, v in dict(network or {}).items() if k.startswith("encoder.")}
         fill(encoder, weights, f"the encoder {recipe.encoder.name}")
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None

@@ -12,16 +12,16 @@ from inbatch.errors import InbatchError, Interrupted, Preempted, RankError, unre
 from inbatch.runtime import distributed
 from inbatch.runtime.files import out_of_room, replacing, write_json
 from inbatch.runtime.signals import StopRequested
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.metric_logger import Log
 from inbatch.training.replay import FOLDER
-from inbatch.training.train_state import Progress
+from inbatch.training.train_state import TrainState
 
 
 class Report:
     """run.json: whether the run goes on, ended or failed, and why."""
 
-    def __init__(self, out: Path, built: Built, progress: Progress, main: bool) -> None:
+    def __init__(self, out: Path, built: RunComponents, progress: TrainState, main: bool) -> None:
         self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
         self.fixed: dict[str, Any] = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": distributed.world()}
@@ -39,7 +39,7 @@ class Report:
             write_json(self.path, now | self.fixed)
 
     @contextlib.contextmanager
-    def verdict(self) -> Iterator[None]:
+    def record_exit_status(self) -> Iterator[None]:
         """What ends the run in here is written down: by rank 0, or the first of those left where that is lost."""
         try:
             with distributed.shared_errors(), lost_workers(), out_of_room(self.path.parent):
@@ -65,11 +65,11 @@ class Report:
             self.status(status, reason)
 
 
-def tell_bad(built: Built, out: Path, log: Log, told: int) -> int:
+def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> int:
     """Make known on every rank which images could not be read so far, list them all, and say what is new after the
     first `told`; how many there are now."""
     loader = built.loader
-    for bad in distributed.spread(lambda _: loader.bad, distributed.world()):
+    for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
         loader.note(bad)
     found = loader.unreadable()
     if distributed.rank() or len(found) == told:

@@ -12,9 +12,9 @@ from inbatch.batch import Batch, Rows
 from inbatch.context.curation import Curator
 from inbatch.errors import TrainingError
 from inbatch.methods.base import Method
-from inbatch.models.tower import Tower, follow, running_statistics
+from inbatch.models.network import Network, ema_update, running_statistics
 from inbatch.nn import logsumexp
-from inbatch.nn.functional import narrowness
+from inbatch.nn.functional import variance_hinge
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed
 from inbatch.training import grad_cache
@@ -23,7 +23,7 @@ Orders = Sequence[Tensor | None]
 """For each view, which sample of the batch stands where while its groups run; None: the batch's own order."""
 
 
-class NotFinite(TrainingError):
+class NonFiniteError(TrainingError):
     """The loss or its gradient is not finite; carries what `capture` keeps of the step."""
 
     def __init__(self, step: int, batch: Batch, losses: dict[str, Tensor], norm: Tensor):
@@ -42,23 +42,23 @@ class Step:
 
     views: samples -> their V views, (B, C, H, W) each, on the device; the same whenever they are asked for.
     count: V.
-    call: the tower, or what wraps it to average gradients over ranks.
+    call: the network, or what wraps it to average gradients over ranks.
     groups: context groups per rank; synced: they reach over all ranks (synchronised norm).
     schedule: sets the optimiser's rates for a step.
     progress: the share of the run that is done at a step.
     curator: draws some of the views again before they are learned from.
-    shuffle: the momentum tower's context groups are other permutations of the batch, drawn anew for every step and
-        view; where there is no momentum tower, those of every view but the first.
+    shuffle: the target network's context groups are other permutations of the batch, drawn anew for every step and
+        view; where there is no target network, those of every view but the first.
     products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
     variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
     scale: of the images' side at a share of the run, for runs whose images grow.
-    commit: called before anything but buffers of the towers and the curator changes; the step is then finished.
+    commit: called before anything but buffers of the networks and the curator changes; the step is then finished.
     """
 
     method: Method
-    tower: Tower
+    network: Network
     call: nn.Module
-    target: Tower | None
+    target: Network | None
     views: Callable[[Batch], Sequence[Tensor]]
     count: int
     optimizer: Optimizer
@@ -69,7 +69,7 @@ class Step:
     synced: bool = False
     curator: Curator | None = None
     shuffle: bool = False
-    products: logsumexp.Products = "float32"
+    products: logsumexp.MatmulPrecision = "float32"
     variance: float = 0.0
     scale: Callable[[float], float] = lambda progress: 1.0
     commit: Callable[[], None] = lambda: None
@@ -77,57 +77,61 @@ class Step:
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
         progress = self.progress(step)
-        for tower in (self.tower, self.target):
-            if tower is not None:
-                tower.scale = self.scale(progress)
+        for network in (self.network, self.target):
+            if network is not None:
+                network.scale = self.scale(progress)
         curated: dict[str, float] = {}
         if self.curator is not None:
             batch, curated = self.curator(batch, distributed.gather, distributed.rank() * len(batch))
 
-        learning, teaching = (list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views))
+        online_views, target_views = (
+            list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
+        )
         held = self.views(batch) if self.groups == 1 else None  # of many groups, only one's views are ever held
-        online, orders = self._sweep(self.tower, batch, held, learning, step, grad=True)
+        online, orders = self._sweep(self.network, batch, held, online_views, step, grad=True)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
-        taught: Rows = {}
+        target_rows: Rows = {}
         if self.target is not None:
-            taught = _whole(*self._sweep(self.target, batch, held, teaching, step, grad=False))
+            target_rows = _whole(*self._sweep(self.target, batch, held, target_views, step, grad=False))
         whole = Batch(distributed.gather(batch.index), distributed.gather(batch.label), batch.seed, batch.epoch)
 
         with logsumexp.using(
             products=self.products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
         ):
-            losses = self.method.loss(rows, taught, whole)
+            losses = self.method.loss(rows, target_rows, whole)
             if self.variance:
-                narrow = torch.stack([narrowness(x) for x in rows.values()]).mean()
+                narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
                 losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
         # The wrapper averages over ranks, the gradient of the whole batch is the sum: hence the factor.
         back = {
-            name: distributed.own(_rearranged(_gradient(x), orders), 1) * distributed.world()
+            name: distributed.local_shard(_rearranged(_gradient(x), orders), 1) * distributed.world()
             for name, x in rows.items()
         }
-        grad_cache.push(online, self.tower, self.call, back)
-        distributed.average_([s for tower in (self.tower, self.target) if tower for s in running_statistics(tower)])
-        self.method.on_gradients(self.tower.heads, whole, progress)
-        norm = nn.utils.get_total_norm([p.grad for p in self.tower.parameters() if p.grad is not None])
+        grad_cache.backward_groups(online, self.network, self.call, back)
+        distributed.average_(
+            [s for network in (self.network, self.target) if network for s in running_statistics(network)]
+        )
+        self.method.on_gradients(self.network.heads, whole, progress)
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
-            raise NotFinite(step, batch, losses, norm)
+            raise NonFiniteError(step, batch, losses, norm)
         self.commit()
         self.schedule(self.optimizer, step)
         self.optimizer.step()
-        self.method.on_weights(self.tower.heads)
+        self.method.on_weights(self.network.heads)
 
         if self.target is not None:
-            follow(self.target, self.tower, self.method.momentum(progress))
+            ema_update(self.target, self.network, self.method.momentum(progress))
         with torch.no_grad():
-            self.method.after_step({name: x.detach() for name, x in rows.items()}, taught, whole, progress)
+            self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
 
     def _sweep(
-        self, tower: Tower, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
-    ) -> tuple[grad_cache.Sweep, Orders]:
+        self, network: Network, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
+    ) -> tuple[grad_cache.GroupForward, Orders]:
         """Rows of this rank's groups; the random numbers of a group are the same on whichever rank it runs."""
         moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
         n, device = len(batch) * distributed.world(), batch.index.device
@@ -138,7 +142,9 @@ class Step:
         first = 0 if self.synced else distributed.rank() * self.groups
         part = distributed.rank() if self.synced else 0
         keys = [fold(self.seed, step, int(grad), first + g, part) for g in range(self.groups)]
-        return grad_cache.sweep(tower, self.call, self._groups(batch, held, views, orders), views, keys, grad), orders
+        return grad_cache.forward_groups(
+            network, self.call, self._groups(batch, held, views, orders), views, keys, grad
+        ), orders
 
     def _groups(
         self, batch: Batch, held: Sequence[Tensor] | None, views: list[int], orders: Orders
@@ -150,7 +156,7 @@ class Step:
             # Streamed samples of a group lie on other ranks: whoever has them draws their views, and all hold all.
             images = held if held is not None else self.views(batch)
             dealt = [
-                images[v] if order is None else distributed.gather(images[v])[distributed.own(order)]
+                images[v] if order is None else distributed.gather(images[v])[distributed.local_shard(order)]
                 for v, order in zip(views, orders, strict=True)
             ]
             return [functools.partial(tuple, group) for group in grad_cache.cut(dealt, self.groups)]
@@ -164,7 +170,7 @@ class Step:
                 if order is None or everyone is None:
                     made.append(plain[v])
                 else:
-                    made.append(self.views(everyone.take(distributed.own(order)[places]))[v])
+                    made.append(self.views(everyone.take(distributed.local_shard(order)[places]))[v])
             return made
 
         size = len(batch) // self.groups
@@ -186,7 +192,7 @@ def _everyone(batch: Batch) -> Batch | None:
                    attempt=every(batch.attempt))  # fmt: skip
 
 
-def _whole(swept: grad_cache.Sweep, orders: Orders) -> Rows:
+def _whole(swept: grad_cache.GroupForward, orders: Orders) -> Rows:
     """The rows of the whole batch, in its order."""
     back = [None if order is None else order.argsort() for order in orders]
     return {name: _rearranged(distributed.gather(x, dim=1), back) for name, x in swept.rows.items()}

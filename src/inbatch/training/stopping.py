@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inbatch.errors import InbatchError
 from inbatch.runtime import distributed
 from inbatch.runtime.signals import GRACE, Stop, StopRequested, finishing, stopped, watchdog, without_result
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import save
 from inbatch.training.status import Report
 
@@ -28,7 +28,7 @@ class Stopping:
     parts: everything whose state makes a checkpoint complete, `progress` among it.
     """
 
-    def __init__(self, built: Built, parts: dict[str, Any], report: Report, stop: Stop) -> None:
+    def __init__(self, built: RunComponents, parts: dict[str, Any], report: Report, stop: Stop) -> None:
         self.built, self.parts, self.report, self.stop = built, parts, report, stop
         self.progress, self.out = report.progress, report.path.parent
         self.alone = distributed.world() == 1
@@ -118,7 +118,7 @@ class Stopping:
         return state
 
 
-def turns(built: Built, stop: Stop) -> list[Any]:
+def turns(built: RunComponents, stop: Stop) -> list[Any]:
     """Let Python run between the products of a step, so that signals are handled there; return the hooks' handles.
 
     The backward pass runs outside Python, on a CPU for minutes. On a GPU it only starts kernels, and a compiled network
@@ -135,7 +135,7 @@ def turns(built: Built, stop: Stop) -> list[Any]:
         if isinstance(made, Tensor) and made.requires_grad:
             made.register_hook(backward)
 
-    networks = [network for network in (built.tower, built.target) if network is not None]
+    networks = [network for network in (built.network, built.target) if network is not None]
     modules = [module for network in networks for module in network.modules()]
     layers = [m for m in modules if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     return [layer.register_forward_hook(forward) for layer in layers]

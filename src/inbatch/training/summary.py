@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from inbatch.data.views import PRESETS
 from inbatch.errors import many
 from inbatch.models import Encoder, added
-from inbatch.models.tower import Tower
+from inbatch.models.network import Network
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.text import printable
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.optim import build_optimizer, parameter_groups
 from inbatch.training.recipe import Recipe
 
@@ -25,11 +25,11 @@ COPIES = 8
 and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.tiled`)."""
 
 
-def describe(built: Built) -> str:
+def describe(built: RunComponents) -> str:
     """The data report and the resolved recipe, in a few lines for people."""
     r, encoder, world = built.recipe, built.encoder, distributed.world()
     stem = {"cifar": ", CIFAR stem (3x3, no max-pool)", "imagenet": ", ImageNet stem (7x7, max-pool)"}
-    heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.tower.heads.items())
+    heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.network.heads.items())
     sizes = [view.size for view in built.views.views]
     sides = " + ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
     groups = r.batch // built.context
@@ -42,12 +42,12 @@ def describe(built: Built) -> str:
         **_plugins(built),
         "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
-        "run": f"{_length(built)}, {_precision(built.tower)} on {built.loader.device}, seed {r.seed}",
+        "run": f"{_length(built)}, {_precision(built.network)} on {built.loader.device}, seed {r.seed}",
     }
     return printable("\n".join(f"{name + ':':8} {text}" for name, text in lines.items()))
 
 
-def _length(built: Built) -> str:
+def _length(built: RunComponents) -> str:
     """How long the run is: in epochs, or in steps if those were set."""
     r, each = built.recipe, built.loader.steps
     if r.steps is not None:
@@ -61,12 +61,12 @@ def _colourless(r: Recipe) -> str:
     return f", without saturation, hue and greyscale ({r.channels} channels)" if needed else ""
 
 
-def _plugins(built: Built) -> dict[str, str]:
+def _plugins(built: RunComponents) -> dict[str, str]:
     """A line for every plug-in of the run."""
-    r, fuse, curator = built.recipe, built.tower.fuse, built.step.curator
+    r, fuse, curator = built.recipe, built.network.fuse, built.step.curator
     lines = {}
     if r.fuse is not None and fuse is not None:
-        views = ", ".join(map(str, sorted(built.tower.fused)))
+        views = ", ".join(map(str, sorted(built.network.fused)))
         lines["fuse"] = (
             f"{r.fuse.name}, {parameters(fuse):,} parameters, patches of {fuse.patch} px in groups of {built.context}; "
             f"view {views} of 0 to {len(built.views) - 1}"
@@ -84,7 +84,7 @@ def _plugins(built: Built) -> dict[str, str]:
     if r.variance:
         lines["variance"] = f"{r.variance:g} times VICReg's variance term beside the loss"
     if r.shuffle_groups:
-        whose = "the momentum tower's" if built.target else "those of every view but the first"
+        whose = "the target network's" if built.target else "those of every view but the first"
         lines["groups"] = f"shuffled: {whose}"
     return lines
 
@@ -106,8 +106,8 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def estimate(built: Built) -> dict[str, Any]:
-    """Parameters, shapes and bytes of one rank, for JSON. Runs the tower on a few random images.
+def estimate(built: RunComponents) -> dict[str, Any]:
+    """Parameters, shapes and bytes of one rank, for JSON. Runs the network on a few random images.
 
     Bytes of activations are those of the tensors that one forward pass of a context group keeps for the way back;
     a convolution's workspace and the fragments of an allocator come on top of the sum.
@@ -116,13 +116,13 @@ def estimate(built: Built) -> dict[str, Any]:
     group = share // built.step.groups
     images, rows, activations = _activations(built, group)
     activations += _fusing(built, group)
-    held = [*built.tower.parameters(), *built.tower.buffers()]
-    learning = [p for p in built.tower.parameters() if p.requires_grad]
+    held = [*built.network.parameters(), *built.network.buffers()]
+    learning = [p for p in built.network.parameters() if p.requires_grad]
     memory = {
         "weights": _bytes(held),
         "gradients": _bytes(learning),
         "optimiser": round(_state_per_number(built) * _bytes(learning)),
-        "momentum_tower": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
+        "target_network": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
         "curator": _bytes(built.step.curator.buffers()) + _bytes(built.step.curator.parameters())
         if built.step.curator
         else 0,
@@ -135,13 +135,13 @@ def estimate(built: Built) -> dict[str, Any]:
     }
     return {
         "parameters": {"encoder": parameters(built.encoder)}
-        | {name: parameters(head) for name, head in built.tower.heads.items()}
-        | ({"fuse": parameters(built.tower.fuse)} if built.tower.fuse else {}),
+        | {name: parameters(head) for name, head in built.network.heads.items()}
+        | ({"fuse": parameters(built.network.fuse)} if built.network.fuse else {}),
         "views": [[share, *shape[1:]] for shape in images],
         "rows": {name: [shape[0], built.recipe.batch, *shape[2:]] for name, shape in rows.items()},
         "context": built.context,
         "lr": built.lr,
-        "precision": _precision(built.tower),
+        "precision": _precision(built.network),
         "device": str(built.loader.device),
         "images": len(built.source),
         "steps_per_epoch": built.loader.steps,
@@ -151,7 +151,7 @@ def estimate(built: Built) -> dict[str, Any]:
     }
 
 
-def _activations(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+def _activations(built: RunComponents, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
     """Shapes of the views and of the rows of a few samples, and the bytes that a group of this size keeps."""
     views, rows, kept = _forward(built, min(group, _SAMPLES))
     if group > _SAMPLES:  # a straight line: some of it (weights in bfloat16) does not grow
@@ -160,18 +160,18 @@ def _activations(built: Built, group: int) -> tuple[list[tuple[int, ...]], dict[
     return views, rows, kept
 
 
-def _forward(built: Built, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+def _forward(built: RunComponents, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
     """Shapes of views and rows, and the bytes that a forward pass of random images keeps for the way back."""
     sizes = [view.size for view in built.views.views]
     views = [_images(built, samples, size) for size in sizes]
     learning = list(built.method.online_views(len(views)))
     plain = [-1] * len(learning)  # numbers that nothing fuses: a group of so few samples may not fit
-    tower = built.tower.forward  # not as called, which may compile first
-    rows, kept = _kept(built, lambda: tower([views[v] for v in learning], plain))
+    network = built.network.forward  # not as called, which may compile first
+    rows, kept = _kept(built, lambda: network([views[v] for v in learning], plain))
     return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
 
 
-def _pixels(built: Built) -> int:
+def _pixels(built: RunComponents) -> int:
     """Bytes of one sample that a batch holds on the device before its views are drawn."""
     if built.loader.held is not None or built.loader.device.type != "cpu":
         return 0  # among all images, or in the host's memory until a group's turn comes
@@ -181,24 +181,24 @@ def _pixels(built: Built) -> int:
     return built.recipe.channels * sum(size**2 for size in sizes)
 
 
-def _fusing(built: Built, group: int) -> int:
+def _fusing(built: RunComponents, group: int) -> int:
     """Bytes that batch fusion keeps for the way back."""
-    fuse = built.tower.fuse
+    fuse = built.network.fuse
     if fuse is None:
         return 0
-    learned = sorted(built.tower.fused & set(built.method.online_views(len(built.views))))
+    learned = sorted(built.network.fused & set(built.method.online_views(len(built.views))))
     images = _images(built, group, built.views.views[learned[0]].size)
-    with built.tower.autocast(images):
+    with built.network.autocast(images):
         return _kept(built, lambda: fuse(images))[1] * len(learned)
 
 
-def _images(built: Built, samples: int, size: int) -> Tensor:
+def _images(built: RunComponents, samples: int, size: int) -> Tensor:
     return torch.randn(samples, built.recipe.channels, size, size, device=built.loader.device)
 
 
-def _kept(built: Built, run: Callable[[], Any]) -> tuple[Any, int]:
+def _kept(built: RunComponents, run: Callable[[], Any]) -> tuple[Any, int]:
     """What a forward pass gives, and the bytes that it keeps for the way back, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in built.tower.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in built.network.parameters()}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _kept(built: Built, run: Callable[[], Any]) -> tuple[Any, int]:
     return found, sum(kept.values())
 
 
-def _state_per_number(built: Built) -> float:
+def _state_per_number(built: RunComponents) -> float:
     """Numbers that the optimiser keeps per parameter, seen at one step of a small one."""
     options = dict(built.recipe.optimizer.options)
     small = nn.Linear(64, 64, bias=False)
@@ -229,13 +229,13 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _rate(built: Built) -> str:
+def _rate(built: RunComponents) -> str:
     lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch
     rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
     return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
 
 
-def _schedule(built: Built) -> str:
+def _schedule(built: RunComponents) -> str:
     s = built.recipe.schedule
     shapes = {
         "cosine": f"cosine to {s.end * built.lr:.3g}",
@@ -245,5 +245,5 @@ def _schedule(built: Built) -> str:
     return (f"warm-up of {s.warmup:g} epoch{'s' * (s.warmup != 1)}, then " if s.warmup else "") + shapes[s.name]
 
 
-def _precision(tower: Tower) -> str:
-    return str(tower.precision).removeprefix("torch.")
+def _precision(network: Network) -> str:
+    return str(network.precision).removeprefix("torch.")

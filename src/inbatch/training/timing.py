@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from inbatch.errors import many
-from inbatch.models.tower import Tower, frozen_statistics
+from inbatch.models.network import Network, frozen_statistics
 from inbatch.runtime import distributed
 from inbatch.runtime.threads import beside_others
 from inbatch.training.budget import duration
-from inbatch.training.build import Built, build
+from inbatch.training.build import RunComponents, build
 from inbatch.training.registry import Part
 
 _SAMPLES = 16
@@ -23,7 +23,7 @@ SMALLER = ("resnet18", "resnet10", "fast")
 """Encoders that take less time, in falling order of their cost."""
 
 
-def step_seconds(built: Built, samples: int = _SAMPLES) -> float:
+def step_seconds(built: RunComponents, samples: int = _SAMPLES) -> float:
     """Return about how long a training step takes on the mean of the run, from a small slice of a batch.
 
     Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
@@ -36,7 +36,7 @@ def step_seconds(built: Built, samples: int = _SAMPLES) -> float:
         return full * (1 - until) + (_step_seconds(built, built.recipe.grow_from, samples) * until if until else 0.0)
 
 
-def growth(built: Built, samples: int = _SAMPLES) -> list[tuple[float, float]]:
+def growth(built: RunComponents, samples: int = _SAMPLES) -> list[tuple[float, float]]:
     """Return [(share of the run, relative cost of its steps)] while images are small, for `budget.Pace`."""
     until = built.recipe.grow_until
     if not until:
@@ -45,25 +45,27 @@ def growth(built: Built, samples: int = _SAMPLES) -> list[tuple[float, float]]:
     return [(until, min(1.0, small / full))]
 
 
-def _step_seconds(built: Built, scale: float, samples: int = _SAMPLES) -> float:
+def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -> float:
     """The same at one scale of the images."""
     share = built.recipe.batch // distributed.world()
     count = min(samples, share)
     sizes = [view.size for view in built.views.views]
-    learning, teaching = (list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views))
+    online_views, target_views = (
+        list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views)
+    )
     device = built.loader.device
     devices = [device] if device.type == "cuda" else []
 
-    def rows(tower: Tower, numbers: list[int], grad: bool) -> list[Tensor]:
+    def rows(network: Network, numbers: list[int], grad: bool) -> list[Tensor]:
         images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
-        with frozen_statistics(tower), scaled(tower, scale), torch.set_grad_enabled(grad):
-            return list(tower.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
+        with frozen_statistics(network), scaled(network, scale), torch.set_grad_enabled(grad):
+            return list(network.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
 
     def work() -> float:
         began = time.perf_counter()
-        learned = rows(built.tower, learning, grad=True)
+        learned = rows(built.network, online_views, grad=True)
         if built.target is not None:
-            rows(built.target, teaching, grad=False)
+            rows(built.target, target_views, grad=False)
         torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
         built.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -78,16 +80,16 @@ def _step_seconds(built: Built, scale: float, samples: int = _SAMPLES) -> float:
 
 
 @contextmanager
-def scaled(tower: Tower, scale: float) -> Iterator[None]:
+def scaled(network: Network, scale: float) -> Iterator[None]:
     """The network sees its images at this scale for a while."""
-    before, tower.scale = tower.scale, scale
+    before, network.scale = network.scale, scale
     try:
         yield
     finally:
-        tower.scale = before
+        network.scale = before
 
 
-def expectation(built: Built, seconds: float, done: int = 0) -> str:
+def expectation(built: RunComponents, seconds: float, done: int = 0) -> str:
     """Return a sentence on how long the steps that are left take, and what to do if that is longer than a day."""
     left = built.total - done
     total = left * seconds
@@ -99,7 +101,7 @@ def expectation(built: Built, seconds: float, done: int = 0) -> str:
     return text + "."
 
 
-def smaller_choices(built: Built) -> list[tuple[str, float]]:
+def smaller_choices(built: RunComponents) -> list[tuple[str, float]]:
     """Return (setting, seconds of the whole run) of encoders that take less time than this run's."""
     now, found = step_seconds(built) * built.total, []
     after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0

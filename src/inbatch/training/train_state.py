@@ -13,7 +13,7 @@ def _zero() -> torch.Tensor:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
 
     step: steps that are done. ended: epochs after which the features have been looked at.

@@ -121,7 +121,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(one)} |\n" for one in cells) + "\n" + "\n".join(made) + "\n"
 
 
-def draw(found: Mapping[str, Any], png: Path) -> None:
+def plot_curves(found: Mapping[str, Any], png: Path) -> None:
     """k-NN accuracy over processor seconds; hollow where the bank was a part of the images."""
     from matplotlib.figure import Figure
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from inbatch.apps.bench.options import Options
-from inbatch.apps.bench.runner import Contestant
+from inbatch.apps.bench.runner import Implementation
 from inbatch.apps.bench.suites import MAKERS, Field
 from inbatch.errors import InbatchError
 from inbatch.runtime.device import device_for, precision_for
@@ -76,7 +76,7 @@ def ceilings(
         "each": each,
     }
     bf16 = precision_for("auto", torch.device(device)) == torch.bfloat16
-    one = Contestant("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
+    one = Implementation("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
     with ending():
         try:
             one.meet()

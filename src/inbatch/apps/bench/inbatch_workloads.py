@@ -15,13 +15,13 @@ from inbatch.data import decode_all, open_data
 from inbatch.evaluation import Embeddings, clustering, knn, linear_probe
 from inbatch.losses import nt_xent
 from inbatch.runtime.device import device_for
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.metric_logger import Log
 
 Work = tuple[Callable[[], int], dict[str, Any]]
 
 
-def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> Built:
+def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> RunComponents:
     """A run as a user would have it; every setting that is not the job's is the default."""
     given = {"size": job["size"], "batch": job["batch"], "encoder.name": job["encoder"], "compile": job["compile"]}
     given |= job.get("settings", {}) | (settings or {}) | fields
@@ -35,13 +35,13 @@ def images(job: dict[str, Any]) -> Tensor:
     return few[torch.arange(max(job["batch"], len(few))) % len(few)].contiguous()
 
 
-def endless(run: Built) -> Iterator[Batch]:
+def endless(run: RunComponents) -> Iterator[Batch]:
     """The batches of all epochs."""
     for epoch in itertools.count():
         yield from run.loader.epoch(epoch)
 
 
-def work_of(run: Built, batch: Batch) -> int:
+def work_of(run: RunComponents, batch: Batch) -> int:
     """Operations of the towers for a batch, forward and backward, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,17 +49,17 @@ def work_of(run: Built, batch: Batch) -> int:
     online, taught = (list(pick(len(drawn))) for pick in (run.method.online_views, run.method.target_views))
     with FlopCounterMode(display=False) as counter:
         # Not by calling it: what is compiled shows no operations.
-        rows = run.tower.forward([drawn[v] for v in online], online)
+        rows = run.network.forward([drawn[v] for v in online], online)
         sum((x.float().square().mean() for x in rows.values()), torch.zeros(())).backward()
         if run.target is not None:
             with torch.no_grad():
                 run.target.forward([drawn[v] for v in taught], taught)
-    run.tower.zero_grad()
+    run.network.zero_grad()
     return int(counter.get_total_flops())
 
 
-def precision(run: Built) -> str:
-    return "bf16" if run.tower.precision == torch.bfloat16 else "float32"
+def precision(run: RunComponents) -> str:
+    return "bf16" if run.network.precision == torch.bfloat16 else "float32"
 
 
 def views(job: dict[str, Any]) -> Work:
@@ -89,8 +89,8 @@ def tower(job: dict[str, Any]) -> Work:
     count = sum(len(drawn[v]) for v in online)
 
     def call() -> int:
-        rows = run.tower([drawn[v] for v in online], online)
-        run.tower.zero_grad()
+        rows = run.network([drawn[v] for v in online], online)
+        run.network.zero_grad()
         torch.autograd.backward(list(rows.values()), [torch.ones_like(x) for x in rows.values()])
         if run.target is not None:
             taught = list(run.method.target_views(len(drawn)))

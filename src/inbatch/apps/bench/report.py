@@ -16,7 +16,7 @@ def headings(race: Mapping[str, Any]) -> tuple[str, ...]:
     return ("who", race["unit"], "from", "to", "inbatch is times faster", "of the ceiling", "")
 
 
-def rows(race: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+def table_rows(race: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     """A row per contestant: median and spread over the rounds, how much faster inbatch is, share of the ceiling."""
     own = race["contestants"].get(OURS, {}).get("rate")
     for who, row in race["contestants"].items():
@@ -65,7 +65,7 @@ def machine(found: Mapping[str, Any]) -> str:
 def print_race(race: Mapping[str, Any]) -> None:
     """A race's table."""
     say(title(race))
-    print_table(headings(race), rows(race), numbers=True)
+    print_table(headings(race), table_rows(race), numbers=True)
     say("")
 
 
@@ -80,7 +80,7 @@ def print_machine(found: Mapping[str, Any]) -> None:
 
 def markdown(race: Mapping[str, Any]) -> str:
     """A race's table for a page."""
-    lines = [headings(race), ["---"] * len(headings(race)), *rows(race)]
+    lines = [headings(race), ["---"] * len(headings(race)), *table_rows(race)]
     return f"{title(race)}:\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

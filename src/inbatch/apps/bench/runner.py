@@ -25,7 +25,7 @@ OURS = "inbatch"
 
 
 @dataclass
-class Contestant:
+class Implementation:
     """A process that works when it is told to, as seen from the one that tells it.
 
     job: what `worker.py` gets. python: whose libraries it imports. peer: whether it may be missing.
@@ -136,7 +136,7 @@ class Contestant:
 
 
 @dataclass
-class Race:
+class BenchmarkRounds:
     """Contestants that do the same work.
 
     unit: of what they are told in: something "/s", or "s" or "ms" of one piece of work.
@@ -144,7 +144,7 @@ class Race:
 
     title: str
     unit: str
-    contestants: Sequence[Contestant]
+    contestants: Sequence[Implementation]
 
     def run(self, rounds: int, ceilings: Mapping[str, Any], *, show_missing: bool) -> dict[str, Any]:
         """Rounds in turns, every other one in the opposite order; what was found, fit for JSON.

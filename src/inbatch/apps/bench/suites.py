@@ -9,7 +9,7 @@ import numpy as np
 
 from inbatch.apps.bench import synthetic_data
 from inbatch.apps.bench.options import PEERS, Options
-from inbatch.apps.bench.runner import Contestant, Race
+from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 from inbatch.runtime import memory
 from inbatch.runtime.resources import cores
 
@@ -22,16 +22,16 @@ class Field:
         self.threads = options.threads_of(section)
         self.shared = options.settings() | {"device": device, "threads": self.threads, "folder": str(folder)}
 
-    def ours(self, who: str, make: str, **more: Any) -> Contestant:
-        return Contestant(
+    def ours(self, who: str, make: str, **more: Any) -> Implementation:
+        return Implementation(
             who, self.shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": make, "tune": True} | more
         )
 
-    def plain(self, who: str, make: str, *needs: str, **more: Any) -> Contestant:
+    def plain(self, who: str, make: str, *needs: str, **more: Any) -> Implementation:
         job = self.shared | {"module": "reference_workloads", "make": make, "needs": needs} | more
-        return Contestant(who, job, peer=bool(needs))
+        return Implementation(who, job, peer=bool(needs))
 
-    def peers(self, make: str, *libraries: str, **more: Any) -> list[Contestant]:
+    def peers(self, make: str, *libraries: str, **more: Any) -> list[Implementation]:
         if self.options.peers is False:
             return []
         job, python = (
@@ -39,13 +39,13 @@ class Field:
             self.options.peers_python or sys.executable,
         )
         return [
-            Contestant(who, job | {"library": who, "needs": [PEERS[who]]}, python, peer=True)
+            Implementation(who, job | {"library": who, "needs": [PEERS[who]]}, python, peer=True)
             for who in libraries or PEERS
         ]
 
     def images(self, few: int) -> None:
         """`images.npy`, as many as a batch or as few as quick."""
-        images = synthetic_data.draw(16 if self.options.quick else few, self.options.size)
+        images = synthetic_data.draw_images(16 if self.options.quick else few, self.options.size)
         np.save(self.folder / "images.npy", images)
 
     def files(self, few: int) -> int:
@@ -54,14 +54,14 @@ class Field:
         if self.options.data is not None:
             packed = synthetic_data.encoded(self.options.data, few)
         else:
-            images = synthetic_data.draw(few, size)
+            images = synthetic_data.draw_images(few, size)
             packed = synthetic_data.jpegs(images, size)
             synthetic_data.write_folder(packed, self.folder / "jpegs")
         synthetic_data.pack(packed, self.folder)
         return len(packed)
 
 
-def views(field: Field) -> list[Race]:
+def views(field: Field) -> list[BenchmarkRounds]:
     small = field.options.size == 32
     field.images(512 if small else 48)
     cpu, some = {"device": "cpu"}, 32 if small else 4
@@ -72,10 +72,10 @@ def views(field: Field) -> list[Race]:
         *field.peers("views", some=some, **cpu),
     ]
     what = "SimCLR's views of 32 x 32 pixels" if small else "SimCLR's views of 224 x 224 pixels out of 500 x 375"
-    return [Race(f"{what}, decoded images", "views/s", contestants)]
+    return [BenchmarkRounds(f"{what}, decoded images", "views/s", contestants)]
 
 
-def tower(field: Field) -> list[Race]:
+def tower(field: Field) -> list[BenchmarkRounds]:
     field.images(512 if field.options.size == 32 else 48)
     races = []
     for method in field.options.methods:
@@ -84,11 +84,13 @@ def tower(field: Field) -> list[Race]:
             *compiled(field, "inbatch", "tower", method=method, unit="views"),
             field.ours("eager float32", "tower", method=method, unit="views", settings=eager, tune=False),
         ]
-        races.append(Race(f"tower of {method}, {_size(field)}, forward and backward", "views/s", contestants))
+        races.append(
+            BenchmarkRounds(f"tower of {method}, {_size(field)}, forward and backward", "views/s", contestants)
+        )
     return races
 
 
-def step(field: Field) -> list[Race]:
+def step(field: Field) -> list[BenchmarkRounds]:
     small, options = field.options.size == 32, field.options
     field.images(512 if small else 48)
     data = {} if options.data is None else {"data": options.data}
@@ -100,27 +102,29 @@ def step(field: Field) -> list[Race]:
             field.files(4096)
             workers = 2 if field.shared["device"] == "cpu" else min(16, cores())
             contestants += field.peers("loop", workers=workers)
-        races.append(Race(f"step of {method}, {_size(field)}", "images/s", contestants))
+        races.append(BenchmarkRounds(f"step of {method}, {_size(field)}", "images/s", contestants))
     return races
 
 
-def compiled(field: Field, who: str, make: str, **more: Any) -> list[Contestant]:
+def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementation]:
     """As it is, and where asked for compiled."""
     plain = field.ours(who, make, **(more | {"compile": False}))
     return [plain, field.ours(f"{who}, compiled", make, **more)] if field.options.compile else [plain]
 
 
-def loss(field: Field) -> list[Race]:
+def loss(field: Field) -> list[BenchmarkRounds]:
     size = {"rows": 256 if field.options.quick else 4096, "dim": 128}
     contestants = [
         field.ours("inbatch", "loss", **size),
         field.plain("literal", "loss", **size),
         *field.peers("loss", **size),
     ]
-    return [Race(f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", contestants)]
+    return [
+        BenchmarkRounds(f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", contestants)
+    ]
 
 
-def data(field: Field) -> list[Race]:
+def data(field: Field) -> list[BenchmarkRounds]:
     small, options, cpu = field.options.size == 32, field.options, {"device": "cpu"}
     count = field.files(2048 if small else 256)
     read = {"data": options.data or str(field.folder / "jpegs"), "files": count, "method": "simclr"}
@@ -140,13 +144,13 @@ def data(field: Field) -> list[Race]:
     ]
     where = Path(options.data).name if options.data else ("32 x 32" if small else "500 x 375")
     return [
-        Race(f"decoding JPEG, {where}", "images/s", decoders),
-        Race("a whole set at once", "images/s", [field.ours("inbatch", "resident", **read, **every | cpu)]),
-        Race(f"loading, two views, {batch['workers']} workers", "images/s", streams),
+        BenchmarkRounds(f"decoding JPEG, {where}", "images/s", decoders),
+        BenchmarkRounds("a whole set at once", "images/s", [field.ours("inbatch", "resident", **read, **every | cpu)]),
+        BenchmarkRounds(f"loading, two views, {batch['workers']} workers", "images/s", streams),
     ]
 
 
-def evaluation(field: Field) -> list[Race]:
+def evaluation(field: Field) -> list[BenchmarkRounds]:
     quick = field.options.quick
     bank, queries, dim, classes = (400, 100, 16, 4) if quick else (50_000, 10_000, 512, 10)
     for name, array in synthetic_data.features(bank + queries, dim, classes).items():
@@ -154,14 +158,14 @@ def evaluation(field: Field) -> list[Race]:
     more = {"queries": queries, "classes": classes, "k": 20 if quick else 200}
     size = f"{queries:,} queries, {bank:,} samples of {dim}"
     return [
-        Race(f"k-NN, {size}", "s", [
+        BenchmarkRounds(f"k-NN, {size}", "s", [
             field.ours("inbatch", "neighbours", **more), field.plain("torch, product and top-k", "neighbours", **more),
             *field.peers("neighbours", "lightly", **more),
         ]),
-        Race(f"linear probe, {size}", "s", [
+        BenchmarkRounds(f"linear probe, {size}", "s", [
             field.ours("inbatch", "probe", **more), field.plain("scikit-learn", "probe", "sklearn", **more),
         ]),
-        Race(f"k-means, {queries:,} samples of {dim}, 10 restarts", "s", [
+        BenchmarkRounds(f"k-means, {queries:,} samples of {dim}, 10 restarts", "s", [
             field.ours("inbatch", "clusters", **more), field.plain("scikit-learn", "clusters", "sklearn", **more),
         ]),
     ]  # fmt: skip
@@ -172,6 +176,6 @@ def _size(field: Field) -> str:
     return f"{s['encoder']}, {s['size']} px, batch {s['batch']}"
 
 
-MAKERS: dict[str, Callable[[Field], list[Race]]] = {
+MAKERS: dict[str, Callable[[Field], list[BenchmarkRounds]]] = {
     "views": views, "tower": tower, "step": step, "loss": loss, "data": data, "evaluation": evaluation,
 }  # fmt: skip

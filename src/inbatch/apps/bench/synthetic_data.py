@@ -21,7 +21,7 @@ SIDES = {32: (32, 32), 224: (375, 500)}
 """Size of the views -> height and width of the images they are cut from."""
 
 
-def draw(count: int, size: int, seed: int = 0) -> np.ndarray:
+def draw_images(count: int, size: int, seed: int = 0) -> np.ndarray:
     """Images (N, H, W, 3) uint8 for views of this size."""
     height, width = SIDES[size]
     rng, out = np.random.default_rng(seed), np.empty((count, height, width, 3), np.uint8)

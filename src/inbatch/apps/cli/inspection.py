@@ -82,7 +82,7 @@ def data(
             print_json(found)
         else:
             say(found["report"], "")
-            print_table(("", "found"), list(dataset_text.rows(found)))
+            print_table(("", "found"), list(dataset_text.report_rows(found)))
             say("", *dataset_text.notes(found))
             say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
     if found["problems"]:
@@ -106,13 +106,13 @@ def inspect(
 ) -> None:
     """Draw what a run's plug-ins do to a batch (fusion, curation, attention), and measure it; learns nothing."""
     with reported(as_json):
-        from inbatch.apps.reports.batch_context import inspect_run, rows
+        from inbatch.apps.reports.batch_context import inspect_run, report_rows
 
         found = inspect_run(run, data, out=out, count=count, seed=seed, device=device)
         if as_json:
             print_json(found)
             return
-        print_table(("plug-in", "measured", "found"), rows(found))
+        print_table(("plug-in", "measured", "found"), report_rows(found))
         say("", f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
         if found["note"]:
             say(f"Note:      {found['note']}")
@@ -159,15 +159,18 @@ def crops(
     with reported(as_json):
         from inbatch.apps.reports import crop_statistics as inspect
 
-        names, sides = inspect.chosen(name, sampler), inspect.parse_size(size)
-        tallies = [inspect.tally(one, sides, pairs, seed, sampler, partial(typer.echo, err=True)) for one in names]
+        names, sides = inspect.choose_crops(name, sampler), inspect.parse_size(size)
+        tallies = [
+            inspect.count_configurations(one, sides, pairs, seed, sampler, partial(typer.echo, err=True))
+            for one in names
+        ]
         if out is not None:
             inspect.plot(tallies, sides, pairs, out)
         if as_json:
             told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": out and str(out)}
             print_json(told | {"crops": {t.name: t.json() for t in tallies}})
         else:
-            print_table(inspect.HEADINGS, inspect.rows(tallies, sides), numbers=True)
+            print_table(inspect.HEADINGS, inspect.table_rows(tallies, sides), numbers=True)
             say("", f"{pairs:,} pairs of {sides[0]} x {sides[1]} pixels, drawn by {sampler}")
             if out is not None:
                 say(f"Picture: {out}")

@@ -119,7 +119,7 @@ def print_export(found: Mapping[str, Any]) -> None:
         say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
 
 
-def print_rehearsal(found: Mapping[str, Any]) -> None:
+def print_dry_run(found: Mapping[str, Any]) -> None:
     """What a run would be: a YAML file that --config takes, the rest in its comments."""
     import yaml
 
@@ -163,7 +163,7 @@ def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
         "what": told[0] if told else "",
         "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
         "labels": kind.labels,
-        "momentum_tower": bool(kind.target),
+        "target_network": bool(kind.target),
         "options": {p.name: {"default": p.default, "what": options.get(p.name, "")} for p in parameters.values()},
         "presets": kind.presets,
     }
@@ -172,10 +172,10 @@ def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
 def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
     """A row per method."""
     rows = [
-        (m["name"], m["what"], m["views"], _yes(m["momentum_tower"]), _yes(m["labels"]), ", ".join(m["presets"]))
+        (m["name"], m["what"], m["views"], _yes(m["target_network"]), _yes(m["labels"]), ", ".join(m["presets"]))
         for m in every
     ]
-    print_table(("method", "what it is", "views", "momentum tower", "labels", "presets"), rows)
+    print_table(("method", "what it is", "views", "target network", "labels", "presets"), rows)
     say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
     say("and digits-colour.")
     say("One method in detail: inbatch methods NAME")
@@ -184,7 +184,7 @@ def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
 def print_method(m: Mapping[str, Any]) -> None:
     """A method's options, and its presets with their sources."""
     say(f"{m['name']}: {m['what']}")
-    say(f"{m['views']} views; momentum tower: {_yes(m['momentum_tower'])}; learns from labels: {_yes(m['labels'])}", "")
+    say(f"{m['views']} views; target network: {_yes(m['target_network'])}; learns from labels: {_yes(m['labels'])}", "")
     rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
     print_table(("--set", "default", "what it is"), rows)
     for name, settings in m["presets"].items():

@@ -50,7 +50,7 @@ def table(
     """A table or figure of the papers: their figures, ours, what differs, and the command of every run."""
     with reported(as_json):
         from inbatch.apps.papers import TABLES
-        from inbatch.apps.papers.command import ask
+        from inbatch.apps.papers.command import run_table_command
         from inbatch.apps.papers.runner import Runner
         from inbatch.runtime.terminal import progress
 
@@ -64,7 +64,7 @@ def table(
                 results or work / "results", work, _places(data), jobs=jobs, device=device, download=download,
                 again=again, tell=tell, show=show,
             )  # fmt: skip
-            asked = ask(
+            asked = run_table_command(
                 TABLES, name, scale, runner=runner, from_=from_, rows=row or (), on=on or (), seeds=seed or (), out=out
             )
         if as_json:

@@ -14,23 +14,23 @@ from inbatch.runtime import tuning
 @app.command(
     epilog="Examples:\n\n  inbatch bench --quick     some minutes, to see that all of it works\n\n"
     "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
-    "  inbatch bench tower step --method simclr --method moco --batch 512 --device cuda --compile"
+    "  inbatch bench network step --method simclr --method moco --batch 512 --device cuda --compile"
 )
 def bench(
     sections: Annotated[
-        list[str] | None, Argument(metavar="[SECTION]...", help="views, tower, step, loss, data, evaluation.")
+        list[str] | None, Argument(metavar="[SECTION]...", help="views, network, step, loss, data, evaluation.")
     ] = None,
     size: Annotated[int, Option(help="Side of the views: 32, or 224 out of photographs.")] = 32,
     batch: Annotated[int | None, Option(help="Samples per step; 256 at 32 pixels, 64 at 224.")] = None,
     encoder: Annotated[str | None, Option(help="resnet18 by default.")] = None,
-    method: Annotated[list[str] | None, Option(help="Whose towers and steps, as often as you like; simclr.")] = None,
+    method: Annotated[list[str] | None, Option(help="Whose networks and steps, as often as you like; simclr.")] = None,
     threads: Annotated[int | None, Option(help="One for views and decoding, else all cores by default.")] = None,
     device: Device = "auto",
     data: Annotated[str | None, Option(help="JPEG files for step and data; drawn ones by default.")] = None,
     peers: Annotated[bool | None, Option("--peers/--no-peers", help="Other libraries; those installed.")] = None,
     peers_python: Annotated[str | None, Option(metavar="PATH", help="A Python that has the other libraries.")] = None,
     rounds: Annotated[int | None, Option(help="Turns of every contestant; 7 by default.")] = None,
-    compile: Annotated[bool, Option("--compile", help="Towers and steps compiled, too.")] = False,
+    compile: Annotated[bool, Option("--compile", help="Networks and steps compiled, too.")] = False,
     quick: Annotated[bool, Option("--quick", help="All small: whether it works, not how fast.")] = False,
     out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write all that was found as JSON.")] = None,
     as_json: Json = False,
@@ -78,7 +78,7 @@ def doctor(
             say("")
             threads = measured["threads"]
             what = f"measured; {threads} thread{'s' * (threads > 1)}, {measured['batch']} images a step"
-            print_table((what, "reached", "times as fast"), look.rows(measured), numbers=True)
+            print_table((what, "reached", "times as fast"), look.measurement_rows(measured), numbers=True)
         wanted = [one.advice for one in found if one.advice]
         say("", *(["Could be faster:", *(f"  {advice}" for advice in wanted)] if wanted else ["Nothing to do."]))
 

@@ -9,10 +9,10 @@ from typer import Argument, Option
 from inbatch.apps.cli.app import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
 from inbatch.apps.cli.output import (
     judged_by,
+    print_dry_run,
     print_export,
     print_figures,
     print_measures,
-    print_rehearsal,
     print_run,
     print_verdict,
 )
@@ -117,8 +117,8 @@ def pretrain(
                 )
             if compare is not None:
                 raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
-            rehearsed = api.rehearse(data, method, expect_world_size=expect_world_size, **shared, **fields)
-            print_json(rehearsed) if as_json else print_rehearsal(rehearsed)
+            dry = api.dry_run(data, method, expect_world_size=expect_world_size, **shared, **fields)
+            print_json(dry) if as_json else print_dry_run(dry)
             return
         run = api.pretrain(
             data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.apps.papers import render
-from inbatch.apps.papers.filled_table import Sheet, fill
+from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.results import read_records, shipped
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.scales import WHERE
@@ -17,16 +17,16 @@ from inbatch.training.registry import check_known
 
 
 @dataclass(frozen=True)
-class Asked:
+class TableReport:
     """A table at a scale, filled as far as there are results.
 
     problems: runs that could not be made, by name. beside: the same table of the results that come along, where those
     of the sheet are the user's. launch: commands of runs that are not for this machine.
     """
 
-    sheet: Sheet
+    sheet: FilledTable
     problems: Mapping[str, InbatchError] = field(default_factory=dict)
-    beside: Sheet | None = None
+    beside: FilledTable | None = None
     launch: tuple[str, ...] = ()
 
     @property
@@ -92,10 +92,10 @@ class Asked:
         return found | told | {"problems": problems} | ({"error": said, "exit_code": self.exit_code} if said else {})
 
 
-def ask(
+def run_table_command(
     tables: Mapping[str, Table], name: str, scale: str | None = None, *, runner: Runner, from_: Path | None = None,
     rows: Sequence[str] = (), on: Sequence[str] = (), seeds: Sequence[int] = (), out: Path | None = None,
-) -> Asked:  # fmt: skip
+) -> TableReport:  # fmt: skip
     """Fill a table.
 
     scale: what is missing at it is run, unless from_ says where results are; None: shows those that come along, at cpu.
@@ -122,14 +122,14 @@ def ask(
     known = read_records(runner.results if runs else from_ or shipped())
     others = runs and runner.results.resolve() != shipped().resolve()
     beside = fill(table, scale, read_records(shipped())) if others else None
-    asked = Asked(fill(table, scale, known), problems, beside, launch)
+    asked = TableReport(fill(table, scale, known), problems, beside, launch)
     if out is not None:
         with replacing(out) as file:
             file.write(_writer(out)(asked.sheet).encode())
     return asked
 
 
-def _writer(out: Path) -> Callable[[Sheet], str]:
+def _writer(out: Path) -> Callable[[FilledTable], str]:
     check_known("ending", out.suffix, render.FORMATS)
     return render.FORMATS[out.suffix]
 

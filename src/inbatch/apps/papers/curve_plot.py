@@ -6,12 +6,12 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
-from inbatch.apps.papers.filled_table import Line, Sheet
+from inbatch.apps.papers.filled_table import FilledTable, Line
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 
 
-def curves(sheet: Sheet) -> bytes | None:
+def curves(sheet: FilledTable) -> bytes | None:
     """A PNG of the rows' curves over the epochs, mean and spread over the seeds, a panel for each data set and number.
 
     The table's own number if it is a figure of curves, else loss, k-NN, feature_std and rankme. None without curves.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from inbatch.apps.papers.results import Record, Records, find
+from inbatch.apps.papers.results import Record, Records, find_record
 from inbatch.apps.papers.spec import Cell, Column, Row, Table, cell, cells
 
 SURE = 0.05
@@ -64,7 +64,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class FilledTable:
     """A table at a scale, with whatever results there are."""
 
     table: Table
@@ -91,7 +91,7 @@ class Sheet:
         return len({one.stem for one in cells(self.table, self.scale)})
 
 
-def fill(table: Table, scale: str, records: Records) -> Sheet:
+def fill(table: Table, scale: str, records: Records) -> FilledTable:
     """The table at this scale, filled from records."""
     at = table.scales[scale]
     found: dict[str, list[tuple[Cell, Record]]] = {}
@@ -102,7 +102,7 @@ def fill(table: Table, scale: str, records: Records) -> Sheet:
         for data in dict.fromkeys(column.data for column in at.columns):
             for seed in at.seeds:
                 one = cell(table, scale, row, data, seed)
-                if (record := find(records, one)) is not None:
+                if (record := find_record(records, one)) is not None:
                     found[row.name].append((one, record))
     lines = []
     for row in table.rows:
@@ -111,7 +111,7 @@ def fill(table: Table, scale: str, records: Records) -> Sheet:
         paper = tuple(row.paper.get(heading) for heading in table.headings)
         runs = tuple(one for one, _ in found[row.name])
         lines.append(Line(row, paper, ours, runs, tuple(record for _, record in found[row.name])))
-    return Sheet(table, scale, tuple(lines))
+    return FilledTable(table, scale, tuple(lines))
 
 
 def figure(record: Record, path: str) -> float | None:

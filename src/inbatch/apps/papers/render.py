@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.cells import cell_len
 
 from inbatch.apps.papers.curve_plot import curves
-from inbatch.apps.papers.filled_table import SURE, Line, Sheet, Value
+from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
 from inbatch.apps.papers.results import Record, wall_seconds
 from inbatch.apps.papers.spec import Cell, cells
 
 
-def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+def grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: the row; each of the paper's columns with those of ours that stand for it; the rest of ours.
 
     Behind every figure stands the difference from the row that its row is against, where there are such rows.
@@ -37,12 +37,12 @@ def grid(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def together(sheet: Sheet) -> int:
+def together(sheet: FilledTable) -> int:
     """How many columns of the grid make one: a figure, and what its row's difference makes where rows have one."""
     return 2 if any(line.row.against for line in sheet.lines) else 1
 
 
-def grids(sheet: Sheet, width: int) -> list[tuple[list[str], list[list[str]]]]:
+def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
     """The grid in as many as it takes for each to fit into so many characters, the rows' names in all of them."""
     headings, rows = grid(sheet)
     groups = column_groups(headings, rows, width, together(sheet))
@@ -66,7 +66,7 @@ def column_groups(
     return groups
 
 
-def _paper(sheet: Sheet, line: Line, column: int) -> tuple[str, str]:
+def _paper(sheet: FilledTable, line: Line, column: int) -> tuple[str, str]:
     """The paper's figure and what it says the row's difference makes."""
     figure, moved = line.paper[column], line.moved(sheet.table.headings[column], sheet.line(line.row.against))
     short = figure is not None and figure == round(figure, 1) and sheet.table.digits == 1
@@ -74,11 +74,11 @@ def _paper(sheet: Sheet, line: Line, column: int) -> tuple[str, str]:
     return text, "" if moved is None else f"{moved:+.2f}"
 
 
-def _ours(sheet: Sheet, value: Value) -> tuple[str, str]:
+def _ours(sheet: FilledTable, value: Value) -> tuple[str, str]:
     return value.text(sheet.table.digits), value.gain(sheet.table.digits)
 
 
-def notes(sheet: Sheet) -> list[str]:
+def notes(sheet: FilledTable) -> list[str]:
     """What must stand below the figures: how many runs, on what, how they differ from the paper's."""
     table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
     finished = [record for record in records if record.status == "finished"]
@@ -125,7 +125,7 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
-def markdown(sheet: Sheet, *, picture: str | None = None, runs: str | None = None) -> str:
+def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:
     """A page in Markdown. picture: where the curves are drawn. runs: where the records lie, for links."""
     table = sheet.table
     headings, rows = grid(sheet)
@@ -159,7 +159,7 @@ def _md_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def first_seeds(sheet: Sheet) -> list[tuple[Cell, Record | None]]:
+def first_seeds(sheet: FilledTable) -> list[tuple[Cell, Record | None]]:
     """A cell of each row and data set, with its record where there is one."""
     first = sheet.table.scales[sheet.scale].seeds[0]
     records = sheet.records
@@ -183,7 +183,7 @@ def tex(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
 
 
-def latex(sheet: Sheet) -> str:
+def latex(sheet: FilledTable) -> str:
     """A table environment for booktabs; columns that are too many for a page's width stand below the others."""
     caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
     parts = []
@@ -221,7 +221,7 @@ _STYLE = (
 )
 
 
-def page(sheet: Sheet) -> str:
+def page(sheet: FilledTable) -> str:
     """A self-contained page of HTML: table, curves, notes, and the recipe of every run."""
     e, table = html.escape, sheet.table
     headings, rows = grid(sheet)
@@ -252,5 +252,5 @@ def _pretty(record: Record) -> str:
     return json.dumps({name: value for name, value in record.file().items() if name != "curve"}, indent=1)
 
 
-FORMATS: dict[str, Callable[[Sheet], str]] = {".md": markdown, ".tex": latex, ".html": page}
+FORMATS: dict[str, Callable[[FilledTable], str]] = {".md": markdown, ".tex": latex, ".html": page}
 """Ending of a file -> what is written into it."""

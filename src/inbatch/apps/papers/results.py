@@ -115,7 +115,7 @@ def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
     return records
 
 
-def find(records: Records, cell: Cell) -> Record | None:
+def find_record(records: Records, cell: Cell) -> Record | None:
     """The record of a cell, if there is one with all that it asks for."""
     record = records.get((cell.key, cell.data, cell.seed))
     lacking = record is not None and record.status == "finished" and set(cell.protocols) - set(record.protocols)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from inbatch.apps.papers.results import Failure, Record, find, read_records, write_record
+from inbatch.apps.papers.results import Failure, Record, find_record, read_records, write_record
 from inbatch.apps.papers.scales import WHERE
 from inbatch.apps.papers.spec import Cell, key
-from inbatch.apps.reports.crop_statistics import tally
+from inbatch.apps.reports.crop_statistics import count_configurations
 from inbatch.errors import DataError, InbatchError, Preempted, TrainingError
 from inbatch.runtime import child_processes
 from inbatch.runtime.environment import environment
@@ -68,7 +68,7 @@ class Runner:
         known = read_records(self.results)
         lacking: dict[str, Cell] = {}
         for cell in cells:
-            record = find(known, cell)
+            record = find_record(known, cell)
             if record is None or (self.again and record.failures):
                 first = lacking.setdefault(cell.stem, cell)
                 lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
@@ -286,7 +286,7 @@ def _anywhere(text: str) -> str:
 def _counted(cell: Cell) -> Record:
     """Pairs of crops, drawn and counted here: it takes seconds."""
     size = int(cell.settings["size"])
-    found = tally(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
+    found = count_configurations(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
     return Record.model_validate(
         {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
         | {"recipe": dict(cell.settings), "command": cell.command(), "environment": environment(torch.device("cpu"))}

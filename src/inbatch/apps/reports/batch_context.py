@@ -22,15 +22,15 @@ from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
 from inbatch.training import checkpoint
-from inbatch.training.build import Built, build
+from inbatch.training.build import RunComponents, build
 from inbatch.training.monitors.context_leak import leak, sign
 from inbatch.training.recipe import make, read_file
 from inbatch.training.run import report_of, source_of
 from inbatch.training.run_encoder import kept_initial
-from inbatch.training.train_state import Progress
+from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
-"""What `look` may write; each is named after what it shows."""
+"""What `draw_report` may write; each is named after what it shows."""
 
 NEIGHBOURS, BLOCKS = 5, 3
 """How many other samples stand beside one that attends to them, and how many of the last blocks are drawn."""
@@ -48,8 +48,8 @@ class Row:
     heading: str = ""
 
 
-def look(built: Built, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
-    """Draw what the plug-ins of a run do to the first batch of an epoch; what was measured, for JSON and `rows`.
+def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
+    """Draw what the plug-ins of a run do to the first batch of an epoch; what was measured, for JSON and `report_rows`.
 
     epoch: the next one of the run; where curation has not begun by then, the first one that is curated.
     out: the folder of the pictures (`PICTURES`); those of an earlier look are removed. count: images to a picture.
@@ -69,7 +69,7 @@ def look(built: Built, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
         if picture is not None:
             pictures["redrawn.png"] = picture
     group = [view[: built.context] for view in images]
-    if built.tower.fuse is not None:
+    if built.network.fuse is not None:
         found["fuse"], pictures["fused.png"] = fused(built, group, count)
     if built.recipe.attend is not None:
         found["attend"], attention = attended(built, group, count)
@@ -79,13 +79,13 @@ def look(built: Built, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
     return found | {"pictures": [str(out / name) for name in pictures]}
 
 
-def _views(built: Built, batch: Batch, drawn: Drawn, count: int) -> Image.Image:
+def _views(built: RunComponents, batch: Batch, drawn: Drawn, count: int) -> Image.Image:
     few = range(min(count, len(batch)))
     return _grid(built, [_original(built, batch, i) for i in few], drawn, slice(len(few)))
 
 
 @torch.no_grad()
-def fused(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image]:
+def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image]:
     """Plain and fused images of a group as in training, and what fusion adds that is not the image itself.
 
     group: V views (G, C, H, W) of one context group, normalised. Told are, in standard deviations of a pixel, `change`,
@@ -93,11 +93,11 @@ def fused(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, 
     plain ones, the closest multiple of them. `common` is the share of the latter (of its squares) that is the same for
     all images of the group.
     """
-    tower = built.tower
-    fuse, number = tower.fuse, min(tower.fused & set(built.method.online_views(len(group))))
+    network = built.network
+    fuse, number = network.fuse, min(network.fused & set(built.method.online_views(len(group))))
     assert fuse is not None
     plain = group[number]
-    with tower.autocast(plain), as_group(tower):
+    with network.autocast(plain), as_group(network):
         mixed = fuse(plain).float()
     centred = plain - plain.mean()
     own = float((mixed * centred).sum() / centred.square().sum().clamp_min(1e-12))
@@ -130,7 +130,9 @@ def fused(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, 
     return told, sheet(title, drawn)
 
 
-def redrawn(built: Built, batch: Batch, count: int) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
+def redrawn(
+    built: RunComponents, batch: Batch, count: int
+) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
     """The curated views of a batch, what curation did, and the worst violators before and after, if there are any."""
     curator = built.step.curator
     assert curator is not None
@@ -179,14 +181,14 @@ def redrawn(built: Built, batch: Batch, count: int) -> tuple[Sequence[Tensor], d
     return images, told, sheet(title, lines)
 
 
-def attended(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image | None]:
+def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image | None]:
     """The weights that the samples of a group give each other in every attention block, and a picture of them.
 
     Told are mean, least and largest weight of each block; without blocks in which samples meet, none and no picture.
     """
-    tower, encoder = built.tower, built.encoder
-    learning = list(built.method.online_views(len(group)))
-    number = next((v for v in learning if v not in tower.fused), learning[0])
+    network, encoder = built.network, built.encoder
+    online_views = list(built.method.online_views(len(group)))
+    number = next((v for v in online_views if v not in network.fused), online_views[0])
     seen: dict[str, Tensor] = {}
 
     def hook(slot: str) -> Callable[..., None]:
@@ -200,11 +202,11 @@ def attended(built: Built, group: Sequence[Tensor], count: int) -> tuple[dict[st
     handles = [b.register_forward_pre_hook(hook(slot)) for slot, b in pairs if isinstance(b, BA2M | BatchFormer)]
     images = group[number]
     try:
-        with tower.evaluating(), as_group(tower):
-            if number in tower.fused and tower.fuse is not None:
-                with tower.autocast(images):
-                    images = tower.fuse(images)
-            tower.features(images)
+        with network.evaluating(), as_group(network):
+            if number in network.fused and network.fuse is not None:
+                with network.autocast(images):
+                    images = network.fuse(images)
+            network.features(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -281,7 +283,7 @@ def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
     return made
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The table: plug-in, what was measured, and what came out."""
     told, lines = found["leak"], []
     if told is None:
@@ -316,7 +318,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _original(built: Built, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
+def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
     """The image of a sample, as its boxes measure it."""
     pictures = batch.take(slice(i, i + 1)).pictures()
     if pictures is None:  # the workers cropped, and it did not travel
@@ -328,13 +330,13 @@ def _original(built: Built, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
     return image[:, :height, :width]
 
 
-def _grid(built: Built, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:
+def _grid(built: RunComponents, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:
     """Images with their boxes, and their views: these of the drawn ones."""
     some = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
     return Image.fromarray(grid(originals, some, built.views.mean, built.views.std))
 
 
-def _pixels(built: Built, images: Tensor) -> Float[Tensor, "n c h w"]:
+def _pixels(built: RunComponents, images: Tensor) -> Float[Tensor, "n c h w"]:
     """Normalised images as they were before: of values 0 to 1 where they are views."""
     return images.float().cpu() * _column(built.views.std) + _column(built.views.mean)
 
@@ -388,7 +390,9 @@ def inspect_run(
         source = source_of(recipe, data)
     except DataError as error:
         raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
-    built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), Progress()
+    built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), TrainState()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
-    found = look(built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count)
+    found = draw_report(
+        built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count
+    )
     return {"run": str(path), "step": progress.step, "note": saved.note} | found

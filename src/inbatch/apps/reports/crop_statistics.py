@@ -36,7 +36,7 @@ HEADINGS = ("crops", *CONFIGURATIONS, "mean area", "paper's, 32 px", "seconds")
 
 
 @dataclass(frozen=True)
-class Tally:
+class CropStatistics:
     """What was counted over the pairs of crops of one name.
 
     shares: of the pairs, in the order of CONFIGURATIONS. area: mean of all boxes, as a share of the image.
@@ -67,7 +67,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def chosen(name: str, sampler: str) -> list[str]:
+def choose_crops(name: str, sampler: str) -> list[str]:
     """The names to tally: one of CROPS, or all of them. Raises ConfigError for what is not known or not drawn."""
     if sampler not in SAMPLERS:
         raise ConfigError(f"There is no sampler {sampler!r}. Choose ours or torchvision.")
@@ -84,14 +84,14 @@ def chosen(name: str, sampler: str) -> list[str]:
     return names
 
 
-def tally(
+def count_configurations(
     name: str,
     size: tuple[int, int],
     pairs: int,
     seed: int = 0,
     sampler: str = "ours",
     notice: Callable[[str], None] = lambda text: None,
-) -> Tally:
+) -> CropStatistics:
     """Draw pairs of crops of images of one size (height, width) and count; memory does not grow with their number.
 
     sampler: ours, or torchvision's own RandomResizedCrop, box by box. notice: is told when that will take long.
@@ -114,7 +114,7 @@ def tally(
         elif number == 1 and (left := (time.perf_counter() - warm) * (pairs - done) / boxes.shape[1]) > 5:
             notice(f"{name}: {pairs:,} pairs will take about {left:,.0f} s")
     covered = corners.view(height + 1, width + 1).cumsum(0).cumsum(1)[:height, :width]
-    return Tally(
+    return CropStatistics(
         name,
         tuple((codes.double() / pairs).tolist()),
         area / (2 * pairs * height * width),
@@ -152,7 +152,7 @@ def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor,
     return plus.bincount(minlength=length) - minus.bincount(minlength=length)
 
 
-def rows(tallies: Sequence[Tally], size: tuple[int, int]) -> list[tuple[str, ...]]:
+def table_rows(tallies: Sequence[CropStatistics], size: tuple[int, int]) -> list[tuple[str, ...]]:
     """The table: name, shares in percent, mean area, the paper's; then its own row of shares, where it has one."""
     cells = []
     for t in tallies:
@@ -163,7 +163,7 @@ def rows(tallies: Sequence[Tally], size: tuple[int, int]) -> list[tuple[str, ...
     return cells
 
 
-def plot(tallies: Sequence[Tally], size: tuple[int, int], pairs: int, png: Path) -> None:
+def plot(tallies: Sequence[CropStatistics], size: tuple[int, int], pairs: int, png: Path) -> None:
     """Draw of each tally the heat map of coverage and the bars of the shares, as Figure 3 has them.
 
     The paper's shares stand beside ours where it has them: default, 32 x 32 pixels.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inbatch.apps.reports.image_statistics import Tally, chunks, repeated, total
+from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
 from inbatch.apps.reports.view_grid import save_sheet
 from inbatch.data import Source, open_data, splits
 from inbatch.data.loader import resides
@@ -22,7 +22,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import printable
-from inbatch.training.plan import plan
+from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe
 
 _FEW = 3  # groups of duplicates that are named, and members of each
@@ -46,7 +46,7 @@ def survey_data(
     every = splits(data)
     chosen = split or every[0]
     given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})
-    recipe, source = plan(data, {"split": chosen} | given)
+    recipe, source = resolve_recipe(data, {"split": chosen} | given)
     indices = _spaced(len(source), sample)
     seen = total(_counted(chunks(source, indices), len(indices), "looked at", quiet))
     counts = np.bincount(source.labels[source.labels >= 0].numpy(), minlength=len(source.classes)).tolist()
@@ -100,7 +100,7 @@ def _name(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def _sizes(seen: Tally) -> dict[str, Any]:
+def _sizes(seen: ImageStatistics) -> dict[str, Any]:
     """Of the images that can be read, in pixels; shorter_side: how many by its power of two."""
     if not seen.sizes:
         return {"distinct": 0}
@@ -120,19 +120,19 @@ def _sizes(seen: Tally) -> dict[str, Any]:
     }
 
 
-def _pixels(seen: Tally) -> dict[str, list[float]]:
+def _pixels(seen: ImageStatistics) -> dict[str, list[float]]:
     """By channel, 1 being white; every pixel counts the same."""
     mean, deviation = seen.mean_and_deviation()
     ends = [np.ravel(x).tolist() if seen.pixels else [] for x in (seen.lowest, seen.highest)]
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
-def _levels(seen: Tally) -> list[int]:
+def _levels(seen: ImageStatistics) -> list[int]:
     """Between which values of 16 bits all pixels lie, as far as their upper 8 bits tell."""
     return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
 
 
-def _duplicates(source: Source, seen: Tally) -> dict[str, Any]:
+def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
     groups = repeated(seen)
     return {
         "groups": len(groups),
@@ -142,7 +142,7 @@ def _duplicates(source: Source, seen: Tally) -> dict[str, Any]:
 
 
 def _leak(
-    data: Any, other: str, recipe: Recipe, source: Source, seen: Tally, sample: int | None, quiet: bool
+    data: Any, other: str, recipe: Recipe, source: Source, seen: ImageStatistics, sample: int | None, quiet: bool
 ) -> tuple[int, dict[str, Any]]:
     """How many images another split has, and those of them that this one has, too."""
     there = open_data(data, other, **recipe.reading)
@@ -164,7 +164,7 @@ def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
     return {"decoded_bytes": needed, "free_bytes": free, "resident": resides(needed, free, None), "canvas": canvas}
 
 
-def _problems(source: Source, seen: Tally, found: Mapping[str, Any], max_bad: float) -> list[str]:
+def _problems(source: Source, seen: ImageStatistics, found: Mapping[str, Any], max_bad: float) -> list[str]:
     """Why a run would not begin, in sentences."""
     bad, looked = len(seen.unreadable), found["looked_at"]
     if bad > max_bad * looked:
@@ -177,7 +177,7 @@ def _problems(source: Source, seen: Tally, found: Mapping[str, Any], max_bad: fl
     )
 
 
-def _draw(source: Source, seen: Tally, out: Path) -> dict[str, Any]:
+def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
     """A picture of some images that can be read: a row for each of some classes, or as they come."""
     numbers, rows = torch.tensor(seen.numbers, dtype=torch.long), [""]
     labels = source.labels[numbers]

@@ -10,7 +10,7 @@ _FEW = 10  # unreadable images that are named
 _CLASSES = 12  # whose names fit beside their counts
 
 
-def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Lines of the table: what, and what was found."""
     n, looked = found["images"], found["looked_at"]
     others = [f"{count:,} in {name}" for name, count in found["splits"].items() if name != found["split"]]

@@ -26,7 +26,7 @@ _KINDS = {
 
 
 @dataclass
-class Tally:
+class ImageStatistics:
     """What was found in some images; `+=` adds what was found in others.
 
     numbers, sizes (height, width, height, ...), digests: of those that can be read, in little memory. Sums are over all
@@ -48,7 +48,7 @@ class Tally:
     def __len__(self) -> int:
         return len(self.numbers) + len(self.unreadable)
 
-    def __iadd__(self, other: "Tally") -> "Tally":
+    def __iadd__(self, other: "ImageStatistics") -> "ImageStatistics":
         for name in ("numbers", "sizes", "digests", "unreadable"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds += other.kinds
@@ -70,22 +70,22 @@ class Tally:
         )
 
 
-def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> Iterator[Tally]:
+def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> Iterator[ImageStatistics]:
     """The images in pieces, by threads, for decoding leaves Python to others. pixels: False tells them apart only."""
     with ThreadPoolExecutor(cores()) as pool:
         starts = range(0, len(indices), _CHUNK)
         yield from pool.map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
 
 
-def total(tallies: Iterable[Tally]) -> Tally:
+def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:
     """All of them in one."""
-    whole = Tally()
+    whole = ImageStatistics()
     for tally in tallies:
         whole += tally
     return whole
 
 
-def repeated(*tallies: Tally) -> list[list[tuple[int, int]]]:
+def repeated(*tallies: ImageStatistics) -> list[list[tuple[int, int]]]:
     """Groups of images that are the same, each as (which tally, number), in the order of their first."""
     words = np.concatenate(
         [np.frombuffer(t.digests, np.uint64).reshape(-1, 2) for t in tallies if t.numbers] or [_NONE]
@@ -98,8 +98,8 @@ def repeated(*tallies: Tally) -> list[list[tuple[int, int]]]:
     return [[whose[i] for i in group] for group in sorted(groups)]
 
 
-def _look(source: Source, indices: Sequence[int], pixels: bool) -> Tally:
-    found = Tally()
+def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatistics:
+    found = ImageStatistics()
     for i in indices:
         try:
             with source.open(i) as picture:
@@ -134,7 +134,7 @@ def _digest(contents: bytes | None, values: np.ndarray | None) -> bytes:
     return said.digest()
 
 
-def _add(found: Tally, values: np.ndarray) -> None:
+def _add(found: ImageStatistics, values: np.ndarray) -> None:
     flat = np.ascontiguousarray(values).reshape(len(values), -1)
     found.pixels += flat.shape[1]
     for block in np.array_split(flat, -(-flat.size // _BLOCK), axis=1):

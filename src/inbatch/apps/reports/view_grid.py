@@ -17,7 +17,7 @@ from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import replacing
-from inbatch.training.plan import data_asked_for, merged_settings, plan
+from inbatch.training.plan import data_asked_for, merged_settings, resolve_recipe
 from inbatch.training.recipe import Part
 
 _CELL = 96
@@ -106,7 +106,7 @@ def draw_views(
 ) -> Part:  # fmt: skip
     """Draw some images beside their views into a picture; returns the views' name and options."""
     given = merged_settings(method, None, settings, fields)
-    recipe, source = plan(data_asked_for(data, given), given)
+    recipe, source = resolve_recipe(data_asked_for(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))

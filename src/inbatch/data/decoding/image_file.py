@@ -23,7 +23,7 @@ from torch import Tensor
 from inbatch.data.decoding import jpeg, png16, tiff
 from inbatch.data.decoding.jpeg import fast_jpeg
 from inbatch.data.pixels import Levels, from_pillow, stored_bits, to_bytes
-from inbatch.data.source import Want
+from inbatch.data.source import CropSpec
 from inbatch.errors import DataError
 from inbatch.runtime.files import open_regular
 
@@ -76,7 +76,7 @@ def _version(name: str) -> str:
         return "none"
 
 
-class Picture:
+class ImageFile:
     """One opened image file: its size is known, its pixels are decoded on demand and once.
 
     file: its contents, or its path. name: what to call it in an error.
@@ -120,7 +120,7 @@ class Picture:
         if self._turn >= 5:
             self.size = (width, height)
 
-    def __enter__(self) -> "Picture":
+    def __enter__(self) -> "ImageFile":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +144,7 @@ class Picture:
         pixels = self._decode(scale)
         return _resized(pixels, (0, 0, *pixels.shape[:2]), size, "bilinear")
 
-    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[Want]) -> tuple[UInt8[Tensor, "c s s"], ...]:
+    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[CropSpec]) -> tuple[UInt8[Tensor, "c s s"], ...]:
         """One crop per view: the box (top, left, height, width) resized, antialiased, as the view wants it."""
         places = boxes.tolist()
         need = max(side / min(h, w) for (_, _, h, w), (side, _) in zip(places, wanted, strict=True))

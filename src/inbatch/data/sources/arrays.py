@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from inbatch.data.pixels import Levels, to_bytes
-from inbatch.data.source import Reading, Source, Want, unlabelled
+from inbatch.data.source import CropSpec, Reading, Source, unlabelled
 from inbatch.errors import DataError
 
 MOST_CLASSES = 1_000_000
@@ -36,7 +36,7 @@ class Pixels:
         height, width = (max(1, round(side * scale)) for side in self.size)
         return _resize(self._pixels, height, width, "bilinear")
 
-    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[Want]) -> tuple[UInt8[Tensor, "c s s"], ...]:
+    def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[CropSpec]) -> tuple[UInt8[Tensor, "c s s"], ...]:
         """One crop per view: the box (top, left, height, width) resized, antialiased, as the view wants it."""
         return tuple(
             _resize(self._pixels[:, top : top + h, left : left + w], side, side, how)
@@ -44,7 +44,7 @@ class Pixels:
         )
 
 
-class Coloured(Source):
+class GreyAsRGB(Source):
     """A grey source in three equal channels, for an encoder that learned from colour."""
 
     def __init__(self, source: Source):
@@ -78,7 +78,7 @@ class ArraySource(Source):
         return str(i)
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_arrays(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """An array or tensor, or a pair (images, labels), is one split; None for anything else."""
     images, labels = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     if not isinstance(images, np.ndarray | Tensor):

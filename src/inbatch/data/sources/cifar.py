@@ -41,7 +41,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of a folder with CIFAR's files, or of one that holds such a folder under its own name."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None

@@ -21,7 +21,7 @@ _SEED = 1797
 _TRAIN = 1297  # the first digits; the last 500 (by other writers) are the test
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of `digits-canvas` and `digits-canvas-colour`; None for anything else."""
     if not isinstance(data, str) or data not in _MAKERS:
         return None

@@ -41,7 +41,7 @@ class Row(NamedTuple):
     split: str
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A `.csv`, `.tsv` or `.txt` file that lists images; one split, or those of its column `split`."""
     if not isinstance(data, str | os.PathLike):
         return None

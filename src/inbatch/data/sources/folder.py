@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind, scan
@@ -48,8 +48,8 @@ class FolderSource(Source):
         label = torch.tensor([place[_text(head)] for head in heads])
         super().__init__(str(root), channels, label[torch.from_numpy(numbers)], classes)
 
-    def open(self, i: int) -> Picture:
-        return Picture(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
+    def open(self, i: int) -> ImageFile:
+        return ImageFile(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return _text(self.scan.paths[i])
@@ -85,7 +85,7 @@ class FolderSource(Source):
         return skipped + (f", {many(len(bad), 'unreadable folder')} ({'; '.join(bad[:3])})" if bad else "")
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_folder(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None

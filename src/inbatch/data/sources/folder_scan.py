@@ -228,7 +228,7 @@ def _store(place: Path, listings: dict[bytes, Listing], name: str) -> None:
         note = {"name": name, "names": said, "folders": zlib.crc32(numbers), "skipped": skipped}
         (folder / "entry.json").write_text(to_json(note), "utf-8", errors="backslashreplace")
 
-    cache.keep(place, needed + numbers.itemsize * len(numbers), write, replace=True)
+    cache.write_entry(place, needed + numbers.itemsize * len(numbers), write, replace=True)
 
 
 def _load(place: Path) -> dict[bytes, Listing]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.data.sources.arrays import check_labels
 from inbatch.data.sources.folder import TESTS
@@ -49,13 +49,13 @@ class HubSource(Source):
                 raise DataError(f"{name!r} holds the label {highest}, but names {len(classes)} classes")
         super().__init__(name, file_channels(reading.channels), labels, classes if bool((labels >= 0).any()) else ())
 
-    def open(self, i: int) -> Picture:
+    def open(self, i: int) -> ImageFile:
         found = self._row(i)
         if found["bytes"] is not None:
-            return Picture(found["bytes"], lambda: self.identity(i), self.channels, self.levels)
+            return ImageFile(found["bytes"], lambda: self.identity(i), self.channels, self.levels)
         if not found["path"]:
             raise DataError(f"{self.identity(i)!r} of {self.name!r} holds no image")
-        return Picture(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
+        return ImageFile(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         row = self.rows.data.column(self.column)[i]  # its bytes stay where they are
@@ -89,7 +89,7 @@ class HubSource(Source):
         raise DataError(f"{path!r} cannot be read: {self.name!r} names a file that is not in its folder")
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A folder that `save_to_disk` wrote, with all its splits; or `hf/NAME`, `hf/NAME:CONFIG` from the hub's cache."""
     if not isinstance(data, str | os.PathLike):
         return None

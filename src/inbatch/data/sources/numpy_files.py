@@ -55,7 +55,7 @@ class NpySource(Source):
         return self.__dict__ | {"_images": None}  # a data worker maps the file itself
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A `.npy` file is `train`; a `.npz` file has the splits whose images it names."""
     if not isinstance(data, str | os.PathLike) or not Path(data).is_file():
         return None
@@ -104,7 +104,7 @@ def _converted(images: np.ndarray, reading: Reading, file: str, labels: np.ndarr
     try:
         # torch knows no other order of bytes, and no array that must not be written
         images = np.require(images, images.dtype.newbyteorder("="), "W")
-        source = arrays.find(images if labels is None else (images, labels), reading)["train"]()  # type: ignore[index]
+        source = arrays.find_arrays(images if labels is None else (images, labels), reading)["train"]()  # type: ignore[index]
     except (DataError, TypeError, ValueError) as e:
         raise DataError(f"{file!r}: {e}") from e
     assert isinstance(source, ArraySource)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.data.sources.arrays import check_labels
@@ -73,12 +73,12 @@ class ParquetSource(Source):
         self._starts, self._groups = starts, groups
         self._forget()
 
-    def open(self, i: int) -> Picture:
+    def open(self, i: int) -> ImageFile:
         rows = self._rows(i)
         data = rows[i]
         if data is None:
             raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
-        return Picture(data, lambda: rows.path(i), self.channels, self.levels)
+        return ImageFile(data, lambda: rows.path(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return self._rows(i).path(i)
@@ -169,7 +169,7 @@ class _Rows:
         return self._paths[i - self.first].as_py() or f"row {i}"
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
     if not isinstance(data, str | os.PathLike):
         return None

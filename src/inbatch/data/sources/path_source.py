@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from jaxtyping import Int
 from torch import Tensor
 
-from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source
 from inbatch.data.sources.packed_names import Names
 from inbatch.errors import DataError
@@ -28,8 +28,8 @@ class PathsSource(Source):
         if not self._paths:
             raise DataError(f"{name!r} names no image")
 
-    def open(self, i: int) -> Picture:
-        return Picture(self._path(i), lambda: printable(os.fsencode(self._path(i))), self.channels, self.levels)
+    def open(self, i: int) -> ImageFile:
+        return ImageFile(self._path(i), lambda: printable(os.fsencode(self._path(i))), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return printable(self._paths[i])

@@ -77,7 +77,7 @@ SETS = {
 """Every set that can be had by its name."""
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """The splits of a set of torchvision's, there or not; None for what does not begin with `torchvision/`."""
     if not isinstance(data, str) or not data.startswith(PREFIX):
         return None

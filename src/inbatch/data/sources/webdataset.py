@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from inbatch.data.decoding.image_file import Picture, file_channels
+from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source
 from inbatch.data.sources.arrays import MOST_CLASSES
 from inbatch.data.sources.folder import EXTENSIONS, TESTS
@@ -59,7 +59,7 @@ class TarSource(Source):
         classes = tuple(str(c) for c in range(int(known.max()) + 1))
         super().__init__(name, file_channels(reading.channels), known, classes)
 
-    def open(self, i: int) -> Picture:
+    def open(self, i: int) -> ImageFile:
         start, size, shard = int(self._starts[i]), int(self._sizes[i]), self._shard(i)
         try:
             with open_regular(shard) as file:
@@ -69,7 +69,7 @@ class TarSource(Source):
             raise DataError(f"{shard!r} cannot be read: {e.strerror or e}") from e
         if len(data) < size:
             raise DataError(f"{shard!r} is shorter than when the run began: {self.identity(i)!r} is gone")
-        return Picture(data, lambda: f"{shard}:{self._member(i)}", self.channels, self.levels)
+        return ImageFile(data, lambda: f"{shard}:{self._member(i)}", self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return f"{os.path.basename(self._shard(i))}:{self._member(i)}"
@@ -116,7 +116,7 @@ class _Member(NamedTuple):
     label: int
 
 
-def find(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """A `.tar`, a pattern such as `train-{000..146}.tar`, or a folder of shards, which may be called by their split.
 
     A folder that holds sub-folders or images beside its tar files is a folder of images.

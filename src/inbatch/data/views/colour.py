@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch import rng
-from inbatch.data.views.operation import Image, Operation, PerImage, chosen, idle, per_image, uniform_in
+from inbatch.data.views.operation import Image, Operation, PerImage, idle, per_image, select, uniform_in
 
 LUMINANCE = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue as torchvision and Pillow have them (ITU-R 601-2)."""
@@ -48,7 +48,7 @@ def rotate_hue(x: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor, "n
     moved = turns != 0
     for channel, mid, sign, base in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
         share = (sixth - mid).abs_().mul_(sign).add_(base).clamp_(0, 1)
-        channel.copy_(chosen(moved, share.mul_(chroma).add_(low), channel))
+        channel.copy_(select(moved, share.mul_(chroma).add_(low), channel))
     return x
 
 
@@ -102,7 +102,7 @@ class Grey(Operation):
         return (u[:, 0] < self.p,)
 
     def __call__(self, x: Image, on: Tensor) -> Image:
-        return chosen(on, luminance(x).expand_as(x).clone(), x)
+        return select(on, luminance(x).expand_as(x).clone(), x)
 
 
 class Solarise(Operation):
@@ -117,7 +117,7 @@ class Solarise(Operation):
         return (u[:, 0] < self.p,)
 
     def __call__(self, x: Image, on: Tensor) -> Image:
-        return chosen(on, torch.where(x >= self.threshold, 1 - x, x), x)
+        return select(on, torch.where(x >= self.threshold, 1 - x, x), x)
 
 
 class Exposure(Operation):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.data.views.operation import Image, Operation, PerImage, chosen, per_image, uniform_in
+from inbatch.data.views.operation import Image, Operation, PerImage, per_image, select, uniform_in
 
 
 def gaussian_blur(x: Image, sigma: PerImage, taps: int) -> Image:
@@ -44,7 +44,7 @@ class Blur(Operation):
         return u[:, 0] < self.p, uniform_in(u[:, 1], *self.sigma)
 
     def __call__(self, x: Image, on: Tensor, sigma: Tensor) -> Image:
-        return chosen(on, gaussian_blur(x, sigma, self.taps), x)
+        return select(on, gaussian_blur(x, sigma, self.taps), x)
 
 
 class Affine(Operation):

@@ -38,7 +38,7 @@ def knows(steps: Sequence[Operation]) -> bool:
     return all(isinstance(step, _KNOWN) for step in steps)
 
 
-def draw(
+def draw_views(
     view: View,
     steps: Sequence[Operation],
     settled: Sequence[tuple[Tensor, ...]],

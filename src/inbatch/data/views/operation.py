@@ -36,7 +36,7 @@ def idle(kind: Tensor) -> bool:
     return can_ask(kind) and not bool(kind.any())
 
 
-def chosen(on: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def select(on: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """new where `on` (n,), else old."""
     if can_ask(on) and bool(on.all()):
         return new

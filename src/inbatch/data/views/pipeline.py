@@ -189,7 +189,7 @@ class Views:
         if not operation.can_ask(u):
             return work(lambda t: t)
         if self.fused is None and numba_backend.knows(todo) and numba_backend.available():
-            return numba_backend.draw(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
+            return numba_backend.draw_views(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
         # A core's cache holds a few images. Those that want the same done come together, so that whole pieces skip.
         want = torch.zeros(len(u), dtype=torch.long)
         for kind, *_ in settled:

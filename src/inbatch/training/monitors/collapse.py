@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from inbatch.evaluation import feature_std, rankme
-from inbatch.models.tower import Tower
+from inbatch.models.network import Network
 
 LOW_STD = 0.25
 """Of 1 for rows spread over the sphere: below it the rows of a head all point the same way."""
@@ -22,15 +22,15 @@ _TRY = (
 )
 
 
-def spread(tower: Tower, images: Tensor) -> dict[str, float]:
+def spread(network: Network, images: Tensor) -> dict[str, float]:
     """How different the outputs of clean images (N, C, H, W) are, per dimension and in rank, in evaluation mode.
 
     "features_std" and "features_rank" of the encoder's output, and the same of every head that stands on it; a head
     on another head, a predictor, has a rank of its own making. std is `feature_std`, rank `rankme`.
     """
-    with tower.evaluating():  # the statistics of these images would blow up what little is left of a difference
-        rows = tower.outputs(images)
-    seen = ["features", *(name for name, source in tower.sources.items() if source == "features")]
+    with network.evaluating():  # the statistics of these images would blow up what little is left of a difference
+        rows = network.outputs(images)
+    seen = ["features", *(name for name, source in network.sources.items() if source == "features")]
     found = {f"{name}_std": float(feature_std(rows[name])) for name in seen}
     return found | {f"{name}_rank": float(rankme(rows[name])) for name in seen}
 

@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from inbatch.context.grouped import Grouped
-from inbatch.models.tower import frozen_statistics
+from inbatch.models.network import frozen_statistics
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed
 from inbatch.training import grad_cache
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 
 SAMPLES = 1024
 """About so many samples are asked, in 4 to 16 groups."""
@@ -48,13 +48,13 @@ def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
     return {"leak": max(right), "leak_chance": chance, "leak_error": (chance * (1 - chance) / len(group)) ** 0.5}
 
 
-def meets(built: Built) -> bool:
+def meets(built: RunComponents) -> bool:
     """Whether samples of a group meet otherwise than in norm layers."""
-    return built.tower.fuse is not None or any(isinstance(m, Grouped) for m in built.encoder.modules())
+    return built.network.fuse is not None or any(isinstance(m, Grouped) for m in built.encoder.modules())
 
 
 @torch.no_grad()
-def leak(built: Built, epoch: int) -> dict[str, float]:
+def leak(built: RunComponents, epoch: int) -> dict[str, float]:
     """`group_leak` of the rows that the loss reads, of groups as in training; every rank takes part in it.
 
     Nothing is learned, and no statistics are kept. Empty where the data fill fewer than two groups of 4 samples.
@@ -65,12 +65,12 @@ def leak(built: Built, epoch: int) -> dict[str, float]:
     if wanted < 2 or built.context < 4:
         return {}
     parts: list[Tensor] = []
-    learning = list(built.method.online_views(len(built.views)))
+    online_views = list(built.method.online_views(len(built.views)))
     for batch in built.loader.epoch(epoch, stop=-(-wanted // at_once)):
         for group in batch.split(len(batch) // step.groups):
             if len(parts) * at_once // step.groups < wanted:  # a part is one group, or one of every rank
                 images = step.views(group)
-                parts.append(_rows(built, [images[v] for v in learning], learning, batch.epoch))
+                parts.append(_rows(built, [images[v] for v in online_views], online_views, batch.epoch))
     whole = torch.stack(
         [distributed.gather(part.contiguous(), dim=1) for part in parts], dim=1
     )  # (V, groups here, W * g, D)
@@ -79,10 +79,10 @@ def leak(built: Built, epoch: int) -> dict[str, float]:
     return group_leak(whole[:, :wanted])
 
 
-def _rows(built: Built, group: Sequence[Tensor], numbers: Sequence[int], epoch: int) -> Tensor:
-    tower = built.tower
-    with frozen_statistics(tower), grad_cache.replayable(fold(built.recipe.seed, epoch), group[0].device):
-        return tower.forward(group, numbers)[built.method.online[0]]
+def _rows(built: RunComponents, group: Sequence[Tensor], numbers: Sequence[int], epoch: int) -> Tensor:
+    network = built.network
+    with frozen_statistics(network), grad_cache.seeded_rng(fold(built.recipe.seed, epoch), group[0].device):
+        return network.forward(group, numbers)[built.method.online[0]]
 
 
 def sign(found: dict[str, float], shuffled: bool) -> str | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from inbatch.batch import Batch
 from inbatch.data import Resident, Source, Subset, decode_all
-from inbatch.data.source import Opened
+from inbatch.data.source import LazyImage
 from inbatch.data.sources.arrays import Pixels
 from inbatch.data.views import Views
 from inbatch.errors import DataError
@@ -45,7 +45,7 @@ class Chosen(Subset):
         super().__init__(source, torch.cat([part.sort().values for part in parts]), "drawn by the seed")
         self.held = held
 
-    def open(self, i: int) -> Opened:
+    def open(self, i: int) -> LazyImage:
         if self.held is None:
             return super().open(i)
         at = int(self.indices[i])

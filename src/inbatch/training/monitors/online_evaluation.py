@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from inbatch.data import Source, Subset
-from inbatch.evaluation import Embeddings, embed, evaluate, feature_std, keep, knn, rankme, readable
+from inbatch.evaluation import Embeddings, embed, evaluate, feature_std, hold_in_memory, knn, rankme, readable
 from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed
-from inbatch.training.build import Built
+from inbatch.training.build import RunComponents
 from inbatch.training.head_evaluation import HeadRows, judge_head
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.collapse import SETTLED, signs, spread
@@ -23,7 +23,7 @@ from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.context_leak import leak, meets, sign
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.recipe import Recipe
-from inbatch.training.train_state import Progress
+from inbatch.training.train_state import TrainState
 
 BANK, QUERIES = 10_000, 2_000
 """Images that are judged on the way where they are streamed: the first step must not wait for a million of them."""
@@ -33,7 +33,7 @@ Held = tuple[Any, Any, str]
 """Bank, queries and their description, from `build.held_out`."""
 
 
-def chosen(built: Built, held: Held) -> tuple[Held, Held]:
+def choose_online_subsets(built: RunComponents, held: Held) -> tuple[Held, Held]:
     """What is judged on the way, and what at the end; images that are looked at again and again are kept in memory.
 
     On the way that is everything if images are resident and there is no budget, else so many, the same ones each time.
@@ -42,15 +42,15 @@ def chosen(built: Built, held: Held) -> tuple[Held, Held]:
     def some(source: Source, most: int) -> tuple[Any, Any]:
         budget = built.recipe.budget is not None  # looks take their time from it
         if len(source) <= most or (built.loader.held is not None and not budget):
-            kept = keep(source)
+            kept = hold_in_memory(source)
             return kept, kept
-        return keep(fixed_sample(source, most)), source
+        return hold_in_memory(fixed_sample(source, most)), source
 
     (bank, whole_bank), (queries, whole_queries) = some(held[0], BANK), some(held[1], QUERIES)
     return (bank, queries, held[2]), (whole_bank, whole_queries, held[2])
 
 
-def affordable(built: Built, held: Held, seconds: float) -> Held:
+def affordable(built: RunComponents, held: Held, seconds: float) -> Held:
     """Return as many of the images to judge by as one evaluation can embed in so many seconds; all of them if it can.
 
     The same images each time; what is left out stands in the description.
@@ -99,8 +99,8 @@ def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
     return replace(found, vectors=encoder.readout.whitened(found.vectors.to(encoder.device)).cpu())
 
 
-def _embedded(built: Built, source: Source) -> Any:
-    return embed(built.encoder, source, precision=built.tower.precision)
+def _embedded(built: RunComponents, source: Source) -> Any:
+    return embed(built.encoder, source, precision=built.network.precision)
 
 
 def fixed_sample(source: Source, most: int) -> Source:
@@ -110,12 +110,12 @@ def fixed_sample(source: Source, most: int) -> Source:
     return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")
 
 
-def watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Log) -> None:
+def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, epoch: int, log: Log) -> None:
     """See on rank 0 how different the outputs of some images are; say when they collapse, and when no longer."""
     if distributed.rank():
         return
     images = built.encoder.prepare(readable(watched, range(len(watched))))
-    now = spread(built.tower, images.to(built.loader.device))
+    now = spread(built.network, images.to(built.loader.device))
     log.record(progress.step, now)
     progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
     if progress.step < SETTLED:
@@ -129,7 +129,7 @@ def watch(built: Built, watched: Subset, progress: Progress, epoch: int, log: Lo
     progress.collapsed = found
 
 
-def guard(built: Built, progress: Progress, epoch: int, log: Log) -> None:
+def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log) -> None:
     """Where samples meet before the loss: log whether an embedding tells its group."""
     found = leak(built, epoch) if meets(built) else {}
     if found:
@@ -139,27 +139,27 @@ def guard(built: Built, progress: Progress, epoch: int, log: Log) -> None:
             log.note(f"epoch {epoch}: {sentence}")
 
 
-def survey(built: Built, epoch: int) -> dict[str, float]:
+def survey(built: RunComponents, epoch: int) -> dict[str, float]:
     """Show the method the rows of the whole data set: clean images, in evaluation mode, each rank a share of them."""
-    tower, source, world = built.target or built.tower, built.loader.source, distributed.world()
+    network, source, world = built.target or built.network, built.loader.source, distributed.world()
     label, n = source.labels, len(source)
     mine = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
     seen = Subset(source, mine, "this rank's share")
     rows = {}
-    for name in tower.reads:
-        found = embed(HeadRows(tower, built.encoder, name), seen, workers=built.loader.workers)
+    for name in network.reads:
+        found = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
         # An image that cannot be read is never learned from: its row may be any, here that of the one behind it.
         share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
         whole = distributed.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
-    return built.method.survey(rows, label.cpu(), epoch, distributed.spread)
+    return built.method.survey(rows, label.cpu(), epoch, distributed.distribute_tasks)
 
 
-def judge(built: Built, held: Any) -> Judge:
+def make_online_evaluator(built: RunComponents, held: Any) -> Judge:
     """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
 
     def look() -> dict[str, float]:
-        options: dict[str, Any] = {"precision": built.tower.precision, "workers": built.loader.workers}
+        options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
         if held is None:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
             few = torch.arange(min(most, len(built.loader.source)))
@@ -180,12 +180,12 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
-def judged(judge: Judge, progress: Progress, epoch: int, log: Log, steps: int) -> bool:
+def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
     """Judge the features on rank 0, remember and log it; whether they are the best so far.
 
     The curve gets the mean loss, too: the log has that of single steps. steps: of an epoch, for one that is not whole.
     """
-    loss, found = distributed.share((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
+    loss, found = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps
     progress.curve.append({"step": progress.step, "epoch": done} | loss | found)
     log.evaluation(progress.step, found)
@@ -194,22 +194,22 @@ def judged(judge: Judge, progress: Progress, epoch: int, log: Log, steps: int) -
     return best
 
 
-def looked_at(recipe: Recipe) -> list[int]:
+def evaluation_epochs(recipe: Recipe) -> list[int]:
     """The epochs after which the features are judged."""
     return sorted({*range(0, recipe.epochs, recipe.evaluate_every), recipe.epochs})
 
 
-def tell(compared: Comparison | None, out: Path, log: Log) -> None:
+def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
     """After a look, where a run is compared: say what has left the reference's band or come back, and draw both."""
     if compared is None:
         return
     for sentence in compared.news():
         log.note(sentence)
     plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
-    log.untimed()
+    log.reset_throughput()
 
 
-def evaluation(built: Built, held: Any, out: Path) -> dict[str, Any]:
+def evaluation(built: RunComponents, held: Any, out: Path) -> dict[str, Any]:
     """The figures of every protocol, and of the head that assigns clusters where the method has one."""
     bank, queries, _ = held
     options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}

@@ -24,7 +24,7 @@ def folder() -> Path:
     return packaged if packaged.is_dir() else here[4] / "results" / "records"
 
 
-def find(recipe: dict[str, Any]) -> Reference:
+def find_reference(recipe: dict[str, Any]) -> Reference:
     """The runs of a (nested) recipe that come along, whatever their seed; ConfigError that names the closest."""
     recipe = json.loads(to_json(recipe))  # as it would come back from a file
     learned = [file for file in sorted(folder().glob("*.json")) if _learned(read_json(file))]

@@ -1,4 +1,4 @@
-"""The tower: images of one context group in, rows out; and the slow copy that teaches it."""
+"""The network: images of one context group in, rows out; and the slow copy that teaches it."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from inbatch.nn.eval_mode import evaluating
 from inbatch.nn.heads import Head
 
 
-class Tower(nn.Module):
+class Network(nn.Module):
     """Fusion, encoder and heads. Samples meet here only inside the context group of one call.
 
     fuse: mixes the images of the views numbered `fused` while training.
@@ -94,7 +94,7 @@ class Tower(nn.Module):
             return _wide(self._features(images))
 
     def autocast(self, images: Tensor) -> torch.autocast:
-        """The precision in which the tower runs."""
+        """The precision in which the network runs."""
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -> Tower:
-    """A copy of the tower, without the heads that are online only, that no gradient reaches."""
+def make_target_network(network: Network, heads: dict[str, Head], reads: Sequence[str]) -> Network:
+    """A copy of the network, without the heads that are online only, that no gradient reaches."""
     kept = {name: head for name, head in heads.items() if not head.online_only}
-    slow = copy.deepcopy(tower)
+    slow = copy.deepcopy(network)
     for name in set(slow.heads) - set(kept):
         del slow.heads[name]
     slow.sources = {name: head.source for name, head in kept.items()}
@@ -131,7 +131,7 @@ def momentum_tower(tower: Tower, heads: dict[str, Head], reads: Sequence[str]) -
 
 
 @torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
 
     Norm statistics are the target's own: it has seen its own images. A shared fusion is the newest.
