@@ -113,9 +113,9 @@ def work(job):
     return (lambda: time.sleep(600)), {}
 """
 RACE = """
-from inbatch.bench.runner import Contestant, Race
+from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 job = {"module": "sleeping.contestant", "make": "work", "threads": 1, "device": "cpu", "seconds": 0.1}
-Race("sleeping", "s", [Contestant("one", job)]).run(1, {}, show_missing=True)
+BenchmarkRounds("sleeping", "s", [Implementation("one", job)]).run(1, {}, show_missing=True)
 """
 
 
@@ -137,14 +137,14 @@ def test_contestants_and_their_halted_workers_end_with_the_race(tmp_path: Path) 
 CHILD = """
 import sys, time
 {before}
-from inbatch.children import end_with_parent
+from inbatch.runtime.child_processes import end_with_parent
 end_with_parent()
 print("ready", flush=True)
 time.sleep(600)
 """
 STARTS = """
 import sys, time
-from inbatch.children import start
+from inbatch.runtime.child_processes import start
 child = start({words!r})
 child.wait()
 """
@@ -177,7 +177,7 @@ def test_a_program_whose_parent_is_gone_ends_at_once(tmp_path: Path) -> None:
 
 STREAMS = """
 import os, time, torch
-from inbatch import children
+from inbatch.runtime import child_processes
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 100
@@ -185,8 +185,9 @@ class Images(torch.utils.data.Dataset):
         if i == 3:
             time.sleep(600)
         return i
-loader = torch.utils.data.DataLoader(Images(), batch_size=None, num_workers=2, worker_init_fn=children.begin_worker)
-batches = children.batches(loader)
+loader = torch.utils.data.DataLoader(Images(), batch_size=None, num_workers=2,
+                                     worker_init_fn=child_processes.begin_worker)
+batches = child_processes.batches(loader)
 next(batches)
 print("ready", flush=True)
 if {exits}:
@@ -212,7 +213,7 @@ def test_workers_that_ignore_signals_end_with_their_trainer(tmp_path: Path) -> N
 def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path) -> None:
     text = """
 import os, signal
-from inbatch.signals import ending, stop_on_signals
+from inbatch.runtime.signals import ending, stop_on_signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with stop_on_signals() as stop, ending():
     os.kill(os.getpid(), signal.SIGHUP)

@@ -81,7 +81,7 @@ def test_help_imports_nothing_heavy() -> None:
     """What makes help instant: `python -X importtime -m inbatch --help` is the measurement."""
     code = (
         "import sys; sys.argv = ['inbatch', *sys.argv[1:]]\n"
-        "from inbatch.cli import main\n"
+        "from inbatch.apps.cli import main\n"
         "try: main()\n"
         "finally: print('heavy:', *{'torch', 'numpy', 'sklearn', 'yaml', 'timm'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -211,7 +211,7 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
     with built.network.evaluating():
         images = built.encoder.prepare(source.image(i) for i in range(len(source)))
         assignment = built.network([images])["clusters"][0].argmax(1)
-    assert told["nmi"] == pytest.approx(inbatch.evaluate.nmi(source.labels, assignment), abs=0.01)
+    assert told["nmi"] == pytest.approx(inbatch.evaluation.nmi(source.labels, assignment), abs=0.01)
     assert told["used"] == len(assignment.unique())
 
     plain = torch.zeros(30, 1, 20, 20, dtype=torch.uint8), [0, 1, 2] * 10

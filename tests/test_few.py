@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from bars import bars_run, command
-from inbatch.show import conditions, figures, print_figures
 from test_evaluate import clouds
 
+from inbatch.apps.cli.output import conditions, figures, print_figures
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import evaluate, few, few_labels, knn, linear_probe
 

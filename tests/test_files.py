@@ -13,7 +13,7 @@ from inbatch.runtime import files
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from inbatch.files import locked
+from inbatch.runtime.files import locked
 with locked(Path(sys.argv[1])) as note:
     if os.fork() == 0:  # a data worker that outlives the run
         print("held", flush=True)

@@ -144,7 +144,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from inbatch.log import Log
+from inbatch.training.metric_logger import Log
 with Log(Path(sys.argv[1]), total_steps=40) as log:
     for step in range(1, 41):
         log.step(step, step // 10, {"loss": 40.0 / step}, images=64)

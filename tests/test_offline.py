@@ -68,7 +68,7 @@ def apart() -> list[str]:
 
 PROGRAM = """
 import shlex, socket, sys
-from inbatch.cli import app
+from inbatch.apps.cli import app
 asked = []
 def refuse(*args, **options):
     asked.append(args)
@@ -108,7 +108,7 @@ def test_weights_from_the_network_are_refused_at_once(line: str, tmp_path: Path)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the system's own refusal
     folders = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     folders["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and not path.endswith("offline"))
-    waits = "import sys, time; time.sleep = lambda _: sys.exit('it waited'); from inbatch.cli import main; main()"
+    waits = "import sys, time; time.sleep = lambda _: sys.exit('it waited'); from inbatch.apps.cli import main; main()"
     call = [*apart(), sys.executable, "-c", waits, *shlex.split(line), "--json"]
     done = subprocess.run(call, capture_output=True, text=True, env=kept | folders, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

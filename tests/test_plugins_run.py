@@ -69,7 +69,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
         "digits-canvas-colour", fuse="set", attend="ba2m", crops="intersection", shuffle_groups=True, batch=16,
         context=8, settings=settings | {"fuse.patch": 4},
     )  # fmt: skip
-    again = inbatch.config.make(built.recipe.flat())
+    again = inbatch.training.recipe.make(built.recipe.flat())
     assert again == built.recipe
     assert json.loads(json.dumps(built.recipe.nested()))["fuse"]["patch"] == 4
     words = built.recipe.command()

@@ -33,19 +33,19 @@ def told(code: str, **more: str) -> str:
 
 @LINUX
 def test_freed_memory_is_kept() -> None:
-    kept = int(told("from inbatch import process; process.begin(); assert process.keeps_memory\n" + FAULTS))
-    left_alone = "from inbatch import process; process.begin(); assert not process.keeps_memory\n" + FAULTS
+    kept = int(told("from inbatch.runtime import tuning; tuning.begin(); assert tuning.keeps_memory\n" + FAULTS))
+    left_alone = "from inbatch.runtime import tuning; tuning.begin(); assert not tuning.keeps_memory\n" + FAULTS
     assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 4 * kept + 100  # large pages make few faults
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_no_more_threads_than_a_quota_gives_cores() -> None:
-    code = "import sys; from inbatch import process; process.affine = lambda: 64; process.cores = lambda: 1; "
-    threads = "process.begin(); import torch; print(torch.get_num_threads())"
+    code = "import sys; from inbatch.runtime import tuning; tuning.affine = lambda: 64; tuning.cores = lambda: 1; "
+    threads = "tuning.begin(); import torch; print(torch.get_num_threads())"
     assert told(code + threads) == "1"
     assert told(code + threads, OMP_NUM_THREADS="2") == "2"
     assert told(
-        code + "process.cores = lambda: 64; process.begin(); import os; print(os.environ.get('OMP_NUM_THREADS'))"
+        code + "tuning.cores = lambda: 64; tuning.begin(); import os; print(os.environ.get('OMP_NUM_THREADS'))"
     ) == ("None")
 
 
@@ -57,17 +57,17 @@ print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "
 
 def test_waiting_threads_sleep() -> None:
     """They would spin beside other processes, and OpenMP is told before torch is loaded."""
-    begin = "import sys; from inbatch import process; process.begin(); assert 'torch' not in sys.modules"
+    begin = "import sys; from inbatch.runtime import tuning; tuning.begin(); assert 'torch' not in sys.modules"
     assert told(begin + WAITING) == "passive 1000 None"
     assert told(begin + WAITING, OMP_WAIT_POLICY="active") == "active None None"
     assert told(begin + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"
     assert told(begin + WAITING, KMP_BLOCKTIME="3") == "None None 3"
-    assert told("import torch; from inbatch import process; process.begin()" + WAITING) == "None None None"
+    assert told("import torch; from inbatch.runtime import tuning; tuning.begin()" + WAITING) == "None None None"
 
 
 @LINUX
 def test_openmp_of_torch_is_told_how_to_wait() -> None:
-    code = "from inbatch import process; process.begin(); import torch"
+    code = "from inbatch.runtime import tuning; tuning.begin(); import torch"
     run = [sys.executable, "-c", code]
     seen = subprocess.run(run, env=environment(OMP_DISPLAY_ENV="verbose"), capture_output=True, text=True).stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in seen and "GOMP_SPINCOUNT = '1000'" in seen
@@ -82,14 +82,14 @@ def test_denormal_numbers_are_zero_on_every_thread() -> None:
 
 def test_a_library_leaves_the_process_alone() -> None:
     """Training in somebody's own process sets nothing that he has not asked for."""
-    code = "import inbatch.api; from inbatch import process; process.ready(); import torch\n"
-    assert told(
-        code + "print(process.tuned, process.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)" + WAITING
-    ) == ("False False True\nNone None None")
+    code = "import inbatch.api; from inbatch.runtime import tuning; tuning.ready(); import torch\n"
+    assert told(code + "print(tuning.tuned, tuning.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)" + WAITING) == (
+        "False False True\nNone None None"
+    )
 
 
 def test_other_programs_wait_as_they_ship() -> None:
     """Contestants of a benchmark do not inherit how this program's threads wait, only what the user has set."""
-    code = "from inbatch import process; process.begin(); import os; os.environ = process.untuned()"
+    code = "from inbatch.runtime import tuning; tuning.begin(); import os; os.environ = tuning.untuned()"
     assert told(code + WAITING) == "None None None"
     assert told(code + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"

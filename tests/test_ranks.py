@@ -112,7 +112,7 @@ def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_pat
     # The launcher stays between a job and its workers: none of them may live on.
     assert subprocess.run(["pgrep", "-f", str(out)], capture_output=True).returncode == 1
 
-    state = inbatch.checkpoint.load(out / "checkpoints")
+    state = inbatch.training.checkpoint.load(out / "checkpoints")
     assert state.step == report["last_step"] > 0
     recipe = json.loads((out / "recipe.json").read_text()) | {"epochs": state.step // 5 + 1}
     (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter end, so that the test ends too

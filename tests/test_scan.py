@@ -288,7 +288,7 @@ class TestKept:
         assert b"\\udcfe" in (cache.entries()[0].path / "entry.json").read_bytes()
 
     def test_two_processes_at_once(self, root, tree):
-        code = "import sys, inbatch.data.scan as s; s.WORTH = 0; s._SETTLED = -10**10; "
+        code = "import sys, inbatch.data.sources.folder_scan as s; s.WORTH = 0; s._SETTLED = -10**10; "
         code += "print(len(s.scan(sys.argv[1]).paths))"
         both = [subprocess.Popen([sys.executable, "-c", code, str(tree)], stdout=subprocess.PIPE) for _ in range(2)]
         assert [int(one.communicate()[0]) for one in both] == [10, 10]

@@ -510,7 +510,7 @@ def test_a_link_laid_where_a_file_is_begun_is_not_followed(tmp_path: Path) -> No
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / f".out.json.{os.getpid()}.tmp").symlink_to(victim)
-    inbatch.files.write_json(tmp_path / "out.json", {})
+    inbatch.runtime.files.write_json(tmp_path / "out.json", {})
     assert victim.read_text() == "mine" and (tmp_path / "out.json").read_text() == "{}\n"
 
 

@@ -11,7 +11,7 @@ from inbatch.runtime.signals import SIGNALS, Stop, stop_on_signals
 
 CHILD = """
 import sys, time
-from inbatch.signals import stop_on_signals
+from inbatch.runtime.signals import stop_on_signals
 with stop_on_signals() as stop:
     print("ready", flush=True)
     seen = None

@@ -233,7 +233,7 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 IN_STEP = """
 import hashlib, sys
 from inbatch import api
-from inbatch.cli import main
+from inbatch.apps.cli import main
 
 def stuck(gradient):
     "One call of a library, of many minutes."
@@ -299,7 +299,7 @@ def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Si
 
 AGAIN_AND_AGAIN = """
 import importlib, sys
-from inbatch.cli import main
+from inbatch.apps.cli import main
 
 def endless(*args, **options):
     print("busy", file=sys.stderr, flush=True)
@@ -360,7 +360,7 @@ def test_decoding_in_threads_is_ended(tmp_path: Path, number: signal.Signals) ->
     images = write_folder(open_data("digits-canvas-colour", subset=400), tmp_path / "images")
     slow = """
 import sys, time
-from inbatch.cli import main
+from inbatch.apps.cli import main
 from inbatch.data import resident
 def decode(*args):
     print("busy", file=sys.stderr, flush=True)
@@ -381,8 +381,8 @@ def test_a_table_waits_for_its_runs(tmp_path: Path, number: signal.Signals) -> N
     words += ["--work", str(tmp_path / "work")]
     script = """
 import sys
-from inbatch.cli import main
-from inbatch.papers import run
+from inbatch.apps.cli import main
+from inbatch.apps.papers import runner as run
 real = run.subprocess.Popen
 def started(*args, **options):
     child = real(*args, **options)

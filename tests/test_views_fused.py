@@ -194,7 +194,7 @@ def test_without_numba_torch_draws(monkeypatch, used):
 
 
 def test_numba_waits_for_the_first_view():
-    script = "import inbatch.views, inbatch.api, sys; assert 'numba' not in sys.modules"
+    script = "import inbatch.data.views, inbatch.api, sys; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -251,7 +251,7 @@ sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from test_views import batch, photos
 from torch._dynamo.utils import counters
-from inbatch.views import View, Views, operation
+from inbatch.data.views import View, Views, operation
 operation.can_ask = lambda x: False
 view = View(16, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, kernel=3,
             solarise=0.2, gain=(0.9, 1.1), noise=0.1, shift=0.1)

@@ -158,7 +158,7 @@ def at_an_epochs_end(folder: Path) -> dict[str, Any]:
     """Step 5 is the last of the first epoch of 5."""
     at = f"""
     import os, signal
-    from inbatch.log import Log
+    from inbatch.training.metric_logger import Log
     real = Log.step
     def step(self, at, *rest):
         if at == 5:

@@ -9,7 +9,7 @@ from .stage import MAIN, TORCHRUN, Drill, pretrain, report, run, script
 NAN = (
     """
 import torch
-from inbatch.step import Step
+from inbatch.training.step import Step
 real, count = Step.__call__, 0
 def call(self, batch, *rest):
     global count
@@ -27,7 +27,7 @@ Step.__call__ = call
 EXTREMES = """
 import itertools, torch
 from inbatch import losses as f
-from inbatch.functional import normalize
+from inbatch.nn.functional import normalize
 def rows(kind, v, n, d, dtype):
     x = torch.randn(v, n, d, dtype=torch.float32)
     x = {"usual": x, "zero": 0 * x, "constant": torch.ones_like(x), "huge": 1e4 * x, "small": 1e-2 * x}[kind]

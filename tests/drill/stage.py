@@ -25,7 +25,7 @@ TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
     "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
 ]  # fmt: skip
-MAIN = "from inbatch.cli import main\nmain()\n"
+MAIN = "from inbatch.apps.cli import main\nmain()\n"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .stage import (
 AT = (
     """
 import os, signal, sys, time
-from inbatch.log import Log
+from inbatch.training.metric_logger import Log
 real = Log.step
 def step(self, at, *rest):
     real(self, at, *rest)

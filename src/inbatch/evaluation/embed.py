@@ -35,7 +35,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What is asked of an encoder; `inbatch.encoders.Encoder` is one."""
+    """What is asked of an encoder; `inbatch.models.Encoder` is one."""
 
     @property
     def device(self) -> torch.device: ...

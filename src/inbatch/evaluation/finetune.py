@@ -53,7 +53,7 @@ small: the same with batches, steps and crops for thousands of images. upright: 
 
 @runtime_checkable
 class Trainable(Encoder, Protocol):
-    """What is asked of an encoder to be fine-tuned: a module like `inbatch.encoders.Encoder`."""
+    """What is asked of an encoder to be fine-tuned: a module like `inbatch.models.Encoder`."""
 
     size: int
     width: int
@@ -88,7 +88,7 @@ def finetune(
             raise ConfigError(f"there is no fine-tuning called {settings!r}: choose one of {', '.join(TUNINGS)}.")
         settings = TUNINGS[settings]
     if not isinstance(encoder, Trainable) or not isinstance(encoder, nn.Module):
-        raise ConfigError("fine-tuning trains an encoder: give a module like inbatch.encoders.Encoder.")
+        raise ConfigError("fine-tuning trains an encoder: give a module like inbatch.models.Encoder.")
     chosen = few_labels(train.labels, share, seed)
     counts = train.labels[chosen].bincount()
     if (counts > 0).sum() < 2:

@@ -54,7 +54,7 @@ def tune() -> None:
     for it, and INBATCH_ALLOCATOR=system leaves it alone. There are no more threads than the cores that a container's
     quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Waiting threads sleep soon, if
     torch is not yet loaded and none of OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME is set. A run on a CPU takes
-    fewer threads while other processes are busy, if OMP_NUM_THREADS is not set (`inbatch.threads`). Numbers too small
+    fewer threads while other processes are busy, if OMP_NUM_THREADS is not set (`runtime.threads`). Numbers too small
     to be normal count as 0, which some processors multiply much slower.
     """
     begin()

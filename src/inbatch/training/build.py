@@ -199,7 +199,9 @@ def local_batch_size(recipe: Recipe, world: int) -> int:
 def _context(recipe: Recipe, world: int) -> tuple[int, int]:
     """Samples of a context group, and groups per rank."""
     if recipe.context == "auto":
-        raise ConfigError("context = auto is found before a run is built: inbatch.fit.resolve puts in a number")
+        raise ConfigError(
+            "context = auto must be resolved before build: training.auto_context.resolve puts in a number"
+        )
     share = local_batch_size(recipe, world)
     context = recipe.context or share
     if context > share or share % context or (recipe.sync_norm and context % world):

@@ -75,13 +75,13 @@ class Recipe:
     channels, classes, levels: how the images are read (`data.open_data`).
     size: side of the images the encoder takes, in pixels.
     batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
-        None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`inbatch.fit`):
+        None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`auto_context`):
         the number found takes its place before anything is written.
     fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
     crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
     shuffle_groups: the target network's context groups (without one: those of every view but the first) are other
         permutations of the batch, so that what a group has in common does not solve the task.
-    precision: of the networks. loss_precision: of the products in a loss's log-sum-exps (`inbatch.tiled.Plan`).
+    precision: of the networks. loss_precision: of the products in a loss's log-sum-exps (`inbatch.nn.logsumexp.Plan`).
     variance: weight of VICReg's variance term (`functional.variance_hinge`), added to the loss of any method.
     grow_from, grow_until: until this share of the run the encoder sees its views at this share of their side, which
         costs the square of it; then at full size (progressive resizing). 1 and 0: always at full size.

@@ -22,7 +22,7 @@ _SAMPLES = 8
 """What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
 COPIES = 8
 """Of the rows of the whole batch, about so many are held while a loss is computed: as they came and gathered, online
-and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.tiled`)."""
+and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.nn.logsumexp`)."""
 
 
 def describe(built: RunComponents) -> str:
