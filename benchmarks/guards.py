@@ -62,7 +62,7 @@ def bare(job: dict[str, Any]) -> Work:
 
 def eager(job: dict[str, Any]) -> Work:
     """The network in float32, laid out as torch does by default."""
-    return inbatch_workloads.network(job | {"settings": {"precision": "float32", "channels_last": False}})
+    return inbatch_workloads.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
@@ -97,7 +97,7 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
         "k-NN, over product and top-k": Guard(
             inbatch_workloads.neighbours, reference_workloads.neighbours, 0.9, near, None
         ),
-        "network, over eager float32": Guard(inbatch_workloads.network, eager, 1.4 if bf16 else 1.0, network, None),
+        "network, over eager float32": Guard(inbatch_workloads.tower, eager, 1.4 if bf16 else 1.0, network, None),
         "step, over a bare loop": Guard(inbatch_workloads.step, bare, 0.9, network, None),
     }
 

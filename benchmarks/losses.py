@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "losses.json"
 PLOT = ROOT / "docs" / "losses.png"
 
-spec = importlib.util.spec_from_file_location("children", ROOT / "src" / "inbatch" / "children.py")
+spec = importlib.util.spec_from_file_location("children", ROOT / "src" / "inbatch" / "runtime" / "child_processes.py")
 children = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(children)
 

@@ -82,9 +82,9 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
         built.target.forward = clock.around("target network", built.target.forward)
     object.__setattr__(built.method, "loss", clock.around("loss", built.method.loss))
     built.optimizer.step = clock.around("optimiser", built.optimizer.step)
-    kept = torch.Tensor.backward, torch.autograd.backward, step.follow
+    kept = torch.Tensor.backward, torch.autograd.backward, step.ema_update
     torch.Tensor.backward = clock.around("loss", kept[0])
-    step.follow = clock.around("target network", kept[2])
+    step.ema_update = clock.around("target network", kept[2])
 
     def backward(*args: Any, **options: Any) -> None:  # the network's: the loss's comes through Tensor.backward
         with clock.part(clock._running[-1][0] if clock._running[-1][0] == "loss" else "network, backward"):
@@ -109,7 +109,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
                     made.append(dict(clock.seconds))
                 epoch += 1
     finally:
-        torch.Tensor.backward, torch.autograd.backward, step.follow = kept
+        torch.Tensor.backward, torch.autograd.backward, step.ema_update = kept
     names = sorted({name for one in made for name in one}, key=lambda n: (n == "framework", n))
     parts = {name: median(one.get(name, 0.0) for one in made[warm:]) for name in names}
     totals = [sum(one.values()) for one in made[warm:]]

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import small
+import small_methods as small
 import test_methods
 import torch
-from test_seam import assert_same
+from step_states import assert_same
 
 from inbatch.apps.cli.output import explain_plugins
 from inbatch.errors import ConfigError

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from pool import on_ranks
+from rank_pool import on_ranks
 from ways import ways_out
 
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"

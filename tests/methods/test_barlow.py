@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor, nn
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import barlow_twins
 from inbatch.methods.barlow import BarlowTwins, cross_correlation

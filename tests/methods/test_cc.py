@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import cluster_contrast
 from inbatch.methods import METHODS

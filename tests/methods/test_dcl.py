@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import dcl
 from inbatch.methods.dcl import DCL

@@ -5,10 +5,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import small
+import small_methods as small
 import torch
+from golden_vectors import DTYPES, Case
 from torch import Tensor, nn
-from vectors import DTYPES, Case
 
 from inbatch.batch import Batch
 from inbatch.data.views import PRESETS

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor, nn
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import ctr
 from inbatch.methods.mocov3 import MoCoV3

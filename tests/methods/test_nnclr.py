@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor, nn
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import nnclr, nt_xent
 from inbatch.methods.nnclr import NNCLR, neighbours

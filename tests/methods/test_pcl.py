@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.batch import Batch
 from inbatch.losses import info_nce, proto_nce

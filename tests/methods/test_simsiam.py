@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import simsiam
 from inbatch.methods.simsiam import SimSiam

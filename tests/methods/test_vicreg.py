@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor, nn
-from vectors import DTYPES, Case, unlabelled
 
 from inbatch.losses import vicreg
 from inbatch.methods.vicreg import VICReg

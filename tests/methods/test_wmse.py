@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_vectors import DTYPES, Case, unlabelled
 from torch import Tensor
-from vectors import DTYPES, Case, unlabelled
 
 import inbatch
 from inbatch.batch import Batch

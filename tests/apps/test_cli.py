@@ -1,0 +1,457 @@
+"""The command line as people and scripts meet it: what it prints, where, with which exit code, and what it leaves."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from command_line import one_object, run
+from PIL import Image
+
+import inbatch
+from inbatch import api
+from inbatch.apps.cli.output import explain
+from inbatch.errors import InbatchError, Preempted, TrainingError
+from inbatch.methods import METHODS
+from inbatch.runtime.text import printable
+from inbatch.training import checkpoint
+from inbatch.training.recipe import Recipe, make
+
+COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "export", "inspect", "views", "crops", "methods", "plugins")
+COMMANDS += ("bench", "doctor", "data", "table")
+TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
+
+
+def process(*args: str, **options: Any) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *args], **(pipes | options))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert run(f"pretrain {TINY} --out {out} --quiet").exit_code == 0
+    return out
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve photographs of nothing, unlabelled, in a folder whose name is hostile to a terminal."""
+    folder = tmp_path / "my\x1b[31m[bold]\nphotos"
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 24, 30, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+# Help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What makes help instant: `python -X importtime -m inbatch --help` is the measurement."""
+    code = (
+        "import sys; sys.argv = ['inbatch', *sys.argv[1:]]\n"
+        "from inbatch.apps.cli import main\n"
+        "try: main()\n"
+        "finally: print('heavy:', *{'torch', 'numpy', 'sklearn', 'yaml', 'timm'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    for line in (["--help"], ["pretrain", "--help"]):
+        child = process("-c", code, *line)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 0 and err.strip() == "heavy:", err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example_and_stays_short(command: str) -> None:
+    shown = run(f"{command} --help").stdout
+    examples = shown.partition("Examples:")[2]
+    assert examples.count(f"inbatch {command}") >= 2
+    flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
+    assert "--json" in flags and len(flags) <= (30 if command == "pretrain" else 20), sorted(flags)
+    shows = ("quickstart", "pretrain", "embed", "table")
+    assert ("--quiet" in flags) == (command in shows), "quiet is for what shows progress"
+
+
+def test_the_overview_names_every_command_and_exit_code() -> None:
+    shown = run("--help").stdout
+    assert all(command in shown for command in COMMANDS) and "75 stopped by a signal" in shown
+    assert run("--version").stdout.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be copied parses: the work itself is cut off."""
+
+    def cut(*args: Any, **options: Any) -> None:
+        raise Preempted("parsed")
+
+    import inbatch.apps.bench.benchmark
+    import inbatch.apps.doctor
+    import inbatch.apps.papers.command
+    import inbatch.apps.quickstart
+    import inbatch.apps.reports.batch_context
+    import inbatch.apps.reports.crop_statistics
+    import inbatch.apps.reports.dataset
+    import inbatch.apps.reports.view_grid
+
+    for module, name in (
+        (api, "pretrain"), (api, "dry_run"), (api, "evaluate_run"), (api, "embed_run"), (api, "export_run"),
+        (inbatch.apps.reports.view_grid, "draw_views"), (inbatch.apps.reports.batch_context, "inspect_run"),
+        (inbatch.apps.reports.crop_statistics, "tally"), (inbatch.apps.quickstart, "quickstart"),
+        (inbatch.apps.bench.benchmark, "bench"), (inbatch.apps.doctor, "examine"),
+        (inbatch.apps.reports.dataset, "survey_data"), (inbatch.apps.papers.command, "ask"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, cut)
+    examples = [part.strip() for part in run(f"{command} --help").stdout.partition("Examples:")[2].splitlines()]
+    lines = [example for example in examples if example]
+    assert len(lines) >= 2
+    for line in lines:
+        words = line.partition("inbatch ")[2].partition("   ")[0].partition(" > ")[0]
+        lists = command in ("methods", "plugins") or words == "table"
+        expected = 0 if lists else Preempted.exit_code
+        assert run(words).exit_code == expected, line
+
+
+# Every command, end to end
+
+
+def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path) -> None:
+    found = run(f"pretrain moco {TINY} --set method.queue=80 --context 20")
+    assert found.exit_code == 0
+    for words in (
+        "200 of 1,297 used",
+        "moco, preset digits",
+        "74,400 parameters",
+        "2 context groups of 20",
+        "1 epoch x 5 steps = 5, ",
+    ):
+        assert words in found.stderr, words
+    for words in (
+        "k-NN",
+        "ARI",
+        "untrained encoder",
+        "images/s",
+        "test split of digits-canvas",
+        "runs/moco-digits-canvas-1",
+    ):
+        assert words in found.stdout, words
+    for following in (line.strip() for line in found.stdout.splitlines() if line.strip().startswith("inbatch ")):
+        assert run(following.removeprefix("inbatch ").replace(".parquet", ".npz")).exit_code == 0, following
+    assert (elsewhere / "runs" / "moco-digits-canvas-1" / "evaluation.json").is_file()
+
+
+def test_pretrain_without_labels(photos: Path, elsewhere: Path) -> None:
+    """A folder of photos and nothing else said: batch and preset follow the images, and names do no harm."""
+    found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set size=24 --out run")
+    assert found.exit_code == 0
+    assert "No labels" in found.stdout and "batch:   8 = 1 context group" in found.stderr
+    assert "\x1b" not in found.stdout + found.stderr and "my\\x1b[31m[bold]" in found.stderr
+
+
+def test_the_learning_rate_rule_is_spelled_out(photos: Path, elsewhere: Path) -> None:
+    data = f"--data {shlex.quote(str(photos))} --encoder tiny --set size=24"
+    assert "lars, lr 0.03125 = 1 x 8/256" in run(f"pretrain {data} --dry-run --batch 8").stdout
+
+
+def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
+    found = run(f"evaluate {finished} --protocol knn --protocol clustering --k 7")
+    assert found.exit_code == 0 and "NMI" in found.stdout and "linear" not in found.stdout
+    written = json.loads((finished / "evaluation.json").read_text())
+    assert written["knn"]["k"] == 7 and "linear" not in written and written["held_out"] == "test split of digits-canvas"
+    again = run(f"evaluate {finished} --json --protocol knn --out {finished.parent / 'other.json'}")
+    assert one_object(again.stdout)["knn"] == json.loads((finished / "result.json").read_text())["evaluation"]["knn"]
+    assert (finished.parent / "other.json").is_file() and not again.stderr
+
+
+def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
+    """From the file of the run as from the run itself, whatever the images; by the clusters that it gives them."""
+    assert "head ACC" in run(f"pretrain cc {TINY} --set method.clusters=7 --out run").stdout
+    found = run("evaluate run --protocol clustering --from head")
+    assert found.exit_code == 0 and "head NMI" in found.stdout
+    written = json.loads((elsewhere / "run" / "evaluation.json").read_text())
+    result = json.loads((elsewhere / "run" / "result.json").read_text())["evaluation"]
+    assert written["head"] == result["head"] and written["clustering"]["nmi"] == result["clustering"]["nmi"]
+    told = written["head"]
+    assert (told["head"], told["clusters"], told["images"], told["split"]) == ("clusters", 7, 500, "test")
+    assert 1 <= told["used"] <= 7 and 0 <= told["nmi"] < 1
+
+    built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head is that of the last checkpoint
+    built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
+    source = inbatch.data.open_data("digits-canvas", "test")
+    with built.network.evaluating():
+        images = built.encoder.prepare(source.image(i) for i in range(len(source)))
+        assignment = built.network([images])["clusters"][0].argmax(1)
+    assert told["nmi"] == pytest.approx(inbatch.evaluation.nmi(source.labels, assignment), abs=0.01)
+    assert told["used"] == len(assignment.unique())
+
+    plain = torch.zeros(30, 1, 20, 20, dtype=torch.uint8), [0, 1, 2] * 10
+    judged = inbatch.evaluate_run("run", plain, protocols=["knn", "clustering"], from_="head", k=1)["head"]
+    assert judged["used"] == 1 and judged["nmi"] == 0
+    assert "head" not in inbatch.evaluate_run("run", protocols=["clustering"])
+
+
+def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
+    for line, words in (
+        ("--from head", "simclr has no head that assigns clusters"),
+        ("--from head --protocol knn", "add the protocol clustering"),
+        ("--from heads", "not 'heads'"),
+    ):
+        found = run(f"evaluate {finished} {line}")
+        assert found.exit_code == 2 and words in found.stderr, found.stderr
+    shutil.copytree(finished, "old")
+    shutil.rmtree("old/heads")
+    assert "old has no heads" in run("evaluate old --from head").stderr
+    weights = finished / "heads" / "model.safetensors"
+    shutil.copytree(finished, "hurt")
+    (elsewhere / "hurt" / "heads" / "model.safetensors").write_bytes(weights.read_bytes()[:-1] + b"x")
+    hurt = run("evaluate hurt --from head")
+    assert hurt.exit_code == 3 and "damaged" in hurt.stderr
+
+
+def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> None:
+    found = run(f"embed {finished} digits-canvas --split test -o {tmp_path / 'f.npz'} --json")
+    assert one_object(found.stdout) == {"images": 500, "out": str(tmp_path / "f.npz")}
+    vectors = np.load(tmp_path / "f.npz", allow_pickle=False)["vector"]
+    source = inbatch.data.open_data("digits-canvas", "test")
+    expected = inbatch.load(finished).embed([source.image(i) for i in range(5)])
+    np.testing.assert_allclose(vectors[:5], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_views_draws_a_row_per_image(photos: Path, elsewhere: Path) -> None:
+    data = shlex.quote(str(photos))
+    found = run(f"views {data} --count 3 --views swav_cifar --size 16 --set views.small=3 -o new/views.png --json")
+    assert one_object(found.stdout)["options"]["small"] == 3
+    width, height = Image.open(elsewhere / "new" / "views.png").size
+    assert (height - 4) // 3 == 100 and (width - 4) // 100 == 1 + 5  # the image, two large views and three small ones
+    assert "digits" in run("views digits-canvas").stdout and (elsewhere / "views.png").is_file()
+
+
+def test_methods_lists_the_registry_and_explains_each() -> None:
+    shown = run("methods").stdout
+    assert all(name in shown for name in METHODS)
+    for name, method in METHODS.items():
+        told = run(f"methods {name}").stdout
+        assert all(settings["source"] in told for settings in method.presets.values())
+        assert one_object(run(f"methods {name} --json").stdout)["name"] == name
+    assert len(one_object(run("methods --json").stdout)["methods"]) == len(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
+    told = explain(name, METHODS[name])
+    assert told["options"] and all(option["what"] for option in told["options"].values()), told["options"]
+    few = {"pcl": {"clusters": [4, 6]}, "wmse": {"w_size": 20, "out": 4}}.get(name, {})  # as the images are few
+    given = {key: option["default"] for key, option in told["options"].items()} | few
+    words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
+    found = run(f"pretrain {name} {TINY} --dry-run --json {' '.join(words)}")
+    assert found.exit_code == 0 and one_object(found.stdout)["recipe"]["method"] == {"name": name} | given
+    for preset in told["presets"]:
+        assert isinstance(make({"data": "photos", "method.name": name, "preset": preset}), Recipe)
+
+
+def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
+    found = run("quickstart --epochs 1 --margin 101 --json")
+    assert found.exit_code == TrainingError.exit_code == 4
+    told = one_object(found.stdout)
+    assert (
+        told["exit_code"] == 4 and "at least 101 above was promised" in told["error"] and told["error"] in found.stderr
+    )
+    assert list(told["rows"]) == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert (
+        0.45 < told["rows"]["raw pixels"]["knn"]["top1"] < 0.65
+        and told["rows"]["untrained encoder"]["knn"]["top1"] < 0.5
+    )
+    left = {path.name for path in (elsewhere / "runs" / "quickstart").iterdir()}
+    assert {"quickstart.json", "curves.png", "neighbours.png", "encoder", "result.json"} <= left
+
+    again = run("quickstart --epochs 1 --margin=-100 --quiet")  # a new folder, not the first one's
+    assert again.exit_code == 0 and not again.stderr and "runs/quickstart-2/neighbours.png" in again.stdout
+    assert "inbatch pretrain --data ~/photos" in again.stdout
+
+
+# What scripts rely on
+
+
+def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
+    found = run(f"pretrain {TINY} --json --quiet --out run")
+    assert one_object(found.stdout)["run"] == "run" and found.stderr == ""
+    failed = run(f"pretrain {TINY} --json --quiet --out run")
+    told = one_object(failed.stdout)
+    assert failed.exit_code == told["exit_code"] == 2 and failed.stderr == f"error: {told['error']}\n"
+
+
+def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("methods").stdout == run("methods --json").stdout == ""
+    refused = run("methods nosuch --json")
+    assert (refused.exit_code, refused.output) == (2, "")  # every rank is refused alike, and the first says so
+    assert "error (rank 1): 'nowhere'" in run("pretrain --data nowhere").stderr  # this rank's disk may lack it
+
+
+def test_the_module_can_be_run_and_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = f"-m inbatch pretrain {TINY.replace('--epochs 1', '--epochs 5000')} --out {out}"
+    child = process(*line.split(), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert child.stderr is not None
+    for text in child.stderr:
+        if "step 1/25,000" in text:
+            break
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "error: stopped by SIGINT at step " in err
+    assert f"inbatch pretrain --resume {out}" in err and "Traceback" not in err
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_ctrl_c_outside_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "embed_run", interrupted)
+    found = run("embed somewhere digits-canvas -o f.npz")
+    assert found.exit_code == 130 and found.stderr == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("kind", [InbatchError, *InbatchError.__subclasses__()])
+def test_every_error_has_its_exit_code(kind: type[InbatchError], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise kind("it is\x07 [red]so")
+
+    monkeypatch.setattr(api, "pretrain", fail)
+    found = run("pretrain --json")
+    assert found.exit_code == kind.exit_code and found.stderr == "error: it is\\x07 [red]so\n"
+    assert one_object(found.stdout) == {"error": "it is\x07 [red]so", "exit_code": kind.exit_code}
+
+
+def test_a_crash_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any, **options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(api, "pretrain", crash)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("pretrain")
+
+
+def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(api, "pretrain", full)
+    found = run("pretrain")
+    assert found.exit_code == 1 and "--context" in found.stderr and "20 GiB" in found.stderr
+
+
+# --dry-run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
+    fits = "--set method.w_size=40" if method == "wmse" else ""
+    found = run(f"pretrain {method} {TINY} --context 20 {fits} --set optimizer.lr=0.5 --dry-run")
+    assert found.exit_code == 0 and not list(elsewhere.iterdir())
+    assert "memory:  an estimate" in found.stdout and "rows:    " in found.stdout
+    assert not found.stderr
+    (elsewhere / "recipe.yaml").write_text(found.stdout)
+    told = one_object(run("pretrain --config recipe.yaml --dry-run --json").stdout)
+    assert told["recipe"] == yaml.safe_load(found.stdout)
+    assert told["steps"] == 5 and told["context"] == 20
+
+
+def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None:
+    assert run(f"pretrain {TINY} --dry-run --context 7").exit_code == 2
+    assert run("pretrain --data nowhere --dry-run").exit_code == 3
+    assert run(f"pretrain {TINY} --dry-run --resume auto --out run").exit_code == 2
+
+
+# Refusals: each a sentence that says what to do
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("pretran", 2, "Did you mean 'pretrain'?"),
+        ("pretrain", 2, "which images?"),
+        (f"pretrain {TINY} --epoch 3", 2, "Possible options: --epochs"),
+        (f"pretrain {TINY} --batch many", 2, "valid integer"),
+        (f"pretrain simclrr {TINY}", 2, "did you mean 'simclr'?"),
+        (f"pretrain {TINY} --preset digit", 2, "did you mean 'digits'?"),
+        (f"pretrain {TINY} --encoder resnet181", 2, "did you mean resnet18"),
+        (f"pretrain {TINY} --set method.temprature=1", 2, "did you mean 'temperature'?"),
+        (f"pretrain {TINY} --set views.strenght=1", 2, "did you mean 'strength'?"),
+        (f"pretrain {TINY} --set foo", 2, "--set takes key=value"),
+        (f"pretrain {TINY} --set foo=1", 2, "unknown setting 'foo'; there are attend.name, batch,"),
+        (f"pretrain {TINY} --set method.temperature=hot", 2, "method.temperature = 'hot'"),
+        (f"pretrain {TINY} --set optimizer.lr=-1", 2, "optimizer adamw cannot be made"),
+        (f"pretrain {TINY} --set method.hidden=-1", 2, "method simclr cannot be made"),
+        (f"pretrain {TINY} --batch 1", 2, "batch = 1"),
+        (f"pretrain {TINY} --context 7", 2, "choose a divisor"),
+        (f"pretrain {TINY} --expect-world-size 2", 2, "2 processes were expected, 1 started"),
+        (f"pretrain {TINY} --device gpu", 2, "auto, cpu or cuda"),
+        (f"pretrain {TINY} --config broken.yaml", 2, "broken.yaml is no YAML: line 2"),
+        (f"pretrain {TINY} --config typo.yaml", 2, "did you mean 'epochs'?"),
+        (f"pretrain {TINY} --config nowhere.yaml", 2, "nowhere.yaml: No such file"),
+        (f"pretrain {TINY} --resume nowhere", 2, "nothing to resume in nowhere"),
+        (f"pretrain {TINY} --resume auto", 2, "needs --out"),
+        (f"pretrain {TINY} --init nowhere.pt", 3, "nowhere.pt cannot be read"),
+        (f"pretrain {TINY} --batch 5000", 3, "fewer than one batch of 5,000"),
+        ("pretrain --data nowhere", 3, "'nowhere' does not exist"),
+        ("pretrain --data typo.yaml", 3, "'typo.yaml' cannot be opened"),
+        ("pretrain --data empty", 3, "No image under 'empty'"),
+        ("pretrain --data noise", 3, "3 of 3 images of noise cannot be read"),
+        ("evaluate nowhere", 2, "nowhere is not the folder of a run"),
+        ("embed nowhere digits-canvas -o f.npz", 2, "nowhere is not the folder of a run"),
+        ("views digits-canvas -o views.foo", 2, "unknown file extension: .foo"),
+        ("views digits-canvas --views digit", 2, "did you mean 'digits'?"),
+        ("methods simclrr", 2, "did you mean 'simclr'?"),
+        ("quickstart --epochs 0", 2, "greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(line: str, code: int, words: str, elsewhere: Path) -> None:
+    (elsewhere / "broken.yaml").write_text("a: [1, 2\nb: {")
+    (elsewhere / "typo.yaml").write_text("epohcs: 3\n")
+    (elsewhere / "empty").mkdir()
+    (elsewhere / "noise").mkdir()
+    for i in range(3):
+        (elsewhere / "noise" / f"{i}.jpg").write_text("no image")
+    before = set(elsewhere.rglob("*"))
+    found = run(line)
+    assert found.exit_code == code and words in found.stderr and "Traceback" not in found.output, found.output
+    assert found.stdout == "" and set(elsewhere.rglob("*")) == before
+
+
+def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(finished: Path, tmp_path: Path) -> None:
+    refused = run(f"pretrain {TINY} --out {finished}")
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr and "--resume" in refused.stderr
+    other = run(f"pretrain --resume {finished} --epochs 3")
+    assert other.exit_code == 2 and "epochs = 3 (the run has 1)" in other.stderr
+    assert (
+        run(f"pretrain {TINY} --resume auto --out {finished} --quiet").exit_code == 0
+    )  # the same again: nothing to do
+    assert run(f"evaluate {finished} --protocol kn").exit_code == 2
+    assert run(f"evaluate {finished} --probe nosuch").exit_code == 2
+    assert run(f"embed {finished} digits-canvas -o {tmp_path / 'f.csv'}").exit_code == 2
+    assert run(f"embed {finished} digits-canvas -o {tmp_path / 'f.npz'} --split valid").exit_code == 3
+
+
+def test_what_is_printed_cannot_command_a_terminal() -> None:
+    assert printable("a\x1b[2J\x9b\u202eb\udcff\r\nc é 图") == "a\\x1b[2J\\x9b\\u202eb\\udcff\\r\nc é 图"

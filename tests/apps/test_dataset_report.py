@@ -1,0 +1,262 @@
+"""`inbatch data`: what is found in every kind of data, names that are hostile, and what stops a run."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import one_object, run
+from PIL import Image
+
+import inbatch
+from inbatch.apps.reports import image_statistics
+from inbatch.apps.reports.dataset import survey_data
+from inbatch.data import open_data
+from inbatch.errors import ConfigError, DataError
+
+RANDOM = np.random.default_rng(0)
+
+
+def put(path: Path, shape: tuple[int, ...] = (20, 30, 3), **options: object) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RANDOM.integers(256, size=shape, dtype=np.uint8)).save(path, **options)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes in two splits: grey and coloured files, a copy within train and one across."""
+    root = tmp_path / "my photos"
+    for i in range(6):
+        put(root / f"train/cat/{i}.jpg", (20 + i, 64, 3))
+    for i in range(2):
+        put(root / f"train/dog/{i}.png", (40, 30))
+    (root / "train/dog/again.jpeg").write_bytes((root / "train/cat/3.jpg").read_bytes())
+    put(root / "val/cat/1.jpg")
+    (root / "val/dog").mkdir()
+    (root / "val/dog/same.jpg").write_bytes((root / "train/cat/5.jpg").read_bytes())
+    (root / "train/notes.txt").write_text("no image")
+    return root
+
+
+def test_what_is_found(photos: Path) -> None:
+    found = survey_data(photos)
+    assert found["splits"] == {"train": 9, "test": 2} and found["images"] == found["looked_at"] == 9
+    assert found["classes"] == [{"name": "cat", "images": 6}, {"name": "dog", "images": 3}] and found["imbalance"] == 2
+    assert found["formats"] == {"JPEG": 7, "PNG": 2} and found["skipped"] == {".txt": 1} and found["unlabelled"] == 0
+    sizes = found["sizes"]
+    assert sizes["height"] == {"min": 20, "median": 23, "max": 40} and sizes["width"]["min"] == 30
+    assert sizes["distinct"] == 7 and sizes["most"][0]["images"] == 2
+    assert sizes["shorter_side"] == [{"up_to": 32, "images": 9}]
+    assert found["duplicates"] == {"groups": 1, "images": 2, "first": [["cat/3.jpg", "dog/again.jpeg"]]}
+    assert found["leaks"] == {"test": {"images": 1, "first": [["cat/5.jpg", "dog/same.jpg"]]}}
+    assert not found["problems"] and not found["unreadable"] and found["memory"]["resident"]
+    assert (found["batch"], found["steps"]) == (8, 1)
+    assert found["next"][1] == f"inbatch pretrain --data {shlex.quote(str(photos))}"
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_other_split(photos: Path) -> None:
+    found = survey_data(str(photos), split="test")
+    assert found["images"] == 2 and found["leaks"]["train"]["first"] == [["dog/same.jpg", "cat/5.jpg"]]
+    assert found["next"][1].endswith(" --set split=test")
+    with pytest.raises(DataError, match="no split 'valid', only train, test"):
+        survey_data(photos, split="valid")
+
+
+def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_statistics, "_BLOCK", 1000)
+    monkeypatch.setattr(image_statistics, "_CHUNK", 2)
+    for channels in (1, 3):
+        source = open_data(photos, channels=channels)
+        every = torch.cat([source.image(i).flatten(1) for i in range(9)], 1).double() / 255
+        found = survey_data(photos, settings={"channels": channels})["pixels"]
+        assert found["mean"] == pytest.approx(every.mean(1).tolist(), abs=1e-14)
+        assert found["std"] == pytest.approx(every.std(1, correction=0).tolist(), abs=1e-12)
+        assert found["lowest"] == every.amin(1).tolist() and found["highest"] == every.amax(1).tolist()
+
+
+def test_sums_are_exact_however_large() -> None:
+    one = image_statistics.ImageStatistics(
+        pixels=2**40, sums=np.array([255 * 2**40], object), squares=np.array([255**2 * 2**40], object)
+    )
+    assert one.mean_and_deviation() == ([1.0], [0.0])
+
+
+@pytest.mark.parametrize("sample", [1, 4, 9, 50])
+def test_a_sample_says_so(photos: Path, sample: int) -> None:
+    found = survey_data(photos, sample=sample)
+    assert found["looked_at"] == min(sample, 9) and sum(found["formats"].values()) == min(sample, 9)
+    assert sum(one["images"] for one in found["classes"]) == 9  # of all
+    shown = run(f"data {shlex.quote(str(photos))} --sample {sample}").stdout
+    assert (f"a sample of {sample}, evenly spaced" in shown) == (sample < 9)
+    with pytest.raises(ConfigError, match="a sample of 0 images"):
+        survey_data(photos, sample=0)
+
+
+def test_in_a_terminal(photos: Path, tmp_path: Path) -> None:
+    found = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
+    assert found.exit_code == 0 and not found.stderr
+    for words in (
+        "9 in train, 2 in test",
+        "2: cat 6, dog 3; the largest is 2.0 times the smallest",
+        "7 JPEG, 2 PNG",
+        "height 20 / 23 / 40",
+        "2 images in 1 groups: cat/3.jpg = dog/again.jpeg",
+        "LEAK into test",
+        "1 step of 8 images",
+        "a row for each of cat, dog",
+    ):
+        assert words in found.stdout, words
+    picture = Image.open(tmp_path / "samples.png")
+    assert picture.size == (6 * 100 + 4, 2 * 100 + 4)
+    for line in (line.strip() for line in found.stdout.splitlines() if line.startswith("  inbatch ")):
+        extra = " --dry-run" if "pretrain" in line else ""
+        os.chdir(tmp_path)
+        assert run(line.removeprefix("inbatch ") + extra).exit_code == 0, line
+
+
+def test_damage_is_named_and_too_much_of_it_stops(photos: Path) -> None:
+    (photos / "train/cat/2.jpg").write_bytes((photos / "train/cat/2.jpg").read_bytes()[:300])
+    for i in range(11):
+        (photos / f"train/dog/x{i:02d}.png").write_text("no image")
+    found = run(f"data {shlex.quote(str(photos))}")
+    assert found.exit_code == 3 and "12 of 20 images cannot be read" in found.stderr
+    assert found.stdout.count("cannot be read") == 10 and "and 2 more: --json names all" in found.stdout
+    assert "Next" not in found.stdout
+    told = run(f"data {shlex.quote(str(photos))} --json")
+    assert told.exit_code == 3 and len(one_object(told.stdout)["unreadable"]) == 12
+    first = one_object(told.stdout)["unreadable"][0]
+    assert first["image"] == "cat/2.jpg" and "runcated" in first["why"]
+
+
+def test_one_unreadable_in_a_hundred_is_left_out(tmp_path: Path) -> None:
+    for i in range(99):
+        put(tmp_path / f"{i}.png", (4, 4))
+    (tmp_path / "x.png").touch()
+    found = survey_data(tmp_path)
+    assert (
+        len(found["unreadable"]) == 1
+        and not found["problems"]
+        and found["classes"] == []
+        and found["imbalance"] is None
+    )
+    assert found["unlabelled"] == 100 and "unlabelled" in run(f"data {tmp_path}").stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")
+def test_hostile_names(tmp_path: Path) -> None:
+    root, hostile = tmp_path / "data", "\x1b[31m[bold]\n$\\frac{<script>\u202e"
+    for name in (hostile, "b"):
+        for i in range(2):
+            put(root / name / f"{hostile}{i}.png")
+    (root / "b" / f"bad{hostile}.png").touch()
+    Path(os.fsdecode(os.path.join(os.fsencode(root), b"x.\xff\x1b"))).touch()
+    (root / hostile / "copy.png").write_bytes((root / "b" / f"{hostile}0.png").read_bytes())
+    for line in ("", "--json"):
+        found = run(f"data {root} {line} -o {tmp_path / 'sheet.png'}")
+        assert found.exit_code == 3
+        for control in ("\x1b", "\u202e"):
+            assert control not in found.stdout + found.stderr
+        assert "\\nfrac" not in found.stdout and not any(line.startswith("$") for line in found.stdout.splitlines())
+    told = one_object(found.stdout)
+    assert told["classes"][0]["name"] == "\\x1b[31m[bold]\\n$\\frac{<script>\\u202e"
+    assert told["skipped"] == {".\\xff\\x1b": 1} and told["duplicates"]["images"] == 2
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for line in (f"data {tmp_path}", f"data {tmp_path} --json", f"data {tmp_path}/nowhere"):
+        assert run(line).exit_code == 3
+    assert "No image under" in run(f"data {tmp_path}").stderr
+
+
+def test_all_the_same(tmp_path: Path) -> None:
+    data = put(tmp_path / "0.png")
+    for i in range(1, 5):
+        (tmp_path / f"{i}.png").write_bytes(data)
+    found = run(f"data {tmp_path}")
+    assert found.exit_code == 3 and "all 5 images are identical" in found.stderr
+    assert "5 images in 1 groups: 0.png = 1.png = 2.png" in found.stdout
+
+
+def test_one_image_and_none_that_can_be_read(tmp_path: Path) -> None:
+    put(tmp_path / "0.png")
+    assert "there is one image" in run(f"data {tmp_path}").stderr
+    (tmp_path / "0.png").write_text("no image")
+    found = run(f"data {tmp_path} -o {tmp_path}/sheet.png")
+    assert found.exit_code == 3 and "1 of 1 images cannot be read" in found.stderr
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = [put(tmp_path / f"{i}.png") for i in range(4)]
+    rows = [{"bytes": data, "path": f"p/{i}.png"} for i, data in enumerate([*files, files[1]])]
+    parquet.write_table(arrow.table({"image": rows, "label": [0, 1, 1, None, 0]}), tmp_path / "train.parquet")
+    found = survey_data(tmp_path / "train.parquet")
+    assert found["formats"] == {"PNG": 5} and found["duplicates"]["first"] == [["p/1.png", "p/4.png"]]
+    assert found["unlabelled"] == 1 and [one["images"] for one in found["classes"]] == [2, 2]
+
+
+def test_many_classes_and_long_names_stay_short(tmp_path: Path) -> None:
+    data = put(tmp_path / "a" / "0.png")
+    for i in range(14):
+        put(tmp_path / f"{i:02d}" / "1.png")
+    (tmp_path / ("x" * 200)).mkdir()
+    for name in ("y" * 200, "z"):
+        (tmp_path / ("x" * 200) / f"{name}.png").write_bytes(data)
+    shown = run(f"data {tmp_path}").stdout
+    assert "16, of 1 (a) to 2 images (xxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxx)" in shown
+    assert "3 images in 1 groups: a/0.png = xxxxxxxxxxxxxxxxxxxxxx...yyyyyyyyyyyyyyyyyy.png = xxx" in shown
+
+
+def test_arrays_and_the_embedded_set() -> None:
+    images = torch.randint(256, (40, 5, 9, 9), dtype=torch.uint8)
+    images[30] = images[2]
+    found = survey_data((images, torch.arange(40) % 4), out=None)
+    assert found["duplicates"]["first"] == [["2", "30"]] and found["channels"] == 5 == len(found["pixels"]["mean"])
+    assert found["formats"] == {"pixels in memory": 40} and found["data"] == "array"
+    told = one_object(run("data digits-canvas --sample 100 --json").stdout)
+    assert told["splits"] == {"train": 1297, "test": 500} and told["leaks"]["test"]["images"] == 0
+    assert inbatch.survey_data is survey_data
+
+
+def test_a_class_without_images_has_no_ratio(photos: Path) -> None:
+    for file in (photos / "val/dog").iterdir():
+        file.unlink()
+    put(photos / "val/dog2/1.jpg")
+    with pytest.raises(DataError, match="classes that the train split lacks: dog2"):
+        survey_data(photos)
+
+
+def test_settings_and_pictures_that_cannot_be(photos: Path, tmp_path: Path) -> None:
+    where = shlex.quote(str(photos))
+    assert run(f"data {where} --set channel=1").exit_code == 2
+    assert run(f"data {where} --set channels=2").exit_code in (2, 3)
+    assert run(f"data {where} -o {tmp_path}/sheet.what").exit_code == 2
+    assert run(f"data {where} -o {tmp_path}/no/such/folder/sheet.png").exit_code == 0
+
+
+def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0,))
+    found = run("data digits-canvas --json")
+    assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
+
+
+def test_more_than_8_bits_are_told_with_the_levels_that_keep_them(tmp_path: Path) -> None:
+    for i, top in enumerate((300, 4095, 1000)):
+        scan = RANDOM.integers(0, top + 1, (9, 12)).astype(np.uint16)
+        scan[0, 0] = top
+        Image.fromarray(scan).save(tmp_path / f"{i}.png")
+        Image.fromarray(scan.astype(np.uint16)).save(tmp_path / f"{i}.tif")
+    put(tmp_path / "plain.png", (9, 12))
+    found = survey_data(tmp_path, settings={"channels": 1})
+    assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the plain one is white somewhere
+    (tmp_path / "plain.png").unlink()
+    assert survey_data(tmp_path, settings={"channels": 1})["levels"] == [0, 4095]
+    assert "--set levels=[0,4095]" in run(f"data {shlex.quote(str(tmp_path))} --set channels=1").stdout
+    scaled = survey_data(tmp_path, settings={"channels": 1, "levels": (0, 4095)})
+    assert scaled["levels"] is None and scaled["pixels"]["highest"] == [1.0]

@@ -1,0 +1,222 @@
+"""What `inbatch doctor` says, on machines that are made up and on this one."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from inbatch.apps import doctor, forecast
+from inbatch.apps.cli import app
+from inbatch.runtime import tuning
+from inbatch.training import advice
+
+CPU = torch.device("cpu")
+Change = Callable[..., None]
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
+    """A machine with nothing to complain about; called, it changes something of it."""
+
+    def change(**what: object) -> None:
+        for name, value in what.items():
+            monkeypatch.setattr(advice, name, value)
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(tuning, "keeps_memory", True)
+    monkeypatch.setattr(advice.numba_backend, "available", lambda: True)
+    change(cores=lambda: 4, affine=lambda: 4, others_busy=lambda: 0.1, fast_jpeg=lambda: True)
+    change(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**34)))
+    return change
+
+
+def test_nothing_to_say(quiet: Change) -> None:
+    assert advice.advice(CPU, 32, 0) == ""
+    assert not [finding for finding in doctor.examine("cpu") if finding.advice]
+
+
+def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(cores=lambda: 16, affine=lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert advice.advice(CPU, 32, 0) == ""  # torch takes fewer threads by itself where cores share a multiplier
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "OMP_NUM_THREADS=16" in advice.advice(CPU, 32, 0) and "OMP" not in advice.advice(torch.device("cuda"), 32, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "OMP_NUM_THREADS=8" in advice.advice(CPU, 32, 0)
+    found = {finding.what: finding for finding in doctor.examine("cpu")}
+    assert found["threads"].found == "4 threads on 16 cores of 64, by quota"
+
+
+def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(others_busy=lambda: 1.2)
+    said = advice.advice(CPU, 32, 0)
+    assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
+    monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer by itself
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert advice.advice(CPU, 32, 0) == ""
+    load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
+    assert load == "others keep 1.2 cores busy; a run computes with 3 threads meanwhile"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    quiet(cores=lambda: 1)
+    assert advice.advice(CPU, 32, 0) == ""  # one thread waits for nobody
+
+
+def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice.numba_backend, "available", lambda: False)
+    quiet(fast_jpeg=lambda: False)
+    quiet(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**26)))
+    small, said = advice.advice(CPU, 32, 0), advice.advice(CPU, 224, 2)
+    assert "simplejpeg" in small and "fast]" not in small and "MB" not in small
+    assert "inbatch[fast]" not in advice.advice(torch.device("cuda"), 224, 2)
+    assert said.startswith("Could be faster: ") and said.endswith("(inbatch doctor tells more).")
+    assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
+
+
+def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "keeps_memory", False)
+    monkeypatch.setattr(tuning, "tuned", False)
+    assert "inbatch.tune()" in advice.advice(CPU, 32, 0)
+    monkeypatch.setattr(tuning, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
+    assert advice.advice(CPU, 32, 0) == ""
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tmp_path / "cache" / ("0" * 64)
+    entry.mkdir(parents=True)
+    (entry / "images.bin").write_bytes(bytes(5_000_000))
+    (entry / "entry.json").write_text(json.dumps({"name": "photos"}))
+    monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
+    shown = CliRunner().invoke(app, ["doctor", "--no-measure"])
+    assert shown.exit_code == 0 and "precision" in shown.stdout and "10 GB used" in shown.stdout
+    told = CliRunner().invoke(app, ["doctor", "--no-measure", "--clear-cache", "--json"])
+    found = json.loads(told.stdout)
+    assert found["cleared_bytes"] >= 5_000_000 and not entry.exists() and found["measured"] is None
+    assert CliRunner().invoke(app, ["doctor", "--device", "tpu"]).exit_code == 2
+    monkeypatch.setenv("INBATCH_CACHE_GB", "much")
+    assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
+
+
+def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(finding.found == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
+    monkeypatch.setattr(forecast, "time_steps", lambda built, limit: 0.1)
+    found = {finding.what: finding.found for finding in forecast.forecast()}
+    assert found["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and what is done beside them
+    assert found["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
+
+
+def test_the_command_forecasts_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    empty: dict[str, Any] = {
+        "ceilings": {"failed": "no time"},
+        "tower": {"as torch ships": {}},
+        "threads": 1,
+        "batch": 4,
+    }
+    monkeypatch.setattr(forecast, "forecast", lambda until: asked.append("forecast") or [])
+    monkeypatch.setattr(doctor, "measure", lambda until: asked.append("measure") or empty)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert asked == ["forecast", "measure"]
+
+
+FAKE = """
+import json, sys, time
+job = json.loads(sys.argv[1])
+if job["make"] == "ceilings":
+    found = {"float32": 40e9, "bf16": 80e9 if job["bf16"] else None, "copy": 8e9}
+else:
+    sys.stdin.readline()
+    found = {}
+    if "HANGS":
+        time.sleep(600 * (job["channels_last"] and not job.get("tune")))
+print(json.dumps(found), flush=True)
+for _ in sys.stdin:
+    print(json.dumps({"units": 2 * job["batch"], "seconds": 0.5}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype, str], None]:
+    """Processes that measure nothing, on a processor that multiplies bf16 or does not; one of them may hang."""
+    from inbatch.apps.bench import benchmark, runner
+
+    def change(precision: torch.dtype, hangs: str = "") -> None:
+        (tmp_path / "fake.py").write_text(FAKE.replace("HANGS", hangs))
+        monkeypatch.setattr(runner, "SCRIPT", tmp_path / "fake.py")
+        for module in (doctor, benchmark):
+            monkeypatch.setattr(module, "precision_for", lambda name, device: precision)
+
+    return change
+
+
+def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None]) -> None:
+    fake(torch.float32)
+    found = doctor.measure()
+    assert found["ceilings"]["bf16"] is None and len(found["tower"]) == 3
+    assert not any(doctor.CONTESTANTS[who]["bf16"] for who in found["tower"])
+    rows = dict(row[:2] for row in doctor.measurement_rows(found))
+    assert rows["products in bf16"] == "not measured: this processor does not multiply bf16"
+    fake(torch.bfloat16)
+    found = doctor.measure()
+    assert list(found["tower"]) == list(doctor.CONTESTANTS)
+    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(found)
+
+
+def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
+    quiet: Change, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(torch.float32)
+    quiet(others_busy=lambda: 1.0)
+    monkeypatch.setattr(doctor, "adapts", lambda device: True)
+    assert doctor.measure()["threads"] == 3
+    monkeypatch.setattr(doctor, "adapts", lambda device: False)
+    assert doctor.measure()["threads"] == 4
+
+
+@pytest.mark.parametrize("limit", ["LIMIT", "BUDGET", "until"])
+def test_what_takes_too_long_is_named_and_the_rest_is_measured(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    fake(torch.float32, "hangs")
+    if limit != "until":
+        monkeypatch.setattr(doctor, limit, 5.0)
+    began = time.monotonic()
+    found = doctor.measure(until=began + 5 if limit == "until" else math.inf)
+    assert time.monotonic() - began < 40
+    first, second, third = found["tower"].values()
+    assert "not measured: stopped after" in second["failed"]
+    if limit == "LIMIT":
+        assert first["rate"] == third["rate"] == 4 * found["batch"]
+        assert dict(row[:2] for row in doctor.measurement_rows(found))["channels_last"] == second["failed"]
+
+
+def test_ceilings_that_take_too_long_are_named(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(torch.float32)
+    monkeypatch.setattr(doctor, "LIMIT", 0.0)
+    found = doctor.measure()
+    assert doctor.measurement_rows(found)[0][:2] == ("products and copies", found["ceilings"]["failed"])
+    assert "stopped after" in found["ceilings"]["failed"] and found["batch"] == 4
+
+
+def test_a_slow_processor_gets_a_small_batch() -> None:
+    assert [doctor.batch_for(rate) for rate in (0, 40e9, 200e9, 350e9, 5e12)] == [4, 4, 8, 16, 32]
+
+
+@pytest.mark.slow
+def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::5]}
+    assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]
+    monkeypatch.setattr(doctor, "CONTESTANTS", few)
+    found = doctor.measure(quick=True)
+    assert found["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in found["tower"].values())
+    rows = doctor.measurement_rows(found)
+    assert len(rows) == 5 and rows[3][2] == "1.00"
+    found["tower"][next(iter(few))] = {"failed": "out of memory"}
+    assert doctor.measurement_rows(found)[3][1] == "out of memory"

@@ -1,0 +1,293 @@
+"""What the plug-ins of a run do, in pictures and numbers: `inbatch inspect`, and the benchmark of their cost."""
+
+import importlib.util
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import stop_after, tiny
+from typer.testing import CliRunner, Result
+
+import inbatch
+import inbatch.apps.reports.batch_context as pictures
+from inbatch import api
+from inbatch.apps.cli import app
+from inbatch.apps.reports import view_grid
+from inbatch.context.curation import pair_distances, violating
+from inbatch.context.grouped import as_group
+from inbatch.errors import ConfigError, DataError, Preempted
+from inbatch.models.attention_slots import blocks
+from inbatch.training import checkpoint
+from inbatch.training.build import RunComponents, build
+from inbatch.training.run import source_of
+
+COUNT = 3
+CELL, GAP = pictures._CELL, pictures._GAP
+
+
+def run(line: str) -> Result:
+    return CliRunner().invoke(app, shlex.split(line), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def shown(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with everything, ba2m for attention."""
+    out = tmp_path_factory.mktemp("runs") / "full"
+    settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}
+    tiny("simclr", out, settings=settings, subset=80, precision="float32")
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(full: Path) -> dict:
+    return inbatch.inspect_run(full, count=COUNT)
+
+
+def rebuilt(folder: Path) -> RunComponents:
+    """The parts of a run with its weights, put together without `inspect_run`."""
+    recipe = api.load_run(folder).recipe
+    built = build(recipe, source_of(recipe, None), device=torch.device("cpu"))
+    built.network.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
+    return built
+
+
+def test_every_plug_in_has_its_picture(full: Path, found: dict) -> None:
+    names = {"views.png", "redrawn.png", "fused.png", "attention.png"}
+    assert {Path(p).name for p in found["pictures"]} == names == {p.name for p in (full / "inspect").iterdir()}
+    assert shown(full / "inspect/views.png").shape == ((CELL + GAP) * COUNT + GAP, (CELL + GAP) * 3 + GAP, 3)
+    for name in names:
+        assert len(np.unique(shown(full / "inspect" / name))) > 50, "it shows something"
+    assert found["step"] == 4 and found["epoch"] == 2, "what would come next"
+    assert found["run"] == str(full) and found["note"] is None
+
+
+def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> None:
+    built = rebuilt(full)
+    batch = next(iter(built.loader.epoch(2)))
+    views = built.views(batch).images
+    with built.network.evaluating():
+        z = torch.stack([built.network.features(view) for view in views])
+    share = violating(*pair_distances(z, z, 0)).float().mean()
+    assert found["curate"]["violating_before"] == pytest.approx(float(share))
+    assert found["curate"]["begun"] and found["curate"]["samples"] == 40
+
+    group = [view[:20] for view in built.views(built.step.curator(batch)[0]).images]
+    with torch.no_grad():
+        mixed = built.network.fuse(group[1])
+    assert found["fuse"]["change"] == pytest.approx(float((mixed - group[1]).abs().mean()), rel=1e-4)
+    assert 0 < found["fuse"]["added"] < found["fuse"]["change"] and found["fuse"]["view"] == 1
+
+    given: list[torch.Tensor] = []
+    last = blocks(built.encoder)[-1]
+    last.register_forward_hook(lambda block, x, y: given.append(x[0]))
+    with built.network.evaluating(), as_group(built.network):
+        built.network.features(group[0])
+        weights = last.weights(given[0])
+    told = found["attend"]["blocks"]
+    assert [block["block"] for block in told] == list(built.encoder.slots) and found["attend"]["group"] == 20
+    assert told[-1]["mean"] == pytest.approx(1) and told[-1]["largest"] == pytest.approx(float(weights.max()), rel=1e-4)
+    assert told[-1]["least"] < 1 < told[-1]["largest"]
+    assert found["leak"]["leak_chance"] == 1 / 4 and 0 <= found["leak"]["leak"] <= 1
+
+
+def test_looking_changes_no_part_of_the_run(full: Path, tmp_path: Path) -> None:
+    built = rebuilt(full)
+    before = {name: x.clone() for name, x in built.network.state_dict().items()}
+    pictures.draw_report(built, 2, tmp_path, COUNT)
+    assert all(torch.equal(x, before[name]) for name, x in built.network.state_dict().items())
+    assert built.network.training and not any(m._forward_pre_hooks for m in built.network.modules())
+
+
+def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: Path) -> None:
+    kept = {name: shown(full / "inspect" / name) for name in ("views.png", "fused.png")}
+    (tmp_path / "attention.png").write_bytes(b"of an earlier look")
+    (tmp_path / "mine.txt").touch()
+    inbatch.inspect_run(full, out=tmp_path, count=COUNT)
+    assert all(np.array_equal(shown(tmp_path / name), kept[name]) for name in kept), "the same seed draws the same"
+    assert len(shown(tmp_path / "attention.png")) > 100 and (tmp_path / "mine.txt").exists()
+    inbatch.inspect_run(full, out=tmp_path, count=COUNT, seed=1)
+    assert not np.array_equal(shown(tmp_path / "views.png"), kept["views.png"])
+
+
+def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
+    tiny("simclr", tmp_path / "run", subset=80, epochs=1, batch=40, context=None)
+    (tmp_path / "run/inspect").mkdir()
+    (tmp_path / "run/inspect/fused.png").touch()
+    shown_ = run(f"inspect {tmp_path / 'run'} --count 2")
+    assert shown_.exit_code == 0 and "groups" in shown_.stdout and "fuse" not in shown_.stdout
+    assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
+    assert "fewer than two groups" not in shown_.stdout  # two batches are two groups
+
+
+@pytest.mark.slow
+def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
+    settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
+    tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
+    found = inbatch.inspect_run(tmp_path / "run", count=COUNT)
+    (block,) = found["attend"]["blocks"]
+    assert block["mean"] == pytest.approx(1 / 20) and block["least"] < 1 / 20 < block["largest"]
+    width = shown(tmp_path / "run/inspect/attention.png").shape[1]
+    assert width >= (CELL + GAP) * (1 + pictures.NEIGHBOURS)
+    assert found["fuse"]["view"] == 0
+
+
+def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[pictures.Row] = []
+    monkeypatch.setattr(pictures, "sheet", lambda title, rows: lines.extend(rows))
+    weights = torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.1, 0.7], [0.3, 0.6, 0.1]])
+    tiles = [Image.new("RGB", (1, 1), colour) for colour in ("red", "green", "blue")]
+    pictures._neighbours(tiles, weights, 2)
+    order = [[tiles.index(tile) for tile, _ in row.cells] for row in lines]
+    assert order == [[0, 2, 1], [1, 2, 0]]
+    assert [text for _, text in lines[1].cells] == ["itself 10.00%", "70.00%", "20.00%"]
+    lines.clear()
+    pictures._weighed(tiles, {"a": torch.tensor([0.2, 1.7, 1.1])}, 8)
+    assert [(tiles.index(tile), text) for tile, text in lines[0].cells] == [(1, "1.700"), (2, "1.100"), (0, "0.200")]
+
+
+@pytest.mark.parametrize(("margin", "count"), [(-10.0, 0), (10.0, 40)])
+def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) -> None:
+    """With a margin that all keep there is no picture and a sentence; with one that none keeps all are redrawn."""
+    settings = {"curate.name": "redraw", "curate.margin": margin, "curate.rounds": 2, "curate.warmup": 0.9}
+    tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
+    told = run(f"inspect {tmp_path / 'run'} --count 2")
+    assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout
+    assert ("nothing to draw" in told.stdout) == (count == 0)
+    png = tmp_path / "run/inspect/redrawn.png"
+    assert png.exists() == (count > 0)
+    if count:
+        picture, strip = shown(png), 3 * (CELL + GAP) + GAP
+        places = [(GAP, GAP), (GAP, GAP + strip + GAP)]
+        title = 3 * pictures._LINE + 2 * GAP
+        before, after = (picture[title : title + CELL, x : x + strip] for _, x in places)
+        assert not np.array_equal(before[:, CELL + 2 * GAP :], after[:, CELL + 2 * GAP :]), "other views"
+
+
+def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, strips = rebuilt(full), []
+    batch = next(iter(built.loader.epoch(2)))
+    drawn = built.views(batch)
+    monkeypatch.setattr(
+        pictures, "_grid", lambda b, o, d, which: strips.append([v[which][0] for v in d.images]) or tile
+    )
+    tile = Image.new("RGB", (1, 1))
+    images, told, _ = pictures.redrawn(built, batch, COUNT)
+    assert told["rounds"] == 3 and len(strips) == 2 * COUNT
+    for before, after in zip(strips[::2], strips[1::2], strict=True):
+        (sample,) = [i for i in range(40) if torch.allclose(before[0], drawn.images[0][i], atol=1e-5)]
+        assert all(torch.allclose(view, image[sample], atol=1e-5) for view, image in zip(after, images, strict=True))
+
+
+def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an epoch whose curation has begun, and before: then the first that will be curated is shown, and said."""
+    out, settings = tmp_path / "run", {"curate.name": "redraw", "curate.warmup": 0.5}
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 3)
+        tiny("simclr", out, settings=settings, epochs=4)
+    told = run(f"inspect {out} --json --count 2")
+    found = json.loads(told.stdout)
+    assert found["step"] == 3 and found["epoch"] == 2 and not found["curate"]["begun"]
+    assert "before its first curated epoch, 3" in run(f"inspect {out} --count 2").stdout
+
+
+def test_groups_are_those_that_the_run_had(full: Path, tmp_path: Path) -> None:
+    """Two processes had a group each: the recipe does not say so, the result does."""
+    shutil.copytree(full, tmp_path / "run")
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"context": None}))
+    assert inbatch.inspect_run(tmp_path / "run", count=2)["attend"]["group"] == 20
+
+
+def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
+    def refused(words: str, code: int, *sentences: str) -> None:
+        told = run(f"inspect {words}")
+        assert told.exit_code == code and told.stderr.startswith("error: ")
+        assert all(sentence in told.stderr for sentence in sentences) and "Traceback" not in told.stderr
+
+    refused(f"{tmp_path / 'none'}", 2, "not the folder of a run")
+    shutil.copytree(full, tmp_path / "run")
+    refused(f"{full} --out {full / 'recipe.json'}", 1, "Cannot write")
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"data": str(tmp_path / "moved")}))
+    refused(f"{tmp_path / 'run'}", 3, "moved", "Give --data")
+    assert run(f"inspect {tmp_path / 'run'} --data digits-canvas --count 1").exit_code == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    refused(f"{tmp_path / 'run'}", 2, "No checkpoint")
+    with pytest.raises(ConfigError, match="count is 1 or more"):
+        inbatch.inspect_run(full, count=0)
+    with pytest.raises(DataError, match="the images of the run"):
+        inbatch.inspect_run(full, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("batch", [8])
+def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) -> None:
+    """What did not travel whole is opened again."""
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (2 * batch, 40, 50, 3), dtype=np.uint8)):
+        Image.fromarray(pixels[: 24 + i]).save(tmp_path / "photos" / f"{i}.png")
+    settings = {"encoder.name": "tiny", "views.name": "simclr_cifar", "attend.name": "se"}
+    api.pretrain(
+        tmp_path / "photos", out=tmp_path / "run", batch=batch, epochs=1, size=20, resident=False, workers=0,
+        settings=settings, context=4, quiet=True,
+    )  # fmt: skip
+    told = run(f"inspect {tmp_path / 'run'} --count 2")
+    assert told.exit_code == 0 and "looks at every sample alone" in told.stdout
+    assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
+
+
+def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
+    """Pairs that must lie apart do, and the picture shows them."""
+    seen = []
+    for name in ("default", "adjacent"):
+        png = tmp_path / f"{name}.png"
+        words = f"views digits-canvas-colour --views simclr_cifar --crops {name} --count 4 -o {png}"
+        assert run(words).exit_code == 0
+        seen.append(shown(png))
+    assert seen[0].shape == seen[1].shape and not np.array_equal(*seen)
+    told = run(f"views digits-canvas --crops adjacent -o {tmp_path / 'x.png'}")
+    assert told.exit_code == 2 and "cut at random" in told.stderr
+    assert run(f"views digits-canvas --crops adjacnt -o {tmp_path / 'x.png'}").exit_code == 2
+
+
+def test_adjacent_views_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from inbatch.data.views.crop_pairs import ADJACENT, configuration
+
+    boxes: list[torch.Tensor] = []
+    monkeypatch.setattr(view_grid, "save_grid", lambda out, images, drawn, mean, std: boxes.append(drawn.boxes))
+    fields = {"views": "simclr_cifar", "count": 20}
+    inbatch.draw_views("digits-canvas-colour", tmp_path / "x.png", crops="adjacent", **fields)
+    inbatch.draw_views("digits-canvas-colour", tmp_path / "x.png", **fields)
+    shares = [float((configuration(b) == ADJACENT).float().mean()) for b in boxes]
+    assert shares[0] == 1 and shares[1] < 0.5
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cost_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "context.py"
+    spec = importlib.util.spec_from_file_location("context_cost", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    words = "--device cpu --sizes 20 --batch 16 --encoder tiny --repeat 2 --warm 1 --share 0.25"
+    result = benchmark.main([*words.split(), "--out", str(tmp_path / "cost.json")])
+    assert json.loads((tmp_path / "cost.json").read_text()) == json.loads(json.dumps(result))
+    rows = result["sizes"]["20"]
+    assert list(rows) == list(benchmark.ENTRIES)
+    assert all(row["seconds"] > 0 and row["kept_bytes"] > 0 for row in rows.values())
+    assert rows["simclr"]["ratio"] == 1 and rows["attend ba2m"]["kept_bytes"] > rows["simclr"]["kept_bytes"]
+    assert (
+        rows[benchmark.GROUPS]["context"] == 4 and rows[benchmark.GROUPS]["kept_bytes"] < rows["simclr"]["kept_bytes"]
+    )
+    assert rows["curate"]["curate"]["redrawn"] > rows[benchmark.SHARE]["curate"]["redrawn"]
+    assert "ratio_to_groups" in rows[f"{benchmark.GROUPS}, shuffled"]
+    assert "fuse conv" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        benchmark.main(["--batch", "10"])

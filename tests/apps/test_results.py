@@ -1,0 +1,103 @@
+"""The pages with figures say what the files say."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from inbatch.apps.papers import TABLES
+from inbatch.apps.papers.filled_table import SURE, fill
+from inbatch.apps.papers.render import grid
+from inbatch.apps.papers.results import read_records
+from inbatch.apps.papers.spec import Table
+from inbatch.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def render() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_files_make(render: ModuleType) -> None:
+    assert (ROOT / "results" / "README.md").read_text() == render.page(), "python results/render.py writes it anew"
+
+
+def test_the_pages_of_tables_are_what_the_records_make() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    made = tables.pages(read_records(ROOT / "results" / "records"))
+    written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
+    assert written == made, "python results/tables.py writes them anew"
+
+
+SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
+
+
+@pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
+def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
+    """A paragraph is written by hand, its figures are the records': both move, or the test fails."""
+    sheet = fill(table, scale, read_records(ROOT / "results" / "records"))
+    figures = re.compile(r"\d+\.\d+")
+    shown = set(figures.findall(str(grid(sheet)))) | {f"{SURE:g}"}
+    assert set(figures.findall(table.holds[scale])) <= shown
+
+
+@pytest.mark.parametrize("name", ["README", *METHODS])
+def test_the_tables_of_methods_are_what_the_files_make(name: str, render: ModuleType) -> None:
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    assert page.read_text() == render.written(page), "python results/render.py writes it anew"
+    assert page.read_text().count("| untrained encoder |") == 2
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "context").glob("*.md")), ids=lambda page: page.stem)
+def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: ModuleType) -> None:
+    assert page.read_text() == render.answered(page), "python results/render.py writes it anew"
+
+
+def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
+    assert render.DATA.read_text() == render.million(render.DATA), "python results/render.py writes it anew"
+    found = render.json.loads((ROOT / "results" / "million.json").read_text())
+    assert found["images"] == 1_000_000 and found["path_bytes"]["longest"] > 250
+    assert max(found[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6
+    assert max(found["epoch"]["bytes_per_million_images"]) < 10e6
+
+
+@pytest.mark.parametrize("kind", ["digits", "cifar"])
+def test_plug_ins_are_compared_at_the_same_seeds(kind: str, render: ModuleType) -> None:
+    """Each with what it stands beside: three seeds, and recipes that differ in nothing but the plug-in."""
+    found = render.json.loads((ROOT / "results" / "plugins" / f"{kind}.json").read_text())
+    plugs = ("fuse", "curate", "attend", "crops", "shuffle_groups")
+    for question in found.keys() - {"untrained encoder"}:
+        for name, entry in found[question].items():
+            other, own = render.baseline(question, name)
+            plain = found[other][own]
+            assert [run["seed"] for run in entry["runs"]] == [run["seed"] for run in plain["runs"]] == [0, 1, 2]
+            kept = [{k: v for k, v in e["recipe"].items() if k not in plugs} for e in (entry, plain)]
+            assert kept[0] == kept[1], name
+
+
+@pytest.mark.parametrize("kind", ["digits", "cifar"])
+def test_every_method_is_in_the_tables(kind: str, render: ModuleType) -> None:
+    entries = render.json.loads((ROOT / "results" / "methods" / f"{kind}.json").read_text())
+    assert {entry["recipe"]["method"]["name"] for entry in entries.values() if "recipe" in entry} == set(METHODS)
+
+
+def test_every_method_beats_the_untrained_encoder_on_the_digits(render: ModuleType) -> None:
+    """By 10 points of k-NN, at every seed."""
+    entries = render.json.loads((ROOT / "results" / "methods" / "digits.json").read_text())
+    accuracy = {
+        name: {run["seed"]: run["evaluation"]["knn"]["top1"] for run in entry["runs"]}
+        for name, entry in entries.items()
+    }
+    untrained = accuracy.pop("untrained encoder")
+    assert len(untrained) == 3
+    for name, found in accuracy.items():
+        assert all(found[seed] >= untrained[seed] + 0.1 for seed in untrained), name

@@ -1,0 +1,323 @@
+"""Scans of folders: the order that any sorting gives, few bytes for many names, and only what changed read again."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loader import VIEWS
+
+from inbatch.data import Loader, cache, open_data
+from inbatch.data.sources import folder_scan
+from inbatch.data.sources.folder_scan import EXTENSIONS
+from inbatch.data.sources.packed_names import Names
+from inbatch.rng import permutation
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty cache in which every scan is worth keeping, and folders that changed some time ago are relied on."""
+    monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_scan, "WORTH", 0)
+    monkeypatch.setattr(folder_scan, "_SETTLED", -(10**10))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    folder = tmp_path / "tree"
+    fill(folder, *(f"{c}/{i}.jpg" for c in "abc" for i in range(3)), "a/deep/er/1.png", "b/notes.txt")
+    return folder
+
+
+def fill(folder, *paths):
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
+def read(monkeypatch):
+    """The folders that are read from now on, by name."""
+    names, real = [], os.scandir
+
+    def count(path):
+        if isinstance(path, bytes):
+            names.append(os.path.basename(os.fsdecode(path)))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", count)
+    return names
+
+
+def again(folder):
+    """A scan in a process that remembers none."""
+    folder_scan._recent.clear()
+    return folder_scan.scan(folder)
+
+
+def literal(folder):
+    """The rule in as many words: every path under the folder, sorted as bytes."""
+    found = []
+    for where, folders, files in os.walk(os.fsencode(folder)):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        found += [
+            os.path.relpath(os.path.join(where, name), os.fsencode(folder))
+            for name in files
+            if not name.startswith(b".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return np.sort(np.array(found, dtype=np.bytes_)).tolist() if found else []
+
+
+class TestNames:
+    def test_as_a_list(self):
+        given = [b"", b"a", b"\xff/x y\n", b"z" * 300, b"b"]
+        names = Names(given)
+        assert len(names) == 5 and list(names) == names.tolist() == given
+        assert names[-1] == b"b" and names[3] == given[3] and isinstance(names[0], bytes)
+        for wrong in (5, -6):
+            with pytest.raises(IndexError):
+                names[wrong]
+        assert Names().tolist() == []
+
+    def test_small_in_memory_and_on_the_way_to_a_worker(self):
+        names = Names(b"%06d" % i for i in range(10_000))
+        assert len(pickle.dumps(names)) < 10_000 * (6 + 8) * 1.01
+        assert pickle.loads(pickle.dumps(names)).tolist() == names.tolist()
+
+
+class TestOrder:
+    def test_names_that_sort_about_a_slash(self, tmp_path):
+        fill(tmp_path, *(f"{name}/1.png" for name in ("a", "a b", "a-b", "a.d", "a0", "A", "é", "a/a", "a/a.b")))
+        fill(tmp_path, "a.png", "a!.png", "a/.png/2.png", "a/b.png", "a0.png", "a/a/0.png", "zz.JPG", ".x/1.png")
+        found = folder_scan.scan(tmp_path).paths.tolist()
+        assert found == literal(tmp_path) and len(found) == 15
+
+    def test_any_tree(self, tmp_path):
+        draw = random.Random(3)
+        for _ in range(300):
+            depth = draw.choice((1, 1, 2, 3, 4))
+            parts = [
+                "".join(draw.choice("ab-.0 ~") for _ in range(draw.randint(1, 3))).strip(".") + "x"
+                for _ in range(depth)
+            ]
+            path = tmp_path.joinpath(*parts)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / (draw.choice("ab-.0") + draw.choice((".png", ".jpeg", ".txt")))).touch()
+        found = folder_scan.scan(tmp_path).paths.tolist()
+        assert found == literal(tmp_path) and len(found) > 100
+
+    def test_of_two_links_the_first_by_name_counts(self, tmp_path):
+        """By the folder's name alone: `photos` before `photos-old`, whose images would sort first."""
+        fill(tmp_path, "photos/1.png")
+        (tmp_path / "photos-old").symlink_to("photos")
+        assert folder_scan.scan(tmp_path).paths.tolist() == [b"photos/1.png"]
+
+    def test_deeper_than_python_recurses(self, tmp_path):
+        at = os.open(tmp_path, os.O_RDONLY)
+        for _ in range(1200):  # longer than a path may be, seen from the top
+            os.mkdir("d", dir_fd=at)
+            at, last = os.open("d", os.O_RDONLY, dir_fd=at), at
+            os.close(last)
+        os.close(at)
+        fill(tmp_path, "d/d/1.png")
+        assert folder_scan.scan(tmp_path).paths.tolist() == [b"d/d/1.png"]
+        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
+
+    def test_links_that_lead_nowhere(self, tmp_path):
+        fill(tmp_path, "1.png")
+        (tmp_path / "round.png").symlink_to("round.png")
+        (tmp_path / "gone.png").symlink_to("nowhere")
+        os.mkfifo(tmp_path / "pipe.png")
+        result = folder_scan.scan(tmp_path)
+        assert (
+            result.paths.tolist() == [b"1.png"]
+            and result.skipped == {".png that are no files": 3}
+            and not result.stamps
+        )
+
+
+class TestLabels:
+    def test_classes_in_their_own_order(self, tmp_path):
+        """`a` is the first class though the images of `a-b` come first; a test split counts as train does."""
+        for path in ("train/a/1.png", "train/a-b/2.png", "train/c/3.png", "val/a-b/1.png", "val/a/2.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(tmp_path / path)
+        train, test = open_data(tmp_path), open_data(tmp_path, "test")
+        assert train.classes == test.classes == ("a", "a-b", "c")
+        assert train.labels.tolist() == [1, 0, 2] and test.labels.tolist() == [1, 0]
+        assert train.labels.dtype == torch.long
+
+    def test_a_test_split_does_not_read_train_again(self, root, tmp_path, monkeypatch):
+        fill(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "val") for c in "ab" for i in range(2)))
+        monkeypatch.setenv("INBATCH_CACHE", "off")
+        train, names = open_data(tmp_path), read(monkeypatch)
+        test = open_data(tmp_path, "test")
+        assert sorted(names) == ["a", "b", "val"] and test.classes == train.classes
+        assert open_data(tmp_path).scan is train.scan
+        fill(tmp_path, "train/c/1.png")
+        assert open_data(tmp_path).classes == ("a", "b", "c")
+
+
+class TestKept:
+    def test_only_what_changed_is_read(self, root, tree, monkeypatch):
+        first = again(tree)
+        assert (first.read, first.kept) == (6, 0)
+        names = read(monkeypatch)
+        second = again(tree)
+        assert not names and (second.read, second.kept) == (0, 6)
+        assert second.paths.tolist() == first.paths.tolist() == literal(tree) and second.skipped == {".txt": 1}
+        (tree / "b" / "1.jpg").unlink()
+        fill(tree, "c/new/9.png", "b/other.md")
+        names.clear()
+        third = again(tree)
+        assert sorted(names) == ["b", "c", "new"] and third.skipped == {".md": 1, ".txt": 1}
+        assert third.paths.tolist() == literal(tree)
+        os.rename(tree / "a", tree / "z")
+        assert again(tree).paths.tolist() == literal(tree)
+        (tree / "z" / "deep").rename(tree / "z" / "deeper")
+        assert again(tree).paths.tolist() == literal(tree)
+
+    def test_a_folder_that_a_moment_ago_was_another(self, root, tree, monkeypatch):
+        """A time of change that is set back, as rsync and tar do, hides nothing."""
+        again(tree)
+        was = os.stat(tree / "a")
+        fill(tree, "a/0.jpg")
+        os.utime(tree / "a", ns=(was.st_atime_ns, was.st_mtime_ns))
+        assert b"a/0.jpg" in again(tree).paths.tolist()
+
+    def test_what_changed_just_before_is_not_relied_on(self, root, tree, monkeypatch):
+        monkeypatch.setattr(folder_scan, "_SETTLED", 10**12)
+        assert again(tree).stamps == {}
+        names = read(monkeypatch)
+        assert again(tree).kept == 0 and len(names) == 6 and folder_scan.scan(tree).read == 6
+
+    def test_a_broken_link_may_be_mended(self, root, tree):
+        (tree / "a" / "x.png").symlink_to(tree.parent / "later.png")
+        assert b"a/x.png" not in again(tree).paths.tolist()
+        fill(tree.parent, "later.png")
+        found = again(tree)
+        assert b"a/x.png" in found.paths.tolist() and (found.read, found.kept) == (1, 5)
+
+    def test_an_interrupted_scan_goes_on(self, root, tree, monkeypatch):
+        real, names = os.scandir, []
+
+        def stop(path):
+            if isinstance(path, bytes) and path.endswith(b"/c"):
+                raise KeyboardInterrupt
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(tree)
+        monkeypatch.setattr(os, "scandir", real)
+        names = read(monkeypatch)
+        found = again(tree)
+        assert names == ["c"] and found.kept == 5 and found.paths.tolist() == literal(tree)
+
+    def test_a_killed_scan_goes_on_from_what_was_written(self, root, tree, monkeypatch):
+        monkeypatch.setattr(folder_scan, "_EVERY", 0.0)
+        stored, real = [], folder_scan._store
+
+        def die(place, listings, name):
+            real(place, listings, name)
+            stored.append(len(listings))
+            if len(stored) == 4:
+                raise MemoryError  # nothing may be done any more
+
+        monkeypatch.setattr(folder_scan, "_store", die)
+        with pytest.raises(MemoryError):
+            again(tree)
+        monkeypatch.setattr(folder_scan, "_store", real)
+        found = again(tree)
+        assert stored == [1, 2, 3, 4] and (found.read, found.kept) == (2, 4) and found.paths.tolist() == literal(tree)
+
+    def test_short_scans_leave_nothing(self, root, tree, monkeypatch):
+        monkeypatch.setattr(folder_scan, "WORTH", 60.0)
+        again(tree)
+        assert not root.exists()
+
+    @pytest.mark.parametrize("setting", [("INBATCH_CACHE", "off"), ("INBATCH_CACHE_GB", "0")])
+    def test_not_wanted(self, root, tree, setting, monkeypatch):
+        monkeypatch.setenv(*setting)
+        assert again(tree).read == again(tree).read == 6 and not root.exists()
+
+    def test_it_is_an_entry_of_the_cache(self, root, tree):
+        again(tree)
+        (one,) = cache.entries()
+        assert one.name == str(tree) and one.bytes == cache.used() > 100
+        assert cache.clear() == one.bytes and again(tree).read == 6
+
+    @pytest.mark.parametrize("name", ["names.bin", "folders.i64", "entry.json"])
+    @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
+    def test_a_damaged_one_is_read_anew(self, root, tree, name, how):
+        again(tree)
+        (one,) = cache.entries()
+        file = one.path / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 2
+        if how == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(data if how == "flipped" else data[:-1])
+        found = again(tree)
+        assert found.paths.tolist() == literal(tree) and found.skipped == {".txt": 1}
+        assert again(tree).kept == 6  # a whole one has taken its place
+
+    @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"names": 0, "folders": 0, "skipped": []}'])
+    def test_a_note_that_says_something_else(self, root, tree, text):
+        again(tree)
+        (one,) = cache.entries()
+        (one.path / "entry.json").write_text(text)
+        assert again(tree).read == 6
+
+    def test_names_of_any_bytes(self, root, tmp_path):
+        folder = tmp_path / "any"
+        folder.mkdir()
+        for name in (b"\xff\n.png", b"a\tb.jpg", b"\xe2\x80\xae.png", b"x.\xfe"):
+            Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).touch()
+        first, second = again(folder), again(folder)
+        assert second.kept == 1 and second.paths.tolist() == first.paths.tolist() == literal(folder)
+        assert second.skipped == first.skipped == {".\udcfe": 1}
+        assert b"\\udcfe" in (cache.entries()[0].path / "entry.json").read_bytes()
+
+    def test_two_processes_at_once(self, root, tree):
+        code = "import sys, inbatch.data.sources.folder_scan as s; s.WORTH = 0; s._SETTLED = -10**10; "
+        code += "print(len(s.scan(sys.argv[1]).paths))"
+        both = [subprocess.Popen([sys.executable, "-c", code, str(tree)], stdout=subprocess.PIPE) for _ in range(2)]
+        assert [int(one.communicate()[0]) for one in both] == [10, 10]
+        assert again(tree).kept == 6 and not [p for p in root.iterdir() if p.name.startswith(".")]
+
+
+def test_a_long_path_costs_itself_alone(tmp_path):
+    """One of 250 bytes among 20,000 short ones: a numpy array of bytes took 5 MB for them."""
+    fill(tmp_path, "x" * 120 + "/" + "y" * 120 + ".jpg")
+    for i in range(0, 20_000):
+        if i % 1000 == 0:
+            (tmp_path / f"{i:05d}").mkdir()
+            (tmp_path / f"{i:05d}" / "0.jpg").touch()
+        else:
+            os.link(tmp_path / f"{i // 1000 * 1000:05d}" / "0.jpg", tmp_path / f"{i // 1000 * 1000:05d}" / f"{i}.jpg")
+    found = folder_scan.scan(tmp_path)
+    assert len(found.paths) == 20_001 and len(pickle.dumps(found.paths)) < 20_001 * 25
+
+
+def test_an_epoch_is_told_to_the_workers_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("inbatch.data.loader.PIECE", 3)
+    source = open_data(np.zeros((40, 8, 8), np.uint8))
+    loader = Loader(source, batch=7, views=VIEWS, seed=0, resident=False, workers=0)
+    order = loader._order
+    for start in (0, 2):
+        batches = list(loader.epoch(1, start))
+        keys = list(order)
+        assert len(order) == len(keys) == 3 * (5 - start) and [len(key[1]) for key in keys[:3]] == [3, 3, 1]
+        assert {epoch for epoch, _ in keys} == {1}
+        places = list(chain.from_iterable(key[1] for key in keys))
+        assert permutation(0, 1, 40)[places].tolist() == torch.cat([batch.index for batch in batches]).tolist()
+        assert all(isinstance(key[1], range) for key in keys), "a list would be copied into every worker"

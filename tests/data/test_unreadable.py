@@ -1,0 +1,251 @@
+"""Faults 11 and 13: images that cannot be read are counted, listed and never stand in silently for each other."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_pool import on_ranks
+from small_runs import assert_same_state, saved, stop_after
+from test_loader import VIEWS, same
+from typer.testing import CliRunner
+
+import inbatch
+from inbatch import rng
+from inbatch.apps.cli import app
+from inbatch.data import Loader, open_data, write_folder
+from inbatch.errors import DataError, Preempted
+from inbatch.evaluation import embed
+
+BATCH, N = 20, 130  # six batches, and a tail of ten
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """130 digits in folders by class, none of them damaged yet."""
+    return write_folder(open_data("digits-canvas-colour", subset=N), tmp_path / "images")
+
+
+def files(folder: Path) -> list[Path]:
+    return [folder / open_data(folder).identity(i) for i in range(N)]
+
+
+def damage(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    file.write_bytes({"header": b"no image", "pixels": data[: len(data) // 2], "empty": b""}[how])
+
+
+def loader(folder: Path, **fields: Any) -> Loader:
+    given = {"batch": BATCH, "views": VIEWS, "seed": 3, "resident": False, "workers": 0, "max_bad": 0.1}
+    return Loader(open_data(folder), **(given | fields))
+
+
+def expected(bad: set[int], epoch: int) -> list[int]:
+    """The rule in as many words: whoever cannot be read gives its place to who has it in the next batch."""
+    order = rng.permutation(3, epoch, N).tolist()[: N // BATCH * BATCH]
+    used = []
+    for place in range(len(order)):
+        at = place
+        while order[at] in bad:
+            at = (at + BATCH) % len(order)
+        used.append(order[at])
+    return used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["crops", "canvases"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: int, whole: bool) -> None:
+    order = rng.permutation(3, 0, N).tolist()
+    # Two in the last batch, whose next is the first; and two places in a row of the same slot.
+    bad = {order[i] for i in (7, 100, 101, 30, 50)}
+    plain = list(loader(images, whole=whole).epoch(1))
+    for i, how in zip(sorted(bad), ("header", "pixels", "empty", "pixels", "header"), strict=True):
+        damage(files(images)[i], how)
+    here = loader(images, workers=workers, whole=whole)
+    for epoch in (0, 1):
+        batches = list(here.epoch(epoch))
+        index = torch.cat([batch.index for batch in batches]).tolist()
+        assert index == expected(bad, epoch) and not bad & set(index)
+        for batch in batches:
+            assert len(set(batch.index.tolist())) == BATCH, "an image stands twice in a batch"
+            assert torch.equal(batch.label, here.source.labels[batch.index])
+    assert set(here.bad) == bad
+    assert all(repr(str(files(images)[i]))[1:-1] in why for i, why in here.bad.items())
+    untouched = [
+        b for b, (new, old) in enumerate(zip(batches, plain, strict=True)) if torch.equal(new.index, old.index)
+    ]
+    assert untouched, "every batch has a damaged image: the test has lost its point"
+    for b in untouched:
+        same(batches[b], plain[b])
+    for batch in batches:  # who fills in is drawn as itself
+        for slot, i in enumerate(batch.index.tolist()):
+            other = next(b for b in loader(images, whole=whole).epoch(1) if i in b.index.tolist())
+            at = other.index.tolist().index(i)
+            if whole:
+                h, w = batch.size[slot].tolist()
+                assert torch.equal(batch.images[slot, :, :h, :w], other.images[at, :, :h, :w])
+            else:
+                assert torch.equal(batch.boxes[:, slot], other.boxes[:, at])
+                assert all(torch.equal(x[slot], y[at]) for x, y in zip(batch.crops, other.crops, strict=True))
+
+
+def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
+    order = rng.permutation(3, 0, N).tolist()
+    for i in (order[25], order[33], order[47]):
+        damage(files(images)[i], "pixels")
+    whole = list(loader(images).epoch(0))
+    for a, b in zip(loader(images).epoch(0, 2), whole[2:], strict=True):
+        same(a, b)
+    shares = [loader(images, rank=r, world=2).epoch(0) for r in (0, 1)]
+    for batch, left, right in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat([left.index, right.index]), batch.index)
+
+
+def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
+    for i in rng.permutation(3, 0, N).tolist()[5:8]:
+        damage(files(images)[i], "pixels")
+    with pytest.raises(DataError, match=r"3 of 130 images .* cannot be read \(max_bad allows 2%\)") as error:
+        list(loader(images, max_bad=0.02).epoch(0))
+    assert error.value.exit_code == 3
+
+
+def test_nobody_is_left_to_take_the_place(tmp_path: Path) -> None:
+    folder = write_folder(open_data("digits-canvas", subset=20), tmp_path)
+    damage(folder / open_data(folder).identity(4), "pixels")
+    with pytest.raises(DataError, match="nor can any other image that could take its place"):
+        list(loader(folder, batch=20).epoch(0))
+
+
+# Whole runs.
+
+SHORT: dict[str, Any] = {"encoder": "tiny", "size": 32, "batch": BATCH, "epochs": 2, "quiet": True, "evaluate_every": 1}
+
+
+def run(images: Path, out: Path, **fields: Any) -> inbatch.Run:
+    settings = {"max_bad": 0.05, "method.out": 8, "schedule.warmup": 0} | fields.pop("settings", {})
+    return inbatch.pretrain(images, "simclr", out=out, settings=settings, **(SHORT | fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bool) -> None:
+    bad = [files(images)[i] for i in (0, 64, 129)]  # those that are looked at for collapse, too
+    for file, how in zip(bad, ("header", "pixels", "empty"), strict=True):
+        damage(file, how)
+    found = run(images, tmp_path / "run", resident=resident, workers=1)
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert sorted(line.split("' cannot be read: ")[0].lstrip("'") for line in listed) == sorted(map(str, bad))
+    assert found.result["unreadable"] == 3 and found.result["evaluation"]["knn"]["top1"] > 0
+    evaluated = found.result["evaluation"]
+    assert sum(evaluated[split].get("unreadable", 0) for split in ("train", "test")) >= (0 if resident else 3)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in (5, 60, 100):
+        damage(files(images)[i], "pixels")
+    run(images, tmp_path / "whole", resident=False, workers=2)
+    for step in (4, 9):
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, step)
+            run(images, tmp_path / "cut", resident=False, workers=0, resume=step > 4)
+    run(images, tmp_path / "cut", resident=False, workers=1, resume=True)
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_files_that_vanish_in_the_middle_of_a_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inbatch.training.metric_logger import Log
+
+    gone, real = files(images)[10:14], Log.step
+
+    def step(self: Log, at: int, *rest: Any) -> None:
+        if at == 3:
+            for file in gone:
+                file.unlink()
+        real(self, at, *rest)
+
+    monkeypatch.setattr(Log, "step", step)
+    found = run(images, tmp_path / "run", resident=False, workers=2)
+    listed = (tmp_path / "run" / "bad_images.txt").read_text()
+    assert found.result["unreadable"] == 4 and all(file.name in listed for file in gone)
+    assert "No such file" in listed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> None:
+    for file in files(images)[::10]:
+        damage(file, "header")
+    words = ["pretrain", "--data", str(images), "--out", str(tmp_path / "run"), "--encoder", "tiny", "--batch", "20"]
+    words += ["--epochs", "2", "--workers", "0", "--set", f"resident={resident}", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 3, done.output
+    error = json.loads(done.stdout)["error"]
+    assert "of 130 images" in error and "max_bad allows 1%" in error
+    if resident == "false":  # it had begun
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    else:
+        assert not (tmp_path / "run").exists()
+
+
+def _two_ranks(folder: str, out: str) -> list[str]:
+    run(Path(folder), Path(out), resident=False, workers=0)
+    return (Path(out) / "bad_images.txt").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
+    order = rng.permutation(0, 0, N).tolist()
+    for place in (1, 11, 25, 39):  # of the first and the second half of a batch
+        damage(files(images)[order[place]], "pixels")
+    lists = on_ranks(2, _two_ranks, str(images), str(tmp_path / "two"))
+    run(images, tmp_path / "one", resident=False, workers=0, context=10)
+    assert len(lists[0]) == 4 and sorted(lists[0]) == sorted(
+        (tmp_path / "one" / "bad_images.txt").read_text().splitlines()
+    )
+
+
+@pytest.mark.slow
+def test_pcl_surveys_what_can_be_read(images: Path, tmp_path: Path) -> None:
+    for i in (0, 70, 129):
+        damage(files(images)[i], "pixels")
+    inbatch.pretrain(
+        images, "pcl", out=tmp_path / "run", resident=False, workers=0, **SHORT,
+        settings={"method.clusters": [4], "method.negatives": 2, "method.warmup": 0, "method.queue": 40,
+                  "max_bad": 0.05, "schedule.warmup": 0},
+    )  # fmt: skip
+
+
+# Embedding.
+
+
+@pytest.mark.slow
+def test_embeddings_keep_the_numbers_of_the_others(images: Path, tmp_path: Path) -> None:
+    encoder = run(images, tmp_path / "run", epochs=1).encoder
+    whole = embed(encoder, open_data(images))
+    for i in (2, 3, 129):
+        damage(files(images)[i], "pixels")
+    some = embed(encoder, open_data(images), batch=2)  # of one batch, nothing is left
+    keep = [i for i in range(N) if i not in (2, 3, 129)]
+    assert some.index.tolist() == keep and len(some.missing) == 3
+    assert torch.allclose(some.vectors, whole.vectors[keep], atol=1e-5) and torch.equal(some.labels, whole.labels[keep])
+
+    done = CliRunner().invoke(app, ["embed", str(tmp_path / "run"), str(images), "-o", str(tmp_path / "f.npz"), "-q"])
+    assert done.exit_code == 0 and "3 images cannot be read and are not in it" in done.output
+    with np.load(tmp_path / "f.npz") as found:
+        assert found["index"].tolist() == keep and found["path"].tolist() == [
+            open_data(images).identity(i) for i in keep
+        ]
+    for file in files(images):
+        damage(file, "empty")
+    with pytest.raises(DataError, match="none of 130 images can be read"):
+        embed(encoder, open_data(images))
+    done = CliRunner().invoke(app, ["embed", str(tmp_path / "run"), str(images), "-o", str(tmp_path / "g.npz"), "-q"])
+    assert done.exit_code == 3 and not os.path.exists(tmp_path / "g.npz")

@@ -1,1 +1,0 @@
-"""Every fault that a run must bear, done to it for real: python -m tests.drill."""

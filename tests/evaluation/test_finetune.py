@@ -1,0 +1,161 @@
+"""Fine-tuning: all weights of a copy, with labels."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from bars_data import bars, bars_run, command
+from feature_sets import Pictures, clouds, encoder, pictures
+from torch import nn
+from torch.nn import functional as F
+
+from inbatch.apps.cli.output import figures
+from inbatch.batch import Batch
+from inbatch.data.views import View, Views
+from inbatch.errors import ConfigError, DataError, TrainingError
+from inbatch.evaluation import TUNINGS, Finetune, evaluate, few_labels, finetune
+from inbatch.rng import fold, permutation
+
+SHORT = Finetune(epochs=2, batch=8, steps=0)
+
+
+class Frozen:
+    """An encoder that is a function, not a module."""
+
+    device, prepare, evaluating = torch.device("cpu"), torch.stack, torch.no_grad
+
+    def __call__(self, x):
+        return x.flatten(1)
+
+
+def without_seconds(found):
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def slow_finetune(net, train, test, s, seed):
+    """The same written down step by step: predictions of the test images."""
+    torch.manual_seed(fold(seed))
+    net, n = copy.deepcopy(net).train(), len(train)
+    head = nn.Linear(net.width, 2)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    weights = [*net.parameters(), *head.parameters()]
+    speed = [torch.zeros_like(w) for w in weights]
+    images, steps, done = torch.stack(train.images), math.ceil(n / s.batch), 0
+    views = Views([View(20, scale=(s.area, 1.0), flip=s.flip)], net.mean, net.std, fused=False)
+    for epoch in range(s.epochs):
+        for some in permutation(seed, epoch, n).tensor_split(steps):
+            x = views(Batch(some, train.labels[some], seed, epoch, images=images[some])).images[0]
+            gradients = torch.autograd.grad(F.cross_entropy(head(net(x)), train.labels[some]), weights)
+            lr = s.lr * math.ceil(n / steps) / 256 * (1 + math.cos(math.pi * done / (s.epochs * steps))) / 2
+            with torch.no_grad():
+                for w, g, v in zip(weights, gradients, speed, strict=True):
+                    g = g + s.weight_decay * w
+                    v.mul_(s.momentum).add_(g)
+                    w -= lr * (g + s.momentum * v)
+            done += 1
+    with net.evaluating():
+        return head(net(net.prepare(torch.stack(test.images)))).argmax(1)
+
+
+def test_it_is_the_slow_version():
+    train, test, net = bars(30), bars(50, seed=1), encoder()
+    settings = Finetune(epochs=3, batch=12, lr=0.4, steps=0, weight_decay=1e-3, area=0.5)
+    found = finetune(net, train, test, settings, seed=3)
+    right = (slow_finetune(net, train, test, settings, 3) == test.labels).double().mean().item()
+    assert found["top1"] == pytest.approx(right, abs=1e-9) and found["steps"] == 9 and found["batch"] == 10
+
+
+def test_it_learns_what_the_features_did_not_know():
+    settings = Finetune(epochs=12, batch=20, lr=0.5, steps=0, area=0.5)
+    assert finetune(encoder(), bars(80), bars(60, seed=1), settings)["top1"] > 0.9
+
+
+def test_the_encoder_given_is_left_as_it_was_and_the_same_seed_gives_the_same():
+    net, train, test = encoder(), bars(24), bars(40, seed=1)
+    net.backbone.requires_grad_(False)
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        found = finetune(net, train, test, SHORT, seed=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training and not any(p.requires_grad or p.grad is not None for p in net.backbone.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert without_seconds(finetune(net, train, test, SHORT, seed=1)) == without_seconds(found)
+    assert found["seconds"] > 0
+
+
+def test_trained_weights_repeat_bit_for_bit_with_and_without_workers(monkeypatch):
+    import importlib
+
+    module, seen = importlib.import_module("inbatch.evaluation.finetune"), []
+    embed = module.embed
+    monkeypatch.setattr(module, "embed", lambda net, *a, **b: seen.append(net.state_dict()) or embed(net, *a, **b))
+    monkeypatch.setattr(module, "keep", lambda source: source)  # as if it were too large
+    net, mixed = encoder(channels=3), pictures(20, sizes=((20, 20), (31, 90), (64, 23)), channels=3)
+    for seed, workers in ((0, 0), (0, 1), (1, 0)):
+        finetune(net, mixed, mixed, SHORT, seed=seed, workers=workers)
+    one, other, another = seen
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert any(not torch.equal(value, another[name]) for name, value in one.items())
+
+
+def test_share_and_steps_are_stated():
+    train, test, net = bars(60), bars(20, seed=1), encoder()
+    found = finetune(net, train, test, Finetune(epochs=1, batch=4, steps=7), share=0.1, seed=2)
+    assert (found["images"], found["of_a_class"], found["steps"], found["epochs"]) == (6, [3, 3], 8, 4)
+    assert found["lr_used"] == 0.05 * 3 / 256 and found["settings"] == "custom" and found["nesterov"] is True
+    seen, image = set(), train.image
+    train.image = lambda i: seen.add(i) or image(i)
+    finetune(net, train, test, SHORT, share=0.1, seed=2)
+    assert seen - {0, 1, 2} <= set(few_labels(train.labels, 0.1, 2).tolist())
+
+
+def test_an_image_that_cannot_be_read_is_left_out():
+    train, test = bars(12), bars(20, seed=1)
+    image = train.image
+
+    def broken(i):
+        if i == 5:
+            raise DataError("5 is damaged")
+        return image(i)
+
+    train.image = broken
+    assert 0 <= finetune(encoder(), train, test, SHORT)["top1"] <= 1
+
+
+def test_what_cannot_be_fine_tuned():
+    train, test, net = bars(12), bars(8), encoder()
+    with pytest.raises(ConfigError, match="choose one of small"):
+        finetune(net, train, test, "large")
+    with pytest.raises(ConfigError, match="share"):
+        finetune(net, train, test, share=0.0)
+    with pytest.raises(ConfigError, match="give a module like"):
+        finetune(Frozen(), train, test)
+    with pytest.raises(DataError, match="two classes"):
+        finetune(net, Pictures(train.images, [0] * 12), test)
+    with pytest.raises(TrainingError, match="diverged"):
+        finetune(net, train, test, Finetune(epochs=3, steps=0, lr=1e30))
+    for given in ((None, train, test), (net, clouds(9), test), (net, train, clouds(9))):
+        with pytest.raises(ConfigError, match="finetune trains an encoder"):
+            evaluate(*given, protocols=["finetune"])
+
+
+def test_evaluate_passes_its_options_on():
+    train, test, net = bars(20), bars(10, seed=1), encoder()
+    found = evaluate(net, train, test, protocols=["finetune"], tuning=SHORT, tuning_share=0.5, seed=4)
+    expected = finetune(net, train, test, SHORT, share=0.5, seed=4)
+    assert without_seconds(found["finetune"]) == without_seconds(expected)
+    assert json.loads(json.dumps(found)) and figures(found) == {"fine-tuned": expected["top1"]}
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    made = bars_run(tmp_path)
+    monkeypatch.setitem(TUNINGS, "small", SHORT)
+    found = command(f"evaluate {made} --protocol finetune --tuning-share 0.2 --seed 3")
+    assert found.exit_code == 0 and "fine-tuned" in found.stdout
+    written = json.loads((made / "evaluation.json").read_text())["finetune"]
+    assert (written["share"], written["seed"], written["classes"], written["images"]) == (0.2, 3, 2, 8)
+    assert command(f"evaluate {made} --protocol finetune --tuning huge").exit_code == 2

@@ -1,0 +1,59 @@
+"""A run judged by images it has not seen: other classes, other sizes, other channels."""
+
+import numpy as np
+import pytest
+import torch
+from bars_data import bars_file
+from feature_sets import pictures
+from PIL import Image
+
+import inbatch
+from inbatch.errors import DataError
+from inbatch.evaluation import Finetune
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of colour images of 20 pixels with two classes, a test set of its own and a list of its classes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for split in ("train", "test"):
+        for kind in ("lie", "other", "stand"):
+            (folder / "own" / split / kind).mkdir(parents=True)
+            for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), dtype=np.uint8)):
+                Image.fromarray(image).save(folder / "own" / split / kind / f"{i}.png")
+    (folder / "classes.txt").write_text("stand\nlie\n")
+    settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "size": 20, "channels": 3}
+    settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch": 8, "epochs": 1, "quiet": True}
+    inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
+    return folder / "run"
+
+
+def test_its_own_data_is_judged_as_before(run):
+    own = inbatch.evaluate_run(run, protocols=["knn"])
+    moved = inbatch.evaluate_run(run, run.parent / "own", protocols=["knn"])
+    assert own["knn"]["classes"] == 2 and own["train"]["images"] == 16
+    assert moved["knn"] == own["knn"] and moved["train"] == own["train"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_classes_and_sizes_and_grey(run, channels):
+    other = pictures(60, sizes=((33, 41),), channels=channels)
+    given = torch.stack(other.images), other.labels + 2
+    protocols = ["knn", "linear", "few", "finetune"]
+    found = inbatch.evaluate_run(run, given, protocols=protocols, draws=1, tuning=Finetune(epochs=1, steps=0))
+    assert (found["train"]["images"], found["test"]["images"]) == (54, 6) and "tenth" in found["held_out"]
+    assert found["knn"]["classes"] == found["finetune"]["classes"] == 5
+    if channels == 1:
+        colour = given[0].expand(-1, 3, -1, -1).contiguous(), given[1]
+        assert inbatch.evaluate_run(run, colour, protocols=["knn"])["knn"] == found["knn"]
+
+
+def test_its_test_split_and_another_one(run, tmp_path):
+    file = bars_file(tmp_path / "bars.npz", size=28)
+    found = inbatch.evaluate_run(run, file, protocols=["knn"])
+    assert found["held_out"].startswith("test split") and found["test"]["images"] == 20
+
+
+def test_channels_that_cannot_be_read_are_an_error(run):
+    with pytest.raises(DataError, match="4 channels"):
+        inbatch.evaluate_run(run, (torch.zeros(9, 4, 20, 20, dtype=torch.uint8), torch.arange(9) % 3))

@@ -1,0 +1,91 @@
+"""Do every fault to a run and compare what happens with what is promised.
+
+python -m tests.fault_injection [--only 5,7] [--markdown docs/drill.md]: exits with 1 if any differs.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fault_injection.faults import DRILLS, Drill
+from inbatch.apps.console import print_table, say
+from inbatch.runtime.text import printable
+
+
+def told(value: dict[str, Any]) -> str:
+    """An expectation, or what was seen, in one line."""
+    return "; ".join(
+        f"{key} {' / '.join(f'“{word}”' for word in item) if isinstance(item, tuple) else item}"
+        for key, item in value.items()
+    )
+
+
+def differs(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    """What was seen, as far as something was expected: of all that was said the words that were to be found."""
+    found: dict[str, Any] = {}
+    for key, item in expected.items():
+        if key == "says":
+            said = " ".join(str(seen["says"]).split())
+            found[key] = tuple(word for word in item if word in said) or f"only “…{said[-300:]}”"
+        else:
+            found[key] = seen.get(key)
+    return found
+
+
+def done(drill: Drill) -> tuple[bool, str, float]:
+    """Whether it went as expected, what was seen, and the seconds it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="inbatch-drill-", ignore_cleanup_errors=True) as folder:
+        try:
+            seen = differs(drill.expected, drill.act(Path(folder)))
+            fine, text = seen == drill.expected, told(seen)
+        except Exception as error:
+            fine, text = False, f"{type(error).__name__}: {error}"
+        text = text.replace(folder, "DIR")
+    return fine, " ".join(printable(text).split()), time.monotonic() - began
+
+
+def markdown(rows: list[tuple[str, ...]], headings: tuple[str, ...]) -> str:
+    """The table as it stands in the documentation; nothing in it is taken for markup."""
+    cells = [headings, ("---",) * len(headings), *(tuple(map(escaped, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+
+
+def escaped(text: str) -> str:
+    for sign in "\\`*_[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fault_injection", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", metavar="N,N", help="faults of these numbers")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    args = parser.parse_args()
+    wanted = {int(number) for number in args.only.split(",") if number}
+    headings, rows, wrong = ("", "fault", "injected", "expected", "seen", "s"), [], 0
+    for drill in DRILLS:
+        if wanted and drill.number not in wanted:
+            continue
+        fine, seen, seconds = done(drill)
+        wrong += not fine
+        say(f"{drill.number:2} {'as expected' if fine else 'DIFFERS'}: {drill.fault} ({seconds:.0f} s)")
+        seen = "as expected" if fine and seen == told(drill.expected) else ("" if fine else "DIFFERS: ") + seen
+        rows.append((str(drill.number), drill.fault, drill.injected, told(drill.expected), seen, f"{seconds:.0f}"))
+    print_table(headings, rows)
+    say("", f"{len(rows)} drills, {wrong} other than expected")
+    if args.markdown:
+        how = "`python -m tests.fault_injection --markdown docs/drill.md`"
+        intro = f"# The drill\n\nWritten by {how}; see [faults](faults.md).\n\n"
+        args.markdown.write_text(intro + markdown(rows, headings), encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Run a command line in this process."""
+
+import json
+import shlex
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from inbatch.apps.cli import app
+
+
+def run(line: str) -> Result:
+    """Run one command line in this process; a crash is raised as it is."""
+    return CliRunner().invoke(app, shlex.split(line), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def one_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    assert isinstance(found, dict)
+    return found

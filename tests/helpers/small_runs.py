@@ -1,0 +1,57 @@
+"""Small whole runs, and what they leave."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_methods import SMALL
+
+import inbatch
+from inbatch.training import checkpoint
+from inbatch.training.metric_logger import Log
+
+TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
+
+
+def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
+    settings = options | fields.pop("settings", {})
+    return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while it makes a step."""
+    real = Log.step
+
+    def log(self: Log, at: int, *rest: Any) -> None:
+        if at == step:
+            os.kill(os.getpid(), number)
+        real(self, at, *rest)
+
+    monkeypatch.setattr(Log, "step", log)
+
+
+def assert_same_state(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, down to every tensor."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def saved(out: Path) -> dict[str, Any]:
+    state = checkpoint.load(out / "checkpoints").state
+    for clock in ("seconds", "cpu_seconds", "before"):
+        del state["progress"][clock]
+    return state

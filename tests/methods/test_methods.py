@@ -1,0 +1,235 @@
+"""What every registered method promises; one that is added to METHODS is tested by that."""
+
+import copy
+import inspect
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import small_methods as small
+import torch
+from small_methods import SMALL, VARIANTS, create
+from torch import Tensor, nn
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.losses import info_nce
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.nn.functional import normalize
+
+N = 8
+EVERY = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def rows(variant: str, order: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Rows, Rows, Batch]:
+    """Online and target rows and batch, as the networks make them of the views in some order."""
+    method, network, target = small.parts(variant)
+    batch, images = next(small.batches(N, 1, small.views_of(variant)))
+    images = order(torch.stack(images))
+    network.eval()
+    with torch.no_grad():
+        online = network([images[v] for v in method.online_views(len(images))])
+        target_rows = target.eval()([images[v] for v in method.target_views(len(images))]) if target else {}
+    return online, target_rows, batch
+
+
+def learnable(online: Rows) -> Rows:
+    return {name: x.clone().requires_grad_() for name, x in online.items()}
+
+
+def gradients(leaves: Rows) -> Rows:
+    """What the loss left at the rows; zero where it did not look, as in a step."""
+    return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+
+
+def memory(method: Method) -> dict[str, Tensor]:
+    return copy.deepcopy(method.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@EVERY
+def test_it_has_the_heads_it_reads(variant: str) -> None:
+    method = create(variant)
+    heads = method.heads(12)
+    assert method.online and set(method.online) <= set(heads)
+    assert set(method.target) <= {name for name, head in heads.items() if not head.online_only}
+    sources = {"features"}
+    for name, head in heads.items():
+        assert head.source in sources
+        sources.add(name)
+
+
+@EVERY
+def test_no_trainable_parameter_stands_after_the_seam(variant: str) -> None:
+    assert list(create(variant).parameters()) == []
+
+
+@EVERY
+def test_the_loss_is_pure(variant: str) -> None:
+    """Twice the same value and gradient, with and without a graph, and nothing remembered or overwritten."""
+    online, target, batch = rows(variant)
+    method = create(variant).double()
+    start, given = memory(method), copy.deepcopy((online, target, batch))
+    found = []
+    for _ in range(2):
+        leaves = learnable(online)
+        losses = method.loss(leaves, target, batch)
+        losses["loss"].backward()
+        assert losses["loss"].shape == ()
+        found.append(({k: x.detach() for k, x in losses.items()}, gradients(leaves)))
+    (first, gradient), (second, again) = found
+    assert same(first, second) and same(gradient, again) and same(memory(method), start)
+    assert same(method.loss(online, target, batch), first)
+    assert same(online, given[0]) and same(target, given[1]) and torch.equal(batch.label, given[2].label)
+
+
+@EVERY
+def test_the_order_of_samples_does_not_matter(variant: str) -> None:
+    online, target, batch = rows(variant)
+    method = create(variant).double()
+    order = torch.randperm(N)
+    moved = [{name: x[:, order] for name, x in some.items()} for some in (online, target)]
+    found = method.loss(*moved, Batch(batch.index[order], batch.label[order]))
+    for name, expected in method.loss(online, target, batch).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["simclr", "moco-symmetric", "supcon", "barlow-3", "vicreg-3", "wmse-4"])
+def test_views_may_change_places_where_the_equation_says_so(variant: str) -> None:
+    method = create(variant).double()
+    first, second = (method.loss(*rows(variant, order))["loss"] for order in (lambda x: x, lambda x: x.flip(0)))
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+
+
+@EVERY
+def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In real steps: the loss looks at the memory as the last step left it, `on_weights` finds new weights."""
+    method, network, target = small.parts(variant)
+    seen: list[tuple[str, dict[str, Tensor], Tensor]] = []
+    loss, on_weights, after_step = method.loss, method.on_weights, method.after_step
+
+    def weights() -> Tensor:
+        return nn.utils.parameters_to_vector([*network.parameters(), *(target.parameters() if target else [])]).detach()
+
+    def watched_loss(*given: Any) -> Losses:
+        seen.append(("loss", memory(method), weights()))
+        return loss(*given)
+
+    def watched_on_weights(*given: Any) -> None:
+        seen.append(("before", memory(method), weights()))
+        on_weights(*given)
+
+    def watched_after_step(*given: Any) -> None:
+        after_step(*given)
+        seen.append(("after", memory(method), weights()))
+
+    monkeypatch.setattr(method, "loss", watched_loss)
+    monkeypatch.setattr(method, "on_weights", watched_on_weights)
+    monkeypatch.setattr(method, "after_step", watched_after_step)
+    monkeypatch.setattr(small, "parts", lambda *_: (method, network, target))
+    seen.append(("after", memory(method), weights()))
+    small.train(variant, N, 2, steps=3)
+
+    assert [what for what, _, _ in seen] == ["after"] + ["loss", "before", "after"] * 3
+    for previous, at_loss, before, after in zip(seen[:-1:3], seen[1::3], seen[2::3], seen[3::3], strict=True):
+        assert same(at_loss[1], previous[1]) and same(before[1], previous[1])
+        assert not method.state_dict() or not same(after[1], before[1])
+        assert torch.equal(at_loss[2], previous[2]) and not torch.equal(before[2], at_loss[2])
+
+
+@EVERY
+def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one that loads a trained one's state gives the same loss, and again after its next step."""
+    trained = small.parts(variant)
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "parts", lambda *_: trained)
+        small.train(variant, N, 1)
+    file = io.BytesIO()
+    torch.save(trained[0].state_dict(), file)
+    file.seek(0)
+    method, loaded = trained[0], create(variant).double()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    given = rows(variant)
+    for step in range(2):
+        assert same(loaded.loss(*given), method.loss(*given))
+        for m in (method, loaded):
+            m.after_step(*given, step / 2)
+        assert same(loaded.state_dict(), method.state_dict())
+
+
+KINDS = {"random": lambda x: x, "zero": torch.zeros_like, "constant": torch.ones_like, "large": lambda x: x * 1e4}
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:features depend on each other")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_rows_have_finite_loss_and_gradient(variant: str, kind: str, dtype: torch.dtype) -> None:
+    online, target, batch = rows(variant)
+    online, target = ({name: KINDS[kind](x).to(dtype) for name, x in some.items()} for some in (online, target))
+    options = inspect.signature(METHODS[VARIANTS[variant][0]]).parameters
+    coldest = {"temperature": 0.01} if "temperature" in options else {}
+    if variant.startswith("vicreg") and kind == "large":
+        online = {name: x.float() for name, x in online.items()}  # its gradient grows with the cube of the rows
+    method, leaves = create(variant, **coldest), learnable(online)
+    loss = method.loss(leaves, target, batch)["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(x.isfinite().all() for x in gradients(leaves).values())
+
+
+@EVERY
+def test_a_batch_without_a_known_label_has_a_finite_loss(variant: str) -> None:
+    online, target, batch = rows(variant)
+    leaves = learnable(online)
+    loss = create(variant).double().loss(leaves, target, Batch(batch.index, torch.full_like(batch.label, -1)))["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(x.isfinite().all() for x in gradients(leaves).values())
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.target])
+def test_momentum_is_a_share(name: str) -> None:
+    method = METHODS[name](**SMALL.get(name, {}))
+    assert all(0 <= method.momentum(progress / 10) <= 1 for progress in range(11))
+
+
+def test_moco_looks_up_before_it_remembers() -> None:
+    """A key among its own negatives would cost at least log 2."""
+    method = METHODS["moco"](temperature=0.01, queue=40, out=8)
+    keys = {"projection": torch.eye(8)[None]}
+    given = keys, keys, Batch(torch.arange(8), torch.arange(8))
+    method.queue.rows.copy_(-torch.ones(8).expand(40, 8) / 8**0.5)
+    assert method.loss(*given)["loss"] < 1e-6
+    method.after_step(*given, 0.0)
+    assert method.loss(*given)["loss"] > 0.69
+    assert torch.equal(method.queue.rows[:8], torch.eye(8)) and method.queue.filled == 8
+
+
+def test_moco_learns_from_one_view_or_adds_both_directions() -> None:
+    plain, symmetric = (METHODS["moco"](queue=40, out=8, symmetric=s) for s in (False, True))
+    assert (plain.online_views(2), plain.target_views(2)) == ((0,), (1,))
+    (q0, q1), (k0, k1) = torch.randn(2, 2, N, 8)
+    batch = Batch(torch.arange(N), torch.full((N,), -1))
+    pick = {"projection": torch.stack([q0, q1])}, {"projection": torch.stack([k1, k0])}
+    assert (symmetric.online_views(2), symmetric.target_views(2)) == ((0, 1), (1, 0))
+    bank, t = symmetric.queue.rows, symmetric.temperature
+    torch.testing.assert_close(
+        symmetric.loss(*pick, batch)["loss"], info_nce(q0, k1, bank, t) + info_nce(q1, k0, bank, t)
+    )
+    symmetric.after_step(*pick, batch, 0.0)
+    assert symmetric.queue.filled == 2 * N
+    assert torch.equal(symmetric.queue.rows[: 2 * N], normalize(torch.cat([k1, k0])))
+
+
+def test_supervised_needs_to_know_its_classes() -> None:
+    with pytest.raises(ValueError, match="how many classes"):
+        METHODS["supervised"]().heads(12)
+
+
+def test_supervised_accuracy_counts_labelled_samples() -> None:
+    logits = torch.eye(3)[[0, 1, 2, 0]].expand(2, 4, 3)
+    batch = Batch(torch.arange(4), torch.tensor([0, 2, -1, 0]))
+    assert METHODS["supervised"](3).loss({"classifier": logits}, {}, batch)["accuracy"] == pytest.approx(2 / 3)

@@ -1,0 +1,109 @@
+"""Triton's kernels: through its interpreter everywhere, on the card where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels_interpreted import Case, cases, errors
+
+from inbatch.nn import triton_logsumexp
+
+CASES = [case[0] for case in cases()] + [f"symmetric {n} T={t}" for n in (1, 5, 130) for t in (0.07, 0.003)]
+CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs an NVIDIA card of compute capability 8.0 or more",
+)
+
+
+def python(*words: str, **variables: str) -> str:
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=plain | variables)
+    if "only 0-dimensional arrays can be converted" in done.stderr and "triton/runtime/interpreter.py" in done.stderr:
+        pytest.skip("Triton's interpreter, of this version, does not work with a NumPy as new as this one")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    """What the script found: one process for all cases."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = Path(__file__).parents[1] / "helpers" / "kernels_interpreted.py"
+    return json.loads(python("-W", "ignore", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
+    found = told["cases"][case]
+    assert found.keys() == {"lse", "mean", "queries", "both", "keys"}
+    assert all(error <= 1 for error in found.values()), found  # NaN is not
+
+
+def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
+    assert sorted(told["cases"]) == sorted(CASES)
+
+
+def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:
+    assert len(told["tiled"]) == 10 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
+
+
+def test_half_precision_and_strides(told: dict[str, Any]) -> None:
+    assert told["types"] == {"torch.float32": 0, "torch.bfloat16": 0, "torch.float16": 0}
+
+
+def test_refusals(told: dict[str, Any]) -> None:
+    assert told["refused"] == dict.fromkeys(["nothing", "float64", "wide", "no device"], False)
+
+
+def test_plain_tensors_and_plain_imports_need_no_triton() -> None:
+    python(
+        "-c",
+        """
+import sys, torch
+import inbatch, inbatch.losses, inbatch.nn.triton_logsumexp, inbatch.nn.functional
+assert not inbatch.nn.triton_logsumexp.usable(torch.ones(2, 3))
+assert "triton" not in sys.modules
+""",
+    )
+
+
+@pytest.mark.parametrize("products", ["float32", "tf32x3", "bf16"])
+@pytest.mark.parametrize("width", [3, 64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 100, 4096, 100_000])
+def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: triton_logsumexp.MatmulPrecision) -> None:
+    tile = triton_logsumexp._tile(products, width)
+    for columns in (0, 1, 511, 4096, 100_003):
+        parts, span = triton_logsumexp._deal(rows, columns, tile)
+        assert span % tile["BLOCK_N"] == 0
+        assert (parts - 1) * span < max(columns, 1) <= parts * span  # every program has some, all have them all
+        blocks = -(-rows // tile["BLOCK_M"])
+        assert parts == 1 or blocks * parts <= triton_logsumexp.PROGRAMS
+        assert parts == 1 or parts * rows * tile["WIDTH"] * 4 <= 32 * 2**20
+
+
+@CUDA
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case[0])
+def test_on_a_card(case: Case) -> None:
+    assert triton_logsumexp.usable(torch.ones(1, 1, device="cuda"))
+    found = errors(case, "cuda")
+    assert all(error <= 1 for error in found.values()), found
+
+
+@CUDA
+def test_equal_bits_on_a_card() -> None:
+    q = torch.randn(1000, 64, device="cuda")
+    for products in ("float32", "tf32x3", "bf16"):
+        first, second = (triton_logsumexp.forward(q, q, 1.0, True, 0, 1000, True, products) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_the_benchmark_says_that_it_needs_a_card() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,296 @@
+"""Losses that hold no matrix of pairs: values and gradients of the literal versions, and the memory they promise."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from rank_pool import on_ranks
+from small_methods import VARIANTS, literal, train
+from step_states import N, assert_same
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inbatch import api, losses
+from inbatch.methods.cc import contrast
+from inbatch.methods.pcl import proto_nce
+from inbatch.nn import cpu_matmul, logsumexp
+from inbatch.nn.functional import logsumexp_excluding_self, normalize
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, and ragged ones, in small matrices."""
+    monkeypatch.setattr(logsumexp, "TILE", 7)
+    monkeypatch.setattr(logsumexp, "APART", 0)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 100)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, unit: bool = True) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (normalize(x) if unit else x).to(dtype)
+
+
+def both(compute: Callable[..., Tensor], *given: Tensor, weighted: bool = True) -> Iterator[list[Tensor]]:
+    """Value and gradients of a function of tensors, literal and in tiles."""
+    for mode in ("never", "always"):
+        leaves = [x.clone().requires_grad_(x.requires_grad or x.is_floating_point()) for x in given]
+        with logsumexp.using(mode=mode):
+            value = compute(*leaves)
+            weight = rows(*value.shape, seed=9, dtype=value.dtype, unit=False) if weighted and value.ndim else 1.0
+            (value * weight).sum().backward()
+        yield [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.is_leaf)]
+
+
+def same(compute: Callable[..., Tensor], *given: Tensor, tolerance: float = 1e-12) -> None:
+    expected, found = both(compute, *given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+FLOAT32 = 2e-5
+"""A few roundings of float32, magnified by 1 / T where logits are exponentiated."""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.07, 0.02, 0.003])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, FLOAT32)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 7), (20, 33), (33, 5)])
+def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
+    q, k = rows(n, 6, dtype=dtype), rows(m, 6, seed=1, dtype=dtype)
+    same(lambda q, k: logsumexp.logsumexp(q, k, temperature), q, k, tolerance=tolerance)
+    same(lambda q: logsumexp.logsumexp(q, k, temperature), q, tolerance=tolerance)  # keys learn nothing
+    same(lambda k: logsumexp.logsumexp(q, k, temperature), k, tolerance=tolerance)  # queries learn nothing
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.03, 0.01])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, FLOAT32)])
+@pytest.mark.parametrize("n", [2, 7, 8, 40])
+def test_rows_meet_themselves(n: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
+    u, more = rows(n, 6, dtype=dtype), rows(n + 9, 6, seed=1, dtype=dtype)
+    same(lambda u: logsumexp.logsumexp(u, u, temperature, exclude_self=True), u, tolerance=tolerance)
+    same(lambda u: logsumexp.logsumexp(u, u, temperature), u, tolerance=tolerance)
+    same(lambda u, k: logsumexp.logsumexp(u, k, temperature, exclude_self=True), u, more, tolerance=tolerance)
+
+
+def test_rows_of_any_length_and_a_row_without_gradient() -> None:
+    q, k = 40 * rows(12, 5, unit=False), rows(30, 5, seed=1, unit=False)
+    same(lambda q, k: logsumexp.logsumexp(q, k, 0.1), q, k)
+    same(lambda q, k: logsumexp.logsumexp(q, k, 0.1)[:3] * 0, q, k)
+    same(lambda q: logsumexp.logsumexp(q, q, 1.0, exclude_self=True), q / 40)
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nt_xent": lambda z: losses.nt_xent(z, 0.1),
+    "supcon": lambda z: losses.supcon(z, torch.arange(z.shape[1]) % 4 - 1, 0.1),
+    "supcon, one": lambda z: losses.supcon(z, None, 0.1, anchors="one"),
+    "supcon, mask": lambda z: losses.supcon(z, mask=(rows(z.shape[1], z.shape[1]) > 0.1).to(z)),
+    "info_nce": lambda z: losses.info_nce(z[0], z[1], rows(50, z.shape[2], seed=3).to(z), 0.07),
+    "info_nce, smooth": lambda z: losses.info_nce(z[0], z[1], rows(50, z.shape[2], seed=3).to(z), 0.07, 0.3, 5),
+    "dcl": lambda z: losses.dcl(z, 0.1),
+    "dclw": lambda z: losses.dcl(z, 0.1, sigma=0.5),
+    "nnclr": lambda z: losses.nnclr(z[0], z[1], 0.1),
+    "nnclr, nt_xent": lambda z: losses.nnclr(z[0], z[1], 0.1, "nt_xent"),
+    "ctr": lambda z: losses.ctr(z[0], z[1], 0.2),
+    "cc": lambda z: contrast(z, 0.5),
+    "proto_nce": lambda z: proto_nce(z[0], rows(600, z.shape[2]).to(z), torch.linspace(0.1, 0.3, 600).to(z)),
+    "sogclr": lambda z: sogclr(z),
+}
+
+
+def sogclr(z: Tensor) -> Tensor:
+    """A sum like SogCLR's (Yuan et al. 2022): exponentials over a moving average of every sample."""
+    u = normalize(z).flatten(0, 1)
+    past = torch.linspace(1, 2, len(u)).to(u)
+    return (logsumexp_excluding_self(u, 0.1) - past.log()).exp().mean()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, FLOAT32)])
+def test_every_loss(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    same(LOSSES[name], rows(2, 19, 8, dtype=dtype, unit=False), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("anchors", ["all", "one"])
+def test_supcon_by_classes_is_supcon_by_pairs(anchors: str) -> None:
+    """Labels are added up by class; the mask of the same pairs goes the long way."""
+    z, label = rows(3, 11, 5, unit=False).requires_grad_(), torch.arange(11) % 4 - 1
+    pairs = ((label[:, None] == label) & (label >= 0)) | torch.eye(11, dtype=torch.bool)
+    found = torch.autograd.grad(losses.supcon(z, label, 0.1, anchors=anchors), z)[0]
+    expected = torch.autograd.grad(losses.supcon(z, mask=pairs, temperature=0.1, anchors=anchors), z)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor that any operation gave out has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
+def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(logsumexp, "TILE", 32)
+    monkeypatch.setattr(logsumexp, "_BLOCK", 2**12)
+    z = rows(2, 600, 8, dtype=torch.float32).requires_grad_()
+    compute = LOSSES[name]
+    with logsumexp.using(mode="always"), Largest() as largest:
+        compute(z).backward()
+    assert largest.numbers < 3 * z.numel(), "O(N D)"
+    with logsumexp.using(mode="never"), Largest() as largest:
+        compute(z).backward()
+    literal = 600 * (50 if name.startswith("info_nce") else 600)
+    assert largest.numbers >= literal, "the test can see a matrix"
+
+
+def test_it_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))
+    monkeypatch.setattr(logsumexp, "LEAST", 400)
+    for n in (19, 20):
+        logsumexp.logsumexp(rows(n, 4), rows(20, 4), 0.1)
+    assert len(made) == 1
+    with logsumexp.using(mode="never"):
+        logsumexp.logsumexp(rows(40, 4), rows(20, 4), 0.1)
+        with logsumexp.using(mode="always"):
+            logsumexp.logsumexp(rows(2, 4), rows(2, 4), 0.1)
+    assert len(made) == 2
+
+
+def test_the_way_back_can_be_gone_twice() -> None:
+    u, q, k = (rows(20, 4, seed=s).requires_grad_() for s in range(3))
+    with logsumexp.using(mode="always"):
+        for value, leaf in ((logsumexp.logsumexp(u, u, 0.1, True), u), (logsumexp.logsumexp(q, k.detach(), 0.1), q)):
+            first, second = (torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(first, second)
+
+
+def test_autocast_does_not_round_the_products() -> None:
+    u = rows(30, 8, dtype=torch.float32).requires_grad_()
+    with logsumexp.using(mode="always"):
+        plain = torch.autograd.grad(logsumexp.logsumexp(u, u, 0.1, True).sum(), u)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(logsumexp.logsumexp(u, u, 0.1, True).sum(), u)[0]
+    assert torch.equal(plain, inside)
+
+
+def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
+    u = rows(200, 16, dtype=torch.float32).requires_grad_()
+    value, exact = {}, {}
+    for kind in ("float32", "bf16"):
+        with logsumexp.using(mode="always", products=kind):
+            lse = logsumexp.logsumexp(u, u, 0.1, True)
+            value[kind], exact[kind] = lse, torch.autograd.grad(lse.mean(), u)[0]
+    error = (exact["bf16"] - exact["float32"]).norm() / exact["float32"].norm()
+    assert 1e-5 < error < 5e-3
+    torch.testing.assert_close(value["bf16"], value["float32"], rtol=1e-3, atol=1e-3)
+
+
+def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an error inside, and by two losses at a time of which the first ends first."""
+    monkeypatch.setattr(cpu_matmul, "onednn", lambda: True)
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        with pytest.raises(ZeroDivisionError), cpu_matmul.fast_products():
+            assert matmul.fp32_precision == "bf16"
+            raise ZeroDivisionError
+        assert matmul.fp32_precision == "ieee"
+        one, other = cpu_matmul.fast_products(), cpu_matmul.fast_products()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert matmul.fp32_precision == "bf16"
+        other.__exit__(None, None, None)
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_nearest() -> None:
+    q, k = rows(300, 6, dtype=torch.float32), rows(70, 6, seed=1, dtype=torch.float32)
+    assert torch.equal(logsumexp.nearest(q, k)[:, 0], (q @ k.T).argmax(1))
+    assert torch.equal(logsumexp.nearest(q, k, count=3), (q @ k.T).topk(3).indices)
+    out = torch.arange(70) >= 20
+    assert torch.equal(logsumexp.nearest(q, k, out)[:, 0], (q @ k[:20].T).argmax(1))
+
+
+def train_all(groups: int) -> dict[str, dict]:
+    logsumexp.LEAST, logsumexp.TILE, logsumexp.APART = 0, 5, 0
+    return {variant: train(variant, N, groups) for variant in VARIANTS}
+
+
+@functools.cache
+def trained(world: int, groups: int) -> list[dict[str, dict]]:
+    return on_ranks(world, train_all, groups)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 1), (2, 2)])
+def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
+    with logsumexp.using(mode="never"):
+        expected = literal(variant, N, world * groups)
+    for found in trained(world, groups):
+        assert_same(found[variant], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_thread: None) -> None:
+    torch.set_num_threads(threads)
+    u, counts = rows(112, 4), []
+    for rank in range(3):
+        made = [logsumexp._Tiles(u, k, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3)) for k in (None, u)]
+        assert [tiles.parts for tiles in made] == [threads, threads]
+        counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
+    assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
+    assert all(max(c) - min(c) <= 1 for c in zip(*counts, strict=True))
+
+
+def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
+    """Every tile is made once, however many cores a rank has."""
+    u, made = rows(112, 4), []
+    for rank, threads in enumerate((1, 3, 8)):
+        torch.set_num_threads(threads)
+        tiles = logsumexp._Tiles(u, None, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3))
+        made += [(r.start, c.start) for part in range(tiles.parts) for r, c, _ in tiles(part)]
+    assert sorted(made) == [(7 * i, 7 * j) for i in range(16) for j in range(i, 16)]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, one_thread: None) -> None:
+    u, k = rows(90, 6).requires_grad_(), rows(70, 6, seed=1).requires_grad_()
+
+    def found() -> list[Tensor]:
+        with logsumexp.using(mode="always"):
+            pair = logsumexp.logsumexp(u, u, 0.1, True), logsumexp.logsumexp(u, k, 0.1)
+            return [*pair, *torch.autograd.grad((pair[0] * pair[0]).sum() + pair[1].sum(), (u, k))]
+
+    expected = found()
+    torch.set_num_threads(threads)
+    once, again = found(), found()
+    assert torch.get_num_threads() == threads
+    for a, b, c in zip(expected, once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.equal(b, c)
+
+
+def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
+    given = {"subset": 80, "batch": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
+    built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
+    compute = built.method.loss
+    built.method.loss = lambda *rows: plans.append(logsumexp._PLAN.get()) or compute(*rows)
+    built.step(next(iter(built.loader.epoch(0))), 0)
+    assert plans[0].products == "bf16" and logsumexp._PLAN.get() == logsumexp.LogSumExpConfig()

@@ -1,0 +1,120 @@
+"""Several processes: a run under torchrun, a group that is there already, signals, and disagreement."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import on_ranks
+from safetensors.torch import load_file
+
+import inbatch
+import inbatch.training.checkpoint
+from inbatch.errors import ConfigError
+from inbatch.runtime import distributed
+
+RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 2, "precision": "float32", "quiet": True}
+
+
+def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """A whole run on ranks that have met already, as under Ray Train or in a user's script."""
+    run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue": 64}, **(RUN | extra))
+    return run.result
+
+
+def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
+    """The same context, the same weights (to float32 rounding), one folder, the same result on every rank."""
+    alone = job(str(tmp_path / "one"), {})
+    first, second = on_ranks(2, job, str(tmp_path / "two"), {})
+    assert first == second and (first["world"], alone["world"]) == (2, 1)
+    assert first["context"] == alone["context"] == 20
+    losses = [[look["loss"] for look in result["curve"] if "loss" in look] for result in (alone, first)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0]
+    one, two = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
+
+
+def disagree(out: str) -> str:
+    try:
+        job(out, {"seed": distributed.rank()})
+    except ConfigError as error:
+        return str(error)
+    return "went on"
+
+
+def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
+    """Fault 8: each rank was given another seed."""
+    for found in on_ranks(2, disagree, str(tmp_path / "run")):
+        assert "rank 1 has another one than rank 0" in found
+
+
+def test_a_launcher_that_starts_too_few_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 processes were expected, 1 started"):
+        job(str(tmp_path / "run"), {"expect_world_size": 2})
+
+
+def gathered() -> list[Any]:
+    x = torch.arange(4.0).view(2, 2) + 10 * distributed.rank()
+    whole = distributed.gather(x, dim=1)
+    mean = torch.tensor([1.0, 2.0]) * (1 + distributed.rank())
+    distributed.average_([mean])
+    mine = distributed.rank()
+    return [
+        whole.tolist(),
+        distributed.local_shard(whole, 1).tolist(),
+        mean.tolist(),
+        distributed.all_reduce_max(mine),
+        distributed.broadcast_object(mine),
+    ]
+
+
+def test_collectives() -> None:
+    whole = [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]]
+    first, second = on_ranks(2, gathered)
+    assert first == [whole, [[0.0, 1.0], [2.0, 3.0]], [1.5, 3.0], 1, 0]
+    assert second == [whole, [[10.0, 11.0], [12.0, 13.0]], [1.5, 3.0], 1, 0]
+
+
+def torchrun(out: Path, *words: str) -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "-m", "inbatch", "pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--batch", "40",
+        "--context", "20", "--expect-world-size", "2", "--set", "subset=200", "--set", "precision=float32",
+        "--set", "method.queue=64", *words,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_path: Path) -> None:
+    """A signal to the launcher: both ranks stop at one step, with one checkpoint; one process can finish the run."""
+    out = tmp_path / "run"
+    process = torchrun(out, "--epochs", "400", "--set", "evaluate_every=400")
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 12:
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    report = json.loads((out / "run.json").read_text())
+    assert report["status"] == "preempted", stderr
+    assert signal.Signals(number).name in report["reason"]
+    # The launcher stays between a job and its workers: none of them may live on.
+    assert subprocess.run(["pgrep", "-f", str(out)], capture_output=True).returncode == 1
+
+    state = inbatch.training.checkpoint.load(out / "checkpoints")
+    assert state.step == report["last_step"] > 0
+    recipe = json.loads((out / "recipe.json").read_text()) | {"epochs": state.step // 5 + 1}
+    (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter end, so that the test ends too
+    run = inbatch.pretrain(resume=out, quiet=True)
+    assert run.result["world"] == 1 and run.result["context"] == 20

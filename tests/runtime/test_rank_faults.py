@@ -1,0 +1,240 @@
+"""A rank that dies, hangs, differs or ends by itself: the others end soon, and say which it was and why."""
+
+import datetime
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import _context, on_ranks
+
+import inbatch
+from inbatch.data import open_data, write_folder
+from inbatch.errors import ConfigError, DataError, InbatchError, RankError
+from inbatch.runtime import distributed, rank_store
+from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.training.metric_logger import Log
+
+TIMEOUT = 6.0
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call returned or raised, all running side by side."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            found[i] = calls[i]()
+        except InbatchError as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def rolls(world: int, timeout: float = 5.0) -> list[RankStore]:
+    store = dist.HashStore()
+    return [RankStore(store, "run 0", rank, world, timeout) for rank in range(world)]
+
+
+def test_ranks_that_agree_go_on_and_meet_again() -> None:
+    together = rolls(3)
+    for _ in range(2):
+        assert at_once(*(lambda r=r: r.meet({"seed": "1"}) for r in together)) == [None] * 3
+
+
+def test_what_differs_is_named_on_every_rank() -> None:
+    together = rolls(3)
+    found = at_once(*(lambda r=r: r.meet({"batch": "64", "seed": "12"[r.rank == 2]}) for r in together))
+    for error in found:
+        assert isinstance(error, ConfigError)
+        assert "disagree about the seed: rank 2 has another one than rank 0 (2, not 1)" in str(error)
+
+
+def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
+    first, second = rolls(2, timeout=60)
+    began = time.monotonic()
+    second.tell("rank 1: no such folder", DataError.exit_code)
+    with pytest.raises(DataError, match="rank 1: no such folder"):
+        first.meet({})
+    assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    first, second, _ = rolls(3, timeout=0.3)
+    for i, error in enumerate(at_once(lambda: first.meet({}), lambda: second.meet({}))):
+        assert isinstance(error, RankError) and "lost rank 2" in str(error) and error.speaks == (i == 0)
+
+
+def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_store, "GRACE", 0.3)
+    together = rolls(4)
+    left = [together[1], together[3]]
+    for r, error in zip(left, at_once(*(r.call for r in left)), strict=True):
+        assert "lost ranks 0, 2" in str(error) and error.speaks == (r.rank == 1)
+    for error in at_once(*(r.call for r in rolls(3))):
+        assert "all of them live" in str(error)
+
+
+def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
+    """torchrun's store outlives a restart; of the first start one rank never came."""
+    store = dist.HashStore()
+    first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
+    assert "ranks 2 did not come" in str(first[0]) and isinstance(first[1], str)
+    for _ in range(2):
+        told = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
+        assert len(set(told)) == 1 and told[0] != first[1]
+        first = told
+
+
+def endless(fault: str, bad: int) -> str:
+    """Steps with a collective; one rank comes to grief in the third."""
+    for step in range(10_000):
+        if step == 3 and distributed.rank() == bad:
+            match fault:
+                case "dies":
+                    os._exit(1)
+                case "is killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hangs":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "cannot read":
+                    raise DataError("cat.jpg cannot be read")
+                case "has a bug":
+                    raise RuntimeError("shapes do not fit")
+        distributed.all_reduce_max(step)
+    return "never"
+
+
+def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: Any) -> None:
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
+    try:
+        with distributed.process_group(timeout=TIMEOUT):
+            endless(fault, bad)
+    except Exception as error:
+        answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))
+
+
+def ends(world: int, fault: str, bad: int, heard: int) -> dict[int, tuple[Any, ...]]:
+    """How ranks end of which one comes to grief: {rank: (kind, sentence, speaks, when)} of the first `heard`."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = _context.Queue()
+        children = [
+            _context.Process(target=unhappy, args=(r, world, folder, fault, bad, answers)) for r in range(world)
+        ]
+        for child in children:
+            child.start()
+        try:
+            return {rank: rest for rank, *rest in (answers.get(timeout=120) for _ in range(heard))}
+        except Empty:
+            raise AssertionError("some rank neither ended nor said why") from None
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+
+
+@pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("is killed", 0), ("hangs", 2)])
+def test_a_lost_rank_is_named_by_all_others(fault: str, bad: int) -> None:
+    """Fault 7, four ranks: not all of them wait for the lost one itself."""
+    found = ends(4, fault, bad, heard=3)
+    assert sorted(found) == [r for r in range(4) if r != bad]
+    speakers = [rank for rank, (_, _, speaks, _) in found.items() if speaks]
+    assert speakers == [min(found)]
+    for kind, sentence, _, _ in found.values():
+        assert kind == "RankError" and f"lost rank {bad}:" in sentence, sentence
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "told"),
+    [
+        ("cannot read", "DataError", "rank 1: cat.jpg cannot be read"),
+        ("has a bug", "RankError", "rank 1: RuntimeError: shapes do not fit"),
+    ],
+)
+def test_an_error_of_one_rank_is_repeated_by_the_others(fault: str, kind: str, told: str) -> None:
+    found = ends(3, fault, 1, heard=3)
+    for rank in (0, 2):
+        assert found[rank][:2] == [kind, told]
+    assert found[1][1] in told and not found[1][1].startswith("rank 1")
+
+
+def missing(folder: str) -> tuple[str, str, float]:
+    began = time.monotonic()
+    try:
+        inbatch.pretrain(folder if distributed.rank() == 0 else f"{folder}/missing", out=f"{folder}/run", quiet=True)
+    except Exception as error:
+        time.sleep(1)  # a process that lives on, as in a notebook
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "nothing", "", 0.0
+
+
+def test_images_that_one_node_lacks_end_all_before_the_first_step(tmp_path: Path) -> None:
+    write_folder(open_data("digits-canvas", subset=40), tmp_path / "images")
+    first, second = on_ranks(2, missing, str(tmp_path / "images"))
+    assert first[0] == second[0] == "DataError" and second[1] in first[1] and first[1].startswith("rank 1: ")
+    assert first[2] < 30
+    assert not (tmp_path / "images" / "run").exists()
+
+
+def relabelled() -> str:
+    images = torch.arange(48 * 64).remainder(251).byte().view(48, 1, 8, 8)
+    labels = torch.arange(48) % 3
+    labels[5] += distributed.rank()
+    try:
+        inbatch.pretrain((images, labels), batch=8, epochs=1, out="never", quiet=True)
+    except ConfigError as error:
+        return str(error)
+    return "went on"
+
+
+def test_other_labels_on_one_rank_are_refused() -> None:
+    for found in on_ranks(2, relabelled):
+        assert "disagree about the names or labels of the images: rank 1 has another one than rank 0" in found
+
+
+def killed(out: str, step: int) -> Any:
+    """A run whose rank 0 dies in a step."""
+    real = Log.step
+
+    def log(self: Any, at: int, *rest: Any) -> None:
+        if at == step and distributed.rank() == 0:
+            os._exit(9)
+        real(self, at, *rest)
+
+    Log.step = log  # type: ignore[method-assign]
+    inbatch.pretrain(
+        "digits-canvas",
+        out=out,
+        subset=80,
+        batch=40,
+        context=20,
+        epochs=9,
+        evaluate_every=9,
+        quiet=True,
+        dist_timeout=20,
+    )
+
+
+@pytest.mark.slow
+def test_where_rank_0_dies_another_writes_the_report(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="lost rank 0"):
+        on_ranks(2, killed, str(tmp_path / "run"), 3)
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert report["status"] == "failed" and "lost rank 0" in report["reason"]
+    assert report["last_step"] >= 2

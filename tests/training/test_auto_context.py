@@ -1,0 +1,377 @@
+"""`context: auto`: the largest group that fits, found without a trace, the same on every rank and after a resume."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from command_line import one_object, run
+from rank_pool import on_ranks
+from small_runs import assert_same_state, saved, tiny
+
+from inbatch import api
+from inbatch.data import Source, open_data
+from inbatch.errors import ConfigError
+from inbatch.runtime import memory
+from inbatch.training import auto_context
+from inbatch.training.auto_context import MemoryProbe, candidates, predict
+from inbatch.training.build import build
+from inbatch.training.plan import resolve_recipe
+from inbatch.training.recipe import Recipe, make
+
+CPU, MB = torch.device("cpu"), 1_000_000
+SMALL = {"subset": 200, "batch": 128, "context": "auto"}
+
+
+def planned(**settings: Any) -> tuple[Recipe, Source]:
+    return resolve_recipe("digits-canvas", SMALL | {k.replace("__", "."): v for k, v in settings.items()})
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets how many MB are free."""
+    return lambda size: monkeypatch.setattr(auto_context, "free_bytes", lambda *_: int(size * MB))
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Sets what a group takes, in bytes and seconds; returns the list of the groups whose dry steps were made."""
+
+    def given(needed: Callable[[int], float], seconds: float = 0.0) -> list[int]:
+        made: list[int] = []
+
+        def trial(self: Any, context: int, dry: bool = True) -> MemoryProbe:
+            if dry:
+                made.append(context)
+            kept = round((needed(context) - needed(0)) / 2)
+            return MemoryProbe(round(needed(context)), kept, seconds * context if dry else None)
+
+        monkeypatch.setattr(auto_context._Bench, "trial", trial)
+        return made
+
+    return given
+
+
+# The search
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [2, 6, 64, 250, 251, 4096])
+@pytest.mark.parametrize("curve", [lambda g: 100 + 10 * g, lambda g: 100 + 10 * g + g * g / 20], ids=["line", "square"])
+def test_the_largest_divisor_that_fits_is_found(
+    share: int, curve: Callable[[int], float], free: Callable[[float], None], costs: Callable[..., list[int]]
+) -> None:
+    """Whatever the limit; and no dry step is made that is far over it, of plug-ins whose cost is quadratic neither."""
+    straight = curve(3) - curve(2) == curve(2) - curve(1)
+    recipe, source = planned(batch=share, **({} if straight else {"attend__name": "batchformer"}))
+    sizes, chosen = candidates(recipe, 1), []
+    assert sizes == [c for c in range(2, share + 1) if share % c == 0]
+    for size in (200, 1000, 5000, 1e5, 1e7):
+        made = costs(curve)
+        free(size / MB)
+        fits = [c for c in sizes if curve(c) <= 0.8 * size]
+        if not fits:
+            with pytest.raises(ConfigError, match="even a group of"):
+                auto_context.fit(recipe, source, CPU)
+            continue
+        found = auto_context.fit(recipe, source, CPU)
+        chosen.append(found.context)
+        assert found.context == max(fits) and found.needed == round(curve(max(fits)))
+        assert found.how == "found by a dry step" and found.context in made
+        assert (found.larger is None) == (found.context == share)
+        assert all(curve(c) <= 2 * size for c in made if c > 32)
+    assert chosen == sorted(chosen) and chosen
+
+
+def test_a_line_through_the_last_two_points() -> None:
+    one = {8: MemoryProbe(1000, 80)}
+    assert predict(one, 8) == 1000 and predict(one, 16) == 1000 + 8 * 15  # as counted, with a margin
+    two = one | {16: MemoryProbe(2000, 160)}
+    assert predict(two, 32) == 2000 + 16 * 125 and predict(two | {16: MemoryProbe(1001, 160)}, 32) == 1001 + 160
+    assert predict(two | {64: MemoryProbe(auto_context._FULL, 0)}, 128) == auto_context._FULL
+
+
+def test_a_group_that_would_take_too_long_is_predicted(
+    free: Callable[[float], None], costs: Callable[..., list[int]]
+) -> None:
+    recipe, source = planned(batch=1024)
+    made = costs(lambda g: 100 + 10 * g, seconds=auto_context.PATIENCE / 300)
+    free(1)
+    found = auto_context.fit(recipe, source, CPU)
+    assert found.context == 1024 and max(made) == 256 and "predicted by dry steps" in found.sentence()
+
+
+def test_what_groups_there_are() -> None:
+    recipe, _ = planned(batch=24)
+    assert candidates(recipe, 2) == [2, 3, 4, 6, 12]
+    assert candidates(planned(batch=24, sync_norm=True)[0], 2) == [4, 6, 8, 12, 24]  # two on every rank at least
+    assert candidates(planned(batch=24, shuffle_groups=True)[0], 1) == [2, 3, 4, 6, 8, 12]
+    assert candidates(planned(batch=24, fuse__name="conv")[0], 1) == [4, 6, 8, 12, 24]  # its bottleneck is 4
+    with pytest.raises(ConfigError, match="cannot be shared by 5"):
+        candidates(recipe, 5)
+    with pytest.raises(ConfigError, match="use another batch"):
+        candidates(planned(batch=7, shuffle_groups=True)[0], 1)
+
+
+# Real dry steps
+
+
+@pytest.mark.slow
+def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
+    recipe, source = planned()
+    found = []
+    for size in (25, 60, 1000):
+        free(size)
+        found.append(auto_context.fit(recipe, source, CPU))
+        assert found[-1].needed <= 0.8 * size * MB
+        assert found[-1].larger is None or found[-1].larger[1] > 0.8 * size * MB
+    contexts = [one.context for one in found]
+    assert contexts == sorted(contexts) and contexts[0] < contexts[-1] == 128
+    assert found[0].noisy and "noisy" in found[0].sentence() and not found[-1].noisy
+    assert "One more forward pass" in found[0].sentence() and "forward pass" not in found[-1].sentence()
+
+
+def dry_and_real() -> tuple[int, int, int]:
+    """The context, what was found for it, and what a step of the run takes."""
+    auto_context.free_bytes = lambda *_: 140 * MB  # this process ends with the test
+    recipe, found = auto_context.resolve(*planned(subset=600, batch=512), CPU)
+    assert found is not None
+    built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
+    batch = next(iter(built.loader.epoch(0)))
+    steps = []
+    for step in range(3):  # what libraries load, or the allocator keeps, in one of them is not a step's
+        auto_context.settle(CPU)
+        before = auto_context.held(CPU)
+        built.step(batch, step)
+        steps.append(auto_context.peak(CPU) - before)
+    return found.context, found.needed, min(steps)
+
+
+def test_the_dry_step_is_like_a_real_one() -> None:
+    """What was found is not less than what a step of the run takes, nor much more; in a process that is new, because
+    one that has run for long takes memory that it has."""
+    if auto_context.held(CPU) is None:
+        pytest.skip("this system does not tell the peak of a process")
+    ((context, needed, taken),) = on_ranks(1, dry_and_real)
+    assert context < 512
+    assert taken < 1.15 * needed + 5 * MB and needed < 1.6 * taken + 20 * MB
+
+
+def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their group's size; and a plug-in whose weights belong to a group is weighed, too."""
+    seen, real = [], auto_context._dry_step
+
+    def step(built: Any, samples: int, side: int, plain: bool = False) -> None:
+        real(built, samples, side, plain)
+        if not plain:
+            assert (
+                built.network.fuse is not None and built.encoder.attend is not None and built.step.curator is not None
+            )
+            assert built.network.fuse.layers[0].steps[0].in_channels == samples == built.context
+            seen.append(samples)
+
+    monkeypatch.setattr(auto_context, "_dry_step", step)
+    monkeypatch.setattr(auto_context, "PATIENCE", 0.0)
+    free(1000)
+    recipe, source = planned(fuse__name="conv", attend__name="batchformer", curate__name="redraw", method__name="byol")
+    found = auto_context.fit(recipe, source, CPU)
+    assert seen == [8, 32] and found.context == 128 and "predicted" in found.how
+
+
+def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = auto_context._dry_step
+
+    def step(built: Any, samples: int, *rest: Any, **more: Any) -> None:
+        if samples > 16:
+            raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+        real(built, samples, *rest, **more)
+
+    monkeypatch.setattr(auto_context, "_dry_step", step)
+    free(1000)
+    found = auto_context.fit(*planned(), CPU)
+    assert found.context == 16 and found.larger == (32, None)
+    assert "32 would run out of memory" in found.sentence()
+    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        auto_context.fit(*planned(), CPU)
+
+
+def test_where_the_system_tells_nothing_bytes_are_counted(
+    free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_context, "held", lambda device: None)
+    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
+    free(20)
+    found = auto_context.fit(*planned(), CPU)
+    assert 2 <= found.context < 128 and "counted with a margin of 50 %" in found.sentence()
+
+
+def test_nothing_fits(free: Callable[[float], None]) -> None:
+    free(3)
+    with pytest.raises(ConfigError, match=r"even a group of 2 takes \d+ MB .* of the 3 MB free .* smaller encoder"):
+        auto_context.fit(*planned(), CPU)
+
+
+def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
+    """They do not depend on the group, but on the batch."""
+    free(1000)
+    found = {}
+    for name, settings in {"small": {"batch": 32}, "large": {"batch": 128}, "streamed": {"resident": False}}.items():
+        recipe, source = planned(**settings)
+        bench = auto_context._Bench(recipe, source, CPU, workers=3)
+        bench.trial(8, dry=False)
+        found[name] = bench.batch
+    per = 128 * 2 * 20 * 20  # the crops of a batch, one channel
+    assert found["streamed"] == 7 * per + 128 * 8 * 2 * 128 * 4  # one in use, two in each of three workers; rows
+    assert found["small"] < found["large"]
+
+
+def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    free(40)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.is_grad_enabled()
+    found = api.prepare("digits-canvas", **SMALL)
+    assert torch.equal(before[0], torch.get_rng_state()) and torch.is_grad_enabled() == before[2]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch
+    plain = api.prepare("digits-canvas", **SMALL | {"context": found.context})
+    assert found.recipe == plain.recipe
+    assert_same_state(found.network.state_dict(), plain.network.state_dict())
+
+
+# Runs
+
+
+def test_a_run_keeps_the_number(
+    free: Callable[[float], None], costs: Callable[..., list[int]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """It is in recipe.json and in the command; a resume asks for it again and does not search."""
+    free(27)
+    costs(lambda context: context * MB)
+    done = tiny("simclr", tmp_path / "auto", context="auto", epochs=1)
+    context = done.recipe.context
+    assert context == 20 == done.result["context"], "of 40, in 80 % of 27 MB"
+    recipe = json.loads((tmp_path / "auto" / "recipe.json").read_text())
+    told = json.loads((tmp_path / "auto" / "run.json").read_text())
+    assert recipe["context"] == context == told["context"] and f"--set context={context}" in told["command"]
+
+    tiny("simclr", tmp_path / "given", context=context, epochs=1)
+    assert_same_state(saved(tmp_path / "auto"), saved(tmp_path / "given"))
+
+    monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched again"))
+    again = tiny("simclr", tmp_path / "auto", context="auto", epochs=1, resume=True)
+    assert again.recipe.context == context
+    with pytest.raises(ConfigError, match="keeps its recipe: context = 39"):
+        tiny("simclr", tmp_path / "auto", context=39, epochs=1, resume=True)
+
+
+def test_a_run_that_was_begun_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("simclr", tmp_path, context=None, epochs=1)
+    monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched"))
+    assert tiny("simclr", tmp_path, context="auto", epochs=1, resume=True).recipe.context is None
+
+
+def test_build_wants_a_number() -> None:
+    with pytest.raises(ConfigError, match="resolve"):
+        build(*planned(), device=CPU)
+
+
+# The command line
+
+
+LINE = "pretrain --data digits-canvas --set subset=200 --batch 40 --dry-run"
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_the_answer(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    free(27)
+    said = run(f"{LINE} --context auto")
+    assert said.exit_code == 0 and not list(tmp_path.iterdir())
+    (line,) = [line for line in said.stdout.splitlines() if line.startswith("# context: ")]
+    context = yaml.safe_load(said.stdout)["context"]
+    assert f"# context: {context} of 40, found" in line and f"set context={context}" in line and "limit 80 %" in line
+    free(1000)
+    told = one_object(run(f"{LINE} --set context=auto --json").stdout)
+    assert told["context"] == told["recipe"]["context"] == told["context_found"]["context"] == 40
+    Path("auto.yaml").write_text("context: auto\n")
+    assert one_object(run(f"{LINE} --config auto.yaml --json").stdout)["context_found"]["larger"] is None
+    free(3)
+    refused = run(f"{LINE} --context auto")
+    assert refused.exit_code == 2 and "even a group of 2" in refused.stderr and not refused.stdout
+
+
+@pytest.mark.parametrize("value", ["nonsense", "0", "1", "-8", "2.5", "true", "[8]"])
+def test_what_is_no_context_is_refused(value: str) -> None:
+    ways = [f"--set context={value}"] + ([f"--context={value}"] if value != "[8]" else [])
+    for words in ways:
+        refused = run(f"{LINE} {words}")
+        assert refused.exit_code == 2 and "whole number of at least 2, auto, or null" in refused.stderr, refused.stderr
+
+
+def test_what_is_a_context() -> None:
+    for value, wanted in ((None, None), ("auto", "auto"), (8, 8), ("8", 8)):
+        recipe = make({"data": "photos", "context": value})
+        assert recipe.context == wanted and make(recipe.flat()) == recipe
+
+
+# Figures
+
+
+def test_the_table_of_cards_is_what_the_file_makes() -> None:
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("render", root / "results" / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    page = root / "docs" / "large-batches.md"
+    assert page.read_text() == render.fitted(page), "python results/render.py writes it anew"
+    assert page.read_text().count("| resnet50, 224 px, ") == 4
+    spec = importlib.util.spec_from_file_location("context_memory", root / "benchmarks" / "context_memory.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = json.loads((root / "results" / "context-memory.json").read_text())
+    assert list(found["entries"]) == list(benchmark.ENTRIES)
+    for row in found["entries"].values():
+        for card, context in row["contexts"].items():
+            taken = row["fixed"] + row["rows"] + np.array([1, 2]) * context * row["per_sample"]
+            assert (
+                taken[0] <= auto_context.LIMIT * float(card) * 1e9 < taken[1]
+                and benchmark.context(row, float(card)) == context
+            )
+
+
+# Memory limits of containers and jobs
+
+
+def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "limited_bytes", lambda: [12_000, 8_000])
+    assert memory.free_bytes(CPU, 4) == 2_000
+
+
+# Ranks
+
+
+def found_on_a_rank() -> list[dict[str, Any]]:
+    """What ranks with unequal memory find, each for itself and with synchronised norm."""
+    from inbatch.runtime import distributed
+
+    auto_context.free_bytes = lambda *_: (
+        (1000 if distributed.rank() == 0 else 40) * MB
+    )  # this process ends with the test
+    return [
+        auto_context.fit(*resolve_recipe("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json()
+        for synced in (False, True)
+    ]
+
+
+@pytest.mark.slow
+def test_ranks_agree() -> None:
+    one, other = on_ranks(2, found_on_a_rank)
+    assert one == other and [found["share"] for found in one] == [64, 128]
+    for found in one:
+        assert found["free_bytes"] == 40 * MB and found["share"] % found["context"] == 0 and found["context"] >= 4

@@ -1,0 +1,79 @@
+"""Groups and ranks are the same idea: every layout of a batch gives the step of plain autograd."""
+
+import functools
+
+import pytest
+import small_methods as small
+from rank_pool import on_ranks
+from small_methods import VARIANTS, literal, train
+from step_states import N, assert_same
+
+from inbatch import api
+from inbatch.data.views import Views
+from inbatch.training import grad_cache
+from inbatch.training.monitors.context_leak import leak
+
+
+@functools.cache
+def expected(variant: str, groups: int) -> dict[str, list]:
+    """By plain autograd; groups of one process and those of several ranks have the same."""
+    return literal(variant, N, groups)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_equal_plain_autograd(variant: str, groups: int) -> None:
+    assert_same(train(variant, N, groups), expected(variant, groups))
+
+
+def train_all(groups: int, synced: bool, dropout: float) -> dict[str, dict]:
+    small.DROPOUT = dropout
+    return {variant: train(variant, N, groups, synced=synced) for variant in VARIANTS}
+
+
+@functools.cache
+def trained(world: int, groups: int, synced: bool = False, dropout: float = 0.2) -> list[dict[str, dict]]:
+    """Every variant on every rank; one start of the processes serves all variants."""
+    return on_ranks(world, train_all, groups, synced, dropout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
+    for found in trained(world, groups):
+        assert_same(found[variant], expected(variant, world * groups))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
+    """With norm over all ranks, W ranks are one context group of the batch (no dropout: its draws are per rank)."""
+    whole = trained(1, 1, False, 0.0)[0][variant]
+    for found in trained(world, 1, True, 0.0):
+        assert_same(found[variant], whole)
+
+
+@pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody draws the views of a whole batch: not the step, not curation, not the leak's guard."""
+    settings = {"curate.warmup": 0.0} if "curate" in plug else {}
+    named = {f"{key}.name" if key in ("curate", "fuse") else key: value for key, value in plug.items()}
+    given = {"subset": 160, "batch": 32, "context": 8, "epochs": 3, "device": "cpu"}
+    built = api.prepare("digits-canvas", method, settings=settings | named, **given)
+    drawn, draw = [], Views.__call__
+    monkeypatch.setattr(Views, "__call__", lambda self, batch: drawn.append(len(batch)) or draw(self, batch))
+    built.step(next(iter(built.loader.epoch(1))), 5)
+    assert max(drawn) <= 8 and sum(drawn) >= 2 * 32, "twice"
+    leak(built, 1)
+    assert max(drawn) <= 8
+
+
+def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
+    """With several groups the first pass holds no graph, and only rows come out."""
+    _, network, _ = small.parts("simclr")
+    images = next(small.batches(N, 1, 2))[1]
+    groups = [functools.partial(tuple, group) for group in grad_cache.cut(list(images), 4)]
+    swept = grad_cache.forward_groups(network, network, groups, range(2), [1, 2, 3, 4], grad=True)
+    assert swept.live is None and not swept.rows["projection"].requires_grad
+    assert swept.rows["projection"].shape == (2, N, 8)

@@ -1,0 +1,290 @@
+"""What training was worth, beside the encoder before it: with labels and without, in every run and in `evaluate`."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import run
+from conftest import SHARED
+from PIL import Image
+from small_runs import assert_same_state, stop_after, tiny
+from torch.nn import functional as F
+
+import inbatch
+from inbatch.data import open_data
+from inbatch.data.views import Views, make_views
+from inbatch.errors import ConfigError, DataError, Preempted
+from inbatch.models import create_encoder
+from inbatch.training import judgement
+from inbatch.training.monitors import label_free, neighbour_grid
+from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
+
+MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher", "uniformity": "lower",
+            "alignment": "lower"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty unlabelled images of two sizes, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("data") / "my photos"
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 24, 30, 3), dtype=np.uint8)):
+        Image.fromarray(pixels[:, : 24 + 6 * (i % 2)]).save(folder / f"{i}.png")
+    return folder
+
+
+def learn(photos: Path, out: Path, **fields: Any) -> inbatch.Run:
+    given: dict[str, Any] = {"encoder": "tiny", "batch": 10, "epochs": 2, "quiet": True, "size": 24} | fields
+    return inbatch.pretrain(photos, out=out, **given)
+
+
+@pytest.fixture(scope="module")
+def learned(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> inbatch.Run:
+    return learn(photos, tmp_path_factory.mktemp("my runs") / "a run")
+
+
+def words(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+# The measures
+
+
+def test_measures_literally() -> None:
+    first, second = (F.normalize(torch.randn(9, 5), dim=1) for _ in range(2))
+    pairs = [(i, j) for i in range(9) for j in range(i)]
+    potential = [float(torch.exp(-2 * ((first[i] - first[j]) ** 2).sum())) for i, j in pairs]
+    assert label_free.uniformity(first) == pytest.approx(np.log(np.mean(potential)), abs=1e-5)
+    apart = [float(((first[i] - second[i]) ** 2).sum()) for i in range(9)]
+    assert label_free.alignment(first, second) == pytest.approx(np.mean(apart), abs=1e-5)
+    found = [max(range(9), key=lambda j, i=i: float(first[i] @ second[j])) == i for i in range(9)]
+    assert label_free.same_image(first, second) == pytest.approx(np.mean(found))
+    assert label_free.same_image(first, first) == 1 and label_free.alignment(first, first) == 0
+
+
+def test_collapsed_features_are_told_by_every_measure_but_alignment() -> None:
+    same = torch.ones(50, 8)
+    found = label_free.measures(label_free.Embedded(same, same, same, torch.arange(50)))
+    assert found["same_image"] == pytest.approx(1 / 50) and found["rankme"] == pytest.approx(1, abs=0.01)
+    assert found["uniformity"] == pytest.approx(0, abs=1e-6) and found["feature_std"] == pytest.approx(0, abs=1e-5)
+    assert found["alignment"] == 0
+
+
+def test_one_view_is_drawn_twice() -> None:
+    source = open_data((torch.randint(0, 255, (12, 1, 20, 20), dtype=torch.uint8), [0] * 12))
+    encoder = create_encoder("tiny", size=20, channels=1).eval()
+    one = Views(make_views("digits", {"size": 20}, 1)[:1], encoder.mean, encoder.std)
+    found = label_free.embed_all({"it": encoder}, one, label_free.Chosen(source, None, 0), 0)["it"]
+    assert found.first.shape == found.second.shape == (12, 96)
+    assert not torch.allclose(found.first, found.second)
+
+
+def test_whitened_features_are_measured_before_they_are() -> None:
+    """Whitening gives every encoder the same rank and spread; only what is handed out is found by it."""
+    source = open_data(torch.randint(0, 255, (40, 3, 32, 32), dtype=torch.uint8))
+    encoder = create_encoder("fast", size=32, whiten=True).eval()
+    views = Views(make_views("simclr_cifar", {"size": 32}, 3), encoder.mean, encoder.std)
+    chosen = label_free.Chosen(source, None, 0)
+    plain = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    expected = label_free.measures(plain)
+    assert encoder.readout is not None and plain.handed_out(plain.clean) is plain.clean
+    encoder.readout.fit(plain.clean)
+    found = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    assert int(encoder.readout.images) == 40
+    assert torch.equal(found.clean, plain.clean)
+    whitened = encoder.embed([source.image(int(i)) for i in chosen.indices])
+    np.testing.assert_allclose(found.handed_out(found.clean), whitened, rtol=1e-3, atol=1e-3)
+    del expected["same_image"]
+    assert label_free.measures(found) | expected == label_free.measures(found)
+
+
+# Runs without labels
+
+
+def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, photos: Path) -> None:
+    found = learned.result["unlabelled"]
+    assert {name: told["better"] for name, told in found.items()} == MEASURES
+    for told in found.values():
+        assert told["untrained"] != told["trained"] and "image" in told["what"]
+    assert found["rankme"]["trained"] <= 40 and "40 images, at most 96" in found["rankme"]["what"]
+    assert 1 / 40 <= found["same_image"]["trained"] <= 1
+    assert learned.result["untrained"] is None and learned.result["initial"] == "untrained encoder"
+    assert learned.result["comparison_seconds"] > 0
+    width, height = Image.open(learned.directory / "neighbours.png").size
+    assert width > 11 * neighbour_grid.SIDE and height > 8 * neighbour_grid.SIDE
+    assert json.loads((learned.directory / "result.json").read_text())["unlabelled"] == found
+
+
+def test_pretrain_prints_it(photos: Path, tmp_path: Path) -> None:
+    line = f"pretrain --data {words(photos)} --encoder tiny --epochs 1 --batch 10 --set size=24"
+    found = run(f"{line} --out {words(tmp_path / 'a run')}")
+    assert found.exit_code == 0
+    picture = tmp_path / "a run" / "neighbours.png"
+    assert f"Neighbours: {picture} (left: before training, right: after)" in found.stdout
+    for row in ("same image found", "RankMe", "feature std", "uniformity", "alignment"):
+        assert row in found.stdout
+    assert "untrained encoder" in found.stdout and "higher" in found.stdout and "No labels" in found.stdout
+    assert "Compared with the encoder before training in " in found.stderr
+
+
+def test_a_resumed_run_shows_the_same(learned: inbatch.Run, photos: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 3)
+        learn(photos, tmp_path / "run")
+    resumed = learn(photos, tmp_path / "run", resume=True)
+    assert resumed.result["unlabelled"] == learned.result["unlabelled"]
+    pictures = [np.asarray(Image.open(one / "neighbours.png")) for one in (learned.directory, tmp_path / "run")]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_path: Path) -> None:
+    found = [
+        learn(photos, tmp_path / str(held), resident=held, workers=0, epochs=1).result["unlabelled"]
+        for held in (True, False)
+    ]
+    for name in MEASURES:
+        assert found[0][name]["untrained"] == pytest.approx(found[1][name]["untrained"], rel=1e-4)
+
+
+def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(label_free, "_CHUNK", 2)  # some chunk is damaged as a whole
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    bad = sorted(folder.iterdir())[::4]
+    for file in bad:
+        file.write_bytes(b"no image")
+    result = learn(folder, tmp_path / "run", resident=False, workers=0, max_bad=0.9).result
+    assert f"{40 - len(bad)} images" in result["unlabelled"]["rankme"]["what"]
+    assert (tmp_path / "run" / "neighbours.png").is_file()
+    gone = open_data(folder)
+    gone = inbatch.data.Subset(
+        gone, torch.tensor([i for i in range(40) if gone.identity(i) in {b.name for b in bad}]), ""
+    )
+    encoder = create_encoder("tiny", size=24)
+    views = Views(make_views("simclr_cifar", {"size": 24}, 3), encoder.mean, encoder.std)
+    with pytest.raises(DataError, match="0 images that can be read"):
+        label_free.embed_all({"it": encoder}, views, label_free.Chosen(gone, None, 0), 0)
+
+
+def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row: the query, its neighbours before and after; frames are right and wrong only where there are labels."""
+    source = open_data((torch.randint(0, 100, (30, 3, 12, 10), dtype=torch.uint8), torch.arange(30) % 3))
+    before, after = torch.randn(30, 5), torch.eye(3)[source.labels] + 0.01 * torch.randn(30, 3)
+    drawn, real = [], source.image
+    monkeypatch.setattr(source, "image", lambda i: drawn.append(i) or real(i))
+    save_neighbour_grid(source, after, tmp_path / "n.png", 2, 3, before=before)
+    left, right = drawn[: 2 * 4], drawn[2 * 4 :]
+    for row in range(2):
+        query, *near = left[4 * row : 4 * row + 4]
+        similar = F.normalize(before, dim=1) @ F.normalize(before[query], dim=0)
+        assert near == [i for i in similar.argsort(descending=True).tolist() if i != query][:3]
+        assert all(source.labels[i] == source.labels[query] for i in right[3 * row : 3 * row + 3])
+    with pytest.raises(DataError, match="29 vectors"):
+        save_neighbour_grid(source, after, tmp_path / "n.png", before=before[:29])
+
+
+# Runs with labels
+
+
+def test_a_run_with_labels_shows_every_column_untrained(tmp_path: Path) -> None:
+    found = run(f"pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1 --out {tmp_path / 'run'}")
+    assert found.exit_code == 0
+    row = next(line for line in found.stdout.splitlines() if line.startswith("untrained encoder"))
+    assert row.count("%") == 5, "k-NN, linear, NMI, ACC, ARI"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["untrained"]["knn"]["top1"] == pytest.approx(result["curve"][0]["knn"], abs=0.01)
+    assert "RankMe" in found.stdout and "Neighbours:" in found.stdout
+
+    again = run(f"evaluate {tmp_path / 'run'}")
+    assert again.exit_code == 0
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    for protocol, key in (("knn", "top1"), ("linear", "top1"), ("clustering", "nmi")):
+        own = result["untrained"][protocol][key]
+        assert written["untrained"][protocol][key] == pytest.approx(own, abs=0.01)
+    row = next(line for line in again.stdout.splitlines() if line.startswith("untrained encoder"))
+    assert row.count("%") == 5
+    assert written["note"] is None and (written["step"], written["steps"]) == (5, 5)
+
+
+def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
+    )
+    judge: Any = judgement.judge_labelled
+    assert judge("before", "after", None, None, ["finetune"], {}) == {"untrained": None}
+    assert judge("before", "after", None, None, ["knn", "few", "corruptions"], {}) == {"untrained": {}}
+    assert asked == [("after", ["finetune"]), ("after", ["knn", "few", "corruptions"]), ("before", ["knn", "few"])]
+
+
+# evaluate without labels
+
+
+def test_evaluate_without_labels(learned: inbatch.Run, photos: Path) -> None:
+    found = run(f"evaluate {words(learned.directory)}")
+    assert found.exit_code == 0, found.output
+    assert "40 images without labels" in found.stdout and "RankMe" in found.stdout and "untrained" in found.stdout
+    written = json.loads((learned.directory / "evaluation.json").read_text())
+    for name, told in learned.result["unlabelled"].items():
+        assert written["unlabelled"][name]["better"] == told["better"]
+        for side in ("untrained", "trained"):
+            assert written["unlabelled"][name][side] == pytest.approx(told[side], rel=1e-3)
+    for asked in ("--protocol knn", "--from head"):
+        refused = run(f"evaluate {words(learned.directory)} {asked}")
+        assert refused.exit_code == 2 and "has no labels to judge by" in refused.stderr
+
+
+def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -> None:
+    done = tiny("simclr", tmp_path / "run", epochs=1).directory
+    grey = torch.randint(0, 255, (20, 1, 28, 28), dtype=torch.uint8)
+    found = inbatch.evaluate_run(done, grey)
+    assert found["images"] == 20 and found["unlabelled"].keys() == MEASURES.keys() and found["held_out"] is None
+    with pytest.raises(ConfigError, match="no labels"):
+        inbatch.evaluate_run(done, grey, protocols=["knn"])
+    colour = learn(photos, tmp_path / "colour", epochs=1).directory
+    assert inbatch.evaluate_run(colour, grey)["images"] == 20
+
+
+def test_real_photographs(tmp_path: Path) -> None:
+    """Two epochs on 200 photographs without their labels: the other view of a photograph is found more often."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = SHARED / "data" / "tiny-imagenet-100" / "val.parquet"
+    if not file.is_file():
+        pytest.skip("needs shared/data/tiny-imagenet-100 beside the checkout")
+    (tmp_path / "photos").mkdir()
+    for i, row in enumerate(parquet.read_table(file).slice(0, 200).to_pylist()):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(row["image"]["bytes"])
+    fields = {"size": 32, "batch": 50, "settings": {"optimizer.name": "adamw", "optimizer.lr": 2e-3}}
+    found = learn(tmp_path / "photos", tmp_path / "run", **fields).result["unlabelled"]["same_image"]
+    assert found["trained"] > found["untrained"]
+
+
+def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a step's effect: both sides are the same encoder."""
+    built = inbatch.api.prepare("digits-canvas", subset=100, batch=50)
+    found = judgement.worth(built, None, tmp_path)
+    for told in found["unlabelled"].values():
+        assert told["untrained"] == told["trained"]
+    assert_same_state(
+        dict(judgement.initial_encoder(built.recipe, tmp_path).state_dict()), dict(built.encoder.state_dict())
+    )
+
+
+def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = inbatch.api.prepare("digits-canvas", batch=50)
+    assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
+    images, seconds = judgement.images_within(built, 0.0)
+    assert images == 64 and seconds > 1
+    found = judgement.worth(built, None, tmp_path, images)["unlabelled"]
+    assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
+
+
+def test_a_run_with_a_budget_keeps_it_with_the_comparison(photos: Path, tmp_path: Path) -> None:
+    fields = {"encoder": "tiny", "batch": 10, "quiet": True, "size": 24, "budget": "1m"}
+    result = inbatch.pretrain(photos, out=tmp_path / "run", **fields).result
+    assert result["unlabelled"] and result["wall_seconds"] < 90

@@ -1,0 +1,168 @@
+"""Stopped, killed or damaged, a run goes on and ends as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import assert_same_state, saved, stop_after, tiny
+
+import inbatch
+from inbatch.data import open_data, write_folder
+from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
+from inbatch.methods import METHODS
+from inbatch.training import checkpoint
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((3,), id="in an epoch"),
+        pytest.param((5,), id="at its end", marks=pytest.mark.slow),
+        pytest.param((2, 7), id="twice", marks=pytest.mark.slow),
+    ],
+)
+def test_resuming_is_bit_exact(
+    method: str, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(method, tmp_path / "whole")
+    for i, step in enumerate(stops):
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, step)
+            tiny(method, tmp_path / "cut", resume=i > 0)
+        status = json.loads((tmp_path / "cut" / "run.json").read_text())
+        assert (status["status"], status["last_step"]) == ("preempted", step)
+    tiny(method, tmp_path / "cut", resume=True)
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "the log goes back"
+
+
+@pytest.mark.slow
+def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("simclr", tmp_path / "whole", resident=False, workers=2)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 3)
+        tiny("simclr", tmp_path / "cut", resident=False, workers=0)
+    tiny("simclr", tmp_path / "cut", resume=True, resident=False, workers=1)
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+
+
+def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        stop_after(patch, 4, signal.SIGINT)
+        tiny("simclr", tmp_path)
+    assert caught.value.exit_code == 130 and "--resume" in str(caught.value)
+    assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Fault 1: SIGKILL at any moment, saving included (it saves after every 5 steps of some milliseconds)."""
+    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
+    out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
+    for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out": 8}.items():
+        words += ["--set", f"{key}={value}"]
+    for wait in (0.05, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "inbatch", *words, "--quiet", "--out", str(out), "--resume", "auto"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        began, end = time.time(), time.monotonic() + 60
+        while not any(file.stat().st_mtime > began for file in out.glob("checkpoints/previous.pt")):
+            assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        process.communicate(timeout=30)
+    step = checkpoint.load(out / "checkpoints").step
+    assert 0 < step < 200, "killed too late to show anything"
+    tiny("simclr", out, resume=True, **fields)
+    tiny("simclr", tmp_path / "whole", **fields)
+    assert_same_state(saved(out), saved(tmp_path / "whole"))
+    assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
+
+
+@pytest.mark.slow
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
+    """Faults 1 and 23: what a launcher starts again with `--resume auto` is not refused for the little it has left."""
+    tiny("simclr", tmp_path, epochs=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="already holds a run"):  # its encoder is worth something
+        tiny("simclr", tmp_path, epochs=1, resume=True)
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        tiny("simclr", tmp_path, epochs=1)
+    tiny("simclr", tmp_path, epochs=1, resume=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "the log was not begun anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 3: the run goes on from `previous`, says so, and ends as if nothing had happened."""
+    tiny("simclr", tmp_path / "whole", epochs=3)
+    tiny("simclr", tmp_path / "hurt", epochs=3)
+    last = tmp_path / "hurt" / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes({"flip": bytes(content), "truncate": bytes(content[:1000]), "empty": b""}[damage])
+    tiny("simclr", tmp_path / "hurt", epochs=3, resume=True, quiet=False)
+    assert "last.pt is " in capfd.readouterr().err
+    assert_same_state(saved(tmp_path / "hurt"), saved(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
+def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
+    tiny("moco", tmp_path, epochs=1)
+    found = checkpoint.load(tmp_path / "checkpoints")
+    del found.state[key]
+    checkpoint.save(tmp_path / "checkpoints", found.state, step=found.step)
+    with pytest.raises(inbatch.errors.InbatchError, match=key):
+        tiny("moco", tmp_path, epochs=1, resume=True)
+
+
+@pytest.mark.slow
+def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
+    """One more, one less or another label is another permutation; the run in the folder stays as it is."""
+    images = write_folder(open_data("digits-canvas", subset=60), tmp_path / "images")
+    fields = {"batch": 20, "epochs": 1, "quiet": True}
+    inbatch.pretrain(images, out=tmp_path / "run", **fields)
+    report = (tmp_path / "run" / "run.json").read_bytes()
+    one = next(images.rglob("*.png"))
+    added = one.with_name("zzz.png")
+    for change, back in [
+        (lambda: added.write_bytes(one.read_bytes()), added.unlink),
+        (lambda: one.rename(tmp_path / "away"), lambda: (tmp_path / "away").rename(one)),
+        (lambda: one.rename(images / "9" / "moved.png"), lambda: (images / "9" / "moved.png").rename(one)),
+    ]:
+        change()
+        with pytest.raises(DataError, match="images have changed since the run began"):
+            inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields)
+        back()
+        assert (tmp_path / "run" / "run.json").read_bytes() == report
+    assert inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields).result["steps"] == 3
+
+
+def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
+    """A launcher that restarts a run which was killed before its first checkpoint must not be refused."""
+    tiny("simclr", tmp_path, epochs=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    for again in (False, "auto"):  # what it was judged by is there: it has finished, and is not to be lost
+        with pytest.raises(ConfigError, match="already holds a run"):
+            tiny("simclr", tmp_path, epochs=1, resume=again)
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        tiny("simclr", tmp_path, epochs=1)
+    assert tiny("simclr", tmp_path, epochs=1, resume="auto").result["steps"] == 5
