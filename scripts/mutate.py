@@ -1,0 +1,144 @@
+"""Seed 25 faults, one at a time, and report which of them the tests notice.
+
+    python scripts/mutate.py                     every fault, against the default suite
+    python scripts/mutate.py --only 3,7          two of them
+    python scripts/mutate.py --markdown docs/mutations.md
+
+Each fault changes one place of a copy of `src`. The tests that are nearest to it run first; only if they pass, the whole
+default suite runs. Exits with 1 if more than one fault is missed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one place: `old`, which stands there exactly once, becomes `new`. nearest: tests to run first."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    nearest: str
+
+
+FAULTS = (
+    Fault("NT-Xent: the sign of the positives", "methods/simclr.py", "temperature) - positive.flatten()",
+          "temperature) + positive.flatten()", "tests/methods"),
+    Fault("NT-Xent: a row is its own negative", "nn/functional.py", "temperature, exclude_self=True)",
+          "temperature, exclude_self=False)", "tests/methods"),
+    Fault("BYOL: no stop-gradient", "methods/byol.py", "normalize(t.detach())", "normalize(t)", "tests/methods"),
+    Fault("SwAV: no stop-gradient on the codes", "methods/swav.py", "cross_prediction(codes.detach()",
+          "cross_prediction(codes", "tests/methods"),
+    Fault("VICReg: biased variance", "nn/functional.py", "wide(z).var(1) + eps", "wide(z).var(1, unbiased=False) + eps",
+          "tests/methods"),
+    Fault("W-MSE, Barlow: covariance over N", "nn/functional.py", "/ (x.shape[-2] - 1)", "/ x.shape[-2]",
+          "tests/methods"),
+    Fault("MoCo: keys of the online network", "methods/moco.py", 'self.queue.push(normalize(target["projection"]',
+          'self.queue.push(normalize(online["projection"]', "tests/methods tests/training/test_grad_cache.py"),
+    Fault("memory bank: one row too few", "nn/memory_bank.py", "rows[-self.size :]",
+          "rows[-self.size :].roll(1, 0)", "tests/nn/test_memory_bank.py"),
+    Fault("target network follows before the optimiser's step", "training/step.py",
+          "        self.schedule(self.optimizer, step)\n",
+          "        if self.target is not None:\n            ema_update(self.target, self.network, "
+          "self.method.momentum(progress))\n        self.schedule(self.optimizer, step)\n",
+          "tests/training/test_grad_cache.py"),
+    Fault("EMA: momentum and its complement swapped", "models/network.py", "torch._foreach_mul_(slow, momentum)",
+          "torch._foreach_mul_(slow, 1 - momentum)", "tests/models/test_network.py tests/training/test_grad_cache.py"),
+    Fault("gradient of ranks: the factor W left out", "training/step.py", ", 1) * distributed.world()", ", 1)",
+          "tests/training/test_grad_cache.py"),
+    Fault("running statistics not averaged over ranks", "runtime/distributed.py", "    flat /= world()\n", "",
+          "tests/runtime/test_distributed.py tests/training/test_grad_cache.py"),
+    Fault("synchronised norm: a rank's own count", "models/sync_batchnorm.py",
+          "count = x.numel() // x.shape[1] * world()", "count = x.numel() // x.shape[1]",
+          "tests/runtime tests/models"),
+    Fault("groups: running statistics of the last group alone", "training/grad_cache.py",
+          "statistic.copy_(summed / len(groups))", "statistic.copy_(statistic)", "tests/training/test_grad_cache.py"),
+    Fault("groups: dropout differs in the second pass", "training/grad_cache.py",
+          "with alone, seeded_rng(key, images[0].device):", "with alone, seeded_rng(key + 1, images[0].device):",
+          "tests/training/test_grad_cache.py"),
+    Fault("schedule: off by one step", "nn/schedules.py", "    if step < warmup:\n",
+          "    step += 1\n    if step < warmup:\n", "tests/nn/test_schedules.py"),
+    Fault("order of an epoch: the same in every epoch", "rng.py", "manual_seed(fold(seed, epoch))",
+          "manual_seed(fold(seed, 0))", "tests/test_rng.py tests/data/test_loader.py"),
+    Fault("views: all of a sample's views alike", "rng.py", "        return fold(seed, epoch, view, attempt)",
+          "        return fold(seed, epoch, 0, attempt)", "tests/test_rng.py tests/data/test_views.py"),
+    Fault("checkpoint: the optimiser's state is lost", "training/build.py", '"optimizer": self.optimizer}', "}",
+          "tests/training/test_resume.py"),
+    Fault("resume: the target network starts anew", "training/build.py", '{"target": self.target, ', "{",
+          "tests/training/test_resume.py"),
+    Fault("tiled log-sum-exp: the row's own key is kept", "nn/logsumexp.py", "if self.exclude_self and i == j:",
+          "if False and i == j:", "tests/nn/test_logsumexp.py"),
+    Fault("k-NN: the nearest neighbours are the farthest", "evaluation/knn.py",
+          "values, place = x.topk(k, sorted=False)", "values, place = x.topk(k, sorted=False, largest=False)",
+          "tests/evaluation/test_evaluate.py"),
+    Fault("readout: whitened by the covariance, not its root", "models/readout.py", ".clamp(min=1e-12)).rsqrt()",
+          ".clamp(min=1e-12)).reciprocal()", "tests/models/test_fast.py"),
+    Fault("images of a view: height and width swapped", "data/views/crop.py",
+          "top, left, height, width = boxes.unbind(1)", "top, left, width, height = boxes.unbind(1)",
+          "tests/data/test_views.py"),
+    Fault("budget: time of the evaluation is not reserved", "training/budget.py",
+          "left = self.seconds * (1 - self._slack) - self.reserve - used",
+          "left = self.seconds * (1 - self._slack) - used", "tests/training/test_budget.py"),
+)  # fmt: skip
+
+
+def pytest(copy: Path, words: list[str]) -> bool:
+    """Whether the tests pass with the sources of a copy."""
+    env = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+    return done.returncode == 0
+
+
+def noticed(fault: Fault, copy: Path, nearest_only: bool) -> str:
+    """Which tests notice a fault: "nearest", "suite", or "" if none does."""
+    file = copy / "src" / "inbatch" / fault.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(fault.old) == 1, f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times, not once"
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        if not pytest(copy, fault.nearest.split()):
+            return "nearest"
+        return "suite" if not nearest_only and not pytest(copy, []) else ""
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help="numbers of faults, from 1, with commas")
+    parser.add_argument("--nearest", action="store_true", help="run the nearest tests only, never the whole suite")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    args = parser.parse_args()
+    chosen = [int(number) for number in args.only.split(",")] if args.only else range(1, len(FAULTS) + 1)
+    rows = ["| | fault | file | noticed by | seconds |", "| --- | --- | --- | --- | --- |"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "inbatch"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
+        for number in chosen:
+            fault, began = FAULTS[number - 1], time.monotonic()
+            by = noticed(fault, copy, args.nearest)
+            missed += not by
+            seconds = time.monotonic() - began
+            rows.append(f"| {number} | {fault.what} | `{fault.file}` | {by or 'NOTHING'} | {seconds:.0f} |")
+            print(rows[-1], flush=True)
+    print(f"{len(rows) - 2 - missed} of {len(rows) - 2} faults noticed")
+    if args.markdown:
+        args.markdown.write_text("# Seeded faults\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return 1 if missed > 1 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
