@@ -1,6 +1,9 @@
-"""The views of the papers, by name. The signature of a preset is its schema; the values are those of the authors'
-code, named above each. Resizing is bilinear, and blur a Gaussian a tenth of the view wide, where nothing is said
-(the TensorFlow code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximation)."""
+"""View presets of the papers, by name.
+
+The signature of a preset is its schema. The values are those of the authors' code, named above each preset. If the code
+does not say otherwise, resizing is bilinear and blur is a Gaussian with a width of a tenth of the view (the TensorFlow
+code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximation).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,13 +33,13 @@ def simclr_cifar(
     return simclr(size, strength, blur, grey, area, views)
 
 
-# moco@7397dfe main_moco.py. (Its greyscale stands before the jitter; here after it.)
+# moco@7397dfe main_moco.py. (There, greyscale precedes the jitter; here it follows it.)
 def mocov1(size: int = 224, area: float = 0.2, views: int = 2) -> tuple[View, ...]:
     """MoCo v1: jitter on every image, no blur."""
     return (View(size, scale=(area, 1.0), **_jitter(0.4, 0.4, 0.4, 0.4, p=1.0), grey=0.2),) * views
 
 
-# moco main_moco.py --aug-plus; SimSiam and PCL v2 take the same.
+# moco main_moco.py --aug-plus; SimSiam and PCL v2 use the same.
 def mocov2(size: int = 224, area: float = 0.2, blur: float = 0.5, views: int = 2) -> tuple[View, ...]:
     """MoCo v2, SimSiam, PCL v2."""
     return (View(size, scale=(area, 1.0), **_jitter(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=blur),) * views
@@ -57,7 +60,7 @@ def byol(
     solarise: float = 0.0,
     solarise_second: float = 0.2,
 ) -> tuple[View, ...]:
-    """The asymmetric pair of BYOL, Barlow Twins, VICReg and (area 0.2) MoCo v3, bicubic."""
+    """Asymmetric pair of BYOL, Barlow Twins, VICReg and (area 0.2) MoCo v3, bicubic."""
     shared: dict[str, Any] = dict(scale=(area, 1.0), interpolation="bicubic", **_jitter(0.4, 0.4, 0.2, 0.1), grey=0.2)
     first = View(size, blur=blur, solarise=solarise, **shared)
     return first, View(size, blur=blur_second, solarise=solarise_second, **shared)
@@ -65,7 +68,7 @@ def byol(
 
 # solo-learn augmentations/asymmetric.yaml, for CIFAR.
 def byol_cifar(size: int = 32, area: float = 0.08, solarise_second: float = 0.2) -> tuple[View, ...]:
-    """The asymmetric pair at 32 pixels: no blur."""
+    """Asymmetric pair at 32 pixels: no blur."""
     return byol(size, area, 0.0, 0.0, 0.0, solarise_second)
 
 
@@ -93,7 +96,7 @@ def swav(
     return views + (View(small_size, scale=(area, cut), **shared),) * small
 
 
-# SwAV has no CIFAR code; its areas, with sizes and SimCLR's CIFAR colours of our choice.
+# SwAV has no CIFAR code; these are its areas, with sizes and SimCLR's CIFAR colours chosen here.
 def swav_cifar(
     size: int = 32, small_size: int = 16, large: int = 2, small: int = 4, cut: float = 0.14, area: float = 0.05
 ) -> tuple[View, ...]:
@@ -138,15 +141,15 @@ def _handwriting(size: int, strength: float) -> dict[str, Any]:
     )
 
 
-# Ours: zoom 0.75 to 1.35 and shift 0.35 of the side, from a trial on the embedded digits.
+# Chosen here: zoom 0.75 to 1.35 and shift 0.35 of the side, from a trial on the embedded digits.
 def digits(size: int = 20, strength: float = 1.0, views: int = 2) -> tuple[View, ...]:
-    """For the embedded digits, one channel: affine map, gain and offset, noise. Nothing is mirrored."""
+    """For the embedded digits, one channel: affine map, gain and offset, noise; no mirroring."""
     s = strength
     light: dict[str, Any] = dict(gain=(1 - 0.4 * s, 1 + 0.4 * s), offset=(-0.15 * s, 0.15 * s))
     return (View(**_handwriting(size, s), **light),) * views
 
 
-# Ours.
+# Chosen here.
 def digits_colour(size: int = 32, strength: float = 1.0, views: int = 2) -> tuple[View, ...]:
     """For the embedded digits in colour: affine map, SimCLR's CIFAR colour jitter and greyscale, noise."""
     colour = _jitter(0.4, 0.4, 0.4, 0.1)
@@ -159,7 +162,7 @@ def supervised(size: int = 224, area: float = 0.08) -> tuple[View, ...]:
 
 
 def plain(size: int = 224, centre: float = 1.0) -> tuple[View, ...]:
-    """One view without chance: the largest centred square (times `centre`, 0.875 for 256 / 224), resized."""
+    """One deterministic view: the largest centred square (times `centre`, 0.875 for 256 / 224), resized."""
     return (View(size, scale=None, centre=centre, flip=0.0),)
 
 
@@ -188,6 +191,6 @@ PRESETS: dict[str, Callable[..., tuple[View, ...]]] = {
 
 
 def make_views(name: str, options: Mapping[str, Any], channels: int) -> tuple[View, ...]:
-    """A preset's views for images of so many channels: other than three have no saturation, hue and greyscale."""
+    """Create a preset's views; without saturation, hue and greyscale unless `channels` is three."""
     made = PRESETS[name](**options)
     return made if channels == 3 else tuple(view.without_colour() for view in made)
