@@ -1,4 +1,4 @@
-"""Who runs in which section, and on what."""
+"""Implementations and workloads of each section."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from inbatch.runtime.resources import cores
 
 
 class Field:
-    """Makes the contestants of a section: what all their jobs have in common, and the folder that they read from."""
+    """Factory of the implementations of a section, with the shared part of their jobs and the folder that they read."""
 
     def __init__(self, options: Options, section: str, device: str, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -44,12 +44,12 @@ class Field:
         ]
 
     def images(self, few: int) -> None:
-        """`images.npy`, as many as a batch or as few as quick."""
+        """Write `images.npy` with `few` images, or 16 in quick mode."""
         images = synthetic_data.draw_images(16 if self.options.quick else few, self.options.size)
         np.save(self.folder / "images.npy", images)
 
     def files(self, few: int) -> int:
-        """JPEG files for all: `jpegs/` where none are given, `files.bin` for those that read no Parquet."""
+        """Write JPEG files: `jpegs/` if no data is given, and `files.bin` for libraries that cannot read Parquet."""
         few, size = 32 if self.options.quick else few, self.options.size
         if self.options.data is not None:
             packed = synthetic_data.encoded(self.options.data, few)
@@ -107,7 +107,7 @@ def step(field: Field) -> list[BenchmarkRounds]:
 
 
 def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementation]:
-    """As it is, and where asked for compiled."""
+    """Return an implementation, followed by its compiled version if requested."""
     plain = field.ours(who, make, **(more | {"compile": False}))
     return [plain, field.ours(f"{who}, compiled", make, **more)] if field.options.compile else [plain]
 
@@ -136,7 +136,7 @@ def data(field: Field) -> list[BenchmarkRounds]:
         field.plain("simplejpeg", "decode_simplejpeg", "simplejpeg", **some, **cpu),
     ]
     batch = {"batch": min(field.shared["batch"], count), "workers": options.threads or min(16, cores())}
-    batch["at_least"] = 4 * batch["workers"]  # batches come by so many at once
+    batch["at_least"] = 4 * batch["workers"]  # batches arrive in groups of this many
     every: dict[str, Any] = {"threads": options.threads or memory.threads()}
     streams = [
         field.ours("inbatch", "stream", **read, **batch, **every),
