@@ -49,7 +49,7 @@ class Row:
 
 
 def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
-    """Draw what the plug-ins of a run do to the first batch of an epoch; nothing is trained.
+    """Draw the effects of a run's plug-ins on the first batch of an epoch; nothing is trained.
 
     Args:
         built: Components of the run.
@@ -386,7 +386,7 @@ def inspect_run(
     path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """Draw and measure what the plug-ins of a finished or stopped run do to a batch.
+    """Draw and measure the effects of the plug-ins of a finished or stopped run on a batch.
 
     Args:
         path: Run directory.

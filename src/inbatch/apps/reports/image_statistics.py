@@ -123,7 +123,7 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
         found.digests += _digest(contents, values)
         found.kinds[_kind(contents)] += 1
         if contents is not None:
-            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # a file, so it is a Picture
+            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # an ImageFile
         if pixels and values is not None:
             _add(found, values)
     return found

@@ -178,7 +178,7 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
             length = os.fstat(file.fileno()).st_size
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 while (member := opened.next()) is not None:
-                    opened.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
                     if (name := _allowed(member, skipped)) is None:
                         continue
                     if member.offset_data + member.size > length:

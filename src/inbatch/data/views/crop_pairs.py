@@ -186,7 +186,7 @@ def chances(
     (gap_y, in_y, longer_y), (gap_x, in_x, longer_x) = (
         _shares(extent[:, i, :, None], a[:, i, :, None], b[:, i, None]) for i in (0, 1)
     )
-    inside = in_y.mul_(in_x).mul_(longer_y.mul_(longer_x) > 0)  # a box contains the other if it is longer both ways
+    inside = in_y.mul_(in_x).mul_(longer_y.mul_(longer_x) > 0)  # containment needs the longer box on both axes
     apart = gap_y + gap_x - gap_y * gap_x
     code = wanted[:, None, None]
     chance = torch.where(code == GLOBAL_LOCAL, inside, torch.where(code == ADJACENT, apart, 1 - apart - inside))
