@@ -73,7 +73,7 @@ class Jitter(Operation):
 
         Returns:
             kind (n,): 0 for no jitter, else 1 + the position of the hue in the order; factors (n, 3) of brightness,
-                contrast and saturation; hue (n,) in turns; order (n, 3) of those three.
+            contrast and saturation; hue (n,) in turns; order (n, 3) of those three.
         """
         on = u[:, 0] < self.p
         factors = torch.stack(

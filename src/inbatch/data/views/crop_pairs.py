@@ -104,7 +104,7 @@ class CropPairs:
 
         Returns:
             Top, left, height and width in pixels. Both boxes of a pair are 0 if no sizes admit the configuration (an
-                image of a few pixels).
+            image of a few pixels).
         """
         u = u.double()
         wanted = torch.tensor(self.configurations, device=u.device)[(u[:, 0] * len(self.configurations)).long()]
