@@ -195,6 +195,7 @@ def room_to_share(piece: int, workers: int) -> None:
 
 
 def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
+    """Create a torch DataLoader that makes the keys of `order` in worker processes."""
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not be forked.
     fork = sys.platform == "linux" and device.type != "cuda"
     other = "spawn" if sys.platform == "win32" else "forkserver"

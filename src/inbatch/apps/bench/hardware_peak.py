@@ -70,6 +70,7 @@ def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: flo
 
 
 def exact(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Return whether a product's largest error is at most `ERROR` times its largest entry in float64."""
     true = a.double() @ b.double()
     return bool((out - true).abs().max() <= ERROR * true.abs().max())
 

@@ -59,6 +59,7 @@ def work_of(run: RunComponents, batch: Batch) -> int:
 
 
 def precision(run: RunComponents) -> str:
+    """Return the precision of a run's network: "bf16" or "float32"."""
     return "bf16" if run.network.precision == torch.bfloat16 else "float32"
 
 
@@ -180,6 +181,7 @@ def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
 
 
 def neighbours(job: dict[str, Any]) -> Work:
+    """Run k-NN of the queries in the bank."""
     bank, queries = embeddings(job)
     device, operations = device_for(job["device"]), 2 * len(bank) * len(queries) * bank.vectors.shape[1]
     told: dict[str, Any] = {"of": "float32", "needs": operations}
@@ -192,6 +194,7 @@ def neighbours(job: dict[str, Any]) -> Work:
 
 
 def probe(job: dict[str, Any]) -> Work:
+    """Run the linear probe."""
     bank, queries = embeddings(job)
     device, told = device_for(job["device"]), {"top1": 0.0}
 
@@ -203,6 +206,7 @@ def probe(job: dict[str, Any]) -> Work:
 
 
 def clusters(job: dict[str, Any]) -> Work:
+    """Run k-means on the queries."""
     _, queries = embeddings(job)
     told = {"nmi": 0.0}
 

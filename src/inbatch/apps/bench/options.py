@@ -88,6 +88,7 @@ class Options:
         return tuple(name for name in SECTIONS if not self.sections or name in self.sections)
 
     def threads_of(self, section: str) -> int:
+        """Return the number of threads of a section."""
         return self.threads or (1 if section in PER_CORE else memory.threads())
 
     def settings(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def augmentation(module: Any, size: int, to_tensor: list[Any], blur: bool) -> An
 
 
 def views_pil(job: dict[str, Any]) -> Work:
+    """Draw one view of Pillow images with torchvision's transforms v1."""
     from torchvision import transforms
 
     transform = augmentation(transforms, job["size"], [transforms.ToTensor()], blur=job["size"] > 64)
@@ -71,6 +72,7 @@ def views_pil(job: dict[str, Any]) -> Work:
 
 
 def views_tensor(job: dict[str, Any]) -> Work:
+    """Draw one view of uint8 tensors with torchvision's transforms v2."""
     from torchvision.transforms import v2
 
     transform = augmentation(v2, job["size"], [v2.ToDtype(torch.float32, scale=True)], blur=job["size"] > 64)
@@ -102,17 +104,20 @@ def learning(z: Tensor, loss: Callable[[], Tensor]) -> Callable[[], int]:
 
 
 def loss(job: dict[str, Any]) -> Work:
+    """Run forward and backward of `literal_nt_xent`."""
     z = normalised(job)
     return learning(z, lambda: literal_nt_xent(z)), {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with Pillow."""
     from PIL import Image
 
     return in_turn(files(job), job["some"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
 
 
 def decode_torchvision(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with torchvision."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in files(job)]
@@ -120,6 +125,7 @@ def decode_torchvision(job: dict[str, Any]) -> Work:
 
 
 def decode_simplejpeg(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with simplejpeg."""
     from simplejpeg import decode_jpeg
 
     return in_turn(files(job), job["some"], decode_jpeg), {}
@@ -152,6 +158,7 @@ def neighbours(job: dict[str, Any]) -> Work:
 
 
 def probe(job: dict[str, Any]) -> Work:
+    """Run a logistic regression of scikit-learn on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -168,6 +175,7 @@ def probe(job: dict[str, Any]) -> Work:
 
 
 def clusters(job: dict[str, Any]) -> Work:
+    """Run k-means of scikit-learn on normalised features."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 

@@ -13,6 +13,7 @@ CEILINGS = {"float32": "float32 products", "bf16": "bf16 products", "copy": "ban
 
 
 def headings(race: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the column headings of a comparison."""
     return ("who", race["unit"], "from", "to", "inbatch is times faster", "of the ceiling", "")
 
 
@@ -46,6 +47,7 @@ def note(row: Mapping[str, Any]) -> str:
 
 
 def title(race: Mapping[str, Any]) -> str:
+    """Return the title of a comparison with its number of threads."""
     threads = " or ".join(map(str, race["threads"]))
     return f"{race['title']}; {threads} thread{'s' * (threads != '1')}"
 

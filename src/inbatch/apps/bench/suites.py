@@ -23,15 +23,18 @@ class Field:
         self.shared = options.settings() | {"device": device, "threads": self.threads, "folder": str(folder)}
 
     def ours(self, who: str, make: str, **more: Any) -> Implementation:
+        """Return an implementation of a workload in inbatch."""
         return Implementation(
             who, self.shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": make, "tune": True} | more
         )
 
     def plain(self, who: str, make: str, *needs: str, **more: Any) -> Implementation:
+        """Return an implementation of a reference workload; `needs` names the packages that it requires."""
         job = self.shared | {"module": "reference_workloads", "make": make, "needs": needs} | more
         return Implementation(who, job, peer=bool(needs))
 
     def peers(self, make: str, *libraries: str, **more: Any) -> list[Implementation]:
+        """Return the implementations of a workload in other libraries; none if they are disabled."""
         if self.options.peers is False:
             return []
         job, python = (
@@ -62,6 +65,7 @@ class Field:
 
 
 def views(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparison of augmented views of decoded images."""
     small = field.options.size == 32
     field.images(512 if small else 48)
     cpu, some = {"device": "cpu"}, 32 if small else 4
@@ -76,6 +80,7 @@ def views(field: Field) -> list[BenchmarkRounds]:
 
 
 def tower(field: Field) -> list[BenchmarkRounds]:
+    """Return one comparison per method of its networks, forward and backward."""
     field.images(512 if field.options.size == 32 else 48)
     races = []
     for method in field.options.methods:
@@ -91,6 +96,7 @@ def tower(field: Field) -> list[BenchmarkRounds]:
 
 
 def step(field: Field) -> list[BenchmarkRounds]:
+    """Return one comparison per method of complete training steps."""
     small, options = field.options.size == 32, field.options
     field.images(512 if small else 48)
     data = {} if options.data is None else {"data": options.data}
@@ -113,6 +119,7 @@ def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementat
 
 
 def loss(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparison of NT-Xent, forward and backward."""
     size = {"rows": 256 if field.options.quick else 4096, "dim": 128}
     contestants = [
         field.ours("inbatch", "loss", **size),
@@ -125,6 +132,7 @@ def loss(field: Field) -> list[BenchmarkRounds]:
 
 
 def data(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparisons of JPEG decoding, resident sources and streamed loading."""
     small, options, cpu = field.options.size == 32, field.options, {"device": "cpu"}
     count = field.files(2048 if small else 256)
     read = {"data": options.data or str(field.folder / "jpegs"), "files": count, "method": "simclr"}
@@ -151,6 +159,7 @@ def data(field: Field) -> list[BenchmarkRounds]:
 
 
 def evaluation(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparisons of k-NN, linear probe and k-means."""
     quick = field.options.quick
     bank, queries, dim, classes = (400, 100, 16, 4) if quick else (50_000, 10_000, 512, 10)
     for name, array in synthetic_data.features(bank + queries, dim, classes).items():

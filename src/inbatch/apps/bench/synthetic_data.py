@@ -64,6 +64,7 @@ def encoded(data: str, count: int) -> list[bytes]:
 
 
 def parquet(file: Path, count: int) -> list[bytes]:
+    """Read up to `count` encoded images of a Parquet file; raise DataError if it cannot be read."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:

@@ -139,6 +139,7 @@ class ImageFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file that Pillow holds open."""
         if self._image is not None:
             self._image.close()
 

@@ -18,6 +18,7 @@ class Names:
             self.append(name)
 
     def append(self, name: bytes) -> None:
+        """Append a name."""
         self._text += name
         self._ends.append(len(self._text))
 
