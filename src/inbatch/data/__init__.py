@@ -1,4 +1,4 @@
-"""From a folder or a name to batches of augmented views: sources, decoding, the loader and the views."""
+"""Image sources, decoding, the data loader and augmented views."""
 
 from inbatch.data.loader import Loader
 from inbatch.data.open import OPENERS, open_data, splits

@@ -1,8 +1,8 @@
-"""Decoded sets kept on disk: the next run on the same files maps them into memory instead of decoding them.
+"""Disk cache of decoded data sets: the next run on the same files memory-maps them instead of decoding them.
 
-One folder for each set, named by what its pixels depend on: raw bytes and a JSON file, nothing that runs when it is
-read. It is written under another name and renamed when it is whole, so several runs can share the cache. Lists of the
-files under large folders are kept alike (`scan`).
+Each set has one folder, named by a hash of everything that its pixels depend on. It holds raw bytes and a JSON file;
+nothing in it is executed when it is read. A folder is written under a temporary name and renamed when it is complete,
+so several runs can share the cache. File lists of large folders are cached in the same way (`sources.folder_scan`).
 """
 
 import errno
@@ -34,18 +34,26 @@ from inbatch.runtime.files import to_json
 from inbatch.runtime.resources import cores
 
 WORTH = 2.0
-"""Seconds of decoding from which a set is kept: below, nobody waits, and many small experiments would fill the disk."""
+"""Minimum decoding time in seconds of a cached set; caching faster ones would fill the disk without saving time."""
 
 _FORMAT = 2
 _DEFAULT_GB = 10.0
-_STALE = 3600  # seconds since the last write after which a half-written folder is a dead writer's
-_BLOCK = 2**24  # bytes that share a checksum
-_TAKEN = {errno.EEXIST, errno.ENOTEMPTY} | ({errno.EACCES} if os.name == "nt" else set())  # of a rename
+_STALE = 3600  # seconds since the last write after which an incomplete folder counts as abandoned
+_BLOCK = 2**24  # bytes per checksum
+# errors of a rename whose target exists
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY} | ({errno.EACCES} if os.name == "nt" else set())
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class Decoded(NamedTuple):
-    """What a cached set holds: see `resident.Resident`. missing: (number, why) of the images left out."""
+    """Contents of a cached set; the fields are those of `resident.Resident`.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        size: (N, 2), height and width in pixels.
+        missing: (image number, reason) of the images left out.
+        scaled: Number of images that were scaled down.
+    """
 
     images: UInt8[Tensor, "n c h w"]
     size: Int[Tensor, "n 2"]
@@ -55,7 +63,14 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached set. name: of its source. used: when it was last read or written, seconds since 1970."""
+    """Cached set.
+
+    Attributes:
+        path: Folder of the set.
+        name: Name of its source.
+        bytes: Size on disk.
+        used: Time of the last read or write, in seconds since 1970.
+    """
 
     path: Path
     name: str
@@ -64,7 +79,7 @@ class Entry:
 
 
 def where() -> Path | None:
-    """The cache's folder: $INBATCH_CACHE, else the user's; None where that says `off` or there is no home."""
+    """Return the cache directory: $INBATCH_CACHE or the user's; None if the variable is `off` or there is no home."""
     given = os.environ.get("INBATCH_CACHE", "")
     if given.lower() == "off":
         return None
@@ -82,7 +97,11 @@ def where() -> Path | None:
 
 
 def limit() -> int:
-    """Bytes that the cache may fill: $INBATCH_CACHE_GB, 10 by default. ConfigError if that is no such number."""
+    """Return the maximum size of the cache in bytes: $INBATCH_CACHE_GB, by default 10 GB.
+
+    Raises:
+        ConfigError: If the variable is not a number from 0.
+    """
     given = os.environ.get("INBATCH_CACHE_GB") or _DEFAULT_GB
     try:
         size = float(given)
@@ -94,7 +113,7 @@ def limit() -> int:
 
 
 def entries() -> list[Entry]:
-    """What is cached, least recently used first."""
+    """Return the cached sets, least recently used first."""
     found = []
     for path in _ours(_NAME.fullmatch):
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -105,12 +124,12 @@ def entries() -> list[Entry]:
 
 
 def used() -> int:
-    """Bytes that the cache fills."""
+    """Return the size of the cache in bytes."""
     return sum(entry.bytes for entry in entries())
 
 
 def clear() -> int:
-    """Remove everything that is cached; returns the bytes that became free."""
+    """Remove all cached sets; return the number of bytes freed."""
     before = used()
     for path in [*_ours(_NAME.fullmatch), *_ours(_half_written)]:
         remove(path)
@@ -118,7 +137,7 @@ def clear() -> int:
 
 
 def place(source: Source, canvas: int | None) -> Path | None:
-    """Where the decoded set belongs, there or not; None where it is not to be cached."""
+    """Return the path of the decoded set, which may not exist yet; None if the set must not be cached."""
     root = where()
     if root is None or not limit() or (said := source.fingerprint()) is None:
         return None
@@ -127,7 +146,11 @@ def place(source: Source, canvas: int | None) -> Path | None:
 
 
 def load(path: Path) -> tuple[Decoded | None, str]:
-    """The set cached there, mapped and checked; None if there is none. And a sentence if it was damaged."""
+    """Load a cached set as a memory map and verify its checksums.
+
+    Returns:
+        The set, or None if it is not cached or damaged; and a sentence on its origin or on the problem.
+    """
     try:
         if not path.is_dir():
             return None, ""
@@ -135,7 +158,7 @@ def load(path: Path) -> tuple[Decoded | None, str]:
     except PermissionError as error:
         return None, f"not cached: {path.parent} is another user's ({error.strerror})"
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
-        if not path.is_dir():  # another run has removed it in between
+        if not path.is_dir():  # removed by another run in the meantime
             return None, ""
         remove(path)
         return None, f"decoded anew: what was cached in {path} is damaged ({error})"
@@ -145,15 +168,22 @@ def load(path: Path) -> tuple[Decoded | None, str]:
 
 
 def store(path: Path, kept: Decoded, name: str) -> str:
-    """Write a set there, other sets making room; returns a sentence that says so, or why not. Never an error."""
+    """Cache a set, removing other sets if space is needed; return a sentence on the result; errors are not raised."""
     needed = kept.images.numel() + 8 * len(kept.size)
     return write_entry(path, needed, lambda folder: _write(folder, kept, name))
 
 
 def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, replace: bool = False) -> str:
-    """Let `write` fill a new folder that then takes its place there, where it replaces what there is or leaves it.
+    """Create a cache entry: `write` fills a temporary folder, which is then renamed to `path`.
 
-    It must leave an `entry.json` with a `name`, in about the bytes needed. Returns a sentence as `store` does.
+    Args:
+        path: Final path of the entry.
+        needed: Approximate size of the entry in bytes.
+        write: Function that writes the files of the entry, including `entry.json` with a `name`, into the folder given.
+        replace: Replace an existing entry instead of keeping it.
+
+    Returns:
+        A sentence that says whether and where the entry was cached, or why not.
     """
     root = path.parent
     if needed > limit():
@@ -165,7 +195,7 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
             return f"not cached: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free in {root}"
         half = root / f".{path.name}.tmp"
         try:
-            half.mkdir(mode=0o700)  # the one that makes it is the one that writes
+            half.mkdir(mode=0o700)  # the process that creates the folder is the one that writes
         except FileExistsError:
             return f"being cached in {root} by another process"
         try:
@@ -184,13 +214,13 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
 
 
 def remove(path: Path) -> None:
-    """Remove a cached set; whoever has mapped it keeps it until the end, on a disk of this machine."""
+    """Remove a cached set; processes that have mapped it keep their data if the cache is on a local disk."""
     if _NAME.fullmatch(path.name):
-        # Renamed first, so that nobody sees a part of it. The process's number keeps it from a writer's way.
+        # Renamed first, so that no process sees a part of it. The process id avoids a clash with a writer's name.
         away = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             os.rename(path, away)
-        except OSError:  # a read-only folder; or Windows, and another run has mapped it
+        except OSError:  # a read-only folder, or Windows while another run has the set mapped
             return
         path = away
     shutil.rmtree(path, ignore_errors=True)
@@ -207,7 +237,8 @@ def _read(path: Path) -> Decoded:
         raise ValueError("a checksum differs")
     missing = [(int(number), str(why)) for number, why in note["missing"]]
     size = sizes.view(torch.int32).view(n, 2).long()
-    if not ((size >= 1) & (size <= torch.tensor([h, w]))).all():  # what draws views looks no further than this
+    # the view kernels rely on this and do not check it again
+    if not ((size >= 1) & (size <= torch.tensor([h, w]))).all():
         raise ValueError("an image is larger than its canvas")
     return Decoded(flat.view(n, c, h, w), size, missing, int(note["scaled"]))
 
@@ -224,7 +255,7 @@ def _write(folder: Path, kept: Decoded, name: str) -> None:
 
 
 def _mapped(file: Path, size: int) -> UInt8[Tensor, "m"]:
-    if file.stat().st_size != size:  # a map longer than its file would end the process when it is read
+    if file.stat().st_size != size:  # reading a map longer than its file would kill the process
         raise ValueError(f"{file.name} holds {file.stat().st_size:,} bytes, not {size:,}")
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
 
@@ -234,15 +265,18 @@ def _blocks(flat: UInt8[Tensor, "m"]) -> list[np.ndarray]:
 
 
 def _checksums(flat: UInt8[Tensor, "m"]) -> Iterator[int]:
-    """A CRC-32 for each block: 7 GB/s and core, so all of a set is checked, and in memory when training begins."""
+    """Compute one CRC-32 per block.
+
+    At 7 GB/s per core, the whole set is verified and in memory before training starts.
+    """
     with ThreadPoolExecutor(cores()) as pool:
         yield from pool.map(zlib.crc32, _blocks(flat))
 
 
 def _ours(wanted: Callable[[str], object]) -> list[Path]:
-    """The folders in the cache with a name of ours; a file of anybody else's is never touched."""
+    """Return the folders in the cache whose name the cache could have written; other files are never touched."""
     root = where()
-    with suppress(OSError):  # there is none, or it is another user's
+    with suppress(OSError):  # missing, or owned by another user
         return [path for path in root.iterdir() if wanted(path.name)] if root is not None else []
     return []
 
@@ -252,7 +286,7 @@ def _half_written(name: str) -> bool:
 
 
 def _make_room(needed: int) -> None:
-    """Remove what dead writers left, and the sets that were not used for longest."""
+    """Remove abandoned folders, then the least recently used sets, until `needed` bytes are available."""
     for path in _ours(_half_written):
         with suppress(OSError):
             if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > _STALE:

@@ -1,4 +1,4 @@
-"""Batches from a source: out of device memory if it is small, else streamed through worker processes."""
+"""Data loader: batches from device memory for small sources, streamed through worker processes otherwise."""
 
 from collections.abc import Iterator, Mapping
 from multiprocessing.util import Finalize
@@ -25,26 +25,44 @@ from inbatch.errors import DataError, many
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
 
-PIECE = 256  # images that a worker hands over at once: larger batches are put together of pieces
+PIECE = 256  # images per message from a worker; larger batches are assembled from several pieces
 
 
 class Loader:
-    """This rank's share of every global batch, epoch by epoch.
+    """Iterate over this rank's local batches of every global batch.
 
-    An epoch visits the samples in the order `draws.permutation(seed, epoch, n)`; the tail that fills no whole
-    global batch is left out, so no sample stands twice in a batch; rank r takes the r-th slice of each batch.
-    Batches depend on (seed, epoch, step, world) only, never on workers or on where an epoch was begun.
+    An epoch visits the samples in the order `rng.permutation(seed, epoch, n)`. The tail that does not fill a global
+    batch is dropped, so a sample never occurs twice in a batch. Rank r takes the r-th slice of each global batch.
+    Batches depend only on (seed, epoch, step, world), not on the number of workers or on the step at which an epoch
+    starts.
 
-    batch: the global batch size. resident: images live decoded on the device (True), are streamed through
-    `workers` processes (False), or whichever the free memory allows (None). canvas: the longer side that resident
-    images may have, twice the largest view by default. whole: streamed images come on such a canvas, too, uncropped,
-    so that views can be drawn again.
-    max_bad: share of the images that may be unreadable; DataError where more are. Resident ones are left out from the
-        start. In the place of a streamed one stands, when its turn comes, the image at that place of the next batch.
-    Pixels of streamed batches stay in the host's memory, for whoever needs some of them to take them to the device.
+    The pixels of streamed batches stay in host memory; the consumer copies the part that it needs to the device.
 
-    `source` is what is loaded (without the images left out), `steps` the number of batches in an epoch, `workers` the
-    processes that decode (0 where resident), `bad` the unreadable images met so far, by number: why.
+    Args:
+        source: Images to load.
+        batch: Global batch size; must be divisible by `world`.
+        views: Crop boxes and output sizes of the views.
+        seed: Seed of the sample order and of the crops.
+        device: Device that receives the batches.
+        rank: Rank of this process.
+        world: Number of ranks.
+        resident: True keeps decoded images on the device, False streams them through `workers` processes, None decides
+            by the free memory.
+        workers: Number of decoding processes; None derives it from the CPU cores.
+        canvas: Maximum longer side of resident images in pixels, by default twice the largest view.
+        whole: Also deliver streamed images uncropped on such a canvas, so that views can be drawn again.
+        max_bad: Maximum fraction of unreadable images. Resident images that are unreadable are left out from the start.
+            A streamed image that is unreadable is replaced by the image at the same position of the next batch.
+
+    Attributes:
+        source: Images that are loaded, without the images left out.
+        steps: Number of batches per epoch.
+        workers: Number of decoding processes, 0 if resident.
+        bad: Unreadable images encountered so far: {image number: reason}.
+
+    Raises:
+        DataError: If `batch` is not divisible by `world`, if the source has fewer images than one batch or if too many
+            images are unreadable.
     """
 
     def __init__(
@@ -97,33 +115,33 @@ class Loader:
             self._pin = self.device.type == "cuda"
             pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
             room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)
-            pinned = self._pin and batch // world <= PIECE  # larger ones are pinned when they are put together
+            pinned = self._pin and batch // world <= PIECE  # larger batches are pinned when they are assembled
             self._stream = stream(made, self._order, self.workers, self.device, pinned)
             self._ended = Finalize(self, end_workers, (self._stream,), exitpriority=10)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """The batches of an epoch on the device, from step `start` up to `stop` (its end by default)."""
+        """Iterate over the batches of an epoch on the device, from step `start` to `stop` (default: its end)."""
         steps = range(self.steps)[start:stop]
         return self._resident(epoch, steps) if self.held else self._streamed(epoch, steps)
 
     def note(self, bad: Mapping[int, str]) -> None:
-        """Remember unreadable images; DataError if they are too many by now."""
-        if not bad:  # of nearly every piece
+        """Record unreadable images; raise DataError if their fraction exceeds `max_bad`."""
+        if not bad:  # the case for nearly every piece
             return
         self.bad.update(bad)
         check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
 
     def close(self) -> None:
-        """End the worker processes, if there are any; nothing is streamed afterwards."""
+        """Stop the worker processes, if any; a streaming loader cannot be used afterwards."""
         if self.held is None:
             self._ended()
 
     def unreadable(self) -> list[str]:
-        """A sentence for each image that is left out, as far as known."""
+        """Return one sentence per image left out, as far as known."""
         return list(self.held.dropped) if self.held else list(self.bad.values())
 
     def report(self) -> str:
-        """For people: the source, how its images are held and why, and what was left out or scaled down."""
+        """Return a text report: the source, how and why images are held, and which were left out or scaled down."""
         lines = [self.source.report()]
         if self.held:
             n, c, h, w = self.held.images.shape
@@ -137,7 +155,7 @@ class Loader:
         return "\n".join(lines)
 
     def _share(self, step: int) -> range:
-        """The places of an epoch's order that are this rank's part of a batch."""
+        """Return the positions in the epoch's order that form this rank's local batch."""
         share = self.batch // self.world
         first = step * self.batch + self.rank * share
         return range(first, first + share)
@@ -177,17 +195,17 @@ class Loader:
 
 
 def resides(needed: int, free: int, resident: bool | None) -> bool:
-    """Whether images that take so many bytes live on the device: as asked, else by the memory that is free."""
+    """Return whether images of `needed` bytes are kept on the device: as requested, else by the free memory."""
     return needed <= SHARE * free if resident is None else resident
 
 
 def processes(workers: int | None, world: int) -> int:
-    """How many processes decode streamed images for a rank: as asked, else by the cores."""
+    """Return the number of decoding processes per rank: as requested, else by the CPU cores."""
     return max(1, min(16, cores() // world)) if workers is None else workers
 
 
 def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pin: bool) -> dict[str, Any]:
-    """A piece of a batch of `count` samples in its place; what is not there yet is made. Canvases may grow."""
+    """Copy a piece of a batch of `count` samples to its position; allocate missing tensors and enlarge canvases."""
 
     def placed(new: Tensor, old: Tensor | None, dim: int = 0) -> Tensor:
         shape = list(new.shape) if old is None else [max(pair) for pair in zip(new.shape, old.shape, strict=True)]
@@ -210,7 +228,7 @@ def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pi
 
 
 def _differ(held: Resident) -> None:
-    """DataError where every image is the same; two that differ are found at once in any other set."""
+    """Raise DataError if all images are identical; other sets usually end the comparison at the second image."""
     images = held.images
     if len(images) > 1 and all(torch.equal(images[0], images[i]) for i in range(1, len(images))):
         raise DataError(

@@ -32,14 +32,17 @@ OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] |
     "a .tar, shards-{000..003}.tar or a folder of .tar files": webdataset.find_webdataset,
     "a folder of images": folder.find_folder,
 }
-"""Every kind of data. A finder gets (data, reading) and returns {split: function that opens it}, or None if the
-data is not of its kind; the first that answers wins. A further kind is one file with a finder and one line here."""
+"""Finders of all data kinds, by description.
 
-_SUBSET_SEED = 0  # not the run's: every run on "10,000 images" sees the same ones
+A finder gets (data, reading) and returns {split: function that opens it}, or None if the data are of another kind; the
+first match wins. To add a kind, write one file with a finder and add one line here.
+"""
+
+_SUBSET_SEED = 0  # independent of the run's seed: every run on "10,000 images" uses the same images
 
 
 def splits(data: object) -> tuple[str, ...]:
-    """Which splits the data has: ("train",) or ("train", "test"). DataError if nothing can open it."""
+    """Return the splits of the data: ("train",) or ("train", "test"); raise DataError if the data cannot be opened."""
     return tuple(_find(data, Reading()))
 
 
@@ -53,13 +56,20 @@ def open_data(
     levels: tuple[float, float] | None = None,
     download: bool = False,
 ) -> Source:
-    """Open one split of a path, a name or an in-memory array (`OPENERS` lists the kinds).
+    """Open one split of a path, a named data set or an in-memory array (`OPENERS` lists the kinds).
 
-    subset: only that many images, the first of a fixed permutation, in the source's order.
-    classes: a file with the names of the classes to use, a line each, in the order of their numbers: images of other
-        classes are left out.
-    channels, levels, download: see `Reading`; arrays and embedded data must agree with the channels.
-    Raises DataError if there is no such data, split or number of images.
+    Args:
+        data: Path, name, array, tensor or pair (images, labels).
+        split: Name of the split.
+        subset: Use only this many images, the first of a fixed permutation, in the source's order.
+        channels: See `Reading`; arrays and embedded data must have this number of channels.
+        classes: Text file with the names of the classes to use, one per line, in the order of their numbers. Images of
+            other classes are left out.
+        levels: See `Reading`.
+        download: See `Reading`.
+
+    Raises:
+        DataError: If the data or the split does not exist, or if `subset` exceeds the number of images.
     """
     found = _find(data, Reading(channels, levels, download))
     if split not in found:

@@ -1,26 +1,31 @@
-"""Pixels of any kind as uint8: more than 8 bits by levels, transparency on white. For files, arrays and encoders."""
+"""Conversion of pixels to uint8: levels for more than 8 bits, transparency on white. For files, arrays and encoders."""
 
 import numpy as np
 from PIL import Image
 
 Levels = tuple[float, float]
-"""The two values that become 0 and 255."""
+"""The two values that are mapped to 0 and 255."""
 
-_CHUNK = 2**22  # values that are converted at once: what is given may fill half of the memory
+_CHUNK = 2**22  # values converted at once: the input may already fill half of the memory
 
 
 def stored_bits(image: Image.Image, head: bytes) -> int:
-    """Bits per value of an image file; head: how it begins. Pillow's modes tell of some files only."""
+    """Return the bits per value of an image file that starts with `head`; Pillow modes show it for some files only."""
     if image.format == "PNG":
         return head[24]
     return max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else 8  # type: ignore[attr-defined]
 
 
 def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
-    """The values as uint8, of the same shape; uint8 stays as it is.
+    """Convert values to uint8 of the same shape; uint8 is returned unchanged.
 
-    levels: what lies beyond them becomes 0 or 255, NaN becomes 0. Without them uint16 keeps its upper 8 bits, and any
-    other type raises ValueError.
+    Args:
+        values: Integer or floating-point values of any shape.
+        levels: Values mapped to 0 and 255; values outside are clipped, NaN becomes 0. None keeps the upper 8 bits of
+            uint16.
+
+    Raises:
+        ValueError: If `levels` is None and the type is neither uint8 nor uint16, or if the type is not numeric.
     """
     kind = values.dtype.kind, values.dtype.itemsize
     if kind == ("u", 1):
@@ -46,8 +51,8 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.ndarray:
-    """Pixels (h, w, channels) uint8, grey (1) or RGB (3); what is transparent lies on white."""
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
+    """Convert a Pillow image to uint8 pixels (h, w, channels): grey (1) or RGB (3), on a white background."""
+    if image.mode.startswith("I;16"):  # convert() clips at 255
         image = Image.fromarray(to_bytes(np.asarray(image), levels))
     elif image.mode in ("I", "F"):
         if levels is None:

@@ -1,4 +1,4 @@
-"""Small sets live decoded on the device; this decodes them once, or takes them from the cache."""
+"""Small data sets kept decoded on the device; images are decoded once or read from the cache."""
 
 import math
 import time
@@ -18,20 +18,23 @@ from inbatch.errors import DataError
 from inbatch.runtime.resources import cores
 
 SHARE = 0.25
-"""Of the free memory, at most this much is given to the images."""
+"""Maximum fraction of the free memory that resident images may use."""
 
-_CHUNK = 64  # images a thread decodes in one go
-_PROBES = 64  # images whose headers tell how large the others may be
+_CHUNK = 64  # images per decoding task of a thread
+_PROBES = 64  # images whose headers are read to estimate the largest size
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A decoded source.
+    """Decoded source.
 
-    images: (N, C, H, W) uint8; where sizes differ, image i fills the top left `size[i]` pixels, the rest is 0.
-    size: (N, 2) int64, height and width. source: the N images kept (unreadable ones are left out).
-    dropped: one sentence per image left out. scaled: how many were scaled down to fit the canvas.
-    notes: sentences on where the pixels come from, and whether they are kept for the next run.
+    Attributes:
+        images: (N, C, H, W) uint8. If sizes differ, image i fills the top left `size[i]` pixels and the rest is 0.
+        size: (N, 2) int64, height and width in pixels.
+        source: The N images kept, without unreadable ones.
+        dropped: One sentence per image left out.
+        scaled: Number of images that were scaled down to fit the canvas.
+        notes: Sentences on the origin of the pixels and on whether they are cached for the next run.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -45,8 +48,9 @@ class Resident:
 def hold(
     source: Source, device: torch.device | str = "cpu", *, canvas: int | None = None, max_bad: float = 0.01
 ) -> Resident:
-    """`decode_all`, from the cache if the same files have been decoded before, and into it if that took long."""
-    path = cache.place(source, canvas)  # before decoding: what changes meanwhile is not taken for what was decoded
+    """Return `decode_all` of the source, cached; sets that took less than `cache.WORTH` seconds are not written."""
+    # before decoding, so that files changed meanwhile do not get the key of the decoded ones
+    path = cache.place(source, canvas)
     if path is None:
         return decode_all(source, device, canvas=canvas, max_bad=max_bad)
     kept, note = cache.load(path)
@@ -75,9 +79,20 @@ def decode_all(
     max_bad: float = 0.01,
     threads: int | None = None,
 ) -> Resident:
-    """Decode every image to uint8 on the device, those with a longer side over `canvas` pixels scaled down to it.
+    """Decode every image to uint8 on the device; scale images down if their longer side exceeds `canvas` pixels.
 
-    Unreadable images are left out and named in `dropped`; DataError if they are more than the share `max_bad`.
+    Args:
+        source: Images to decode.
+        device: Device of the result.
+        canvas: Maximum longer side in pixels; None for no limit.
+        max_bad: Maximum fraction of unreadable images.
+        threads: Number of decoding threads, by default the number of CPU cores.
+
+    Returns:
+        The decoded images; unreadable ones are left out and named in `dropped`.
+
+    Raises:
+        DataError: If the fraction of unreadable images exceeds `max_bad`.
     """
     return _resident(source, _decode_all(source, canvas, max_bad, threads), device)
 
@@ -86,7 +101,7 @@ def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int
     images = np.zeros((len(source), source.channels, *_largest(source, canvas)), np.uint8)
     sizes, missing, scaled, at = [], [], 0, 0
     with ThreadPoolExecutor(threads or cores()) as pool:
-        # Each part goes to its place at once, so that nothing lies in memory twice.
+        # Each part is copied to its position at once, so that no image is in memory twice.
         for part in pool.map(lambda first: _decode(source, first, canvas), range(0, len(source), _CHUNK)):
             n, _, h, w = part.images.shape
             if h > images.shape[2] or w > images.shape[3]:
@@ -144,14 +159,14 @@ def _resident(source: Source, kept: Decoded, device: torch.device | str, notes: 
 
 
 def _belongs(source: Source, kept: Decoded) -> bool:
-    """Whether every image of the source is there or said to be missing, once."""
+    """Return whether every image of the source is present or listed as missing, exactly once."""
     missing = {number for number, _ in kept.missing}
     known = len(missing) == len(kept.missing) and all(0 <= number < len(source) for number in missing)
     return known and len(kept.images) + len(missing) == len(source) and kept.images.shape[1] == source.channels
 
 
 def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:
-    """DataError if more than the share `max_bad` of the images, or all of them, cannot be read."""
+    """Raise DataError if the unreadable images are more than the fraction `max_bad`, or all of the images."""
     if len(missing) > max_bad * len(source) or len(missing) == len(source):
         few = "; ".join(why for _, why in missing[:3])
         raise DataError(
@@ -169,12 +184,12 @@ def _readable(source: Source, i: int) -> bool:
 
 
 def estimate(source: Source, canvas: int) -> int:
-    """Bytes the decoded source would fill, judged by the headers of a few evenly spaced images."""
+    """Return the size of the decoded source in bytes, estimated from the headers of some evenly spaced images."""
     return len(source) * source.channels * math.prod(_largest(source, canvas))
 
 
 def _largest(source: Source, canvas: int | None) -> tuple[int, int]:
-    """The height and width that hold a few evenly spaced images once they are scaled down to the canvas."""
+    """Return the height and width that hold some evenly spaced images after scaling down to the canvas."""
     height = width = 1
     for i in range(0, len(source), max(1, len(source) // _PROBES)):
         try:
@@ -188,10 +203,10 @@ def _largest(source: Source, canvas: int | None) -> tuple[int, int]:
 
 
 def stack(pixels: list[Tensor]) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n 2"]]:
-    """Images of any sizes in one tensor, each in the top left corner; and their heights and widths.
+    """Stack images of any sizes in one tensor, each in the top left corner; return it with their heights and widths.
 
-    By numpy: torch copies with threads of its own, which wait for each other; a set took 2 to 7 times as long on
-    busy cores.
+    NumPy copies here because torch's own threads wait for each other: decoding a set took 2 to 7 times as long with
+    torch on busy cores.
     """
     arrays = [one.numpy() for one in pixels]
     shapes = np.array([one.shape for one in arrays])

@@ -1,4 +1,4 @@
-"""What every source of images offers, whatever it reads from."""
+"""Interface of image sources."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,18 +14,19 @@ from inbatch.data.pixels import Levels
 from inbatch.errors import many
 
 CropSpec = tuple[int, Literal["bilinear", "bicubic"]]
-"""What a view wants of its crop: the side of the output in pixels, and how to interpolate."""
+"""Crop specification of a view: output side in pixels and interpolation mode."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are to be read, where their kind leaves a choice.
+    """Options for reading images, for formats that leave a choice.
 
-    channels: 1 (grey) or 3 (RGB) for any file, 3 by default; another number for TIFF files that hold just as many;
-        whatever they hold for arrays.
-    levels: the two values of an image with more than 8 bits a channel that become 0 and 255; None for the range of
-        16 bits. Values of 32 bits, and floats, cannot do without.
-    download: fetch a set that is known by name and not on the disk.
+    Attributes:
+        channels: 1 (grey) or 3 (RGB) for any file, 3 by default; another number for TIFF files with exactly that many
+            channels. Arrays keep their number of channels.
+        levels: The two values that are mapped to 0 and 255 in images with more than 8 bits per channel; None for the
+            full 16-bit range. 32-bit and floating-point values require levels.
+        download: Download a named data set that is not on the disk.
     """
 
     channels: int | None = None
@@ -35,7 +36,7 @@ class Reading:
 
 @runtime_checkable
 class LazyImage(Protocol):
-    """An image whose size is known and whose pixels are not yet decoded (`decode.Picture` is one)."""
+    """Image with known size and pixels not yet decoded, such as `image_file.ImageFile`."""
 
     size: tuple[int, int]
 
@@ -46,11 +47,14 @@ class LazyImage(Protocol):
 
 
 class Source(ABC):
-    """N images with labels; cheap to hold, pickles into data workers.
+    """N images with labels. A source needs little memory and is pickled into data workers.
 
-    name: where the images come from. channels: 1 grey, 3 RGB, any number for arrays and TIFF files.
-    levels: see `Reading`; what decoded pixels depend on, beside `channels` and the `fingerprint`.
-    labels: (N,) int64, -1 where unknown. classes: the labels' names, empty when nothing is labelled.
+    Attributes:
+        name: Origin of the images.
+        channels: 1 for grey, 3 for RGB, any number for arrays and TIFF files.
+        levels: See `Reading`. Decoded pixels depend on `levels`, `channels` and the `fingerprint`.
+        labels: (N,) int64, -1 for unknown.
+        classes: Names of the labels; empty if all images are unlabelled.
     """
 
     levels: Levels | None = None
@@ -63,37 +67,40 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, i: int) -> LazyImage:
-        """Image i, header read, pixels not; DataError that names it if that fails."""
+        """Open image i and read its header, not its pixels; raise DataError with its name on failure."""
 
     @abstractmethod
     def identity(self, i: int) -> str:
-        """What a person calls image i: its path, or its number."""
+        """Return the name of image i for messages: its path or its number."""
 
     def fingerprint(self) -> str | None:
-        """What the decoded pixels of all images depend on, in few characters; None: they are not worth keeping."""
+        """Return a short string that changes with the decoded pixels of any image.
+
+        None if caching is not worthwhile.
+        """
         return None
 
     def signature(self) -> str:
-        """64 letters that change with the images' number, order, names and labels; where they lie does not matter."""
+        """Return 64 hex digits that depend on the number, order, names and labels of the images, not on their place."""
         return signed(self, "\0".join(map(self.identity, range(len(self)))).encode(errors="surrogatepass"))
 
     def skipped(self) -> dict[str, int]:
-        """Files beside the images that were not taken for any, counted by their ending."""
+        """Return the number of files that were not taken as images, by file extension."""
         return {}
 
     def image(self, i: int) -> UInt8[Tensor, "c h w"]:
-        """All pixels of image i; DataError that names it if it cannot be decoded."""
+        """Return all pixels of image i; raise DataError with its name if it cannot be decoded."""
         with self.open(i) as picture:
             return picture.tensor()
 
     def report(self) -> str:
-        """One or more lines for people: what was found, and what was not used."""
+        """Return a text report of one or more lines: the images used and the files left out."""
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
         return f"{self.name}: {many(len(self), 'image')}, {known}"
 
 
 class Subset(Source):
-    """Some images of a source, in the order given, renumbered from 0."""
+    """Selected images of a source, in the order of `indices`, renumbered from 0."""
 
     def __init__(self, source: Source, indices: Int[Tensor, "m"], why: str):
         super().__init__(source.name, source.channels, source.labels[indices], source.classes)
@@ -121,12 +128,12 @@ class Subset(Source):
 
 
 def unlabelled(n: int) -> Int[Tensor, "n"]:
-    """n labels that say: unknown."""
+    """Return n labels with the value for unknown, -1."""
     return torch.full((n,), -1)
 
 
 def signed(source: Source, names: bytes) -> str:
-    """The signature of a source whose images' names, in order, are in these bytes."""
+    """Compute the signature of a source from its classes, its labels and the concatenated names of its images."""
     said = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
     said.update(source.labels.long().cpu().numpy().tobytes())
     said.update(names)

@@ -1,4 +1,4 @@
-"""In the processes that decode streamed images: what stands at the places of an epoch, cropped or whole."""
+"""Worker processes for streamed images: datasets that decode and crop the samples of an epoch."""
 
 import math
 import sys
@@ -19,18 +19,18 @@ from inbatch.data.source import CropSpec, Source
 from inbatch.errors import DataError, InbatchError
 from inbatch.runtime import child_processes
 
-_PATIENCE = 3600  # seconds to wait for a piece: a disk that never answers must not hold the trainer forever
-_OPEN = 32  # images a worker holds open at once: few files, and one draw of boxes for all of them
+_PATIENCE = 3600  # timeout in seconds for a piece: a disk that never answers must not block training forever
+_OPEN = 32  # images that a worker holds open at once: few file handles, and their boxes are drawn in one call
 
 Made = TypeVar("Made")
 
 Key = tuple[int, range]
-"""An epoch, and places of its order."""
+"""Epoch number and positions in the epoch's order."""
 
 
 @runtime_checkable
 class Boxes(Protocol):
-    """The part of `views.Views` that is needed here: where to crop, and each view's `size` and `interpolation`."""
+    """Protocol of the part of the view pipeline used here: crop boxes, and each view's `size` and `interpolation`."""
 
     @property
     def views(self) -> Sequence[Any]: ...
@@ -41,7 +41,7 @@ class Boxes(Protocol):
 
 
 class Order(Sampler[Key]):
-    """What to make, set anew for each epoch while the workers live on."""
+    """Sampler over the keys of one epoch; the keys are replaced for each epoch, the workers stay alive."""
 
     def __init__(self) -> None:
         self.keys: list[Key] = []
@@ -54,17 +54,23 @@ class Order(Sampler[Key]):
 
 
 class Piece(NamedTuple):
-    """What a worker hands over: the parts of a batch, and the unreadable images that it met (number: why)."""
+    """Result of a worker for one key.
+
+    Attributes:
+        made: Parts of a batch, by field name.
+        bad: Unreadable images encountered: {image number: reason}.
+    """
 
     made: dict[str, Any]
     bad: dict[int, str]
 
 
 class SampleReader:
-    """Which images stand at the places of an epoch's order, and who takes the place of one that cannot be read.
+    """Read the samples at the positions of an epoch's order and replace unreadable images.
 
-    That is the image at the same place of the next batch, or of the one after it, and so on: no other of its own batch,
-    and the same whoever asks, so neither workers nor ranks nor a resume change it.
+    An unreadable image is replaced by the image at the same position of the next batch, or of the first later batch
+    with a readable one. A replacement never comes from the same batch and depends neither on workers nor on ranks nor
+    on a resume.
     """
 
     def __init__(self, source: Source, seed: int, batch: int):
@@ -73,9 +79,9 @@ class SampleReader:
         self._epoch = -1
 
     def read(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
-        """The number of the first image for this place that `make` can read, and what it makes of it.
+        """Return the number of the first readable image for this position, and the result of `make` for it.
 
-        Those that it cannot, where it raises DataError, are noted in `bad`.
+        Images for which `make` raises DataError are recorded in `bad`.
         """
         if self._epoch != epoch:
             self._epoch, self._order = epoch, rng.permutation(self.seed, epoch, len(self.source))
@@ -90,13 +96,13 @@ class SampleReader:
         raise DataError(f"{why}; nor can any other image that could take its place in the batch")
 
     def met(self) -> dict[int, str]:
-        """The unreadable images since the last call."""
+        """Return the unreadable images encountered since the last call."""
         bad, self.bad = self.bad, {}
         return bad
 
 
 class CropDataset(Dataset[Any]):
-    """In a worker: places of an epoch to their images' crops, each image decoded once for all its views."""
+    """Crops of the images at given positions of an epoch; each image is decoded once for all its views."""
 
     def __init__(self, places: SampleReader, views: Boxes):
         self.places, self.source, self.views = places, places.source, views
@@ -117,19 +123,19 @@ class CropDataset(Dataset[Any]):
                     try:
                         with picture:
                             cut = picture.crops(boxes[-1][:, slot], self.wanted)
-                    except DataError:  # its header could be read, its pixels cannot
+                    except DataError:  # the header is readable, the pixels are not
                         index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.places.read(
                             epoch, some[slot], lambda i: self._cut(i, epoch)
                         )
                     for out, crop in zip(crops, cut, strict=True):
                         out[first + slot] = crop
-        except DataError as e:  # as a value: torch would wrap the exception in a page of traceback
+        except DataError as e:  # returned as a value: torch would wrap the exception in a long traceback
             return str(e)
         made = {"index": torch.cat(index), "size": torch.cat(size)}
         return Piece(made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)}, self.places.met())
 
     def _cut(self, i: int, epoch: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One image's size, boxes and crops."""
+        """Return the size, the boxes and the crops of one image."""
         with self.source.open(i) as picture:
             size = torch.tensor([picture.size])
             box = self.views.boxes(torch.tensor([i]), size, self.places.seed, epoch)[:, 0]
@@ -137,7 +143,7 @@ class CropDataset(Dataset[Any]):
 
 
 class CanvasDataset(Dataset[Any]):
-    """In a worker: places of an epoch to their images, uncropped."""
+    """Uncropped images at given positions of an epoch."""
 
     def __init__(self, places: SampleReader, canvas: int):
         self.places, self.canvas = places, canvas
@@ -157,8 +163,10 @@ class CanvasDataset(Dataset[Any]):
 
 @contextmanager
 def lost_workers() -> Iterator[None]:
-    """What torch raises, wherever the process happens to be, when a data worker is killed or finds no shared memory, as
-    an error for people."""
+    """Convert torch's error for a killed data worker or full shared memory to InbatchError.
+
+    Torch may raise this error at any point of the main process.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -172,9 +180,9 @@ def lost_workers() -> Iterator[None]:
 
 
 def room_to_share(piece: int, workers: int) -> None:
-    """InbatchError where the shared memory cannot hold what workers make ahead, two pieces each of so many bytes.
+    """Raise InbatchError if the shared memory cannot hold the prefetched pieces, two per worker of `piece` bytes each.
 
-    Without this a worker that finds it full drops what it made, and the trainer waits for it forever.
+    Without this check, a worker that finds the shared memory full drops its piece and the trainer waits for it forever.
     """
     shared = Path("/dev/shm")
     needed, free = (2 * workers + 1) * piece, disk_usage(shared).free if shared.is_dir() else math.inf
@@ -187,8 +195,8 @@ def room_to_share(piece: int, workers: int) -> None:
 
 
 def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
-    # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not
-    # be forked.
+    """Create a torch DataLoader that makes the keys of `order` in worker processes."""
+    # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not be forked.
     fork = sys.platform == "linux" and device.type != "cuda"
     other = "spawn" if sys.platform == "win32" else "forkserver"
     return DataLoader(
@@ -205,5 +213,5 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
 
 
 def end_workers(stream: DataLoader[Any]) -> None:
-    """End the processes of a stream, and wait for them."""
+    """Stop the worker processes of a stream and wait for them."""
     child_processes.end_workers(stream._iterator)

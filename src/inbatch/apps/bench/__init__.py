@@ -1,1 +1,1 @@
-"""What this machine makes of inbatch, beside what it could and beside other libraries: `inbatch bench`."""
+"""`inbatch bench`: throughput on this machine, compared with its hardware peak and with other libraries."""

@@ -1,4 +1,4 @@
-"""Curves of accuracy over what training cost, by benchmarks/time_to_accuracy.py: read from a run, drawn, in a table."""
+"""Curves of accuracy over training cost for benchmarks/time_to_accuracy.py: read from a run, plotted, tabulated."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,16 @@ FLAGS = {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "asimd"}
 
 
 def flags() -> list[str]:
-    """What the processor says that it can do, of what matters for training; nothing where Linux does not tell."""
+    """Return the processor flags that matter for training; empty if /proc/cpuinfo does not exist."""
     path = Path("/proc/cpuinfo")
     return sorted(FLAGS & set(path.read_text().split())) if path.exists() else []
 
 
 def reached(entries: Sequence[Entry], target: float) -> dict[str, float] | None:
-    """When a look first found the target, by what bank, and the cost at the look before; None if none did.
+    """Return the first evaluation that reached the target, with its cost, bank size and queries; None if none did.
 
-    A look with a part of the images as bank counts, too: with fewer neighbours to choose from it finds less.
+    An evaluation with a part of the images as bank counts as well, since fewer neighbours lower the accuracy.
+    `cpu_seconds_before` is the cost at the preceding evaluation.
     """
     before = 0.0
     for entry in entries:
@@ -37,10 +38,13 @@ def reached(entries: Sequence[Entry], target: float) -> dict[str, float] | None:
 
 
 def entries(folder: Path, images: int) -> list[Entry]:
-    """The looks of an inbatch run that learns from `images` images, from its log; none if it has not looked yet.
+    """Read the evaluations of an inbatch run on `images` training images from its log; empty if there are none yet.
 
-    The loss is the mean of those logged since the look before. A finished run's evaluation takes the place of its last
-    look if it was judged by more images. DataError if the log does not say what training cost.
+    The loss is the mean of the values logged since the preceding evaluation. The evaluation of a finished run replaces
+    its last entry if it used more images.
+
+    Raises:
+        DataError: If the log does not contain the training cost.
     """
     log, result = folder / "metrics.jsonl", folder / "result.json"
     cost: Entry = {}
@@ -49,7 +53,7 @@ def entries(folder: Path, images: int) -> list[Entry]:
     for line in log.read_text("utf-8").splitlines() if log.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # half a line: it is being written
+        except ValueError:  # an incomplete line that is still being written
             continue
         if record.get("loss") is not None:
             losses.append(record["loss"])
@@ -72,8 +76,11 @@ def entries(folder: Path, images: int) -> list[Entry]:
 
 
 def together(files: Sequence[Path]) -> dict[str, Any]:
-    """Curve files in one; the first is what the others are compared with. DataError unless
-    all have one target and as many images."""
+    """Combine curve files; the first is the baseline of the comparison.
+
+    Raises:
+        DataError: If the files differ in target or number of images.
+    """
     runs = [read_json(file) for file in files]
     for what in ("target", "images"):
         told = sorted({run[what] for run in runs})
@@ -83,13 +90,19 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def amount(seconds: float) -> str:
-    """Seconds to three figures."""
+    """Format seconds to three significant digits."""
     return f"{float(f'{seconds:.3g}'):,.0f}"
 
 
 def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[str]:
-    """A run's cells; base: the run that it is compared with. If that one did not reach the target, its last look says
-    how many times sooner at least."""
+    """Return a run's table cells.
+
+    Args:
+        run: Curve of the run.
+        target: k-NN accuracy to reach.
+        base: Run that it is compared with. If that run did not reach the target, its last evaluation gives a lower
+            bound of the speed-up.
+    """
     when, last, env = reached(run["curve"], target), run["curve"][-1], run["environment"]
     best = max(entry["knn"] for entry in run["curve"])
     first, sooner = reached(base["curve"], target), ""
@@ -108,7 +121,7 @@ def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The table of several curves, and where and how they were made."""
+    """Return the table of several curves in Markdown, with the machine, versions and command of each."""
     target, base = found["target"], found["runs"][0]
     heads = ["who", "threads", f"processor seconds to {target:.0%}", f"times sooner than {base['who']}"]
     heads += ["epochs", "bank, queries", "images a processor second", "k-NN untrained", "best k-NN"]
@@ -122,13 +135,14 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def plot_curves(found: Mapping[str, Any], png: Path) -> None:
-    """k-NN accuracy over processor seconds; hollow where the bank was a part of the images."""
+    """Plot k-NN accuracy over processor seconds; markers are hollow if the bank was a part of the images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     panel = figure.subplots()
     for run, colour in zip(found["runs"], COLOURS, strict=False):
-        shown = [entry for entry in run["curve"] if entry["cpu_seconds"] > 0]  # an untrained encoder has no logarithm
+        # the untrained encoder has no place on a logarithmic axis
+        shown = [entry for entry in run["curve"] if entry["cpu_seconds"] > 0]
         panel.plot(
             [entry["cpu_seconds"] for entry in shown], [100 * entry["knn"] for entry in shown],
             color=colour, linewidth=1.4, label=run["who"],

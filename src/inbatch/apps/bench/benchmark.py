@@ -1,4 +1,4 @@
-"""Section by section: ceilings, contestants in turns, and what was found as a value."""
+"""Run the benchmark section by section: hardware peak, implementations in turns, results as one dictionary."""
 
 import math
 import os
@@ -20,9 +20,18 @@ from inbatch.runtime.signals import ending
 
 
 def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
-    """Measure what is asked for: ceilings, settings and, by section, what every contestant reached.
+    """Measure the chosen sections.
 
-    told: gets every race when it is over. Raises ConfigError and DataError.
+    Args:
+        options: What to measure.
+        told: Called with the result of each comparison when it is complete.
+
+    Returns:
+        Environment, settings, hardware peaks and, by section, the results of every implementation.
+
+    Raises:
+        ConfigError: If the options are invalid.
+        DataError: If the data cannot be read.
     """
     options.check()
     if options.out is not None:
@@ -54,19 +63,19 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
 def ceilings(
     device: str, threads: int, quick: bool, *, each: float = math.inf, limit: float = math.inf
 ) -> dict[str, Any]:
-    """What the machine can do with so many threads, by a process of its own.
+    """Measure the hardware peak with the given number of threads, in a separate process.
 
-    The ceiling of bf16 is None if the hardware does not multiply bf16: emulated, it takes minutes.
+    The bf16 peak is None if the hardware does not multiply bf16; emulated, it takes minutes.
 
     Args:
         device: "cpu" or "cuda".
-        threads: threads of torch.
-        quick: small products only.
-        each: seconds after which no larger products of a kind are tried.
-        limit: seconds that all of it may take.
+        threads: Number of torch threads.
+        quick: Only measure small products.
+        each: Seconds after which no larger products of a kind are tried.
+        limit: Maximum total seconds.
 
     Raises:
-        InbatchError: the process failed or exceeded the limit.
+        InbatchError: If the process failed or exceeded the limit.
     """
     job = {
         "module": "inbatch.apps.bench.hardware_peak",

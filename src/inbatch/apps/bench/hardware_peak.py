@@ -1,4 +1,4 @@
-"""What a machine can do: products of matrices and copies of memory, as fast as torch makes them."""
+"""Hardware peak: rates of matrix products and memory copies by torch."""
 
 import math
 import time
@@ -12,19 +12,22 @@ from torch import Tensor
 from inbatch.nn.cpu_matmul import fast_products
 
 SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 4096), (4096, 4096, 128))
-"""Products (n, k) by (k, m); the fastest is the ceiling."""
+"""Products (n, k) by (k, m); the fastest is the peak."""
 LARGE = ((8192, 8192, 8192), (16384, 2048, 16384))
-"""Those that fill a GPU."""
+"""Products that fill a GPU."""
 _CALLS = 4
-"""Calls that are made at least, the first of them to warm up."""
+"""Minimum number of calls; the first is a warm-up."""
 ERROR = 1e-5
-"""Float32 that is farther from float64, of the largest entry, is none."""
+"""Maximum error of float32 products relative to the largest entry in float64.
+
+Results with a larger one are rejected.
+"""
 
 
 def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
-    """Told are float32 and bf16 in operations a second, copy in bytes read and written a second.
+    """Measure float32 and bf16 in operations per second, and copies in bytes read and written per second.
 
-    bf16 is None if the job says that the hardware has none.
+    bf16 is None if the job says that the hardware does not support it.
     """
     device, patience = torch.device(job["device"]), 0.02 if job["quick"] else 0.3
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -34,7 +37,7 @@ def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     half = products(device, torch.bfloat16, shapes, patience, each) if job["bf16"] else None
     told: dict[str, Any] = {"float32_plain": plain, "bf16": half}
     if device.type == "cpu":
-        with fast_products():  # oneDNN's where it is the faster one, and true
+        with fast_products():  # oneDNN products if they are faster and exact
             told["float32_onednn"] = products(device, torch.float32, shapes, patience, each)
     told["float32"] = max(plain, told.get("float32_onednn", 0))
     source = torch.ones((1 if job["quick"] else 16) * 2**20 * (16 if device.type == "cuda" else 4), device=device)
@@ -45,9 +48,14 @@ def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
 
 
 def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: float, each: float = math.inf) -> float:
-    """The highest rate over the shapes, in operations a second; 0 where float32 is none.
+    """Return the highest rate over the shapes in operations per second; 0 if no float32 product is exact.
 
-    each: seconds; shapes that would end later, by the rate so far, are left out.
+    Args:
+        device: Device of the matrices.
+        kind: Data type of the matrices.
+        shapes: Sizes (n, k, m).
+        patience: Minimum seconds of measurement per shape.
+        each: Maximum seconds in total; shapes that would exceed it at the rate measured so far are skipped.
     """
     best, until = 0.0, time.perf_counter() + each
     for n, k, m in shapes:
@@ -62,12 +70,13 @@ def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: flo
 
 
 def exact(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Return whether a product's largest error is at most `ERROR` times its largest entry in float64."""
     true = a.double() @ b.double()
     return bool((out - true).abs().max() <= ERROR * true.abs().max())
 
 
 def fastest(call: Callable[[], Any], device: torch.device, patience: float) -> float:
-    """Seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of several calls."""
 
     def timed() -> float:
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What inbatch does, in the process of a contestant: through the parts that a run is made of."""
+"""Workloads of inbatch for the benchmark worker, built from the components of a run."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 
 def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> RunComponents:
-    """A run as a user would have it; every setting that is not the job's is the default."""
+    """Build a run as a user would; settings that the job does not set keep their defaults."""
     given = {"size": job["size"], "batch": job["batch"], "encoder.name": job["encoder"], "compile": job["compile"]}
     given |= job.get("settings", {}) | (settings or {}) | fields
     data = images(job) if data is None else data
@@ -30,25 +30,25 @@ def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields:
 
 
 def images(job: dict[str, Any]) -> Tensor:
-    """(N, C, H, W) uint8, at least a batch of them."""
+    """Load (N, C, H, W) uint8 images, at least one batch."""
     few = torch.from_numpy(np.load(Path(job["folder"]) / "images.npy")).permute(0, 3, 1, 2)
     return few[torch.arange(max(job["batch"], len(few))) % len(few)].contiguous()
 
 
 def endless(run: RunComponents) -> Iterator[Batch]:
-    """The batches of all epochs."""
+    """Iterate over the batches of all epochs."""
     for epoch in itertools.count():
         yield from run.loader.epoch(epoch)
 
 
 def work_of(run: RunComponents, batch: Batch) -> int:
-    """Operations of the towers for a batch, forward and backward, as torch counts them."""
+    """Count the operations of the networks for a batch, forward and backward, with torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     drawn = run.views(batch.to(run.loader.device)).images
     online, taught = (list(pick(len(drawn))) for pick in (run.method.online_views, run.method.target_views))
     with FlopCounterMode(display=False) as counter:
-        # Not by calling it: what is compiled shows no operations.
+        # forward() is called directly, because compiled modules show no operations
         rows = run.network.forward([drawn[v] for v in online], online)
         sum((x.float().square().mean() for x in rows.values()), torch.zeros(())).backward()
         if run.target is not None:
@@ -59,16 +59,17 @@ def work_of(run: RunComponents, batch: Batch) -> int:
 
 
 def precision(run: RunComponents) -> str:
+    """Return the precision of a run's network: "bf16" or "float32"."""
     return "bf16" if run.network.precision == torch.bfloat16 else "float32"
 
 
 def views(job: dict[str, Any]) -> Work:
-    """Views of a batch that lies decoded on the device."""
+    """Draw views of a batch that is decoded on the device."""
     size = job["size"]
     preset = {"views.name": "simclr_cifar" if size <= 64 else "simclr"}
     held = images(job | {"batch": 1})
     run = built(job | {"encoder": "tiny", "method": "simclr"}, held[:2], batch=2, preset="none", settings=preset)
-    # A run would hold photographs at twice the size of a view: here views are cut from whole ones.
+    # A run would hold photographs at twice the size of a view; here, views are cut from full-size images.
     held = held.to(run.loader.device)
     where, batches = torch.arange(job["batch"], device=held.device) % len(held), itertools.count()
 
@@ -76,12 +77,12 @@ def views(job: dict[str, Any]) -> Work:
         drawn = run.views(Batch(where, where, seed=0, epoch=next(batches), images=held, at=where))
         return sum(len(x) for x in drawn.images)
 
-    # The least that must move: each pixel of a view read as a byte, and written as a float.
+    # Lower bound of memory traffic: each pixel of a view is read as a byte and written as a float.
     return call, {"of": "copy", "needs": 3 * size**2 * (1 + 4)}
 
 
 def tower(job: dict[str, Any]) -> Work:
-    """Forward and backward of the tower alone, on views that are there."""
+    """Run forward and backward of the networks alone on views drawn beforehand."""
     run = built(job, resident=True)
     drawn = run.views(next(run.loader.epoch(0))).images
     online = list(run.method.online_views(len(drawn)))
@@ -103,10 +104,10 @@ def tower(job: dict[str, Any]) -> Work:
 
 
 def step(job: dict[str, Any]) -> Work:
-    """Whole training steps: waiting for the batch, views, towers, loss, optimiser, log."""
+    """Run complete training steps: batch, views, networks, loss, optimiser, log."""
     run = built(job, job.get("data"))
     told: dict[str, Any] = {"precision": precision(run)}
-    if job.get("count", True):  # not where the time to the first step is told
+    if job.get("count", True):  # not needed if only the time to the first step is measured
         told |= {"of": precision(run), "needs": work_of(run, next(run.loader.epoch(0))) / job["batch"]}
     log, batches, numbers = Log(None, total_steps=run.total, quiet=True), endless(run), itertools.count()
 
@@ -120,7 +121,7 @@ def step(job: dict[str, Any]) -> Work:
 
 
 def loss(job: dict[str, Any]) -> Work:
-    """Forward and backward of NT-Xent."""
+    """Run forward and backward of NT-Xent."""
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, job["rows"] // 2, job["dim"], generator=g).to(job["device"]).requires_grad_()
 
@@ -133,7 +134,7 @@ def loss(job: dict[str, Any]) -> Work:
 
 
 def decode(job: dict[str, Any]) -> Work:
-    """Every image of a source, one after another, to uint8."""
+    """Decode every image of a source to uint8, one at a time."""
     source = open_data(job["data"])
     numbers = itertools.cycle(range(min(len(source), job["files"])))
 
@@ -147,7 +148,7 @@ def decode(job: dict[str, Any]) -> Work:
 
 
 def resident(job: dict[str, Any]) -> Work:
-    """A whole source at once, by all threads."""
+    """Decode an entire source at once with all threads."""
     source = open_data(job["data"])
 
     def call() -> int:
@@ -157,7 +158,7 @@ def resident(job: dict[str, Any]) -> Work:
 
 
 def stream(job: dict[str, Any]) -> Work:
-    """Two views of every image of an epoch, through worker processes."""
+    """Load two views of every image of an epoch through worker processes."""
     run = built(job | {"encoder": "tiny"}, job["data"], resident=False)
     batches = endless(run)
 
@@ -169,7 +170,7 @@ def stream(job: dict[str, Any]) -> Work:
 
 
 def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
-    """The bank and the queries."""
+    """Load the bank and the queries."""
     rows, labels = (torch.from_numpy(np.load(Path(job["folder"]) / f"{x}.npy")) for x in ("features", "labels"))
 
     def some(part: slice) -> Embeddings:
@@ -180,6 +181,7 @@ def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
 
 
 def neighbours(job: dict[str, Any]) -> Work:
+    """Run k-NN of the queries in the bank."""
     bank, queries = embeddings(job)
     device, operations = device_for(job["device"]), 2 * len(bank) * len(queries) * bank.vectors.shape[1]
     told: dict[str, Any] = {"of": "float32", "needs": operations}
@@ -192,6 +194,7 @@ def neighbours(job: dict[str, Any]) -> Work:
 
 
 def probe(job: dict[str, Any]) -> Work:
+    """Run the linear probe."""
     bank, queries = embeddings(job)
     device, told = device_for(job["device"]), {"top1": 0.0}
 
@@ -203,6 +206,7 @@ def probe(job: dict[str, Any]) -> Work:
 
 
 def clusters(job: dict[str, Any]) -> Work:
+    """Run k-means on the queries."""
     _, queries = embeddings(job)
     told = {"nmi": 0.0}
 

@@ -1,4 +1,4 @@
-"""What `inbatch bench` may be asked, and what is made of it."""
+"""Options of `inbatch bench` and their defaults."""
 
 import os
 from dataclasses import dataclass
@@ -17,22 +17,31 @@ SECTIONS = {
     "evaluation": "k-NN, linear probe, k-means",
 }
 PER_CORE = ("views", "data")
-"""Sections that are told per core where nobody says how many threads."""
+"""Sections measured per core if no number of threads is given."""
 PEERS = {"lightly": "lightly", "solo-learn": "solo"}
 """Library -> its package."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how long.
+    """What to measure, and for how long.
 
-    sections: names of `SECTIONS`, all by default. size: of the views; 224 are cut from 500 x 375 pixels.
-    batch: 256 at 32 pixels and 64 at 224 by default. methods: whose towers and steps.
-    threads: of every contestant; by default one for views and decoding, for the rest as many as torch takes by itself.
-    data: what steps and decoding take instead of drawn images. peers: True: name libraries that are missing, too;
-    False: start none. peers_python: a Python that has them, this one by default. rounds: turns of every contestant.
-    quick: everything small, to see that it works; its figures are worth nothing. compile: towers and steps compiled,
-    too. out: a JSON file to write.
+    Attributes:
+        sections: Names from `SECTIONS`, all by default.
+        size: Size of the views in pixels; 224 are cut from 500 x 375 pixels.
+        batch: Batch size, by default 256 at 32 pixels and 64 at 224.
+        encoder: Name of the encoder.
+        methods: Methods whose networks and steps are measured.
+        threads: Threads of every implementation; by default one for views and decoding, and torch's own choice for the
+            rest.
+        device: Device to measure on.
+        data: Images for steps and decoding instead of synthetic ones.
+        peers: True also names libraries that are missing; False runs no other library.
+        peers_python: Python interpreter that has the other libraries, by default this one.
+        rounds: Rounds per implementation.
+        quick: Use small workloads, to check that everything works; the figures are meaningless.
+        compile: Also measure compiled networks and steps.
+        out: JSON file to write.
     """
 
     sections: tuple[str, ...] = ()
@@ -51,7 +60,7 @@ class Options:
     out: Path | None = None
 
     def check(self) -> None:
-        """Raises ConfigError for what cannot be measured."""
+        """Raise ConfigError if the options are invalid."""
         for name in self.sections:
             if name not in SECTIONS:
                 raise ConfigError(f"there is no section {name!r} to measure; there are {', '.join(SECTIONS)}")
@@ -75,14 +84,15 @@ class Options:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The sections in their order."""
+        """Return the chosen sections in their order."""
         return tuple(name for name in SECTIONS if not self.sections or name in self.sections)
 
     def threads_of(self, section: str) -> int:
+        """Return the number of threads of a section."""
         return self.threads or (1 if section in PER_CORE else memory.threads())
 
     def settings(self) -> dict[str, Any]:
-        """What is left to defaults, filled in."""
+        """Return the settings with defaults filled in."""
         small = self.size == 32
         return {
             "size": self.size,
@@ -95,7 +105,7 @@ class Options:
         }
 
     def command(self) -> str:
-        """The command that repeats it, without where things lie on this machine."""
+        """Return the command that repeats the measurement, without the folders of this machine."""
         words = ["inbatch bench", *self.sections, f"--size {self.size}"]
         words += [f"--method {name}" for name in self.methods if self.methods != ("simclr",)]
         for name in ("batch", "encoder", "threads", "rounds"):

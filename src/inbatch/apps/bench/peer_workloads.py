@@ -1,6 +1,6 @@
-"""Other libraries as they ship, in the process of a contestant: lightly, and the parts of solo-learn that import alone.
+"""Workloads of other libraries as they ship: lightly, and the parts of solo-learn that can be imported alone.
 
-Known to work with lightly 1.5 and 1.6 and solo-learn 1.0.2. Nothing of inbatch is imported here.
+Known to work with lightly 1.5 and 1.6 and solo-learn 1.0.2. This file imports nothing of inbatch.
 """
 
 import importlib.util
@@ -16,21 +16,21 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 
 def plain() -> Any:
-    """The file beside this one, under the name by which this process knows it."""
+    """Import reference_workloads.py under the name by which this process knows it."""
     import importlib
 
     return importlib.import_module("reference_workloads")
 
 
 def follow(worker: int) -> None:
-    """A data worker ends with its contestant."""
+    """End a data worker when its parent process ends."""
     import importlib
 
     importlib.import_module("children").follow(worker)
 
 
 def lightly_transform(size: int) -> Any:
-    """The one of its CIFAR-10 benchmark, with half the jitter and no blur; for photographs its default."""
+    """Create lightly's transform of its CIFAR-10 benchmark (half the jitter, no blur); its default for photographs."""
     from lightly.transforms import SimCLRTransform
 
     small: dict[str, Any] = {"cj_strength": 0.5, "gaussian_blur": 0.0} if size <= 64 else {}
@@ -38,7 +38,7 @@ def lightly_transform(size: int) -> Any:
 
 
 def solo_file(*path: str) -> Any:
-    """One file of solo-learn: the package asks for a framework and for an old torch."""
+    """Import one file of solo-learn; the package itself requires a framework and an old torch."""
     spec = importlib.util.find_spec("solo")
     (folder,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else [""]
     file = Path(folder).joinpath(*path)
@@ -51,7 +51,7 @@ def solo_file(*path: str) -> Any:
 
 
 def solo_transform(size: int) -> Any:
-    """Two views, with the settings of its SimCLR scripts (bash_files/pretrain)."""
+    """Create two views with the settings of its SimCLR scripts (bash_files/pretrain)."""
     module = solo_file("utils", "pretrain_dataloader.py")
     name, options = ("cifar10", {"gaussian_prob": 0.0}) if size <= 64 else ("imagenet", {})
     jitter = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
@@ -63,13 +63,13 @@ TRANSFORMS = {"lightly": lightly_transform, "solo-learn": solo_transform}
 
 
 def views(job: dict[str, Any]) -> Work:
-    """Two views of images that are decoded already."""
+    """Draw two views of decoded images."""
     transform = TRANSFORMS[job["library"]](job["size"])
     return plain().in_turn(plain().pictures(job), job["some"], transform, units=2), {}
 
 
 def criterion(library: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """NT-Xent of two views."""
+    """Create NT-Xent of two views."""
     if library == "lightly":
         from lightly.loss import NTXentLoss
 
@@ -78,14 +78,14 @@ def criterion(library: str, temperature: float) -> Callable[[Tensor, Tensor], Te
     if "indexes" not in equation.__code__.co_varnames:
         return lambda a, b: equation(a, b, temperature)
 
-    def later(a: Tensor, b: Tensor) -> Tensor:  # from 1.0.4 on: rows of all views, and whose they are
+    def later(a: Tensor, b: Tensor) -> Tensor:  # from 1.0.4 on: rows of all views, and the index of their image
         return equation(torch.cat([a, b]), torch.arange(len(a), device=a.device).repeat(2), temperature)  # type: ignore
 
     return later
 
 
 def loss(job: dict[str, Any]) -> Work:
-    """Forward and backward of NT-Xent."""
+    """Run forward and backward of NT-Xent."""
     z = plain().normalised(job)
     compute = criterion(job["library"], 0.1)
     told = {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
@@ -93,7 +93,7 @@ def loss(job: dict[str, Any]) -> Work:
 
 
 def loader(job: dict[str, Any]) -> Any:
-    """Batches of two views, through its transforms in torch's DataLoader."""
+    """Create a torch DataLoader of batches of two views with the library's transforms."""
     data = plain().Encoded(plain().files(job), TRANSFORMS[job["library"]](job["size"]))
     if len(data) < job["batch"]:
         data.encoded = data.encoded * (job["batch"] // len(data) + 1)
@@ -105,13 +105,13 @@ def loader(job: dict[str, Any]) -> Any:
 
 
 def batches(job: dict[str, Any]) -> Any:
-    """The batches of all epochs."""
+    """Iterate over the batches of all epochs."""
     made = loader(job)
     return itertools.chain.from_iterable(made for _ in itertools.count())
 
 
 def stream(job: dict[str, Any]) -> Work:
-    """Two views of every image of an epoch, through worker processes."""
+    """Load two views of every image of an epoch through worker processes."""
     endless = batches(job)
 
     def call() -> int:
@@ -122,9 +122,9 @@ def stream(job: dict[str, Any]) -> Work:
 
 
 def network(job: dict[str, Any]) -> nn.Module:
-    """ResNet-18 and the projection head: lightly's as in its CIFAR-10 benchmark, solo-learn's as its methods are made.
+    """Create ResNet-18 with the projection head: lightly's CIFAR-10 benchmark, or solo-learn's methods.
 
-    With the stem for ImageNet both take torchvision's.
+    With the ImageNet stem, both use torchvision's ResNet-18.
     """
     from torchvision.models import resnet18
 
@@ -143,7 +143,7 @@ def network(job: dict[str, Any]) -> nn.Module:
 
 
 def loop(job: dict[str, Any]) -> Work:
-    """Training from JPEG files: workers, transforms, forward of each view, loss, backward, SGD. Eager, in float32."""
+    """Train from JPEG files in eager float32: workers, transforms, forward of each view, loss, backward, SGD."""
     torch.manual_seed(0)
     device = torch.device(job["device"])
     model = network(job).to(device)
@@ -162,7 +162,7 @@ def loop(job: dict[str, Any]) -> Work:
 
 
 def neighbours(job: dict[str, Any]) -> Work:
-    """lightly's k-NN, batch by batch as its benchmarks call it."""
+    """Run lightly's k-NN batch by batch, as its benchmarks do."""
     from lightly.utils.benchmarking import knn_predict
 
     bank, labels, queries, true = (x.to(job["device"]) for x in plain().embeddings(job))

@@ -1,6 +1,7 @@
-"""The plain ways of torch, torchvision, Pillow and scikit-learn, in the process of a contestant. Knows nothing of ours.
+"""Reference workloads of torch, torchvision, Pillow and scikit-learn for the benchmark worker.
 
-What lies in the job's folder (images, encoded files, features) is read here for the other libraries, too.
+This file imports nothing of inbatch. It also reads the files in the job's folder (images, encoded files, features) for
+the other libraries.
 """
 
 import io
@@ -21,26 +22,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def arrays(job: dict[str, Any]) -> np.ndarray:
-    """(N, H, W, 3) uint8."""
+    """Load images (N, H, W, 3) uint8."""
     return np.load(Path(job["folder"]) / "images.npy")  # type: ignore[no-any-return]
 
 
 def pictures(job: dict[str, Any]) -> list[Any]:
-    """The images as Pillow's, decoded."""
+    """Return the decoded images as Pillow images."""
     from PIL import Image
 
     return [Image.fromarray(image) for image in arrays(job)]
 
 
 def files(job: dict[str, Any]) -> list[bytes]:
-    """Encoded images."""
+    """Load the encoded images."""
     folder = Path(job["folder"])
     blob, ends = (folder / "files.bin").read_bytes(), json.loads((folder / "files.json").read_text())
     return [blob[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
 
 def in_turn(items: list[Any], some: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
-    """A call that does something with the next `some` of the items, over and over."""
+    """Return a function that applies `do` to the next `some` items, cyclically."""
     endless: Iterator[Any] = itertools.cycle(items)
 
     def call() -> int:
@@ -52,7 +53,7 @@ def in_turn(items: list[Any], some: int, do: Callable[[Any], Any], units: int = 
 
 
 def augmentation(module: Any, size: int, to_tensor: list[Any], blur: bool) -> Any:
-    """SimCLR's pipeline out of torchvision's transforms, v1 or v2."""
+    """Create SimCLR's augmentation from torchvision's transforms, v1 or v2."""
     s = 1.0 if blur else 0.5
     jitter = module.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     width = int(0.1 * size) // 2 * 2 + 1
@@ -63,6 +64,7 @@ def augmentation(module: Any, size: int, to_tensor: list[Any], blur: bool) -> An
 
 
 def views_pil(job: dict[str, Any]) -> Work:
+    """Draw one view of Pillow images with torchvision's transforms v1."""
     from torchvision import transforms
 
     transform = augmentation(transforms, job["size"], [transforms.ToTensor()], blur=job["size"] > 64)
@@ -70,6 +72,7 @@ def views_pil(job: dict[str, Any]) -> Work:
 
 
 def views_tensor(job: dict[str, Any]) -> Work:
+    """Draw one view of uint8 tensors with torchvision's transforms v2."""
     from torchvision.transforms import v2
 
     transform = augmentation(v2, job["size"], [v2.ToDtype(torch.float32, scale=True)], blur=job["size"] > 64)
@@ -77,20 +80,20 @@ def views_tensor(job: dict[str, Any]) -> Work:
 
 
 def normalised(job: dict[str, Any]) -> Tensor:
-    """Rows of two views that learn: (2, N / 2, D)."""
+    """Create random rows of two views with gradients: (2, N / 2, D)."""
     g = torch.Generator().manual_seed(0)
     return torch.randn(2, job["rows"] // 2, job["dim"], generator=g).to(job["device"]).requires_grad_()
 
 
 def literal_nt_xent(z: Tensor, temperature: float = 0.1) -> Tensor:
-    """The equation as it is read: the matrix of all pairs is held."""
+    """Compute NT-Xent as written, holding the matrix of all pairs."""
     rows = F.normalize(z.flatten(0, 1), dim=1)
     logits = (rows @ rows.T / temperature).fill_diagonal_(-math.inf)
     return F.cross_entropy(logits, torch.arange(len(rows), device=z.device).roll(z.shape[1]))
 
 
 def learning(z: Tensor, loss: Callable[[], Tensor]) -> Callable[[], int]:
-    """Forward and backward of a loss."""
+    """Return a function that runs forward and backward of a loss."""
 
     def call() -> int:
         z.grad = None
@@ -101,17 +104,20 @@ def learning(z: Tensor, loss: Callable[[], Tensor]) -> Callable[[], int]:
 
 
 def loss(job: dict[str, Any]) -> Work:
+    """Run forward and backward of `literal_nt_xent`."""
     z = normalised(job)
     return learning(z, lambda: literal_nt_xent(z)), {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with Pillow."""
     from PIL import Image
 
     return in_turn(files(job), job["some"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
 
 
 def decode_torchvision(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with torchvision."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in files(job)]
@@ -119,20 +125,21 @@ def decode_torchvision(job: dict[str, Any]) -> Work:
 
 
 def decode_simplejpeg(job: dict[str, Any]) -> Work:
+    """Decode JPEG files with simplejpeg."""
     from simplejpeg import decode_jpeg
 
     return in_turn(files(job), job["some"], decode_jpeg), {}
 
 
 def embeddings(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows and labels of the bank, then of the queries."""
+    """Load rows and labels of the bank, then of the queries."""
     rows, labels = (torch.from_numpy(np.load(Path(job["folder"]) / f"{x}.npy")) for x in ("features", "labels"))
     n = job["queries"]
     return rows[n:], labels[n:], rows[:n], labels[:n]
 
 
 def neighbours(job: dict[str, Any]) -> Work:
-    """k-NN by matrix products and the largest k, some queries at a time."""
+    """Run k-NN by matrix products and top-k, in blocks of queries."""
     bank, labels, queries, true = (x.to(job["device"]) for x in embeddings(job))
     told = {"top1": 0.0}
 
@@ -151,6 +158,7 @@ def neighbours(job: dict[str, Any]) -> Work:
 
 
 def probe(job: dict[str, Any]) -> Work:
+    """Run a logistic regression of scikit-learn on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -167,6 +175,7 @@ def probe(job: dict[str, Any]) -> Work:
 
 
 def clusters(job: dict[str, Any]) -> Work:
+    """Run k-means of scikit-learn on normalised features."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -182,14 +191,14 @@ def clusters(job: dict[str, Any]) -> Work:
 
 
 def cifar_stem(backbone: Any, padding: int = 1) -> nn.Module:
-    """torchvision's ResNet without its classifier, for small images: a 3x3 convolution of stride 1 and no pooling."""
+    """Change torchvision's ResNet for small images: 3x3 convolution of stride 1, no pooling, no classifier."""
     backbone.conv1 = nn.Conv2d(3, 64, 3, 1, padding, bias=False)
     backbone.maxpool = backbone.fc = nn.Identity()
     return backbone  # type: ignore[no-any-return]
 
 
 class Encoded(torch.utils.data.Dataset[Any]):
-    """JPEG files, decoded by Pillow when asked for and transformed, as torchvision's and lightly's data sets do."""
+    """JPEG files, decoded by Pillow on access and transformed, as in the data sets of torchvision and lightly."""
 
     def __init__(self, encoded: list[bytes], transform: Any) -> None:
         self.encoded, self.transform = encoded, transform

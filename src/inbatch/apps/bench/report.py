@@ -1,4 +1,4 @@
-"""What was found, in words: on a terminal, and between the markers of a page of the docs."""
+"""Text output of benchmark results: for a terminal, and between the markers of a documentation page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,16 +8,17 @@ from inbatch.apps.bench.runner import OURS
 from inbatch.apps.console import print_table, say
 
 SLOWER = {"s": 1.0, "ms": 1e3}
-"""Units of time, in parts of a second; others are rates."""
+"""Units of time, in parts of a second; all other units are rates."""
 CEILINGS = {"float32": "float32 products", "bf16": "bf16 products", "copy": "bandwidth"}
 
 
 def headings(race: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the column headings of a comparison."""
     return ("who", race["unit"], "from", "to", "inbatch is times faster", "of the ceiling", "")
 
 
 def table_rows(race: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    """A row per contestant: median and spread over the rounds, how much faster inbatch is, share of the ceiling."""
+    """Iterate over one row per implementation: median, spread, speed-up of inbatch, share of the hardware peak."""
     own = race["contestants"].get(OURS, {}).get("rate")
     for who, row in race["contestants"].items():
         if "rate" not in row:
@@ -32,13 +33,13 @@ def table_rows(race: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def amount(rate: float, unit: str) -> str:
-    """A rate in its unit, to three figures or the whole number."""
+    """Format a rate in its unit, to three digits or as an integer."""
     value = SLOWER[unit] / rate if unit in SLOWER else rate
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def note(row: Mapping[str, Any]) -> str:
-    """What a contestant has to say."""
+    """Return the remarks on an implementation: precision, workers, accuracy."""
     said = [row["precision"]] if "precision" in row else []
     said += [f"{row['workers']} workers"] if "workers" in row else []
     said += [f"{name} {row[key]:.3f}" for key, name in (("top1", "top-1"), ("nmi", "NMI")) if key in row]
@@ -46,12 +47,13 @@ def note(row: Mapping[str, Any]) -> str:
 
 
 def title(race: Mapping[str, Any]) -> str:
+    """Return the title of a comparison with its number of threads."""
     threads = " or ".join(map(str, race["threads"]))
     return f"{race['title']}; {threads} thread{'s' * (threads != '1')}"
 
 
 def machine(found: Mapping[str, Any]) -> str:
-    """Where it was measured, and what that machine can do."""
+    """Return a description of the machine and its hardware peak."""
     env = found["environment"]
     where = env["device"] if env["device"] != "cpu" else f"{env['processor']}, {env['cores']} cores"
     told = [f"{where}, torch {env['versions']['torch']}"]
@@ -63,14 +65,14 @@ def machine(found: Mapping[str, Any]) -> str:
 
 
 def print_race(race: Mapping[str, Any]) -> None:
-    """A race's table."""
+    """Print the table of a comparison."""
     say(title(race))
     print_table(headings(race), table_rows(race), numbers=True)
     say("")
 
 
 def print_machine(found: Mapping[str, Any]) -> None:
-    """Where it was measured, and a warning where others worked there, too."""
+    """Print the machine, and a warning if other processes were running."""
     say(machine(found))
     if (load := found["environment"].get("load", 0)) > 0.5:
         say(f"Warning: other work ran here (load {load:.1f}). It makes figures worse; ratios suffer less.")
@@ -79,26 +81,26 @@ def print_machine(found: Mapping[str, Any]) -> None:
 
 
 def markdown(race: Mapping[str, Any]) -> str:
-    """A race's table for a page."""
+    """Return the table of a comparison in Markdown."""
     lines = [headings(race), ["---"] * len(headings(race)), *table_rows(race)]
     return f"{title(race)}:\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def sections(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """What `inbatch bench` wrote: marker -> text, for the machine and for every section."""
+    """Convert results of `inbatch bench` to marker -> text, for the machine and every section."""
     told = {f"{name} machine": f"{machine(found)}. `{found['command']}`\n"}
     return told | {f"{name} {s}": "\n".join(map(markdown, races)) for s, races in found["sections"].items()}
 
 
 def trainings(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """What benchmarks/training.py wrote of everyone's training."""
+    """Convert results of benchmarks/training.py: training with each library."""
     race = found["race"]
     first = [f"{who} {x['first_seconds']:.1f}" for who, x in race["contestants"].items() if "first_seconds" in x]
     return {name: f"{markdown(race)}\nSeconds from the start to the end of the first step: {', '.join(first)}.\n"}
 
 
 def curves(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """What it wrote of precisions."""
+    """Convert its results on precision."""
     lines = ["| | loss, mean of the last 20 steps | mean distance from float32 | images/s |", "| --- |" + " --- |" * 3]
     for who, row in found["runs"].items():
         last = row["loss"][-20:]
@@ -108,7 +110,7 @@ def curves(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def waits(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """What it wrote of waiting for data."""
+    """Convert its results on waiting for data."""
     lines = ["| encoder | batch | workers | images/s | time spent waiting |", "| --- |" + " --- |" * 4]
     for who, row in found["encoders"].items():
         cells = [who, str(row["batch"]), str(row["workers"]), f"{row['images_per_second']:,.1f}"]
@@ -117,7 +119,7 @@ def waits(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def texts(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """Marker -> text of a results file by its name."""
+    """Convert a results file, selected by its name, to marker -> text."""
     kinds = {"bench-": sections, "training-": trainings, "bf16": curves, "waiting": waits}
     kinds["time-to-accuracy"] = lambda name, found: {name: accuracy.markdown(found)}
     return next((make(name, found) for start, make in kinds.items() if name.startswith(start)), {})

@@ -1,4 +1,4 @@
-"""Contestants take turns, each a process of its own, so that what changes with time hits all alike."""
+"""Run implementations in turns, each in its own process, so that changes over time affect all of them equally."""
 
 import json
 import math
@@ -21,16 +21,25 @@ from inbatch.runtime.tuning import untuned
 
 SCRIPT = Path(__file__).with_name("worker.py")
 OURS = "inbatch"
-"""The contestant that the others are compared with is called so, or begins so."""
+"""Name, or prefix of the name, of the implementation that the others are compared with."""
 
 
 @dataclass
 class Implementation:
-    """A process that works when it is told to, as seen from the one that tells it.
+    """Process that runs one workload on request.
 
-    job: what `worker.py` gets. python: whose libraries it imports. peer: whether it may be missing.
-    limit: seconds that an answer may take. until: when all must be over, by `time.monotonic`. A process that exceeds
-        either is killed; rounds that it has done count.
+    Attributes:
+        who: Name in the table.
+        job: Job of `worker.py`.
+        python: Interpreter with the libraries to import.
+        peer: Whether the library may be missing.
+        limit: Maximum seconds per answer.
+        until: Deadline of all rounds, by `time.monotonic`. A process that exceeds the limit or the deadline is killed;
+            its completed rounds count.
+        row: Result of the process so far.
+        rates: Units per second of each completed round.
+        late: Whether the process was killed for being late.
+        process: The running process.
     """
 
     who: str
@@ -45,9 +54,9 @@ class Implementation:
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start the process; it imports and warms up."""
+        """Start the process, which imports its libraries and warms up."""
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
-        # Nobody's figures hang on what an earlier run has left in a cache of decoded images.
+        # The figures must not depend on a cache of decoded images that an earlier run has left.
         env = untuned() | {"INBATCH_CACHE": "off"} | threads
         self.began = time.monotonic()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
@@ -57,7 +66,10 @@ class Implementation:
         )  # fmt: skip
 
     def meet(self) -> None:
-        """Start it, and wait until it is warm or could not be. Raises what our own settings or data are guilty of."""
+        """Start the process and wait until it is warm or has failed.
+
+        Raise ConfigError or DataError for own settings or data.
+        """
         if self.process is None:
             self.start()
         if self.job.get("waits"):
@@ -68,7 +80,7 @@ class Implementation:
             raise kind(self.row["failed"])
 
     def go(self) -> None:
-        """One round."""
+        """Run one round."""
         if "failed" in self.row or self.process is None or self.late or time.monotonic() > self.until:
             return
         self._say_go()
@@ -99,24 +111,24 @@ class Implementation:
         code = self.process.wait()
         if self.late:
             return {"failed": f"not measured: stopped after {time.monotonic() - self.began:.0f} s"}
-        if code == -9:  # the system's own limit
+        if code == -9:  # the system's memory limit
             return {"failed": "out of memory"}
         self.errors.seek(0)
         said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
         return {"failed": said[-1]}
 
     def _stop(self) -> None:
-        """Kill a process that is late, in a thread beside the one that waits."""
+        """Kill a late process, in a thread separate from the waiting one."""
         self.late = True
         self.kill()
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process immediately."""
         if self.process is not None:
             self.process.kill()
 
     def end(self) -> dict[str, Any]:
-        """Let the process end; what was found."""
+        """End the process and return its results."""
         if self.process is not None:
             assert self.process.stdin and self.process.stdout
             with suppress(BrokenPipeError):
@@ -137,9 +149,12 @@ class Implementation:
 
 @dataclass
 class BenchmarkRounds:
-    """Contestants that do the same work.
+    """Comparison of implementations of the same workload.
 
-    unit: of what they are told in: something "/s", or "s" or "ms" of one piece of work.
+    Attributes:
+        title: Title of the table.
+        unit: Unit of the results: something "/s", or "s" or "ms" per call.
+        contestants: Implementations to compare.
     """
 
     title: str
@@ -147,23 +162,26 @@ class BenchmarkRounds:
     contestants: Sequence[Implementation]
 
     def run(self, rounds: int, ceilings: Mapping[str, Any], *, show_missing: bool) -> dict[str, Any]:
-        """Rounds in turns, every other one in the opposite order; what was found, fit for JSON.
+        """Run the rounds in turns, every other round in the opposite order; return the results, ready for JSON.
 
-        ceilings: what the machine does, by which a contestant that says what it needs is told its share.
-        show_missing: also name libraries that are not installed.
+        Args:
+            rounds: Number of rounds.
+            ceilings: Hardware peak, to compute the share reached by implementations that state their operations or
+                bytes.
+            show_missing: Also list libraries that are not installed.
         """
         found: dict[str, Any] = {}
         with ending():
             try:
                 for one in self.contestants:
-                    if one.job.get("waits"):  # all import at once
+                    if one.job.get("waits"):  # all import at the same time
                         one.start()
-                for one in self.contestants:  # one after another: a warm-up is no other's disturbance
+                for one in self.contestants:  # one after another, so that warm-ups do not disturb each other
                     one.meet()
                 for number in range(rounds):
                     for one in self.contestants[:: 1 if number % 2 == 0 else -1]:
                         one.go()
-            except BaseException:  # a signal, too: they would end their work first
+            except BaseException:  # including signals: otherwise the processes would finish their work first
                 for one in self.contestants:
                     one.kill()
                 raise
@@ -177,7 +195,7 @@ class BenchmarkRounds:
 
 
 def shared(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, Any]:
-    """A rate as a share of a ceiling: `needs` of a unit (operations or bytes) over what the machine does of `of`."""
+    """Return a rate as a share of the peak: `needs` per unit (operations or bytes) over the machine's rate of `of`."""
     if "rate" not in row or "of" not in row or not ceilings.get(row["of"]):
         return {}
     return {"share": row["rate"] * row["needs"] / ceilings[row["of"]]}

@@ -1,4 +1,4 @@
-"""Who runs in which section, and on what."""
+"""Implementations and workloads of each section."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from inbatch.runtime.resources import cores
 
 
 class Field:
-    """Makes the contestants of a section: what all their jobs have in common, and the folder that they read from."""
+    """Factory of the implementations of a section, with the shared part of their jobs and the folder that they read."""
 
     def __init__(self, options: Options, section: str, device: str, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -23,15 +23,18 @@ class Field:
         self.shared = options.settings() | {"device": device, "threads": self.threads, "folder": str(folder)}
 
     def ours(self, who: str, make: str, **more: Any) -> Implementation:
+        """Return an implementation of a workload in inbatch."""
         return Implementation(
             who, self.shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": make, "tune": True} | more
         )
 
     def plain(self, who: str, make: str, *needs: str, **more: Any) -> Implementation:
+        """Return an implementation of a reference workload; `needs` names the packages that it requires."""
         job = self.shared | {"module": "reference_workloads", "make": make, "needs": needs} | more
         return Implementation(who, job, peer=bool(needs))
 
     def peers(self, make: str, *libraries: str, **more: Any) -> list[Implementation]:
+        """Return the implementations of a workload in other libraries; none if they are disabled."""
         if self.options.peers is False:
             return []
         job, python = (
@@ -44,12 +47,12 @@ class Field:
         ]
 
     def images(self, few: int) -> None:
-        """`images.npy`, as many as a batch or as few as quick."""
+        """Write `images.npy` with `few` images, or 16 in quick mode."""
         images = synthetic_data.draw_images(16 if self.options.quick else few, self.options.size)
         np.save(self.folder / "images.npy", images)
 
     def files(self, few: int) -> int:
-        """JPEG files for all: `jpegs/` where none are given, `files.bin` for those that read no Parquet."""
+        """Write JPEG files: `jpegs/` if no data is given, and `files.bin` for libraries that cannot read Parquet."""
         few, size = 32 if self.options.quick else few, self.options.size
         if self.options.data is not None:
             packed = synthetic_data.encoded(self.options.data, few)
@@ -62,6 +65,7 @@ class Field:
 
 
 def views(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparison of augmented views of decoded images."""
     small = field.options.size == 32
     field.images(512 if small else 48)
     cpu, some = {"device": "cpu"}, 32 if small else 4
@@ -76,6 +80,7 @@ def views(field: Field) -> list[BenchmarkRounds]:
 
 
 def tower(field: Field) -> list[BenchmarkRounds]:
+    """Return one comparison per method of its networks, forward and backward."""
     field.images(512 if field.options.size == 32 else 48)
     races = []
     for method in field.options.methods:
@@ -91,6 +96,7 @@ def tower(field: Field) -> list[BenchmarkRounds]:
 
 
 def step(field: Field) -> list[BenchmarkRounds]:
+    """Return one comparison per method of complete training steps."""
     small, options = field.options.size == 32, field.options
     field.images(512 if small else 48)
     data = {} if options.data is None else {"data": options.data}
@@ -107,12 +113,13 @@ def step(field: Field) -> list[BenchmarkRounds]:
 
 
 def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementation]:
-    """As it is, and where asked for compiled."""
+    """Return an implementation, followed by its compiled version if requested."""
     plain = field.ours(who, make, **(more | {"compile": False}))
     return [plain, field.ours(f"{who}, compiled", make, **more)] if field.options.compile else [plain]
 
 
 def loss(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparison of NT-Xent, forward and backward."""
     size = {"rows": 256 if field.options.quick else 4096, "dim": 128}
     contestants = [
         field.ours("inbatch", "loss", **size),
@@ -125,6 +132,7 @@ def loss(field: Field) -> list[BenchmarkRounds]:
 
 
 def data(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparisons of JPEG decoding, resident sources and streamed loading."""
     small, options, cpu = field.options.size == 32, field.options, {"device": "cpu"}
     count = field.files(2048 if small else 256)
     read = {"data": options.data or str(field.folder / "jpegs"), "files": count, "method": "simclr"}
@@ -136,7 +144,7 @@ def data(field: Field) -> list[BenchmarkRounds]:
         field.plain("simplejpeg", "decode_simplejpeg", "simplejpeg", **some, **cpu),
     ]
     batch = {"batch": min(field.shared["batch"], count), "workers": options.threads or min(16, cores())}
-    batch["at_least"] = 4 * batch["workers"]  # batches come by so many at once
+    batch["at_least"] = 4 * batch["workers"]  # batches arrive in groups of this many
     every: dict[str, Any] = {"threads": options.threads or memory.threads()}
     streams = [
         field.ours("inbatch", "stream", **read, **batch, **every),
@@ -151,6 +159,7 @@ def data(field: Field) -> list[BenchmarkRounds]:
 
 
 def evaluation(field: Field) -> list[BenchmarkRounds]:
+    """Return the comparisons of k-NN, linear probe and k-means."""
     quick = field.options.quick
     bank, queries, dim, classes = (400, 100, 16, 4) if quick else (50_000, 10_000, 512, 10)
     for name, array in synthetic_data.features(bank + queries, dim, classes).items():

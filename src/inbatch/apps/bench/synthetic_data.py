@@ -1,4 +1,4 @@
-"""What contestants work on: images with structure and noise, so that their JPEG files are as long as photographs'."""
+"""Synthetic benchmark data: images with structure and noise, whose JPEG files are as large as those of photographs."""
 
 import io
 import json
@@ -14,22 +14,22 @@ from PIL import Image
 from inbatch.errors import ConfigError, DataError
 
 LAYERS = ((1 / 40, 50.0), (1 / 10, 25.0), (1 / 3, 10.0), (1.0, 8.0))
-"""Share of the resolution at which noise is drawn, and its standard deviation."""
+"""Fraction of the resolution at which noise is drawn, and its standard deviation."""
 QUALITY = {32: 75, 224: 90}
-"""Of the JPEG files, as in CIFAR-10's JPEG copy and ImageNet: about 1 kB and 100 kB."""
+"""JPEG quality by view size, as in CIFAR-10's JPEG copy and ImageNet: about 1 kB and 100 kB per file."""
 SIDES = {32: (32, 32), 224: (375, 500)}
-"""Size of the views -> height and width of the images they are cut from."""
+"""Size of the views -> height and width of the images that they are cut from."""
 
 
 def draw_images(count: int, size: int, seed: int = 0) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 for views of this size."""
+    """Draw images (N, H, W, 3) uint8 for views of this size."""
     height, width = SIDES[size]
     rng, out = np.random.default_rng(seed), np.empty((count, height, width, 3), np.uint8)
     for image in out:
         x = np.full((height, width, 3), 120.0, np.float32)
         for share, deviation in LAYERS:
             small = (max(2, round(height * share)), max(2, round(width * share)))
-            # Channels go together, as in photographs.
+            # Channels are correlated, as in photographs.
             noise = rng.normal(0, deviation, (*small, 1)) + rng.normal(0, deviation / 3, (*small, 3))
             for c in range(3):
                 layer = Image.fromarray(noise[..., c].astype(np.float32))
@@ -39,7 +39,7 @@ def draw_images(count: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def write_folder(files: Sequence[bytes], folder: Path, classes: int = 2) -> Path:
-    """JPEG files in a sub-folder per class."""
+    """Write JPEG files in one sub-folder per class."""
     for i, file in enumerate(files):
         place = folder / f"class{i % classes}"
         place.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write_folder(files: Sequence[bytes], folder: Path, classes: int = 2) -> Path
 
 
 def encoded(data: str, count: int) -> list[bytes]:
-    """The bytes of up to so many image files of a folder or a Parquet file; DataError where there are none."""
+    """Read up to `count` encoded images of a folder or a Parquet file; raise DataError if there are none."""
     path = Path(data)
     if path.is_dir() and not (inside := sorted(path.glob("train*.parquet"))):
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
@@ -64,6 +64,7 @@ def encoded(data: str, count: int) -> list[bytes]:
 
 
 def parquet(file: Path, count: int) -> list[bytes]:
+    """Read up to `count` encoded images of a Parquet file; raise DataError if it cannot be read."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -80,7 +81,7 @@ def parquet(file: Path, count: int) -> list[bytes]:
 
 
 def labelled(file: Path) -> tuple[list[bytes], torch.Tensor]:
-    """The image files of a Parquet file and their labels (N,); DataError unless there is one for each."""
+    """Read the encoded images of a Parquet file and their labels (N,); raise DataError unless every image has one."""
     files = parquet(file, sys.maxsize)
     from pyarrow.parquet import read_schema, read_table
 
@@ -91,13 +92,13 @@ def labelled(file: Path) -> tuple[list[bytes], torch.Tensor]:
 
 
 def pack(files: Sequence[bytes], folder: Path) -> None:
-    """Encoded images in one file, for contestants that read no Parquet: `files.bin`, and where each ends."""
+    """Write encoded images to one file, `files.bin`, with their end positions, for libraries without Parquet."""
     (folder / "files.bin").write_bytes(b"".join(files))
     (folder / "files.json").write_text(json.dumps(np.cumsum([len(file) for file in files]).tolist()))
 
 
 def jpegs(images: np.ndarray, size: int) -> list[bytes]:
-    """The images as JPEG files."""
+    """Encode images as JPEG."""
     out = []
     for image in images:
         buffer = io.BytesIO()
@@ -107,7 +108,7 @@ def jpegs(images: np.ndarray, size: int) -> list[bytes]:
 
 
 def features(samples: int, dim: int, classes: int, seed: int = 0) -> dict[str, Any]:
-    """Rows around the centres of their classes, as an encoder gives them: (N, D) float32 and labels (N,)."""
+    """Draw rows around the centres of their classes, similar to embeddings: (N, D) float32 and labels (N,)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, samples)
     rows = rng.normal(0, 0.3, (classes, dim))[labels] + rng.normal(0, 1, (samples, dim))

@@ -1,4 +1,4 @@
-"""A step of a ResNet-18 by setting, for `inbatch doctor`: torch alone is imported, for a short start."""
+"""Step of a ResNet-18 by setting, for `inbatch doctor`; only torch is imported, for a short start."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut (He et al. 2016)."""
+    """Residual block of two convolutions and a shortcut (He et al. 2016)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -21,13 +21,13 @@ class Block(nn.Module):
 
 
 def _convolution(channels: int, width: int, side: int, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias, and batch norm."""
+    """Create a convolution without bias, followed by batch norm."""
     convolution = nn.Conv2d(channels, width, side, stride, padding=side // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(width))
 
 
 def resnet18() -> nn.Module:
-    """ResNet-18 with the stem for 32 pixels, as `create_encoder("resnet18", size=32)` makes it."""
+    """Create ResNet-18 with the stem for 32 pixels, as `create_encoder("resnet18", size=32)` does."""
     widths = ((64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2))
     blocks = [Block(*width) for width in (*widths, (512, 512, 1))]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -35,7 +35,7 @@ def resnet18() -> nn.Module:
 
 
 def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
-    """In the process of a contestant: a step of an encoder without its optimiser; units are views."""
+    """Run a step of an encoder without its optimiser in a benchmark worker; units are views."""
     layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
     encoder = resnet18().to(memory_format=layout)  # type: ignore[call-overload]
     images = [torch.randn(job["batch"], 3, 32, 32).contiguous(memory_format=layout) for _ in range(2)]

@@ -1,10 +1,10 @@
-"""A contestant: a process that does one kind of work whenever it is told to, and says how long it took.
+"""Benchmark worker: a process that runs one workload on request and reports how long it took.
 
-The job is a JSON object on the command line. `module` and `make` name a function that gets the job and returns one
-call of the work, which returns how many units it did, and what is to be told about it. The first line on stdout is what
-was told; after that every line on stdin is a round of calls, answered by its seconds and units.
+The job is a JSON object on the command line. `module` and `make` name a function that gets the job and returns the
+workload and its properties; one call of the workload returns the number of units done. The first line on stdout
+contains the properties. After that, every line on stdin starts a round of calls, answered by its seconds and units.
 
-Only the standard library is imported here: this file also runs in a Python that has no inbatch.
+Only the standard library is imported here: this file also runs in a Python without inbatch.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 Work = tuple[Callable[[], int], dict[str, Any]]
-"""One call, and what is told about it."""
+"""A call of the workload, and the properties to report."""
 BRIEF = 0.1
-"""Seconds: shorter calls are warmed up at the start of a round, since after a pause caches and clocks are cold."""
+"""Seconds; shorter calls are warmed up at the start of a round, since caches and clock rates drop during a pause."""
 
 
 def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    """Prepare the work, then do a round of it for every line on stdin."""
+    """Prepare the workload, then run one round of it for every line on stdin."""
     import torch
 
     torch.set_num_threads(job["threads"])
     call, told = getattr(importlib.import_module(job["module"]), job["make"])(job)
-    if job.get("waits"):  # others import at the same time
+    if job.get("waits"):  # other processes import at the same time
         sys.stdin.readline()
     asynchronous = job["device"].startswith("cuda")
 
@@ -67,12 +67,12 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
             seconds, units = timed(calls)
             signal_workers("SIGSTOP")
             tell({"seconds": seconds, "units": units})
-    finally:  # whoever is halted cannot end
+    finally:  # a stopped process cannot exit
         signal_workers("SIGCONT")
 
 
 def signal_workers(name: str) -> None:
-    """Halt this process's data workers between rounds, or let them go on: nobody fetches ahead in another's time."""
+    """Stop or resume data workers, so that they do not prefetch during the rounds of other implementations."""
     if hasattr(signal, name):
         for child in multiprocessing.active_children():
             with contextlib.suppress(OSError):
@@ -80,7 +80,10 @@ def signal_workers(name: str) -> None:
 
 
 def beside(name: str, folder: Path = HERE) -> Any:
-    """Load a file beside this one under its bare name, whatever else is called so: a peer's Python has no inbatch."""
+    """Load a file of this folder under its bare name, replacing any module of that name.
+
+    A peer's Python has no inbatch.
+    """
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec and spec.loader
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -89,7 +92,7 @@ def beside(name: str, folder: Path = HERE) -> Any:
 
 
 def main(job: dict[str, Any]) -> None:
-    """Every answer is a line of JSON on the first stdout, whatever libraries print."""
+    """Run a job; every answer is a line of JSON on the original stdout, whatever libraries print."""
     beside("child_processes", HERE.parents[1] / "runtime").end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -101,7 +104,7 @@ def main(job: dict[str, Any]) -> None:
     if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
         return tell({"failed": "not installed"})
     try:
-        if job.get("tune"):  # as the program does, before torch is there
+        if job.get("tune"):  # as the command line does, before torch is imported
             importlib.import_module("inbatch").tune()
         for name in dict.fromkeys(("reference_workloads", job["module"])) if "." not in job["module"] else ():
             beside(name)

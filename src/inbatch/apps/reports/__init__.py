@@ -1,1 +1,1 @@
-"""Reports as pages, text and figures: batch context, crops, data sets, views."""
+"""Reports as images and text: batch context, crops, data sets, views."""

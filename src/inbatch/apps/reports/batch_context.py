@@ -1,4 +1,4 @@
-"""What the plug-ins of a run do to a batch: pictures of it, and a few numbers."""
+"""Effects of a run's plug-ins on a batch: images and measurements."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,30 +30,38 @@ from inbatch.training.run_encoder import kept_initial
 from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
-"""What `draw_report` may write; each is named after what it shows."""
+"""Images that `draw_report` may write, named after their content."""
 
 NEIGHBOURS, BLOCKS = 5, 3
-"""How many other samples stand beside one that attends to them, and how many of the last blocks are drawn."""
+"""Number of other samples shown per attending sample, and number of last blocks drawn."""
 
 _CELL, _GAP, _LINE = 96, 4, 14
 Cells = Sequence[tuple[Image.Image, str]]
-"""Pictures that stand side by side, each with what is written under it."""
+"""Images in one row, each with its caption."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Cells, under a line of text where there is one."""
+    """Cells, with an optional heading above."""
 
     cells: Cells
     heading: str = ""
 
 
 def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
-    """Draw what the plug-ins of a run do to the first batch of an epoch; what was measured, for JSON and `report_rows`.
+    """Draw the effects of a run's plug-ins on the first batch of an epoch; nothing is trained.
 
-    epoch: the next one of the run; where curation has not begun by then, the first one that is curated.
-    out: the folder of the pictures (`PICTURES`); those of an earlier look are removed. count: images to a picture.
-    Nothing is learned. Raises InbatchError where the pictures cannot be written.
+    Args:
+        built: Components of the run.
+        epoch: The run's next epoch; if curation starts later, its first curated epoch is used.
+        out: Folder of the images (`PICTURES`); those of an earlier report are removed.
+        count: Number of samples per image.
+
+    Returns:
+        The measurements, for JSON and `report_rows`.
+
+    Raises:
+        InbatchError: If the images cannot be written.
     """
     curator = built.step.curator
     found: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
@@ -86,12 +94,19 @@ def _views(built: RunComponents, batch: Batch, drawn: Drawn, count: int) -> Imag
 
 @torch.no_grad()
 def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image]:
-    """Plain and fused images of a group as in training, and what fusion adds that is not the image itself.
+    """Compare plain and fused images of a context group, with the model as in training.
 
-    group: V views (G, C, H, W) of one context group, normalised. Told are, in standard deviations of a pixel, `change`,
-    the mean absolute difference of fused and plain images, and `added`, that of the fused images from `own` times the
-    plain ones, the closest multiple of them. `common` is the share of the latter (of its squares) that is the same for
-    all images of the group.
+    `change` is the mean absolute difference of fused and plain images, and `added` that of the fused images and `own`
+    times the plain ones, where `own` is the least-squares factor; both are in standard deviations of a pixel. `common`
+    is the share of the added part (of its squares) that is the same for all images of the group.
+
+    Args:
+        built: Components of the run.
+        group: V views (G, C, H, W) of one context group, normalised.
+        count: Number of images to draw.
+
+    Returns:
+        The measurements, and an image.
     """
     network = built.network
     fuse, number = network.fuse, min(network.fused & set(built.method.online_views(len(group))))
@@ -133,13 +148,13 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
 def redrawn(
     built: RunComponents, batch: Batch, count: int
 ) -> tuple[Sequence[Tensor], dict[str, Any], Image.Image | None]:
-    """The curated views of a batch, what curation did, and the worst violators before and after, if there are any."""
+    """Return the curated views of a batch, measurements, and an image of the worst violators if there are any."""
     curator = built.step.curator
     assert curator is not None
     judged: list[Tensor] = []
 
     def listen(x: Tensor, dim: int) -> Tensor:
-        """Every judgement passes here as own and nearest distances."""
+        """Record the own and nearest distances of every judgement."""
         if dim == 0:
             judged.append(x.cpu())
         return x
@@ -182,9 +197,10 @@ def redrawn(
 
 
 def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image | None]:
-    """The weights that the samples of a group give each other in every attention block, and a picture of them.
+    """Measure the weights that the samples of a context group give each other in every attention block.
 
-    Told are mean, least and largest weight of each block; without blocks in which samples meet, none and no picture.
+    Returns:
+        Mean, smallest and largest weight of each block, and an image; no blocks and None if no block mixes samples.
     """
     network, encoder = built.network, built.encoder
     online_views = list(built.method.online_views(len(group)))
@@ -225,7 +241,7 @@ def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple
 
 
 def _weighed(pictures: Sequence[Image.Image], weights: dict[str, Tensor], count: int) -> Image.Image:
-    """BA2M: images of the group in the order of their weights, a row for each of the last blocks."""
+    """Draw images of the group in the order of their BA2M weights, one row for each of the last blocks."""
     lines = []
     for slot, weight in list(weights.items())[-BLOCKS:]:
         order = weight.argsort(descending=True)
@@ -242,7 +258,7 @@ def _weighed(pictures: Sequence[Image.Image], weights: dict[str, Tensor], count:
 
 
 def _neighbours(pictures: Sequence[Image.Image], weights: Float[Tensor, "g n"], count: int) -> Image.Image:
-    """BatchFormer: images, and whom of the others each attends to most."""
+    """Draw images with the other samples that they attend to most in BatchFormer."""
     others = weights.clone().fill_diagonal_(-1)
     near = others.topk(min(NEIGHBOURS, len(pictures) - 1)).indices.tolist()
     lines = [
@@ -257,7 +273,7 @@ def _neighbours(pictures: Sequence[Image.Image], weights: Float[Tensor, "g n"], 
 
 
 def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
-    """Rows of pictures under a title, everything on white."""
+    """Draw rows of images under a title on a white background."""
     font = ImageFont.load_default(11)
     places: list[tuple[int, int, str]] = [(_GAP, _GAP + i * _LINE, text) for i, text in enumerate(title)]
     pasted: list[tuple[Image.Image, tuple[int, int]]] = []
@@ -284,7 +300,7 @@ def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
 
 
 def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The table: plug-in, what was measured, and what came out."""
+    """Return the rows of the table: plug-in, measurement, value."""
     told, lines = found["leak"], []
     if told is None:
         lines.append(("groups", "told from one embedding", "not asked: fewer than two groups of 4 samples"))
@@ -319,9 +335,9 @@ def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
-    """The image of a sample, as its boxes measure it."""
+    """Return the image of a sample at the size that its boxes refer to."""
     pictures = batch.take(slice(i, i + 1)).pictures()
-    if pictures is None:  # the workers cropped, and it did not travel
+    if pictures is None:  # the workers cropped the image, so the batch does not contain it
         return built.loader.source.image(int(batch.index[i]))
     (image,) = pictures
     if batch.size is None:
@@ -331,13 +347,13 @@ def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h 
 
 
 def _grid(built: RunComponents, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:
-    """Images with their boxes, and their views: these of the drawn ones."""
+    """Draw images with their boxes and the selected views."""
     some = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
     return Image.fromarray(grid(originals, some, built.views.mean, built.views.std))
 
 
 def _pixels(built: RunComponents, images: Tensor) -> Float[Tensor, "n c h w"]:
-    """Normalised images as they were before: of values 0 to 1 where they are views."""
+    """Undo the normalisation; views return to values from 0 to 1."""
     return images.float().cpu() * _column(built.views.std) + _column(built.views.mean)
 
 
@@ -346,7 +362,7 @@ def _column(values: Sequence[float]) -> Tensor:
 
 
 def _tile(image: Float[Tensor, "c h w"]) -> Image.Image:
-    """Values from 0 to 1 as a picture: one channel in grey, of more than three the first three."""
+    """Convert values from 0 to 1 to an image: one channel in grey; of more than three channels, the first three."""
     shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     pixels = (shown.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().contiguous().numpy()
     zoom = _CELL / max(pixels.shape[:2])
@@ -370,11 +386,19 @@ def inspect_run(
     path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """Draw what the plug-ins of a run, finished or stopped, do to a batch, and measure it (`inspect.context.look`).
+    """Draw and measure the effects of the plug-ins of a finished or stopped run on a batch.
 
-    data: where the run's images are now; the recipe's by default. out: the pictures' folder, RUN/inspect by default.
-    count: images to a picture. seed: which images, and what is drawn.
-    Raises ConfigError where there is no run or no checkpoint, DataError where the images are gone.
+    Args:
+        path: Run directory.
+        data: Current location of the run's images, by default that of the recipe.
+        out: Folder of the images, RUN/inspect by default.
+        count: Number of samples per image.
+        seed: Seed of the choice of images and of the views.
+        device: Device to use.
+
+    Raises:
+        ConfigError: If there is no run or no checkpoint.
+        DataError: If the images cannot be read.
     """
     folder = Path(path)
     if not (folder / "recipe.json").is_file():
@@ -383,7 +407,8 @@ def inspect_run(
         raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
     settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
-    if context := report_of(folder).get("context"):  # a run of several processes: how large its groups were
+    # a run of several processes stores its context group size in the report
+    if context := report_of(folder).get("context"):
         settings["context"] = context
     recipe = make(settings)
     try:

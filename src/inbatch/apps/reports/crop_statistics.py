@@ -1,4 +1,4 @@
-"""How the two crops of an image lie to each other, counted over many pairs (Welle et al. 2021, Figure 3, Table 1)."""
+"""Statistics of the relation between the two crops of an image (Welle et al. 2021, Figure 3, Table 1)."""
 
 import re
 import time
@@ -20,15 +20,15 @@ from inbatch.runtime.files import replacing
 SAMPLERS = ("ours", "torchvision")
 PAPER_SIZE = (32, 32)
 PAPER_SHARES = (0.1727, 0.0140, 0.8133)
-"""Figure 3: default crops of 32 x 32 pixels, in the order of CONFIGURATIONS."""
+"""Figure 3: shares for default crops of 32 x 32 pixels, in the order of CONFIGURATIONS."""
 PAPER_AREA = {
     "default": 0.49, "global-local": 0.51, "adjacent": 0.17, "intersection": 0.49, "equal": 0.39,
     "big": 0.70, "small": 0.29, "global-local-big": 0.73,
 }  # fmt: skip
-"""Table 1, last column: the average area of a crop as a share of the image."""
+"""Table 1, last column: mean area of a crop as a fraction of the image."""
 
 _CHUNK = 1024  # pairs drawn at once
-_MOST = 4096  # pixels of an image's side
+_MOST = 4096  # maximum side of an image in pixels
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
 
 
@@ -37,10 +37,14 @@ HEADINGS = ("crops", *CONFIGURATIONS, "mean area", "paper's, 32 px", "seconds")
 
 @dataclass(frozen=True)
 class CropStatistics:
-    """What was counted over the pairs of crops of one name.
+    """Statistics of the crop pairs of one name.
 
-    shares: of the pairs, in the order of CONFIGURATIONS. area: mean of all boxes, as a share of the image.
-    coverage: (height, width), how many boxes cover a pixel, divided by the largest of these numbers.
+    Attributes:
+        name: Key of `CROPS`.
+        shares: Shares of the configurations among the pairs, in the order of CONFIGURATIONS.
+        area: Mean area of all boxes as a fraction of the image.
+        coverage: (height, width): number of boxes that cover a pixel, divided by its maximum.
+        seconds: Duration of the count.
     """
 
     name: str
@@ -50,13 +54,13 @@ class CropStatistics:
     seconds: float
 
     def json(self) -> dict[str, Any]:
-        """All but the coverage."""
+        """Return all fields except the coverage."""
         shares = dict(zip(CONFIGURATIONS, self.shares, strict=True))
         return shares | {"area": self.area, "paper_area": PAPER_AREA[self.name], "seconds": self.seconds}
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width of "32" or "375x500". Raises ConfigError."""
+    """Parse height and width from "32" or "375x500"; raise ConfigError if invalid."""
     found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
     height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not (2 <= height <= _MOST and 2 <= width <= _MOST):
@@ -68,7 +72,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def choose_crops(name: str, sampler: str) -> list[str]:
-    """The names to tally: one of CROPS, or all of them. Raises ConfigError for what is not known or not drawn."""
+    """Return the names to count: one of CROPS, or all; raise ConfigError if unknown or not supported by the sampler."""
     if sampler not in SAMPLERS:
         raise ConfigError(f"There is no sampler {sampler!r}. Choose ours or torchvision.")
     if name != "all" and name not in CROPS:
@@ -92,10 +96,18 @@ def count_configurations(
     sampler: str = "ours",
     notice: Callable[[str], None] = lambda text: None,
 ) -> CropStatistics:
-    """Draw pairs of crops of images of one size (height, width) and count; memory does not grow with their number.
+    """Draw pairs of crops of images of one size and count their configurations; memory use is constant.
 
-    sampler: ours, or torchvision's own RandomResizedCrop, box by box. notice: is told when that will take long.
-    Raises ConfigError for fewer than one pair.
+    Args:
+        name: Key of `CROPS`.
+        size: Height and width of the images in pixels.
+        pairs: Number of pairs.
+        seed: Seed of the crops.
+        sampler: "ours", or "torchvision" for its RandomResizedCrop, box by box.
+        notice: Called with a message if the count will take long.
+
+    Raises:
+        ConfigError: If `pairs` is less than one.
     """
     if pairs < 1:
         raise ConfigError(f"{pairs} pairs cannot be counted: draw at least one.")
@@ -110,7 +122,7 @@ def count_configurations(
         corners += _corners(boxes.flatten(0, 1), width + 1, len(corners))
         done += boxes.shape[1]
         if number == 0:
-            warm = time.perf_counter()  # the first chunk also pays for what is loaded and set up
+            warm = time.perf_counter()  # the first chunk includes imports and initialisation
         elif number == 1 and (left := (time.perf_counter() - warm) * (pairs - done) / boxes.shape[1]) > 5:
             notice(f"{name}: {pairs:,} pairs will take about {left:,.0f} s")
     covered = corners.view(height + 1, width + 1).cumsum(0).cumsum(1)[:height, :width]
@@ -124,7 +136,7 @@ def count_configurations(
 
 
 def _ours(name: str, size: tuple[int, int], pairs: int, seed: int) -> Iterator[Int[Tensor, "2 b 4"]]:
-    views, together = arrange(name, (View(32), View(32)))  # only where they cut is asked
+    views, together = arrange(name, (View(32), View(32)))  # only the boxes of these views are used
     draw = Views(views, (0.5,), (0.5,), together)
     for index in torch.arange(pairs).split(_CHUNK):
         yield draw.boxes(index, torch.tensor(size).expand(len(index), 2), seed, 0)
@@ -145,7 +157,10 @@ def _torchvision(name: str, size: tuple[int, int], pairs: int, seed: int) -> Ite
 
 
 def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor, "length"]:
-    """Of each box +1, -1, -1, +1 at its four corners: summed along y and x, how many boxes cover each pixel."""
+    """Return +1, -1, -1, +1 at the corners of each box.
+
+    Cumulative sums along y and x count the boxes over each pixel.
+    """
     top, left, height, width = boxes.unbind(1)
     begin, end = top * stride + left, (top + height) * stride + left
     plus, minus = torch.cat([begin, end + width]), torch.cat([begin + width, end])
@@ -153,7 +168,10 @@ def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor,
 
 
 def table_rows(tallies: Sequence[CropStatistics], size: tuple[int, int]) -> list[tuple[str, ...]]:
-    """The table: name, shares in percent, mean area, the paper's; then its own row of shares, where it has one."""
+    """Return the table rows: name, shares in percent, mean area, the paper's area.
+
+    The paper's shares follow if known.
+    """
     cells = []
     for t in tallies:
         shares = (f"{share:.2%}" for share in t.shares)
@@ -164,9 +182,9 @@ def table_rows(tallies: Sequence[CropStatistics], size: tuple[int, int]) -> list
 
 
 def plot(tallies: Sequence[CropStatistics], size: tuple[int, int], pairs: int, png: Path) -> None:
-    """Draw of each tally the heat map of coverage and the bars of the shares, as Figure 3 has them.
+    """Plot for each name the heat map of coverage and the bars of the shares, as in Figure 3.
 
-    The paper's shares stand beside ours where it has them: default, 32 x 32 pixels.
+    The paper's shares are shown for comparison if known: default, 32 x 32 pixels.
     """
     several = len(tallies) > 1
     wide, high = (2.1 * len(tallies), 4.6) if several else (7.2, 3.0)

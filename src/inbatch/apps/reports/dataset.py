@@ -1,4 +1,4 @@
-"""What a data set holds, and whether it can be learned from, before anything is (`inbatch data`)."""
+"""Data set report: contents of a data set, and problems that would prevent training (`inbatch data`)."""
 
 import math
 import shlex
@@ -25,21 +25,31 @@ from inbatch.runtime.text import printable
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe
 
-_FEW = 3  # groups of duplicates that are named, and members of each
-_ROWS, _COLUMNS = 8, 8  # of the picture
+_FEW = 3  # number of duplicate groups that are listed, and of members of each
+_ROWS, _COLUMNS = 8, 8  # size of the image grid
 
 
 def survey_data(
     data: Any, *, split: str | None = None, sample: int | None = None, out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Look at every image of some data once, and tell what `inbatch data` tells, as values that JSON knows.
+    """Read every image of a data set once and return the report of `inbatch data`, ready for JSON.
 
-    split: which one, the first by default; the others are compared with it. sample: only so many images of each, evenly
-        spaced. out: a picture of some images, a row for a class. settings: how they are read, as in a recipe
-        (channels, levels, classes, subset). quiet: no progress on stderr.
-    What hinders a run is in `problems`; nothing is there where the data can be learned from. Names are printable.
-    Raises DataError where there is no image at all, ConfigError for settings that cannot be.
+    Names in the report are printable. `problems` lists everything that would prevent a run; it is empty for usable
+    data.
+
+    Args:
+        data: As in `open_data`.
+        split: Split to report on, the first by default; the other splits are compared with it.
+        sample: Read only this many images of each split, evenly spaced.
+        out: Image file to write with some images, one row per class.
+        settings: Reading options as in a recipe (channels, levels, classes, subset).
+        device: Device on which a run would hold the images.
+        quiet: Show no progress on stderr.
+
+    Raises:
+        DataError: If there is no image.
+        ConfigError: If a setting is invalid.
     """
     if sample is not None and sample < 1:
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
@@ -86,7 +96,7 @@ def survey_data(
 
 
 def _spaced(n: int, sample: int | None) -> list[int]:
-    """All numbers, or so many of them, evenly spaced."""
+    """Return all numbers below n, or `sample` of them, evenly spaced."""
     return (
         list(range(n)) if sample is None or sample >= n else np.linspace(0, n - 1, sample).round().astype(int).tolist()
     )
@@ -101,7 +111,7 @@ def _name(text: str) -> str:
 
 
 def _sizes(seen: ImageStatistics) -> dict[str, Any]:
-    """Of the images that can be read, in pixels; shorter_side: how many by its power of two."""
+    """Summarise the sizes of the readable images in pixels; shorter_side: counts by power of two."""
     if not seen.sizes:
         return {"distinct": 0}
     sizes = np.array(seen.sizes).reshape(-1, 2)
@@ -121,14 +131,14 @@ def _sizes(seen: ImageStatistics) -> dict[str, Any]:
 
 
 def _pixels(seen: ImageStatistics) -> dict[str, list[float]]:
-    """By channel, 1 being white; every pixel counts the same."""
+    """Summarise the pixel values by channel, 1 is white; every pixel has the same weight."""
     mean, deviation = seen.mean_and_deviation()
     ends = [np.ravel(x).tolist() if seen.pixels else [] for x in (seen.lowest, seen.highest)]
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
 def _levels(seen: ImageStatistics) -> list[int]:
-    """Between which values of 16 bits all pixels lie, as far as their upper 8 bits tell."""
+    """Return the range of 16-bit values that contains all pixels, as far as their upper 8 bits show."""
     return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
 
 
@@ -144,7 +154,7 @@ def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
 def _leak(
     data: Any, other: str, recipe: Recipe, source: Source, seen: ImageStatistics, sample: int | None, quiet: bool
 ) -> tuple[int, dict[str, Any]]:
-    """How many images another split has, and those of them that this one has, too."""
+    """Return the number of images of another split, and those that also occur in this one."""
     there = open_data(data, other, **recipe.reading)
     indices = _spaced(len(there), sample)
     also = total(_counted(chunks(there, indices, pixels=False), len(indices), f"of {other} compared", quiet))
@@ -157,7 +167,7 @@ def _leak(
 
 
 def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
-    """Where a run of this data would hold its images, by the largest of its views."""
+    """Return where a run on these data would hold its images, by the size of its largest view."""
     views, _ = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
     canvas = 2 * max(view.size for view in views)
     needed, free = estimate(source, canvas), free_bytes(device_for(device))
@@ -165,7 +175,7 @@ def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
 
 
 def _problems(source: Source, seen: ImageStatistics, found: Mapping[str, Any], max_bad: float) -> list[str]:
-    """Why a run would not begin, in sentences."""
+    """Return the reasons why a run could not start, as sentences."""
     bad, looked = len(seen.unreadable), found["looked_at"]
     if bad > max_bad * looked:
         most = f"{100 * max_bad:g}%"
@@ -178,7 +188,7 @@ def _problems(source: Source, seen: ImageStatistics, found: Mapping[str, Any], m
 
 
 def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
-    """A picture of some images that can be read: a row for each of some classes, or as they come."""
+    """Write an image file with some readable images: one row for each of some classes, or in order if unlabelled."""
     numbers, rows = torch.tensor(seen.numbers, dtype=torch.long), [""]
     labels = source.labels[numbers]
     classes = labels[labels >= 0].unique()
@@ -198,6 +208,6 @@ def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_sheet(out, shown)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+    except (OSError, ValueError) as error:  # ValueError: unknown file extension
         raise ConfigError(f"cannot write {out}: {error}") from None
     return {"out": str(out), "rows": rows}

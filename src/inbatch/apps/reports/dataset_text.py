@@ -1,4 +1,4 @@
-"""What a survey found, for a terminal."""
+"""Data set report as text for a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from inbatch.data.resident import SHARE
 from inbatch.errors import many
 
-_FEW = 10  # unreadable images that are named
-_CLASSES = 12  # whose names fit beside their counts
+_FEW = 10  # maximum number of unreadable images that are listed
+_CLASSES = 12  # maximum number of classes whose names are listed with their counts
 
 
 def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Lines of the table: what, and what was found."""
+    """Iterate over the lines of the table: label and value."""
     n, looked = found["images"], found["looked_at"]
     others = [f"{count:,} in {name}" for name, count in found["splits"].items() if name != found["split"]]
     yield "images", ", ".join([f"{n:,} in {found['split']}", *others])
@@ -49,7 +49,7 @@ def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Lines under the table."""
+    """Return the lines below the table."""
     bad = found["unreadable"]
     lines = [one["why"] for one in bad[:_FEW]]
     if found["levels"]:
@@ -103,7 +103,7 @@ def _sizes(sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _same(how_many: str, first: Sequence[Sequence[str]]) -> str:
-    """With one example; --json has more."""
+    """Format a count with one example; --json has more."""
     return f"{how_many}: {' = '.join(map(_short, first[0]))}" if first else "none"
 
 

@@ -1,4 +1,4 @@
-"""Every image of a source looked at once: its size, its kind, its pixels in sums, and what tells it from others."""
+"""Statistics of a source in one pass over its images: sizes, formats, pixel sums and digests."""
 
 import hashlib
 from array import array
@@ -13,24 +13,31 @@ from inbatch.data import Source
 from inbatch.errors import DataError
 from inbatch.runtime.resources import cores
 
-_CHUNK = 64  # images a thread looks at in one go
-_BLOCK = 2**22  # values whose squares lie in memory at once
-_DIGEST = 16  # bytes: no two of 10^15 different images share one
+_CHUNK = 64  # images per task of a thread
+_BLOCK = 2**22  # values whose squares are in memory at once
+_DIGEST = 16  # bytes; enough that no two of 10^15 different images share a digest
 _NONE = np.zeros((0, 2), np.uint64)
 
 _KINDS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF",
     b"II+\0": "TIFF", b"MM\0+": "TIFF", b"RIFF": "WebP",
 }  # fmt: skip
-"""How files begin."""
+"""Magic bytes of file formats."""
 
 
 @dataclass
 class ImageStatistics:
-    """What was found in some images; `+=` adds what was found in others.
+    """Statistics of some images; `+=` adds those of others.
 
-    numbers, sizes (height, width, height, ...), digests: of those that can be read, in little memory. Sums are over all
-    pixels, by channel.
+    Attributes:
+        numbers, sizes, digests: Number, size (height, width, height, ...) and digest of the readable images, in compact
+            form.
+        kinds: Number of images by file format.
+        bits: Number of images by bits per value.
+        unreadable: (image number, reason).
+        pixels: Number of pixels.
+        sums, squares: Sums over all pixels, by channel.
+        lowest, highest: Extreme values, by channel.
     """
 
     numbers: "array[int]" = field(default_factory=lambda: array("q"))
@@ -40,7 +47,7 @@ class ImageStatistics:
     bits: Counter[int] = field(default_factory=Counter)
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     pixels: int = 0
-    sums: np.ndarray | int = 0  # Python's integers: exact, however many
+    sums: np.ndarray | int = 0  # Python integers: exact for any number of images
     squares: np.ndarray | int = 0
     lowest: np.ndarray | int = 255
     highest: np.ndarray | int = 0
@@ -59,11 +66,11 @@ class ImageStatistics:
         return self
 
     def mean_and_deviation(self) -> tuple[list[float], list[float]]:
-        """Of every channel, over all pixels, 1 being white; nothing where no image can be read."""
+        """Return mean and standard deviation per channel over all pixels, 1 is white; empty if no image is readable."""
         if not self.pixels:
             return [], []
         sums, squares = (np.array(x, dtype=object) for x in (self.sums, self.squares))
-        spread = squares * self.pixels - sums * sums  # exact: both are integers
+        spread = squares * self.pixels - sums * sums  # exact, since both are integers
         return (
             [int(x) / self.pixels / 255 for x in sums],
             [int(x) ** 0.5 / self.pixels / 255 for x in spread],
@@ -71,14 +78,17 @@ class ImageStatistics:
 
 
 def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> Iterator[ImageStatistics]:
-    """The images in pieces, by threads, for decoding leaves Python to others. pixels: False tells them apart only."""
+    """Iterate over statistics of chunks of images, by threads (decoding releases the GIL).
+
+    Pixels: also sum pixel values.
+    """
     with ThreadPoolExecutor(cores()) as pool:
         starts = range(0, len(indices), _CHUNK)
         yield from pool.map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
 
 
 def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:
-    """All of them in one."""
+    """Return the sum of several statistics."""
     whole = ImageStatistics()
     for tally in tallies:
         whole += tally
@@ -86,12 +96,12 @@ def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:
 
 
 def repeated(*tallies: ImageStatistics) -> list[list[tuple[int, int]]]:
-    """Groups of images that are the same, each as (which tally, number), in the order of their first."""
+    """Return groups of identical images, each as (index in `tallies`, image number), ordered by their first image."""
     words = np.concatenate(
         [np.frombuffer(t.digests, np.uint64).reshape(-1, 2) for t in tallies if t.numbers] or [_NONE]
     )
     whose = [(which, number) for which, t in enumerate(tallies) for number in t.numbers]
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first of a group comes first
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first image of a group stays first
     same = (words[order[1:]] == words[order[:-1]]).all(1)
     cuts = np.flatnonzero(~same) + 1
     groups = [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
@@ -113,7 +123,7 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
         found.digests += _digest(contents, values)
         found.kinds[_kind(contents)] += 1
         if contents is not None:
-            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # a file, so it is a Picture
+            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # an ImageFile
         if pixels and values is not None:
             _add(found, values)
     return found
@@ -126,7 +136,7 @@ def _kind(contents: bytes | None) -> str:
 
 
 def _digest(contents: bytes | None, values: np.ndarray | None) -> bytes:
-    """Of the file as it is, or of the pixels where there is none."""
+    """Return the digest of the file, or of the pixels if there is no file."""
     said = hashlib.blake2b(contents or b"", digest_size=_DIGEST)
     if contents is None and values is not None:
         said.update(repr(values.shape).encode())

@@ -1,4 +1,4 @@
-"""Pictures of images, and of their views: what the model is shown, and where each view was cut."""
+"""Grids of images and of their views: the model's input, and the crop box of each view."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +26,18 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#
 
 
 def grid(images: Tensor | Sequence[Tensor], drawn: Drawn, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """One row per image: the image with the box of every view, then the views, each framed in its box's colour.
+    """Return one row per image: the image with the box of every view, then the views, framed in their box's colour.
 
-    images: (n, C, H, W) uint8, or n of (C, h, w); drawn: their views, normalised with mean and std.
-    Returns (height, width, 3) uint8. One channel is shown in grey, of more than three the first three.
+    One channel is shown in grey; of more than three channels, the first three are shown.
+
+    Args:
+        images: (n, C, H, W) uint8, or n of (C, h, w).
+        drawn: Their views, normalised with mean and std.
+        mean: Mean per channel.
+        std: Standard deviation per channel.
+
+    Returns:
+        (height, width, 3) uint8.
     """
     views = len(drawn.images)
     sheet = Image.new("RGB", ((_CELL + _GAP) * (1 + views) + _GAP, (_CELL + _GAP) * len(images) + _GAP), "white")
@@ -60,7 +68,7 @@ def save_grid(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write `grid` to an image file, whole or not at all; ValueError for an ending that is no picture's."""
+    """Write `grid` to an image file atomically; raise ValueError for an unknown file extension."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"unknown file extension: {Path(path).suffix}")
@@ -69,7 +77,7 @@ def save_grid(
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ValueError if its ending is no picture's."""
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; raise ValueError for an unknown file extension."""
     columns = max(map(len, rows))
     sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
     for row, images in enumerate(rows):
@@ -86,13 +94,13 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
-    """(C, h, w) uint8 as an RGB picture."""
+    """Convert (C, h, w) uint8 to an RGB image."""
     shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 0)
     return Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
 
 
 def _how(zoom: float) -> Image.Resampling:
-    """Pixels stay visible where they are enlarged."""
+    """Return the resampling filter; enlarged pixels stay visible."""
     return Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
 
 
@@ -104,11 +112,11 @@ def draw_views(
     data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
     settings: Mapping[str, Any] | None = None, **fields: Any,
 ) -> Part:  # fmt: skip
-    """Draw some images beside their views into a picture; returns the views' name and options."""
+    """Draw some images with their views into an image file; return the name and options of the views."""
     given = merged_settings(method, None, settings, fields)
     recipe, source = resolve_recipe(data_asked_for(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
-    mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # taken off again by the picture
+    mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
     views = Views(crops, mean, std, pairs)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
@@ -117,6 +125,6 @@ def draw_views(
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
     try:
         save_grid(out, images, drawn, mean, std)
-    except ValueError as error:  # an ending that is no picture's
+    except ValueError as error:  # unknown file extension
         raise ConfigError(f"cannot write {out}: {error}") from None
     return recipe.views

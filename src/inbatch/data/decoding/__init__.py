@@ -1,1 +1,1 @@
-"""One file per image format."""
+"""Image decoders, one file per format."""

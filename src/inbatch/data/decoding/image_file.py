@@ -1,7 +1,7 @@
-"""Image files to uint8 pixels: header first, pixels when asked, only as many as needed.
+"""Decoding of image files to uint8 pixels: the header is read first, pixels on demand and only as many as needed.
 
-JPEG goes through simplejpeg, everything else and every JPEG that it has a complaint about through Pillow, and a TIFF
-that Pillow does not know through tifffile.
+JPEG is decoded by simplejpeg. Pillow decodes all other formats and every JPEG that simplejpeg reports a problem with;
+tifffile decodes TIFF files that Pillow does not support.
 """
 
 import io
@@ -28,23 +28,27 @@ from inbatch.errors import DataError
 from inbatch.runtime.files import open_regular
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused before a pixel is decoded: a 110 kB PNG can hold 900 Mpx."""
+"""Maximum number of pixels; larger images are refused before decoding, since a 110 kB PNG can hold 900 Mpx."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
-"""What Pillow may try, whatever a file calls itself; its other readers (EPS runs Ghostscript) stay shut."""
+"""Formats that Pillow may try, regardless of the file extension.
+
+Its other readers stay disabled (EPS runs Ghostscript).
+"""
 
 for _name in ("PIL.TiffImagePlugin", "tifffile"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)  # a damaged file is an error that names it, and said once
+    # a damaged file raises an error that names it; no second message is needed
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_GAP = 3.0  # Pillow's `reducing_gap` at which its manual calls the result indistinguishable
+_GAP = 3.0  # Pillow's `reducing_gap` from which its manual calls the result indistinguishable
 _ORIENTATION = 0x0112
-_HEAD = 2**18  # bytes read of a file when it is opened: all of most; a worker holds 32 opened files at once
+_HEAD = 2**18  # bytes read when a file is opened: most files entirely; a worker holds 32 opened files at once
 
 
 @contextmanager
 def _naming(name: Callable[[], str]) -> Iterator[None]:
-    """Whatever Pillow raises on a damaged file, as a DataError that names it."""
+    """Convert any exception that Pillow raises on a damaged file to a DataError with its name."""
     try:
         yield
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, MemoryError) as e:
@@ -57,14 +61,14 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
 
 
 def file_channels(channels: int | None) -> int:
-    """What files are decoded to: 3 (RGB) unless another number is asked for. DataError for less than 1."""
+    """Return the number of channels to decode files to, by default 3 (RGB); raise DataError if it is less than 1."""
     if channels is not None and channels < 1:
         raise DataError(f"Images have 1 channel (grey), 3 (RGB) or more, not {channels}")
     return channels or 3
 
 
 def decoders() -> str:
-    """Names and versions of all that decoded pixels depend on."""
+    """Return the names and versions of all libraries that decoded pixels depend on."""
     names = [*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch", "tifffile"]
     return ", ".join([*(f"{name} {_version(name)}" for name in names), torch.backends.cpu.get_cpu_capability()])
 
@@ -77,12 +81,20 @@ def _version(name: str) -> str:
 
 
 class ImageFile:
-    """One opened image file: its size is known, its pixels are decoded on demand and once.
+    """Opened image file with known size; its pixels are decoded on demand and once.
 
-    file: its contents, or its path. name: what to call it in an error.
-    channels: 1 (grey) or 3 (RGB) of any file; another number of a TIFF that has just as many.
-    levels: `pixels.to_bytes`, for more than 8 bits.
-    size: height and width in pixels, upright (EXIF orientation applied). bits: per value, as stored.
+    Args:
+        file: Contents of the file, or its path.
+        name: Function that returns the name used in errors.
+        channels: 1 (grey) or 3 (RGB) for any file; another number for a TIFF with exactly that many channels.
+        levels: See `pixels.to_bytes`, for more than 8 bits.
+
+    Attributes:
+        size: Height and width in pixels, upright (EXIF orientation applied).
+        bits: Bits per value, as stored.
+
+    Raises:
+        DataError: If the file cannot be read or has more than `MAX_PIXELS` pixels.
     """
 
     bits = 8
@@ -91,7 +103,7 @@ class ImageFile:
         self._name, self.channels, self._levels = name, channels, levels
         self._image: Image.Image | None = None
         self._tiff: tiff.Header | None = None
-        self._turn = 1  # EXIF's orientation
+        self._turn = 1  # EXIF orientation
         if isinstance(file, bytes):
             head = file
         else:
@@ -127,15 +139,19 @@ class ImageFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file that Pillow holds open."""
         if self._image is not None:
             self._image.close()
 
     def contents(self) -> bytes:
-        """The file as it is; DataError if it cannot be read any more."""
+        """Return the bytes of the file; raise DataError if it can no longer be read."""
         return self._contents()
 
     def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]:
-        """The pixels; scaled down where the longer side is over `longest`. DataError if damaged."""
+        """Return the pixels, scaled down if the longer side exceeds `longest`.
+
+        Raise DataError if the file is damaged.
+        """
         if longest is None or max(self.size) <= longest:
             return torch.from_numpy(self._decode(1.0).transpose(2, 0, 1))
         height, width = self.size
@@ -145,7 +161,7 @@ class ImageFile:
         return _resized(pixels, (0, 0, *pixels.shape[:2]), size, "bilinear")
 
     def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[CropSpec]) -> tuple[UInt8[Tensor, "c s s"], ...]:
-        """One crop per view: the box (top, left, height, width) resized, antialiased, as the view wants it."""
+        """Return one crop per view: the box (top, left, height, width), resized with antialiasing to the view size."""
         places = boxes.tolist()
         need = max(side / min(h, w) for (_, _, h, w), (side, _) in zip(places, wanted, strict=True))
         pixels = self._decode(min(1.0, need))
@@ -158,7 +174,7 @@ class ImageFile:
         return tuple(out)
 
     def _few(self, head: bytes) -> tuple[int, int]:
-        """The stored size of a file that is to give 1 or 3 channels."""
+        """Return the stored size of a file to be decoded to 1 or 3 channels."""
         try:
             self._image = image = self._open()
         except DataError as e:
@@ -168,12 +184,12 @@ class ImageFile:
         with _naming(self._name):
             self.bits = stored_bits(image, head)
         if self._levels is not None and self.bits > 8 and image.format == "TIFF" and image.mode.startswith("RGB"):
-            image.close()  # of which Pillow keeps the upper 8 bits
+            image.close()  # Pillow keeps only the upper 8 bits of such a file
             return self._many(head)
         return image.size[::-1]
 
     def _many(self, head: bytes) -> tuple[int, int]:
-        """The stored size of a TIFF that tifffile is to read; its channels must be those asked for."""
+        """Return the stored size of a TIFF to be decoded by tifffile; raise ValueError if its channels differ."""
         with _naming(self._name):
             if not tiff.is_tiff(head):
                 raise ValueError(f"only TIFF files give {self.channels} channels, others 1 (grey) or 3 (RGB)")
@@ -187,25 +203,25 @@ class ImageFile:
         return found.height, found.width
 
     def _open(self) -> Image.Image:
-        """Pillow's reading of the header."""
+        """Read the header with Pillow."""
         file = io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file
         with _naming(self._name), warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file, formats=FORMATS)
 
     def _orientation(self) -> int:
-        """What EXIF, or XMP in its absence, asks for and the stored size does not show yet; 1 is upright."""
+        """Return the orientation by EXIF, else by XMP, that the stored size does not show yet; 1 is upright."""
         self._image = image = self._image or self._open()
-        if image.format == "TIFF":  # Pillow swaps a TIFF's size by itself
+        if image.format == "TIFF":  # Pillow swaps the size of a TIFF itself
             return 1
-        if image.format == "PNG" and "exif" not in image.info:  # asking would decode the image
+        if image.format == "PNG" and "exif" not in image.info:  # reading EXIF would decode the image
             return 1
         with _naming(self._name):
             turn = image.getexif().get(_ORIENTATION, 1)
         return turn if turn in range(1, 9) else 1
 
     def _decode(self, scale: float) -> np.ndarray:
-        """Upright pixels (h, w, c), at no less than twice `scale` if the file is larger than that."""
+        """Return upright pixels (h, w, c), at no less than twice `scale` if the file is larger than that."""
         if self._tiff is not None:
             return self._by_tifffile()
         if self._jpeg is None:
@@ -217,7 +233,7 @@ class ImageFile:
         )  # fmt: skip
         if pixels is None:
             return self._by_pillow(scale)
-        if pixels.shape[2] != self.channels:  # libjpeg's own grey rounds otherwise than Pillow's
+        if pixels.shape[2] != self.channels:  # libjpeg rounds grey values differently from Pillow
             pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
         return pixels if self._turn == 1 else _upright(pixels, self._turn)
 
@@ -230,7 +246,7 @@ class ImageFile:
     def _by_pillow(self, scale: float) -> np.ndarray:
         image = self._image or self._open()
         with _naming(self._name), image:
-            if scale < 0.5:  # a JPEG gives 1/2, 1/4 and 1/8 almost free
+            if scale < 0.5:  # JPEG decoding at 1/2, 1/4 and 1/8 costs almost nothing
                 image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
             if self._levels is not None and image.format == "PNG":
                 image = png16.deep(image, self._open, self._levels)
@@ -251,35 +267,41 @@ def _at_least(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def _divisor(height: int, width: int, scale: float) -> int:
-    """The fraction of its size at which Pillow's `draft` decodes, too: 1/1, 1/2, 1/4 or 1/8."""
+    """Return the divisor at which Pillow's `draft` also decodes: 1, 2, 4 or 8."""
     h, w = _at_least(height, width, scale)
     most = min(height // h, width // w)
     return next((d for d in (8, 4, 2) if d <= most), 1)
 
 
 def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """The pixels turned and mirrored as EXIF's orientation (2 to 8) says."""
+    """Rotate and mirror pixels by an EXIF orientation from 2 to 8."""
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if turn in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if turn in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)  # torch knows no negative strides
+    return np.ascontiguousarray(pixels)  # torch does not support negative strides
 
 
 @cache
 def _vectors() -> bool:
-    """Whether torch's uint8 resize is the one with AVX2: up to 7 times as fast as Pillow; the plain one is slower."""
+    """Return whether torch's uint8 resize uses AVX2: up to 7 times as fast as Pillow; without AVX2 it is slower."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _resized(
     pixels: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int], how: str
 ) -> UInt8[Tensor, "c s t"]:
-    """The box (top, left, bottom, right, maybe between pixels) of (h, w, c), resized to (height, width), antialiased.
+    """Resize a box of (h, w, c) pixels to (height, width) with antialiasing.
 
-    It is cut first: pixels beside the box must not weigh in.
+    The box is cut out first, so that pixels outside it have no weight.
+
+    Args:
+        pixels: (h, w, c) uint8.
+        box: (top, left, bottom, right) in pixels; may be fractional.
+        size: (height, width) of the output.
+        how: "bilinear" or "bicubic".
     """
     y0, x0, y1, x1 = int(box[0]), int(box[1]), ceil(box[2]), ceil(box[3])
     cut = np.ascontiguousarray(pixels[y0:y1, x0:x1])
@@ -287,7 +309,7 @@ def _resized(
         image = torch.from_numpy(cut).permute(2, 0, 1)[None]
         return F.interpolate(image, size, mode=how, antialias=True)[0]
     within = (box[1] - x0, box[0] - y0, box[3] - x0, box[2] - y0)
-    # Pillow would take two or four channels for transparent ones, and knows no further number.
+    # Pillow would treat two or four channels as transparency, and does not support more.
     planes = [cut] if cut.shape[2] == 3 else [cut[..., c] for c in range(cut.shape[2])]
     out = [
         np.array(Image.fromarray(plane).resize(size[::-1], _FILTERS[how], box=within, reducing_gap=_GAP))

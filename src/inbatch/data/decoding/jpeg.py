@@ -1,4 +1,4 @@
-"""JPEG by libjpeg-turbo, through simplejpeg: what it is sure of. Whatever is unusual or damaged is left to Pillow."""
+"""JPEG decoding by libjpeg-turbo through simplejpeg; unusual and damaged files are left to Pillow."""
 
 from functools import cache
 from struct import Struct, error
@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_SEGMENT = Struct(">HH")  # a marker and the length of what it opens
+_SEGMENT = Struct(">HH")  # a marker and the length of its segment
 _FRAME = Struct(">BHHB")  # bits per sample, height, width, components
 _FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended and progressive; others are arithmetic or lossless
-_TABLES = {0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE, *range(0xFFE0, 0xFFF0)}  # Huffman, quantisation, restarts, notes
+# Huffman and quantisation tables, restart intervals, comments and application segments
+_TABLES = {0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE, *range(0xFFE0, 0xFFF0)}
 _NOTES = 0xFFE1  # EXIF or XMP
 _SCAN = 0xFFDA
 
 
 class Header(NamedTuple):
-    """A JPEG as stored: height and width in pixels, 1 or 3 components, and whether it holds EXIF or XMP."""
+    """JPEG header as stored: height and width in pixels, 1 or 3 components, and whether EXIF or XMP is present."""
 
     height: int
     width: int
@@ -23,14 +24,14 @@ class Header(NamedTuple):
     notes: bool
 
 
-_last: tuple[bytes, Header | None] = (b"\0", None)  # no JPEG begins like this
+_last: tuple[bytes, Header | None] = (b"\0", None)  # no JPEG starts with this byte
 
 
 def header(data: bytes) -> Header | None:
-    """What stands before a JPEG's first scan; None where it is no JPEG, or not one of the usual kinds."""
+    """Parse the header of a JPEG before its first scan; return None for other files and unusual kinds of JPEG."""
     global _last
     start, known = _last
-    if data.startswith(start):  # the images of one encoder often share all of their tables
+    if data.startswith(start):  # images from the same encoder often share all tables
         return known
     if not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -44,7 +45,7 @@ def header(data: bytes) -> Header | None:
                 return None
             notes |= marker == _NOTES
             at += 2 + length
-    except error:  # it ends before its pixels begin
+    except error:  # the file ends before its pixel data
         return None
     bits, height, width, components = frame
     if bits != 8 or not height or not width or components not in (1, 3):
@@ -55,18 +56,28 @@ def header(data: bytes) -> Header | None:
 
 
 def decode(data: bytes, stored: Header, divisor: int, grey: bool) -> np.ndarray | None:
-    """Pixels (h, w, 3), or (h, w, 1) if grey, at 1/divisor of their size (1, 2, 4, 8); None if anything is amiss."""
+    """Decode pixels (h, w, 3), or (h, w, 1) if grey, at 1/divisor of the stored size.
+
+    Args:
+        data: Contents of the file.
+        stored: Its header.
+        divisor: 1, 2, 4 or 8.
+        grey: Decode to one channel.
+
+    Returns:
+        The pixels, or None if decoding fails in any way.
+    """
     height, width = -(-stored.height // divisor), -(-stored.width // divisor)
     size = {} if divisor == 1 else {"min_height": height, "min_width": width}
     try:
         pixels = _simplejpeg().decode_jpeg(data, "GRAY" if grey else "RGB", **size)
-    except Exception:  # Pillow decides what can be read, and says what cannot
+    except Exception:  # Pillow decides what can be read and reports what cannot
         return None
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
 def fast_jpeg() -> bool:
-    """Whether simplejpeg is there; if not, Pillow decodes JPEG, too."""
+    """Return whether simplejpeg is installed; otherwise Pillow decodes JPEG as well."""
     return _simplejpeg() is not None
 
 

@@ -1,4 +1,4 @@
-"""PNG of more than 8 bits a channel, of which Pillow gives the upper 8."""
+"""PNG with more than 8 bits per channel; Pillow alone decodes only the upper 8 bits."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,17 @@ from inbatch.data.pixels import Levels, to_bytes
 
 
 def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels) -> Image.Image:
-    """A colour PNG with its 16 bits brought to 8 by the levels; any other as it is.
+    """Convert a 16-bit colour PNG to 8 bits by the levels; return any other image unchanged.
 
-    Pillow unpacks the upper bytes of every value, or if the bytes are said to stand the other way around, the lower.
+    Pillow unpacks the upper byte of every value, or the lower byte if the byte order is declared reversed.
+
+    Args:
+        image: Opened PNG.
+        again: Function that opens the same file a second time.
+        levels: The two values that are mapped to 0 and 255.
+
+    Raises:
+        ValueError: If the image is 16-bit grey with transparency.
     """
     assert isinstance(image, ImageFile.ImageFile)
     kind = str(image.tile[0].args)

@@ -1,4 +1,4 @@
-"""TIFF by tifffile: what Pillow does not read, any number of channels of any type. The first page only."""
+"""TIFF decoding by tifffile for files that Pillow cannot read: any number of channels of any type, first page only."""
 
 import io
 import lzma
@@ -10,21 +10,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, little and big-endian
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic TIFF and BigTIFF, little and big endian
 _SPECIAL: Any = dict.fromkeys(
     ("is_lsm", "is_scanimage", "is_ndpi"), False
-)  # microscopes' kinds, for which every page would be read
+)  # microscopy formats, for which tifffile would read every page
 _ORIENTATION = 274
 _UNPACK: dict[int, Any] = {
     8: zlib.decompressobj,
     32946: zlib.decompressobj,
     34925: lzma.LZMADecompressor,
-}  # by the tag's number
+}  # by TIFF compression tag
 
 
 class Header(NamedTuple):
-    """The first page as stored. bytes: of its pixels, or of one tile if that is more. bits: per value.
-    turn: EXIF's orientation, 1 is upright."""
+    """First page as stored.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        channels: Number of channels.
+        bytes: Size of its pixels, or of one tile if that is larger.
+        bits: Bits per value.
+        turn: EXIF orientation, 1 is upright.
+    """
 
     height: int
     width: int
@@ -35,12 +43,12 @@ class Header(NamedTuple):
 
 
 def is_tiff(head: bytes) -> bool:
-    """Whether a file that begins so calls itself a TIFF."""
+    """Return whether a file that starts with `head` has a TIFF signature."""
     return head.startswith(_MAGIC)
 
 
 def header(file: bytes | str) -> Header:
-    """What a TIFF says of its first page; ValueError if it is damaged, or none that can be read."""
+    """Read the header of the first page; raise ValueError if the file is damaged or not supported."""
     with _page(file) as page:
         apart, depth, height, width, together = page.shaped
         if page.dtype is None or depth != 1 or min(apart, together) != 1:
@@ -55,7 +63,7 @@ def header(file: bytes | str) -> Header:
 
 
 def decode(file: bytes | str) -> np.ndarray:
-    """The first page's values (h, w, channels), of whatever type, as stored; ValueError if damaged."""
+    """Decode the first page (h, w, channels) in its stored type; raise ValueError if the file is damaged."""
     with _page(file) as page:
         _check_packed(page)
         values = page.asarray(maxworkers=1).reshape(page.shaped)[:, 0]
@@ -63,8 +71,10 @@ def decode(file: bytes | str) -> np.ndarray:
 
 
 def _check_packed(page: Any) -> None:
-    """ValueError where a part unpacks to more than its header says: tifffile would unpack two million bytes to two
-    thousand million."""
+    """Raise ValueError if a compressed part unpacks to more bytes than its header says.
+
+    tifffile would unpack two million bytes to two billion.
+    """
     if (unpack := _UNPACK.get(int(page.compression))) is None:
         return
     most, file = math.prod(page.chunks) * page.dtype.itemsize, page.parent.filehandle
@@ -84,7 +94,7 @@ def _page(file: bytes | str) -> Iterator[Any]:
         given = io.BytesIO(file) if isinstance(file, bytes) else file
         with tifffile.TiffFile(given, **_SPECIAL) as opened:
             yield opened.pages.first
-    except Exception as e:  # on a damaged file it can be any
+    except Exception as e:  # a damaged file can raise any exception
         if "imagecodecs" in str(e):
             raise ValueError(f"{e}: python -m pip install imagecodecs") from e
         raise ValueError(str(e) or type(e).__name__) from e

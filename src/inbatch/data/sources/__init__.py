@@ -1,1 +1,1 @@
-"""One file per kind of data set."""
+"""Image sources, one file per kind of data set."""

@@ -1,4 +1,4 @@
-"""Images in memory: an array or tensor of uint8, or of other numbers and their levels; alone or with labels."""
+"""In-memory images: an array or tensor of uint8, or of other numbers with levels, with or without labels."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,11 +13,11 @@ from inbatch.data.source import CropSpec, Reading, Source, unlabelled
 from inbatch.errors import DataError
 
 MOST_CLASSES = 1_000_000
-"""A larger label is a mistake, and would cost the memory of as many names."""
+"""Upper limit of labels: a larger one is a mistake and would allocate memory for as many class names."""
 
 
 class Pixels:
-    """One image that is decoded already."""
+    """One image that is already decoded."""
 
     def __init__(self, pixels: UInt8[Tensor, "c h w"]):
         self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[2])
@@ -29,7 +29,7 @@ class Pixels:
         pass
 
     def tensor(self, longest: int | None = None) -> UInt8[Tensor, "c h w"]:
-        """The pixels; scaled down where the longer side is over `longest`."""
+        """Return the pixels, scaled down if the longer side exceeds `longest`."""
         scale = 1.0 if longest is None else min(1.0, longest / max(self.size))
         if scale == 1:
             return self._pixels
@@ -37,7 +37,7 @@ class Pixels:
         return _resize(self._pixels, height, width, "bilinear")
 
     def crops(self, boxes: Int[Tensor, "v 4"], wanted: Sequence[CropSpec]) -> tuple[UInt8[Tensor, "c s s"], ...]:
-        """One crop per view: the box (top, left, height, width) resized, antialiased, as the view wants it."""
+        """Return one crop per view: the box (top, left, height, width), resized with antialiasing to the view size."""
         return tuple(
             _resize(self._pixels[:, top : top + h, left : left + w], side, side, how)
             for (top, left, h, w), (side, how) in zip(boxes.tolist(), wanted, strict=True)
@@ -45,7 +45,7 @@ class Pixels:
 
 
 class GreyAsRGB(Source):
-    """A grey source in three equal channels, for an encoder that learned from colour."""
+    """Grey source repeated to three equal channels, for an encoder trained on colour images."""
 
     def __init__(self, source: Source):
         super().__init__(source.name, 3, source.labels, source.classes)
@@ -79,7 +79,7 @@ class ArraySource(Source):
 
 
 def find_arrays(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """An array or tensor, or a pair (images, labels), is one split; None for anything else."""
+    """Find the split of an array or tensor, or of a pair (images, labels); return None for anything else."""
     images, labels = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     if not isinstance(images, np.ndarray | Tensor):
         return None
@@ -99,7 +99,7 @@ def find_arrays(data: object, reading: Reading) -> dict[str, Callable[[], Source
 
 
 def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
-    """Labels as (n,) int64, -1 for unknown; DataError on any other shape, kind or range."""
+    """Return labels as (n,) int64 with -1 for unknown; raise DataError for any other shape, type or range."""
     if labels.shape != (n,):
         raise DataError(f"{what} have shape {tuple(labels.shape)}, but there are {n:,} images: one label each")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -112,7 +112,7 @@ def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
 
 
 def _bytes(images: np.ndarray | Tensor, levels: Levels | None) -> UInt8[Tensor, "..."]:
-    """Images of any type as uint8, by the levels where they have more than 8 bits."""
+    """Convert images of any type to uint8, by the levels if they have more than 8 bits."""
     if isinstance(images, Tensor):
         if images.dtype == torch.uint8:
             return images
@@ -124,7 +124,7 @@ def _bytes(images: np.ndarray | Tensor, levels: Levels | None) -> UInt8[Tensor, 
 
 
 def _channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
-    """(N,C,H,W), (N,H,W,C) or (N,H,W) as (N,C,H,W); of the two possible sides, the smaller is the channels."""
+    """Convert (N,C,H,W), (N,H,W,C) or (N,H,W) to (N,C,H,W); the smaller of the two candidate sides is the channels."""
     if images.ndim == 3:
         return images[:, None].cpu()
     shape = tuple(images.shape)

@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them ("python version").
+"""CIFAR-10 and CIFAR-100 in the published "python version".
 
-The files are pickles, and whoever made a file decides what unpickling it runs. Here nothing can run: the few names that
-an array is made of stand for recorders of ours, any other is refused, and the array is built from the bytes recorded.
+The files are pickles, and unpickling a file can run any code that its author put in. Here no code can run: the few
+names that an array consists of are mapped to recorder classes of this module, any other name is refused, and the array
+is built from the recorded bytes.
 """
 
 import os
@@ -22,7 +23,7 @@ _PIXELS = 3 * 32 * 32
 
 
 class Kind(NamedTuple):
-    """How one of the two sets is laid out; `folder` is what its archive unpacks to."""
+    """File layout of one of the two data sets; `folder` is the name of the unpacked archive."""
 
     folder: str
     train: tuple[str, ...]
@@ -42,7 +43,7 @@ KINDS = {
 
 
 def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """The splits of a folder with CIFAR's files, or of one that holds such a folder under its own name."""
+    """Find the splits of a folder with CIFAR files, or of a folder that contains such a folder under its own name."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
     found = [
@@ -61,7 +62,7 @@ def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]
 
 
 def open_split(folder: Path, kind: Kind, split: str, reading: Reading) -> Source:
-    """One split of a folder with CIFAR's files: (N, 3, 32, 32) in memory."""
+    """Open one split of a folder with CIFAR files: (N, 3, 32, 32) in memory."""
     if reading.channels not in (None, 3):
         raise DataError(f"CIFAR's images have 3 channels, {reading.channels} were asked for")
     names = _read(folder / kind.meta).get(kind.names)
@@ -77,7 +78,7 @@ def open_split(folder: Path, kind: Kind, split: str, reading: Reading) -> Source
 
 
 def _batch(file: Path, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
-    """The pixels (n, 3072) and labels of a file."""
+    """Return the pixels (n, 3072) and the labels of one file."""
     content = _read(file)
     data, labels = content.get("data"), content.get(key)
     if not isinstance(data, _Array) or not isinstance(labels, list):
@@ -89,13 +90,13 @@ def _batch(file: Path, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The dictionary of a pickle, of which nothing has run; DataError where it is anything else."""
+    """Return the dictionary of a pickle without running any of it; raise DataError if it contains anything else."""
     try:
         with open(file, "rb") as opened:
             content = _Inert(opened, encoding="bytes").load()
     except OSError as e:
         raise DataError(f"{str(file)!r} cannot be read: {e.strerror}; unpack the archive again") from e
-    except Exception as e:  # a damaged pickle raises anything
+    except Exception as e:  # a damaged pickle can raise any exception
         raise DataError(f"{str(file)!r} is none of CIFAR's files, or damaged: {e or type(e).__name__}") from e
     if not isinstance(content, dict):
         raise DataError(f"{str(file)!r} is none of CIFAR's files: it holds no dictionary")
@@ -107,7 +108,7 @@ def _text(name: bytes | str) -> str:
 
 
 class _Array:
-    """What a pickle says of an array, recorded."""
+    """Recorder of a pickled array."""
 
     parts: tuple[Any, ...] = ()
 
@@ -119,7 +120,7 @@ class _Array:
         self.parts = (data, dtype, shape, by_column)
 
     def pixels(self, file: str) -> np.ndarray:
-        """The array (n, 3072) that is described, as a view of the bytes; DataError where it is none."""
+        """Return the recorded array (n, 3072) as a view of its bytes; raise DataError if it is not such an array."""
         data, dtype, shape, by_column = self.parts or (b"", None, (), False)
         if (
             not isinstance(data, bytes | bytearray)
@@ -134,14 +135,14 @@ class _Array:
 
 
 class _Buffer(_Array):
-    """The same as pickle's protocol 5 says it."""
+    """Recorder of an array in pickle protocol 5."""
 
     def __init__(self, data: object, dtype: object, shape: object, order: object):
         self.parts = (data, dtype, shape, order)
 
 
 class _Dtype:
-    """The type of an array's numbers, recorded."""
+    """Recorder of an array's data type."""
 
     def __init__(self, name: object = "", *_: object):
         self.name = _text(name) if isinstance(name, bytes | str) else ""
@@ -151,7 +152,7 @@ class _Dtype:
 
 
 class _Encoded:
-    """Bytes as Python 3 writes them in pickles that Python 2 can read: text in Latin-1."""
+    """Bytes in pickles that Python 3 writes for Python 2: text in Latin-1."""
 
     def __new__(cls, text: str, _: str) -> bytes:  # type: ignore[misc]
         return text.encode("latin-1")
@@ -161,7 +162,7 @@ class _Encoded:
 
 
 class _Inert(pickle.Unpickler):
-    """An unpickler for which an array's parts are recorders; every other name is refused."""
+    """Unpickler that maps the parts of an array to recorders and refuses every other name."""
 
     _KNOWN = {
         ("numpy", "ndarray"): _Array,
@@ -174,7 +175,7 @@ class _Inert(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """The recorder that stands for a name."""
+        """Return the recorder for a name."""
         if (module, name) not in self._KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return self._KNOWN[module, name]

@@ -1,4 +1,4 @@
-"""Classes by a list of them: which of a source's classes to use, and how to number them."""
+"""Class lists: files that select the classes of a source and define their numbering."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,17 @@ from inbatch.errors import DataError
 
 
 def choose(source: Source, file: str) -> Source:
-    """The images of the classes that a file lists, numbered in its order.
+    """Return the images of the classes that a file lists, with labels in the order of the list.
 
-    A line is a class, or begins with one before a space, tab or comma ("n01558993 robin, American robin"); empty lines
-    and comments ("#") say nothing. Raises DataError for a class that is unknown or listed twice, and where no image is
-    left.
+    A line is a class name, or starts with one followed by a space, tab or comma ("n01558993 robin, American robin").
+    Empty lines and comments ("#") are ignored.
+
+    Args:
+        source: Labelled images.
+        file: Text file in UTF-8.
+
+    Raises:
+        DataError: If the source has no labels, if a class is unknown or listed twice, or if no image is left.
     """
     if not source.classes:
         raise DataError(f"{source.name} has no labels: a list of classes ({file!r}) cannot choose among its images")
@@ -22,7 +28,7 @@ def choose(source: Source, file: str) -> Source:
     number = torch.full((len(source.classes) + 1,), -1)
     place = {name: i for i, name in enumerate(source.classes)}
     number[[place[name] for name in names]] = torch.arange(len(names))
-    new = number[source.labels]  # -1, the last, stays unknown
+    new = number[source.labels]  # -1 indexes the last entry and stays unknown
     chosen = Subset(source, (new >= 0).nonzero()[:, 0], f"the {len(names)} classes that {file} lists")
     if not len(chosen):
         raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists")
@@ -31,7 +37,7 @@ def choose(source: Source, file: str) -> Source:
 
 
 def _listed(file: str, source: Source) -> tuple[str, ...]:
-    """The classes that a file lists, in its order."""
+    """Return the listed classes in the order of the file."""
     try:
         lines = Path(file).read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as e:

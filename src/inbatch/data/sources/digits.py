@@ -1,9 +1,9 @@
 """Embedded data: scikit-learn's 1,797 real handwritten digits, each placed once on a small canvas.
 
-Plain digits are no demonstration (raw-pixel k-NN 98.8 %); place, size, turn, gain and noise that carry no class
-make the raw pixels poor features. Digits over photographs invite a shortcut, and so does any hue of an image's own:
-with even a soft tint per image SimCLR's loss fell while its k-NN stayed at chance (9 to 14 %), so the colour
-variant has one palette for all.
+Plain digits are too easy (raw-pixel k-NN reaches 98.8 %). Position, size, rotation, gain and noise, which carry no
+class information, make raw pixels poor features. Digits over photographs invite a shortcut, and so does a different hue
+per image: with even a soft tint per image, SimCLR's loss fell while its k-NN accuracy stayed at chance (9 to 14 %). The
+colour variant therefore uses one palette for all images.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from inbatch.data.sources.arrays import ArraySource
 from inbatch.errors import DataError
 
 _SEED = 1797
-_TRAIN = 1297  # the first digits; the last 500 (by other writers) are the test
+_TRAIN = 1297  # the first digits; the last 500 (by other writers) are the test split
 
 
 def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """The splits of `digits-canvas` and `digits-canvas-colour`; None for anything else."""
+    """Find the splits of `digits-canvas` and `digits-canvas-colour`; return None for anything else."""
     if not isinstance(data, str) or data not in _MAKERS:
         return None
     make = _MAKERS[data]
@@ -40,7 +40,7 @@ def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source
 
 
 def _grey() -> tuple[UInt8[Tensor, "n 1 20 20"], Tensor]:
-    """A grey digit on a 20x20 canvas: gain 0.5 to 1, background 0 to 0.3, noise of deviation 0.05."""
+    """Create grey digits on a 20x20 canvas: gain 0.5 to 1, background 0 to 0.3, noise of standard deviation 0.05."""
     digits, labels = _digits()
     u = rng.uniform(_SEED, 0, torch.arange(len(digits)), 1, 2).double()
     gain, offset = 0.5 + 0.5 * u[:, :1, None], 0.3 * u[:, 1:, None]
@@ -48,7 +48,7 @@ def _grey() -> tuple[UInt8[Tensor, "n 1 20 20"], Tensor]:
 
 
 def _colour() -> tuple[UInt8[Tensor, "n 3 32 32"], Tensor]:
-    """A warm digit on a cold 32x32 canvas; both vary from image to image in brightness only."""
+    """Create warm digits on a cold 32x32 canvas; both colours vary between images in brightness only."""
     digits, labels = _digits()
     u = rng.uniform(_SEED, 0, torch.arange(len(digits)), 2, 2).double()[:, :, None, None]
     background = (0.05 + 0.2 * u[:, :1]) * torch.tensor([0.5, 0.7, 1.0], dtype=torch.float64)[:, None, None]
@@ -61,16 +61,16 @@ _MAKERS = {"digits-canvas": _grey, "digits-canvas-colour": _colour}
 
 
 def _digits() -> tuple[Float[Tensor, "n 8 8"], Tensor]:
-    from sklearn.datasets import load_digits  # a second to import, and few commands need it
+    from sklearn.datasets import load_digits  # importing it takes a second, and few commands need it
 
     bunch = load_digits()
     return torch.from_numpy(bunch.images) / 16, torch.from_numpy(bunch.target).long()
 
 
 def _placed(digits: Float[Tensor, "n 8 8"], side: int) -> Float[Tensor, "n side side"]:
-    """Each digit scaled 1.25 to 2 times (on 20 pixels), turned up to 0.2 rad, put anywhere it fits.
+    """Scale each digit by 1.25 to 2 (on 20 pixels), rotate it by up to 0.2 rad and place it anywhere it fits.
 
-    Bilinear, in float64 and by hand, because torch's own sampler rounds differently from machine to machine.
+    Bilinear in float64 without torch's sampler, which rounds differently on different machines.
     """
     n = len(digits)
     u = rng.uniform(_SEED, 0, torch.arange(n), 0, 4).double()[:, :, None, None]
@@ -96,7 +96,7 @@ def _placed(digits: Float[Tensor, "n 8 8"], side: int) -> Float[Tensor, "n side 
 
 
 def _finish(images: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
-    """Even noise of standard deviation 0.05, then bytes."""
+    """Add uniform noise of standard deviation 0.05 and convert to uint8."""
     n, *shape = images.shape
     noise = rng.uniform(_SEED, 0, torch.arange(n), 3, images[0].numel()).double().view(n, *shape) - 0.5
     return ((images + 0.05 * 12**0.5 * noise).clamp(0, 1) * 255).round().byte()

@@ -1,8 +1,9 @@
 """Lists of image files with labels: CSV, TSV and plain text.
 
-CSV and TSV: with a header, the columns `path` (or image, file, filename, filepath), `label` (class, target) and
-`split`, others are not read; without one, a path and perhaps a label. Text: on each line a path that ends as images do,
-and perhaps a label after a tab, a comma or a space. Labels are integers or names; an empty one and -1 are unknown.
+CSV and TSV with a header: the columns `path` (or image, file, filename, filepath), `label` (class, target) and `split`;
+other columns are ignored. CSV and TSV without a header: a path and optionally a label. Text: each line has a path with
+an image file extension and optionally a label after a tab, a comma or a space. Labels are integers or names; an empty
+label and -1 mean unknown.
 """
 
 import csv
@@ -26,14 +27,15 @@ COLUMNS = {
     "label": ("label", "class", "target"),
     "split": ("split",),
 }
-"""What a header may call them, in any case."""
+"""Accepted column names, not case-sensitive."""
 
 _ENDINGS = "|".join(re.escape(extension.decode()) for extension in EXTENSIONS)
-_LINE = re.compile(rf"(.*(?:{_ENDINGS}))(?:\s*[\t, ]\s*(.*))?", re.IGNORECASE)  # the longest beginning that ends so
+# the longest prefix with an image file extension
+_LINE = re.compile(rf"(.*(?:{_ENDINGS}))(?:\s*[\t, ]\s*(.*))?", re.IGNORECASE)
 
 
 class Row(NamedTuple):
-    """One image of a list; empty where the list does not say."""
+    """One image of a list; fields that the list does not give are empty."""
 
     line: int
     path: str
@@ -42,7 +44,7 @@ class Row(NamedTuple):
 
 
 def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """A `.csv`, `.tsv` or `.txt` file that lists images; one split, or those of its column `split`."""
+    """Find the splits of a `.csv`, `.tsv` or `.txt` list of images: one split, or those of its column `split`."""
     if not isinstance(data, str | os.PathLike):
         return None
     file = Path(data)
@@ -74,7 +76,7 @@ def _open(file: Path, split: str | None, reading: Reading) -> Source:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    """The images of a list in its order; DataError that names the line where it cannot be read."""
+    """Iterate over the images of a list in order; raise DataError with the line number if a line cannot be read."""
     try:
         with _opened(file) as lines:
             yield from _text(lines, file) if file.suffix.lower() == ".txt" else _table(lines, file)
@@ -83,7 +85,7 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _opened(file: Path) -> TextIO:
-    # Names that are not UTF-8 keep their bytes; a mark at the beginning, which Windows writes, is none of the text.
+    # Names that are not UTF-8 keep their bytes. The byte order mark that Windows writes is not part of the text.
     newline = None if file.suffix.lower() == ".txt" else ""
     return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
@@ -131,7 +133,7 @@ def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
 
 
 def _header(cells: list[str]) -> dict[str, int]:
-    """Where the columns are; empty if this is no header."""
+    """Return the positions of the known columns, empty if this is not a header."""
     names = [cell.strip().lower() for cell in cells]
     found = {
         what: next(i for i, name in enumerate(names) if name in words)
@@ -142,19 +144,19 @@ def _header(cells: list[str]) -> dict[str, int]:
 
 
 def _has_splits(file: Path) -> bool:
-    """Whether a list has a column of splits, by its first line."""
+    """Return whether the first line of a list has a column of splits."""
     if file.suffix.lower() == ".txt":
         return False
     with _opened(file) as lines:
         try:
             first = next(csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","), [])
-        except csv.Error:  # reading it all will say where
+        except csv.Error:  # reading the whole file reports the line
             return False
     return "split" in _header(first)
 
 
 def _lists_images(file: Path) -> bool:
-    """Whether the first line of a text with something on it names an image."""
+    """Return whether the first non-empty line of a text names an image."""
     try:
         with _opened(file) as lines:
             first = next((line for line in lines if line.strip()), "")
@@ -164,7 +166,7 @@ def _lists_images(file: Path) -> bool:
 
 
 def _labels(rows: list[Row], name: str) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Labels (N,) and their names: numbers where every known label is one, else the sorted names."""
+    """Return labels (N,) and class names: numbers if every known label is an integer, else the sorted names."""
     given = ["" if row.label == "-1" else row.label for row in rows]
     known = sorted(set(given) - {""})
     if not known:
@@ -177,7 +179,7 @@ def _labels(rows: list[Row], name: str) -> tuple[torch.Tensor, tuple[str, ...]]:
 
 
 def _checked(row: Row, file: Path) -> str:
-    """The path of a row; DataError if it cannot be one, or leaves the list's folder."""
+    """Return the path of a row; raise DataError if it is invalid or outside the list's folder."""
     wrong = None
     if not row.path or "\0" in row.path:
         wrong = "no name of a file"
@@ -193,5 +195,5 @@ def _leaves(path: str) -> bool:
 
 
 def _printable(text: str, quote: str = "'") -> str:
-    """Text for an error or a class's name, whatever bytes it came from."""
+    """Return text for a message or a class name, printable whatever its bytes."""
     return f"{quote}{printable(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"

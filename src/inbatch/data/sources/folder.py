@@ -1,4 +1,4 @@
-"""Folders of image files: scanned by our own scanner (`scan`), which counts what it leaves out and says so."""
+"""Folders of image files; files left out are counted and reported."""
 
 import hashlib
 import os
@@ -17,14 +17,22 @@ from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind, scan
 from inbatch.errors import DataError, many
 
 TESTS = ("test", "val", "validation")
-"""Names of the split that is not trained on; the first that exists is `test`."""
+"""Names of the split that is not trained on; the first one present becomes `test`."""
 
 
 class FolderSource(Source):
-    """The images of a folder, decoded when asked for.
+    """Images of a folder, decoded on demand.
 
-    Labelled by first-level sub-folder if every image lies in one and there are at least two of them.
-    `classes` fixes the numbering (a test split counts as its train split does).
+    Images are labelled by first-level sub-folder if every image is in one and there are at least two of them.
+
+    Args:
+        root: Folder to scan.
+        channels: Number of channels to decode to.
+        classes: Fixed numbering of the classes, so that a test split uses that of its train split.
+        levels: See `Reading`.
+
+    Raises:
+        DataError: If there is no image, or if a class is not in `classes`.
     """
 
     def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None):
@@ -59,7 +67,7 @@ class FolderSource(Source):
         for i, path in enumerate(self.scan.paths):
             try:
                 status = os.stat(self._path(i))
-            except OSError:  # gone since; opening it will say so
+            except OSError:  # removed since the scan; opening the image reports it
                 return None
             said.update(b"%s\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
         return said.hexdigest()
@@ -86,13 +94,13 @@ class FolderSource(Source):
 
 
 def find_folder(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """The splits of a folder: its `train` and `test`, `val` or `validation`, else itself as `train`."""
+    """Find the splits of a folder: its `train` and `test`, `val` or `validation`, else the folder itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
     depth, levels = file_channels(reading.channels), reading.levels
     inside = {entry.name for entry in os.scandir(root) if is_kind(entry.is_dir) and not entry.name.startswith(".")}
     test = next((name for name in TESTS if name in inside), None)
-    # A class may be called "train", so the word alone, among other sub-folders, makes no split.
+    # A class may be named "train", so that name among other sub-folders does not define a split.
     if "train" not in inside or (test is None and inside != {"train"}):
         return {"train": lambda: FolderSource(root, depth, levels=levels)}
     splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth, levels=levels)}
@@ -102,9 +110,20 @@ def find_folder(data: object, reading: Reading) -> dict[str, Callable[[], Source
 
 
 def write_folder(source: Source, directory: str | os.PathLike) -> Path:
-    """Every image as PNG, in a sub-folder per class (none if unlabelled); the directory must not hold files.
+    """Write every image as PNG, in one sub-folder per class (none if unlabelled).
 
-    What a class's name holds that a folder's cannot, is written as %XX: no name leads out of the directory.
+    Characters of a class name that a folder name cannot contain are written as %XX, so no name leads out of the
+    directory.
+
+    Args:
+        source: Images to write.
+        directory: New or empty directory.
+
+    Returns:
+        Path of the directory.
+
+    Raises:
+        DataError: If the directory is not empty.
     """
     root = Path(directory)
     if root.exists() and any(root.iterdir()):
@@ -118,11 +137,11 @@ def write_folder(source: Source, directory: str | os.PathLike) -> Path:
 
 
 _NO_NAME = re.compile(r"""[%/\\<>:"|?*\x00-\x1f\x7f]|^[. ]|[. ]$|^(?=(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)).""", re.I)
-"""What some file system takes for a separator, a command, a device or the folder above, and % itself."""
+"""Characters and names that a file system may treat as a separator, a command, a device or a parent folder, and %."""
 
 
 def _folder_name(name: str) -> str:
-    """The name of a class as that of one folder; of 240 bytes at most, and of its own even then."""
+    """Convert a class name to a folder name of at most 240 bytes; longer names stay distinct by a hash."""
     safe = _NO_NAME.sub(lambda found: f"%{ord(found[0]):02X}", name) or "%"
     kept = safe.encode(errors="backslashreplace")
     if len(kept) <= 240:
@@ -131,5 +150,5 @@ def _folder_name(name: str) -> str:
 
 
 def _text(path: bytes) -> str:
-    """A name that can be printed and stored whatever bytes it is made of."""
+    """Decode a name to printable text whatever its bytes."""
     return path.decode("utf-8", "backslashreplace")

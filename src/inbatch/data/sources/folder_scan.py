@@ -1,5 +1,7 @@
-"""What images lie under a folder. A scan that took long is kept in the cache, and the next one reads again only the
-folders that have changed since."""
+"""Scan of a folder for images.
+
+Slow scans are cached, and the next scan of the folder reads only the sub-folders that have changed since.
+"""
 
 import hashlib
 import json
@@ -23,20 +25,24 @@ from inbatch.runtime.files import to_json
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
 
 WORTH = 2.0
-"""Seconds of reading folders from which a scan is kept."""
+"""Minimum time in seconds for reading folders before a scan is cached."""
 
-_EVERY = 30.0  # seconds of reading after which what was found is kept already: an interrupted scan goes on from there
-_SETTLED = 2 * 10**9  # nanoseconds: a folder may change again within a tick of its file system's clock
+_EVERY = 30.0  # seconds of reading between intermediate saves, from which an interrupted scan continues
+_SETTLED = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
 _FORMAT = 1
 
 Stamp = tuple[int, int, int, int]
-"""Device, number, times of change of the contents and of the rest, in nanoseconds: what a folder was like."""
+"""State of a folder: device, inode number, modification time and metadata change time in nanoseconds."""
 
 
 class Listing(NamedTuple):
-    """What lies in one folder: names of images and of folders, sorted, with a NUL between them.
+    """Contents of one folder: sorted names of images and of sub-folders, separated by NUL.
 
-    stamp: None where the folder had changed a moment before or holds broken links, and is to be read again.
+    Attributes:
+        stamp: State of the folder; None if it must be read again, because it had just changed or has broken links.
+        images: Names of the images.
+        folders: Names of the sub-folders.
+        skipped: Number of other files, by file extension.
     """
 
     stamp: Stamp | None
@@ -47,10 +53,15 @@ class Listing(NamedTuple):
 
 @dataclass
 class Scan:
-    """What lies under a folder: sorted image paths relative to it, and what was left out.
+    """Contents of a folder at any depth.
 
-    stamps: of every folder, empty where not all can be relied on. read, kept: folders that were read, and those known
-    from the cache.
+    Attributes:
+        paths: Sorted image paths relative to the folder.
+        skipped: Number of files left out, by file extension.
+        unreadable: One sentence per folder that cannot be read.
+        stamps: State of every folder; empty if not all of them are reliable.
+        read: Number of folders that were read.
+        kept: Number of folders taken from the cache.
     """
 
     paths: Names = field(default_factory=Names)
@@ -62,13 +73,13 @@ class Scan:
 
 
 _recent: WeakValueDictionary[str, Scan] = WeakValueDictionary()
-"""By their root, scans that sources in use hold: the next source of the same folder shares them."""
+"""Scans held by sources in use, by root; the next source of the same folder shares them."""
 
 
 def scan(root: Path) -> Scan:
-    """Every image under a folder at any depth, hidden files apart; symbolic links are followed, once each.
+    """Find every image under a folder at any depth, except hidden files; symbolic links are followed once each.
 
-    Paths are bytes with "/" between the parts, sorted alike on every file system.
+    Paths are bytes with "/" as the separator, in the same order on every file system.
     """
     real = os.path.realpath(root)
     last = _recent.get(real)
@@ -92,7 +103,7 @@ def scan(root: Path) -> Scan:
             if listing is not known.get(prefix):
                 keep(_EVERY)
         if result.read:
-            known.clear()  # folders that are gone
+            known.clear()  # folders that no longer exist
             saved = 0.0
             keep(WORTH)
     except KeyboardInterrupt:
@@ -106,14 +117,14 @@ def scan(root: Path) -> Scan:
 
 
 def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tuple[bytes, Listing]]:
-    """Every folder, by its path with a "/" behind it; counts go into the result."""
+    """Iterate over every folder by its path with a trailing "/"; counts are added to `result`."""
     seen: set[tuple[int, int]] = set()
     stack, whole = [(os.fsencode(root), b"")], True
     while stack:
         folder, prefix = stack.pop()
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link back to what was scanned already
+            if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was already scanned
                 continue
             seen.add((status.st_dev, status.st_ino))
             listing = known.get(prefix)
@@ -149,14 +160,14 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             else:
                 odd = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
                 skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
-                broken |= entry.is_symlink()  # what it points to may come to be, and the folder will not show it
+                broken |= entry.is_symlink()  # its target may appear later without a change of the folder
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
     stamp = _stamp(status) if settled and not broken else None
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
 
 
 def is_kind(kind: Callable[[], bool]) -> bool:
-    """What an entry is; nothing, where its links go round in a circle."""
+    """Return the result of an entry's type check; False if its links form a cycle."""
     try:
         return kind()
     except OSError:
@@ -164,7 +175,7 @@ def is_kind(kind: Callable[[], bool]) -> bool:
 
 
 def _in_order(listings: dict[bytes, Listing]) -> Iterator[bytes]:
-    """The images' paths as bytes sort: a folder's stand where its name sorts with a "/" behind it."""
+    """Iterate over image paths in byte order; a folder sorts by its name with a trailing "/"."""
     stack = [(b"", iter(_keys(listings[b""])))] if listings else []
     while stack:
         prefix, keys = stack[-1]
@@ -199,7 +210,7 @@ def _unchanged(folder: bytes, stamp: Stamp) -> bool:
 
 
 def _place(real: str) -> Path | None:
-    """Where the scan of a folder is kept, there or not; None where it is not to be."""
+    """Return the cache path of a folder's scan, which may not exist yet; None if it must not be cached."""
     root = cache.where()
     if root is None or not cache.limit():
         return None
@@ -232,7 +243,7 @@ def _store(place: Path, listings: dict[bytes, Listing], name: str) -> None:
 
 
 def _load(place: Path) -> dict[bytes, Listing]:
-    """What was kept; nothing where that is damaged, which is then removed."""
+    """Load a cached scan; return nothing if it is damaged, and remove it."""
     try:
         if not place.is_dir():
             return {}

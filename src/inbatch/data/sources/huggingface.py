@@ -1,5 +1,7 @@
-"""Hugging Face `datasets`: folders that `save_to_disk` wrote, and sets of the hub by name. Nothing is run, and nothing
-fetched unless that is asked for."""
+"""Hugging Face `datasets`: folders written by `save_to_disk`, and data sets of the hub by name.
+
+No code of a data set is run, and nothing is downloaded unless requested.
+"""
 
 import hashlib
 import json
@@ -24,9 +26,17 @@ _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
 
 class HubSource(Source):
-    """The rows of one split, in order, memory-mapped: an image is read from the disk when it is asked for.
+    """Rows of one split in order, memory-mapped: an image is read from the disk on access.
 
-    folder: where files lie that rows name by a relative path; None: there are none. Absolute paths are followed.
+    Args:
+        dataset: Split of the `datasets` library.
+        name: Name of the source.
+        folder: Folder of the files that rows name by a relative path; None if there are none. Absolute paths are
+            followed.
+        reading: See `Reading`.
+
+    Raises:
+        DataError: If there is no usable image column, no row, or a label without a class name.
     """
 
     def __init__(self, dataset: Any, name: str, folder: Path | None, reading: Reading):
@@ -35,7 +45,8 @@ class HubSource(Source):
         label = _label_column(dataset.features)
         wanted = [self.column] if label is None else [self.column, label]
         rows = dataset.with_format(None).select_columns(wanted)
-        if rows._indices is not None:  # rows are read by their place in the table; without a choice of rows, that is it
+        # rows are read by table position, which differs from the row number after a selection
+        if rows._indices is not None:
             rows = rows.flatten_indices()
         self.rows = rows.cast_column(self.column, _datasets().Image(decode=False))
         if not len(rows):
@@ -58,7 +69,7 @@ class HubSource(Source):
         return ImageFile(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
-        row = self.rows.data.column(self.column)[i]  # its bytes stay where they are
+        row = self.rows.data.column(self.column)[i]  # does not copy the image bytes
         return (row["path"].as_py() if row.is_valid else None) or f"row {i}"
 
     def signature(self) -> str:
@@ -68,7 +79,7 @@ class HubSource(Source):
     def fingerprint(self) -> str | None:
         chunks = self.rows.data.column(self.column).chunks
         if not self.rows.cache_files or any(chunk.field("bytes").null_count for chunk in chunks):
-            return None  # in memory, or pixels lie in files of their own
+            return None  # in memory, or the pixels are in separate files
         said = hashlib.sha256(self.column.encode())
         for file in self.rows.cache_files:
             status = os.stat(file["filename"])
@@ -79,7 +90,10 @@ class HubSource(Source):
         return self.rows.data.column(self.column)[i].as_py() or {"bytes": None, "path": None}
 
     def _file(self, path: str) -> str:
-        """Where an image outside of the table lies; DataError for a URL, and for what leaves the folder."""
+        """Return the path of an image file outside the table.
+
+        Raise DataError for URLs and for paths outside the folder.
+        """
         if os.path.isabs(path):
             return path
         if self.folder is not None and "://" not in path:
@@ -90,7 +104,7 @@ class HubSource(Source):
 
 
 def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """A folder that `save_to_disk` wrote, with all its splits; or `hf/NAME`, `hf/NAME:CONFIG` from the hub's cache."""
+    """Find the splits of a folder written by `save_to_disk`, or of `hf/NAME` or `hf/NAME:CONFIG` in the hub's cache."""
     if not isinstance(data, str | os.PathLike):
         return None
     if isinstance(data, str) and data.startswith("hf/") and not os.path.exists(data):
@@ -111,14 +125,14 @@ def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], S
 
 
 def _named(splits: Mapping[str, Callable[[], Source]]) -> dict[str, Callable[[], Source]]:
-    """All splits, `train` first; what is not trained on is called `test`, too."""
+    """Return all splits, `train` first; the split that is not trained on is also named `test`."""
     ordered = dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
     test = next((name for name in TESTS if name in ordered), None)
     return ordered if test is None else ordered | {"test": ordered[test]}
 
 
 def _saved(folder: Path, reading: Reading) -> Source:
-    """What `Dataset.save_to_disk` wrote; its tables must lie in the folder."""
+    """Open a folder written by `Dataset.save_to_disk`; its tables must be in the folder."""
     tables = _json(folder / "state.json").get("_data_files", [])
     try:
         inside = all(Path(table["filename"]).name == table["filename"] for table in tables)
@@ -129,14 +143,14 @@ def _saved(folder: Path, reading: Reading) -> Source:
     datasets = _datasets()
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    except Exception as e:  # on a damaged folder, or one without rows, it can be any
+    except Exception as e:  # a damaged folder, or one without rows, can raise any exception
         raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}") from e
     return HubSource(loaded, str(folder), folder, reading)
 
 
 @lru_cache(maxsize=4)
 def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
-    """{split: dataset} of a set on the hub, from this machine's caches unless it may be fetched."""
+    """Return {split: dataset} of a data set on the hub, from the local caches unless `download` is set."""
     datasets = _datasets()
     try:
         if download:
@@ -146,7 +160,7 @@ def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
         with _offline():
             try:
                 return dict(datasets.load_dataset(name, config))
-            except OSError:  # not prepared yet, but its files may have been fetched
+            except OSError:  # not prepared yet, but its files may have been downloaded
                 files = snapshot_download(name, repo_type="dataset", local_files_only=True)
                 return dict(datasets.load_dataset(files, config))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as e:
@@ -157,7 +171,7 @@ def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Both libraries refuse to reach the network for a while, as with HF_HUB_OFFLINE=1 in the environment."""
+    """Disable network access of both libraries temporarily, as HF_HUB_OFFLINE=1 in the environment does."""
     from huggingface_hub import constants
 
     places: tuple[Any, ...] = (_datasets().config, constants)
@@ -172,7 +186,7 @@ def _offline() -> Iterator[None]:
 
 
 def _image_column(features: Any, name: str) -> str:
-    """The column of images: the only one, or the one of the usual name."""
+    """Return the image column: the only one, or the one with a usual name."""
     found = [column for column, kind in features.items() if isinstance(kind, _datasets().Image)]
     usual = [column for column in _IMAGES if column in found]
     if len(found) != 1 and not usual:
@@ -184,7 +198,7 @@ def _image_column(features: Any, name: str) -> str:
 
 
 def _label_column(features: Any) -> str | None:
-    """The column of class labels: of the usual name, else the first of the feature ClassLabel."""
+    """Return the label column: the one with a usual name, else the first with the feature ClassLabel."""
     named = [column for column, kind in features.items() if isinstance(kind, _datasets().ClassLabel)]
     return next((column for column in _LABELS if column in features), named[0] if named else None)
 

@@ -1,4 +1,4 @@
-"""NumPy's files: one array of images (`.npy`), or images with their labels (`.npz`). Nothing in them is unpickled."""
+"""NumPy files: one array of images (`.npy`), or images with labels (`.npz`); nothing is unpickled."""
 
 import os
 import zipfile
@@ -25,12 +25,14 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "x_test": ("y_test",), "test_images": ("test_labels",), "x_val": ("y_val",), "val_images": ("val_labels",),
     },
 }  # fmt: skip
-"""What a split's images, and beside them its labels, may be called in a `.npz`; the first that is there. The names
-are Keras's, MedMNIST's, and those of people who name two arrays or none."""
+"""Names of a split's images, and of their labels, in a `.npz` file; the first one present is used.
+
+The names are those of Keras and MedMNIST, and common names of arrays with and without names.
+"""
 
 
 class NpySource(Source):
-    """Images of one array on the disk, mapped: a page of it is in memory while it is used."""
+    """Images of one memory-mapped array; only the pages in use are in memory."""
 
     def __init__(self, file: str, reading: Reading):
         self.file, self.reading = file, reading
@@ -52,11 +54,11 @@ class NpySource(Source):
         return self._images
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}  # a data worker maps the file itself
+        return self.__dict__ | {"_images": None}  # each data worker maps the file itself
 
 
 def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """A `.npy` file is `train`; a `.npz` file has the splits whose images it names."""
+    """Find the splits of a file: a `.npy` file is `train`, a `.npz` file has the splits for which it names images."""
     if not isinstance(data, str | os.PathLike) or not Path(data).is_file():
         return None
     file, kind = os.fspath(data), Path(data).suffix.lower()
@@ -86,7 +88,7 @@ def _open(file: str, split: str, names: list[str], sizes: dict[str, int], readin
     with _load(file) as opened:
         try:
             images, *labels = (np.asarray(opened[name]) for name in names)
-        except Exception as e:  # a damaged file raises anything
+        except Exception as e:  # a damaged file can raise any exception
             raise DataError(f"{file!r} cannot be read: {e}") from e
     source = _converted(images, reading, file, *map(_column, labels))
     source.name = file if split == "train" else f"{file} ({split})"
@@ -94,15 +96,15 @@ def _open(file: str, split: str, names: list[str], sizes: dict[str, int], readin
 
 
 def _column(labels: np.ndarray) -> np.ndarray:
-    """Labels (n, 1), as MedMNIST's are, as (n,); unsigned ones as torch can compare them."""
+    """Return labels (n, 1), as in MedMNIST, as (n,); convert integers to int64, which torch can compare."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     return labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
 
 
 def _converted(images: np.ndarray, reading: Reading, file: str, labels: np.ndarray | None = None) -> ArraySource:
-    """Images, whatever their layout, as those of an array in memory; DataError that names the file."""
+    """Convert images of any supported layout as for in-memory arrays; raise DataError with the name of the file."""
     try:
-        # torch knows no other order of bytes, and no array that must not be written
+        # torch supports neither a foreign byte order nor read-only arrays
         images = np.require(images, images.dtype.newbyteorder("="), "W")
         source = arrays.find_arrays(images if labels is None else (images, labels), reading)["train"]()  # type: ignore[index]
     except (DataError, TypeError, ValueError) as e:
@@ -114,12 +116,12 @@ def _converted(images: np.ndarray, reading: Reading, file: str, labels: np.ndarr
 def _load(file: str, **how: Any) -> Any:
     try:
         return np.load(file, allow_pickle=False, **how)
-    except Exception as e:  # a damaged file raises anything
+    except Exception as e:  # a damaged file can raise any exception
         raise DataError(f"{file!r} cannot be read: {e}") from e
 
 
 def _members(file: str) -> dict[str, int]:
-    """The arrays in a `.npz` and the bytes they unpack to."""
+    """Return the arrays in a `.npz` file and their uncompressed sizes in bytes."""
     try:
         with zipfile.ZipFile(file) as opened:
             return {info.filename.removesuffix(".npy"): info.file_size for info in opened.infolist()}

@@ -1,4 +1,4 @@
-"""Many names in little memory."""
+"""Compact storage of many names."""
 
 from array import array
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,10 @@ from itertools import islice
 
 
 class Names:
-    """Byte strings of any lengths in one piece of memory: 8 bytes each beside their own.
+    """Byte strings of any lengths in one block of memory: 8 bytes per name plus its own.
 
-    A list takes 40 more for each, and is copied into every data worker as references are counted (pytorch#13246); a
-    numpy array of bytes takes for each as much as for the longest.
+    A list takes 40 bytes more per name, and is copied into every data worker as references are counted (pytorch#13246).
+    A NumPy array of bytes takes the size of the longest name for each.
     """
 
     def __init__(self, names: Iterable[bytes] = ()):
@@ -18,6 +18,7 @@ class Names:
             self.append(name)
 
     def append(self, name: bytes) -> None:
+        """Append a name."""
         self._text += name
         self._ends.append(len(self._text))
 
@@ -35,5 +36,5 @@ class Names:
             start = end
 
     def tolist(self) -> list[bytes]:
-        """All of them as Python's own; for few."""
+        """Return all names as a Python list; only suitable for few names."""
         return list(self)

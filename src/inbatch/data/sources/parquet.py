@@ -1,7 +1,7 @@
 """Parquet files in the Hugging Face image layout, read by row group.
 
-Columns `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64, -1 or null for unknown); class
-names in the file's `huggingface` metadata.
+The columns are `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64, -1 or null for unknown). The
+class names are in the file's `huggingface` metadata.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from inbatch.data.sources.folder import TESTS
 from inbatch.errors import ConfigError, DataError
 
 CACHE_BYTES = 512 * 2**20
-"""Encoded row groups that each process keeps; a set larger than this is read again and again when shuffled."""
+"""Encoded row groups cached per process, in bytes; a larger set is read from disk repeatedly when shuffled."""
 
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
-"""What Arrow may raise on a damaged file, on one that is gone, or on types that hold no image."""
+"""Exceptions that Arrow may raise on a damaged or missing file, or on types without images."""
 
 _SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
 
 
 class ParquetSource(Source):
-    """The rows of one or more files, in order; images stay encoded and on disk until asked for."""
+    """Rows of one or more files in order; images stay encoded and on disk until they are opened."""
 
     _last: "_Rows | None"
 
@@ -91,12 +91,15 @@ class ParquetSource(Source):
                     status = os.fstat(file.fileno())
                     said.update(f"{os.path.realpath(name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
                     said.update(_footer(file))
-        except (OSError, ValueError):  # reading a row will say what is wrong
+        except (OSError, ValueError):  # reading a row reports the problem
             return None
         return said.hexdigest()
 
     def signature(self) -> str:
-        """By the files' footers, which hold sizes and places of their columns: names are only read with the images."""
+        """Compute the signature from the file footers instead of the image names.
+
+        The footers contain the sizes and positions of the columns; names can only be read together with the images.
+        """
         footers = []
         for name in self.files:
             with open(name, "rb") as file:
@@ -104,9 +107,9 @@ class ParquetSource(Source):
         return signed(self, b"".join(footers))
 
     def _rows(self, i: int) -> "_Rows":
-        """The row group of row i, from memory if it is there."""
+        """Return the row group of row i, from memory if it is cached."""
         last = self._last
-        if last is not None and last.first <= i < last.stop:  # most often, and without a lock
+        if last is not None and last.first <= i < last.stop:  # the most frequent case, without a lock
             return last
         which = bisect_right(self._starts, i) - 1
         if self._process != os.getpid():  # a forked worker must not share the parent's open files
@@ -149,7 +152,7 @@ class ParquetSource(Source):
 
 
 class _Rows:
-    """The encoded images of a row group in memory, numbered as in the source."""
+    """Encoded images of a row group in memory, numbered as in the source."""
 
     def __init__(self, images: Any, first: int):
         self.first, self.stop, self.nbytes = first, first + len(images), images.nbytes
@@ -162,7 +165,7 @@ class _Rows:
     def __getitem__(self, i: int) -> bytes | None:
         place = i - self.first
         start, end = self._ends[place], self._ends[place + 1]
-        # Empty: missing, or a file of no bytes.
+        # Empty: missing, or a file of 0 bytes.
         return bytes(self._data[start:end]) if start < end else self._bytes[place].as_py()
 
     def path(self, i: int) -> str:
@@ -170,7 +173,10 @@ class _Rows:
 
 
 def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """A `.parquet` file is `train`; a folder may hold train, test, val or validation files, also in shards."""
+    """Find the splits: a `.parquet` file is `train`.
+
+    A folder may hold train, test, val or validation files or shards.
+    """
     if not isinstance(data, str | os.PathLike):
         return None
     path, depth, levels = Path(data), file_channels(reading.channels), reading.levels
@@ -191,8 +197,8 @@ def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Sourc
 
 
 def _footer(file: BinaryIO) -> bytes:
-    """The end of a Parquet file, which says what it holds and where."""
-    file.seek(-8, os.SEEK_END)  # the footer's length, and the letters that end the file
+    """Return the footer of a Parquet file, which describes its contents and their positions."""
+    file.seek(-8, os.SEEK_END)  # the length of the footer, and the four final magic bytes
     length = int.from_bytes(file.read(4), "little")
     file.seek(-8 - length, os.SEEK_END)
     return file.read(length)
@@ -207,7 +213,7 @@ def _labels(column: Any, file: str) -> torch.Tensor:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    """The names of the feature `label`; none if the file does not say."""
+    """Return the class names of the feature `label`; empty if the file does not contain them."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features["label"]["names"]))

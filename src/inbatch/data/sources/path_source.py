@@ -1,4 +1,4 @@
-"""Image files named one by one, by a list or by a known set."""
+"""Image files named individually, by a list or by a known data set."""
 
 import hashlib
 import os
@@ -14,9 +14,18 @@ from inbatch.errors import DataError
 
 
 class PathsSource(Source):
-    """Image files, decoded when asked for; whether one is there is seen when it is opened.
+    """Image files, decoded on demand; a missing file is reported when it is opened.
 
-    paths: N names, absolute or relative to `root`.
+    Args:
+        name: Name of the source.
+        root: Folder that relative paths refer to.
+        paths: N paths, absolute or relative to `root`.
+        labels: (N,) int64, -1 for unknown.
+        classes: Names of the labels.
+        reading: See `Reading`.
+
+    Raises:
+        DataError: If `paths` is empty.
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class PathsSource(Source):
         for i in range(len(self)):
             try:
                 status = os.stat(self._path(i))
-            except OSError:  # opening it will say so
+            except OSError:  # opening the image reports it
                 return None
             said.update(b"%s\0%d\0%d\0" % (self._paths[i], status.st_size, status.st_mtime_ns))
         return said.hexdigest()
@@ -49,5 +58,5 @@ class PathsSource(Source):
 
 
 def printable(path: bytes) -> str:
-    """A name that can be printed and stored whatever bytes it is made of."""
+    """Decode a name to printable text whatever its bytes."""
     return path.decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""torchvision's labelled sets by their names: `torchvision/STL10`, or `torchvision/STL10:FOLDER`.
+"""torchvision's labelled data sets by name: `torchvision/STL10`, or `torchvision/STL10:FOLDER`.
 
-They lie where torchvision puts them, under FOLDER, $INBATCH_DATA or ./data, and are fetched only when asked for, by
-torchvision and only where it knows the archive's checksum. CIFAR's files, which are pickles, are read by `cifar`.
+They are stored where torchvision puts them, under FOLDER, $INBATCH_DATA or ./data. They are downloaded only on request,
+by torchvision, and only if it knows the checksum of the archive. CIFAR files, which are pickles, are read by `cifar`.
 """
 
 import contextlib
@@ -27,10 +27,13 @@ PREFIX = "torchvision/"
 
 
 class Known(NamedTuple):
-    """A set of torchvision's. place: what is there under the root when it is there.
+    """Data set of torchvision.
 
-    splits: our names of its splits -> the arguments torchvision takes for them. maker: its class, by default the name.
-    fetched: whether torchvision can fetch it and check what it got.
+    Attributes:
+        place: File or folder under the root that exists if the data set is present.
+        splits: Names of the splits here -> arguments of the torchvision class.
+        maker: Name of the torchvision class, by default the name of the data set.
+        fetched: Whether torchvision can download the data set and verify its checksum.
     """
 
     place: str
@@ -40,7 +43,7 @@ class Known(NamedTuple):
 
 
 def _named(*same: str, **other: str) -> dict[str, dict[str, Any]]:
-    """Splits that torchvision calls the same, and those that it calls otherwise."""
+    """Return splits with the same name in torchvision, and those with another name there."""
     return {name: {"split": its} for name, its in ({name: name for name in same} | other).items()}
 
 
@@ -74,11 +77,14 @@ SETS = {
     "SUN397": Known("SUN397", _ONE),
     "Imagenette": Known("imagenette2", _named("train", test="val")),
 }
-"""Every set that can be had by its name."""
+"""All data sets that can be opened by name."""
 
 
 def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """The splits of a set of torchvision's, there or not; None for what does not begin with `torchvision/`."""
+    """Find the splits of a torchvision data set, present or not.
+
+    Return None for names without the prefix `torchvision/`.
+    """
     if not isinstance(data, str) or not data.startswith(PREFIX):
         return None
     name, _, where = data.removeprefix(PREFIX).partition(":")
@@ -92,10 +98,10 @@ def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], S
 
 
 def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
-    """One split of a set, fetched before if that is asked for and it is not there."""
+    """Open one split of a data set; download it first if requested and missing."""
     try:
         made = _made(name, split, root)
-    except Exception as e:  # a damaged file may raise anything
+    except Exception as e:  # a damaged file can raise any exception
         there, fetched = (root / SETS[name].place).exists(), SETS[name].fetched
         if not (reading.download and fetched):
             how = (
@@ -113,7 +119,7 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
 
 
 def _made(name: str, split: str, root: Path, download: bool = False) -> Any:
-    """torchvision's own object, or for CIFAR our source."""
+    """Return the torchvision object, or for CIFAR the source of `cifar`."""
     known = SETS[name]
     if not download and not (root / known.place).exists():
         raise FileNotFoundError(f"no {root / known.place}")
@@ -129,12 +135,12 @@ def _made(name: str, split: str, root: Path, download: bool = False) -> Any:
 
 
 def _fetch(name: str, split: str, root: Path) -> None:
-    """Have torchvision fetch a set; processes that want the same wait for each other."""
+    """Download a data set through torchvision; processes that need the same one wait for each other."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _alone(root), contextlib.redirect_stdout(sys.stderr):
             try:
-                _made(name, split, root)  # another process may have been faster
+                _made(name, split, root)  # another process may have finished first
             except Exception:
                 _made(name, split, root, download=True)
     except Exception as e:
@@ -144,7 +150,7 @@ def _fetch(name: str, split: str, root: Path) -> None:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     with open(root / ".inbatch.lock", "a") as file:
-        with contextlib.suppress(ImportError, OSError):  # no locks on this system, or on this disk
+        with contextlib.suppress(ImportError, OSError):  # no file locks on this system or disk
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -152,21 +158,21 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:
-    """Our source over what torchvision found: its arrays as they are, its files by their paths."""
+    """Wrap a torchvision object as a source: arrays unchanged, files by their paths."""
     if getattr(made, "data", None) is not None:
         images = torch.as_tensor(made.data)
         images = images[:, None] if images.ndim == 3 else images
         labels, classes = _labels(made, getattr(made, "targets", None), name)
         return ArraySource(images, labels, classes, name)
-    files = sorted(_files(made))  # torchvision's order may be the file system's
+    files = sorted(_files(made))  # torchvision's order may be that of the file system
     labels, classes = _labels(made, [label for _, label in files], name)
     paths = (path.removeprefix(f"{root}{os.sep}") for path, _ in files)
     return PathsSource(name, root, paths, labels, classes, reading)
 
 
 def _files(made: Any) -> list[tuple[str, int]]:
-    """Paths and labels, where torchvision's objects keep them."""
-    if hasattr(made, "categories"):  # Caltech's numbers become names as it opens them
+    """Return the paths and labels from the attributes of the torchvision object."""
+    if hasattr(made, "categories"):  # Caltech's numbers are converted to names when an image is opened
         folder = Path(made.root, "101_ObjectCategories")
         names = [folder / made.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(made.y, made.index, strict=True)]
         return [(str(path), y) for path, y in zip(names, made.y, strict=True)]
@@ -178,7 +184,7 @@ def _files(made: Any) -> list[tuple[str, int]]:
 
 
 def _labels(made: Any, given: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels (N,) and the classes' names; numbers where torchvision knows none."""
+    """Return labels (N,) and class names; the names are numbers if torchvision has none."""
     values = torch.as_tensor(np.asarray(made.labels if given is None else given).astype(np.int64))
     labels = check_labels(values[:, 0] if values.ndim == 2 else values, len(values), f"The labels of {name}")
     classes = getattr(made, "classes", None) or getattr(made, "categories", None) or range(int(labels.max()) + 1)

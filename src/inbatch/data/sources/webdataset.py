@@ -1,7 +1,7 @@
-"""WebDataset: samples in tar files, read where they lie. Nothing is ever extracted, and nothing uncompressed.
+"""WebDataset: samples in tar files, read in place. Nothing is extracted or uncompressed.
 
-The members of one sample share a key, all of the name before its last part's first dot: `cat/01.jpg` with its label
-in `cat/01.cls` (a number) or `cat/01.json` ({"label": number}).
+The members of one sample share a key, which is the member name up to the first dot of its last path component:
+`cat/01.jpg` has its label in `cat/01.cls` (a number) or `cat/01.json` ({"label": number}).
 """
 
 import hashlib
@@ -33,12 +33,12 @@ _IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
 _PACKED = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz)", re.IGNORECASE)
 _SPLIT = re.compile(r"(train|test|val|validation)(?![A-Za-z]).*\.tar")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_LABEL_BYTES = 2**20  # of a .cls or .json; what is longer holds no label
-_MOST = 10**6  # shards that a pattern may name
+_LABEL_BYTES = 2**20  # maximum size of a .cls or .json; a longer one is not a label
+_MOST = 10**6  # maximum number of shards of a pattern
 
 
 class TarSource(Source):
-    """The images of some shards, in their order. What is kept of each is where it lies, and its name."""
+    """Images of the shards in order; only the position and the name of each image are kept in memory."""
 
     def __init__(self, shards: Sequence[Path], name: str, reading: Reading):
         self.shards, self.levels = [str(shard) for shard in shards], reading.levels
@@ -84,7 +84,7 @@ class TarSource(Source):
                         "utf-8", "surrogateescape"
                     )
                 )
-        except OSError:  # opening an image will say so
+        except OSError:  # opening an image reports it
             return None
         return said.hexdigest()
 
@@ -108,7 +108,7 @@ class TarSource(Source):
 
 
 class _Member(NamedTuple):
-    """An image in a shard: its bytes lie at `start`. label: -1 where unknown."""
+    """Image in a shard: its bytes begin at `start`; label -1 means unknown."""
 
     name: bytes
     start: int
@@ -117,9 +117,10 @@ class _Member(NamedTuple):
 
 
 def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """A `.tar`, a pattern such as `train-{000..146}.tar`, or a folder of shards, which may be called by their split.
+    """Find the splits of a `.tar`, of a pattern such as `train-{000..146}.tar`, or of a folder of shards.
 
-    A folder that holds sub-folders or images beside its tar files is a folder of images.
+    The names of the shards in a folder may begin with the name of their split. A folder that also contains sub-folders
+    or images is not matched here; it is opened as a folder of images.
     """
     if not isinstance(data, str | os.PathLike):
         return None
@@ -143,7 +144,7 @@ def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], So
     for shard in shards:
         match = _SPLIT.fullmatch(shard.name)
         files.setdefault(match[1] if match else "", []).append(shard)
-    if "train" not in files or "" in files:  # names that are not all splits say nothing
+    if "train" not in files or "" in files:  # names that are not all splits define no splits
         return {"train": lambda: TarSource(shards, text, reading)}
     splits: dict[str, Callable[[], Source]] = {"train": lambda: TarSource(files["train"], text, reading)}
     if test := next((name for name in TESTS if name in files), None):
@@ -152,7 +153,7 @@ def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], So
 
 
 def _expanded(pattern: str) -> list[Path]:
-    """The files that `{000..146}` stands for, which must all be there; numbers keep their width."""
+    """Return the files of a pattern such as `{000..146}`, which must all exist; numbers keep their width."""
     pieces = _RANGE.split(pattern)  # text, first, last, text, ...
     ends = [(int(first), int(last), len(first)) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
     if math.prod(max(0, last - first + 1) for first, last, _ in ends) not in range(1, _MOST + 1):
@@ -168,7 +169,7 @@ def _expanded(pattern: str) -> list[Path]:
 
 
 def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
-    """The images of a shard in order, with their labels; DataError names it if anything is amiss."""
+    """Iterate over the images of a shard in order, with labels; raise DataError with its name on any problem."""
     found: list[tuple[bytes, str, int, int]] = []
     labels: dict[str, int] = {}
     try:
@@ -177,7 +178,7 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
             length = os.fstat(file.fileno()).st_size
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 while (member := opened.next()) is not None:
-                    opened.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
                     if (name := _allowed(member, skipped)) is None:
                         continue
                     if member.offset_data + member.size > length:
@@ -194,16 +195,16 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
                     else:
                         skipped[f".{extension}" if extension else "no extension"] += 1
                 file.seek(opened.offset)
-                if file.read(512) != bytes(512):  # tarfile takes what it cannot read for the end
+                if file.read(512) != bytes(512):  # tarfile treats data that it cannot read as the end of the archive
                     raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
-    except Exception as e:  # of damaged headers tarfile raises any
+    except Exception as e:  # tarfile can raise any exception on damaged headers
         raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
     for encoded, key, start, size in found:
         yield _Member(encoded, start, size, labels.get(key, -1))
 
 
 def _check_plain(file: BinaryIO) -> None:
-    """ValueError for a file that is compressed, whatever it is called."""
+    """Raise ValueError if the file is compressed, whatever its name."""
     head = file.read(6)
     file.seek(0)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -211,7 +212,7 @@ def _check_plain(file: BinaryIO) -> None:
 
 
 def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
-    """The name of a file that may be read, None for what is left out; ValueError for what no data set needs."""
+    """Return the name of a readable member, None if it is left out; raise ValueError for members that are unsafe."""
     name = member.name.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
@@ -227,7 +228,7 @@ def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, extension: str) -> int | None:
-    """The class in a .cls or .json; None where a .json says none."""
+    """Return the class in a .cls or .json; None if a .json has none."""
     if member.size > _LABEL_BYTES:
         raise ValueError(f"its member {member.name!r} of {member.size / 1e6:,.0f} MB is too long for a label")
     file.seek(member.offset_data)

@@ -1,4 +1,4 @@
-"""Views: a batch of images becomes V batches of views, on the device, with an own random draw per image."""
+"""Augmented views: each image of a batch is drawn V times on its device, with independent random numbers."""
 
 from inbatch.data.views.pipeline import Drawn, Views
 from inbatch.data.views.presets import PRESETS, make_views

@@ -1,8 +1,9 @@
-"""Colour: jitter, greyscale, solarise, exposure, noise. All take float32 images in [0, 1] and may overwrite them.
+"""Colour operations: jitter, greyscale, solarise, exposure, noise.
 
-Brightness, contrast and saturation are one operation, a blend of the image with its luminance and with the mean of
-that: clamp(own x + luma L(x) + mean E[L(x)]). So a random order per image needs no branch per image: three blends
-before the hue and three after it, those an image does not need being the identity.
+All take float32 images in [0, 1] and may overwrite them. Brightness, contrast and saturation are one operation, a blend
+of the image with its luminance and with the mean of its luminance: clamp(own x + luma L(x) + mean E[L(x)]). A random
+order per image therefore needs no branch per image: three blends are done before the hue and three after it, and those
+that an image does not need are the identity.
 """
 
 import torch
@@ -13,11 +14,11 @@ from inbatch import rng
 from inbatch.data.views.operation import Image, Operation, PerImage, idle, per_image, select, uniform_in
 
 LUMINANCE = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue as torchvision and Pillow have them (ITU-R 601-2)."""
+"""Weights of red, green and blue as in torchvision and Pillow (ITU-R 601-2)."""
 
 
 def luminance(x: Image) -> Float[Tensor, "n 1 h w"]:
-    """The luminance; the mean where the channels are not red, green, blue."""
+    """Return the luminance of RGB images, or the mean over the channels for other numbers of channels."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     red, green, blue = x.split(1, 1)
@@ -25,15 +26,21 @@ def luminance(x: Image) -> Float[Tensor, "n 1 h w"]:
 
 
 def blend(x: Image, own: PerImage, luma: PerImage, mean: PerImage) -> Image:
-    """clamp(own x + luma L(x) + mean E[L(x)], 0, 1), in place. A factor f of brightness is (f, 0, 0), of saturation
-    (f, 1 - f, 0), of contrast (f, 0, 1 - f)."""
+    """Compute clamp(own x + luma L(x) + mean E[L(x)], 0, 1) in place.
+
+    With (own, luma, mean), a brightness factor f is (f, 0, 0), a saturation factor (f, 1 - f, 0), a contrast factor (f,
+    0, 1 - f).
+    """
     light = luminance(x)
     level = light.mean((2, 3), keepdim=True).mul_(per_image(mean))
     return x.mul_(per_image(own)).add_(light.mul_(per_image(luma)).add_(level)).clamp_(0, 1)
 
 
 def rotate_hue(x: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor, "n 3 h w"]:
-    """Hue moved by so many turns at equal saturation and value (HSV), in place; 0 turns change nothing at all."""
+    """Rotate the hue by `turns` at equal saturation and value (HSV), in place.
+
+    0 turns leave the image bit-identical.
+    """
     red, green, blue = x.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -43,7 +50,7 @@ def rotate_hue(x: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor, "n
         green - blue,
         torch.where(green == high, torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)),
     )
-    sixth = sixth.div_(chroma.clamp(min=1e-12)).add_(6 * turns[:, None, None])  # six to a turn
+    sixth = sixth.div_(chroma.clamp(min=1e-12)).add_(6 * turns[:, None, None])  # a turn has six sectors
     sixth = sixth.sub_(torch.floor(sixth / 6).mul_(6))
     moved = turns != 0
     for channel, mid, sign, base in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
@@ -53,7 +60,7 @@ def rotate_hue(x: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor, "n
 
 
 class Jitter(Operation):
-    """Colour jitter with torchvision's ColorJitter inside RandomApply(p): factors, hue, clamps and random order."""
+    """Colour jitter of torchvision (ColorJitter within RandomApply(p)): factors, hue, clamps and random order."""
 
     draws = 6
 
@@ -62,14 +69,18 @@ class Jitter(Operation):
         self.strengths = (brightness, contrast, saturation)
 
     def settle(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, ...]:
-        """kind (0: left alone, else 1 + the hue's place in the order), factors of brightness, contrast and
-        saturation (n, 3), hue in turns (n,), order of those three (n, 3)."""
+        """Convert uniform draws to the settings of each image.
+
+        Returns:
+            kind (n,): 0 for no jitter, else 1 + the position of the hue in the order; factors (n, 3) of brightness,
+            contrast and saturation; hue (n,) in turns; order (n, 3) of those three.
+        """
         on = u[:, 0] < self.p
         factors = torch.stack(
             [uniform_in(u[:, 1 + i], max(0.0, 1 - s), 1 + s) for i, s in enumerate(self.strengths)], 1
         )
         turns = uniform_in(u[:, 4], -self.hue, self.hue)
-        number = (u[:, 5] * 24).long()  # one of 4! orders: the hue's place, then the other three
+        number = (u[:, 5] * 24).long()  # one of 4! orders: the position of the hue, then the other three
         place, rest = number % 4, number // 4
         first = rest % 3
         second = (first + 1 + rest // 3) % 3
@@ -106,7 +117,7 @@ class Grey(Operation):
 
 
 class Solarise(Operation):
-    """Values from the threshold on inverted, with probability p."""
+    """Inversion of the values from the threshold on, with probability p."""
 
     draws = 1
 
@@ -121,7 +132,7 @@ class Solarise(Operation):
 
 
 class Exposure(Operation):
-    """clamp(gain x + offset, 0, 1), both drawn per image."""
+    """Exposure clamp(gain x + offset, 0, 1), with gain and offset drawn per image."""
 
     draws = 2
 
@@ -137,7 +148,7 @@ class Exposure(Operation):
 
 
 class Noise(Operation):
-    """Additive normal noise, the same standard deviation everywhere; clamped to [0, 1]."""
+    """Additive normal noise with one standard deviation for all pixels, clamped to [0, 1]."""
 
     draws = 2
 
@@ -145,10 +156,10 @@ class Noise(Operation):
         self.deviation = deviation
 
     def settle(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
-        """kind, and a key of 48 bits per image from which its pixels are drawn."""
+        """Return kind, and a 48-bit key per image from which its pixels' noise is drawn."""
         high, low = (u * 2**24).long().unbind(1)
         return torch.ones_like(high, dtype=torch.bool), high << 24 | low
 
     def __call__(self, x: Image, on: Tensor, key: Int[Tensor, "n"]) -> Image:
-        u = rng.uniform(0, 0, key, 0, x[0].numel()).view_as(x).clamp_(min=2**-24)  # 0 would be infinitely far out
+        u = rng.uniform(0, 0, key, 0, x[0].numel()).view_as(x).clamp_(min=2**-24)  # 0 would give an infinite value
         return x.add_(u.mul_(2).sub_(1).erfinv_(), alpha=self.deviation * 2**0.5).clamp_(0, 1)

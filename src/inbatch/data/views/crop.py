@@ -1,4 +1,4 @@
-"""Where to cut, and cutting: random resized crops of whole batches, antialiased, as two matrix products per image."""
+"""Crop boxes and batched cropping: antialiased random resized crops as two matrix products per image."""
 
 import math
 
@@ -12,25 +12,35 @@ from inbatch.data.views.view import Interpolation, Range
 
 TRIES = 10
 DRAWS = 2 * TRIES + 2
-"""Random numbers per crop: an area and a shape for each try, then top and left."""
+"""Random numbers per crop: an area and an aspect ratio for each try, then top and left."""
 
 _LARGE = 96 * 96
-"""Pixels of a canvas from which on, on a CPU, cutting first and resizing image by image is the faster way."""
+"""Canvas size in pixels above which, on a CPU, it is faster to cut first and resize image by image."""
 
 
 def random_boxes(
     u: Float[Tensor, "n draws"], size: Int[Tensor, "n 2"], scale: Range, ratio: Range
 ) -> Int[Tensor, "n 4"]:
-    """Top, left, height, width of random resized crops, distributed exactly as torchvision's RandomResizedCrop:
-    the first of ten tries that fits, else the largest centred box of an allowed shape. u: uniform draws (DRAWS
-    columns); size: height and width in pixels."""
+    """Draw boxes of random resized crops, distributed exactly as in torchvision's RandomResizedCrop.
+
+    A box is the first of ten tries that fits, else the largest centred box with an allowed aspect ratio.
+
+    Args:
+        u: Uniform draws, DRAWS columns.
+        size: Height and width of the images in pixels.
+        scale: Range of the area as a fraction of the image.
+        ratio: Range of width / height.
+
+    Returns:
+        Top, left, height and width in pixels.
+    """
     u, (height, width) = u.double(), size.split(1, 1)  # torchvision rounds in double precision
     area = (height * width) * (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     shape = torch.exp(low + (high - low) * u[:, TRIES : 2 * TRIES])
     w, h = (area * shape).sqrt().round().long(), (area / shape).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.long().argmax(1, keepdim=True)  # of equal maxima argmax returns the first
+    first = fits.long().argmax(1, keepdim=True)  # argmax returns the first of equal maxima
     w, h = w.gather(1, first), h.gather(1, first)
     top = (u[:, -2:-1] * (height - h + 1)).long()
     left = (u[:, -1:] * (width - w + 1)).long()
@@ -43,7 +53,7 @@ def random_boxes(
 
 
 def centre_boxes(size: Int[Tensor, "n 2"], share: float) -> Int[Tensor, "n 4"]:
-    """The centred squares whose side is `share` of the shorter side."""
+    """Return the centred squares with a side of `share` times the shorter side of the image."""
     side = (size.amin(1, keepdim=True) * share).round().long().clamp_(min=1)
     return torch.cat([(size - side) // 2, side, side], 1)
 
@@ -51,8 +61,11 @@ def centre_boxes(size: Int[Tensor, "n 2"], share: float) -> Int[Tensor, "n 4"]:
 def weights(
     start: Int[Tensor, "n"], length: Int[Tensor, "n"], extent: int, size: int, how: Interpolation
 ) -> Float[Tensor, "n size extent"]:
-    """Matrices that resample pixels [start, start + length) of a line of `extent` pixels to `size` pixels, equal to
-    torch.nn.functional.interpolate(..., antialias=True) on the cut-out piece; nothing outside it has weight."""
+    """Compute matrices that resample pixels [start, start + length) of a line of `extent` pixels to `size` pixels.
+
+    They equal torch.nn.functional.interpolate(..., antialias=True) on the cut-out piece; pixels outside it have no
+    weight.
+    """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size
     sharp = scale.reciprocal().clamp_(max=1)  # enlarging interpolates, shrinking averages
@@ -61,7 +74,7 @@ def weights(
     distance = ((pixel + 0.5) * sharp - centre * sharp).abs_()
     if how == "bilinear":
         w = distance.neg_().add_(1).clamp_(min=0)
-    else:  # Keys 1981 with a = -1/2, as torch and Pillow take it when antialiasing
+    else:  # Keys 1981 with a = -1/2, as in the antialiased resizing of torch and Pillow
         near = (1.5 * distance - 2.5) * distance * distance + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         w = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
@@ -77,7 +90,7 @@ def resample(
     size: int,
     how: Interpolation,
 ) -> Float[Tensor, "n c size size"]:
-    """Box i of image source[i], resized with antialiasing, mirrored where `flip`, in [0, 1]."""
+    """Return box i of image source[i], resized with antialiasing, mirrored if `flip`, with values in [0, 1]."""
     if can_ask(images) and images[0, 0].numel() > _LARGE:
         return _one_by_one(images, source, boxes, flip, size, how)
     top, left, height, width = boxes.unbind(1)
@@ -100,5 +113,5 @@ def _one_by_one(images: Tensor, source: Tensor, boxes: Tensor, flip: Tensor, siz
 
 
 def mirror(x: Float[Tensor, "n c h w"], flip: Bool[Tensor, "n"]) -> Float[Tensor, "n c h w"]:
-    """Images mirrored left to right where `flip`."""
+    """Mirror the images left to right if `flip`."""
     return torch.where(flip[:, None, None, None], x.flip(-1), x)

@@ -1,5 +1,7 @@
-"""How the two crops of an image lie to each other: one inside the other, apart, or across each other's edges
-(Welle, Poklukar and Kragic, Batch Curation for Unsupervised Contrastive Representation Learning, 2021, section 2)."""
+"""Spatial relation of the two crops of an image: one inside the other, apart, or overlapping in part.
+
+Welle, Poklukar and Kragic, Batch Curation for Unsupervised Contrastive Representation Learning, 2021, section 2.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,30 +16,30 @@ from inbatch.errors import ConfigError
 
 GLOBAL_LOCAL, ADJACENT, INTERSECTION = range(3)
 CONFIGURATIONS = ("global-local", "adjacent", "intersection")
-"""The names of the codes."""
+"""Names of the configuration codes."""
 
 Range = tuple[float, float]
 CANDIDATES, _STRIDE = 34, 21
-"""Sizes that are weighed for each box: the points of a Fibonacci lattice over area and shape."""
+"""Number of candidate sizes per box: points of a Fibonacci lattice over area and aspect ratio."""
 
 _GAP, _CROSS, _WITHIN = range(3)
-"""Along one axis: at least a pixel between the two; neither apart nor inside; one strictly inside the other."""
+"""Relations along one axis: a gap of at least one pixel; neither apart nor inside; one strictly inside the other."""
 _ALLOWED = torch.tensor(
     [
-        [[0, 0, 0], [0, 0, 0], [0, 0, 1]],  # global-local: inside along both
-        [[1, 1, 1], [1, 0, 0], [1, 0, 0]],  # adjacent: a gap along one of them
-        [[0, 0, 0], [0, 1, 1], [0, 1, 0]],  # intersection: a gap along none, inside along one at most
+        [[0, 0, 0], [0, 0, 0], [0, 0, 1]],  # global-local: inside along both axes
+        [[1, 1, 1], [1, 0, 0], [1, 0, 0]],  # adjacent: a gap along at least one axis
+        [[0, 0, 0], [0, 1, 1], [0, 1, 0]],  # intersection: a gap along neither axis, inside along at most one
     ]
 )
-"""[configuration, relation along y, relation along x]: 1 where they go together."""
+"""[configuration, relation along y, relation along x]: 1 if they are compatible."""
 
 
 def configuration(boxes: Int[Tensor, "2 b 4"]) -> Int[Tensor, "b"]:
-    """The configuration of each pair of boxes (top, left, height, width in pixels), section 2.1 and Figure 2.
+    """Return the configuration of each pair of boxes (top, left, height, width in pixels), section 2.1 and Figure 2.
 
     GLOBAL_LOCAL: all four edges of one box are strictly inside the other. ADJACENT: at least one row or column of
-    pixels lies between them. INTERSECTION: everything else, touching edges included. Of the readings that we tried,
-    this is the one that gives the shares of Figure 3.
+    pixels lies between the boxes. INTERSECTION: everything else, including touching edges. Of the interpretations that
+    were tried, this one reproduces the shares of Figure 3.
     """
     (start1, start2), (end1, end2) = boxes[..., :2], boxes[..., :2] + boxes[..., 2:]
     inside = ((start1 < start2) & (end2 < end1)).all(1) | ((start2 < start1) & (end1 < end2)).all(1)
@@ -47,10 +49,11 @@ def configuration(boxes: Int[Tensor, "2 b 4"]) -> Int[Tensor, "b"]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a name of `CROPS` asks for.
+    """Crop geometry of one name in `CROPS`.
 
-    configurations: those of the two crops, each equally often; none: as they come.
-    scale: the area of every crop as a range of shares of the image; None: that of the view.
+    Attributes:
+        configurations: Allowed configurations of the two crops, each equally often; empty for no restriction.
+        scale: Range of the area of every crop as a fraction of the image; None for that of the view.
     """
 
     configurations: tuple[int, ...] = ()
@@ -67,32 +70,42 @@ CROPS = {
     "small": Geometry(scale=(0.08, 0.5)),
     "global-local-big": Geometry((GLOBAL_LOCAL,), scale=(0.5, 1.0)),
 }
-"""The rows of Table 1, by name."""
+"""Rows of Table 1, by name."""
 
 
 @dataclass(frozen=True)
 class CropPairs:
-    """Draws the boxes of both views at once, so that each pair has one of `configurations`, each equally often.
+    """Draw the boxes of both views jointly, so that each pair has one of `configurations`, each equally often.
 
-    As if pairs of random resized crops were drawn until one fits, but in one pass, bounded, and a pure function of the
-    uniform numbers. Every box has `CANDIDATES` sizes, a randomly shifted lattice over area (uniform) and logarithm
-    of width / height (uniform). Of all pairs of sizes one is taken, in proportion to the probability of the
-    configuration given the sizes, which is a count of positions; then one of these positions, all equally likely.
-    Exact in the positions, approximate in the sizes (docs/context/crops.md has figures).
+    The result resembles rejection sampling of pairs of random resized crops, but takes one pass of bounded cost and is
+    a pure function of the uniform numbers. Every box has `CANDIDATES` sizes, a randomly shifted lattice over area
+    (uniform) and logarithm of width / height (uniform). One pair of sizes is chosen with probability proportional to
+    the probability of the configuration given the sizes, which is a count of positions. One of these positions is then
+    chosen uniformly. Positions are exact, sizes approximate (figures in docs/context/crops.md).
 
-    scale, ratio: for each of the two views, as in torchvision's RandomResizedCrop.
+    Attributes:
+        configurations: Codes of the allowed configurations.
+        scale: Range of the area for each of the two views, as in torchvision's RandomResizedCrop.
+        ratio: Range of width / height for each of the two views, as there.
     """
 
     configurations: tuple[int, ...]
     scale: tuple[Range, Range]
     ratio: tuple[Range, Range]
     draws = 11
-    """Random numbers per pair: configuration, sizes of the first box (2) and the second (2), which of their pairs,
-    cell, position along y (2) and x (2)."""
+    """Random numbers per pair.
+
+    Configuration, sizes of the first box (2) and the second (2), pair of sizes, relations, position along y (2) and x
+    (2).
+    """
 
     def __call__(self, u: Float[Tensor, "b draws"], size: Int[Tensor, "b 2"]) -> Int[Tensor, "2 b 4"]:
-        """Top, left, height, width in pixels of images of these sizes (height, width); both boxes of a pair are 0
-        where no sizes admit the configuration (an image of a few pixels)."""
+        """Draw pairs of boxes for images of the given sizes (height, width).
+
+        Returns:
+            Top, left, height and width in pixels. Both boxes of a pair are 0 if no sizes admit the configuration (an
+            image of a few pixels).
+        """
         u = u.double()
         wanted = torch.tensor(self.configurations, device=u.device)[(u[:, 0] * len(self.configurations)).long()]
         first, second = (
@@ -101,16 +114,25 @@ class CropPairs:
         )
         a, b, possible = _pick(u[:, 5], wanted, size, first, second)
         kind = _cell(u[:, 6], wanted, size, a, b)
-        fine = u[:, 7:9] + u[:, 9:11] * 2**-24  # draws have 24 bits, large images more positions
+        fine = u[:, 7:9] + u[:, 9:11] * 2**-24  # draws have 24 bits, large images have more positions
         start1, start2 = _place(fine, size, a, b, kind)
         boxes = torch.stack([torch.cat([start1, a], 1), torch.cat([start2, b], 1)])
         return boxes * possible[:, None]
 
 
 def arrange(name: str, views: Sequence[Any]) -> tuple[tuple[Any, ...], CropPairs | None]:
-    """The views (`views.View`) and the pairs of boxes that a name of `CROPS` asks for; None: each view draws its own.
+    """Return the views and the joint sampler of boxes for a name in `CROPS`.
 
-    Raises ConfigError for an unknown name, views without random crops, and pairs of other than two views.
+    Args:
+        name: Key of `CROPS`.
+        views: Views (`view.View`).
+
+    Returns:
+        The views, with their scale replaced if the name sets one; and the sampler, None if each view draws its own box.
+
+    Raises:
+        ConfigError: If the name is unknown, if a view has no random crop, or if pairs are requested for other than two
+            views.
     """
     if name not in CROPS:
         raise ConfigError(f"There are no crops {name!r}. Choose one of {', '.join(CROPS)}.")
@@ -138,15 +160,15 @@ def arrange(name: str, views: Sequence[Any]) -> tuple[tuple[Any, ...], CropPairs
 def sizes(
     u: Float[Tensor, "b 2"], image: Int[Tensor, "b 2"], scale: Range, ratio: Range
 ) -> Int[Tensor, "b candidates 2"]:
-    """Heights and widths of boxes as random resized crops have them; 0 where a candidate does not fit the image.
+    """Return heights and widths of boxes as in random resized crops; 0 if a candidate does not fit the image.
 
-    Each alone is distributed as one try of torchvision's, all together cover area and shape evenly.
+    Each candidate alone is distributed as one try of torchvision; all together cover area and aspect ratio evenly.
     """
     number = torch.arange(CANDIDATES, device=u.device)
     lattice = torch.stack([number, number * _STRIDE], -1).double() / CANDIDATES
     share, turn = (u[:, None] + lattice).frac().unbind(-1)
     height, width = image.split(1, 1)
-    # Above this area nothing fits into a narrow image: no candidate is wasted on it.
+    # No box with a larger area fits into a narrow image, so no candidate is spent there.
     fits = torch.minimum((width + 0.5) ** 2 / ratio[0], (height + 0.5) ** 2 * ratio[1])
     least = scale[0] * (height * width).double()
     most = torch.maximum(torch.minimum(scale[1] * (height * width).double(), fits), least)
@@ -159,12 +181,12 @@ def sizes(
 def chances(
     wanted: Int[Tensor, "b"], image: Int[Tensor, "b 2"], first: Int[Tensor, "b k 2"], second: Int[Tensor, "b m 2"]
 ) -> Float[Tensor, "b k m"]:
-    """The probability of the wanted configuration of two boxes of given sizes, put anywhere; 0 for sizes of 0."""
+    """Compute the probability of the wanted configuration of two boxes at random positions; 0 for sizes of 0."""
     a, b, extent = (x.float().mT.contiguous() for x in (first, second, image[:, None]))
     (gap_y, in_y, longer_y), (gap_x, in_x, longer_x) = (
         _shares(extent[:, i, :, None], a[:, i, :, None], b[:, i, None]) for i in (0, 1)
     )
-    inside = in_y.mul_(in_x).mul_(longer_y.mul_(longer_x) > 0)  # a box contains the other if it is longer both ways
+    inside = in_y.mul_(in_x).mul_(longer_y.mul_(longer_x) > 0)  # containment needs the longer box on both axes
     apart = gap_y + gap_x - gap_y * gap_x
     code = wanted[:, None, None]
     chance = torch.where(code == GLOBAL_LOCAL, inside, torch.where(code == ADJACENT, apart, 1 - apart - inside))
@@ -172,7 +194,7 @@ def chances(
 
 
 def _shares(extent: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the probability of a gap, and of the shorter being strictly inside the longer; a - b."""
+    """Return, along one axis, the probabilities of a gap and of the shorter strictly inside the longer; and a - b."""
     room, longer = (extent - a - b).clamp_(min=0), a - b
     gap = (room + 1).mul_(room).div_(extent - a + 1).div_(extent - b + 1)
     return gap, (longer.abs() - 1).clamp_(min=0).div_(extent + 1 - torch.minimum(a, b)), longer
@@ -181,11 +203,12 @@ def _shares(extent: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _pick(
     u: Tensor, wanted: Tensor, extent: Tensor, first: Tensor, second: Tensor
 ) -> tuple[Int[Tensor, "b 2"], Int[Tensor, "b 2"], Bool[Tensor, "b"]]:
-    """One of all pairs of sizes, by its chance; whether there is any."""
-    weight = (chances(wanted, extent, first, second) * 2**40).long().flatten(1)  # integers: any order sums the same
+    """Choose one pair of sizes per image by its probability; return the sizes and whether any pair is possible."""
+    # integers, so that the sum does not depend on the order
+    weight = (chances(wanted, extent, first, second) * 2**40).long().flatten(1)
     which, possible = _by_count(u, weight)
     take = torch.stack([which // CANDIDATES, which % CANDIDATES])[..., None, None].expand(-1, -1, 1, 2)
-    # Where there is none, sizes that are valid everywhere keep the arithmetic alive.
+    # If no pair is possible, a size of 1 keeps the arithmetic defined.
     a, b = (
         torch.where(possible[:, None], x.gather(1, i).squeeze(1), 1) for x, i in zip((first, second), take, strict=True)
     )
@@ -195,7 +218,7 @@ def _pick(
 def relations(
     extent: Int[Tensor, "b 2"], a: Int[Tensor, "b 2"], b: Int[Tensor, "b 2"]
 ) -> tuple[Int[Tensor, "b 2"], Int[Tensor, "b 2"], Int[Tensor, "b 2"]]:
-    """In how many ways boxes of sizes a and b lie in an image, along y and along x: apart, across, inside."""
+    """Count the relative positions of boxes of sizes a and b along y and x: with a gap, across, inside."""
     last1, last2 = extent - a, extent - b
     low, high = _inside(a, b)
     touching = _before(a + 1, last1, last2) - _before(-b, last1, last2)  # offsets -b to a leave no gap
@@ -204,7 +227,7 @@ def relations(
 
 
 def _cell(u: Tensor, wanted: Tensor, extent: Tensor, a: Tensor, b: Tensor) -> Int[Tensor, "b 2"]:
-    """What holds along y and along x: of what the configuration allows, by the number of positions."""
+    """Choose the relations along y and x among those of the configuration, weighted by the number of positions."""
     y, x = torch.stack(relations(extent, a, b), -1).unbind(1)
     ways = y[:, :, None] * x[:, None] * _ALLOWED.to(u.device)[wanted]
     which, _ = _by_count(u, ways.flatten(1))
@@ -212,7 +235,7 @@ def _cell(u: Tensor, wanted: Tensor, extent: Tensor, a: Tensor, b: Tensor) -> In
 
 
 def _by_count(u: Tensor, count: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b"], Bool[Tensor, "b"]]:
-    """One of n, with probability in proportion to its count; whether any count is above 0."""
+    """Choose one of n with probability proportional to its count; also return whether any count is above 0."""
     below = count.cumsum(1)
     total = below[:, -1]
     which = torch.searchsorted(below, (u * total).long()[:, None], right=True)[:, 0]
@@ -222,10 +245,10 @@ def _by_count(u: Tensor, count: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b"], B
 def _place(
     u: Float[Tensor, "b 2"], extent: Int[Tensor, "b 2"], a: Tensor, b: Tensor, kind: Tensor
 ) -> tuple[Int[Tensor, "b 2"], Int[Tensor, "b 2"]]:
-    """Where the two begin, along y and along x: of all positions of a kind, each equally likely.
+    """Return the starts of the two boxes along y and x, uniform over all positions of the given relation.
 
-    All positions are numbered in the order of their offset, second begin minus first. A kind is one or two ranges of
-    offsets, so a number within the kind becomes a number among all by jumping over what lies between.
+    All positions are numbered in the order of their offset, second start minus first. A relation is one or two ranges
+    of offsets, so a number within the relation becomes a number among all positions by skipping what lies in between.
     """
     last1, last2 = extent - a, extent - b
     meet, part = _before(-b, last1, last2), _before(a + 1, last1, last2)
@@ -242,20 +265,23 @@ def _place(
 
 
 def _inside(a: Int[Tensor, "b 2"], b: Int[Tensor, "b 2"]) -> tuple[Int[Tensor, "b 2"], Int[Tensor, "b 2"]]:
-    """The offsets [low, high) that put the shorter box strictly inside the other; none where neither box can be."""
+    """Return the offsets [low, high) that put the shorter box strictly inside the other.
+
+    Empty if neither box can be.
+    """
     longer = a - b
     low, high = torch.where(longer > 0, 1, longer + 1), torch.where(longer > 0, longer, 0)
     return low, torch.where(longer.prod(1, keepdim=True) > 0, torch.maximum(low, high), low)
 
 
 def _before(offset: Tensor, last1: Tensor, last2: Tensor) -> Tensor:
-    """How many positions, 0 to last1 and 0 to last2, have a smaller offset."""
+    """Count the positions, 0 to last1 and 0 to last2, with a smaller offset."""
     right, far = last1 + offset, last2 + 1
     return _triangle(right) - _triangle(offset - 1) - _triangle(right - far) + _triangle(offset - 1 - far)
 
 
 def _offset(number: Tensor, last1: Tensor, last2: Tensor) -> Tensor:
-    """The offset of a position, by its number: 1, 2, 3, ... positions for each offset, then a plateau, then down."""
+    """Return the offset of a position by its number: 1, 2, 3, ... positions per offset, then constant, then fewer."""
     short, long = torch.minimum(last1, last2), torch.maximum(last1, last2)
     rise, mirrored = _triangle(short), (last1 + 1) * (last2 + 1) - 1 - number
     place = short + (number - rise) // (short + 1)
@@ -264,11 +290,11 @@ def _offset(number: Tensor, last1: Tensor, last2: Tensor) -> Tensor:
 
 
 def _triangle(n: Tensor) -> Tensor:
-    """1 + 2 + ... + n; 0 below."""
+    """Return 1 + 2 + ... + n, or 0 for negative n."""
     n = n.clamp(min=0)
     return n * (n + 1) // 2
 
 
 def _row(number: Tensor) -> Tensor:
-    """The row of a triangle 1, 2, 3, ... in which a number stands; exact, as the root is below 2^50."""
+    """Return the row that contains a number in the triangle 1, 2, 3, ...; exact, as the root is below 2^50."""
     return (((8 * number + 1).double().sqrt() - 1) / 2).long()

@@ -1,4 +1,4 @@
-"""Filters over space: Gaussian blur and affine maps. All take float32 images in [0, 1]."""
+"""Spatial filters: Gaussian blur and affine maps of float32 images in [0, 1]."""
 
 import math
 
@@ -11,7 +11,7 @@ from inbatch.data.views.operation import Image, Operation, PerImage, per_image, 
 
 
 def gaussian_blur(x: Image, sigma: PerImage, taps: int) -> Image:
-    """Gaussian blur with an own sigma (pixels) per image, `taps` pixels wide, edges reflected, as torchvision's."""
+    """Blur each image with its own sigma (pixels), `taps` pixels wide, with reflected edges, as torchvision does."""
     half = taps // 2
     place = torch.arange(-half, half + 1, device=x.device) / sigma[:, None]
     kernel = torch.softmax(-0.5 * place.square(), 1)
@@ -26,14 +26,19 @@ def gaussian_blur(x: Image, sigma: PerImage, taps: int) -> Image:
 
 
 def affine(x: Image, inverse: Float[Tensor, "n 2 3"], padding: str) -> Image:
-    """Images under an affine map given by its inverse (output to input, in units of half a side about the centre),
-    bilinear; outside is black ("zeros") or the edge's pixel ("border")."""
+    """Apply an affine map given by its inverse, with bilinear interpolation.
+
+    Args:
+        x: Images.
+        inverse: Maps output to input coordinates, in units of half a side about the centre.
+        padding: Pixels outside the input: black ("zeros") or the pixel at the edge ("border").
+    """
     grid = F.affine_grid(inverse, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
 class Blur(Operation):
-    """Gaussian blur with probability p, sigma uniform in a range."""
+    """Gaussian blur with probability p and sigma uniform in a range."""
 
     draws = 2
 
@@ -48,7 +53,7 @@ class Blur(Operation):
 
 
 class Affine(Operation):
-    """An affine map about the centre: zoom, then shear, then rotation, then shift."""
+    """Affine map about the centre: zoom, then shear, then rotation, then shift."""
 
     draws = 6
 
@@ -59,12 +64,12 @@ class Affine(Operation):
         self.rotation, self.shear = math.radians(rotation), math.radians(shear)
 
     def settle(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, Tensor]:
-        """kind, and the inverse map (n, 2, 3). Zoom and aspect are uniform in their logarithm."""
+        """Return kind, and the inverse map (n, 2, 3); zoom and aspect are uniform in their logarithm."""
         zoom = torch.exp(uniform_in(u[:, 0], math.log(self.zoom[0]), math.log(self.zoom[1])))
         stretch = torch.exp(uniform_in(u[:, 1], -self.aspect, self.aspect) / 2)
         turn = uniform_in(u[:, 2], -self.rotation, self.rotation)
         lean = torch.tan(uniform_in(u[:, 3], -self.shear, self.shear))
-        shift = uniform_in(u[:, 4:], -2 * self.shift, 2 * self.shift)  # the side is 2 units long
+        shift = uniform_in(u[:, 4:], -2 * self.shift, 2 * self.shift)  # a side is 2 units long
         inverse = inverse_map(zoom * stretch, zoom / stretch, turn, lean, shift)
         return torch.ones_like(turn, dtype=torch.bool), inverse
 
@@ -75,7 +80,10 @@ class Affine(Operation):
 def inverse_map(
     wider: PerImage, taller: PerImage, turn: PerImage, lean: PerImage, shift: Float[Tensor, "n 2"]
 ) -> Float[Tensor, "n 2 3"]:
-    """The inverse of y = R(turn) [[1, -lean], [0, 1]] diag(wider, taller) x + shift; turn in radians, lean a slope."""
+    """Return the inverse of y = R(turn) [[1, -lean], [0, 1]] diag(wider, taller) x + shift.
+
+    Turn in radians, lean a slope.
+    """
     cos, sin = torch.cos(turn), torch.sin(turn)
     rows = torch.stack(
         [(cos - lean * sin) / wider, (sin + lean * cos) / wider, -sin / taller, cos / taller], 1

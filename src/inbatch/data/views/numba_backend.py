@@ -1,4 +1,4 @@
-"""Views by the compiled kernel: where it can be had, what it knows, and how threads share its work."""
+"""Views by the compiled kernel: its availability, the operations it supports, and its distribution over threads."""
 
 import functools
 import os
@@ -16,16 +16,16 @@ from inbatch.data.views.view import View
 from inbatch.errors import DataError
 
 _KNOWN = (Jitter, Grey, Blur, Solarise)
-"""What the kernel does after crop and flip, in this order."""
+"""Operations that the kernel applies after crop and flip, in this order."""
 _APART = 2**16
-"""From so many values on, threads are worth waking."""
+"""Minimum number of output values for which threads pay off."""
 _PIECES = 4
-"""Pieces per thread: some images take longer than others."""
+"""Pieces per thread, since some images take longer than others."""
 
 
 @functools.cache
 def available() -> bool:
-    """Whether views can be drawn by the compiled kernel here: it needs numba, and a numba that takes this NumPy."""
+    """Return whether the compiled kernel is available: it needs a numba version that supports the installed NumPy."""
     try:
         import numba  # noqa: F401
     except ImportError:
@@ -34,7 +34,7 @@ def available() -> bool:
 
 
 def knows(steps: Sequence[Operation]) -> bool:
-    """Whether the kernel can do all these operations."""
+    """Return whether the kernel supports all these operations."""
     return all(isinstance(step, _KNOWN) for step in steps)
 
 
@@ -49,10 +49,23 @@ def draw_views(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Float[Tensor, "n c s s"]:
-    """Box i of image source[i], or (source None) the ready crop i, mirrored where `flip`, then every step with its
-    settings, normalised. An image's view does not depend on the others, nor on how many threads there are.
+    """Draw views: box i of image source[i], or the ready crop i, mirrored if `flip`, then all steps, normalised.
 
-    Raises DataError where a box lies outside of its image.
+    The view of an image depends neither on the other images nor on the number of threads.
+
+    Args:
+        view: Parameters of the view.
+        steps: Operations after crop and flip.
+        settled: Settings of each step.
+        pixels: Images, or ready crops.
+        source: Image numbers; None if `pixels` are ready crops.
+        boxes: Top, left, height and width in pixels.
+        flip: Whether to mirror left to right.
+        mean: Mean per channel, of values in [0, 1].
+        std: Standard deviation per channel.
+
+    Raises:
+        DataError: If a box is outside its image.
     """
     from inbatch.data.views import numba_kernel
 
@@ -86,7 +99,7 @@ def draw_views(
 
 
 def _check(pixels: Tensor, source: Tensor, boxes: Tensor) -> None:
-    """The kernel reads what it is told to."""
+    """Raise DataError if a box is outside its image; the kernel does not check bounds."""
     top, left, height, width = boxes.unbind(1)
     rows, columns = pixels.shape[2:]
     inside = (torch.minimum(top, left) >= 0) & (torch.minimum(height, width) > 0)
@@ -101,5 +114,5 @@ def _check(pixels: Tensor, source: Tensor, boxes: Tensor) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """The process's own, because a fork has no threads. A run may change their number: old pools end."""
+    """Return the thread pool of this process; a fork has no threads, and a changed thread count replaces the pool."""
     return ThreadPoolExecutor(threads, "views")

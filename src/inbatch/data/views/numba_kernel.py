@@ -1,10 +1,11 @@
-"""Whole views in one compiled pass for CPUs: an image stays in the processor's cache from its pixels to its view.
+"""Complete views in one compiled pass on CPUs: an image stays in the processor's cache from its pixels to its view.
 
-What is computed is what `crop`, `colour` and `filters` say, operation by operation, in float32. Importing this file
-needs numba and compiles (or reads from numba's cache): `fused` does so when the first view is drawn.
+The computation is that of `crop`, `colour` and `filters`, operation by operation, in float32. Importing this file needs
+numba and compiles the kernel (or loads it from numba's cache); `numba_backend` does so when the first view is drawn.
 
-Written for the compiler's vectoriser: inner loops run over contiguous float32, choose instead of branching, and their
-constants are float32. Only the horizontal half of resizing has no such loop; it takes eight rows at a time, as vectors.
+The code is written for the compiler's vectoriser: inner loops run over contiguous float32, select instead of branching,
+and use float32 constants. Only the horizontal half of resizing has no such loop; it processes eight rows at a time as
+vectors.
 """
 
 from typing import Any, no_type_check
@@ -18,8 +19,8 @@ from numba.extending import intrinsic
 
 _OPTIONS: dict[str, Any] = dict(
     nogil=True,
-    error_model="numpy",  # or every division would be a branch
-    fastmath={"contract", "nsz", "nnan", "ninf", "reassoc", "arcp"},  # nothing here is ever NaN or infinite
+    error_model="numpy",  # otherwise every division would be a branch
+    fastmath={"contract", "nsz", "nnan", "ninf", "reassoc", "arcp"},  # no value here is ever NaN or infinite
 )
 _inner = numba.njit(**_OPTIONS)
 
@@ -28,13 +29,13 @@ _TINY, _BYTE = np.float32(1e-12), np.float32(1 / 255)
 _NEAR, _STEEP = np.float32(1.5), np.float32(2.5)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LANES = 8
-"""Rows side by side in a vector: of more, the compiler no longer transposes with shuffles."""
+"""Rows per vector; with more, the compiler no longer transposes with shuffles."""
 _WIDE = 32
-"""Neighbours along a row summed at once."""
+"""Adjacent values of a row that are summed at once."""
 _CHUNK = 1024
-"""Pixels, about, that all operations see while they are in the first cache."""
+"""Approximate number of pixels that all operations process while they are in the first-level cache."""
 _NEGLIGIBLE = 1e-8
-"""A tap of this share changes no float32 in [0, 1]."""
+"""Relative weight below which a tap changes no float32 in [0, 1]."""
 
 
 # Resizing
@@ -43,9 +44,10 @@ _NEGLIGIBLE = 1e-8
 @_inner
 @no_type_check
 def _weights(length, size, cubic, gain, mirrored, first, table):
-    """How `length` pixels become `size`: the first pixel of each, and its weights, (size, taps) flat. Returns taps.
+    """Compute the first pixel and the weights, (size, taps) flat, for resizing `length` pixels to `size`; return taps.
 
-    Rounded as in torch.nn.functional.interpolate(antialias=True), at the centre, and exact from there on."""
+    The centre is rounded as in torch.nn.functional.interpolate(antialias=True); the rest is exact.
+    """
     scale = np.float32(length) / np.float32(size)
     sharp = 1.0 / max(scale, _ONE)  # enlarging interpolates, shrinking averages
     support = max(scale, _ONE) * (_TWO if cubic else _ONE)
@@ -72,10 +74,12 @@ def _weights(length, size, cubic, gain, mirrored, first, table):
 
 
 def _weighted_sum(lanes):
-    """(out, to, x, start, step, weights, first, taps): out[to : to + lanes] = the sum over k < taps of
-    weights[first + k] x[start + k step : start + k step + lanes], held in registers. x: float32 or uint8.
+    """Build a function of (out, to, x, start, step, weights, first, taps) that adds weighted vectors of `lanes` values.
 
-    Vectors of LLVM itself, for any processor: its vectoriser makes none of so short loops."""
+    It sets out[to : to + lanes] to the sum over k < taps of weights[first + k] x[start + k step : start + k step +
+    lanes], held in registers; x is float32 or uint8. It uses LLVM vectors directly, for any processor, because LLVM's
+    vectoriser does not vectorise such short loops.
+    """
 
     @intrinsic
     @no_type_check
@@ -118,7 +122,7 @@ _sum_of_wide, _sum_of_narrow = _weighted_sum(_WIDE), _weighted_sum(_LANES)
 @_inner
 @no_type_check
 def _down(pixels, start, pitch, width, weights, first, taps, line, to):
-    """line[to : to + width] = the weighted sum of rows of pixels, `pitch` apart; the last vector overlaps."""
+    """Set line[to : to + width] to the weighted sum of pixel rows `pitch` apart; the last vector overlaps."""
     if width >= _WIDE:
         for x in range(0, width, _WIDE):
             p = min(x, width - _WIDE)
@@ -138,7 +142,7 @@ def _down(pixels, start, pitch, width, weights, first, taps, line, to):
 @_inner
 @no_type_check
 def _along(tile, start, first, weights, taps, size, out, to):
-    """The weighted sums of columns, each of eight pixels that stand side by side."""
+    """Compute the weighted sums of columns, each of eight adjacent pixels."""
     for x in range(size):
         _sum_of_narrow(out, to + _LANES * x, tile, start + _LANES * first[x], _LANES, weights, taps * x, taps)
 
@@ -146,7 +150,7 @@ def _along(tile, start, first, weights, taps, size, out, to):
 @_inner
 @no_type_check
 def _to_columns(lines, n, tile):
-    """Eight lines of n, transposed: tile[8 x + j] = lines[j n + x]."""
+    """Transpose eight lines of n: tile[8 x + j] = lines[j n + x]."""
     a, b, c, d = lines[:n], lines[n : 2 * n], lines[2 * n : 3 * n], lines[3 * n : 4 * n]
     e, f, g, h = lines[4 * n : 5 * n], lines[5 * n : 6 * n], lines[6 * n : 7 * n], lines[7 * n : 8 * n]
     for x in range(n):
@@ -158,7 +162,7 @@ def _to_columns(lines, n, tile):
 @_inner
 @no_type_check
 def _to_lines(tile, n, out):
-    """And back, clamped to [0, 1]: out[j n + x] = tile[8 x + j]."""
+    """Transpose back and clamp to [0, 1]: out[j n + x] = tile[8 x + j]."""
     a, b, c, d = out[:n], out[n : 2 * n], out[2 * n : 3 * n], out[3 * n : 4 * n]
     e, f, g, h = out[4 * n : 5 * n], out[5 * n : 6 * n], out[6 * n : 7 * n], out[7 * n : 8 * n]
     for x in range(n):
@@ -172,9 +176,10 @@ def _to_lines(tile, n, out):
 def _resize(
     pixels, start, pitch, width, y, rows, first_row, down, row_taps, first_column, along, column_taps, scratch, out
 ):  # fmt: skip
-    """Rows y to y + rows of a box that starts at pixels[start]; below its last row, that one again.
+    """Resize rows y to y + rows of a box that starts at pixels[start]; rows below the last one repeat it.
 
-    Eight strips of them, one below the other, are resized along their rows at once: a pixel of each in a vector."""
+    Eight strips of rows, one below the other, are resized horizontally at once: a vector holds one pixel of each strip.
+    """
     size, deep = len(first_row), rows // _LANES
     lines, tile, resized = scratch[0], scratch[1], scratch[2]
     for r in range(rows):
@@ -190,7 +195,7 @@ def _resize(
 @_inner
 @no_type_check
 def _copy(row, mirrored, out):
-    """A row that needs no resizing."""
+    """Copy a row that needs no resizing."""
     n = len(row)
     if mirrored:
         for x in range(n):
@@ -236,7 +241,7 @@ def _rotate_hue(red, green, blue, turns):
         high, low = max(max(r, g), b), min(min(r, g), b)
         chroma = high - low
         sixth = g - b if r == high else (b - r + _TWO * chroma if g == high else r - g + _FOUR * chroma)
-        sixth = sixth / max(chroma, _TINY) + move  # six to a turn; from -4 to 8
+        sixth = sixth / max(chroma, _TINY) + move  # a turn has six sectors; the value is from -4 to 8
         sixth = sixth + _SIX if sixth < _ZERO else sixth
         sixth = sixth - _SIX if sixth >= _SIX else sixth
         red[i] = _clamp(abs(sixth - _THREE) - _ONE) * chroma + low
@@ -267,7 +272,7 @@ def _sum(x):
 @_inner
 @no_type_check
 def _finish(x, threshold, mean, std, out):
-    """Solarised from the threshold on, then normalised."""
+    """Solarise the values from the threshold on, then normalise."""
     gain, shift = _ONE / std, -mean / std
     for i in range(len(x)):
         value = _ONE - x[i] if x[i] >= threshold else x[i]
@@ -277,8 +282,10 @@ def _finish(x, threshold, mean, std, out):
 @_inner
 @no_type_check
 def _plan(kind, factors, turns, order, todo):
-    """The jitter's operations in the image's order, without those that change nothing. Returns their number, and the
-    place of the contrast, which waits for the whole image (-1: none)."""
+    """List the jitter operations in the image's order, without those that change nothing.
+
+    Returns their number, and the position of the contrast, which needs the whole image (-1: none).
+    """
     count, wait = 0, -1
     if kind == 0:
         return count, wait
@@ -300,7 +307,7 @@ def _plan(kind, factors, turns, order, todo):
 @_inner
 @no_type_check
 def _gaussian(sigma, half, kernel):
-    """Half of a Gaussian kernel of sum 1. Returns how many taps to either side count."""
+    """Compute half of a Gaussian kernel with sum 1; return the number of non-negligible taps on each side."""
     total = 0.0
     for k in range(half + 1):
         total += np.exp(-0.5 * (k / sigma) ** 2) * (1 if k == 0 else 2)
@@ -331,7 +338,7 @@ def _add_pairs(a, b, c, d, u, v, out):
 @_inner
 @no_type_check
 def _convolve(x, start, step, kernel, used, out):
-    """out[i] = sum_k kernel[|k|] x[start + i + k step]; two taps of either side at a time."""
+    """Compute out[i] = sum_k kernel[|k|] x[start + i + k step], two taps on each side at a time."""
     n = len(out)
     _scale(x[start : start + n], kernel[0], out)
     for k in range(1, used + 1, 2):
@@ -341,7 +348,7 @@ def _convolve(x, start, step, kernel, used, out):
         _add_pairs(a, b, c, d, kernel[k], kernel[k + 1], out)
 
 
-# The whole
+# Complete views
 
 
 @no_type_check
@@ -349,12 +356,12 @@ def _draw(
     pixels, source, boxes, mirrored, kind, factors, turns, order, grey, blurred, sigma, solarised,
     luma, mean, std, threshold, blur_taps, cubic, start, stop, out,
 ):  # fmt: skip
-    """Views start to stop of all (n, c, s, s): image after image, chunk of rows after chunk."""
+    """Draw views start to stop of all (n, c, s, s), image by image and in chunks of rows."""
     channels, size = out.shape[1], out.shape[2]
     longest = 1
     for n in range(start, stop):
         longest = max(longest, boxes[n, 2], boxes[n, 3])
-    reach = int(np.ceil(longest / size)) * (4 if cubic else 2) + 1  # taps of any of these views
+    reach = int(np.ceil(longest / size)) * (4 if cubic else 2) + 1  # maximum number of taps over these views
     down, along = np.empty(size * reach, np.float32), np.empty(size * reach, np.float32)
     first_row, first_column = np.empty(size, np.int64), np.empty(size, np.int64)
 
@@ -380,7 +387,7 @@ def _draw(
             row_taps = _weights(height, size, cubic, _ONE, False, first_row, down)
             column_taps = _weights(width, size, cubic, _BYTE, flip, first_column, along)
 
-        light = 0.0  # the mean luminance that contrast asks for
+        light = 0.0  # mean luminance, needed by contrast
         for sweep in range(1 if wait < 0 else 2):
             last = wait < 0 or sweep == 1
             for y in range(0, size, rows):
@@ -440,7 +447,7 @@ def _draw(
                     for k in range(1, used + 1):
                         padded[pad + j * pitch - k] = line[k]
                         line[size - 1 + k] = line[size - 1 - k]
-                # The rows stand in one line: what is computed in between them is left out.
+                # The rows are stored in one line; the values computed between them are discarded.
                 _convolve(padded, pad, 1, kernel, used, blurry[: here * pitch - 2 * pad])
                 for j in range(here):
                     _finish(blurry[j * pitch : j * pitch + size], limit, mean[c], std[c], out[n, c, y + j])
@@ -456,9 +463,9 @@ def _compiled():
     )  # fmt: skip
     try:
         return numba.njit(signature, cache=True, **_OPTIONS)(_draw)
-    except Exception:  # nowhere to keep the compiled code, a full disk, a damaged cache: compile it each time
+    except Exception:  # cache directory not writable, full disk or damaged cache: compile in every process
         return numba.njit(signature, **_OPTIONS)(_draw)
 
 
 draw = _compiled()
-"""`_draw`, for arrays that are contiguous and of one set of types: it is compiled once."""
+"""`_draw` for contiguous arrays of one set of types, compiled once."""

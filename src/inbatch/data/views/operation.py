@@ -1,4 +1,4 @@
-"""What an operation on views is, and how it changes some images of a batch without asking which."""
+"""Interface of view operations, and selection of images within a batch without branches on an accelerator."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,9 +12,12 @@ PerImage = Float[Tensor, "n"]
 
 
 class Operation(ABC):
-    """An operation on n float32 images in [0, 1]: `settle` turns uniform draws into its settings, one row per image;
-    a call applies these and may overwrite the images. The first setting, kind, says which images change (0: not this
-    one) and orders the images that want the same done next to each other."""
+    """Operation on n float32 images in [0, 1].
+
+    `settle` converts uniform draws to settings, one row per image. A call applies the settings and may overwrite the
+    images. The first setting, kind, tells which images change (0: unchanged); images are sorted by it, so that images
+    with the same treatment are adjacent.
+    """
 
     draws: int
     """Random numbers per image."""
@@ -27,27 +30,27 @@ class Operation(ABC):
 
 
 def can_ask(x: Tensor) -> bool:
-    """Whether the program may branch on values: an accelerator would have to wait for them."""
+    """Return whether the program may branch on tensor values; an accelerator would have to synchronise."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def idle(kind: Tensor) -> bool:
-    """True if it is known that no image is to be changed."""
+    """Return True if it is known that no image is to be changed."""
     return can_ask(kind) and not bool(kind.any())
 
 
 def select(on: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """new where `on` (n,), else old."""
+    """Return `new` for images with `on` (n,), else `old`."""
     if can_ask(on) and bool(on.all()):
         return new
     return torch.where(on.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def per_image(x: Tensor) -> Tensor:
-    """(n,) as (n, 1, 1, 1)."""
+    """Reshape (n,) to (n, 1, 1, 1)."""
     return x[:, None, None, None]
 
 
 def uniform_in(u: Tensor, low: float, high: float) -> Tensor:
-    """Draws from [0, 1) moved to [low, high)."""
+    """Scale draws from [0, 1) to [low, high)."""
     return low + (high - low) * u

@@ -1,4 +1,4 @@
-"""A batch becomes V views: every image draws its own, keyed by (seed, epoch, sample, view), on the batch's device."""
+"""Views of a batch: each image draws its own, keyed by (seed, epoch, sample, view), on the batch's device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.rng import head, spread
 
 _CACHE = 2**17
-"""Values per core worked on at a time on a CPU: half a megabyte stays in its cache."""
+"""Values per core processed at a time on a CPU: half a megabyte stays in its cache."""
 
 PAIR = -1
-"""The number under which pairs of boxes draw, beside those of the views."""
+"""View number used as the key of the random numbers of box pairs."""
 
 
 @runtime_checkable
 class Pairs(Protocol):
-    """Boxes of two views at once, out of `draws` uniform numbers per image; of no height where it has none to give."""
+    """Joint sampler of the boxes of two views from `draws` uniform numbers per image; height 0 if it has no box."""
 
     draws: int
 
@@ -39,9 +39,10 @@ class Pairs(Protocol):
 class Drawn:
     """V views of B samples.
 
-    images: per view (B, C, s, s) float32, normalised.
-    boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
-    flipped: (V, B) bool, whether the view is mirrored left to right.
+    Attributes:
+        images: Per view (B, C, s, s) float32, normalised.
+        boxes: (V, B, 4) int64: top, left, height and width of each crop in pixels of its image.
+        flipped: (V, B) bool: whether the view is mirrored left to right.
     """
 
     images: tuple[Float[Tensor, "b c _ _"], ...]
@@ -50,12 +51,18 @@ class Drawn:
 
 
 class Views:
-    """Draws `views` of every image and normalises them with the mean and std (of values in [0, 1]) per channel.
+    """Draw `views` of every image and normalise them per channel.
 
-    pairs: where given, draws the boxes of two views together; everything else of a view is drawn as without it.
-    fused: None: on a CPU the compiled kernel draws the views it knows (`views.fused`); False: torch's operations draw
-        them all. The views are the same but for rounding.
-    Raises ConfigError where a view needs red, green and blue and there are not three channels.
+    Args:
+        views: Parameters of each view.
+        mean: Mean per channel, of values in [0, 1].
+        std: Standard deviation per channel.
+        pairs: Joint sampler of the boxes of two views; everything else of a view is drawn as without it.
+        fused: None: on a CPU, the compiled kernel draws the views it supports (`numba_backend`). False: torch
+            operations draw all of them. The views are equal up to rounding.
+
+    Raises:
+        ConfigError: If a view needs red, green and blue and there are not three channels.
     """
 
     def __init__(
@@ -76,7 +83,8 @@ class Views:
             )
         if pairs is not None and len(self.views) != 2:
             raise ConfigError(f"Pairs of crops need two views of every image, not {len(self.views)}.")
-        alike = groupby(range(len(self.views)), key=lambda number: self.views[number])  # drawn in one pass
+        # equal adjacent views are drawn in one pass
+        alike = groupby(range(len(self.views)), key=lambda number: self.views[number])
         self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
         self._compiled: Callable[..., Drawn] | None = None
 
@@ -87,25 +95,28 @@ class Views:
         return self.__dict__ | {"_compiled": None}
 
     def compile(self, **options: Any) -> None:
-        """Draw by torch.compile (whose options these are) from now on, on an accelerator; a CPU has its own kernel.
+        """Use torch.compile with these options to draw views on an accelerator; CPUs use their own kernel.
 
-        It compiles anew for every number of samples."""
+        Every new number of samples triggers a recompilation.
+        """
         self._compiled = torch.compile(self._draw, dynamic=False, **options)
 
     def boxes(
         self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int,
         attempt: int | Int[Tensor, "b"] = 0,
     ) -> Int[Tensor, "v b 4"]:  # fmt: skip
-        """Where each view cuts: top, left, height, width in pixels of images of these sizes. A pure function."""
+        """Return each view's box: top, left, height, width in pixels of images of these sizes; a pure function."""
         heads = self._heads(seed, epoch, attempt, index.device)
         return self._boxes(spread(heads[:-1], index, crop.DRAWS), heads[-1], index, size)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Drawn:
-        """The views of a batch. Crops that came with it are used as they are, then everything else is done here.
+        """Draw the views of a batch; crops already in the batch are used unchanged.
 
-        Every attempt of a sample (`batch.attempt`) is drawn from a stream of its own.
-        Raises DataError for images that do not fit the views.
+        Every attempt of a sample (`batch.attempt`) is drawn from its own random stream.
+
+        Raises:
+            DataError: If the images do not fit the views.
         """
         given, cut = self._checked(batch)
         index, at, size = batch.index, batch.at if cut is None else None, batch.size
@@ -118,13 +129,16 @@ class Views:
         return draw(heads, index, size, at, given, cut)
 
     def _heads(self, seed: int, epoch: int, attempt: int | Tensor, device: torch.device) -> Tensor:
-        """(V + 1, 1 or b): what the random numbers of every view start from, and those of pairs. Tensors, because they
-        change from step to step and nothing compiled must; filled in, because a copy would wait for the device."""
+        """Return the keys of the random numbers of every view and of the pairs, (V + 1, 1 or b).
+
+        They are tensors because they change from step to step, which must not trigger a recompilation. They are filled
+        in because a copy would wait for the device.
+        """
         heads = [head(seed, epoch, number, attempt) for number in (*range(len(self)), PAIR)]
         return torch.stack([x if isinstance(x, Tensor) else torch.full((1,), x, device=device) for x in heads])
 
     def _boxes(self, u: Tensor, pair_head: Tensor, index: Tensor, size: Tensor) -> Tensor:
-        """u: (V, b, crop.DRAWS or more)."""
+        """Return the boxes of all views from uniform numbers u (V, b, crop.DRAWS or more)."""
         alone = torch.cat(
             [
                 _boxes(view, u[numbers[0] : numbers[-1] + 1].flatten(0, 1), size.repeat(len(numbers), 1))
@@ -140,7 +154,7 @@ class Views:
         self, heads: Tensor, index: Tensor, size: Tensor | None, at: Tensor | None, given: list[Tensor],
         cut: Tensor | None,
     ) -> Drawn:  # fmt: skip
-        """From images of `size`, lying `at` given[0], or from crops, `given` one tensor per view, `cut` out there."""
+        """Draw views from images of `size` at positions `at` of given[0], or from crops `given` with boxes `cut`."""
         count, drawn = len(index), spread(heads[:-1], index, COLUMNS)
         if cut is None:
             assert size is not None and at is not None
@@ -169,7 +183,7 @@ class Views:
         boxes: Tensor,
         flip: Tensor,
     ) -> Tensor:
-        """n views: cut from images `source` of `pixels`, or from ready crops (source None), then every step."""
+        """Draw n views from images `source` of `pixels`, or from ready crops (source None), and apply every step."""
         todo = [step for step, _ in steps]
         settled = [step.settle(u[:, columns]) for step, columns in steps]
 
@@ -190,7 +204,7 @@ class Views:
             return work(lambda t: t)
         if self.fused is None and numba_backend.knows(todo) and numba_backend.available():
             return numba_backend.draw_views(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
-        # A core's cache holds a few images. Those that want the same done come together, so that whole pieces skip.
+        # A core's cache holds a few images. Images are sorted by treatment, so that whole pieces skip an operation.
         want = torch.zeros(len(u), dtype=torch.long)
         for kind, *_ in settled:
             want = want * 8 + kind
@@ -201,7 +215,7 @@ class Views:
         return out
 
     def _checked(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """The batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
+        """Return the batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
         crops, channels = batch.crops, len(self.mean)
         given = [x for x in ([batch.images] if crops is None else crops) if x is not None]
         if not given or any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != channels for x in given):
@@ -232,7 +246,7 @@ def _boxes(view: View, u: Tensor, size: Tensor) -> Tensor:
 
 
 def _table(view: View) -> tuple[tuple[object, type[Operation], tuple[object, ...]], ...]:
-    """Every operation in its order: whether the view does it, what it is, its parameters."""
+    """Return all operations in order: whether the view uses it, its class and its parameters."""
     moved = (view.zoom, view.aspect, view.rotation, view.shear, view.shift) != ((1, 1), 1, 0, 0, 0)
     exposed = (view.gain, view.offset) != ((1, 1), (0, 0))
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
@@ -248,12 +262,14 @@ def _table(view: View) -> tuple[tuple[object, type[Operation], tuple[object, ...
 
 
 COLUMNS = crop.DRAWS + 1 + sum(kind.draws for _, kind, _ in _table(View(1)))
-"""Random numbers per view: the crop's, the flip's, each operation's."""
+"""Random numbers per view: those of the crop, the flip and each operation."""
 
 
 def operations(view: View) -> list[tuple[Operation, slice]]:
-    """What a view does after crop and flip, each with the columns of its random numbers. The columns are the same in
-    every view, so that an operation's draws do not depend on which others are done."""
+    """Return the operations of a view after crop and flip, each with the columns of its random numbers.
+
+    The columns are the same in every view, so the draws of an operation do not depend on which others are used.
+    """
     steps, at = [], crop.DRAWS + 1
     for wanted, kind, parameters in _table(view):
         if wanted:

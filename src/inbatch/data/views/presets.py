@@ -1,6 +1,9 @@
-"""The views of the papers, by name. The signature of a preset is its schema; the values are those of the authors'
-code, named above each. Resizing is bilinear, and blur a Gaussian a tenth of the view wide, where nothing is said
-(the TensorFlow code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximation)."""
+"""View presets of the papers, by name.
+
+The signature of a preset is its schema. The values are those of the authors' code, named above each preset. If the code
+does not say otherwise, resizing is bilinear and blur is a Gaussian with a width of a tenth of the view (the TensorFlow
+code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximation).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +19,16 @@ def _jitter(brightness: float, contrast: float, saturation: float, hue: float, p
 def simclr(
     size: int = 224, strength: float = 1.0, blur: float = 0.5, grey: float = 0.2, area: float = 0.08, views: int = 2
 ) -> tuple[View, ...]:
-    """SimCLR on ImageNet. strength: of the colour jitter; blur, grey: probabilities; area: smallest crop."""
+    """Create the views of SimCLR on ImageNet.
+
+    Args:
+        size: Side of the views in pixels.
+        strength: Strength of the colour jitter.
+        blur: Probability of the blur.
+        grey: Probability of greyscale.
+        area: Smallest area of a crop as a fraction of the image.
+        views: Number of views.
+    """
     s = strength
     colour = _jitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     return (View(size, scale=(area, 1.0), **colour, grey=grey, blur=blur),) * views
@@ -26,25 +38,25 @@ def simclr(
 def simclr_cifar(
     size: int = 32, strength: float = 0.5, blur: float = 0.0, grey: float = 0.2, area: float = 0.08, views: int = 2
 ) -> tuple[View, ...]:
-    """SimCLR on CIFAR-10: half the colour jitter, no blur."""
+    """Create the views of SimCLR on CIFAR-10: half the colour jitter, no blur."""
     return simclr(size, strength, blur, grey, area, views)
 
 
-# moco@7397dfe main_moco.py. (Its greyscale stands before the jitter; here after it.)
+# moco@7397dfe main_moco.py. (There, greyscale precedes the jitter; here it follows it.)
 def mocov1(size: int = 224, area: float = 0.2, views: int = 2) -> tuple[View, ...]:
-    """MoCo v1: jitter on every image, no blur."""
+    """Create the views of MoCo v1: jitter on every image, no blur."""
     return (View(size, scale=(area, 1.0), **_jitter(0.4, 0.4, 0.4, 0.4, p=1.0), grey=0.2),) * views
 
 
-# moco main_moco.py --aug-plus; SimSiam and PCL v2 take the same.
+# moco main_moco.py --aug-plus; SimSiam and PCL v2 use the same.
 def mocov2(size: int = 224, area: float = 0.2, blur: float = 0.5, views: int = 2) -> tuple[View, ...]:
-    """MoCo v2, SimSiam, PCL v2."""
+    """Create the views of MoCo v2, SimSiam and PCL v2."""
     return (View(size, scale=(area, 1.0), **_jitter(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=blur),) * views
 
 
 # moco branch colab-notebook, moco_cifar10_demo.ipynb.
 def moco_cifar(size: int = 32, area: float = 0.08, views: int = 2) -> tuple[View, ...]:
-    """MoCo's CIFAR-10 demo: no blur."""
+    """Create the views of MoCo's CIFAR-10 demo: no blur."""
     return mocov2(size, area, 0.0, views)
 
 
@@ -57,7 +69,7 @@ def byol(
     solarise: float = 0.0,
     solarise_second: float = 0.2,
 ) -> tuple[View, ...]:
-    """The asymmetric pair of BYOL, Barlow Twins, VICReg and (area 0.2) MoCo v3, bicubic."""
+    """Create the asymmetric pair of BYOL, Barlow Twins, VICReg and (area 0.2) MoCo v3, bicubic."""
     shared: dict[str, Any] = dict(scale=(area, 1.0), interpolation="bicubic", **_jitter(0.4, 0.4, 0.2, 0.1), grey=0.2)
     first = View(size, blur=blur, solarise=solarise, **shared)
     return first, View(size, blur=blur_second, solarise=solarise_second, **shared)
@@ -65,13 +77,13 @@ def byol(
 
 # solo-learn augmentations/asymmetric.yaml, for CIFAR.
 def byol_cifar(size: int = 32, area: float = 0.08, solarise_second: float = 0.2) -> tuple[View, ...]:
-    """The asymmetric pair at 32 pixels: no blur."""
+    """Create the asymmetric pair at 32 pixels: no blur."""
     return byol(size, area, 0.0, 0.0, 0.0, solarise_second)
 
 
 # SupContrast main_supcon.py.
 def supcon(size: int = 32, area: float = 0.2, views: int = 2) -> tuple[View, ...]:
-    """SupCon on CIFAR."""
+    """Create the views of SupCon on CIFAR."""
     return (View(size, scale=(area, 1.0), **_jitter(0.4, 0.4, 0.4, 0.1), grey=0.2),) * views
 
 
@@ -86,18 +98,18 @@ def swav(
     strength: float = 1.0,
     blur: float = 0.5,
 ) -> tuple[View, ...]:
-    """SwAV's multi-crop: large views of areas (cut, 1.0), small ones of areas (area, cut)."""
+    """Create SwAV's multi-crop: large views of areas (cut, 1.0), small ones of areas (area, cut)."""
     s = strength
     shared: dict[str, Any] = dict(**_jitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), grey=0.2, blur=blur)
     views = (View(size, scale=(cut, 1.0), **shared),) * large
     return views + (View(small_size, scale=(area, cut), **shared),) * small
 
 
-# SwAV has no CIFAR code; its areas, with sizes and SimCLR's CIFAR colours of our choice.
+# SwAV has no CIFAR code; these are its areas, with sizes and SimCLR's CIFAR colours chosen here.
 def swav_cifar(
     size: int = 32, small_size: int = 16, large: int = 2, small: int = 4, cut: float = 0.14, area: float = 0.05
 ) -> tuple[View, ...]:
-    """Multi-crop for 32 pixel images: half the colour jitter, no blur."""
+    """Create multi-crop views of 32-pixel images: half the colour jitter, no blur."""
     return swav(size, small_size, large, small, cut, area, strength=0.5, blur=0.0)
 
 
@@ -105,20 +117,20 @@ def swav_cifar(
 def dino(
     size: int = 224, small_size: int = 96, small: int = 8, cut: float = 0.4, area: float = 0.05
 ) -> tuple[View, ...]:
-    """DINO's multi-crop: BYOL's pair of areas (cut, 1.0), small views of areas (area, cut), bicubic."""
+    """Create DINO's multi-crop: BYOL's pair of areas (cut, 1.0), small views of areas (area, cut), bicubic."""
     shared: dict[str, Any] = dict(interpolation="bicubic", **_jitter(0.4, 0.4, 0.2, 0.1), grey=0.2)
     return byol(size, cut) + (View(small_size, scale=(area, cut), **shared, blur=0.5),) * small
 
 
 # CC config/config.yaml, modules/transform.py: s = 0.5, blur for ImageNet-10 and ImageNet-dogs only.
 def cc(size: int = 224, strength: float = 0.5, blur: float = 0.0, views: int = 2) -> tuple[View, ...]:
-    """Contrastive Clustering: CIFAR-10 enlarged to 224 pixels."""
+    """Create the views of Contrastive Clustering: CIFAR-10 enlarged to 224 pixels."""
     return simclr(size, strength, blur, views=views)
 
 
 # htdt/self-supervised cfg.py.
 def wmse(size: int = 32, area: float = 0.2, grey: float = 0.1, views: int = 2) -> tuple[View, ...]:
-    """W-MSE on CIFAR: bicubic, grey 0.1. Two or four views."""
+    """Create the views of W-MSE on CIFAR: bicubic, grey 0.1. Two or four views."""
     colour = _jitter(0.4, 0.4, 0.4, 0.1)
     return (View(size, scale=(area, 1.0), interpolation="bicubic", **colour, grey=grey),) * views
 
@@ -138,28 +150,28 @@ def _handwriting(size: int, strength: float) -> dict[str, Any]:
     )
 
 
-# Ours: zoom 0.75 to 1.35 and shift 0.35 of the side, from a trial on the embedded digits.
+# Chosen here: zoom 0.75 to 1.35 and shift 0.35 of the side, from a trial on the embedded digits.
 def digits(size: int = 20, strength: float = 1.0, views: int = 2) -> tuple[View, ...]:
-    """For the embedded digits, one channel: affine map, gain and offset, noise. Nothing is mirrored."""
+    """Create views of the embedded digits, one channel: affine map, gain and offset, noise; no mirroring."""
     s = strength
     light: dict[str, Any] = dict(gain=(1 - 0.4 * s, 1 + 0.4 * s), offset=(-0.15 * s, 0.15 * s))
     return (View(**_handwriting(size, s), **light),) * views
 
 
-# Ours.
+# Chosen here.
 def digits_colour(size: int = 32, strength: float = 1.0, views: int = 2) -> tuple[View, ...]:
-    """For the embedded digits in colour: affine map, SimCLR's CIFAR colour jitter and greyscale, noise."""
+    """Create views of the embedded digits in colour: affine map, SimCLR's CIFAR colour jitter and greyscale, noise."""
     colour = _jitter(0.4, 0.4, 0.4, 0.1)
     return (View(**_handwriting(size, strength), padding="border", **colour, grey=0.2),) * views
 
 
 def supervised(size: int = 224, area: float = 0.08) -> tuple[View, ...]:
-    """One view: random resized crop and flip."""
+    """Create one view: random resized crop and flip."""
     return (View(size, scale=(area, 1.0)),)
 
 
 def plain(size: int = 224, centre: float = 1.0) -> tuple[View, ...]:
-    """One view without chance: the largest centred square (times `centre`, 0.875 for 256 / 224), resized."""
+    """Create one deterministic view: the largest centred square (times `centre`, 0.875 for 256 / 224), resized."""
     return (View(size, scale=None, centre=centre, flip=0.0),)
 
 
@@ -188,6 +200,6 @@ PRESETS: dict[str, Callable[..., tuple[View, ...]]] = {
 
 
 def make_views(name: str, options: Mapping[str, Any], channels: int) -> tuple[View, ...]:
-    """A preset's views for images of so many channels: other than three have no saturation, hue and greyscale."""
+    """Create a preset's views; without saturation, hue and greyscale unless `channels` is three."""
     made = PRESETS[name](**options)
     return made if channels == 3 else tuple(view.without_colour() for view in made)

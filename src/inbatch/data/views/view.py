@@ -1,4 +1,4 @@
-"""The parameters of one view. Values named after an operation alone (`flip`, `jitter`, ...) are probabilities."""
+"""Parameters of one view; those named after an operation alone (`flip`, `jitter`, ...) are probabilities."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,20 +11,37 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class View:
-    """How one view of an image is drawn, in this order: crop, flip, affine map, colour jitter, greyscale, blur,
-    solarise, exposure (gain and offset), noise. What stays at its default is not done.
+    """Parameters of one view of an image.
 
-    size: side of the square view in pixels.
-    scale, ratio: area (share of the image) and width / height of the random resized crop (Szegedy et al. 2015,
-        as torchvision draws it). scale = None: no random crop but the largest centred square, times `centre`.
-    brightness, contrast, saturation, hue: strengths with torchvision's meaning, in random order; hue in turns.
-    kernel: blur's width in pixels, odd; 0: a tenth of `size`, made odd (SimCLR, appendix A).
-    sigma: range of the blur's standard deviation in pixels.
-    threshold: solarise inverts the values from here on (values are in [0, 1]).
-    zoom, aspect, rotation, shear, shift: affine map about the centre: range of the zoom factor, largest factor
-        between width and height, +- degrees, +- degrees, +- share of the side. padding: what comes in from outside.
-    gain, offset: x -> gain x + offset, drawn from these ranges. noise: standard deviation of additive noise.
-    Raises ConfigError for values that make no sense.
+    The operations are applied in this order: crop, flip, affine map, colour jitter, greyscale, blur, solarise, exposure
+    (gain and offset), noise. An operation with default values is not applied.
+
+    Attributes:
+        size: Side of the square view in pixels.
+        scale: Range of the area of the random resized crop as a fraction of the image (Szegedy et al. 2015, drawn as in
+            torchvision). None: no random crop but the largest centred square, times `centre`.
+        ratio: Range of width / height of the random resized crop.
+        centre: Fraction of the largest centred square, if `scale` is None.
+        interpolation: "bilinear" or "bicubic".
+        flip: Probability of a left-to-right flip.
+        jitter: Probability of the colour jitter.
+        brightness, contrast, saturation, hue: Strengths as in torchvision, applied in random order; hue in turns.
+        grey: Probability of greyscale.
+        blur: Probability of the blur.
+        kernel: Width of the blur in pixels, odd; 0: a tenth of `size`, made odd (SimCLR, appendix A).
+        sigma: Range of the blur's standard deviation in pixels.
+        solarise: Probability of solarisation.
+        threshold: Solarise inverts the values from here on (values are in [0, 1]).
+        zoom: Range of the zoom factor of the affine map about the centre.
+        aspect: Largest factor between width and height.
+        rotation, shear: Largest angles in degrees, in both directions.
+        shift: Largest shift as a fraction of the side, in both directions.
+        padding: Pixels outside the image after the affine map: "zeros" or "border".
+        gain, offset: Ranges of x -> gain x + offset.
+        noise: Standard deviation of additive noise.
+
+    Raises:
+        ConfigError: If a value is invalid.
     """
 
     size: int
@@ -77,16 +94,16 @@ class View:
 
     @property
     def taps(self) -> int:
-        """Width of the blur's kernel in pixels."""
+        """Return the width of the blur's kernel in pixels."""
         return self.kernel or int(0.1 * self.size) // 2 * 2 + 1
 
     @property
     def needs_colour(self) -> bool:
-        """Whether the view has a meaning for red, green and blue only."""
+        """Return whether the view is only defined for red, green and blue."""
         return bool(self.grey or (self.jitter and (self.saturation or self.hue)))
 
     def without_colour(self) -> "View":
-        """The same view without what needs red, green and blue."""
+        """Return the view without the operations that need red, green and blue."""
         return replace(self, saturation=0.0, hue=0.0, grey=0.0)
 
 
