@@ -4,8 +4,8 @@
     python scripts/mutate.py --only 3,7          two of them
     python scripts/mutate.py --markdown docs/mutations.md
 
-Each fault changes one place of a copy of `src`. The tests that are nearest to it run first; only if they pass, the whole
-default suite runs. Exits with 1 if more than one fault is missed.
+Each fault changes one place of a copy of `src`. The tests that are nearest to it run first; only if they
+pass, the whole default suite runs. Exits with 1 if more than one fault is missed.
 """
 
 import argparse

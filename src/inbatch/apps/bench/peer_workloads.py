@@ -26,7 +26,7 @@ def follow(worker: int) -> None:
     """End a data worker when its parent process ends."""
     import importlib
 
-    importlib.import_module("children").follow(worker)
+    importlib.import_module("child_processes").follow(worker)
 
 
 def lightly_transform(size: int) -> Any:
