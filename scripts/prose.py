@@ -42,14 +42,14 @@ IDIOMS = (
     r"hand(?:s|ed)? (?:on|out|over)|put(?:s|ting)? together|(?:is|are|was) gone|gives? (?:way|its place)",
     r"go(?:es|ing)? on|went on|gone on|(?:comes?|came) (?:to|out)",
     # Inversion and riddles.
-    r"(?<!there )(?:is|are) no(?! longer| more than)|where there (?:is|are|was|were)|what (?:it is|they are)",
+    r"(?<!there\s)(?:is|are) no(?! longer| more than)|where there (?:is|are|was|were)|what (?:it is|they are)",
     r"what is (?:there|left|seen|said|asked|looked)|(?:and|of|with|for|by|from|on|in|than|to|but) what",
     r"nothing (?:of|but|else|more)|(?:so|nor) (?:do|does|did|is|are) (?:the|a|an|its|it|they|we|that|those)",
     r"(?:and|much) the like|is another(?: one)?|again and again|as (?:they|it) (?:is|are|was)",
     # Fillers.
     r"just|very|really|quite|simply|obviously|of course|actually|basically|pretty|a bit",
 )
-PATTERN = re.compile("|".join(rf"(?<![\w-])(?:{entry})(?![\w-])" for entry in IDIOMS), re.IGNORECASE)
+PATTERN = re.compile(rf"(?<![\w-])(?:{'|'.join(IDIOMS)})(?![\w-])".replace(" ", r"\s+"), re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 CODE = re.compile(r"``.*?``|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|https?://\S+|\]\([^)]*\)", re.DOTALL)
 
@@ -60,25 +60,19 @@ def blank(match: re.Match[str]) -> str:
 
 
 def markdown(text: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of the prose of a page."""
+    """Yield the prose of a page, with its first line number."""
     text = re.sub(r"^```.*?^```|^<!-- (?!end).*?<!-- end -->", blank, text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
-    yield from enumerate(CODE.sub(blank, text).splitlines(), 1)
+    yield 1, CODE.sub(blank, re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL))
 
 
 def python(text: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of docstrings, comments and strings of at least four words."""
-    pieces = [
-        (node.lineno, node.value)
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(WORD.findall(node.value)) >= 4
-    ]
+    """Yield docstrings, comments and strings of at least four words, with their first line numbers."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(WORD.findall(node.value)) >= 4:
+            yield node.lineno, CODE.sub(blank, node.value)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and not re.match(r"#!|# *(fmt:|noqa|type:|pragma)", token.string):
-            pieces.append((token.start[0], token.string.lstrip("# ")))
-    for first, piece in pieces:
-        for offset, line in enumerate(CODE.sub(blank, piece).splitlines()):
-            yield first + offset, line
+            yield token.start[0], CODE.sub(blank, token.string.lstrip("# "))
 
 
 def files(paths: list[str]) -> Iterator[Path]:
@@ -104,17 +98,17 @@ def main() -> int:
     words: Counter[str] = Counter()
     idioms: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    lines: list[tuple[int, str, str]] = []
+    lines: Counter[tuple[str, int, str]] = Counter()
     for file in files([path for path in options.paths if (ROOT / path).exists()]):
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
         group = name if options.by_file else name.rpartition("/")[0] or "."
-        for number, line in (markdown if file.suffix == ".md" else python)(file.read_text(encoding="utf-8")):
-            matches = PATTERN.findall(line)
-            words[group] += len(WORD.findall(line))
-            idioms[group] += len(matches)
-            kinds.update(match.lower() for match in matches)
-            if matches:
-                lines.append((len(matches), f"{name}:{number}", line.strip()))
+        for first, text in (markdown if file.suffix == ".md" else python)(file.read_text(encoding="utf-8")):
+            words[group] += len(WORD.findall(text))
+            for match in PATTERN.finditer(text):
+                offset = text.count("\n", 0, match.start())
+                idioms[group] += 1
+                kinds[" ".join(match[0].lower().split())] += 1
+                lines[name, first + offset, text.splitlines()[offset].strip()] += 1
     rates = {group: 1000 * idioms[group] / count for group, count in words.items() if count}
     print(f"{'folder':40} {'words':>8} {'idioms':>7} {'per 1,000':>10}")
     for group, rate in sorted(rates.items()):
@@ -123,8 +117,8 @@ def main() -> int:
     print(f"{'all':40} {words.total():8,} {idioms.total():7,} {total:10.1f}")
     if options.idioms:
         print(", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
-    for _, place, line in sorted(lines, key=lambda entry: -entry[0])[: options.worst]:
-        print(f"{place}: {line}")
+    for (name, number, line), _ in lines.most_common(options.worst):
+        print(f"{name}:{number}: {line}")
     return int(options.max is not None and any(rate > options.max for rate in rates.values()))
 
 
