@@ -14,12 +14,12 @@ INDEX = HERE.parent / "docs" / "methods" / "README.md"
 PLUGINS = HERE.parent / "docs" / "context"
 HEAD = """# Results
 
-One file per run, as `inbatch` wrote it (`result.json` of the run's folder): command, recipe, versions, hardware,
-commit, curve, figures with their protocol, speed and memory. Bad runs are kept too. This page is written by `python
-results/render.py`, and a test compares it with the files.
+One file per run, as written by `inbatch` (`result.json` of the run directory): command, recipe,
+versions, hardware, commit, curve, figures with their protocol, speed and memory. Poor results are
+kept, too. `python results/render.py` writes this page, and a test compares it with the files.
 
-CIFAR-10 is the JPEG copy: re-encoded at about quality 75, so accuracies stand a little below those on the
-original files.
+CIFAR-10 is a JPEG copy, re-encoded at a quality of about 75, so accuracies are slightly lower than
+those on the original files.
 
 | run | k-NN untrained | k-NN | linear | NMI / ACC / ARI | images/s | training min | all min | peak GB | on |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
