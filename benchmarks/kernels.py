@@ -171,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--rows, --queue, --dim and --repeat are 1 or more")
     if not torch.cuda.is_available():
         complain(
-            "There is no CUDA device: these kernels are measured on a card. tests/test_kernels.py tries them here."
+            "There is no CUDA device: these kernels are measured on a card. tests/nn/test_kernels.py tries them here."
         )
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
