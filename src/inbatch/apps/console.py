@@ -52,7 +52,7 @@ def width(numbers: bool = False) -> int:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
-    """Print a table to stdout; numbers: align every column except the first to the right."""
+    """Print a table to stdout; if `numbers`, align every column except the first to the right."""
     if not first():
         return
     from rich import box

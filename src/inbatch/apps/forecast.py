@@ -22,7 +22,8 @@ _EACH = 2.0
 def forecast(until: float = math.inf) -> list[Finding]:
     """Return the estimated duration of `inbatch quickstart` and the steps of an hour's budget, from a few real steps.
 
-    until: time limit by `time.monotonic`; an estimate that has not begun by then is omitted.
+    Args:
+        until: Time limit by `time.monotonic`; an estimate that has not begun by then is omitted.
     """
     both = (("quickstart", _quickstart), ("a budget of 1 h", _hour))
     return [Finding(what, ask() if time.monotonic() < until else "not measured: no time is left") for what, ask in both]

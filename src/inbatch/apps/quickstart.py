@@ -41,6 +41,7 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
+        """Whether the gain is at least the margin."""
         return self.gain >= self.margin
 
     def sentence(self) -> str:

@@ -354,7 +354,7 @@ class _Bench:
 
 
 def _dry_step(built: RunComponents, samples: int, side: int, plain: bool = False) -> None:
-    """Run the networks' part of a training step on one group of random images; plain: without fusion."""
+    """Run the networks' part of a training step on one group of random images; if `plain`, without fusion."""
     device, channels = built.loader.device, built.recipe.channels
     pixels = torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8, device=device)
     index = torch.arange(samples, device=device)

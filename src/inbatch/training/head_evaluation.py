@@ -24,6 +24,7 @@ class HeadRows:
         self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, network.evaluating
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the rows (N, D) of the head for images."""
         return self.network([x])[self.head][0]
 
 

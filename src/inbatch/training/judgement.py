@@ -118,7 +118,16 @@ def judge_labelled(
 def judge_unlabelled(
     recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
 ) -> dict[str, Any]:
-    """Return the measures that need no labels, of both encoders; entries of evaluation.json. stopped: as above."""
+    """Return the measures that need no labels, of both encoders; entries of evaluation.json.
+
+    Args:
+        recipe: Recipe of the run.
+        before: The encoder before training; None if it cannot be created.
+        encoder: The encoder to evaluate.
+        source: The images.
+        seed: Seed of the sample of images and of their views.
+        stopped: As in `judge_labelled`.
+    """
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
         fit_readout(one, source, again=stopped and one is encoder)

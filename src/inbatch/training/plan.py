@@ -82,6 +82,14 @@ def data_asked_for(data: Any, given: Settings) -> Any:
 def merged_settings(
     method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
 ) -> Settings:
+    """Return the requested settings, merged with those of a file.
+
+    Args:
+        method: Name of the method.
+        config: A YAML or JSON file of settings.
+        settings: Dotted settings, which override `method` and `values`.
+        values: Settings by top-level name; the value of a part is its name.
+    """
     asked: Settings = {} if method is None else {"method.name": method}
     asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
     asked |= dict(settings or {})

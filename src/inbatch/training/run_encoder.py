@@ -71,7 +71,9 @@ def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
 def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder | None:
     """Return the value of `encoder.init`; if it is a run, finished or stopped, the encoder of that run.
 
-    notes: receives a sentence if that run has not finished.
+    Args:
+        recipe: The recipe.
+        notes: Receives a sentence if that run has not finished.
     """
     init = recipe.encoder.options.get("init")
     if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():

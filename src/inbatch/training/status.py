@@ -27,6 +27,7 @@ class Report:
         self.fixed |= {"context": built.context, "world": distributed.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
+        """Write the status, its reason, and the current step to run.json."""
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
             now = {
@@ -68,7 +69,11 @@ class Report:
 def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> int:
     """Collect the unreadable images of all ranks, list them in a file, and report new ones; return their number.
 
-    told: number of images that have already been reported.
+    Args:
+        built: The run.
+        out: Run directory; the list is bad_images.txt.
+        log: Log of the run.
+        told: Number of images that have already been reported.
     """
     loader = built.loader
     for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):

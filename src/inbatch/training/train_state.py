@@ -75,11 +75,13 @@ class TrainState:
         return {"loss": float(total) / steps} if steps else {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
         told = {"calibration": self.calibration, "judged": list(self.judged)}
         return kept | told | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended

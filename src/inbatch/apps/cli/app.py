@@ -96,6 +96,7 @@ SEEDS = 2**32 - 1
 
 
 def print_version(wanted: bool) -> None:
+    """Print the version and exit if it is requested."""
     if wanted:
         from importlib.metadata import version
 

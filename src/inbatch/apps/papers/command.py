@@ -108,7 +108,9 @@ def run_table_command(
             results at scale cpu.
         runner: The runner of missing cells.
         from_: Folder of results; nothing is run.
-        rows, on, seeds: Use only these rows (with those that they are compared with), data sets and seeds.
+        rows: Use only these rows, with those that they are compared with.
+        on: Use only these data sets.
+        seeds: Use only these seeds.
         out: File for the table.
 
     Raises:

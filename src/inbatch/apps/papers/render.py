@@ -54,8 +54,13 @@ def column_groups(
 ) -> list[list[int]]:
     """Return the columns of a table in groups, each of which fits into the width together with the first column.
 
-    Columns are three characters apart. together: number of columns, from the second on, that stay in one group even if
-    they are too wide.
+    Columns are three characters apart.
+
+    Args:
+        headings: Headings of the columns.
+        rows: Cells of the rows.
+        width: Width in characters.
+        together: Number of columns, from the second on, that stay in one group even if they are too wide.
     """
     widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *rows, strict=True)]
     groups: list[list[int]] = [[]]
@@ -127,7 +132,13 @@ def hours(seconds: float) -> str:
 
 
 def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:
-    """Return a page in Markdown. picture: path of the curves' image. runs: path of the records, for links."""
+    """Return a page in Markdown.
+
+    Args:
+        sheet: The filled table.
+        picture: Path of the image with the curves.
+        runs: Path of the records, for links.
+    """
     table = sheet.table
     headings, rows = grid(sheet)
     parts = [f"# {table.name}: {_md(table.title)}", _md(table.asks), _md_table(headings, rows)]

@@ -47,6 +47,7 @@ class Chosen(Subset):
         self.held = held
 
     def open(self, i: int) -> LazyImage:
+        """Return an image, from memory if it is held there decoded."""
         if self.held is None:
             return super().open(i)
         at = int(self.indices[i])

@@ -187,8 +187,14 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
 def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
     """Evaluate the features on rank 0, store and log the result; return whether it is the best so far.
 
-    The curve also receives the mean loss; the log has that of single steps. steps: steps per epoch, for an epoch that
-    is incomplete.
+    The curve also receives the mean loss; the log has that of single steps.
+
+    Args:
+        judge: Return the figures of the online evaluation.
+        progress: Training state; the curve and the best value are stored there.
+        epoch: Number of epochs, the last one possibly incomplete.
+        log: Log of the run.
+        steps: Steps per epoch.
     """
     loss, found = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps

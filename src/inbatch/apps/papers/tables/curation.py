@@ -16,7 +16,7 @@ HEADINGS = ("Linear", "K-NN", "patch")
 
 
 def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
-    """Return smoke, cpu, gpu and paper. patch: add a column of the mean area of a crop, counted."""
+    """Return smoke, cpu, gpu and paper; if `patch`, with a column of the counted mean area of a crop."""
     named = {"linear": "Linear", "k-NN": "K-NN"}
     made = usual(figures, views="simclr_cifar", gpu={"batch": 128})
     made["paper"] = Scale(
