@@ -16,7 +16,7 @@ too slow. Other libraries are imported from --peers-python (pip install lightly 
 --no-deps solo-learn, of which one file is read); one that is not there is told as "not installed".
 
 Writes one file per number of threads: results/losses-1thread.json. --plot draws docs/losses.png from them, and
-results/render.py the tables.
+scripts/render_results.py the tables.
 """
 
 # Only the standard library is imported here: this file also runs in the Python of the peers.

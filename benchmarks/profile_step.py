@@ -3,7 +3,7 @@
 Steps as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer has: views, network
 forward and backward, loss and its backward, optimiser, target network. The rest of a step is the framework: the
 loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json, from which
-results/render.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
+scripts/render_results.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
 """
 
 import argparse

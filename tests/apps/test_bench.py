@@ -289,4 +289,6 @@ def test_training_is_measured(kind: str, tmp_path: Path) -> None:
 
 def test_the_page_is_what_the_files_make() -> None:
     page = ROOT / "docs" / "speed.md"
-    assert page.read_text() == load(ROOT / "results" / "render.py").measured(page), "python results/render.py"
+    assert page.read_text() == load(ROOT / "scripts" / "render_results.py").measured(page), (
+        "python scripts/render_results.py"
+    )

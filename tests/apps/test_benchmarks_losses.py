@@ -20,7 +20,7 @@ def load(file: Path) -> ModuleType:
     return module
 
 
-BENCHMARK, RENDER = load(ROOT / "benchmarks" / "losses.py"), load(ROOT / "results" / "render.py")
+BENCHMARK, RENDER = load(ROOT / "benchmarks" / "losses.py"), load(ROOT / "scripts" / "render_results.py")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 
 
@@ -103,7 +103,7 @@ def test_tables_and_plot_of_a_file(measured: dict[str, Any], tmp_path: Path) -> 
 
 def test_the_page_is_what_the_files_make() -> None:
     page = ROOT / "docs" / "large-batches.md"
-    assert page.read_text() == RENDER.timed(page), "python results/render.py writes it anew"
+    assert page.read_text() == RENDER.timed(page), "python scripts/render_results.py writes it anew"
     for threads in ("1thread", "2threads"):
         assert all(f"<!-- losses-{threads} {name} -->" in page.read_text() for name in ("where", "nt_xent", "all"))
 

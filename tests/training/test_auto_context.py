@@ -325,11 +325,11 @@ def test_what_is_a_context() -> None:
 
 def test_the_table_of_cards_is_what_the_file_makes() -> None:
     root = Path(__file__).resolve().parents[2]
-    spec = importlib.util.spec_from_file_location("render", root / "results" / "render.py")
+    spec = importlib.util.spec_from_file_location("render", root / "scripts" / "render_results.py")
     render = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(render)
     page = root / "docs" / "large-batches.md"
-    assert page.read_text() == render.fitted(page), "python results/render.py writes it anew"
+    assert page.read_text() == render.fitted(page), "python scripts/render_results.py writes it anew"
     assert page.read_text().count("| resnet50, 224 px, ") == 4
     spec = importlib.util.spec_from_file_location("context_memory", root / "benchmarks" / "context_memory.py")
     benchmark = importlib.util.module_from_spec(spec)

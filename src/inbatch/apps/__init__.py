@@ -1,1 +1,1 @@
-"""Programs on top of the library: the command line, reports, benchmarks and tables of papers."""
+"""Applications of the library: command line, reports, benchmarks, and tables of papers."""

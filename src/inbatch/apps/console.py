@@ -1,4 +1,4 @@
-"""What people see in a terminal, from the first process only: sentences, tables, one JSON object."""
+"""Terminal output of the first process: sentences, tables and JSON."""
 
 import json
 import os
@@ -12,47 +12,47 @@ from inbatch.runtime.text import one_line, printable
 
 
 def first() -> bool:
-    """Whether this is the process that speaks, of those that a launcher has started."""
+    """Return whether this process prints, among those that a launcher has started."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return not rank.isdecimal() or int(rank) == 0  # what is no number is refused where processes meet
+    return not rank.isdecimal() or int(rank) == 0  # other values are refused when the process group is created
 
 
 def say(*lines: str) -> None:
-    """Lines of a result, on stdout."""
+    """Print the lines of a result to stdout."""
     if first():
         for line in lines:
             print(one_line(line))
 
 
 def warn(message: str) -> None:
-    """What a user should know of a command that succeeds, on stderr."""
+    """Print a warning to stderr; the command still succeeds."""
     if first():
         with suppress(OSError):
             print("warning:", one_line(message), file=sys.stderr)
 
 
 def complain(message: str) -> None:
-    """An error, on stderr."""
+    """Print an error to stderr."""
     whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
-    with suppress(OSError):  # the exit code says it, too
+    with suppress(OSError):  # the exit code reports the error as well
         print(f"error{whose}:", printable(message).replace("\n", "\n  "), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """The one JSON object of --json."""
+    """Print the JSON object of --json."""
     if first():
         from inbatch.runtime.files import to_json
 
-        print(json.dumps(json.loads(to_json(value)), indent=2))  # ASCII: whatever a name is made of, it prints
+        print(json.dumps(json.loads(to_json(value)), indent=2))  # ASCII can be printed with any encoding
 
 
 def width(numbers: bool = False) -> int:
-    """How many characters a line of a table may have. In a file or a pipe rows stay whole, but for sentences."""
+    """Return the width of a table in characters; in a file or a pipe only rows with sentences are wrapped."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 100_000 if numbers else 160
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
-    """A table on stdout; numbers: every column but the first is flush right."""
+    """Print a table to stdout; if `numbers`, align every column except the first to the right."""
     if not first():
         return
     from rich import box

@@ -1,4 +1,4 @@
-"""What this machine can do, what of it is in use, and what that gains (`inbatch doctor`)."""
+"""Report the capabilities of this machine, which are in use, and what they gain (`inbatch doctor`)."""
 
 import math
 import time
@@ -19,17 +19,19 @@ from inbatch.runtime.threads import adapts, threads_beside
 from inbatch.training.advice import Finding, _allocator, _busy, _jpeg, _shared_memory, _threads, _version, _views
 
 BUDGET = 40.0
-"""Seconds that `measure` takes at most."""
+"""Time limit of `measure` in seconds."""
 FORECAST, MEASURED = 32.0, 46.0
-"""Seconds after the start of the program when `inbatch doctor`, which answers within 60, begins no other forecast and
-ends `measure`."""
+"""Time limits of `inbatch doctor`, which must finish within 60 seconds.
+
+Seconds after the start of the program from which no further forecast begins, and at which `measure` ends.
+"""
 LIMIT = 15.0
-"""Seconds that the products and copies, or one answer of a contestant, may take."""
+"""Time limit in seconds of the products and copies, and of one response of an implementation."""
 _BATCHES = (32, 16, 8, 4)
 _STEP = 0.7
-"""Seconds that a step should take at half of the processor's fastest products; smaller batches are taken for it."""
+"""Longest duration of a step in seconds at half of the CPU's highest product rate; the batch is reduced to meet it."""
 _VIEW = 3.33e9
-"""Operations of a ResNet-18 on a view of 32 pixels, forward and backward, as torch counts them."""
+"""Floating-point operations of a ResNet-18 for a view of 32 pixels, forward and backward, as counted by torch."""
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
@@ -39,36 +41,36 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "the same, as the program sets its process": {"bf16": True, "channels_last": True, "tune": True},
     "float32, channels_last, as the program sets its process": {"bf16": False, "channels_last": True, "tune": True},
 }
-"""What a step of an encoder is measured with."""
+"""Settings with which the step of an encoder is measured."""
 
 
 def examine(device: str = "auto") -> list[Finding]:
-    """What there is and what is in use; nothing is measured but how busy the cores are."""
+    """Return the available capabilities and those in use; only the CPU load is measured."""
     on = device_for(device)
     found = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
     return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
 
 
 def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
-    """Measure what the processor reaches, and an encoder's steps by setting, in processes that take turns.
+    """Measure the CPU's peak rates, and the steps of an encoder by setting, in processes that take turns.
 
-    What has no result when the time is over has the key "failed" with the reason. bf16 is left out if the processor
-    does not multiply it: emulated, it takes minutes.
+    A measurement that has no result at the time limit has the key "failed" with the reason. bf16 is omitted if the CPU
+    does not multiply it natively: emulation takes minutes.
 
     Args:
-        quick: fewer and smaller measurements.
-        until: when it must be over, by `time.monotonic`; it takes `BUDGET` seconds at most anyway.
+        quick: Make fewer and smaller measurements.
+        until: Time limit by `time.monotonic`, in addition to `BUDGET` seconds.
 
     Returns:
-        ceilings: products in float32 and bf16 (operations a second; None for bf16 that is left out) and copies (bytes a
-            second). threads: fewer beside busy processes. batch: images of a step, fewer on slow processors. network:
-            views a second of a ResNet-18 on 32 pixels, forward and backward, by setting.
+        ceilings: products in float32 and bf16 (operations per second; None if bf16 is omitted) and copies (bytes per
+            second). threads: fewer if other processes are busy. batch: images per step, fewer on slow CPUs. tower:
+            views per second of a ResNet-18 on 32 pixels, forward and backward, by setting.
     """
     from inbatch.apps.bench.benchmark import ceilings
     from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 
     began, threads, reached = time.monotonic(), torch.get_num_threads(), dict[str, Any]()
-    if adapts(torch.device("cpu")):  # as a run does; threads that share a core with others wait for each other
+    if adapts(torch.device("cpu")):  # as in a run; threads that share a core with other processes wait for each other
         threads = threads_beside(others_busy(), cores(), threads)
     until = min(began + BUDGET, until)
     try:
@@ -87,7 +89,7 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
 
 
 def batch_for(rate: float) -> int:
-    """How many images a step of `network` takes, two views of each, if products reach so many operations a second."""
+    """Return the images per step of the encoder, with two views each, for a product rate in operations per second."""
     return next((n for n in _BATCHES if 2 * n * _VIEW <= _STEP * rate / 2), _BATCHES[-1])
 
 
@@ -136,7 +138,7 @@ def _extras() -> list[Finding]:
 
 
 def measurement_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What `measure` found, in words: what, how fast, how many times as fast as torch ships it."""
+    """Return the rows of `measure`'s result: measurement, rate, and ratio to torch's default settings."""
     reached = found["ceilings"]
     lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
     base = next(iter(found["tower"].values())).get("rate")
@@ -149,7 +151,7 @@ def measurement_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _reached(float32: float, bf16: float | None, copy: float, **more: Any) -> list[tuple[str, str, str]]:
-    """The rows of ceilings."""
+    """Return the rows of the peak rates."""
     half = ("not measured: this processor does not multiply bf16", "")
     if bf16 is not None:
         half = (f"{bf16 / 1e9:,.0f} GFLOP/s", f"{bf16 / float32:.2f}")

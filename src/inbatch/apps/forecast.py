@@ -1,4 +1,4 @@
-"""How long `inbatch quickstart` takes on this machine, and what a budget of an hour does (`inbatch doctor`)."""
+"""Estimate the duration of `inbatch quickstart` and the result of an hour's budget (`inbatch doctor`)."""
 
 import math
 import time
@@ -14,15 +14,16 @@ from inbatch.training.calibration import TRAINED, time_steps
 from inbatch.training.plan import resolve_recipe
 
 REST = 23.0
-"""Seconds of `inbatch quickstart` beside its steps: start, evaluation and pictures, measured on two AVX2 cores."""
+"""Seconds of `inbatch quickstart` besides its steps: startup, evaluation and plots, measured on two AVX2 cores."""
 _EACH = 2.0
-"""Seconds that steps at one size of the images are timed."""
+"""Seconds for which steps at one image size are timed."""
 
 
 def forecast(until: float = math.inf) -> list[Finding]:
-    """How long `inbatch quickstart` and what an hour's budget would do here, by a few real steps of both.
+    """Return the estimated duration of `inbatch quickstart` and the steps of an hour's budget, from a few real steps.
 
-    until: by `time.monotonic`; what has not begun by then is left out.
+    Args:
+        until: Time limit by `time.monotonic`; an estimate that has not begun by then is omitted.
     """
     both = (("quickstart", _quickstart), ("a budget of 1 h", _hour))
     return [Finding(what, ask() if time.monotonic() < until else "not measured: no time is left") for what, ask in both]
@@ -44,7 +45,7 @@ def _hour() -> str:
 
 
 def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
-    """Steps of a run, seconds of one of them, and images of its batch."""
+    """Return the number of steps of a run, the seconds of one step, and the images per batch."""
     recipe, source = resolve_recipe(data, given)
     built = build(recipe, source, device=torch.device("cpu"))
     return built.total, time_steps(built, _EACH), recipe.batch

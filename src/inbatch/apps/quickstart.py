@@ -1,4 +1,4 @@
-"""The main job on the embedded data: what is learned, beside what needs no learning."""
+"""Pretrain and evaluate on the embedded data, and compare with baselines that need no training."""
 
 import time
 from dataclasses import dataclass
@@ -13,16 +13,24 @@ from inbatch.runtime.files import write_json
 DATA = "digits-canvas"
 EPOCHS = 10
 SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1, "optimizer.lr": 4e-3}
-"""What differs from the preset of the data, so that it ends within a minute on two cores: a sixth of the epochs with
-half the batch, which makes twice as many steps of them, at twice the learning rate."""
+"""Settings that differ from the preset of the data, so that training ends within a minute on two cores.
+
+They are a sixth of the epochs with half the batch, which gives twice as many steps per epoch, at twice the learning
+rate.
+"""
 RAW, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A quickstart's run, the evaluation of every representation by name, and whether learning was worth it.
+    """Result of a quickstart: the run, the evaluation of every representation by name, and the gain.
 
-    gain: k-NN accuracy of the trained encoder less that of the raw pixels, in points; margin: what was promised.
+    Attributes:
+        run: The run.
+        rows: Evaluations by name of the representation.
+        gain: k-NN accuracy of the trained encoder minus that of raw pixels, in points.
+        margin: Expected minimum gain, in points.
+        seconds: Duration.
     """
 
     run: Run
@@ -33,17 +41,18 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
+        """Whether the gain is at least the margin."""
         return self.gain >= self.margin
 
     def sentence(self) -> str:
-        """The verdict in words."""
+        """Return the result as a sentence."""
         side = "above" if self.gain >= 0 else "below"
         promise = f"{'and' if self.reached else 'but'} at least {self.margin:g} above was promised"
         hint = "" if self.reached else ": train longer (--epochs), or look at curves.png"
         return f"On the learned features k-NN is {abs(self.gain):.1f} points {side} raw pixels, {promise}{hint}"
 
     def json(self) -> dict[str, Any]:
-        """Everything that was found, as `quickstart.json` holds it."""
+        """Return the content of `quickstart.json`."""
         return {
             "run": str(self.run.directory),
             "gain_points": self.gain,
@@ -63,10 +72,17 @@ def quickstart(
     device: str = "auto",
     quiet: bool = False,
 ) -> Verdict:
-    """Learn from `digits-canvas` with SimCLR, and judge raw pixels, the encoder untrained and trained alike.
+    """Pretrain on `digits-canvas` with SimCLR, and evaluate raw pixels, the untrained and the trained encoder.
 
-    out: the run's folder, with a number behind it where it exists already. epochs: `EPOCHS` by default.
-    Writes `quickstart.json` beside what every run leaves.
+    Writes `quickstart.json` in addition to the files of every run.
+
+    Args:
+        out: Run directory; a number is appended if it exists.
+        epochs: Number of epochs; `EPOCHS` if None.
+        margin: Expected minimum gain over raw pixels, in points of k-NN accuracy.
+        seed: Random seed.
+        device: Name of the device, or "auto".
+        quiet: Print no progress.
     """
     began = time.perf_counter()
     chosen = SETTINGS | {"epochs": epochs or EPOCHS}
@@ -84,7 +100,7 @@ def quickstart(
 
 
 def _fresh(out: Path) -> Path:
-    """The folder itself, or with the first number behind it that makes it new."""
+    """Return the folder, with the first number appended that makes it new if it exists."""
     folder, number = out, 1
     while folder.exists():
         number += 1

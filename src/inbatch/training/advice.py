@@ -1,4 +1,4 @@
-"""Settings of this machine that a run depends on: what is in use, and what would make it faster."""
+"""Check the machine settings that affect a run, and suggest faster ones."""
 
 import os
 import platform
@@ -21,16 +21,16 @@ _SHARED = Path("/dev/shm")
 
 
 _ROOM = 2**30
-"""Bytes of shared memory below which data workers may fail: containers often get 64 MB."""
+"""Bytes of shared memory below which data workers may fail; containers often get 64 MB."""
 
 
 _LARGE = 96
-"""Side in pixels from which on views without numba take a share of a step that is seen."""
+"""Side in pixels from which drawing views without numba takes a noticeable share of a step."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about the machine: what is in use, and what to do where more could be."""
+    """One machine setting: its name, its current value, and advice if a faster value exists."""
 
     what: str
     found: str
@@ -38,9 +38,12 @@ class Finding:
 
 
 def advice(device: torch.device, largest: int, workers: int) -> str:
-    """One line for the start of a run: what would make it faster here; nothing where there is nothing.
+    """Return one line of advice for the start of a run; an empty string if nothing would make it faster.
 
-    largest: side of the largest view in pixels. workers: processes that stream images.
+    Args:
+        device: Device that the run computes on.
+        largest: Side of the largest view in pixels.
+        workers: Number of processes that stream images.
     """
     found = [_jpeg()]
     if workers:
@@ -57,7 +60,8 @@ def _threads(device: torch.device) -> Finding:
     near = launched("LOCAL_WORLD_SIZE")
     threads, fair = torch.get_num_threads(), max(1, cores() // near)
     found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
-    # Fewer may be torch's own choice (cores that share a multiplier): only who was told to take fewer is told of more.
+    # Fewer threads may be torch's own choice (cores that share a multiplier), so more threads are suggested only if
+    # OMP_NUM_THREADS is set.
     told = "OMP_NUM_THREADS" in os.environ
     if device.type == "cpu" and (threads > fair or (threads < fair and told)):
         return Finding("threads", found, f"OMP_NUM_THREADS={fair} is a thread for each core")

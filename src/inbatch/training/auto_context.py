@@ -1,8 +1,8 @@
-"""`context: auto`: the largest context group whose training step fits in memory, found by dry steps.
+"""Resolve `context: auto`: find the largest context group for which a training step fits in memory, by dry steps.
 
-A dry step is the networks' part of a real one, on random images and a throw-away copy of the run: no weight, no norm
-statistic and no random number of the caller changes, and nothing is written. Small groups are measured, a straight
-line through them says which group should fit, and that one is measured, too.
+A dry step is the part of a training step that runs the networks, on random images and a temporary copy of the run. It
+changes no weight, no norm statistic and no random number of the caller, and writes nothing. Small groups are measured,
+a straight line through them predicts the largest group that fits, and that group is measured as well.
 """
 
 import gc
@@ -28,31 +28,35 @@ from inbatch.training.recipe import Recipe
 from inbatch.training.summary import estimate as count
 
 LIMIT = 0.8
-"""A step may take at most this much of the free memory: allocators leave gaps, and other programs live."""
+"""Largest share of the free memory that a step may take: allocators leave gaps, and other programs need memory."""
 PATIENCE = 20.0
-"""Seconds that one dry step may take; a group that would take longer is predicted, not measured."""
+"""Longest time in seconds of one dry step; a group that would take longer is predicted, not measured."""
 SMALL = 32
-"""Batch norm over fewer samples is noisy: the user is told."""
+"""Number of samples below which batch norm statistics are noisy, and the user is warned."""
 
 _FIRST, _SECOND = 8, 32
-"""At most so many samples are measured first, and second."""
+"""Largest number of samples in the first and in the second measurement."""
 _CLIMB, _CAREFUL = 8, 2
-"""A dry step is at most so many times larger than the last; careful where a plug-in's cost may be quadratic."""
+"""Largest growth factor between two dry steps; the second applies with plug-ins, which may have quadratic cost."""
 _MARGIN = 1.5
-"""What a forward pass keeps, times this, stands for what a step takes until one is measured."""
+"""Ratio of a step's memory to what a forward pass keeps, assumed until a step is measured."""
 _FULL = 2**62
-"""Bytes of a step that ran out of memory."""
+"""Bytes that stand for a step that ran out of memory."""
 
 
 @dataclass(frozen=True)
 class ContextSize:
-    """A context group that fits.
+    """A context group that fits in memory.
 
-    context: its samples. share: what it divides, a rank's part of the batch (with sync_norm the batch).
-    needed, free: bytes of one rank: all that it holds while it trains, and what is free for it.
-    larger: the next larger group and its bytes (None: it ran out of memory); None where there is none.
-    how: in words, whether the group itself was measured.
-    noisy: batch norm sees few samples. meets: samples of a group meet before the loss.
+    Attributes:
+        context: Number of samples in the group.
+        share: Number of samples that the context divides: a rank's local batch, or the global batch with sync_norm.
+        needed: Bytes that one rank holds during training.
+        free: Bytes that are free for one rank.
+        larger: The next larger group and its bytes (None if it ran out of memory); None if there is no larger group.
+        how: In words, whether the group itself was measured.
+        noisy: Batch norm has few samples per group.
+        meets: Samples of a group interact before the loss (batch norm, plug-ins).
     """
 
     context: int
@@ -65,7 +69,7 @@ class ContextSize:
     meets: bool
 
     def sentence(self) -> str:
-        """One line for the user: what was chosen, why, what it costs, and how to repeat it."""
+        """Return one line for the user: the context, the reason, its cost, and how to repeat the run."""
         took = f"{_gb(self.needed)} of {_gb(self.free)} free (limit {100 * LIMIT:.0f} %)"
         text = f"context: {self.context:,} of {self.share:,}, {self.how}: {took}"
         if self.larger is not None:
@@ -84,7 +88,7 @@ class ContextSize:
         return text
 
     def json(self) -> dict[str, Any]:
-        """The same for --json."""
+        """Return the same information as a dictionary for --json."""
         group, needed = self.larger or (None, None)
         return {
             "context": self.context, "share": self.share, "how": self.how, "needed_bytes": self.needed,
@@ -94,10 +98,13 @@ class ContextSize:
 
 @dataclass(frozen=True)
 class MemoryProbe:
-    """A group that was tried.
+    """Memory of one group size.
 
-    needed: bytes of everything that is held at once. kept: those that grow with the group, as counted.
-    seconds: of its dry step; None where there was none. norm: the networks have batch norm.
+    Attributes:
+        needed: Bytes of everything that is held at once.
+        kept: Bytes that grow with the group, as counted.
+        seconds: Duration of the dry step; None if there was none.
+        norm: The networks have batch norm.
     """
 
     needed: int
@@ -109,15 +116,18 @@ class MemoryProbe:
 def resolve(
     recipe: Recipe, source: Source, device: torch.device, workers: int | None = None
 ) -> tuple[Recipe, ContextSize | None]:
-    """The recipe with a number for `context: auto`, and how it was found; any other recipe as it is, and None.
+    """Return the recipe with a number for `context: auto`, and how it was found; other recipes unchanged, and None.
 
-    Every rank must call it, and all get the same. Raises ConfigError where not even the smallest group fits.
+    Every rank must call it, and all get the same result.
+
+    Raises:
+        ConfigError: If not even the smallest group fits.
     """
     if recipe.context != "auto":
         return recipe, None
     gc.collect()
     frozen = gc.get_freeze_count()
-    gc.freeze()  # only what dry steps leave is then looked through, again and again
+    gc.freeze()  # the garbage collector then only scans what the dry steps allocate
     try:
         found = fit(recipe, source, device, workers)
     finally:
@@ -131,11 +141,11 @@ def within_memory(
 ) -> tuple[Recipe, str]:
     """Return the recipe with a context that fits in the free memory, and a sentence if it had to be made smaller.
 
-    The estimate costs one small forward pass; nothing is decoded. A context that was asked for stays as it is.
-    Every rank must call it, and all get the same.
+    The estimate costs one small forward pass; no image is decoded. A context that the recipe sets is not changed.
+    Every rank must call it, and all get the same result.
 
     Raises:
-        ConfigError: If the context that was asked for does not fit, or no context does.
+        ConfigError: If the context that the recipe sets does not fit, or no context does.
     """
     if recipe.context == "auto":
         return recipe, ""
@@ -159,11 +169,15 @@ def within_memory(
 
 
 def candidates(recipe: Recipe, world: int) -> list[int]:
-    """The contexts that a recipe could have on so many ranks, smallest first; ConfigError where there is none."""
+    """Return the contexts that are valid for a recipe on `world` ranks, smallest first.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     share, apart = local_batch_size(recipe, world), world if recipe.sync_norm else 1
     least = max(2 * apart, recipe.fuse.options.get("bottleneck", 0) if recipe.fuse else 0)
     sizes = [c for c in range(least, share + 1) if share % c == 0 and c % apart == 0]
-    if recipe.shuffle_groups:  # one group is none to shuffle
+    if recipe.shuffle_groups:  # a single group cannot be shuffled
         sizes = [c for c in sizes if c < recipe.batch]
     if not sizes:
         raise ConfigError(f"context = auto: no group of {least} samples or more divides {share:,}: use another batch")
@@ -171,11 +185,19 @@ def candidates(recipe: Recipe, world: int) -> list[int]:
 
 
 def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | None = None) -> ContextSize:
-    """The largest group that divides a rank's share of the batch and trains in at most `LIMIT` of the free memory.
+    """Return the largest group that divides a rank's share of the batch and trains within `LIMIT` of the free memory.
 
-    workers: processes that will decode the images: they hold batches, too.
-    The ranks agree: bytes are those of the rank that needs most, and of the one that has least.
-    Raises ConfigError where not even the smallest group fits.
+    The ranks agree: the bytes needed are those of the rank that needs most, the free bytes those of the rank that has
+    least.
+
+    Args:
+        recipe: Recipe with `context: auto`.
+        source: Images to train on.
+        device: Device of the networks.
+        workers: Number of processes that will decode images; they hold batches as well.
+
+    Raises:
+        ConfigError: If not even the smallest group fits.
     """
     sizes = candidates(recipe, distributed.world())
     free = -distributed.all_reduce_max(-room(device))
@@ -183,13 +205,13 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
     tried: dict[int, MemoryProbe] = {}
 
     def climb(top: int, goal: int) -> int:
-        """The next group to measure on the way from one that fits to one that should."""
+        """Return the next group to measure between one that fits and one that should fit."""
         most = top * (_CLIMB if recipe.fuse is None and recipe.attend is None else _CAREFUL)
         near = [c for c in sizes if top < c <= min(goal, most)]
         return near[-1] if near else next(c for c in sizes if c > top)
 
     first = max((c for c in sizes if c <= _FIRST), default=sizes[0])
-    while True:  # a step that cannot fit is counted, and not made
+    while True:  # a step that cannot fit is counted, not run
         trial = bench.trial(first, dry=False)
         if trial.needed <= free:
             trial = tried[first] = bench.trial(first)
@@ -199,7 +221,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         if not smaller:
             raise ConfigError(_nothing_fits(recipe, first, trial.needed, bench.batch, free))
         first = smaller[-1]
-    # The line needs two points.
+    # The straight line needs two points.
     second = [c for c in sizes if first < c <= _SECOND and predict(tried, c) <= limit]
     if trial.seconds is not None and (second or smaller):
         at = (second or smaller)[-1]
@@ -214,7 +236,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         top = max(c for c in tried if tried[c].needed <= limit)
         if best > top:
             step = climb(top, best)
-        else:  # near the limit a line is no proof: the next one is measured, too, where there is room for it
+        else:  # near the limit a prediction is not reliable: measure the next group as well if memory permits
             step = next((c for c in sizes if c > best), best)
             if step in tried or trial.seconds is None or predict(tried, step) > free:
                 break
@@ -236,7 +258,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
 
 
 def predict(tried: dict[int, MemoryProbe], context: int) -> int:
-    """Bytes of a group: what was found, or a straight line through the last two that are smaller."""
+    """Return the bytes of a group: as measured, or by a straight line through the last two smaller groups."""
     if context in tried:
         return tried[context].needed
     below = sorted(c for c in tried if c < context)
@@ -251,36 +273,38 @@ def predict(tried: dict[int, MemoryProbe], context: int) -> int:
 
 
 def room(device: torch.device) -> int:
-    """Bytes that are free for this rank where its step runs: those of the GPU, else of main memory."""
+    """Return the free bytes for this rank on the device of its step: GPU memory, else main memory."""
     near = launched("LOCAL_WORLD_SIZE", distributed.world())  # ranks on this machine
     if device.type != "cuda":
         return free_bytes(device, near)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by the allocator, for us
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator
     return torch.cuda.mem_get_info(device)[0] // math.ceil(near / torch.cuda.device_count()) + kept
 
 
 class _Bench:
-    """Where groups are tried.
+    """Measure the memory of context groups.
 
-    batch: bytes that do not depend on the group: images, waiting pieces, rows. next: those of the next batch, which is
-    put together between two steps.
+    Attributes:
+        batch: Bytes that do not depend on the group: images, waiting pieces, rows.
+        next: Bytes of the next batch, which is assembled between two steps.
     """
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device, workers: int | None) -> None:
         self.recipe = replace(recipe, compile=False, resident=False)  # no image is decoded for a dry step
         self.source, self.device, self.batch, self.next = source, device, 0, 0
         self.world, self.workers, self.resident = distributed.world(), workers, recipe.resident
-        self.free = free_bytes(device, self.world)  # as the loader will ask
+        self.free = free_bytes(device, self.world)  # the same value as the loader uses
 
     def trial(self, context: int, dry: bool = True) -> MemoryProbe:
-        """Try a group: count what it keeps, and if `dry` measure a step; the largest of all ranks."""
+        """Count the memory that a group keeps and, if `dry`, measure a step; the largest values of all ranks."""
         try:
             found = self._try(context, dry)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             found = None
-        # Every rank takes part in all of these, also one that ran out of memory, and all go on from the same figures.
+        # Every rank takes part in these reductions, including one that ran out of memory, so that all continue with the
+        # same figures.
         mine = MemoryProbe(_FULL, 0, 0.0, False) if found is None else found
         needed, kept = distributed.all_reduce_max(mine.needed), distributed.all_reduce_max(mine.kept)
         micros = distributed.all_reduce_max(-1 if mine.seconds is None else round(1e6 * mine.seconds))
@@ -298,7 +322,7 @@ class _Bench:
             counted = memory["sum"] - memory["pixels_of_a_batch"] - memory["rows_of_a_batch"]
             if dry and before is not None:
                 samples = context // (self.world if self.recipe.sync_norm else 1)
-                _dry_step(built, 2, side, plain=True)  # gradients and the optimiser's memory are there from now on
+                _dry_step(built, 2, side, plain=True)  # from here on, gradients and optimiser state are allocated
                 forget_peak(self.device)
                 began = time.perf_counter()
                 _dry_step(built, samples, side)
@@ -307,11 +331,11 @@ class _Bench:
         return MemoryProbe(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.network)))
 
     def _weigh(self, built: RunComponents, memory: dict[str, int]) -> int:
-        """Weigh what does not depend on the group; returns the side of the images from which views are drawn."""
+        """Count the bytes that do not depend on the group; return the side of the images from which views are drawn."""
         sizes = [view.size for view in built.views.views]
         canvas, channels = 2 * max(sizes), self.source.channels
         decoded = estimate(self.source, canvas)
-        each = decoded // len(self.source)  # its uint8 pixels, or the crops that workers cut of it
+        each = decoded // len(self.source)  # uint8 pixels of one image, or the crops that workers cut from it
         crops = sum(channels * size * size for size in sizes)
         share = self.recipe.batch // self.world
         if resides(decoded, self.free, self.resident):
@@ -322,7 +346,7 @@ class _Bench:
             pixels = size * (share + 2 * workers * min(share, PIECE))  # two pieces wait in each worker
             self.next = size * share
         else:
-            pixels = 0  # in the host's memory, until a group's turn comes
+            pixels = 0  # in host memory until the group is processed
         if self.recipe.shuffle_groups and self.world > 1:  # samples of a group lie on several ranks: all views are held
             pixels += 4 * crops * (2 * share + self.recipe.batch)
         self.batch = pixels + memory["rows_of_a_batch"]
@@ -330,7 +354,7 @@ class _Bench:
 
 
 def _dry_step(built: RunComponents, samples: int, side: int, plain: bool = False) -> None:
-    """The networks' part of a training step of one group of random images; plain: without fusion."""
+    """Run the networks' part of a training step on one group of random images; if `plain`, without fusion."""
     device, channels = built.loader.device, built.recipe.channels
     pixels = torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8, device=device)
     index = torch.arange(samples, device=device)

@@ -1,4 +1,4 @@
-"""A budget of time: how it is written, and how a run keeps to it while the machine changes."""
+"""Time budgets: parsing them, and adjusting the length of a run while the speed of the machine changes."""
 
 import math
 import re
@@ -10,9 +10,9 @@ from typing import Any
 from inbatch.errors import ConfigError
 
 LEAST = 60.0
-"""Seconds below which a budget is refused: starting, evaluating and writing alone take up to half of them."""
+"""Smallest budget in seconds: startup, evaluation and writing alone take up to half of it."""
 LATE, EARLY = 0.05, 0.15
-"""A run with a budget ends at most this share of it late, and at most this share early."""
+"""Largest shares of a budget by which a run may end late, and early."""
 
 _MOST = 1000 * 86400.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -21,10 +21,10 @@ _WRITTEN = re.compile(rf"{_ONE}(?: ?{_ONE})*")
 
 
 def parse_budget(value: Any) -> float:
-    """Return the seconds of a budget such as "45m", "1h 30m" or "2 days"; a number is seconds, or a timedelta.
+    """Return the seconds of a budget such as "45m", "1h 30m" or "2 days", of a number of seconds, or of a timedelta.
 
     Raises:
-        ConfigError: For other text, or a budget that is not above `LEAST` seconds.
+        ConfigError: For other text, or a budget of less than `LEAST` seconds.
     """
     text = str(value).strip().lower()
     seconds = math.nan
@@ -44,7 +44,7 @@ def parse_budget(value: Any) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people, in at most two units: "45 s", "12 min", "3 h 20 min", "11 days"."""
+    """Return a readable duration in at most two units: "45 s", "12 min", "3 h 20 min", "11 days"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -59,12 +59,14 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Timeline:
-    """The length of a run in steps, and where each step stands in it if the length changed on the way.
+    """The length of a run in steps, and the schedule position of each step after changes of that length.
 
-    Schedules are functions of the place. Until the first change the place of a step is the step itself; after one, the
-    rest of the plan is stretched or shortened to the steps that are left, so that every schedule ends at its end.
+    Schedules are functions of the position. Until the first change the position of a step is the step itself. After a
+    change, the rest of the plan is scaled to the remaining steps, so that every schedule reaches its end.
 
-    planned: steps of the recipe. changes: (step, steps left from there), in order.
+    Attributes:
+        planned: Number of steps of the recipe.
+        changes: (step, number of steps left from there), in order.
     """
 
     planned: int
@@ -72,11 +74,11 @@ class Timeline:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run, as far as known now."""
+        """Number of steps of the whole run, as currently known."""
         return sum(self.changes[-1]) if self.changes else self.planned
 
     def place(self, step: int) -> float:
-        """Return where a step stands in the planned run, from 0 to `planned`."""
+        """Return the position of a step in the planned run, from 0 to `planned`."""
         place, start, left = 0.0, 0, self.planned
         applied = False
         for at, rest in self.changes:
@@ -89,25 +91,28 @@ class Timeline:
         return place + (self.planned - place) * (step - start) / left if left else float(self.planned)
 
     def progress(self, step: int) -> float:
-        """Return the share of the run that is done at a step, from 0 to 1."""
+        """Return the completed share of the run at a step, from 0 to 1."""
         return self.place(step) / self.planned
 
     def change(self, step: int, left: int) -> None:
-        """From `step` on, `left` more steps end the run."""
+        """Set the number of steps that remain from `step` on."""
         self.changes = [change for change in self.changes if change[0] < step]
         self.changes.append((step, left))
 
 
 _TOLERATED, _FEW = 0.02, 20
-"""A run is made shorter if its steps are late by more than this share of what is left, of the last few by any."""
+"""A run is shortened if its steps are late by more than this share of the rest, in the last few steps by any amount."""
 
 
 @dataclass
 class Pace:
-    """Decides when the length of a run must change so that it ends within its budget.
+    """Decide when the length of a run must change so that it ends within its budget.
 
-    seconds: the budget. reserve: seconds kept for what follows the last step. cost: relative cost of a step at a share
-    of the run (1: the costliest), for runs whose images grow.
+    Attributes:
+        seconds: The budget.
+        reserve: Seconds reserved for the work after the last step.
+        growth: (end as a share of the run, relative cost of a step until there; 1 is the highest cost), for runs with
+            progressive resizing.
     """
 
     seconds: float
@@ -116,25 +121,25 @@ class Pace:
     _slack: float = 0.015
 
     def fitting(self, used: float, per_step: float, progress: float) -> int:
-        """Return how many more steps fit, if a step at this point of the run takes `per_step` seconds."""
+        """Return the number of steps that still fit if a step at this point of the run takes `per_step` seconds."""
         left = self.seconds * (1 - self._slack) - self.reserve - used
         return max(0, int(left / (per_step * self._mean_cost(progress) / self.cost(progress))))
 
     def revised(self, step: int, timeline: Timeline, used: float, per_step: float) -> int | None:
-        """Return how many steps must be left so that the run ends in time, None if the plan holds."""
+        """Return the number of steps that must remain for the run to end in time; None if the plan holds."""
         progress, planned = timeline.progress(step), timeline.total - step
         fits = self.fitting(used, per_step, progress)
         if fits < planned * (1 - _TOLERATED) or (fits < planned and planned <= _FEW):
             return fits
-        # Room appears if others stop working; near the end it is not worth another schedule.
+        # Time becomes available if other processes stop; near the end it does not justify another schedule.
         return fits if fits > planned * 1.1 + 1 and progress < 0.8 else None
 
     def cost(self, progress: float) -> float:
-        """Relative cost of a step at a share of the run."""
+        """Return the relative cost of a step at a share of the run."""
         return next((cost for end, cost in self.growth if progress < end), 1.0)
 
     def _mean_cost(self, progress: float) -> float:
-        """Mean relative cost of the steps from here to the end."""
+        """Return the mean relative cost of the steps from here to the end."""
         if progress >= 1:
             return 1.0
         total, at = 0.0, progress
@@ -145,45 +150,49 @@ class Pace:
 
 
 class Keeper:
-    """Watches a run's clock: when to look at it again, whether its length must change, when to save a checkpoint.
+    """Monitor the clock of a run: when to check it, whether the length must change, when to save a checkpoint.
 
-    One process decides (rank 0), because clocks differ. pace: None for a run without a budget, which is only saved.
-    every: seconds between two checkpoints.
+    One process decides (rank 0), because clocks differ.
+
+    Args:
+        pace: The pace of a run with a budget; None for a run without one, for which only checkpoints are timed.
+        clock: Return the seconds that the run has taken.
+        every: Seconds between two checkpoints.
     """
 
     def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
         self.pace, self.clock, self.every = pace, clock, every
         self.per_step: float | None = None
         self.look_seconds = 0.0
-        self.said = 0  # where the user was told that the run ends
+        self.said = 0  # the final step that was last reported to the user
         self._saved = self._checked = clock()
         self._idle, self._step, self._cost = 0.0, 0, math.nan
         self._interval = max(0.5, 0.01 * pace.seconds) if pace else every
 
     def start(self, step: int, total: int) -> None:
-        """The next step is the first that is timed; the run is known to end at `total`."""
+        """Start timing with the next step; the run currently ends at step `total`."""
         self.said = total
         self._step, self._checked, self._idle = step, self.clock(), 0.0
 
     def due(self) -> bool:
-        """Return whether it is time to look at the clock."""
+        """Return whether the clock must be checked."""
         now = self.clock()
         hurry = self.pace is not None and now > 0.9 * (self.pace.seconds - self.pace.reserve)
         return now - self._checked >= self._interval * (0.2 if hurry else 1) or now - self._saved >= self.every
 
     def paused(self, seconds: float) -> None:
-        """Tell of time that was no training: a look at the features, a checkpoint."""
+        """Exclude time from the pace that was not training: an online evaluation, a checkpoint."""
         self._idle += seconds
 
     def saved(self) -> None:
-        """A checkpoint was written just now."""
+        """Record that a checkpoint has just been written."""
         self._saved = self.clock()
 
     def check(self, step: int, timeline: Timeline, looks_left: int) -> tuple[int | None, bool]:
-        """Return how many steps must be left (None: as planned), and whether to save a checkpoint."""
+        """Return how many steps must remain (None: as planned), and whether to save a checkpoint."""
         now = self.clock()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
-        if cost != self._cost:  # images have grown: earlier steps say nothing of the next ones
+        if cost != self._cost:  # the image size has changed: earlier steps do not predict the next ones
             self.per_step, self._cost = None, cost
         elif step > self._step:
             recent = max(1e-9, now - self._checked - self._idle) / (step - self._step)

@@ -1,4 +1,4 @@
-"""A recipe becomes parts: source, loader, views, networks, method, optimiser, step."""
+"""Build the components of a run from a recipe: source, loader, views, networks, method, optimiser, step."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ from inbatch.training.step import Step
 
 @dataclass
 class RunComponents:
-    """The parts of a run, ready for its first step."""
+    """The components of a run, ready for its first step."""
 
     recipe: Recipe
     source: Source
@@ -56,11 +56,11 @@ class RunComponents:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.timeline.total
 
     def parts(self) -> dict[str, Any]:
-        """Everything whose state makes a checkpoint complete."""
+        """Return every component that has state to save in a checkpoint, by name."""
         parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
         some = {"target": self.target, "curator": self.step.curator}
         return parts | {name: part for name, part in some.items() if part is not None}
@@ -70,15 +70,20 @@ def build(
     recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None,
     init: Path | None = None,
 ) -> RunComponents:  # fmt: skip
-    """Make every part of a run; wrong combinations are errors here, not at some later step.
+    """Build every component of a run; invalid combinations raise an error here, not at a later step.
 
-    loader: one made for the same images, batch, seed and views, to be used again.
-    init: where a run keeps the weights that it began with (`run_encoder.kept_initial`).
+    Args:
+        recipe: The complete recipe.
+        source: Images to train on.
+        device: Device of the networks.
+        workers: Number of processes that decode images; None chooses it.
+        loader: A loader to reuse, made for the same images, batch, seed and views.
+        init: Directory of the run's initial weights (`run_encoder.kept_initial`).
     """
     world = distributed.world()
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
-    if world > 1:  # ranks that add up what they find must find the same
+    if world > 1:  # ranks that reduce results must compute them in the same way
         distributed.assert_equal_across_ranks(
             {"use of Triton's kernels": triton_logsumexp.usable(torch.zeros(1, 1, device=device))}
         )
@@ -129,7 +134,7 @@ def build(
                 distributed.make_context_global(module)
     curator = curator_of(recipe, views, network, recipe.batch // world // groups, device)
     if recipe.compile:
-        views.compile()  # an accelerator's; a CPU has its own kernel
+        views.compile()  # for accelerators; a CPU uses its own kernel
         for module in (network, target):
             if module is not None:
                 module.compile()
@@ -146,7 +151,7 @@ def build(
     with _settings_of("optimizer", recipe.optimizer.name):
         optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
     timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
-    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # a schedule that cannot be is an error now
+    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
     step = Step(
         method=method, network=network, call=distributed.wrap(network), target=target,
         views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
@@ -162,25 +167,25 @@ def build(
 
 
 def views_of(recipe: Recipe, encoder: Encoder) -> Views:
-    """What draws the views of a recipe, normalised as the encoder takes them."""
+    """Return the views of a recipe, normalised with the encoder's mean and standard deviation."""
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
     return Views(crops, encoder.mean, encoder.std, pairs)
 
 
 def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-    """The images of the views of some samples, whose pixels may still lie in the host's memory."""
+    """Return the images of the views of a batch; its pixels may still be in host memory."""
     return views(batch.to(device)).images
 
 
 def image_scale(recipe: Recipe, progress: float) -> float:
-    """Return the share of its side at which the encoder sees an image at a share of the run."""
+    """Return the share of the image side that the encoder uses at a share of the run."""
     return recipe.grow_from if progress < recipe.grow_until else 1.0
 
 
 def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
-    """Set the optimiser's learning rates for a step; a pure function of its place (`steps` to an epoch)."""
+    """Set the learning rates of a step; a pure function of its position (`steps`: steps per epoch)."""
     s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
-    # At most a tenth of a run whose length is given in steps; `config.make` sees to it for one given in epochs.
+    # At most a tenth of a run with a length in steps; `recipe.make` ensures it for a length in epochs.
     warmup = min(s.warmup * steps, total / 10) if recipe.steps else s.warmup * steps
     if s.name == "cosine" or place < warmup:
         factor = warmup_cosine(place, total, warmup, 1.0, s.end)
@@ -190,14 +195,14 @@ def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimiz
 
 
 def local_batch_size(recipe: Recipe, world: int) -> int:
-    """How many samples are cut into context groups: a rank's part of the batch, with sync_norm the batch."""
+    """Return the number of samples to split into context groups: the local batch, with sync_norm the global batch."""
     if recipe.batch % world:
         raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
     return recipe.batch if recipe.sync_norm else recipe.batch // world
 
 
 def _context(recipe: Recipe, world: int) -> tuple[int, int]:
-    """Samples of a context group, and groups per rank."""
+    """Return the number of samples in a context group, and the number of groups per rank."""
     if recipe.context == "auto":
         raise ConfigError(
             "context = auto must be resolved before build: training.auto_context.resolve puts in a number"
@@ -224,7 +229,7 @@ def _check_views(recipe: Recipe, method: Method, views: int) -> None:
 
 @contextlib.contextmanager
 def _settings_of(part: str, name: str) -> Iterator[None]:
-    """What a constructor refuses (a negative width, a rate below 0) is the setting's fault."""
+    """Turn errors of a constructor (a negative width, a rate below 0) into a ConfigError that names the setting."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as e:
@@ -234,7 +239,7 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
 def fusion(
     recipe: Recipe, method: Method, views: Views, encoder: Encoder, context: int
 ) -> tuple[Fusion | None, Sequence[int]]:
-    """The batch fusion of a recipe and the numbers of the views it fuses."""
+    """Return the batch fusion of a recipe and the indices of the views that it fuses."""
     if recipe.fuse is None:
         return None, ()
     learned, asked = set(method.online_views(len(views))), recipe.fuse.options["views"]
@@ -255,7 +260,7 @@ def fusion(
 
 
 def curator_of(recipe: Recipe, views: Views, network: Network, piece: int, device: torch.device) -> Curator | None:
-    """The curator of a recipe; it embeds `piece` images at a time."""
+    """Return the curator of a recipe; it embeds `piece` images at a time."""
     if recipe.curate is None:
         return None
     if len(views) < 2:
@@ -269,7 +274,7 @@ def curator_of(recipe: Recipe, views: Views, network: Network, piece: int, devic
             return model.features(image) if where == "features" else model.outputs(image)[where]
 
         with model.evaluating():
-            parts = (views(part.to(device)).images for part in batch.split(piece))  # one after the other
+            parts = (views(part.to(device)).images for part in batch.split(piece))  # sequentially
             return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
 
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)

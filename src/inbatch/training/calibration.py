@@ -1,4 +1,4 @@
-"""From a budget of time to a recipe: real steps of candidate encoders on this data and this machine decide."""
+"""Choose a recipe for a time budget by timing real steps of candidate encoders on this data and this machine."""
 
 import math
 import time
@@ -24,34 +24,38 @@ from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.timing import growth, step_seconds
 
 SHARE, MOST = 0.05, 60.0
-"""Calibration takes at most this share of the budget, and at most so many seconds."""
+"""Calibration takes at most this share of the budget, and at most this many seconds."""
 WIDTHS = (24, 32, 48)
-"""Of the encoder `fast`, narrowest first: the candidates of a budget."""
+"""Candidate widths of the encoder `fast`, narrowest first."""
 WORTH = {24: 0, 32: 700_000, 48: 4_000_000}
-"""Views from which on a width pays (docs/fast.md)."""
+"""Number of views from which each width is worth its cost (docs/fast.md)."""
 TRAINED = 0.85
-"""Share of the budget that training gets in the plan; start, evaluation and checkpoints take the rest."""
+"""Planned share of the budget for training; startup, evaluation and checkpoints take the rest."""
 DECODED = 0.15
-"""Share of the budget that decoding may take before the first step; of larger sets a part is learned from."""
+"""Share of the budget that decoding may take before the first step; larger data sets are subsampled."""
 SHORTEST = 10.0
-"""Seconds that calibration takes about at least: building an encoder and four steps at each size of the images."""
+"""Approximate minimum duration of calibration in seconds: building an encoder, and four steps at each image size."""
 ROUGH = 0.15
-"""Share of the budget above which whole steps are not made before the run: a slice of one says how long they take."""
+"""Share of the budget above which whole steps are not timed before the run; a slice of a batch is timed instead."""
 FEWEST, FEW = 5, 20
-"""Steps below which a budget is refused, and below which a run is said to be too short to learn much."""
+"""Number of steps below which a budget is refused, and below which the user is warned that the run is very short."""
 _SLICE = 4
-"""Samples of that slice."""
+"""Number of samples in the timed slice."""
 _LOOKS = 8
 _WARM = 2
-"""Steps that are made before one is timed: memory is asked for, and views are compiled."""
+"""Number of warm-up steps before timing: memory is allocated, and views are compiled."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An encoder that was tried.
+    """An encoder that was timed.
 
-    seconds: of a step, on the mean of the run. steps: that fit into the budget. views: seen by then. small: what a step
-    costs while images are small, relative to one at full size.
+    Attributes:
+        name: Name of the encoder, with its width if widths are compared.
+        seconds: Mean duration of a step over the run.
+        steps: Number of steps that fit into the budget.
+        views: Number of views in these steps.
+        small: Cost of a step at the reduced image size, relative to one at full size.
     """
 
     name: str
@@ -63,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a budget is spent on, and why. loader: for the run to use again."""
+    """The recipe chosen for a budget, and the timings behind it; `loader` is for the run to reuse."""
 
     recipe: Recipe
     chosen: Candidate
@@ -74,7 +78,7 @@ class Choice:
     asked: bool
 
     def sentences(self) -> list[str]:
-        """Lines for the user: what was chosen, from what, and why."""
+        """Return lines for the user: the choice, the candidates and the reason."""
         r, c = self.recipe, self.chosen
         tried = "; ".join(f"{x.name}: {x.seconds:.2f} s a step, {x.views:,} views" for x in self.tried)
         why = "as asked" if self.asked else "the widest that sees enough views"
@@ -86,7 +90,7 @@ class Choice:
         ]
 
     def json(self) -> dict[str, Any]:
-        """The same as plain numbers."""
+        """Return the timings as plain values."""
         return {
             "seconds": self.seconds, "chosen": self.chosen.name, "small": self.chosen.small,
             "tried": [asdict(one) for one in self.tried], "notes": list(self.notes),
@@ -97,11 +101,18 @@ def plan_budget(
     data: Any, given: Settings, began: float, *, device: torch.device, workers: int | None, download: bool,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Choice, Source]:  # fmt: skip
-    """Return the recipe that spends a budget best here, and the data opened.
+    """Return the recipe that makes the best use of a budget on this machine, and the opened data.
 
-    given: settings, of which "budget" is one. What they say (encoder, size, batch, method, ...) stays as it is.
-    began: when the command began (`time.perf_counter`). tell: gets a sentence on rank 0 before steps are timed.
-    Every rank must call it, and all get the same.
+    Every rank must call it, and all get the same result.
+
+    Args:
+        data: Data to learn from, as for `open_data`.
+        given: Settings, including "budget". Values in them (encoder, size, batch, method, ...) are not changed.
+        began: Start time of the command (`time.perf_counter`).
+        device: Device of the networks.
+        workers: Number of processes that decode images.
+        download: Whether missing data may be downloaded.
+        tell: Called with a sentence on rank 0 before steps are timed.
     """
     check_one_length(given)
     given, notes = dict(given), list[str]()
@@ -121,7 +132,7 @@ def plan_budget(
     limit = min(SHARE * budget, MOST)
     if distributed.rank() == 0:
         tell(f"Budget of {duration(budget)}: timing real steps, for about {duration(max(limit, SHORTEST))}.")
-    limit /= 12  # two sizes of up to three encoders, twice over
+    limit /= 12  # two sizes for each of up to three encoders, and a factor of 2
     loader, tried, start = None, list[tuple[Candidate, Settings]](), time.perf_counter()
     contexts: list[str] = []
     for options in widths:
@@ -176,7 +187,7 @@ def plan_budget(
 
 
 def _in_memory(recipe: Recipe, source: Source, device: torch.device, workers: int | None) -> tuple[Recipe, str]:
-    """The recipe with a context that fits in memory, before any step is made, and a sentence if one was looked for."""
+    """Return the recipe with a context that fits in memory, before any step, and a sentence if one was determined."""
     recipe, fitted = resolve(recipe, source, device, workers)
     if fitted is not None:
         return recipe, fitted.sentence()
@@ -184,26 +195,28 @@ def _in_memory(recipe: Recipe, source: Source, device: torch.device, workers: in
 
 
 def small_size(source: Source, device: torch.device) -> int:
-    """Return the side of the images that a budget on a processor affords: their own up to 64 pixels, else 64."""
+    """Return the image side for a budget on a CPU: the natural size up to 64 pixels, else 64."""
     natural = natural_size(source)
     return natural if natural <= 64 or device.type != "cpu" else 64
 
 
 def time_steps(built: RunComponents, limit: float) -> float:
-    """Return the mean seconds of a step over the run: real steps on the first batches, small images and full ones.
+    """Return the mean seconds of a step over the run, from real steps on the first batches at reduced and at full size.
 
-    limit: seconds that steps of one size are made; each is made four times at least.
+    Args:
+        built: The run.
+        limit: Seconds to spend on steps of one size; at least four are made.
     """
     with beside_others(built.loader.device):
         return _both(built, limit)[0]
 
 
 def _both(built: RunComponents, limit: float) -> tuple[float, float]:
-    """The mean seconds of a step, and the cost of one on small images relative to one at full size."""
+    """Return the mean seconds of a step, and the cost of a step on small images relative to one at full size."""
     until, budget = built.recipe.grow_until, built.recipe.budget or math.inf
     if budget < math.inf:
         rough = distributed.broadcast_object(step_seconds(built, _SLICE))
-        if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of it
+        if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of the budget
             return rough, growth(built, _SLICE)[0][1] if until else 1.0
     full = _timed(built, built.total - 1, limit)
     small = min(full, _timed(built, 0, limit)) if until else full
@@ -211,40 +224,40 @@ def _both(built: RunComponents, limit: float) -> tuple[float, float]:
 
 
 def _timed(built: RunComponents, step: int, seconds: float) -> float:
-    """Seconds of a step at a place of the run: the median of those made in so many seconds, after some that warm up."""
+    """Return the median seconds of a step at a position of the run, timed for this many seconds after the warm-up."""
     times: list[float] = []
     began = time.perf_counter()
     for batch in _batches(built):
         start = time.perf_counter()
-        float(built.step(batch, step)["loss"])  # reading it waits for the device
+        float(built.step(batch, step)["loss"])  # reading the value synchronises with the device
         times.append(time.perf_counter() - start)
-        # Ranks make the same number of steps: rank 0 says when it is enough.
+        # Ranks make the same number of steps: rank 0 decides when to stop.
         if distributed.broadcast_object(len(times) > _WARM + 1 and time.perf_counter() - began > seconds):
             break
     return median(times[_WARM:])
 
 
 def _batches(built: RunComponents) -> Iterator[Batch]:
-    """Batches of the first epochs, again and again: a small set has one to an epoch."""
+    """Yield batches of the first epochs repeatedly; a small data set has one batch per epoch."""
     for epoch in count():
         yield from built.loader.epoch(epoch, stop=8)
 
 
 def _time_for_another(start: float, last: float, budget: float) -> bool:
-    """Whether another, larger encoder can be timed within the limit; rank 0 decides."""
+    """Return whether a larger encoder can be timed within the limit; rank 0 decides."""
     expected = 3.0 * last * (_WARM + 2)
     return bool(distributed.broadcast_object(time.perf_counter() - start + expected <= min(SHARE * budget, MOST)))
 
 
 def _batch(recipe: Recipe, source: Source) -> int:
-    """The preset's batch, or the largest power of two that the images fill."""
+    """Return the preset's batch size, or the largest power of two that does not exceed the number of images."""
     return max(2, min(recipe.batch, 1 << len(source).bit_length() - 1))
 
 
 def _decodable(
     data: Any, given: Settings, recipe: Recipe, source: Source, download: bool, budget: float, notes: list[str]
 ) -> tuple[Recipe, Source]:
-    """As many of the images as can be decoded in a share of the budget."""
+    """Return the recipe and source with as many images as can be decoded in a share of the budget."""
     if recipe.subset is not None:
         return recipe, source
     each = distributed.broadcast_object(_decode_seconds(source, 2 * recipe.size))
@@ -260,7 +273,7 @@ def _decodable(
 
 
 def _decode_seconds(source: Source, canvas: int) -> float:
-    """Seconds that one image takes to decode on all cores, by some that are spread evenly."""
+    """Return the seconds to decode one image on all cores, estimated from evenly spaced images."""
     chosen = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
     began, done = time.perf_counter(), 0
     for i in chosen:
@@ -269,5 +282,5 @@ def _decode_seconds(source: Source, canvas: int) -> float:
                 picture.tensor(canvas)
             done += 1
         except DataError:
-            continue  # counted and named where all images are read
+            continue  # counted and reported when all images are read
     return (time.perf_counter() - began) / max(1, done) / cores()

@@ -1,8 +1,8 @@
-"""Save and resume: one file per checkpoint, plain values and tensors only, with its checksum inside.
+"""Save and load checkpoints: one file each, with plain values and tensors only, and its checksum inside.
 
-A folder holds `last.pt`, `previous.pt` and `best.pt`. Each is what `torch.save` writes, a zip archive, with the
-SHA-256 of those bytes as the archive's comment: `torch.load(path, weights_only=True)` opens it, and a file and
-its checksum cannot come apart.
+A directory holds `last.pt`, `previous.pt` and `best.pt`. Each is a zip archive as `torch.save` writes it, with the
+SHA-256 of its bytes as the archive's comment. `torch.load(path, weights_only=True)` opens it, and a file cannot be
+separated from its checksum.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from inbatch.runtime.files import replacing
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
-# A zip archive ends with the length of its comment, two bytes, and the comment: none as torch writes it.
+# A zip archive ends with the length of its comment (two bytes) and the comment; torch writes an empty one.
 _NO_COMMENT = b"\0\0"
 _COMMENT = (64).to_bytes(2, "little")
 _TAIL = len(_COMMENT) + 64
@@ -29,7 +29,7 @@ _TAIL = len(_COMMENT) + 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found: `note` is a sentence for the user where it is not the checkpoint that was meant."""
+    """A loaded checkpoint; `note` is a sentence for the user if it is not the requested file."""
 
     state: dict[str, Any]
     step: int
@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 class _Hashing:
-    """A file for `torch.save` that hashes what passes; it keeps the error that torch would replace by its own."""
+    """A file for `torch.save` that hashes its data and keeps the OSError that torch would replace by its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -58,11 +58,23 @@ class _Hashing:
 
 
 def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = False) -> Path:
-    """Write `last.pt`, the one before becoming `previous.pt`; with `best`, `best.pt`, too.
+    """Write `last.pt` and keep the one before as `previous.pt`; with `best`, also write `best.pt`.
 
-    state: tensors and plain Python values, in dicts and lists. Whatever happens on the way, one of `last.pt` and
-    `previous.pt` is whole. Raises InbatchError where it cannot be written, TypeError where the state holds
-    something that a safe load (`weights_only=True`) would refuse; the folder is then as it was.
+    At every moment at least one of `last.pt` and `previous.pt` is complete. If an error is raised, the directory is
+    unchanged.
+
+    Args:
+        directory: Directory of the checkpoints.
+        state: Tensors and plain Python values, in dicts and lists.
+        step: Number of completed steps.
+        best: Whether this is the best checkpoint so far.
+
+    Returns:
+        The path of `last.pt`.
+
+    Raises:
+        InbatchError: If the file cannot be written.
+        TypeError: If the state holds something that a safe load (`weights_only=True`) would refuse.
     """
     last = directory / LAST
     with replacing(last, keep=directory / PREVIOUS) as file:
@@ -80,7 +92,7 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
             raise TypeError(f"A checkpoint holds plain values and tensors only: {error}") from None
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(_COMMENT + hashing.sha256.hexdigest().encode())
-        if best:  # before `last.pt`, which knows of it: after a kill in between the best is found again
+        if best:  # before `last.pt`, which refers to it: after a kill in between, the best is determined again
             file.seek(0)
             with replacing(directory / BEST) as copy:
                 shutil.copyfileobj(file, copy, 1 << 20)
@@ -88,10 +100,17 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
 
 
 def load(directory: Path, name: str = LAST) -> Checkpoint:
-    """Read `last.pt`, or where that is missing or damaged `previous.pt`, saying so in `note`; all on the CPU.
+    """Read `last.pt` to the CPU; if it is missing or damaged, read `previous.pt` and state so in `note`.
 
-    name: another file of the folder, for which nothing stands in. Nothing in a file is ever executed. Raises
-    ConfigError where there is no checkpoint, InbatchError where there are only damaged ones.
+    No content of a file is ever executed.
+
+    Args:
+        directory: Directory of the checkpoints.
+        name: Another file of the directory, which has no fallback.
+
+    Raises:
+        ConfigError: If there is no checkpoint.
+        InbatchError: If all checkpoints are damaged.
     """
     candidates = [directory / file for file in ((LAST, PREVIOUS) if name == LAST else (name,))]
     if not any(path.exists() for path in candidates):
@@ -109,9 +128,9 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
 
 
 def set_aside(found: Checkpoint) -> None:
-    """Where `previous.pt` stood in, the damaged `last.pt` becomes `damaged.pt`, which the next `save` cannot keep.
+    """Rename a damaged `last.pt` to `damaged.pt` if `previous.pt` was loaded instead.
 
-    It would put it in the place of `previous.pt`, the only one that is whole.
+    Otherwise the next `save` would replace `previous.pt`, the only complete checkpoint, by the damaged file.
     """
     last = found.path.with_name(LAST)
     if found.path != last and last.exists():
@@ -119,7 +138,7 @@ def set_aside(found: Checkpoint) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The payload of a file; ValueError says what is wrong with it."""
+    """Return the payload of a file; raise ValueError with the problem if it is invalid."""
     if not path.exists():
         raise ValueError("is missing")
     size = path.stat().st_size
@@ -134,7 +153,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"is damaged ({size:,} bytes, and their checksum is wrong)" if size else "is empty")
     try:
         payload = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a crafted file makes torch's reader raise whatever it likes
+    except Exception as error:  # a crafted file can make torch's reader raise any exception
         raise ValueError(f"holds more than plain values and tensors, and is refused ({error})") from None
     kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else None
     if kinds != {"step": int, "state": dict}:
@@ -143,9 +162,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Hand every part its saved state through its own `load_state_dict`.
+    """Load the saved state of every part through its own `load_state_dict`.
 
-    Raises InbatchError that lists what is missing or too much, in the whole or within a part.
+    Raises:
+        InbatchError: If entries are missing or unexpected, in the whole state or within a part; it lists them.
     """
     missing, extra = [k for k in parts if k not in state], [k for k in state if k not in parts]
     if missing or extra:

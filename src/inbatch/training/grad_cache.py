@@ -1,8 +1,8 @@
-"""The seam: rows out of a network, gradients back into it, one context group at a time.
+"""Gradient caching: rows out of a network first, gradients back into it later, one context group at a time.
 
-With one group the graph is kept. With more, the first pass keeps no graph, and on the way back every group runs
-again, with the same random numbers, and is pushed with its own gradient: memory is that of one group, and the
-gradient that of the whole batch (Gao et al. 2021, arXiv 2101.06983, here with norm statistics and dropout).
+With one group the graph is kept. With more groups, the first pass keeps no graph. In the backward pass every group runs
+again with the same random numbers and receives its own gradient. The memory is that of one group, and the gradient is
+that of the whole batch (Gao et al. 2021, arXiv 2101.06983; here with norm statistics and dropout).
 """
 
 import contextlib
@@ -16,16 +16,19 @@ from inbatch.batch import Rows
 from inbatch.models.network import Network, frozen_statistics, norms, running_statistics
 
 Group = Callable[[], Sequence[Tensor]]
-"""Gives the views (G, C, H, W) of one context group, whenever it is asked: they need not be held until the way back."""
+"""Return the views (G, C, H, W) of one context group; each call draws them, so that they need not be held."""
 
 
 @dataclass
 class GroupForward:
-    """One network's rows for all groups of this rank, and what is needed to come back.
+    """The rows of one network for all groups of this rank, and what the backward pass needs.
 
-    numbers: which of a sample's views the V views are.
-    rows: (V, B, D) by head, without graph.
-    live: the same with graph, where there is only one group.
+    Attributes:
+        groups: Functions that return the views of each group.
+        numbers: Indices of the V views among a sample's views.
+        keys: One random seed per group.
+        rows: (V, B, D) by head, without graph.
+        live: The same with graph if there is only one group.
     """
 
     groups: Sequence[Group]
@@ -36,13 +39,13 @@ class GroupForward:
 
 
 def cut(images: Sequence[Tensor], groups: int) -> list[Sequence[Tensor]]:
-    """V views (B, C, H, W) -> the views of each of the groups, in the order of the batch."""
+    """Split V views (B, C, H, W) into the views of each group, in the order of the batch."""
     return list(zip(*(view.chunk(groups) for view in images), strict=True))
 
 
 @contextlib.contextmanager
 def seeded_rng(key: int, device: torch.device) -> Iterator[None]:
-    """Random numbers (dropout) from a key, so that a group can run twice and any rank could run it."""
+    """Seed random numbers (dropout) from a key, so that a group can run twice and on any rank."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(key)
@@ -55,12 +58,16 @@ def forward_groups(
 ) -> GroupForward:  # fmt: skip
     """Run every group through the network.
 
-    call: the network itself, or what wraps it (DistributedDataParallel), where the graph will be kept.
-    numbers: which of a sample's views the groups hold.
-    keys: one seed per group.
-    grad: whether gradients will come back.
-    Running statistics end as the mean of what each group alone would have left, so that they, too, do not depend
-    on which rank or in which order the groups ran.
+    Running statistics end as the mean of those that each group alone would have left, so that they do not depend on the
+    rank or the order of the groups either.
+
+    Args:
+        network: The network.
+        call: The network itself or its wrapper (DistributedDataParallel), used if the graph is kept.
+        groups: Functions that return the views of each group.
+        numbers: Indices of the groups' views among a sample's views.
+        keys: One random seed per group.
+        grad: Whether gradients will be propagated back.
     """
     if len(groups) == 1:
         images = groups[0]()
@@ -88,9 +95,13 @@ def forward_groups(
 
 
 def backward_groups(swept: GroupForward, network: Network, call: Callable[..., Rows], gradients: Rows) -> None:
-    """Push the gradients of the rows, (V, B, D) by head, back into the network's parameters.
+    """Propagate the gradients of the rows, (V, B, D) by head, into the network's parameters.
 
-    call: as in `forward_groups`; where it has `no_sync`, ranks meet only in the last group's backward pass.
+    Args:
+        swept: The result of `forward_groups`.
+        network: The network.
+        call: As in `forward_groups`; if it has `no_sync`, ranks synchronise only in the last group's backward pass.
+        gradients: Gradients of the rows, by head.
     """
     if swept.live is not None:
         torch.autograd.backward(list(swept.live.values()), [gradients[name] for name in swept.live])

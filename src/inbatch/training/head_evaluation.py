@@ -1,4 +1,4 @@
-"""The heads of a run: saved beside its encoder, and judged by the clusters they assign images to."""
+"""Save the heads of a run, and evaluate the clusters that a head assigns images to."""
 
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,22 @@ from inbatch.training.build import RunComponents
 
 
 class HeadRows:
-    """The rows of one of a network's heads, in the place of an encoder's features."""
+    """The outputs of one head of a network, with the interface of an encoder."""
 
     def __init__(self, network: Network, encoder: Encoder, head: str) -> None:
         self.network, self.head = network, head
         self.device, self.prepare, self.evaluating = encoder.device, encoder.prepare, network.evaluating
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the rows (N, D) of the head for images."""
         return self.network([x])[self.head][0]
 
 
 def save_heads(built: RunComponents, directory: Path) -> None:
-    """`model.safetensors` of the heads that learned, and `config.json`: the method, its options, what it was told."""
+    """Write the trained heads to `model.safetensors`, and the method with its options to `config.json`.
+
+    `config.json` also contains the arguments of the method's `prepare`.
+    """
     told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
     told |= {"batch": built.recipe.batch, "views": len(built.views)}
     method = built.recipe.method
@@ -36,9 +40,17 @@ def save_heads(built: RunComponents, directory: Path) -> None:
 
 
 def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0) -> dict[str, Any]:
-    """NMI, ACC and ARI of the clusters that a run's head assigns clean images to, with the protocol.
+    """Return NMI, ACC and ARI of the clusters that a run's head assigns clean images to, and the protocol.
 
-    ConfigError for a method without such a head, or a run without its heads.
+    Args:
+        run: Run directory.
+        encoder: The run's encoder.
+        source: Labelled images.
+        workers: Number of processes that decode images.
+
+    Raises:
+        ConfigError: If the method has no such head, or the run has no saved heads.
+        DataError: If `config.json` of the heads is invalid.
     """
     if not (run / "heads").is_dir():
         raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")

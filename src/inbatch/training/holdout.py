@@ -1,4 +1,4 @@
-"""Images with labels that features are judged by."""
+"""Select the labelled images on which features are evaluated."""
 
 from typing import Any
 
@@ -12,11 +12,20 @@ from inbatch.training.recipe import Recipe
 def evaluation_split(
     recipe: Recipe, source: Source, data: Any, test: Any = None, download: bool = False
 ) -> tuple[Source, Source, str] | None:
-    """Sources to judge features by, bank and queries, and in words where they are from; None without labels.
+    """Return the bank, the queries, and a description of their origin for evaluation; None without labels.
 
-    The queries are the test data given or named in the recipe, else the data's own test split, else a tenth of the
-    images. The bank is what is learned from, or where that has no labels, the rest of the test data. Raises DataError
-    for test data without labels or with other classes.
+    The queries are the test data that are passed or named in the recipe, else the test split of the data, else a tenth
+    of the images. The bank is the training data or, if these have no labels, the rest of the test data.
+
+    Args:
+        recipe: Recipe of the run.
+        source: Images that the run learns from.
+        data: Data set that `source` was opened from.
+        test: Test data; None for those of the recipe.
+        download: Whether missing data may be downloaded.
+
+    Raises:
+        DataError: If the test data have no labels or other classes.
     """
     given = test if test is not None else recipe.test
     labelled = bool((source.labels >= 0).any())
@@ -37,7 +46,7 @@ def evaluation_split(
 
 
 def _tenth(source: Source, how: str) -> tuple[Source, Source, str]:
-    """Nine tenths as the bank and one as queries, chosen by a fixed permutation."""
+    """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
     if not bool((source.labels >= 0).any()):
         raise DataError(f"{source.name} has no labels, and features are judged by them: use class sub-folders")
     order = permutation(0, 0, len(source))

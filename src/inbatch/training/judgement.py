@@ -1,4 +1,4 @@
-"""What training was worth: an encoder beside the same encoder before its first step, with labels and without."""
+"""Compare the trained encoder with the encoder before training, with and without labels."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,21 @@ from inbatch.training.run_encoder import initial_encoder, initial_name
 
 PROTOCOLS = ("knn", "linear", "clustering")
 COSTLY = ("finetune", "corruptions")
-"""Protocols by which the encoder before training is not judged: each takes minutes, and says little of it."""
+"""Protocols that are not applied to the encoder before training: each takes minutes and says little about it."""
 
 
 def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
-    """Compare a run's encoder with the one that it began with, and draw neighbours.png; entries of result.json.
+    """Compare the encoder of a run with its initial encoder, and draw neighbours.png; return entries of result.json.
 
-    images: how many, at most, are embedded for the picture and for what is measured without labels.
-    "initial": what that encoder is called. "untrained": its figures, None without labels. "unlabelled": measures that
-    need no labels. "comparison_seconds": what all this took.
+    Args:
+        built: The run.
+        held: Bank, queries and description from `evaluation_split`; None without labels.
+        out: Run directory.
+        images: Largest number of images to embed for the picture and for the measures without labels.
+
+    Returns:
+        "initial": name of the initial encoder. "untrained": its figures, None without labels. "unlabelled": measures
+        that need no labels. "comparison_seconds": duration of the comparison.
     """
     began, recipe = time.perf_counter(), built.recipe
     before = initial_encoder(recipe, out, built.loader.device)
@@ -50,13 +56,16 @@ def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> d
 
 
 def images_within(built: RunComponents, seconds: float, images: int | None = None) -> tuple[int, float]:
-    """Return how many images `worth` can embed in so many seconds, and about how many seconds they take.
+    """Return how many images `worth` can embed in this many seconds, and approximately how long they take.
 
-    images: as many in any case, for a run that goes on.
+    Args:
+        built: The run.
+        seconds: Time limit.
+        images: Fixed number of images, for a resumed run.
     """
     few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
     each = 0.0
-    for _ in range(2):  # the first time warms up
+    for _ in range(2):  # the first pass is a warm-up
         began = time.perf_counter()
         number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
         each = 2 * (time.perf_counter() - began) / len(number)
@@ -67,7 +76,7 @@ def images_within(built: RunComponents, seconds: float, images: int | None = Non
 
 
 def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[Encoder | None, str | None]:
-    """The encoder that a run began with; None, and why, if the weights that its recipe names are gone."""
+    """Return the initial encoder of a run; None and the reason if the weights that its recipe names are missing."""
     try:
         return initial_encoder(recipe, run, device), None
     except InbatchError as error:
@@ -83,10 +92,19 @@ def judge_labelled(
     options: Mapping[str, Any],
     stopped: bool = False,
 ) -> dict[str, Any]:
-    """The figures of an encoder, and as "untrained" those of the encoder before training by the same protocols.
+    """Return the figures of an encoder, and as "untrained" those of the encoder before training by the same protocols.
 
-    That one is not judged by `COSTLY`; it is None if nothing else is asked for. stopped: the encoder is of a run that
-    has not finished, whose readout was fitted at an earlier step.
+    The encoder before training is not evaluated by the protocols in `COSTLY`; "untrained" is None if only these are
+    requested.
+
+    Args:
+        before: The encoder before training; None if it cannot be created.
+        encoder: The encoder to evaluate.
+        bank: Labelled images for k-NN and the probes.
+        queries: Labelled images to classify.
+        protocols: Names of the protocols.
+        options: Options of `evaluate`.
+        stopped: The encoder is of an unfinished run, so that its readout was fitted at an earlier step.
     """
     for one in (encoder, before):
         if one is not None:
@@ -100,7 +118,16 @@ def judge_labelled(
 def judge_unlabelled(
     recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
 ) -> dict[str, Any]:
-    """The measures that need no labels, of both encoders; entries of evaluation.json. stopped: as above."""
+    """Return the measures that need no labels, of both encoders; entries of evaluation.json.
+
+    Args:
+        recipe: Recipe of the run.
+        before: The encoder before training; None if it cannot be created.
+        encoder: The encoder to evaluate.
+        source: The images.
+        seed: Seed of the sample of images and of their views.
+        stopped: As in `judge_labelled`.
+    """
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
         fit_readout(one, source, again=stopped and one is encoder)

@@ -1,4 +1,4 @@
-"""The loop: epochs, looks on the way, checkpoints, and what is written when it ends."""
+"""The training loop: epochs, online evaluation, checkpoints, and the files written at the end."""
 
 import contextlib
 import json
@@ -51,9 +51,9 @@ from inbatch.training.timing import expectation, growth, step_seconds
 from inbatch.training.train_state import TrainState
 
 JUDGED = 0.03
-"""Share of a budget that one evaluation may take to embed its images."""
+"""Share of a budget that embedding the images of one evaluation may take."""
 SAVE_EVERY = 600.0
-"""Seconds between two checkpoints within an epoch, where there is no budget; with one, a twentieth of it."""
+"""Seconds between two checkpoints within an epoch without a budget; with a budget, a twentieth of it."""
 
 
 def train(
@@ -61,16 +61,25 @@ def train(
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train to the end, or to a checkpoint where a signal asks for it; returns the result it wrote.
+    """Train to the end, or to a checkpoint if a signal requests it; return the written result.
 
-    out: the run's folder, locked by the caller. held: bank, queries and their description, from `held_out`.
-    notes: sentences for the user, printed at the start.
-    stop_on_collapse: end where outputs have collapsed at two looks in a row, after a checkpoint.
-    reference: what the curve is compared with, on rank 0; it decides nothing.
-    began: when the command began (`time.perf_counter`), from which on a budget counts; now by default.
-    calibration: how the recipe was chosen for its budget, for the result.
-    Raises Preempted or Interrupted after a signal, TrainingError where the loss or gradient is not finite (that step is
-    kept, see `capture`) or where it ends on collapse.
+    Args:
+        built: The run.
+        out: Run directory, locked by the caller.
+        held: Bank, queries and their description, from `evaluation_split`.
+        resume: Whether to continue from the last checkpoint.
+        quiet: Print no progress.
+        notes: Sentences for the user, printed at the start.
+        stop_on_collapse: Stop if outputs are collapsed at two successive evaluations, after saving a checkpoint.
+        reference: Reference curve for comparison, on rank 0; it affects no decision.
+        began: Start time of the command (`time.perf_counter`), from which a budget counts; now if None.
+        calibration: How the recipe was chosen for its budget, for the result.
+
+    Raises:
+        Preempted: After a request to terminate.
+        Interrupted: After an interrupt from the keyboard.
+        TrainingError: If the loss or the gradient is not finite (the step is kept, see `replay.capture`), or if the run
+            stops on collapse.
     """
     progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
     parts, data = built.parts() | {"progress": progress}, _signature(built)
@@ -78,7 +87,7 @@ def train(
         found = load(out / "checkpoints")
         _same_data(found.state.get("progress", {}).get("data", data), data)
         restore(parts, found.state)
-        progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # also what a killed process lost
+        progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
         notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
     if not resume:
         progress.calibration = dict(calibration) if calibration else None
@@ -92,7 +101,7 @@ def train(
     looks = evaluation_epochs(built.recipe)
     compared = Comparison(reference.over(looks), progress.curve, looks, built.loader.steps) if reference else None
 
-    where = environment(built.loader.device)  # as it is now: a checkout may move on while the run goes on
+    where = environment(built.loader.device)  # the current environment: a checkout may change during the run
     report = Report(out, built, progress, main)
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
@@ -107,7 +116,7 @@ def train(
             with products, contextlib.closing(built.loader), threads, stop_on_signals() as stop:
                 stopping = Stopping(built, parts, report, stop)
                 with stopping.answering():
-                    with report.record_exit_status():  # torchrun ends the others when a rank has died
+                    with report.record_exit_status():  # torchrun terminates the other ranks if one has died
                         if sentence := threads.decide():
                             log.note(sentence)
                         looked, pace, images = held, None, IMAGES
@@ -120,7 +129,7 @@ def train(
                             built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
                             threads,
                         )  # fmt: skip
-                    stop.release()  # all is saved
+                    stop.release()  # everything is saved
                     extra = {"calibration": calibration} if calibration else {}
                     ended = (built, progress, held, out, where, compared, extra, images)
                     result = distributed.broadcast_object(_finish(*ended) if main else None)
@@ -135,7 +144,7 @@ def train(
 
 
 def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[str, Any] | None) -> str:
-    """How long the rest of the run takes, as calibrated, as seen before a resume, or by a slice of a step."""
+    """Return the expected duration of the remaining run: from calibration, earlier steps, or a slice of a step."""
     if calibration and not progress.step:
         tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
         seconds = tried[calibration["chosen"]]
@@ -149,9 +158,9 @@ def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[s
 def _within(
     built: RunComponents, held: Any, progress: TrainState, calibration: Mapping[str, Any] | None
 ) -> tuple[Any, Pace, int]:
-    """What a run with a budget is judged by, its pace, and how many images are compared at its end.
+    """Return the evaluation data of a run with a budget, its pace, and the number of images to compare at the end.
 
-    What all this takes is measured before; the encoder before training is judged, too.
+    The duration of all this is measured in advance; the encoder before training is also evaluated.
     """
     budget = built.recipe.budget or 0.0
     left = max(1.0, budget - progress.wall)
@@ -168,13 +177,13 @@ def _within(
 
 
 def _signature(built: RunComponents) -> str:
-    """Which images a run learns from: another number, name, order or label is another permutation."""
+    """Return a signature of the training images: another number, name, order or label changes the permutation."""
     source = built.loader.source
     return f"{len(source):,} images {source.signature()}"
 
 
 def _ranks(out: Path) -> str:
-    """On how many ranks a resumed run goes on, where they are several or were."""
+    """Return the number of ranks of a resumed run, in words, if there are or were several."""
     now, path = distributed.world(), out / "run.json"
     before = json.loads(path.read_text()).get("world", now) if path.exists() else now
     changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
@@ -193,7 +202,7 @@ def _epochs(
     built: RunComponents, progress: TrainState, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any,
     out: Path, stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
 ) -> None:  # fmt: skip
-    """Every epoch from `progress.step` on."""
+    """Run every epoch from `progress.step` on."""
     recipe, steps, main = built.recipe, built.loader.steps, distributed.rank() == 0
     look = make_online_evaluator(built, held)
     source = built.loader.source
@@ -202,7 +211,7 @@ def _epochs(
     told = report_unreadable(built, out, log, 0)
 
     def end(epoch: int) -> None:
-        """Look at the features after so many epochs, the last one perhaps not whole, and save."""
+        """Check the features after this many epochs, the last one possibly incomplete, and save."""
         nonlocal told
         before = set(progress.collapsed)
         check_collapse(built, watched, progress, epoch, log)
@@ -238,13 +247,13 @@ def _epochs(
         check_collapse(built, watched, progress, 0, log)
         look_at(0)
     elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
-        end(-(-progress.step // steps))  # stopped by a signal at an epoch's last step
+        end(-(-progress.step // steps))  # stopped by a signal at the last step of an epoch
     keeper.start(progress.step, built.total)
     while progress.step < built.total:
         epoch, first = divmod(progress.step, steps)
         if sentence := threads.decide():
             log.note(sentence)
-        began, used = time.perf_counter(), time.process_time()  # waiting for data counts, judging and saving do not
+        began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
         if first == 0 and built.method.surveys(epoch):
             found = survey(built, epoch)
             if found:
@@ -264,7 +273,7 @@ def _epochs(
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
             now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
             log.step(step, epoch, losses | now_so, recipe.batch)
-            # One collective tells a signal of any rank, and whether rank 0's clock is to be looked at.
+            # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
             asked, due = divmod(
                 distributed.all_reduce_max(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2
             )
@@ -286,7 +295,7 @@ def _epochs(
 
 
 def _keep_time(built: RunComponents, keeper: Keeper, progress: TrainState, out: Path, log: Log) -> bool:
-    """Change the length of the run if its budget asks for it; return whether a checkpoint is due."""
+    """Change the length of the run if its budget requires it; return whether a checkpoint is due."""
     step, recipe = progress.step, built.recipe
     between = recipe.evaluate_every * built.loader.steps
     looks = -(-built.total // between) - step // between
@@ -310,7 +319,7 @@ def _keep_time(built: RunComponents, keeper: Keeper, progress: TrainState, out: 
 
 
 def _save(parts: dict[str, Any], progress: TrainState, out: Path, best: bool) -> None:
-    """Write a checkpoint from rank 0; an error there ends every rank."""
+    """Write a checkpoint on rank 0; an error there ends every rank."""
     problem = None
     if distributed.rank() == 0:
         try:
@@ -327,7 +336,7 @@ def _finish(
     built: RunComponents, progress: TrainState, held: Any, out: Path, where: dict[str, Any],
     compared: Comparison | None, extra: Mapping[str, Any], images: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Hand out the encoder, judge it by every protocol, draw the curves and write the result."""
+    """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
     save_encoder(built.encoder, out / "encoder")
     save_heads(built, out / "heads")
     plot_curves(out / "metrics.jsonl", out / "curves.png", compared)

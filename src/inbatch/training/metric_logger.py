@@ -1,4 +1,4 @@
-"""A run's log: numbers in `metrics.jsonl` and TensorBoard, progress for people on stderr (stdout is for results)."""
+"""Log a run: numbers to `metrics.jsonl` and TensorBoard, progress to stderr (stdout is for results)."""
 
 import importlib.util
 import json
@@ -16,19 +16,21 @@ from inbatch.runtime.files import cannot_write, replacing, to_json
 from inbatch.runtime.terminal import Bar, Terminal, note
 
 _SLOW = 10.0
-"""Seconds after which a step is written down, however few steps have been since the last."""
+"""Seconds after which a step is recorded, regardless of the number of steps since the last record."""
 
 
 class Log:
-    """Numbers of a run by step; a context manager.
+    """Record the numbers of a run by step; a context manager.
 
-    directory: the run's folder; None keeps no files (every rank but the first).
-    total_steps: of the whole run, resumed or not.
-    resume_step: the checkpoint's step; lines after it are removed from an older log, with 0 all of them.
-    every: steps between two records in the files. In between, values are not read, so a tensor on a GPU can be
-        handed over at every step without waiting for it.
-    interval: seconds between two lines of progress where stderr is no terminal.
-    quiet: nothing on stderr; the files are written all the same.
+    Args:
+        directory: Run directory; None writes no files (every rank except rank 0).
+        total_steps: Number of steps of the whole run, resumed or not.
+        quiet: Print nothing to stderr; the files are still written.
+        resume_step: Step of the checkpoint; later lines are removed from an existing log, all lines if 0.
+        every: Number of steps between two records in the files. In between, values are not read, so a tensor on a GPU
+            can be passed at every step without synchronisation.
+        interval: Seconds between two lines of progress if stderr is not a terminal.
+        console: Output for progress; the terminal if None.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Log:
         elif importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            # The same truncation: TensorBoard hides what an older writer logged from this step on.
+            # The same truncation: TensorBoard hides what an earlier writer logged from this step on.
             self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resume_step + 1)
         else:
             self.note('No TensorBoard log: it is not installed (pip install "inbatch[tensorboard]").')
@@ -69,16 +71,20 @@ class Log:
         self._interval = 0.5 if self._bar else interval
 
         self._shown = -float("inf")
-        self._clock = time.perf_counter()  # of the images counted in _images
+        self._clock = time.perf_counter()  # start of the period in which _images are counted
         self._images = 0
-        self._first: tuple[int, float] | None = None  # the first step here and when it ended, for the time left
+        self._first: tuple[int, float] | None = None  # the first step here and its end time, for the remaining time
         self._latest: dict[str, float] = {}
         self._epoch = 0
 
     def step(self, step: int, epoch: int, values: Mapping[str, SupportsFloat], images: int) -> None:
-        """One training step is done: the `step`-th counting from 1, in `epoch` counting from 0, over so many images.
+        """Record a completed training step.
 
-        values: "loss" and whatever else is to be kept; numbers or 0-dim tensors.
+        Args:
+            step: Number of the step, from 1.
+            epoch: Number of the epoch, from 0.
+            values: "loss" and other values to record; numbers or 0-dim tensors.
+            images: Number of images in the step.
         """
         now, self._epoch = time.perf_counter(), epoch
         self._first = self._first or (step, now)
@@ -97,7 +103,7 @@ class Log:
             self._shown = now
 
     def evaluation(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Numbers measured after a step, such as "knn" (a share of 1)."""
+        """Record and show numbers measured after a step, such as "knn" (a share of 1)."""
         record = {name: float(value) for name, value in values.items()}
         self._write({"step": step} | record)
         self._latest |= record
@@ -108,26 +114,26 @@ class Log:
         self.reset_throughput()
 
     def length(self, total_steps: int) -> None:
-        """The run has another length from now on."""
+        """Set a new length of the run."""
         self.total_steps = total_steps
         if self._bar is not None:
             self._bar.total(total_steps)
 
     def reset_throughput(self) -> None:
-        """What was done since the last step is no training time."""
+        """Exclude the time since the last step from the throughput."""
         self._clock, self._images = time.perf_counter(), 0
 
     def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Numbers measured after a step that are kept and not shown."""
+        """Record numbers measured after a step without showing them."""
         self._write({"step": step} | {name: float(value) for name, value in values.items()})
 
     def note(self, text: str) -> None:
-        """One line for the user."""
+        """Print one line for the user."""
         note(self._console, text)
 
     def close(self) -> None:
-        """Close the files and give the terminal back."""
-        with suppress(OSError):  # every line was flushed: what is left is one that could not be written, and was told
+        """Close the files and restore the terminal."""
+        with suppress(OSError):  # every line was flushed: what is left could not be written, which has been reported
             self._file.close()
         if self._tensorboard is not None:
             with suppress(OSError):
@@ -171,7 +177,7 @@ class Log:
 
 
 def spent(path: Path) -> float:
-    """Seconds that a run had used when its log was last written; 0 where it does not say."""
+    """Return the seconds that a run had used when its log was last written; 0 if the log does not contain them."""
     seconds = 0.0
     with suppress(OSError):
         for line in path.read_bytes().splitlines():
@@ -188,7 +194,7 @@ def _truncate(path: Path, step: int) -> None:
     for line in path.read_bytes().splitlines():
         try:
             known = 0 < step >= json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # half a line: the run was killed while writing it
+        except (ValueError, TypeError, KeyError):  # an incomplete line: the run was killed while writing it
             continue
         if known:
             kept.append(line + b"\n")

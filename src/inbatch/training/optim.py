@@ -1,4 +1,4 @@
-"""Optimisers: LARS and torch's own, parameter groups, and the binding of a schedule to them."""
+"""Optimisers (LARS and those of torch), parameter groups, and learning-rate scaling."""
 
 import difflib
 import functools
@@ -14,14 +14,20 @@ from inbatch.errors import ConfigError
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017) in the form of BYOL, Barlow Twins,
-    VICReg and MoCo v3: d = g + wd p; d *= eta |p| / |d|; buffer = momentum buffer + d; p -= lr buffer.
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017).
 
-    Parameters of one dimension or none (biases, norms) take d = g: no decay, no scaling. A norm of 0 scales
-    by 1.
+    The form of BYOL, Barlow Twins, VICReg and MoCo v3: d = g + wd p; d *= eta |p| / |d|; buffer = momentum buffer + d;
+    p -= lr buffer. Parameters of one dimension or none (biases, norms) use d = g: no decay, no scaling. If a norm is 0,
+    the factor is 1.
 
-    lr_in_buffer: buffer = momentum buffer + lr d; p -= buffer, as SimCLR's TensorFlow code has it; the same
-        only while lr stays constant.
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        momentum: Momentum of the buffer.
+        weight_decay: Weight decay, wd.
+        eta: Trust coefficient.
+        lr_in_buffer: buffer = momentum buffer + lr d; p -= buffer, as in SimCLR's TensorFlow code; identical only if
+            lr is constant.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update; no value is read back from the device."""
+        """Perform one update; no value is read back from the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,7 +69,7 @@ class LARS(torch.optim.Optimizer):
 
     @staticmethod
     def _scaled(matrices: list[Tensor], weight_decay: float, eta: float) -> list[Tensor]:
-        """Gradients with decay, each multiplied by its trust ratio."""
+        """Return the gradients with weight decay, each multiplied by its trust ratio."""
         if not matrices:
             return []
         update = torch._foreach_add(_gradients(matrices), matrices, alpha=weight_decay)
@@ -80,7 +86,7 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lars": LARS,
-    # Momentum is 0.9 in every recipe of the field; torch's default is none.
+    # All published recipes use a momentum of 0.9; torch's default is 0.
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -96,15 +102,22 @@ def parameter_groups(
     vector_lr: float | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of named modules in as few groups as their settings allow.
+    """Return the trainable parameters of named modules in as few groups as their settings allow.
 
-    exclude_norm_and_bias: parameters of one dimension or none are not decayed.
-    vector_lr: another learning rate for those (Barlow Twins); otherwise `lr`.
-    own: settings of a module by its name: "lr", "weight_decay", or "constant": True for a learning rate that
-        no schedule moves (the predictor of SimSiam).
+    A group's "base_lr" and "base_weight_decay" are what `set_learning_rate` multiplies. A parameter shared by two
+    modules belongs to the first.
 
-    A group's "base_lr" and "base_weight_decay" are what `set_learning_rate` multiplies. A parameter shared by
-    two modules belongs to the first. Raises ConfigError for an unknown part or setting, or nothing to train.
+    Args:
+        modules: Modules by name.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        exclude_norm_and_bias: Do not decay parameters of one dimension or none.
+        vector_lr: Another learning rate for those parameters (Barlow Twins); None uses `lr`.
+        own: Settings of a module by its name: "lr", "weight_decay", or "constant": True for a learning rate that no
+            schedule changes (the predictor of SimSiam).
+
+    Raises:
+        ConfigError: If a module or setting is unknown, or no parameter is trainable.
     """
     own = own or {}
     settings = {"lr", "weight_decay", "constant"}
@@ -141,9 +154,10 @@ def parameter_groups(
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """The optimiser of that name over `parameter_groups`; options are its constructor's.
+    """Return the named optimiser over the groups of `parameter_groups`; options are those of its constructor.
 
-    Raises ConfigError for an unknown name or option, with a suggestion.
+    Raises:
+        ConfigError: If the name or an option is unknown; with a suggestion.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"Unknown optimiser {name!r}.{_suggest(name, OPTIMIZERS)}")
@@ -153,8 +167,8 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
             raise ConfigError(f"The optimiser {name} has no option {option!r}.{_suggest(option, known)}")
     others = {"fused", "foreach", "differentiable"} & set(options)
     if "fused" in known and not others and groups[0]["params"][0].is_cuda:
-        options["fused"] = True  # one kernel for all parameters; on a CPU it gains nothing
-    # The rates stand in the groups; torch wants a default all the same, and it is used by none of them.
+        options["fused"] = True  # one kernel for all parameters; no gain on a CPU
+    # The groups contain the rates; torch requires a default nevertheless, which no group uses.
     return OPTIMIZERS[name](groups, lr=groups[0]["lr"], **options)
 
 
@@ -164,9 +178,9 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, decay_factor: float = 1.0) -> None:
-    """Set every group to its base learning rate and base weight decay times this step's factors.
+    """Set every group to its base learning rate and base weight decay times the factors of this step.
 
-    `optimizer` has the groups of `parameter_groups`; earlier calls leave no trace.
+    `optimizer` has the groups of `parameter_groups`; earlier calls have no effect on the result.
     """
     for group in optimizer.param_groups:
         if not group["constant"]:
@@ -175,8 +189,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, decay_fac
 
 
 def scaled_lr(base: float, batch: int, rule: Literal["linear", "sqrt", "none"]) -> float:
-    """The learning rate for a global batch: base * batch / 256 (Goyal et al., 2017), base * sqrt(batch) (Chen
-    et al., 2020, appendix B.1), or the base itself. Raises ConfigError for another rule.
+    """Return the learning rate for a global batch.
+
+    The rules are base * batch / 256 (Goyal et al., 2017), base * sqrt(batch) (Chen et al., 2020, appendix B.1), and
+    base.
+
+    Raises:
+        ConfigError: For another rule.
     """
     rules = {"linear": base * batch / 256, "sqrt": base * math.sqrt(batch), "none": base}
     if rule not in rules:

@@ -1,4 +1,4 @@
-"""From data and settings to a complete recipe: everything that is decided by the images is decided here."""
+"""Complete a recipe from data and settings; every value that depends on the images is decided here."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from inbatch.training.registry import shown
 
 
 def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = False) -> tuple[Recipe, Source]:
-    """The complete recipe for some data, and the data opened: size, channels and preset follow the images."""
+    """Return the complete recipe and the opened data; size, channels and preset depend on the images."""
     settings = dict(settings)
     source = open_data(
         data,
@@ -33,20 +33,21 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
         settings["size"] = own.get("size") or natural_size(source)
     recipe = make(settings)
     if settings.get("preset") is None and settings.get("batch") is None:
-        # Nobody asked for a paper's batch: one that these images fill and a laptop holds; the rate follows it.
+        # The batch of a paper was not requested: use one that these images fill and a laptop can hold. The learning
+        # rate scales with it.
         recipe = make(settings | {"batch": max(2, min(recipe.batch, 256, 1 << len(source).bit_length() - 1))})
     return recipe, source
 
 
 def natural_size(source: Source) -> int:
-    """The side of the images where they are small squares of one size (at most 96 pixels), else 224."""
+    """Return the side of the images if they are squares of one size of at most 96 pixels, else 224."""
     sizes = set()
     for i in torch.linspace(0, len(source) - 1, min(len(source), 16)).long().tolist():
         try:
             with source.open(i) as picture:
                 sizes.add(tuple(picture.size))
         except DataError:
-            continue  # counted, named and judged where all images are read
+            continue  # counted and reported when all images are read
     height, width = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
     return height if height == width and height <= 96 else 224
 
@@ -71,7 +72,7 @@ def _whole(key: str, value: Any) -> int:
 
 
 def data_asked_for(data: Any, given: Settings) -> Any:
-    """The data to learn from: what is given, else what the settings say."""
+    """Return the data to learn from: the argument, else the setting."""
     data = given.get("data") if data is None else data
     if data is None:
         raise ConfigError("which images? give --data a folder, a file of images, or a set such as digits-canvas")
@@ -81,22 +82,30 @@ def data_asked_for(data: Any, given: Settings) -> Any:
 def merged_settings(
     method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
 ) -> Settings:
+    """Return the requested settings, merged with those of a file.
+
+    Args:
+        method: Name of the method.
+        config: A YAML or JSON file of settings.
+        settings: Dotted settings, which override `method` and `values`.
+        values: Settings by top-level name; the value of a part is its name.
+    """
     asked: Settings = {} if method is None else {"method.name": method}
     asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
     asked |= dict(settings or {})
-    if values.get("budget") is not None:  # the command of a run that was planned has all three, by --set
+    if values.get("budget") is not None:  # the command of a planned run has all three, by --set
         check_one_length(asked)
     return asked if config is None else _over(read_file(config), asked)
 
 
 _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
-"""What a budget plans besides the length, and a file of settings without one says by itself."""
+"""Settings besides the length that a budget plans; a settings file without a budget defines them itself."""
 
 
 def _over(file: Settings, asked: Settings) -> Settings:
-    """What is asked for on top of a file of settings.
+    """Return the settings of a file, overridden by the requested ones.
 
-    Another length takes the place of the file's, with all that followed from that. Options belong to one part only.
+    A requested length replaces that of the file and everything derived from it. Options apply to one part only.
     """
     lengths = ("budget", "epochs", "steps")
     if any(asked.get(key) is not None for key in lengths):
@@ -110,16 +119,20 @@ def _over(file: Settings, asked: Settings) -> Settings:
 
 
 DEFAULT = "1h"
-"""The budget on a processor where nothing else says how long to train or what."""
+"""The budget on a CPU if no setting determines the length or the encoder."""
 
 
 _SAYS = ("budget", "epochs", "steps", "preset", "encoder.name")
 
 
 def with_default_budget(given: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
-    """Return the settings with a budget of one hour if they say nothing of length or encoder, on a processor.
+    """Return the settings, on a CPU with a budget of one hour if they set neither length nor encoder.
 
-    configured: they come from a file, which says what to do. Embedded data have a preset of their own, of minutes.
+    Args:
+        given: Requested settings.
+        data: Data to learn from; embedded data have their own preset, which takes minutes.
+        device: Device of the networks.
+        configured: The settings come from a file, which defines the run.
     """
     embedded = isinstance(data, str) and data.startswith("digits-canvas")
     if device.type != "cpu" or configured or embedded or any(given.get(key) is not None for key in _SAYS):
@@ -128,13 +141,13 @@ def with_default_budget(given: Settings, data: Any, device: torch.device, config
 
 
 def needs_plan(given: Settings) -> bool:
-    """Return whether a budget is asked for that no earlier run has been planned into: its recipe has all three."""
+    """Return whether a budget is set but not yet planned; the recipe of a planned run has all three lengths."""
     planned = all(given.get(key) is not None for key in ("steps", "epochs"))
     return given.get("budget") is not None and not planned
 
 
 def check_one_length(given: Settings) -> None:
-    """Raise ConfigError if a budget is asked for together with another length."""
+    """Raise ConfigError if a budget is set together with another length."""
     for key, other in (("epochs", "--epochs"), ("steps", "steps")):
         if given.get("budget") is not None and given.get(key) is not None:
             raise ConfigError(

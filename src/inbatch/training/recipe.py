@@ -1,7 +1,8 @@
-"""A run is a value: a frozen recipe, made of named parts, saved as JSON and printable as the command that repeats it.
+"""The recipe of a run: a frozen value, built from named parts, saved as JSON and printable as a command line.
 
-Settings are flat and dotted ("method.temperature"), from the weakest to the strongest: defaults, the preset of the
-method, a file, the command line. The constructor of a part is its schema; an unknown key is an error with a suggestion.
+Settings are flat with dotted keys ("method.temperature"). In increasing precedence they come from the defaults, the
+preset of the method, a file and the command line. The constructor of a part is its schema; an unknown key raises an
+error with a suggestion.
 """
 
 import dataclasses
@@ -26,13 +27,13 @@ from inbatch.training.budget import parse_budget
 from inbatch.training.registry import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, shown, validated
 
 _MOST = 2**31 - 1
-"""Of anything that is counted: what is more is a slip, or malice, and would end in a crash far from here."""
+"""Upper limit of every count; a larger value is a mistake or malicious, and would cause a crash much later."""
 Positive = Annotated[int, pydantic.Field(ge=1, le=_MOST)]
 _GROUP = pydantic.TypeAdapter(Annotated[int, pydantic.Field(ge=2, le=_MOST)])
 
 
 def _context(value: Any) -> Any:
-    """A context as it may be given, in one sentence where it may not."""
+    """Return a valid context; raise one readable error otherwise."""
     if value is None or value == "auto":
         return value
     try:
@@ -51,12 +52,14 @@ Replan = tuple[Annotated[int, pydantic.Field(ge=0, le=_MOST)], Annotated[int, py
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate moves.
+    """Learning-rate schedule.
 
-    name: after the warm-up half a cosine to `end` times the rate, steps at `milestones`, or constant.
-    warmup: epochs of linear rise from 0.
-    milestones: shares of the run at which "step" multiplies the rate by 0.1.
-    scaling: optimizer.lr is for 256 images a batch ("linear"), for 1 ("sqrt"), or as it is ("none").
+    Attributes:
+        name: After the warm-up: half a cosine to `end` times the rate, steps at `milestones`, or constant.
+        warmup: Epochs of linear increase from 0.
+        end: Final rate of the cosine, as a share of the rate.
+        milestones: Shares of the run at which "step" multiplies the rate by 0.1.
+        scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or used as it is ("none").
     """
 
     name: Literal["cosine", "step", "constant"] = "cosine"
@@ -68,31 +71,37 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a run does; where it runs and what it prints is not here.
+    """Everything that determines what a run computes; the machine and the output are not part of it.
 
-    data, split, subset: the images to learn from; subset: only so many of them, drawn by the seed 0.
-    test: data set for evaluation, None for the data's own test split or a tenth held out.
-    channels, classes, levels: how the images are read (`data.open_data`).
-    size: side of the images the encoder takes, in pixels.
-    batch: samples per step over all ranks. context: samples that meet before the loss (batch norm, plug-ins);
-        None is a rank's whole share of the batch, "auto" the largest part of it that fits in memory (`auto_context`):
-        the number found takes its place before anything is written.
-    fuse, curate, attend: the plug-ins by which samples meet before the loss, None for those that are not wanted.
-    crops: how the crops of a sample's two views lie to each other (`inbatch crops`).
-    shuffle_groups: the target network's context groups (without one: those of every view but the first) are other
-        permutations of the batch, so that what a group has in common does not solve the task.
-    precision: of the networks. loss_precision: of the products in a loss's log-sum-exps (`inbatch.nn.logsumexp.Plan`).
-    variance: weight of VICReg's variance term (`functional.variance_hinge`), added to the loss of any method.
-    grow_from, grow_until: until this share of the run the encoder sees its views at this share of their side, which
-        costs the square of it; then at full size (progressive resizing). 1 and 0: always at full size.
-    joined: views of one size run through the encoder together, and all through the heads: norm statistics are theirs
-        together, as in SwAV's and DINO's code.
-    resident: keep the decoded images on the device; None decides by size.
-    max_bad: share of the images that may be unreadable.
-    k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
-    steps: length of the run in optimiser steps; it ends there, also within an epoch. None: `epochs` say it.
-    budget: seconds within which the whole run ends, from the start of the command to the written result.
-    replans: (step, steps left from there) each time the length was changed to keep the budget; written by the run.
+    Attributes:
+        data, split, subset: Images to learn from; subset: number of images, drawn with seed 0.
+        test: Data set for evaluation; None for the test split of the data or a held-out tenth.
+        channels, classes, levels: How the images are read (`data.open_data`).
+        size: Side in pixels of the encoder's input images.
+        batch: Global batch: samples per step over all ranks.
+        context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
+            batch. "auto" is the largest divisor of it that fits in memory (`auto_context`); the resulting number
+            replaces it before anything is written.
+        fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
+        crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
+        shuffle_groups: The target network's context groups (without one: those of every view except the first) are
+            other permutations of the batch, so that common properties of a group do not solve the task.
+        precision: Precision of the networks.
+        loss_precision: Precision of the products in a loss's log-sum-exps (`nn.logsumexp`).
+        variance: Weight of VICReg's variance term (`nn.functional.variance_hinge`), added to the loss of any method.
+        grow_from, grow_until: Progressive resizing: until the share `grow_until` of the run, the encoder receives its
+            views at the share `grow_from` of their side, at the square of that cost; then at full size. With 1 and 0,
+            always at full size.
+        joined: Views of one size run through the encoder together, and all views through the heads: they share norm
+            statistics, as in the code of SwAV and DINO.
+        resident: Keep the decoded images on the device; None decides by size.
+        max_bad: Largest share of unreadable images.
+        k: Number of neighbours in k-NN evaluation.
+        evaluate_every, checkpoint_every: Intervals in epochs.
+        steps: Length of the run in optimiser steps; the run ends there, even within an epoch. None: `epochs` is the
+            length.
+        budget: Time budget in seconds for the whole run, from the start of the command to the written result.
+        replans: (step, steps left from there) for each change of the length to keep the budget; written by the run.
     """
 
     data: str
@@ -138,11 +147,11 @@ class Recipe:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How the run's images are read: what `data.open_data` is told."""
+        """Arguments of `data.open_data` by which the images of the run are read."""
         return {"channels": self.channels, "classes": self.classes, "levels": self.levels}
 
     def flat(self) -> Settings:
-        """The recipe as settings that `make` turns into the same recipe."""
+        """Return the recipe as settings, which `make` turns into the same recipe."""
         settings: Settings = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -156,7 +165,7 @@ class Recipe:
         return settings
 
     def nested(self) -> dict[str, Any]:
-        """The recipe as it is written to a file."""
+        """Return the recipe as it is written to a file."""
         file: dict[str, Any] = {}
         for key, value in self.flat().items():
             *part, last = key.split(".")
@@ -164,9 +173,9 @@ class Recipe:
         return file
 
     def command(self) -> str:
-        """The command line that repeats the run, whatever size its images would have suggested."""
+        """Return the command line that repeats the run, independent of the size that its images would suggest."""
         mine = self.flat()
-        # A part of another name than the preset's starts without the preset's options: so it does here.
+        # A part with another name than in the preset starts without the preset's options; the same holds here.
         names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
         given = {key: mine[key] for key in ("data", "preset", "size", "channels")} | names
         named = make(given).flat()
@@ -181,9 +190,9 @@ class Recipe:
 
 
 def _one_line(value: Any) -> str:
-    """A value in YAML, which would break long lists and sentences into several lines."""
+    """Return a value in one line of YAML, which would wrap long lists and sentences."""
     text = ""
-    for style in (None, '"'):  # the second has a sign for the end of a line
+    for style in (None, '"'):  # the second style has an escape for line breaks
         text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=math.inf)
         text = text.removesuffix("\n").removesuffix("\n...")
         if "\n" not in text:
@@ -217,26 +226,29 @@ SHARED_PRESETS: dict[str, Settings] = {
     "digits": _CANVAS | {"views.name": "digits"},
     "digits-colour": _CANVAS | {"views.name": "digits_colour"},
 }
-"""No preset, the one for a budget of time, and those of the embedded data, for every method; a method's own "digits"
-goes on top. k is 20 there, because 130 images of a class are fewer than 200 neighbours."""
+"""Presets of every method: none, the one for a time budget, and those of the embedded data.
+
+A method's own "digits" overrides them. k is 20 there, because 130 images per class are fewer than 200 neighbours.
+"""
 
 
 def method_named(name: str) -> type[Method]:
-    """A method by name; ConfigError with a suggestion."""
+    """Return a method by name; raise ConfigError with a suggestion if it is unknown."""
     check_known("method", name, METHODS)
     return METHODS[name]
 
 
 def natural_preset(data: str, size: float) -> str:
-    """The preset where none is asked for: by the name of an embedded data set, else by the size of the images."""
+    """Return the default preset: by the name of an embedded data set, else by the size of the images."""
     embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
     return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
 
 
 def make(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe of these settings; what they do not say comes from the preset, then from the defaults.
+    """Return the recipe of these settings; missing values come from the preset, then from the defaults.
 
-    Raises ConfigError for an unknown key or name (with a suggestion) and for a value that does not fit.
+    Raises:
+        ConfigError: For an unknown key or name (with a suggestion), or an invalid value.
     """
     settings = dict(settings)
     method = settings.get("method.name", "simclr")
@@ -248,10 +260,10 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
     given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
-    given.pop("source", None)  # for people
+    given.pop("source", None)  # for the user only
     if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
         given |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
-    # Options of another part than the preset's are not the preset's to set.
+    # The preset's options of a part do not apply to another part.
     for part in PARTS:
         chosen = settings.get(f"{part}.name")
         if chosen is not None and chosen != given.get(f"{part}.name", base.get(f"{part}.name")):
@@ -277,7 +289,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     for key in unknown:
         raise ConfigError(f"unknown setting 'schedule.{key}'{nearest(f'schedule.{key}', _all_keys(options))}")
     if "schedule.warmup" not in settings and "schedule.warmup" in merged:
-        # A preset's warm-up is for its own length; of a shorter run it takes a tenth at most.
+        # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
         options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
@@ -289,12 +301,12 @@ def make(settings: Mapping[str, Any]) -> Recipe:
 
 @cache
 def _schema() -> pydantic.TypeAdapter[Recipe]:
-    """Built once: it takes longer than what it checks."""
+    """Build the schema once: building takes longer than validation."""
     return pydantic.TypeAdapter(Recipe)
 
 
 def read_file(path: str | Path) -> Settings:
-    """Settings from a YAML or JSON file, nested or dotted; ConfigError where it cannot be read."""
+    """Return settings from a YAML or JSON file, nested or dotted; raise ConfigError if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(_LONGEST + 1)
@@ -310,20 +322,20 @@ def read_file(path: str | Path) -> Settings:
 
 
 def read_settings(content: Mapping[str, Any]) -> Settings:
-    """A nested recipe as settings."""
+    """Return a nested recipe as settings."""
     settings: Settings = {}
     for key, value in content.items():
         if isinstance(value, dict):
             settings |= {f"{key}.{name}": option for name, option in value.items()}
         elif key in (*PARTS, "schedule"):
-            settings[f"{key}.name"] = value  # `method: moco` for short
+            settings[f"{key}.name"] = value  # short for `method: {name: moco}`
         else:
             settings[str(key)] = value
     return settings
 
 
 def parse_assignment(text: str) -> Settings:
-    """ "part.key=value" as a setting, the value read as YAML."""
+    """Return "part.key=value" as a setting, with the value parsed as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
@@ -334,13 +346,13 @@ def parse_assignment(text: str) -> Settings:
     return {key.strip(): None if parsed == "None" else parsed}
 
 
-_LONGEST, _DEEPEST = 2**17, 20  # characters, levels: no recipe comes near
+_LONGEST, _DEEPEST = 2**17, 20  # characters, levels: above those of any real recipe
 
 
 def _plain(text: str) -> Any:
-    """The plain values that a YAML text spells out; ValueError says what is wrong, and where.
+    """Return the plain values of a YAML text; raise ValueError with the problem and its line otherwise.
 
-    A few lines of aliases can stand for gigabytes, and the reader of a deep list goes as deep itself: both are refused.
+    A few lines of aliases can expand to gigabytes, and the parser recurses as deep as a nested list: both are refused.
     """
     if len(text) > _LONGEST:
         raise ValueError("it is too long")
@@ -359,7 +371,7 @@ def _plain(text: str) -> Any:
 
 
 def _number(value: Any) -> float:
-    """A number to reckon with; what is none is left to validation."""
+    """Return a finite number for computations; invalid values become 100 and are left to validation."""
     try:
         return number if math.isfinite(number := float(value)) else 100.0
     except (TypeError, ValueError, OverflowError):

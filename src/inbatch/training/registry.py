@@ -1,4 +1,4 @@
-"""The named parts of a recipe. The constructor of a part is its schema; what it does not know is an error."""
+"""The named parts of a recipe; the constructor of a part is its schema, and unknown options raise errors."""
 
 import difflib
 import functools
@@ -19,12 +19,12 @@ from inbatch.models.attention_slots import ATTENDS
 from inbatch.training.optim import OPTIMIZERS
 
 Settings = dict[str, Any]
-"""Flat: "batch" or "part.key" -> value."""
+"""Flat settings: "batch" or "part.key" -> value."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named choice and its options."""
+    """The name of a part and its options."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,27 +34,27 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
     "method": METHODS,
     "views": PRESETS,
     "optimizer": OPTIMIZERS,
-    "encoder": None,  # names are timm's to check
+    "encoder": None,  # timm checks the names
     "fuse": FUSIONS,
     "curate": CURATORS,
     "attend": ATTENDS,
 }
-"""Part -> what there is of it, by name."""
+"""Part -> its implementations by name."""
 OPTIONAL = ("fuse", "curate", "attend")
-"""The parts that a run can do without."""
+"""Parts that a run may omit."""
 _GIVEN = {
     "optimizer": {"params"},
     "fuse": {"group", "size", "mean", "std"},
     "attend": {"channels", "width"},
 }
-"""Arguments of a part that are the run's to give."""
+"""Arguments of a part that the run supplies."""
 _ABOVE_0 = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
     "sigma", "epsilon"}  # fmt: skip
 """Options of a method that divide similarities."""
 
 
 def make_part(part: str, options: Settings, size: int) -> Part | None:
-    """A part with its options checked against the signature of what makes it; None for one that is not wanted."""
+    """Return a part with its options checked against its constructor's signature; None for an omitted part."""
     options = dict(options)
     if part in OPTIONAL and options.get("name") in (None, "none"):
         for key in set(options) - {"name"}:
@@ -77,12 +77,12 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         if key not in known:
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
-    # What is ours is written out in full; torch's optimisers differ from version to version.
+    # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
 
 
 def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Every plug-in that has a name: name -> its part, its docstring, and its options with their defaults."""
+    """Return every named plug-in: name -> its part, its docstring, and its options with their defaults."""
     found = {}
     for part in OPTIONAL:
         for name, maker in (PARTS[part] or {}).items():
@@ -98,7 +98,7 @@ def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]
 
 
 def _model(part: str, name: str) -> type[pydantic.BaseModel]:
-    """The settings of what makes a part: its signature, without what is the run's to give."""
+    """Return the settings of a part: its constructor's signature without the arguments that the run supplies."""
     maker = (PARTS[part] or {})[name]
     target = maker.func if isinstance(maker, functools.partial) else maker
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -119,7 +119,7 @@ def _model(part: str, name: str) -> type[pydantic.BaseModel]:
 
 
 def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:
-    """What the adapter makes of the values; ConfigError for the first that does not fit."""
+    """Return the validated values; raise ConfigError for the first that is invalid."""
     try:
         return adapter.validate_python(values)
     except pydantic.ValidationError as e:
@@ -130,22 +130,22 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, where that is not too long: what is wrong was not written by us."""
+    """Return a value as Python writes it, shortened: invalid values come from the user."""
     try:
         text = repr(value)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_known(key: str, name: Any, names: Iterable[str]) -> None:
-    """ConfigError with a suggestion for a name that is none of these."""
+    """Raise ConfigError with a suggestion if a name is unknown."""
     if not isinstance(name, str) or name not in names:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of an error message: what was probably meant, else what there is."""
+    """Return the end of an error message: the most similar name, else all names."""
     known = sorted(known)
     close = difflib.get_close_matches(shown(word).strip("'"), known, n=1)
     return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

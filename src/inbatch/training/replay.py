@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite, kept with all that it started from, and made again: `inbatch replay`."""
+"""Capture a step with a non-finite loss or gradient, and repeat it: `inbatch replay`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +29,16 @@ _OPTIONAL = ("size", "attempt", "boxes")
 
 
 def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
-    """Keep a failed step in the run's folder: the state of every part, and each rank's samples with their pixels.
+    """Save a failed step in the run directory: the state of every part, and each rank's samples with their pixels.
 
-    No weight has changed since the step began; what has, running norm statistics, does not matter to it. Every rank
-    calls it, and writes its own samples. Returns the folder. Raises InbatchError where it cannot be written.
+    No weight has changed since the step began; running norm statistics have, but they do not affect it. Every rank must
+    call it, and writes its own samples.
+
+    Returns:
+        The directory of the capture.
+
+    Raises:
+        InbatchError: If it cannot be written.
     """
     folder, batch = out / FOLDER, failed.batch
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +62,7 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
         "classes": list(source.classes),
         "data": source.name,
     }
-    told |= {"images": [source.identity(i) for i in batch.index.tolist()]}  # of this rank, for people
+    told |= {"images": [source.identity(i) for i in batch.index.tolist()]}  # of this rank, for the user
     told |= {"environment": environment(built.loader.device)}
     write_json(folder / "recipe.json", built.recipe.nested())
     write_json(folder / "capture.json", told)
@@ -64,11 +70,17 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
 
 
 def replay(path: Path, device: torch.device) -> dict[str, Any]:
-    """Make a captured step again, without the run's data, and find where numbers stop being finite.
+    """Repeat a captured step without the run's data, and find where numbers stop being finite.
 
-    path: a run's folder, or the capture in it. All ranks' samples run on this process, in the context groups that they
-    had. What was computed in bf16 is computed in float32, too. Writes nothing, and changes nothing.
-    Raises ConfigError where there is no capture, or a part of it is missing.
+    The samples of all ranks run in this process, in their original context groups. A step computed in bf16 is repeated
+    in float32 as well. Nothing is written.
+
+    Args:
+        path: Run directory, or the capture in it.
+        device: Device of the networks.
+
+    Raises:
+        ConfigError: If there is no capture, or a part of it is missing.
     """
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not (folder / "capture.json").is_file():
@@ -84,7 +96,7 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
 def _again(
     folder: Path, told: dict[str, Any], saved: dict[str, Any], device: torch.device, precision: str | None
 ) -> dict[str, Any]:
-    """The step once more: whether it fails again, and the places where something was not finite, in their order."""
+    """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""
     recipe = make(read_file(folder / "recipe.json"))
     recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, resident=False)
     if precision is not None:
@@ -93,7 +105,7 @@ def _again(
     built = build(recipe, source, device=device, workers=0, init=init)
     checkpoint.restore(built.parts(), saved["parts"])
     step, batch = built.step, _batch(folder, told).to(device)
-    step.curator = None  # its attempts are the batch's
+    step.curator = None  # its redraws are stored in the batch
     places = [f"the weight {name}" for name, p in built.network.named_parameters() if not p.isfinite().all()]
     step.views = _checked(step.views, places)
     with _watched(built.network, places):
@@ -104,7 +116,7 @@ def _again(
         except NonFiniteError as failed:
             again = failed
     places += [f"the loss's part {name}" for name, value in again.losses.items() if not torch.isfinite(value)]
-    # From the loss down: the first is where the gradient went wrong.
+    # From the loss down: the first entry is where the gradient became non-finite.
     grads = [name for name, p in built.network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     places += [f"the gradient of {name}" for name in reversed(grads)]
     return {"reproduced": True, "loss": float(again.losses["loss"]), "grad_norm": float(again.norm), "places": places,
@@ -116,7 +128,7 @@ def _name(built: RunComponents) -> str:
 
 
 class _Empty(Source):
-    """As many images as the run's data had, with their labels, and nothing to be seen: the step brings its own."""
+    """A source with the number of images and the labels of the run's data, but no pixels; the step supplies its own."""
 
     def __init__(self, told: dict[str, Any], labels: Tensor, channels: int):
         super().__init__(told["data"], channels, labels, tuple(told["classes"]))
@@ -129,7 +141,7 @@ class _Empty(Source):
 
 
 def _batch(folder: Path, told: dict[str, Any]) -> Batch:
-    """The whole batch, of all ranks' samples."""
+    """Return the whole batch, from the samples of all ranks."""
     shares = []
     for rank in range(told["world"]):
         path = folder / f"share-{rank}.safetensors"
@@ -178,7 +190,7 @@ def _checked(views: Callable[[Batch], Sequence[Tensor]], places: list[str]) -> C
 
 @contextmanager
 def _watched(network: nn.Module, places: list[str]) -> Iterator[None]:
-    """Note, in their order, the innermost modules whose output is the first that is not finite."""
+    """Record, in order, the innermost modules with a non-finite output."""
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, made: Any) -> None:

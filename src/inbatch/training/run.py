@@ -1,4 +1,4 @@
-"""A run's folder, and what is done with one: its encoder, its judgement, its pictures, features of other images."""
+"""Operations on a run directory: load its encoder, evaluate, export, replay, and embed other images."""
 
 import shlex
 import warnings
@@ -30,7 +30,7 @@ ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its recipe and what it found."""
+    """A finished run: its directory, recipe and result."""
 
     directory: Path
     recipe: Recipe
@@ -43,9 +43,9 @@ class Run:
 
 
 def load(path: str | Path) -> Encoder:
-    """The encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
+    """Return the encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
 
-    Warns, with the step that the encoder is from, if the run has not finished.
+    Warns, with the step of the encoder, if the run has not finished.
     """
     found = load_run_encoder(path)
     if found.note:
@@ -54,7 +54,7 @@ def load(path: str | Path) -> Encoder:
 
 
 def load_run(path: str | Path) -> Run:
-    """A finished run by its folder; ConfigError where there is none."""
+    """Return the finished run in a directory; raise ConfigError if there is none."""
     recipe, path = recipe_of(path), Path(path)
     if not (path / "result.json").is_file():
         where = shlex.quote(str(path))
@@ -66,7 +66,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def recipe_of(path: str | Path) -> Recipe:
-    """The recipe of a run, finished or not; ConfigError where there is no run."""
+    """Return the recipe of a run, finished or not; raise ConfigError if there is no run."""
     path = Path(path)
     if not (path / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
@@ -77,14 +77,24 @@ def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge the encoder of a run, finished or stopped, by its own data or another; options are `evaluate`'s.
+    """Evaluate the encoder of a run, finished or stopped, on its own or other data; writes nothing.
 
-    Writes nothing. The encoder before training is judged, too ("untrained"); "step", "steps" and "note" say which step
-    the encoder is from. Without labels the measures of `inspect.unlabelled` are all there is ("unlabelled").
+    The encoder before training is also evaluated ("untrained"); "step", "steps" and "note" state the step of the
+    encoder. Without labels the result contains only the measures of `monitors.label_free` ("unlabelled").
 
-    data: images of any classes and sizes; grey ones are read in three channels where the encoder learned from three.
-    protocols: k-NN, linear probe and clustering by default; ConfigError for those asked for where nothing is labelled.
-    from_: "head" judges the clusters that the method's head assigns, too, beside those of k-means on the features.
+    Args:
+        path: Run directory.
+        data: Images of any classes and sizes; greyscale ones are read in three channels if the encoder takes three.
+            None for the data of the run.
+        test: Test data, as for `evaluation_split`.
+        protocols: k-NN, linear probe and clustering if None.
+        from_: "head" also evaluates the clusters that the method's head assigns, in addition to k-means on the
+            features.
+        device: Name of the device, or "auto".
+        **options: Options of `evaluate`.
+
+    Raises:
+        ConfigError: If protocols are requested but no image is labelled.
     """
     if from_ not in ("features", "head"):
         raise ConfigError(f"clusters come from features or head, not {from_!r}")
@@ -109,15 +119,18 @@ def evaluate_run(
 
 
 def _for(encoder: Encoder, source: Source) -> Source:
-    """The source with as many channels as the encoder takes."""
+    """Return the source with as many channels as the encoder takes."""
     return GreyAsRGB(source) if (source.channels, encoder.channels) == (1, 3) else source
 
 
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the encoder of a run, finished or stopped, into a folder of its own, as `save_encoder` does.
+    """Write the encoder of a run, finished or stopped, into its own folder, as `save_encoder` does.
 
-    `inbatch.load(out)` reads it, and timm (`local-dir:`) if it can build the backbone, which "timm" says.
-    Raises ConfigError if the folder holds anything but an encoder that was written before.
+    `inbatch.load(out)` reads it, and so does timm (`local-dir:`) if it can build the backbone, as "timm" in the result
+    states.
+
+    Raises:
+        ConfigError: If the folder contains anything except a previously written encoder.
     """
     out = Path(out)
     if out.exists() and not _is_free(out):
@@ -131,7 +144,7 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
 
 
 def _is_free(out: Path) -> bool:
-    """Whether a folder is empty, or holds an encoder that we wrote and nothing else."""
+    """Return whether a folder is empty, or contains only an encoder written by this package."""
     if not out.is_dir():
         return False
     inside = {entry.name for entry in out.iterdir()}
@@ -144,7 +157,7 @@ def _is_free(out: Path) -> bool:
 
 
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
-    """Make a run's captured step again, and find where its numbers stop being finite (`capture.replay`)."""
+    """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
     return replay(Path(path), device_for(device))
 
@@ -153,13 +166,19 @@ def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
 ) -> int:  # fmt: skip
-    """Write path, index, label and feature vector of every image to a .parquet or .npz file; returns how many.
+    """Write path, index, label and feature vector of every image to a .parquet or .npz file; return their number.
 
-    path: a run, finished or stopped, or an encoder's folder. stage: takes the "step" that the encoder is from, of how
-        many "steps", and a "note" if the run has not finished; None: that is a warning.
-    split: "train" or "test" where the data has both. quiet: no progress on stderr.
-    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
-    plain: features before they are whitened (`encoder.whiten`), to find clusters in; the same if nothing whitens them.
+    Args:
+        path: A run, finished or stopped, or an encoder's folder.
+        data: Images to embed.
+        out: File to write.
+        split: "train" or "test" if the data have both.
+        device: Name of the device, or "auto".
+        quiet: Print no progress to stderr.
+        missing: Receives the unreadable images (number: reason), which are omitted. If None, they raise DataError.
+        stage: Receives the "step" of the encoder, the number of "steps", and a "note" if the run has not finished. If
+            None, the note is a warning.
+        plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
     """
     found = load_run_encoder(path)
     if stage is not None:
@@ -174,18 +193,18 @@ def embed_run(
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:
-    """The images of a recipe, or where they are now."""
+    """Return the images of a recipe, or those at their current location `data`."""
     if data is not None:
         return open_data(data, splits(data)[0], **recipe.reading)
     return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
 
 
 def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
-    """The recipe of a run as far as it holds for the images of another set, and these."""
+    """Return a run's recipe as far as it applies to the images of another data set, and these images."""
     recipe = replace(recipe, test=None, split=splits(data)[0])
     first = None
-    for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, where these images have them
-        for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: what cannot be read as colour
+    for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, if these images have them
+        for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: no colour
             tried = replace(recipe, classes=classes, channels=channels)
             try:
                 return tried, source_of(tried, data)
@@ -195,5 +214,5 @@ def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """What a run's run.json says; nothing where there is none."""
+    """Return the content of a run's run.json; empty if there is none."""
     return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}

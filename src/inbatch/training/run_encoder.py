@@ -1,4 +1,4 @@
-"""The encoder of a run: as its recipe creates it, as it was before training, and as it is now, finished or stopped."""
+"""The encoder of a run: as created by its recipe, before training, and in its current state, finished or stopped."""
 
 import shlex
 from collections.abc import Iterator
@@ -25,15 +25,17 @@ from inbatch.training.recipe import Recipe, Settings, make, read_file
 
 CPU = torch.device("cpu")
 ENDED = ("preempted", "interrupted", "failed", "crashed")
-"""What run.json calls a run that was stopped and wrote so; one that was killed is still "running" there."""
+"""Status values in run.json of a run that was stopped and recorded it; a killed run still has "running"."""
 
 
 @dataclass(frozen=True)
 class RunEncoder:
     """The encoder of a run or of an encoder's folder, in evaluation mode.
 
-    step, steps: at which step of how many it was, as far as the folder says so.
-    note: a sentence for the user if it is not the encoder of a finished run.
+    Attributes:
+        encoder: The encoder.
+        step, steps: Its step and the number of steps, if the folder contains them.
+        note: A sentence for the user if it is not the encoder of a finished run.
     """
 
     encoder: Encoder
@@ -42,13 +44,13 @@ class RunEncoder:
     note: str | None = None
 
     def stage(self) -> dict[str, Any]:
-        """Everything but the encoder, for JSON."""
+        """Return everything except the encoder, for JSON."""
         return {"step": self.step, "steps": self.steps, "note": self.note}
 
 
 @contextmanager
 def seeded(recipe: Recipe, device: torch.device = CPU) -> Iterator[None]:
-    """Draw weights from the recipe's seed inside, without disturbing the caller's random numbers."""
+    """Seed torch's random numbers from the recipe, and restore the caller's random state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(fold(recipe.seed, 0x1217))
         yield
@@ -67,9 +69,11 @@ def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
 
 
 def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder | None:
-    """What `encoder.init` names; if that is a run, finished or stopped, its encoder.
+    """Return the value of `encoder.init`; if it is a run, finished or stopped, the encoder of that run.
 
-    notes: takes a sentence if that run has not finished.
+    Args:
+        recipe: The recipe.
+        notes: Receives a sentence if that run has not finished.
     """
     init = recipe.encoder.options.get("init")
     if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
@@ -80,16 +84,18 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
 
 
 _SAMPLE = 256
-"""Images from which a first layer of whitened patches is taken, at most."""
+"""Largest number of images from which a first layer of whitened patches is computed."""
 _SAMPLES: WeakKeyDictionary[Source, dict[Prepare, Tensor]] = WeakKeyDictionary()
-"""The ones of a source, which a calibration would otherwise decode for each candidate."""
+"""These images by source, which a calibration would otherwise decode for each candidate."""
 
 
 def fit_first_layer(encoder: Encoder, source: Source) -> None:
-    """Take the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
+    """Compute the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
 
     It draws no random numbers. Every rank must call it, and all get the same filters.
-    Raises DataError if none of the images can be read.
+
+    Raises:
+        DataError: If none of the images can be read.
     """
     for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
         layer.fit(_sample(source, encoder.prepare), encoder.std)
@@ -97,7 +103,7 @@ def fit_first_layer(encoder: Encoder, source: Source) -> None:
 
 
 def _sample(source: Source, prepare: Prepare) -> Tensor:
-    """Images that lie evenly spread in a source, as an encoder takes them but uint8: (N, C, size, size)."""
+    """Return evenly spaced images of a source as uint8, in the size that the encoder takes: (N, C, size, size)."""
     samples = _SAMPLES.setdefault(source, {})
     if prepare not in samples:
         images: list[Tensor] = []
@@ -106,7 +112,7 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
                 with source.open(i) as picture:
                     images.append(picture.tensor(2 * prepare.size))
             except DataError:
-                continue  # counted, named and judged where all images are read
+                continue  # counted and reported when all images are read
         if not images:
             tried = many(min(_SAMPLE, len(source)), "image")
             raise DataError(f"{source.name}: none of {tried}, spread evenly over the set, can be read")
@@ -115,9 +121,9 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
 
 
 def with_encoder_of_init(given: Settings) -> Settings:
-    """The settings with the encoder, and its options, that `encoder.init` was saved with, if they name none.
+    """Return the settings with the encoder and options that `encoder.init` was saved with, if they name no encoder.
 
-    encoder.init: a run, or a folder that `save_encoder` wrote; other files of weights do not say whose they are.
+    encoder.init: a run, or a folder that `save_encoder` wrote; other weight files do not identify their encoder.
     """
     init = given.get("encoder.init")
     if init in (None, "timm") or given.get("encoder.name") is not None or not isinstance(init, str | Path):
@@ -133,32 +139,32 @@ def with_encoder_of_init(given: Settings) -> Settings:
             found["whiten"] = True
     else:
         return given
-    if found["name"] == "fast":  # one that was saved without this layer must not get it from a preset
+    if found["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
         found.setdefault("whiten_patches", False)
     known = {f"encoder.{key}": value for key, value in found.items() if key != "init" and value is not None}
     return known | given
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
-    """Keep the weights that a run begins with if its seed alone does not give them, but a file or its images do."""
+    """Save the initial weights of a run if they come from a file or from the images, not from its seed alone."""
     of_images = any(isinstance(module, WhitenedPatches) for module in encoder.modules())
     if of_images or recipe.encoder.options.get("init") is not None:
         save_encoder(encoder, run / "initial")
 
 
 def kept_initial(run: Path) -> Path | None:
-    """The folder in which a run keeps the weights that it began with; None if its seed gives them."""
+    """Return the directory of a run's initial weights; None if its seed determines them."""
     return run / "initial" if (run / "initial" / "config.json").is_file() else None
 
 
 def initial_encoder(recipe: Recipe, run: Path, device: torch.device = CPU) -> Encoder:
-    """Create the encoder that a run began with, in evaluation mode: the same weights, bit for bit."""
+    """Create the initial encoder of a run, in evaluation mode: the same weights, bit for bit."""
     if kept := kept_initial(run):
         encoder = load_encoder(kept)
     else:
         start = starting_weights(recipe, [])
         with seeded(recipe, device):
-            METHODS[recipe.method.name](**recipe.method.options)  # it is made first, and may draw numbers
+            METHODS[recipe.method.name](**recipe.method.options)  # created first, and may draw random numbers
             encoder = make_encoder(recipe, start)
     if recipe.channels_last:
         encoder.to(memory_format=torch.channels_last)
@@ -166,15 +172,19 @@ def initial_encoder(recipe: Recipe, run: Path, device: torch.device = CPU) -> En
 
 
 def initial_name(recipe: Recipe) -> str:
-    """What to call that encoder in a table."""
+    """Return the name of that encoder in a table."""
     return "untrained encoder" if recipe.encoder.options.get("init") is None else "encoder before training"
 
 
 def load_run_encoder(path: str | Path) -> RunEncoder:
-    """The encoder of a run: from its folder `encoder/`, else from its last checkpoint. Needs none of its images.
+    """Return the encoder of a run: from its folder `encoder/`, else from its last checkpoint; needs none of its images.
 
-    path: a run's folder, or a folder that `save_encoder` wrote.
-    Raises ConfigError if there is neither an encoder nor a checkpoint, DataError if what there is is damaged.
+    Args:
+        path: Run directory, or a folder that `save_encoder` wrote.
+
+    Raises:
+        ConfigError: If there is neither an encoder nor a checkpoint.
+        DataError: If they are damaged.
     """
     path = Path(path)
     if not path.is_dir():
@@ -211,26 +221,26 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
     if encoder.readout is not None:
         notes = [*notes, "what whitens its features was fitted at the last evaluation before"]
-    if recipe.replans:  # run.json of a run that was killed may be older
+    if recipe.replans:  # run.json of a killed run may be older
         report = report | {"steps": sum(recipe.replans[-1])}
     notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
     return RunEncoder(encoder.eval(), saved.step, _count(report, "steps"), ". ".join(notes))
 
 
 def _count(report: dict[str, Any], key: str) -> int | None:
-    """A number of steps that run.json states; None for anything else that stands there."""
+    """Return a number of steps in run.json; None if it is not an integer."""
     value = report.get(key)
     return value if isinstance(value, int) else None
 
 
 def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
-    """The encoder of a run whose weights are not the run's yet, its mean and std are."""
+    """Return the encoder of a run with its mean and std, but not yet its weights."""
     if kept := kept_initial(path):
         return load_encoder(kept), []
     with seeded(recipe):
         try:
             return make_encoder(recipe, starting_weights(recipe, [])), []
-        except InbatchError as error:  # of an older version, which did not keep them
+        except InbatchError as error:  # of an older version, which did not save them
             if recipe.encoder.options.get("init") is None:
                 raise
             encoder = make_encoder(recipe, None)
@@ -238,7 +248,7 @@ def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
 
 
 def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
-    """At which step a run was stopped, and of which step its encoder is."""
+    """Return a sentence with the step at which a run was stopped and the step of its encoder."""
     last, steps = max(step, _count(report, "last_step") or 0), _count(report, "steps")
     of = f" of {steps:,}" if steps else ""
     if report.get("status") in ENDED:

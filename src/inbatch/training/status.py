@@ -1,4 +1,4 @@
-"""What a run remembers of itself and tells of itself: its progress, run.json, the images it could not read."""
+"""Record the status of a run: run.json, and the list of unreadable images."""
 
 import contextlib
 import shutil
@@ -19,7 +19,7 @@ from inbatch.training.train_state import TrainState
 
 
 class Report:
-    """run.json: whether the run goes on, ended or failed, and why."""
+    """Write run.json: whether the run is running, finished or failed, and the reason."""
 
     def __init__(self, out: Path, built: RunComponents, progress: TrainState, main: bool) -> None:
         self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
@@ -27,6 +27,7 @@ class Report:
         self.fixed |= {"context": built.context, "world": distributed.world()}
 
     def status(self, status: str, reason: str | None = None) -> None:
+        """Write the status, its reason, and the current step to run.json."""
         if self.main:
             (self.path.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
             now = {
@@ -40,7 +41,7 @@ class Report:
 
     @contextlib.contextmanager
     def record_exit_status(self) -> Iterator[None]:
-        """What ends the run in here is written down: by rank 0, or the first of those left where that is lost."""
+        """Record the reason if the run ends inside the context: on rank 0 or, without it, the first remaining rank."""
         try:
             with distributed.shared_errors(), lost_workers(), out_of_room(self.path.parent):
                 yield
@@ -56,18 +57,24 @@ class Report:
             raise
 
     def ended(self, error: InbatchError) -> None:
-        """Write that the run ended by an error for people."""
+        """Record that the run ended by an expected error."""
         kinds = {Preempted: "preempted", Interrupted: "interrupted"}
         self._ended(kinds.get(type(error), "failed"), str(error))
 
     def _ended(self, status: str, reason: str) -> None:
-        with contextlib.suppress(InbatchError):  # the reason itself matters more than that the disk is full
+        with contextlib.suppress(InbatchError):  # the reason itself matters more than a full disk
             self.status(status, reason)
 
 
 def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> int:
-    """Make known on every rank which images could not be read so far, list them all, and say what is new after the
-    first `told`; how many there are now."""
+    """Collect the unreadable images of all ranks, list them in a file, and report new ones; return their number.
+
+    Args:
+        built: The run.
+        out: Run directory; the list is bad_images.txt.
+        log: Log of the run.
+        told: Number of images that have already been reported.
+    """
     loader = built.loader
     for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
         loader.note(bad)
@@ -86,7 +93,7 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> i
 
 
 def clear(out: Path) -> None:
-    """Remove what a run wrote into its folder, and nothing else."""
+    """Remove what a run wrote into its directory, and nothing else."""
     for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")

@@ -1,4 +1,4 @@
-"""One training step, in order."""
+"""One training step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from inbatch.runtime import distributed
 from inbatch.training import grad_cache
 
 Orders = Sequence[Tensor | None]
-"""For each view, which sample of the batch stands where while its groups run; None: the batch's own order."""
+"""For each view, the permutation of the batch while its groups run; None is the batch's own order."""
 
 
 class NonFiniteError(TrainingError):
-    """The loss or its gradient is not finite; carries what `capture` keeps of the step."""
+    """The loss or its gradient is not finite; holds what `replay.capture` saves of the step."""
 
     def __init__(self, step: int, batch: Batch, losses: dict[str, Tensor], norm: Tensor):
         self.step, self.batch, self.norm = step, batch, norm
@@ -38,21 +38,28 @@ class NonFiniteError(TrainingError):
 
 @dataclass
 class Step:
-    """Everything that one step needs; calling it makes one.
+    """One training step; calling it performs the step.
 
-    views: samples -> their V views, (B, C, H, W) each, on the device; the same whenever they are asked for.
-    count: V.
-    call: the network, or what wraps it to average gradients over ranks.
-    groups: context groups per rank; synced: they reach over all ranks (synchronised norm).
-    schedule: sets the optimiser's rates for a step.
-    progress: the share of the run that is done at a step.
-    curator: draws some of the views again before they are learned from.
-    shuffle: the target network's context groups are other permutations of the batch, drawn anew for every step and
-        view; where there is no target network, those of every view but the first.
-    products: the precision of the products in the loss's log-sum-exps (`tiled.Plan`).
-    variance: weight of VICReg's variance term, of all rows that the loss reads, beside any method's loss.
-    scale: of the images' side at a share of the run, for runs whose images grow.
-    commit: called before anything but buffers of the networks and the curator changes; the step is then finished.
+    Attributes:
+        method: The method.
+        network: The online network.
+        call: The network, or its wrapper that averages gradients over ranks.
+        target: The target network; None if the method has none.
+        views: Map samples to their V views, (B, C, H, W) each, on the device; repeated calls return the same views.
+        count: Number of views, V.
+        optimizer: The optimiser.
+        schedule: Set the optimiser's rates for a step.
+        groups: Context groups per rank.
+        progress: Return the completed share of the run at a step.
+        seed: Seed of dropout and of the permutations.
+        synced: Context groups extend over all ranks (synchronised norm).
+        curator: Redraw some of the views before the step.
+        shuffle: The target network's context groups are other permutations of the batch, redrawn for every step and
+            view; without a target network, those of every view except the first.
+        products: Precision of the products in the loss's log-sum-exps (`nn.logsumexp`).
+        variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
+        scale: Return the scale of the image side at a share of the run, for progressive resizing.
+        commit: Called before anything except buffers of the networks and the curator changes; the step then completes.
     """
 
     method: Method
@@ -75,7 +82,7 @@ class Step:
     commit: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
-        """Learn from this rank's part of a global batch; the losses are those of the whole batch."""
+        """Perform a step on this rank's part of a global batch; the returned losses are those of the whole batch."""
         progress = self.progress(step)
         for network in (self.network, self.target):
             if network is not None:
@@ -87,7 +94,7 @@ class Step:
         online_views, target_views = (
             list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
         )
-        held = self.views(batch) if self.groups == 1 else None  # of many groups, only one's views are ever held
+        held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
         online, orders = self._sweep(self.network, batch, held, online_views, step, grad=True)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         target_rows: Rows = {}
@@ -105,7 +112,7 @@ class Step:
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
-        # The wrapper averages over ranks, the gradient of the whole batch is the sum: hence the factor.
+        # The wrapper averages over ranks, but the gradient of the whole batch is the sum: hence the factor.
         back = {
             name: distributed.local_shard(_rearranged(_gradient(x), orders), 1) * distributed.world()
             for name, x in rows.items()
@@ -132,7 +139,7 @@ class Step:
     def _sweep(
         self, network: Network, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
     ) -> tuple[grad_cache.GroupForward, Orders]:
-        """Rows of this rank's groups; the random numbers of a group are the same on whichever rank it runs."""
+        """Return the rows of this rank's groups; a group's random numbers do not depend on the rank that runs it."""
         moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
         n, device = len(batch) * distributed.world(), batch.index.device
         orders = [
@@ -149,11 +156,12 @@ class Step:
     def _groups(
         self, batch: Batch, held: Sequence[Tensor] | None, views: list[int], orders: Orders
     ) -> list[grad_cache.Group]:
-        """How to come by the images of every group."""
+        """Return a function for each group that returns its images."""
         moved = any(order is not None for order in orders)
         everyone = _everyone(batch) if moved else None
         if moved and everyone is None:
-            # Streamed samples of a group lie on other ranks: whoever has them draws their views, and all hold all.
+            # Streamed samples of a group are on other ranks: the rank with a sample draws its views, and every rank
+            # holds all.
             images = held if held is not None else self.views(batch)
             dealt = [
                 images[v] if order is None else distributed.gather(images[v])[distributed.local_shard(order)]
@@ -178,7 +186,7 @@ class Step:
 
 
 def _everyone(batch: Batch) -> Batch | None:
-    """The samples of all ranks, where this one has all their pixels: resident images, or the only rank."""
+    """Return the samples of all ranks if this rank has all their pixels (resident images, or one rank), else None."""
     if distributed.world() == 1:
         return batch
     if batch.crops is not None or (batch.images is not None and batch.at is None):
@@ -193,18 +201,18 @@ def _everyone(batch: Batch) -> Batch | None:
 
 
 def _whole(swept: grad_cache.GroupForward, orders: Orders) -> Rows:
-    """The rows of the whole batch, in its order."""
+    """Return the rows of the whole batch, in the order of the batch."""
     back = [None if order is None else order.argsort() for order in orders]
     return {name: _rearranged(distributed.gather(x, dim=1), back) for name, x in swept.rows.items()}
 
 
 def _rearranged(x: Tensor, orders: Orders) -> Tensor:
-    """(V, N, D) with the samples of every view in its order."""
+    """Reorder (V, N, D): apply to each view its permutation of the samples."""
     if all(order is None for order in orders):
         return x
     return torch.stack([view if order is None else view[order] for view, order in zip(x, orders, strict=True)])
 
 
 def _gradient(x: Tensor) -> Tensor:
-    """What the loss left at a row; zero where it did not look."""
+    """Return the gradient of a row; zero if the loss did not use it."""
     return torch.zeros_like(x) if x.grad is None else x.grad

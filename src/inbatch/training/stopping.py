@@ -1,8 +1,8 @@
-"""Stopping a run at any moment: the state after its last finished step is what a checkpoint gets.
+"""Stop a run at any time: a checkpoint holds the state after the last completed step.
 
-A step changes weights, optimiser, target network and memory only after its backward pass, and from there on it is
-finished. Before, it changes buffers (running statistics of norm layers), which are copied when a step is finished. So a
-step, an evaluation on the way or a survey can be lost at any moment, and a resumed run makes it again.
+A step changes weights, optimiser, target network and memory bank only after its backward pass, and from that point it
+completes. Before, it changes only buffers (running statistics of norm layers), which are copied when a step completes.
+A step, an online evaluation or a survey can therefore be lost at any time, and a resumed run repeats it.
 """
 
 import copy
@@ -23,9 +23,13 @@ from inbatch.training.status import Report
 
 
 class Stopping:
-    """Answers signals in a run of one process; several processes agree after each step (`ranks.largest`).
+    """Handle signals in a run of one process; several processes agree after each step (`distributed.all_reduce_max`).
 
-    parts: everything whose state makes a checkpoint complete, `progress` among it.
+    Args:
+        built: The run.
+        parts: All components with state to checkpoint, including `progress`.
+        report: Status report of the run.
+        stop: Signal state.
     """
 
     def __init__(self, built: RunComponents, parts: dict[str, Any], report: Report, stop: Stop) -> None:
@@ -57,18 +61,18 @@ class Stopping:
                 handle.remove()
 
     def begin(self) -> None:
-        """A training step begins: a signal waits for its end if the last one was quick."""
+        """Mark the beginning of a training step; a signal waits for its end if the last step was quick."""
         self._step, self._began = self.progress.step, time.monotonic()
         self.stop.quick = self._took < GRACE
 
     def finished(self) -> None:
-        """Remember the state: a checkpoint gets it if what follows is lost."""
+        """Keep the current state; a checkpoint uses it if the following step is lost."""
         if self._step + 1 == self.progress.step:
             self._took = time.monotonic() - self._began
         if not self.alone:
             self.stop.hold()
             return
-        # Before the first step of an epoch the curator's network and a method's clusters are made again.
+        # Before the first step of an epoch, the curator's network and a method's clusters are computed again.
         whole = self.progress.step % self.built.loader.steps == 0
         for name, part in self.parts.items():
             if name == "progress":
@@ -83,7 +87,10 @@ class Stopping:
         self.stop.release()
 
     def answer(self, number: int) -> InbatchError:
-        """Return the error of the run, after a checkpoint if the last one on the disk is older. Any thread may ask."""
+        """Return the error that ends the run, after saving a checkpoint if needed; any thread may call it.
+
+        A checkpoint is saved if the last one on the disk is older than the state.
+        """
         with finishing:
             if self._error is None:
                 self._error = self._answer(number)
@@ -96,7 +103,7 @@ class Stopping:
             if step and (step, kept["ended"]) != self.progress.saved:
                 save(self.out / "checkpoints", self._state(), step=step)
             if self._log.exists():
-                os.truncate(self._log, self._logged)  # what a lost evaluation logged is logged again
+                os.truncate(self._log, self._logged)  # what a lost evaluation logged will be logged again
         lost = self._step == step
         where = f"during step {step + 1:,} of {total:,}, which is lost" if lost else f"at step {step:,} of {total:,}"
         if step == 0:
@@ -109,20 +116,20 @@ class Stopping:
         return error
 
     def _state(self) -> dict[str, dict[str, Any]]:
-        """The state of every part as it was when the last step was finished."""
+        """Return the state of every part at the end of the last completed step."""
         state = {}
         for name, part in self.parts.items():
             now = part.state_dict()
             state[name] = now | {key: x for key, x in self._kept.get(name, {}).items() if key in now}
-        state["progress"]["before"] = self.progress.wall  # what is lost has taken its time
+        state["progress"]["before"] = self.progress.wall  # the lost work has taken time
         return state
 
 
 def turns(built: RunComponents, stop: Stop) -> list[Any]:
-    """Let Python run between the products of a step, so that signals are handled there; return the hooks' handles.
+    """Let Python run between the layers of a step, so that signals are handled there; return the handles of the hooks.
 
-    The backward pass runs outside Python, on a CPU for minutes. On a GPU it only starts kernels, and a compiled network
-    has no hooks inside. Only layers with a matrix are hooked, as the others take little time.
+    The backward pass runs outside Python, on a CPU for minutes. On a GPU it only launches kernels, and a compiled
+    network has no hooks inside. Only layers with a matrix are hooked, because the others take little time.
     """
     if built.recipe.compile or built.loader.device.type != "cpu":
         return []

@@ -1,4 +1,4 @@
-"""A run in words and numbers before its first step: what will be trained, how, and what it will take."""
+"""Describe a run before its first step, in words and numbers: what is trained, how, and its memory."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,17 @@ from inbatch.training.optim import build_optimizer, parameter_groups
 from inbatch.training.recipe import Recipe
 
 _SAMPLES = 8
-"""What a forward pass keeps for the way back grows with the samples; it is measured with so many at most."""
+"""Largest number of samples for which the memory kept by a forward pass is measured; it grows with the samples."""
 COPIES = 8
-"""Of the rows of the whole batch, about so many are held while a loss is computed: as they came and gathered, online
-and target, normalised, with their gradients. Losses hold nothing that grows faster (`inbatch.nn.logsumexp`)."""
+"""Approximate number of copies of the global batch's rows that are held during a loss.
+
+They are received and gathered, online and target, normalised, and their gradients. The memory of a loss does not grow
+faster (`nn.logsumexp`).
+"""
 
 
 def describe(built: RunComponents) -> str:
-    """The data report and the resolved recipe, in a few lines for people."""
+    """Return the data report and the resolved recipe in a few readable lines."""
     r, encoder, world = built.recipe, built.encoder, distributed.world()
     stem = {"cifar": ", CIFAR stem (3x3, no max-pool)", "imagenet": ", ImageNet stem (7x7, max-pool)"}
     heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.network.heads.items())
@@ -48,7 +51,7 @@ def describe(built: RunComponents) -> str:
 
 
 def _length(built: RunComponents) -> str:
-    """How long the run is: in epochs, or in steps if those were set."""
+    """Return the length of the run: in epochs, or in steps if these are set."""
     r, each = built.recipe, built.loader.steps
     if r.steps is not None:
         return f"{many(built.total, 'step')}, {built.total / each:.3g} passes over the images"
@@ -56,13 +59,13 @@ def _length(built: RunComponents) -> str:
 
 
 def _colourless(r: Recipe) -> str:
-    """What is left out of the views of images that are not red, green and blue."""
+    """Return which transforms are omitted from the views of images that are not RGB."""
     needed = r.channels != 3 and any(view.needs_colour for view in PRESETS[r.views.name](**r.views.options))
     return f", without saturation, hue and greyscale ({r.channels} channels)" if needed else ""
 
 
 def _plugins(built: RunComponents) -> dict[str, str]:
-    """A line for every plug-in of the run."""
+    """Return a line for every plug-in of the run."""
     r, fuse, curator = built.recipe, built.network.fuse, built.step.curator
     lines = {}
     if r.fuse is not None and fuse is not None:
@@ -90,7 +93,7 @@ def _plugins(built: RunComponents) -> dict[str, str]:
 
 
 def attention(encoder: Encoder, context: int) -> str:
-    """What the attention blocks of an encoder add for groups of so many samples."""
+    """Return what the attention blocks of an encoder add, for groups of `context` samples."""
     assert encoder.attend is not None
     more, count = added(encoder, max(context, 2)), len(encoder.slots)
     where = "behind the pooling" if encoder.pooled is not None else f"in {count} block{'s' * (count > 1)}"
@@ -102,15 +105,15 @@ def attention(encoder: Encoder, context: int) -> str:
 
 
 def parameters(module: nn.Module) -> int:
-    """Numbers in the parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
 def estimate(built: RunComponents) -> dict[str, Any]:
-    """Parameters, shapes and bytes of one rank, for JSON. Runs the network on a few random images.
+    """Return parameters, shapes and bytes of one rank, for JSON; runs the network on a few random images.
 
-    Bytes of activations are those of the tensors that one forward pass of a context group keeps for the way back;
-    a convolution's workspace and the fragments of an allocator come on top of the sum.
+    The bytes of activations are those of the tensors that one forward pass of a context group keeps for the backward
+    pass. The workspace of convolutions and the fragmentation of an allocator come in addition to the sum.
     """
     share = built.recipe.batch // distributed.world()
     group = share // built.step.groups
@@ -152,37 +155,37 @@ def estimate(built: RunComponents) -> dict[str, Any]:
 
 
 def _activations(built: RunComponents, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
-    """Shapes of the views and of the rows of a few samples, and the bytes that a group of this size keeps."""
+    """Return the shapes of views and rows of a few samples, and the bytes that a group of this size keeps."""
     views, rows, kept = _forward(built, min(group, _SAMPLES))
-    if group > _SAMPLES:  # a straight line: some of it (weights in bfloat16) does not grow
+    if group > _SAMPLES:  # extrapolated linearly: a part of it (weights in bfloat16) does not grow
         per_sample = (kept - _forward(built, _SAMPLES // 2)[2]) / (_SAMPLES - _SAMPLES // 2)
         kept += round(per_sample * (group - _SAMPLES))
     return views, rows, kept
 
 
 def _forward(built: RunComponents, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
-    """Shapes of views and rows, and the bytes that a forward pass of random images keeps for the way back."""
+    """Return shapes of views and rows, and the bytes that a forward pass of random images keeps for backward."""
     sizes = [view.size for view in built.views.views]
     views = [_images(built, samples, size) for size in sizes]
     learning = list(built.method.online_views(len(views)))
-    plain = [-1] * len(learning)  # numbers that nothing fuses: a group of so few samples may not fit
-    network = built.network.forward  # not as called, which may compile first
+    plain = [-1] * len(learning)  # indices that are never fused: a group of so few samples may not fit
+    network = built.network.forward  # not through the call, which may compile first
     rows, kept = _kept(built, lambda: network([views[v] for v in learning], plain))
     return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
 
 
 def _pixels(built: RunComponents) -> int:
-    """Bytes of one sample that a batch holds on the device before its views are drawn."""
+    """Return the bytes of one sample that a batch holds on the device before its views are drawn."""
     if built.loader.held is not None or built.loader.device.type != "cpu":
-        return 0  # among all images, or in the host's memory until a group's turn comes
+        return 0  # part of the resident images, or in host memory until the group is processed
     sizes = [view.size for view in built.views.views]
-    if built.recipe.curate is not None:  # whole canvases come, to be drawn from again
+    if built.recipe.curate is not None:  # whole canvases arrive, for redraws
         return built.recipe.channels * (2 * max(sizes)) ** 2
     return built.recipe.channels * sum(size**2 for size in sizes)
 
 
 def _fusing(built: RunComponents, group: int) -> int:
-    """Bytes that batch fusion keeps for the way back."""
+    """Return the bytes that batch fusion keeps for the backward pass."""
     fuse = built.network.fuse
     if fuse is None:
         return 0
@@ -197,7 +200,7 @@ def _images(built: RunComponents, samples: int, size: int) -> Tensor:
 
 
 def _kept(built: RunComponents, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a forward pass gives, and the bytes that it keeps for the way back, weights aside."""
+    """Return the result of a forward pass, and the bytes that it keeps for the backward pass, excluding weights."""
     weights = {p.untyped_storage().data_ptr() for p in built.network.parameters()}
     kept: dict[int, int] = {}
 
@@ -213,7 +216,7 @@ def _kept(built: RunComponents, run: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def _state_per_number(built: RunComponents) -> float:
-    """Numbers that the optimiser keeps per parameter, seen at one step of a small one."""
+    """Return the numbers that the optimiser keeps per parameter, measured in one step of a small layer."""
     options = dict(built.recipe.optimizer.options)
     small = nn.Linear(64, 64, bias=False)
     groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))

@@ -1,4 +1,4 @@
-"""How long a run will take, said before its first epoch."""
+"""Estimate the duration of a run before its first epoch."""
 
 import time
 from collections.abc import Iterator
@@ -17,18 +17,21 @@ from inbatch.training.build import RunComponents, build
 from inbatch.training.registry import Part
 
 _SAMPLES = 16
-"""A slice of the batch that is timed: even a ResNet-50 answers in seconds."""
+"""Number of samples in the timed slice of a batch; a ResNet-50 takes seconds for it."""
 _DAY = 86400.0
 SMALLER = ("resnet18", "resnet10", "fast")
-"""Encoders that take less time, in falling order of their cost."""
+"""Encoders that take less time, in decreasing order of cost."""
 
 
 def step_seconds(built: RunComponents, samples: int = _SAMPLES) -> float:
-    """Return about how long a training step takes on the mean of the run, from a small slice of a batch.
+    """Return the approximate seconds of a training step, averaged over the run, from a small slice of a batch.
 
-    Nothing of the run changes. The slice runs forward and backward through the network, and forward through a target
-    network. It is timed at its second pass and scaled to the batch; views, loss and optimiser are small beside it.
-    samples: of the slice; fewer are quicker to time and less exact.
+    The run is not changed. The slice runs forward and backward through the network, and forward through a target
+    network. Its second pass is timed and scaled to the batch; views, loss and optimiser are small compared with it.
+
+    Args:
+        built: The run.
+        samples: Number of samples in the slice; fewer are faster to time and less exact.
     """
     until = built.recipe.grow_until
     with beside_others(built.loader.device):
@@ -37,7 +40,7 @@ def step_seconds(built: RunComponents, samples: int = _SAMPLES) -> float:
 
 
 def growth(built: RunComponents, samples: int = _SAMPLES) -> list[tuple[float, float]]:
-    """Return [(share of the run, relative cost of its steps)] while images are small, for `budget.Pace`."""
+    """Return [(share of the run, relative cost of its steps)] while images are reduced, for `budget.Pace`."""
     until = built.recipe.grow_until
     if not until:
         return []
@@ -46,7 +49,7 @@ def growth(built: RunComponents, samples: int = _SAMPLES) -> list[tuple[float, f
 
 
 def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -> float:
-    """The same at one scale of the images."""
+    """Return the seconds of a training step at one scale of the images."""
     share = built.recipe.batch // distributed.world()
     count = min(samples, share)
     sizes = [view.size for view in built.views.views]
@@ -59,7 +62,7 @@ def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -
     def rows(network: Network, numbers: list[int], grad: bool) -> list[Tensor]:
         images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
         with frozen_statistics(network), scaled(network, scale), torch.set_grad_enabled(grad):
-            return list(network.forward(images, [-1] * len(numbers)).values())  # numbers that nothing fuses
+            return list(network.forward(images, [-1] * len(numbers)).values())  # indices that are never fused
 
     def work() -> float:
         began = time.perf_counter()
@@ -75,13 +78,13 @@ def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -
     with torch.random.fork_rng(devices=devices):
         work()
         seconds = work()
-    again = 4 / 3 if built.step.groups > 1 else 1.0  # one more forward pass
+    again = 4 / 3 if built.step.groups > 1 else 1.0  # one additional forward pass
     return seconds * share / count * again
 
 
 @contextmanager
 def scaled(network: Network, scale: float) -> Iterator[None]:
-    """The network sees its images at this scale for a while."""
+    """Set the image scale of the network inside the context."""
     before, network.scale = network.scale, scale
     try:
         yield
@@ -90,7 +93,7 @@ def scaled(network: Network, scale: float) -> Iterator[None]:
 
 
 def expectation(built: RunComponents, seconds: float, done: int = 0) -> str:
-    """Return a sentence on how long the steps that are left take, and what to do if that is longer than a day."""
+    """Return a sentence on the duration of the remaining steps, and a suggestion if it exceeds a day."""
     left = built.total - done
     total = left * seconds
     text = (
@@ -102,7 +105,7 @@ def expectation(built: RunComponents, seconds: float, done: int = 0) -> str:
 
 
 def smaller_choices(built: RunComponents) -> list[tuple[str, float]]:
-    """Return (setting, seconds of the whole run) of encoders that take less time than this run's."""
+    """Return (setting, seconds of the whole run) of encoders that take less time than that of this run."""
     now, found = step_seconds(built) * built.total, []
     after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
     for name in SMALLER[after:]:

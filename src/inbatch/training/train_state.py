@@ -1,4 +1,4 @@
-"""What a run remembers besides its parts: saved with every checkpoint."""
+"""Training state of a run besides its components, saved with every checkpoint."""
 
 import math
 import time
@@ -14,19 +14,28 @@ def _zero() -> torch.Tensor:
 
 @dataclass
 class TrainState:
-    """What a run remembers besides its parts, saved with every checkpoint; nothing here decides what is learned.
+    """Training state of a run besides its components, saved with every checkpoint; it does not affect what is learned.
 
-    step: steps that are done. ended: epochs after which the features have been looked at.
-    loss: the sum of the steps' losses since the last look, () float64 on the device: no step waits to add its own.
-    seconds, cpu_seconds, images: of training alone; cpu_seconds are those of the processor, over all threads of this
-        process. before: seconds of wall time before this process.
-    most: how different outputs have been at best. collapsed: what no longer is, in sentences.
-    leak: how well an embedding told its context group at the last look.
-    data: how many images it learns from, and the signature of their names and labels.
-    saved: `step` and `ended` of the last checkpoint on the disk.
-    calibration: how the recipe was chosen for its budget.
-    judged: with a budget, images of the bank, queries, and images compared at the end: as many after a resume.
-    threads: every number of threads that it computed with, in the order of their first use.
+    Attributes:
+        step: Number of completed steps.
+        ended: Number of epochs after which the features have been evaluated.
+        best: Highest k-NN accuracy of the online evaluation so far.
+        curve: Entries of the online evaluation so far.
+        loss: Sum of the steps' losses since the last evaluation, () float64 on the device: no step waits to add its
+            own.
+        seconds: Wall time of training alone.
+        cpu_seconds: CPU time of training alone, over all threads of this process.
+        images: Number of images of training alone.
+        before: Seconds of wall time before this process.
+        most: Largest diversity of outputs so far.
+        collapsed: Collapsed outputs, with a sentence for each.
+        leak: How well an embedding identified its context group at the last evaluation.
+        data: Number of training images, and the signature of their names and labels.
+        calibration: How the recipe was chosen for its budget.
+        judged: With a budget, the numbers of bank images, queries, and images compared at the end; kept after a resume.
+        threads: Every number of threads used for computation, in the order of first use.
+        began: Start time (`time.perf_counter`).
+        saved: `step` and `ended` of the last checkpoint on the disk.
     """
 
     step: int = 0
@@ -52,28 +61,30 @@ class TrainState:
 
     @property
     def wall(self) -> float:
-        """Seconds of wall time, everything included, over all processes that went on with the run."""
+        """Seconds of wall time, everything included, over all processes of the run."""
         return self.before + time.perf_counter() - self.began
 
     def cost(self) -> dict[str, float]:
-        """Return what training has cost so far, named as in the log."""
+        """Return the cost of training so far, under the names of the log."""
         return {"training_seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "images": self.images}
 
     def mean_loss(self) -> dict[str, float]:
-        """The mean loss of the steps since the last look, named as a curve does; nothing where there were none."""
+        """Return the mean loss since the last evaluation, under its name in the curve; empty if there were no steps."""
         steps = self.step - (self.curve[-1]["step"] if self.curve else 0)
         total, self.loss = self.loss, _zero()
         return {"loss": float(total) / steps} if steps else {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
         told = {"calibration": self.calibration, "judged": list(self.judged)}
         return kept | told | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended
         self.calibration, self.judged = state.get("calibration"), list(state.get("judged", []))
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
-        self.cpu_seconds = state.get("cpu_seconds", math.nan)  # a checkpoint from before they were counted
+        self.cpu_seconds = state.get("cpu_seconds", math.nan)  # absent from checkpoints of earlier versions

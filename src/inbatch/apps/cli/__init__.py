@@ -1,4 +1,4 @@
-"""The command line. Torch and everything that needs it is imported when a command runs: help is instant."""
+"""The command line; torch is imported only when a command runs, so that help is fast."""
 
 from inbatch.apps.cli import inspection, papers, system, training
 from inbatch.apps.cli.app import app, main

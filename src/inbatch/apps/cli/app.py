@@ -1,4 +1,4 @@
-"""The program: what all of its commands share, and how they report."""
+"""The Typer application: shared options, error reporting and exit codes."""
 
 import errno
 import logging
@@ -31,11 +31,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The program `inbatch`."""
-    child_processes.end_with_parent()  # if another command of ours started this one
+    """Run the program `inbatch`."""
+    child_processes.end_with_parent()  # if another inbatch command started this process
     tuning.program_begins()
     tuning.begin()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which explains itself where it has no home
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs warnings if there is no home directory
     with lasting_streams(), signals.answered_in_time(_tell) as stop:
         try:
             stop.release()
@@ -51,14 +51,14 @@ def main() -> None:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Streams that take what is written: any character, and where they are closed, nothing.
+    """Make the standard streams accept any character, and discard output to closed streams.
 
-    Exits with 1 where a result could not be written, in silence where whoever read it has left (`| head`).
+    Exits with 1 if a result could not be written, without a message if the reader has closed the pipe (`| head`).
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file opened would get its number, and what a library prints
+        except OSError:  # closed: the next file opened would get its number, and receive what a library prints
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115
@@ -71,10 +71,10 @@ def lasting_streams() -> Iterator[None]:
             sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            raise  # of a file: what fails on a stream bears no name
+            raise  # an error of a file; errors of a stream have no file name
         if error.errno != errno.EPIPE:
             complain(f"the result cannot be written to stdout: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
         sys.exit(1)
     finally:
         try:
@@ -92,10 +92,11 @@ KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, 
 Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
 
 SEEDS = 2**32 - 1
-"""The largest; scikit-learn takes no larger one."""
+"""Largest seed; scikit-learn accepts no larger one."""
 
 
 def print_version(wanted: bool) -> None:
+    """Print the version and exit if it is requested."""
     if wanted:
         from importlib.metadata import version
 
@@ -109,12 +110,12 @@ def program(
         bool, Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options before a command."""
 
 
 @contextmanager
 def reported(as_json: bool) -> Iterator[None]:
-    """Errors for people: a sentence on stderr, with --json an object on stdout too, and the exit code of their kind."""
+    """Report errors as a sentence on stderr, with --json also as an object on stdout, and exit with their code."""
     message, code = "interrupted", Interrupted.exit_code
     _told_as[0] = as_json
     try:
@@ -127,11 +128,11 @@ def reported(as_json: bool) -> Iterator[None]:
         several = False
     except InbatchError as error:
         message, code = str(error), error.exit_code
-        # What ranks decide together is told once; what may befall one of them, by the one it befell.
+        # Errors that all ranks share are printed once; errors that may occur on one rank are printed by that rank.
         speaks = error.alone or (isinstance(error, RankError) and error.speaks)
         several = speaks or type(error) in (InbatchError, DataError)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, compared by name to avoid its import
             raise
         message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
         several = True
@@ -144,7 +145,7 @@ def reported(as_json: bool) -> Iterator[None]:
 
 
 _told_as = [False]
-"""Whether the command prints its errors as JSON, too."""
+"""Whether the command also prints its errors as JSON."""
 
 
 def _tell(error: InbatchError) -> None:
@@ -156,7 +157,7 @@ def _tell(error: InbatchError) -> None:
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:
-    """The values of --set as settings."""
+    """Return the values of --set as settings."""
     from inbatch.training.recipe import parse_assignment
 
     return {key: value for text in texts or () for key, value in parse_assignment(text).items()}

@@ -1,4 +1,4 @@
-"""Commands that show: views, data, inspect, crops, methods, plugins."""
+"""Commands for inspection: views, data, inspect, replay, crops, methods, plugins."""
 
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ def views(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Draw images beside the views a method would learn from: judge by eye before training."""
+    """Draw images next to the views that a method would learn from, to check augmentations before training."""
     with reported(as_json):
         from inbatch.apps.reports.view_grid import draw_views
 
@@ -70,7 +70,7 @@ def data(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Look at every image before learning: classes, sizes, duplicates, leaks, damage. Exits with 3 if a run would."""
+    """Check every image before training: classes, sizes, duplicates, leaks, damage. Exits with 3 if a run would."""
     with reported(as_json):
         from inbatch.apps.reports import dataset_text
         from inbatch.apps.reports.dataset import survey_data
@@ -104,7 +104,7 @@ def inspect(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw what a run's plug-ins do to a batch (fusion, curation, attention), and measure it; learns nothing."""
+    """Draw and measure what a run's plug-ins do to a batch (fusion, curation, attention), without training."""
     with reported(as_json):
         from inbatch.apps.reports.batch_context import inspect_run, report_rows
 
@@ -128,7 +128,7 @@ def replay(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Make the step again at which a loss or gradient was not finite, and say where it began; 4 if it is finite now."""
+    """Repeat the step with a non-finite loss or gradient and report where it began. Exits with 4 if finite now."""
     with reported(as_json):
         from inbatch.api import replay_run
 
@@ -155,7 +155,7 @@ def crops(
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Of what is drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Count how two crops of an image lie to each other: one inside the other, apart, or across its edges."""
+    """Count the relative positions of two crops of an image: nested, disjoint, or partially overlapping."""
     with reported(as_json):
         from inbatch.apps.reports import crop_statistics as inspect
 
@@ -181,7 +181,7 @@ def methods(
     name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What there is to learn with; with a NAME its options and its presets."""
+    """List the available methods; with a NAME, show its options and presets."""
     with reported(as_json):
         from inbatch.training.recipe import METHODS, method_named
 
@@ -198,7 +198,10 @@ def plugins(
     name: Annotated[str | None, Argument(metavar="NAME", help="One plug-in: its options.")] = None,
     as_json: Json = False,
 ) -> None:
-    """How samples can meet before the loss (fusion, curation, attention), with any method; with a NAME its options."""
+    """List the plug-ins by which samples interact before the loss; with a NAME, show its options.
+
+    Fusion, curation and attention work with every method.
+    """
     with reported(as_json):
         every = explain_plugins()
         if name is None:

@@ -1,4 +1,4 @@
-"""Print what commands found: runs, methods, plug-ins, tables of figures."""
+"""Print the results of commands: runs, methods, plug-ins and tables of figures."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from inbatch.apps.console import print_table, say
 from inbatch.errors import many
 
-if TYPE_CHECKING:  # at run time torch would be loaded for every --help
+if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.apps.quickstart import Verdict
     from inbatch.methods.base import Method
     from inbatch.training.run import Run
@@ -25,17 +25,17 @@ FIGURES = {
     "head ACC": ("head", "acc"),
     "head ARI": ("head", "ari"),
 }
-"""Heading -> where the number stands in an evaluation; NMI, ACC and ARI compare clusters with classes."""
+"""Heading -> location of the figure in an evaluation; NMI, ACC and ARI compare clusters with classes."""
 
 
 def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
-    """The headline numbers of an evaluation, those that it holds."""
+    """Return the main figures that an evaluation contains."""
     found = evaluation or {}
     return {name: found[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in found}
 
 
 def conditions(evaluation: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
-    """What was judged with few labels or on corrupted images, in words: k-NN and linear probe again."""
+    """Return the evaluations with few labels or on corrupted images, by description: k-NN and linear probe each."""
     found = evaluation or {}
     rows = [(f"{share} of the labels", given) for share, given in found.get("few", {}).get("shares", {}).items()]
     if corrupted := found.get("corruptions"):
@@ -44,7 +44,7 @@ def conditions(evaluation: Mapping[str, Any] | None) -> list[tuple[str, dict[str
 
 
 def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """A table on stdout: a row per name and per condition it was judged in, the headline numbers in percent."""
+    """Print a table of the main figures in percent, with a row per name and condition."""
     rows = [
         row
         for name, evaluation in evaluations.items()
@@ -56,7 +56,7 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
 
 
 def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> None:
-    """A table on stdout of what is measured without labels: before and after training, and which is better."""
+    """Print a table of the measures without labels: before and after training, and which direction is better."""
     names = {"same_image": "same image found", "rankme": "RankMe", "feature_std": "feature std"}
 
     def cell(name: str, value: float | None) -> str:
@@ -67,12 +67,12 @@ def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after
         for name, told in measures.items()
     ]
     count = max((told.get("images", 0) for told in measures.values()), default=0)
-    what = f"without labels, {many(count, 'image')}" if count else "without labels"  # older results do not tell
+    what = f"without labels, {many(count, 'image')}" if count else "without labels"  # older results have no count
     print_table([what, before, after, "better"], rows, numbers=True)
 
 
 def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
-    """Lines on the images that figures are of, and whether they are too few for clusters."""
+    """Return lines on the images behind the figures, with a note if they are too few for clustering."""
     count = found["test"]["labelled"]
     lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
     clusters = found.get("clustering", {}).get("clusters", 0)
@@ -82,7 +82,7 @@ def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
 
 
 def print_verdict(verdict: "Verdict") -> None:
-    """A quickstart's table, its pictures, and what to do next."""
+    """Print the table of a quickstart, its plots, and the next command."""
     folder = verdict.run.directory
     print_figures(verdict.rows)
     if verdict.reached:
@@ -92,7 +92,7 @@ def print_verdict(verdict: "Verdict") -> None:
 
 
 def print_run(run: "Run") -> None:
-    """A finished run's table, its speed, its folder, and what to do next."""
+    """Print the table of a finished run, its speed, its directory, and the next commands."""
     result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
     if result["evaluation"]:
         print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
@@ -110,7 +110,7 @@ def print_run(run: "Run") -> None:
 
 
 def print_export(found: Mapping[str, Any]) -> None:
-    """An exported encoder, where it is, and how to load it."""
+    """Print an exported encoder, its location, and how to load it."""
     shape = f"{found['channels']}x{found['size']}x{found['size']} -> {found['width']}"
     say(f"Encoder:    {found['encoder']}, {shape}", f"Written to: {found['out']}")
     say(*([f"Note:       {found['note']}"] if found["note"] else []), "", "In Python:", "")
@@ -120,7 +120,7 @@ def print_export(found: Mapping[str, Any]) -> None:
 
 
 def print_dry_run(found: Mapping[str, Any]) -> None:
-    """What a run would be: a YAML file that --config takes, the rest in its comments."""
+    """Print a planned run as a YAML file for --config, with further information in comments."""
     import yaml
 
     lines = found["description"].splitlines()
@@ -137,7 +137,7 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
 
 
 def print_replay(found: Mapping[str, Any]) -> None:
-    """A step made again: whether it failed again, where that begins, and what float32 makes of it."""
+    """Print a repeated step: whether it failed again, where that begins, and its result in float32."""
     say(f"Captured:  {found['captured']}")
     tries = {found["precision"]: found} | ({"float32": found["float32"]} if "float32" in found else {})
     for precision, one in tries.items():
@@ -154,7 +154,7 @@ def print_replay(found: Mapping[str, Any]) -> None:
 
 
 def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
-    """A method for --json and the tables; options by name: default and what it is."""
+    """Return a method for --json and the tables, with default and description of each option by name."""
     told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
     options = _told(told[1:], parameters)
     least, most = kind.views
@@ -170,7 +170,7 @@ def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
 
 
 def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
-    """A row per method."""
+    """Print a row per method."""
     rows = [
         (m["name"], m["what"], m["views"], _yes(m["target_network"]), _yes(m["labels"]), ", ".join(m["presets"]))
         for m in every
@@ -182,7 +182,7 @@ def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_method(m: Mapping[str, Any]) -> None:
-    """A method's options, and its presets with their sources."""
+    """Print a method's options, and its presets with their sources."""
     say(f"{m['name']}: {m['what']}")
     say(f"{m['views']} views; target network: {_yes(m['target_network'])}; learns from labels: {_yes(m['labels'])}", "")
     rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
@@ -197,7 +197,7 @@ STAGES = "which residual stages get a block, from 1; all by default"
 
 
 def explain_plugins() -> list[dict[str, Any]]:
-    """Every plug-in for --json and the tables."""
+    """Return every plug-in for --json and the tables."""
     from inbatch.training.registry import plugins
 
     every = []
@@ -210,7 +210,7 @@ def explain_plugins() -> list[dict[str, Any]]:
 
 
 def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
-    """A row per plug-in."""
+    """Print a row per plug-in."""
     flags = {"curate": "--curate"}
     rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
     print_table(("flag", "what it is", "options"), rows)
@@ -219,7 +219,7 @@ def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_plugin(p: Mapping[str, Any]) -> None:
-    """A plug-in's options."""
+    """Print a plug-in's options."""
     say(f"{p['name']}: {p['what']}", "")
     print_table(
         ("--set", "default", "what it is"),
@@ -228,7 +228,7 @@ def print_plugin(p: Mapping[str, Any]) -> None:
 
 
 def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
-    """What a docstring says of the options: "name, name: what", at the start of a line or behind a full stop."""
+    """Return the option texts of a docstring: "name, name: text" at the start of a line or after a full stop."""
     one = "|".join(options)
     text = re.sub(r"\n\s+", " ", "\n".join(lines))
     parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]

@@ -1,4 +1,4 @@
-"""The command for the papers' tables and figures: table."""
+"""The command for tables and figures of papers: table."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ def table(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """A table or figure of the papers: their figures, ours, what differs, and the command of every run."""
+    """Show or run a table or figure of a paper: its figures, ours, the differences, and the command of every run."""
     with reported(as_json):
         from inbatch.apps.papers import TABLES
         from inbatch.apps.papers.command import run_table_command
@@ -83,7 +83,7 @@ def table(
 
 
 def _places(texts: list[str] | None) -> dict[str, str]:
-    """NAME=PATH as a mapping."""
+    """Return NAME=PATH arguments as a mapping."""
     places: dict[str, Any] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")

@@ -1,4 +1,4 @@
-"""Commands about speed and the machine: bench, doctor, slurm."""
+"""Commands for speed and the machine: bench, doctor, slurm."""
 
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,7 @@ def bench(
     out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write all that was found as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's speed beside its ceiling and other libraries, every contestant in turns."""
+    """Benchmark this machine against its peak rates and other libraries, with implementations measured in turns."""
     with reported(as_json):
         from inbatch.apps.bench import benchmark
         from inbatch.apps.bench.options import Options
@@ -56,7 +56,7 @@ def doctor(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """What this machine can do, what of it is in use, what that gains, and what to do where more could be had."""
+    """Report the capabilities of this machine, which are in use, what they gain, and how to enable the others."""
     with reported(as_json):
         tuning.ready()
         from inbatch.apps import doctor as look
@@ -65,7 +65,7 @@ def doctor(
         cleared = look.cache.clear() if clear_cache else None
         found, measured = look.examine(device), None
         if measure:
-            found += forecast(until=tuning.started + look.FORECAST)  # first: it is what most people ask for
+            found += forecast(until=tuning.started + look.FORECAST)  # first, because most users need it
             measured = look.measure(until=tuning.started + look.MEASURED)
         if as_json:
             told = {"found": [vars(one) for one in found], "measured": measured}
@@ -87,5 +87,5 @@ def doctor(
     epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800"
 )
 def slurm() -> None:
-    """Print a batch script for SLURM: it saves before its time is up, queues again, and goes on where it was."""
+    """Print a batch script for SLURM that saves before the time limit, requeues the job, and resumes the run."""
     print(resources.files("inbatch.apps.cli").joinpath("job.sbatch").read_text("utf-8"), end="")

@@ -1,4 +1,4 @@
-"""Commands that learn, judge and use: quickstart, pretrain, evaluate, embed."""
+"""Commands for training and evaluation: quickstart, pretrain, evaluate, embed, export."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ def quickstart(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn from real handwritten digits that come along, and see what it is worth. About a minute on two cores."""
+    """Pretrain on embedded handwritten digits and evaluate the gain. Takes about a minute on two cores."""
     with reported(as_json):
         from inbatch.apps.quickstart import quickstart as run
 
@@ -96,10 +96,10 @@ def pretrain(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn features from images and leave a run's folder: recipe, log, curves, checkpoints, encoder, result."""
+    """Pretrain an encoder on images and write a run directory: recipe, log, curves, checkpoints, encoder, result."""
     with reported(as_json):
         if budget is not None:
-            parse_budget(budget)  # before torch is loaded, which takes seconds
+            parse_budget(budget)  # before the import of torch, which takes seconds
         from inbatch import api
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
@@ -168,7 +168,7 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Judge a run's encoder by k-NN, a linear probe, clustering and more; the protocol stands beside every figure."""
+    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol."""
     with reported(as_json):
         from inbatch.api import evaluate_run
         from inbatch.runtime.files import check_writable, write_json
@@ -239,7 +239,7 @@ def export(
     out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="For model.safetensors and config.json.")],
     as_json: Json = False,
 ) -> None:
-    """Write the encoder of a run, finished or stopped, into a folder that inbatch.load and, if it can, timm reads."""
+    """Write the encoder of a run, finished or stopped, to a folder for inbatch.load and, if supported, timm."""
     with reported(as_json):
         from inbatch.api import export_run
 

@@ -1,4 +1,4 @@
-"""Tables and figures of papers as recipes, with the papers' figures beside ours."""
+"""Tables and figures of papers as recipes, with the papers' figures next to our results."""
 
 from inbatch.apps.papers.tables import TABLES
 

@@ -1,4 +1,4 @@
-"""What `inbatch table NAME` does: run what is asked for and missing, fill the table, say how each figure is come by."""
+"""Implementation of `inbatch table NAME`: run missing cells, fill the table, and state how each figure was obtained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,13 @@ from inbatch.training.registry import check_known
 
 @dataclass(frozen=True)
 class TableReport:
-    """A table at a scale, filled as far as there are results.
+    """A table at a scale, filled with the available results.
 
-    problems: runs that could not be made, by name. beside: the same table of the results that come along, where those
-    of the sheet are the user's. launch: commands of runs that are not for this machine.
+    Attributes:
+        sheet: The filled table.
+        problems: Runs that could not be made, by name.
+        beside: The same table with the shipped results, if `sheet` has the user's results.
+        launch: Commands of runs for another machine.
     """
 
     sheet: FilledTable
@@ -31,15 +34,15 @@ class TableReport:
 
     @property
     def exit_code(self) -> int:
-        """0, or that of the first problem."""
+        """0, or the exit code of the first problem."""
         return next((problem.exit_code for problem in self.problems.values()), 0)
 
     def grids(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
-        """Headings and rows, in as many tables as it takes for each to fit into so many characters."""
+        """Return headings and rows, split into as many tables as necessary to fit the width in characters."""
         return render.grids(self.sheet, width)
 
     def words(self) -> list[str]:
-        """What stands below the table."""
+        """Return the lines below the table."""
         table, scale = self.sheet.table, self.sheet.scale
         lines = [f"{table.name} at {scale} scale. {table.asks}", *render.notes(self.sheet)]
         if told := table.holds.get(scale):
@@ -56,7 +59,7 @@ class TableReport:
         return [part for line in lines for part in line.split("\n")]
 
     def _compared(self) -> list[str]:
-        """The user's figures beside ours."""
+        """Return lines that compare the user's figures with the shipped ones."""
         if self.beside is None:
             return []
         lines = []
@@ -70,7 +73,7 @@ class TableReport:
         return ["Beside the results that come along:", "", *lines, ""] if lines else []
 
     def json(self) -> dict[str, Any]:
-        """The same for a program; figures in percent."""
+        """Return the report for --json; figures in percent."""
         headings, rows = render.grid(self.sheet)
         table = self.sheet.table
         found = {
@@ -96,11 +99,23 @@ def run_table_command(
     tables: Mapping[str, Table], name: str, scale: str | None = None, *, runner: Runner, from_: Path | None = None,
     rows: Sequence[str] = (), on: Sequence[str] = (), seeds: Sequence[int] = (), out: Path | None = None,
 ) -> TableReport:  # fmt: skip
-    """Fill a table.
+    """Run missing cells of a table and fill it.
 
-    scale: what is missing at it is run, unless from_ says where results are; None: shows those that come along, at cpu.
-    rows, on, seeds: only these rows (with those that they are compared with), data sets and seeds. out: a file for it.
-    Raises ConfigError for what is not known, DataError for files that are no results.
+    Args:
+        tables: Registry of tables by name.
+        name: Name of the table.
+        scale: Scale at which missing cells are run, unless `from_` is a folder of results. None shows the shipped
+            results at scale cpu.
+        runner: The runner of missing cells.
+        from_: Folder of results; nothing is run.
+        rows: Use only these rows, with those that they are compared with.
+        on: Use only these data sets.
+        seeds: Use only these seeds.
+        out: File for the table.
+
+    Raises:
+        ConfigError: For an unknown name, scale, row, data set or file ending.
+        DataError: For files that are not results.
     """
     check_known("table", name, tables)
     table, runs = tables[name], scale is not None and from_ is None
@@ -135,7 +150,7 @@ def _writer(out: Path) -> Callable[[FilledTable], str]:
 
 
 def _chosen(table: Table, scale: str, rows: Sequence[str], on: Sequence[str], seeds: Sequence[int]) -> Table:
-    """The table cut down to what is asked for."""
+    """Return the table reduced to the requested rows, data sets and seeds."""
     at = table.scales[scale]
     for row in rows:
         check_known("row", row, {row.name: None for row in table.rows})

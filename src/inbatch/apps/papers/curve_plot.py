@@ -1,4 +1,4 @@
-"""The curves of a table's rows over the epochs, as a picture."""
+"""Plot the curves of a table's rows over the epochs."""
 
 import io
 from itertools import cycle, product
@@ -12,9 +12,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 def curves(sheet: FilledTable) -> bytes | None:
-    """A PNG of the rows' curves over the epochs, mean and spread over the seeds, a panel for each data set and number.
+    """Return a PNG of the rows' curves over the epochs, mean and spread over seeds; None without curves.
 
-    The table's own number if it is a figure of curves, else loss, k-NN, feature_std and rankme. None without curves.
+    There is a panel for each data set and number. The number is that of the table if it is a figure of curves, else
+    loss, k-NN, feature_std and rankme.
     """
     numbers = [sheet.table.curve] if sheet.table.curve else ["loss", "knn", "feature_std", "rankme"]
     kinds = [
@@ -51,7 +52,7 @@ def curves(sheet: FilledTable) -> bytes | None:
 
 
 def _curve(line: Line, data: str, number: str) -> tuple[list[float], list[float], list[float]] | None:
-    """Epochs, means and standard deviations over the seeds, where every seed has the number."""
+    """Return epochs, means and standard deviations over the seeds, at epochs for which every seed has the number."""
     scale = 100.0 if number == "knn" else 1.0
     runs: list[dict[float, float]] = [
         {float(look["epoch"] or 0): scale * value for look in record.curve if (value := look.get(number)) is not None}

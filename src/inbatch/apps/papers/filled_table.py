@@ -1,4 +1,4 @@
-"""A table filled in: the paper's figures, ours over the seeds, and what a row's difference makes, paired by seed."""
+"""A table with the paper's figures, our figures over the seeds, and the effect of each row, paired by seed."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,15 +10,19 @@ from inbatch.apps.papers.results import Record, Records, find_record
 from inbatch.apps.papers.spec import Cell, Column, Row, Table, cell, cells
 
 SURE = 0.05
-"""Below this p a difference is called one; the p of a table's rows are not corrected for their number."""
+"""Significance level of a difference; the p values of a table's rows are not corrected for their number."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """One of our figures: its values by seed, in percent; what it is against the row it is compared with.
+    """One of our figures: its values by seed in percent, and its differences from the row that it is compared with.
 
-    gains: differences at the seeds that both have. p: of a paired t-test, two-sided; None for fewer than two seeds.
-    failed: runs that have no figure.
+    Attributes:
+        seeds: The seeds.
+        values: Value for each seed.
+        gains: Differences at the seeds that both rows have.
+        p: p value of a paired two-sided t-test; None for fewer than two seeds.
+        failed: Number of runs without a figure.
     """
 
     seeds: tuple[int, ...]
@@ -28,14 +32,14 @@ class Value:
     failed: int = 0
 
     def text(self, digits: int = 1) -> str:
-        """Mean and standard deviation; empty where nothing was run."""
+        """Return mean and standard deviation; empty if there are no runs."""
         if not self.values:
             return "failed" if self.failed else ""
         some = f" ({self.failed} failed)" if self.failed else ""
         return f"{mean(self.values):.{digits}f}{_deviation(self.values, digits)}{some}"
 
     def gain(self, digits: int = 1) -> str:
-        """Mean difference with its p; a star where it is below `SURE`."""
+        """Return the mean difference with its p value, and a star if p is below `SURE`."""
         if not self.gains:
             return ""
         told = "" if self.p is None else f" (p {self.p:.2f}){'*' * (self.p < SURE)}"
@@ -57,7 +61,7 @@ class Line:
     records: tuple[Record, ...]
 
     def moved(self, heading: str, against: "Line | None") -> float | None:
-        """What the paper says the row's difference makes."""
+        """Return the effect of the row according to the paper; None if the paper does not state it."""
         if against is None or heading not in self.row.paper or heading not in against.row.paper:
             return None
         return self.row.paper[heading] - against.row.paper[heading]
@@ -65,34 +69,34 @@ class Line:
 
 @dataclass(frozen=True)
 class FilledTable:
-    """A table at a scale, with whatever results there are."""
+    """A table at a scale, with the available results."""
 
     table: Table
     scale: str
     lines: tuple[Line, ...]
 
     def line(self, name: str | None) -> Line | None:
-        """A row by its name."""
+        """Return a row by name; None if there is none."""
         return next((line for line in self.lines if line.row.name == name), None)
 
     @property
     def records(self) -> dict[str, Record]:
-        """All records, by their cells' names."""
+        """All records by their cells' names."""
         return {c.stem: r for line in self.lines for c, r in zip(line.cells, line.records, strict=True)}
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Ours."""
+        """Our columns."""
         return self.table.scales[self.scale].columns
 
     @property
     def wanted(self) -> int:
-        """How many runs the table has at this scale."""
+        """Number of runs of the table at this scale."""
         return len({one.stem for one in cells(self.table, self.scale)})
 
 
 def fill(table: Table, scale: str, records: Records) -> FilledTable:
-    """The table at this scale, filled from records."""
+    """Return the table at this scale, filled from records."""
     at = table.scales[scale]
     found: dict[str, list[tuple[Cell, Record]]] = {}
     for row in table.rows:
@@ -115,7 +119,7 @@ def fill(table: Table, scale: str, records: Records) -> FilledTable:
 
 
 def figure(record: Record, path: str) -> float | None:
-    """A number of an evaluation by its path, in percent; None where the record has none."""
+    """Return a number of an evaluation by its path, in percent; None if the record does not contain it."""
     value: Any = record.evaluation
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -137,7 +141,10 @@ def _by_seed(column: Column, runs: list[tuple[Cell, Record]]) -> dict[int, float
 
 
 def paired(gains: Sequence[float]) -> float | None:
-    """p of the two-sided t-test that paired differences have mean 0; 1 where all are 0, None for fewer than two."""
+    """Return the p value of the two-sided t-test that paired differences have mean 0.
+
+    It is 1 if all differences are 0, and None for fewer than two.
+    """
     if len(gains) < 2:
         return None
     if len(set(gains)) == 1:
@@ -145,5 +152,5 @@ def paired(gains: Sequence[float]) -> float | None:
     from scipy.stats import ttest_1samp
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences: p is next to 0, to whatever digit
+        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences: p is close to 0, but inexact
         return float(ttest_1samp(gains, 0.0).pvalue)

@@ -1,4 +1,4 @@
-"""A filled table as text: for a terminal, Markdown, LaTeX, or a page of HTML that needs nothing else."""
+"""Render a filled table for a terminal, as Markdown, as LaTeX, or as a self-contained HTML page."""
 
 import base64
 import html
@@ -15,9 +15,9 @@ from inbatch.apps.papers.spec import Cell, cells
 
 
 def grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the row; each of the paper's columns with those of ours that stand for it; the rest of ours.
+    """Return headings and cells: the row name; each column of the paper with our corresponding ones; our others.
 
-    Behind every figure stands the difference from the row that its row is against, where there are such rows.
+    If rows are compared, every figure is followed by the difference from the row that its row is compared with.
     """
     differs = together(sheet) == 2
     order: list[tuple[str, int]] = []
@@ -38,12 +38,12 @@ def grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]]:
 
 
 def together(sheet: FilledTable) -> int:
-    """How many columns of the grid make one: a figure, and what its row's difference makes where rows have one."""
+    """Return the number of grid columns per figure: 2 with a difference if rows are compared, else 1."""
     return 2 if any(line.row.against for line in sheet.lines) else 1
 
 
 def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
-    """The grid in as many as it takes for each to fit into so many characters, the rows' names in all of them."""
+    """Return the grid split to fit the width in characters, with the row names in each part."""
     headings, rows = grid(sheet)
     groups = column_groups(headings, rows, width, together(sheet))
     return [([headings[i] for i in (0, *some)], [[row[i] for i in (0, *some)] for row in rows]) for some in groups]
@@ -52,9 +52,15 @@ def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str
 def column_groups(
     headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, together: int = 1
 ) -> list[list[int]]:
-    """The columns of a table in as many groups as it takes for each to fit, beside the first, into so many characters.
+    """Return the columns of a table in groups, each of which fits into the width together with the first column.
 
-    Columns are three characters apart. together: so many stay in one group, from the second on, however wide they are.
+    Columns are three characters apart.
+
+    Args:
+        headings: Headings of the columns.
+        rows: Cells of the rows.
+        width: Width in characters.
+        together: Number of columns, from the second on, that stay in one group even if they are too wide.
     """
     widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *rows, strict=True)]
     groups: list[list[int]] = [[]]
@@ -67,7 +73,7 @@ def column_groups(
 
 
 def _paper(sheet: FilledTable, line: Line, column: int) -> tuple[str, str]:
-    """The paper's figure and what it says the row's difference makes."""
+    """Return the paper's figure and the effect of the row according to it."""
     figure, moved = line.paper[column], line.moved(sheet.table.headings[column], sheet.line(line.row.against))
     short = figure is not None and figure == round(figure, 1) and sheet.table.digits == 1
     text = "" if figure is None else f"{figure:g}" if short else f"{figure:.2f}"
@@ -79,7 +85,7 @@ def _ours(sheet: FilledTable, value: Value) -> tuple[str, str]:
 
 
 def notes(sheet: FilledTable) -> list[str]:
-    """What must stand below the figures: how many runs, on what, how they differ from the paper's."""
+    """Return the notes below the figures: the number of runs, the machines, and the differences from the paper."""
     table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
     finished = [record for record in records if record.status == "finished"]
     lines = [
@@ -119,14 +125,20 @@ def _machines(records: Iterable[Record]) -> str:
 
 
 def hours(seconds: float) -> str:
-    """Seconds in minutes or hours."""
+    """Return seconds as readable minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:
-    """A page in Markdown. picture: where the curves are drawn. runs: where the records lie, for links."""
+    """Return a page in Markdown.
+
+    Args:
+        sheet: The filled table.
+        picture: Path of the image with the curves.
+        runs: Path of the records, for links.
+    """
     table = sheet.table
     headings, rows = grid(sheet)
     parts = [f"# {table.name}: {_md(table.title)}", _md(table.asks), _md_table(headings, rows)]
@@ -160,7 +172,7 @@ def _md_cell(text: str) -> str:
 
 
 def first_seeds(sheet: FilledTable) -> list[tuple[Cell, Record | None]]:
-    """A cell of each row and data set, with its record where there is one."""
+    """Return a cell of each row and data set, with its record if there is one."""
     first = sheet.table.scales[sheet.scale].seeds[0]
     records = sheet.records
     seen: dict[str, tuple[Cell, Record | None]] = {}
@@ -175,16 +187,16 @@ _TEX = {
 }  # fmt: skip
 
 
-_TEX_WIDTH = 76  # characters across a page of LaTeX's article, small
+_TEX_WIDTH = 76  # characters across a page of LaTeX's article class, small
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX takes it; the hyphen of a negative number is a minus."""
+    """Return text escaped for LaTeX; the hyphen of a negative number becomes a minus sign."""
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
 
 
 def latex(sheet: FilledTable) -> str:
-    """A table environment for booktabs; columns that are too many for a page's width stand below the others."""
+    """Return a table environment for booktabs; columns beyond the page width are in a second tabular below."""
     caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
     parts = []
     for headings, rows in grids(sheet, _TEX_WIDTH):
@@ -222,7 +234,7 @@ _STYLE = (
 
 
 def page(sheet: FilledTable) -> str:
-    """A self-contained page of HTML: table, curves, notes, and the recipe of every run."""
+    """Return a self-contained HTML page: table, curves, notes, and the recipe of every run."""
     e, table = html.escape, sheet.table
     headings, rows = grid(sheet)
     head = "".join(f"<th>{e(text)}</th>" for text in headings)
@@ -253,4 +265,4 @@ def _pretty(record: Record) -> str:
 
 
 FORMATS: dict[str, Callable[[FilledTable], str]] = {".md": markdown, ".tex": latex, ".html": page}
-"""Ending of a file -> what is written into it."""
+"""File ending -> renderer."""

@@ -1,4 +1,4 @@
-"""What came out: one JSON file per run, checked against a schema, found again by what was run."""
+"""Results of runs: one JSON file each, validated by a schema, and identified by the recipe."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ Number = float | int | None
 
 
 class Failure(pydantic.BaseModel, extra="forbid"):
-    """Why a run has no figures: its exit code, its last words."""
+    """The reason why a run has no figures: exit code, message and end of the log."""
 
     exit_code: int
     sentence: str
@@ -25,11 +25,14 @@ class Failure(pydantic.BaseModel, extra="forbid"):
 
 
 class Record(pydantic.BaseModel, extra="forbid"):
-    """One run as it is kept: what was run, on what, and what came out. A failed one has no evaluation; where only one
-    of its protocols failed, the evaluation says so there.
+    """The stored result of one run: what was run, on which data, and its figures.
 
-    data: the name of the data set in the table; source: what the images were called where they lay.
-    recipe: as the run wrote it, the data by its name; of counted crops what counting took.
+    A failed run has no evaluation. If only one of its protocols failed, the evaluation contains the failure.
+
+    Attributes:
+        data: Name of the data set in the table.
+        source: Name of the images at their location.
+        recipe: Recipe as written by the run, with the data by name; for counted crops, the settings of counting.
     """
 
     schema_: Literal[1] = pydantic.Field(alias="schema")
@@ -70,19 +73,19 @@ class Record(pydantic.BaseModel, extra="forbid"):
 
     @property
     def told(self) -> tuple[str, str, int]:
-        """What tells it from other runs: key of the recipe, data set, seed."""
+        """Identity of the run: key of the recipe, data set, seed."""
         return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
 
     @property
     def failures(self) -> dict[str, str]:
-        """What failed and why: "" for the whole run, else protocols of its evaluation."""
+        """Failures and their reasons: "" for the whole run, else protocols of its evaluation."""
         if self.failure is not None:
             return {"": self.failure.sentence}
         judged = {name: found for name, found in (self.evaluation or {}).items() if isinstance(found, dict)}
         return {name: found["failed"] for name, found in judged.items() if "failed" in found}
 
     def file(self) -> dict[str, Any]:
-        """As it stands in its file."""
+        """Return the content of the record's file."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -90,10 +93,10 @@ Records = Mapping[tuple[str, str, int], Record]
 
 
 def read_record(path: Path) -> Record:
-    """A record's file; DataError where it is none."""
+    """Return the record in a file; raise DataError if it is invalid."""
     try:
         found = Record.model_validate(json.loads(path.read_bytes()))
-        found.told  # noqa: B018 - its recipe must be one
+        found.told  # noqa: B018 - validates the recipe
     except (OSError, ValueError, ConfigError) as error:
         raise DataError(f"{path} is no result of a run: {_reason(error)}") from None
     return found
@@ -107,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
-    """Every record of a folder, of those of the same run the latest by name; DataError for a file that is none."""
+    """Return every record of a folder, by run the last in name order; raise DataError for an invalid file."""
     records: dict[tuple[str, str, int], Record] = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
@@ -116,24 +119,24 @@ def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
 
 
 def find_record(records: Records, cell: Cell) -> Record | None:
-    """The record of a cell, if there is one with all that it asks for."""
+    """Return the record of a cell if it has all of the cell's protocols, else None."""
     record = records.get((cell.key, cell.data, cell.seed))
     lacking = record is not None and record.status == "finished" and set(cell.protocols) - set(record.protocols)
     return None if lacking else record
 
 
 def write_record(folder: Path, cell: Cell, record: Record) -> Path:
-    """Keep a record under its cell's name."""
+    """Write a record under its cell's name; return the path."""
     path = folder / f"{cell.stem}.json"
     write_json(path, record.file())
     return path
 
 
 def shipped() -> Path:
-    """The folder of the records that come along."""
+    """Return the folder of the shipped records."""
     return folder()
 
 
 def wall_seconds(records: Iterable[Record]) -> float:
-    """Seconds that runs took, one after another."""
+    """Return the total duration of the runs in seconds."""
     return sum(record.wall_seconds for record in records)

@@ -1,4 +1,4 @@
-"""Run what a table still lacks: a process for each run, none for what is known, and what was cut goes on."""
+"""Run the missing cells of a table, one process per run; interrupted runs are resumed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from inbatch.runtime.signals import stop_on_signals, stopped
 from inbatch.training.recipe import make, read_settings
 
 ON = "on-"
-"""A protocol that begins so is a linear probe on the images of another data set."""
+"""Prefix of protocols that are a linear probe on the images of another data set."""
 Tell = Callable[[str], None]
 Show = Callable[[float, int, str, str], None]
 _POLL, _REPORT = 0.3, 60.0  # seconds
@@ -39,12 +39,19 @@ _POLL, _REPORT = 0.3, 60.0  # seconds
 
 @dataclass
 class Runner:
-    """Where and how runs are made.
+    """Run cells of a table.
 
-    results: the folder of records. work: of the runs themselves, kept for going on.
-    places: name of a data set -> where its images lie. jobs: runs at a time; None: a core each, on a GPU one.
-    again: failed runs are run anew. tell: takes sentences for people. show: draws how much of how many runs is done,
-    in words, and the time left; without it they are told every minute.
+    Attributes:
+        results: Folder of the records.
+        work: Folder of the runs, kept for resuming.
+        places: Name of a data set -> location of its images.
+        jobs: Number of concurrent runs; None: one per core, on a GPU one.
+        device: Name of the device, or "auto".
+        download: Download missing torchvision data sets.
+        again: Repeat failed runs.
+        tell: Receives sentences for the user.
+        show: Displays progress: completed and total runs, in words, and the remaining time. Without it, progress is
+            reported by `tell` every minute.
     """
 
     results: Path
@@ -64,7 +71,7 @@ class Runner:
         self._stopping = False
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
-        """The cells that have no record yet, each run once, with every protocol that any of them asks for."""
+        """Return the cells without a record, each once, with every protocol that any of them requires."""
         known = read_records(self.results)
         lacking: dict[str, Cell] = {}
         for cell in cells:
@@ -75,13 +82,13 @@ class Runner:
         return list(lacking.values())
 
     def collect(self, cells: Sequence[Cell]) -> None:
-        """Keep the results of runs that were made elsewhere and lie, finished, where this would have made them."""
+        """Store the results of runs that were made elsewhere and are finished in the work folder."""
         for cell in self.missing(cells):
             if not cell.counts and _finished(self.work / cell.stem) is not None:
-                write_record(self.results, cell, self._one(cell))  # learns nothing, but judges what is not judged yet
+                write_record(self.results, cell, self._one(cell))  # trains nothing, but runs missing evaluations
 
     def launch(self, cells: Sequence[Cell]) -> Iterator[str]:
-        """Commands for what is missing, to be given to a launcher; each goes on where it was stopped."""
+        """Yield launcher commands for the missing cells; each resumes a stopped run."""
         for cell in self.missing(cells):
             if cell.counts:
                 yield cell.command()
@@ -92,16 +99,18 @@ class Runner:
             yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
 
     def place(self, name: str) -> str:
-        """Where the images of a data set lie; DataError where only the user knows."""
+        """Return the location of a data set's images; raise DataError if only the user knows it."""
         place = self.places.get(name, WHERE.get(name, name))
         if place is None:
             raise DataError(f"where are the images of {name}? --data {name}=PATH")
         return place
 
     def run(self, cells: Sequence[Cell]) -> dict[str, InbatchError]:
-        """Run what is missing; what could not be run, by the cell's name, and why.
+        """Run the missing cells; return the errors of cells that could not be run, by name.
 
-        Raises Preempted or Interrupted where a signal asks for it, when the running ones have saved themselves.
+        Raises:
+            Preempted: After a request to terminate, when the running processes have saved their state.
+            Interrupted: The same after an interrupt from the keyboard.
         """
         todo, began = self.missing(cells), time.perf_counter()
         problems: dict[str, InbatchError] = {}
@@ -109,7 +118,7 @@ class Runner:
             return problems
         self.results.mkdir(parents=True, exist_ok=True)
         with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
-            stop.hold()  # the running ones answer in time, and are waited for
+            stop.hold()  # the running processes stop in time, and are waited for
             if void:
                 self.tell(void)
             waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
@@ -141,7 +150,7 @@ class Runner:
         return problems
 
     def _report(self, began: float, done: int, total: int) -> None:
-        """How far it is, and the time left, from what all runs have done so far."""
+        """Report progress and the remaining time, estimated from all runs so far."""
         share = done + sum(_progress(self.work / stem) for stem in list(self._children))
         left = (time.perf_counter() - began) * (total - share) / share if share > 0 else None
         ready, words = f"{done} of {total} runs", "" if left is None else f"about {timedelta(seconds=round(left))} left"
@@ -151,14 +160,14 @@ class Runner:
             self.tell(", ".join([f"{ready} done", *([words] if words else [])]))
 
     def _stop(self, number: int) -> None:
-        """Ask the running ones to save themselves and end."""
+        """Ask the running processes to save their state and stop."""
         self._stopping = True
         for child in list(self._children.values()):
             with suppress(ProcessLookupError):
                 child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     def _one(self, cell: Cell) -> Record:
-        """Make a cell's run, or what is left of it."""
+        """Complete a cell's run, or the missing part of it."""
         if cell.counts:
             return _counted(cell)
         began, place = time.perf_counter(), self.place(str(cell.settings["data"]))
@@ -178,7 +187,7 @@ class Runner:
                 ["--protocol", protocol] if other is None else ["--protocol", "linear", "--data", self.place(other)]
             )
             found = self._call(cell, words, log)
-            if "exit_code" in found:  # the run stands: what was learned from is judged by the rest
+            if "exit_code" in found:  # the run is valid: its data are evaluated by the other protocols
                 told = {"failed": _anywhere(found["error"])}
             else:
                 told = found[protocol] if other is None else {"linear": found["linear"]}
@@ -187,9 +196,11 @@ class Runner:
         return _record(cell, place, result)
 
     def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
-        """The JSON object of a command of ours; with an "exit_code" where the run diverged.
+        """Return the JSON object of an inbatch command; it has an "exit_code" if the run diverged.
 
-        DataError, InbatchError for what is no result: no images, a stop, a crash.
+        Raises:
+            DataError: If the images are missing or invalid.
+            InbatchError: If the process was stopped or crashed.
         """
         if self._stopping:
             raise Preempted("stopped")
@@ -198,10 +209,10 @@ class Runner:
         with open(log, "a", encoding="utf-8") as file:
             child = child_processes.start(
                 words, stdout=subprocess.PIPE, stderr=file, env=threads | os.environ,
-                start_new_session=True,  # a Ctrl-C is ours to pass on
+                start_new_session=True,  # this process forwards a Ctrl-C
             )  # fmt: skip
             self._children[cell.stem] = child
-            if self._stopping:  # asked for while it was started
+            if self._stopping:  # requested while the process was started
                 child.send_signal(signal.SIGTERM)
             try:
                 out, _ = child.communicate()
@@ -219,7 +230,7 @@ class Runner:
         raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
 
     def _failed(self, cell: Cell, place: str, found: Mapping[str, Any], log: Path, began: float) -> Record:
-        """What is kept of a run that diverged: its last words."""
+        """Return the record of a diverged run, with the end of its log."""
         words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
         named = {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
@@ -240,7 +251,7 @@ def _said(record: Record) -> str:
 
 
 def _progress(folder: Path) -> float:
-    """How much of a run is done, from its log."""
+    """Return the completed share of a run, from its log."""
     try:
         steps = json.loads((folder / "run.json").read_bytes())["steps"]
         with open(folder / "metrics.jsonl", "rb") as file:
@@ -252,7 +263,7 @@ def _progress(folder: Path) -> float:
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    """The result that a run left, here or brought from elsewhere."""
+    """Return the result of a run, made here or elsewhere; None if there is none."""
     try:
         found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
     except (OSError, ValueError):
@@ -261,7 +272,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _source(place: str) -> str:
-    """What images are called where they lie; the way there is nobody's business."""
+    """Return the name of images without their path, which is private."""
     return Path(place).name if Path(place).exists() else place
 
 
@@ -279,12 +290,12 @@ def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
 
 
 def _anywhere(text: str) -> str:
-    """Text without the way to this machine's folders."""
+    """Return text without the paths of this machine's folders."""
     return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
 
 
 def _counted(cell: Cell) -> Record:
-    """Pairs of crops, drawn and counted here: it takes seconds."""
+    """Draw and count pairs of crops in this process, which takes seconds."""
     size = int(cell.settings["size"])
     found = count_configurations(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
     return Record.model_validate(

@@ -1,4 +1,4 @@
-"""What the tables share: data sets by name, and what smoke, cpu and gpu mean unless a table says otherwise."""
+"""Shared definitions of the tables: data sets by name, and the default scales smoke, cpu and gpu."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,13 +12,13 @@ FIGURES = {
     "NMI": "clustering.nmi",
     "ACC": "clustering.acc",
 }
-"""Heading -> where the figure stands in an evaluation."""
+"""Heading -> location of the figure in an evaluation."""
 
 DIGITS: Settings = {"data": "digits-canvas-colour", "preset": "digits-colour", "size": 32}
 PHOTOS: Settings = {
     "data": "cifar10", "subset": 10_000, "preset": "digits", "size": 32, "k": 200, "views.name": "simclr_cifar",
 }  # fmt: skip
-"""A fifth of CIFAR-10, with the digits' small encoder, heads, optimiser and batch."""
+"""A fifth of CIFAR-10, with the small encoder, heads, optimiser and batch of the digits."""
 CIFAR10: Settings = {"data": "cifar10", "preset": "cifar", "size": 32}
 CIFAR100: Settings = {"data": "cifar100", "preset": "cifar", "size": 32}
 TINY: Settings = {"data": "tiny-imagenet-100", "preset": "cifar", "size": 64}
@@ -32,7 +32,7 @@ WHERE = {
     "imagenet-100": None,
     "imagenet": None,
 }
-"""Where images lie unless --data NAME=PATH says so; None: only the user knows."""
+"""Default location of images without --data NAME=PATH; None: only the user knows it."""
 
 SHORT = (
     "digits: 1,297 embedded images of 32 pixels, 30 epochs, encoder tiny (74,400 parameters), batch 128, AdamW, k = 20",
@@ -44,7 +44,13 @@ SHORT = (
 def columns(
     names: Mapping[str, str], figures: Sequence[str], paper: Mapping[str, str] | None = None
 ) -> tuple[Column, ...]:
-    """A column for every figure on every data set. names: data set -> in the table. paper: figure -> column."""
+    """Return a column for every figure on every data set.
+
+    Args:
+        names: Data set -> name in the table.
+        figures: Names of the figures.
+        paper: Figure -> column of the paper.
+    """
     return tuple(
         Column(f"{shown}, {figure}", data, FIGURES[figure], (paper or {}).get(figure))
         for data, shown in names.items()
@@ -56,9 +62,14 @@ def usual(
     figures: Sequence[str] = ("linear", "k-NN"), *, views: str | None = None, gpu: Settings | None = None,
     differs: Sequence[str] = (), protocols: tuple[str, ...] = (),
 ) -> dict[str, Scale]:  # fmt: skip
-    """smoke, cpu and gpu as most tables have them.
+    """Return smoke, cpu and gpu as in most tables.
 
-    views: other ones than the digits' own and the photographs'. gpu: more for that scale.
+    Args:
+        figures: Names of the figures.
+        views: Name of the views; None uses those of the digits and of the photographs.
+        gpu: Additional settings at scale gpu.
+        differs: Additional differences from the paper.
+        protocols: Additional protocols.
     """
     drawn = {} if views is None else {"views.name": views}
     digits, photos = {**DIGITS, **drawn}, {**PHOTOS, **drawn}
@@ -96,7 +107,7 @@ def published(
     cost: str, differs: Sequence[str] = (), settings: Settings | None = None, data: Settings = IMAGENET,
     figures: Sequence[str] = ("linear",),
 ) -> Scale:  # fmt: skip
-    """A claim at the size at which it was made: ImageNet-1k, ResNet-50, each method as its authors trained it."""
+    """Return the original scale of a claim: ImageNet-1k, ResNet-50, each method with its authors' settings."""
     name = str(data["data"])
     return Scale(
         columns({name: name}, figures),

@@ -1,4 +1,4 @@
-"""What a published table is: rows and columns with the paper's figures, and how each is run at a scale we can pay."""
+"""Specification of a published table: rows and columns with the paper's figures, and how each is run at each scale."""
 
 import hashlib
 import json
@@ -13,17 +13,20 @@ from inbatch.training.registry import Part, make_part
 Settings = Mapping[str, Any]
 SCALES = ("smoke", "cpu", "gpu", "paper")
 LEFT_OUT = ("data", "test", "seed", "preset")
-"""Settings that do not tell two runs apart: where images lie, and where other settings come from."""
+"""Settings that do not distinguish two runs: the location of images, and the origin of other settings."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
-    settings: what makes the line, on top of the scale's; flat, as in a recipe ("method.name"). None: the paper quotes
-        it, and nothing is run.
-    paper: its figures by the paper's column, in the paper's unit. against: the line it differs from in one thing.
-    at: settings that it has at one scale, or on one data set, only.
+    Attributes:
+        name: Name of the row.
+        settings: Settings of the row, in addition to those of the scale; flat, as in a recipe ("method.name"). None:
+            the paper quotes the row, and nothing is run.
+        paper: The paper's figures by its column, in the paper's unit.
+        against: The row that it is compared with, from which it differs in one thing.
+        at: Settings that apply at one scale, or on one data set, only.
     """
 
     name: str
@@ -37,7 +40,11 @@ class Row:
 class Column:
     """One of our columns: a figure of an evaluation ("knn.top1") on one data set, by one protocol.
 
-    paper: the paper's column that it stands for, if any.
+    Attributes:
+        name: Name of the column.
+        data: Name of the data set.
+        figure: Path of the figure in the evaluation.
+        paper: The corresponding column of the paper, if any.
     """
 
     name: str
@@ -48,11 +55,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a table is run: what all of its runs share, on which images, over which seeds.
+    """How a table is run: shared settings, data sets and seeds.
 
-    data: name of a data set -> its settings, which include "data" and "size".
-    protocols: of evaluation beyond k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
-    cost: what it takes, in words. differs: what is not as in the paper, and why.
+    Attributes:
+        columns: Our columns.
+        data: Name of a data set -> its settings, which include "data" and "size".
+        settings: Settings shared by all runs.
+        seeds: The seeds.
+        protocols: Evaluations besides k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
+        cost: Cost in words.
+        differs: Differences from the paper, and their reasons.
     """
 
     columns: tuple[Column, ...]
@@ -66,11 +78,19 @@ class Scale:
 
 @dataclass(frozen=True)
 class Table:
-    """A published table or figure, or a claim made into one.
+    """A published table or figure, or a claim as a table.
 
-    source: where it stands. asks: its question. headings: the paper's columns, in percent. digits: behind the point.
-    curve: the number whose curve over the epochs is the point ("knn"), for a figure.
-    holds: what our runs say at a scale, in words.
+    Attributes:
+        name: Name in the registry.
+        title: Title.
+        source: Where it was published.
+        asks: Its question.
+        rows: The rows.
+        scales: The scales by name.
+        headings: The paper's columns, in percent.
+        digits: Decimal places.
+        curve: For a figure of curves: the number that is plotted over the epochs ("knn").
+        holds: Result of our runs at a scale, in words.
     """
 
     name: str
@@ -97,26 +117,26 @@ class Cell:
 
     @property
     def counts(self) -> bool:
-        """Whether pairs of crops are counted, and nothing is learned."""
+        """Whether pairs of crops are counted, without training."""
         return "pairs" in self.settings
 
     def recipe(self) -> Recipe:
-        """What is trained; its data is a name, for the one who runs it to find."""
+        """Return the recipe to train; its data is a name, which the runner resolves."""
         return make(self.settings)
 
     @cached_property
     def key(self) -> str:
-        """What it shares with every run that is the same but for the seed."""
+        """Identity that the run shares with every run that differs in the seed only."""
         return key(self.settings if self.counts else self.recipe())
 
     @property
     def stem(self) -> str:
-        """The name of its files: the same wherever the same is run with the same seed."""
+        """Name of its files, identical for identical runs with the same seed."""
         what = self.settings["crops"] if self.counts else self.settings["method.name"]
         return f"{what}-{self.data}-{self.key}-s{self.seed}"
 
     def command(self) -> str:
-        """What a user types for it."""
+        """Return the command that a user runs for it."""
         if not self.counts:
             return self.recipe().command()
         options = (f"--{name} {self.settings[name]}" for name in ("crops", "size", "pairs", "seed"))
@@ -124,24 +144,24 @@ class Cell:
 
 
 def key(what: Recipe | Mapping[str, Any]) -> str:
-    """Ten characters for all that decides what is learned (or counted), but for the seed and the images' place.
+    """Return ten characters that identify the training (or counting), without the seed and the location of images.
 
-    What a recipe leaves as it is by default is not in it: a new setting does not rename what was run before it came.
+    Defaults of a recipe are not part of it: a new setting does not change the identity of earlier runs.
     """
     told = _told(what) if isinstance(what, Recipe) else {k: v for k, v in what.items() if k not in LEFT_OUT}
-    text = json.dumps(_plain(told), sort_keys=True)  # as JSON has it: 1 and 1.0 are one number, a tuple is a list
+    text = json.dumps(_plain(told), sort_keys=True)  # as in JSON: 1 and 1.0 are one number, a tuple is a list
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _told(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says beyond defaults."""
+    """Return the values of a recipe that differ from the defaults."""
     told: dict[str, Any] = {}
     for each in fields(Recipe):
         value = getattr(recipe, each.name)
         if each.name in LEFT_OUT or value == each.default:
             continue
         if isinstance(value, Part):
-            bare = each.name in ("optimizer", "encoder")  # others' parts: a recipe holds only what was given
+            bare = each.name in ("optimizer", "encoder")  # external parts: a recipe holds only the given options
             usual = None if bare else make_part(each.name, {"name": value.name}, recipe.size)
             options = {} if usual is None else usual.options
             own = {k: v for k, v in value.options.items() if k not in options or options[k] != v}
@@ -164,7 +184,7 @@ def _plain(value: Any) -> Any:
 
 
 def cells(table: Table, scale: str, seeds: tuple[int, ...] | None = None) -> Iterator[Cell]:
-    """Every run of a table, the first seed of all rows first; what two columns share is one run."""
+    """Yield every run of a table, the first seed of all rows first; a run shared by two columns occurs once."""
     at = table.scales[scale]
     for seed in at.seeds if seeds is None else seeds:
         for data in dict.fromkeys(column.data for column in at.columns):
@@ -174,10 +194,10 @@ def cells(table: Table, scale: str, seeds: tuple[int, ...] | None = None) -> Ite
 
 
 def cell(table: Table, scale: str, row: Row, data: str, seed: int) -> Cell:
-    """The run of a row on a data set. What the row says is stronger than what the scale says."""
+    """Return the run of a row on a data set; settings of the row override those of the scale."""
     at = table.scales[scale]
     own = {**(row.settings or {}), **row.at.get(scale, {}), **row.at.get(data, {})}
     merged = {**at.settings, **at.data[data], **own, "seed": seed}
-    if "pairs" in merged:  # counted: only what counting takes
+    if "pairs" in merged:  # only the settings of counting
         return Cell(row.name, data, seed, {name: merged[name] for name in ("crops", "size", "pairs", "seed")})
     return Cell(row.name, data, seed, merged, at.protocols)

@@ -1,1 +1,1 @@
-"""Checks made during a run, and comparison with a reference run."""
+"""Online monitors: collapse, context leak, k-NN, measures without labels, and comparison with a reference run."""

@@ -1,4 +1,4 @@
-"""Collapse, noticed while it happens: are the outputs of some clean images still different from each other?"""
+"""Detect collapse during training: measure whether the outputs of clean images still differ."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,13 @@ from inbatch.evaluation import feature_std, rankme
 from inbatch.models.network import Network
 
 LOW_STD = 0.25
-"""Of 1 for rows spread over the sphere: below it the rows of a head all point the same way."""
+"""Lowest standard deviation of a head's rows (1: spread over the sphere); below it they have one direction."""
 LOW_RANK = 0.25
-"""Of the highest rank so far: below it the rows of a head have fallen into few dimensions."""
+"""Lowest share of the highest rank so far; below it the rows of a head span few dimensions."""
 LOW_FEATURE = 0.25
-"""Of the highest value so far, for the encoder's features: behind a ReLU they never spread over the sphere."""
+"""Lowest share of the highest value so far, for features: after a ReLU they never spread over the sphere."""
 SETTLED = 50
-"""Steps after which the running statistics of norm layers (momentum 0.1) have forgotten where they started."""
+"""Number of steps after which the running statistics of norm layers (momentum 0.1) no longer depend on their start."""
 
 _TRY = (
     "Is what keeps samples apart still on (predictor, stop-gradient, momentum, variance term, negatives)? If it is, "
@@ -23,12 +23,13 @@ _TRY = (
 
 
 def spread(network: Network, images: Tensor) -> dict[str, float]:
-    """How different the outputs of clean images (N, C, H, W) are, per dimension and in rank, in evaluation mode.
+    """Return how different the outputs of clean images (N, C, H, W) are, per dimension and in rank, in evaluation mode.
 
-    "features_std" and "features_rank" of the encoder's output, and the same of every head that stands on it; a head
-    on another head, a predictor, has a rank of its own making. std is `feature_std`, rank `rankme`.
+    "features_std" and "features_rank" are those of the encoder's output, with the same for every head that reads it. A
+    head on another head (a predictor) is excluded: its rank is determined by itself. std is `feature_std`, rank is
+    `rankme`.
     """
-    with network.evaluating():  # the statistics of these images would blow up what little is left of a difference
+    with network.evaluating():  # batch statistics of these images would amplify small differences
         rows = network.outputs(images)
     seen = ["features", *(name for name, source in network.sources.items() if source == "features")]
     found = {f"{name}_std": float(feature_std(rows[name])) for name in seen}
@@ -36,9 +37,12 @@ def spread(network: Network, images: Tensor) -> dict[str, float]:
 
 
 def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = False) -> dict[str, str]:
-    """What has collapsed, by the name of the measure, each in a sentence; most: the highest values so far.
+    """Return what has collapsed: measure -> a sentence.
 
-    classes: the method pulls classes together, so that a rank falls to their number and is no sign.
+    Args:
+        now: Current values.
+        most: Highest values so far.
+        classes: The method pulls classes together, so that a rank falls to their number and is not evaluated.
     """
     found = {}
     for measure, value in now.items():
@@ -46,7 +50,7 @@ def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = F
         lowest = LOW_STD if kind == "std" else 0.0 if classes else LOW_RANK * most[measure]
         if whose == "features":
             lowest = LOW_FEATURE * most[measure]
-        if not value >= lowest:  # nan, too, is no variety
+        if not value >= lowest:  # includes nan
             what = "features" if whose == "features" else f"rows of {whose}"
             how = (
                 f"standard deviation per dimension is {value:.2g} (1: spread over the sphere, 0: all the same)"

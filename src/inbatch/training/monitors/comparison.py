@@ -1,4 +1,4 @@
-"""A run's curve beside a reference while it trains: what to say, and what its result holds. Nothing here decides."""
+"""Compare the curve of a run with a reference during training; the comparison affects no decision."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,13 @@ from inbatch.training.monitors.reference_files import MEASURES, differing, liste
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run's curve and what it is compared with.
+    """The curve of a run and its reference.
 
-    reference: over the looks (`Reference.over`). curve: the run's, which grows while it trains.
-    looks: the epochs after which the run is looked at. steps: of an epoch.
+    Attributes:
+        reference: The reference over the evaluations of the run (`Reference.over`).
+        curve: The curve of the run, which grows during training.
+        looks: Epochs after which the run is evaluated.
+        steps: Steps per epoch.
     """
 
     reference: Reference
@@ -22,7 +25,7 @@ class Comparison:
     steps: int
 
     def opening(self, recipe: Mapping[str, Any]) -> list[str]:
-        """Sentences for the start of a run of this (nested) recipe: with what it is compared, and how far that goes."""
+        """Return sentences for the start of a run of this (nested) recipe: the reference and the limits."""
         ref, seeds = self.reference, len(self.reference.curves)
         ends, end = ref.epochs[-1], self.looks[-1]
         notes = [f"Compared with {ref.name}: {seeds} seed{'s' * (seeds > 1)}, {ends:g} epochs."]
@@ -46,7 +49,7 @@ class Comparison:
         return notes
 
     def news(self) -> list[str]:
-        """Sentences for the last look: which measures have left their band since the look before, or come back."""
+        """Return a sentence for each measure that has left its band, or returned to it, at the last evaluation."""
         notes = []
         for measure in MEASURES:
             *before, now = (self.reference.place(measure, entry) for entry in self.curve)
@@ -55,7 +58,7 @@ class Comparison:
         return notes
 
     def json(self) -> dict[str, Any]:
-        """For `result.json`: at how many looks there was something to compare, and by measure the epochs outside."""
+        """Return the entry of `result.json`: the number of compared evaluations, and by measure the epochs outside."""
         places = self._places()
         looks = len({epoch for found in places.values() for epoch in found})
         outside = {m: [epoch for epoch, place in found.items() if place != "inside"] for m, found in places.items()}
@@ -63,7 +66,7 @@ class Comparison:
         return {"reference": ref.name, "seeds": len(ref.curves), "looks": looks, "outside": outside}
 
     def summary(self) -> str:
-        """The whole run in one line."""
+        """Return a summary of the whole run in one line."""
         counts = [
             f"{list(found.values()).count('inside')} of {len(found)} looks ({MEASURES[measure]})"
             for measure, found in self._places().items()
@@ -71,7 +74,7 @@ class Comparison:
         return f"Compared with {self.reference.name}: inside the band at {', '.join(counts) or 'no look'}."
 
     def _places(self) -> dict[str, dict[float, str]]:
-        """Measure -> epoch -> where it lay, where there was something to compare."""
+        """Return measure -> epoch -> position relative to the band, for all compared values."""
         found: dict[str, dict[float, str]] = {}
         for measure in MEASURES:
             for entry in self.curve:

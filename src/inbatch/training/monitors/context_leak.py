@@ -1,4 +1,7 @@
-"""Does an embedding tell in which context group it was made? Then a loss can be solved without looking at images."""
+"""Measure context leak: whether an embedding identifies its context group.
+
+With such a leak, a loss can be minimised without using the content of the images.
+"""
 
 from collections.abc import Sequence
 
@@ -18,18 +21,23 @@ from inbatch.training import grad_cache
 from inbatch.training.build import RunComponents
 
 SAMPLES = 1024
-"""About so many samples are asked, in 4 to 16 groups."""
+"""Approximate number of tested samples, in 4 to 16 groups."""
 SURE = 4.0
-"""Standard errors above chance from which on groups are said to be told apart."""
+"""Standard errors above chance from which groups are reported as distinguishable."""
 
 
 def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
-    """How often the group of a sample is told from one of its embeddings, in the view where that is easiest.
+    """Return how often a sample's group is identified from one of its embeddings, in the view with the highest share.
 
-    rows: V views of G samples in each of K groups. A linear discriminant (shrunken covariance) and the 20 nearest
-    neighbours (cosine) learn from one half of every group's samples and are asked about the other; the better counts.
-    leak: share told rightly; leak_chance: 1 / K; leak_error: the standard error of chance. Below chance is no leak:
-    batch normalisation centres a group, and then its two halves stand on opposite sides.
+    A linear discriminant (shrunken covariance) and the 20 nearest neighbours (cosine) are fitted to one half of every
+    group's samples and tested on the other; the better one counts. A share below chance is not a leak: batch
+    normalisation centres a group, so that its two halves are on opposite sides.
+
+    Args:
+        rows: V views of G samples in each of K groups.
+
+    Returns:
+        leak: share of correct identifications. leak_chance: 1 / K. leak_error: standard error of chance.
     """
     k, g = rows.shape[1:3]
     order = permutation(0, 0, g)
@@ -49,15 +57,15 @@ def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
 
 
 def meets(built: RunComponents) -> bool:
-    """Whether samples of a group meet otherwise than in norm layers."""
+    """Return whether samples of a group interact outside norm layers."""
     return built.network.fuse is not None or any(isinstance(m, Grouped) for m in built.encoder.modules())
 
 
 @torch.no_grad()
 def leak(built: RunComponents, epoch: int) -> dict[str, float]:
-    """`group_leak` of the rows that the loss reads, of groups as in training; every rank takes part in it.
+    """Return `group_leak` of the rows that the loss reads, with groups as in training; every rank must call it.
 
-    Nothing is learned, and no statistics are kept. Empty where the data fill fewer than two groups of 4 samples.
+    No parameter and no statistic changes. The result is empty if the data fill fewer than two groups of 4 samples.
     """
     step = built.step
     at_once = step.groups * (1 if step.synced else distributed.world())
@@ -74,7 +82,7 @@ def leak(built: RunComponents, epoch: int) -> dict[str, float]:
     whole = torch.stack(
         [distributed.gather(part.contiguous(), dim=1) for part in parts], dim=1
     )  # (V, groups here, W * g, D)
-    if not step.synced:  # every rank's part is a group of its own
+    if not step.synced:  # every rank's part is a separate group
         whole = whole.unflatten(2, (distributed.world(), -1)).flatten(1, 2)
     return group_leak(whole[:, :wanted])
 
@@ -86,7 +94,7 @@ def _rows(built: RunComponents, group: Sequence[Tensor], numbers: Sequence[int],
 
 
 def sign(found: dict[str, float], shuffled: bool) -> str | None:
-    """A sentence where the groups are told apart."""
+    """Return a sentence if groups are distinguishable, else None."""
     if found["leak"] < found["leak_chance"] + SURE * found["leak_error"]:
         return None
     does = "the groups are shuffled, which takes the use of it away" if shuffled else "see --shuffle-groups"

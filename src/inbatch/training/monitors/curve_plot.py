@@ -1,4 +1,4 @@
-"""The curves of a run."""
+"""Plot the curves of a run."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from inbatch.runtime.text import one_line
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.reference_files import MEASURES
 
-# The name of a number in the log, and what stands beside its axis.
+# Name of a number in the log -> label of its axis.
 PANELS = {
     "loss": "loss",
     "lr": "learning rate",
@@ -29,24 +29,29 @@ PANELS = {
 
 
 def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> None:
-    """Draw every number of `PANELS` that a run's `metrics.jsonl` holds over its steps.
+    """Plot every number of `PANELS` in a run's `metrics.jsonl` over its steps.
 
-    compared: the run's curve and its reference, whose band is drawn behind.
-    Raises DataError where it holds none of them.
+    Args:
+        log: The run's `metrics.jsonl`.
+        png: File to write.
+        compared: Curve of the run and its reference; the band of the reference is drawn in the background.
+
+    Raises:
+        DataError: If the log contains none of the numbers.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name in PANELS:
             if name in record:
-                # null stands for nan: a gap in the curve.
+                # null represents nan: a gap in the curve.
                 value = record[name]
                 curves.setdefault(name, []).append((record["step"], float("nan") if value is None else value))
     names = [name for name in PANELS if name in curves]
     if not names:
         raise DataError(f"{log} holds none of {', '.join(PANELS)}: nothing was logged yet.")
 
-    # A layout that measures every text takes longer than all the drawing, which a run may do after every look.
+    # An automatic layout takes longer than the drawing, which a run may repeat after every evaluation.
     height = 1.9 * len(names)
     figure = Figure(figsize=(7, height))
     figure.subplots_adjust(left=0.15, right=0.97, bottom=0.45 / height, top=1 - 0.25 / height, hspace=0.12)
@@ -58,13 +63,13 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         panel.plot(steps, values, color="#0072b2", linewidth=1.2, marker="o" if len(steps) < 30 else "", markersize=3)
         panel.set_ylabel(PANELS[name])
         panel.yaxis.set_label_coords(-0.12, 0.5)
-        panel.ticklabel_format(axis="y", scilimits=(-3, 6))  # no number reaches into the label
+        panel.ticklabel_format(axis="y", scilimits=(-3, 6))  # no number overlaps the label
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if name != "loss":
-            panel.set_ylim(bottom=0)  # what falls to nothing must look so
+            panel.set_ylim(bottom=0)  # a value that falls to zero must be visible as such
     if compared is not None:
-        name = one_line(compared.reference.name)[-60:]  # a path may be long, and hold what no font does
+        name = one_line(compared.reference.name)[-60:]  # a path may be long, and contain characters without a glyph
         title = f"grey: {name}, seeds: {len(compared.reference.curves)}; dots: means between looks"
         panels[0].set_title(title, fontsize=8, parse_math=False)
     panels[-1].set_xlabel("step")
@@ -73,7 +78,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
 
 
 def _behind(panel: Axes, name: str, compared: Comparison) -> None:
-    """The reference's mean and band as far as the run will go; of the loss, as dots, the means that are compared."""
+    """Draw the reference's mean and band for the epochs of the run; for the loss also the compared means, as dots."""
     epochs = [epoch for epoch in compared.reference.epochs if epoch <= compared.looks[-1]]
     bands = {epoch * compared.steps: compared.reference.band(name, epoch) for epoch in epochs}
     known = [(step, *band) for step, band in bands.items() if band is not None]

@@ -1,4 +1,4 @@
-"""Whether an encoder has learned something, measured without labels, beside the encoder before training.
+"""Measure without labels whether an encoder has learned something, compared with the encoder before training.
 
 Alignment and uniformity: Wang and Isola 2020 (arXiv 2005.10242), equations 1 and 2 with alpha = 2 and t = 2.
 """
@@ -27,25 +27,27 @@ from inbatch.rng import permutation
 from inbatch.training.monitors.neighbour_grid import SIDE
 
 IMAGES = 2_000
-"""How many images are embedded as they are; of half as many two views are embedded, too."""
+"""Number of images that are embedded without augmentation; for half of them, two views are embedded as well."""
 _CHUNK = 128
 
 Rows = Float[Tensor, "n f"]
 
 
 class Chosen(Subset):
-    """Some images of a source, from memory if they are held there decoded.
+    """A sample of a source's images, read from memory if they are held there decoded.
 
-    viewed: of the first so many two views are embedded, too.
+    Attributes:
+        viewed: Number of images, from the first, of which two views are also embedded.
     """
 
     def __init__(self, source: Source, held: Resident | None, seed: int, most: int = IMAGES) -> None:
         order, self.viewed = permutation(seed, 0, len(source))[:most], most // 2
-        parts = (order[: self.viewed], order[self.viewed :])  # each in the order in which the images lie
+        parts = (order[: self.viewed], order[self.viewed :])  # each in the order of the source
         super().__init__(source, torch.cat([part.sort().values for part in parts]), "drawn by the seed")
         self.held = held
 
     def open(self, i: int) -> LazyImage:
+        """Return an image, from memory if it is held there decoded."""
         if self.held is None:
             return super().open(i)
         at = int(self.indices[i])
@@ -53,12 +55,12 @@ class Chosen(Subset):
         return Pixels(self.held.images[at, :, :height, :width].cpu())
 
     def image(self, i: int) -> Tensor:
-        """Small, as it is drawn."""
+        """Return an image in the small size of the neighbour grid."""
         with self.open(i) as picture:
             return picture.tensor(SIDE)
 
     def only(self, numbers: Tensor) -> "Chosen":
-        """Those of these numbers."""
+        """Return the subset with these indices."""
         some = copy.copy(self)
         some.indices, some.labels = self.indices[numbers], self.labels[numbers]
         return some
@@ -66,10 +68,13 @@ class Chosen(Subset):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What an encoder makes of some images, before its features are whitened if that is done to them.
+    """Embeddings of a sample of images by an encoder, before whitening of its features if there is any.
 
-    clean: features of the images; first, second: of two views of each of some; number: which images could be read.
-    readout: what whitens the features that are handed out; None if nothing does.
+    Attributes:
+        clean: Features of the images.
+        first, second: Features of two views of some of the images.
+        number: Indices of the readable images.
+        readout: Whitening of the returned features; None without whitening.
     """
 
     clean: Rows
@@ -79,7 +84,7 @@ class Embedded:
     readout: Readout | None = None
 
     def handed_out(self, rows: Rows) -> Rows:
-        """The features that nearest neighbours are found by."""
+        """Return the features in which nearest neighbours are searched."""
         if self.readout is None or not int(self.readout.images):
             return rows
         return self.readout.whitened(rows.to(self.readout.mean.device)).cpu()
@@ -88,8 +93,11 @@ class Embedded:
 def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int) -> dict[str, Embedded]:
     """Embed images, and two views of the first of them, with several encoders; decode each image once.
 
-    All on the device of the encoders; the views are the same for each encoder, and for the same seed. An image that
-    cannot be read is left out; DataError if fewer than two are left.
+    All computation is on the device of the encoders. The views are the same for each encoder and determined by the
+    seed. Unreadable images are omitted.
+
+    Raises:
+        DataError: If fewer than two images are readable.
     """
     rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in encoders}
     numbers = []
@@ -117,12 +125,12 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, see
 
 
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
-    """The images in chunks, those that cannot be read left out, each with its number in the source."""
+    """Yield the readable images in chunks, with their indices in the source."""
     for part in torch.arange(len(source)).split(_CHUNK):
         chunk = Subset(source, part, "a chunk")
         try:
             decoded = decode_all(chunk, canvas=canvas, max_bad=1.0)
-        except DataError:  # not one of them can be read
+        except DataError:  # no image of the chunk is readable
             continue
         left = decoded.source
         number = part[left.indices] if isinstance(left, Subset) and left is not chunk else part
@@ -130,7 +138,7 @@ def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, B
 
 
 def two_views(views: Views, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The first two views of a batch if they are of one size, else the first one drawn twice."""
+    """Return the first two views of a batch if they have one size, else two draws of the first view."""
     drawn = views(batch).images
     if len(drawn) > 1 and drawn[0].shape == drawn[1].shape:
         return drawn[0], drawn[1]
@@ -138,7 +146,7 @@ def two_views(views: Views, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def measures(found: Embedded) -> dict[str, float]:
-    """Every measure by its name."""
+    """Return every measure by name."""
     first, second = (F.normalize(rows, dim=1) for rows in (found.first, found.second))
     return {
         "same_image": same_image(*(F.normalize(found.handed_out(x), dim=1) for x in (found.first, found.second))),
@@ -150,22 +158,22 @@ def measures(found: Embedded) -> dict[str, float]:
 
 
 def same_image(first: Rows, second: Rows) -> float:
-    """Share of the rows whose nearest row of the others (cosine) is that of the same image; rows have length 1."""
+    """Return the share of rows with the same image's row as nearest of the other view (cosine); rows have length 1."""
     return float(((first @ second.T).argmax(1) == torch.arange(len(first))).double().mean())
 
 
 def alignment(first: Rows, second: Rows) -> float:
-    """Mean squared distance of two views of an image; rows have length 1."""
+    """Return the mean squared distance of two views of an image; rows have length 1."""
     return float((first - second).square().sum(1).mean())
 
 
 def uniformity(rows: Rows) -> float:
-    """Logarithm of the mean of exp(-2 d^2) over all pairs of rows at a distance d; rows have length 1."""
+    """Return the logarithm of the mean of exp(-2 d^2) over all pairs of rows at distance d; rows have length 1."""
     return float(torch.pdist(rows.double()).square().mul(-2).exp().mean().log())
 
 
 def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]]:
-    """Measure -> whether higher or lower is better, and what it is."""
+    """Return measure -> (whether higher or lower is better, description)."""
     return {
         "same_image": (
             "higher", f"share of {viewed:,} images whose second view is the nearest of all {viewed:,} to the first",
@@ -178,7 +186,7 @@ def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]
 
 
 def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
-    """Every measure with its direction, before and after training; "untrained" is None without that encoder."""
+    """Return every measure with its direction, before and after training; "untrained" is None without that encoder."""
     told = described(len(after.clean), len(after.first), after.clean.shape[1])
     old, new = None if before is None else measures(before), measures(after)
     return {

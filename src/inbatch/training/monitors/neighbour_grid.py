@@ -1,4 +1,4 @@
-"""Which images a representation takes for similar."""
+"""Draw the nearest neighbours of images in an embedding."""
 
 import warnings
 from pathlib import Path
@@ -16,13 +16,13 @@ from inbatch.errors import DataError
 from inbatch.runtime.files import replacing
 from inbatch.runtime.text import printable
 
-RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision
+RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # distinguishable with any colour vision
 BLACK = "#000000"
 
 SIDE, FRAME = 96, 4
-"""Of an image on the sheet, and of the frame around it, in pixels."""
+"""Side of an image in the grid, and width of its frame, in pixels."""
 GAP, NAME, HEAD = 8, 14, 48
-"""Between images, for the name over an image, for the head of the sheet, in pixels."""
+"""Gap between images, height of the name above an image, and height of the header, in pixels."""
 _DPI = 100
 
 
@@ -30,12 +30,21 @@ def save_neighbour_grid(
     source: Source, vectors: Float[Tensor, "n f"], png: Path, queries: int = 8, neighbours: int = 8,
     before: Float[Tensor, "n g"] | None = None,
 ) -> None:  # fmt: skip
-    """Draw some images and, in the same row, the most similar others of the source (cosine similarity).
+    """Draw query images and, in the same row, their most similar images of the source (cosine similarity).
 
-    vectors: one per image of `source`, in its order. before: the same before training; its neighbours are drawn between
-    the query and those of `vectors`. The queries are spread evenly over the classes, or over the
-    order where nothing is labelled. Where query and neighbour are labelled, the frame says whether they agree.
-    Raises DataError where vectors and images differ in number, or there are too few.
+    The queries are spread evenly over the classes, or over the order if nothing is labelled. If query and neighbour are
+    labelled, the colour of the frame shows whether the labels agree.
+
+    Args:
+        source: The images.
+        vectors: One vector per image of `source`, in its order.
+        png: File to write.
+        queries: Number of query images.
+        neighbours: Number of neighbours of each query.
+        before: The vectors before training; their neighbours are drawn between the query and those of `vectors`.
+
+    Raises:
+        DataError: If vectors and images differ in number, or there are too few.
     """
     sides = {"before training": before, "after training": vectors} if before is not None else {"": vectors}
     for rows in sides.values():
@@ -85,13 +94,13 @@ def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[
 
 
 def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tensor, "c h w"], colour: str) -> None:
-    """An image in its frame, the longer side as long as a place on the sheet."""
+    """Draw an image in its frame, with its longer side scaled to the side of a cell."""
     side = SIDE + 2 * FRAME
     frame = (torch.tensor(to_rgb(colour)) * 255).round().byte()
     sheet[top : top + side, left : left + side] = frame
     shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1))[None].float()
     height, width = (max(1, round(length * SIDE / max(image.shape[1:]))) for length in image.shape[1:])
-    if SIDE % max(image.shape[1:]) == 0:  # pixels stay pixels
+    if SIDE % max(image.shape[1:]) == 0:  # integer factor: keep sharp pixels
         shown = F.interpolate(shown, (height, width), mode="nearest")
     else:
         shown = F.interpolate(shown, (height, width), mode="bilinear", antialias=True)
@@ -102,7 +111,7 @@ def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tens
 
 
 def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int, str]]) -> None:
-    """One image for the whole sheet: a panel for each takes matplotlib seconds to lay out."""
+    """Write the grid as one image: with a panel per image, matplotlib takes seconds for the layout."""
     height, width, _ = sheet.shape
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     figure.figimage(sheet.numpy(), resize=False)
@@ -110,5 +119,5 @@ def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int,
         size = 7 if top > HEAD else 9
         figure.text(left / width, 1 - top / height, text, fontsize=size, va="bottom", parse_math=False)
     with replacing(png) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # characters without a glyph are drawn as boxes
         figure.savefig(file, dpi=_DPI, format="png", pil_kwargs={"compress_level": 3})

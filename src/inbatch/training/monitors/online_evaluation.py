@@ -1,4 +1,4 @@
-"""What is looked at on the way, and when a run ends: collapse, leaks between groups, k-NN, every protocol's figures."""
+"""Online and final evaluation: collapse, leaks between context groups, k-NN, and the figures of every protocol."""
 
 import math
 import time
@@ -26,21 +26,21 @@ from inbatch.training.recipe import Recipe
 from inbatch.training.train_state import TrainState
 
 BANK, QUERIES = 10_000, 2_000
-"""Images that are judged on the way where they are streamed: the first step must not wait for a million of them."""
+"""Numbers of images for online evaluation of streamed data: the first step must not wait for a million of them."""
 
 Judge = Callable[[], dict[str, float]]
 Held = tuple[Any, Any, str]
-"""Bank, queries and their description, from `build.held_out`."""
+"""Bank, queries and their description, from `evaluation_split`."""
 
 
 def choose_online_subsets(built: RunComponents, held: Held) -> tuple[Held, Held]:
-    """What is judged on the way, and what at the end; images that are looked at again and again are kept in memory.
+    """Return the data of online evaluation and of the final one; images that are used repeatedly are kept in memory.
 
-    On the way that is everything if images are resident and there is no budget, else so many, the same ones each time.
+    Online evaluation uses all images if they are resident and there is no budget, else a fixed sample of limited size.
     """
 
     def some(source: Source, most: int) -> tuple[Any, Any]:
-        budget = built.recipe.budget is not None  # looks take their time from it
+        budget = built.recipe.budget is not None  # online evaluation counts towards the budget
         if len(source) <= most or (built.loader.held is not None and not budget):
             kept = hold_in_memory(source)
             return kept, kept
@@ -51,14 +51,14 @@ def choose_online_subsets(built: RunComponents, held: Held) -> tuple[Held, Held]
 
 
 def affordable(built: RunComponents, held: Held, seconds: float) -> Held:
-    """Return as many of the images to judge by as one evaluation can embed in so many seconds; all of them if it can.
+    """Return as many of the evaluation images as one evaluation can embed in this many seconds, or all of them.
 
-    The same images each time; what is left out stands in the description.
+    The sample is the same for each call; the description states what is omitted.
     """
     bank, queries, _ = held
     few = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
     sample = Subset(queries, few, "timed")
-    _embedded(built, sample)  # warms up
+    _embedded(built, sample)  # warm-up
     began = time.perf_counter()
     _embedded(built, sample)
     each = (time.perf_counter() - began) / len(few)
@@ -69,7 +69,7 @@ def affordable(built: RunComponents, held: Held, seconds: float) -> Held:
 
 
 def limited(held: Held, bank: int, queries: int) -> Held:
-    """At most so many of the images to judge by, the same ones each time; the description says if some are left out."""
+    """Return at most this many evaluation images, the same for each call; the description states an omission."""
     some, few = fixed_sample(held[0], bank), fixed_sample(held[1], queries)
     if len(some) == len(held[0]) and len(few) == len(held[1]):
         return held
@@ -77,19 +77,22 @@ def limited(held: Held, bank: int, queries: int) -> Held:
 
 
 def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:
-    """Fit what whitens an encoder's features, if anything does and it is not fitted yet, on at most 10,000 images.
+    """Fit the whitening of an encoder's features on at most 10,000 images, if it has one that is not yet fitted.
 
-    again: also if it is fitted: to features that have changed since.
+    Args:
+        encoder: The encoder.
+        source: Images to fit to.
+        again: Fit also if it is already fitted, to features that have changed since.
     """
-    readout = getattr(encoder, "readout", None)  # an encoder of somebody else has none
+    readout = getattr(encoder, "readout", None)  # encoders from outside the package have none
     if readout is not None and (again or not int(readout.images)):
         embed_bank(encoder, fixed_sample(source, BANK))
 
 
 def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
-    """Embed images and fit what whitens the encoder's features on them, if anything does; no label is used.
+    """Embed images and, if the encoder whitens its features, fit the whitening to them; no label is used.
 
-    The images that are judged next are then whitened by the same statistics.
+    Subsequently embedded images are whitened with the same statistics.
     """
     if encoder.readout is None:
         return embed(encoder, source, **options)
@@ -104,14 +107,14 @@ def _embedded(built: RunComponents, source: Source) -> Any:
 
 
 def fixed_sample(source: Source, most: int) -> Source:
-    """At most so many images of a source, the same ones each time."""
+    """Return at most this many images of a source, the same for each call."""
     if len(source) <= most:
         return source
     return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")
 
 
 def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, epoch: int, log: Log) -> None:
-    """See on rank 0 how different the outputs of some images are; say when they collapse, and when no longer."""
+    """Measure on rank 0 how different the outputs of some images are; report a collapse, and the recovery from it."""
     if distributed.rank():
         return
     images = built.encoder.prepare(readable(watched, range(len(watched))))
@@ -130,7 +133,7 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
 
 
 def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log) -> None:
-    """Where samples meet before the loss: log whether an embedding tells its group."""
+    """Log whether an embedding identifies its group, if samples interact before the loss."""
     found = leak(built, epoch) if meets(built) else {}
     if found:
         progress.leak = found
@@ -140,7 +143,7 @@ def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log)
 
 
 def survey(built: RunComponents, epoch: int) -> dict[str, float]:
-    """Show the method the rows of the whole data set: clean images, in evaluation mode, each rank a share of them."""
+    """Pass the rows of the whole data set to the method: clean images, in evaluation mode, split over the ranks."""
     network, source, world = built.target or built.network, built.loader.source, distributed.world()
     label, n = source.labels, len(source)
     mine = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
@@ -148,7 +151,8 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
     rows = {}
     for name in network.reads:
         found = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
-        # An image that cannot be read is never learned from: its row may be any, here that of the one behind it.
+        # An unreadable image is never used for learning, so its row is arbitrary; here it is that of the following
+        # image.
         share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
         whole = distributed.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
@@ -156,7 +160,7 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
 
 
 def make_online_evaluator(built: RunComponents, held: Any) -> Judge:
-    """Look at the features of clean images: k-NN where there are labels, and whether they collapse."""
+    """Return a function that evaluates the features of clean images: k-NN with labels, and measures of collapse."""
 
     def look() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
@@ -175,15 +179,22 @@ def make_online_evaluator(built: RunComponents, held: Any) -> Judge:
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
-    """How different features are, before they are whitened if that is done to them."""
+    """Return how different features are, before whitening if there is any."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
     return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
 def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
-    """Judge the features on rank 0, remember and log it; whether they are the best so far.
+    """Evaluate the features on rank 0, store and log the result; return whether it is the best so far.
 
-    The curve gets the mean loss, too: the log has that of single steps. steps: of an epoch, for one that is not whole.
+    The curve also receives the mean loss; the log has that of single steps.
+
+    Args:
+        judge: Return the figures of the online evaluation.
+        progress: Training state; the curve and the best value are stored there.
+        epoch: Number of epochs, the last one possibly incomplete.
+        log: Log of the run.
+        steps: Steps per epoch.
     """
     loss, found = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps
@@ -195,12 +206,12 @@ def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, st
 
 
 def evaluation_epochs(recipe: Recipe) -> list[int]:
-    """The epochs after which the features are judged."""
+    """Return the epochs after which the features are evaluated."""
     return sorted({*range(0, recipe.epochs, recipe.evaluate_every), recipe.epochs})
 
 
 def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
-    """After a look, where a run is compared: say what has left the reference's band or come back, and draw both."""
+    """Report measures that have left the band of the reference or returned to it, and plot both curves."""
     if compared is None:
         return
     for sentence in compared.news():
@@ -210,7 +221,7 @@ def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
 
 
 def evaluation(built: RunComponents, held: Any, out: Path) -> dict[str, Any]:
-    """The figures of every protocol, and of the head that assigns clusters where the method has one."""
+    """Return the figures of every protocol, and of the head that assigns clusters if the method has one."""
     bank, queries, _ = held
     options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
     found = evaluate(built.encoder, bank, queries, **options)

@@ -1,7 +1,7 @@
-"""Is my curve normal? What a recipe's curve was with some seeds, and the band around it.
+"""Reference curves of a recipe with one or more seeds, and the band around them.
 
-A curve is what a run's `result.json` holds under that name: per look a dict of epoch, loss (the mean of the steps since
-the look before), knn (a share of 1), feature_std, rankme.
+A curve is the entry of that name in a run's `result.json`: for each evaluation a dict of epoch, loss (the mean of the
+steps since the previous evaluation), knn (a share of 1), feature_std, rankme.
 """
 
 import math
@@ -24,19 +24,23 @@ Entry = Mapping[str, float]
 Curve = Sequence[Entry]
 
 FLOORS = {"knn": (0.03, 0.0), "loss": (0.0, 0.05), "feature_std": (0.1, 0.0), "rankme": (0.0, 0.25)}
-"""The least half-width of a band: fixed, and as a share of the mean.
+"""Smallest half-width of a band: fixed, and as a share of the mean.
 
-Where they come from: five seeds of simclr, byol and barlow on the digits (docs/compare.md) deviate by 1 to 4 points of
-k-NN, 1 to 4 % of the loss, 0.004 to 0.016 of feature_std and 4 to 12 % of the rank. The first two are about two such
-deviations, so that one seed gives a hint; the last two many, for what they are to show is a collapse, which is a fall
-to a quarter (`inspect.collapse`)."""
+Source: five seeds of simclr, byol and barlow on the digits (docs/compare.md) deviate by 1 to 4 points of k-NN, 1 to 4 %
+of the loss, 0.004 to 0.016 of feature_std and 4 to 12 % of the rank. The first two are about two such deviations, so
+that one seed gives an indication. The last two are many deviations, because they indicate a collapse, which is a fall
+to a quarter (`monitors.collapse`).
+"""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a recipe's curve was.
+    """Reference curves of a recipe.
 
-    name: for people. curves: one per seed, epochs rising. recipe: theirs, nested, whatever its seed; {}: unknown.
+    Attributes:
+        name: Name for the user.
+        curves: One per seed, with increasing epochs.
+        recipe: Their nested recipe, with any seed; {} if unknown.
     """
 
     name: str
@@ -45,15 +49,15 @@ class Reference:
 
     @property
     def epochs(self) -> list[float]:
-        """After which epochs they were looked at."""
+        """Epochs after which the reference was evaluated."""
         return sorted({entry["epoch"] for curve in self.curves for entry in curve})
 
     def band(self, measure: str, epoch: float) -> tuple[float, float, float] | None:
-        """Low, mean and high of a measure after so many epochs; None where no curve has it before and behind.
+        """Return low, mean and high of a measure after `epoch` epochs; None if no curve has values on both sides of it.
 
-        Each seed is interpolated linearly between its looks. The band is their mean +- 3 standard deviations of what
-        another seed is from it, s sqrt(1 + 1/n), where s is that of this look or the usual one, whichever is larger;
-        and never narrower than `FLOORS`, which is all that one seed has.
+        Each seed is interpolated linearly between its evaluations. The band is the mean +- 3 standard deviations of the
+        difference of another seed from it, s sqrt(1 + 1/n), where s is the deviation at this evaluation or the usual
+        one, whichever is larger. The band is never narrower than `FLOORS`, which alone determines it for one seed.
         """
         seeds = self._at(measure, epoch)
         if not seeds:
@@ -64,7 +68,7 @@ class Reference:
         return mean - half, mean, mean + half
 
     def _at(self, measure: str, epoch: float) -> list[float]:
-        """The value of every seed that has one there."""
+        """Return the value of every seed that has one at this epoch."""
         found = []
         for curve in self.curves:
             known = {entry["epoch"]: entry[measure] for entry in curve if measure in entry}
@@ -74,9 +78,10 @@ class Reference:
 
     @cached_property
     def _usual(self) -> dict[str, float]:
-        """The deviation between seeds over all looks but that of the untrained encoder, as the root of a mean square.
+        """The deviation between seeds over all evaluations except that of the untrained encoder, as a root mean square.
 
-        That of one look of a few seeds is far too small too often: of two, below a tenth of the true one in 8 of 100.
+        The deviation at one evaluation of a few seeds is often far too small: with two seeds, below a tenth of the true
+        one in 8 of 100 cases.
         """
         found = {}
         for measure in MEASURES:
@@ -86,7 +91,7 @@ class Reference:
         return found
 
     def place(self, measure: str, entry: Entry) -> str | None:
-        """Where an entry lies: "inside", "below", "above", "nowhere" (it is no number); None: nothing to compare."""
+        """Return the position of an entry: "inside", "below", "above" or "nowhere" (nan); None without comparison."""
         band = self.band(measure, entry["epoch"])
         if band is None or measure not in entry:
             return None
@@ -96,7 +101,7 @@ class Reference:
         return "below" if value < band[0] else "above" if value > band[2] else "inside"
 
     def sentence(self, measure: str, entry: Entry) -> str:
-        """Where a measure lies, for people."""
+        """Return the position of a measure as a sentence."""
         low, _, high = self.band(measure, entry["epoch"]) or (math.nan,) * 3
         place = self.place(measure, entry)
         verb = {"inside": "is back inside", "nowhere": "is no number beside"}.get(str(place), f"is {place}")
@@ -104,13 +109,14 @@ class Reference:
         return f"{MEASURES[measure]} {_shown(measure, entry[measure])} {verb} {band} at epoch {entry['epoch']:g}"
 
     def outside(self, entry: Entry) -> list[str]:
-        """A sentence for every measure of an entry that lies outside its band."""
+        """Return a sentence for every measure of an entry outside its band."""
         return [self.sentence(m, entry) for m in MEASURES if self.place(m, entry) not in (None, "inside")]
 
     def over(self, looks: Sequence[int]) -> "Reference":
-        """The same, its losses means between these looks: a mean over ten epochs is no mean over the last of them.
+        """Return the reference with its losses averaged between these evaluations.
 
-        A loss is kept where the reference was looked at at both ends of a stretch, and left out elsewhere.
+        The mean over ten epochs is not the mean over the last of them. A loss is kept if the reference was evaluated at
+        both ends of an interval, and omitted otherwise.
         """
         return replace(self, curves=[_over(curve, looks) for curve in self.curves])
 
@@ -140,9 +146,14 @@ def _shown(measure: str, *values: float) -> str:
 
 
 def read_reference(path: str | Path, name: str | None = None) -> Reference:
-    """A reference from a `result.json`, a run's folder, or a folder of such files that differ in the seed only.
+    """Return a reference from a `result.json`, a run directory, or a folder of such files that differ in the seed only.
 
-    name: the path by default. ConfigError where there is none.
+    Args:
+        path: The file, run directory or folder.
+        name: Name of the reference; the path if None.
+
+    Raises:
+        ConfigError: If there is no reference.
     """
     path = Path(path)
     if os.path.isfile(path):

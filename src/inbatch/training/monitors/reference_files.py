@@ -1,4 +1,4 @@
-"""The result of a run that another is compared with, read from a file; and where two recipes differ."""
+"""Read the result of a reference run from a file, and list the differences of two recipes."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
@@ -9,11 +9,11 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.runtime.files import read_json
 
 MEASURES = {"knn": "k-NN", "loss": "loss", "feature_std": "feature_std", "rankme": "RankMe"}
-"""What is compared, and how it is called."""
+"""Compared measures -> their display names."""
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A run's result that has a recipe and a curve of numbers; ConfigError for any other file."""
+    """Return a run's result that has a recipe and a numeric curve; raise ConfigError for any other file."""
     try:
         found = read_json(path)
     except DataError as error:
@@ -33,13 +33,18 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300  # false for nan, too
+    return isinstance(value, int | float) and abs(value) < 1e300  # also false for nan
 
 
 def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """The settings in which two nested recipes differ, with both values; of the data the last part of its path counts.
+    """Return the settings in which two nested recipes differ, with both values.
 
-    but: settings that may.
+    Of the data only the last part of the path is compared.
+
+    Args:
+        mine: One recipe.
+        theirs: The other recipe.
+        but: Settings that may differ.
     """
     here, there = _flat(mine), _flat(theirs)
     keys = [key for key in dict.fromkeys([*here, *there]) if key not in but and here.get(key) != there.get(key)]
@@ -54,5 +59,5 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listed(words: Sequence[str], most: int = 5) -> str:
-    """Some of many words, and how many there are more."""
+    """Return the first words of a list, and the number of the others."""
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

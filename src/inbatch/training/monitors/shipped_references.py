@@ -1,4 +1,4 @@
-"""The runs that come with the package, to compare with one's own."""
+"""Reference runs that are part of the package."""
 
 import json
 from pathlib import Path
@@ -11,25 +11,29 @@ from inbatch.training.monitors.reference_files import differing, listed, read_re
 from inbatch.training.recipe import make, read_settings
 
 SCHEMA = 1
-"""Of the files: a run's result.json and this number under "schema"."""
+"""Schema version of the files, stored under "schema" in addition to a run's result.json."""
 FREE = {"seed", "test", "evaluate_every", "checkpoint_every", "resident", "max_bad", "k", "precision", "compile"}
 FREE |= {"channels_last"}
-"""Settings in which a run may differ from its reference, as in its data's path: they are no part of what is learned."""
+"""Settings in which a run may differ from its reference (as in the path of its data): they do not affect learning."""
 
 
 def folder() -> Path:
-    """Where the files lie: in the package, or in a checkout among its results."""
+    """Return the directory of the files: in the package, or among the results of a checkout."""
     here = Path(__file__).parents
     packaged = here[2] / "apps" / "papers" / "records"
     return packaged if packaged.is_dir() else here[4] / "results" / "records"
 
 
 def find_reference(recipe: dict[str, Any]) -> Reference:
-    """The runs of a (nested) recipe that come along, whatever their seed; ConfigError that names the closest."""
-    recipe = json.loads(to_json(recipe))  # as it would come back from a file
+    """Return the shipped runs of a (nested) recipe, with any seed.
+
+    Raises:
+        ConfigError: If there are none; it names the closest.
+    """
+    recipe = json.loads(to_json(recipe))  # as if read from a file
     learned = [file for file in sorted(folder().glob("*.json")) if _learned(read_json(file))]
     results = {file.stem: read_result(file) for file in learned}
-    for result in results.values():  # settings that came after the file have their defaults
+    for result in results.values():  # settings newer than the file have their defaults
         result["recipe"] = json.loads(to_json(make(read_settings(result["recipe"])).nested()))
     if not results:
         raise ConfigError("no runs to compare with come with this installation: give --compare a run's folder")
@@ -46,6 +50,8 @@ def find_reference(recipe: dict[str, Any]) -> Reference:
 
 
 def _learned(record: Any) -> bool:
-    """Whether a file is of a finished run: pairs of crops that were counted have no curve, and what failed has none to
-    be like."""
+    """Return whether a file is of a finished training run.
+
+    Counted pairs of crops have no curve, and failed runs have none to compare with.
+    """
     return record.get("schema") == SCHEMA and record.get("status", "finished") == "finished" and "curve" in record

@@ -1,4 +1,4 @@
-"""Every table and figure of the papers, and the survey's claims, as recipes with the papers' figures beside ours."""
+"""Every table and figure of the papers, and the survey's claims, as recipes with the papers' figures."""
 
 from inbatch.apps.papers.spec import Table
 from inbatch.apps.papers.tables import (
@@ -31,4 +31,4 @@ TABLES: dict[str, Table] = {
         study_transfer,
     )
 }  # fmt: skip
-"""Name -> table or figure: the whole registry."""
+"""Registry of tables and figures by name."""

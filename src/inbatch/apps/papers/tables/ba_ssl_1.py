@@ -1,4 +1,4 @@
-"""BA-SSL, Table 1: how near learning without labels comes to learning with them."""
+"""BA-SSL, Table 1: accuracy of learning without labels compared with learning with labels."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ ROWS = (
     ),
 )
 
-# The paper quotes its semi-supervised line from another work; ours are probes of the same features with fewer labels.
+# The paper quotes its semi-supervised row from another work; ours are probes of the same features with fewer labels.
 SHARES = {
     "1 %": "few.shares.1%.linear.top1",
     "10 %": "few.shares.10%.linear.top1",
@@ -41,7 +41,7 @@ _MORE = {
     "cpu": (*_few("digits", "digits"), *_few("photos", "photos")),
     "gpu": (*_few("cifar10", "CIFAR-10"), Column("CIFAR-10, fine-tuned", "cifar10", "finetune.top1")),
 }
-_JUDGED = {"gpu": ("few", "finetune")}  # tuning all weights takes a processor longer than learning them
+_JUDGED = {"gpu": ("few", "finetune")}  # fine-tuning all weights on a CPU takes longer than pretraining
 _PAPER = {"CIFAR-10": CIFAR10, "CIFAR-100": CIFAR100, "ImageNet-100": IMAGENET100, "ImageNet-1k": IMAGENET}
 
 TABLE = Table(

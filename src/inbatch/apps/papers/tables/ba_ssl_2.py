@@ -1,4 +1,4 @@
-"""BA-SSL, Table 2: seven methods of one encoder and one batch size."""
+"""BA-SSL, Table 2: seven methods with one encoder and one batch size."""
 
 from inbatch.apps.papers.scales import CIFAR10, CIFAR100, IMAGENET, IMAGENET100, usual
 from inbatch.apps.papers.spec import Column, Row, Scale, Table

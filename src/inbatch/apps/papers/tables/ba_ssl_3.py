@@ -1,4 +1,4 @@
-"""BA-SSL, Table 3: batch fusion plugged into four methods."""
+"""BA-SSL, Table 3: batch fusion in four methods."""
 
 from inbatch.apps.papers.scales import IMAGENET100, usual
 from inbatch.apps.papers.spec import Column, Row, Scale, Table
@@ -10,7 +10,7 @@ METHODS = {
     "SimCLR": (ba_ssl.SIMCLR, 63.34, 64.02),
     "SimSiam": (ba_ssl.SIMSIAM, 66.25, 66.97),
 }
-"""Name -> settings, the paper's top-1 without and with fusion: the best of ten trials each."""
+"""Name -> settings, and the paper's top-1 without and with fusion: the best of ten trials each."""
 
 WITHOUT = tuple(Row(name, method, {"Top1": plain}) for name, (method, plain, _) in METHODS.items())
 WITH = tuple(
@@ -18,7 +18,7 @@ WITH = tuple(
     for name, (method, _, fused) in METHODS.items()
 )
 
-# Not in the paper: MoCo v2 with the loss that Algorithm 1 has.
+# Not in the paper: MoCo v2 with the loss of Algorithm 1.
 SYMMETRIC = "MoCo-v2, symmetric"
 OURS = (
     Row(SYMMETRIC, ba_ssl.SYMMETRIC),

@@ -1,4 +1,4 @@
-"""BA-SSL, Table 4: how many embedding layers fuse a batch."""
+"""BA-SSL, Table 4: number of embedding layers that fuse a batch."""
 
 from inbatch.apps.papers.scales import IMAGENET, usual
 from inbatch.apps.papers.spec import Column, Row, Scale, Table

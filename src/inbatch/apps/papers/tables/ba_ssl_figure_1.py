@@ -1,4 +1,4 @@
-"""BA-SSL, Figure 1: linear top-1 on ImageNet-1k, the bars of Table 2's methods. Its runs are Table 2's."""
+"""BA-SSL, Figure 1: linear top-1 on ImageNet-1k of Table 2's methods, as bars; the runs are those of Table 2."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What the tables of batch curation (Welle, Poklukar and Kragic 2021) share: SimCLR on CIFAR-10."""
+"""Shared settings of the tables of batch curation (Welle, Poklukar and Kragic 2021): SimCLR on CIFAR-10."""
 
 from dataclasses import replace
 
@@ -11,12 +11,12 @@ SOURCE = "Welle, Poklukar and Kragic 2021, ICML workshop"
 SIMCLR: Settings = {"method.name": "simclr", "method.temperature": 0.5, "method.out": 128}
 PAIRS: Settings = {"pairs": 1_000_000}
 COUNTED = "crops"
-"""The data set that is none: pairs of crops of 32 x 32 pixels are drawn and counted."""
+"""Name of the data set for counting, which has no images: pairs of crops of 32 x 32 pixels are drawn and counted."""
 HEADINGS = ("Linear", "K-NN", "patch")
 
 
 def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
-    """smoke, cpu, gpu and paper. patch: with a column of the mean area of a crop, counted."""
+    """Return smoke, cpu, gpu and paper; if `patch`, with a column of the counted mean area of a crop."""
     named = {"linear": "Linear", "k-NN": "K-NN"}
     made = usual(figures, views="simclr_cifar", gpu={"batch": 128})
     made["paper"] = Scale(

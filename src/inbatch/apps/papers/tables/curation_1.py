@@ -1,4 +1,4 @@
-"""Batch curation, Table 1: SimCLR with pairs of crops that lie to each other in one way only, or are large or small."""
+"""Batch curation, Table 1: SimCLR with pairs of crops of one relative position, or of large or small crops."""
 
 from inbatch.apps.papers.spec import Row, Table
 from inbatch.apps.papers.tables import curation
@@ -14,7 +14,7 @@ VARIANTS = {
     "small": (23.24, 76.31, 29),
     "global-local-big": (86.50, 82.87, 73),
 }
-"""Our name of the crops -> the paper's linear, k-NN and mean area, in percent."""
+"""Name of the crops -> the paper's linear, k-NN and mean area, in percent."""
 
 ROWS = tuple(
     Row(

@@ -1,11 +1,11 @@
-"""Batch curation, Table 2: SimCLR with the curator and without."""
+"""Batch curation, Table 2: SimCLR with and without the curator."""
 
 from inbatch.apps.papers.spec import Row, Table
 from inbatch.apps.papers.tables import curation
 
 WITHOUT = "default w/o batch curator"
-# Algorithm 1: redraw until the largest distance within a pair is below the smallest between images, with no limit; ours
-# has one of rounds. Warm-up: the paper has some epochs of it and does not say how many; a tenth of the run here.
+# Algorithm 1: redraw until the largest distance within a pair is below the smallest between images, without a limit;
+# ours has a limit of rounds. Warm-up: the paper does not state its number of epochs; here it is a tenth of the run.
 STRICT = {"curate.name": "redraw", "curate.rule": "strict", "curate.budget": None}
 
 ROWS = (

@@ -1,4 +1,4 @@
-"""Batch curation, Figure 3: how two crops of an image lie to each other, counted over a million pairs."""
+"""Batch curation, Figure 3: relative positions of two crops of an image, counted over a million pairs."""
 
 from inbatch.apps.papers.spec import Column, Row, Scale, Table
 from inbatch.apps.papers.tables import curation

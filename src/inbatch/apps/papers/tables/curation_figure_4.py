@@ -1,4 +1,4 @@
-"""Batch curation, Figure 4: k-NN over the epochs with each way of cropping. Its runs are Table 1's."""
+"""Batch curation, Figure 4: k-NN over the epochs for each crop sampling; the runs are those of Table 1."""
 
 from dataclasses import replace
 

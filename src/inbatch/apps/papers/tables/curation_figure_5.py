@@ -1,4 +1,4 @@
-"""Batch curation, Figure 5: k-NN over the epochs with the curator and without. Its runs are Table 2's."""
+"""Batch curation, Figure 5: k-NN over the epochs with and without the curator; the runs are those of Table 2."""
 
 from dataclasses import replace
 

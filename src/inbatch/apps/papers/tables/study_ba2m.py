@@ -1,4 +1,4 @@
-"""BA2M (Cheng et al. 2021) against SE and CBAM, in a classifier: the survey's example of attention over a batch."""
+"""BA2M (Cheng et al. 2021) against SE and CBAM in a classifier: the survey's example of attention over a batch."""
 
 from inbatch.apps.papers.scales import CIFAR100, published, usual
 from inbatch.apps.papers.spec import Row, Table

@@ -1,4 +1,4 @@
-"""A claim of the survey: methods with negatives need large batches, others less. Accuracy against batch size."""
+"""Claim of the survey: methods with negatives need large batches, others less. Accuracy against batch size."""
 
 from math import sqrt
 
@@ -17,7 +17,7 @@ SMALL, USUAL, LARGE = (32, 64, 128, 256, 512), 128, (32, 128, 512, 2048)
 
 
 def _rows(sizes: tuple[int, ...], large: tuple[int, ...]) -> tuple[Row, ...]:
-    """AdamW's rate goes with the root of the batch; that of the gpu scale's presets with the batch itself."""
+    """Return the rows; AdamW's rate scales with the root of the batch, that of the gpu presets with the batch."""
     return tuple(
         Row(
             f"{name}, {batch}",

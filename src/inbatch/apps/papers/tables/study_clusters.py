@@ -1,4 +1,4 @@
-"""A claim of the survey: grouping images while learning gives features that cluster better (CC, PCL, SwAV)."""
+"""Claim of the survey: grouping images during training gives features that cluster better (CC, PCL, SwAV)."""
 
 from inbatch.apps.papers.scales import CIFAR10, SOURCE, published, usual
 from inbatch.apps.papers.spec import Row, Table
@@ -11,8 +11,8 @@ ROWS = (
     Row(MEMORY, {"method.name": "moco", "method.layers": 2}),
     Row("PCL", {"method.name": "pcl"}, against=MEMORY),
 )
-# Clusters of k-means on the features, compared with the classes, for all rows alike; those that CC's head assigns are
-# among the figures of docs/methods/cc.md.
+# Clusters of k-means on the features, compared with the classes, for all rows; those that CC's head assigns are among
+# the figures of docs/methods/cc.md.
 FIGURES = ("NMI", "ACC", "linear")
 
 TABLE = Table(

@@ -1,4 +1,4 @@
-"""A claim of the survey, of SwAV's paper: small crops beside the large ones make learning more efficient."""
+"""Claim of the survey and of SwAV's paper: small crops in addition to the large ones make training more efficient."""
 
 from inbatch.apps.papers.scales import CIFAR10, SOURCE, TINY, columns, published, usual
 from inbatch.apps.papers.spec import Row, Scale, Table

@@ -1,11 +1,11 @@
-"""A claim of the survey: NNCLR, whose positives are neighbours, needs augmentation less than SimCLR does."""
+"""Claim of the survey: NNCLR, which uses neighbours as positives, needs augmentation less than SimCLR does."""
 
 from inbatch.apps.papers.scales import SOURCE, published, usual
 from inbatch.apps.papers.spec import Row, Table
 
 METHODS = {"SimCLR": {"method.name": "simclr"}, "NNCLR": {"method.name": "nnclr"}}
 WEAK = {"views.strength": 0.0, "views.grey": 0.0}
-"""Crop and flip, and no colour."""
+"""Crop and flip, no colour augmentation."""
 
 TABLE = Table(
     name="study-nnclr",

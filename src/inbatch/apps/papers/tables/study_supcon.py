@@ -1,4 +1,4 @@
-"""A claim of the survey: SupCon beats cross-entropy, and stands corruptions better."""
+"""Claim of the survey: SupCon is more accurate than cross-entropy, and more robust to corruptions."""
 
 from dataclasses import replace
 
@@ -13,13 +13,13 @@ ROWS = (
 
 
 def _corrupted(scale: Scale) -> Scale:
-    """With a column of the mean accuracy over 15 corruptions at 5 severities."""
+    """Return the scale with a column of the mean accuracy over 15 corruptions at 5 severities."""
     names = {column.data: column.name.partition(",")[0] for column in scale.columns}
     more = tuple(Column(f"{name}, corrupted", data, "corruptions.linear.top1") for data, name in names.items())
     return replace(scale, columns=scale.columns + more, protocols=("corruptions",))
 
 
-# Both see the views of contrastive learning: SupCon's authors give cross-entropy the same.
+# Both use the views of contrastive learning: SupCon's authors use them for cross-entropy as well.
 _USUAL = usual(("linear",))
 TABLE = Table(
     name="study-supcon",

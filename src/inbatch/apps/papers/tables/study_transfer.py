@@ -1,4 +1,4 @@
-"""A claim of the survey, of MoCo's paper: features learned without labels serve other tasks as well as those with."""
+"""Claim of the survey and of MoCo's paper: features learned without labels transfer as well as those with labels."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ OTHERS = ("digits-canvas-colour", "cifar10")
 
 
 def _elsewhere(scale: Scale, others: tuple[str, ...] = OTHERS) -> Scale:
-    """With a column of a probe on each of these data sets, all of their labels."""
+    """Return the scale with a column of a linear probe on each of these data sets, with all of their labels."""
     names = {column.data: column.name.partition(",")[0] for column in scale.columns}
     more = tuple(
         Column(f"learned from {name}, linear on {other}", data, f"on-{other}.linear.top1")
@@ -39,7 +39,7 @@ TABLE = Table(
     rows=ROWS,
     scales={name: _elsewhere(scale) for name, scale in _USUAL.items() if name != "smoke"}
     | {
-        "smoke": _elsewhere(_USUAL["smoke"], OTHERS[:1]),  # which are always there
+        "smoke": _elsewhere(_USUAL["smoke"], OTHERS[:1]),  # always available
         "paper": _elsewhere(published("100 to 200 epochs of ImageNet-1k with ResNet-50")),
     },
 )

@@ -1,10 +1,10 @@
-"""A claim of the survey, of VICReg's paper: its variance term steadies other methods, such as BYOL and SimCLR."""
+"""Claim of the survey and of VICReg's paper: its variance term stabilises other methods, such as BYOL and SimCLR."""
 
 from inbatch.apps.papers.scales import SOURCE, published, usual
 from inbatch.apps.papers.spec import Row, Settings, Table
 
 WEIGHT = 1.0
-# BYOL's "norm" on the digits does what the term is to do: without it there is something to steady.
+# BYOL's "norm" on the digits has the effect intended by this term; with it off, there is an instability to reduce.
 PLAIN: dict[str, Settings] = {
     "BYOL": {"method.name": "byol", "method.norm": False},
     "SimCLR": {"method.name": "simclr"},

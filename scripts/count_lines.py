@@ -5,7 +5,7 @@ from pathlib import Path
 
 from inbatch.methods import METHODS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1] / "docs"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Does a plug-in leak its group? python results/leak.py --data FOLDER: writes leak.json beside it.
+"""Does a plug-in leak its group? python scripts/measure_leak.py --data FOLDER: writes leak.json beside it.
 
 SimCLR on 4,000 photographs in four context groups of 32, one epoch, three seeds, the digits' small encoder; then
 `inspect.leak` asks the projections of 16 groups of 32, before and after. "off" is batch norm alone.
@@ -41,7 +41,7 @@ def main() -> None:
     data = parser.parse_args().data
     found = {name: [ask(data, plugs, seed) for seed in range(SEEDS)] for name, plugs in ENTRIES.items()}
     result = {"environment": environment(torch.device("cpu")), "entries": found}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    (Path(__file__).resolve().parents[1] / "results" / "leak.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every plug-in with and without, same seeds: python results/plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
+"""Every plug-in with and without, same seeds: python scripts/measure_plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
 
 Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
 the digits also defaults (fusion's, as in fusion-defaults.json).
 Runs as `methods.py` beside it does, three seeds each; writes plugins/digits.json or plugins/cifar.json entry by entry,
-and leaves out what is there already. `python results/render.py` makes the tables.
+and leaves out what is there already. `python scripts/render_results.py` makes the tables.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from methods import UNTRAINED, entry, run, untrained
 
-HERE = Path(__file__).parent / "plugins"
+HERE = Path(__file__).resolve().parents[1] / "results" / "plugins"
 SEEDS = 3
 
 FUSED = {"off": [], "conv": ["fuse.name=conv"], "set": ["fuse.name=set"]}

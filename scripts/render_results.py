@@ -1,5 +1,5 @@
 """Writes README.md beside it and the tables in docs/methods from the JSON files of runs, so that no figure is typed by
-hand: python results/render.py"""
+hand: python scripts/render_results.py"""
 
 import importlib.util
 import json
@@ -9,14 +9,14 @@ from statistics import mean, stdev
 from types import ModuleType
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1] / "results"
 INDEX = HERE.parent / "docs" / "methods" / "README.md"
 PLUGINS = HERE.parent / "docs" / "context"
 HEAD = """# Results
 
 One file per run, as written by `inbatch` (`result.json` of the run directory): command, recipe,
 versions, hardware, commit, curve, figures with their protocol, speed and memory. Poor results are
-kept, too. `python results/render.py` writes this page, and a test compares it with the files.
+kept, too. `python scripts/render_results.py` writes this page, and a test compares it with the files.
 
 CIFAR-10 is a JPEG copy, re-encoded at a quality of about 75, so accuracies are slightly lower than
 those on the original files.
@@ -91,7 +91,7 @@ def table(entries: dict[str, Any]) -> str:
 
 
 def rows(file: Path, method: str | None = None) -> str:
-    """The table of a file that results/methods.py wrote: of all methods, or of one and the untrained encoder."""
+    """The table of a file that scripts/measure_methods.py wrote: of all methods, or of one and the untrained encoder."""
     entries = json.loads(file.read_text())
     chosen = {
         name: entry for name, entry in entries.items()

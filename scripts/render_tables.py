@@ -1,4 +1,4 @@
-"""Writes docs/results from the records in records/, so that no figure is typed by hand: python results/tables.py"""
+"""Writes docs/results from the records in records/, so that no figure is typed by hand: python scripts/render_tables.py"""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.render import hours, markdown
 from inbatch.apps.papers.results import Records, read_records, wall_seconds
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1] / "results"
 DOCS = HERE.parent / "docs" / "results"
 SCALES = ("cpu", "gpu", "paper")
 HEAD = """# The papers' tables and figures
 
 Each is one command, `inbatch table NAME`, and one file of [src/inbatch/apps/papers/tables](../../src/inbatch/apps/papers/tables): its rows and their
 settings, the paper's figures, what we do otherwise. Figures are made of the files in [results/records](../../results/records), one
-for each run; this page and those below are written by `python results/tables.py`, and a test compares them with the files.
+for each run; this page and those below are written by `python scripts/render_tables.py`, and a test compares them with the files.
 
 ```bash
 inbatch table                                                    # what there is

@@ -1,8 +1,8 @@
-"""Every method, one encoder, one budget: python results/methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
+"""Every method, one encoder, one budget: python scripts/measure_methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
 
 Each run is a process of its own with one thread (`--jobs` of them at a time), so that its seconds and its peak memory
 are its own. Writes methods/digits.json or methods/cifar.json beside it, entry by entry; entries that are not named stay
-as they were. `python results/render.py` makes the tables.
+as they were. `python scripts/render_results.py` makes the tables.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent / "methods"
+HERE = Path(__file__).resolve().parents[1] / "results" / "methods"
 UNTRAINED = "untrained encoder"
 
 ENTRIES: dict[str, list[str]] = {
