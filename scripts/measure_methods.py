@@ -1,4 +1,6 @@
-"""Every method, one encoder, one budget: python scripts/measure_methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
+"""Train every method with one encoder and one budget.
+
+    python scripts/measure_methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
 
 Each run is a process of its own with one thread (`--jobs` of them at a time), so that its seconds and its peak memory
 are its own. Writes methods/digits.json or methods/cifar.json beside it, entry by entry; entries that are not named stay

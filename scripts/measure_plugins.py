@@ -1,4 +1,6 @@
-"""Every plug-in with and without, same seeds: python scripts/measure_plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
+"""Train with and without every plug-in, with the same seeds.
+
+    python scripts/measure_plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
 
 Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
 the digits also defaults (fusion's, as in fusion-defaults.json).

@@ -91,7 +91,7 @@ def table(entries: dict[str, Any]) -> str:
 
 
 def rows(file: Path, method: str | None = None) -> str:
-    """The table of a file that scripts/measure_methods.py wrote: of all methods, or of one and the untrained encoder."""
+    """Return the table of a file that measure_methods.py wrote: all methods, or one and the untrained encoder."""
     entries = json.loads(file.read_text())
     chosen = {
         name: entry for name, entry in entries.items()

@@ -1,4 +1,4 @@
-"""Writes docs/results from the records in records/, so that no figure is typed by hand: python scripts/render_tables.py"""
+"""Write docs/results from results/records, so that no figure is typed by hand."""
 
 from pathlib import Path
 
