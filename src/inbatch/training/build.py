@@ -25,11 +25,12 @@ from inbatch.models.cpu_convolution import by_product
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
 from inbatch.nn import triton_logsumexp
-from inbatch.nn.schedules import step_decay, warmup_cosine
+from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
-from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr, set_learning_rate
+from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
+from inbatch.training.rates import set_rates
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights
 from inbatch.training.step import Step
@@ -80,26 +81,69 @@ def build(
         loader: A loader to reuse, made for the same images, batch, seed and views.
         init: Directory of the run's initial weights (`run_encoder.kept_initial`).
     """
-    world = distributed.world()
+    _check(recipe, source, device)
+    context, groups = _context(recipe, distributed.world())
+    parts = _draw_weights(recipe, source, device, context, init)
+    loader = loader or _make_loader(recipe, source, parts.views, device, workers)
+    network, target = _make_networks(recipe, parts, device)
+    piece = recipe.batch // distributed.world() // groups
+    curator = curator_of(recipe, parts.views, network, piece, device)
+    if recipe.compile:
+        _compile(parts.views, network, target)
+    optimizer, lr = _make_optimizer(recipe, parts, network)
+    timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
+    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
+    step = Step(
+        method=parts.method, network=network, call=distributed.wrap(network), target=target,
+        views=lambda batch: drawn(parts.views, batch, device), count=len(parts.views), optimizer=optimizer,
+        schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
+        progress=timeline.progress, seed=recipe.seed,
+        synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
+        variance=recipe.variance, scale=functools.partial(image_scale, recipe),
+    )  # fmt: skip
+    return RunComponents(
+        recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
+        timeline, tuple(parts.notes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What draws random weights, in the order in which it draws them, and the views.
+
+    fused: numbers of the views that `fuse` mixes. notes: sentences for the user.
+    """
+
+    method: Method
+    encoder: Encoder
+    views: Views
+    heads: dict[str, Head]
+    fuse: Fusion | None
+    fused: Sequence[int]
+    notes: list[str]
+
+
+def _check(recipe: Recipe, source: Source, device: torch.device) -> None:
+    """Raise ConfigError or DataError for a recipe that this device or these images do not allow."""
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
-    if world > 1:  # ranks that reduce results must compute them in the same way
-        distributed.assert_equal_across_ranks(
-            {"use of Triton's kernels": triton_logsumexp.usable(torch.zeros(1, 1, device=device))}
-        )
-    method_class = METHODS[recipe.method.name]
-    options = dict(recipe.method.options)
-    if method_class.labels and not bool((source.labels >= 0).any()):
+    if distributed.world() > 1:  # ranks that reduce results must compute them in the same way
+        kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
+        distributed.assert_equal_across_ranks({"use of Triton's kernels": kernels})
+    if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
-    context, groups = _context(recipe, world)
+    context, _ = _context(recipe, distributed.world())
     if recipe.shuffle_groups and recipe.batch == context:
         raise ConfigError(f"shuffle_groups: the batch of {context} is one group, there is none to shuffle; set context")
 
+
+def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context: int, init: Path | None) -> _Parts:
+    """Create method, encoder, heads and fusion with weights from the recipe's seed, or from `init`."""
     notes: list[str] = []
     start = init or starting_weights(recipe, notes)
     with seeded(recipe, device):
         with _settings_of("method", recipe.method.name):
-            method = method_class(**options)
+            method = METHODS[recipe.method.name](**recipe.method.options)
         encoder = make_encoder(recipe, start)
         if start is None:
             fit_first_layer(encoder, source)
@@ -109,61 +153,58 @@ def build(
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
             heads = method.heads(encoder.width)
-        fuse, fused = fusion(recipe, method, views, encoder, context)
-    loader = loader or Loader(
-        source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=distributed.rank(), world=world,
-        resident=recipe.resident, workers=workers, whole=recipe.curate is not None, max_bad=recipe.max_bad,
+        return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
+
+
+def _make_loader(recipe: Recipe, source: Source, views: Views, device: torch.device, workers: int | None) -> Loader:
+    """Return the loader of this rank's part of every batch."""
+    return Loader(
+        source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
+        world=distributed.world(), resident=recipe.resident, workers=workers, whole=recipe.curate is not None,
+        max_bad=recipe.max_bad,
     )  # fmt: skip
 
+
+def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple[Network, Network | None]:
+    """Return the online and the target network on the device, in its precision and layout."""
     network = Network(
-        encoder, heads, method.online, precision_for(recipe.precision, device), recipe.channels_last, recipe.joined,
-        fuse, fused,
+        parts.encoder, parts.heads, parts.method.online, precision_for(recipe.precision, device), recipe.channels_last,
+        recipe.joined, parts.fuse, parts.fused,
     )  # fmt: skip
     if device.type == "cpu" and network.precision == torch.bfloat16 and slow_weight_gradients():
-        by_product(encoder)
-    target = make_target_network(network, heads, method.target) if method.target else None
-    for module in (network, target, method):
-        if module is not None:
-            module.to(device)
-    for module in (network, target):
-        if module is not None:
-            if recipe.channels_last:
-                module.to(memory_format=torch.channels_last)
-            if recipe.sync_norm:
-                synchronise_norm(module)
-                distributed.make_context_global(module)
-    curator = curator_of(recipe, views, network, recipe.batch // world // groups, device)
-    if recipe.compile:
-        views.compile()  # for accelerators; a CPU uses its own kernel
-        for module in (network, target):
-            if module is not None:
-                module.compile()
+        by_product(parts.encoder)
+    target = make_target_network(network, parts.heads, parts.method.target) if parts.method.target else None
+    parts.method.to(device)
+    for module in filter(None, (network, target)):
+        module.to(device)
+        if recipe.channels_last:
+            module.to(memory_format=torch.channels_last)
+        if recipe.sync_norm:
+            synchronise_norm(module)
+            distributed.make_context_global(module)
+    return network, target
 
-    chosen = dict(recipe.optimizer.options)
-    lr = scaled_lr(chosen.pop("lr"), recipe.batch, recipe.schedule.scaling)
-    vector_lr = chosen.pop("vector_lr", None)
-    groups_of = parameter_groups(
-        {"encoder": encoder, **network.heads} | ({} if fuse is None else {"fuse": fuse}),
-        lr=lr, weight_decay=chosen.pop("weight_decay"),
+
+def _compile(views: Views, *networks: Network | None) -> None:
+    """Compile views (for accelerators; a CPU uses its own kernel) and networks."""
+    views.compile()
+    for network in filter(None, networks):
+        network.compile()
+
+
+def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Optimizer, float]:
+    """Return the optimiser of the online network, and its learning rate for the recipe's batch."""
+    options = dict(recipe.optimizer.options)
+    lr = scaled_lr(options.pop("lr"), recipe.batch, recipe.schedule.scaling)
+    vector_lr = options.pop("vector_lr", None)
+    groups = parameter_groups(
+        {"encoder": parts.encoder, **network.heads} | ({} if parts.fuse is None else {"fuse": parts.fuse}),
+        lr=lr, weight_decay=options.pop("weight_decay"),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
-        own={name: {"constant": True} for name in method.constant_lr()},
+        own={name: {"constant": True} for name in parts.method.constant_lr()},
     )  # fmt: skip
     with _settings_of("optimizer", recipe.optimizer.name):
-        optimizer = build_optimizer(recipe.optimizer.name, groups_of, **chosen)
-    timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
-    set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
-    step = Step(
-        method=method, network=network, call=distributed.wrap(network), target=target,
-        views=lambda batch: drawn(views, batch, device), count=len(views), optimizer=optimizer,
-        schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
-        progress=timeline.progress, seed=recipe.seed,
-        synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance, scale=functools.partial(image_scale, recipe),
-    )  # fmt: skip
-    return RunComponents(
-        recipe, source, loader, views, encoder, method, network, target, optimizer, step, context, lr, timeline,
-        tuple(notes),
-    )  # fmt: skip
+        return build_optimizer(recipe.optimizer.name, groups, **options), lr
 
 
 def views_of(recipe: Recipe, encoder: Encoder) -> Views:
@@ -180,18 +221,6 @@ def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...
 def image_scale(recipe: Recipe, progress: float) -> float:
     """Return the share of the image side that the encoder uses at a share of the run."""
     return recipe.grow_from if progress < recipe.grow_until else 1.0
-
-
-def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
-    """Set the learning rates of a step; a pure function of its position (`steps`: steps per epoch)."""
-    s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
-    # At most a tenth of a run with a length in steps; `recipe.make` ensures it for a length in epochs.
-    warmup = min(s.warmup * steps, total / 10) if recipe.steps else s.warmup * steps
-    if s.name == "cosine" or place < warmup:
-        factor = warmup_cosine(place, total, warmup, 1.0, s.end)
-    else:
-        factor = step_decay(place, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
-    set_learning_rate(optimizer, factor)
 
 
 def local_batch_size(recipe: Recipe, world: int) -> int:
