@@ -1,7 +1,7 @@
 """Equations that several methods share, and delicate numerics.
 
 Pure functions of tensors of any floating type, computed in float32 or wider, also under autocast. The log-sum-exps
-are here so that methods do not decide how they are computed: the setting `tiled` does.
+are here so that methods do not decide how they are computed: `nn.logsumexp` does.
 """
 
 import warnings
