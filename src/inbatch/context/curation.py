@@ -103,7 +103,7 @@ class Curator(nn.Module):
         self.register_buffer("epoch", torch.tensor(-1))
 
     def prepare(self, live: nn.Module, embed: Embed, epochs: int) -> None:
-        """Set the online network, the function that embeds views, and the number of epochs; called once before the run."""
+        """Set the online network, the function that embeds views, and the number of epochs; called once."""
         self._live, self._embed = [live], embed  # in a list, so that the live model is not saved with this module
         self.starts = max(1, math.ceil(self.warmup * epochs))
         self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None

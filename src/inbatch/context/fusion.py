@@ -15,7 +15,7 @@ Tokens = Float[Tensor, "g p d"]
 
 
 def patches(images: Float[Tensor, "g c h w"], p: int) -> Tokens:
-    """Cut images into squares of p pixels, one row each (BA-SSL, Eq. 2; rows of pixels, then columns, then channels)."""
+    """Cut images into squares of p pixels, one row each (BA-SSL, Eq. 2; pixel rows, then columns, then channels)."""
     g, c, h, w = images.shape
     return images.reshape(g, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(g, -1, p * p * c)
 
