@@ -15,7 +15,7 @@ from inbatch.nn.schedules import cosine, linear, progress
 
 def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], center: Float[Tensor, "k"],
          temperature: float = 0.1, teacher_temperature: float = 0.07) -> Float[Tensor, ""]:  # fmt: skip
-    """Cross-entropy of softmax((t_i - center) / T_t), no grad, and softmax(s_j / T), i != j (Caron 2021, Eq. 3)."""
+    """Mean cross-entropy of softmax((t_i - center) / T_t), no grad, and softmax(s_j / T), i != j (paper, Eq. 3)."""
     p = scale_by_temperature(wide(teacher.detach()) - center, teacher_temperature).softmax(-1)
     return cross_prediction(p, scale_by_temperature(student, temperature))
 
