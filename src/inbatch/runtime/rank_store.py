@@ -60,7 +60,7 @@ class RankStore:
             self._set("ended", json.dumps({"sentence": sentence, "code": code, "rank": self.rank}))
 
     def call(self) -> InbatchError:
-        """Return the error after a failed collective: one reported by a rank, else one that names unresponsive ranks."""
+        """Return the error after a failed collective: one reported by a rank, else one that names silent ranks."""
         grace = min(GRACE, self.timeout)
         try:
             self._set(f"here {self.rank}", "")
