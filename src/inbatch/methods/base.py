@@ -15,8 +15,8 @@ class Method(nn.Module):
     A subclass defines `heads` and `loss`. It holds hyper-parameters and memory (buffers), never a trainable parameter:
     these belong to heads. Rows are gathered from all context groups and ranks; a loss depends on neither.
 
-    online: heads of the online network whose rows the loss reads.
-    target: heads of the target network whose rows the loss reads; empty if there is no target network.
+    online: heads of the online network that the loss reads.
+    target: heads of the target network that the loss reads; empty if there is no target network.
     views: minimum and maximum number of views that the equation allows (None: no maximum).
     labels: whether the method learns from labels and needs a labelled data set.
     m: momentum of the target network, if its momentum is constant.

@@ -251,7 +251,7 @@ class _Tiles:
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
         self.side = TILE if here else 8 * TILE
-        if plan.world == 1 and here:  # all ranks must use the same tiles, whatever their number of threads
+        if plan.world == 1 and here:  # all ranks must use the same tiles with any number of threads
             self.side *= math.isqrt(self.threads // self.parts)
             if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
                 self.side = -(-self.side // 2)  # smaller tiles, so that every part has work
@@ -341,7 +341,7 @@ def _kernel_gradients(
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """Return contiguous zeros, whatever the layout of x: ranks add these up."""
+    """Return contiguous zeros for x of any layout, because ranks add these up."""
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError, TrainingError
 
 GRACE = 10.0
-"""Seconds to answer a roll call. torchrun kills the survivors of a dead process after 30."""
+"""Seconds in which ranks must answer `call`. torchrun kills the survivors of a dead process after 30."""
 
 _KINDS: dict[int, type[InbatchError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, TrainingError)}
 

@@ -28,7 +28,7 @@ class Terminal(Console):
 
 
 def note(console: Console, text: str) -> None:
-    """Print one line for the user, whatever characters it contains."""
+    """Print one line for the user, with unprintable characters escaped."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 

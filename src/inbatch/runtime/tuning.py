@@ -19,7 +19,7 @@ _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 _SLEEP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 """Waiting threads sleep after about 20 microseconds (GNU's OpenMP) or immediately (others).
 
-GNU's default is to spin for milliseconds, so a thread whose core is used by another process delays all others.
+GNU's default is to spin for milliseconds, so a thread that shares its core with another process delays all others.
 """
 
 _added: dict[str, str] = {}
