@@ -1,9 +1,9 @@
-"""inbatch: learn image features by letting the samples of a batch teach each other.
+"""inbatch: self-supervised image learning with losses over the samples of a batch.
 
     run = inbatch.pretrain("photos/", method="simclr", epochs=100)
     features = inbatch.load(run.directory).embed(images)
 
-Everything below is imported when it is first used, so that `import inbatch` costs nothing.
+All names below are imported on first use, so that `import inbatch` is fast.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the command line does, in Python and in as many words."""
+"""Python interface: the functions behind the commands of the command line."""
 
 import contextlib
 import re
@@ -65,28 +65,43 @@ def pretrain(
     compare: str | Path | None = None,
     **fields: Any,
 ) -> Run:
-    """Learn features from images and leave a run's folder behind.
+    """Pretrain an encoder on images and write the results to a run directory.
 
-    data: a folder, a file that holds or lists images, a set's name ("torchvision/STL10", "digits-canvas"), or uint8
-        images (N, C, H, W), alone or with labels. download: fetch a torchvision set that is not on the disk.
-    method: a name of `METHODS`; simclr by default.
-    fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...);
-        settings: those with a dot, {"method.temperature": 0.2}; config: a YAML or JSON file of them.
-    budget="45m" (minutes, hours, days) ends the run, its evaluation included, within that time: it chooses encoder,
-        image size, batch and length by real steps on this data and machine. On a CPU a budget of one hour is the
-        default if neither budget, epochs, steps, preset, encoder nor a config says how long or what.
-    context="auto" looks for the largest context group that fits in memory, with a few dry steps, and puts it into the
-        recipe; the batch then need not fit. It costs one more forward pass where there are several groups.
-    test: images with labels to judge the features by, where the data has no test split of its own.
-    out: the run's folder, runs/METHOD-DATA-NUMBER by default; one that holds a run is refused unless `overwrite`.
-    stop_on_collapse: end with TrainingError, after a checkpoint, where outputs collapse and do not recover.
-    compare: a run's folder or a folder of results whose curve this one's is held against while it trains (it changes
-        nothing); "auto": runs of the same recipe that come along.
-    resume: True to go on in `out` where it holds a run that can be continued, or the folder of such a run.
-    dist_timeout: seconds after which a rank that died or hangs ends the others, with an error that names it; more than
-        rank 0 takes to judge the features, which the others wait for.
-    Works under torchrun, SLURM or an existing process group as it is; all ranks return the same Run.
-    Raises ConfigError, DataError, TrainingError, Preempted, Interrupted (`inbatch.errors`).
+    Works under torchrun, SLURM or an existing process group without changes; all ranks return the same Run.
+
+    Args:
+        data: a folder, a file that holds or lists images, the name of a data set ("torchvision/STL10",
+            "digits-canvas"), or uint8 images (N, C, H, W), alone or with labels.
+        method: a name of `METHODS`; simclr by default.
+        out: run directory, runs/METHOD-DATA-NUMBER by default; a directory that holds a run is refused unless
+            `overwrite`.
+        config: a YAML or JSON file of settings.
+        settings: settings with a dotted name, {"method.temperature": 0.2}.
+        test: labelled images for evaluation, if the data has no test split.
+        resume: True to resume the run in `out` if it can be resumed, or the directory of such a run.
+        overwrite: replace a run in `out`.
+        device: device of the run, or "auto".
+        workers: number of data workers.
+        expect_world_size: required number of ranks.
+        download: download a torchvision data set that is not on the disk.
+        dist_timeout: seconds after which a dead or hanging rank ends the other ranks with an error that names it. It
+            must be longer than the evaluation on rank 0, for which the other ranks wait.
+        quiet: print no progress.
+        stop_on_collapse: save a checkpoint and raise TrainingError if the outputs collapse and do not recover.
+        compare: a run directory or a folder of results; its curve is shown with that of this run during training and
+            does not affect it. "auto": the shipped reference runs of the same recipe.
+        **fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...).
+            budget="45m" (minutes, hours, days) ends the run, including its evaluation, within that time: encoder, image
+            size, batch size and length are chosen by real steps on this data and machine. On a CPU, a budget of one
+            hour is the default if none of budget, epochs, steps, preset, encoder and a config is given.
+            context="auto" finds the largest context group that fits in memory with a few dry steps and writes it to the
+            recipe; the whole batch then need not fit. With several groups this costs one more forward pass.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError, DataError, TrainingError, Preempted, Interrupted: see `inbatch.errors`.
     """
     began = tuning.command_began()
     tuning.ready()
@@ -94,7 +109,7 @@ def pretrain(
         given = merged_settings(method, config, settings, fields)
         going_on, choice = _run_to_resume(out, resume), None
         if going_on is not None and _spent(going_on):
-            _resumed(going_on, data, given, download)  # refuses what contradicts it
+            _resumed(going_on, data, given, download)  # raises if an argument contradicts the run
             with progress(quiet) as (tell, _):
                 tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} judges it again.")
             return load_run(going_on)
@@ -106,7 +121,7 @@ def pretrain(
             given = with_default_budget(given, data, device_for(device), config is not None)
             given = with_encoder_of_init(given)
             if needs_plan(given):
-                _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refused before minutes are spent
+                _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refuse before minutes are spent
                 with progress(quiet) as (tell, _):
                     choice, source = plan_budget(
                         data, given, began, device=device_for(device), workers=workers, download=download, tell=tell
@@ -115,18 +130,18 @@ def pretrain(
             else:
                 recipe, source = resolve_recipe(data, given, download)
             directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
-        if distributed.world() > 1:  # a million names are not read for nobody
+        if distributed.world() > 1:  # reading a million names is only needed with several ranks
             distributed.assert_equal_across_ranks(_facts(recipe, source))
         recipe, fitted = resolve(recipe, source, device_for(device), workers)
         memory = ""
-        if going_on is None and choice is None:  # else a budget has looked already
+        if going_on is None and choice is None:  # a budget has already checked the memory
             recipe, memory = within_memory(recipe, source, device_for(device), workers)
         reference = _reference(compare, recipe) if distributed.rank() == 0 else None
         loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
         built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
         held = evaluation_split(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
-        with lock as stale:  # from here on something is written: whatever could be refused has been
+        with lock as stale:  # writing starts here: all checks that can refuse the run have passed
             if distributed.rank() == 0 and going_on is None:
                 clear(directory)
                 write_json(directory / "recipe.json", recipe.nested())
@@ -153,7 +168,7 @@ def prepare(
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
     download: bool = False, **fields: Any,
 ) -> RunComponents:  # fmt: skip
-    """Everything `pretrain` would train with, built and not trained: for --dry-run, or a loop of your own."""
+    """Build everything that `pretrain` would train with, without training: for --dry-run or a custom training loop."""
     return _prepared(data, merged_settings(method, config, settings, fields), device, workers, download)[0]
 
 
@@ -162,8 +177,10 @@ def dry_run(
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
     download: bool = False, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `pretrain` would do, found without training: recipe, description, shapes, steps, memory. Leaves nothing but
-    decoded images in the cache. Says also how long the run would take."""
+    """Return what `pretrain` would do: recipe, description, shapes, steps, memory and estimated duration.
+
+    Does not train; only decoded images in the cache remain.
+    """
     began = tuning.command_began()
     with distributed.process_group(expect_world_size, device_for(device).type):
         given, choice = merged_settings(method, config, settings, fields), None
@@ -190,21 +207,21 @@ def dry_run(
 
 
 def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
-    """What must be equal on all ranks before anything is built of it."""
+    """Return the values that must be equal on all ranks before anything is built."""
     versions: dict[str, object] = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
     data = {"number of images": f"{len(source):,}", "names or labels of the images": source.signature()}
     return versions | recipe.flat() | data
 
 
 def _advice(built: RunComponents) -> str:
-    """What would make this run faster here."""
+    """Return advice on how to make this run faster on this machine."""
     return advice(built.loader.device, max(view.size for view in built.views.views), built.loader.workers)
 
 
 def _prepared(
     data: Any, given: Settings, device: str, workers: int | None, download: bool
 ) -> tuple[RunComponents, ContextSize | None]:
-    """What these settings make of the data, and how its context was found where they ask for it."""
+    """Return the components built from these settings, and the context size if it was searched for."""
     given = with_encoder_of_init(given)
     recipe, source = resolve_recipe(data_asked_for(data, given), given, download)
     recipe, fitted = resolve(recipe, source, device_for(device), workers)
@@ -212,20 +229,20 @@ def _prepared(
 
 
 def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
-    """What a run of this recipe is to be compared with; read now, for --overwrite may remove it."""
+    """Return the reference curve for this recipe; read it before --overwrite can remove it."""
     if compare is None:
         return None
     return find_reference(recipe.nested()) if compare == "auto" else read_reference(compare)
 
 
 def _spent(folder: Path) -> bool:
-    """Whether a run has used its budget and written all that it hands out: judging it again would exceed the budget."""
+    """Return whether a run has used its budget and written all results: evaluating it again would exceed the budget."""
     ended = report_of(folder).get("status") == "finished" and (folder / "result.json").is_file()
     return ended and read_file(folder / "recipe.json").get("budget") is not None
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
-    """The folder to go on in; None to begin anew."""
+    """Return the directory of the run to resume, or None for a new run."""
     if resume is False or resume is None:
         return None
     automatic = resume is True or resume == "auto"
@@ -240,14 +257,14 @@ def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | 
 
 
 def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
-    """Whether `out` holds what a run left that ended before its first checkpoint, and is to be gone on with."""
+    """Return whether `out` may be resumed but holds only a run that ended before its first checkpoint."""
     if out is None or resume not in (True, "auto"):
         return False
     return not any((Path(out) / name).exists() for name in ("encoder", "result.json"))
 
 
 def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[Recipe, Source, Any]:
-    """The recipe of a run, which what is given now must not contradict, and its data."""
+    """Return the recipe of a run and its data; raise ConfigError if the current settings contradict the recipe."""
     saved = read_file(folder / "recipe.json")
     recipe = make(saved)
     mine = recipe.flat()
@@ -256,7 +273,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
     changed = {}
     for key, value in given.items():
         if key == "context" and value == "auto":
-            continue  # decided when the run began: another would be another run
+            continue  # the context was chosen when the run started; another value would make it a different run
         if mine.get(key) != value and make(saved | {key: value}).flat() != mine:
             changed[key] = value
     if changed:
@@ -264,7 +281,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     report = report_of(folder)
     if recipe.context is None and report.get("world", distributed.world()) != distributed.world():
-        # It follows from the number of ranks, and decides results.
+        # The context follows from the number of ranks and affects the results.
         recipe = replace(recipe, context=report["context"])
         if local_batch_size(recipe, distributed.world()) % report["context"]:
             raise ConfigError(
@@ -278,7 +295,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) -> Path:
-    """A folder for a new run, chosen by rank 0 for all; without a recipe it is only said whether `out` may be used."""
+    """Return the directory for a new run, chosen by rank 0 for all ranks; without a recipe, only check `out`."""
     if out is not None:
         folder = Path(out)
         if (folder / "recipe.json").exists() and not overwrite:

@@ -1,4 +1,4 @@
-"""What travels: a batch of images, the rows made of it, the losses made of them."""
+"""Data that passes between stages: a batch of images, the rows computed from it, and the losses of the rows."""
 
 from dataclasses import dataclass, replace
 
@@ -9,23 +9,28 @@ Rows = dict[str, Tensor]
 """Head name -> (V, N, D): one row per view per sample."""
 
 Losses = dict[str, Tensor]
-"""Scalars by name; "loss" is the one to minimise, the others are its parts, for the log."""
+"""Scalars by name: "loss" is minimised, the others are its terms, for the log."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. Every random draw made for them is a pure function of (seed, epoch, index, view, attempt).
+    """A batch of B samples.
 
-    index: (B,) int64, the sample's number in its data set.
-    label: (B,) int64, -1 where unknown.
-    images: (B, C, H, W) uint8; image i fills the top left `size[i]` pixels, the rest is padding. None when
-        the images do not travel (after the seam) or the workers have cropped already.
-    at: (B,) int64, where in `images` each sample's image lies: then they are those of the whole data set, of which a
-        batch need not be copied. None: in the order of the samples.
-    size: (B, 2) int64, height and width of each image in pixels.
-    crops: one (B, C, h, w) uint8 tensor per view, when the workers cropped; `boxes` are where.
-    boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
-    attempt: (B,) int64, which draw of its views each sample gets; None: the first, 0, of all.
+    Every random draw made for the samples is a pure function of (seed, epoch, index, view, attempt).
+
+    Attributes:
+        index: (B,) int64, number of each sample in its data set.
+        label: (B,) int64, -1 if unknown.
+        seed: seed of the run.
+        epoch: epoch of the batch.
+        images: (B, C, H, W) uint8; image i fills the top left `size[i]` pixels, the rest is padding. None if the
+            images are not needed any more (after the forward pass) or the workers have already cropped them.
+        at: (B,) int64, position of each sample's image in `images`, which then holds the images of the whole data set,
+            so that a batch need not be copied. None: `images` is in the order of the samples.
+        size: (B, 2) int64, height and width of each image in pixels.
+        crops: one (B, C, h, w) uint8 tensor per view if the workers cropped the images; `boxes` holds the positions.
+        boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
+        attempt: (B,) int64, number of the draw of each sample's views. None: 0, the first draw, for all samples.
     """
 
     index: Tensor
@@ -43,7 +48,7 @@ class Batch:
         return len(self.index)
 
     def take(self, places: Tensor | slice) -> "Batch":
-        """The samples at these places of the batch; of a slice nothing is copied."""
+        """Return the samples at these positions of the batch; a slice copies nothing."""
 
         def where(x: Tensor) -> Tensor | slice:
             return places if isinstance(places, slice) else places.to(x.device)
@@ -64,15 +69,15 @@ class Batch:
         )
 
     def pictures(self) -> Tensor | None:
-        """The samples' own images, (B, C, H, W), in their order."""
+        """Return the images of the samples, (B, C, H, W), in the order of the samples."""
         return self.images if self.at is None or self.images is None else self.images[self.at]
 
     def split(self, size: int) -> list["Batch"]:
-        """The samples in pieces of `size`, the last maybe smaller."""
+        """Return the samples in pieces of `size`; the last piece may be smaller."""
         return [self.take(slice(first, first + size)) for first in range(0, len(self), size)]
 
     def to(self, device: torch.device | str, pixels: bool = True) -> "Batch":
-        """The same batch on a device, with or without its images and crops; pinned memory is copied without waiting."""
+        """Return the batch on a device, with or without images and crops; pinned memory is copied asynchronously."""
 
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)

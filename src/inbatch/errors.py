@@ -1,12 +1,12 @@
-"""Errors for people: each says what was wrong, where, and what to do, and carries the exit code of the process."""
+"""Errors for users: each message names the problem, the value and the fix, and carries the exit code of the process."""
 
 
 class InbatchError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base class of all errors that the user can correct; the command line prints them without a traceback."""
 
     exit_code = 1
     alone = False
-    """Whether this process, of several, may be the only one to tell of it."""
+    """Whether this process may be the only one of several that reports the error."""
 
 
 class ConfigError(InbatchError):
@@ -16,25 +16,25 @@ class ConfigError(InbatchError):
 
 
 class DataError(InbatchError):
-    """Images or labels that cannot be used as asked."""
+    """Images or labels that cannot be used as requested."""
 
     exit_code = 3
 
 
 class TrainingError(InbatchError):
-    """Training diverged, collapsed, or did not reach what was promised."""
+    """Training diverged, collapsed, or did not reach the required result."""
 
     exit_code = 4
 
 
 class Preempted(InbatchError):
-    """Stopped by SIGTERM, SIGHUP or SIGUSR1; a run that had finished a step saved a checkpoint and can be resumed."""
+    """Stopped by SIGTERM, SIGHUP or SIGUSR1; resumable if at least one step was finished and saved."""
 
     exit_code = 75
 
 
 class Interrupted(InbatchError):
-    """Stopped by Ctrl-C; as Preempted."""
+    """Stopped by Ctrl-C; a checkpoint is saved under the same condition as for `Preempted`."""
 
     exit_code = 130
 
@@ -42,7 +42,9 @@ class Interrupted(InbatchError):
 class RankError(InbatchError):
     """Another process of the run died, hangs, or ended with an error.
 
-    speaks: whether this process is the first of those that are left, and reports for them.
+    Args:
+        message: text of the error.
+        speaks: whether this process is the first of the remaining ones and reports the error for all of them.
     """
 
     def __init__(self, message: str, speaks: bool = False) -> None:
@@ -51,10 +53,10 @@ class RankError(InbatchError):
 
 
 def many(count: int, noun: str) -> str:
-    """A number with its noun: "1 image", "6,000 images"."""
+    """Return a number with its noun: "1 image", "6,000 images"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def unreadable(count: int) -> str:
-    """The beginning of a sentence on images that cannot be read."""
+    """Return the beginning of a sentence about images that cannot be read."""
     return f"{many(count, 'image')} cannot be read and {'is' if count == 1 else 'are'}"

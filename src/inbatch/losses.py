@@ -1,4 +1,4 @@
-"""Every equation as a plain function of tensors, under its usual name."""
+"""All losses as plain functions of tensors, under their usual names."""
 
 from inbatch.methods.barlow import barlow_twins
 from inbatch.methods.byol import byol

@@ -1,1 +1,1 @@
-"""Where samples meet before the loss: plug-ins that no method knows of."""
+"""Plug-ins by which the samples of a context group interact before the loss, independent of the method."""

@@ -1,5 +1,7 @@
-"""Attention over the samples of a context group: between feature maps (BA2M) and between pooled features
-(BatchFormer). The first argument of a block's constructor says where it stands: `channels` of a map, or `width`."""
+"""Attention over the samples of a context group: on feature maps (BA2M) and on pooled features (BatchFormer).
+
+The first argument of a block's constructor depends on its place: `channels` of a map, or `width` of features.
+"""
 
 from typing import Literal
 
@@ -13,17 +15,18 @@ from inbatch.errors import ConfigError
 
 
 class BA2M(Grouped):
-    """Batch-aware attention (Cheng et al. 2021, arXiv 2103.15099; our reading, as there is no public code).
+    """Batch-aware attention (Cheng et al. 2021, arXiv 2103.15099; reimplemented, as there is no public code).
 
-    (G, C, H, W) -> (G, C, H, W). Three branches give every sample an attention representation of its own, of the shape
-    of its map; a softmax over the group, times G, makes weights of it, whose mean over the samples is 1. A learned
-    gain on the logits starts at 0: at first every weight is 1. In evaluation the map comes back as it is.
-    reduction: the branches work on this fraction of the channels, one in so many, and on 8 at least.
-    positions: side of the largest map on which all positions attend to each other; larger ones are average-pooled.
-    fuse: the three branches are added ("sum"), or the largest counts ("max").
+    (G, C, H, W) -> (G, C, H, W). Three branches give every sample an attention representation of the shape of its map,
+    independent of the other samples; a softmax over the group, times G, turns it into weights with mean 1 over the
+    samples. A learned gain on the logits starts at 0: initially every weight is 1. In evaluation, the map is returned
+    unchanged. ConfigError for invalid settings.
+
+    reduction: the branches use this fraction of the channels, 1 / reduction, and at least 8.
+    positions: side of the largest map on which all positions attend to each other; larger maps are average-pooled.
+    fuse: the three branches are added ("sum"), or the largest is used ("max").
     weight: one per sample ("sample": the representation averaged over channels and positions), per sample and channel
         ("channel": averaged over positions), or per sample, channel and position ("full").
-    ConfigError for other settings.
     """
 
     def __init__(
@@ -43,8 +46,8 @@ class BA2M(Grouped):
             )
         self.positions, self.fuse, self.weight = positions, fuse, weight
         inner = max(channels // reduction, 8)
-        # What is the same for all samples drops out of their softmax, and what is the same for all positions out of
-        # the one over keys: biases there would never have a gradient.
+        # A bias of the last layers would cancel in the softmax over samples, and a bias of the keys in the softmax over
+        # positions: neither would ever have a gradient.
         self.channel = nn.Sequential(
             nn.Conv2d(channels, inner, 1), nn.ReLU(inplace=True), nn.Conv2d(inner, channels, 1, bias=False)
         )
@@ -62,16 +65,16 @@ class BA2M(Grouped):
         return x * self.weights(x).to(x.dtype) if self.meets else x
 
     def representation(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c h w"]:
-        """The sample-wise attention representation; no sample's depends on another."""
+        """Return the sample-wise attention representation; each sample's is independent of the others."""
         branches = self.channel(x.mean((2, 3), keepdim=True)).expand_as(x), self.local(x), self._global(x)
         if self.fuse == "sum":
             return branches[0] + branches[1] + branches[2]
         return torch.maximum(torch.maximum(branches[0], branches[1]), branches[2])
 
     def weights(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c1 h1 w1"]:
-        """The weights of the samples of a group, in float32 or wider: (G, 1, 1, 1), (G, C, 1, 1) or (G, C, H, W).
+        """Return the weights of the samples, in float32 or wider: (G, 1, 1, 1), (G, C, 1, 1) or (G, C, H, W).
 
-        They are those of training, whatever the mode; nothing is remembered.
+        They are the weights of training in every mode; no state is changed.
         """
         sar = self.representation(x)
         sar = sar.to(torch.promote_types(sar.dtype, torch.float32))
@@ -80,7 +83,7 @@ class BA2M(Grouped):
         return self.own(len(logits) * logits.softmax(0))
 
     def _global(self, x: Tensor) -> Tensor:
-        """All positions of a map attend to each other."""
+        """Let all positions of a map attend to each other."""
         height, width = x.shape[2:]
         side = -(-max(height, width) // self.positions)
         small = F.avg_pool2d(x, side, ceil_mode=True) if side > 1 else x
@@ -94,13 +97,14 @@ class BatchFormer(Grouped):
     """Self-attention over the samples (Hou, Yu and Tao 2022, arXiv 2203.01522), here as a pre-norm layer.
 
     (G, width) -> (G, width): attention over the group, then a small network, each added to its input; both start at 0,
-    so that at first features stay as they are. In evaluation they always do.
-    heads: of the attention; width must be a multiple.
-    hidden: width of the network's hidden layer, None: the features'.
-    keep: share of the samples, drawn anew each time, that keep plain features in training. It stands for the paper's
-        second copy of the batch, which passes the shared classifier without the layer; without plain features in
-        training, what stands behind would never have seen what it gets in evaluation.
-    ConfigError for settings that do not fit.
+    so that features are initially unchanged. In evaluation, features are always unchanged. ConfigError for settings
+    that do not fit.
+
+    heads: number of attention heads; width must be a multiple.
+    hidden: width of the hidden layer of the network; None: that of the features.
+    keep: share of the samples, drawn at random in each call, that keep plain features in training. It replaces the
+        paper's second copy of the batch, which passes the shared classifier without the layer; without plain features
+        in training, the layers after it would never see the features of evaluation.
     """
 
     def __init__(self, width: int, heads: int = 4, hidden: int | None = None, keep: float = 0.5) -> None:
@@ -133,11 +137,11 @@ class BatchFormer(Grouped):
         return torch.where(torch.rand(len(x), 1, device=x.device) < self.keep, x, y)
 
     def weights(self, x: Float[Tensor, "g f"]) -> Float[Tensor, "g heads n"]:
-        """How much every sample looks at each of the N of the whole group, whatever the mode; a row's sum is 1."""
+        """Return the attention of every sample to the N samples of the whole group, in every mode; rows sum to 1."""
         return self._attention(x)[0]
 
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (G, heads, N) and the values (heads, N, width / heads) of the whole group."""
+        """Return weights (G, heads, N) and the values (heads, N, width / heads) of the whole group."""
         q, k, v = self.qkv(self.norm(x)).chunk(3, 1)
         k, v = self.gather(torch.cat([k, v], 1)).chunk(2, 1)
         q, k, v = (part.unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (q, k, v))

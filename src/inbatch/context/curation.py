@@ -1,4 +1,4 @@
-"""Batch curation: look at the drawn views with the model itself, and draw again those that a pair cannot be told by."""
+"""Batch curation: embed the drawn views with the model, and draw again those that do not identify their sample."""
 
 import copy
 import math
@@ -14,21 +14,26 @@ from inbatch.batch import Batch
 from inbatch.errors import ConfigError
 
 Embed = Callable[[Any, Batch], Tensor]
-"""(model, b samples) -> (V, b, D): their views as of `attempt` seen by the model, each row of its image alone."""
+"""(model, b samples) -> (V, b, D): embeddings of their views of draw `attempt`, each independent of other images."""
 Gather = Callable[[Tensor, int], Tensor]
-"""Every rank's part of a tensor, joined along a dimension."""
+"""Join every rank's part of a tensor along a dimension."""
 
 _HELD = 2**22
-"""Distances that are held at once, whatever the batch."""
+"""Maximum number of distances in memory at once, for batches of any size."""
 
 
 def pair_distances(
     mine: Float[Tensor, "v b d"], everyone: Float[Tensor, "v n d"], first: int, distance: str = "cosine"
 ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-    """How far each sample's own views are apart at most, and how near any other sample's view comes to one of them.
+    """Return each sample's largest distance between its own views, and its smallest distance to another sample's view.
 
-    mine: samples first, first + 1, ... of everyone. distance: "cosine", 1 - cos, or "euclidean", as they are.
-    (Welle et al. 2021, Algorithm 1: the rows of M_S and M_D.)
+    These are the row statistics of M_S and M_D (Welle et al. 2021, Algorithm 1).
+
+    Args:
+        mine: samples first, first + 1, ... of everyone.
+        everyone: samples of the whole batch.
+        first: position of the first sample.
+        distance: "cosine", 1 - cos, or "euclidean", as they are.
     """
     views, b, _ = mine.shape
     if distance == "cosine":
@@ -39,7 +44,7 @@ def pair_distances(
     for v in range(views):
         for part in torch.arange(b, device=mine.device).split(piece):
             far = _distances(mine[v, part], others, distance)
-            same = (first + part)[:, None] + each * everyone.shape[1]  # where the sample's own views stand
+            same = (first + part)[:, None] + each * everyone.shape[1]  # positions of the sample's own views
             apart = far.gather(1, same).masked_fill(each == v, -math.inf).amax(1)
             own[part] = own[part].maximum(apart)
             nearest[part] = nearest[part].minimum(far.scatter(1, same, math.inf).amin(1))
@@ -55,11 +60,12 @@ def _distances(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], distance: str) 
 def violating(
     own: Float[Tensor, "n"], nearest: Float[Tensor, "n"], rule: str = "pairwise", margin: float = 0.0
 ) -> Bool[Tensor, "n"]:
-    """Which samples of a batch break the rule.
+    """Return which samples of a batch violate the rule.
 
     "pairwise": a sample's own distance is not smaller, by the margin, than that to the nearest view of another sample.
     "strict": the largest own distance of the batch must be smaller than the smallest distance between two samples
-        (Algorithm 1); at fault is whose own distance is as large as that, or who stands as near to another sample.
+        (Algorithm 1); a sample violates it if its own distance is at least the latter, or its distance to another
+        sample is at most the former.
     """
     if rule == "pairwise":
         return own + margin >= nearest
@@ -69,14 +75,14 @@ def violating(
 class Curator(nn.Module):
     """Batch curation (Welle et al. 2021): views are drawn again until a sample's are nearer than any other sample's.
 
-    rounds: at most so many redraws of a sample; what then still breaks the rule is learned from as it is.
-    budget: at most so many redraws per sample of a batch, on average; those that break the rule most come first. null
-        is the paper's: no limit but the rounds.
-    rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as Algorithm 1 does.
+    rounds: maximum redraws of a sample; samples that then still violate the rule are used as they are.
+    budget: maximum redraws per sample of a batch, on average; the largest violations come first. null is the setting of
+        the paper: no limit but the rounds.
+    rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as in Algorithm 1.
     distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
     where: rows of the encoder's "features" or of the method's "projection".
-    model: a "snapshot" of the network from the end of the previous epoch (the paper's), or the "live" one.
-    margin: by how much a pair must be nearer, in units of the distance.
+    model: a "snapshot" of the network from the end of the previous epoch (as in the paper), or the "live" network.
+    margin: required difference between the two distances, in units of the distance.
     warmup: share of the run before the first curated batch.
     """
 
@@ -97,8 +103,8 @@ class Curator(nn.Module):
         self.register_buffer("epoch", torch.tensor(-1))
 
     def prepare(self, live: nn.Module, embed: Embed, epochs: int) -> None:
-        """Told once: the model that learns, how it sees views, and the epochs of the run."""
-        self._live, self._embed = [live], embed  # in a list: the live model is not ours to save
+        """Set the online network, the function that embeds views, and the number of epochs; called once."""
+        self._live, self._embed = [live], embed  # in a list, so that the live model is not saved with this module
         self.starts = max(1, math.ceil(self.warmup * epochs))
         self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None
 
@@ -106,10 +112,10 @@ class Curator(nn.Module):
     def forward(
         self, batch: Batch, gather: Gather = lambda x, dim: x, first: int = 0
     ) -> tuple[Batch, dict[str, float]]:
-        """This rank's samples (the first-th and on of the whole batch) with their attempts, and what was done.
+        """Return this rank's samples with their attempts, and statistics; `first` is their position in the whole batch.
 
-        Told are curate_rounds; curate_violating_before and curate_violating, shares of the batch that break the
-        rule; and curate_redrawn, redraws per sample. Nothing is done before the warm-up is over.
+        The statistics are curate_rounds; curate_violating_before and curate_violating, shares of the batch that violate
+        the rule; and curate_redrawn, redraws per sample. Nothing is done during the warm-up.
         """
         if batch.epoch < self.starts:
             return batch, {}
@@ -121,7 +127,7 @@ class Curator(nn.Module):
             rounds, redrawn = rounds + 1, redrawn + count
             worst = excess.masked_fill(~bad, -math.inf).argsort(descending=True, stable=True)[:count]
             again = torch.zeros_like(bad).index_fill(0, worst, True)[first : first + len(batch)].nonzero()[:, 0]
-            if len(again):  # ranks differ in this, not in the rounds
+            if len(again):  # its length differs between ranks, the number of rounds does not
                 attempt[again] = rounds
                 rows[:, again] = self._embed(model, replace(batch, attempt=attempt).take(again))
             bad, excess = self._judge(rows, gather, first)
@@ -140,7 +146,7 @@ class Curator(nn.Module):
     def _judge(
         self, rows: Float[Tensor, "v b d"], gather: Gather, first: int
     ) -> tuple[Bool[Tensor, "n"], Float[Tensor, "n"]]:
-        """Who in the whole batch breaks the rule, and by how much a pair is too far apart: the same on every rank."""
+        """Return the violating samples of the whole batch and their excess distance: the same on every rank."""
         mine = pair_distances(rows, gather(rows, 1), first, self.distance)
         own, nearest = gather(mine[0], 0), gather(mine[1], 0)
         return violating(own, nearest, self.rule, self.margin), own - nearest

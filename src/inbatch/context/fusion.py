@@ -1,4 +1,4 @@
-"""Batch fusion: the images of a context group are mixed before the encoder, by layers that the loss trains."""
+"""Batch fusion: the images of a context group are mixed before the encoder, by layers trained with the loss."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,22 +15,22 @@ Tokens = Float[Tensor, "g p d"]
 
 
 def patches(images: Float[Tensor, "g c h w"], p: int) -> Tokens:
-    """Images cut into squares of p pixels, each a row (BA-SSL, Eq. 2; rows of pixels, then columns, then channels)."""
+    """Cut images into squares of p pixels, one row each (BA-SSL, Eq. 2; pixel rows, then columns, then channels)."""
     g, c, h, w = images.shape
     return images.reshape(g, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(g, -1, p * p * c)
 
 
 def restore(tokens: Tokens, p: int, shape: Sequence[int]) -> Float[Tensor, "g c h w"]:
-    """The images of this shape whose `patches` these are (Eq. 4)."""
+    """Return the images of this shape from their `patches` (Eq. 4)."""
     g, c, h, w = shape
     return tokens.reshape(g, h // p, w // p, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(g, c, h, w)
 
 
 class Fusion(Grouped):
-    """Images of a group in, as many images out, each with something of the others; in evaluation nothing happens.
+    """Mix the images of a group: each output image contains a part of the others; the identity in evaluation.
 
-    I'' = relu(I + restore(T')), T' = F(T) + T per layer (Eq. 3 to 5). A subclass gives the layers F. Without layers
-    the images stay as they are (the bare method of Table 4).
+    I'' = relu(I + restore(T')), T' = F(T) + T per layer (Eq. 3 to 5). A subclass provides the layers F. Without layers
+    the images are unchanged (the baseline of Table 4).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Fusion(Grouped):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Normalised images of a group, or this process's part of them -> the same number of them, fused."""
+        """Fuse normalised images of a group, or this process's part of them; the number of images is unchanged."""
         if not self.meets or not self.layers:
             return images
         x = self.gather(images * self.std + self.mean if self.where == "before" else images)
@@ -71,17 +71,18 @@ class Fusion(Grouped):
 class ConvFusion(Fusion):
     """Batch fusion of BA-SSL (arXiv 2311.09974): the samples of a group are the channels of convolutions.
 
-    Its weights belong to G samples in an order: another group size does not fit.
+    The weights depend on the number G and the order of the samples: another group size does not fit.
+
     patch: side of the patches in pixels; by default 16, 8 below 128 pixels and 4 below 48, or the next smaller one
         that divides the side.
-    bottleneck: the first 1x1 convolution leaves a group of G samples G / bottleneck channels.
+    bottleneck: the first 1x1 convolution reduces a group of G samples to G / bottleneck channels.
     layers: embedding layers, 0 to 3.
-    relu: of the fused image, as in Eq. 5; Algorithm 1 has none.
+    relu: apply it to the fused image, as in Eq. 5; Algorithm 1 has none.
     where: "after" or "before" the images are normalised by mean and standard deviation.
-    views: which views are fused, counted from 0; by default the second (the paper's), or the last that the method
-        learns from.
-    target: the target network fuses with a slow "copy", with the "shared" newest weights (Algorithm 1), or "none".
-    remember: the norm statistics for evaluation are of "plain" views only, where there are some, or of "all".
+    views: which views are fused, counted from 0; by default the second (as in the paper), or the last view of the
+        online network if there is no second.
+    target: the target network fuses with a slow "copy", with the "shared" current weights (Algorithm 1), or "none".
+    remember: the norm statistics for evaluation are those of "plain" views only, if there are any, or of "all".
     """
 
     def __init__(
@@ -100,11 +101,13 @@ class ConvFusion(Fusion):
 
 
 class SetFusion(Fusion):
-    """Order-free batch fusion, ours: attention across the samples of a group at each patch position.
+    """Order-independent batch fusion of this library: attention across the samples of a group at each patch position.
 
-    Weights are shared by all samples: any group size fits, and reordered images come out reordered.
+    All samples share the weights: any group size fits, and permuted images give permuted results.
+
     patch, layers, relu, where, views, target, remember: as in conv.
-    width: of queries, keys and values. heads: of the attention.
+    width: of queries, keys and values.
+    heads: number of attention heads.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class _Convolutions(nn.Module):
         widths = ((group, narrow, 1), (narrow, group, 1), (group, group, 3))
         steps: list[nn.Module] = []
         for into, out, kernel in widths:
-            # A bias would be taken off again by the norm.
+            # The norm would remove a bias.
             steps += [nn.Conv2d(into, out, kernel, padding=kernel // 2, bias=False), nn.InstanceNorm2d(out), nn.Mish()]
         self.steps = nn.Sequential(*steps[:-1])
 
@@ -139,7 +142,7 @@ class _Convolutions(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Every patch looks at the patches of the whole group at its place; then InstanceNorm, as in conv."""
+    """Attention of every patch to the patches of the whole group at its position, then InstanceNorm, as in conv."""
 
     def __init__(self, values: int, width: int, heads: int) -> None:
         super().__init__()
@@ -156,11 +159,11 @@ class _Attention(nn.Module):
 
 
 FUSIONS: dict[str, type[Fusion]] = {"conv": ConvFusion, "set": SetFusion}
-"""Name -> batch fusion. Its first four arguments are the run's to give, the others are its options."""
+"""Name -> batch fusion. The run provides the first four arguments; the others are options."""
 
 
 def patch_for(size: int, patch: int | None) -> int:
-    """The side of the patches of images of this side; ConfigError where the images cannot be cut into such."""
+    """Return the side of the patches for images of this side; ConfigError if the images cannot be divided into them."""
     if patch is None:
         most = 16 if size >= 128 else 8 if size >= 48 else 4
         return max(p for p in range(1, most + 1) if size % p == 0)

@@ -1,4 +1,4 @@
-"""What every module is in which the samples of a context group meet."""
+"""Base class of the modules in which the samples of a context group interact."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +11,13 @@ def _itself(x: Tensor) -> Tensor:
 
 
 class Grouped(nn.Module):
-    """A module whose samples meet in training only: in evaluation a sample never depends on its neighbours.
+    """Module with interacting samples in training only: in evaluation, a sample never depends on the others.
 
-    gather, own: all samples of a group out of this process's part of them, with gradient, and the part back out of
-        all; they do nothing unless a group reaches over several processes, which set them (`ranks.join_groups`).
+    Attributes:
+        gather: returns all samples of a group from this process's part of them, with gradient.
+        own: returns this process's part of all samples. Both do nothing unless a group spans several processes, which
+            then set them (`distributed.make_context_global`).
+        declared: whether samples interact in evaluation, too (`as_group`).
     """
 
     gather: Callable[[Tensor], Tensor] = staticmethod(_itself)
@@ -23,13 +26,13 @@ class Grouped(nn.Module):
 
     @property
     def meets(self) -> bool:
-        """Whether the samples of a call are a group: while training, or where `as_group` says so."""
+        """Whether the samples of a call are a group: in training, or within `as_group`."""
         return self.training or self.declared
 
 
 @contextmanager
 def as_group(module: nn.Module) -> Iterator[None]:
-    """For a while the samples of every call meet in the module's parts in evaluation, too."""
+    """Let the samples of every call interact in the module's parts in evaluation, too."""
     parts = [part for part in module.modules() if isinstance(part, Grouped)]
     before = [part.declared for part in parts]
     for part in parts:

@@ -1,4 +1,4 @@
-"""An encoder and two data sets in, numbers with their protocol out. It knows no method."""
+"""Evaluation of an encoder on two data sets: figures with their protocol, independent of the method."""
 
 from inbatch.evaluation.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
 from inbatch.evaluation.collapse_metrics import feature_std, rankme

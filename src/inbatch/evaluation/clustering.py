@@ -1,4 +1,4 @@
-"""Clusters against classes: k-means, and the usual three measures."""
+"""Agreement of clusters and classes: k-means and the three usual measures."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,21 +16,21 @@ from inbatch.runtime.resources import cores
 
 
 def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
+    """Return the normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
 
 
 def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Adjusted Rand index: 0 expected by chance, 1 for equal partitions."""
+    """Return the adjusted Rand index: 0 expected by chance, 1 for equal partitions."""
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
 
 
 def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Share of samples matched by the best one-to-one map of clusters to classes; their numbers may differ."""
+    """Return the share of samples matched by the best one-to-one map of clusters to classes; counts may differ."""
     from scipy.optimize import linear_sum_assignment
 
     table = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
@@ -41,11 +41,19 @@ def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> 
 def clustering(
     embeddings: Embeddings, clusters: int | None = None, *, n_init: int = 10, seed: int = 0
 ) -> dict[str, object]:
-    """k-means (scikit-learn) on L2-normalised features: nmi, acc and ari in their ranges, with the protocol.
+    """Return nmi, acc and ari of k-means (scikit-learn) on L2-normalised features, with the protocol.
 
-    Restarts run side by side, on a thread each: several threads add up one's sums in no fixed order.
-    clusters: as many as there are classes by default. Images without a label are left out.
-    ConfigError for more clusters than images.
+    Restarts run in parallel on one thread each: several threads per restart would add their sums in no fixed order.
+    Images without a label are left out.
+
+    Args:
+        embeddings: embeddings to cluster.
+        clusters: number of clusters; by default the number of classes.
+        n_init: number of restarts.
+        seed: seed of the restarts.
+
+    Raises:
+        ConfigError: if there are more clusters than images.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
@@ -57,7 +65,7 @@ def clustering(
     rows = F.normalize(known.vectors).numpy()
 
     def fit(state: int) -> Any:
-        with threadpool_limits(1, "openmp"):  # a thread has a limit of its own
+        with threadpool_limits(1, "openmp"):  # the limit is per thread
             return KMeans(clusters, n_init=1, random_state=state).fit(rows)
 
     states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
@@ -70,7 +78,7 @@ def clustering(
 
 
 def assigned(outputs: Embeddings) -> dict[str, object]:
-    """nmi, acc and ari where an image's cluster is its largest output; nothing is fitted.
+    """Return nmi, acc and ari with the largest output of an image as its cluster; nothing is fitted.
 
     used: how many of the `clusters` have an image. Images without a label are left out.
     """

@@ -1,4 +1,4 @@
-"""Features of clean images: all at once, or as a stream of chunks for sets of any length."""
+"""Embeddings of clean images: all at once, or as a stream of chunks for data sets of any length."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,12 @@ from inbatch.runtime import child_processes
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
 
-_TOGETHER = 2**24  # bytes of images that are prepared at once rather than one by one
+_TOGETHER = 2**24  # bytes of images that are prepared together rather than one by one
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What is read of a data set: uint8 images, labels (-1 unknown) and names."""
+    """Interface of a data set: uint8 images, labels (-1 unknown) and names."""
 
     name: str
     labels: Int[Tensor, "n"]
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What is asked of an encoder; `inbatch.models.Encoder` is one."""
+    """Interface of an encoder, such as `inbatch.models.Encoder`."""
 
     @property
     def device(self) -> torch.device: ...
@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 
 class Kept:
-    """A source whose decoded images stay in memory once they have been read: the same numbers, sooner."""
+    """A source that keeps its decoded images in memory: the same results, faster."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.labels = source, source.name, source.labels
@@ -64,11 +64,11 @@ class Kept:
         return self.source.identity(i)
 
     def read(self) -> None:
-        """Decode what has not been read yet and can be, on all cores."""
+        """Decode all images that have not been read yet and can be, on all cores."""
 
         def look(part: list[int]) -> None:
             for i in part:
-                with suppress(DataError):  # told when its turn comes
+                with suppress(DataError):  # reported when the image is read
                     self.image(i)
 
         missing = [i for i in range(len(self)) if i not in self._images]
@@ -79,10 +79,10 @@ class Kept:
 
 
 def hold_in_memory(source: Source, limit: int = 2**29) -> Source:
-    """The source with its images kept in memory, for whoever embeds it again and again; itself if they are too large.
+    """Return the source with its images kept in memory for repeated embedding, or unchanged if they are too large.
 
-    limit: bytes that they may fill, judged by 16 of them; nor may it be more than a twentieth of the free memory, which
-        a run has better use for.
+    limit: maximum bytes of the images, estimated from 16 of them; they may also fill at most a twentieth of the free
+        memory, because the run needs the rest.
     """
     some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
     size = sum(image.nbytes for image in readable(source, some)) / max(1, len(some)) * len(source)
@@ -92,7 +92,7 @@ def hold_in_memory(source: Source, limit: int = 2**29) -> Source:
 def readable(
     source: Source, numbers: Iterable[int], bad: dict[int, str] | None = None
 ) -> Iterator[UInt8[Tensor, "c h w"]]:
-    """The images of these numbers that can be read, one by one; why the others cannot goes into `bad`."""
+    """Yield the images of these numbers that can be read; the reasons for the others are added to `bad`."""
     for i in numbers:
         try:
             image = source.image(i)
@@ -104,9 +104,9 @@ def readable(
 
 
 class _Chunks(Dataset[tuple[Tensor | None, dict[int, str]]]):
-    """Prepared images of a range of numbers, None if there are none, and those that cannot be read (number: why).
+    """Prepared images of a range of numbers, None if there are none, and the unreadable ones (number: reason).
 
-    Decoding and resizing happen here, in a worker if there are any.
+    Decoding and resizing are done here, in a worker if there are any.
     """
 
     def __init__(self, source: Source, prepare: Callable[[Iterable[Tensor]], Tensor]):
@@ -137,7 +137,7 @@ def _stream(
         raise DataError(f"{source.name} holds no images.")
     if isinstance(source, Kept):
         source.read()
-        workers = 0  # who would keep the images for themselves
+        workers = 0  # they would each keep the images
     n = len(source)
     ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     chunks = _Chunks(source, prepare)
@@ -171,11 +171,19 @@ def embed_stream(
     workers: int = 0,
     missing: dict[int, str] | None = None,
 ) -> Iterator[Embeddings]:
-    """Chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
+    """Yield chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
 
-    Runs on the encoder's device, in evaluation mode without gradient; the encoder is left as it was between chunks.
-    precision: torch.float32, or torch.bfloat16 / float16 for autocast. workers: processes that decode.
-    missing: takes the images that cannot be read (number: why), and they are left out; None: they raise DataError.
+    Runs on the encoder's device, in evaluation mode without gradient; the mode of the encoder is restored between
+    chunks.
+
+    Args:
+        encoder: the encoder.
+        source: the images.
+        batch: images per chunk.
+        precision: torch.float32, or torch.bfloat16 / float16 for autocast.
+        workers: processes that decode.
+        missing: receives the images that cannot be read (number: reason), which are left out; None: they raise
+            DataError.
     """
     kind = "pooled output of the backbone"
     yield from _stream(
@@ -186,12 +194,12 @@ def embed_stream(
 def encode(
     encoder: Encoder, images: Float[Tensor, "n c s s"], precision: torch.dtype = torch.float32
 ) -> Float[Tensor, "n f"]:
-    """Features of prepared images, on the encoder's device, as `embed_stream` has them."""
+    """Return features of prepared images, on the encoder's device, as in `embed_stream`."""
     device = encoder.device
     half = precision != torch.float32
     products = fast_products() if device.type == "cpu" else nullcontext()
     cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
-    represent = getattr(encoder, "represent", encoder)  # the rows of a head, or an encoder of somebody else, have none
+    represent = getattr(encoder, "represent", encoder)  # the rows of a head, or a custom encoder, have none
     with encoder.evaluating(), products, cast:
         return represent(images.to(device, non_blocking=True))
 
@@ -204,14 +212,14 @@ def embed(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> Embeddings:
-    """The embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
+    """Return the embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
     bad: dict[int, str] = {}
     chunks = embed_stream(encoder, source, batch=batch, precision=precision, workers=workers, missing=bad)
     return _join(chunks, bad)
 
 
 def raw_pixels(source: Source, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
-    """The pixels themselves, in [0, 1] and flattened, as the baseline every feature must beat.
+    """Return the pixels, in [0, 1] and flattened: the baseline that every feature must exceed.
 
     Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
     """

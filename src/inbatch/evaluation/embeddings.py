@@ -1,4 +1,4 @@
-"""Features of a data set as a value."""
+"""Embeddings of a data set."""
 
 from dataclasses import dataclass, replace
 
@@ -11,12 +11,16 @@ from inbatch.errors import DataError
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One feature vector per clean image that can be read.
+    """One embedding per clean image that can be read.
 
-    vectors: (N, F) float32 on the CPU. labels: (N,) int64, -1 where unknown. identities: path or number of each image.
-    name: the data set. feature: which layer the vectors are.
-    index: (N,) int64, each image's number in the data set; 0, 1, ... where nothing is said.
-    missing: a sentence for each image that cannot be read.
+    Attributes:
+        vectors: (N, F) float32 on the CPU.
+        labels: (N,) int64, -1 if unknown.
+        identities: path or number of each image.
+        name: the data set.
+        feature: the layer of the vectors.
+        index: (N,) int64, each image's number in the data set; 0, 1, ... by default.
+        missing: a message for each image that cannot be read.
     """
 
     vectors: Float[Tensor, "n f"]
@@ -35,17 +39,17 @@ class Embeddings:
         return len(self.vectors)
 
     def labelled(self) -> "Embeddings":
-        """Only the images whose label is known; DataError if there is none, or a feature is not finite."""
+        """Return only the images with a known label; DataError if there is none, or a feature is not finite."""
         known = self.labels >= 0
         if not known.any():
             raise DataError(f"{self.name} has no labels, and evaluation needs them: give labelled images.")
-        # A sum is many times quicker to look at; it may overflow where the features do not.
+        # A sum is much faster to check; it may overflow although the features are finite.
         if not self.vectors.sum().isfinite() and not self.vectors.isfinite().all():
             raise DataError(f"the features of {self.name} hold NaN or infinity: the encoder has diverged.")
         return self if known.all() else self.take(known.nonzero()[:, 0])
 
     def take(self, places: Int[Tensor, "m"]) -> "Embeddings":
-        """The images at these places."""
+        """Return the images at these positions."""
         identities = tuple(self.identities[i] for i in places.tolist())
         return replace(
             self,
@@ -57,7 +61,7 @@ class Embeddings:
 
 
 def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, float]:
-    """Share of samples whose label has the highest score (top1), or one of the five highest (top5).
+    """Return the share of samples with a label among the highest score (top1) and the five highest (top5).
 
     Equal scores rank by class, the smallest first.
     """
@@ -67,7 +71,7 @@ def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, fl
 
 
 def class_count(train: Embeddings, test: Embeddings) -> int:
-    """Number of class ids, 0 to the largest; DataError unless the training labels name two classes at least."""
+    """Return the number of class ids, 0 to the largest; DataError if there are fewer than two classes in training."""
     if len(train.labels.unique()) < 2:
         raise DataError(f"{train.name} has one class only: there is nothing to tell apart.")
     return int(torch.maximum(train.labels.max(), test.labels.max())) + 1

@@ -1,4 +1,4 @@
-"""Evaluation: an encoder and two data sets in, numbers with their protocol out. It knows no method."""
+"""Evaluation of an encoder on two data sets: figures with their protocol, independent of the method."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +19,10 @@ from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
 
 PROTOCOL_VERSION = 2
-"""Raised whenever the same encoder and images would give other numbers than before."""
+"""Incremented if the same encoder and images give other figures than before."""
 
 PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
-"""Every protocol; the first three are judged by default."""
+"""All protocols; the first three are the default."""
 
 
 def evaluate(
@@ -46,13 +46,33 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """The figures of each protocol with all that is needed to compare them, fit for JSON; clustering is of `test`.
+    """Return the figures of each protocol with all settings needed to compare them, in JSON types.
 
-    train, test: sources of images, or embeddings made before (the encoder may then be None). finetune and corruptions
-        need the encoder and images.
-    k is capped by the number of labelled training images; the result states the k that was used.
-    shares, draws: see `few`. tuning, tuning_share: settings and share of `finetune`. most: see `corruptions`.
-    ConfigError for unknown protocols; DataError without labels, with one class only, or features that are not finite.
+    Clustering uses `test`. k is at most the number of labelled training images; the result states the k in use.
+
+    Args:
+        encoder: the encoder; may be None if train and test are embeddings.
+        train: source of images, or embeddings.
+        test: source of images, or embeddings. finetune and corruptions need the encoder and images.
+        protocols: names in PROTOCOLS.
+        k: number of neighbours of k-NN.
+        temperature: of k-NN.
+        distance: of k-NN.
+        probe: see `linear_probe`.
+        clusters: see `clustering`.
+        shares: see `few`.
+        draws: see `few`.
+        tuning: settings of `finetune`.
+        tuning_share: share of `finetune`.
+        most: see `corruptions`.
+        seed: seed of all draws.
+        batch: images at a time.
+        precision: of the encoder.
+        workers: processes that decode images.
+
+    Raises:
+        ConfigError: for unknown protocols.
+        DataError: without labels, with one class only, or if features are not finite.
     """
     unknown = set(protocols) - set(PROTOCOLS)
     if unknown:
@@ -108,7 +128,7 @@ def evaluate(
 
 
 def _need_images(what: str, encoder: Encoder | None, *data: Source | Embeddings) -> None:
-    """ConfigError unless there is an encoder, and the data are images."""
+    """Raise ConfigError unless there is an encoder, and the data are images."""
     if encoder is None:
         raise ConfigError(f"{what} an encoder, and there is none.")
     for one in data:
@@ -119,8 +139,10 @@ def _need_images(what: str, encoder: Encoder | None, *data: Source | Embeddings)
 
 
 def _plain(encoder: Any, found: Embeddings) -> Embeddings:
-    """The embeddings before the encoder whitened them, if it does: whitened features lie alike in all directions, and
-    k-means finds nothing in them."""
+    """Return the embeddings before whitening by the encoder, if any.
+
+    Whitened features are spread equally in all directions, so that k-means finds no clusters in them.
+    """
     readout = getattr(encoder, "readout", None)
     if readout is None or not int(readout.images):
         return found

@@ -1,4 +1,4 @@
-"""Embeddings on disk, written chunk by chunk: memory stays flat, and a file appears only when it is whole."""
+"""Export of embeddings to disk, chunk by chunk: memory is constant, and a file appears only when it is complete."""
 
 import json
 import zipfile
@@ -15,9 +15,13 @@ from inbatch.runtime.files import replacing
 
 
 def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
-    """Columns path, index, label (-1 unknown) and vector to a .parquet or .npz file; returns the number of rows.
+    """Write columns path, index, label (-1 unknown) and vector to a .parquet or .npz file; return the number of rows.
 
-    ConfigError for other endings, or .parquet without pyarrow; DataError if nothing comes. Replaces an existing file.
+    Replaces an existing file.
+
+    Raises:
+        ConfigError: for other endings, or .parquet without pyarrow.
+        DataError: if the stream is empty.
     """
     path = Path(path)
     writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings]], int]] = {".parquet": _parquet, ".npz": _npz}
@@ -31,7 +35,7 @@ def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
 
 
 def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
-    """One row group per chunk."""
+    """Write one row group per chunk."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -58,7 +62,7 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
 
 
 def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
-    """The number of rows and the longest path are known at the end only, so both go through unnamed files."""
+    """Write through unnamed files: the number of rows and the longest path are only known at the end."""
     folder = Path(file.name).parent
     with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
         rows, width, longest, labels, index = 0, 0, 1, [], []
@@ -84,7 +88,7 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
 
 
 def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], data: Iterator[bytes]) -> None:
-    """One .npy member from pieces of its bytes."""
+    """Write one .npy member from pieces of its bytes."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_2_0(member, header)
@@ -98,5 +102,5 @@ def _pieces(file: IO[bytes], size: int = 1 << 22) -> Iterator[bytes]:
 
 
 def _text(identity: str) -> str:
-    """A file name that is not UTF-8 in characters that every reader takes."""
+    """Return a file name that is not UTF-8 in characters that every reader accepts."""
     return identity.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

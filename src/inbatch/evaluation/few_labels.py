@@ -1,4 +1,4 @@
-"""Few labels: the same features, and a classifier that is told the class of a small share of the images."""
+"""Few labels: a classifier on the same features, trained with the labels of a small share of the images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,20 +15,27 @@ from inbatch.evaluation.probe_presets import Lbfgs, Sgd
 from inbatch.rng import permutation
 
 SHARES = (0.01, 0.1, 0.5)
-"""Of the labels; the first two are those of the papers' tables."""
+"""Shares of the labels; the first two are those of the papers' tables."""
 
 
 def few_labels(labels: Int[Tensor, "n"], share: float, seed: int = 0) -> Int[Tensor, "m"]:
-    """The places whose label is kept, in order: the same share of every class, rounded, and one image at least.
+    """Return the sorted positions of the kept labels: the same share of every class, rounded, at least one image.
 
-    labels: (N,) int64; what is below 0 is never kept. A smaller share of the same seed is part of a larger one.
-    ConfigError unless 0 < share <= 1.
+    A smaller share of the same seed is a subset of a larger one.
+
+    Args:
+        labels: (N,) int64; negative labels are never kept.
+        share: share of the labels, 0 < share <= 1.
+        seed: seed of the draw.
+
+    Raises:
+        ConfigError: unless 0 < share <= 1.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"a share of the labels is above 0 and at most 1, not {share:g}.")
     order = permutation(seed, 0, len(labels))
     order = order[labels[order] >= 0]
-    order = order[labels[order].argsort(stable=True)]  # by class, in each as the seed has it
+    order = order[labels[order].argsort(stable=True)]  # by class; within a class, in the order of the seed
     counts = labels[order].bincount()
     wanted = (share * counts.double()).round().long().clamp(min=1)
     rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -48,10 +55,24 @@ def few(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """top1 and top5 in [0, 1] of k-NN and linear probe, means over draws of the labels, with every single figure.
+    """Return top1 and top5 in [0, 1] of k-NN and linear probe: means over draws of the labels, and each figure.
 
-    draws: with the seeds seed, seed + 1, ... k is capped by the images that keep their label. Per share the result says
-    how many those are, and how many of a class at least and at most. ConfigError for no draw or no share.
+    For every share, the result includes the number of labelled images, and their minimum and maximum per class.
+
+    Args:
+        train: training features.
+        test: test features.
+        shares: shares of the labels.
+        draws: number of draws, with the seeds seed, seed + 1, ...
+        k: number of neighbours, at most the number of labelled images.
+        temperature: of k-NN.
+        distance: of k-NN.
+        probe: see `linear_probe`.
+        seed: seed of the first draw.
+        device: device of the probe.
+
+    Raises:
+        ConfigError: if there is no draw or no share.
     """
     if draws < 1 or not shares:
         raise ConfigError(f"few labels need a share and a draw at least, not {len(shares)} and {draws}.")
@@ -79,11 +100,11 @@ def few(
 
 
 def percent(share: float) -> str:
-    """A share for people: 0.01 is "1%"."""
+    """Return a share as text: 0.01 is "1%"."""
     return f"{100 * share:.6g}%"
 
 
 def _means(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of top1 and top5; `each` holds those of the single draws."""
+    """Return the means of top1 and top5; `each` holds those of the single draws."""
     each = {name: [one[name] for one in figures] for name in ("top1", "top5")}
     return {name: sum(values) / len(values) for name, values in each.items()} | {"each": each}

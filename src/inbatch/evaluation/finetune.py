@@ -1,4 +1,4 @@
-"""Fine-tuning: a linear layer on the encoder, and all weights trained with labels."""
+"""Fine-tuning: a linear layer on the encoder, and training of all weights with labels."""
 
 import copy
 import math
@@ -27,8 +27,8 @@ from inbatch.runtime import child_processes
 class Finetune:
     """SGD with Nesterov momentum on all weights; the rate falls along half a cosine, without warm-up.
 
-    lr is multiplied by batch / 256. steps: at least so many, by more epochs where the images are few.
-    area, flip: the smallest random resized crop (the share of an image), and the probability of a mirrored one.
+    lr is multiplied by batch / 256. steps: minimum number of steps, by more epochs if there are few images.
+    area, flip: minimum share of an image in a random resized crop, and the probability of a mirror image.
     """
 
     epochs: int = 30
@@ -48,12 +48,13 @@ TUNINGS = {
     "simclr-10": Finetune(epochs=30, batch=4096, steps=0, area=0.08),
 }
 """simclr-1, simclr-10: SimCLR's (Chen et al. 2020, appendix B.5) for 1 % of ImageNet's labels, and for 10 % and more.
-small: the same with batches, steps and crops for thousands of images. upright: small without mirror images (digits)."""
+small: the same with batches, steps and crops for thousands of images. upright: small without mirror images (digits).
+"""
 
 
 @runtime_checkable
 class Trainable(Encoder, Protocol):
-    """What is asked of an encoder to be fine-tuned: a module like `inbatch.models.Encoder`."""
+    """Interface of an encoder that can be fine-tuned: a module such as `inbatch.models.Encoder`."""
 
     size: int
     width: int
@@ -74,12 +75,24 @@ def finetune(
     batch: int = 512,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """top1 and top5 in [0, 1] on clean test images, with the protocol and the seconds it took.
+    """Return top1 and top5 in [0, 1] on clean test images, with the protocol and the duration in seconds.
 
-    settings: a name in TUNINGS, or one's own. share: of the labels of every class, as `few_labels` draws them.
-    A copy of the encoder is trained, in its own precision; norm layers see batches of the labelled images. The same
-    seed, machine and number of threads give the same weights bit for bit. batch: test images at a time.
-    ConfigError for other names, or an encoder that is no module; TrainingError where the loss is not finite.
+    A copy of the encoder is trained, in its own precision; norm layers use batches of the labelled images. The same
+    seed, machine and number of threads give the same weights bit for bit.
+
+    Args:
+        encoder: a module; it is not changed.
+        train: labelled training images.
+        test: labelled test images.
+        settings: a name in TUNINGS, or custom settings.
+        share: share of the labels of every class, drawn by `few_labels`.
+        seed: seed of the training.
+        batch: test images at a time.
+        workers: processes that decode images.
+
+    Raises:
+        ConfigError: for other names, or an encoder that is not a module.
+        TrainingError: if the loss is not finite.
     """
     began = time.perf_counter()
     name = settings if isinstance(settings, str) else "custom"
@@ -95,7 +108,7 @@ def finetune(
         raise DataError(f"{train.name} has fewer than two classes with a label: there is nothing to tell apart.")
     classes = max(len(counts), int(test.labels.max()) + 1)
     devices = [encoder.device] if encoder.device.type == "cuda" else []
-    # What is random in the encoder (dropout) draws from torch's generator, which afterwards is as it was.
+    # Randomness within the encoder (dropout) uses torch's generator, which is restored afterwards.
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.backends.cudnn.flags(deterministic=True):
         torch.manual_seed(fold(seed))
         tuned: Any = copy.deepcopy(encoder).requires_grad_(True)
@@ -121,11 +134,11 @@ def finetune(
 def _train(
     tuned: Any, head: nn.Linear, source: "_Chosen", settings: Finetune, seed: int, workers: int
 ) -> dict[str, Any]:
-    """Train both in place; the settings as they came out."""
+    """Train encoder and head in place; return the settings in effect."""
     held = hold_in_memory(source)
     if isinstance(held, Kept):
         held.read()
-        workers = 0  # who would keep the images for themselves
+        workers = 0  # they would each keep the images
     parts = math.ceil(len(held) / settings.batch)  # batches of nearly the same size: no image is left out
     epochs = max(settings.epochs, math.ceil(settings.steps / parts))
     batch, total = math.ceil(len(held) / parts), epochs * parts
@@ -149,7 +162,7 @@ def _train(
     tuned.train()
     loss = torch.zeros(())
     for step, (epoch, index, images, size) in enumerate(child_processes.batches(loader)):
-        if len(index) < 2:  # norm layers would have nothing to go by
+        if len(index) < 2:  # too few for norm layers
             continue
         label = held.labels[index]
         drawn = views(Batch(index, label, seed, epoch, images=images, size=size).to(tuned.device))
@@ -164,7 +177,7 @@ def _train(
 
 
 class _Chosen:
-    """Some images of a source, the large ones scaled down to `longest` pixels: crops need no more."""
+    """Some images of a source, with large ones reduced to `longest` pixels: crops need no more."""
 
     def __init__(self, source: Source, places: Int[Tensor, "m"], longest: int) -> None:
         self.source, self.places, self.longest = source, places.tolist(), longest
@@ -186,7 +199,7 @@ class _Chosen:
 
 
 class _Canvases(Dataset[tuple[int, Tensor, Tensor, Tensor]]):
-    """Images of a batch on a common canvas, for an epoch and some numbers: those that can be read, and their sizes."""
+    """Readable images of a batch on a common canvas with their sizes, for an epoch and some numbers."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

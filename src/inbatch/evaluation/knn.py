@@ -1,4 +1,4 @@
-"""k nearest neighbours: exact, in tiles, so that no matrix of all queries by all samples exists."""
+"""Exact k nearest neighbours, in tiles, without the matrix of all queries by all samples."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings, class_count, hits
 from inbatch.nn.cpu_matmul import fast_products
 
-_QUERIES, _BANK = 256, 1 << 16  # similarities held at a time: at most 64 MB in float32
+_QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def knn_scores(
     distance: str = "cosine",
     chunk: int | None = None,
 ) -> Float[Tensor, "q c"]:
-    """Class scores (Q, C), float64 on the CPU, from the k nearest rows of the bank; labels in 0..classes-1.
+    """Return class scores (Q, C), float64 on the CPU, from the k nearest rows of the bank; labels in 0..classes-1.
 
     cosine: the sum of exp(similarity / temperature) over the neighbours of the class (Wu et al. 2018, section 3.4).
     euclidean: the number of neighbours of the class, unweighted.
@@ -40,7 +40,7 @@ def knn_scores(
     if distance == "cosine":
         query, bank, bias = F.normalize(query), F.normalize(bank), None
     else:
-        # |q - b|^2 grows with |b|^2 / 2 - q.b; taking the mean off first keeps the rounding small.
+        # |q - b|^2 increases with |b|^2 / 2 - q.b; subtracting the mean first keeps the rounding small.
         mean = bank.mean(0)
         query, bank = query - mean, bank - mean
         bias = -bank.square().sum(1) / 2
@@ -53,7 +53,7 @@ def knn_scores(
 
 
 def _nearest(query: Tensor, bank: Tensor, bias: Tensor | None, k: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities (Q, k) and rows of the bank of the k nearest: the best of the best of each tile of the bank."""
+    """Return similarities (Q, k) and rows of the bank of the k nearest, merged from the nearest of each tile."""
     near, place = [], []
     for start in range(0, len(bank), _BANK):
         tile = bank[start : start + _BANK]
@@ -70,10 +70,10 @@ def _nearest(query: Tensor, bank: Tensor, bias: Tensor | None, k: int, memory: T
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest numbers of each row and their places, in no order.
+    """Return the k largest numbers of each row and their positions, in no order.
 
-    They lie in the k blocks with the largest maxima: to look for those and then within them is two short searches
-    instead of a long one. Column i of x is in block i % width, so that neighbours in x are in different ones.
+    They are in the k blocks with the largest maxima: a search for these and then within them is two short searches
+    instead of a long one. Column i of x is in block i % width, so that adjacent columns of x are in different blocks.
     """
     size = math.isqrt(x.shape[1] // k)
     if size < 4:
@@ -98,9 +98,9 @@ def knn(
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """top1 and top5 in [0, 1] with the protocol; images without a label are left out. Errors as in `knn_scores`.
+    """Return top1 and top5 in [0, 1] with the protocol. Raises as `knn_scores`.
 
-    Equal scores go to the smallest class.
+    Images without a label are left out. Equal scores are resolved to the smallest class.
     """
     train, test = train.labelled(), test.labelled()
     query, bank = test.vectors.to(device), train.vectors.to(device)

@@ -1,7 +1,7 @@
-"""Linear probe: a linear classifier on features that were computed once.
+"""Linear probe: a linear classifier on features that are computed once.
 
-The papers' presets keep their optimiser, learning rate, batch and length; what they cannot keep is the random
-crop of every training image, because the features come from clean images.
+The presets of the papers keep their optimiser, learning rate, batch and length, but not the random crop of every
+training image, because the features are those of clean images.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from inbatch.evaluation.embeddings import Embeddings, class_count, hits
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
 from inbatch.nn.cpu_matmul import fast_products
 
-_SMALL = 2**26  # multiplications of a step that is over before a second thread has taken its part
+_SMALL = 2**26  # multiplications of a step that ends before a second thread has started its part
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fitted linear classifier: scores are W x + b of the vectors, standardised where there are a mean and a std.
+    """A fitted linear classifier: scores are W x + b of the vectors, standardised if there are a mean and a std.
 
-    weight: (C, D). bias: (C,). mean, std: (D,). protocol: how it was fitted, fit for JSON.
+    weight: (C, D). bias: (C,). mean, std: (D,). protocol: how it was fitted, in JSON types.
     """
 
     weight: Float[Tensor, "c d"]
@@ -36,7 +36,7 @@ class Classifier:
 
     @torch.no_grad()
     def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
-        """The scores of every class, on the classifier's device."""
+        """Return the scores of every class, on the classifier's device."""
         query = vectors.to(self.weight.device)
         if self.mean is not None and self.std is not None:
             query = (query - self.mean) / self.std
@@ -52,9 +52,19 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, object]:
-    """top1 and top5 in [0, 1] on the test features of a classifier trained on the training features, with the protocol.
+    """Return top1 and top5 in [0, 1] on the test features of a classifier trained on the training features.
 
-    probe: a name in PROBES, or settings of one's own. Images without a label are left out. ConfigError for other names.
+    The result includes the protocol. Images without a label are left out.
+
+    Args:
+        train: training features.
+        test: test features.
+        probe: a name in PROBES, or custom settings.
+        seed: seed of SGD.
+        device: device of the training.
+
+    Raises:
+        ConfigError: for an unknown name.
     """
     train, test = train.labelled(), test.labelled()
     fitted = fit(train, class_count(train, test), probe, seed=seed, device=device)
@@ -70,7 +80,7 @@ def fit(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """The classifier that a probe finds; every image of `train` has a label below `classes`. Errors as in `linear`."""
+    """Return the classifier of a probe; labels of `train` are known and below `classes`. Raises as `linear_probe`."""
     name = probe if isinstance(probe, str) else "custom"
     if isinstance(probe, str):
         if probe not in PROBES:
@@ -83,7 +93,7 @@ def fit(
             mean = x.mean(0)
             x = x - mean
             std = (sum(rows.square().sum(0) for rows in x.split(4096)) / len(x)).sqrt()  # type: ignore[union-attr]
-            std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # less is the rounding of what does not vary
+            std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # less is rounding error of constant features
             weight, bias, extra = _lbfgs(x.div_(std), y, classes, probe)
             normalisation = "standardised by the training features"
         else:
@@ -97,10 +107,10 @@ Fitted = tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]
 
 
 def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lbfgs) -> Fitted:
-    """x: standardised. The weights are searched for as W = V / L, L L^T being the objective's curvature at W = 0.
+    """Fit on standardised x. The search is over V, W = V / L, with L L^T the curvature of the objective at W = 0.
 
-    Seen from V the features are white and the way to the minimum is short; the minimum is the same. The gradient is in
-    closed form. Logits are (C, N): softmax over rows, of which there are few, is many times faster than along them.
+    In V the features are white, which shortens the search; the minimum is the same. The gradient is in closed form.
+    Logits are (C, N): a softmax over the few rows is many times faster than along them.
     """
     n, width = x.shape
     decay = 1 / (probe.c * n)
@@ -108,7 +118,7 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
     curvature = some.T @ some / (len(some) * classes)
     curvature.diagonal().add_(decay)
     more = 1e-6 * curvature.trace()
-    for _ in range(8):  # features that have collapsed are nearly of rank 1
+    for _ in range(8):  # collapsed features are nearly of rank 1
         curvature.diagonal().add_(more)
         factor, failed = torch.linalg.cholesky_ex(curvature)
         if not failed:
@@ -143,14 +153,14 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
         return loss
 
     optimiser.step(closure)
-    closure()  # the line search may have looked elsewhere last
+    closure()  # the last evaluation of the line search may be at another point
     used = optimiser.state[searched]["n_iter"]
     return *found(), {"iterations_used": used, "largest_gradient": gradient.abs().max().item()}
 
 
 @torch.no_grad()
 def _sgd(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd, seed: int) -> Fitted:
-    """Steps are small and many: the gradient in closed form (softmax minus one-hot), in memory that is made once."""
+    """Fit by many small steps: the gradient is in closed form (softmax minus one-hot), in preallocated memory."""
     draw = torch.Generator().manual_seed(seed)
     weight = x.new_zeros(classes, x.shape[1] + 1)  # the last column is the bias
     weight[:, :-1] = 0.01 * torch.randn(classes, x.shape[1], generator=draw)
@@ -170,7 +180,7 @@ def _sgd(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd,
 
 
 def _step(weight: Tensor, gradient: Tensor, change: Tensor, lr: float, probe: Sgd) -> None:
-    """torch.optim.SGD's step, in place; with LARS, weights and bias (the last column) have a rate each."""
+    """Do the step of torch.optim.SGD, in place; with LARS, weights and bias (the last column) have separate rates."""
     if probe.lars:
         for w, g in ((weight[:, :-1], gradient[:, :-1]), (weight[:, -1], gradient[:, -1])):
             length, slope = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)

@@ -1,4 +1,4 @@
-"""How a linear probe is trained: our default, and the papers' settings by name."""
+"""Training of a linear probe: the default, and settings of the papers by name."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,11 @@ class Lbfgs:
     """Multinomial logistic regression on standardised features, full batch.
 
     Minimises the mean cross-entropy + |W|^2 / (2 C N): the objective of scikit-learn's LogisticRegression(C).
-    tolerance: largest gradient at which it ends, taken in the whitened features in which it searches.
+
+    Attributes:
+        c: C.
+        iterations: maximum number of iterations.
+        tolerance: largest gradient at which it ends, measured in the whitened features of the search.
     """
 
     c: float = 1.0
@@ -21,8 +25,8 @@ class Lbfgs:
 class Sgd:
     """Minibatch SGD on the features as they are. The rate falls per epoch: cosine to 0, or by gamma at milestones.
 
-    lr is multiplied by batch / 256 where `scaled`; a batch is never larger than the set. lars: layer-wise rates as in
-    apex's LARC without clipping, far too small for sets that are not of ImageNet's size.
+    If `scaled`, lr is multiplied by batch / 256; a batch is never larger than the set. lars: layer-wise rates as in
+    apex's LARC without clipping, far too small for sets that are smaller than ImageNet.
     """
 
     lr: float
@@ -37,7 +41,7 @@ class Sgd:
     lars: bool = False  # has no Nesterov momentum
 
     def rate(self, epoch: int) -> float:
-        """The factor of the learning rate in an epoch."""
+        """Return the factor of the learning rate in an epoch."""
         if self.milestones:
             return self.gamma ** sum(epoch >= m for m in self.milestones)
         return 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))

@@ -1,4 +1,4 @@
-"""The whole registry of methods."""
+"""Registry of the methods."""
 
 from inbatch.methods.barlow import BarlowTwins
 from inbatch.methods.base import Method

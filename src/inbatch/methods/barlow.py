@@ -1,4 +1,4 @@
-"""Barlow Twins: two views agree feature by feature, and no feature repeats another."""
+"""Barlow Twins: two views agree in every feature, and different features are uncorrelated."""
 
 from itertools import combinations
 
@@ -15,16 +15,19 @@ from inbatch.nn.heads import Head, mlp
 def cross_correlation(
     a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], eps: float = 1e-5
 ) -> Float[Tensor, "d d"]:  # fmt: skip
-    """Correlation over the batch of every feature of one view with every feature of the other (Zbontar et al. 2021,
-    Eq. 2); eps is added to the (biased) variances, as batch normalisation does.
+    """Return the correlation over the batch of every feature of one view with every feature of the other.
+
+    Zbontar et al. 2021, Eq. 2; eps is added to the (biased) variances, as in batch normalisation.
     """
     a, b = ((x - x.mean(0)) / nan_if_overflow((x.var(0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
     return product(a.T, b) / len(a)
 
 
 def barlow_twins(z: Float[Tensor, "v n d"], offdiagonal: float = 0.0051, scale: float = 1.0) -> Losses:
-    """ "loss" = scale (on + offdiagonal off), on = sum_i (1 - C_ii)^2, off = sum_{i != j} C_ij^2 (Eq. 1), and its parts
-    "on_diagonal" and "off_diagonal", all averaged over the pairs of views. Rows are not normalised.
+    """Return "loss" = scale (on + offdiagonal off), on = sum_i (1 - C_ii)^2, off = sum_{i != j} C_ij^2 (Eq. 1).
+
+    Also returns its terms "on_diagonal" and "off_diagonal". All are averaged over pairs of views; rows are not
+    normalised.
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"Barlow Twins needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
@@ -41,7 +44,7 @@ class BarlowTwins(Method):
     """Self-Supervised Learning via Redundancy Reduction, arXiv 2103.03230.
 
     offdiagonal: lambda of Eq. 1.
-    scale: of the whole loss: 1/32 in the authors' first release, 0.1 (CIFAR) or 0.025 in solo-learn.
+    scale: factor of the whole loss: 1/32 in the authors' first release, 0.1 (CIFAR) or 0.025 in solo-learn.
     hidden, out, layers: widths and number of linear layers of the projection; the last has no bias.
     """
 

@@ -1,4 +1,4 @@
-"""What a method is: one equation, and a few hooks that most methods leave alone."""
+"""Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -12,17 +12,16 @@ from inbatch.nn.heads import Head
 class Method(nn.Module):
     """A learning objective over the rows of the whole batch.
 
-    A subclass gives `heads` and `loss`. It holds hyper-parameters and memory (buffers), never a trainable
-    parameter: those are heads, and stand before the loss. Rows come gathered from every group and every rank;
-    a loss names none of them.
+    A subclass defines `heads` and `loss`. It holds hyper-parameters and memory (buffers), never a trainable parameter:
+    these belong to heads. Rows are gathered from all context groups and ranks; a loss depends on neither.
 
-    online: the heads whose rows the loss reads from the network that learns.
-    target: the same of the target network; empty means that there is none.
-    views: fewest and most views that the equation allows (None: any number).
-    labels: whether it learns from labels, and so needs a data set that has some.
-    m: momentum of the target network, where there is one that keeps its momentum.
-    assigns: the head whose largest output is a sample's cluster or class, where there is one.
-    presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": where from.
+    online: heads of the online network that the loss reads.
+    target: heads of the target network that the loss reads; empty if there is no target network.
+    views: minimum and maximum number of views that the equation allows (None: no maximum).
+    labels: whether the method learns from labels and needs a labelled data set.
+    m: momentum of the target network, if its momentum is constant.
+    assigns: the head of which the largest output is the cluster or class of a sample, if any.
+    presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
     online: ClassVar[tuple[str, ...]] = ("projection",)
@@ -34,56 +33,56 @@ class Method(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
-        """Told once, before `heads`: images and classes (0: no labels) of the data, samples and views of a batch.
+        """Set the images and classes (0: no labels) of the data, the samples and views of a batch; before `heads`.
 
-        What hangs on them is made here; what they do not allow is a ValueError here, not at some later step.
+        Create here what depends on them, and raise ValueError here for what they do not allow, not in a later step.
         """
 
     def heads(self, width: int) -> dict[str, Head]:
-        """The heads, in order, for features of this width."""
+        """Return the heads, in order, for features of this width."""
         raise TypeError(f"{type(self).__name__} must say which heads it has")
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        """Rows (V, N, D) by head name, and the index and label of the N samples -> "loss" and its parts.
+        """Return "loss" and its terms for rows (V, N, D) by head name, and the index and label of the N samples.
 
-        Pure: called twice it gives the same value and changes nothing.
+        Pure: a second call returns the same value and changes nothing.
         """
         raise TypeError(f"{type(self).__name__} must say what its loss is")
 
     def online_views(self, views: int) -> Sequence[int]:
-        """Which of the views run through the network that learns."""
+        """Return which views pass through the online network."""
         return range(views)
 
     def target_views(self, views: int) -> Sequence[int]:
-        """Which of the views run through the target network."""
+        """Return which views pass through the target network."""
         return range(views)
 
     def momentum(self, progress: float) -> float:
-        """How much of itself the target network keeps in one step; progress runs from 0 to 1. Constant by default."""
+        """Return the momentum of the target network at `progress`, from 0 to 1. Constant by default."""
         return self.m
 
     def constant_lr(self) -> Sequence[str]:
-        """The heads whose learning rate no schedule moves."""
+        """Return the heads with a constant learning rate, exempt from the schedule."""
         return ()
 
     def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
-        """Look at or change the gradients of the heads, once they are averaged, before the optimiser."""
+        """Inspect or change the gradients of the heads, after they are averaged and before the optimiser step."""
 
     def on_weights(self, heads: nn.ModuleDict) -> None:
-        """Look at or change the weights of the heads, after the optimiser, before the target follows."""
+        """Inspect or change the weights of the heads, between the optimiser step and the target network's update."""
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        """Remember. The only place where a method may change its memory; rows carry no gradient."""
+        """Update the memory of the method. No other hook may change it; rows carry no gradient."""
 
     def surveys(self, epoch: int) -> bool:
-        """Whether it wants to see the rows of the whole data set before this epoch."""
+        """Return whether `survey` needs the rows of the whole data set before this epoch."""
         return False
 
     def survey(
         self, rows: Rows, label: Tensor, epoch: int, spread: Callable[[Callable[[int], Any], int], list[Any]]
     ) -> dict[str, float]:
-        """Learn from the rows (M, D) that the target network (else the only one) gives to the clean images of the data.
+        """Process the rows (M, D) of all clean images from the target network, or from the online network without one.
 
-        spread: spread(task, n) -> [task(0), ..., task(n - 1)], shared out over the ranks. Returns numbers for the log.
+        spread: spread(task, n) -> [task(0), ..., task(n - 1)], distributed over the ranks. Returns numbers for the log.
         """
         return {}

@@ -1,4 +1,4 @@
-"""BYOL: a view predicts its sample's other view as a slow copy of the network sees it; nothing is pushed apart."""
+"""BYOL: a view predicts the target network's projection of its sample's other view; there are no negatives."""
 
 from typing import Literal
 
@@ -15,11 +15,11 @@ from inbatch.nn.schedules import cosine
 def byol(
     p: Float[Tensor, "v n d"], t: Float[Tensor, "v n d"], scale: Literal["distance", "cosine"] = "distance"
 ) -> Float[Tensor, ""]:
-    """Regression of V views' predictions on the targets of the other views (Grill et al. 2020, Eq. 2, symmetric).
+    """Compute the regression of V views' predictions on the targets of the other views (Grill et al. 2020, Eq. 2).
 
-    l = |p_1 - t_2|^2 + |p_2 - t_1|^2 of unit rows, averaged over the samples: 0 to 8. With V > 2 it is twice the mean
-    over ordered pairs of views. Rows are normalised inside, targets carry no gradient.
-    scale: "cosine" is the mean of -cos(p_i, t_j), as lightly has it: a quarter of it, less 1.
+    l = |p_1 - t_2|^2 + |p_2 - t_1|^2 of unit rows (symmetric), averaged over the samples: 0 to 8. With V > 2 it is
+    twice the mean over ordered pairs of views. Rows are normalised inside, targets carry no gradient.
+    scale: "cosine" is the mean of -cos(p_i, t_j), as in lightly: a quarter of l, minus 1.
     """
     if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
@@ -30,12 +30,12 @@ def byol(
 class BYOL(Method):
     """Bootstrap Your Own Latent, arXiv 2006.07733.
 
-    m: momentum of the target network at the start; it rises to 1 along half a cosine.
-    hidden, out: width of the hidden layer of projection and prediction, and of the rows that are compared.
+    m: initial momentum of the target network; it rises to 1 along half a cosine.
+    hidden, out: width of the hidden layer of projection and prediction, and of their rows.
     predictor: without it the projection itself is compared, and the projection collapses unless `norm` is on.
-    norm: batch normalisation (no scale, no shift) closes the projection, as in MoCo v3: what all samples' rows have in
-        common is no target then.
-    scale: "cosine" is lightly's convention, a quarter of the gradient.
+    norm: batch normalisation (no scale, no shift) after the last layer of the projection, as in MoCo v3: it removes
+        what the rows of all samples have in common.
+    scale: "cosine" is the convention of lightly, a quarter of the gradient.
     """
 
     online = ("prediction",)

@@ -1,4 +1,4 @@
-"""Contrastive Clustering: samples are told apart by their rows, and clusters by their columns of the same batch."""
+"""Contrastive Clustering: contrast of samples (rows) and of clusters (columns) of the same batch."""
 
 import math
 
@@ -13,9 +13,9 @@ from inbatch.nn.heads import Head, mlp
 
 
 def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:
-    """-log( exp(u_i . u'_i / T) / sum_{k != i} exp(u_i . u_k / T) ), averaged over all V N vectors, normalised inside.
+    """Return -log( exp(u_i . u'_i / T) / sum_{k != i} exp(u_i . u_k / T) ), averaged over all V N normalised vectors.
 
-    Li et al. 2021: Eq. 2 and 3 for samples, Eq. 5 for clusters. Averaged over the V - 1 positives of each, too.
+    Li et al. 2021: Eq. 2 and 3 for samples, Eq. 5 for clusters. Also averaged over the V - 1 positives of each.
     """
     if x.shape[0] < 2 or x.shape[1] < 2:
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
@@ -25,10 +25,10 @@ def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]
 
 
 def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The contrast of the columns of soft assignments, and what the clusters lack to be of one size (Eq. 6).
+    """Return the contrast of the columns of soft assignments, and the lack of entropy of the cluster sizes (Eq. 6).
 
     The second is log K + sum_k m_k log m_k, with m the clusters' shares of a view, added over two views (twice the
-    mean over V): 0 where all are equal, 2 log K where one cluster has everything.
+    mean over V): 0 if all are equal, 2 log K if one cluster has everything.
     """
     p = wide(p)
     share = p.sum(1) / p.sum((1, 2))[:, None]
@@ -39,9 +39,9 @@ def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tup
 class CC(Method):
     """Contrastive Clustering, arXiv 2009.09687.
 
-    clusters: how many to make; None takes the number of classes of the data.
+    clusters: number of clusters; None is the number of classes of the data.
     temperature, cluster_temperature: T among samples, among clusters.
-    out: width of the rows that are compared.
+    out: width of the projection.
     """
 
     online = ("projection", "clusters")

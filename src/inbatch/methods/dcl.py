@@ -1,4 +1,4 @@
-"""DCL: SimCLR without the positive pair in the denominator; DCLW: pairs that are far apart pull harder."""
+"""DCL: SimCLR without the positive pair in the denominator; DCLW: larger weights for distant positive pairs."""
 
 from itertools import permutations
 
@@ -14,10 +14,10 @@ from inbatch.nn.heads import Head, mlp
 
 def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None = None, symmetric: bool = True,
         detach: bool = False) -> Float[Tensor, ""]:  # fmt: skip
-    """Decoupled contrastive loss (Yeh et al. 2021, Eq. 6), rows normalised inside, averaged over pairs of views u, v.
+    """Compute the decoupled contrastive loss (Yeh et al. 2021, Eq. 6), rows normalised inside.
 
-    l_i = -w_i u_i . v_i / T + log( sum_{k != i} exp(u_i . u_k / T) + sum_{k != i} exp(u_i . v_k / T) )
-    sigma: None is DCL, w_i = 1; else DCLW (Eq. 7), w_i = 2 - N softmax_i(u_i . v_i / sigma).
+    l_i = -w_i u_i . v_i / T + log( sum_{k != i} exp(u_i . u_k / T) + sum_{k != i} exp(u_i . v_k / T) ), averaged over
+    pairs of views u, v. sigma: None is DCL, w_i = 1; else DCLW (Eq. 7), w_i = 2 - N softmax_i(u_i . v_i / sigma).
     symmetric: all ordered pairs, else view 0 with every other. detach: no gradient through w.
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
@@ -39,9 +39,9 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
 class DCL(Method):
     """Decoupled Contrastive Learning, arXiv 2110.06848.
 
-    temperature: T. weighted: it is DCLW. sigma: of DCLW's weights. detach: DCLW's weights carry no gradient.
-    symmetric: both directions of a pair of views are averaged, else view 0 looks for the others only.
-    hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
+    temperature: T. weighted: use DCLW. sigma: of the weights of DCLW. detach: the weights of DCLW carry no gradient.
+    symmetric: average both directions of a pair of views, else only view 0 has the others as positives.
+    hidden, out: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
     views = (2, None)

@@ -1,4 +1,4 @@
-"""DINO: a view predicts the soft cluster in which a slow copy, centred and sharpened, sees its sample's large views."""
+"""DINO: a view predicts the soft cluster of its sample's large views, by a centred and sharpened target network."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,7 @@ from inbatch.nn.schedules import cosine, linear, progress
 
 def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], center: Float[Tensor, "k"],
          temperature: float = 0.1, teacher_temperature: float = 0.07) -> Float[Tensor, ""]:  # fmt: skip
-    """Cross-entropy of the teacher's view i, soft-max((t_i - center) / T_t), with the student's other views j,
-    soft-max(s_j / T), averaged over samples and pairs i != j (Caron et al. 2021, Eq. 3); no gradient to the teacher.
-    """
+    """Mean cross-entropy of softmax((t_i - center) / T_t), no grad, and softmax(s_j / T), i != j (paper, Eq. 3)."""
     p = scale_by_temperature(wide(teacher.detach()) - center, teacher_temperature).softmax(-1)
     return cross_prediction(p, scale_by_temperature(student, temperature))
 
@@ -25,8 +23,8 @@ def dino(student: Float[Tensor, "v n k"], teacher: Float[Tensor, "a n k"], cente
 class DINO(Method):
     """Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
 
-    temperature: the student's. teacher_temperature, warmup_temperature: the teacher's in the end and at the start.
-    warmup_epochs: from one to the other. m: the teacher's momentum, rising to 1. center_momentum: of the centre.
+    temperature: the student's. teacher_temperature, warmup_temperature: the teacher's final and initial one.
+    warmup_epochs: from initial to final. m: the teacher's momentum, rising to 1. center_momentum: of the centre.
     prototypes: outputs. frozen: epochs before outputs learn. hidden, bottleneck: widths. layers, norm: of the head.
     """
 

@@ -1,4 +1,4 @@
-"""MoCo v1 and v2: a view finds its other view, seen by a slow copy, among the keys of past batches."""
+"""MoCo v1 and v2: each view identifies its other view, by the target network, among the keys of past batches."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ from inbatch.nn.memory_bank import MemoryBank
 class MoCo(Method):
     """Momentum Contrast, arXiv 1911.05722 (v1) and 2003.04297 (v2).
 
-    temperature: T of `info_nce`. queue: keys remembered. m: momentum of the target network. out: width of the rows.
-    layers, hidden: linear layers of the projection (1 in v1, 2 in v2), width between them (None: the features').
+    temperature: T of `info_nce`. queue: keys in the memory bank. m: momentum of the target network. out: width of rows.
+    layers, hidden: linear layers of the projection (1 in v1, 2 in v2), width between them (None: the feature width).
     symmetric: both views are queries and keys; the two losses are added, as in the authors' CIFAR-10 demo.
-    smooth, neighbours: share of the target that goes to a query's nearest keys of the queue, and how many (Light-MoCo).
+    smooth, neighbours: share of the target given to a query's nearest keys of the queue, and their number (Light-MoCo).
     """
 
     target = ("projection",)

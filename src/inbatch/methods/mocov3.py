@@ -1,4 +1,4 @@
-"""MoCo v3: a view finds its other view, seen by a slow copy, among the other samples of the batch."""
+"""MoCo v3: each view identifies its other view, by the target network, among the batch's samples."""
 
 from itertools import permutations
 
@@ -14,7 +14,7 @@ from inbatch.nn.schedules import cosine
 
 
 def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1.0) -> Float[Tensor, ""]:
-    """In-batch contrast of one view's queries with another view's keys (Chen, Xie and He 2021, Algorithm 1).
+    """Compute in-batch contrast of one view's queries with another view's keys (Chen, Xie and He 2021, Algorithm 1).
 
     l_i = -2T log( exp(q_i . k_i / T) / sum_j exp(q_i . k_j / T) ), averaged; rows are normalised inside, keys carry no
     gradient. Two views: ctr(q_1, k_2) + ctr(q_2, k_1); more: twice the mean over ordered pairs of views.
@@ -29,10 +29,10 @@ def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1
 class MoCoV3(Method):
     """An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057.
 
-    temperature: T of `ctr`. m: momentum of the target network at the start; it rises to 1 along half a cosine.
-    layers: linear layers in the projection: 2 for a ResNet, 3 for a ViT.
-    hidden, out: width of the hidden layers of projection and prediction, and of the rows that are compared.
-    last_norm: batch normalisation closes the prediction too, as for a ViT.
+    temperature: T of `ctr`. m: initial momentum of the target network; it rises to 1 along half a cosine.
+    layers: linear layers of the projection: 2 for a ResNet, 3 for a ViT.
+    hidden, out: width of the hidden layers of projection and prediction, and of their rows.
+    last_norm: batch normalisation after the last layer of the prediction, too, as for a ViT.
     """
 
     online = ("prediction",)

@@ -1,4 +1,4 @@
-"""NNCLR: the nearest neighbour of a view, among past samples, finds the sample's other view in the batch."""
+"""NNCLR: the nearest neighbour of a view, among past samples, identifies the sample's other view in the batch."""
 
 from itertools import permutations
 from typing import Literal
@@ -17,7 +17,7 @@ Contrast = Literal["one_way", "nt_xent"]
 
 
 def neighbours(z: Float[Tensor, "n d"], support: Float[Tensor, "k d"], filled: Int[Tensor, ""]) -> Float[Tensor, "n d"]:
-    """NN(z, Q): of the first `filled` unit rows of the support set those nearest to z; with none, z's unit rows."""
+    """Return NN(z, Q): the nearest of the first `filled` unit rows of the support set; z's unit rows if it is empty."""
     z = normalize(z.detach())
     empty = torch.arange(len(support), device=z.device) >= filled
     place = nearest(z, support.to(z.dtype), leave_out=empty)[:, 0]
@@ -30,7 +30,7 @@ def nnclr(
     """Contrast of one view's neighbours with another view's predictions (Dwibedi et al. 2021, Eq. 3, Algorithm 1).
 
     l_i = -log( exp(near_i . p_i / T) / sum_k exp(near_i . p_k / T) ), averaged; rows are normalised inside, neighbours
-    carry no gradient. contrast: "nt_xent", lightly's, is NT-Xent of the pair: both ways, with same-side negatives.
+    carry no gradient. contrast: "nt_xent" (lightly) is NT-Xent of the pair: both ways, with negatives of the same side.
     """
     if near.shape != p.shape or len(p) < 2:
         raise ValueError(f"NNCLR needs a neighbour for each of 2 rows, got {tuple(near.shape)} and {tuple(p.shape)}")
@@ -44,7 +44,7 @@ def nnclr(
 class NNCLR(Method):
     """With a Little Help from My Friends, arXiv 2104.14548; the mean over the ordered pairs of different views.
 
-    temperature: T. contrast: nt_xent is lightly's. queue: samples in the support set, by their view 0's projection.
+    temperature: T. contrast: nt_xent is that of lightly. queue: samples in the support set, by view 0's projection.
     hidden, prediction: widths of the hidden layers of projection and prediction. out: width of the rows.
     """
 

@@ -1,4 +1,4 @@
-"""PCL v1 and v2: MoCo, and a view also finds the prototypes of its sample's clusters, at several granularities."""
+"""PCL v1 and v2: MoCo, and each view also identifies its sample's prototypes at several granularities."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,10 +13,10 @@ from inbatch.nn.memory_bank import MemoryBank
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
               counts: Bool[Tensor, "c"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
-    """The prototypes' part of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
+    """Compute the prototype term of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
 
     -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
-    column a negative, equal ones too. counts: False leaves a column out.
+    column a negative, also if equal. counts: False leaves a column out.
     """
     if not 0 < len(q) <= len(columns):
         raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
@@ -28,8 +28,8 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
 class PCL(Method):
     """Prototypical Contrastive Learning of Unsupervised Representations, arXiv 2005.04966.
 
-    temperature: T, and the mean of the prototypes' own. queue: keys remembered. m: momentum of the target network.
-    warmup: epochs of InfoNCE alone. clusters: how many in each clustering. negatives: other prototypes at most.
+    temperature: T, and the mean of the prototypes'. queue: keys in the memory bank. m: momentum of the target network.
+    warmup: epochs of InfoNCE alone. clusters: number in each clustering. negatives: maximum number of other prototypes.
     alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out: width of rows.
     """
 

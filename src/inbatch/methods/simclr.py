@@ -1,4 +1,4 @@
-"""SimCLR: a view finds its sample's other view among all the rows of the batch."""
+"""SimCLR: each view identifies the other view of its sample among all rows of the batch."""
 
 from typing import Literal
 
@@ -14,11 +14,11 @@ from inbatch.nn.heads import Head, mlp
 def nt_xent(
     z: Float[Tensor, "v n d"], temperature: float = 0.1, views: Literal["mean", "sum"] = "mean"
 ) -> Float[Tensor, ""]:
-    """NT-Xent of V views of N samples (Chen et al. 2020, Eq. 1), rows normalised inside.
+    """Compute NT-Xent of V views of N samples (Chen et al. 2020, Eq. 1), rows normalised inside.
 
     l_i = log sum_{k != i} exp(u_i . u_k / T) - mean over the sample's other views j of u_i . u_j / T,
-    averaged over all V N rows. With V > 2 the positives' log-probabilities are averaged, as in SupCon.
-    views: "sum" adds the views' means instead, which is what google-research/simclr computes (V times as much).
+    averaged over all V N rows. With V > 2, the log-probabilities of the positives are averaged, as in SupCon.
+    views: "sum" adds the means of the views instead, as in google-research/simclr (V times the value).
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
@@ -32,10 +32,10 @@ class SimCLR(Method):
     """A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709.
 
     temperature: T of Eq. 1.
-    hidden: width of the projection's hidden layers; None is the width of the features.
-    out: width of the rows that are compared.
-    layers: linear layers in the projection head.
-    scale: "sum" doubles the loss as the authors' TensorFlow code does.
+    hidden: width of the hidden layers of the projection; None is the width of the features.
+    out: width of the projection.
+    layers: linear layers of the projection head.
+    scale: "sum" doubles the loss, as in the authors' TensorFlow code.
     """
 
     views = (2, None)

@@ -1,4 +1,4 @@
-"""SimSiam: a view predicts its sample's other view, which is held still for the moment; nothing is pushed apart."""
+"""SimSiam: a view predicts its sample's other view, which carries no gradient; there are no negatives."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,10 +17,10 @@ Teach = Literal["each", "mean"]
 def simsiam(
     p: Float[Tensor, "v n d"], z: Float[Tensor, "v n d"], stop_gradient: bool = True, teach: Teach = "each"
 ) -> Float[Tensor, ""]:
-    """Mean of -cos(p_i, z_j) over the ordered pairs of different views (Chen and He 2021, Eq. 4): -1 to 1.
+    """Return the mean of -cos(p_i, z_j) over the ordered pairs of different views (Chen and He 2021, Eq. 4): -1 to 1.
 
     Rows are normalised inside, projections z carry no gradient.
-    stop_gradient: False lets the gradient reach z too (the paper's Eq. 2).
+    stop_gradient: False gives z a gradient, too (the paper's Eq. 2).
     teach: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
     """
     if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
@@ -33,11 +33,11 @@ def simsiam(
 class SimSiam(Method):
     """Exploring Simple Siamese Representation Learning, arXiv 2011.10566.
 
-    layers, hidden, out: linear layers of the projection, width between them, and width of the rows that are compared.
+    layers, hidden, out: linear layers of the projection, width between them, and width of the projection.
     bottleneck: width of the prediction's hidden layer.
-    fix_lr: no schedule moves the prediction's learning rate, as the authors' --fix-pred-lr.
+    fix_lr: constant learning rate of the prediction, as the authors' --fix-pred-lr.
     predictor, stop_gradient: the ablations of the paper (sections 4.2 and 4.1), in which it does not learn.
-    teach: "mean" is FastSiam, made for four views.
+    teach: "mean" is FastSiam, designed for four views.
     """
 
     online = ("prediction", "projection")

@@ -1,4 +1,4 @@
-"""SupCon: a view finds every view of its class among all the rows of the batch."""
+"""SupCon: each view identifies all views of its class among all rows of the batch."""
 
 from typing import Literal
 
@@ -16,21 +16,19 @@ def supcon(
     z: Float[Tensor, "v n d"], label: Int[Tensor, "n"] | None = None, temperature: float = 0.07,
     base_temperature: float = 0.07, anchors: Literal["all", "one"] = "all", mask: Shaped[Tensor, "n n"] | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
+    """Compute the supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
 
     l_i = -(T / T_base) mean over positives p of log( exp(u_i . u_p / T) / sum_{a != i} exp(u_i . u_a / T) ),
-    averaged over the anchors; one without a positive counts as 0. Rows are normalised inside.
-    label: samples of one label are positives of each other; -1 is unlabelled, a class of its own. Without
-        labels only the other views of a sample are its positives.
-    anchors: rows of all views, or of view 0 only ("one").
-    mask: in place of labels, mask[i, j] != 0 where sample j is a positive of sample i.
+    averaged over the anchors; 0 for an anchor without positive. Rows are normalised inside.
+    label: positives share it (-1: unlabelled, a class of its own); without labels they are views of the same sample.
+    mask: in place of labels, mask[i, j] != 0 if j is a positive of i. anchors: rows of all views, or of view 0 ("one").
     """
     u, (v, n, _) = normalize(z), z.shape
     if v * n < 2 or (label is not None and mask is not None):
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
-    if mask is None:  # rows of a class are added up: no matrix of pairs
+    if mask is None:  # rows of a class are summed, without a matrix of pairs
         alone = -1 - torch.arange(n, device=z.device)
         group = (alone if label is None else label.where(label >= 0, alone)).unique(return_inverse=True)[1]
         total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0)).index_select(0, group)
@@ -48,10 +46,10 @@ def supcon(
 
 
 class SupCon(Method):
-    """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels where there are any.
+    """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels, if any.
 
-    temperature: T. base_temperature: the loss is multiplied by T / T_base. anchors: one takes view 0's rows only.
-    hidden, out: widths of the projection's hidden layer (None: the features') and of the rows that are compared.
+    temperature: T. base_temperature: the loss is multiplied by T / T_base. anchors: "one" uses rows of view 0 only.
+    hidden, out: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
     views = (1, None)

@@ -11,7 +11,7 @@ from inbatch.nn.heads import Head, mlp
 
 
 def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoothing: float = 0.0) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the labelled samples over all views; 0 where no sample has a label (-1)."""
+    """Return the mean cross-entropy of the labelled samples over all views; 0 if no sample has a label (-1)."""
     label = label.expand(len(logits), -1)
     total = torch_cross_entropy(
         wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=smoothing, reduction="sum"
@@ -22,7 +22,7 @@ def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoot
 class Supervised(Method):
     """Cross-entropy on a linear classifier.
 
-    classes: number of classes; None takes it from the data.
+    classes: number of classes; None is that of the data.
     smoothing: label smoothing.
     """
 

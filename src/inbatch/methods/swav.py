@@ -1,4 +1,4 @@
-"""SwAV: a view predicts to which prototypes its sample's other view belongs; a batch uses all prototypes alike."""
+"""SwAV: a view predicts the prototypes of its sample's other view; a batch uses all prototypes equally."""
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,8 @@ class SwAV(Method):
     """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv 2006.09882.
 
     temperature: of the prediction. epsilon: of the codes, small is sharp. iterations: of Sinkhorn's scaling.
-    hidden, out: widths of the projection. prototypes: how many. frozen: epochs before they learn. queue: past samples
-        that are assigned with the batch, once there are so many (0: none). queue_from: epoch from which they are kept.
+    hidden, out: widths of the projection. prototypes: their number. frozen: epochs before they learn. queue: past
+        samples assigned with the batch once it is full (0: none). queue_from: epoch from which they are stored.
     """
 
     online, views = ("projection", "prototypes"), (2, None)
@@ -48,7 +48,7 @@ class SwAV(Method):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.frozen, self.queue_from, self.hidden = frozen, queue_from, hidden
         self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss sees no head
-        self.queue = MemoryBank(queue, 2 * out) if queue else None  # of samples: both views' rows in one
+        self.queue = MemoryBank(queue, 2 * out) if queue else None  # one row holds both views of a sample
 
     def heads(self, width: int) -> dict[str, Head]:
         count, out = self.vectors.shape

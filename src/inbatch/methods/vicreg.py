@@ -1,4 +1,4 @@
-"""VICReg: views agree, every feature keeps its spread, and no two features tell the same."""
+"""VICReg: views agree, every feature keeps its variance, and different features are uncorrelated."""
 
 from itertools import combinations
 from typing import Literal
@@ -17,11 +17,11 @@ def vicreg(
     z: Float[Tensor, "v n d"], sim: float = 25.0, std: float = 25.0, cov: float = 1.0,
     variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4,
 ) -> Losses:  # fmt: skip
-    """ "loss" = sim invariance + std variance + cov covariance (Bardes et al. 2022, Eq. 6), and these three.
+    """Return "loss" = sim invariance + std variance + cov covariance (Bardes et al. 2022, Eq. 6), and its terms.
 
-    invariance: mean squared difference of two views' rows (Eq. 5), over features too, as the authors' code has it.
+    invariance: mean squared difference of two views' rows (Eq. 5), also over features, as in the authors' code.
     variance: mean over features of max(0, 1 - sqrt(Var + eps)) (Eq. 1), averaged over the two views as in the
-        authors' code, or with "sum" added, as in Eq. 6.
+        authors' code, or added with "sum", as in Eq. 6.
     covariance: squared covariances of different features, summed and divided by D (Eq. 4), added over the two views.
     All three are averaged over the pairs of views; rows are not normalised, variances are unbiased.
     """

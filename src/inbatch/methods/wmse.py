@@ -1,4 +1,4 @@
-"""W-MSE: a sample's views agree after the rows of its sub-batch are whitened, which leaves nothing to collapse to."""
+"""W-MSE: a sample's views agree after the rows of its sub-batch are whitened, which prevents collapse."""
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from inbatch.rng import uniform
 
 def whiten(x: Float[Tensor, "*b n d"], mean: Float[Tensor, "*b 1 d"], lower: Float[Tensor, "*b d d"]
            ) -> Float[Tensor, "*b n d"]:  # fmt: skip
-    """L^-1 (x - mean) for every row: of covariance I, where L is the Cholesky factor of theirs."""
+    """Return L^-1 (x - mean) for every row: of covariance I if L is the Cholesky factor of the rows' covariance."""
     return torch.linalg.solve_triangular(lower, (wide(x) - mean).mT, upper=False).mT
 
 
@@ -27,9 +27,9 @@ def wmse(
 ) -> Losses:
     """Squared distance of whitened rows, over all samples and pairs of views (Ermolov et al. 2021, section 3).
 
-    permutations: each cuts the samples into sub-batches of `size`, whose views have a mean and factor of their own;
-        they are averaged, the gradient runs through all of it. In float64: where features nearly repeat each other,
-        float32 has another gradient. "jitter": the most that a factor took.
+    permutations: each divides the samples into sub-batches of `size`, whitened separately per view with their own mean
+        and factor; their losses are averaged, with gradient through all of it. Computed in float64: if features are
+        nearly dependent, the float32 gradient differs. "jitter": the largest that was added for a factor.
     norm: whitened rows are normalised (2 - 2 cos); else the distance is divided by D, as in the authors' code.
     """
     _fits(len(z), z.shape[1], z.shape[2], size)
@@ -43,9 +43,9 @@ def wmse(
 
 
 class WMSE(Method):
-    """Whitening for Self-Supervised Representation Learning, arXiv 2007.06346; 4 views make it W-MSE 4.
+    """Whitening for Self-Supervised Representation Learning, arXiv 2007.06346; with 4 views it is W-MSE 4.
 
-    w_size: samples of a sub-batch. w_iter: ways to cut the batch, averaged. eps: shrinks covariances towards I.
+    w_size: samples of a sub-batch. w_iter: averaged divisions of the batch. eps: shrinks covariances towards I.
     norm: whitened rows are normalised. hidden, out: widths of the projection's hidden layer and of its rows.
     """
 
@@ -74,6 +74,6 @@ class WMSE(Method):
         return {"projection": Head(mlp(width, self.hidden, self.out))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        order = batch.index.argsort()  # so that the order of the samples does not matter
-        draws = uniform(batch.seed, batch.epoch, batch.index[order], -1, self.w_iter)  # views are 0, 1, ...
+        order = batch.index.argsort()  # the loss must not depend on the order of the samples
+        draws = uniform(batch.seed, batch.epoch, batch.index[order], -1, self.w_iter)  # view -1: views are 0, 1, ...
         return wmse(online["projection"], order[draws.argsort(dim=0, stable=True).T], self.w_size, self.eps, self.norm)

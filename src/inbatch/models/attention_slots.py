@@ -1,4 +1,4 @@
-"""The slot for attention: a block in every residual block of a backbone, or one behind its pooling."""
+"""Attention slots: a block in every residual block of a backbone, or one block after its pooling."""
 
 import copy
 import difflib
@@ -18,9 +18,9 @@ from inbatch.models.encoder import Encoder
 
 
 def se(channels: int, reduction: int = 16) -> nn.Module:
-    """Squeeze-and-excitation of each sample's channels (Hu et al. 2018, arXiv 1709.01507), timm's.
+    """Squeeze-and-excitation of each sample's channels (Hu et al. 2018, arXiv 1709.01507), from timm.
 
-    reduction: channels for one inside the block; timm rounds the rest to a multiple of 8.
+    reduction: ratio of the channels to those inside the block, which timm rounds to a multiple of 8.
     """
     from timm.layers import SEModule
 
@@ -28,7 +28,7 @@ def se(channels: int, reduction: int = 16) -> nn.Module:
 
 
 def eca(channels: int, kernel: int | None = None) -> nn.Module:
-    """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151): a convolution over channels, timm's.
+    """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151): a convolution over channels, from timm.
 
     kernel: its width, odd; None: by the number of channels, as in the paper.
     """
@@ -42,9 +42,10 @@ def eca(channels: int, kernel: int | None = None) -> nn.Module:
 
 
 def cbam(channels: int, reduction: int = 16, kernel: int = 7) -> nn.Module:
-    """Attention of each sample over its channels, then its positions (Woo et al. 2018, arXiv 1807.06521), timm's.
+    """Attention of each sample over its channels, then its positions (Woo et al. 2018, arXiv 1807.06521), from timm.
 
-    reduction: channels for one inside the channel part. kernel: width of the convolution over positions, odd.
+    reduction: ratio of the channels to those inside the channel part.
+    kernel: width of the convolution over positions, odd.
     """
     from timm.layers.cbam import CbamModule
 
@@ -60,17 +61,24 @@ ATTENDS: dict[str, Callable[..., nn.Module]] = {
     "eca": eca,
     "cbam": cbam,
 }
-"""What can stand in the slot. The first argument is the slot's: `channels` of a map, or `width` of pooled features;
-the others are options, of JSON's types."""
+"""Attentions by name. The first argument depends on the slot: `channels` of a map, or `width` of pooled features;
+the others are options, of JSON types.
+"""
 
 
 def install(encoder: Encoder, name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Put a block of ATTENDS into an encoder without one, which keeps its weights.
+    """Add a block of ATTENDS to an encoder without attention, keeping its weights.
 
-    options: of the block, and `stages` for blocks of maps: which residual stages get them, from 1; all by default.
-    A block of maps stands behind the last norm of each residual block, before the sum; in a plain chain of layers,
-    such as `tiny`, behind every norm, each of which is a stage.
-    ConfigError for unknown names and options, and for backbones that have no such place.
+    A block of maps is placed after the last norm of each residual block, before the sum; in a plain chain of layers,
+    such as `tiny`, after every norm, each of which is a stage.
+
+    Args:
+        encoder: encoder without attention.
+        name: name of the attention.
+        options: of the block, and `stages` for blocks of maps: which residual stages get them, from 1; all by default.
+
+    Raises:
+        ConfigError: for unknown names and options, and for backbones without such a place.
     """
     maker, first, full = _resolve(name, options or {})
     if encoder.attend is not None:
@@ -100,14 +108,14 @@ def install(encoder: Encoder, name: str, options: Mapping[str, Any] | None = Non
 
 
 def blocks(encoder: Encoder) -> nn.ModuleList:
-    """The attention blocks of an encoder, in the order of its layers; empty without `attend`."""
+    """Return the attention blocks of an encoder, in the order of its layers; empty without `attend`."""
     return nn.ModuleList(encoder.get_submodule(slot) for slot in encoder.slots)
 
 
 def without(encoder: Encoder) -> Encoder:
-    """A copy without its attention blocks.
+    """Return a copy without its attention blocks.
 
-    Where samples meet in training only (ba2m, batchformer) it gives the same features in evaluation.
+    If samples interact in training only (ba2m, batchformer), it gives the same features in evaluation.
     """
     plain = copy.deepcopy(encoder)
     for slot in plain.slots:
@@ -122,11 +130,15 @@ def without(encoder: Encoder) -> Encoder:
 
 
 def added(encoder: Encoder, group: int = 2) -> dict[str, Any]:
-    """What the attention blocks add: `blocks`, `parameters`, `flops` of an image in a forward pass in training, and the
-    last two as shares of the encoder without them (`parameters_share`, `flops_share`).
+    """Return the cost of the attention blocks in a forward pass in training.
 
-    A multiplication and an addition are two FLOPs; those of convolutions and matrix products are counted.
-    group: samples that meet, from 2 on (BatchFormer's cost for an image grows with them).
+    The keys are `blocks`, `parameters`, `flops` per image, and the last two as shares of the encoder without attention
+    (`parameters_share`, `flops_share`). A multiplication and an addition are two FLOPs; those of convolutions and
+    matrix products are counted.
+
+    Args:
+        encoder: encoder with attention.
+        group: number of interacting samples, at least 2 (the cost of BatchFormer per image increases with it).
     """
     (parameters, flops), (plain_parameters, plain_flops) = _cost(encoder, group), _cost(without(encoder), group)
     return {
@@ -139,13 +151,13 @@ def added(encoder: Encoder, group: int = 2) -> dict[str, Any]:
 
 
 def meets_in_training_only(name: str) -> bool:
-    """Whether the block is absent in evaluation, so that the plain backbone is all there is to it."""
+    """Return whether the block is inactive in evaluation, so that the plain backbone gives the same features."""
     maker = ATTENDS.get(name)
     return inspect.isclass(maker) and issubclass(maker, Grouped)
 
 
 def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], str, dict[str, Any]]:
-    """What makes the block, the name of its first argument, and all options as JSON returns them."""
+    """Return the block's constructor, the name of its first argument, and all options as JSON returns them."""
     if name not in ATTENDS:
         near = difflib.get_close_matches(name, ATTENDS, n=1)
         raise ConfigError(
@@ -169,14 +181,14 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Mo
 
 def _make(maker: Callable[..., nn.Module], name: str, size: int, options: dict[str, Any]) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):  # what is made after it starts from the same weights as without it
+        with torch.random.fork_rng(devices=[]):  # later modules get the same initial weights as without the block
             return maker(size, **options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
         raise ConfigError(f"{name} cannot be built for {size} channels with {options}: {e}") from e
 
 
 def _places(encoder: Encoder, name: str) -> list[list[tuple[str, str]]]:
-    """By stage: the names, within the encoder, of the blocks and of their last norms."""
+    """Return, by stage, the names within the encoder of the blocks and of their last norms."""
     backbone = encoder.backbone
     if isinstance(backbone, nn.Sequential):
         places = [[("backbone", f"backbone.{n}")] for n, m in backbone.named_children() if _channels(m)]
@@ -206,14 +218,14 @@ def _place(name: str, block: nn.Module) -> tuple[str, str]:
 
 
 def _channels(norm: nn.Module) -> int:
-    """Of a norm layer of maps; 0 for anything else."""
+    """Return the channels of a norm layer of maps; 0 for anything else."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels
     return norm.num_features if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) else 0
 
 
 def _cost(encoder: Encoder, group: int) -> tuple[int, int]:
-    """Parameters, and FLOPs of an image; on no device and no other rank, which norm layers in training would ask."""
+    """Return parameters and FLOPs per image, on the meta device and without other ranks, which training norms need."""
     twin = copy.deepcopy(encoder).to("meta").eval()
     for part in twin.modules():
         if isinstance(part, Grouped):

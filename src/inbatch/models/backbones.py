@@ -1,4 +1,4 @@
-"""Backbones by name, without their classifier: ours, timm's and torchvision's (imported only when asked)."""
+"""Backbones by name, without their classifier: own ones, timm's and torchvision's (imported only if requested)."""
 
 import difflib
 import socket
@@ -11,12 +11,12 @@ from torch import nn
 from inbatch.errors import ConfigError
 from inbatch.models.fast import Fast
 
-# timm's own ways to weights and files, one of them through pickle: `init` is the way to them.
+# timm's own options for weights and files, one of them through pickle: `init` replaces them.
 _REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-    """A backbone with random weights, and the names of the classifiers it does without."""
+    """Return a backbone with random weights, and the names of its removed classifiers."""
     if wrong := sorted(set(kwargs) & set(_REFUSED)):
         raise ConfigError(f"an encoder has no setting {wrong[0]!r}: weights are named by init.")
     try:
@@ -43,7 +43,7 @@ def _timm(name: str, size: int, channels: int, kwargs: dict[str, Any], published
 
 
 def timm_arguments(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """timm's own name and arguments; fixed-size models (ViT, Swin) are told the size, resnet10 its depth."""
+    """Return timm's name and arguments; fixed-size models (ViT, Swin) get the size, resnet10 its depth."""
     import timm
 
     args = {"num_classes": 0, "in_chans": channels, **kwargs}
@@ -54,20 +54,20 @@ def timm_arguments(name: str, size: int, channels: int, kwargs: dict[str, Any]) 
 
 
 def published_cfg(backbone: nn.Module) -> dict[str, Any]:
-    """What timm knows of the published weights of one of its models; empty for others."""
+    """Return timm's configuration of the published weights of one of its models; empty for others."""
     cfg: Any = getattr(backbone, "pretrained_cfg", {})
     return cfg
 
 
 def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
-    """The same timm model with its published weights."""
+    """Return the same timm model with its published weights."""
     if name in ("tiny", "fast", "resnet10") or name.startswith("torchvision/"):
         raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
     try:
         return _timm(name, size, channels, kwargs | _cached(name), published=True)
     except ConfigError:
         raise
-    except Exception as e:  # timm and its hub client raise whatever their transport raises
+    except Exception as e:  # timm and its hub client raise any exception of their transport
         raise ConfigError(
             f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). {_INSTEAD}"
         ) from e
@@ -77,7 +77,7 @@ _INSTEAD = "Without a network, give init the path of a downloaded .safetensors f
 
 
 def _cached(name: str) -> dict[str, Any]:
-    """Arguments for timm where the hub does not answer: its client would ask again for minutes before it looks."""
+    """Return arguments for timm if the hub is unreachable: its client retries for minutes before reading the cache."""
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -93,7 +93,7 @@ def _cached(name: str) -> dict[str, Any]:
 
 
 def _reached(endpoint: str) -> bool:
-    """Whether somebody answers there; left to the client where a proxy stands between."""
+    """Return whether the endpoint accepts connections; True behind a proxy, which only the client can test."""
     where = urlsplit(endpoint)
     if getproxies().get(where.scheme):
         return True
@@ -138,7 +138,7 @@ def _tiny(channels: int) -> nn.Module:
 
 
 def cifar_stem(backbone: Any, channels: int) -> None:
-    """3x3 convolution of stride 1 and no max-pool, as in SimCLR's CIFAR experiments (appendix B.9)."""
+    """Install a 3x3 convolution of stride 1 and no max-pool, as in SimCLR's CIFAR experiments (appendix B.9)."""
     backbone.conv1 = nn.Conv2d(channels, backbone.bn1.num_features, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     backbone.maxpool = nn.Identity()

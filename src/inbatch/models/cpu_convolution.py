@@ -1,7 +1,7 @@
-"""Convolutions whose output has few pixels, with the gradient of their weights as one product.
+"""Convolutions with few output pixels, with the weight gradient computed as one matrix product.
 
-oneDNN's bf16 kernel for that gradient takes up to 8 times as long as a product of matrices where an image's output has
-16 pixels or fewer: the last stage of a ResNet on small images. Values and the other gradient are torch's own.
+oneDNN's bf16 kernel for that gradient takes up to 8 times as long as a matrix product if the output of an image has
+16 pixels or fewer: the last stage of a ResNet on small images. Values and the other gradients are those of torch.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PIXELS = 16
-"""Of the output, at most: with 64 the product took 1.2 times as long as oneDNN's kernel (256 channels)."""
+"""Maximum number of output pixels: with 64 the product took 1.2 times as long as oneDNN's kernel (256 channels)."""
 _SAMPLES = 256
-"""Whose patches are laid out at a time."""
+"""Number of samples with patches in memory at a time."""
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, but for how the weights' gradient is computed: in bfloat16 and where the output has few pixels."""
+    """torch's Conv2d with another computation of the weight gradient, in bfloat16 and with few output pixels."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._applies(input, weight):
@@ -27,7 +27,7 @@ class Conv2d(nn.Conv2d):
         x, w = (
             input.to(torch.bfloat16),
             weight.to(torch.bfloat16),
-        )  # as autocast does, whose own casts are not to be had
+        )  # the casts of autocast are not accessible
         out = _ByProduct.apply(x, w, self.stride, self.padding)
         return out if bias is None else out + bias.to(torch.bfloat16)[:, None, None]
 
@@ -45,7 +45,7 @@ class Conv2d(nn.Conv2d):
 
 
 def by_product(module: nn.Module) -> None:
-    """Let every plain convolution of a module be one of these; its parameters and their names stay."""
+    """Replace the class of every plain convolution of a module; parameters and their names are unchanged."""
     for part in module.modules():
         if type(part) is nn.Conv2d:
             part.__class__ = Conv2d
@@ -78,7 +78,7 @@ def _rows(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "nhw c"]:
 
 
 def _patches(x: Float[Tensor, "n c h w"], kernel: Any, stride: Any, padding: Any) -> Float[Tensor, "p khkwc"]:
-    """What every output pixel sees, channels last."""
+    """Return the input patch of every output pixel, channels last."""
     (above, beside), last = padding, x.permute(0, 2, 3, 1)
     last = F.pad(last, (0, 0, beside, beside, above, above)) if above or beside else last
     seen = last.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (n, h, w, c, kh, kw)

@@ -1,4 +1,4 @@
-"""A backbone with pooled features, and how to prepare the images it takes."""
+"""A backbone with pooled features, and the preparation of its images."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +19,12 @@ from inbatch.nn.eval_mode import evaluating
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MAX_SIDE = 4096
-"""Pixels of an encoder's images, at most: a folder from elsewhere must not ask for all the memory there is."""
+"""Maximum side of an encoder's images in pixels: a folder of unknown origin must not request all memory."""
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """From uint8 images of any size to the normalised float32 square an encoder takes; nothing random."""
+    """Converts uint8 images of any size to the normalised float32 square that an encoder takes, without randomness."""
 
     size: int
     channels: int
@@ -32,10 +32,10 @@ class Prepare:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
-        """images: (N, C, H, W) uint8, or any iterable of (C, h, w) uint8, of which one at a time is held.
+        """Prepare images (N, C, H, W) uint8, or any iterable of (C, h, w) uint8, processed one at a time.
 
         The shorter side is resized (bilinear, antialiased) to `size`, from 128 pixels on to size * 256 / 224,
-        then the centre is cropped; an image of the wanted size stays as it is. DataError for other input.
+        then the centre is cropped; an image of the target size is unchanged. DataError for other input.
         """
         x = self.squares(images)
         mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
@@ -43,7 +43,7 @@ class Prepare:
         return (x / 255 - mean) / std
 
     def squares(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
-        """The same images before they are normalised, values of 0 to 255."""
+        """Return the images before normalisation, with values from 0 to 255."""
         return self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
 
     def _fit(self, image: Tensor) -> Tensor:
@@ -65,15 +65,19 @@ class Prepare:
 
 
 class Encoder(nn.Module):
-    """A backbone with pooled features, and what one must know to feed it.
+    """A backbone with pooled features, and the properties of its input.
 
-    forward: normalised float (N, channels, size, size) -> (N, width). `stem` is "cifar" or "imagenet" for the
-    ResNet family, else None; `arguments` are those `create_encoder` gave the model, None for a backbone of your own.
-    `attend` is the name and the options of its attention, None without; `slots` are the names of the attention's
-    blocks, of which `pooled` is the one behind the pooling (`attend.install` sets the three).
-    readout: pools and whitens what `represent` hands out; None: the features as they are.
-    levels: the two values that become 0 and 255 where images have more than 8 bits, as those it learned from.
-    ConfigError if the backbone does not give one row per image.
+    forward: normalised float (N, channels, size, size) -> (N, width). ConfigError if the backbone does not return one
+    row per image.
+
+    Attributes:
+        stem: "cifar" or "imagenet" for the ResNet family, else None.
+        arguments: arguments that `create_encoder` passed to the model, None for a custom backbone.
+        attend: name and options of the attention, None without.
+        slots: names of the attention's blocks.
+        pooled: the block after the pooling (`attention_slots.install` sets these three).
+        readout: pools and whitens the output of `represent`; None: the features are unchanged.
+        levels: the two values that become 0 and 255 in images of more than 8 bits, as in the training images.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class Encoder(nn.Module):
 
     @property
     def feature_width(self) -> int:
-        """How many features are handed out for an image."""
+        """Number of features returned for an image."""
         return self.width if self.readout is None else self.readout.width
 
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
@@ -118,7 +122,7 @@ class Encoder(nn.Module):
         return rows if self.pooled is None else self.pooled(rows)
 
     def represent(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
-        """The features to hand out and to judge: those of `forward`, or what the readout makes of the feature map."""
+        """Return the features for use and evaluation: those of `forward`, or the readout of the feature map."""
         if self.readout is None:
             return self(x)
         maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
@@ -126,18 +130,20 @@ class Encoder(nn.Module):
         return self.readout(found if found.ndim in (2, 4) else self(x))
 
     def plain(self) -> AbstractContextManager[None]:
-        """Hand out features that are not whitened, for a while."""
+        """Return features without whitening within the context."""
         return nullcontext() if self.readout is None else self.readout.paused()
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode without gradient, for a while."""
+        """Set evaluation mode without gradient within the context."""
         return evaluating(self)
 
     def embed(self, images: Any, batch: int = 256) -> np.ndarray:
-        """Features (N, width) float32 of clean images.
+        """Return features (N, width) float32 of clean images.
 
-        images: tensor (N, C, H, W); array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of Pillow images,
-        (C, h, w) tensors or (h, w, C) arrays of any sizes. Those that are not uint8 are brought to it by `levels`.
+        Args:
+            images: tensor (N, C, H, W); array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of Pillow images,
+                (C, h, w) tensors or (h, w, C) arrays of any sizes. Other types than uint8 are converted with `levels`.
+            batch: images at a time.
         """
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
             images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
@@ -155,7 +161,7 @@ class Encoder(nn.Module):
         )
 
     def _tensor(self, image: Any) -> Tensor:
-        """One (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
+        """Return one (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
         if isinstance(image, Tensor):
             if image.dtype == torch.uint8:
                 return image

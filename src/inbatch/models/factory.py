@@ -1,6 +1,6 @@
 """Create and load encoders by name.
 
-`create_encoder` knows timm's names, `torchvision/NAME`, and three small ones of ours:
+`create_encoder` accepts timm's names, `torchvision/NAME`, and three small encoders of this library:
   fast      a narrow ResNet-9 with strides, for 32 to 96 pixels (1.6 million parameters at its width of 32);
   resnet10  ResNet-18 with one basic block per stage instead of two (4.9 million parameters);
   tiny      three 3x3 convolutions with batch norm, 32-64-96, for canvases of about 20 pixels (74,400 parameters).
@@ -34,19 +34,29 @@ def create_encoder(
     whiten: bool = False,
     **kwargs: Any,
 ) -> Encoder:
-    """An encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`; kwargs go to the model.
+    """Create an encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`.
 
-    stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
-    init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
-        `save_encoder`, a state dict in a .safetensors, .pt or .pth file, or another encoder, whose weights are copied.
-    mean, std: one number per channel; by default those of the weights, else ImageNet's for 3 channels, else 0.5 and
-        0.25.
-    attend: None, or attention by a name of `ATTENDS`, with its options and the residual `stages` that get a block
-        (`attend.install`). Weights go into the backbone first; the blocks start fresh, unless init is a folder whose
-        encoder was saved with the same attend and options.
-    whiten: features that are handed out are pooled over quarters of the image and whitened (`Readout`), once training
-        has fitted that; heads and losses see the plain ones.
-    ConfigError for unknown names, settings or weights that do not fit; DataError for unreadable weights.
+    Args:
+        name: name of the backbone.
+        size: side of the images in pixels.
+        channels: channels of the images.
+        stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
+        init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
+            `save_encoder`, a state dict in a .safetensors, .pt or .pth file, or another encoder, of which the weights
+            are copied.
+        mean: one number per channel; by default that of the weights, else ImageNet's for 3 channels, else 0.5.
+        std: one number per channel; by default that of the weights, else ImageNet's for 3 channels, else 0.25.
+        attend: None, or the name of an attention of `ATTENDS`.
+        attend_options: options of the attention, and the residual `stages` that get a block
+            (`attention_slots.install`). Weights are loaded into the backbone first; the blocks are initialised, unless
+            init is a folder with an encoder saved with the same attend and options.
+        whiten: pool the returned features over quarters of the image and whiten them (`Readout`), after training has
+            fitted the whitening; heads and losses use the plain features.
+        **kwargs: arguments of the model.
+
+    Raises:
+        ConfigError: for unknown names, or settings or weights that do not fit.
+        DataError: for unreadable weights.
     """
     if size not in range(1, MAX_SIDE + 1):
         raise ConfigError(f"an encoder takes images of 1 to {MAX_SIDE:,} pixels a side, not {size!r:.40}.")
@@ -112,7 +122,7 @@ def create_encoder(
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """The encoder `save_encoder` wrote, in evaluation mode; DataError if it is damaged or not ours."""
+    """Return an encoder written by `save_encoder`, in evaluation mode; DataError if it is damaged or foreign."""
     directory = Path(directory)
     weights, config = read(directory)
     if config.get("arguments") is None:
@@ -124,7 +134,7 @@ def load_encoder(directory: str | Path) -> Encoder:
         if levels := config.get("levels"):
             encoder.levels = (float(levels[0]), float(levels[1]))
         fill(encoder.backbone, weights, str(directory))
-        if saved := config.get("attend"):  # absent from what was saved before there was one
+        if saved := config.get("attend"):  # absent from encoders saved before this key existed
             install(encoder, saved["name"], saved["options"])
             fill(blocks(encoder), attended, str(directory))
         read_readout(encoder, directory, config)

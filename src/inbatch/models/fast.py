@@ -1,4 +1,4 @@
-"""An encoder made for few operations at 32 to 96 pixels: what a processor learns most with in an hour."""
+"""An encoder with few operations at 32 to 96 pixels: it learns the most within an hour on a CPU."""
 
 from torch import Tensor, nn
 
@@ -21,9 +21,14 @@ class Fast(nn.Module):
 
     Four stages of `width` times 1, 2, 4 and 8 channels, each half as large as the one before; the last `blocks` of them
     have a residual block of two convolutions. The stem has stride 1 up to 40 pixels, 2 up to 96, and 4 above, so that
-    the first stage works on about 32 pixels whatever the images are.
+    the first stage has about 32 pixels for images of any size.
 
-    whiten_patches: the stem is a frozen layer that whitens patches of the training images, and a 1x1 convolution.
+    Args:
+        channels: channels of the images.
+        size: side of the images in pixels.
+        width: channels of the first stage.
+        blocks: number of residual blocks.
+        whiten_patches: the stem is a frozen layer that whitens patches of the training images, and a 1x1 convolution.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Fast(nn.Module):
         self.stages = nn.Sequential(*layers)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map, (N, F, h, w)."""
+        """Return the last feature map, (N, F, h, w)."""
         return self.stages(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The network: images of one context group in, rows out; and the slow copy that teaches it."""
+"""The network from images of one context group to rows, and the target network."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,19 @@ from inbatch.nn.heads import Head
 
 
 class Network(nn.Module):
-    """Fusion, encoder and heads. Samples meet here only inside the context group of one call.
+    """Fusion, encoder and heads. Samples interact here only within the context group of one call.
 
-    fuse: mixes the images of the views numbered `fused` while training.
-    reads: the heads whose rows come out.
-    precision: bfloat16 makes matrix products in it (autocast), float32 leaves the encoder's own type; rows come
-        out in float32, or in the encoder's type where that is wider.
-    channels_last: lay out images as most convolutions like them best.
-    joined: neighbouring views of one size run through the encoder together, and all views through the heads, as
-        SwAV's and DINO's code does: then they share norm statistics. Views of an encoder without any do so anyway.
+    Args:
+        encoder: the encoder.
+        heads: heads by name.
+        reads: heads that produce the returned rows.
+        precision: bfloat16 computes matrix products in it (autocast), float32 keeps the encoder's own type; returned
+            rows are float32, or the encoder's type if that is wider.
+        channels_last: use the memory layout that is fastest for most convolutions.
+        joined: adjacent views of one size pass through the encoder together, and all views through the heads, as in the
+            code of SwAV and DINO: they share norm statistics. Encoders without norm statistics always do so.
+        fuse: mixes the images of the views numbered `fused` in training.
+        fused: numbers of these views.
     """
 
     def __init__(
@@ -49,24 +53,24 @@ class Network(nn.Module):
         self.precision = precision
         self.joined, self.together = joined, joined or not mixes(encoder)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scale = 1.0  # of the images' side, while a run's images grow; `Step` sets it
+        self.scale = 1.0  # scale of the images' side, for runs with growing images; set by `Step`
 
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
-        """V views (G, C, H, W) of one group -> {head: (V, G, D)}. Each view has norm statistics of its own.
+        """Return {head: (V, G, D)} for V views (G, C, H, W) of one group. Each view has its own norm statistics.
 
-        numbers: which of a sample's views they are; by default all, in order.
+        numbers: numbers of these views of a sample; by default all, in order.
         """
         mixed = [n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
         fuse = nn.Identity() if self.fuse is None else self.fuse
         with self.autocast(views[0]):
             views = [fuse(view) if mix else view for view, mix in zip(views, mixed, strict=True)]
-        # Fused images look unlike those of evaluation: norm layers remember the plain ones where there are some.
+        # Fused images differ from those of evaluation: norm layers use the plain ones for statistics, if there are any.
         forget = self.fuse is not None and self.fuse.remember == "plain" and not all(mixed)
 
         def remembered(mix: bool) -> AbstractContextManager[None]:
             return frozen_statistics(self) if mix and forget else nullcontext()
 
-        # Autocast keeps its bfloat16 weights for all that runs inside it; run by run, their gradients meet in float32.
+        # Autocast caches its bfloat16 weights within a context; one context per run sums their gradients in float32.
         group, features = len(views[0]), list[Tensor]()
         alike = [view.shape if self.together else n for n, view in enumerate(views)]
         for (_, mix), run in groupby(zip(alike, mixed, views, strict=True), key=lambda at: at[:2]):
@@ -84,17 +88,17 @@ class Network(nn.Module):
         return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
 
     def outputs(self, images: Tensor) -> Rows:
-        """The "features" (G, F) and every head's rows (G, D) of images (G, C, H, W), read by the loss or not."""
+        """Return the "features" (G, F) and the rows (G, D) of all heads for images (G, C, H, W)."""
         with self.autocast(images):
             return self._heads(self._features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The features (G, F) alone."""
+        """Return the features (G, F) alone."""
         with self.autocast(images):
             return _wide(self._features(images))
 
     def autocast(self, images: Tensor) -> torch.autocast:
-        """The precision in which the network runs."""
+        """Return the autocast context of the network's precision."""
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class Network(nn.Module):
         return {name: _wide(x) for name, x in made.items()}
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode without gradient, for a while."""
+        """Set evaluation mode without gradient within the context."""
         return evaluating(self)
 
 
@@ -118,7 +122,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def make_target_network(network: Network, heads: dict[str, Head], reads: Sequence[str]) -> Network:
-    """A copy of the network, without the heads that are online only, that no gradient reaches."""
+    """Return a copy of the network without gradients and without the heads that are online only."""
     kept = {name: head for name, head in heads.items() if not head.online_only}
     slow = copy.deepcopy(network)
     for name in set(slow.heads) - set(kept):
@@ -132,9 +136,9 @@ def make_target_network(network: Network, heads: dict[str, Head], reads: Sequenc
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
+    """Set target <- momentum * target + (1 - momentum) * online, parameters only (He et al. 2020, Eq. 2).
 
-    Norm statistics are the target's own: it has seen its own images. A shared fusion is the newest.
+    Norm statistics are the target's own, from its own images. A shared fusion is copied from the online network.
     """
     new = dict(online.named_parameters())
     pairs = [(own, new[name]) for name, own in target.named_parameters()]
@@ -147,8 +151,10 @@ def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
 
 
 def mixes(module: nn.Module) -> bool:
-    """Whether samples of a call may meet in a module: by batch statistics, attention over samples, or because a module
-    of somebody's own says so (`mixes = True`)."""
+    """Return whether samples of a call may interact in a module.
+
+    They do through batch statistics or attention over samples, or if a custom module declares it (`mixes = True`).
+    """
 
     def meets(m: nn.Module) -> bool:
         known = isinstance(m, Grouped | nn.modules.batchnorm._BatchNorm) or "running_" in "".join(m._buffers)
@@ -158,18 +164,18 @@ def mixes(module: nn.Module) -> bool:
 
 
 def norms(module: nn.Module) -> list[Any]:
-    """The normalisation layers that keep running statistics."""
+    """Return the normalisation layers that keep running statistics."""
     return [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The running means and variances of those layers."""
+    """Return the running means and variances of those layers."""
     return [statistic for norm in norms(module) for statistic in (norm.running_mean, norm.running_var)]
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Norm layers use the statistics of their batch, as in training, and remember none."""
+    """Let norm layers use the statistics of their batch, as in training, without updating running statistics."""
     layers = [norm for norm in norms(module) if norm.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False

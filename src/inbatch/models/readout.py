@@ -1,4 +1,4 @@
-"""From feature maps to the features that are handed out: pooled by quarters of the image, and decorrelated."""
+"""Readout: features pooled by quarters of the image and decorrelated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 WIDEST = 2048
-"""Features that are decorrelated at most: the matrix has the square of them."""
+"""Maximum number of features that are decorrelated: the matrix has its square."""
 
 
 class Readout(nn.Module):
     """Pool a feature map over a grid of the image and whiten it: (x - mean) C^(-1/2).
 
-    C is the covariance of the features of clean images, without labels. Heads and losses do not see this: they learn
-    from the mean over the whole image. Directions of small variance count as much as large ones afterwards, which
-    nearest neighbours gain from (docs/fast.md). Until it is fitted the pooled features pass as they are.
+    C is the covariance of the features of clean images, without labels. Heads and losses do not use it: they use
+    the mean over the whole image. After whitening, directions of small variance count as much as large ones, which
+    improves nearest neighbours (docs/fast.md). Until it is fitted, the pooled features are returned unchanged.
 
     Args:
         width: channels of the feature map.
         grid: side of the grid; by default 2 if that gives at most `WIDEST` features, else 1.
-        eps: share of the largest variance that is added to all, so that directions of noise alone do not count.
+        eps: share of the largest variance that is added to all, so that directions of pure noise are not amplified.
     """
 
     mean: Tensor
@@ -37,19 +37,19 @@ class Readout(nn.Module):
         self.register_buffer("images", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map (N, C, H, W), or features that are pooled already (N, C) and then stand in each part of the grid."""
+        """Pool a map (N, C, H, W); features that are already pooled (N, C) are repeated for each part of the grid."""
         pooled = adaptive_avg_pool2d(x, self.grid).flatten(1) if x.ndim == 4 else x.repeat(1, self.grid**2)
         return self.whitened(pooled) if int(self.images) else pooled
 
     def whitened(self, rows: Tensor) -> Tensor:
-        """Pooled features (N, F), decorrelated."""
+        """Return pooled features (N, F), decorrelated."""
         with torch.autocast(rows.device.type, enabled=False):
             return (rows.to(self.mean) - self.mean) @ self.matrix
 
     def unwhitened(self, rows: Tensor) -> Tensor:
-        """The pooled features (N, F) that `whitened` made these of; the rows as they are if nothing is fitted.
+        """Return the pooled features (N, F) for the output of `whitened`; the rows themselves if it is not fitted.
 
-        Clusters and the spread of features are found in these: whitened ones are spread alike in all directions.
+        Clusters and the spread of features are computed on these: whitened ones are spread equally in all directions.
         """
         if not int(self.images):
             return rows
@@ -58,7 +58,7 @@ class Readout(nn.Module):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pass pooled features as they are, for a while."""
+        """Return pooled features without whitening within the context."""
         images = self.images.clone()
         self.forget()
         try:
@@ -68,7 +68,7 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
-        """Take mean and covariance of pooled features (N, F) of clean images; fewer than 4 F of them raise eps."""
+        """Fit mean and covariance to pooled features (N, F) of clean images; fewer than 4 F of them increase eps."""
         rows = rows.to(self.mean.device, torch.float64)
         variance, axes = torch.linalg.eigh(torch.cov(rows.T) if len(rows) > 1 else torch.eye(self.width).double())
         eps = self.eps * max(1.0, 4 * self.width / len(rows))
@@ -78,5 +78,5 @@ class Readout(nn.Module):
         self.images.fill_(len(rows))
 
     def forget(self) -> None:
-        """Pass pooled features as they are again."""
+        """Return pooled features without whitening again."""
         self.images.zero_()

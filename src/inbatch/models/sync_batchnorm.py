@@ -12,7 +12,7 @@ from inbatch.runtime.distributed import sum_over_ranks, world
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with the statistics of all ranks, on any device.
 
-    torch's SyncBatchNorm refuses the CPU; this one stands in for it there, for tests and CPU clusters.
+    torch's SyncBatchNorm does not support the CPU; this class replaces it there, for tests and CPU clusters.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -43,7 +43,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_norm(module: nn.Module) -> nn.Module:
-    """The module with every batch normalisation over all ranks: torch's on CUDA, `GlobalBatchNorm` elsewhere."""
+    """Return the module with every batch normalisation over all ranks: torch's on CUDA, `GlobalBatchNorm` elsewhere."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer) not in _PLAIN_NORMS:
             raise ConfigError(f"sync_norm knows torch's own batch normalisation, not {type(layer).__name__} at {name}")

@@ -1,4 +1,4 @@
-"""Weights of encoders on disk, in timm's `local-dir` layout: reading, fitting, saving. No pickle runs."""
+"""Encoder weights on disk, in timm's `local-dir` layout: reading, fitting, saving. Pickle code is never executed."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from inbatch.models.readout import Readout
 from inbatch.runtime.files import read_json, replacing
 
 READOUT = "readout.safetensors"
-"""Beside model.safetensors, which other libraries load and would refuse further tensors in."""
+"""File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
 STEMS = (
     "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
     'max-pool): choose stem="imagenet" or stem="cifar" as the weights were trained, or other weights.'
@@ -25,7 +25,7 @@ STEMS = (
 
 
 def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Load weights that fit exactly; else ConfigError says what is missing, left over or of another shape."""
+    """Load weights that fit exactly; else ConfigError lists those that are missing, unexpected or of another shape."""
     own = backbone.state_dict()
     if "conv1.weight" in own:
         theirs = weights.get("conv1.weight", weights.get("conv1.0.weight"))
@@ -44,9 +44,9 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 
 
 def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and our part of config.json where there is one, from a folder or a file; no pickle runs.
+    """Return weights, and the inbatch part of config.json if any, from a folder, a file or an encoder.
 
-    Of an encoder: what `save_encoder` would write.
+    No pickle code is executed. For an encoder, returns what `save_encoder` would write.
     """
     if isinstance(path, Encoder):
         module, ours = as_saved(path)
@@ -68,24 +68,24 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
     except DataError:
         raise
-    except Exception as e:  # a crafted file makes torch's reader raise whatever it likes
+    except Exception as e:  # a crafted file makes torch's reader raise any exception
         raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
     kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
     raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
 
 
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
-    """`model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
+    """Write `model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
 
-    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention the
-    backbone's weights have their plain names all the same, and the n-th block's stand beside them as `attend.n.NAME`.
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention,
+    the weights of the backbone keep their plain names, and those of the n-th block are added as `attend.n.NAME`.
     """
     module, ours = as_saved(encoder)
     write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
 
 
 def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
-    """The module whose weights are saved, and our part of config.json."""
+    """Return the module that is saved, and the inbatch part of config.json."""
     keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
     backbone = encoder.backbone
     if encoder.attend:
@@ -95,7 +95,7 @@ def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:
-    """Write the readout's statistics beside the weights; returns what config.json says of them."""
+    """Write the readout's statistics next to the weights; return its entry of config.json."""
     readout = encoder.readout
     if readout is None:
         (directory / READOUT).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:
 
 
 def read_readout(encoder: Encoder, directory: Path, config: dict[str, Any]) -> None:
-    """Give the encoder the readout that was saved with it; DataError if the file is damaged or missing."""
+    """Set the readout that was saved with an encoder; DataError if the file is damaged or missing."""
     saved = config.get("readout")
     if not saved:
         return
@@ -124,7 +124,7 @@ def read_readout(encoder: Encoder, directory: Path, config: dict[str, Any]) -> N
 
 
 def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of the plain backbone, and those of the attention blocks, n.NAME."""
+    """Return the weights of the plain backbone, and those of the attention blocks, n.NAME."""
     attend = {k: v for k, v in weights.items() if k.startswith("attend.")}
     return {k: v for k, v in weights.items() if k not in attend}, {
         k.removeprefix("attend."): v for k, v in attend.items()
@@ -132,7 +132,7 @@ def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
-    """A module's weights with our part of config.json, and what others than us read there."""
+    """Write a module's weights with the inbatch part of config.json and the part that other libraries read."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     data = safetensors.torch.save(weights)
     config = {**others, "inbatch": {**ours, "sha256": hashlib.sha256(data).hexdigest()}}
@@ -142,7 +142,7 @@ def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict
 
 
 def _timm_config(encoder: Encoder) -> dict[str, Any]:
-    """timm's part of config.json; empty if timm alone cannot build the backbone."""
+    """Return timm's part of config.json; empty if timm alone cannot build the backbone."""
     known = published_cfg(encoder.backbone)
     if not known or encoder.arguments is None or encoder.stem == "cifar" or encoder.attend:
         return {}

@@ -1,1 +1,1 @@
-"""Functions of tensors and small modules. They know no rank, no recipe and no image."""
+"""Functions of tensors and small modules, independent of ranks, recipes and images."""

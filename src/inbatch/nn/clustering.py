@@ -1,4 +1,4 @@
-"""Clusters of the whole data set: k-means, how concentrated they are, and prototypes remembered between steps."""
+"""Clustering of the whole data set: k-means, concentrations, and prototypes stored between steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +12,27 @@ from inbatch.nn.functional import normalize
 from inbatch.rng import fold, uniform
 
 Spread = Callable[[Callable[[int], Any], int], list[Any]]
-"""spread(task, n) -> [task(0), ..., task(n - 1)], shared out over the ranks."""
+"""spread(task, n) -> [task(0), ..., task(n - 1)], distributed over the ranks."""
 
 
 def k_means(
     rows: Float[Tensor, "m d"], count: int, restarts: int, iterations: int, seed: int
 ) -> tuple[Float[Tensor, "k d"], Int[Tensor, "m"], Float[Tensor, "m"]]:
-    """Centroids, the cluster of each row, and its Euclidean distance to that centroid: the best of some restarts.
+    """Return centroids, the cluster of each row and its Euclidean distance to the centroid, of the best restart.
 
-    scikit-learn's, on one thread: several add up their sums in no fixed order, so that the same rows would not always
-    give the same clusters. It begins at rows far apart (k-means++), looked for among ten times as many as there are
-    clusters: among all of them that takes longer than what follows. ValueError for more clusters than rows.
+    scikit-learn's k-means on one thread: several threads add their sums in no fixed order, so that the same rows would
+    not always give the same clusters. It is initialised by k-means++ on a sample of ten times as many rows as clusters:
+    on all rows, the initialisation takes longer than the iterations.
+
+    Args:
+        rows: rows to cluster.
+        count: number of clusters.
+        restarts: number of initialisations.
+        iterations: maximum number of iterations per restart.
+        seed: seed of the initialisations.
+
+    Raises:
+        ValueError: if there are more clusters than rows.
     """
     from sklearn.cluster import KMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
@@ -44,11 +54,11 @@ def k_means(
 def concentration(
     distance: Float[Tensor, "m"], assignment: Int[Tensor, "m"], count: int, temperature: float, alpha: float = 10.0
 ) -> Float[Tensor, "k"]:
-    """phi of each cluster, its prototype's temperature: small where it is dense (Li et al. 2021, Eq. 12).
+    """Return phi of each cluster, the temperature of its prototype: small for dense clusters (Li et al. 2021, Eq. 12).
 
-    phi = mean distance to the centroid / log(Z + alpha) for Z members, and the largest of all where Z < 2; cut to the
-    10th and 90th percentile; scaled to the mean `temperature`. At least a hundredth of that: clusters of identical
-    rows have a phi of 0.
+    phi = mean distance to the centroid / log(Z + alpha) for Z members, and the largest phi of all if Z < 2; clamped to
+    the 10th and 90th percentile; scaled to the mean `temperature`. The minimum is a hundredth of that: clusters of
+    identical rows have a phi of 0.
     """
     size = torch.bincount(assignment, minlength=count).to(distance.dtype)
     total = torch.zeros_like(size).index_add(0, assignment, distance)
@@ -60,7 +70,7 @@ def concentration(
 
 
 def agreement(label: Int[Tensor, "m"], assignment: Int[Tensor, "m"]) -> float:
-    """Normalised mutual information of clusters and labels, over the rows whose label is known (not -1)."""
+    """Return the normalised mutual information of clusters and labels, over the rows with a known label (not -1)."""
     from sklearn.metrics import normalized_mutual_info_score
 
     known = label >= 0
@@ -68,9 +78,13 @@ def agreement(label: Int[Tensor, "m"], assignment: Int[Tensor, "m"]) -> float:
 
 
 class Clustering(nn.Module):
-    """The prototypes of `count` clusters and the cluster of every image of the data set, saved with the run.
+    """Prototypes of `count` clusters and the cluster of every image of the data set, saved in the checkpoint.
 
-    centroids: unit rows. density: each prototype's temperature. made: 1 once there are any, 0 before.
+    Attributes:
+        centroids: (count, dim), unit rows.
+        density: (count,), temperature of each prototype.
+        assignment: (images,), cluster of each image.
+        made: 1 if there are clusters, 0 before.
     """
 
     centroids: Tensor
@@ -100,14 +114,15 @@ class Clustering(nn.Module):
     def columns(
         self, batch: Batch, most: int, key: int = 0
     ) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c"], Bool[Tensor, "c"]]:
-        """Each sample's own prototype, then negatives: the prototypes, their densities, and which of them count.
+        """Return the prototype of each sample, then negatives: prototypes, densities, and a mask of valid ones.
 
-        Negatives are the prototypes that are no sample's own: all, or `most`, drawn for this batch in whatever order.
+        Negatives are the prototypes that belong to no sample of the batch: all of them, or `most` of them, drawn for
+        this batch independently of the order of its samples.
         """
         own, count = self.assignment[batch.index], len(self.density)
         taken = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, own, True)
         place = batch.index.sum() * count + torch.arange(count, device=own.device)
-        # What is taken is drawn last and does not count.
+        # Prototypes of samples are drawn last and masked.
         chance = uniform(batch.seed, batch.epoch, place, key, 1)[:, 0].masked_fill(taken, 2)
         others = chance.topk(min(most, count), largest=False).indices
         chosen, counts = torch.cat([own, others]), torch.cat([torch.ones_like(own, dtype=torch.bool), ~taken[others]])
@@ -117,8 +132,14 @@ class Clustering(nn.Module):
 class Clusterings(nn.Module):
     """Clusterings of one data set into different numbers of clusters.
 
-    counts: clusters of each. dim: width of the rows. negatives: of `Clustering.columns`. temperature, alpha: of
-    `concentration`. restarts, iterations: of `k_means`.
+    Args:
+        counts: number of clusters of each clustering.
+        dim: width of the rows.
+        negatives: maximum number of negatives, see `Clustering.columns`.
+        temperature: see `concentration`.
+        alpha: see `concentration`.
+        restarts: see `k_means`.
+        iterations: see `k_means`.
     """
 
     every: Any  # a ModuleList of Clustering
@@ -139,25 +160,25 @@ class Clusterings(nn.Module):
         self.every = nn.ModuleList()
 
     def hold(self, images: int) -> None:
-        """Make room for the clusters of so many images; ValueError where there are fewer than clusters."""
+        """Allocate the clusterings for this number of images; ValueError if there are fewer images than clusters."""
         self.every = nn.ModuleList(Clustering(count, self.dim, images) for count in self.counts)
 
     def mean(self, loss: Callable[..., Tensor], batch: Batch) -> Float[Tensor, ""]:
-        """loss(prototypes, densities, which count), averaged over the clusterings; 0 before there are clusters."""
+        """Return loss(prototypes, densities, mask) averaged over the clusterings; 0 before there are clusters."""
         terms = [c.made * loss(*c.columns(batch, self.negatives, key)) for key, c in enumerate(self.every)]
         return torch.stack(terms).mean()
 
     def survey(
         self, rows: Float[Tensor, "m d"], label: Int[Tensor, "m"], epoch: int, spread: Spread
     ) -> dict[str, float]:
-        """Find and remember new clusters, each clustering one task to spread; their agreement with labels, if any."""
+        """Compute and store new clusters, one task of `spread` per clustering; return their agreement with labels."""
         u = normalize(rows)
 
         def find(i: int) -> list[Any]:
             count = self.counts[i]
             centroids, assignment, distance = k_means(u, count, self.restarts, self.iterations, fold(epoch, i))
             density = concentration(distance, assignment, count, self.temperature, self.alpha)
-            return [x.numpy() for x in (normalize(centroids), density, assignment)]  # which travel between ranks
+            return [x.numpy() for x in (normalize(centroids), density, assignment)]  # sent between ranks
 
         found = {}
         for clustering, arrays in zip(self.every, spread(find, len(self.counts)), strict=True):

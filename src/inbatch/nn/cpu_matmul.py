@@ -1,4 +1,4 @@
-"""Which library multiplies float32 matrices on the CPU: the faster one that this processor has."""
+"""Choice of the faster library for float32 matrix products on this CPU."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ _LOCK, _users, _before = threading.Lock(), 0, "none"
 
 @contextlib.contextmanager
 def fast_products() -> Iterator[None]:
-    """float32 products on the CPU by oneDNN where it is the faster library."""
+    """Compute float32 products on the CPU by oneDNN if it is the faster library."""
     if not onednn():
         yield
         return
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     global _users, _before
-    with _LOCK:  # of losses that run at the same time the first sets it and the last puts it back
+    with _LOCK:  # of losses that run concurrently, the first sets the precision and the last restores it
         if not _users:
             _before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
         _users += 1
@@ -36,10 +36,10 @@ def fast_products() -> Iterator[None]:
 
 @functools.cache
 def onednn() -> bool:
-    """Whether oneDNN's float32 products are the faster ones: on AMD's processors, where MKL's take twice as long.
+    """Return whether float32 products of oneDNN are faster: on AMD processors, where those of MKL take twice as long.
 
-    torch sends products there only where it may round them to bfloat16. oneDNN does so with AMX, which is ruled out,
-    and where it did in future, this sees it.
+    PyTorch uses oneDNN for these products only if it may round them to bfloat16. oneDNN rounds if the processor has
+    AMX, which is excluded here; the test product below detects rounding by future versions.
     """
     if platform.system() != "Linux" or not torch.backends.mkldnn.is_available():
         return False

@@ -1,4 +1,4 @@
-"""Modules for a moment in evaluation mode."""
+"""Context manager for evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; afterwards every part has the mode it had."""
+    """Set evaluation mode and disable gradients; on exit, restore the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,7 +1,7 @@
-"""Equations that two or more methods share, and numerics too delicate to be written twice. Pure functions of tensors of
-any floating type, computed in float32 or wider, inside autocast too.
+"""Equations that several methods share, and delicate numerics.
 
-The log-sum-exps stand here so that a method's file never decides how they are computed: `tiled` does.
+Pure functions of tensors of any floating type, computed in float32 or wider, also under autocast. The log-sum-exps
+are here so that methods do not decide how they are computed: `nn.logsumexp` does.
 """
 
 import warnings
@@ -15,29 +15,31 @@ from inbatch.nn import logsumexp
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The tensor in float32, or in its own type where that is wider."""
+    """Return the tensor in float32, or in its own type if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nan_if_overflow(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """What to divide by; nan where squaring went past the largest number of its type: its quotients would be 0."""
+    """Replace infinity by nan in a divisor: its square exceeded the range of its type, and its quotients would be 0."""
     return size.masked_fill(size == torch.inf, torch.nan)
 
 
 def _check(temperature: float) -> None:
-    if not temperature > 0:  # 0 makes nan of a loss, less turns it around
+    if not temperature > 0:  # at 0 a loss is nan, below 0 its sign is reversed
         raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be above 0")
 
 
 def scale_by_temperature(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
-    """x / T; ValueError for a T that is not above 0."""
+    """Return x / T; ValueError if T is not above 0."""
     _check(temperature)
     return wide(x) / temperature
 
 
 def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-    """Rows of length 1. One shorter than 1e-12 stays as it is, so that its gradient does not grow by 1e12; one too long
-    to be squared (1e19 in float32) is nan.
+    """Normalise rows to length 1.
+
+    A row shorter than 1e-12 is left unchanged, so that its gradient does not grow by 1e12; a row too long to be squared
+    (1e19 in float32) becomes nan.
     """
     x = wide(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -45,31 +47,33 @@ def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
 
 
 def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
-    """The matrix product; autocast does not make it a half-precision one."""
+    """Return the matrix product, not in half precision under autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
 def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[Tensor, "*b d d"]]:
-    """Mean and unbiased covariance of the rows."""
+    """Return mean and unbiased covariance of the rows."""
     x = wide(x)
     mean = x.mean(-2, keepdim=True)
     return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
 
 
 def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
-    """How far features fall short of a standard deviation of 1 (VICReg, Bardes et al. 2022, Eq. 1): the mean over views
-    and features of max(0, 1 - sqrt(Var + eps)), variances unbiased, rows as they are."""
+    """Return the mean over views and features of max(0, 1 - sqrt(Var + eps)) (VICReg, Bardes et al. 2022, Eq. 1).
+
+    It measures how far features are below a standard deviation of 1. Variances are unbiased, rows are not normalised.
+    """
     return (1 - (wide(z).var(1) + eps).sqrt()).relu().mean()
 
 
 def cholesky_with_jitter(
     cov: Float[Tensor, "*b d d"], eps: float = 0.0
 ) -> tuple[Float[Tensor, "*b d d"], Float[Tensor, "*b"]]:
-    """Lower Cholesky factor of (1 - eps) cov + eps I, and the jitter it took: 0 wherever there is a factor.
+    """Return the lower Cholesky factor of (1 - eps) cov + eps I and the jitter added to it (0 if none was needed).
 
-    Where there is none (features that depend on each other), the least of 1e-5, 1e-3 and 0.1 that helps is added to
-    the diagonal, times its mean (1 if that is 0), and a warning says so.
+    If there is no factor (linearly dependent features), the smallest sufficient value of 1e-5, 1e-3 and 0.1, times the
+    mean of the diagonal (1 if that is 0), is added to the diagonal, with a warning.
     """
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = (1 - eps) * cov + eps * eye
@@ -92,13 +96,13 @@ def cholesky_with_jitter(
 def logsumexp_excluding_self(
     u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
 ) -> Float[Tensor, "n"]:
-    """log sum_{k != i} exp(u_i . keys_k / T) for every row i, keys being u itself: in-batch contrast's denominator."""
+    """Return log sum_{k != i} exp(u_i . keys_k / T) for every row i: the denominator of in-batch contrast."""
     _check(temperature)
     return logsumexp.logsumexp(u, u if keys is None else keys, temperature, exclude_self=True)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
-    """log sum_k exp(q_i . k / T) for every row i, over all keys."""
+    """Return log sum_k exp(q_i . k / T) for every row i, over all keys."""
     _check(temperature)
     return logsumexp.logsumexp(q, keys, temperature)
 
@@ -106,7 +110,14 @@ def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperat
 def nearest(
     q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], leave_out: Bool[Tensor, "k"] | None = None, count: int = 1
 ) -> Int[Tensor, "n count"]:
-    """Which keys have the largest products with each row, the largest first, those left out aside; no gradient."""
+    """Return the indices of the keys with the largest products with each row, largest first, without gradient.
+
+    Args:
+        q: queries.
+        keys: keys.
+        leave_out: True for keys that are ignored.
+        count: number of keys per query.
+    """
     return logsumexp.nearest(q, keys, leave_out, count)
 
 
@@ -114,11 +125,19 @@ def info_nce(
     q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07,
     smooth: float = 0.0, neighbours: int = 10,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """InfoNCE of queries against their own key and a queue of unit rows (He et al. 2020, Eq. 1).
+    """Compute InfoNCE of queries with their own key and a queue of unit rows (He et al. 2020, Eq. 1).
 
     l_i = -log( exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T)) ), averaged; queries and
-    keys are normalised inside, keys carry no gradient. smooth: the share of the target that is not the own key's but
-    in equal parts that of the query's nearest `neighbours` of the queue (Lin et al. 2023, arXiv 2212.07158).
+    keys are normalised inside, keys carry no gradient.
+
+    Args:
+        q: queries.
+        k: one key per query.
+        queue: unit rows, the negatives.
+        temperature: T.
+        smooth: share of the target that is moved from the own key, in equal parts, to the nearest `neighbours` of the
+            query in the queue (Lin et al. 2023, arXiv 2212.07158).
+        neighbours: number of nearest rows of the queue.
     """
     if q.shape != k.shape or not len(q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -137,14 +156,14 @@ def info_nce(
 
 
 def mean_other_views(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
-    """For every row the mean of its sample's rows in the other views."""
+    """Return for every row the mean of its sample's rows in the other views."""
     return (x.sum(0) - x) / (len(x) - 1)
 
 
 def sinkhorn(
     scores: Float[Tensor, "*views n k"], epsilon: float = 0.05, iterations: int = 3
 ) -> Float[Tensor, "*views n k"]:
-    """Soft assignments of N rows to K columns that are all used alike, of each view alone; no gradient.
+    """Return soft assignments of N rows to K columns that are used equally, for each view separately; no gradient.
 
     exp(scores / epsilon), scaled `iterations` times to columns of equal sums and then to rows that sum to 1, in
     logarithms: no score is too large (Cuturi 2013; Caron et al. 2020, Eq. 3 to 5).
@@ -158,7 +177,7 @@ def sinkhorn(
 
 
 def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) -> Float[Tensor, ""]:
-    """-sum_k p_i[k] log softmax(logits_j)[k], averaged over samples, views i of the first A and other views j of V."""
+    """Return -sum_k p_i[k] log softmax(logits_j)[k], averaged over samples, the first A views i and other views j."""
     if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
         raise ValueError(f"a view predicts the others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
     log = wide(logits).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Heads: the small networks between the encoder's features and the rows that the loss reads."""
+"""Heads: the small networks between the embedding and the rows that the loss reads."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,12 @@ from inbatch.nn.functional import normalize, product
 
 @dataclass(frozen=True)
 class Head:
-    """A named head's network, what feeds it, and which networks have it.
+    """Network of a named head, its input, and the networks that have it.
 
-    source: "features", or the name of an earlier head.
-    online_only: left out of the target network (a predictor).
+    Attributes:
+        network: the module.
+        source: "features", or the name of an earlier head.
+        online_only: whether the target network does not have it (a predictor).
     """
 
     network: nn.Module
@@ -26,11 +28,15 @@ Last = Literal["linear", "plain", "norm", "norm_scale", "norm_plain"]
 
 
 def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear layers of the given widths with an activation between them.
+    """Return linear layers of the given widths with an activation between them.
 
-    norm: batch normalisation after every hidden layer.
-    last: what closes the network: a linear layer with bias, one without ("plain"), or one without and batch
-        normalisation with learned scale and shift ("norm"), scale alone ("norm_scale") or neither ("norm_plain").
+    Args:
+        *widths: widths from input to output.
+        norm: batch normalisation after every hidden layer.
+        last: the last layer: linear with bias ("linear"), linear without bias ("plain"), or linear without bias
+            followed by batch normalisation with learned scale and shift ("norm"), scale alone ("norm_scale") or neither
+            ("norm_plain").
+        activation: class of the activation.
     """
     if len(widths) < 2:
         raise ValueError(f"mlp needs at least an input and an output width, got {widths}")
@@ -52,9 +58,12 @@ def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type
 class Prototypes(nn.Module):
     """Cosines of rows with learned unit vectors: (N, dim) -> (N, count), in float32 or wider.
 
-    through: the gradient runs through the normalisation of the vectors (a weight-normalised layer of gain 1, as
-        DINO's); otherwise they count as they are, and `restore` makes them unit vectors again after the optimiser
-        (as SwAV's).
+    Args:
+        dim: width of the rows.
+        count: number of prototypes.
+        through: whether the gradient passes through the normalisation of the vectors (a weight-normalised layer of gain
+            1, as in DINO); otherwise the vectors are used as they are, and `restore` normalises them after the
+            optimiser step (as in SwAV).
     """
 
     def __init__(self, dim: int, count: int, through: bool = False) -> None:
@@ -68,5 +77,5 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def restore(self) -> Tensor:
-        """Unit vectors again, (count, dim), without gradient."""
+        """Normalise the vectors in place and return them, (count, dim), without gradient."""
         return self.weight.copy_(normalize(self.weight)).detach()

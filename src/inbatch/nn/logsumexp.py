@@ -1,11 +1,11 @@
-"""Log-sum-exps of products of rows, and their gradients, without the matrix of products ever being held.
+"""Log-sum-exps of products of rows, and their gradients, without materialising the matrix of products ("tiled").
 
-S = q k^T / T is made tile by tile, exponentiated, summed and forgotten; on the way back the tiles are made again.
-Memory is O((N + M) D), not O(N M). Where rows meet themselves S is symmetric, and half of the tiles suffice. On a GPU
-Triton's kernels do it (`kernels`), everywhere else products of torch, tile by tile out of the processor's cache.
+Each tile of S = q k^T / T is computed, exponentiated, summed and discarded; the backward pass computes the tiles again.
+Memory is O((N + M) D), not O(N M). If q and k are the same rows, S is symmetric and half of the tiles suffice. GPUs use
+the Triton kernels (`triton_logsumexp`), other devices products of PyTorch on tiles that fit into the processor's cache.
 
-Ranks deal the tiles among themselves and add up what they find: time falls with their number, and every rank has the
-whole result, as if it had been alone.
+Ranks share the tiles and add up their results: time decreases with their number, and every rank has the whole result,
+as in a run on one rank.
 """
 
 import contextlib
@@ -32,33 +32,35 @@ Mode = Literal["auto", "never", "always"]
 MatmulPrecision = triton_logsumexp.MatmulPrecision
 
 LEAST = 2**17
-"""Fewer pairs (362 by 362) are held as they are: half a megabyte, and faster than tiles."""
+"""Matrices with fewer pairs (362 by 362) are materialised: half a megabyte, and faster than tiles."""
 TILE = 512
-"""Rows and columns of a tile for one core: with its operands it stays in the second cache."""
+"""Rows and columns of a tile for one core: with its operands it stays in the level-2 cache."""
 APART = 2**19
-"""From so many pairs on cores work side by side, each on tiles of its own."""
+"""From this number of pairs on, cores work in parallel, each on its own tiles."""
 PARTS = 4
-"""So many cores at most work side by side, each with sums of its own; more share the operations of each."""
+"""Maximum number of parallel parts, each with its own sums; additional cores share the operations of each part."""
 _BLOCK = 2**22
-"""Pairs held at once where neither tiles nor a whole matrix will do."""
+"""Pairs in memory at once if neither tiles nor a whole matrix can be used."""
 _REACH = {torch.float32: 60.0, torch.float64: 600.0}
-"""Logits of either sign may be so large: their exponentials, and sums of billions, are still numbers."""
+"""Largest absolute logit of which the exponential, and sums of billions of them, are still finite and not 0."""
 
 
 def _alone(x: Tensor) -> None:
-    """Nobody's to add."""
+    """Sum over a single rank: do nothing."""
 
 
 @dataclass(frozen=True)
 class LogSumExpConfig:
-    """How log-sum-exps are computed.
+    """Configuration of the log-sum-exps.
 
-    mode: "auto" takes tiles where the matrix would be large, "never" holds it whole, "always" never does.
-    products: "float32"; "bf16" rounds what is multiplied to bfloat16 (on a CPU: on the way back only, because its
-        products come out rounded, too) and "tf32x3" makes three products in TF32 of one, nearly float32, in the GPU's
-        kernels alone. Matrices that are held whole are made in float32.
-    rank, world, add: the tiles of which every world-th is computed here, and how a tensor is summed over ranks in
-        place.
+    Attributes:
+        mode: "auto" uses tiles if the matrix would be large, "never" materialises it, "always" uses tiles.
+        products: "float32"; "bf16" rounds the operands to bfloat16 (on a CPU only in the backward pass, because its
+            products are rounded, too); "tf32x3" replaces one product by three in TF32, nearly float32, in the GPU
+            kernels only. Materialised matrices are float32.
+        rank: index of this rank; it computes every world-th tile.
+        world: number of ranks that share the tiles.
+        add: sums a tensor over ranks in place.
     """
 
     mode: Mode = "auto"
@@ -73,7 +75,7 @@ _PLAN: ContextVar[LogSumExpConfig] = ContextVar("plan", default=LogSumExpConfig(
 
 @contextlib.contextmanager
 def using(**changes: Any) -> Iterator[LogSumExpConfig]:
-    """Compute log-sum-exps like this for a while: fields of `LogSumExpConfig`."""
+    """Compute log-sum-exps with these fields of `LogSumExpConfig` within the context."""
     token = _PLAN.set(replace(_PLAN.get(), **changes))
     try:
         yield _PLAN.get()
@@ -84,16 +86,22 @@ def using(**changes: Any) -> Iterator[LogSumExpConfig]:
 def logsumexp(
     q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, exclude_self: bool = False
 ) -> Float[Tensor, "n"]:
-    """log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
+    """Return log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
 
-    exclude_self: leave out j = i (k may have more rows than q). Rows of any length; if k is q, half is computed.
+    Rows may have any length; if k is q, only half of the tiles are computed.
+
+    Args:
+        q: queries.
+        k: keys.
+        temperature: T.
+        exclude_self: leave out j = i (k may have more rows than q).
     """
     plan = _PLAN.get()
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
         return _whole(q, k, 1 / temperature, exclude_self)
     if triton_logsumexp.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
         return _Tiled.apply(q, None if k is q else k, 1 / temperature, exclude_self, plan)
-    # Logits too large for exponentials without a running maximum, which would double what a tile costs.
+    # Logits too large for exponentials without a running maximum, which would double the cost of a tile.
     size = max(1, _BLOCK // max(1, len(k)))
     parts = [checkpoint(_whole, some, k, 1 / temperature, exclude_self, i * size, use_reentrant=False)
              for i, some in enumerate(q.split(size))]  # fmt: skip
@@ -103,7 +111,7 @@ def logsumexp(
 def nearest(
     q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], leave_out: Bool[Tensor, "m"] | None = None, count: int = 1
 ) -> Int[Tensor, "n count"]:
-    """Which rows of k have the largest products with each row of q, those left out aside; no gradient."""
+    """Return the indices of the rows of k (except `leave_out`) with the largest products with each row of q."""
 
     def best(some: Tensor) -> Tensor:
         products = some @ k.T
@@ -120,7 +128,7 @@ def nearest(
 
 
 def _whole(q: Tensor, k: Tensor, scale: float, exclude_self: bool, first: int = 0) -> Tensor:
-    """The literal version; q are rows first, first + 1, ... of all."""
+    """Compute it from the materialised matrix; q holds rows first, first + 1, ... of all queries."""
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.T) * scale
     if exclude_self:
@@ -130,19 +138,19 @@ def _whole(q: Tensor, k: Tensor, scale: float, exclude_self: bool, first: int = 
 
 
 def _reach(q: Tensor, k: Tensor) -> float:
-    """No product of a row of q and one of k is larger."""
+    """Return an upper bound of the products of a row of q and a row of k."""
     longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
     return float(longest[0] * longest[-1])
 
 
 class _Tiled(torch.autograd.Function):
-    """logsumexp; k is None where it is q."""
+    """Autograd function of `logsumexp`; k is None if it is q."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig
     ) -> Tensor:
-        # Of keys that learn nothing, their mean as each query weighs them is all that the way back needs.
+        # If the keys need no gradient, the backward pass only needs their mean weighted by each query's softmax.
         weighs = ctx.needs_input_grad[0] and k is not None and not ctx.needs_input_grad[1]
         ctx.kernels = triton_logsumexp.usable(q, q if k is None else k)
         with torch.autocast(q.device.type, enabled=False):
@@ -166,7 +174,7 @@ Found = tuple[Tensor, Tensor | None]
 
 
 def _sums(q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig) -> Found:
-    """The log-sum-exps (n), and the rows of k averaged with each query's weights (n, D) where asked for."""
+    """Return the log-sum-exps (n) and, if requested, the rows of k averaged with each query's weights (n, D)."""
     tiles, right = _Tiles(q, k, scale, exclude_self, plan), q if k is None else k
 
     def work(part: int) -> Found:
@@ -192,9 +200,9 @@ def _gradients(
     q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
     needs: tuple[bool, bool], plan: LogSumExpConfig,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = gradient_i exp(S_ij - lse_i); k = q: their sum."""
+    """Return dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = g_i exp(S_ij - lse_i); summed if k = q."""
     tiles = _Tiles(q, k, scale, exclude_self, plan)
-    top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # or small gradients of low rows would underflow
+    top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # prevents underflow of small gradients
     weight = (gradient / top) * (-lse).exp()
     narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
     left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
@@ -231,10 +239,10 @@ def _gradients(
 
 
 class _Tiles:
-    """The tiles of exp(S), of k = q those on and above the diagonal, dealt to ranks and to this one's cores.
+    """Tiles of exp(S) (if k = q, those on and above the diagonal), shared over ranks and over the cores of this rank.
 
-    A core has tiles and sums of its own: no operation is cut up for several, which would wait for each other thousands
-    of times (and where another process has one of them, for long).
+    Each core has its own tiles and sums: no operation is split over cores, which would synchronise thousands of times
+    (and wait long if another process uses one of the cores).
     """
 
     def __init__(self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig) -> None:
@@ -243,14 +251,14 @@ class _Tiles:
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
         self.side = TILE if here else 8 * TILE
-        if plan.world == 1 and here:  # ranks must cut alike, whatever threads each has
+        if plan.world == 1 and here:  # all ranks must use the same tiles with any number of threads
             self.side *= math.isqrt(self.threads // self.parts)
             if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
-                self.side = -(-self.side // 2)  # something for everyone
+                self.side = -(-self.side // 2)  # smaller tiles, so that every part has work
         self.numbers = min(self.side, n) * min(self.side, m)
 
     def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """One part's tiles, one after the other in the same memory."""
+        """Yield the tiles of one part, all in the same memory."""
         q, right, number = self.q, self.q if self.k is None else self.k, -1
         memory, plan = q.new_empty(self.numbers), self.plan
         for i in range(0, len(q), self.side):
@@ -269,9 +277,9 @@ class _Tiles:
                 yield rows, columns, e
 
     def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """Each part's tensors, made side by side and added up in order, whatever order they were ready in."""
+        """Compute the tensors of all parts in parallel and add them up in a fixed order."""
 
-        @torch.no_grad()  # a thread has a mode of its own
+        @torch.no_grad()  # gradient mode is per thread
         def alone(part: int) -> Sequence[Tensor | None]:
             return work(part)
 
@@ -289,20 +297,18 @@ class _Tiles:
 
 @functools.lru_cache(maxsize=2)
 def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that spread their operations over `threads` cores each; the process's own, because a fork has none.
-
-    A run may change its number of threads: pools that are no longer used end."""
+    """Return threads of this process (a fork has none) that each use `threads` cores; unused pools end."""
     before, all_started = torch.get_num_threads(), threading.Barrier(parts)
     pool = ThreadPoolExecutor(parts, "tiles", torch.set_num_threads, (threads,))
     list(pool.map(lambda part: all_started.wait(), range(parts)))
-    torch.set_num_threads(before)  # what was set last, by whichever thread, is what new threads get
+    torch.set_num_threads(before)  # new threads take the value that was set last, by any thread
     return pool
 
 
 def _kernel_sums(
     q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig
 ) -> Found:
-    """`_sums` by Triton's kernels; a rank takes its share of the rows."""
+    """Compute `_sums` with the Triton kernels; each rank computes its share of the rows."""
     start, stop = _share(len(q), plan)
     lse, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
     keys = q if k is None else k
@@ -318,7 +324,7 @@ def _kernel_gradients(
     q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
     needs: tuple[bool, bool], plan: LogSumExpConfig,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """`_gradients` by Triton's kernels."""
+    """Compute `_gradients` with the Triton kernels."""
     its, none, keys = (lse, gradient), (None, None), q if k is None else k
 
     def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
@@ -335,10 +341,10 @@ def _kernel_gradients(
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """Contiguous, whatever x is: ranks add these up."""
+    """Return contiguous zeros for x of any layout, because ranks add these up."""
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 def _share(rows: int, plan: LogSumExpConfig) -> tuple[int, int]:
-    """First row of a rank's share, and the first of the next rank's."""
+    """Return the first row of this rank's share and that of the next rank's."""
     return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world

@@ -1,4 +1,4 @@
-"""Rows remembered between steps."""
+"""Memory bank: rows stored between steps."""
 
 import torch
 from jaxtyping import Float
@@ -8,10 +8,10 @@ from inbatch.nn.functional import normalize
 
 
 class MemoryBank(nn.Module):
-    """The newest `size` rows of width `dim`, first in, first out; all of it is saved with the run.
+    """Memory bank of the newest `size` rows of width `dim`, first in, first out, saved in the checkpoint.
 
-    Starts with random unit rows, as MoCo's does; `filled` says how many have been replaced by real ones.
-    Any number of rows may be pushed: it wraps around, and of more than `size` only the newest stay.
+    It starts with random unit rows, as in MoCo; `filled` is the number of rows that have been replaced.
+    Any number of rows may be pushed: the bank wraps around, and of more than `size` rows only the newest are kept.
     """
 
     rows: Tensor
@@ -27,7 +27,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Float[Tensor, "n d"]) -> None:
-        """Remember the rows, the oldest making room. Only ever called after the optimiser's step."""
+        """Store the rows in place of the oldest. Only called after the optimiser step."""
         n = len(rows)
         place = (self.pointer + torch.arange(max(0, n - self.size), n, device=rows.device)) % self.size
         self.rows[place] = rows[-self.size :].to(self.rows.dtype)

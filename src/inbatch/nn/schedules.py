@@ -1,6 +1,6 @@
-"""Schedules: pure functions of the step, floats in and float out, so that the step is a run's only clock.
+"""Schedules: pure functions of the step number from floats to a float, so that a run needs no other clock.
 
-Public code disagrees by one step on where a ramp starts and ends; `Ends` names the three conventions in use.
+Public implementations differ by one step in where a ramp starts and ends; `Ends` names the three conventions in use.
 """
 
 import math
@@ -10,13 +10,13 @@ from typing import Literal
 from inbatch.errors import ConfigError
 
 Ends = Literal["start", "both", "end"]
-"""Which ends of [0, 1] the steps 0 .. n-1 touch. "start": i/n (MoCo v3, BYOL, SimCLR, Barlow Twins, VICReg).
-"both": i/(n-1) (the warm-up of SwAV and DINO, the decay of lightly). "end": (i+1)/n (the warm-up of lightly).
+"""Which ends of [0, 1] the steps 0 .. n-1 reach. "start": i/n (MoCo v3, BYOL, SimCLR, Barlow Twins, VICReg).
+"both": i/(n-1) (warm-up of SwAV and DINO, decay of lightly). "end": (i+1)/n (warm-up of lightly).
 """
 
 
 def progress(step: float, total: float, ends: Ends = "start") -> float:
-    """How much of `total` steps is done at `step`, clamped to [0, 1]; a phase without length is over."""
+    """Return the fraction of `total` steps done at `step`, clamped to [0, 1]; 1 if the phase has no steps."""
     if ends == "end":
         step += 1
     elif ends == "both":
@@ -25,15 +25,15 @@ def progress(step: float, total: float, ends: Ends = "start") -> float:
 
 
 def linear(progress: float, start: float, end: float) -> float:
-    """From `start` to `end` along a line."""
+    """Interpolate linearly from `start` to `end`."""
     return start + (end - start) * progress
 
 
 def cosine(progress: float, start: float, end: float) -> float:
-    """From `start` to `end` along half a cosine (Loshchilov and Hutter, 2017, eq. 5, without restarts).
+    """Interpolate from `start` to `end` along half a cosine (Loshchilov and Hutter, 2017, eq. 5, without restarts).
 
-    Learning rates fall with it, the momentum of a target network rises: `cosine(progress(i, n), 0.99, 1.0)`
-    (Grill et al., 2020, section 3.3).
+    Used for decreasing learning rates and for the increasing momentum of a target network:
+    `cosine(progress(i, n), 0.99, 1.0)` (Grill et al., 2020, section 3.3).
     """
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -49,9 +49,20 @@ def warmup_cosine(
     ramp: Ends = "start",
     decay: Ends = "start",
 ) -> float:
-    """Linear from `start` to `base` over `warmup` steps, then half a cosine to `end` at `total` steps.
+    """Return the value of a linear warm-up from `start` to `base`, then half a cosine to `end`.
 
-    Raises ConfigError where the warm-up is longer than the run.
+    Args:
+        step: number of the step.
+        total: step at which `end` is reached.
+        warmup: number of warm-up steps.
+        base: value after the warm-up.
+        end: final value.
+        start: initial value.
+        ramp: convention of the warm-up.
+        decay: convention of the cosine.
+
+    Raises:
+        ConfigError: if the warm-up is longer than the run.
     """
     if not 0 <= warmup <= total:
         raise ConfigError(f"A warm-up of {warmup:g} steps does not fit into {total:g}: shorten it or train longer.")
@@ -61,5 +72,5 @@ def warmup_cosine(
 
 
 def step_decay(step: float, base: float, milestones: Iterable[float], factor: float = 0.1) -> float:
-    """`base`, multiplied by `factor` at every milestone reached."""
+    """Return `base` multiplied by `factor` for every milestone reached."""
     return base * factor ** sum(step >= milestone for milestone in milestones)

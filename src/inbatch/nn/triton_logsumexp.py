@@ -1,11 +1,12 @@
-"""Log-sum-exps of all pairs of rows and their gradients as Triton kernels: no n x m matrix is ever in memory.
+"""Triton kernels of the log-sum-exps over all pairs of rows and of their gradients, without an n x m matrix in memory.
 
-S_ij = scale * a_i . b_j, with scale = 1 / T. Every program owns a block of rows and walks over the columns, keeping a
-running maximum (Milakov and Gimelshein 2018; Dao et al. 2022, Algorithm 1, is the same walk), so rows of any length and
-temperatures of any size do. Where rows are few, the columns are dealt to several programs, whose parts are put together
-in their order: there are no atomics, and equal inputs give equal bits. Softmax arithmetic is float32, in powers of two.
+S_ij = scale * a_i . b_j, with scale = 1 / T. Every program handles a block of rows and iterates over the columns with
+a running maximum (Milakov and Gimelshein 2018; Dao et al. 2022, Algorithm 1, iterates in the same way), so rows of any
+length and temperatures of any size are valid. If there are few rows, several programs share the columns, and their
+results are combined in order: there are no atomics, and equal inputs give equal bits. The arithmetic of the softmax is
+float32, in powers of two.
 
-Triton is imported when it is first needed: the kernels below are plain functions until then.
+Triton is imported on first use: until then the kernels below are plain functions.
 """
 
 from __future__ import annotations
@@ -21,28 +22,39 @@ from jaxtyping import Float
 from torch import Tensor
 
 MatmulPrecision = Literal["float32", "tf32x3", "bf16"]
-"""How rows are multiplied: "float32" in true float32, "tf32x3" by three tensor-core products of float32 split in two,
-"bf16" rounded to bfloat16, as the softmax is before it multiplies rows. Sums are float32 in all of them."""
+"""How rows are multiplied: "float32" in true float32; "tf32x3" by three tensor-core products of operands split in two;
+"bf16" with operands rounded to bfloat16, including the softmax before it multiplies rows. Sums are always float32.
+"""
 
 WIDEST = 256
-"""The widest row: a program holds its rows and their sums whole."""
+"""Maximum width of a row: a program holds its rows and their sums in full."""
 PROGRAMS = 512
-"""Columns are dealt out until there are this many programs, about four for each multiprocessor of the largest cards. A
-constant, not a question to the card, so that the order of summation is the same wherever it runs. What the parts take
-is bounded by it: 32 MB at width 128 and at width 256."""
+"""The columns are split until there are this many programs, about four per multiprocessor of the largest cards. It is a
+constant, not a property of the card, so that the order of summation is the same on all of them. It bounds the memory of
+the partial results: 32 MB at width 128 and at width 256.
+"""
 
 tl: Any
-"""triton.language, which the kernels find here once they are compiled."""
+"""triton.language, set for the kernels when they are compiled."""
 
 
 def forward(
     q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], scale: float, exclude_self: bool, start: int, stop: int,
     mean: bool = False, products: MatmulPrecision = "float32",
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d"] | None]:  # fmt: skip
-    """lse_i = log sum_j exp(S_ij) of the rows i = start .. stop - 1 of q over all rows j of k, in float32.
+    """Return lse_i = log sum_j exp(S_ij) of the rows i = start .. stop - 1 of q over all rows j of k, in float32.
 
-    exclude_self: leave out j == i, i counted in q from its first row. mean: also sum_j softmax_j(S_ij) k_j, else None.
     A row with nothing to sum over has lse -inf and a mean of 0.
+
+    Args:
+        q: queries.
+        k: keys.
+        scale: 1 / T.
+        exclude_self: leave out j == i, with i counted from the first row of q.
+        start: first row.
+        stop: row after the last.
+        mean: also return sum_j softmax_j(S_ij) k_j, else None.
+        products: how rows are multiplied.
     """
     q, k = _operands(products, q, k)
     rows, (m, d) = stop - start, k.shape
@@ -71,11 +83,12 @@ def backward(
     lse_a: Float[Tensor, " n"] | None, grad_a: Float[Tensor, " n"] | None,
     lse_b: Float[Tensor, " m"] | None, grad_b: Float[Tensor, " m"] | None, products: MatmulPrecision = "float32",
 ) -> Float[Tensor, "rows d"]:  # fmt: skip
-    """scale * sum_j (grad_a_i exp(S_ij - lse_a_i) + grad_b_j exp(S_ij - lse_b_j)) b_j of rows start .. stop - 1 of a.
+    """Return scale * sum_j (grad_a_i exp(S_ij - lse_a_i) + grad_b_j exp(S_ij - lse_b_j)) b_j of some rows.
 
-    In float32. A pair (lse, grad) that is None leaves its term out. The gradient of the queries is a = q, b = k with
-    the pair of a; that of the keys a = k, b = q with the pair of b; rows that are both at once take both pairs.
-    exclude_self: pairs i == j are left out. A lse of -inf (nothing was summed) adds nothing.
+    The result is float32, for the rows start .. stop - 1 of a. A pair (lse, grad) that is None omits its term. The
+    gradient of the queries is a = q, b = k with the pair of a; that of the keys is a = k, b = q with the pair of b;
+    rows that are both use both pairs. exclude_self: pairs i == j are left out. An lse of -inf (nothing was summed) adds
+    nothing.
     """
     a, b = _operands(products, a, b)
     pairs = (lse_a, grad_a, lse_b, grad_b)
@@ -95,9 +108,11 @@ def backward(
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: rows at most 256 wide, float32 or narrower, on an NVIDIA card of compute
-    capability 8.0 or more where Triton works; on the processor only under Triton's interpreter. Never raises; where
-    Triton does not work on a card that could, it warns once and says why.
+    """Return whether the kernels support these tensors. Never raises.
+
+    Rows must be at most 256 wide and float32 or narrower, on an NVIDIA card of compute capability 8.0 or more with a
+    working Triton; on the CPU only under Triton's interpreter. If Triton fails on a supported card, a warning gives the
+    reason once.
     """
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     if not tensors or any(x.dtype not in narrow or x.shape[-1:] > (WIDEST,) for x in tensors):
@@ -112,13 +127,13 @@ def usable(*tensors: Tensor) -> bool:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run on the card: asked once, by doing it."""
+    """Return whether a kernel can be compiled and run on the card, by running one once."""
     try:
         if torch.version.hip is not None or torch.get_device_module(device).get_device_capability(device) < (8, 0):
             return False
         x = torch.ones(1, 1, device=device)
         return bool(forward(x, x, 1.0, False, 0, 1)[0].isfinite())
-    except Exception as error:  # no Triton, no C compiler, no headers: all of them come as they like
+    except Exception as error:  # no Triton, no C compiler or no headers: each raises its own type
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"Triton does not work on {device} ({type(error).__name__}: {reason}); losses take torch's own products, "
@@ -128,9 +143,9 @@ def _works(device: torch.device) -> bool:
 
 
 def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when the kernels were made: then they are Python, and take plain tensors."""
+    """Return whether TRITON_INTERPRET was set when the kernels were created: they are Python and take plain tensors."""
     if "TRITON_INTERPRET" not in os.environ:
-        return False  # without importing Triton, which takes a second
+        return False  # avoids importing Triton, which takes a second
     try:
         import triton
 
@@ -146,16 +161,16 @@ def _kernels() -> tuple[Any, Any]:
     import triton.language
 
     tl = triton.language
-    # Counts change from call to call, and nothing is gained by compiling for a multiple of 16 of them.
+    # Counts change from call to call, and compiling for a multiple of 16 gains nothing.
     counts = ("start", "stop", "m", "span")
     return triton.jit(_forward, do_not_specialize=counts), triton.jit(_backward, do_not_specialize=counts)
 
 
 def _operands(products: MatmulPrecision, *rows: Tensor) -> list[Tensor]:
-    """Rows as the kernels read them; rounded here, a tile goes from memory straight to the tensor cores."""
+    """Return rows as the kernels read them; rounded here, a tile can be loaded directly into the tensor cores."""
     if products == "bf16":
         rows = tuple(x.to(torch.bfloat16) for x in rows)
-    if products != "bf16" or _interpreted():  # the interpreter multiplies bfloat16's bits as if they were integers
+    if products != "bf16" or _interpreted():  # the interpreter multiplies the bits of bfloat16 as integers
         rows = tuple(x.float() for x in rows)
     return [x.detach().contiguous() for x in rows]
 
@@ -165,13 +180,13 @@ def _precision(products: MatmulPrecision) -> dict[str, Any]:
 
 
 def _tile(products: MatmulPrecision, d: int) -> dict[str, int]:
-    """Rows and columns of a tile, what of the width is multiplied at once, and how it is compiled.
+    """Return the rows and columns of a tile, the width of a partial product, and the compiler options.
 
     One table for all cards, never tuned at run time, so that all ranks add in the same order. A tile is about as large
-    as fits into the 99 KB of shared memory of consumer cards without registers spilling (as compiled for capabilities
-    8.0, 8.6, 9.0, 10.0 and 12.0: a little is spilt by tf32x3 at width 256, and by float32 on 8.0 at 64 and 128).
-    float32 and tf32x3 unroll a product, and split its operands, in registers: they take the width in pieces, where
-    bfloat16 rows go to the tensor cores whole.
+    as fits into the 99 KB of shared memory of consumer cards without register spills (as compiled for capabilities
+    8.0, 8.6, 9.0, 10.0 and 12.0: tf32x3 spills a little at width 256, and float32 on 8.0 at 64 and 128).
+    float32 and tf32x3 unroll a product, and split its operands, in registers: they process the width in pieces, while
+    bfloat16 rows are passed to the tensor cores at full width.
     """
     width = max(16, 1 << (d - 1).bit_length())
     wide = width > 128
@@ -187,7 +202,7 @@ def _tile(products: MatmulPrecision, d: int) -> dict[str, int]:
 
 
 def _deal(rows: int, m: int, tile: dict[str, int]) -> tuple[int, int]:
-    """How many programs share a block's columns, and how many columns each takes: 8 tiles at least."""
+    """Return how many programs share the columns of a block, and how many columns each takes: at least 8 tiles."""
     blocks, columns = max(1, -(-rows // tile["BLOCK_M"])), tile["BLOCK_N"]
     parts = max(1, min(PROGRAMS // blocks, m // (8 * columns)))
     span = max(1, -(-m // (parts * columns))) * columns
@@ -229,7 +244,7 @@ def _forward(
         if OTHERS:
             s = tl.where(row[:, None] != column[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing yet: -inf - -inf would be NaN
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # an empty row would give -inf - -inf, NaN
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
@@ -260,7 +275,7 @@ def _backward(
     mine = a + first * d + here[:, None] * d
     if DEPTH == WIDTH:
         x = tl.load(mine + dim[None, :], mask=inside[:, None] & within, other=0.0)
-    # A lse of +inf makes a softmax of 0: for rows that are not there, and for those that had nothing to sum.
+    # An lse of +inf makes a softmax of 0: for rows beyond the end, and for those with nothing to sum.
     if lse_a is not None:
         own = tl.load(lse_a + row, mask=inside, other=float("inf")) * 1.4426950408889634
         own = tl.where(own == float("-inf"), float("inf"), own)

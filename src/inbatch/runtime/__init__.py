@@ -1,1 +1,1 @@
-"""The process, the machine, files and ranks. Nothing here knows of learning."""
+"""The process, the machine, files and ranks, independent of machine learning."""

@@ -1,4 +1,4 @@
-"""Child processes end when the process that started them ends, also if it is killed."""
+"""Child processes that end when the process that started them ends, also if it is killed."""
 
 import ctypes
 import multiprocessing
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.util import Finalize
 from typing import Any
 
-# Only the standard library: `bench/contest.py` loads this file in a Python that may have no inbatch.
+# Only the standard library: `apps/bench/worker.py` loads this file in a Python that may lack inbatch.
 
 PARENT = "INBATCH_PARENT"
 """Environment variable by which `start` passes its process id to the program that it starts."""
@@ -32,13 +32,13 @@ def start(words: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
 def end_with_parent(parent: int | None = None) -> None:
     """Make the system kill this process as soon as its parent ends. Call it first in a child process.
 
-    On Linux the kernel sends SIGKILL, also to a process that is halted. On other POSIX systems, and if a wrapper stands
-    between the two processes, a thread polls. Nothing is done on Windows.
+    On Linux the kernel sends SIGKILL, also to a stopped process. On other POSIX systems, and if there is a wrapper
+    between the two processes, a thread polls. Windows is not supported: nothing is done there.
 
     Args:
-        parent: process id of the parent; by default what `start` passed, and without that nothing is done.
+        parent: process id of the parent; by default the id passed by `start`; without one, nothing is done.
     """
-    named = os.environ.pop(PARENT, "")  # not for the children of this process
+    named = os.environ.pop(PARENT, "")  # not inherited by children of this process
     parent = parent or (int(named) if named.isdigit() else 0)
     if not parent or os.name != "posix":
         return
@@ -47,7 +47,7 @@ def end_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if sys.platform != "linux" or above != parent:
         threading.Thread(target=_watch, args=(above, parent), daemon=True).start()
-    if not _lives(above, parent):  # it ended before the kernel was asked
+    if not _lives(above, parent):  # it ended before the call to the kernel
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -58,7 +58,7 @@ def _watch(above: int, parent: int) -> None:
 
 
 def _lives(above: int, parent: int) -> bool:
-    """Whether the parent lives, and the process directly above, which may be a wrapper or a server of forks."""
+    """Return whether the parent and the process directly above (possibly a wrapper or a fork server) are alive."""
     if os.getppid() != above:
         return False
     try:
@@ -71,15 +71,15 @@ def _lives(above: int, parent: int) -> bool:
 
 
 def follow(worker: int) -> None:
-    """A `worker_init_fn` of torch's DataLoader: the worker ends with the process that reads from it."""
+    """End a DataLoader worker with the process that reads from it (a `worker_init_fn`)."""
     parent = multiprocessing.parent_process()
     end_with_parent(None if parent is None else parent.pid)
 
 
 def begin_worker(worker: int) -> None:
-    """A `worker_init_fn` for workers that `end_workers` ends: they also ignore signals.
+    """Like `follow`, and ignore signals (a `worker_init_fn` for workers that `end_workers` ends).
 
-    A signal to the whole process group is the trainer's to answer: it saves a checkpoint, then ends its workers.
+    A signal to the whole process group is handled by the trainer: it saves a checkpoint, then ends its workers.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
@@ -88,9 +88,9 @@ def begin_worker(worker: int) -> None:
 
 
 def end_workers(batches: Any) -> None:
-    """End the worker processes of an iterator over a DataLoader, if it has any, and wait for them.
+    """End the worker processes of an iterator over a DataLoader, if any, and wait for them.
 
-    They ignore SIGTERM, by which multiprocessing ends its children at exit; without this the exit would wait forever.
+    They ignore SIGTERM, by which multiprocessing ends its children at exit; without this call the exit would hang.
     """
     if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
@@ -100,7 +100,7 @@ def end_workers(batches: Any) -> None:
 
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a DataLoader whose workers call `begin_worker`: they end with this generator, or at exit."""
+    """Yield the batches of a DataLoader with `begin_worker` workers, which end with this generator, or at exit."""
     found = iter(loader)
     end = Finalize(None, end_workers, (found,), exitpriority=10)
     try:

@@ -1,4 +1,4 @@
-"""How many of this process's cores other processes keep busy. Needs no torch."""
+"""Number of this process's cores that other processes keep busy. Does not import torch."""
 
 import multiprocessing
 import os
@@ -15,9 +15,9 @@ _TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class Load:
-    """The load by other processes since this object was created or last asked.
+    """Load by other processes since this object was created or last queried.
 
-    The work of this process and of its children (data workers) does not count.
+    The CPU time of this process and of its children (data workers) does not count.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class Load:
 
     @property
     def seconds(self) -> float:
-        """Time since the last answer."""
+        """Time since the last query."""
         return time.perf_counter() - self._time
 
     def busy(self) -> float | None:
-        """Return the mean number of this process's cores that others kept busy; None if the system does not tell.
+        """Return the mean number of this process's cores that others kept busy; None if it is unknown.
 
-        It is not known if a quota gives a share of cores that all processes of the machine use, or if other ranks of
-        the same run work on this machine.
+        It is unknown if the system does not report it, if a quota grants a share of cores that all processes of the
+        machine use, or if other ranks of the same run work on this machine.
         """
         since, before = self._time, self._work
         self._time, self._work = time.perf_counter(), _others()
@@ -49,14 +49,14 @@ def others_busy(seconds: float = 0.1) -> float | None:
 
 
 def worked(stat: str, mine: Collection[str]) -> int:
-    """Clock ticks that some cores have not been idle or waiting for a disk, out of /proc/stat."""
+    """Return the clock ticks in /proc/stat in which these cores were neither idle nor waiting for a disk."""
     lines = [line.split() for line in stat.splitlines()]
     fields = [[int(x) for x in line[1:9]] for line in lines if line[0] in mine]
     return sum(sum(ticks) - ticks[3] - ticks[4] for ticks in fields)
 
 
 def _others() -> float | None:
-    """Seconds that other processes have computed on this process's cores; only differences have a meaning."""
+    """Return the CPU seconds of other processes on this process's cores; only differences are meaningful."""
     if cores() < affine() or launched("LOCAL_WORLD_SIZE") > 1:
         return None
     try:
@@ -67,12 +67,12 @@ def _others() -> float | None:
 
 
 def _own() -> float:
-    """Seconds that this process, the children that have ended and those that run have computed."""
-    children = multiprocessing.active_children()  # first: it counts those that have just ended as ended
+    """Return the CPU seconds of this process, of its ended children and of its running children."""
+    children = multiprocessing.active_children()  # first: it counts just-ended children as ended
     ended = os.times()
     seconds = time.process_time() + ended.children_user + ended.children_system
     for child in children:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended in the meantime
             fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
             seconds += sum(map(int, fields[11:15])) / _TICK  # user, system, and those of its own ended children
     return seconds

@@ -1,4 +1,4 @@
-"""The device and the precision that a process computes in."""
+"""Device and precision of a process."""
 
 import functools
 import platform
@@ -11,7 +11,7 @@ from inbatch.runtime import distributed
 
 
 def device_for(name: str) -> torch.device:
-    """The device of this process: its own GPU where there is one and "auto" or "cuda" is asked for, else the CPU."""
+    """Return the device of this process: its GPU if there is one and "auto" or "cuda" is requested, else the CPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -24,7 +24,7 @@ def device_for(name: str) -> torch.device:
 
 
 def precision_for(name: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies in it and "auto" or "bf16" is asked for, else float32."""
+    """Return bf16 if the hardware multiplies in it and "auto" or "bf16" is requested, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
@@ -32,12 +32,12 @@ def precision_for(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the processor says that it multiplies bf16 (AVX-512 BF16, AMX, ARM); known on Linux only."""
+    """Return whether the processor reports bf16 multiplication (AVX-512 BF16, AMX, ARM); known on Linux only."""
     return bool(_processor_words() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def slow_weight_gradients() -> bool:
-    """Whether oneDNN's bf16 gradient of a small convolution's weights is a slow one: seen with AVX-512 BF16, no AMX."""
+    """Return whether oneDNN's bf16 weight gradient of small convolutions is slow: AVX-512 BF16 without AMX."""
     words = _processor_words()
     return "avx512_bf16" in words and not any(word.startswith("amx") for word in words)
 

@@ -1,4 +1,4 @@
-"""Processes that train together. The only file that names torch.distributed; the engine is PyTorch's own."""
+"""Distributed training. The only module that uses torch.distributed; the engine is PyTorch's own."""
 
 import datetime
 import inspect
@@ -21,17 +21,23 @@ from inbatch.runtime.resources import launched
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
-_RUNS = itertools.count()  # every rank counts the same runs
+_RUNS = itertools.count()  # all ranks count the same runs
 _roll: RankStore | None = None
-"""Of the run that goes on."""
+"""Store of the current run."""
 
 
 def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> bool:
-    """Join the other processes: an existing group as it is, torchrun's or SLURM's variables, or alone.
+    """Join the other processes: an existing group as it is, the variables of torchrun or SLURM, or a single process.
 
-    expect: refuse to start with another number of processes than this.
-    timeout: seconds after which a collective that some rank never joins is an error.
-    Returns whether a group was made here, which the caller then ends. Never starts a process.
+    Never starts a process.
+
+    Args:
+        expect: required number of processes.
+        device: device type of the run.
+        timeout: seconds after which a collective that some rank never joins is an error.
+
+    Returns:
+        Whether a group was created here, which the caller must then destroy.
     """
     made = False
     if not (dist.is_available() and dist.is_initialized()):
@@ -50,7 +56,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             backend = "nccl" if device == "cuda" else "gloo"
             try:
                 _init(backend, timeout)
-            except ValueError as error:  # a variable that is missing, or no number
+            except ValueError as error:  # a variable is missing or not a number
                 raise ConfigError(f"the processes cannot meet: {error}") from None
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s"
@@ -68,7 +74,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
 
 
 def _init(backend: str, timeout: float) -> None:
-    """Make the process group that the environment describes."""
+    """Create the process group that the environment describes."""
     wait = datetime.timedelta(seconds=timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=wait)
@@ -80,7 +86,7 @@ def _init(backend: str, timeout: float) -> None:
 
 @contextmanager
 def process_group(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
-    """One run of all ranks (`setup`), in which what ends one of them ends all, with a sentence that says why."""
+    """Run all ranks within one group (`setup`); an error that ends one of them ends all, with its reason."""
     global _roll
     made, before = setup(expect, device, timeout), _roll
     try:
@@ -90,10 +96,10 @@ def process_group(expect: int | None = None, device: str = "cpu", timeout: float
             yield
     except Exception as error:
         if made and not isinstance(error, Preempted | Interrupted):
-            _hang_up()  # what holds the group (DDP) outlives its end, and the others would wait for this process's
+            _hang_up()  # references to the group (DDP) outlive its end, and the others would wait for this process
             ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            # The store, and the word in it, may live in rank 0. Where it lives in the launcher, which ends all when one
-            # has ended, rank 0 goes first: it says for all what all have found wrong.
+            # The store with its messages may be in rank 0, which then waits. If it is in the launcher, which ends all
+            # ranks when one has ended, rank 0 ends first: it reports an error that all ranks have found.
             shared = isinstance(error, ConfigError | TrainingError) and not error.alone
             if rank() == 0 if ours else rank() and shared:
                 time.sleep(_LINGER)
@@ -106,9 +112,9 @@ def process_group(expect: int | None = None, device: str = "cpu", timeout: float
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """An error in here is told to the other ranks; where one of those is lost, it becomes one that says who, and why.
+    """Share an error raised within the context with the other ranks; if a rank is lost, raise an error that names it.
 
-    Under NCCL most losses raise nothing: its watchdog ends the process after the timeout, with its own words.
+    Under NCCL most losses raise nothing: its watchdog ends the process after the timeout, with its own message.
     """
     try:
         yield
@@ -120,23 +126,23 @@ def shared_errors() -> Iterator[None]:
         if _is_loss(error):
             _hang_up()
             raise _roll.call() from error
-        with suppress(RuntimeError):  # the store may be gone
+        with suppress(RuntimeError):  # the store may be lost
             own = str(error) if isinstance(error, InbatchError) else f"{type(error).__name__}: {error}"
             _roll.tell(f"rank {rank()}: {own}", getattr(error, "exit_code", InbatchError.exit_code))
         raise
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether a collective failed; gloo has no error of its own, and DDP's come out of the backward pass."""
+    """Return whether a collective failed; gloo has no error type, and errors of DDP are raised in the backward pass."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 def _hang_up() -> None:
-    """Close gloo's connections, so that ranks that wait for this one, not for the lost one, notice now.
+    """Close gloo's connections, so that ranks that wait for this one, not for the lost one, notice it now.
 
-    Of a failed context gloo closes nothing; on a timeout everything.
+    After a failed context gloo closes nothing; on a timeout it closes everything.
     """
     if dist.get_backend() == "gloo":
         for other in range(world()):
@@ -148,7 +154,7 @@ def _hang_up() -> None:
 
 
 def _new_roll(timeout: float) -> RankStore:
-    store = dist.distributed_c10d._get_default_store()  # an existing group's can be had in no other way
+    store = dist.distributed_c10d._get_default_store()  # there is no other way to get the store of an existing group
     return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
 
 
@@ -157,22 +163,22 @@ def _joined() -> bool:
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the rank of this process."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Return the number of ranks."""
     return dist.get_world_size() if _joined() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine: which GPU is its own."""
+    """Return the rank of this process on its machine, which selects its GPU."""
     return launched("LOCAL_RANK", 0)
 
 
 def wrap(network: nn.Module) -> nn.Module:
-    """The network with its gradients averaged over ranks during the backward pass; itself where it is alone."""
+    """Return the network with gradients averaged over ranks in the backward pass; the network itself on one rank."""
     if world() == 1:
         return network
     device = next(network.parameters()).device
@@ -188,7 +194,7 @@ def wrap(network: nn.Module) -> nn.Module:
 
 
 def gather(x: Tensor, dim: int = 0) -> Tensor:
-    """Every rank's tensor, of equal shapes, joined along `dim` in the order of ranks. Carries no gradient."""
+    """Return every rank's tensor, of equal shapes, joined along `dim` in the order of ranks. Carries no gradient."""
     if world() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
@@ -197,7 +203,7 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
 
 
 def local_shard(x: Tensor, dim: int = 0) -> Tensor:
-    """This rank's part of a gathered tensor."""
+    """Return this rank's part of a gathered tensor."""
     return x.chunk(world(), dim)[rank()]
 
 
@@ -214,7 +220,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of every rank's values: how ranks agree that one of them was asked to stop."""
+    """Return the largest value of all ranks: for example, whether one of them was asked to stop."""
     if world() == 1:
         return value
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
@@ -224,7 +230,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value (a plain Python object) on every rank; the others wait for it."""
+    """Return rank 0's value (a plain Python object) on every rank; the others wait for it."""
     if world() == 1:
         return value
     box = [value]
@@ -233,7 +239,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def distribute_tasks(task: Callable[[int], Any], count: int) -> list[Any]:
-    """[task(0), ..., task(count - 1)], shared out over the ranks; every rank gets all of it (plain or numpy values)."""
+    """Return [task(0), ..., task(count - 1)], shared over the ranks; all get every result (plain or numpy)."""
     if world() == 1:
         return [task(i) for i in range(count)]
     parts: list[dict[int, Any]] = [{}] * world()
@@ -243,10 +249,10 @@ def distribute_tasks(task: Callable[[int], Any], count: int) -> list[Any]:
 
 
 def assert_equal_across_ranks(facts: Mapping[str, object]) -> None:
-    """Refuse to go on where ranks differ in something that must be equal (recipe, data, version), and say in what.
+    """Raise ConfigError with the differences if ranks differ in values that must be equal (recipe, data, version).
 
-    A rank that ends before it comes here (its folder of images is not there) ends the others at once. It needs no
-    collective: NCCL's first one would wait for that rank until its timeout.
+    A rank that ends before this call (for example without its image folder) ends the others immediately. No collective
+    is used: the first one of NCCL would wait for that rank until its timeout.
     """
     if world() > 1:
         (_roll or _new_roll(_TIMEOUT)).meet({name: str(value) for name, value in facts.items()})
@@ -259,7 +265,7 @@ def add_(x: Tensor) -> None:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """all_reduce whose gradient is summed over ranks too: each rank's loss depends on every rank's term."""
+    """all_reduce with a gradient that is also summed over ranks: each rank's loss depends on every rank's term."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -275,12 +281,12 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of every rank's tensor, differentiable: the gradient of one is the sum of every rank's, too."""
+    """Return the sum of all ranks' tensors; its gradient is the sum of all ranks' gradients."""
     return _SumOverRanks.apply(x)
 
 
 class _AllOverRanks(torch.autograd.Function):
-    """all_gather along dim 0 whose gradient comes back summed over ranks."""
+    """all_gather along dim 0 with a gradient summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -294,7 +300,7 @@ class _AllOverRanks(torch.autograd.Function):
 
 
 def make_context_global(module: nn.Module) -> None:
-    """Context groups of the module's parts (those with `gather` and `own`) reach over all ranks from now on."""
+    """Extend the context groups of the module's parts (those with `gather` and `own`) over all ranks."""
     if world() == 1:
         return
     parts: list[Any] = list(module.modules())

@@ -1,4 +1,4 @@
-"""What a figure was measured on: versions and hardware, for every result."""
+"""Versions and hardware of a measurement, stored with every result."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ from inbatch.runtime.resources import cores
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, GPU, threads and the commit of the checkout where there is one."""
+    """Return versions, processor, GPU, threads and the commit of the checkout, if any."""
     packages = ("inbatch", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this package runs from; None where it is installed."""
+    """Return the commit of the source tree this package runs from; None if it is installed."""
     folder = Path(__file__).resolve().parent
     if "site-packages" in folder.parts:
         return None

@@ -1,4 +1,4 @@
-"""Writing a run's folder so that a kill, a full disk or a second run leaves nothing half done."""
+"""Atomic writes to a run directory: a kill, a full disk or a second run leaves no partial file."""
 
 import errno
 import json
@@ -18,19 +18,24 @@ from inbatch.errors import ConfigError, DataError, InbatchError
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` in one step, once it is on the disk completely.
+    """Yield a new file that replaces `path` atomically after it is completely on the disk.
 
-    keep: where the old file goes instead of being replaced. After a kill either `path` or `keep` is whole.
-    A missing folder is made; where `path` is a link, the file that it names is replaced, not the link.
-    Raises InbatchError with the path and the space left where it cannot be written; `path` is then untouched.
+    A missing folder is created; if `path` is a link, its target is replaced, not the link.
+
+    Args:
+        path: file to replace.
+        keep: where the old file is moved instead of being replaced. After a kill, either `path` or `keep` is intact.
+
+    Raises:
+        InbatchError: if the file cannot be written, with the path and the free space; `path` is then unchanged.
     """
     place = Path(os.path.realpath(path)) if os.path.islink(path) else path
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         _replaceable(place)
-        with suppress(FileNotFoundError):  # of a dead process that had this number
+        with suppress(FileNotFoundError):  # left by a dead process with the same id
             temporary.unlink()
-        with open(temporary, "x+b") as file:  # x: never through a link that somebody laid there
+        with open(temporary, "x+b") as file:  # x: never through an existing link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -47,7 +52,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """InbatchError now for a file that could not be written when the work is done."""
+    """Raise InbatchError now if a file could not be written later."""
     try:
         with TemporaryFile(dir=_replaceable(Path(os.path.realpath(path)))):
             pass
@@ -56,8 +61,8 @@ def check_writable(path: Path) -> None:
 
 
 def _replaceable(path: Path) -> Path:
-    """The folder of a file to be written, made where it is missing; OSError where something else has its name."""
-    if path.exists() and not path.is_file():  # a rename would take the place of /dev/null, too
+    """Return the folder of a file to be written, created if missing; OSError if the path is not a regular file."""
+    if path.exists() and not path.is_file():  # a rename would replace /dev/null, too
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it exists, and is no regular file")
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ def _replaceable(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is; Windows opens no folders, and needs no such call."""
+    """Flush a rename to the disk by its folder; Windows cannot open folders and does not need it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -75,7 +80,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> InbatchError:
-    """The error to raise for a file that could not be written."""
+    """Return the error for a file that could not be written."""
     try:
         space = f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there"
     except OSError:
@@ -88,7 +93,7 @@ def cannot_write(path: Path, error: OSError) -> InbatchError:
 
 @contextmanager
 def out_of_room(folder: Path) -> Iterator[None]:
-    """Whoever finds the disk full, read-only or broken inside says so as `cannot_write` does."""
+    """Raise `cannot_write` for errors of a full, read-only or broken disk within the context."""
     try:
         yield
     except OSError as error:
@@ -98,7 +103,7 @@ def out_of_room(folder: Path) -> Iterator[None]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: numbers that it does not know (nan, inf) become null."""
+    """Return strict JSON: numbers that it does not support (nan, inf) become null."""
 
     def finite(x: Any) -> Any:
         if isinstance(x, float) and not math.isfinite(x):
@@ -111,14 +116,14 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
+    """Write a value as JSON, atomically."""
     text = to_json(value, indent=2) + "\n"
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))  # a name that is not UTF-8: JSON reads the escape back
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; DataError where it cannot be read or holds none."""
+    """Return the object in a JSON file; DataError if it cannot be read or holds no object."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -130,11 +135,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str | None]:
-    """Be the only writer of a run's folder, and remove what a killed writer left half written.
+    """Lock a run directory for writing, and remove partial files of a killed writer.
 
-    Yields a sentence for the user where a last writer ended without letting go, or the file system has no locks.
-    The lock is the kernel's, so it ends with its process, however that ends; the file says whose it is.
-    Raises ConfigError where another process holds the folder.
+    Yields a message for the user if the previous writer ended without releasing the lock, or the file system has no
+    locks. The lock is the kernel's, so it ends with its process in every case; the file names the process.
+
+    Raises:
+        ConfigError: if another process holds the directory.
     """
     path = folder / "run.lock"
     try:
@@ -147,7 +154,7 @@ def locked(folder: Path) -> Iterator[str | None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):  # checkpoints lie a folder down
+        for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):  # checkpoints are in a subfolder
             left.unlink(missing_ok=True)
         try:
             yield note
@@ -168,7 +175,7 @@ def _lock(file: Any, folder: Path) -> str | None:
         ) from None
     except (ImportError, OSError) as error:
         return f"{folder} cannot be locked ({error}): make sure that no second run writes to it."
-    # A data worker that outlives a killed run for some seconds must not hold the run's folder.
+    # A data worker that outlives a killed run for some seconds must not hold the run directory.
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=file.close)
     last = file.read()
@@ -176,7 +183,7 @@ def _lock(file: Any, folder: Path) -> str | None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file to read from; OSError for a pipe or a device, at which a plain open() would wait for ever."""
+    """Open a file for reading; OSError for a pipe or a device, where a plain open() would block."""
     wait_not = getattr(os, "O_NONBLOCK", 0)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_not))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):

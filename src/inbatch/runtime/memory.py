@@ -1,4 +1,4 @@
-"""What this machine has for a process, and what the process holds: memory, as the system tells."""
+"""Memory available to a process and memory it uses, as reported by the system."""
 
 import ctypes
 import gc
@@ -11,12 +11,14 @@ import torch
 
 from inbatch.runtime.resources import cores, limited_bytes
 
-_UNKNOWN_FREE = 8 * 2**30  # where the system does not say how much is free
+_UNKNOWN_FREE = 8 * 2**30  # if the system does not report free memory
 
 
 def free_bytes(device: torch.device, world: int = 1) -> int:
-    """Free memory for this rank: the host's, or what a container or a job may have of it, shared by `world` ranks, and
-    the GPU's if that is less."""
+    """Return the free memory for this rank: that of the host, or of the GPU if that is less.
+
+    The host's is limited by a container or a job, and shared by `world` ranks.
+    """
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         host = int(lines["MemAvailable"].split()[0]) * 1024
@@ -27,36 +29,36 @@ def free_bytes(device: torch.device, world: int = 1) -> int:
 
 
 def threads() -> int:
-    """Threads for computing where nobody says how many: torch's own number, no more than there are cores to use."""
+    """Return the default number of threads: that of torch, at most the number of usable cores."""
     return min(torch.get_num_threads(), cores())
 
 
 def settle(device: torch.device) -> None:
-    """Give back what is no longer used, so that it is not taken for what a step needs, nor hides it."""
+    """Release unused memory, so that it is neither counted as needed by a step nor hides that need."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError, AttributeError):  # glibc's
+        with suppress(OSError, AttributeError):  # glibc only
             ctypes.CDLL(None).malloc_trim(0)
         forget_peak(device)
 
 
 def held(device: torch.device) -> int | None:
-    """Bytes that this process holds; None where the system does not tell, or not the peak."""
+    """Return the bytes that this process holds; None if the system does not report them, or cannot reset the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS") if forget_peak(device) else None
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held since `forget_peak`."""
+    """Return the maximum of bytes held since `forget_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM") or 0
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Begin the peak anew; whether the system does that."""
+    """Reset the peak; return whether the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -68,7 +70,7 @@ def forget_peak(device: torch.device) -> bool:
 
 
 def _status(name: str) -> int | None:
-    """Bytes that Linux tells of this process."""
+    """Return a value in bytes from the process status of Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -77,7 +79,7 @@ def _status(name: str) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: of the GPU where it trained on one, else of main memory."""
+    """Return the peak memory of this process in bytes: of the GPU if it trained on one, else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

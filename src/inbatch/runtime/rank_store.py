@@ -1,4 +1,4 @@
-"""What ranks tell each other without collectives, in the store by which they met: it works where those failed."""
+"""Communication between ranks without collectives, through their rendezvous store: it works after collectives fail."""
 
 import json
 import time
@@ -9,16 +9,20 @@ from typing import Any
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError, TrainingError
 
 GRACE = 10.0
-"""Seconds to answer a roll call. torchrun kills the survivors of a dead process after 30."""
+"""Seconds in which ranks must answer `call`. torchrun kills the survivors of a dead process after 30."""
 
 _KINDS: dict[int, type[InbatchError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, TrainingError)}
 
 
 class RankStore:
-    """The ranks of one run.
+    """Store shared by the ranks of one run.
 
-    store: torch's, shared by all; its keys begin with `run`, which is another for every run on the same store.
-    timeout: seconds after which a rank that does not come to a meeting is an error.
+    Args:
+        store: torch's store, shared by all ranks.
+        run: prefix of all keys, different for every run on the same store.
+        rank: this rank.
+        world: number of ranks.
+        timeout: seconds after which a rank that does not arrive at a meeting is an error.
     """
 
     def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float) -> None:
@@ -26,9 +30,9 @@ class RankStore:
         self._meetings = 0
 
     def meet(self, facts: Mapping[str, str]) -> None:
-        """Wait until all ranks have come with the same facts; ConfigError on every rank says what differs, and where.
+        """Wait until all ranks have arrived with the same facts; ConfigError on every rank names the differences.
 
-        An error that a rank has told of (`tell`) ends the waiting of all others, with its sentence.
+        An error that a rank has reported (`tell`) ends the waiting of all others, with its message.
         """
         self._meetings += 1
         here, came = f"meeting {self._meetings}", f"meeting {self._meetings} came"
@@ -43,7 +47,7 @@ class RankStore:
                 problem += f"({_short(mine)}, not {_short(other)})"
                 self.tell(problem, ConfigError.exit_code)
                 error = ConfigError(problem)
-                error.alone = True  # rank 0 may be ended before it hears of it
+                error.alone = True  # rank 0 may be ended before it receives the error
                 raise error
         if self._add(came) == self.world:
             self._set(f"{here} all", "")
@@ -51,12 +55,12 @@ class RankStore:
             raise self._lost(self._missing(here), self.timeout)
 
     def tell(self, sentence: str, code: int) -> None:
-        """Leave word of why this rank ends, for the others to repeat; the first word counts."""
+        """Record why this rank ends, for the other ranks to report; the first record wins."""
         if self._add("endings") == 1:
             self._set("ended", json.dumps({"sentence": sentence, "code": code, "rank": self.rank}))
 
     def call(self) -> InbatchError:
-        """After a collective that failed: what a rank has told of, else who does not answer."""
+        """Return the error after a failed collective: one reported by a rank, else one that names silent ranks."""
         grace = min(GRACE, self.timeout)
         try:
             self._set(f"here {self.rank}", "")
@@ -64,11 +68,11 @@ class RankStore:
             return self._lost(self._missing("here"), grace)
         except InbatchError as told:
             return told
-        except RuntimeError:  # the store, too: it lives in rank 0's process, or in the launcher's
+        except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
             return self._lost([0], 0, f"lost the store by which ranks meet, and so rank 0 or the launcher: {_ADVICE}")
 
     def _lost(self, missing: list[int], waited: float, sentence: str = "") -> RankError:
-        """An error that names who is missing; the lowest of the others speaks for all."""
+        """Return an error that names the missing ranks; the lowest of the others reports it for all."""
         if not missing:
             sentence = "the connection between ranks broke, and all of them live: go on with --resume"
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
@@ -80,7 +84,7 @@ class RankStore:
         return [rank for rank in range(self.world) if not self._has(f"{what} {rank}")]
 
     def _wait(self, until: Callable[[], bool], seconds: float) -> bool:
-        """Whether it came true in time; raises what another rank has told of."""
+        """Return whether the condition became true in time; raise the error that another rank has reported."""
         end, pause = time.monotonic() + seconds, 0.005
         while not until():
             if self._has("ended"):
@@ -108,10 +112,10 @@ class RankStore:
 
 
 def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
-    """A prefix for keys that all ranks share and no earlier start has used.
+    """Return a prefix for keys that all ranks share and no earlier start has used.
 
-    torchrun's store outlives its restarts, and with it what the processes before have left there: gloo then connects to
-    the dead (seen with torch 2.14). So a rank takes nothing from rank 0 but the answer to a word of its own.
+    The store of torchrun survives restarts, including the keys of the previous processes: gloo then connects to dead
+    processes (seen with torch 2.14). So a rank accepts from rank 0 only the answer to its own message.
     """
     word, end = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"inbatch hello {rank}", word)

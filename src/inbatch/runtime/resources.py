@@ -1,4 +1,4 @@
-"""What a container or a job allows this process: memory and cores. Needs no torch."""
+"""Memory and cores that a container or a job grants this process. Does not import torch."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from inbatch.errors import ConfigError
 
 
 def launched(name: str, default: int = 1) -> int:
-    """A whole number that a launcher left in the environment; ConfigError where something else stands there."""
+    """Return an integer that a launcher set in the environment; ConfigError if the value is not an integer."""
     given = os.environ.get(name) or str(default)
     if not given.isdecimal():
         raise ConfigError(f"{name} is {given!r} in the environment: a launcher sets it to a whole number")
@@ -15,17 +15,17 @@ def launched(name: str, default: int = 1) -> int:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Processor cores this process may use: those it is bound to, or what a container's quota gives if that is less."""
+    """Return the processor cores this process may use: its affinity, or the quota of its container if that is less."""
     return max(1, min([affine(), *(int(quota) for quota in _quotas(root))]))
 
 
 def affine() -> int:
-    """Cores this process is bound to, whatever its quota."""
+    """Return the number of cores this process is bound to, ignoring quotas."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quotas(root: Path) -> list[float]:
-    """Cores by the processor quotas of this process's control groups and of those above; Linux, version 2 and 1."""
+    """Return the CPU quotas, in cores, of this process's control groups and their ancestors; Linux, v2 and v1."""
     found = []
     for kinds, folder in _folders(root, "cpu"):
         try:
@@ -36,15 +36,17 @@ def _quotas(root: Path) -> list[float]:
             if quota != "max" and int(quota) > 0:
                 found.append(int(quota) / int(period))
         except (OSError, ValueError):
-            continue  # a group that is not seen from inside a container, or the root, which has no limit
+            continue  # a group invisible from inside a container, or the root, which has no limit
     return found
 
 
 def limited_bytes(root: Path = Path("/")) -> list[int]:
-    """What the memory limits of this process's control groups leave, which a container or a SLURM job sets.
+    """Return the bytes left by the memory limits of this process's control groups, set by a container or a SLURM job.
 
-    Linux, version 2 and 1; a limit of a group above counts, too. Cached files that would be given up at need count as
-    free. root: where /proc and /sys stand.
+    Linux, versions 2 and 1; limits of ancestors count, too. Reclaimable cached files count as free.
+
+    Args:
+        root: directory that contains /proc and /sys.
     """
     left = []
     for kinds, folder in _folders(root, "memory"):
@@ -62,7 +64,7 @@ def limited_bytes(root: Path = Path("/")) -> list[int]:
 
 
 def _folders(root: Path, controller: str) -> list[tuple[str, Path]]:
-    """(what it controls; nothing in version 2, folder) of this process's groups of a controller and of those above."""
+    """Return (controllers, empty in version 2; folder) of this process's groups of a controller and their ancestors."""
     try:
         lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -78,5 +80,5 @@ def _folders(root: Path, controller: str) -> list[tuple[str, Path]]:
 
 
 def _mounted(root: Path, kinds: str, controller: str) -> str:
-    """The folder of a controller of version 1: by its own name, or by those of all that it is mounted with."""
+    """Return the folder of a version-1 controller: its own name, or the names of all controllers mounted with it."""
     return controller if (root / "sys/fs/cgroup" / controller).exists() else kinds

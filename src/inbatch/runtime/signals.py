@@ -1,7 +1,7 @@
-"""Signals that ask to stop: in work that may be lost they raise, in work that must be finished they set a flag.
+"""Stop signals: they raise in work that may be lost, and set a flag in work that must be finished.
 
-In the program `inbatch` a watchdog thread also ends the process if the main thread does not answer in time, because
-Python runs no signal handler while the main thread is inside one long call of a library.
+In the program `inbatch`, a watchdog thread also ends the process if the main thread does not respond in time, because
+Python runs no signal handler while the main thread is inside one long library call.
 """
 
 import os
@@ -16,13 +16,13 @@ from typing import NoReturn
 
 from inbatch.errors import InbatchError, Interrupted, Preempted
 
-# SIGUSR1 is SLURM's warning before the time limit, SIGHUP a terminal that was closed; Windows has neither.
+# SIGUSR1 is SLURM's warning before the time limit, SIGHUP means a closed terminal; Windows has neither.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 GRACE = 3.0
-"""Seconds after which a training step that was expected to end soon is lost."""
+"""Seconds after which a training step that was expected to end soon is abandoned."""
 LIMIT = 5.0
-"""Seconds after which the watchdog answers; `docker stop` kills after 10, and a checkpoint must be written before."""
+"""Seconds after which the watchdog acts; `docker stop` kills after 10, and a checkpoint must be written before."""
 
 finishing = threading.RLock()
 """Held during work that must be finished before the process may end."""
@@ -31,7 +31,8 @@ finishing = threading.RLock()
 class StopRequested(KeyboardInterrupt):
     """Raised in the main thread by a signal, in work that may be lost; no `except Exception` catches it.
 
-    number: the signal.
+    Args:
+        number: the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -53,8 +54,8 @@ def without_result(number: int) -> InbatchError:
 class Stop:
     """Whether this process was asked to stop, and by which signal: the first one counts.
 
-    It begins held: signals only set `requested`. quick: the work is expected to end within `GRACE` seconds, so the
-    first signal does not raise; a second one does, and so does `check` when the time is up.
+    It starts held: signals only set `requested`. quick: the work is expected to end within `GRACE` seconds, so the
+    first signal does not raise; a second one does, and so does `check` after that time.
     """
 
     def __init__(self) -> None:
@@ -65,14 +66,14 @@ class Stop:
         self._interrupts = 0
 
     def hold(self) -> None:
-        """Begin work that must be finished: signals only set the flag, and the watchdog waits."""
+        """Start work that must be finished: signals only set the flag, and the watchdog waits."""
         self._raises = False
         if not self._locked:
             finishing.acquire()
             self._locked = True
 
     def release(self) -> None:
-        """Begin work that may be lost: a signal, also one that came before, raises StopRequested."""
+        """Start work that may be lost: a signal, also an earlier one, raises StopRequested."""
         self.quick = False
         if self._locked:
             self._locked = False
@@ -88,12 +89,12 @@ class Stop:
 
     def _raise(self) -> None:
         assert self.requested is not None
-        self._raises = False  # once: what answers it must be finished
+        self._raises = False  # once: its handling must be finished
         raise StopRequested(self.requested)
 
     def _close(self, outer: object) -> None:
         self._raises = False
-        if isinstance(outer, Stop) and self.requested is not None:  # answered here: it must not raise there
+        if isinstance(outer, Stop) and self.requested is not None:  # handled here: it must not raise in the outer Stop
             outer.requested, outer._interrupts, outer._raises = self.requested, self._interrupts, False
         if self._locked:
             self._locked = False
@@ -106,7 +107,7 @@ class Stop:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts == 2:
-                # The kernel ends the process at the third, even where Python has no say (a stuck collective).
+                # The kernel ends the process at the third, even if Python cannot act (a stuck collective).
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._raises and not (first and self.quick):
             self._raise()
@@ -114,10 +115,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Collect SIGTERM, SIGHUP, SIGUSR1 and SIGINT in a Stop; afterwards the old handlers are back.
+    """Collect SIGTERM, SIGHUP, SIGUSR1 and SIGINT in a Stop; restore the previous handlers on exit.
 
-    A third Ctrl-C ends the process at once. A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread,
-    where Python allows no handlers, the flag is never set.
+    A third Ctrl-C ends the process immediately. A SIGHUP that is ignored (nohup) stays ignored. Outside the main
+    thread, where Python allows no handlers, the flag is never set.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -130,13 +131,13 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         stop._close(getattr(old[signal.SIGTERM], "__self__", None))
         for number, handler in old.items():
-            # None: a handler that was not set from Python cannot be set again from here.
+            # None: a handler that was not set from Python cannot be restored from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Work that may be lost, with child processes: any of SIGNALS raises StopRequested, so that they are ended."""
+    """Run work that may be lost, with child processes: any of SIGNALS raises StopRequested, so that they are ended."""
     with stop_on_signals() as stop:
         stop.release()
         yield
@@ -145,8 +146,8 @@ def ending() -> Iterator[None]:
 class Watchdog:
     """Ends the process `LIMIT` seconds after the first signal, unless it has ended by then.
 
-    It waits for work that must be finished (`finishing`), asks `answer` for the error that says what is lost, which may
-    write a checkpoint, tells it and exits with its code. Data workers end with it.
+    It waits for work that must be finished (`finishing`), calls `answer` for the error that says what is lost, which
+    may write a checkpoint, reports the error and exits with its code. Data workers end with the process.
     """
 
     def __init__(self) -> None:
@@ -157,11 +158,11 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch while the context lasts. In the main thread only."""
+        """Watch within the context. In the main thread only."""
         self._over.clear()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        # The C handler writes the signal's number: Python's own does not run inside a long call.
+        # The C handler writes the number of the signal: that of Python does not run inside a long call.
         old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         thread.start()
@@ -190,7 +191,7 @@ class Watchdog:
     def _end(self, number: int) -> None:
         try:
             error = self.answer(number)
-        except Exception as problem:  # the disk is full, for example; the process ends all the same
+        except Exception as problem:  # for example a full disk; the process still ends
             error = problem if isinstance(problem, InbatchError) else InbatchError(repr(problem))
         if not self.told:
             self.tell(error)
@@ -198,12 +199,12 @@ class Watchdog:
 
 
 watchdog = Watchdog()
-"""Of the program; it watches nothing in another process (a notebook, a script), whose end is not ours to decide."""
+"""Watchdog of the program; in other processes (a notebook, a script) it is inactive: inbatch must not end those."""
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, and its data workers; what Python does at an exit takes seconds on a busy machine."""
-    workers = sys.modules.get("multiprocessing")  # not imported for this
+    """End the process and its data workers immediately; a regular exit of Python takes seconds on a busy machine."""
+    workers = sys.modules.get("multiprocessing")  # not imported only for this
     for child in workers.active_children() if workers else ():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
@@ -214,9 +215,10 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def answered_in_time(tell: Callable[[InbatchError], None]) -> Iterator[Stop]:
-    """Let the watchdog watch the program; its signals set the Stop that is yielded, which begins held.
+    """Let the watchdog supervise the program; its signals set the Stop that is yielded, which starts held.
 
-    tell: prints the error of a process that the watchdog ends.
+    Args:
+        tell: prints the error of a process that the watchdog ends.
     """
     watchdog.tell, watchdog.told, watchdog.answer = tell, False, without_result
     main = threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""Lines and progress bars for people, on stderr."""
+"""Messages and progress bars for users, on stderr."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -15,7 +15,7 @@ from inbatch.runtime.text import printable
 
 
 class Terminal(Console):
-    """A terminal that may go away, or a full disk: a run goes on without it."""
+    """Terminal that is silenced on errors: a closed terminal or a full disk does not stop a run."""
 
     def _check_buffer(self) -> None:
         try:
@@ -28,20 +28,20 @@ class Terminal(Console):
 
 
 def note(console: Console, text: str) -> None:
-    """One line for the user, whatever is in it."""
+    """Print one line for the user, with unprintable characters escaped."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:
-    """How far something is, at the foot of an interactive terminal.
+    """Progress bar at the bottom of an interactive terminal.
 
-    Drawn when it is told to: there is no thread beside the training loop, and none to fork into data workers.
+    Drawn only by its methods: there is no thread that runs during training or is forked into data workers.
     """
 
     def __init__(self, console: Console, total: int, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None),  # what the text leaves
+            BarColumn(bar_width=None),  # the remaining width
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,
@@ -52,15 +52,15 @@ class Bar:
         self._progress.start()
 
     def show(self, done: float, what: str, text: str) -> None:
-        """So much of the total is done, in words before the bar and behind it."""
+        """Draw this much of the total as done, with text before and after the bar."""
         self._progress.update(self._task, completed=done, description=what, text=text, refresh=True)
 
     def total(self, total: int) -> None:
-        """So much there is to do from now on."""
+        """Set the total."""
         self._progress.update(self._task, total=total)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         self._progress.stop()
 
 
@@ -68,10 +68,10 @@ class Bar:
 def progress(
     quiet: bool = False,
 ) -> Iterator[tuple[Callable[[str], None], Callable[[float, int, str, str], None] | None]]:
-    """For what consists of many runs: a function that tells a sentence, one that draws how far all of it is.
+    """Yield, for tasks of many runs, a function that prints a message and one that draws the overall progress.
 
-    The second takes how much is done, of how much, and words before and behind the bar, which begins with its first
-    call; it is None where stderr is no terminal.
+    The second takes the amount done, the total, and text before and after the bar. The bar appears at its first
+    call; it is None if stderr is not a terminal.
     """
     console = Terminal(stderr=True)
     console.quiet, bars = quiet, list[Bar]()
@@ -89,7 +89,7 @@ def progress(
 
 
 def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
-    """The chunks as they come; on stderr, every `interval` seconds, how many of `total` are done and the time left."""
+    """Yield the chunks; print to stderr, every `interval` seconds, how many of `total` are done and the time left."""
     console, began, shown, done = Terminal(stderr=True), time.perf_counter(), time.perf_counter(), 0
     for chunk in chunks:
         yield chunk

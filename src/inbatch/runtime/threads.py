@@ -1,4 +1,4 @@
-"""The number of threads of a run on a CPU, decided again every epoch: fewer while other processes are busy."""
+"""Number of threads of a run on a CPU, chosen every epoch: fewer while other processes are busy."""
 
 import math
 import os
@@ -13,19 +13,19 @@ from inbatch.runtime.cpu_load import Load, others_busy
 from inbatch.runtime.resources import cores
 
 _WINDOW = 1.0
-"""Seconds that the load is measured at least: the system counts work in hundredths of a second."""
+"""Minimum seconds of a load measurement: the system counts CPU time in hundredths of a second."""
 
 
 def threads_beside(busy: float | None, cores: int, most: int) -> int:
-    """Return how many threads to compute with: one for each core that other processes leave, from 1 to `most`.
+    """Return the number of threads to use: one for each core that other processes leave free, from 1 to `most`.
 
     Threads share an operation equally and wait for the slowest of them, so one that shares its core with another
     process delays all.
 
     Args:
-        busy: Cores that other processes keep busy; None if it is not known. Half a core counts as one.
-        cores: Cores that this process may use.
-        most: Threads on a quiet machine.
+        busy: cores that other processes keep busy; None if unknown. Half a core counts as one.
+        cores: cores that this process may use.
+        most: threads on an idle machine.
     """
     return most if busy is None else max(1, min(most, math.ceil(cores - busy - 0.5)))
 
@@ -34,16 +34,18 @@ def adapts(device: torch.device) -> bool:
     """Return whether a run changes its number of threads.
 
     Only a single process on a CPU does, if it was set up by `inbatch ...` or `inbatch.tune()` and the user has not
-    chosen the number by OMP_NUM_THREADS.
+    set OMP_NUM_THREADS.
     """
     alone = device.type == "cpu" and distributed.world() == 1
     return alone and tuning.tuned and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1
 
 
 class Threads:
-    """Sets the number of threads of a run, and the number before when it is left.
+    """Context manager that sets the number of threads of a run and restores the previous number on exit.
 
-    used: receives every number of threads that was computed with.
+    Args:
+        device: device of the run.
+        used: receives every number of threads in use.
     """
 
     def __init__(self, device: torch.device, used: list[int]) -> None:
@@ -61,7 +63,7 @@ class Threads:
             torch.set_num_threads(self._most)
 
     def decide(self) -> str:
-        """Choose the number of threads until the next call; return a sentence when there are fewer the first time."""
+        """Choose the number of threads until the next call; return a message if it is reduced for the first time."""
         sentence = self._choose() if self._adapts else ""
         if torch.get_num_threads() not in self.used:
             self.used.append(torch.get_num_threads())
@@ -87,7 +89,7 @@ class Threads:
 
 @contextmanager
 def beside_others(device: torch.device) -> Iterator[None]:
-    """Compute with as many threads as a run would now: what is timed here is then what a step takes there."""
+    """Compute with the number of threads that a run would use now, so that timings here match the steps of a run."""
     with Threads(device, []) as threads:
         threads.decide()
         yield

@@ -1,7 +1,7 @@
-"""What a process sets for speed before it computes: allocator, threads, denormal numbers.
+"""Process settings for speed, made before computing: allocator, threads, denormal numbers.
 
-These hold for the whole process, so they are the program's to set (`inbatch ...`), or a script's that asks for it
-(`inbatch.tune()`), never the library's.
+They affect the whole process, so only the program (`inbatch ...`) or a script that requests it (`inbatch.tune()`)
+sets them, never the library.
 """
 
 import ctypes
@@ -13,56 +13,57 @@ from inbatch.runtime.resources import affine, cores
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _PAD = 2**28
-"""Bytes asked of the system at a time."""
+"""Bytes requested from the system at a time."""
 _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-"""Variables by which a user says how threads wait."""
+"""Variables by which a user sets how threads wait."""
 _SLEEP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-"""Waiting threads sleep after some 20 microseconds (GNU's OpenMP) or at once (others).
+"""Waiting threads sleep after about 20 microseconds (GNU's OpenMP) or immediately (others).
 
-GNU's default is to spin for milliseconds, so a thread whose core another process uses stops all others."""
+GNU's default is to spin for milliseconds, so a thread that shares its core with another process delays all others.
+"""
 
 _added: dict[str, str] = {}
-"""What of it `begin` has put into the environment."""
+"""Variables that `begin` has added to the environment."""
 
 started = time.monotonic()
-"""When this module was loaded: by the program, as one of its first."""
+"""Time at which this module was loaded: one of the first modules of the program."""
 tuned = False
 """Whether this process has been set up."""
 keeps_memory = False
 """Whether freed memory is kept for the next step."""
 _began: float | None = None
-"""When the program began, until a command has taken it."""
+"""Time at which the program started, until `command_began` returns it."""
 
 
 def program_begins() -> None:
-    """Note the time at which the program `inbatch` began: a budget counts from there."""
+    """Record the start time of the program `inbatch`: a budget counts from there."""
     global _began
     _began = time.perf_counter()
 
 
 def command_began() -> float:
-    """Return when the command that runs now began: the program's start, once, else now."""
+    """Return when the current command started: the start of the program in the first call, else now."""
     global _began
     began, _began = _began, None
     return time.perf_counter() if began is None else began
 
 
 def tune() -> None:
-    """Set this process up for training. Call it first, before anything is computed; twice is as once.
+    """Set this process up for training. Call it first, before any computation; repeated calls have no effect.
 
-    Freed memory is kept by glibc's allocator instead of given back and cleared anew at every step: more memory is held
-    for it, and INBATCH_ALLOCATOR=system leaves it alone. There are no more threads than the cores that a container's
-    quota gives, where torch is not yet loaded and OMP_NUM_THREADS does not say how many. Waiting threads sleep soon, if
-    torch is not yet loaded and none of OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME is set. A run on a CPU takes
-    fewer threads while other processes are busy, if OMP_NUM_THREADS is not set (`runtime.threads`). Numbers too small
-    to be normal count as 0, which some processors multiply much slower.
+    Freed memory is kept by glibc's allocator instead of being returned and cleared at every step: the process holds
+    more memory; INBATCH_ALLOCATOR=system disables this. The number of threads is limited to the cores of a container's
+    quota, if torch is not yet loaded and OMP_NUM_THREADS is not set. Waiting threads sleep soon, if torch is not yet
+    loaded and none of OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME is set. A run on a CPU uses fewer threads while
+    other processes are busy, if OMP_NUM_THREADS is not set (`inbatch.runtime.threads`). Denormal numbers, which some
+    processors multiply much more slowly, count as 0.
     """
     begin()
     ready()
 
 
 def begin() -> None:
-    """The part of `tune` that wants to come before torch is loaded, and needs no torch."""
+    """Do the part of `tune` that should precede the import of torch and does not need it."""
     global tuned, keeps_memory
     if tuned:
         return
@@ -80,20 +81,20 @@ def begin() -> None:
 
 
 def untuned() -> dict[str, str]:
-    """Return the environment without what says how threads wait, unless the user has said it: for other programs."""
+    """Return the environment for other programs, without the variables on waiting threads that `begin` added."""
     return {name: value for name, value in os.environ.items() if name not in _added}
 
 
 def ready() -> None:
-    """The rest, which needs torch; nothing in a process that nobody has begun to tune."""
+    """Do the rest of `tune`, which needs torch; nothing if `begin` was not called."""
     if tuned:
         import torch
 
-        torch.set_flush_denormal(True)  # False where the processor cannot
+        torch.set_flush_denormal(True)  # False if the processor does not support it
 
 
 def _keep_freed_memory() -> bool:
-    """Whether the C library could be told to; it is glibc's alone."""
+    """Return whether the C library accepted the settings; glibc only."""
     if sys.platform != "linux":
         return False
     try:

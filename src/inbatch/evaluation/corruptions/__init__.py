@@ -1,4 +1,4 @@
-"""The fifteen common corruptions of Hendrycks and Dietterich 2019, computed on batches, and how features stand them."""
+"""The fifteen common corruptions of Hendrycks and Dietterich 2019, computed on batches, and robustness to them."""
 
 from inbatch.evaluation.corruptions.image_rng import Chance
 from inbatch.evaluation.corruptions.protocol import check, corruptions

@@ -1,4 +1,4 @@
-"""Blur: out of focus, through frosted glass, by motion, by zooming. Images are float32 in [0, 1], (N, C, H, W)."""
+"""Blur: defocus, frosted glass, motion, zoom. Images are float32 in [0, 1], (N, C, H, W)."""
 
 import math
 
@@ -14,7 +14,7 @@ from inbatch.evaluation.corruptions.noise import Image
 
 
 def defocus(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
-    """A disk of this radius, its rim softened by a small Gaussian (radius, sigma); edges mirrored."""
+    """Blur with a disk of this radius, softened by a small Gaussian (radius, sigma); edges are mirrored."""
     kernel = disk(*setting).to(x.device)
     half, (height, width) = len(kernel) // 2, x.shape[2:]
     rows, columns = (
@@ -25,9 +25,9 @@ def defocus(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
 
 
 def disk(radius: float, sigma: float) -> Float[Tensor, "k k"]:
-    """The kernel of `defocus`; it sums to 1."""
+    """Return the kernel of `defocus`; it sums to 1."""
     soft = 1 if radius <= 8 else 2
-    half = int(radius) + 2 * soft  # room for what the Gaussian reflects at the border: nothing
+    half = int(radius) + 2 * soft  # margin, so that the Gaussian has nothing to reflect at the border
     place = torch.arange(-half, half + 1)
     flat = (place[:, None] ** 2 + place**2 <= radius**2).float()
     matrix = smoothing(len(place), sigma, "mirror", soft / sigma, flat.device)
@@ -35,9 +35,9 @@ def disk(radius: float, sigma: float) -> Float[Tensor, "k k"]:
 
 
 def glass(x: Image, setting: tuple[float, int, int], chance: Chance) -> Image:
-    """Blur, then pixels swapped with near ones, then blur (sigma, reach, times).
+    """Blur, then swap pixels with near ones, then blur (sigma, reach, times).
 
-    Each pixel is swapped once at a time, those at a distance first, so that all swaps of a step are independent; the
+    In each step, distant pixels are swapped together, each once, so that all swaps of a step are independent; the
     paper's code goes pixel by pixel from the lower right.
     """
     sigma, reach, times = setting
@@ -58,7 +58,7 @@ def glass(x: Image, setting: tuple[float, int, int], chance: Chance) -> Image:
 
 
 def swap(place: Int[Tensor, "n p"], these: Int[Tensor, "m"], partner: Int[Tensor, "n p"]) -> None:
-    """Swap `these` of each row with what stands so far from them, in place; no two swaps may touch the same."""
+    """Swap `these` of each row with the values at these offsets, in place; swaps must not overlap."""
     those = these + partner[:, these]
     mine, yours = place[:, these], place.gather(1, those)
     place[:, these] = yours
@@ -66,12 +66,12 @@ def swap(place: Int[Tensor, "n p"], these: Int[Tensor, "m"], partner: Int[Tensor
 
 
 def motion(x: Image, setting: tuple[int, float], chance: Chance) -> Image:
-    """Smeared in a direction of up to 45 degrees from the horizontal, drawn per image (radius, sigma)."""
+    """Blur in a direction of up to 45 degrees from the horizontal, drawn per image (radius, sigma)."""
     return smear(x, setting, 90 * chance.uniform(0) - 45)
 
 
 def smear(x: Image, setting: tuple[int, float], degrees: Float[Tensor, "n"]) -> Image:
-    """Half a Gaussian along a line of 2 radius + 1 pixels, as ImageMagick's motion blur (radius, sigma)."""
+    """Blur with half a Gaussian along a line of 2 radius + 1 pixels, as ImageMagick's motion blur (radius, sigma)."""
     radius, sigma = setting
     height, width = x.shape[2:]
     tap = torch.arange(2 * radius + 1, device=x.device)
@@ -88,7 +88,7 @@ def smear(x: Image, setting: tuple[int, float], degrees: Float[Tensor, "n"]) -> 
 
 
 def zoom(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
-    """The mean of the image and of it enlarged by factors from 1 on (end, step)."""
+    """Return the mean of the image and of enlarged versions by factors from 1 on (end, step)."""
     out, factors = x.clone(), np.arange(1, *setting).tolist()
     for factor in factors:
         out += along(x, *(zooming(side, factor, x.device) for side in x.shape[2:]))

@@ -15,15 +15,15 @@ from inbatch.evaluation.corruptions.noise import Image
 
 
 def contrast(x: Image, factor: float, chance: Chance) -> Image:
-    """Differences from each channel's mean, times this factor."""
+    """Multiply the differences from each channel's mean by this factor."""
     mean = x.mean((2, 3), keepdim=True)
     return mean + factor * (x - mean)
 
 
 def elastic(x: Image, setting: tuple[float, float, float], chance: Chance) -> Image:
-    """A random affine map, then a smooth random shift of every pixel; all as shares of the shorter side.
+    """Apply a random affine map, then a smooth random shift of every pixel; all as shares of the shorter side.
 
-    amplitude of the shift, sigma by which it is smoothed, largest shift of the affine map's three points.
+    setting: amplitude of the shift, sigma of its smoothing, largest shift of the affine map's three points.
     """
     amplitude, sigma, most = (share * min(x.shape[2:]) for share in setting)
     height, width = x.shape[2:]
@@ -39,7 +39,7 @@ def elastic(x: Image, setting: tuple[float, float, float], chance: Chance) -> Im
 
 
 def affine(chance: Chance, height: int, width: int, most: float) -> Float[Tensor, "n 3 2"]:
-    """From (x, y, 1) of the output to (x, y) of the image: three points about the centre move up to `most` pixels."""
+    """Return the map from (x, y, 1) of the output to (x, y) of the image; three points move up to `most` pixels."""
     arm = max(1, min(height, width) // 3)
     centre = torch.tensor([width // 2, height // 2], device=chance.index.device, dtype=torch.float64)
     corners = centre + arm * torch.tensor([[1, 1], [1, -1], [-1, -1]], device=centre.device)
@@ -49,14 +49,14 @@ def affine(chance: Chance, height: int, width: int, most: float) -> Float[Tensor
 
 
 def sample(x: Image, place: Float[Tensor, "n h w 2"], mirror: bool) -> Image:
-    """The images at (x, y) in pixels, bilinear; beyond the edge mirrored, without the edge's pixel or with it."""
+    """Return the images at (x, y) in pixels, bilinear; mirrored at the edge, without the edge's pixel or with it."""
     side = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
     grid = 2 * place / (side - 1).clamp(min=1) - 1 if mirror else (2 * place + 1) / side - 1
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=mirror)
 
 
 def pixelate(x: Image, share: float, chance: Chance) -> Image:
-    """Sides shrunk to this share by means over boxes, and back."""
+    """Reduce the sides to this share by means over boxes, and enlarge them again."""
     small = [max(1, int(side * share)) for side in x.shape[2:]]
     there = [boxes(side, size, x.device) for side, size in zip(x.shape[2:], small, strict=True)]
     back = [boxes(size, side, x.device) for side, size in zip(x.shape[2:], small, strict=True)]
@@ -64,7 +64,7 @@ def pixelate(x: Image, share: float, chance: Chance) -> Image:
 
 
 def jpeg(x: Image, quality: int, chance: Chance) -> Image:
-    """Written as JPEG of this quality by Pillow, and read again; one by one, on the CPU."""
+    """Write as JPEG of this quality by Pillow, and read again; one by one, on the CPU."""
     images = (x * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).squeeze(-1).numpy()
     read = []
     for image in images:

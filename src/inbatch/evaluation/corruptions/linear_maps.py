@@ -1,4 +1,4 @@
-"""Linear maps of the lines of an image as matrices: smoothing, zooming, boxes. They work for lines of any length."""
+"""Linear maps of the lines of an image as matrices: smoothing, zooming, boxes, for lines of any length."""
 
 import math
 from typing import Literal
@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Edge = Literal["edge", "mirror", "symmetric"]
-"""What stands beyond the edge in a b c: its pixel (a a), the mirror image without it (c b) or with it (b a)."""
+"""Continuation of a b c beyond the edge: its pixel (a a), the mirror image without it (c b) or with it (b a)."""
 
 
 def inside(place: Int[Tensor, "..."], side: int, edge: Edge) -> Int[Tensor, "..."]:
-    """The pixel in [0, side) that stands for each place on an endless line."""
+    """Return the pixel in [0, side) for each position on an endless line."""
     if edge == "edge" or side == 1:
         return place.clamp(0, side - 1)
     period = 2 * side - 2 if edge == "mirror" else 2 * side
@@ -21,12 +21,12 @@ def inside(place: Int[Tensor, "..."], side: int, edge: Edge) -> Int[Tensor, "...
 
 
 def along(x: Float[Tensor, "n c h w"], rows: Float[Tensor, "a h"], columns: Float[Tensor, "b w"]) -> Tensor:
-    """(N, C, a, b): a map of the lines down and one of the lines across."""
+    """Return (N, C, a, b): one map applied to the columns and one to the rows."""
     return rows @ x @ columns.mT
 
 
 def smoothing(side: int, sigma: float, edge: Edge, truncate: float, device: torch.device) -> Float[Tensor, "side side"]:
-    """A Gaussian of this standard deviation in pixels, cut off at `truncate` of them (as SciPy's gaussian_filter)."""
+    """Return a Gaussian of this deviation in pixels, truncated at `truncate` deviations (SciPy's gaussian_filter)."""
     radius = int(truncate * sigma + 0.5)
     tap = torch.arange(-radius, radius + 1, device=device)
     weight = torch.exp(-0.5 * (tap / sigma) ** 2)
@@ -35,7 +35,7 @@ def smoothing(side: int, sigma: float, edge: Edge, truncate: float, device: torc
 
 
 def zooming(side: int, factor: float, device: torch.device) -> Float[Tensor, "side side"]:
-    """The middle of a line, enlarged by linear interpolation (as SciPy's zoom) and cut to its length."""
+    """Return the map to the middle of a line, enlarged linearly (as SciPy's zoom) and cut to its length."""
     kept = math.ceil(side / factor)
     enlarged = round(kept * factor)
     place = torch.arange(side, device=device) + (enlarged - side) // 2
@@ -47,7 +47,7 @@ def zooming(side: int, factor: float, device: torch.device) -> Float[Tensor, "si
 
 
 def boxes(side: int, size: int, device: torch.device) -> Float[Tensor, "size side"]:
-    """A line of `side` pixels as `size` means over boxes, by which pixels' centres lie in them (as Pillow's BOX)."""
+    """Return the map of `side` pixels to `size` means over boxes, selected by pixel centres (as Pillow's BOX)."""
     scale = side / size
     centre = (torch.arange(size, device=device)[:, None] + 0.5) * scale
     distance = (torch.arange(side, device=device) + 0.5 - centre) / max(scale, 1)

@@ -1,4 +1,4 @@
-"""Noise: of a sensor, of few photons, of broken pixels. Images are float32 in [0, 1], (N, C, H, W)."""
+"""Noise of a sensor, of few photons, of defective pixels. Images are float32 in [0, 1], (N, C, H, W)."""
 
 import torch
 from jaxtyping import Float
@@ -10,12 +10,12 @@ Image = Float[Tensor, "n c h w"]
 
 
 def gaussian(x: Image, scale: float, chance: Chance) -> Image:
-    """Normal noise of this standard deviation on every value."""
+    """Add normal noise of this standard deviation to every value."""
     return x + scale * chance.normal(0, *x.shape[1:])
 
 
 def shot(x: Image, rate: float, chance: Chance) -> Image:
-    """Poisson noise: a value v becomes a Poisson count of mean v rate, divided by the rate. v is one of 256 levels."""
+    """Apply Poisson noise: a value v, one of 256 levels, becomes a Poisson count of mean v rate, over the rate."""
     most = int(rate + 8 * rate**0.5) + 20
     count = torch.arange(most, device=x.device, dtype=torch.float64)
     mean = torch.arange(256, device=x.device, dtype=torch.float64)[:, None] * (rate / 255)
@@ -28,6 +28,6 @@ def shot(x: Image, rate: float, chance: Chance) -> Image:
 
 
 def impulse(x: Image, share: float, chance: Chance) -> Image:
-    """Salt and pepper: this share of the values becomes 0 or 1, with equal chances."""
+    """Apply salt and pepper: this share of the values becomes 0 or 1, with equal probability."""
     hit, salt = chance.uniform(0, 2, *x.shape[1:]).unbind(1)
     return torch.where(hit < share, (salt < 0.5).to(x.dtype), x)

@@ -1,4 +1,4 @@
-"""How features stand corrupted images: classifiers that learned from clean ones, shown every corruption."""
+"""Robustness to corruptions: classifiers fitted on clean features, tested on every corruption."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,12 +36,27 @@ def corruptions(
     batch: int = 512,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """top1 in [0, 1] of k-NN and linear probe, fitted on clean features, on every corruption at every severity.
+    """Return top1 in [0, 1] of k-NN and linear probe, fitted on clean features, for every corruption and severity.
 
-    train, test: clean features, of which those of `test` are of the images in `source`; encoder: that made them.
-    most: test images at most, the same ones each time; None for all. Images are brought to the encoder's size first.
     The result holds the means over all, over each kind, over each corruption, and `drop`: the share of the accuracy on
-    the same images, clean, that is lost (Hendrycks and Dietterich 2019). ConfigError as `check` has it.
+    the same clean images that is lost (Hendrycks and Dietterich 2019). Images are first prepared to the encoder's size.
+
+    Args:
+        encoder: the encoder of the features.
+        train: clean training features.
+        test: clean test features of the images in `source`.
+        source: the test images.
+        most: maximum number of test images, the same ones in each call; None for all.
+        k: number of neighbours of k-NN.
+        temperature: of k-NN.
+        distance: of k-NN.
+        probe: see `linear_probe`.
+        seed: seed of the corruptions.
+        batch: images at a time.
+        precision: of the encoder.
+
+    Raises:
+        ConfigError: as `check`.
     """
     train, test = train.labelled(), test.labelled()
     classes, device = class_count(train, test), encoder.device
@@ -53,7 +68,7 @@ def corruptions(
     bank = train.vectors.to(device)
 
     def right(vectors: Tensor, labels: Int[Tensor, "n"]) -> Int[Tensor, "2"]:
-        """How many k-NN tells rightly, and how many the probe does."""
+        """Return the numbers of correct predictions of k-NN and of the probe."""
         near = knn_scores(
             vectors.to(device), bank, train.labels, classes, k=nearest, temperature=temperature, distance=distance
         )
@@ -89,7 +104,7 @@ def corruptions(
 
 
 def _figures(top1: Tensor, before: Tensor, each: Tensor | None = None) -> dict[str, dict[str, Any]]:
-    """Of k-NN and probe: top1, the share of the clean accuracy that is lost, and the figures of the severities."""
+    """Return, for k-NN and probe: top1, the share of the clean accuracy that is lost, and the figures per severity."""
     return {
         name: {"top1": top1[i].item(), "drop": (1 - top1[i] / before[i]).item() if before[i] else None}
         | ({} if each is None else {"severities": each[:, i].tolist()})
@@ -100,7 +115,7 @@ def _figures(top1: Tensor, before: Tensor, each: Tensor | None = None) -> dict[s
 def _chunks(
     encoder: Encoder, source: Source, test: Embeddings, batch: int
 ) -> Iterator[tuple[UInt8[Tensor, "n c s s"], Embeddings]]:
-    """The test images on the encoder's device, resized and cropped as it takes them but still uint8."""
+    """Yield the test images on the encoder's device, resized and cropped as for the encoder but still uint8."""
     prepare: Any = encoder.prepare
     channels = prepare.channels
     pixels = replace(prepare, mean=(0.0,) * channels, std=(1.0,) * channels)
@@ -112,7 +127,7 @@ def _chunks(
 
 
 def check(encoder: Encoder) -> None:
-    """ConfigError unless an encoder's images can be corrupted."""
+    """Raise ConfigError unless the encoder's images can be corrupted."""
     channels = getattr(encoder.prepare, "channels", None)
     if channels not in (1, 3):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The table: every corruption by its name, with its parameters at each severity."""
+"""Registry of all corruptions by name, with their parameters at each severity."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from inbatch.evaluation.corruptions.image_rng import Chance
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64
-"""Longer sides of up to so many pixels take CIFAR-10-C's parameters, larger images ImageNet-C's."""
+"""Images with a longer side of at most this many pixels use the parameters of CIFAR-10-C, larger ones of ImageNet-C."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """uint8 images (N, C, H, W), a severity from 1 to 5 and the images' chance -> corrupted ones of the same shape.
+    """A corruption of uint8 images (N, C, H, W) at a severity from 1 to 5, with the random numbers of the images.
 
-    The images given stay as they are. Values are rounded to whole ones, not cut off as in the published sets.
+    The input is not changed. Values are rounded, not truncated as in the published sets.
     kind: noise, blur, weather or digital. small, large: parameters per severity of CIFAR-10-C and of ImageNet-C.
     ConfigError for other images than uint8 with 1 or 3 channels, or another severity.
     """

@@ -13,13 +13,13 @@ from inbatch.evaluation.corruptions.noise import Image
 
 LUMINANCE = (0.299, 0.587, 0.114)
 ICE = (0.85, 0.93, 1.0)
-"""Frost's red, green and blue."""
+"""Red, green and blue of the frost."""
 
 
 def plasma(chance: Chance, shape: Sequence[int], decay: float, stream: int = 0) -> Float[Tensor, "n 1 h w"]:
-    """Cloudy fields in [0, 1] of this height and width: diamond-square on a torus (Fournier et al. 1982).
+    """Return cloudy fields in [0, 1] of this height and width: diamond-square on a torus (Fournier et al. 1982).
 
-    decay: the noise falls by its square from one scale to the next. Takes the streams from `stream` on.
+    decay: the noise decreases by its square from one scale to the next. Uses the streams from `stream` on.
     """
     size = 2 ** max(1, (max(shape) - 1).bit_length())
     field = torch.zeros(len(chance.index), size, size, device=chance.index.device)
@@ -39,9 +39,10 @@ def plasma(chance: Chance, shape: Sequence[int], decay: float, stream: int = 0) 
 
 
 def snow(x: Image, setting: tuple[float, float, float, float, int, float, float], chance: Chance) -> Image:
-    """Falling flakes, and the same turned around, over a whitened image.
+    """Add falling flakes, and the same rotated by 180 degrees, to a whitened image.
 
-    mean, deviation, zoom and threshold of the flakes, radius and sigma of their motion, share of the image kept.
+    setting: mean, deviation, zoom and threshold of the flakes, radius and sigma of their motion, share of the image
+    kept.
     """
     mean, deviation, factor, threshold, radius, sigma, keep = setting
     flakes = mean + deviation * chance.normal(0, 1, *x.shape[2:])
@@ -53,9 +54,9 @@ def snow(x: Image, setting: tuple[float, float, float, float, int, float, float]
 
 
 def frost(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
-    """Image and ice crystals, weighted (image, ice).
+    """Return the weighted sum of image and ice crystals (image, ice).
 
-    The paper lays crops of five photographs of frozen panes over the images. Here the ice is computed, the ridges of
+    The paper overlays crops of five photographs of frozen panes. Here the ice is computed, the ridges of
     a plasma field over a cloudy one, so figures for frost are not those of the published sets.
     """
     image, ice = setting
@@ -67,19 +68,19 @@ def frost(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
 
 
 def fog(x: Image, setting: tuple[float, float], chance: Chance) -> Image:
-    """A plasma field added, and the whole dimmed to the image's brightest value (strength, decay)."""
+    """Add a plasma field, and dim the sum to the image's brightest value (strength, decay)."""
     strength, decay = setting
     brightest = x.amax((1, 2, 3), keepdim=True)
     return (x + strength * plasma(chance, x.shape[2:], decay)) * brightest / (brightest + strength)
 
 
 def brightness(x: Image, more: float, chance: Chance) -> Image:
-    """So much added to the value (the largest channel) at equal hue and saturation."""
+    """Add this amount to the value (the largest channel) at equal hue and saturation."""
     value = x.amax(1, keepdim=True)
     raised = (value + more).clamp(max=1)
     return torch.where(value > 0, x * raised / value.clamp(min=1e-6), raised)
 
 
 def grey(x: Image) -> Float[Tensor, "n 1 h w"]:
-    """The luminance; the image itself where it has one channel."""
+    """Return the luminance; the image itself if it has one channel."""
     return x if x.shape[1] == 1 else (x * x.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
