@@ -1,5 +1,8 @@
 """Errors for users: each message names the problem, the value and the fix, and carries the exit code of the process."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InbatchError(Exception):
     """Base class of all errors that the user can correct; the command line prints them without a traceback."""
@@ -60,3 +63,9 @@ def many(count: int, noun: str) -> str:
 def unreadable(count: int) -> str:
     """Return the beginning of a sentence about images that cannot be read."""
     return f"{many(count, 'image')} cannot be read and {'is' if count == 1 else 'are'}"
+
+
+def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Return the known words that are most similar to a word, in any case of letters, the closest first."""
+    by_lower = {name.lower(): name for name in known}
+    return [by_lower[near] for near in difflib.get_close_matches(word.lower(), by_lower, n=count)]

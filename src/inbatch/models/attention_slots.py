@@ -1,7 +1,6 @@
 """Attention slots: a block in every residual block of a backbone, or one block after its pooling."""
 
 import copy
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.grouped import Grouped, as_group
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, closest
 from inbatch.models.encoder import Encoder
 
 
@@ -159,7 +158,7 @@ def meets_in_training_only(name: str) -> bool:
 def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], str, dict[str, Any]]:
     """Return the block's constructor, the name of its first argument, and all options as JSON returns them."""
     if name not in ATTENDS:
-        near = difflib.get_close_matches(name, ATTENDS, n=1)
+        near = closest(name, ATTENDS)
         raise ConfigError(
             f"there is no attention called {name!r}: "
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(ATTENDS)}.")
@@ -169,7 +168,7 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Mo
     allowed = [*known, *(["stages"] if first.name == "channels" else [])]
     for key in options:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
+            near = closest(key, allowed)
             why = f"{name} stands behind the pooling and has no stages" if key == "stages" else f"{name} has no {key!r}"
             hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(allowed) or 'none'}."
             raise ConfigError(f"{why}: {hint}")

@@ -1,6 +1,5 @@
 """Backbones by name, without their classifier: own ones, timm's and torchvision's (imported only if requested)."""
 
-import difflib
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,7 +7,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, closest
 from inbatch.models.fast import Fast
 
 # timm's own options for weights and files, one of them through pickle: `init` replaces them.
@@ -145,6 +144,6 @@ def cifar_stem(backbone: Any, channels: int) -> None:
 
 
 def _unknown(name: str, known: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=3)
+    near = closest(name, known, 3)
     hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists what there is."
     return ConfigError(f"there is no encoder called {name!r}: {hint}")

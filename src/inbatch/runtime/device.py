@@ -33,17 +33,18 @@ def precision_for(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     """Return whether the processor reports bf16 multiplication (AVX-512 BF16, AMX, ARM); known on Linux only."""
-    return bool(_processor_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(processor_words() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def slow_weight_gradients() -> bool:
     """Return whether oneDNN's bf16 weight gradient of small convolutions is slow: AVX-512 BF16 without AMX."""
-    words = _processor_words()
+    words = processor_words()
     return "avx512_bf16" in words and not any(word.startswith("amx") for word in words)
 
 
 @functools.cache
-def _processor_words() -> frozenset[str]:
+def processor_words() -> frozenset[str]:
+    """Return the words of /proc/cpuinfo, flags among them; none on other systems."""
     if platform.system() != "Linux":
         return frozenset()
     return frozenset(Path("/proc/cpuinfo").read_text().split())

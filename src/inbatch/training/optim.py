@@ -1,6 +1,5 @@
 """Optimisers (LARS and those of torch), parameter groups, and learning-rate scaling."""
 
-import difflib
 import functools
 import inspect
 import math
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, closest
 
 
 class LARS(torch.optim.Optimizer):
@@ -173,7 +172,8 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    known = list(known)
+    close = closest(word, known)
     return f" Did you mean {close[0]!r}?" if close else f" Choose from {', '.join(sorted(known))}."
 
 

@@ -1,6 +1,5 @@
 """The named parts of a recipe; the constructor of a part is its schema, and unknown options raise errors."""
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ import pydantic
 from inbatch.context.curation import CURATORS
 from inbatch.context.fusion import FUSIONS
 from inbatch.data.views import PRESETS
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, closest
 from inbatch.methods import METHODS
 from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
@@ -147,5 +146,5 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
 def nearest(word: Any, known: Iterable[str]) -> str:
     """Return the end of an error message: the most similar name, else all names."""
     known = sorted(known)
-    close = difflib.get_close_matches(shown(word).strip("'"), known, n=1)
+    close = closest(shown(word).strip("'"), known)
     return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

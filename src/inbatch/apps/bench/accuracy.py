@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from inbatch.errors import DataError
+from inbatch.runtime.device import processor_words
 from inbatch.runtime.files import read_json
 
 Entry = dict[str, Any]
@@ -18,8 +19,7 @@ FLAGS = {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "asimd"}
 
 def flags() -> list[str]:
     """Return the processor flags that matter for training; empty if /proc/cpuinfo does not exist."""
-    path = Path("/proc/cpuinfo")
-    return sorted(FLAGS & set(path.read_text().split())) if path.exists() else []
+    return sorted(FLAGS & processor_words())
 
 
 def reached(entries: Sequence[Entry], target: float) -> dict[str, float] | None:

@@ -5,7 +5,6 @@ by torchvision, and only if it knows the checksum of the archive. CIFAR files, w
 """
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from inbatch.data.source import Reading, Source
 from inbatch.data.sources import cifar
 from inbatch.data.sources.arrays import ArraySource, check_labels
 from inbatch.data.sources.path_source import PathsSource
-from inbatch.errors import DataError
+from inbatch.errors import DataError, closest
 
 PREFIX = "torchvision/"
 
@@ -89,9 +88,8 @@ def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], S
         return None
     name, _, where = data.removeprefix(PREFIX).partition(":")
     if name not in SETS:
-        close = difflib.get_close_matches(name.lower(), [known.lower() for known in SETS], n=1)
-        meant = next((known for known in SETS if [known.lower()] == close), None)
-        hint = f"did you mean {PREFIX}{meant}?" if meant else f"there are {', '.join(SETS)}"
+        close = closest(name, SETS)
+        hint = f"did you mean {PREFIX}{close[0]}?" if close else f"there are {', '.join(SETS)}"
         raise DataError(f"{data!r} is no set of torchvision's that can be read: {hint}")
     root = Path(where or os.environ.get("INBATCH_DATA") or "data").expanduser()
     return {split: partial(_open, name, split, root, reading) for split in SETS[name].splits}
