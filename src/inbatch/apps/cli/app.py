@@ -83,11 +83,11 @@ def lasting_streams() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-Json = Annotated[bool, Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="Only results and errors.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only results and errors.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
-Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, as often as you like.")]
-RunFolder = Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")]
+Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")]
 KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
 Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
 
@@ -107,7 +107,7 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+        bool, Option("--version", "-V", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options before a command."""

@@ -20,30 +20,38 @@ from inbatch.errors import ConfigError
 )
 def table(
     name: Annotated[
-        str | None, Argument(metavar="NAME", help="ba-ssl-3, curation-1, ...; all are listed without.")
+        str | None, Argument(metavar="NAME", help="ba-ssl-3, curation-1, ...; without a name all are listed.")
     ] = None,
     scale: Annotated[
-        str | None, Option(metavar="smoke|cpu|gpu|paper", help="Run what is missing at this scale; paper: print it.")
+        str | None,
+        Option(metavar="smoke|cpu|gpu|paper", help="Run missing cells at this scale; paper: print the commands."),
     ] = None,
     from_: Annotated[
         Path | None,
-        Option("--from", metavar="FOLDER", help="Run nothing: the results in here; else those that come along."),
+        Option(
+            "--from", metavar="FOLDER", help="Run nothing; use the results of this folder. Default: shipped results."
+        ),
     ] = None,
-    row: Annotated[
-        list[str] | None, Option(help="Only this row, as often as you like; with the one it is against.")
+    row: Annotated[list[str] | None, Option(help="Only this row, and the row it is compared with; repeatable.")] = None,
+    on: Annotated[
+        list[str] | None, Option("--dataset", "--on", metavar="DATA", help="Only this data set of the table.")
     ] = None,
-    on: Annotated[list[str] | None, Option(metavar="DATA", help="Only on this data set of the table.")] = None,
     seed: Annotated[list[int] | None, Option(min=0, help="Only this seed.")] = None,
-    data: Annotated[list[str] | None, Option(metavar="NAME=PATH", help="Where images lie, as cifar10=PATH.")] = None,
-    work: Annotated[Path, Option(help="Where runs lie, to go on with.")] = Path("runs/table"),
-    results: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Where results are kept, a file per run; WORK/results by default.")
+    data: Annotated[
+        list[str] | None, Option(metavar="NAME=PATH", help="Path of a data set, such as cifar10=PATH.")
     ] = None,
-    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write it as .md, .tex or .html.")] = None,
-    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; a core each, one on a GPU.")] = None,
+    work: Annotated[Path, Option("--work-dir", "--work", help="Directory of the runs.")] = Path("runs/table"),
+    results: Annotated[
+        Path | None,
+        Option(metavar="FOLDER", help="Directory of the results, one file per run; default WORK_DIR/results."),
+    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Output file, .md, .tex or .html.")] = None,
+    jobs: Annotated[
+        int | None, Option(min=1, help="Simultaneous runs; default: one per core, or one on a GPU.")
+    ] = None,
     device: Device = "auto",
-    download: Annotated[bool, Option("--download", help="Fetch torchvision's sets that are not there yet.")] = False,
-    again: Annotated[bool, Option("--again", help="Run anew what failed.")] = False,
+    download: Annotated[bool, Option("--download", help="Download torchvision data sets that are missing.")] = False,
+    again: Annotated[bool, Option("--retry-failed", "--again", help="Repeat failed runs.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

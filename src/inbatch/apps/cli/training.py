@@ -27,10 +27,12 @@ from inbatch.training.budget import parse_budget
     "  inbatch quickstart --json > figures.json"
 )
 def quickstart(
-    out: Annotated[Path, Option(help="The run's folder; gets a number where it exists.")] = Path("runs/quickstart"),
-    epochs: Annotated[int | None, Option(min=1, help="10 by default; fewer take less time.")] = None,
-    margin: Annotated[float, Option(help="Points of k-NN above raw pixels without which it exits with 4.")] = 20,
-    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of weights, order and views.")] = 0,
+    out: Annotated[
+        Path, Option("--output-dir", "--out", "-o", help="Run directory; a number is added if it exists.")
+    ] = Path("runs/quickstart"),
+    epochs: Annotated[int | None, Option(min=1, help="Number of epochs; default 10.")] = None,
+    margin: Annotated[float, Option(help="Exit with code 4 below this gain over raw pixels, in points of k-NN.")] = 20,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of weights, order and views.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -59,40 +61,73 @@ def quickstart(
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
     data: Annotated[str | None, Option(help=KINDS)] = None,
-    out: Annotated[Path | None, Option(help="The run's folder; runs/METHOD-DATA-NUMBER by default.")] = None,
-    preset: Annotated[str | None, Option(help="Settings of a paper; by default those for the images' size.")] = None,
-    encoder: Annotated[str | None, Option(help="tiny, resnet10, any timm model, torchvision/NAME.")] = None,
-    init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Weights to start from.")] = None,
-    batch: Annotated[int | None, Option(help="Samples per step, over all processes.")] = None,
+    out: Annotated[
+        Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
+    ] = None,
+    preset: Annotated[str | None, Option(help="Preset of the method; default: chosen by image size.")] = None,
+    encoder: Annotated[
+        str | None,
+        Option("--encoder", "--backbone", "--model", help="fast, tiny, resnet10, any timm model, torchvision/NAME."),
+    ] = None,
+    init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Initial weights.")] = None,
+    size: Annotated[
+        int | None, Option("--image-size", "--size", min=1, help="Side of the encoder's images, in pixels.")
+    ] = None,
+    batch: Annotated[
+        int | None, Option("--batch-size", "--batch", help="Samples per step, over all processes.")
+    ] = None,
     context: Annotated[
-        str | None, Option(metavar="N|auto", help="Samples that share batch norm; memory follows it. auto: what fits.")
+        str | None,
+        Option(metavar="N|auto", help="Samples that share batch statistics; it sets the memory use. auto: what fits."),
     ] = None,
     budget: Annotated[
         str | None,
-        Option(metavar="TIME", help="45m, 1h30m, 2d: all of it ends within this time. On a CPU 1h by default."),
+        Option(metavar="TIME", help="Wall time of the whole run: 45m, 1h30m, 2d. Default on a CPU: 1h."),
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
-    seed: Annotated[int | None, Option(help="Of weights, order and views.")] = None,
-    fuse: Annotated[str | None, Option(metavar="conv|set", help="Mix a group's images before the encoder.")] = None,
-    attend: Annotated[str | None, Option(help="ba2m, batchformer: attention over the samples; se, eca, cbam.")] = None,
-    curate: Annotated[bool, Option("--curate", help="Redraw views that their sample cannot be told by.")] = False,
-    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
-    shuffle_groups: Annotated[bool, Option("--shuffle-groups", help="Other groups for what views learn from.")] = False,
+    optimizer: Annotated[str | None, Option(help="lars, sgd, adamw, ...")] = None,
+    lr: Annotated[float | None, Option("--lr", "--learning-rate", help="Learning rate.")] = None,
+    precision: Annotated[str | None, Option(metavar="auto|bf16|float32", help="Precision of the networks.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of weights, order and views.")] = None,
+    fuse: Annotated[
+        str | None, Option(metavar="conv|set", help="Batch fusion: mix the images of a context group.")
+    ] = None,
+    attend: Annotated[
+        str | None, Option(help="Attention over samples: ba2m, batchformer; per sample: se, eca, cbam.")
+    ] = None,
+    curate: Annotated[
+        bool, Option("--curate", help="Batch curation: redraw views that do not match their sample.")
+    ] = False,
+    crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
+    shuffle_groups: Annotated[
+        bool, Option("--shuffle-groups", help="Use other context groups for the target network.")
+    ] = False,
     device: Device = "auto",
-    compile: Annotated[bool, Option("--compile", help="Compile the encoder: slower to start, then faster.")] = False,
-    workers: Annotated[int | None, Option(min=0, help="Processes that decode images that do not fit.")] = None,
-    download: Annotated[bool, Option("--download", help="Fetch a torchvision/NAME that is not there yet.")] = False,
+    compile: Annotated[
+        bool, Option("--compile", help="Compile the networks: a slower start, then faster steps.")
+    ] = False,
+    workers: Annotated[
+        int | None, Option("--workers", "--num-workers", min=0, help="Processes that decode images.")
+    ] = None,
+    download: Annotated[bool, Option("--download", help="Download a torchvision/NAME that is missing.")] = False,
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
     set_: Set = None,
-    resume: Annotated[str | None, Option(metavar="RUN|auto", help="Go on in a run; auto: in --out, if it can.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
-    expect_world_size: Annotated[int | None, Option(metavar="N", help="Refuse another number of processes.")] = None,
-    stop_on_collapse: Annotated[bool, Option("--stop-on-collapse", help="End with 4 where outputs collapse.")] = False,
-    dist_timeout: Annotated[float, Option(metavar="SECONDS", min=1, help="To wait for a process that hangs.")] = 1800,
-    compare: Annotated[
-        str | None, Option(metavar="RUN|auto", help="Is the curve normal? Say where it leaves a run's; auto: ours.")
+    resume: Annotated[
+        str | None, Option(metavar="RUN|auto", help="Continue a run; auto: the one in --output-dir, if there is one.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes and memory; leave no run.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
+    expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,
+    stop_on_collapse: Annotated[
+        bool, Option("--stop-on-collapse", help="Exit with code 4 if features collapse.")
+    ] = False,
+    dist_timeout: Annotated[
+        float, Option(metavar="SECONDS", min=1, help="Time after which a process that hangs is an error.")
+    ] = 1800,
+    compare: Annotated[
+        str | None,
+        Option(metavar="RUN|auto", help="Compare the curve with a run's; auto: with shipped reference runs."),
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes, memory and time; do not train.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,11 +138,12 @@ def pretrain(
         from inbatch import api
 
         chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
-        chosen |= {"budget": budget}
+        chosen |= {"budget": budget, "size": size, "optimizer": optimizer, "precision": precision}
         chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
         chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        settings = ({} if init is None else {"encoder.init": init}) | assignments(set_)
+        own = {"encoder.init": init, "optimizer.lr": lr}
+        settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         shared["download"] = download
         if dry_run:
@@ -139,9 +175,11 @@ def pretrain(
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        str | None, Option(help="Labelled images to judge by, of any classes and sizes; the run's own by default.")
+        str | None, Option(help="Labelled images to evaluate on, of any classes and sizes; default: the run's.")
     ] = None,
-    test: Annotated[str | None, Option(help="Test images; else the data's test split or a tenth of it.")] = None,
+    test: Annotated[
+        str | None, Option(help="Test images; default: the test split of the data, or a tenth of it.")
+    ] = None,
     protocol: Annotated[
         list[str] | None,
         Option(
@@ -151,20 +189,30 @@ def evaluate(
         ),
     ] = None,
     from_: Annotated[
-        str, Option("--from", metavar="features|head", help="Clusters: k-means on features; head: the method's, too.")
+        str,
+        Option(
+            "--from",
+            metavar="features|head",
+            help="Clusters of k-means on features; head: also those of the method's head.",
+        ),
     ] = "features",
-    k: Annotated[int | None, Option(min=1, help="Neighbours; the recipe's by default.")] = None,
-    temperature: Annotated[float, Option(min=0.001, help="Of the neighbours' weights.")] = 0.1,
-    probe: Annotated[
-        str, Option(help="How the linear probe is trained: lbfgs, or as a paper did: moco, ...")
-    ] = "lbfgs",
-    share: Annotated[list[float] | None, Option(help="Of the labels, for few; 0.01, 0.1, 0.5 by default.")] = None,
-    draws: Annotated[int | None, Option(min=1, help="Draws of those labels; 3 by default.")] = None,
-    tuning: Annotated[str | None, Option(help="How to fine-tune: small, upright, simclr-1, simclr-10.")] = None,
-    tuning_share: Annotated[float | None, Option(help="Of the labels, for finetune; all by default.")] = None,
-    most: Annotated[int | None, Option(min=1, help="Test images to corrupt; 1000 by default.")] = None,
-    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Of all that is drawn; the recipe's by default.")] = None,
-    out: Annotated[Path | None, Option(help="The file to write; RUN/evaluation.json by default.")] = None,
+    k: Annotated[int | None, Option(min=1, help="Number of neighbours; default: the recipe's.")] = None,
+    temperature: Annotated[float, Option(min=0.001, help="Temperature of the neighbours' weights.")] = 0.1,
+    probe: Annotated[str, Option(help="Training of the linear probe: lbfgs, or a paper's: moco, ...")] = "lbfgs",
+    share: Annotated[
+        list[float] | None,
+        Option("--label-fraction", "--share", help="Fraction of the labels, for few; default 0.01, 0.1, 0.5."),
+    ] = None,
+    draws: Annotated[
+        int | None, Option("--label-seeds", "--draws", min=1, help="Draws of these labels; default 3.")
+    ] = None,
+    tuning: Annotated[str | None, Option(help="Fine-tuning recipe: small, upright, simclr-1, simclr-10.")] = None,
+    tuning_share: Annotated[float | None, Option(help="Fraction of the labels, for finetune; default: all.")] = None,
+    most: Annotated[
+        int | None, Option("--max-test-images", "--most", min=1, help="Test images to corrupt; default 1000.")
+    ] = None,
+    seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Random seed; default: the recipe's.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Output file; default RUN/evaluation.json.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -203,8 +251,8 @@ def evaluate(
 def embed(
     run: RunFolder,
     data: Data,
-    out: Annotated[Path, Option("--out", "-o", help="A .parquet or .npz file; replaced where it exists.")],
-    split: Annotated[str | None, Option(help="train or test, where the data has both.")] = None,
+    out: Annotated[Path, Option("--out", "-o", help="Output file, .parquet or .npz; replaced if it exists.")],
+    split: Annotated[str | None, Option(help="train or test, if the data has both.")] = None,
     plain: Annotated[
         bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
     ] = False,
@@ -236,7 +284,9 @@ def embed(
 )
 def export(
     run: RunFolder,
-    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="For model.safetensors and config.json.")],
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="FOLDER", help="Output folder, for model.safetensors and config.json.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Write the encoder of a run, finished or stopped, to a folder for inbatch.load and, if supported, timm."""
