@@ -55,6 +55,7 @@ class Schedule:
 
     name: after the warm-up half a cosine to `end` times the rate, steps at `milestones`, or constant.
     warmup: epochs of linear rise from 0.
+    end: last learning rate of "cosine", as a share of the largest.
     milestones: shares of the run at which "step" multiplies the rate by 0.1.
     scaling: optimizer.lr is for 256 images a batch ("linear"), for 1 ("sqrt"), or as it is ("none").
     """
@@ -90,6 +91,10 @@ class Recipe:
     resident: keep the decoded images on the device; None decides by size.
     max_bad: share of the images that may be unreadable.
     k: neighbours in k-NN evaluation. evaluate_every, checkpoint_every: in epochs.
+    epochs: passes over the images. seed: of weights, order and views.
+    sync_norm: batch norm uses the statistics of all ranks; context then counts the samples of all ranks.
+    channels_last: memory layout of the images and of convolution weights. compile: the encoder, by torch.compile.
+    preset: named settings below those given: of the method, or of `SHARED_PRESETS`.
     steps: length of the run in optimiser steps; it ends there, also within an epoch. None: `epochs` say it.
     budget: seconds within which the whole run ends, from the start of the command to the written result.
     replans: (step, steps left from there) each time the length was changed to keep the budget; written by the run.

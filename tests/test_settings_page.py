@@ -1,0 +1,35 @@
+"""docs/settings.md is current, and names a meaning for every setting."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("settings_page", ROOT / "scripts" / "settings.py")
+settings_page = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+spec.loader.exec_module(settings_page)  # type: ignore[union-attr]
+
+
+def test_page_is_current_and_complete() -> None:
+    text = settings_page.page()
+    assert (ROOT / "docs" / "settings.md").read_text() == text, "run: python scripts/settings.py"
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert not [row for row in rows if row.endswith("|  |")], "a setting has no meaning: explain it in its docstring"
+
+
+@pytest.mark.parametrize(
+    "doc",
+    [
+        "Sum.\n\nalpha: first. beta, gamma: both,\n    on two lines.\nNot an entry.\ndelta: last.",
+        "Sum.\n\nArgs:\n    alpha (float): first.\n    beta, gamma: both,\n        on two lines.\n    delta: last.\n\n"
+        "Returns:\n    alpha: beta",
+        "Sum. alpha: first; beta, gamma: both, on two lines; delta: last.",
+    ],
+    ids=["own", "google", "one line"],
+)
+def test_meanings_are_read_from_docstrings(doc: str) -> None:
+    meanings = settings_page.read_meanings(doc.split("\n\nReturns")[0], ["alpha", "beta", "gamma", "delta"])
+    both = "both, on two lines"
+    assert meanings == {"alpha": "first", "beta": both, "gamma": both, "delta": "last"}
