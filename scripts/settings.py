@@ -13,13 +13,14 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
+from docstring_entries import split_entries
 
 from inbatch.apps.cli import app
 from inbatch.models import create_encoder
@@ -80,27 +81,8 @@ class Setting:
 
 def read_meanings(doc: str, names: Iterable[str]) -> dict[str, str]:
     """Return the text of each name that a docstring explains."""
-    name = f"(?:{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})"
-    entry = re.compile(rf"(?:(?<=^)|(?<=[.;] ))({name}(?:, {name})*)(?: \([^)]*\))?: ")
-    chunks: list[list[str]] = []
-    indent: int | None = None
-    for line in inspect.cleandoc(doc).splitlines():
-        text = line.strip()
-        here = len(line) - len(line.lstrip())
-        continued = bool(text) and indent is not None and here > indent
-        if continued and not (chunks and entry.match(text)):
-            chunks[-1].append(text)
-        elif match := entry.search(text):
-            chunks.append([text[match.start() :]])
-            indent = here
-        else:
-            indent = None
-    meanings = {}
-    for chunk in chunks:
-        _, *pieces = entry.split(" ".join(chunk))
-        for keys, text in zip(pieces[::2], pieces[1::2], strict=True):
-            meanings |= dict.fromkeys(keys.split(", "), text.strip().rstrip(".;"))
-    return meanings
+    _, entries = split_entries(doc, names)
+    return {name: text.rstrip(".;") for keys, text in entries.items() for name in keys.split(", ")}
 
 
 def describe_type(hint: Any) -> str:
@@ -218,13 +200,15 @@ def preset_lines(presets: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def options() -> dict[str, str]:
     """Return the command-line options of `inbatch pretrain` by the setting that they set."""
-    command = typer.main.get_command(app).commands["pretrain"]  # type: ignore[attr-defined]
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    return {
-        f"{p.name}.name" if p.name in PARTS else p.name: next(o for o in p.opts if o.startswith("--"))
-        for p in command.params
-        if p.name in fields and p.opts[0].startswith("--")
-    }
+    callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == "pretrain")
+    hints = typing.get_type_hints(callback, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(Recipe):
+        information = typing.get_args(hints[field.name])[1] if field.name in hints else None
+        if information is not None and type(information).__name__ == "OptionInfo":
+            option = next(iter(information.param_decls or ()), f"--{field.name.replace('_', '-')}")
+            found[f"{field.name}.name" if field.name in PARTS else field.name] = option
+    return found
 
 
 def page() -> str:
@@ -245,7 +229,8 @@ def page() -> str:
         "",
         *table(dataclass_settings(Recipe)),
         "These settings have an option of their own on the command line:",
-        ", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".",
+        "",
+        *textwrap.wrap(", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100),
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
         "`schedule.name`, and, if samples meet before the loss, `fuse.name`, `curate.name` and `attend.name`.",
