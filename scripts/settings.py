@@ -206,7 +206,9 @@ def options() -> dict[str, str]:
     for field in dataclasses.fields(Recipe):
         information = typing.get_args(hints[field.name])[1] if field.name in hints else None
         if information is not None and type(information).__name__ == "OptionInfo":
-            option = next(iter(information.param_decls or ()), f"--{field.name.replace('_', '-')}")
+            declared = [information.default, *(information.param_decls or ())]  # typer's default is the first one
+            names = [name for name in declared if isinstance(name, str) and name.startswith("--")]
+            option = next(iter(names), f"--{field.name.replace('_', '-')}")
             found[f"{field.name}.name" if field.name in PARTS else field.name] = option
     return found
 

@@ -50,7 +50,9 @@ def parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
         if is_argument:
             names = info.metavar or name.upper()
         else:
-            names = ", ".join(info.param_decls or [f"--{name.replace('_', '-')}"])
+            declared = [info.default, *(info.param_decls or ())]  # typer takes the first declaration for a default
+            names = [n for n in declared if isinstance(n, str) and n.startswith("-")]
+            names = ", ".join(names or [f"--{name.replace('_', '-')}"])
         default = "" if p.default in (None, False) else "required" if required else str(p.default)
         value = "" if is_argument else info.metavar or type_name(kind)
         yield Parameter(names, value, default, info.help or "", is_argument, required)
@@ -67,7 +69,9 @@ def page() -> str:
         if info.hidden:
             continue
         rows = list(parameters(info.callback))
-        words = [row.names if row.required else f"[{row.names}]" for row in rows if row.is_argument]
+        words = [
+            row.names if row.required or row.names[0] == "[" else f"[{row.names}]" for row in rows if row.is_argument
+        ]
         lines += ["", f"## inbatch {name}", "", info.help or inspect.getdoc(info.callback) or "", ""]
         lines += ["```text", " ".join(["inbatch", name, *words, "[OPTIONS]"]), "```", ""]
         lines += ["| name | value | default | meaning |", "| --- | --- | --- | --- |"]
