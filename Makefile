@@ -5,7 +5,7 @@ PYTHON ?= python
 .PHONY: docs docs-clean settings
 
 docs: ## Build the documentation site into docs/_build/html; a warning is an error.
-	$(PYTHON) -m sphinx -b html -W --keep-going docs docs/_build/html
+	$(PYTHON) -m sphinx -b html -E -W --keep-going docs docs/_build/html
 
 docs-clean:
 	rm -rf docs/_build
