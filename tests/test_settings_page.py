@@ -26,9 +26,10 @@ def test_page_is_current_and_complete() -> None:
         "Sum.\n\nalpha: first. beta, gamma: both,\n    on two lines.\nNot an entry.\ndelta: last.",
         "Sum.\n\nArgs:\n    alpha (float): first.\n    beta, gamma: both,\n        on two lines.\n    delta: last.\n\n"
         "Returns:\n    alpha: beta",
+        "Sum.\n\nalpha: first. beta, gamma: both, on\ntwo lines.\nNot an entry.\ndelta: last.",
         "Sum. alpha: first; beta, gamma: both, on two lines; delta: last.",
     ],
-    ids=["own", "google", "one line"],
+    ids=["own", "google", "no indent", "one line"],
 )
 def test_meanings_are_read_from_docstrings(doc: str) -> None:
     meanings = script["read_meanings"](doc.split("\n\nReturns")[0], ["alpha", "beta", "gamma", "delta"])
