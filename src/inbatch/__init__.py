@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
 
+    __version__: str
+
 _API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "dry_run")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
@@ -28,6 +30,7 @@ __all__ = [
     "METHODS",
     "Encoder",
     "Run",
+    "__version__",
     "draw_views",
     "dry_run",
     "embed_run",
@@ -46,6 +49,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "losses":
         return import_module("inbatch.losses")
+    if name == "__version__":  # of the installed distribution: pyproject.toml is the only place that states it
+        from importlib.metadata import version
+
+        return version("inbatch")
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'inbatch' has no attribute {name!r}")

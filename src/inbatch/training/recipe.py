@@ -98,6 +98,12 @@ class Recipe:
         max_bad: Largest share of unreadable images.
         k: Number of neighbours in k-NN evaluation.
         evaluate_every, checkpoint_every: Intervals in epochs.
+        epochs: Passes over the images.
+        seed: Seed of weights, order and views.
+        sync_norm: Batch normalisation uses the statistics of all ranks; context then counts the samples of all ranks.
+        channels_last: Memory layout of images and convolution weights.
+        compile: Compile the networks with torch.compile.
+        preset: Named settings with lower priority than explicit ones: of the method, or of `SHARED_PRESETS`.
         steps: Length of the run in optimiser steps; the run ends there, even within an epoch. None: `epochs` is the
             length.
         budget: Time budget in seconds for the whole run, from the start of the command to the written result.

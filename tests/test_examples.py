@@ -1,0 +1,121 @@
+"""The scripts in examples/ run and print what they promise."""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from pool import on_ranks
+from timm.models import _registry
+from torch import distributed
+
+from inbatch.methods import METHODS
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """Run a script in this process, which has imported torch already, and return what it prints."""
+    output = io.StringIO()
+    with patch.object(sys, "argv", [name, *arguments]), contextlib.redirect_stdout(output):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return output.getvalue()
+
+
+def number_after(text: str, output: str) -> float:
+    """The first number behind a text."""
+    return float(re.search(rf"{re.escape(text)}\D*([\d.]+)", output)[1])  # type: ignore[index]
+
+
+@pytest.fixture(autouse=True)
+def in_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """What embed_and_search.py prints without a run, and the run that it leaves."""
+    directory = tmp_path_factory.mktemp("search")
+    with contextlib.chdir(directory), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("INBATCH_CACHE", "off")
+        output = run_script("embed_and_search.py")
+    yield output, str(directory / "runs" / "digits")
+
+
+def test_scripts_are_short_listed_and_state_their_command() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    assert len(SCRIPTS) == 6
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert len(text.splitlines()) < 60, script.name
+        assert f"({script.name})" in table
+        command = re.search(r"^    (.*)$", text, re.M)[1].removesuffix(" [RUN]")  # type: ignore[index]
+        assert f"`{command}`" in table
+
+
+def ddp_output() -> str:
+    """What ddp_loop.py prints on this rank, whose process group exists already."""
+    with patch.object(distributed, "init_process_group"), patch.object(distributed, "destroy_process_group"):
+        return run_script("ddp_loop.py")
+
+
+def test_ddp_loop_takes_the_same_steps_on_one_and_two_processes() -> None:
+    losses = []
+    for world in (1, 2):
+        first, *others = on_ranks(world, ddp_output)
+        assert not any(others)
+        losses.append([float(loss) for loss in re.findall(r"loss ([\d.]+)", first)])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_own_method_learns() -> None:
+    try:
+        output = run_script("own_method.py")
+    finally:
+        METHODS.pop("align", None)
+    assert number_after("evaluation: k-NN accuracy", output) > number_after("untrained: k-NN accuracy", output) + 0.03
+
+
+def test_own_backbone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_model_entrypoints", dict(_registry._model_entrypoints))
+    output = run_script("own_backbone.py")
+    assert number_after("trained: k-NN accuracy", output) > number_after("random weights: k-NN accuracy", output) + 0.03
+    assert output.strip().endswith("width 96")
+
+
+def test_embed_and_search_finds_neighbours_of_the_same_class(search: tuple[str, str]) -> None:
+    output, _ = search
+    assert number_after("neighbours of the same class:", output) > 0.3
+    assert len(output.splitlines()) == 9
+
+
+def test_few_labels_are_worth_more_on_learned_features(search: tuple[str, str]) -> None:
+    rows = [re.split(r"\s{2,}", row) for row in run_script("few_labels.py", search[1]).splitlines()[1:]]
+    linear = {(name, int(labels)): float(accuracy) for name, labels, _, accuracy in rows}
+    assert linear["trained encoder", 63] > linear["pixels", 63] + 0.1
+    assert linear["trained encoder", 63] > linear["untrained encoder", 63] + 0.1
+
+
+def test_sklearn_pipeline_classifies(search: tuple[str, str]) -> None:
+    assert number_after("accuracy", run_script("sklearn_pipeline.py", search[1])) > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_documented_command_runs(script: Path) -> None:
+    words = shlex.split(re.search(r"^    (.*)$", script.read_text(), re.M)[1].removesuffix(" [RUN]"))  # type: ignore[index]
+    program = [sys.executable]
+    if words[0] == "torchrun":
+        program += ["-m", "torch.distributed.run", "--standalone"]
+    completed = subprocess.run([*program, *words[1:-1], str(script)], capture_output=True, text=True, timeout=280)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout
