@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from pool import on_ranks
+from rank_pool import on_ranks
 from timm.models import _registry
 from torch import distributed
 
