@@ -143,8 +143,20 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
 
 
+USUAL = {
+    "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
+    "momentum": "optimizer.momentum", "temperature": "method.temperature", "batch_size": "batch",
+    "image_size": "size", "img_size": "size", "backbone": "encoder.name", "model": "encoder.name",
+    "arch": "encoder.name", "warmup": "schedule.warmup", "warmup_epochs": "schedule.warmup", "max_epochs": "epochs",
+    "num_epochs": "epochs", "queue_size": "method.queue", "pretrained": "encoder.init",
+}  # fmt: skip
+"""Names of other libraries -> settings of a recipe."""
+
+
 def nearest(word: Any, known: Iterable[str]) -> str:
     """Return the end of an error message: the most similar name, else all names."""
     known = sorted(known)
+    if isinstance(word, str) and word in USUAL:
+        return f": did you mean {USUAL[word]!r}?"
     close = closest(shown(word).strip("'"), known)
     return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from typer import Argument, Option
 
 from inbatch.apps.console import complain, first, print_json, say
@@ -24,10 +25,33 @@ app = typer.Typer(
     "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
     "75 stopped by a signal, 130 by Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+USUAL = {
+    "--amp": "--precision", "--fp16": "--precision", "--mixed-precision": "--precision", "--optim": "--optimizer",
+    "--arch": "--encoder", "--weight-decay": "--set optimizer.weight_decay=", "--wd": "--set optimizer.weight_decay=",
+    "--temperature": "--set method.temperature=", "--max-epochs": "--epochs", "--num-epochs": "--epochs",
+    "--gpus": "--device", "--gpu": "--device", "--pretrained": "--init", "--momentum": "--set optimizer.momentum=",
+    "--warmup": "--set schedule.warmup=", "--queue-size": "--set method.queue=", "--root": "--data",
+}  # fmt: skip
+"""Options of other programs -> what to write here."""
+
+
+class Command(typer.core.TyperCommand):
+    """A command that names the option to use for a usual one that it does not have."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, or raise the usage error with a suggestion."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer's own copy of click, or click: only the attribute tells them apart
+            usual = USUAL.get(getattr(error, "option_name", ""))
+            if usual is not None:
+                error.possibilities = [usual]  # type: ignore[attr-defined]
+            raise
 
 
 def main() -> None:

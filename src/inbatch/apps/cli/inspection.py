@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import SEEDS, Data, Device, Json, Set, app, assignments, reported
+from inbatch.apps.cli.app import SEEDS, Command, Data, Device, Json, Set, app, assignments, reported
 from inbatch.apps.cli.output import (
     explain,
     explain_plugins,
@@ -22,10 +22,11 @@ from inbatch.errors import ConfigError, DataError, TrainingError
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch views ~/photos -o views.png\n\n"
     "  inbatch views ~/photos --views swav --size 224\n\n"
     "  inbatch views ~/photos --views simclr --crops adjacent\n\n"
-    "  inbatch views digits-canvas --count 16 --set views.strength=0.5"
+    "  inbatch views digits-canvas --count 16 --set views.strength=0.5",
 )
 def views(
     data: Data,
@@ -57,9 +58,10 @@ def views(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch data ~/photos\n\n"
     "  inbatch data ~/photos --sample 2000 -o samples.png\n\n"
-    "  inbatch data scans --set channels=1 --json > scans.json"
+    "  inbatch data scans --set channels=1 --json > scans.json",
 )
 def data(
     data: Data,
@@ -92,8 +94,9 @@ def data(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch inspect runs/simclr-photos-1\n\n"
-    "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1"
+    "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1",
 )
 def inspect(
     run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")],
@@ -121,7 +124,8 @@ def inspect(
 
 
 @app.command(
-    epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json"
+    cls=Command,
+    epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json",
 )
 def replay(
     run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run that ended on a number not finite.")],
@@ -142,9 +146,10 @@ def replay(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch crops -o crops.png\n\n"
     "  inbatch crops --crops all --size 224 --pairs 100000\n\n"
-    "  inbatch crops --sampler torchvision --size 375x500 --pairs 20000"
+    "  inbatch crops --sampler torchvision --size 375x500 --pairs 20000",
 )
 def crops(
     name: Annotated[str, Option("--crops", help="default, global-local, adjacent, ..., or all.")] = "default",
@@ -176,7 +181,7 @@ def crops(
                 say(f"Picture: {out}")
 
 
-@app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
+@app.command(cls=Command, epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
 def methods(
     name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
     as_json: Json = False,
@@ -193,7 +198,7 @@ def methods(
         print_json({"methods": every}) if as_json else print_methods(every)
 
 
-@app.command(epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
+@app.command(cls=Command, epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
 def plugins(
     name: Annotated[str | None, Argument(metavar="NAME", help="One plug-in: its options.")] = None,
     as_json: Json = False,

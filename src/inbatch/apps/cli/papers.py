@@ -6,17 +6,18 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, Quiet, app, reported
+from inbatch.apps.cli.app import Command, Device, Json, Quiet, app, reported
 from inbatch.apps.console import complain, print_json, print_table, say, width
 from inbatch.errors import ConfigError
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch table     what there is\n\n"
     "  inbatch table ba-ssl-3     the paper's figures beside ours, and every command\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --on digits --seed 0\n\n"
-    "  inbatch table ba-ssl-3 --from results/records -o table.html"
+    "  inbatch table ba-ssl-3 --from results/records -o table.html",
 )
 def table(
     name: Annotated[

@@ -6,15 +6,16 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, app, reported
+from inbatch.apps.cli.app import Command, Device, Json, app, reported
 from inbatch.apps.console import print_json, print_table, say
 from inbatch.runtime import tuning
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch bench --quick     some minutes, to see that all of it works\n\n"
     "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
-    "  inbatch bench network step --method simclr --method moco --batch 512 --device cuda --compile"
+    "  inbatch bench network step --method simclr --method moco --batch 512 --device cuda --compile",
 )
 def bench(
     sections: Annotated[
@@ -49,7 +50,10 @@ def bench(
         print_json(found) if as_json else print_machine(found)
 
 
-@app.command(epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache")
+@app.command(
+    cls=Command,
+    epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache",
+)
 def doctor(
     measure: Annotated[bool, Option(help="Measure what settings gain on the processor: a minute at most.")] = True,
     clear_cache: Annotated[bool, Option("--clear-cache", help="Remove decoded images kept for the next run.")] = False,
@@ -84,7 +88,8 @@ def doctor(
 
 
 @app.command(
-    epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800"
+    cls=Command,
+    epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800",
 )
 def slurm() -> None:
     """Print a batch script for SLURM that saves before the time limit, requeues the job, and resumes the run."""

@@ -6,7 +6,20 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import KINDS, SEEDS, Data, Device, Json, Quiet, RunFolder, Set, app, assignments, reported
+from inbatch.apps.cli.app import (
+    KINDS,
+    SEEDS,
+    Command,
+    Data,
+    Device,
+    Json,
+    Quiet,
+    RunFolder,
+    Set,
+    app,
+    assignments,
+    reported,
+)
 from inbatch.apps.cli.output import (
     judged_by,
     print_dry_run,
@@ -22,9 +35,10 @@ from inbatch.training.budget import parse_budget
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch quickstart\n\n"
     "  inbatch quickstart --epochs 8 --margin 5     less time, for CI\n\n"
-    "  inbatch quickstart --json > figures.json"
+    "  inbatch quickstart --json > figures.json",
 )
 def quickstart(
     out: Annotated[
@@ -53,10 +67,11 @@ def quickstart(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
     "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
     "  inbatch pretrain --data ~/photos --dry-run\n\n"
-    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096"
+    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096",
 )
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
@@ -165,12 +180,13 @@ def pretrain(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol few,corruptions\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol finetune --tuning-share 0.1\n\n"
     "  inbatch evaluate runs/cc-photos-1 --protocol clustering --from head\n\n"
-    "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco"
+    "  inbatch evaluate runs/simclr-photos-1 --data ~/flowers --test ~/flowers-test --probe moco",
 )
 def evaluate(
     run: RunFolder,
@@ -245,8 +261,9 @@ def evaluate(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
-    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test"
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test",
 )
 def embed(
     run: RunFolder,
@@ -279,8 +296,9 @@ def embed(
 
 
 @app.command(
+    cls=Command,
     epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
-    "  inbatch export runs/simclr-photos-1 -o encoder --json"
+    "  inbatch export runs/simclr-photos-1 -o encoder --json",
 )
 def export(
     run: RunFolder,
