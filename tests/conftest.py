@@ -52,3 +52,37 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow all but some cases of a test with the marker `grid(n)`.
+
+    The n cases that stay are chosen greedily: each next one has the most values of parameters that none before has.
+    """
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("grid"):
+            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in grids.values():
+        marker = cases[0].get_closest_marker("grid")
+        assert marker is not None
+        for case in set(cases) - set(_spread(cases, *marker.args)):
+            case.add_marker(pytest.mark.slow)
+
+
+def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """Return as many cases, which together cover as many values of the parameters as possible."""
+    values = {case: {(name, repr(v)) for name, v in case.callspec.params.items()} for case in cases}  # type: ignore[attr-defined]
+    seen: set[tuple[str, str]] = set()
+    chosen: list[pytest.Item] = []
+    left = list(cases)
+    while left and len(chosen) < count:
+        best = max(left, key=lambda case: len(values[case] - seen))  # the first of equals
+        if not values[best] - seen:  # all values are covered: spread over the rest
+            step = max(1, len(left) // (count - len(chosen)))
+            return [*chosen, *left[::step][: count - len(chosen)]]
+        chosen.append(best)
+        seen |= values[best]
+        left.remove(best)
+    return chosen
