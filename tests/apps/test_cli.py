@@ -383,7 +383,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
     assert run(f"pretrain {TINY} --dry-run --resume auto --out run").exit_code == 2
 
 
-# Refusals: each message says what to do
+# Refusals: each message names a remedy
 
 
 @pytest.mark.parametrize(

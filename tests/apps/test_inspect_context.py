@@ -188,7 +188,7 @@ def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, m
 
 
 def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run stopped in a curated epoch shows it; one stopped earlier shows the first curated epoch and says so."""
+    """A run stopped in a curated epoch shows it; one stopped earlier names and shows the first curated epoch."""
     out, settings = tmp_path / "run", {"curate.name": "redraw", "curate.warmup": 0.5}
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)
