@@ -1,4 +1,4 @@
-"""Few labels: which labels are kept, and what is trained on them."""
+"""Few labels: the choice of the labels that are kept, and the training on them."""
 
 import json
 
