@@ -17,7 +17,7 @@ and torch's DataLoader, by a plain loop instead of pytorch-lightning's trainer, 
 every CPU second is counted. Ends at the target, unless --past-target is given. The queries are the whole test set. The
 bank is the whole training set if an evaluation then costs less than a tenth of --every-seconds or the accuracy is near
 the target, otherwise its first 10,000 images.
-inbatch: `inbatch pretrain` with the arguments of --command, any settings, to its end. It evaluates as its recipe says;
+inbatch: `inbatch pretrain` with the arguments of --command, any settings, to its end. Its recipe sets the evaluations;
 work before the first step (reading, decoding, choosing a recipe for a budget) is not counted either.
 """
 
@@ -164,7 +164,7 @@ class Lightly:
         self.cpu_seconds += time.process_time() - cpu
 
     def due(self, every: float) -> bool:
-        """Return whether an evaluation is due, as it is at the end."""
+        """Return whether an evaluation is due; at the end one always is."""
         last = self.curve[-1] if self.curve else {"images": 0, "cpu_seconds": 0.0}
         long_ago = self.cpu_seconds - last["cpu_seconds"] >= every or self.step == self.total
         return long_ago and self.step * RECIPE["batch"] > last["images"]
