@@ -115,7 +115,7 @@ def lay_out(folder: Path, quick: bool) -> None:
 
 
 def ratio(guard: Guard, seconds: float, rounds: int) -> tuple[float, float, float]:
-    """Return how many times faster inbatch is, and both rates, each of the fastest turn, which other work slows least."""
+    """Return how many times faster inbatch is, and both rates of the fastest turns, which other work slows least."""
     torch.set_num_threads(guard.threads or threads())
     calls = [make(guard.job)[0] for make in (guard.ours, guard.reference)]
     best = [0.0, 0.0]
