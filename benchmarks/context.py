@@ -1,13 +1,14 @@
-"""What meeting before the loss costs: python benchmarks/context.py [--device auto] [--sizes 32 224] [--batch 256]
+"""Cost of context plug-ins: python benchmarks/context.py [--device auto] [--sizes 32 224] [--batch 256]
 
-Times whole training steps of SimCLR (views, networks, loss, the way back, optimiser) without and with every plug-in, on
-random uint8 images that lie on the device. A round makes one step of each, so that what changes with time hits all
-alike; told are medians over the rounds, and their ratio to plain SimCLR in the same rounds. Writes
-results/context-cost.json. On a few CPU cores take a smaller --batch and --encoder (tiny, resnet10): they are told, too.
+Measure whole training steps of SimCLR (views, networks, loss, backward pass, optimiser) without and with every plug-in,
+on random uint8 images in device memory. One round makes one step of each entry, so that changes of the machine's speed
+affect all entries equally; reported are medians over the rounds, and their ratio to plain SimCLR in the same rounds.
+Writes results/context-cost.json. On a few CPU cores use a smaller --batch and --encoder (tiny, resnet10); the output
+contains them.
 
-With random weights nearly every pair breaks the rule of curation, which then redraws the whole batch in every round:
-the worst case, told with its rounds and redraws. "at a share" sets the margin so that only this share of the first
-batch breaks it as drawn.
+With random weights nearly every pair violates the rule of curation, which then redraws the whole batch in every round:
+this is the worst case, reported with its rounds and redraws. "at a share" sets the margin so that only this share of
+the first batch violates it before redrawing.
 """
 
 import argparse
@@ -47,15 +48,15 @@ ENTRIES: dict[str, dict[str, Any]] = {
     GROUPS: {"context": 4},
     f"{GROUPS}, shuffled": {"context": 4, "shuffle_groups": True},
 }
-"""Name -> settings beside those of all; `context` is the number of groups."""
+"""Name -> settings in addition to the shared ones; `context` is the number of groups."""
 AGAINST = {f"{GROUPS}, shuffled": GROUPS}
-"""What an entry is also compared with, beside plain SimCLR."""
+"""Second baseline of an entry, in addition to plain SimCLR."""
 EPOCH, EPOCHS = 1, 100
-"""The steps are those of the first curated epoch."""
+"""Steps of the first curated epoch are measured."""
 
 
 def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> RunComponents:
-    """A run of the entry, ready for its first step."""
+    """Return a run of the entry, ready for its first step."""
     words = {f"{key}.name" if key in ("fuse", "attend", "curate") else key: v for key, v in ENTRIES[name].items()}
     if "context" in words:
         words["context"] = args.batch // words["context"]
@@ -67,7 +68,7 @@ def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> 
 
 
 def violate(built: RunComponents, batch: Batch, share: float) -> None:
-    """Set the curator's margin so that about this share of a batch breaks the pairwise rule as drawn."""
+    """Set the curator's margin so that about this share of a batch violates the pairwise rule before redrawing."""
     curator, judged = built.step.curator, []
     assert curator is not None
 
@@ -82,7 +83,7 @@ def violate(built: RunComponents, batch: Batch, share: float) -> None:
 
 
 class Timed:
-    """An entry: its parts, its batches, and what its steps took."""
+    """One entry: its parts, its batches, and the measurements of its steps."""
 
     def __init__(self, built: RunComponents) -> None:
         self.built, self.device = built, built.loader.device
@@ -92,7 +93,7 @@ class Timed:
         self.peak = 0
 
     def step(self, number: int, kept: bool) -> None:
-        """One training step; kept: it counts."""
+        """Make one training step; measure it if `kept`."""
         batch = self.batches[number % len(self.batches)]
         before = self._mark()
         begin = time.perf_counter()
@@ -107,7 +108,7 @@ class Timed:
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - before)
 
     def _mark(self) -> int:
-        """Bytes that are held before the step, of all entries."""
+        """Return the bytes allocated before the step, of all entries."""
         if self.device.type != "cuda":
             return 0
         torch.cuda.synchronize(self.device)
@@ -116,7 +117,7 @@ class Timed:
 
 
 def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
-    """Every entry at one size of the images: seconds of a step, their ratio to plain, bytes."""
+    """Measure every entry at one image size: seconds of a step, their ratio to plain, bytes."""
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, generator=g)
     timed = {name: Timed(assemble(name, args, size, images)) for name in args.entries}
@@ -131,14 +132,14 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
             if other in found:
                 row[key] = row["seconds"] / found[other]["seconds"]
         if "curate" in row and PLAIN in found:
-            # The batch is embedded once, and again what is redrawn.
+            # The batch is embedded once, and redrawn samples again.
             passes = 1 + row["curate"]["redrawn"]
             row["curate"]["seconds_per_pass"] = (row["seconds"] - found[PLAIN]["seconds"]) / passes
     return found
 
 
 def told(entry: Timed) -> dict[str, Any]:
-    """An entry in numbers."""
+    """Return the figures of an entry."""
     quarters = statistics.quantiles(entry.seconds, n=4) if len(entry.seconds) > 1 else [entry.seconds[0]] * 3
     row: dict[str, Any] = {"seconds": statistics.median(entry.seconds), "quartiles": [quarters[0], quarters[2]]}
     memory = estimate(entry.built)["memory_bytes_estimate"]
@@ -153,7 +154,7 @@ def told(entry: Timed) -> dict[str, Any]:
 
 
 def lines(found: dict[str, dict[str, Any]]) -> Iterable[Sequence[str]]:
-    """Rows of the table of one size."""
+    """Yield the table rows of one size."""
     plain = found.get(PLAIN)
     for name, row in found.items():
         key = "peak_bytes" if "peak_bytes" in row else "kept_bytes"

@@ -1,10 +1,11 @@
-"""Which context fits which card: python benchmarks/context_memory.py [--entries ...] [--cards 8 12 ...] [--batch 16384]
+"""Context sizes by GPU memory: python benchmarks/context_memory.py [--entries ...] [--cards 8 12 ...] [--batch 16384]
 
-An estimate, on any machine: nothing is trained. For every entry the tensors that a forward pass keeps for the way back
-are counted (`inbatch pretrain --dry-run`), which gives the bytes of one more sample in a context group, and those that
-are held whatever its size: weights, gradients, optimiser, target network, and the rows of the whole batch. The context
-of a card is the largest power of two whose bytes are at most 80 % of it, a third on top of what is kept for the
-workspace of the way back. `--context auto` measures instead. Writes results/context-memory.json.
+An estimate on any machine, without training. For every entry the script counts the tensors that a forward pass keeps
+for the backward pass (`inbatch pretrain --dry-run`). This gives the bytes of one more sample in a context group, and
+the bytes that do not depend on its size: weights, gradients, optimiser, target network, and the rows of the whole
+batch. The context of a card is the largest power of two whose bytes are at most 80 % of its memory, with one third
+added to the kept tensors for the workspace of the backward pass. `--context auto` measures instead. Writes
+results/context-memory.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from inbatch.training.summary import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-memory.json"
 WORKSPACE = 4 / 3
-"""What a group takes beside what its forward pass keeps: gradients of activations, workspaces, gaps."""
+"""Memory of a group relative to its forward pass: gradients of activations, workspaces, fragmentation."""
 GROUPS = (16, 32)
 CARDS = (8, 12, 16, 24, 40, 80, 141)
 
@@ -35,13 +36,13 @@ ENTRIES: dict[str, dict[str, Any]] = {
     for method in ("simclr", "byol")
     for precision in ("float32", "bf16")
 }  # fmt: skip
-"""Name -> settings. 32 px has the CIFAR stem."""
+"""Name -> settings. 32 px uses the CIFAR stem."""
 
 
 def measure(name: str, batch: int) -> dict[str, Any]:
-    """Bytes of one sample of a group and of everything else that does not depend on the group's size."""
+    """Return the bytes of one sample of a group and of everything that does not depend on the group's size."""
     told = []
-    for group in GROUPS:  # what does not grow with the group (weights in bfloat16) is told from what does
+    for group in GROUPS:  # separates the part that does not grow with the group (weights in bfloat16)
         size = ENTRIES[name]["size"]
         images = torch.randint(0, 256, (group, 3, size, size), dtype=torch.uint8)
         built = prepare(images, settings=ENTRIES[name] | {"preset": "none", "batch": group}, device="cpu")
@@ -59,13 +60,13 @@ def measure(name: str, batch: int) -> dict[str, Any]:
 
 
 def context(row: dict[str, Any], card: float) -> int:
-    """The largest power of two that fits a card of so many GB; 0 where not even 2 do."""
+    """Return the largest power of two that fits a card of this many GB; 0 if not even 2 do."""
     room = (LIMIT * card * 1e9 - row["fixed"] - row["rows"]) / row["per_sample"]
     return 1 << int(room).bit_length() - 1 if room >= 2 else 0
 
 
 def lines(found: dict[str, dict[str, Any]], cards: Sequence[int]) -> Iterable[Sequence[str]]:
-    """Rows of the table."""
+    """Yield the rows of the table."""
     for name, row in found.items():
         cells = [f"{min(row['contexts'][str(card)], 16384):,}" for card in cards]
         yield name, f"{row['per_sample'] / 1e6:,.1f}", f"{(row['fixed'] + row['rows']) / 1e9:,.2f}", *cells

@@ -1,9 +1,9 @@
-"""Nothing gets slower unnoticed: python benchmarks/guards.py, two to three minutes.
+"""Guards against slowdowns: python benchmarks/guards.py, two to three minutes.
 
-Every guard is a ratio: how many times faster something of inbatch is than a plain way of doing the same, both in this
-process and by turns, so that it holds on any machine and beside other work. It is "slow" below its floor, which stands
-well under what was measured; then the exit code is 1. --only takes some of them, --quick makes all small: that it works
-is shown, how fast is not, and nothing is judged.
+Every guard is a ratio: how many times faster a part of inbatch is than a plain implementation of the same work. Both
+run in this process in alternation, so that the ratio is valid on any machine and next to other work. A guard is "slow"
+below its floor, which is well below the measured value; then the exit code is 1. --only selects guards. --quick reduces
+all sizes: it shows that the script works, but no speed is checked.
 """
 
 import argparse
@@ -31,9 +31,9 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Guard:
-    """ours, reference: makers of the two contestants. floor: the least ratio of their rates that is well.
+    """One guard. ours, reference: factories of the two implementations. floor: the smallest acceptable ratio of rates.
 
-    job: what both of them get. threads: None for all cores.
+    job: input of both. threads: None for all cores.
     """
 
     ours: Callable[[dict[str, Any]], Work]
@@ -44,7 +44,7 @@ class Guard:
 
 
 def bare(job: dict[str, Any]) -> Work:
-    """SimCLR's step as one would write it down, of the same parts: what inbatch's own step adds is its overhead."""
+    """SimCLR's step written directly with the same parts; the difference to inbatch's step is its overhead."""
     run = inbatch_workloads.built(job)
     batches = inbatch_workloads.endless(run)
 
@@ -61,12 +61,12 @@ def bare(job: dict[str, Any]) -> Work:
 
 
 def eager(job: dict[str, Any]) -> Work:
-    """The network in float32, laid out as torch does by default."""
+    """Compute the network in float32, in torch's default memory layout."""
     return inbatch_workloads.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
-    """The same files, opened by Pillow."""
+    """Decode the same files by Pillow."""
     from PIL import Image
 
     paths = sorted(Path(job["data"]).rglob("*.jpg"))
@@ -74,7 +74,7 @@ def decode_pil(job: dict[str, Any]) -> Work:
 
 
 def guards(folder: Path, quick: bool) -> dict[str, Guard]:
-    """Every guard by name; what they read lies in the folder."""
+    """Return every guard by name; their input files are in the folder."""
     bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
     base = {"method": "simclr", "compile": False, "device": "cpu", "count": False, "unit": "views"}
     small, large = (
@@ -103,7 +103,7 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
 
 
 def lay_out(folder: Path, quick: bool) -> None:
-    """Images, JPEG files and features."""
+    """Write images, JPEG files and features."""
     for size, count in ((32, 16 if quick else 512), (224, 2 if quick else 24)):
         inside = folder / str(size)
         inside.mkdir()
@@ -115,11 +115,11 @@ def lay_out(folder: Path, quick: bool) -> None:
 
 
 def ratio(guard: Guard, seconds: float, rounds: int) -> tuple[float, float, float]:
-    """How many times faster ours is, and both rates: the fastest of the turns of each, which other work only slows."""
+    """Return how many times faster inbatch is, and both rates of the fastest turns, which other work slows least."""
     torch.set_num_threads(guard.threads or threads())
     calls = [make(guard.job)[0] for make in (guard.ours, guard.reference)]
     best = [0.0, 0.0]
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first turn is a warm-up
         for which, call in enumerate(calls):
             begin, units = time.perf_counter(), 0
             while not units or time.perf_counter() - begin < seconds:
@@ -160,5 +160,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune()
-    os.environ["INBATCH_CACHE"] = "off"  # what is decoded is decoded now
+    os.environ["INBATCH_CACHE"] = "off"  # the cache is disabled, so that images are decoded
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""Triton's kernels on a real card: python benchmarks/kernels.py [--rows 4096 16384 65536] [--dim 128] [--repeat 10]
+"""Triton kernels on a GPU: python benchmarks/kernels.py [--rows 4096 16384 65536] [--dim 128] [--repeat 10]
 
-Log-sum-exps and their gradients, forward and backward, of rows that meet themselves (NT-Xent's denominator) and of rows
-against a queue that learns nothing (MoCo's; --queue rows). First every way of computing them is compared with float64
-in value and gradient; then a round takes one call of each, and told are medians over the rounds, the memory of a call
-beyond what was held before it, and the rate at which the products are made that cannot be done without (4 N^2 D where
-rows meet themselves, 4 N M D against a queue). Writes results/kernels-gpu.json; ends with 1 where there is no CUDA, or
-where a result is wrong.
+Measure log-sum-exps and their gradients, forward and backward, of rows against themselves (NT-Xent's denominator) and
+of rows against a queue without gradient (MoCo's; --queue rows). First the value and gradient of every implementation
+are compared with float64; then a round makes one call of each. Reported are medians over the rounds, the memory of a
+call in addition to the memory held before it, and the rate of the necessary products (4 N^2 D for rows against
+themselves, 4 N M D against a queue). Writes results/kernels-gpu.json; ends with 1 if there is no CUDA or a result is
+wrong.
 """
 
 import argparse
@@ -35,16 +35,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "torch's products, tiles": {"mode": "always"},
     "torch's products, whole matrix": {"mode": "never"},
 }
-"""Way -> how inbatch.tiled is told to compute."""
+"""Implementation -> arguments of inbatch.tiled."""
 TOLERANCE = {"kernels, bf16": 1e-2}
-"""Relative error in the norm that is allowed; 2e-5 else: a few roundings of float32, magnified by 1 / T."""
+"""Relative error in the norm that is allowed; 2e-5 otherwise: a few roundings of float32, magnified by 1 / T."""
 
 Given = tuple[Tensor, Tensor | None, Tensor]
-"""Rows, the queue where there is one, and the gradient of the log-sum-exps."""
+"""Rows, the queue if there is one, and the gradient of the log-sum-exps."""
 
 
 def given(n: int, queue: int, dim: int, device: torch.device) -> Given:
-    """Unit rows about centres, so that a softmax is neither flat nor one-hot."""
+    """Draw unit rows around centres, so that a softmax is neither flat nor one-hot."""
     g = torch.Generator(device).manual_seed(0)
     centres = torch.randn(64, dim, generator=g, device=device)
     spots = torch.randint(0, 64, (n + queue,), generator=g, device=device)
@@ -53,7 +53,7 @@ def given(n: int, queue: int, dim: int, device: torch.device) -> Given:
 
 
 def compute(way: str, q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and the gradient of the rows, in a way of WAYS."""
+    """Compute log-sum-exps and the gradient of the rows by one of WAYS."""
     q = q.detach().requires_grad_()
     plain = way.startswith("torch")
     with (
@@ -67,7 +67,7 @@ def compute(way: str, q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Te
 
 
 def reference(q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in float64, a block of rows at a time."""
+    """Compute the same in float64, a block of rows at a time."""
     q, keys, gradient = q.double(), (q if k is None else k).double(), gradient.double()
     size = max(1, 2**26 // len(keys))
 
@@ -89,12 +89,12 @@ def reference(q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Te
 
 
 def off(found: Tensor, expected: Tensor) -> float:
-    """Relative error in the norm."""
+    """Return the relative error in the norm."""
     return float((found.double() - expected).norm() / expected.norm())
 
 
 def check(ways: Sequence[str], what: Given) -> dict[str, dict[str, Any]]:
-    """Errors of every way against float64; out_of_memory for one that asks for too much."""
+    """Return the errors of every implementation against float64; out_of_memory if it needs too much."""
     expected = reference(*what)
     told: dict[str, dict[str, Any]] = {}
     for way in ways:
@@ -105,7 +105,7 @@ def check(ways: Sequence[str], what: Given) -> dict[str, dict[str, Any]]:
             continue
         told[way] = {"lse_error": off(found[0], expected[0]), "gradient_error": off(found[1], expected[1])}
         worst = max(told[way].values())
-        told[way]["right"] = worst <= TOLERANCE.get(way, 2e-5)  # NaN is not
+        told[way]["right"] = worst <= TOLERANCE.get(way, 2e-5)  # also false for NaN
     return told
 
 
@@ -119,7 +119,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(what: Given, repeat: int) -> dict[str, dict[str, Any]]:
-    """Errors, seconds and bytes of every way on the same rows."""
+    """Measure errors, seconds and bytes of every implementation on the same rows."""
     found = check(list(WAYS), what)
     ways = [way for way in WAYS if "out_of_memory" not in found[way]]
     for way in ways:
@@ -141,7 +141,7 @@ def measure(what: Given, repeat: int) -> dict[str, dict[str, Any]]:
 
 
 def lines(found: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
-    """Rows of one table."""
+    """Yield the rows of one table."""
     whole = found["torch's products, whole matrix"].get("seconds")
     for way, row in found.items():
         if "out_of_memory" in row:

@@ -1,11 +1,11 @@
-"""A batch larger than memory, and what it costs: python benchmarks/large_batch.py DATA [--batch 16384] [--context 256]
+"""Cost of a batch larger than memory: python benchmarks/large_batch.py DATA [--batch 16384] [--context 256]
 
 Two parts, both real training steps of SimCLR and BYOL with ResNet-18 as `inbatch pretrain` makes them:
-- steps: some steps of one large batch in groups; seconds, most memory of the process, and the loss beside a literal one
-  on the same rows (float64, plain log-sum-exps of blocks of rows).
-- cost: seconds per image of a batch in many groups, over those of a batch that is one group of that size, in whole
-  steps: the price of the second forward pass and of drawing views twice, less the optimiser's share, which comes once a
-  batch. A round makes two steps of one group, and one of many, which is longer.
+- steps: some steps of one large batch in groups; seconds, peak memory of the process, and the loss compared with a
+  literal one on the same rows (float64, plain log-sum-exps of blocks of rows).
+- cost: seconds per image of a batch in many groups, relative to those of a batch that is one group of that size, in
+  whole steps: the cost of the second forward pass and of drawing views twice, less the optimiser's share, which occurs
+  once a batch. One round makes two steps of one group, and one of many groups, which is longer.
 Writes results/large-batch.json.
 """
 
@@ -31,17 +31,17 @@ from inbatch.training.build import RunComponents
 OUT = Path(__file__).parents[1] / "results" / "large-batch.json"
 BLOCK = 512
 TOLERANCE = 1e-6
-"""Of the loss, beside the literal one: float32 against float64."""
+"""Tolerance of the loss against the literal one: float32 against float64."""
 
 
 def made(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
-    """A run with the preset for CIFAR-10, ready for its first step."""
+    """Return a run with the preset for CIFAR-10, ready for its first step."""
     words = {"batch": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
     return prepare(args.data, method, device=args.device, **words)
 
 
 def literal(z: Tensor, temperature: float) -> float:
-    """NT-Xent of the rows (V, N, D), V = 2, as it is written down, in float64, some rows at a time."""
+    """Compute NT-Xent of the rows (V, N, D), V = 2, literally, in float64, some rows at a time."""
     u = normalize(z.double()).flatten(0, 1)
     n, total = len(u) // 2, 0.0
     for first in range(0, len(u), BLOCK):
@@ -54,7 +54,7 @@ def literal(z: Tensor, temperature: float) -> float:
 
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of one large batch."""
+    """Measure steps of one large batch."""
     built = made(args, "simclr", args.batch)
     rows: list[Tensor] = []
     compute = built.method.loss
@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cost(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Seconds per image in groups, over those of one group."""
+    """Return the seconds per image in groups, relative to those of one group."""
     many = args.context * args.groups
     built = {size: made(args, method, size) for size in (args.context, many)}
     batches = {size: next(iter(one.loader.epoch(0, stop=1))) for size, one in built.items()}
@@ -116,7 +116,7 @@ def main() -> int:
     if args.out.is_file():
         found = json.loads(args.out.read_text())
     parts = args.part or ["steps", "cost"]
-    if "steps" in parts:  # first: the peak is that of the process
+    if "steps" in parts:  # first, because the peak is that of the whole process
         found["steps"] = steps(args)
     if "cost" in parts:
         found["cost"] = {method: cost(args, method) for method in ("simclr", "byol")}

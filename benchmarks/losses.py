@@ -1,25 +1,27 @@
-"""What losses of a whole batch cost, beside their literal versions and other libraries': python benchmarks/losses.py
+"""Cost of losses of a whole batch, compared with literal versions and other libraries: python benchmarks/losses.py
 
-Forward and backward of every loss, gradient to the rows, in float32 on the CPU. N counts rows, both views of a batch
-together (for those with a queue: its queries). Every contestant is a process of its own; for small N all of a loss wait
-and take turns, so that what changes with time hits all alike. Told are
+Measure forward and backward of every loss, with the gradient of the rows, in float32 on the CPU. N counts rows, both
+views of a batch together (for losses with a queue: its queries). Every implementation runs in its own process; for
+small N all implementations of a loss run in alternation, so that changes of the machine's speed affect all equally.
+Reported:
 
-- the median over the rounds of a contestant's median within a round, once with the allocator as it ships and once with
-  one that keeps what is freed (glibc's mallopt), since part of what a large matrix costs is to get it;
-- extra memory: the highest resident set during one call over that just before it (Linux only: /proc/self/clear_refs);
-- the share of the machine's float32 ceiling: the products that the loss cannot do without (4 N^2 D where rows meet
-  themselves, 4 N M D where keys learn nothing, 2 N M D to look up a neighbour), by the fastest product of torch here;
-- whether all who compute the same loss agree in value and in the norm of the gradient, to 1e-4 (bf16: 1e-2).
+- the median over the rounds of an implementation's median within a round, once with the default allocator and once with
+  one that keeps freed memory (glibc's mallopt), since allocation is a part of the cost of a large matrix;
+- extra memory: the highest resident set during one call minus that before it (Linux only: /proc/self/clear_refs);
+- the share of the machine's float32 peak: the products that the loss requires (4 N^2 D for rows against themselves,
+  4 N M D if keys have no gradient, 2 N M D to find a neighbour), relative to the fastest product of torch here;
+- whether all implementations of a loss agree in value and in the norm of the gradient, to 1e-4 (bf16: 1e-2).
 
-Who asks for more memory than --memory allows is told as "out of memory", who takes longer than --limit for one call as
-too slow. Other libraries are imported from --peers-python (pip install lightly pytorch-metric-learning; pip install
---no-deps solo-learn, of which one file is read); one that is not there is told as "not installed".
+An implementation that needs more memory than --memory allows is reported as "out of memory", one that takes longer than
+--limit for one call as too slow. Other libraries are imported from --peers-python (pip install lightly
+pytorch-metric-learning; pip install --no-deps solo-learn, of which one file is read); a missing one is reported as
+"not installed".
 
 Writes one file per number of threads: results/losses-1thread.json. --plot draws docs/losses.png from them, and
 scripts/render_results.py the tables.
 """
 
-# Only the standard library is imported here: this file also runs in the Python of the peers.
+# Only the standard library is imported here: this file also runs in the Python of the other libraries.
 import argparse
 import ctypes
 import importlib.util
@@ -55,7 +57,7 @@ OURS = {
     "inbatch, tiles": {"mode": "always"},
     "inbatch, whole matrix": {"mode": "never"},
 }
-"""Contestant -> how inbatch.tiled is told to compute."""
+"""Implementation -> arguments of inbatch.tiled."""
 PEERS = {"lightly": "lightly", "solo-learn": "solo", "pytorch-metric-learning": "pytorch_metric_learning"}
 """Library -> its package."""
 TEMPERATURE = 0.1
@@ -64,7 +66,7 @@ CLASSES = {"supcon, 10 classes": 10, "supcon, 1000 classes": 1000}
 
 @dataclass(frozen=True)
 class Loss:
-    """Who computes it, its floating-point operations by rows, queue and width, and whether it has a queue."""
+    """One loss: its implementations, floating-point operations by rows, queue and width, and whether it has a queue."""
 
     who: tuple[str, ...]
     operations: Callable[[int, int, int], int]
@@ -94,18 +96,18 @@ LOSSES = {
 }
 ALLOCATORS = {"ships": "as it ships", "kept": "memory kept"}
 SMALL = 4096**2
-"""Pairs up to which contestants take turns; with more, each is measured once and alone."""
+"""Largest number of pairs for which implementations alternate; above it, each is measured once and alone."""
 PATIENCE = 30.0
-"""Seconds: a call that took longer is not repeated."""
+"""Seconds: a longer call is not repeated."""
 BRIEF = 2.0
-"""Seconds: who took longer has one turn, not --repeat."""
+"""Seconds: an implementation with a longer call runs once instead of --repeat times."""
 
 
-# In the process of a contestant ---------------------------------------------------------------------------------------
+# In the process of an implementation
 
 
 def ours(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
-    """inbatch's loss of two views: (2, n, d), or a list of them where it takes them apart."""
+    """Return inbatch's loss of two views: (2, n, d), or a list of them if the loss takes them separately."""
     import torch
 
     from inbatch.losses import ctr, dcl, info_nce, nnclr, nt_xent, supcon
@@ -129,7 +131,7 @@ def ours(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
 
 
 def literal(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
-    """The equation as it is read, with every matrix held."""
+    """Return the equation as written, with every matrix in memory."""
     import torch
     from torch.nn import functional as F
 
@@ -190,7 +192,7 @@ def lightly(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
 
 
 def solo_learn(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
-    """Its file of the loss alone: the package imports a framework, and does not install beside this torch."""
+    """Return the loss from its file alone: the package imports a framework that cannot be installed with this torch."""
     import torch
 
     (folder,) = importlib.util.find_spec(PEERS["solo-learn"]).submodule_search_locations
@@ -199,7 +201,7 @@ def solo_learn(loss: str, z: Any, queue: Any) -> Callable[[], Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     criterion = module.simclr_loss_func
-    if "indexes" in criterion.__code__.co_varnames:  # from 1.0.4 on: rows of all views, and whose they are
+    if "indexes" in criterion.__code__.co_varnames:  # from 1.0.4 on: rows of all views, and the sample of each
         indexes = torch.arange(len(z[0])).repeat(2)
         return lambda: criterion(z.flatten(0, 1), indexes, TEMPERATURE)
     return lambda: criterion(z[0], z[1], TEMPERATURE)
@@ -224,7 +226,7 @@ MAKERS |= dict.fromkeys(OURS, ours)
 
 
 class Measured:
-    """A loss of some rows as a contestant computes it: its calls, their value and gradient, their time and memory."""
+    """One implementation of a loss on some rows: its calls, their value and gradient, their time and memory."""
 
     def __init__(self, loss: str, who: str, rows: int, queue: int, dim: int) -> None:
         import torch
@@ -234,7 +236,7 @@ class Measured:
         n = rows if LOSSES[loss].queue else rows // 2
         z = torch.randn(2, n, dim, generator=g) + torch.randn(n, dim, generator=g)
         self.leaves = [view.clone().requires_grad_() for view in z]
-        # Contestants that take the views apart must not pay for it, nor those that take them together.
+        # The input is already in the form that the implementation takes, so that no conversion is measured.
         apart = who in ("lightly", "solo-learn") or loss in (
             "info_nce",
             "neighbours",
@@ -249,7 +251,7 @@ class Measured:
         self.loss, self.plan, self.value = MAKERS[who](loss, given, keys), OURS.get(who), math.nan
 
     def call(self) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         for leaf in self.leaves:
             leaf.grad = None
         with self._planned():
@@ -265,18 +267,18 @@ class Measured:
         return logsumexp.using(**self.plan)
 
     def told(self) -> dict[str, float]:
-        """The value and the norm of the gradient of the last call."""
+        """Return the value and the norm of the gradient of the last call."""
         squares = (float(leaf.grad.double().square().sum()) for leaf in self.leaves if leaf.grad is not None)
         return {"value": float(self.value), "gradient": math.sqrt(sum(squares))}
 
     def memory(self) -> int | None:
-        """Bytes that a call takes beside what is held before it; None where the system does not tell."""
+        """Return the additional bytes of a call; None if the system does not report them."""
         for leaf in self.leaves:
             leaf.grad = None
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed must not count as held
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory must not count as held
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the highest resident set is counted anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the highest resident set
         except OSError:
             self.call()
             return None
@@ -291,7 +293,7 @@ def _status(name: str) -> int:
 
 
 def keep_freed_memory() -> None:
-    """glibc: no memory of its own for large blocks, and none given back. Raises OSError where there is no glibc."""
+    """Make glibc serve large blocks from the heap and keep freed memory. Raises OSError without glibc."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -303,7 +305,7 @@ def keep_freed_memory() -> None:
 
 
 def within(seconds: int, call: Callable[[], Any]) -> Any:
-    """The call; the alarm ends this process, in the middle of a product if need be."""
+    """Run the call; after the limit the alarm ends this process, even within a product."""
     if not hasattr(signal, "alarm"):
         return call()
     signal.alarm(seconds)
@@ -314,14 +316,14 @@ def within(seconds: int, call: Callable[[], Any]) -> Any:
 
 
 def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    """One contestant: what a call gives and takes, then, for every line on stdin, the seconds of some calls."""
+    """Measure one implementation: value and memory of a call, then, per line on stdin, the seconds of some calls."""
     import torch
 
     torch.set_num_threads(job["threads"])
     size, limit = {key: job[key] for key in ("loss", "who", "queue", "dim")}, job["limit"]
     cubic = job["who"] == "pytorch-metric-learning" and job["loss"] not in CLASSES
     few = min(job["rows"], 128 if cubic else 256 if LOSSES[job["loss"]].queue else 4096)
-    within(limit, Measured(rows=few, **size).call)  # what is made once: threads, compiled products, pages of libraries
+    within(limit, Measured(rows=few, **size).call)  # one-time costs: threads, compiled products, pages of libraries
     measured = Measured(rows=job["rows"], **size)
     begin = time.perf_counter()
     extra = within(limit, measured.memory)
@@ -329,7 +331,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
     tell({"versions": versions(job["who"]), "first": first, "memory_bytes": extra} | measured.told())
     for _ in sys.stdin:
         if first < 0.1:
-            measured.call()  # after a pause caches and clocks are cold
+            measured.call()  # after a pause caches are cold and clocks are low
         spent: list[float] = []
         while not spent or (sum(spent) < 0.3 and len(spent) < 100):
             begin = time.perf_counter()
@@ -339,7 +341,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
 
 
 def versions(who: str) -> dict[str, str]:
-    """Of torch, and of the library."""
+    """Return the versions of torch and of the library."""
     found = {}
     for name in ("torch", who):
         with suppress(PackageNotFoundError):
@@ -348,9 +350,9 @@ def versions(who: str) -> dict[str, str]:
 
 
 def ceiling(threads: int) -> dict[str, float]:
-    """GFLOP/s of float32 products such as the losses make, by torch's own and by oneDNN's, and the largest.
+    """Return the GFLOP/s of float32 products such as the losses use, by torch and by oneDNN, and the largest.
 
-    oneDNN's counts where it is true float32: its error against float64 is no more than 1e-5 of the largest entry.
+    oneDNN's rate counts if it is true float32: its error against float64 is at most 1e-5 of the largest entry.
     """
     import torch
 
@@ -358,7 +360,7 @@ def ceiling(threads: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in ("plain", "onednn"):
         if name == "onednn":
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # what sends them there; it need not round
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # selects oneDNN; it need not round
         rates, errors = [], []
         for n, k, m in ((1024, 128, 1024), (1024, 1024, 128), (512, 128, 512), (4096, 128, 4096), (4096, 4096, 128)):
             a, b, c = torch.randn(n, k), torch.randn(k, m), torch.empty(n, m)
@@ -377,7 +379,7 @@ def ceiling(threads: int) -> dict[str, float]:
 
 
 def one(job: dict[str, Any]) -> None:
-    """What a process of its own does: every answer is a line of JSON on stdout, whatever libraries print elsewhere."""
+    """Run one measuring process: every answer is a line of JSON on stdout, separate from the output of libraries."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -406,12 +408,12 @@ def one(job: dict[str, Any]) -> None:
         tell(failed | ({"asked_bytes": int(asked[1])} if asked else {}))
 
 
-# In the process that asks ---------------------------------------------------------------------------------------------
+# In the main process
 
 
 @dataclass
 class Contestant:
-    """A process that computes a loss, as seen from the one that tells it when."""
+    """Handle of a process that computes a loss, used by the main process to control it."""
 
     job: dict[str, Any]
     python: str
@@ -428,11 +430,11 @@ class Contestant:
         return self
 
     def meet(self) -> None:
-        """Wait until it is ready, or could not be."""
+        """Wait until it is ready or has failed."""
         self.row = self._answer()
 
     def go(self) -> None:
-        """A round of calls."""
+        """Run one round of calls."""
         if "failed" in self.row:
             return
         with suppress(BrokenPipeError):
@@ -452,13 +454,13 @@ class Contestant:
         if hasattr(signal, "SIGALRM") and code == -signal.SIGALRM:
             return {"failed": f"over {self.job['limit']} s"}
         if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL:
-            return {"failed": "out of memory"}  # the system's own limit
+            return {"failed": "out of memory"}  # the operating system's limit
         self.errors.seek(0)
         said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
         return {"failed": said[-1]}
 
     def end(self) -> dict[str, Any]:
-        """Let the process end; what was found."""
+        """End the process and return its results."""
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
@@ -475,23 +477,23 @@ class Contestant:
 
 
 def pairs(loss: str, rows: int, queue: int) -> int:
-    """Products of two rows, of which a literal version holds some matrices."""
+    """Return the products of two rows; a literal version stores some matrices of this size."""
     return rows * (queue if LOSSES[loss].queue else rows)
 
 
 Block = dict[str, dict[str, dict[str, Any]]]
-"""Of one loss and one N: contestant -> allocator -> what was found."""
+"""One loss and one N: implementation -> allocator -> result."""
 
 
 def measure(loss: str, rows: int, threads: int, args: argparse.Namespace) -> Block:
-    """All contestants of a loss at one N: in turns where it is small, else one after another."""
+    """Measure all implementations of a loss at one N: in alternation if it is small, else one after another."""
     held = pairs(loss, rows, args.queue)
     shared = {"loss": loss, "rows": rows, "threads": threads, "memory": args.memory_bytes}
     shared |= {key: getattr(args, key) for key in ("queue", "dim", "limit")}
     all_of_them = [
         Contestant(shared | {"who": who, "allocator": allocator}, args.peers_python if who in PEERS else sys.executable)
         for allocator in args.allocators for who in LOSSES[loss].who if who in args.who
-        if who != "inbatch, tiles" or held <= SMALL  # with more pairs it is what "inbatch" takes anyway
+        if who != "inbatch, tiles" or held <= SMALL  # with more pairs "inbatch" uses tiles itself
     ]  # fmt: skip
     found: Block = {}
 
@@ -511,7 +513,7 @@ def measure(loss: str, rows: int, threads: int, args: argparse.Namespace) -> Blo
         return found
     for some in all_of_them:
         if sys.platform != "linux" and some.job["who"] not in OURS and 12 * held > args.memory_bytes:
-            # Nothing would stop it here: three matrices are the least that any of them holds.
+            # No memory limit applies here: every implementation holds at least three matrices.
             found.setdefault(some.job["who"], {})[some.job["allocator"]] = {"failed": "not started: too large"}
             continue
         some.start().meet()
@@ -522,7 +524,7 @@ def measure(loss: str, rows: int, threads: int, args: argparse.Namespace) -> Blo
 
 
 def judge(block: Block) -> None:
-    """Compare everyone with the literal version, or where that has not run with inbatch."""
+    """Compare every implementation with the literal version, or with inbatch if that did not run."""
     ran = {who: row for who, by in block.items() for row in by.values() if "seconds" in row}
     reference = next((ran[who] for who in ("literal", "inbatch") if who in ran), None)
     for who, by in block.items():
@@ -534,7 +536,7 @@ def judge(block: Block) -> None:
 
 
 def shares(found: dict[str, Any]) -> None:
-    """Every time as a share of the largest rate that products have reached."""
+    """Add every time as a share of the highest rate that products have reached."""
     best, settings = max(one["gflops"] for one in found["ceilings"]), found["settings"]
     for loss, blocks in found["losses"].items():
         for rows, block in blocks.items():
@@ -543,13 +545,13 @@ def shares(found: dict[str, Any]) -> None:
                 row["share"] = work / row["seconds"] / 1e9 / best
 
 
-# What was found, in words ---------------------------------------------------------------------------------------------
+# Tables and figures
 
 MISSING = {"failed": ""}
 
 
 def milliseconds(row: dict[str, Any]) -> str:
-    """The time, or why there is none."""
+    """Return the time, or the reason why it is missing."""
     return f"{1e3 * row['seconds']:,.{0 if row['seconds'] >= 0.1 else 1}f}" if "seconds" in row else row["failed"]
 
 
@@ -558,14 +560,14 @@ def megabytes(row: dict[str, Any]) -> str:
 
 
 def ratio(other: dict[str, Any], row: dict[str, Any], key: str) -> str:
-    """How many times more the other takes; why the other has no number."""
+    """Return how many times more the other needs, or the reason why it has no number."""
     if not row.get(key):
         return ""
     return f"{other[key] / row[key]:.1f}" if other.get(key) else other.get("failed", "")
 
 
 def peer(block: Block) -> str:
-    """Whom the ratios are told against: another library that was asked, else the literal version."""
+    """Return the baseline of the ratios: another library if measured, else the literal version."""
     found = (w for w in PEERS if any(row.get("failed") != "not installed" for row in block.get(w, {}).values()))
     return next(found, "literal")
 
@@ -574,7 +576,7 @@ DETAILS = ("N", "who", "ms", "other / it", "ms, memory kept", "other / it", "MB"
 
 
 def details(rows: int, block: Block) -> Iterator[Sequence[str]]:
-    """A row per contestant at one N, and how many times more the peer takes."""
+    """Yield a row per implementation at one N, and how many times more the baseline needs."""
     other = block.get(peer(block), {})
     for who, by in block.items():
         row, kept = by.get("ships", MISSING), by.get("kept", MISSING)
@@ -594,7 +596,7 @@ SUMMARY = ("loss", "N", "ms", "literal / it", "peer / it", "ms, memory kept", "l
 
 
 def summary(loss: str, rows: int, block: Block) -> Sequence[str]:
-    """A row of one loss and N: inbatch, and how many times more the literal version and another library take."""
+    """Return a row of one loss and N: inbatch, and how many times more the literal version and another library need."""
     name, cells = peer(block), [loss, f"{rows:,}"]
     by, literal, other = (block.get(who, {}) for who in ("inbatch", "literal", name if name != "literal" else ""))
     for allocator, key in (("ships", "seconds"), ("kept", "seconds"), ("ships", "memory_bytes")):
@@ -608,7 +610,7 @@ def summary(loss: str, rows: int, block: Block) -> Sequence[str]:
 
 
 def plot(found: dict[str, Any], png: Path) -> None:
-    """Memory and time of NT-Xent against N, for us and the peers; a cross where one found no memory, or no end."""
+    """Draw memory and time of NT-Xent against N, for inbatch and other libraries; a cross marks a failure."""
     from matplotlib.figure import Figure
 
     blocks = {int(rows): block for rows, block in found["losses"]["nt_xent"].items()}
@@ -651,7 +653,7 @@ def plot(found: dict[str, Any], png: Path) -> None:
 
 
 def available() -> float:
-    """Bytes that a process may still take without pushing others out."""
+    """Return the bytes of memory that are available to a process."""
     with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
@@ -663,14 +665,14 @@ def file_of(out: Path, threads: int) -> Path:
 
 
 def repeatable(words: Sequence[str]) -> str:
-    """The command, without where things lie on this machine."""
+    """Return the command without the directories of this machine."""
     given = iter([part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])])
     kept = [f"{w} {Path(next(given)).name}" if w in ("--peers-python", "--out") else shlex.quote(w) for w in given]
     return " ".join(["python benchmarks/losses.py", *kept])
 
 
 def begun(args: argparse.Namespace, threads: int, file: Path, command: str) -> dict[str, Any]:
-    """A file with nothing measured yet, or the one that --update goes on with."""
+    """Return an empty result, or the existing one that --update continues."""
     import torch
 
     from inbatch.runtime.environment import environment
@@ -691,7 +693,7 @@ def begun(args: argparse.Namespace, threads: int, file: Path, command: str) -> d
 
 
 def measure_ceiling(threads: int) -> dict[str, float]:
-    """The machine's rate, and how busy others kept it before."""
+    """Return the machine's rate, and its load average before the measurement."""
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     call = [sys.executable, __file__, "--one", json.dumps({"ceiling": True, "threads": threads})]
     out, _ = children.start(call, stdout=subprocess.PIPE).communicate()
@@ -774,7 +776,7 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
 
 
 def disagreeing(results: dict[int, dict[str, Any]]) -> list[str]:
-    """Who gave another value or gradient than the rest."""
+    """Return the implementations whose value or gradient differs from the others."""
     return [
         f"{loss}, N {rows}, {who}"
         for found in results.values()

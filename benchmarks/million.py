@@ -1,10 +1,10 @@
 """A million images in a folder: python benchmarks/million.py [--images N] [--folder WHERE] [--workers W]
 
 Makes a tree of N hard links to 400 real JPEG files of 8x8 pixels, with paths of 60 bytes in 1,000 folders and one of
-250, and removes it when it is done. Measured, each in a process of its own: seconds and memory of a scan; of the next
-one, from the cache; seconds from `inbatch pretrain` to the end of the first step, streamed and unlabelled, beside those
-with a thousand images; and what every data worker holds of its own (USS) and in proportion (PSS) in the course of an
-epoch in which nobody trains. Writes results/million.json. Linux.
+250, and removes it at the end. Measured, each in its own process: seconds and memory of a scan; of the next scan, from
+the cache; seconds from `inbatch pretrain` to the end of the first step, streamed and unlabelled, compared with those
+for a thousand images; and the unique (USS) and proportional (PSS) memory of every data worker during an epoch without
+training. Writes results/million.json. Linux.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RUN = "--encoder tiny --set size=8 --set resident=false --batch 256 --epochs 1 -
 
 
 def make(root: Path, images: int) -> dict[str, float]:
-    """The tree under root/photos; bytes of its paths, relative to root."""
+    """Make the tree under root/photos; return the bytes of its paths, relative to root."""
     from sklearn.datasets import load_digits
 
     where = os.statvfs(root)
@@ -66,7 +66,7 @@ def make(root: Path, images: int) -> dict[str, float]:
 
 
 def scan(folder: str) -> dict[str, Any]:
-    """In a process of its own: open the folder, as a run does."""
+    """Open the folder as a run does, in a process of its own."""
     from inbatch.data import open_data
 
     device = torch.device("cpu")
@@ -81,19 +81,19 @@ def scan(folder: str) -> dict[str, Any]:
 
 
 def private(pid: int) -> tuple[int, int]:
-    """USS and PSS of a process, in bytes."""
+    """Return USS and PSS of a process, in bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Pss"]
 
 
 def children() -> list[int]:
-    """The processes that this one has started: the workers, in the order of their numbers."""
+    """Return the child processes of this one: the workers, in the order of their numbers."""
     return sorted(int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 def epoch(folder: str, workers: int) -> dict[str, Any]:
-    """In a process of its own: an epoch of batches that nobody learns from, and what workers hold meanwhile."""
+    """Load the batches of an epoch without training, in a process of its own; record the memory of the workers."""
     from inbatch.api import prepare
 
     settings = {"encoder.name": "tiny", "size": 8, "resident": False, "batch": 256}
@@ -105,14 +105,14 @@ def epoch(folder: str, workers: int) -> dict[str, Any]:
             points.append([step * loader.batch, *map(list, zip(*(private(pid) for pid in children()), strict=True))])
     seconds = time.perf_counter() - began
     images, uss = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    later = slice(1 + len(points) // 10, None)  # the first tenth is the allocator's, not the epoch's
+    later = slice(1 + len(points) // 10, None)  # the allocator still grows in the first tenth
     slopes = [float(np.polyfit(images[later], uss[later, w], 1)[0] * 1e6) for w in range(workers)]
     told = {"workers": workers, "images": loader.steps * loader.batch, "seconds": seconds}
     return told | {"bytes_per_million_images": slopes, "points": points}
 
 
 def first_step(folder: str, cache: Path) -> float:
-    """Seconds from starting the program to the line that its first step leaves."""
+    """Return the seconds from the start of the program to the log line of its first step."""
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, "-m", "inbatch", "pretrain", "--data", folder, "--out", out, *RUN.split()]
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def first_step(folder: str, cache: Path) -> float:
 
 
 def apart(cache: Path, *words: str) -> Any:
-    """What this file, called with some words, tells in a new process."""
+    """Run this file with these arguments in a new process; return its result."""
     call = [sys.executable, __file__, *words]
     one = start(call, env=os.environ | {"INBATCH_CACHE": str(cache)}, stdout=subprocess.PIPE)
     out, _ = one.communicate()
@@ -139,7 +139,7 @@ def apart(cache: Path, *words: str) -> Any:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    end_with_parent()  # if this file started itself
+    end_with_parent()  # if this process was started by this file
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)

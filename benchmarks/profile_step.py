@@ -1,9 +1,9 @@
-"""Where a step's time goes, and what of it is the framework's own: python benchmarks/profile_step.py
+"""Time of the parts of a step, and the framework's share: python benchmarks/profile_step.py
 
-Steps as `inbatch pretrain` makes them, log and all, with a clock around every part that any trainer has: views, network
-forward and backward, loss and its backward, optimiser, target network. The rest of a step is the framework: the
-loader's batch, the seam, gathering, checks, norm statistics, schedules, log. Writes results/profile.json, from which
-scripts/render_results.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
+Steps as `inbatch pretrain` makes them, including the log, with a clock around every part that any trainer has: views,
+network forward and backward, loss and its backward, optimiser, target network. The rest of a step is the framework: the
+loader's batch, gradient caching, gathering, checks, norm statistics, schedules, log. Writes results/profile.json, from
+which scripts/render_results.py makes the table of docs/speed.md. On a CPU only: a GPU's clock is not the host's.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = {
 
 
 class Clock:
-    """Seconds by part; a part inside another is the inner one's."""
+    """Seconds by part; time of a nested part counts only for the inner one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -62,7 +62,7 @@ class Clock:
 
 
 def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
-    """Medians over the steps of the seconds of every part."""
+    """Return the medians over the steps of the seconds of every part."""
     import torch
 
     from inbatch.api import prepare
@@ -86,7 +86,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     torch.Tensor.backward = clock.around("loss", kept[0])
     step.ema_update = clock.around("target network", kept[2])
 
-    def backward(*args: Any, **options: Any) -> None:  # the network's: the loss's comes through Tensor.backward
+    def backward(*args: Any, **options: Any) -> None:  # of the network; that of the loss uses Tensor.backward
         with clock.part(clock._running[-1][0] if clock._running[-1][0] == "loss" else "network, backward"):
             kept[1](*args, **options)
 

@@ -1,8 +1,8 @@
-"""A batch over many ranks, on paper, and the paper against small cases: python benchmarks/scaling.py
+"""Estimated cost of a batch over many ranks, checked on small cases: python benchmarks/scaling.py
 
 For W ranks and a batch of B samples: operations, bytes sent and bytes held by one rank in one step of SimCLR, and the
 seconds that they would take at stated rates. The small cases are NT-Xent alone, on 1 and more processes of one thread
-each (gloo, one machine): seconds, and the bytes that a rank gave to collectives. Writes results/scaling.json.
+each (gloo, one machine): seconds, and the bytes that a rank passed to collectives. Writes results/scaling.json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CARD = {"encoder": 200e12, "loss": 50e12, "network": 25e9}
 
 
 def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, float]:
-    """What one rank does in one step. products: 4 where tiles of the symmetric half suffice (CPU), 6 in the kernels."""
+    """Estimate one rank's step. products: 4 if tiles of the symmetric half suffice (CPU), 6 in the kernels."""
     forward, parameters = ENCODERS[encoder]
     n, others = VIEWS * batch, (world - 1) / world
     rows = n * WIDTH * FLOAT
@@ -53,12 +53,12 @@ def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, 
 
 
 def even(encoder: str) -> float:
-    """Rows at which the loss costs as many operations as the encoder, on any number of ranks."""
+    """Return the rows at which the loss needs as many operations as the encoder, on any number of ranks."""
     return ENCODERS[encoder][0] * 4 / (6 * WIDTH)
 
 
 def case(rank: int, world: int, n: int, repeat: int, folder: str) -> None:
-    """One rank of a small case."""
+    """Run one rank of a small case."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     sent, seconds = [0], []
@@ -81,7 +81,7 @@ def case(rank: int, world: int, n: int, repeat: int, folder: str) -> None:
 
 
 def small(world: int, n: int, repeat: int) -> dict[str, Any]:
-    """A small case."""
+    """Measure a small case."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.multiprocessing.start_processes(

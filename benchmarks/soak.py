@@ -1,12 +1,12 @@
-"""A run that is killed and damaged for an hour, beside one that is left alone: python benchmarks/soak.py [--minutes 60]
+"""Fault injection for an hour, compared with an undisturbed run: python benchmarks/soak.py [--minutes 60]
 
-Both train MoCo (queue, target network, fusion, curation) by the command line on the embedded digits, written as a
-folder of PNG and JPEG files and streamed through a worker, on one thread each. One of them is killed, asked to stop,
-paused or has its files damaged every 40 seconds on average, all drawn from --seed, and is taken up again with
-`--resume auto`. In the end both must have left the same: checkpoints, log, figures and encoder, bit for bit, in memory
-that does not grow. Writes results/soak.json and docs/soak.png; exits with 0 only if everything is equal. After 1.4
-times --minutes it stops, says that it has not finished, and compares what both had until then: every checkpoint of the
-same step, and the lines of their logs.
+Both runs train MoCo (queue, target network, fusion, curation) by the command line on the embedded digits, written as a
+folder of PNG and JPEG files and streamed through a worker, on one thread each. One of them is killed, stopped by a
+signal, paused or has its files damaged every 40 seconds on average, all drawn from --seed, and is restarted with
+`--resume auto`. At the end both must have the same checkpoints, log, figures and encoder, bit for bit, in memory that
+does not grow. Writes results/soak.json and docs/soak.png; exits with 0 only if everything is equal. After 1.4 times
+--minutes it stops, reports that it has not finished, and compares what both runs have until then: every checkpoint of
+the same step, and the lines of their logs.
 """
 
 import argparse
@@ -44,11 +44,11 @@ RECIPE = {
     "fuse.name": "conv", "curate.name": "redraw", "seed": 0,
 }  # fmt: skip
 GROWTH = 1.05
-"""Of the memory of the run that is left alone: the last quarter's median over the second quarter's, at most."""
+"""Largest ratio of the undisturbed run's memory: the last quarter's median over the second quarter's."""
 WAIT = 240
-"""Seconds for a start or an end that must come, on a machine however busy."""
+"""Seconds to wait for a start or an end, with a margin for a busy machine."""
 
-# What befalls the run: how often, and the exit codes that are right.
+# Faults: relative frequency and accepted exit codes.
 BLOWS: dict[str, tuple[int, tuple[int, ...]]] = {
     "SIGKILL": (5, (-9,)),
     "SIGKILL while saving": (4, (-9,)),
@@ -65,14 +65,14 @@ BLOWS: dict[str, tuple[int, tuple[int, ...]]] = {
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Turn one bit."""
+    """Flip one bit."""
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
 def damages(out: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
-    """What may be damaged while the run is down; never both checkpoints at once, which nothing survives."""
+    """Return the possible damages while the run is stopped; never both checkpoints at once, which no run survives."""
     last, log = out / "checkpoints" / "last.pt", out / "metrics.jsonl"
     found: dict[str, Callable[[], object]] = {
         "half a line in metrics.jsonl": lambda: log.open("a").write('{"step": 7, "lo'),
@@ -91,7 +91,7 @@ def damages(out: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
 
 
 class Run:
-    """A run of the command line, started once or again and again."""
+    """A run of the command line, started one or more times."""
 
     def __init__(self, out: Path, words: list[str]) -> None:
         self.out = out
@@ -99,7 +99,7 @@ class Run:
         self.console = out.with_suffix(".txt")
         self.process: subprocess.Popen[str] | None = None
         self.began, self.heard_from = 0.0, 0
-        self.workers: dict[int, float] = {}  # every process that the run had below it, and when it was last there
+        self.workers: dict[int, float] = {}  # every descendant process, and when it was last seen
 
     def start(self) -> None:
         self.began, self.heard_from = time.time(), self.console.stat().st_size if self.console.exists() else 0
@@ -110,12 +110,12 @@ class Run:
 
     @property
     def code(self) -> int | None:
-        """The exit code; None while it runs."""
+        """Return the exit code; None while it runs."""
         assert self.process is not None
         return self.process.poll()
 
     def heard(self) -> str:
-        """What it has printed since it was last started."""
+        """Return its output since the last start."""
         return self.console.read_bytes()[self.heard_from :].decode(errors="replace")
 
     def send(self, number: int) -> None:
@@ -123,7 +123,7 @@ class Run:
         self.process.send_signal(number)
 
     def until(self, true: Callable[[], bool], seconds: float, tick: float = 0.05) -> bool:
-        """Wait until something is so; False if the run ended or the time went by before."""
+        """Wait until a condition holds; return False if the run ended or the time is over."""
         end = time.time() + seconds
         while time.time() < end and self.code is None:
             if true():
@@ -132,13 +132,13 @@ class Run:
         return False
 
     def end(self) -> None:
-        """No process of it is left."""
+        """End all of its processes."""
         if self.process is not None and self.code is None:
             self.process.kill()
             self.process.wait()
 
     def step(self) -> int:
-        """The step that it has logged last."""
+        """Return the step of the last log line."""
         try:
             with open(self.out / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
@@ -149,19 +149,19 @@ class Run:
 
 
 def children(of: int) -> list[int]:
-    """The processes below one."""
+    """Return the child processes of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == of:
                 found.append(int(stat.parent.name))
-        except (OSError, ValueError, IndexError):  # it has just ended
+        except (OSError, ValueError, IndexError):  # it has ended meanwhile
             continue
     return found
 
 
 def pss(of: int) -> float:
-    """MB of memory that a process holds, its share of what it shares with others; 0 where it has ended."""
+    """Return the MB of memory of a process, shared memory in proportion; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{of}/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
@@ -170,7 +170,7 @@ def pss(of: int) -> float:
 
 
 def digest(last: Path) -> tuple[int, str] | None:
-    """The step of a checkpoint, and the SHA-256 of its state but for times; None where there is none just now."""
+    """Return the step of a checkpoint, and the SHA-256 of its state without times; None if there is none."""
     sha256 = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -201,7 +201,7 @@ def digest(last: Path) -> tuple[int, str] | None:
 class Watch(threading.Thread):
     """Memory and step of each run, every 2 seconds: [seconds, MB of the trainer, MB of its workers, step].
 
-    digests: of the checkpoints seen, by their step.
+    digests: of the checkpoints found, by their step.
     """
 
     def __init__(self, runs: dict[str, Run]) -> None:
@@ -224,7 +224,7 @@ class Watch(threading.Thread):
 
 
 def lay_out(folder: Path) -> Path:
-    """The digits as a folder of images: a train and a test split, every other file as JPEG."""
+    """Write the digits as a folder of images: a train and a test split, every other file as JPEG."""
     for split in ("train", "test"):
         write_folder(open_data("digits-canvas-colour", split), folder / split)
     for path in sorted(folder.rglob("*.png"))[::2]:
@@ -235,7 +235,7 @@ def lay_out(folder: Path) -> Path:
 
 
 def pace(words: list[str], work: Path, epochs: int = 4) -> float:
-    """Seconds that an epoch takes where two such runs share the machine."""
+    """Return the seconds of an epoch while two such runs share the machine."""
     both = [Run(work / f"pace-{i}", [*words, "--epochs", str(epochs), "--set", "evaluate_every=2"]) for i in range(2)]
     for run in both:
         run.start()
@@ -252,17 +252,17 @@ def pace(words: list[str], work: Path, epochs: int = 4) -> float:
 
 
 class Disturbance:
-    """Everything that befalls the disturbed run, and whether it bears it. wrong: what was not as it must be."""
+    """Faults injected into the disturbed run, and its reactions. wrong: deviations from the expected behaviour."""
 
     def __init__(self, run: Run, rng: random.Random, mean: float, began: float) -> None:
         self.run, self.rng, self.mean, self.began = run, rng, mean, began
         self.events: list[dict[str, Any]] = []
         self.wrong: list[str] = []
-        self.damage: str | None = None  # what the next start must speak of
-        self.trains, self.slow = 0.0, 0.0  # which start has been seen to train, and seconds that it took
+        self.damage: str | None = None  # damage that the next start must report
+        self.trains, self.slow = 0.0, 0.0  # time of the last start that trained, and seconds until it did
 
     def go(self, until: float, deadline: float) -> bool:
-        """Disturb the run up to a time and let it end; whether it did before the deadline."""
+        """Inject faults until a given time and let the run end; return whether it did before the deadline."""
         run = self.run
         run.start()
         while time.time() < deadline and len(self.wrong) < 5:
@@ -270,7 +270,7 @@ class Disturbance:
             blow = "" if quiet else self.rng.choices(list(BLOWS), [often for often, _ in BLOWS.values()])[0]
             if blow != "SIGKILL while starting":
                 self._resumed()
-                mean = max(self.mean, 4 * self.slow)  # on a busy machine it must get on between two blows, too
+                mean = max(self.mean, 4 * self.slow)  # on a busy machine it must make progress between two faults, too
                 pause = min(self.rng.expovariate(1), 4) * mean
                 left = deadline - time.time()
                 run.until(lambda: False, left if quiet else min(pause, left))
@@ -290,9 +290,9 @@ class Disturbance:
         return False
 
     def _resumed(self) -> None:
-        """Wait until it trains; note how long that took."""
+        """Wait until it trains; record how long that took."""
         run, before = self.run, self.events[-1] if self.events else None
-        if self.trains == run.began:  # still, after a pause
+        if self.trains == run.began:  # still running, after a pause
             return
         self.trains = run.began
         if not run.until(lambda: "  step " in run.heard(), WAIT) and run.code is None:
@@ -305,7 +305,7 @@ class Disturbance:
         self.damage = None
 
     def _strike(self, blow: str) -> None:
-        """Do it, wait for the end, look at what is left, and damage some of it."""
+        """Inject one fault, wait for the end, check the files, and damage some of them."""
         run, rng = self.run, self.rng
         assert run.process is not None
         if blow == "SIGKILL while saving":
@@ -334,15 +334,15 @@ class Disturbance:
         if run.code is None:
             self.wrong.append(f"{blow} did not end it in {WAIT} seconds")
             run.end()
-        if "last.pt is " in run.heard():  # in the short time before it was killed
+        if "last.pt is " in run.heard():  # reported in the short time before it was killed
             self.damage = None
         event["code"] = run.code
-        if run.code == 0:  # it had done its last step
+        if run.code == 0:  # it had made its last step
             self.events.remove(event)
             return
         event["step"] = step = self._saved()
         if step is not None and step == self.total():
-            return  # the last step was done: it no longer stops, and may be killed while it writes its result
+            return  # the last step was made: it no longer stops, and may be killed while it writes its result
         if run.code not in right:
             self.wrong.append(f"{blow} ended it with {run.code}, not {right}: {run.heard()[-1000:]}")
         if rng.random() < 0.5 and run.out.is_dir():
@@ -351,7 +351,7 @@ class Disturbance:
             possible[self.damage]()
 
     def _saved(self) -> int | None:
-        """The step that a next start would go on from."""
+        """Return the step from which the next start would resume."""
         folder = self.run.out / "checkpoints"
         if not list(folder.glob("*.pt")):
             return None
@@ -366,7 +366,7 @@ class Disturbance:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two states differ, down to every bit of every tensor."""
+    """Return the places where two states differ in any bit of any tensor."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -377,9 +377,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def left(out: Path) -> dict[str, Any]:
-    """What a run leaves that must not depend on what befell it: everything but times."""
+    """Return the results of a run that must not depend on the faults: everything but times."""
     state = {}
-    for name in ("last.pt", "best.pt"):  # previous.pt is of whenever it was last stopped
+    for name in ("last.pt", "best.pt"):  # previous.pt depends on when the run was last stopped
         state[name] = checkpoint.load(out / "checkpoints", name).state
         del state[name]["progress"]["seconds"], state[name]["progress"]["before"]
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -392,10 +392,10 @@ def left(out: Path) -> dict[str, Any]:
 
 
 def judged(reference: Run, disturbed: Run, samples: list[list[float]], wrong: list[str]) -> dict[str, Any]:
-    """Every question with its answer; all are yes where the run is as if nothing had befallen it."""
+    """Return every check with its result; all are true if the faults had no effect on the results."""
     ours, theirs = left(disturbed.out), left(reference.out)
     off = {name: differences(ours[name], theirs[name]) for name in theirs}
-    # While it trains: the start, and the probes at the end, are other work.
+    # Only during training: the start and the probes at the end do other work.
     held = [a + b for _, a, b, step in samples if 0 < step < samples[-1][3]]
     quarter = len(held) // 4
     growth = statistics.median(held[3 * quarter :]) / statistics.median(held[quarter : 2 * quarter])
@@ -411,7 +411,7 @@ def judged(reference: Run, disturbed: Run, samples: list[list[float]], wrong: li
 
 
 def in_common(one: dict[int, str], other: dict[int, str], logs: tuple[Path, Path]) -> dict[str, Any]:
-    """Of two runs that have not ended: the steps at which both were seen to save the same, and lines of both logs."""
+    """Compare two unfinished runs at the steps for which checkpoints of both were found, and compare their logs."""
     steps = sorted(one.keys() & other.keys())
     lines = [[json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] for log in logs]
     last = min(found[-1]["step"] for found in lines)
@@ -423,7 +423,7 @@ def in_common(one: dict[int, str], other: dict[int, str], logs: tuple[Path, Path
 
 
 def not_finished(common: dict[str, Any]) -> str:
-    """What there is to say of it."""
+    """Return a sentence about the comparison of unfinished runs."""
     same = common["checkpoints"] - len(common["different_checkpoints"])
     log = "and" if common["same_log"] else "but NOT in"
     return (
@@ -437,7 +437,7 @@ def thinned(samples: list[list[float]], most: int = 500) -> list[list[float]]:
 
 
 def plot(found: dict[str, Any], png: Path) -> None:
-    """Steps and memory of both runs over the minutes, and when what befell the one."""
+    """Draw steps and memory of both runs over the minutes, and the times of the faults."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -479,7 +479,7 @@ def _kind(what: str) -> str:
 
 
 def _near(samples: list[list[float]], seconds: float) -> float:
-    """The step of the sample that is nearest in time."""
+    """Return the step of the sample that is nearest in time."""
     return min(samples, key=lambda s: abs(s[0] - seconds))[3] if samples else 0
 
 

@@ -1,4 +1,4 @@
-"""Time until a k-NN accuracy on CIFAR-10, by lightly's benchmark recipe and by inbatch.
+"""Time to reach a k-NN accuracy on CIFAR-10, by lightly's benchmark recipe and by inbatch.
 
     python benchmarks/time_to_accuracy.py --data cifar10-jpeg --who lightly --target 0.5 --out lightly.json
     python benchmarks/time_to_accuracy.py --data cifar10-jpeg --who inbatch --command "simclr --epochs 20" \\
@@ -6,19 +6,19 @@
     python benchmarks/time_to_accuracy.py --draw lightly.json inbatch.json --out results/time-to-accuracy.json \\
         --figure docs/time-to-accuracy.png
 
---data holds train.parquet and test.parquet. Training alone is timed, as wall time and as seconds of the processor over
-all threads; looks and checkpoints are not. A look judges the encoder (before the head) by weighted k-NN, k 200,
-temperature 0.1; every entry of the curve says with how many images as bank and how many as queries. The target is
-reached at the first look that finds it. Killed or interrupted, the same command goes on from the folder beside --out
-(its name without .json), and the file is written as it goes.
+--data contains train.parquet and test.parquet. Only training is timed, as wall time and as CPU seconds over all
+threads; evaluations and checkpoints are not. An evaluation measures the encoder (before the head) by weighted k-NN, k
+200, temperature 0.1; every entry of the curve contains the numbers of images of the bank and of the queries. The target
+is reached at the first evaluation that finds it. If killed or interrupted, the same command resumes from the folder
+named like --out without .json, and the file is written continuously.
 
 lightly: SimCLR as in its docs/source/getting_started/benchmarks/cifar10_benchmark.py, in float32, from its own parts
 and torch's DataLoader, by a plain loop instead of pytorch-lightning's trainer, and without worker processes, so that
-every second of the processor is counted. Ends at the target, unless --past-target. The queries are the whole test set,
-the bank is the whole training set if a look then costs less than a tenth of --every-seconds or the accuracy is near the
-target, else its first 10,000 images.
-inbatch: what stands behind `inbatch pretrain` in --command, any settings, to its end; it looks when its recipe says so,
-and what it does before the first step (reading, decoding, choosing a recipe for a budget) is not counted either.
+every CPU second is counted. Ends at the target, unless --past-target is given. The queries are the whole test set. The
+bank is the whole training set if an evaluation then costs less than a tenth of --every-seconds or the accuracy is near
+the target, otherwise its first 10,000 images.
+inbatch: `inbatch pretrain` with the arguments of --command, any settings, to its end. Its recipe sets the evaluations;
+work before the first step (reading, decoding, choosing a recipe for a budget) is not counted either.
 """
 
 import argparse
@@ -61,11 +61,11 @@ RECIPE = {
     "source": "lightly, docs/source/getting_started/benchmarks/cifar10_benchmark.py",
     "trainer": "a plain loop in place of pytorch-lightning's",
 }  # fmt: skip
-"""lightly's, as published, but for the trainer and the workers; the rate is 0.06 * batch / 128."""
+"""lightly's recipe as published, except for the trainer and the workers; the learning rate is 0.06 * batch / 128."""
 FIRST = 10_000
-"""Images of the bank at a look that must be cheap."""
+"""Images of the bank of a fast evaluation."""
 NEAR = 0.1
-"""How far below the target the whole bank is asked."""
+"""Distance to the target from which the whole bank is used."""
 SAVE_SECONDS = 180.0
 """Wall time between two checkpoints."""
 
@@ -74,7 +74,7 @@ Images = tuple[list[bytes], Tensor]
 
 
 def seeded(*numbers: int) -> None:
-    """Every generator of random numbers as these numbers say, so that a step is the same after a kill."""
+    """Seed every random number generator with these numbers, so that a step is the same after a kill."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     torch.manual_seed(seed)
     random.seed(seed)
@@ -83,17 +83,17 @@ def seeded(*numbers: int) -> None:
 
 @torch.no_grad()
 def features(encoder: nn.Module, files: list[bytes]) -> Tensor:
-    """What the encoder makes of clean images, as lightly's benchmark shows them."""
+    """Return the encoder's features of clean images, with the preprocessing of lightly's benchmark."""
     from torchvision import transforms
 
     clean = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    seeing = copy.deepcopy(encoder).eval().to(memory_format=torch.channels_last)  # the quickest way to look
+    seeing = copy.deepcopy(encoder).eval().to(memory_format=torch.channels_last)  # the fastest layout
     loader = torch.utils.data.DataLoader(Encoded(files, clean), 32)
     return torch.cat([seeing(images.contiguous(memory_format=torch.channels_last)) for images, _ in loader])
 
 
 def look(encoder: nn.Module, train: Images, test: Images, target: float, every: float) -> dict[str, Any]:
-    """k-NN accuracy, how many images the bank held, and what the look cost."""
+    """Return the k-NN accuracy, the sizes of the bank and of the queries, and the CPU seconds of the evaluation."""
     began, whole = time.process_time(), len(train[0])
     queries, bank = features(encoder, test[0]), features(encoder, train[0][:FIRST])
 
@@ -113,7 +113,7 @@ def look(encoder: nn.Module, train: Images, test: Images, target: float, every: 
 
 @dataclass
 class Lightly:
-    """Training by lightly's recipe: the parts that learn, how far they are, what it has cost, and the curve."""
+    """Training by lightly's recipe: model and optimiser, progress, time used, and the curve."""
 
     train: Images
     threads: int
@@ -137,7 +137,7 @@ class Lightly:
         self.told = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
 
     def views(self) -> Iterator[Any]:
-        """Batches of two views from this step on; every step's depend on its number alone."""
+        """Yield batches of two views from this step on; the random numbers of a step depend only on its number."""
         begin = self.step
         for step in range(begin, self.total):
             epoch, at = divmod(step, self.steps)
@@ -149,7 +149,7 @@ class Lightly:
             yield next(loader)[0]
 
     def learn(self, views: Iterator[Any]) -> None:
-        """One step, timed from the files to the weights."""
+        """Make one step, timed from the files to the weights."""
         wall, cpu = time.perf_counter(), time.process_time()
         done = self.step // self.steps / RECIPE["epochs"]
         self.optimizer.param_groups[0]["lr"] = RECIPE["lr"] * (1 + math.cos(math.pi * done)) / 2
@@ -164,13 +164,13 @@ class Lightly:
         self.cpu_seconds += time.process_time() - cpu
 
     def due(self, every: float) -> bool:
-        """Whether it is time to look, which it is at the end."""
+        """Return whether an evaluation is due; at the end one always is."""
         last = self.curve[-1] if self.curve else {"images": 0, "cpu_seconds": 0.0}
         long_ago = self.cpu_seconds - last["cpu_seconds"] >= every or self.step == self.total
         return long_ago and self.step * RECIPE["batch"] > last["images"]
 
     def judge(self, test: Images, target: float, every: float) -> None:
-        """Look, and put what is found on the curve."""
+        """Evaluate, and add the result to the curve."""
         mean = sum(self.losses) / len(self.losses)
         entry = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "images": self.step * RECIPE["batch"]}
         entry |= {"epoch": self.step / self.steps, "loss": mean}
@@ -183,7 +183,7 @@ class Lightly:
         save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.told}, step=self.step)
 
     def restore(self, folder: Path) -> str:
-        """Go on from the folder's checkpoint; a sentence about it. ConfigError if it is another run's."""
+        """Resume from the folder's checkpoint; return a message. ConfigError if it belongs to another run."""
         found = load(folder)
         state = found.state
         if state["told"] != self.told:
@@ -196,7 +196,7 @@ class Lightly:
 
 
 def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **told: Any) -> dict[str, Any]:
-    """Write what is known so far, and return it."""
+    """Write the current results, and return them."""
     words = ["python", "benchmarks/time_to_accuracy.py", "--who", args.who, "--target", f"{args.target:g}"]
     words += ["--threads", str(args.threads)] + (["--label", args.label] if args.label else [])
     words += ["--command", args.command] if args.command else ["--every-seconds", f"{args.every_seconds:g}"]
@@ -207,7 +207,7 @@ def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **
 
 
 def lightly(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
-    """Train by lightly's recipe until the target, the hours or the epochs are over, or a signal comes."""
+    """Train by lightly's recipe until the target, the limit of hours, the last epoch or a signal."""
     folder, test = args.out.with_suffix(""), labelled(args.data / "test.parquet")
     ends, saved = time.perf_counter() + 3600 * args.hours, time.perf_counter()
     with locked(folder):
@@ -217,7 +217,7 @@ def lightly(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
         views = run.views()
         while True:
             if run.due(args.every_seconds):
-                run.save(folder)  # looks take long
+                run.save(folder)  # evaluations take long
                 run.judge(test, args.target, args.every_seconds)
                 last, saved = run.curve[-1], 0.0
                 say(
@@ -236,7 +236,7 @@ def lightly(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
 
 
 def inbatch(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
-    """Run inbatch to its end, the hours or a signal, and write its curve as it goes."""
+    """Run inbatch to its end, the limit of hours or a signal, and write its curve continuously."""
     from pyarrow.parquet import ParquetFile
 
     folder, ends = args.out.with_suffix(""), time.perf_counter() + 3600 * args.hours

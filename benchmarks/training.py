@@ -1,17 +1,17 @@
-"""Whole training from JPEG files, beside other libraries: python benchmarks/training.py --data cifar10/train.parquet
+"""Training from JPEG files, compared with other libraries: python benchmarks/training.py --data cifar10/train.parquet
 
-SimCLR with ResNet-18 at 32 pixels and SGD, everything that a user of each gets: inbatch's loader, views, precision and
+SimCLR with ResNet-18 at 32 pixels and SGD, as a user of each library gets it: inbatch's loader, views, precision and
 settings of the process; lightly's CIFAR-10 recipe, Pillow images through its transforms in torch's DataLoader, eager
-and in float32; solo-learn's transforms, loss and network where its files import. The work is the same: batch, network,
-two-layer head, NT-Xent. Each is a process of its own; they take turns of --steps steps, told are the median and spread
-of images/s over the turns, and the seconds from the start of the process to the end of its first step. Writes
-results/training-STEM.json.
+and in float32; solo-learn's transforms, loss and network if its files can be imported. The work is the same: batch,
+network, two-layer head, NT-Xent. Each library runs in its own process; the processes alternate after --steps steps.
+Reported are the median and spread of images/s over the turns, and the seconds from the start of the process to the end
+of its first step. Writes results/training-STEM.json.
 
 --curves trains in bf16 and in float32 from the same weights on the same views, and in float32 from another seed to show
-how much a curve means; writes results/bf16.json and docs/bf16.png.
---wait streams photographs at 224 pixels and tells the share of the time that a step waits for them; writes
+the variation between curves; writes results/bf16.json and docs/bf16.png.
+--wait streams photographs at 224 pixels and reports the share of the time that a step waits for them; writes
 results/waiting.json.
---quick makes all of it small: that it works is shown, how fast is not. --out is then needed.
+--quick reduces all sizes: it shows that the script works, not the speed; --out is then required.
 """
 
 import argparse
@@ -43,13 +43,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def network(args: argparse.Namespace) -> dict[str, Any]:
-    """The encoder; a ResNet with the stem that was asked for."""
+    """Return the encoder; a ResNet with the requested stem."""
     stem = {} if args.encoder == "tiny" else {"encoder.stem": args.stem}
     return {"encoder.name": args.encoder} | stem
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of inbatch for the work that lightly's CIFAR-10 benchmark does."""
+    """Return the settings of inbatch for the work of lightly's CIFAR-10 benchmark."""
     return {
         "preset": "none", "size": 32, "batch": args.batch, **network(args),
         "method.layers": 2, "method.temperature": 0.5, "optimizer.name": "sgd", "optimizer.lr": 0.06 * 2,
@@ -58,7 +58,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def jpegs(args: argparse.Namespace, folder: Path, size: int, count: int) -> str:
-    """The data asked for, else drawn files."""
+    """Return the requested data, else random files."""
     if args.data is not None:
         return str(args.data)
     files = synthetic_data.jpegs(synthetic_data.draw_images(args.batch if args.quick else count, size), size)
@@ -66,7 +66,7 @@ def jpegs(args: argparse.Namespace, folder: Path, size: int, count: int) -> str:
 
 
 def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every library in turns."""
+    """Measure every library in alternation."""
     data = jpegs(args, folder, 32, 4096)
     synthetic_data.pack(synthetic_data.encoded(data, 10**6), folder)
     shared = {
@@ -92,13 +92,13 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def steps(run: RunComponents) -> Iterator[Any]:
-    """Batches without end."""
+    """Yield batches without end."""
     for epoch in range(10**9):
         yield from run.loader.epoch(epoch)
 
 
 def curves(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The loss of every step, by precision and seed."""
+    """Return the loss of every step, by precision and seed."""
     data, found = jpegs(args, folder, 32, 4096), {}
     for name, precision, seed in (("bf16", "bf16", 0), ("float32", "float32", 0), ("float32, seed 1", "float32", 1)):
         settings = recipe(args) | {"precision": precision, "seed": seed, "epochs": 1000, "schedule.warmup": 0}
@@ -118,7 +118,7 @@ def curves(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], png: Path) -> None:
-    """The curves on one another."""
+    """Draw the curves in one picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -133,7 +133,7 @@ def plot(found: dict[str, Any], png: Path) -> None:
 
 
 def waiting(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The share of its time that a loop over streamed photographs waits for the next batch."""
+    """Return the share of its time that a loop over streamed photographs waits for the next batch."""
     data, found = jpegs(args, folder, 224, max(512, 4 * args.batch)), {}
     for encoder in args.encoders:
         settings = {"preset": "none", "size": 224, "batch": args.batch, "encoder.name": encoder, "resident": False}

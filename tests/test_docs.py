@@ -1,4 +1,4 @@
-"""What the pages say is so: their code runs, their commands are recipes, their tables are the code's."""
+"""The documentation matches the code: examples run, commands are valid recipes, tables hold the code's values."""
 
 import importlib.util
 import inspect
@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def table(page: Path, head: str) -> dict[str, list[str]]:
-    """The rows of the table whose first column is so called: first cell -> the other cells."""
+    """Return the rows of the table with this first column heading: first cell -> the other cells."""
     text = page.read_text()
     rows = text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()
     cells = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
@@ -37,7 +37,7 @@ def table(page: Path, head: str) -> dict[str, list[str]]:
 
 
 def recipe(command: str) -> None:
-    """A command line as far as the recipe is concerned: unknown names and keys raise."""
+    """Parse a command line as a recipe; raise if a name or key is unknown."""
     words = shlex.split(command)
     assert words[:2] == ["inbatch", "pretrain"]
     settings = {"method.name": words[2], "data": "photos"}
@@ -130,7 +130,7 @@ def test_the_presets_are_the_method_s(name: str) -> None:
 
 @pytest.fixture
 def align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
-    """The method of the page on adding one, written to a file and registered as the page says."""
+    """Write the method of the page on adding a method to a file and register it as the page describes."""
     page = DOCS / "add-a-method.md"
     (code,) = blocks(page, "python")
     file = tmp_path / "align.py"

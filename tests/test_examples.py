@@ -1,4 +1,4 @@
-"""The scripts in examples/ run and print what they promise."""
+"""The scripts in examples/ run and print what the documentation shows."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
 def run_script(name: str, *arguments: str) -> str:
-    """Run a script in this process, which has imported torch already, and return what it prints."""
+    """Run a script in this process, which has imported torch already, and return its output."""
     output = io.StringIO()
     with patch.object(sys, "argv", [name, *arguments]), contextlib.redirect_stdout(output):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -31,7 +31,7 @@ def run_script(name: str, *arguments: str) -> str:
 
 
 def number_after(text: str, output: str) -> float:
-    """The first number behind a text."""
+    """Return the first number after a text."""
     return float(re.search(rf"{re.escape(text)}\D*([\d.]+)", output)[1])  # type: ignore[index]
 
 
@@ -42,7 +42,7 @@ def in_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """What embed_and_search.py prints without a run, and the run that it leaves."""
+    """Return what embed_and_search.py prints without a run, and the run that it writes."""
     directory = tmp_path_factory.mktemp("search")
     with contextlib.chdir(directory), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("INBATCH_CACHE", "off")
@@ -62,7 +62,7 @@ def test_scripts_are_short_listed_and_state_their_command() -> None:
 
 
 def ddp_output() -> str:
-    """What ddp_loop.py prints on this rank, whose process group exists already."""
+    """Return what ddp_loop.py prints on this rank, whose process group exists already."""
     with patch.object(distributed, "init_process_group"), patch.object(distributed, "destroy_process_group"):
         return run_script("ddp_loop.py")
 

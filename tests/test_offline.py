@@ -1,4 +1,4 @@
-"""No network: none is there for a test or for what it starts, and none is missed (fault 20)."""
+"""No test and no process that it starts can reach a network, and no command needs one (fault 20)."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ LINES = (
 )  # fmt: skip
 """Every command once."""
 
-SCRIPT = "import ways; print(ways.ways_out())"  # beside sitecustomize.py, on PYTHONPATH
+SCRIPT = "import ways; print(ways.ways_out())"  # in the folder of sitecustomize.py, on PYTHONPATH
 
 
 def test_this_process_cannot_get_out() -> None:
@@ -54,11 +54,11 @@ def test_processes_of_this_machine_may_meet() -> None:
         thread.join()
 
 
-# Nothing asks for one
+# No command needs a network
 
 
 def apart() -> list[str]:
-    """What begins a command line in a network of its own, which has no device that is up; [] where none is given."""
+    """Return the words that start a command in a network namespace without a device that is up; [] if unavailable."""
     for flags in (["-n"], ["-r", "-n"]):
         call = ["unshare", *flags]
         if shutil.which("unshare") and subprocess.run([*call, "true"], capture_output=True).returncode == 0:
@@ -87,7 +87,7 @@ print("done")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_command_asks_for_a_network_or_needs_one(tmp_path: Path) -> None:
-    """On a machine that has none, where this one can be made so."""
+    """Commands run in a network namespace without a network if this system allows one."""
     call = [*apart(), sys.executable, "-c", PROGRAM, *LINES]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("\ndone\n"), done.stderr
@@ -102,10 +102,10 @@ WANTED = (
 @pytest.mark.slow
 @pytest.mark.parametrize("line", WANTED)
 def test_weights_from_the_network_are_refused_at_once(line: str, tmp_path: Path) -> None:
-    """Nothing is waited for and tried again; empty folders keep a cache of this machine from answering."""
+    """No wait and no retry; empty folders prevent an answer from this machine's cache."""
     if not apart():
         pytest.skip("this system gives no network namespaces (unshare -n)")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the system's own refusal
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # without the hook
     folders = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     folders["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and not path.endswith("offline"))
     waits = "import sys, time; time.sleep = lambda _: sys.exit('it waited'); from inbatch.apps.cli import main; main()"

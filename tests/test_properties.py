@@ -1,4 +1,4 @@
-"""Whatever the parts are given: what they promise, or an error that is ours."""
+"""For any input, each part keeps its documented properties or raises an error of inbatch."""
 
 import io
 import json
@@ -38,13 +38,13 @@ from inbatch.training.registry import PARTS
 seeds = st.integers(0, 2**31)
 
 
-# Found by the properties below, or on the way to them
+# Regressions found by the properties below or while writing them
 
 
 @pytest.mark.parametrize("key", ["temperature", "base_temperature"])
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf])
 def test_a_temperature_that_divides_nothing_is_refused(key: str, value: float) -> None:
-    """0 ended a run with a traceback, less than 0 trained the opposite and said nothing."""
+    """A temperature of 0 ended a run with a traceback; a negative one trained in the opposite direction silently."""
     with pytest.raises(ConfigError, match=f"method.{key} = "):
         make({"data": "photos", "method.name": "supcon", f"method.{key}": value})
 
@@ -61,7 +61,7 @@ def test_rank_of_nothing_and_of_no_numbers() -> None:
 
 
 def test_the_command_of_a_recipe_holds_long_values_whole() -> None:
-    """They were cut after 80 letters."""
+    """Long values were cut after 80 letters."""
     long = {
         "method.clusters": list(range(1000, 1040)),
         "method.name": "pcl",
@@ -162,7 +162,7 @@ def test_clustering(given: Embeddings, clusters: int | None) -> None:
 @examples(40)
 @given(given=embeddings())
 def test_signs_of_collapse(given: Embeddings) -> None:
-    """A number in its range, or nan: what is no number is no variety."""
+    """Each statistic is a number in its range, or nan if the embeddings are not finite."""
     x = given.vectors
     std, rank = float(feature_std(x)), float(rankme(x))
     if x.isfinite().all():
@@ -172,7 +172,7 @@ def test_signs_of_collapse(given: Embeddings) -> None:
         assert math.isnan(std) and math.isnan(rank)
 
 
-# Schedules, memory, draws
+# Schedules, memory bank, draws
 
 shares_of_1, rates = st.floats(0, 1), st.floats(-1e6, 1e6)
 
@@ -252,7 +252,7 @@ VALUES = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=
 
 
 def survives(settings: dict[str, Any]) -> bool:
-    """Whether the settings make a recipe; if so it is the same from its file and from its command."""
+    """Return whether the settings make a recipe; if so, check that its file and its command give the same recipe."""
     import shlex
 
     try:
@@ -316,7 +316,7 @@ def test_any_assignment_is_read_or_refused(text: str) -> None:
         assert str(refused)
 
 
-# Files that are not what they were
+# Corrupted files
 
 
 def image_bytes(kind: str, mode: str = "RGB", **options: Any) -> bytes:
@@ -342,7 +342,7 @@ FILES = {
 
 
 def mutated(data: bytes, seed: int) -> bytes:
-    """Some bytes turned, cut out, doubled or cut off; most often near the beginning, where headers are."""
+    """Change, delete, duplicate or truncate some bytes, most often near the beginning, where headers are."""
     chance, out = random.Random(seed), bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 8])):
         if not out:
@@ -444,7 +444,7 @@ def test_a_damaged_parquet_file_gives_images_or_is_refused(
     ]
     parquet.write_table(pa.table({"image": images, "label": [0, 1, None]}), path)
     data = path.read_bytes()
-    path.write_bytes(data[:-end] + mutated(data[-end:], seed))  # the footer stands at the end
+    path.write_bytes(data[:-end] + mutated(data[-end:], seed))  # the footer is at the end
     try:
         source = ParquetSource([path], "some")
     except DataError as refused:
@@ -475,7 +475,7 @@ def test_a_damaged_cache_is_decoded_anew(tmp_path_factory: pytest.TempPathFactor
         (path,) = [path for path in (base / "cache").iterdir() if not path.name.startswith(".")]
         file = path / which
         damaged = mutated(file.read_bytes(), seed)
-        file.unlink()  # what `whole` has mapped must stay
+        file.unlink()  # the mapping of `whole` must stay valid
         file.write_bytes(damaged)
         cache.entries()
         found = hold(open_data(photos), canvas=32)

@@ -1,4 +1,4 @@
-"""Random draws: uniform, independent along every part of their key, and the same everywhere and for ever."""
+"""Random draws are uniform, independent along every part of their key, and the same on every machine and version."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def test_draws_are_uniform():
 
 
 def test_pairs_of_neighbours_fill_the_square_evenly():
-    """Pairs along the sample and along the column, 16 x 16 cells, chi-squared."""
+    """Pairs of draws along the sample and along the column fill 16 x 16 cells evenly (chi-squared test)."""
     u = rng.uniform(5, 0, INDEX, 0, 8)
     for a, b in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:])):
         cells = (a.flatten() * 16).long() * 16 + (b.flatten() * 16).long()
@@ -49,7 +49,7 @@ def test_a_sample_draws_the_same_in_any_batch_and_any_count():
 
 
 def test_pinned_values():
-    """A change here changes every run ever made: seeds of old runs would draw other views and other orders."""
+    """Changed values would change every earlier run: the same seed would draw other views and another order."""
     assert rng.fold(0) == 8147104208329303767
     assert rng.fold(1, 2, 3) == 8640775144763925196
     u = rng.uniform(1, 2, torch.tensor([0, 1, 49_999]), 3, 3, 4)
@@ -70,7 +70,7 @@ def test_fold_depends_on_every_part_its_place_and_their_number():
     keys = [(), (0,), (0, 0), (0, 1), (1, 0), (1,), (2**63,), (1, 2, 3), (3, 2, 1), (1, 2, 3, 0)]
     assert len({rng.fold(*key) for key in keys}) == len(keys)
     assert all(0 <= rng.fold(*key) < 2**63 for key in keys)
-    # One bit of the key turns half the bits of the result.
+    # One bit of the key changes half the bits of the result.
     turned = [(rng.fold(7, 9) ^ rng.fold(7 ^ 1 << bit, 9)).bit_count() for bit in range(62)]
     assert 28 < sum(turned) / len(turned) < 35
 

@@ -1,4 +1,4 @@
-"""What others made (settings, weights, runs, names) is data: it is read or refused, never run, and never a command."""
+"""Settings, weights, runs and names from other people are treated as data: read or refused, never executed."""
 
 import ast
 import json
@@ -30,12 +30,12 @@ TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"
 
 
 def run(line: str) -> Result:
-    """Run one command line in this process; a crash is raised as it is."""
+    """Run one command line in this process; exceptions propagate."""
     return CliRunner().invoke(app, shlex.split(line), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def refused(line: str, code: int, words: str = "") -> str:
-    """The sentence with which a line is refused."""
+    """Return the error message with which a command line is refused."""
     found = run(line)
     told = found.stderr
     assert found.exit_code == code and words in told and told.startswith("error: ") and len(told) < 3000, found.output
@@ -44,7 +44,7 @@ def refused(line: str, code: int, words: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run that has a head to judge."""
+    """Return the directory of a finished run that has a head to evaluate."""
     out = tmp_path_factory.mktemp("runs") / "run"
     assert run(f"pretrain cc {TINY} --set method.clusters=5 --out {out} --quiet").exit_code == 0
     return out
@@ -52,20 +52,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, in which no file called `executed` may ever appear."""
+    """Return an empty working directory in which no file called `executed` may ever appear."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not list(tmp_path.rglob("executed")), "somebody was let in"
 
 
 class Bomb:
-    """What runs a command when it is unpickled."""
+    """Object that runs a command when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("touch executed",)
 
 
-# No way in: what the source may not say
+# Calls that the source must not contain
 
 FORBIDDEN = {
     "eval": "runs text", "exec": "runs text", "compile": "runs text", "__import__": "runs a module that data names",
@@ -79,7 +79,7 @@ FORBIDDEN = {
     "socket.socket": "a network", "socket.create_connection": "a network",
     "tempfile.mktemp": "somebody else may make the file first", "shutil.unpack_archive": "writes outside of its folder",
 }  # fmt: skip
-"""Calls, and why not."""
+"""Forbidden calls and the reason for each."""
 ALLOWED = {
     ("bench/contest.py", "importlib.import_module"): "our own contestants, named by our own command line",
     ("bench/contest.py", "importlib.util.spec_from_file_location"): "our own files beside it",
@@ -88,8 +88,8 @@ ALLOWED = {
     ("encoders/backbones.py", "socket.create_connection"): "whether the hub answers, where its weights are asked for",
     ("__init__.py", "import_module"): "names written in that file",
 }
-"""Where all the same, and why."""
-LAST_WORDS = ("extract", "extractall")  # of tarfile and zipfile, whatever the archive is called
+"""Exceptions to FORBIDDEN and the reason for each."""
+LAST_WORDS = ("extract", "extractall")  # of tarfile and zipfile, for any name of the archive variable
 TEXTS = {"shell": "True", "allow_pickle": "True"}
 
 
@@ -97,14 +97,14 @@ def test_the_source_names_no_way_in() -> None:
     found, used = [], set()
     for file in sorted(ROOT.rglob("*.py")):
         name, tree = str(file.relative_to(ROOT)), ast.parse(file.read_text())
-        # A name imported by itself is the same call.
+        # A name from `from ... import` counts as the same call.
         full = {
             alias.asname or alias.name: f"{node.module}.{alias.name}"
             for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
         }  # fmt: skip
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "pickle.Unpickler" for base in node.bases):
-                # Only one that decides what a pickle may name, and it reads in no other way.
+                # Allowed only if the class restricts the names that a pickle may use and has no other way of reading.
                 own = {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)}
                 assert "find_class" in own, f"{name}: {node.name} lets pickles name anything"
             if not isinstance(node, ast.Call):
@@ -194,7 +194,7 @@ PICKLES = ["evil.pt", "evil.pth", "evil.safetensors", "legacy.pt", "list.pt", "w
 
 @pytest.fixture
 def weights(elsewhere: Path) -> Path:
-    """Files that call themselves weights."""
+    """Write files that have the names of weight files."""
     torch.save({"conv1.weight": Bomb()}, elsewhere / "evil.pt")
     shutil.copy("evil.pt", "evil.pth")
     shutil.copy("evil.pt", "evil.safetensors")
@@ -237,11 +237,11 @@ def test_crafted_safetensors_are_refused(name: str, elsewhere: Path) -> None:
     refused(f"pretrain {TINY} --init w.safetensors --dry-run", 3, "cannot be read as weights")
 
 
-# Folders of others: an encoder, heads, a run
+# Directories from other people: an encoder, heads, a run
 
 
 def crafted(folder: Path, change: Callable[[dict], object]) -> None:
-    """Another config.json, which agrees with its weights' checksum."""
+    """Write a changed config.json whose checksum of the weights is valid."""
     config = json.loads((folder / "config.json").read_text())
     changed = change(config["inbatch"])
     config["inbatch"] = config["inbatch"] if changed is None else changed
@@ -279,7 +279,7 @@ def test_a_crafted_encoder_is_refused(name: str, finished: Path, elsewhere: Path
 
 
 def test_an_encoder_of_pickles_is_no_encoder(finished: Path, elsewhere: Path) -> None:
-    """Where others fall back to pytorch_model.bin, this does not."""
+    """Other libraries fall back to pytorch_model.bin; inbatch does not."""
     shutil.copytree(finished / "encoder", "encoder")
     os.remove("encoder/model.safetensors")
     torch.save({"conv1.weight": Bomb()}, "encoder/pytorch_model.bin")
@@ -322,7 +322,7 @@ RUNS = {
 def test_a_crafted_run_is_refused(name: str, finished: Path, elsewhere: Path) -> None:
     shutil.copytree(finished, "run")
     (elsewhere / "run" / name).write_text(RUNS[name])
-    if name == "result.json":  # no command needs it of its own run
+    if name == "result.json":  # no command reads result.json of its own run
         with pytest.raises(DataError, match="cannot be read"):
             inbatch.load_run("run")
         name = "as a reference"
@@ -332,7 +332,7 @@ def test_a_crafted_run_is_refused(name: str, finished: Path, elsewhere: Path) ->
 
 
 def signed(path: Path) -> None:
-    """The checksum that a checkpoint of ours carries: an attacker can reckon it, too."""
+    """Write a valid checkpoint checksum, which an attacker can compute as well."""
     import hashlib
 
     data = path.read_bytes()
@@ -388,12 +388,12 @@ CLASSES = [
     b"\xe2\x80\xae\xd7\x9agnp", b"a" * 255, b"new\nerror: it is broken", b"\rover", b"=cmd|' '!A0", b"\xf0\x9f\x98\x80",
     b"\xff\xfe",
 ]  # fmt: skip
-"""Folders that would be commands somewhere."""
+"""Directory names that would be commands in a shell, a browser, a terminal or a template."""
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labelled images under names that would be commands somewhere."""
+    """Return labelled images whose names would be commands in other programs."""
     root = tmp_path_factory.mktemp("hostile") / "data"
     rng = np.random.default_rng(0)
     for name in CLASSES:
@@ -406,13 +406,13 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_harmless(text: str) -> None:
-    """Nothing in it commands a terminal, hides, or looks like a line of ours."""
+    """Check that the text has no control characters and no line that looks like an error message of inbatch."""
     assert all(c == "\n" or (c.isprintable() and unicodedata.category(c) != "Cf") for c in text), ascii(text)
     assert not any(line.startswith("error: it is broken") for line in text.splitlines())
 
 
 def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command that meets them, every stream and every file that it leaves."""
+    """Run every command that handles the names; check all of its output streams and files."""
     monkeypatch.chdir(tmp_path)
     data = shlex.quote(str(hostile))
     for line in (
@@ -427,7 +427,7 @@ def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: py
         assert_harmless(found.stderr)
     source = inbatch.data.open_data(hostile)
     features = inbatch.load("run").embed([source.image(i) for i in range(len(source))])
-    with warnings.catch_warnings(action="error"):  # a letter that no font has is no news
+    with warnings.catch_warnings(action="error"):  # ignore the warning about glyphs that the font lacks
         save_neighbour_grid(source, torch.from_numpy(features), tmp_path / "neighbours.png", queries=14)
 
     import pyarrow.parquet as parquet
@@ -473,7 +473,7 @@ def test_a_class_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     assert len(again) == len(again.classes) == len(names)
 
 
-# What is written
+# Output files
 
 
 WRITERS = ["evaluate RUN --protocol knn --out OUT", "embed RUN digits-canvas --split test -o OUT"]
@@ -496,12 +496,12 @@ def test_outputs_are_whole_or_not_there(line: str, finished: Path, elsewhere: Pa
     for out in (f"new/folder/x.{ending}", f"link.{ending}"):
         assert run(line.replace("OUT", out)).exit_code == 0
         assert Path(out).stat().st_size > 100
-    assert Path(f"link.{ending}").is_symlink() and target.read_bytes() != b"old"  # the file that it names
+    assert Path(f"link.{ending}").is_symlink() and target.read_bytes() != b"old"  # the target of the link
     assert not [path for path in elsewhere.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_nothing_takes_the_place_of_a_device(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # as /dev/null is, no regular file
+    os.mkfifo(tmp_path / "pipe")  # like /dev/null, not a regular file
     refused(f"crops --pairs 100 -o {tmp_path / 'pipe'}", 1, "no regular file")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -515,7 +515,7 @@ def test_a_link_laid_where_a_file_is_begun_is_not_followed(tmp_path: Path) -> No
 
 
 def bound_by_permissions() -> None:
-    """Take from a superuser, in a child before it becomes the program, what ignores permissions."""
+    """Drop the capability with which root ignores permissions; called in the child process before exec."""
     if os.getuid() == 0:
         import ctypes
 

@@ -1,4 +1,4 @@
-"""docs/settings.md is current, and names a meaning for every setting."""
+"""docs/settings.md is current and describes every setting."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Who may import whom: an ordered list of rooms and a table of walls, checked against the source."""
+"""Check the source against the ordered list of packages and the table of allowed imports."""
 
 import ast
 import graphlib
@@ -27,7 +27,7 @@ ROOMS: list[set[str]] = [
     {"apps"},
     {"__main__"},
 ]
-"""From the bottom to the top. A room imports rooms of lower lines only, none of its own line."""
+"""Layers from the bottom to the top. A package imports packages of lower layers only, none of its own layer."""
 
 MAY: dict[str, set[str]] = {
     "nn": {"batch", "errors", "rng", "nn"},
@@ -39,13 +39,13 @@ MAY: dict[str, set[str]] = {
     "training.grad_cache": {"batch", "models"},
     "__main__": {"apps.cli"},
 }
-"""Room or file -> all that it may import of ours, where that is less than its place in the list allows."""
+"""Package or file -> everything in inbatch that it may import, if that is less than its layer allows."""
 
 NEVER: dict[str, set[str]] = {
     "models": {"data.sources", "data.decoding", "data.views", "data.loader", "data.open", "data"},
     "evaluation": {"methods", "models", "training"},
 }
-"""Room -> rooms and files that it must not import, although they are below; `data.pixels` alone is free to models."""
+"""Package -> lower packages and files that it must not import; models may import only `data.pixels` of data."""
 
 ONLY: dict[str, set[str]] = {
     "torch.distributed": {"runtime.distributed"},
@@ -60,7 +60,7 @@ ONLY: dict[str, set[str]] = {
     "tifffile": {"data.decoding"},
     "triton": {"nn.triton_logsumexp"},
 }
-"""Library -> the rooms or files that may name it."""
+"""Library -> the packages or files that may name it."""
 
 FEW = {"torch", "jaxtyping"}
 LIBRARIES: dict[str, set[str]] = {"nn": FEW, "context": FEW, "methods": FEW, "losses": FEW}
@@ -68,17 +68,17 @@ LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_lo
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
 LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
-"""Room or file -> the libraries that it may know, besides the standard one."""
+"""Package or file -> the libraries that it may import in addition to the standard library."""
 
 TORCHLESS = {"errors", "runtime.tuning", "apps.cli"}
-"""What can be imported without torch: `--help` answers at once."""
+"""Modules that can be imported without torch, so that `--help` answers without delay."""
 
 DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
-"""How sums and products are computed fast is what these are for: they may ask for the type of the device."""
+"""Modules that choose an algorithm by device; only they may read the type of the device."""
 
 
 def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]:
-    """The full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
+    """Yield the full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
     waiting: list[ast.AST] = [TREES[module]]
     while waiting:
         node = waiting.pop()
@@ -90,7 +90,7 @@ def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]
             source = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{source}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
-            yield ast.unparse(node)  # torch.distributed.all_reduce, without an import of its own
+            yield ast.unparse(node)  # torch.distributed.all_reduce, used without its own import
         late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         typed = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         if (lazy or not late) and (hints or not typed):
@@ -98,7 +98,7 @@ def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]
 
 
 def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
-    """Which of our modules a module imports."""
+    """Return the modules of inbatch that a module imports."""
     found = set()
     for name in imports(module, lazy, hints):
         if name.split(".")[0] == "inbatch":
@@ -109,7 +109,7 @@ def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
 
 
 def short(module: str) -> str:
-    """The name without the package's, "" for the package itself."""
+    """Return the module name without the package name, "" for the package itself."""
     return module.removeprefix("inbatch").removeprefix(".")
 
 
@@ -118,13 +118,13 @@ def room(module: str) -> str:
 
 
 def inside(module: str, places: set[str]) -> bool:
-    """Whether a module is one of some rooms or files, or lies in one."""
+    """Return whether a module is one of the packages or files, or lies in one."""
     name = short(module)
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 def where(module: str, table: dict[str, set[str]]) -> set[str] | None:
-    """What a table says of a module: its own line before that of its room."""
+    """Return a module's entry in a table; an entry of the module precedes that of its package."""
     return next((table[place] for place in (short(module), room(module)) if place in table), None)
 
 
@@ -187,7 +187,7 @@ def _roots(node: ast.AST) -> list[str]:
 def test_nothing_is_unpickled() -> None:
     def check(module: str) -> Iterator[str]:
         used = {name for name in imports(module) if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")}
-        # CIFAR's files are pickles; the names that one may ask for stand for nothing that runs.
+        # CIFAR's files are pickles; the unpickler resolves only names that run no code.
         inert = {"pickle.Unpickler"} if module == "inbatch.data.sources.cifar" else set()
         yield from (f"{module} names {name}" for name in used - {"pickle", "pickle.UnpicklingError"} - inert)
         for node in ast.walk(TREES[module]):
@@ -201,7 +201,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_the_library_never_prints() -> None:
-    """Values are returned, or told to `runtime.terminal`; only programs in `apps` print."""
+    """The library returns values or passes them to `runtime.terminal`; only programs in `apps` print."""
 
     def check(module: str) -> Iterator[str]:
         if room(module) not in ("apps", "__main__"):
@@ -254,7 +254,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_no_module_takes_the_place_of_a_public_name() -> None:
-    """An imported module becomes an attribute of the package, and would hide a function of its name."""
+    """An imported module becomes an attribute of the package and would hide a function of the same name."""
     modules = {name.removeprefix("inbatch.") for name in TREES if name.count(".") == 1}
     assert modules & set(inbatch.__all__) == {"losses"}, "which is public as a module"
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: same work for all, fair turns, honest tables. No time is asserted."""
+"""Benchmarks measure what they state: equal work, alternating order, complete tables. No time is asserted."""
 
 import importlib.util
 import itertools
@@ -33,7 +33,7 @@ def load(file: Path) -> ModuleType:
     return module
 
 
-# What is asked
+# Command-line options
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: 
             json.dumps(dict(one.job))
 
 
-# Same work
+# Equal work
 
 
 def test_images_are_as_long_as_photographs_when_encoded(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
     run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
     layers = [(3, 32, 32), (32, 64, 16), (64, 96, 16)]  # channels in and out, side of the output
     forward = [2 * 9 * a * b * side**2 for a, b, side in layers]
-    convolutions = 3 * sum(forward) - forward[0]  # nobody asks for the gradient of the image
+    convolutions = 3 * sum(forward) - forward[0]  # the gradient of the image is not computed
     head = 3 * 2 * (96 * 96 + 96 * 96 + 96 * 128)
     assert inbatch_workloads.work_of(run, next(run.loader.epoch(0))) == 2 * 4 * (convolutions + head)
 
@@ -132,7 +132,7 @@ def test_ours_counts_what_it_did(make: str, tmp_path: Path) -> None:
     assert told["of"] in report.CEILINGS and told["needs"] > 0
 
 
-# Turns
+# Order of measurements
 
 FAKE = """
 import json, sys
@@ -153,7 +153,7 @@ else:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes contestants that do as they are told, and write down when."""
+    """Return a function that makes implementations which record when they run."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(runner, "SCRIPT", tmp_path / "fake.py")
 
@@ -236,7 +236,7 @@ def _busy() -> None:
         pass
 
 
-# The commands
+# Commands
 
 
 def test_the_command_measures_and_writes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of losses: everyone computes the same, and its files and tables are whole."""
+"""Benchmark of losses: all implementations compute the same values, and its files and tables are complete."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are
 
 @pytest.mark.parametrize("loss", BENCHMARK.LOSSES)
 def test_all_of_ours_are_the_literal_version(loss: str) -> None:
-    """Values and whole gradients, with tiles, with the whole matrix and as chosen; bf16 products to their rounding."""
+    """Check values and gradients, in tiles, with the whole matrix and by default; bf16 products to their rounding."""
 
     def found(who: str) -> dict[str, Any]:
         measured = BENCHMARK.Measured(loss, who, rows=64, queue=96, dim=16)
@@ -48,7 +48,7 @@ def test_all_of_ours_are_the_literal_version(loss: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run at 64 rows, each contestant in a process of its own."""
+    """Return the directory of a measurement with 64 rows, each implementation in its own process."""
     folder = tmp_path_factory.mktemp("losses")
     words = "--threads 1 --rows 64 --losses nt_xent --dim 16 --repeat 1 --who inbatch literal lightly --out"
     results = BENCHMARK.main([*words.split(), str(folder / "losses.json")])

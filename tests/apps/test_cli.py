@@ -1,4 +1,4 @@
-"""The command line as people and scripts meet it: what it prints, where, with which exit code, and what it leaves."""
+"""Command line: what it prints to which stream, its exit codes, and the files that it writes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def process(*args: str, **options: Any) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the directory of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
     assert run(f"pretrain {TINY} --out {out} --quiet").exit_code == 0
     return out
@@ -47,14 +47,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in."""
+    """Return an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Twelve photographs of nothing, unlabelled, in a folder whose name is hostile to a terminal."""
+    """Write twelve random unlabelled images to a folder whose name contains terminal control characters."""
     folder = tmp_path / "my\x1b[31m[bold]\nphotos"
     folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 24, 30, 3), dtype=np.uint8)):
@@ -66,7 +66,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """What makes help instant: `python -X importtime -m inbatch --help` is the measurement."""
+    """Help imports no large library and so starts fast; measure it with `python -X importtime -m inbatch --help`."""
     code = (
         "import sys; sys.argv = ['inbatch', *sys.argv[1:]]\n"
         "from inbatch.apps.cli import main\n"
@@ -123,7 +123,7 @@ def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pyt
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What can be copied parses: the work itself is cut off."""
+    """Every command line in the help parses; the work itself is replaced."""
 
     def cut(*args: Any, **options: Any) -> None:
         raise Preempted("parsed")
@@ -184,7 +184,7 @@ def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path) -> None
 
 
 def test_pretrain_without_labels(photos: Path, elsewhere: Path) -> None:
-    """A folder of photos and nothing else said: batch and preset follow the images, and names do no harm."""
+    """Given only a folder of photos, batch and preset follow the images, and unusual file names are safe."""
     found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set size=24 --out run")
     assert found.exit_code == 0
     assert "No labels" in found.stdout and "batch:   8 = 1 context group" in found.stderr
@@ -207,7 +207,7 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
 
 
 def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
-    """From the file of the run as from the run itself, whatever the images; by the clusters that it gives them."""
+    """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
     assert "head ACC" in run(f"pretrain cc {TINY} --set method.clusters=7 --out run").stdout
     found = run("evaluate run --protocol clustering --from head")
     assert found.exit_code == 0 and "head NMI" in found.stdout
@@ -218,7 +218,7 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
     assert (told["head"], told["clusters"], told["images"], told["split"]) == ("clusters", 7, 500, "test")
     assert 1 <= told["used"] <= 7 and 0 <= told["nmi"] < 1
 
-    built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head is that of the last checkpoint
+    built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head of the last checkpoint
     built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
     source = inbatch.data.open_data("digits-canvas", "test")
     with built.network.evaluating():
@@ -283,7 +283,7 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
 def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
     told = explain(name, METHODS[name])
     assert told["options"] and all(option["what"] for option in told["options"].values()), told["options"]
-    few = {"pcl": {"clusters": [4, 6]}, "wmse": {"w_size": 20, "out": 4}}.get(name, {})  # as the images are few
+    few = {"pcl": {"clusters": [4, 6]}, "wmse": {"w_size": 20, "out": 4}}.get(name, {})  # because the images are few
     given = {key: option["default"] for key, option in told["options"].items()} | few
     words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
     found = run(f"pretrain {name} {TINY} --dry-run --json {' '.join(words)}")
@@ -307,12 +307,12 @@ def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
     left = {path.name for path in (elsewhere / "runs" / "quickstart").iterdir()}
     assert {"quickstart.json", "curves.png", "neighbours.png", "encoder", "result.json"} <= left
 
-    again = run("quickstart --epochs 1 --margin=-100 --quiet")  # a new folder, not the first one's
+    again = run("quickstart --epochs 1 --margin=-100 --quiet")  # in a new folder, not the first one's
     assert again.exit_code == 0 and not again.stderr and "runs/quickstart-2/neighbours.png" in again.stdout
     assert "inbatch pretrain --data ~/photos" in again.stdout
 
 
-# What scripts rely on
+# Interface for scripts
 
 
 def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
@@ -327,7 +327,7 @@ def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run("methods").stdout == run("methods --json").stdout == ""
     refused = run("methods nosuch --json")
-    assert (refused.exit_code, refused.output) == (2, "")  # every rank is refused alike, and the first says so
+    assert (refused.exit_code, refused.output) == (2, "")  # every rank refuses, the first prints why
     assert "error (rank 1): 'nowhere'" in run("pretrain --data nowhere").stderr  # this rank's disk may lack it
 
 
@@ -408,7 +408,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
     assert run(f"pretrain {TINY} --dry-run --resume auto --out run").exit_code == 2
 
 
-# Refusals: each a sentence that says what to do
+# Refusals: each message names a remedy
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(finished: Path
     assert other.exit_code == 2 and "epochs = 3 (the run has 1)" in other.stderr
     assert (
         run(f"pretrain {TINY} --resume auto --out {finished} --quiet").exit_code == 0
-    )  # the same again: nothing to do
+    )  # the same command again has nothing left to do
     assert run(f"evaluate {finished} --protocol kn").exit_code == 2
     assert run(f"evaluate {finished} --probe nosuch").exit_code == 2
     assert run(f"embed {finished} digits-canvas -o {tmp_path / 'f.csv'}").exit_code == 2

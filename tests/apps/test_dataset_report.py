@@ -1,4 +1,4 @@
-"""`inbatch data`: what is found in every kind of data, names that are hostile, and what stops a run."""
+"""`inbatch data`: the report for every kind of data, hostile names, and findings that stop a run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def put(path: Path, shape: tuple[int, ...] = (20, 30, 3), **options: object) -> 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes in two splits: grey and coloured files, a copy within train and one across."""
+    """Write two classes in two splits: grey and coloured files, a copy within train and a copy in both splits."""
     root = tmp_path / "my photos"
     for i in range(6):
         put(root / f"train/cat/{i}.jpg", (20 + i, 64, 3))
@@ -254,7 +254,7 @@ def test_more_than_8_bits_are_told_with_the_levels_that_keep_them(tmp_path: Path
         Image.fromarray(scan.astype(np.uint16)).save(tmp_path / f"{i}.tif")
     put(tmp_path / "plain.png", (9, 12))
     found = survey_data(tmp_path, settings={"channels": 1})
-    assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the plain one is white somewhere
+    assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the 8-bit file contains white
     (tmp_path / "plain.png").unlink()
     assert survey_data(tmp_path, settings={"channels": 1})["levels"] == [0, 4095]
     assert "--set levels=[0,4095]" in run(f"data {shlex.quote(str(tmp_path))} --set channels=1").stdout

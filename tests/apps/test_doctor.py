@@ -1,4 +1,4 @@
-"""What `inbatch doctor` says, on machines that are made up and on this one."""
+"""Messages of `inbatch doctor`, on simulated machines and on this one."""
 
 import json
 import math
@@ -23,7 +23,7 @@ Change = Callable[..., None]
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
-    """A machine with nothing to complain about; called, it changes something of it."""
+    """Simulate a machine without findings; call the fixture to change one of its properties."""
 
     def change(**what: object) -> None:
         for name, value in what.items():
@@ -46,7 +46,7 @@ def test_nothing_to_say(quiet: Change) -> None:
 def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(cores=lambda: 16, affine=lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert advice.advice(CPU, 32, 0) == ""  # torch takes fewer threads by itself where cores share a multiplier
+    assert advice.advice(CPU, 32, 0) == ""  # torch itself takes fewer threads if cores share a multiplier
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert "OMP_NUM_THREADS=16" in advice.advice(CPU, 32, 0) and "OMP" not in advice.advice(torch.device("cuda"), 32, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -59,14 +59,14 @@ def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) 
     quiet(others_busy=lambda: 1.2)
     said = advice.advice(CPU, 32, 0)
     assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
-    monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer by itself
+    monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer itself
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert advice.advice(CPU, 32, 0) == ""
     load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
     assert load == "others keep 1.2 cores busy; a run computes with 3 threads meanwhile"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     quiet(cores=lambda: 1)
-    assert advice.advice(CPU, 32, 0) == ""  # one thread waits for nobody
+    assert advice.advice(CPU, 32, 0) == ""  # one thread waits for no other
 
 
 def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypa
     monkeypatch.setattr(tuning, "keeps_memory", False)
     monkeypatch.setattr(tuning, "tuned", False)
     assert "inbatch.tune()" in advice.advice(CPU, 32, 0)
-    monkeypatch.setattr(tuning, "tuned", True)  # it was tuned, and the allocator left alone because somebody said so
+    monkeypatch.setattr(tuning, "tuned", True)  # tune() was called, and a user's setting kept the allocator unchanged
     assert advice.advice(CPU, 32, 0) == ""
 
 
@@ -108,7 +108,7 @@ def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(finding.found == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
     monkeypatch.setattr(forecast, "time_steps", lambda built, limit: 0.1)
     found = {finding.what: finding.found for finding in forecast.forecast()}
-    assert found["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and what is done beside them
+    assert found["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and the work between them
     assert found["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
 
 
@@ -144,7 +144,7 @@ for _ in sys.stdin:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype, str], None]:
-    """Processes that measure nothing, on a processor that multiplies bf16 or does not; one of them may hang."""
+    """Replace the measuring processes by fixed results, with or without bf16 products; one of them may hang."""
     from inbatch.apps.bench import benchmark, runner
 
     def change(precision: torch.dtype, hangs: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The part of the drill that takes seconds; the whole of it is `python -m tests.fault_injection`."""
+"""The part of the fault injection suite that takes seconds; run all of it with `python -m tests.fault_injection`."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_every_fault_has_a_drill() -> None:
 
 
 def test_the_page_of_promises_names_tests_of_every_fault() -> None:
-    """Fault by fault, tests that there are."""
+    """The page names existing tests for every fault."""
     here = Path(__file__).parents[1]
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (here.parent / "docs" / "faults.md").read_text(), re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 25))

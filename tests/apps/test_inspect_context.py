@@ -1,4 +1,4 @@
-"""What the plug-ins of a run do, in pictures and numbers: `inbatch inspect`, and the benchmark of their cost."""
+"""`inbatch inspect`: pictures and figures of the plug-ins of a run, and the benchmark of their cost."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def shown(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with everything, ba2m for attention."""
+    """Return the directory of a finished run with every kind of plug-in, ba2m for attention."""
     out = tmp_path_factory.mktemp("runs") / "full"
     settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}
     tiny("simclr", out, settings=settings, subset=80, precision="float32")
@@ -53,7 +53,7 @@ def found(full: Path) -> dict:
 
 
 def rebuilt(folder: Path) -> RunComponents:
-    """The parts of a run with its weights, put together without `inspect_run`."""
+    """Build the parts of a run with its weights, without `inspect_run`."""
     recipe = api.load_run(folder).recipe
     built = build(recipe, source_of(recipe, None), device=torch.device("cpu"))
     built.network.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
@@ -156,7 +156,7 @@ def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("margin", "count"), [(-10.0, 0), (10.0, 40)])
 def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) -> None:
-    """With a margin that all keep there is no picture and a sentence; with one that none keeps all are redrawn."""
+    """If all pairs keep the margin, there is a sentence instead of a picture; if none does, all are redrawn."""
     settings = {"curate.name": "redraw", "curate.margin": margin, "curate.rounds": 2, "curate.warmup": 0.9}
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
     told = run(f"inspect {tmp_path / 'run'} --count 2")
@@ -188,7 +188,7 @@ def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, m
 
 
 def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an epoch whose curation has begun, and before: then the first that will be curated is shown, and said."""
+    """A run stopped in a curated epoch shows it; one stopped earlier names and shows the first curated epoch."""
     out, settings = tmp_path / "run", {"curate.name": "redraw", "curate.warmup": 0.5}
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)
@@ -200,7 +200,7 @@ def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_groups_are_those_that_the_run_had(full: Path, tmp_path: Path) -> None:
-    """Two processes had a group each: the recipe does not say so, the result does."""
+    """Two processes had a group each: the result of the run contains this, its recipe does not."""
     shutil.copytree(full, tmp_path / "run")
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"context": None}))
@@ -230,7 +230,7 @@ def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [8])
 def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) -> None:
-    """What did not travel whole is opened again."""
+    """Images that were not passed whole to the main process are opened again."""
     (tmp_path / "photos").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (2 * batch, 40, 50, 3), dtype=np.uint8)):
         Image.fromarray(pixels[: 24 + i]).save(tmp_path / "photos" / f"{i}.png")
@@ -245,7 +245,7 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
 
 
 def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
-    """Pairs that must lie apart do, and the picture shows them."""
+    """Pairs drawn to be disjoint are disjoint, and the picture shows them."""
     seen = []
     for name in ("default", "adjacent"):
         png = tmp_path / f"{name}.png"

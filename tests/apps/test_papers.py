@@ -1,4 +1,4 @@
-"""The papers' tables: what they hold, how runs are told apart, kept, found, compared and shown."""
+"""Tables of the papers: their cells, and how runs are distinguished, stored, found, compared and shown."""
 
 import html.parser
 import json
@@ -35,7 +35,7 @@ TABLE = TABLES["ba-ssl-3"]
 
 
 def record(cell: Cell, linear: float, **more: Any) -> Record:
-    """What a run of this cell might have left."""
+    """Return a record as a run of this cell may have written it."""
     where = {"device": "cpu", "processor": "one", "threads": 1, "versions": {"torch": "2"}}
     found = {"linear": {"top1": linear}, "knn": {"top1": linear / 2}}
     curve = [{"step": 0, "epoch": 0, "knn": 0.1}, {"step": 3, "epoch": 1, "knn": linear / 2, "loss": 5.0}]
@@ -46,7 +46,7 @@ def record(cell: Cell, linear: float, **more: Any) -> Record:
 
 
 def filled(scale: str = "smoke") -> dict[tuple[str, str, int], Record]:
-    """A record for every run of Table 3, its linear accuracy made of row and seed."""
+    """Return a record for every run of Table 3; its linear accuracy is computed from row and seed."""
     names = [row.name for row in TABLE.rows]
     made = [record(c, 0.5 + names.index(c.row) / 100 + c.seed * c.seed / 50) for c in cells(TABLE, scale)]
     return {one.told: one for one in made}
@@ -71,7 +71,7 @@ def test_a_table_is_whole(table: Table) -> None:
 @EVERY
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_is_a_recipe_and_a_command(table: Table, scale: str) -> None:
-    """The command makes the recipe again, whoever types it."""
+    """The command gives the same recipe for every user."""
     from inbatch.apps.cli.app import assignments
 
     for cell in cells(table, scale, (0,)):
@@ -171,7 +171,7 @@ def test_what_failed_and_what_is_missing_is_shown() -> None:
 
 
 def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) -> None:
-    """The others' figures stand; --again judges anew and does not learn anew."""
+    """The results of the other protocols are kept; --again evaluates again and does not train again."""
     table = TABLES["ba-ssl-1"]
     asked = [cell for cell in cells(table, "cpu", (0,)) if cell.row == "Ours" and cell.data == "digits"]
 
@@ -254,7 +254,7 @@ def test_the_curve_is_of_what_every_seed_has() -> None:
 
 
 class Fake(Runner):
-    """Makes results without learning; what it was asked for is kept."""
+    """Write results without training; record the requests."""
 
     ends: dict[str, Any]
 
@@ -289,7 +289,7 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     assert len(known) == len(asked) - 1 and sum(r.status == "failed" for r in known.values()) == 1
     assert all(r.recipe["data"] == "digits-canvas-colour" for r in known.values())
     again = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
-    assert again.run(asked) == {} and len(again.asked) == 1  # what crashed; what diverged would diverge again
+    assert again.run(asked) == {} and len(again.asked) == 1  # a crash is repeated, divergence is not
     retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=said.append)
     retried.run(asked)
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
@@ -303,7 +303,7 @@ def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -
 
 
 def test_how_far_a_table_is(tmp_path: Path) -> None:
-    """A bar moves with every run, and with what the running ones have done."""
+    """The progress bar moves with every finished run and with the progress of the running ones."""
     shown: list[tuple[float, int, str, str]] = []
     asked = list(cells(TABLE, "smoke", (0,)))
 
@@ -334,7 +334,7 @@ def test_missing_images_are_told_once(tmp_path: Path) -> None:
 
 
 def test_runs_made_elsewhere_are_collected(tmp_path: Path) -> None:
-    """What torchrun or SLURM made in the runner's folders becomes a result."""
+    """A run that torchrun or SLURM made in the runner's folders becomes a result."""
     table = TABLES["ba-ssl-4"]
     runner = Runner(tmp_path / "results", tmp_path / "work", places={"imagenet": "/data/imagenet"})
     asked = list(cells(table, "paper"))
@@ -406,7 +406,7 @@ def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
 
 
 def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None:
-    """The whole way, with a real run of a second."""
+    """The complete path, with a real run of one second."""
     words = ["ba-ssl-3", "--scale", "smoke", "--row", "SimCLR", "--seed", "0", "--jobs", "1", "--device", "cpu"]
     found = run_cli(*words)
     assert found.exit_code == 0, found.output
@@ -420,7 +420,7 @@ def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
-    """SIGTERM: the running runs save themselves, nothing is half done, the same command ends what was begun."""
+    """SIGTERM: the running runs save a checkpoint, no result is partial, and the same command completes them."""
     base = TABLE.rows[2]
     table = replace(TABLE, rows=(replace(base, settings={**(base.settings or {}), "epochs": 12}),))
     asked = list(cells(table, "smoke", (0,)))
@@ -444,7 +444,7 @@ def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @EVERY
 def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
-    """All rows, one seed."""
+    """Every row, with one seed."""
     runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", tell=lambda text: None)
     asked = run_table_command(TABLES, table.name, "smoke", runner=runner, seeds=[0])
     assert not asked.problems
@@ -452,7 +452,7 @@ def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
 
 
 def test_results_that_come_along_are_of_the_tables() -> None:
-    """Every committed file is a record, and the run of some table's cell."""
+    """Every committed file is a record, and belongs to the run of a cell of some table."""
     known = read_records(shipped())
     asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
     assert set(known) <= asked
@@ -462,14 +462,14 @@ def test_results_that_come_along_are_of_the_tables() -> None:
 
 
 def test_results_that_come_along_are_called_what_they_are() -> None:
-    """Pages link to them by that name."""
+    """Pages link to the records by file name."""
     stems = {(c.key, c.data, c.seed): c.stem for table in TABLES.values() for s in SCALES for c in cells(table, s)}
     for path in shipped().glob("*.json"):
         assert path.stem == stems[read_record(path).told]
 
 
 def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> None:
-    """A run that ends for its data is told of by itself: the next may want no labels, or other images."""
+    """A run that ends because of its data is reported by itself: the next may need no labels, or other images."""
     runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
     runner.ends = {"MoCo-v2": DataError("no labels")}
     asked = list(cells(TABLE, "smoke", (0,)))
@@ -484,7 +484,7 @@ def test_a_table_cut_down_wants_fewer_runs() -> None:
 
 
 def test_figure_3_is_the_papers() -> None:
-    """Shares within 0.15 points, at every seed."""
+    """Shares agree within 0.15 points, for every seed."""
     table = TABLES["curation-figure-3"]
     (line,) = fill(table, "cpu", read_records(shipped())).lines
     for paper, value in zip(line.paper, line.ours, strict=True):

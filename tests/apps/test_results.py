@@ -1,4 +1,4 @@
-"""The pages with figures say what the files say."""
+"""Pages with figures agree with the result files."""
 
 import importlib.util
 import re
@@ -45,7 +45,7 @@ SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
 
 @pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
 def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
-    """A paragraph is written by hand, its figures are the records': both move, or the test fails."""
+    """The paragraph is written by hand and its figures come from the records: both must be updated together."""
     sheet = fill(table, scale, read_records(ROOT / "results" / "records"))
     figures = re.compile(r"\d+\.\d+")
     shown = set(figures.findall(str(grid(sheet)))) | {f"{SURE:g}"}
@@ -74,7 +74,7 @@ def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleTy
 
 @pytest.mark.parametrize("kind", ["digits", "cifar"])
 def test_plug_ins_are_compared_at_the_same_seeds(kind: str, render: ModuleType) -> None:
-    """Each with what it stands beside: three seeds, and recipes that differ in nothing but the plug-in."""
+    """Each is compared with its baseline: three seeds, and recipes that differ only in the plug-in."""
     found = render.json.loads((ROOT / "results" / "plugins" / f"{kind}.json").read_text())
     plugs = ("fuse", "curate", "attend", "crops", "shuffle_groups")
     for question in found.keys() - {"untrained encoder"}:
@@ -93,7 +93,7 @@ def test_every_method_is_in_the_tables(kind: str, render: ModuleType) -> None:
 
 
 def test_every_method_beats_the_untrained_encoder_on_the_digits(render: ModuleType) -> None:
-    """By 10 points of k-NN, at every seed."""
+    """By 10 points of k-NN, for every seed."""
     entries = render.json.loads((ROOT / "results" / "methods" / "digits.json").read_text())
     accuracy = {
         name: {run["seed"]: run["evaluation"]["knn"]["top1"] for run in entry["runs"]}

@@ -1,4 +1,4 @@
-"""The batch script for SLURM, run by bash with stand-ins for SLURM's programs."""
+"""Batch script for SLURM, run by bash with stand-ins for SLURM's programs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ echo "$@" >> scontrol.log
 
 
 def cluster(folder: Path, srun: str) -> dict[str, str]:
-    """A folder with the script and SLURM's programs, and the environment of its job."""
+    """Write the script and stand-ins for SLURM's programs to a folder; return the environment of its job."""
     script = CliRunner().invoke(app, ["slurm"])
     assert script.exit_code == 0
     programs = {"job.sbatch": script.output, "bin/srun": srun, "bin/scontrol": SCONTROL}
@@ -47,7 +47,7 @@ def cluster(folder: Path, srun: str) -> dict[str, str]:
 def test_only_a_run_that_was_warned_and_saved_is_queued_again(
     status: str, warn: bool, requeued: bool, code: int, tmp_path: Path
 ) -> None:
-    """A run.json of an earlier start, and a run that failed, are no reason."""
+    """A run.json of an earlier start and a failed run do not cause a requeue."""
     srun = f"""#!/bin/bash
 trap 'warned=1' USR1
 touch started

@@ -1,4 +1,4 @@
-"""Whatever stands at the ends of the program (fault 24): plain lines, the right exit code, and no traceback."""
+"""Any combination of terminals, pipes and closed streams (fault 24): plain lines, right exit code, no traceback."""
 
 import io
 import os
@@ -24,7 +24,7 @@ _context.set_forkserver_preload(["torch", "inbatch.api", "inbatch.apps.cli"])
 
 
 def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str], background: bool) -> None:
-    """The program in this forked process, as if it had been started with these ends; None closes one."""
+    """Run the program in this forked process as if it had been started with these streams; None closes a stream."""
     os.setsid()
     os.chdir(folder)
     os.environ.update(env)
@@ -39,7 +39,7 @@ def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str
         opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         os.dup2(opened, number)
         os.close(opened)
-        raw = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115 - the process's own
+        raw = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115 - open until exit
         errors = "backslashreplace" if number == 2 else "strict"
         lines = os.isatty(number)
         setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=lines))
@@ -47,7 +47,7 @@ def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str
         _, status = os.waitpid(child, os.WUNTRACED)
         os._exit(99 if os.WIFSTOPPED(status) else os.WEXITSTATUS(status))
     elif background:
-        os.setpgid(0, 0)  # not the terminal's group any more
+        os.setpgid(0, 0)  # leave the terminal's process group
     code = 98
     try:
         from inbatch.apps.cli import main
@@ -62,12 +62,12 @@ def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str
         try:
             stream.flush()
         except OSError:
-            code = 120  # as Python says it
+            code = 120  # Python's exit code for this error
     os._exit(code)
 
 
 def ended(line: str, folder: Path, env: dict[str, str] | None = None, background: bool = False, **ends: Any) -> int:
-    """The exit code of a line."""
+    """Return the exit code of a command line."""
     process = _context.Process(target=_end, args=(line, str(folder), ends, PLAIN | (env or {}), background))
     process.start()
     process.join(200)
@@ -78,7 +78,7 @@ def ended(line: str, folder: Path, env: dict[str, str] | None = None, background
 
 
 def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tuple[int, str]:
-    """The exit code of a line, and what a terminal of this width was sent."""
+    """Return the exit code of a command line, and the output that a terminal of this width received."""
     import fcntl
     import struct
     import termios
@@ -91,7 +91,7 @@ def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tupl
         try:
             while piece := os.read(ours, 65536):
                 sent.append(piece)
-        except OSError:  # the last one that had it open has ended
+        except OSError:  # the last process that had it open has ended
             pass
 
     listener = threading.Thread(target=listen)
@@ -115,7 +115,7 @@ def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
 
 
 def test_a_wide_table_is_cut_between_columns(tmp_path: Path) -> None:
-    """No figure is broken: what does not fit stands below, beside the rows' names."""
+    """Figures are never split: columns that do not fit follow below, next to the row names."""
     _, wide = on_a_terminal("table ba-ssl-3", tmp_path, 5000)
     _, narrow = on_a_terminal("table ba-ssl-3", tmp_path, 80)
     figure = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+(?: \(p \d\.\d+\))?")
@@ -138,7 +138,7 @@ def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Pa
 
 @pytest.mark.slow
 def test_in_the_background(tmp_path: Path) -> None:
-    """A job that its terminal no longer listens to is not stopped (SIGTTOU, SIGTTIN)."""
+    """A background job is not stopped by its terminal (SIGTTOU, SIGTTIN)."""
     code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, background=True)
     assert code == 0 and "k-NN" in sent, code
 
@@ -183,7 +183,7 @@ def test_any_encoding(encoding: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
-    """The child's libraries have been loaded with a home: test_as_a_shell_starts_it loads them without."""
+    """The child's libraries were loaded with a home directory; test_as_a_shell_starts_it loads them without one."""
     ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
     env = {"HOME": home, "DISPLAY": "", "INBATCH_CACHE": "", "XDG_CACHE_HOME": ""}
     assert ended("views digits-canvas -o v.png", tmp_path, env=env, **ends) == 0
@@ -211,7 +211,7 @@ def test_as_a_shell_starts_it(words: str, code: int, told: str) -> None:
 
 @pytest.mark.slow
 def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None:
-    """No home, no locale, no terminal, nothing to read: what libraries say of that is not for our users."""
+    """Without home directory, locale, terminal and input, warnings of libraries about these are not shown to users."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
     env = kept | {"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "INBATCH_CACHE": "off"}
     call = [sys.executable, "-m", "inbatch", "crops", "--pairs", "100", "-o", "c.png"]
@@ -221,7 +221,7 @@ def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None
 
 
 def test_a_reader_that_leaves_is_no_news(tmp_path: Path) -> None:
-    """`inbatch methods | head -1`: the pipe is closed before the first line."""
+    """`inbatch methods | head -1` closes the pipe before the first line is written."""
     read, write = os.pipe()
     os.close(read)
     call = [sys.executable, "-m", "inbatch", "--help"]

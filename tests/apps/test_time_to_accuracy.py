@@ -1,4 +1,4 @@
-"""benchmarks/time_to_accuracy.py: a killed curve goes on as it was, its file is whole, the target is found rightly."""
+"""benchmarks/time_to_accuracy.py: a killed curve resumes unchanged, its file is whole, the target is detected."""
 
 import copy
 import importlib.util
@@ -32,7 +32,7 @@ SCRIPT = load()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training and 20 test images of two classes, as CIFAR-10's Parquet files hold them."""
+    """Write 40 training and 20 test images of two classes in the format of CIFAR-10's Parquet files."""
     from pyarrow import Table
     from pyarrow.parquet import write_table
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of one layer and plain views in place of lightly's; 2 epochs of 5 steps; threads are left alone."""
+    """Use one layer and plain views instead of lightly's, 2 epochs of 5 steps, and leave threads unchanged."""
 
     def network(job: dict[str, Any]) -> nn.Sequential:
         pool = nn.AvgPool2d(8)
@@ -75,11 +75,11 @@ def run(data: Path, out: Path, *words: str) -> dict[str, Any]:
 
 
 def learned(curve: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What does not depend on the clock."""
+    """Return the entries of the curve that do not depend on the clock."""
     return [tuple(entry[key] for key in ("images", "epoch", "knn", "bank", "queries", "loss")) for entry in curve]
 
 
-EVERY = ("--every-seconds", "0", "--target", "2")  # a look after every step, and never there
+EVERY = ("--every-seconds", "0", "--target", "2")  # evaluate after every step, never reach the target
 
 
 def test_a_curve_goes_on_where_it_was_killed(
@@ -91,7 +91,7 @@ def test_a_curve_goes_on_where_it_was_killed(
 
     def killed(*words: Any) -> dict[str, Any]:
         calls.append(1)
-        if len(calls) in (1, 3, 8):  # before anything, in the first epoch and in the second
+        if len(calls) in (1, 3, 8):  # before the first step, in the first epoch and in the second
             raise KeyboardInterrupt
         return judge(*words)
 
@@ -134,7 +134,7 @@ def test_a_look_asks_the_whole_bank_only_near_the_target(
     train, test = (SCRIPT.labelled(data / f"{split}.parquet") for split in ("train", "test"))
     encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
     found = SCRIPT.look(encoder, train, test, target=2.0, every=0.0)
-    assert found["bank"] == 10 and found["knn"] == 1  # brightness tells these classes
+    assert found["bank"] == 10 and found["knn"] == 1  # brightness separates these classes
     assert SCRIPT.look(encoder, train, test, target=2.0, every=1e9)["bank"] == 40
     assert SCRIPT.look(encoder, train, test, target=1.0, every=0.0)["bank"] == 40
 
@@ -152,7 +152,7 @@ def test_the_first_look_that_finds_it_reaches_a_target() -> None:
 
 
 def test_the_recipe_is_lightlys() -> None:
-    """The rate, the views and the network are built from lightly's own parts."""
+    """The learning rate, the views and the network are built from lightly's parts."""
     pytest.importorskip("lightly")
     transform = SCRIPT.peers.TRANSFORMS["lightly"](32)
     text = str(transform.transforms[0].transform)

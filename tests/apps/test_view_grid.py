@@ -1,4 +1,4 @@
-"""The picture of images and their views: what stands where."""
+"""Picture of images and their views: position of each part."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ STEP = _CELL + _GAP
 
 
 def drawn(channels: int = 3) -> Drawn:
-    """Two views of two 32 pixel images: all white, and mid grey; the first box is the lower right quarter."""
+    """Draw two views of two 32 pixel images: all white, and mid grey; the first box is the lower right quarter."""
     boxes = torch.tensor([[[16, 16, 16, 16]] * 2, [[0, 0, 8, 32]] * 2])
     images = (torch.full((2, channels, 16, 16), 2.0), torch.zeros(2, channels, 24, 24))
     return Drawn(images, boxes, torch.zeros(2, 2, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Attention over samples: what it computes, that it is absent in evaluation, and the slot it stands in."""
+"""Attention over samples: its values, its absence in evaluation, and its position in the encoder."""
 
 import copy
 import inspect
@@ -29,7 +29,7 @@ MET = sorted(name for name in ATTENDS if meets_in_training_only(name))
 
 
 def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
-    """Every parameter and running statistic away from where it started, and weights of samples far from 1."""
+    """Move every parameter and running statistic off its initial value, and sample weights far from 1."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -44,7 +44,7 @@ def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def blocks_of(group: int = 5) -> list[tuple[nn.Module, Tensor]]:
-    """Blocks where samples meet, away from their start, each with a group of inputs."""
+    """Return blocks with attention over samples, off their initial values, each with a group of inputs."""
     kinds = [(fuse, weight) for fuse in ("sum", "max") for weight in ("sample", "channel", "full")]
     maps = [stirred(BA2M(12, fuse=fuse, weight=weight, positions=3).double()) for fuse, weight in kinds]
     made = [(block, torch.randn(group, 12, 5, 4, dtype=torch.float64)) for block in maps]
@@ -61,7 +61,7 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def literal_representation(block: BA2M, x: Tensor) -> Tensor:
-    """The three branches of one sample (C, H, W), value by value."""
+    """Compute the three branches of one sample (C, H, W), value by value."""
     channels, height, width = x.shape
     first, last = block.channel[0], block.channel[2]
     inner = len(first.weight)
@@ -212,7 +212,7 @@ def test_some_samples_keep_plain_features() -> None:
     kept = (y == x).all(1)
     assert 140 < int(kept.sum()) < 260
     torch.manual_seed(3)
-    assert torch.equal(block(x), y)  # the seam runs a group again under its seed
+    assert torch.equal(block(x), y)  # gradient caching runs a group again with its seed
     with as_group(block.eval()):
         met = block(x)
     assert not (met == x).all(1).any()
@@ -223,7 +223,7 @@ def test_some_samples_keep_plain_features() -> None:
     "make", [lambda: BA2M(8), lambda: BA2M(8, positions=2, fuse="max", weight="full"), lambda: BatchFormer(8, keep=0.0)]
 )
 def test_gradients_reach_every_parameter(make) -> None:
-    """At the very first step those of the last layers, whose zeros let training start plain; then all."""
+    """At the first step only the last, zero-initialised layers get gradients; after some steps all parameters do."""
     block = make()
     x = torch.randn(6, 8, 4, 4) if isinstance(block, BA2M) else torch.randn(6, 8)
     aim = torch.randn_like(x)
@@ -238,19 +238,19 @@ def test_gradients_reach_every_parameter(make) -> None:
 
 
 def half(block: nn.Module, x: Tensor, rank: int, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a process with the same parameters makes of its half of the samples."""
+    """Return the output of a process with the same parameters for its half of the samples."""
     process = copy.copy(block)
     process.gather, process.own = gather, lambda whole: whole.chunk(2)[rank]
     return process(x.chunk(2)[rank])
 
 
 def test_two_processes_are_one_group() -> None:
-    """Each runs its half with what the other sends; values and gradients are the whole group's."""
+    """Each process runs its half with the rows of the other; values and gradients equal those of the whole group."""
     for block, x in blocks_of(6):
         aim, sent = torch.randn_like(x), []
 
         def note(part: Tensor, sent: list[Tensor] = sent) -> Tensor:
-            sent.append(part)  # with its graph: a collective's gradient returns to the process that sent the part
+            sent.append(part)  # with its graph: the collective returns the gradient to the process that sent the part
             return torch.cat([part, part])
 
         def both(part: Tensor, sent: list[Tensor] = sent) -> Tensor:
@@ -390,7 +390,7 @@ def test_saved_and_loaded(tmp_path: Path, name: str, backbone: str, size: int, o
 
 @EVERY
 def test_what_is_saved_has_the_plain_names(tmp_path: Path, name: str) -> None:
-    """So the backbone's part fits anyone's; timm's part of config.json, which promises more, is left out."""
+    """The backbone loads into any model of the library; timm's part of config.json, which implies more, is left out."""
     encoder = create_encoder("resnet10", size=96, attend=name)
     save_encoder(encoder, tmp_path)
     assert list(json.loads((tmp_path / "config.json").read_text())) == ["inbatch"]
@@ -409,7 +409,7 @@ def test_weights_go_into_the_backbone_and_blocks_start_fresh(tmp_path: Path) -> 
             encoder = create_encoder("torchvision/resnet18", size=32, attend=name, init=init)
             given = without(encoder).backbone.state_dict()
             assert all(torch.equal(v, given[k]) for k, v in plain.backbone.state_dict().items())
-    # Samples met in training only: without its blocks it is still the same encoder.
+    # Samples interact in training only: without its blocks the encoder computes the same.
     met = stirred(create_encoder("resnet10", size=32, attend="ba2m"))
     save_encoder(met, tmp_path / "met")
     for options in ({"attend": None}, {"attend": "ba2m", "attend_options": {"stages": [4]}}, {"attend": "batchformer"}):

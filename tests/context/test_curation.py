@@ -1,4 +1,4 @@
-"""Batch curation: the published rule against one written out pair by pair, and what a run does with it."""
+"""Batch curation: the published rule against one written out pair by pair, and its effect on a run."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from inbatch.errors import ConfigError
 
 
 def distances(z: Tensor, distance: str) -> tuple[list[float], list[float]]:
-    """M_S and M_D of Algorithm 1, pair by pair: the largest of a sample's own, the smallest to any other's."""
+    """Compute M_S and M_D of Algorithm 1 pair by pair: the largest own distance, the smallest to another sample."""
     views, n, _ = z.shape
 
     def far(a: Tensor, b: Tensor) -> float:
@@ -60,11 +60,11 @@ def test_the_two_rules() -> None:
 
 
 class Known(nn.Module):
-    """An encoder whose rows are its images."""
+    """Encoder that returns its input."""
 
 
 def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[Curator, list[list[int]]]:
-    """A curator whose sample i is drawn as answers[i][attempt] in its second view; and who was asked to redraw."""
+    """Return a curator whose second view of sample i is answers[i][attempt], and the list of the redrawn samples."""
     asked: list[list[int]] = []
 
     def embed(model: nn.Module, batch: Batch) -> Tensor:
@@ -78,7 +78,7 @@ def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[C
 
 
 def seen(answers: dict[int, list[float]], batch: Batch) -> Tensor:
-    """Rows (V, b, 1) of a batch with its attempts."""
+    """Return the rows (V, b, 1) of a batch at its attempts."""
     attempt = [0] * len(batch) if batch.attempt is None else batch.attempt.tolist()
     second = [[answers[i][a]] for i, a in zip(batch.index.tolist(), attempt, strict=True)]
     return torch.stack([batch.index[:, None] * 10.0, torch.tensor(second)])
@@ -159,10 +159,10 @@ def test_a_snapshot_is_of_the_end_of_the_previous_epoch(model: str) -> None:
 
 
 def test_a_rank_without_violators_takes_as_many_rounds() -> None:
-    """The other rank's half is full of them: collectives are counted, nothing is drawn here."""
+    """All violators are in the other rank's half: this rank joins every collective and redraws nothing."""
     answers = {0: [0.0], 1: [10.0], 2: [20.0], 3: [30.0]}
     made, asked = curator(answers, rounds=2)
-    other = torch.tensor([[[500.0], [600.0]], [[800.0], [900.0]]])  # views x samples: apart, and near each other
+    other = torch.tensor([[[500.0], [600.0]], [[800.0], [900.0]]])  # views x samples: far apart, and close together
     calls = []
 
     def gather(x: Tensor, dim: int) -> Tensor:
@@ -177,7 +177,7 @@ def test_a_rank_without_violators_takes_as_many_rounds() -> None:
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
-    """Curated in evaluation mode: what one sample is embedded as is its own affair."""
+    """Curation uses evaluation mode: the embedding of a sample does not depend on the other samples."""
     built = api.prepare("digits-canvas", subset=80, batch=16, epochs=2, settings={"curate.name": "redraw"}, fuse="set")
     made, batch = built.step.curator, next(iter(built.loader.epoch(1)))
     whole = made._embed(made.snapshot, batch)
@@ -194,7 +194,7 @@ def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
     )  # fmt: skip
     batch = next(iter(built.loader.epoch(1)))
     some = torch.tensor([2, 7])
-    tries = replace(batch, attempt=torch.arange(16) % 3)  # sample by sample another one
+    tries = replace(batch, attempt=torch.arange(16) % 3)  # different samples
     mixed = built.views(tries).images
     whole, first, again, other = (
         built.views(replace(batch, attempt=torch.full((16,), n)).take(places)).images
@@ -230,7 +230,7 @@ def photos(folder: Path, count: int = 48) -> Path:
 
 
 def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
-    """Streamed with curation, whole canvases travel: the same views, drawn again the same way."""
+    """With streaming and curation whole canvases are passed: the same views, redrawn in the same way."""
     data = photos(tmp_path / "photos")
     settings = {"curate.name": "redraw", "encoder.name": "tiny", "resident": None, "curate.rounds": 2}
     given = {"size": 32, "batch": 16, "epochs": 2, "settings": settings, "workers": 2, "precision": "float32"}

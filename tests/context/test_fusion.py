@@ -1,4 +1,4 @@
-"""Batch fusion: the paper's module against a literal one, the order-free one, and what the network does with them."""
+"""Batch fusion: the paper's module against a literal one, the order-invariant one, and their use in the network."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_restoring_undoes_partition(shape: tuple[int, ...]) -> None:
 
 
 def literal(fusion: ConvFusion, images: Tensor) -> Tensor:
-    """Eq. 2 to 5, sample by sample and position by position."""
+    """Compute Eq. 2 to 5, sample by sample and position by position."""
     g, c, h, w = images.shape
     p = fusion.patch
     rows = [
@@ -136,7 +136,7 @@ def test_gradients_reach_every_parameter_and_the_images(kind: str) -> None:
 
 @KINDS
 def test_a_group_in_two_parts_is_the_group(kind: str) -> None:
-    """Two processes, played by one: each gets the other's part, with gradient."""
+    """One process simulates two: each gets the other's part, with gradient."""
     options = {"bottleneck": 2} if kind == "conv" else {}
     whole, parts = make(kind, **options), make(kind, **options)
     weight = torch.randn(6, 3, 8, 8, dtype=torch.float64)

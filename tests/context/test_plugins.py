@@ -1,4 +1,4 @@
-"""Every plug-in with every method: groups and ranks as without."""
+"""Every plug-in with every method gives the same result for every number of groups and ranks."""
 
 import functools
 import itertools
@@ -15,12 +15,12 @@ TOGETHER = ("all conv", "all set")
 ALONE = [name for name in PLUGS if name not in TOGETHER]
 PAIRS = [(method, plugs) for method in METHODS for plugs in TOGETHER]
 PAIRS += itertools.product(("simclr", "moco", "byol", "simclr-joined", "swav-4"), ALONE)
-"""All plug-ins together with every method; one by one with a few."""
+"""All plug-ins together with every method; single plug-ins with a few methods."""
 
 
 @functools.cache
 def expected(variant: str, plugs: str, groups: int) -> dict[str, list]:
-    """By plain autograd; groups of one process and those of several ranks have the same."""
+    """Compute the result by plain autograd; groups of one process and groups of several ranks give the same."""
     return literal(variant, N, groups, plugs=PLUGS[plugs])
 
 
@@ -49,10 +49,10 @@ def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups
 
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 def test_a_group_over_two_ranks_is_one_group(variant: str, plugs: str) -> None:
-    """With synchronised norm fusion and attention reach over ranks, too."""
+    """With synchronised norm, fusion and attention also extend over ranks."""
     whole = trained(1, 1, True, 0.0)[0][f"{variant} {plugs}"]
-    # Norms over ranks add up in another order, and W-MSE whitens 4 samples in 2 dimensions here: a condition of
-    # 20,000 (measured) makes more of that rounding than of any other method's.
+    # Norms over ranks add in another order, and W-MSE whitens 4 samples in 2 dimensions here: a condition number of
+    # 20,000 (measured) amplifies that rounding more than in any other method.
     tolerance = 1e-10 if variant == "wmse" else 1e-12
     for found in trained(2, 1, True, 0.0):
         assert_same(found[f"{variant} {plugs}"], whole, tolerance)

@@ -1,4 +1,4 @@
-"""Decoded sets on disk: what they depend on, and every fault that a disk and other runs can make."""
+"""Decoded data sets on disk: what the cache key depends on, and every fault of the disk or of concurrent runs."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from inbatch.errors import ConfigError, DataError
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """An empty cache in which everything is worth keeping."""
+    """Return the root of an empty cache in which every set is worth keeping."""
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INBATCH_CACHE_GB", raising=False)
     monkeypatch.setattr(cache, "WORTH", 0)
@@ -73,10 +73,10 @@ class TestHold:
             assert held.notes[0].startswith(expected) and held.scaled == 11 and len(held.source) == 11
             assert "03.png' cannot be read" in held.dropped[0] and held.source.identity(3) == "04.png"
             same(held, source)
-        with pytest.raises(DataError, match="1 of 12 images"):  # as strict as when they are decoded
+        with pytest.raises(DataError, match="1 of 12 images"):  # as strict as during decoding
             hold(source, canvas=11, max_bad=0.01)
         times = os.stat(photos / "03.png")
-        with open(photos / "03.png", "wb") as file:  # as if the disk had failed to give it, the other day
+        with open(photos / "03.png", "wb") as file:  # as if the disk had failed to read it earlier
             file.write(data)
         os.utime(photos / "03.png", ns=(times.st_atime_ns, times.st_mtime_ns))
         (was,) = cache.entries()
@@ -101,7 +101,7 @@ class TestHold:
 
 
 def _like(source, path):
-    """The source, with the files' state that the cache knows."""
+    """Return the source with the file states that the cache entry contains."""
     source.fingerprint = lambda: "fixed"
     moved = cache.place(source, 11)
     os.rename(path, moved)
@@ -146,7 +146,7 @@ class TestKey:
         monkeypatch.setattr(cache, "decoders", lambda: "another version")
         assert len(keys | {cache.place(source, 12)}) == 3
         (photos / "03.png").unlink()
-        assert cache.place(source, 12) is None  # opening it will say what is wrong
+        assert cache.place(source, 12) is None  # opening it reports the error
 
 
 class TestFaults:
@@ -189,7 +189,7 @@ class TestFaults:
         assert hold(open_data(photos)).notes == (f"not cached: {root} cannot be written (Read-only file system)",)
 
     def test_another_users_folder(self, root, photos, monkeypatch):
-        """It may be neither looked into nor written: told, and gone on without."""
+        """The cache can be neither read nor written: the run reports it and continues without a cache."""
         hold(open_data(photos))
 
         def refused(name):
@@ -255,7 +255,7 @@ class TestSize:
         assert {e.path for e in cache.entries()} == {cache.place(sets[0], None), cache.place(sets[2], None)}
         monkeypatch.setenv("INBATCH_CACHE_GB", "1e-6")
         assert "over the limit of 1e-06 GB" in hold(sets[1]).notes[0]
-        assert len(cache.entries()) == 2  # nothing made room for what does not fit
+        assert len(cache.entries()) == 2  # no entry is removed for a set that does not fit
 
     def test_clear_takes_what_is_ours(self, root, photos):
         hold(open_data(photos))
@@ -281,7 +281,7 @@ class TestWhere:
         for platform, folder in (("linux", ".cache/inbatch"), ("darwin", "Library/Caches/inbatch")):
             monkeypatch.setattr(sys, "platform", platform)
             assert cache.where() == tmp_path / folder
-        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # ignored, as the specification requires
         assert cache.where() == tmp_path / "Library/Caches/inbatch"
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         assert cache.where() == tmp_path / "xdg" / "inbatch"
@@ -337,7 +337,7 @@ class TestTogether:
         mapped = hold(source)
         before = mapped.images.clone()
         cache.clear()
-        mapped.images[0, 0, 0, 0] += 1  # its own, too: nothing goes into the file
+        mapped.images[0, 0, 0, 0] += 1  # a private copy: the file does not change
         assert not torch.equal(mapped.images, before) and torch.equal(mapped.images[1:], before[1:])
 
     def test_writing_into_the_map_leaves_the_file(self, root, photos):

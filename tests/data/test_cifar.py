@@ -1,4 +1,4 @@
-"""CIFAR's pickles: as Python 2 wrote them and as others do, and what must never run."""
+"""CIFAR's pickles: written by Python 2 and by other versions, and code in them that must never run."""
 
 import io
 import os
@@ -20,7 +20,7 @@ NAMES = [f"class {i}" for i in range(10)]
 
 
 class Python2(pickle._Pickler):
-    """Protocol 2 as Python 2 and its NumPy wrote it: every string is one of bytes, and NumPy's inside is `core`."""
+    """Write protocol 2 as Python 2 and its NumPy did: every string is a byte string, and NumPy's module is `core`."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -66,7 +66,7 @@ def ten(root, write=python2):
 def test_ten(how, tmp_path):
     root = ten(tmp_path / "cifar-10-batches-py", WRITERS[how])
     assert splits(root) == splits(tmp_path) == ("train", "test")
-    for place in (root, tmp_path):  # the folder, or the one that it was unpacked into
+    for place in (root, tmp_path):  # the folder, or its parent
         train, test = open_data(place), open_data(place, "test")
         assert train.classes == test.classes == tuple(NAMES) and train.channels == 3
         assert train.labels.tolist() == LABELS[: 5 * N] and test.labels.tolist() == LABELS[5 * N :]
@@ -76,7 +76,7 @@ def test_ten(how, tmp_path):
 
 
 def test_it_begins_like_the_published_file(tmp_path):
-    """The bytes in front of the labels, and around the pixels, of the real data_batch_1."""
+    """The bytes before the labels, and around the pixels, of the published data_batch_1."""
     content = python2({"batch_label": "training batch 1 of 5", "labels": [6, 9], "data": PIXELS[:2]})
     assert content.startswith(b"\x80\x02}q\x00(U\x0bbatch_labelq\x01U\x15training batch 1 of 5q\x02U\x06labelsq\x03]q")
     assert b"cnumpy.core.multiarray\n_reconstruct\n" in content and b"cnumpy\nndarray\n" in content
@@ -104,7 +104,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match="CIFAR's images have 3 channels, 1 were asked for"):
         open_data(root, channels=1)
     (root / "batches.meta").unlink()
-    with pytest.raises(DataError, match="No image under"):  # a folder like any other
+    with pytest.raises(DataError, match="No image under"):  # an ordinary folder without images
         open_data(root)
     ten(tmp_path / "cifar-10-batches-py")
     (tmp_path / "cifar-100-python").mkdir()
@@ -145,7 +145,7 @@ def test_truncated(cut, tmp_path):
 
 
 class Call:
-    """Unpickles as what a function returns."""
+    """Object that unpickles as the result of a function call."""
 
     def __init__(self, function, *arguments):
         self.made = (function, arguments)
@@ -164,11 +164,11 @@ def hostile(sentinel):
     yield pickle.dumps(Call(exec, python), 5)
     yield b"cos\nsystem\n(S'" + order.encode() + b"'\ntR."
     yield b"(S'" + order.encode() + b"'\nios\nsystem\n."
-    # A known name is no way to an unknown one: neither by a dotted path, nor by what the recorder is made of.
+    # A known name gives no access to an unknown one: neither by a dotted path, nor by the recorder's attributes.
     yield b"\x80\x04\x8c\x05numpy\x8c\x0endarray.__init__\x93" + pickle.dumps(order)[2:-1] + b"\x85R."
     yield b"\x80\x04\x8c\x07_codecs\x8c\x13encode.__globals__.x\x93."
     yield b"cnumpy.core.multiarray\nscalar\n."
-    # A state for a recorder's class would stay: every file read afterwards would meet it.
+    # A state set on a recorder's class would persist and affect every file read afterwards.
     yield b"cnumpy\nndarray\n}S'pixels'\nI1\nsb."
     yield b"cnumpy\nndarray\n(N}S'pixels'\nI1\nstb."
     yield b"c_codecs\nencode\n(N}S'__new__'\nI1\nstb."
@@ -185,7 +185,7 @@ def test_nothing_in_a_pickle_runs(file, number, tmp_path):
     with pytest.raises(DataError, match=f"{file}' is none of CIFAR's files"):
         open_data(root, "test" if file == "test_batch" else "train")
     assert not sentinel.exists()
-    (root / file).write_bytes(good)  # and nothing stays
+    (root / file).write_bytes(good)  # and no state persists
     assert torch.equal(open_data(root).image(0).flatten(), torch.from_numpy(PIXELS[0]))
 
 

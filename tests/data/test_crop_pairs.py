@@ -30,7 +30,7 @@ DEFAULT = ((0.08, 1.0),) * 2, ((3 / 4, 4 / 3),) * 2
 
 
 def pair(name: str, n: int, height: int, width: int, seed: int = 0, views=PLAIN) -> torch.Tensor:
-    """The boxes (2, n, 4) of n images of one size."""
+    """Draw the boxes (2, n, 4) of n images of one size."""
     arranged, pairs = arrange(name, views)
     size = torch.tensor([height, width]).expand(n, 2)
     draw = Views(arranged, [0.5] * 3, [0.25] * 3, pairs)
@@ -48,8 +48,8 @@ def area(boxes: torch.Tensor) -> torch.Tensor:
     "first, second, expected",
     [
         ((0, 0, 10, 10), (1, 1, 8, 8), GLOBAL_LOCAL),
-        ((0, 0, 10, 10), (0, 1, 8, 8), INTERSECTION),  # the tops are one line
-        ((0, 0, 10, 10), (1, 1, 9, 8), INTERSECTION),  # the bottoms are
+        ((0, 0, 10, 10), (0, 1, 8, 8), INTERSECTION),  # equal top edges
+        ((0, 0, 10, 10), (1, 1, 9, 8), INTERSECTION),  # equal bottom edges
         ((0, 0, 10, 10), (0, 0, 10, 10), INTERSECTION),
         ((0, 0, 10, 10), (2, 5, 3, 10), INTERSECTION),
         ((2, 0, 3, 10), (0, 2, 10, 3), INTERSECTION),  # a cross: each inside along one axis
@@ -67,11 +67,11 @@ def test_definitions_are_strict(first, second, expected):
         assert configuration(boxes).tolist() == [expected, expected]
 
 
-# The sampler against enumeration
+# Sampler against enumeration
 
 
 def positions(extent: int, a: int, b: int, nested: bool) -> list[tuple[int, int, int]]:
-    """All begins of two intervals, each with its relation: 0 apart, 1 across, 2 inside."""
+    """Enumerate all pairs of starts of two intervals, each with its relation: 0 apart, 1 across, 2 inside."""
     found = []
     for s, t in itertools.product(range(extent - a + 1), range(extent - b + 1)):
         apart = s + a < t or t + b < s
@@ -102,7 +102,7 @@ def test_counts_and_chances_equal_enumeration(a, b):
 
 @pytest.mark.parametrize("a, b", SIZES)
 def test_every_position_of_a_kind_is_drawn_equally_often(a, b):
-    """An even comb of uniform numbers meets each of the n positions once, along y and along x."""
+    """Evenly spaced uniform numbers give each of the n positions once, along y and along x."""
     extent = 9, 12
     nested = (a[0] - b[0]) * (a[1] - b[1]) > 0
     for axis, kind in itertools.product((0, 1), range(3)):
@@ -115,7 +115,7 @@ def test_every_position_of_a_kind_is_drawn_equally_often(a, b):
             assert sorted(zip(first[:, axis].tolist(), second[:, axis].tolist(), strict=True)) == expected
 
 
-# What is drawn
+# Distribution of the pairs
 
 
 @EVERY
@@ -163,19 +163,19 @@ def test_average_areas_are_those_of_table_1(name):
 
 @pytest.fixture(scope="module")
 def rejected() -> torch.Tensor:
-    """Default pairs, to keep those that have a configuration by themselves."""
+    """Return default pairs, from which tests keep those that have a configuration."""
     return pair("default", 1_000_000, 32, 32, seed=7)
 
 
 def histogram(boxes: torch.Tensor) -> torch.Tensor:
-    """Shares of the cells (smaller area, larger area), a tenth of the image each."""
+    """Return the shares of the cells (smaller area, larger area), a tenth of the image each."""
     low, high = (area(boxes) / 1024 * 10).long().clamp(max=9).sort(0).values
     return (low * 10 + high).bincount(minlength=100).double() / len(low)
 
 
 @EVERY
 def test_pairs_are_distributed_as_if_drawn_until_one_fits(rejected, code):
-    """Areas of both boxes together, shapes and positions, 32 x 32 pixels.
+    """Areas of both boxes jointly, shapes and positions, 32 x 32 pixels, agree with rejection sampling.
 
     Total variation of noise alone is about 0.014 here (adjacent); 13 candidates instead of 34 give 0.07.
     """
@@ -271,7 +271,7 @@ def batch(n: int = 24) -> Batch:
 
 @pytest.mark.parametrize("preset", ["simclr", "byol"])
 def test_flip_and_colour_are_drawn_as_without_pairs(preset, monkeypatch):
-    """With the boxes forced to be the same, the views are bit for bit the same."""
+    """If the boxes are forced to be equal, the views are equal bit for bit."""
     views, b = PRESETS[preset](size=32), batch()
     plain = Views(views, [0.5] * 3, [0.25] * 3)
     arranged, pairs = arrange("intersection", views)
@@ -332,7 +332,7 @@ def test_errors_say_what_to_do():
         Views((View(32),) * 3, [0.5] * 3, [0.5] * 3, crop_pairs.CropPairs((0,), *DEFAULT))
 
 
-# The command
+# Command
 
 
 def run(line: str) -> Result:

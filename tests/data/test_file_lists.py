@@ -1,4 +1,4 @@
-"""Lists of paths, and lists of classes: every way to write them that is understood, and what is refused."""
+"""Lists of paths, and lists of classes: every supported format, and the refused ones."""
 
 import os
 import pickle
@@ -56,7 +56,7 @@ class TestTables:
         assert open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).labels.tolist() == [-1, -1]
         source = open_data(listed(tmp_path, "l.csv", "1.png,3\n2,-1\n3.png,\n4.png,0"))
         assert source.labels.tolist() == [3, -1, -1, 0] and source.classes == tuple("0123")
-        assert paths(source)[1] == "2"  # whatever it is called
+        assert paths(source)[1] == "2"  # with any file name
         with pytest.raises(DataError, match="has 3 columns: name them in its first line: path, label, split"):
             open_data(listed(tmp_path, "l.csv", "1.png,3,train\n"))
 
@@ -71,7 +71,7 @@ class TestTables:
             open_data(listed(tmp_path, "l.csv", "path,split\n1,train\n2,\n"))
 
     def test_what_spreadsheets_write(self, tmp_path):
-        """A mark at the beginning, carriage returns, quoted line breaks and quotes."""
+        """A byte order mark, carriage returns, quoted line breaks and quotes."""
         source = open_data(
             listed(tmp_path, "l.csv", b'\xef\xbb\xbfpath,label\r\n"a\nb.png","say ""x"""\r\nc.png,y\r\n')
         )
@@ -142,7 +142,7 @@ class TestTables:
 
 class TestText:
     def test_paths_alone(self, tmp_path):
-        """Names with spaces, commas and what looks like another name in them."""
+        """Names with spaces, commas and substrings that are names of other files."""
         photos(tmp_path, "a b.png", "c,d.PNG", "e.png f.jpeg")
         source = open_data(listed(tmp_path, "l.txt", "a b.png\r\n\r\nc,d.PNG\r\ne.png f.jpeg"))
         assert paths(source) == ["a b.png", "c,d.PNG", "e.png f.jpeg"] and source.classes == ()
@@ -163,12 +163,12 @@ class TestText:
             open_data(listed(tmp_path, "l.txt", "a.png\nb\n"))
         with pytest.raises(DataError, match=r"line 1: '../a.png' is outside"):
             open_data(listed(tmp_path, "l.txt", "../a.png 1\n"))
-        with pytest.raises(DataError, match="cannot be opened; data can be"):  # no list
+        with pytest.raises(DataError, match="cannot be opened; data can be"):  # not a list
             open_data(listed(tmp_path, "l.txt", "Dear reader,\n"))
 
 
 def folder(tmp_path):
-    """Classes a (2 images), b (1), c d (1): two splits."""
+    """Write classes a (2 images), b (1), c d (1): two splits."""
     for split in ("train", "val"):
         photos(tmp_path / split, "a/1.png", "a/2.png", "b/3.png", "c d/4.png")
     return tmp_path

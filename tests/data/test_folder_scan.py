@@ -1,4 +1,4 @@
-"""Scans of folders: the order that any sorting gives, few bytes for many names, and only what changed read again."""
+"""Scans of folders: the order of sorted paths, few bytes per name, and only changed folders are read again."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from inbatch.rng import permutation
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """An empty cache in which every scan is worth keeping, and folders that changed some time ago are relied on."""
+    """Return an empty cache in which every scan is worth keeping, and trust folders that changed some time ago."""
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(folder_scan, "WORTH", 0)
     monkeypatch.setattr(folder_scan, "_SETTLED", -(10**10))
@@ -44,7 +44,7 @@ def fill(folder, *paths):
 
 
 def read(monkeypatch):
-    """The folders that are read from now on, by name."""
+    """Return the list of the names of the folders that are read from now on."""
     names, real = [], os.scandir
 
     def count(path):
@@ -57,13 +57,13 @@ def read(monkeypatch):
 
 
 def again(folder):
-    """A scan in a process that remembers none."""
+    """Scan in a process that has no scan in memory."""
     folder_scan._recent.clear()
     return folder_scan.scan(folder)
 
 
 def literal(folder):
-    """The rule in as many words: every path under the folder, sorted as bytes."""
+    """Compute the specified result literally: every path under the folder, sorted as bytes."""
     found = []
     for where, folders, files in os.walk(os.fsencode(folder)):
         folders[:] = [name for name in folders if not name.startswith(b".")]
@@ -121,7 +121,7 @@ class TestOrder:
 
     def test_deeper_than_python_recurses(self, tmp_path):
         at = os.open(tmp_path, os.O_RDONLY)
-        for _ in range(1200):  # longer than a path may be, seen from the top
+        for _ in range(1200):  # longer than the path limit, as seen from the root
             os.mkdir("d", dir_fd=at)
             at, last = os.open("d", os.O_RDONLY, dir_fd=at), at
             os.close(last)
@@ -145,7 +145,7 @@ class TestOrder:
 
 class TestLabels:
     def test_classes_in_their_own_order(self, tmp_path):
-        """`a` is the first class though the images of `a-b` come first; a test split counts as train does."""
+        """`a` is the first class although the images of `a-b` sort first; a test split has the classes of train."""
         for path in ("train/a/1.png", "train/a-b/2.png", "train/c/3.png", "val/a-b/1.png", "val/a/2.png"):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4)).save(tmp_path / path)
@@ -185,7 +185,7 @@ class TestKept:
         assert again(tree).paths.tolist() == literal(tree)
 
     def test_a_folder_that_a_moment_ago_was_another(self, root, tree, monkeypatch):
-        """A time of change that is set back, as rsync and tar do, hides nothing."""
+        """A time of change that is set back, as by rsync and tar, does not hide a change."""
         again(tree)
         was = os.stat(tree / "a")
         fill(tree, "a/0.jpg")
@@ -229,7 +229,7 @@ class TestKept:
             real(place, listings, name)
             stored.append(len(listings))
             if len(stored) == 4:
-                raise MemoryError  # nothing may be done any more
+                raise MemoryError  # no further action is possible
 
         monkeypatch.setattr(folder_scan, "_store", die)
         with pytest.raises(MemoryError):
@@ -268,7 +268,7 @@ class TestKept:
             file.write_bytes(data if how == "flipped" else data[:-1])
         found = again(tree)
         assert found.paths.tolist() == literal(tree) and found.skipped == {".txt": 1}
-        assert again(tree).kept == 6  # a whole one has taken its place
+        assert again(tree).kept == 6  # a complete file has replaced it
 
     @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"names": 0, "folders": 0, "skipped": []}'])
     def test_a_note_that_says_something_else(self, root, tree, text):
@@ -296,7 +296,7 @@ class TestKept:
 
 
 def test_a_long_path_costs_itself_alone(tmp_path):
-    """One of 250 bytes among 20,000 short ones: a numpy array of bytes took 5 MB for them."""
+    """One path of 250 bytes among 20,000 short ones: a numpy array of bytes took 5 MB for them."""
     fill(tmp_path, "x" * 120 + "/" + "y" * 120 + ".jpg")
     for i in range(0, 20_000):
         if i % 1000 == 0:

@@ -1,4 +1,4 @@
-"""Hugging Face datasets, written by their own library."""
+"""Hugging Face datasets, written by the datasets library."""
 
 import io
 import json
@@ -127,7 +127,7 @@ class TestSaved:
 
 
 class TestOutside:
-    """Images that lie beside the table, not in it."""
+    """Image files outside the table."""
 
     def rows(self, root: Path, *paths: str):
         source = open_data(saved(root, table(len(paths), label=None)))
@@ -143,7 +143,7 @@ class TestOutside:
         (root / "pictures" / "a.png").write_bytes(encoded(11))
         (tmp_path / "b.png").write_bytes(encoded(22))
         assert [int(source.image(i)[0, 0, 0]) for i in range(2)] == [11, 22]
-        assert source.fingerprint() is None  # the table does not say when they change
+        assert source.fingerprint() is None  # the table does not record their changes
 
     @pytest.mark.parametrize("path", ["../secret.png", "link.png", "https://example.org/a.png", "zip://a.png::b.zip"])
     def test_nothing_else(self, tmp_path, path):
@@ -170,12 +170,12 @@ class TestHub:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
         with pytest.raises(DataError, match="hf/nobody/nothing is not on this machine: fetch it with --download"):
             open_data("hf/nobody/nothing")
-        assert not datasets.config.HF_HUB_OFFLINE  # as it was
+        assert not datasets.config.HF_HUB_OFFLINE  # as before
         with pytest.raises(DataError, match="no name of a set"):
             open_data("hf/../../etc")
 
     def test_from_the_caches_of_this_machine(self, tmp_path):
-        """Files that the client of the hub fetched; in another process, as where caches lie is read once."""
+        """Files that the hub's client fetched; in another process, as the library reads the cache location once."""
         place = tmp_path / "hub" / "datasets--me--toy"
         files = place / "snapshots" / ("a" * 40)
         (files / "data").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""More than 8 bits a channel, and other than 1 or 3 channels: files, arrays, and what a run remembers of them."""
+"""More than 8 bits a channel, and other than 1 or 3 channels: files, arrays, and the settings stored with a run."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ from inbatch.models import create_encoder, load_encoder, save_encoder
 
 tifffile = pytest.importorskip("tifffile")
 
-SCAN = np.array([[0, 1000, 2048], [4095, 4096, 65_535]], np.uint16)  # 12 bits, and two values beyond
+SCAN = np.array([[0, 1000, 2048], [4095, 4096, 65_535]], np.uint16)  # 12 bits, and two larger values
 BYTES = [[0, 62, 128], [255, 255, 255]]
 LEVELS = (0.0, 4095.0)
 
@@ -40,7 +40,7 @@ def tiff(values, **how) -> bytes:
 
 
 def bands(values, planar="contig", **how) -> bytes:
-    """(h, w, k) as a TIFF of k channels."""
+    """Encode (h, w, k) as a TIFF of k channels."""
     stored = values if planar == "contig" else np.moveaxis(values, -1, 0)
     return tiff(stored, photometric="minisblack", planarconfig=planar, **how)
 
@@ -50,12 +50,12 @@ def opened(data, channels=3, levels=None):
 
 
 def by_hand(values, low, high):
-    """One value at a time."""
+    """Map one value at a time."""
     return [round(min(max((v - low) / (high - low), 0.0), 1.0) * 255) for v in np.asarray(values, np.float64).ravel()]
 
 
 def deep_png(values) -> bytes:
-    """A PNG of 16 bits, which Pillow cannot write: (h, w), or (h, w, c) of 3 or 4 channels."""
+    """Encode a PNG of 16 bits, which Pillow cannot write: (h, w), or (h, w, c) of 3 or 4 channels."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -168,7 +168,7 @@ class TestFiles:
     @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
     @pytest.mark.parametrize("vectors", [True, False])
     def test_every_channel_is_cut_and_resized_as_a_grey_image_is(self, how, vectors, monkeypatch):
-        """Pillow takes four channels for three and transparency, which it would weigh by."""
+        """Pillow treats the fourth channel as transparency and would weight the others by it."""
         monkeypatch.setattr("inbatch.data.decoding.image_file._vectors", lambda: vectors)
         values = noise(40, 50, 4, dtype=np.uint8, high=256)
         boxes, wanted = torch.tensor([[3, 4, 30, 33], [0, 0, 40, 50]]), [(16, how), (24, how)]
@@ -197,10 +197,10 @@ class TestFiles:
         values = Image.fromarray(noise(9, 7, dtype=np.uint8, high=256))
         file = io.BytesIO()
         values.save(file, "TIFF", compression="tiff_lzw")
-        assert opened(file.getvalue(), 1).tensor().shape == (1, 9, 7)  # Pillow needs none
+        assert opened(file.getvalue(), 1).tensor().shape == (1, 9, 7)  # Pillow does not need tifffile
         data = bytearray(bands(noise(9, 7, 5)))
         place = data.index((259).to_bytes(2, "little") + (3).to_bytes(2, "little"))
-        data[place + 8 : place + 10] = (5).to_bytes(2, "little")  # says LZW
+        data[place + 8 : place + 10] = (5).to_bytes(2, "little")  # declares LZW
         with pytest.raises(DataError, match="'the file' cannot be read"):
             opened(bytes(data), 5).tensor()
 
@@ -208,7 +208,7 @@ class TestFiles:
         monkeypatch.setitem(sys.modules, "tifffile", None)
         with pytest.raises(DataError, match=r'need tifffile: python -m pip install "inbatch\[tiff\]"'):
             opened(bands(noise(9, 7, 5)), 5)
-        assert opened(tiff(SCAN), 1, LEVELS).tensor()[0].tolist() == BYTES  # what Pillow reads needs none
+        assert opened(tiff(SCAN), 1, LEVELS).tensor()[0].tolist() == BYTES  # not needed for files that Pillow reads
 
 
 class TestHostile:
@@ -233,10 +233,10 @@ class TestHostile:
 
     @pytest.mark.parametrize("kind", ["zlib", "lzma"])
     def test_a_strip_that_unpacks_to_more_than_it_should(self, kind):
-        """100 kB for 100 MB: refused before they are unpacked."""
+        """100 kB that expand to 100 MB are refused before decompression."""
         module = __import__(kind)
         data, packed = bytearray(bands(noise(9, 7, 5), compression=kind)), module.compress(bytes(10**8))
-        for tag, value in ((273, len(data)), (279, len(packed))):  # where the strip is, and its bytes
+        for tag, value in ((273, len(data)), (279, len(packed))):  # offset of the strip, and its bytes
             place = next(data.index(struct.pack("<HH", tag, t)) for t in (3, 4) if struct.pack("<HH", tag, t) in data)
             data[place : place + 12] = struct.pack("<HHII", tag, 4, 1, value)
         picture = opened(bytes(data) + packed, 5, LEVELS)
@@ -248,7 +248,7 @@ class TestHostile:
         assert peak < 20e6
 
     def test_pages_in_a_circle(self):
-        """The offset of the next page leads back to the first."""
+        """The offset of the next page points to the first."""
         data = bytearray(bands(noise(9, 7, 5)))
         first = int.from_bytes(data[4:8], "little")
         end = first + 2 + 12 * int.from_bytes(data[first : first + 2], "little")
@@ -295,7 +295,7 @@ class TestArrays:
 
 
 class TestRemembered:
-    """A run's encoder is given new images as it was given those it learned from."""
+    """A run's encoder converts new images as the training images were converted."""
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -322,7 +322,7 @@ class TestRemembered:
         assert np.allclose(encoder.embed(np.stack(images)), vectors, atol=1e-5)
         assert np.allclose(encoder.embed(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)), vectors, atol=1e-5)
         plain = [to_bytes(x, None) for x in images]
-        assert not np.allclose(encoder.embed(plain), vectors, atol=1e-2)  # levels matter, and were applied
+        assert not np.allclose(encoder.embed(plain), vectors, atol=1e-2)  # levels have an effect, and were applied
         found = api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
         assert found["run"] == str(tmp_path / "run")
         part = inbatch.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)

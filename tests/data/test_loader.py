@@ -1,4 +1,4 @@
-"""Batches: the same whatever the workers, the share of a rank, the step an epoch is begun at."""
+"""Batches do not depend on the number of workers, the rank's share, or the step at which an epoch starts."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from inbatch.errors import DataError
 
 @dataclass
 class Corners:
-    """Stands for `views.Views`: crops at places that depend on (seed, epoch, index, view) and nothing else."""
+    """Stand-in for `views.Views`: crops at places that depend on (seed, epoch, index, view) only."""
 
     views: tuple[SimpleNamespace, ...] = (
         SimpleNamespace(size=8, interpolation="bilinear"),
@@ -34,14 +34,14 @@ VIEWS = Corners()
 
 
 def numbered(n=40, side=16):
-    """Image i is a ramp that starts at i; its label is i modulo 5."""
+    """Return images where image i is a ramp that starts at i; its label is i modulo 5."""
     images = (torch.arange(n)[:, None] * 3 + torch.arange(side * side)[None] % 50).byte().view(n, 1, side, side)
     return open_data((images, torch.arange(n) % 5))
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """30 images of several sizes, grey enough that bicubic weights clip nowhere."""
+    """Write 30 images of several sizes, grey enough that bicubic weights never clip."""
     random = np.random.default_rng(0)
     for i in range(30):
         pixels = random.integers(80, 176, (24 + i % 2 * 30, 20 + i % 3 * 10, 3), dtype=np.uint8)
@@ -101,13 +101,13 @@ def test_shares_of_two_ranks_make_the_batches_of_one(resident):
 
 def test_any_number_of_workers_gives_the_same_batches(photos):
     loaders = [Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False, workers=w) for w in (0, 1, 2)]
-    for epoch in (0, 1):  # the workers live on between epochs
+    for epoch in (0, 1):  # the workers persist between epochs
         runs = [list(loader.epoch(epoch)) for loader in loaders]
         assert [len(run) for run in runs] == [4, 4, 4]
         for batches in zip(*runs, strict=True):
             same(batches[0], batches[1])
             same(batches[0], batches[2])
-    next(loaders[2].epoch(2))  # given up after one batch, as when a run ends early
+    next(loaders[2].epoch(2))  # closed after one batch, as when a run ends early
     for a, b in zip(loaders[0].epoch(3, 1), loaders[2].epoch(3, 1), strict=True):
         same(a, b)
 
@@ -115,7 +115,7 @@ def test_any_number_of_workers_gives_the_same_batches(photos):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkeypatch):
-    """Crops, and canvases that are larger in one piece than in another: the batch that one piece would be."""
+    """Crops, and canvases of different sizes per piece: the result equals the batch made in one piece."""
     given = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
     source = open_data(photos)
     expected = list(Loader(source, **given).epoch(2))
@@ -127,7 +127,7 @@ def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkey
 
 
 def test_workers_that_are_not_forked(photos, monkeypatch):
-    """On a GPU they come from a fork server: what they need must pickle."""
+    """On a GPU, workers come from a fork server, so their arguments must pickle."""
     monkeypatch.setattr("sys.platform", "darwin")
     away = Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False, workers=1)
     monkeypatch.undo()
@@ -197,7 +197,7 @@ class TestResident:
     def test_images_larger_than_any_that_was_probed(self, photos, monkeypatch):
         expected = decode_all(open_data(photos))
         monkeypatch.setattr("inbatch.data.resident._CHUNK", 4)
-        monkeypatch.setattr("inbatch.data.resident._largest", lambda *_: (30, 999))  # narrower, and less high
+        monkeypatch.setattr("inbatch.data.resident._largest", lambda *_: (30, 999))  # below the maximum
         held = decode_all(open_data(photos))
         assert torch.equal(held.images, expected.images) and torch.equal(held.size, expected.size)
 
@@ -258,7 +258,7 @@ class TestFaults:
         names = [loader.source.identity(i) for i in range(len(loader.source))]
         assert names == [f"{i:02d}.png" for i in range(30) if i != 7]
         assert "left out: " in loader.report() and "07.png' cannot be read" in loader.report()
-        batch = next(loader.epoch(0))  # the right pixels stand under the new numbers
+        batch = next(loader.epoch(0))  # the right pixels under the new indices
         for image, (h, w), i in zip(batch.pictures(), batch.size.tolist(), batch.index.tolist(), strict=True):
             assert torch.equal(image[:, :h, :w], loader.source.image(i))
 

@@ -1,4 +1,4 @@
-"""The compiled kernel against torch and torchvision; and the accelerators' path, which waits for nothing."""
+"""Compiled kernel against torch and torchvision; and the path of accelerators, which never synchronises."""
 
 import os
 import subprocess
@@ -27,12 +27,12 @@ DOES = [
 
 
 def both(views, b: Batch, channels: int = 3) -> tuple:
-    """Drawn by the kernel, and by torch."""
+    """Draw views by the kernel, and by torch."""
     return tuple(Views(views, MEAN[:channels], STD[:channels], fused=how)(b) for how in (None, False))
 
 
 def assert_same(ours, theirs, solarised: bool = False) -> None:
-    """Solarise jumps at its threshold: there, rounding may put a pixel on the other side of it."""
+    """Compare views; rounding may put a pixel on the other side of the threshold of solarise."""
     assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.flipped, theirs.flipped)
     for x, y in zip(ours.images, theirs.images, strict=True):
         assert x.shape == y.shape and x.is_contiguous()
@@ -43,7 +43,7 @@ def assert_same(ours, theirs, solarised: bool = False) -> None:
 
 @pytest.fixture
 def used(monkeypatch) -> list[int]:
-    """One entry for each time that the kernel draws."""
+    """Return a list that gets one entry for each call of the kernel."""
     calls, real = [], numba_backend.draw_views
 
     def counted(view, *rest):
@@ -80,7 +80,7 @@ def test_presets_equal_torchs(name, layout, used):
 @pytest.mark.parametrize("size", [1, 7, 13, 32, 50])
 @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
 def test_every_size_of_image_and_view(size, how):
-    """Lines shorter than a vector, with and without a rest, enlarged, shrunk and left as they are."""
+    """Lines shorter than a vector, with and without a remainder, enlarged, reduced and unchanged."""
     sizes = [[1, 1], [1, 50], [60, 2], [size, size], [7, 9], [33, 31], [200, 300], [300, 65]]
     view = View(size, interpolation=how, scale=(0.3, 1.0), **JITTER, grey=0.2)
     images = photos(len(sizes) * 4, h=300, w=300)
@@ -101,7 +101,7 @@ def test_other_channels(channels, used):
 
 
 def test_single_operations_equal_torchvisions():
-    """On ready crops, so that nothing else happens; the settings are those that were drawn."""
+    """On finished crops, so that only the one operation applies; the settings are those that were drawn."""
     photo, index = photos(16), torch.arange(16)
     x, boxes = photo.float() / 255, torch.zeros(1, 16, 4, dtype=torch.long)
     u = rng.uniform(3, 0, index, 0, pipeline.COLUMNS)
@@ -162,7 +162,7 @@ def test_a_fork_has_threads_of_its_own(monkeypatch):
 
 
 def test_images_lie_where_they_lie_and_stay_as_they_are():
-    """`at` images of a data set; a canvas with other strides; attempts."""
+    """`at` indexes the images of a data set; a canvas with other strides; attempts."""
     images = photos(9, h=40, w=36)
     kept, at, index = images.clone(), torch.tensor([8, 0, 3, 3]), torch.tensor([5, 6, 7, 8])
     views = Views([EVERYTHING], MEAN[:3], STD[:3])
@@ -214,7 +214,7 @@ def test_without_a_place_for_the_cache_it_is_compiled_all_the_same(monkeypatch):
 
 
 class Asked(TorchDispatchMode):
-    """Notes operations for whose result the program waits."""
+    """Record operations that make the program wait for their result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def test_an_accelerator_is_never_waited_for(monkeypatch, name):
         views(b)
         assert not asked.names
         bool(b.index.any())
-        assert asked.names  # what a question looks like
+        assert asked.names  # an example of a synchronising operation
 
 
 def test_an_attempt_of_each_sample_is_that_attempt():
@@ -269,6 +269,6 @@ assert counters["stats"]["unique_graphs"] == 1, counters
 
 
 def test_one_graph_for_all_epochs():
-    """In a process of its own: here, shapes in signatures are checked, which no graph can hold."""
+    """In its own process: in this one shapes in signatures are checked, which a graph cannot contain."""
     done = subprocess.run([sys.executable, "-c", COMPILED, os.path.dirname(__file__)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""NumPy's files: layouts, names, what is mapped and what is refused."""
+"""NumPy files: layouts, names, memory mapping and refused files."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The zoo of odd images: each is read right or refused by name, in every way that images are read."""
+"""Unusual images: each is read correctly or refused by name, on every path that reads images."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ def off(pixels: torch.Tensor, expected: np.ndarray) -> int:
 class TestOneByOne:
     @EACH
     def test_read_right_or_refused_by_name(self, animal, tmp_path):
-        """Out of memory, as in Parquet and tar files, and from a file."""
+        """From memory, as in Parquet and tar files, and from a file."""
         zoo.fill(tmp_path, [animal])
         source = open_data(tmp_path)
         for read in (
@@ -80,7 +80,7 @@ class TestTogether:
     def test_decoded_once_all_bad_ones_named(self, folder):
         source = open_data(folder)
         assert len(source) == len(ALL)
-        held = decode_all(source, canvas=64, max_bad=0.5)  # 1x5000 and 5000x1 would want a square
+        held = decode_all(source, canvas=64, max_bad=0.5)  # 1x5000 and 5000x1 would need a square
         assert len(held.dropped) == len(BAD) and len(held.source) == len(GOOD)
         assert all(any(repr(os.path.join(str(folder), bad.name)) in said for said in held.dropped) for bad in BAD)
         expected = {animal.name: animal for animal in GOOD}
@@ -104,7 +104,7 @@ class TestTogether:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)) and seen[0][0].float().std() > 20
 
     def test_a_run_and_its_features(self, tmp_path):
-        """Some of each, from training to the features that are written."""
+        """Some of each kind, from training to the written features."""
         some = [*GOOD[:40], next(bad for bad in BAD if bad.name == "text.jpg")]
         (tmp_path / "zoo").mkdir()
         zoo.fill(tmp_path / "zoo", some)
@@ -137,7 +137,7 @@ class TestNames:
         assert sorted(made) == [bytes(path) for path in source.scan.paths.tolist()]
         for i in range(len(source)):
             assert source.image(i)[0, 0, 0] == zoo.STRANGE.index(sorted(made)[i])
-            source.identity(i).encode()  # can be printed and written
+            source.identity(i).encode()  # can be encoded for output
         assert source.fingerprint()
 
     def test_a_strange_name_in_an_error_is_one_line(self, tmp_path):

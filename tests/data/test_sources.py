@@ -1,4 +1,4 @@
-"""Sources: every kind of data on files made here, and the faults of each."""
+"""Sources: every kind of data on files made here, and the faults of each kind."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ def fill(root, *paths):
 
 class TestFolder:
     def test_a_mixed_folder_keeps_every_image(self, tmp_path):
-        """torchvision's ImageFolder and LightlyDataset keep 1 of these 6 and say nothing."""
+        """torchvision's ImageFolder and LightlyDataset keep 1 of these 6 without a message."""
         fill(tmp_path, *(f"{i}.png" for i in range(5)), "sub/5.png")
         source = open_data(tmp_path)
         assert [source.identity(i) for i in range(6)] == [*(f"{i}.png" for i in range(5)), "sub/5.png"]
@@ -217,7 +217,7 @@ class TestDecode:
     @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
     @pytest.mark.parametrize("turn", [1, 6])
     def test_crops_equal_cutting_then_resizing(self, how, turn):
-        """Also where the JPEG was decoded at a fraction of its size, and turned: boxes are in upright pixels."""
+        """Also if the JPEG was decoded at a fraction of its size, and rotated: boxes are in upright pixels."""
         photo = Image.effect_mandelbrot((1200, 800), (-2, -1, 1, 1), 30).convert("RGB")
         exif = Image.Exif()
         exif[0x0112] = turn
@@ -252,7 +252,7 @@ class TestDecode:
             opened(encoded(Image.fromarray(RAMP), "JPEG"))
 
     def test_bombs_are_refused_by_their_header(self):
-        for side in (9_000, 10_000, 20_000):  # over our limit, over Pillow's warning, over Pillow's limit
+        for side in (9_000, 10_000, 20_000):  # over inbatch's limit, over Pillow's warning, over Pillow's limit
             bomb = encoded(Image.new("1", (side, side)), "PNG")
             with pytest.raises(DataError, match="'the file' cannot be read"):
                 opened(bomb)
@@ -263,7 +263,7 @@ PHOTO = Image.fromarray(SHAPE // 2 + np.random.default_rng(0).integers(100, size
 
 
 class TestFastJpeg:
-    """What simplejpeg decodes is what Pillow would have given."""
+    """simplejpeg and Pillow decode to the same pixels."""
 
     kinds = {
         "baseline": {},
@@ -283,7 +283,7 @@ class TestFastJpeg:
 
     @pytest.fixture
     def decoded(self, monkeypatch):
-        """How many images simplejpeg gave."""
+        """Record for each image whether simplejpeg decoded it."""
         given = []
         real = jpeg.decode
 
@@ -315,7 +315,7 @@ class TestFastJpeg:
             opened(data[: int(len(data) * cut)]).tensor()
 
     def test_what_it_complains_about_is_pillows_to_judge(self, decoded, monkeypatch):
-        """Garbage in the middle: Pillow makes something of it, as it did before."""
+        """Damaged bytes in the middle: Pillow decodes the file, as without simplejpeg."""
         data = bytearray(encoded(PHOTO, "JPEG"))
         data[4000:4200] = bytes(200)
         fast, slow = self.both(bytes(data), monkeypatch, ImageFile.tensor)
@@ -323,13 +323,13 @@ class TestFastJpeg:
 
     @pytest.mark.parametrize(("place", "value"), [(1, 0xC9), (1, 0xC3), (4, 12), (5, 0), (9, 2)])
     def test_unusual_frames_are_not_its_business(self, place, value):
-        """Arithmetic, lossless, 12 bits, a height that comes later, two components."""
+        """Arithmetic, lossless, 12 bits, a height given later, two components."""
         data = bytearray(encoded(Image.fromarray(RAMP).convert("RGB"), "JPEG"))
         at = data.index(b"\xff\xc0")
         assert jpeg.header(bytes(data)) == (20, 30, 3, False)
         data[at + place : at + place + 1 + (place == 5)] = bytes([value] * (1 + (place == 5)))
         assert jpeg.header(bytes(data)) is None
-        for end in range(0, at + 8):  # and nothing shorter is taken for a header
+        for end in range(0, at + 8):  # and no shorter prefix passes as a header
             assert jpeg.header(bytes(data[:end])) is None
 
     def test_headers_that_are_alike_are_told_apart(self):
@@ -539,7 +539,7 @@ class TestArrays:
         assert set(fewer.labels.tolist()) < set(some.labels.tolist())
         assert [int(some.image(i)[0, 0, 0]) for i in range(30)] == some.labels.tolist()
         assert [some.identity(i) for i in range(30)] == [str(i) for i in some.labels.tolist()]
-        assert len(set(some.labels.tolist()) & set(range(30))) < 30  # not simply the first ones
+        assert len(set(some.labels.tolist()) & set(range(30))) < 30  # not the first ones
         assert "30 of 100 used" in some.report()
         for wrong in (0, 101):
             with pytest.raises(DataError, match="it has 100"):
@@ -547,7 +547,7 @@ class TestArrays:
 
 
 def raw_knn(train, test, k):
-    """Weighted cosine k-NN (temperature 0.1) on raw pixels, written out."""
+    """Weighted cosine k-NN (temperature 0.1) on raw pixels, computed literally."""
     a, b = (torch.nn.functional.normalize(s.images.flatten(1).float(), dim=1) for s in (train, test))
     near, which = (b @ a.T).topk(k)
     votes = torch.zeros(len(b), 10).scatter_add_(1, train.labels[which], (near / 0.1).exp())
@@ -574,7 +574,7 @@ class TestDigits:
             assert raw_knn(train, test, k) < 0.65
 
     def test_colours_say_nothing_about_the_class(self):
-        """A linear classifier on each image's mean and corner colours does no better than chance allows."""
+        """A linear classifier on each image's mean and corner colours is not significantly better than chance."""
         from sklearn.linear_model import LogisticRegression
 
         train, test = open_data("digits-canvas-colour"), open_data("digits-canvas-colour", "test")

@@ -1,4 +1,4 @@
-"""torchvision's sets by name: each laid out on the disk as torchvision leaves it, none ever fetched."""
+"""torchvision's data sets by name: each laid out on disk as torchvision does, none ever downloaded."""
 
 import bz2
 import json
@@ -25,7 +25,7 @@ rng = np.random.default_rng(0)
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Files made here have other checksums than the published ones; whether they are there is still asked."""
+    """Skip the comparison of checksums, as files made here differ from the published ones; they must still exist."""
     for module in ("svhn", "stl10", "flowers102"):
         monkeypatch.setattr(
             f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).exists()
@@ -43,7 +43,7 @@ def text(path, *lines):
 
 
 def idx(path, array):
-    """An array in the format of MNIST's files: big-endian, its type and sides first."""
+    """Write an array in the format of MNIST's files: big-endian, type and shape first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {"uint8": 8, "int32": 12}[array.dtype.name]
     head = bytes([0, 0, kind, array.ndim]) + np.array(array.shape, ">i4").tobytes()
@@ -249,7 +249,7 @@ def test_the_page_lists_every_set_and_split():
 
 @pytest.mark.parametrize("name", SETS)
 def test_not_there(name, tmp_path):
-    """It says where it looked, what to do, and leaves nothing behind."""
+    """The message names the searched folder and the remedy; no file is left behind."""
     how = "--download" if SETS[name].fetched else "fetched by hand"
     with pytest.raises(DataError, match=f"was looked for in '{tmp_path}' and is not there: .*{how}"):
         open_data(f"torchvision/{name}:{tmp_path}", splits(f"torchvision/{name}")[-1])
@@ -292,7 +292,7 @@ def test_a_download_without_a_network(name, tmp_path):
 
 
 def test_a_download(tmp_path, monkeypatch, capsys):
-    """What torchvision would fetch is put there instead; only what is missing, and without a word on stdout."""
+    """A stub replaces torchvision's download; only missing files are fetched, and stdout stays empty."""
     asked = []
 
     def fetch(url, download_root, extract_root=None, filename=None, md5=None, remove_finished=False):
@@ -311,7 +311,7 @@ def test_a_download(tmp_path, monkeypatch, capsys):
 
 
 def test_those_who_want_the_same_wait_for_each_other(tmp_path, monkeypatch):
-    """The lock is the kernel's and of the opened file, so threads meet at it as processes do."""
+    """The kernel's lock belongs to the opened file, so it excludes threads as it excludes processes."""
     asked = []
 
     def fetch(url, root, filename, md5):
@@ -326,7 +326,7 @@ def test_those_who_want_the_same_wait_for_each_other(tmp_path, monkeypatch):
 
 
 def test_an_old_file_of_torchvisions_is_not_run(tmp_path):
-    """MNIST once lay there as a pickle; torchvision still reads it, as tensors only."""
+    """An old version of MNIST is stored as a pickle; torchvision still reads it, as tensors only."""
     for name in ("training.pt", "test.pt"):
         path = tmp_path / "MNIST/processed" / name
         path.parent.mkdir(parents=True, exist_ok=True)

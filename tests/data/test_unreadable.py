@@ -1,4 +1,4 @@
-"""Faults 11 and 13: images that cannot be read are counted, listed and never stand in silently for each other."""
+"""Faults 11 and 13: unreadable images are counted and listed, and no other image silently replaces them."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from inbatch.data import Loader, open_data, write_folder
 from inbatch.errors import DataError, Preempted
 from inbatch.evaluation import embed
 
-BATCH, N = 20, 130  # six batches, and a tail of ten
+BATCH, N = 20, 130  # six batches, and a remainder of ten
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """130 digits in folders by class, none of them damaged yet."""
+    """Write 130 digits in folders by class, all undamaged."""
     return write_folder(open_data("digits-canvas-colour", subset=N), tmp_path / "images")
 
 
@@ -44,7 +44,7 @@ def loader(folder: Path, **fields: Any) -> Loader:
 
 
 def expected(bad: set[int], epoch: int) -> list[int]:
-    """The rule in as many words: whoever cannot be read gives its place to who has it in the next batch."""
+    """Apply the rule literally: the sample at the same place of the next batch replaces an unreadable one."""
     order = rng.permutation(3, epoch, N).tolist()[: N // BATCH * BATCH]
     used = []
     for place in range(len(order)):
@@ -60,7 +60,7 @@ def expected(bad: set[int], epoch: int) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: int, whole: bool) -> None:
     order = rng.permutation(3, 0, N).tolist()
-    # Two in the last batch, whose next is the first; and two places in a row of the same slot.
+    # Two in the last batch, whose next is the first; and two successive batches at the same place.
     bad = {order[i] for i in (7, 100, 101, 30, 50)}
     plain = list(loader(images, whole=whole).epoch(1))
     for i, how in zip(sorted(bad), ("header", "pixels", "empty", "pixels", "header"), strict=True):
@@ -81,7 +81,7 @@ def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: in
     assert untouched, "every batch has a damaged image: the test has lost its point"
     for b in untouched:
         same(batches[b], plain[b])
-    for batch in batches:  # who fills in is drawn as itself
+    for batch in batches:  # a replacement is drawn as the sample itself
         for slot, i in enumerate(batch.index.tolist()):
             other = next(b for b in loader(images, whole=whole).epoch(1) if i in b.index.tolist())
             at = other.index.tolist().index(i)
@@ -133,7 +133,7 @@ def run(images: Path, out: Path, **fields: Any) -> inbatch.Run:
 @pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bool) -> None:
-    bad = [files(images)[i] for i in (0, 64, 129)]  # those that are looked at for collapse, too
+    bad = [files(images)[i] for i in (0, 64, 129)]  # including one of the images used to detect collapse
     for file, how in zip(bad, ("header", "pixels", "empty"), strict=True):
         damage(file, how)
     found = run(images, tmp_path / "run", resident=resident, workers=1)
@@ -189,7 +189,7 @@ def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> Non
     assert done.exit_code == 3, done.output
     error = json.loads(done.stdout)["error"]
     assert "of 130 images" in error and "max_bad allows 1%" in error
-    if resident == "false":  # it had begun
+    if resident == "false":  # training had begun
         assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     else:
         assert not (tmp_path / "run").exists()
@@ -232,7 +232,7 @@ def test_embeddings_keep_the_numbers_of_the_others(images: Path, tmp_path: Path)
     whole = embed(encoder, open_data(images))
     for i in (2, 3, 129):
         damage(files(images)[i], "pixels")
-    some = embed(encoder, open_data(images), batch=2)  # of one batch, nothing is left
+    some = embed(encoder, open_data(images), batch=2)  # no image of one batch is left
     keep = [i for i in range(N) if i not in (2, 3, 129)]
     assert some.index.tolist() == keep and len(some.missing) == 3
     assert torch.allclose(some.vectors, whole.vectors[keep], atol=1e-5) and torch.equal(some.labels, whole.labels[keep])

@@ -1,4 +1,4 @@
-"""Views: each operation against torchvision's on the same parameters, each draw against torchvision's draws."""
+"""Views: each operation against torchvision's with the same parameters, each draw against torchvision's draws."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ MANY = torch.arange(4000)
 
 
 def photos(n: int = 6, c: int = 3, h: int = 32, w: int = 32) -> torch.Tensor:
-    """Smooth random images, some of them grey or with equal channels, as uint8."""
+    """Draw smooth random images, some of them grey or with equal channels, as uint8."""
     coarse = torch.rand(n, c, 6, 6, generator=torch.Generator().manual_seed(0))
     fine = torch.nn.functional.interpolate(coarse, (h, w), mode="bicubic").mul(1.3).sub(0.15).clamp(0, 1)
     fine[0] = fine[0, :1]
@@ -55,7 +55,7 @@ def same_distribution(ours: torch.Tensor, theirs: list[float]) -> bool:
 
 
 def literal_box(u: list[float], height: int, width: int, scale, ratio) -> list[int]:
-    """torchvision's RandomResizedCrop.make_params, its draws replaced by ours."""
+    """torchvision's RandomResizedCrop.make_params with its draws replaced by inbatch's."""
     for i in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * u[i])
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -102,7 +102,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
 @pytest.mark.parametrize("size", [8, 32, 57])
 @pytest.mark.parametrize("large", [0, 10**9], ids=["one by one", "matrices"])
 def test_resampling_equals_torchvision(monkeypatch, how, size, large):
-    """Boxes of images of two sizes on one canvas; the padding is white and must not leak in."""
+    """Boxes of images of two sizes on one canvas; the padding is white and must not affect the views."""
     monkeypatch.setattr(crop, "_LARGE", large)
     images = photos(4, h=40, w=48)
     sizes = torch.tensor([[40, 48], [30, 25]]).repeat(2, 1)
@@ -190,7 +190,7 @@ def test_jitter_is_distributed_as_torchvisions():
     drawn = [theirs.make_params([]) for _ in range(len(MANY))]
     for ours, name in (*zip(factors.T, ("brightness", "contrast", "saturation"), strict=True), (turns[on], "hue")):
         assert same_distribution(ours, [float(d[f"{name}_factor"]) for d in drawn])
-    # Every order as often as any other, whether applied or not.
+    # All orders are equally frequent, whether applied or not.
     number = (kind[on] - 1) * 9 + order[on, 0] * 3 + order[on, 1]
     counts = number.bincount(minlength=36)
     assert (counts > 0).sum() == 24 and stats.chisquare(counts[counts > 0].numpy()).pvalue > SURE
@@ -265,17 +265,17 @@ def test_affine_map_inverts_its_formula_and_stays_in_range():
     shift = -(forward @ inverse[:, :, 2:].double())[:, :, 0] / 2
     assert same_distribution(shift[:, 0], np.random.default_rng(0).uniform(-0.35, 0.35, 4000))
     assert same_distribution(shift[:, 1], np.random.default_rng(1).uniform(-0.35, 0.35, 4000))
-    turn = torch.atan2(forward[:, 1, 0], forward[:, 0, 0])  # the first column is turned, not sheared
+    turn = torch.atan2(forward[:, 1, 0], forward[:, 0, 0])  # the first column is rotated, not sheared
     assert same_distribution(turn.rad2deg(), np.random.default_rng(2).uniform(-15, 15, 4000))
     stretch = forward[:, :, 0].norm(dim=1).square() / forward.det()
     assert stretch.min() > 1 / 1.2 and stretch.max() < 1.2
 
 
-# The whole
+# All operations together
 
 
 def literal_views(view: View, number: int, b: Batch) -> torch.Tensor:
-    """One view of a batch by torchvision's functions, image by image, from the settings drawn for it."""
+    """Compute one view of a batch by torchvision's functions, image by image, with the settings drawn for it."""
     u = rng.uniform(b.seed, b.epoch, b.index, number, pipeline.COLUMNS)
     box = crop.random_boxes(u[:, : crop.DRAWS], b.size, view.scale, view.ratio)
     settings = {type(step).__name__: step.settle(u[:, columns]) for step, columns in pipeline.operations(view)}
@@ -315,12 +315,12 @@ def test_a_whole_view_equals_torchvisions_functions_in_its_order(fused):
     drawn = Views(views, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], fused=fused)(b)
     for number, view in enumerate(views):
         error = (drawn.images[number] - literal_views(view, number, b)).abs()
-        # Solarise jumps at its threshold: a rounding error may put a pixel on the other side of it.
+        # A rounding error may put a pixel on the other side of the threshold of solarise.
         assert (error > 2e-4).float().mean() < 1e-4 and error.median() < 1e-5
 
 
 def test_the_accelerators_path_gives_the_same(monkeypatch):
-    """There one piece holds the batch and nothing asks for values; "meta" tensors raise when one is asked."""
+    """There one piece holds the batch and no value is read; "meta" tensors raise if one is."""
     views, b = make(PRESETS["simclr"](size=32) + PRESETS["byol"](size=20, blur=0.0, blur_second=0.0)), batch(photos(40))
     ours = views(b)
     monkeypatch.setattr(operation, "can_ask", lambda x: False)
@@ -383,7 +383,7 @@ def test_epoch_view_seed_and_attempt_draw_anew():
 
 @FUSED
 def test_a_sample_draws_the_same_in_any_batch(fused):
-    """Permuted, cut over ranks, or alone: what others do in the batch changes nothing."""
+    """Permuted, split over ranks, or alone: the other samples of the batch have no influence."""
     views, images, index = make(PRESETS["byol"](size=32), fused=fused), photos(32), torch.arange(32) * 7
     whole = views(batch(images, index=index))
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
@@ -398,7 +398,7 @@ def test_a_sample_draws_the_same_in_any_batch(fused):
 
 
 def test_views_do_not_depend_on_their_neighbours_in_the_list():
-    """Alike views are drawn in one pass; the result is the one of each alone at its number."""
+    """Equal views are drawn in one pass; the result equals that of each alone at its number."""
     images, same, small = photos(8), View(24, grey=0.2), View(16)
     mixed = make([same, same, small, same])(batch(images))
     apart = make([same, small, small, same])(batch(images))
@@ -410,13 +410,13 @@ def test_views_do_not_depend_on_their_neighbours_in_the_list():
 def test_an_operations_draws_do_not_depend_on_which_others_are_done():
     images = photos(8)
     alone = make([View(24, blur=0.5, kernel=3)])(batch(images))
-    before = make([View(24, blur=0.5, kernel=3, jitter=1e-9, hue=0.1)])(batch(images))  # done to none of the eight
+    before = make([View(24, blur=0.5, kernel=3, jitter=1e-9, hue=0.1)])(batch(images))  # applied to none of the eight
     torch.testing.assert_close(alone.images[0], before.images[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["supervised", "simclr"])
 def test_streamed_crops_give_the_same_views(preset):
-    """Workers cut with Views.boxes, sample by sample, and resize to uint8; the rest happens here."""
+    """Workers crop with Views.boxes, sample by sample, and resize to uint8; all other operations run here."""
     images, sizes = photos(24, h=40, w=48), torch.tensor([[40, 48], [33, 20]]).repeat(12, 1)
     views = make(PRESETS[preset](size=32))
     resident = views(batch(images, size=sizes))

@@ -32,7 +32,7 @@ def member(name: str, size: int = 0, **fields) -> tarfile.TarInfo:
 
 
 def shard(path: Path, *members, format=tarfile.GNU_FORMAT) -> Path:
-    """members: (name, bytes), or a TarInfo without content."""
+    """Write members: (name, bytes), or a TarInfo without content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as file:
         for one in members:
@@ -49,7 +49,7 @@ def pictures(first: int, n: int = 3):
 
 class TestRead:
     def test_shards_of_the_webdataset_library(self, tmp_path):
-        """It turns numbers, pictures and JSON into bytes itself."""
+        """The library itself encodes numbers, pictures and JSON."""
         webdataset = pytest.importorskip("webdataset")
         with webdataset.ShardWriter(f"{tmp_path}/train-%03d.tar", maxcount=4, verbose=0) as sink:
             for i in range(10):
@@ -83,7 +83,7 @@ class TestRead:
             shard(tmp_path / f"{name}.tar", *pictures(0))
         assert splits(tmp_path) == ("train", "test")
         assert len(open_data(tmp_path)) == 6 and len(open_data(tmp_path, "test")) == 3
-        shard(tmp_path / "trainings.tar", *pictures(0))  # is no split: all of them are to learn from
+        shard(tmp_path / "trainings.tar", *pictures(0))  # not a split name: all shards are training data
         assert splits(tmp_path) == ("train",) and len(open_data(tmp_path)) == 12
 
     def test_a_folder_of_images_with_a_tar_beside_them_stays_one(self, tmp_path):
@@ -182,7 +182,7 @@ class TestFaults:
             (tmp_path / "a.tar").write_bytes(whole[:length])
             with pytest.raises(DataError, match=r"a\.tar' cannot be read as a tar file"):
                 open_data(tmp_path / "a.tar")
-        (tmp_path / "a.tar").write_bytes(whole[: end + 512])  # one block of zeros ends it
+        (tmp_path / "a.tar").write_bytes(whole[: end + 512])  # one block of zeros ends the archive
         assert len(open_data(tmp_path / "a.tar")) == 3
 
     def test_a_flipped_byte_in_any_header_loses_nothing(self, tmp_path):
@@ -232,4 +232,4 @@ class TestFaults:
         (tmp_path / "a.tar").write_bytes(noise)
         with pytest.raises(DataError, match="cannot be read as a tar file"):
             open_data(tmp_path / "a.tar")
-        assert json.dumps(str(tmp_path))  # a printable path, so the message was
+        assert json.dumps(str(tmp_path))  # the path is printable, so the message was too

@@ -1,4 +1,4 @@
-"""Corruptions: what they do to images, and how features stand them."""
+"""Corruptions: their effect on images, and the robustness of features against them."""
 
 import json
 from io import BytesIO
@@ -24,13 +24,15 @@ UNEVEN = {
     **dict.fromkeys(("snow", "fog"), ("large",)),
     "motion_blur": ("small",),
 }
-"""Where the published parameters trade one thing for another from a severity to the next: less image for more ice,
-less turning for more bending, weaker blur for more swaps, a longer kernel with the same sigma, fewer
-flakes, rougher fog."""
+"""Corruptions whose published parameters do not increase in every respect with the severity.
+
+They exchange image for more ice, rotation for more bending, blur for more swaps, use a longer kernel with the same
+sigma, fewer flakes, or rougher fog.
+"""
 
 
 def scenes(n=6, height=32, width=32, channels=3):
-    """Smooth random images: the spectrum of photographs, roughly."""
+    """Draw smooth random images with roughly the spectrum of photographs."""
     draw = torch.Generator().manual_seed(0)
     x = sum(
         torch.nn.functional.interpolate(
@@ -114,7 +116,7 @@ def test_there_are_fifteen_of_four_kinds():
     assert all(len(c.small) == len(c.large) == 5 for c in CORRUPTIONS.values())
 
 
-# The parts, beside slow or well-known versions
+# Parts, compared with slow or well-known versions
 
 
 def test_chance_is_uniform_and_normal():
@@ -200,7 +202,7 @@ def test_glass_swaps_pixels_with_near_ones(reach):
 
 
 def slow_plasma(drawn, size, decay):
-    """Diamond-square, point by point; drawn: the noise of every level, squares and the two kinds of diamonds."""
+    """Compute diamond-square point by point; drawn: the noise of every level, squares and the two kinds of diamonds."""
     field, step, swing = np.zeros((size, size)), size, 1.0
     for u in drawn:
         half = step // 2
@@ -254,7 +256,7 @@ def test_elastic_maps_take_the_three_points_back():
         assert np.allclose(digital.sample(x, off, mirror)[1, 0].numpy(), theirs, atol=1e-4)
 
 
-# The protocol
+# Protocol
 
 
 def test_figures_are_those_of_the_protocols_on_corrupted_images():
@@ -309,7 +311,7 @@ def test_evaluate_needs_images_of_one_or_three_channels():
 
 
 def test_the_command_line_and_another_set(tmp_path):
-    """A run of colour images of 20 pixels, judged by grey ones of 33 pixels with other classes."""
+    """Evaluate a run of colour images of 20 pixels on grey ones of 33 pixels with other classes."""
     made = bars_run(tmp_path, channels=3)
     found = command(f"evaluate {made} --protocol corruptions --most 3")
     assert found.exit_code == 0 and "by weather" in found.stdout

@@ -1,4 +1,4 @@
-"""Evaluation: features of clean images, and numbers that agree with slow or well-known versions."""
+"""Evaluation: features of clean images, and metrics that agree with slow or well-known versions."""
 
 import builtins
 import importlib
@@ -88,7 +88,7 @@ def test_bfloat16_is_close():
 
 
 def test_stream_is_lazy():
-    """Only the images of the chunks that were asked for have been decoded."""
+    """Only the images of the requested chunks have been decoded."""
     source = pictures(40)
     seen = []
     image = source.image
@@ -232,7 +232,7 @@ def test_knn_scores_literally(distance, k):
 
 
 def test_tiles_keep_the_similarities_small_and_change_nothing(monkeypatch):
-    """No product is larger than the chunk times the tile, and the best of the tiles' best are the best of all."""
+    """No product is larger than chunk times tile, and the best neighbours over the tiles are the best of all."""
     seen = []
     real = torch.mm
     monkeypatch.setattr(knn_module, "_BANK", 32)
@@ -246,7 +246,7 @@ def test_tiles_keep_the_similarities_small_and_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize(("columns", "k"), [(5000, 200), (1003, 3), (257, 1), (64, 4), (40, 40)])
 def test_the_largest_are_the_largest(columns, k):
-    """In whatever order they stand, and where many are equal."""
+    """For any order of the values and with many equal ones."""
     x = torch.randn(20, columns)
     x[:5] = x[:5].sort(1).values
     x[5:10] = x[5:10].round()
@@ -299,14 +299,14 @@ def test_lbfgs_is_scikit_learns_logistic_regression():
     mean, std = x.mean(0), x.std(0, correction=0)
     reference = LogisticRegression(C=0.3, tol=1e-8, max_iter=1000).fit((x - mean) / std, train.labels)
     assert result["top1"] == reference.score((query - mean) / std, test.labels)
-    # The same minimum, not just the same answers.
+    # The same minimum, not only the same predictions.
     weight, bias, _ = _lbfgs((train.vectors - mean.float()) / std.float(), train.labels, 4, Lbfgs(0.3, tolerance=1e-7))
     assert np.allclose(weight, reference.coef_, atol=1e-3)
     assert np.allclose(bias - bias.mean(), reference.intercept_ - reference.intercept_.mean(), atol=1e-3)
 
 
 def test_lbfgs_ends_at_the_minimum_of_crooked_features():
-    """Features that hang together a thousand times as strongly in one direction as in another."""
+    """Features are a thousand times as strongly correlated in one direction as in another."""
     train = clouds(600, width=32, spread=3, seed=1)
     x = train.vectors @ (torch.eye(32) + 3 * torch.randn(32, 1) @ torch.randn(1, 32))
     x = (x - x.mean(0)) / x.std(0, correction=0)
@@ -332,7 +332,7 @@ def test_lbfgs_takes_dead_features_and_any_scale():
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
 def test_lbfgs_takes_collapsed_features(noise):
-    """All features one direction, without a penalty that would hold their curvature up."""
+    """All features have one direction, without a penalty that would bound their curvature from below."""
     train, test = clouds(400, spread=2, seed=1), clouds(100, spread=2, seed=2)
     way = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
 
@@ -355,7 +355,7 @@ def test_every_preset_learns_and_repeats(name):
 
 
 def test_sgd_is_the_textbook_loop():
-    """Two epochs of momentum, weight decay and a milestone, by hand."""
+    """Two epochs of momentum, weight decay and a milestone, computed by hand."""
     probe = Sgd(lr=0.5, batch=64, epochs=2, weight_decay=0.01, scaled=True, milestones=(1,))
     train = clouds(128, seed=1)
     weight, _, extra = _sgd(train.vectors, train.labels, 4, probe, seed=5)
@@ -374,7 +374,7 @@ def test_sgd_is_the_textbook_loop():
 
 @pytest.mark.parametrize("name", sorted(set(PROBES) - {"lbfgs"}))
 def test_sgd_is_torchs_and_lars_is_timms(name):
-    """Every preset against its optimiser and autograd, with weight decay, and a last batch that is smaller."""
+    """Every preset against its optimiser and autograd, with weight decay and a smaller last batch."""
     probe = replace(PROBES[name], epochs=4, batch=48, weight_decay=0.01, milestones=PROBES[name].milestones and (2, 3))
     train = clouds(200, seed=1)
     x, y = train.vectors.double(), train.labels
@@ -409,7 +409,7 @@ def test_small_steps_leave_the_threads_as_they_were():
 
 
 def test_lars_moves_by_a_thousandth_of_the_weights():
-    """The first step of SimSiam's preset: lr * 0.001 * |w| / |g| along g; a zero bias takes the plain rate."""
+    """The first step of SimSiam's preset: lr * 0.001 * |w| / |g| along g; a zero bias uses the plain rate."""
     train = clouds(256, seed=1)
     weight, bias, _ = _sgd(train.vectors, train.labels, 4, replace(PROBES["simsiam"], epochs=1), seed=5)
     w = 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
@@ -494,7 +494,7 @@ def test_rankme_literally():
     assert rankme(torch.ones(20, 1) @ torch.randn(1, 8)).item() == pytest.approx(1, rel=1e-3)
 
 
-# The whole
+# Complete evaluation
 
 
 def test_evaluate_states_its_protocol():

@@ -1,4 +1,4 @@
-"""Few labels: which are kept, and what is learned from them."""
+"""Few labels: the choice of the labels that are kept, and the training on them."""
 
 import json
 
@@ -13,7 +13,7 @@ from inbatch.evaluation import evaluate, few, few_labels, knn, linear_probe
 
 
 def slow_few_labels(labels, share, seed):
-    """Class by class: the first of its images in the seed's order."""
+    """Select by class: the first of its images in the seed's order."""
     from inbatch.rng import permutation
 
     order = permutation(seed, 0, len(labels)).tolist()

@@ -1,4 +1,4 @@
-"""Fine-tuning: all weights of a copy, with labels."""
+"""Fine-tuning: training all weights of a copy with labels."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ SHORT = Finetune(epochs=2, batch=8, steps=0)
 
 
 class Frozen:
-    """An encoder that is a function, not a module."""
+    """Encoder that is a function, not a module."""
 
     device, prepare, evaluating = torch.device("cpu"), torch.stack, torch.no_grad
 
@@ -35,7 +35,7 @@ def without_seconds(found):
 
 
 def slow_finetune(net, train, test, s, seed):
-    """The same written down step by step: predictions of the test images."""
+    """Fine-tune step by step; return the predictions for the test images."""
     torch.manual_seed(fold(seed))
     net, n = copy.deepcopy(net).train(), len(train)
     head = nn.Linear(net.width, 2)

@@ -1,4 +1,4 @@
-"""A run judged by images it has not seen: other classes, other sizes, other channels."""
+"""Evaluation of a run on images of other data sets: other classes, sizes and channels."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from inbatch.evaluation import Finetune
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Of colour images of 20 pixels with two classes, a test set of its own and a list of its classes."""
+    """Train on colour images of 20 pixels with two classes, with a test set and a list of its classes."""
     folder = tmp_path_factory.mktemp("runs")
     for split in ("train", "test"):
         for kind in ("lie", "other", "stand"):

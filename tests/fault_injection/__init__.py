@@ -1,1 +1,1 @@
-"""Every fault that a run must bear, done to it for real: python -m tests.fault_injection."""
+"""Fault injection suite: inject every fault that a run must tolerate; run with python -m tests.fault_injection."""

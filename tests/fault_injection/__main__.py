@@ -1,6 +1,6 @@
-"""Do every fault to a run and compare what happens with what is promised.
+"""Inject every fault into a run and compare the results with the documented behaviour.
 
-python -m tests.fault_injection [--only 5,7] [--markdown docs/drill.md]: exits with 1 if any differs.
+python -m tests.fault_injection [--only 5,7] [--markdown docs/drill.md]: exits with 1 if any result differs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from inbatch.runtime.text import printable
 
 
 def told(value: dict[str, Any]) -> str:
-    """An expectation, or what was seen, in one line."""
+    """Format an expectation or a result as one line."""
     return "; ".join(
         f"{key} {' / '.join(f'“{word}”' for word in item) if isinstance(item, tuple) else item}"
         for key, item in value.items()
@@ -27,7 +27,7 @@ def told(value: dict[str, Any]) -> str:
 
 
 def differs(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """What was seen, as far as something was expected: of all that was said the words that were to be found."""
+    """Return the results that have an expectation; of the output, only the expected words that it contains."""
     found: dict[str, Any] = {}
     for key, item in expected.items():
         if key == "says":
@@ -39,7 +39,7 @@ def differs(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def done(drill: Drill) -> tuple[bool, str, float]:
-    """Whether it went as expected, what was seen, and the seconds it took."""
+    """Return whether the fault was handled as expected, the result, and the seconds it took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="inbatch-drill-", ignore_cleanup_errors=True) as folder:
         try:
@@ -52,7 +52,7 @@ def done(drill: Drill) -> tuple[bool, str, float]:
 
 
 def markdown(rows: list[tuple[str, ...]], headings: tuple[str, ...]) -> str:
-    """The table as it stands in the documentation; nothing in it is taken for markup."""
+    """Return the table of the documentation, with every markup character escaped."""
     cells = [headings, ("---",) * len(headings), *(tuple(map(escaped, row)) for row in rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
 

@@ -1,4 +1,4 @@
-"""All drills, in the order of their numbers."""
+"""All faults of the suite, in the order of their numbers."""
 
 from . import files, images, numbers, stops, surroundings
 from .stage import Drill

@@ -1,4 +1,4 @@
-"""Faults 1 to 4 and 15 to 17: what lies on the disk, half written, damaged, hostile, or another's."""
+"""Faults 1 to 4 and 15 to 17: partial, damaged and malicious files, and files of other runs or users."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from .stage import (
 
 
 def stopped(out: Path, *words: str, epochs: int = 40) -> Path:
-    """A run that was asked to stop, with two checkpoints."""
+    """Return the directory of a run that was stopped by a signal, with two checkpoints."""
     with going(out, *words, epochs=epochs, method="moco") as process:
         until(lambda: (out / "checkpoints" / "previous.pt").exists(), "no second checkpoint came", tick=0.01)
         process.send_signal(signal.SIGTERM)
@@ -43,7 +43,7 @@ def stopped(out: Path, *words: str, epochs: int = 40) -> Path:
 
 
 def whole(out: Path, *words: str, epochs: int = 40) -> Path:
-    """The same run, left alone."""
+    """Return the directory of the same run without interruption."""
     ended = run(pretrain(out, *words, epochs=epochs, method="moco"))
     assert ended.code == 0, ended.err
     return out
@@ -93,7 +93,7 @@ def damaged(kind: str, folder: Path) -> dict[str, Any]:
 
 
 class Malicious:
-    """A pickle that runs a command where it is loaded."""
+    """Pickle that runs a command when it is loaded."""
 
     def __init__(self, sentinel: Path) -> None:
         self.sentinel = sentinel
@@ -104,7 +104,7 @@ class Malicious:
 
 def malicious_checkpoint(folder: Path) -> dict[str, Any]:
     out, sentinel = stopped(folder / "run"), folder / "executed"
-    real, torch.load = torch.load, lambda *_, **__: None  # the attacker's own library looks at nothing
+    real, torch.load = torch.load, lambda *_, **__: None  # the attacker's library checks nothing
     try:
         checkpoint.save(out / "checkpoints", {"tower": Malicious(sentinel)}, step=3)
     finally:
@@ -155,7 +155,7 @@ def resumed_twice(folder: Path) -> dict[str, Any]:
 
 
 def at_an_epochs_end(folder: Path) -> dict[str, Any]:
-    """Step 5 is the last of the first epoch of 5."""
+    """Step 5 is the last of the first epoch of 5 steps."""
     at = f"""
     import os, signal
     from inbatch.training.metric_logger import Log
@@ -178,7 +178,7 @@ def other_workers(folder: Path) -> dict[str, Any]:
 
 
 def other_world(folder: Path) -> dict[str, Any]:
-    """Two ranks, then one: the same images in the same order, so the loss is that of one process but for rounding."""
+    """Two ranks, then one: the same images in the same order, so the losses agree to rounding with one process."""
     out, one = folder / "run", ["--set", "precision=float32"]
     with going(out, *one, epochs=10, lines=3, by=[*TORCHRUN, "-m", "inbatch"]) as process:
         process.send_signal(signal.SIGTERM)

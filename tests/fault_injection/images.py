@@ -1,4 +1,4 @@
-"""Faults 11 to 13, 19, 21 and 22: images that cannot be read, that are too few, that vanish, and hostile names."""
+"""Faults 11 to 13, 19, 21 and 22: unreadable images, too few images, deleted images, and hostile names."""
 
 import json
 import os
@@ -18,7 +18,7 @@ MANY = 300
 
 
 def bomb() -> bytes:
-    """A PNG file of some bytes that says it has 30,000 x 30,000 pixels."""
+    """Return a PNG file of a few bytes whose header declares 30,000 x 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -30,7 +30,7 @@ def bomb() -> bytes:
 
 
 def bad(folder: Path, kinds: int) -> None:
-    """Files that are no images: as many kinds as asked for."""
+    """Write files that are not images, of as many kinds as requested."""
     whole = next(iter(sorted(folder.glob("*.png")))).read_bytes()
     files = {"truncated.png": whole[: len(whole) // 2], "bomb.png": bomb(), "empty.png": b"", "text.jpg": b"no image"}
     for name, data in list(files.items())[:kinds]:
@@ -38,7 +38,7 @@ def bad(folder: Path, kinds: int) -> None:
 
 
 def odd(folder: Path) -> None:
-    """Files that are images, though not every reader's."""
+    """Write images that some readers do not support."""
     pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     image.convert("CMYK").save(folder / "cmyk.jpg")
@@ -62,7 +62,7 @@ def unreadable(kinds: int, words: list[str], folder: Path) -> dict[str, Any]:
 
 
 def listed(out: Path) -> int:
-    """How many lines bad_images.txt has."""
+    """Return the number of lines of bad_images.txt."""
     file = out / "bad_images.txt"
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
@@ -77,7 +77,7 @@ def too_few(count: int, alike: bool, folder: Path) -> dict[str, Any]:
 
 
 def vanishes(folder: Path) -> dict[str, Any]:
-    """An image that is deleted, and one that is no longer one, while the run reads them again and again."""
+    """Delete one image and corrupt another while the run reads them repeatedly."""
     out, data = folder / "run", pictures(folder / "images", MANY)
     words = images(data, "--workers", "1", "--set", "resident=false")
     with going(out, data=words, epochs=20, lines=3) as process:
@@ -88,7 +88,7 @@ def vanishes(folder: Path) -> dict[str, Any]:
 
 
 def uneven(folder: Path) -> dict[str, Any]:
-    """211 images, batches of 40, 2 ranks: what each of them saw at each step."""
+    """Train on 211 images in batches of 40 on 2 ranks; return the samples of each rank at each step."""
     text = f"""
 import os, json
 from inbatch.data.loader import Loader
@@ -111,7 +111,7 @@ Loader.epoch = epoch
 
 
 def hostile_names(folder: Path) -> dict[str, Any]:
-    """Names that a browser, a terminal or a printer of markup would obey."""
+    """Write images whose names a browser, a terminal or a renderer of markup would interpret."""
     data, names = folder / "images", ("<script>alert(1)<", "a\x1b[2J\x1b]0;b\x07", "[red]c[/red] \u202e", "=1+1")
     for i, name in enumerate(names):
         pictures(data / name, 30, 24 + i)

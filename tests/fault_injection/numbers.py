@@ -1,4 +1,4 @@
-"""Faults 9, 10 and 18: numbers that are none, features that collapse, and losses at the edge of their precision."""
+"""Faults 9, 10 and 18: values that are not finite, collapse, and losses at the limits of their precision."""
 
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ Step.__call__ = call
 """
     + MAIN
 )
-"""The program, and a weight that is no number from the fourth step on."""
+"""The program, with a weight that is not finite from the fourth step on."""
 
 EXTREMES = """
 import itertools, torch
@@ -61,7 +61,7 @@ def not_finite(value: str, folder: Path) -> dict[str, Any]:
 
 
 def diverged(folder: Path) -> dict[str, Any]:
-    """A rate at which nothing is learned, and all becomes nan."""
+    """Train with a learning rate so large that all values become nan."""
     words = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup=0"]
     out = folder / "run"
     ended = run(pretrain(out, *words, epochs=4))
@@ -82,7 +82,7 @@ def extremes(folder: Path) -> dict[str, Any]:
 
 
 def whitening(folder: Path) -> dict[str, Any]:
-    """W-MSE whitens rows of 128 numbers in groups of 10: their covariance has no inverse."""
+    """W-MSE whitens rows of 128 numbers in groups of 10, whose covariance is singular."""
     data = ["--data", "digits-canvas", "--set", "subset=200", "--batch", "10"]
     ended = run(pretrain(folder / "run", "--set", "method.w_size=10", method="wmse", data=data))
     return {"refused or finite": ended.code in (0, 2, 4) and "Traceback" not in ended.err}

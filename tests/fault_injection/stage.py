@@ -1,4 +1,4 @@
-"""What a drill needs: small runs by the command line in processes of their own, and a look at what they leave."""
+"""Tools of the fault injection suite: small runs by the command line in processes of their own, and their results."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from PIL import Image
 from small_runs import assert_same_state, saved
 
 WAIT = 180
-"""Seconds for what must happen, on a machine however busy."""
+"""Seconds to wait for an event, with a margin for a busy machine."""
 DIGITS = ["--data", "digits-canvas", "--set", "subset=200", "--batch", "40", "--context", "20"]  # 5 steps an epoch
 INBATCH = [sys.executable, "-m", "inbatch"]
 TORCHRUN = [
@@ -30,10 +30,10 @@ MAIN = "from inbatch.apps.cli import main\nmain()\n"
 
 @dataclass(frozen=True)
 class Drill:
-    """A fault, done for real. act: do it in an empty folder, and return what was seen.
+    """One fault. act: inject it in an empty folder and return the results.
 
-    expected: what must be seen, under the same names; of `says`, words that what was printed must hold.
-    quick: part of what the tests run.
+    expected: required results by name; for `says`, words that the output must contain.
+    quick: also run by the tests.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Drill:
 
 @dataclass
 class Ended:
-    """A process that is over."""
+    """Result of a process that has ended."""
 
     code: int
     out: str
@@ -62,14 +62,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(words: Sequence[str], *, by: Sequence[str] = INBATCH, **options: Any) -> subprocess.Popen[str]:
-    """A process that goes on by itself; bytes that are no text are kept as escapes."""
+    """Start a process without waiting for it; bytes that are not valid text are kept as escapes."""
     options = {"env": environment()} | options
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*by, *words], text=True, errors="backslashreplace", **(pipes | options))
 
 
 def end(process: subprocess.Popen[str], seconds: float = WAIT) -> Ended:
-    """Wait for its end; what does not end is a fault of its own."""
+    """Wait for the end of a process; fail if it does not end."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -83,7 +83,7 @@ def run(words: Sequence[str], **options: Any) -> Ended:
 
 
 def script(folder: Path, name: str, text: str) -> list[str]:
-    """A Python program, to be started in the place of `python -m inbatch`."""
+    """Write a Python program to be started instead of `python -m inbatch`."""
     path = folder / f"{name}.py"
     path.write_text(textwrap.dedent(text))
     return [str(path)]
@@ -92,14 +92,14 @@ def script(folder: Path, name: str, text: str) -> list[str]:
 def pretrain(
     out: Path, *words: str, method: str = "simclr", epochs: int = 2, data: Sequence[str] = DIGITS, quiet: bool = True
 ) -> list[str]:
-    """The command line of a small run."""
+    """Return the command line of a small run."""
     fixed = ["--epochs", str(epochs), "--set", f"evaluate_every={epochs}", *(["--quiet"] if quiet else [])]
     return ["pretrain", method, *data, *fixed, "--out", str(out), *words]
 
 
 @contextmanager
 def going(out: Path, *words: str, lines: int = 6, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A run without end, once it has logged so many lines; none of its processes outlives the drill."""
+    """Yield an unlimited run after it has logged this many lines; end all of its processes afterwards."""
     by = {key: options.pop(key) for key in ("by", "env", "start_new_session", "preexec_fn") if key in options}
     began = time.time()
     process = start(pretrain(out, *words, epochs=options.pop("epochs", 4000), **options), **by)
@@ -122,7 +122,7 @@ def going(out: Path, *words: str, lines: int = 6, **options: Any) -> Iterator[su
 
 
 def until(true: Callable[[], bool], otherwise: str, seconds: float = WAIT, tick: float = 0.05) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     stop = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < stop, f"{otherwise} in {seconds:.0f} seconds"
@@ -130,19 +130,19 @@ def until(true: Callable[[], bool], otherwise: str, seconds: float = WAIT, tick:
 
 
 def processes(out: Path) -> list[int]:
-    """The processes whose command line names a run's folder: the run, its launcher, ranks and data workers."""
+    """Return the processes whose command line names the run directory: the run, launcher, ranks and data workers."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(out).encode() in file.read_bytes().split(b"\0"):
                 found.append(int(file.parent.name))
-        except OSError:  # it has just ended
+        except OSError:  # it has ended meanwhile
             continue
     return found
 
 
 def orphans(out: Path, seconds: float = 30) -> int:
-    """How many processes of a run are left after some time."""
+    """Return the number of processes of a run that are left after some time."""
     stop = time.monotonic() + seconds
     while (left := processes(out)) and time.monotonic() < stop:
         time.sleep(0.2)
@@ -150,7 +150,7 @@ def orphans(out: Path, seconds: float = 30) -> int:
 
 
 def below(pid: int) -> list[int]:
-    """The processes that another has started."""
+    """Return the child processes of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -166,13 +166,13 @@ def report(out: Path) -> dict[str, Any]:
 
 
 def steps(out: Path) -> list[int]:
-    """The steps of a run's log that tell a loss."""
+    """Return the steps of a run's log that contain a loss."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss" in line]
 
 
 def same(a: Path, b: Path) -> str:
-    """Whether two runs left the same state and encoder."""
+    """Return whether two runs left the same state and encoder."""
     try:
         assert_same_state(saved(a), saved(b))
     except AssertionError as error:
@@ -186,7 +186,7 @@ def copied(run: Path, to: Path) -> Path:
 
 
 def pictures(folder: Path, count: int = 60, size: int = 24) -> Path:
-    """A folder of small images, no two alike."""
+    """Write a folder of small images, all different."""
     folder.mkdir(parents=True)
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
@@ -194,7 +194,7 @@ def pictures(folder: Path, count: int = 60, size: int = 24) -> Path:
 
 
 def images(folder: Path, *words: str) -> list[str]:
-    """To learn from that folder."""
+    """Return the options to train on that folder."""
     tiny = ["--encoder", "tiny", "--batch", "20", "--set", "size=20"]
     tiny += ["--set", "preset=none", "--set", "schedule.warmup=0"]
     return ["--data", str(folder), *tiny, *words]

@@ -1,4 +1,4 @@
-"""Faults 5 to 8, 14 and 23: asked to stop, killed or hung, in one process, in a rank, in a data worker."""
+"""Faults 5 to 8, 14 and 23: a signal, a kill or a hang, in one process, in a rank, in a data worker."""
 
 import os
 import signal
@@ -42,11 +42,11 @@ Log.step = step
 """
     + MAIN
 )
-"""The program, and what happens at a step of it; on every rank, which `when` may tell apart."""
+"""The program with an action at one step, on every rank; `when` can select a rank."""
 
 
 def whole(out: Path) -> str:
-    """Whether there is a checkpoint of the step at which the run says that it has stopped."""
+    """Return whether the checkpoint is of the step at which the run reports that it stopped."""
     try:
         step = checkpoint.load(out / "checkpoints").step
     except InbatchError as error:
@@ -56,7 +56,7 @@ def whole(out: Path) -> str:
 
 
 def asked(number: int, to: str, folder: Path) -> dict[str, Any]:
-    """A signal to the process, to one rank, or to the launcher."""
+    """Send a signal to the process, to one rank, or to the launcher."""
     out, by = folder / "run", INBATCH if to == "process" else [*TORCHRUN, "-m", "inbatch"]
     with going(out, by=by) as process:
         target = process.pid
@@ -75,12 +75,12 @@ def twice(folder: Path) -> dict[str, Any]:
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         code = end(process).code
-    # The second may fall into the last moments of a process that has saved already, when nobody listens any more.
+    # The second signal may arrive after the process has saved and restored the default signal handlers.
     return {"exit": 75 if code == -signal.SIGTERM else code, "checkpoint": whole(out)}
 
 
 def three_interrupts(folder: Path) -> dict[str, Any]:
-    """In a step of many seconds: the first is answered in it, and the third ends what is left of the process."""
+    """The first interrupt is handled within a step of many seconds; the third ends the process."""
     out, words = folder / "run", ["--encoder", "resnet18", "--batch", "1280", "--context", "1280"]
     with going(out, *words, data=["--data", "digits-canvas"], lines=2) as process:
         for _ in range(3):
@@ -115,14 +115,14 @@ def worker_killed(folder: Path) -> dict[str, Any]:
 
 
 def no_shared_memory(folder: Path) -> dict[str, Any]:
-    """In a mount name space of its own, where /dev/shm holds 64 kB."""
+    """Run in a mount namespace where /dev/shm holds 64 kB."""
     data = images(pictures(folder / "images", size=64), "--workers", "1", "--set", "resident=false", "--set", "size=64")
     mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"'
     return run(pretrain(folder / "run", data=data), by=["unshare", "-m", "sh", "-c", mount, *INBATCH]).seen
 
 
 def restarted(at: int, folder: Path) -> dict[str, Any]:
-    """Both ranks die once, at a step, and torchrun starts them again."""
+    """Both ranks exit once, at a step, and torchrun restarts them."""
     out, once = folder / "run", folder / "died"
     when = f"not os.path.exists({str(once)!r} + os.environ['RANK'])"
     what = f"open({str(once)!r} + os.environ['RANK'], 'w').close(); os._exit(9)"

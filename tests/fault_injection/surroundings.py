@@ -36,7 +36,7 @@ def download(folder: Path) -> dict[str, Any]:
 
 
 def on_terminal(width: int, term: str, more: dict[str, str], folder: Path) -> dict[str, Any]:
-    """What a run writes to a terminal, line by line."""
+    """Return the output of a run on a terminal, line by line."""
     import fcntl
     import struct
     import termios
@@ -53,7 +53,7 @@ def on_terminal(width: int, term: str, more: dict[str, str], folder: Path) -> di
     try:
         while part := os.read(ours, 4096):
             text += part
-    except OSError:  # the last one has closed it
+    except OSError:  # the last process has closed it
         pass
     os.close(ours)
     code = end(process).code

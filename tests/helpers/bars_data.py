@@ -1,4 +1,4 @@
-"""Bright bars that stand or lie, in noise: two classes, as a source, as a file, and as a run that learned from them."""
+"""Bright horizontal or vertical bars in noise: two classes, as a source, a file, and a run trained on them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def bars(n: int = 60, seed: int = 0, size: int = 20, channels: int = 1) -> Pictu
 
 
 def bars_file(path: Path, **options: int) -> Path:
-    """A .npz file of 40 training and 20 test images."""
+    """Write a .npz file of 40 training and 20 test images."""
     train, test = bars(40, **options), bars(20, seed=1, **options)
     images = {"x_train": torch.stack(train.images), "x_test": torch.stack(test.images)}
     labels = {"y_train": train.labels, "y_test": test.labels}
@@ -31,7 +31,7 @@ def bars_file(path: Path, **options: int) -> Path:
 
 
 def bars_run(folder: Path, **options: int) -> Path:
-    """The folder of a run of one epoch."""
+    """Return the directory of a run of one epoch."""
     file = bars_file(folder / "bars.npz", **options)
     channels = options.get("channels", 1)
     settings = {"batch": 20, "epochs": 1, "encoder": "tiny", "size": 20, "channels": channels, "views": "simclr_cifar"}

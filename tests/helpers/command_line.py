@@ -1,4 +1,4 @@
-"""Run a command line in this process."""
+"""Run command lines in this process."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from inbatch.apps.cli import app
 
 
 def run(line: str) -> Result:
-    """Run one command line in this process; a crash is raised as it is."""
+    """Run one command line in this process; exceptions propagate."""
     return CliRunner().invoke(app, shlex.split(line), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 

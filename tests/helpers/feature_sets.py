@@ -1,4 +1,4 @@
-"""Sources in memory, an encoder, and clouds of features to evaluate."""
+"""In-memory sources, an encoder, and Gaussian clouds of features for evaluation."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from inbatch.models import create_encoder
 
 
 class Pictures:
-    """A source in memory; images may differ in size."""
+    """In-memory source; images may differ in size."""
 
     def __init__(self, images, labels, name="pictures"):
         self.images, self.labels, self.name = images, torch.as_tensor(labels), name
@@ -34,7 +34,7 @@ def pictures(n=21, sizes=((20, 20),), channels=1):
 
 
 def encoder(channels=1):
-    """A small one in training mode, with statistics of data that are not those it will see."""
+    """Return a small encoder in training mode whose data statistics differ from those of the test images."""
     made = create_encoder("tiny", size=20, channels=channels).train()
     for norm in (m for m in made.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = 1.0
@@ -43,7 +43,7 @@ def encoder(channels=1):
 
 
 def clouds(n, classes=4, width=8, spread=1.0, seed=0, name="clouds"):
-    """Gaussian clouds around fixed centres: an easy or hard set of features, as one chooses the spread."""
+    """Draw Gaussian clouds around fixed centres; `spread` sets how hard they are to separate."""
     centres = 2 * torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes

@@ -1,4 +1,4 @@
-"""The conformance vectors: what the authors' own code computed."""
+"""Conformance vectors computed by the authors' code."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 class Case:
-    """One conformance vector: its arrays as tensors of one type, and its tolerance for that type."""
+    """One conformance vector: its arrays as tensors of one dtype, and its tolerance for that dtype."""
 
     def __init__(self, folder: Path, name: str, dtype: torch.dtype = torch.float64) -> None:
         entry = manifest(folder)[name]

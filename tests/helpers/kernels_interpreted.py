@@ -1,6 +1,7 @@
-"""The kernels against a literal computation in float64; as a script, through Triton's interpreter (test_kernels.py).
+"""Compare the kernels with a literal computation in float64; as a script, by Triton's interpreter (test_kernels.py).
 
-Triton asks for TRITON_INTERPRET when a kernel is made, hence a process of its own. Prints case -> errors as JSON.
+Triton reads TRITON_INTERPRET when a kernel is defined, so the script needs its own process. It prints case -> errors
+as JSON.
 """
 
 import json
@@ -13,7 +14,7 @@ from torch import Tensor
 from inbatch.nn import logsumexp, triton_logsumexp
 
 Case = tuple[str, int, int, int, bool, float, str, tuple[int, int] | None]
-"""Name, rows, columns, width, others, temperature, products, and the rows asked for (None is all)."""
+"""Name, rows, columns, width, others, temperature, products, and the range of rows to compute (None: all)."""
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -35,7 +36,7 @@ def cases() -> Iterator[Case]:
         for products in ("tf32x3", "bf16"):
             yield case(130, 64, 40, others, products=products)
             yield case(64, 130, 128, others, 0.003, products)
-        # Columns dealt to two programs and more, ragged; and the width where tiles change.
+        # Columns split over two and more programs, with a remainder; and the width at which the tile size changes.
         yield case(66, 1100, 16, others)
         yield case(5, 1030, 3, others, 0.003, "bf16", (1, 4))
         yield case(5, 130, 256, others)
@@ -45,7 +46,7 @@ def cases() -> Iterator[Case]:
 
 
 def rows(n: int, d: int, seed: int, device: str = "cpu") -> Tensor:
-    """Rows of lengths from 0.5 to 2."""
+    """Draw rows of lengths from 0.5 to 2."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator)
     length = 0.5 + 1.5 * torch.rand(n, 1, generator=generator)
@@ -53,19 +54,19 @@ def rows(n: int, d: int, seed: int, device: str = "cpu") -> Tensor:
 
 
 def softmax(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(s - lse) by rows; 0 in a row of nothing."""
+    """Return exp(s - lse) by rows; 0 in a row whose log-sum-exp is -inf."""
     return (s - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
 
 
 def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str, float]:
-    """Largest error of every result as a share of the tolerance of its rounding; NaN where a result is.
+    """Return the largest error of every result as a share of its rounding tolerance; NaN if a result is NaN.
 
-    Logits reach L = max |S|, and are rounded to L * eps a few times: in the product, by the scale, in base 2. So a lse
-    may be wrong by a few L eps, and a softmax by that share of itself; 8 L eps (and 8 eps, where L is small) are
-    allowed. A gradient is a sum over softmaxes, so its errors are measured by the sum of the magnitudes added. tf32x3
-    drops the product of the low halves (2^-22): 4 times as much. bf16 is compared with rounded rows, so that only the
-    softmax's own rounding is left: 2^-9 of the magnitudes added (2^-7 in the interpreter, which cuts), and none in the
-    lse.
+    Logits reach L = max |S| and are rounded to L * eps a few times: in the product, by the scale, in base 2. A
+    log-sum-exp may therefore be wrong by a few L eps, and a softmax by the same relative error; 8 L eps (and 8 eps, if
+    L is small) are allowed. A gradient is a sum over softmaxes, so its errors are measured by the sum of the magnitudes
+    added. tf32x3 drops the product of the low halves (2^-22): 4 times as much is allowed. bf16 is compared with rounded
+    rows, so that only the softmax's rounding remains: 2^-9 of the magnitudes added (2^-7 in the interpreter, which
+    truncates), and none in the log-sum-exp.
     """
     _, n, m, d, others, temperature, products, some = case
     start, stop = some or (0, n)
@@ -115,7 +116,7 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
 
 
 def through_tiled() -> dict[str, float]:
-    """What `tiled` makes of the kernels against its literal version, alone and as the sum of two ranks' shares."""
+    """Compare the kernels within `tiled` with the literal version, alone and as the sum of two ranks' shares."""
     u, k = rows(40, 16, 1), rows(70, 16, 2)
     told = {}
 
@@ -149,7 +150,7 @@ def through_tiled() -> dict[str, float]:
 
 
 def types() -> dict[str, float]:
-    """Half-precision and strided rows are those rows in float32."""
+    """Check that half-precision and strided rows give the results of the same rows in float32."""
     q, k = rows(5, 32, 1)[:, ::2], rows(16, 33, 2).T[:16].T
     k = k[:, :16]
     told = {}
@@ -166,7 +167,7 @@ def types() -> dict[str, float]:
 
 
 def refused() -> dict[str, bool]:
-    """What `usable` says of tensors that the kernels do not take."""
+    """Return what `usable` answers for tensors that the kernels do not support."""
     x = torch.ones(2, 4)
     return {
         "nothing": triton_logsumexp.usable(),

@@ -1,4 +1,4 @@
-"""One of each odd file that a folder of images may hold, and what must become of it."""
+"""One of each unusual file that a folder of images may contain, and the expected result of reading it."""
 
 import io
 import os
@@ -12,14 +12,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-SIDE = (20, 30)  # height and width of what can be read, unless it says otherwise
-RAMP = np.indices(SIDE).sum(0).astype(np.uint8) * 5  # brighter towards the bottom right: no two turns are alike
+SIDE = (20, 30)  # height and width of every readable image, unless stated
+RAMP = np.indices(SIDE).sum(0).astype(np.uint8) * 5  # each orientation gives different pixels
 COLOUR = np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
 
 
 class Animal(NamedTuple):
-    """file: its contents. pixels: (h, w, 3) as they must be read; None: it must be refused. near: how far they may be
-    off. why: what the refusal says."""
+    """One unusual file and the expected result of reading it.
+
+    file: its contents. pixels: expected (h, w, 3); None if it must be refused. near: largest allowed pixel difference.
+    why: part of the error message.
+    """
 
     name: str
     file: bytes
@@ -46,7 +49,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 def raw_png(
     bits: int, colour: int, lines: list[bytes], size: tuple[int, int] = SIDE, *chunks: tuple[bytes, bytes]
 ) -> bytes:
-    """A PNG of unfiltered lines, of kinds that Pillow does not write."""
+    """Encode a PNG of unfiltered lines, of kinds that Pillow does not write."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -58,24 +61,24 @@ def raw_png(
 
 
 def interlaced() -> bytes:
-    """Adam7 by hand: seven smaller pictures."""
+    """Encode an Adam7 interlaced PNG: seven smaller images."""
     lines = []
-    passes = "0088 0488 4084 0244 2042 0122 1021"  # each: first row and column, steps down and to the right
+    passes = "0088 0488 4084 0244 2042 0122 1021"  # of each pass: first row and column, row and column step
     for top, left, down, right in (map(int, one) for one in passes.split()):
         lines += [row.tobytes() for row in COLOUR[top::down, left::right]]
     data = bytearray(raw_png(8, 2, lines))
-    data[28] = 1  # the header's last byte, and its checksum
+    data[28] = 1  # last byte of the header, and its checksum
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     return bytes(data)
 
 
 def bomb(side: int = 30_000) -> bytes:
-    """900 million pixels in 110 kB."""
+    """Encode an image of 900 million pixels in 110 kB."""
     return raw_png(1, 0, [bytes(side // 8)] * side, (side, side))
 
 
 def turned(kind: str, orientation: int, **options) -> bytes:
-    """The ramp as a camera held that way stores it."""
+    """Store the ramp as a camera held in that orientation does."""
     ways = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
             7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
     upright = Image.fromarray(grey(RAMP))
@@ -87,7 +90,7 @@ def turned(kind: str, orientation: int, **options) -> bytes:
 
 
 def animals() -> list[Animal]:
-    """Files that can be written anywhere."""
+    """Yield the files that can be written on every system."""
     rgb, other = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
     alpha = np.tile(np.linspace(0, 255, SIDE[1]).astype(np.uint8), (SIDE[0], 1))
     veiled, tall = np.dstack([COLOUR, alpha]), np.full((5000, 1, 3), 90, np.uint8)
@@ -159,19 +162,19 @@ def animals() -> list[Animal]:
 
 
 def ycck(image: Image.Image) -> bytes:
-    """A JPEG of four channels, the first three of which are said to be YCbCr, as Adobe's programs write it."""
+    """Encode a JPEG of four channels, the first three marked as YCbCr, as Adobe's programs write it."""
     ink = np.asarray(image).astype(np.uint8)
     ycc = np.asarray(Image.fromarray(ink[..., :3]).convert("YCbCr"))
-    # Of four channels Pillow stores what is left of white.
+    # Pillow stores four channels inverted (255 - value).
     data = encoded(Image.fromarray(np.dstack([255 - ycc, ink[..., 3]]), "CMYK"), "JPEG", quality=98)
     place = data.index(b"Adobe")
-    return data[: place + 11] + b"\x02" + data[place + 12 :]  # the segment's last byte: 2 is YCCK
+    return data[: place + 11] + b"\x02" + data[place + 12 :]  # last byte of the segment: 2 is YCCK
 
 
 STRANGE = [b"with space.png", b"new\nline.png", b"quote'\".png", "emoji \U0001f600.png".encode(),
            b"not utf-8 \xff\xfe.png", b"<script>alert(1)<&.png", b"-rf.png", b"%s {0} $HOME.png",
            ("x" * 240 + ".png").encode()]  # fmt: skip
-"""Names that a file system takes and a person may not."""
+"""Names that a file system accepts and a user may not expect."""
 
 
 def fill(root: Path, some: list[Animal]) -> list[Animal]:
@@ -181,7 +184,7 @@ def fill(root: Path, some: list[Animal]) -> list[Animal]:
 
 
 def name_strangely(root: Path) -> list[bytes]:
-    """A file of each strange name that this file system takes, its first pixel's red its number."""
+    """Write a file of each unusual name that this file system accepts; red of its first pixel is its number."""
     made = []
     for number, name in enumerate(STRANGE):
         try:
@@ -194,11 +197,11 @@ def name_strangely(root: Path) -> list[bytes]:
 
 
 def no_files(root: Path) -> dict[str, Callable[[], None]]:
-    """What has an image's name and is no file, each with how it is made."""
+    """Return the names of images that are not regular files, each with the function that makes it."""
 
     def listen() -> None:
         before = os.getcwd()
-        os.chdir(root)  # the path of a socket is short
+        os.chdir(root)  # a socket's path must be short
         try:
             with socket.socket(socket.AF_UNIX) as made:
                 made.bind("socket.png")

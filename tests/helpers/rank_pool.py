@@ -1,4 +1,4 @@
-"""Run a function on several ranks (gloo, this machine) and bring back what each returned."""
+"""Run a function on several ranks (gloo, this machine) and return the result of each."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def _child(rank: int, world: int, rendezvous: str, function: Callable[..., Any],
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returned on each of `world` ranks; numpy and plain types only."""
+    """Return the result of `function(*args)` on each of `world` ranks; numpy and plain types only."""
     with tempfile.TemporaryDirectory() as folder:
         answers = _context.Queue()
         children = [

@@ -1,4 +1,4 @@
-"""A method set up small enough to be compared with a literal computation."""
+"""Small configurations of every method, for comparison with a literal computation."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -37,7 +37,7 @@ SMALL: dict[str, dict[str, object]] = {
     "supcon": {"out": 8},
     "supervised": {"classes": 3},
 }
-"""Options that make a registered method small. One that is not listed is built with its defaults."""
+"""Options that make a registered method small; a method that is not listed is built with its defaults."""
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
@@ -69,7 +69,7 @@ VIEWS: dict[str, int] = {
     "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
     "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4,
 }  # fmt: skip
-"""How many views a variant gets, where it is not two."""
+"""Number of views of a variant, if it is not two."""
 
 SIZE = 6
 IMAGES = 64  # of the data set
@@ -81,11 +81,11 @@ PLUGS = {
     "shuffle": ("shuffle",), "curate": ("curate",), "strict": ("strict",),
     "all conv": ("conv", "ba2m", "shuffle", "curate"), "all set": ("set", "batchformer", "shuffle", "strict"),
 }  # fmt: skip
-"""Plug-ins by the name of their combination."""
+"""Combination of plug-ins by name."""
 
 
 def encoder(plugs: Collection[str] = ()) -> nn.Module:
-    """Convolutions with batch normalisation, and dropout, so that groups and random numbers count."""
+    """Return convolutions with batch normalisation and dropout, so that groups and random numbers matter."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6),
         *([BA2M(6, reduction=2)] if "ba2m" in plugs else []), nn.ReLU(),
@@ -96,7 +96,7 @@ def encoder(plugs: Collection[str] = ()) -> nn.Module:
 
 
 def fusion(variant: str, plugs: Collection[str], group: int) -> tuple[Fusion | None, tuple[int, ...]]:
-    """Batch fusion of the last view that is learned from."""
+    """Return batch fusion of the last online view, and that view."""
     name = next((name for name in FUSIONS if name in plugs), None)
     if name is None:
         return None, ()
@@ -111,13 +111,13 @@ def views_of(variant: str) -> int:
 
 
 def create(variant: str, **more: object) -> Method:
-    """The method as it is when the first epoch begins, the same on every call; `more` options go on top."""
+    """Return the method at the start of the first epoch, the same on every call; `more` overrides its options."""
     name, options = VARIANTS[variant]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         method = METHODS[name](**options | more)
         method.prepare(images=IMAGES, classes=3, batch=16, views=views_of(variant))
-        method.heads(12)  # which may fill the method's memory of its weights
+        method.heads(12)  # may fill the method's record of its weights
         if method.surveys(0):
             rows = {name: torch.randn(IMAGES, 8) for name in method.target or method.online}
             method.survey(rows, torch.arange(IMAGES) % 4 - 1, 0, lambda task, n: [task(i) for i in range(n)])
@@ -125,7 +125,7 @@ def create(variant: str, **more: object) -> Method:
 
 
 def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[Method, Network, Network | None]:
-    """Method, network and target network in float64, the same on every call. group: samples of a context group."""
+    """Return method, network and target network in float64, the same on every call. group: context size."""
     torch.manual_seed(1)
     method = create(variant)
     heads = method.heads(12)
@@ -141,7 +141,7 @@ def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[M
 
 
 def batches(n: int, steps: int, views: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
-    """Whole batches with their views as plain float64 tensors."""
+    """Return whole batches with their views as plain float64 tensors."""
     g = torch.Generator().manual_seed(2)
     for s in range(steps):
         label = torch.randint(-1, 3, (n,), generator=g)
@@ -150,7 +150,7 @@ def batches(n: int, steps: int, views: int) -> Iterator[tuple[Batch, tuple[Tenso
 
 
 def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
-    """Views of these samples drawn anew: a pure function of sample, view and attempt."""
+    """Redraw views of these samples; the result depends only on sample, view and attempt."""
 
     def draw(index: int, view: int) -> Tensor:
         g = torch.Generator().manual_seed(fold(index, view, attempt))
@@ -162,7 +162,7 @@ def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
 def curator(
     plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], views: int
 ) -> Curator | None:
-    """Curation from the first step on, by either rule."""
+    """Return a curator that is active from the first step, with either rule."""
     if not {"curate", "strict"} & set(plugs) or views < 2:
         return None
 
@@ -183,7 +183,7 @@ def curator(
 def train(
     variant: str, n: int, groups: int, steps: int = 2, synced: bool = False, plugs: Collection[str] = ()
 ) -> dict[str, list]:
-    """Some steps through the seam on this rank's part of the batches; the whole state as nested lists."""
+    """Run some steps of training on this rank's part of the batches; return the whole state as nested lists."""
     method, network, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
     if synced:
         for module in (network, target):
@@ -194,7 +194,7 @@ def train(
     views = views_of(variant)
 
     def drawn(batch: Batch) -> tuple[Tensor, ...]:
-        """The given images of these samples, or as they were drawn last."""
+        """Return the given images of these samples, or their last redraw."""
         made = [view[batch.index % n] for view in given[-1]]
         if batch.attempt is not None:
             for i in batch.attempt.nonzero()[:, 0].tolist():
@@ -224,7 +224,7 @@ def state(method: Method, network: Network, target: Network | None) -> dict[str,
 
 
 def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection[str] = ()) -> dict[str, list]:
-    """The same steps in plain autograd: every group forward in turn, one graph, one backward, no seam."""
+    """Compute the same steps by plain autograd: forward of every group in turn, one graph, one backward."""
     method, network, target = parts(variant, plugs, n // groups)
     snapshot = copy.deepcopy(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -260,7 +260,7 @@ def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection
 
 
 def _curated(plugs: Collection[str], model: Network, batch: Batch, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Algorithm 1 of batch curation, pair by pair."""
+    """Apply Algorithm 1 of batch curation, pair by pair."""
     views, n = len(images), len(batch)
     model = copy.deepcopy(model).eval()
     now, spent = torch.stack(tuple(images)), 0
@@ -293,7 +293,7 @@ def _forward(
     network: Network, images: Sequence[Tensor], views: list[int], groups: int, step: int, grad: int, moved: bool
 ) -> Rows:
     n = len(images[0])
-    # Where there is a target network, its groups move; else those of every view but the first.
+    # With a target network its groups are permuted; otherwise those of every view but the first.
     orders = [permutation(fold(3, step), v, n) if moved and (v or not grad) else torch.arange(n) for v in views]
     dealt = [images[v][order] for v, order in zip(views, orders, strict=True)]
     rows = _in_groups(network, dealt, views, groups, step, grad)

@@ -1,4 +1,4 @@
-"""Small whole runs, and what they leave."""
+"""Small complete runs, and comparisons of their results."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while it makes a step."""
+    """Send this process a signal during a step."""
     real = Log.step
 
     def log(self: Log, at: int, *rest: Any) -> None:
@@ -35,7 +35,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
 
 
 def assert_same_state(a: Any, b: Any, where: str = "") -> None:
-    """Bit for bit, down to every tensor."""
+    """Check that two states are equal bit for bit, in every tensor."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""Compare what steps of a run leave."""
+"""Comparison of the states after training steps."""
 
 import numpy as np
 

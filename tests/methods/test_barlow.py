@@ -71,7 +71,7 @@ def test_any_number_of_views(views: int, n: int, d: int) -> None:
 
 
 def test_statistics_are_of_all_samples() -> None:
-    """With statistics of its own for each half of a batch, as four libraries have it, the gradient would be another."""
+    """Separate statistics for each half of a batch, as in four libraries, would give another gradient."""
     z = torch.randn(2, 32, 8, dtype=torch.float64).requires_grad_()
     (whole,) = torch.autograd.grad(barlow_twins(z)["loss"], z)
     (halves,) = torch.autograd.grad(sum(barlow_twins(half)["loss"] for half in z.chunk(2, 1)) / 2, z)

@@ -1,4 +1,4 @@
-"""BYOL: the regression of unit rows, both conventions, and its target and predictor."""
+"""BYOL: the regression of unit rows, both conventions, and its target network and predictor."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_vectors(golden: Path, name: str, scale: str, expected: str, factor: int
     (loss * factor).backward()
     case.check(p1.grad, "grad_p1")
     case.check(p2.grad, "grad_p2")
-    assert t1.grad is None and t2.grad is None  # constants to the reference
+    assert t1.grad is None and t2.grad is None  # constants in the reference
 
     method = BYOL(scale=scale)
     found = method.loss({"prediction": p.detach()}, {"projection": t.detach()}, unlabelled(p.shape[1]))

@@ -1,4 +1,4 @@
-"""Contrastive Clustering: the authors' vectors, itself written as loops, and its options."""
+"""Contrastive Clustering: the authors' vectors, a version written as loops, and its options."""
 
 import math
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_instances(golden: Path, name: str, dtype: torch.dtype) -> None:
 def test_instances_that_are_unit_rows(
     golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The authors normalise outside the loss: without ours the gradient is that of free rows."""
+    """The authors normalise outside the loss: without the loss's normalisation the gradient is that of free rows."""
     case = Case(golden, name, dtype)
     monkeypatch.setattr("inbatch.methods.cc.normalize", lambda rows: rows)
     z0, z1 = case.leaf("z0n"), case.leaf("z1n")
@@ -74,7 +74,7 @@ def test_clusters(golden: Path, name: str, dtype: torch.dtype) -> None:
 
 
 def literal(x: Tensor, t: float) -> Tensor:
-    """V sets of vectors: every one against all others."""
+    """Compute the loss of V sets of vectors: every one against all others."""
     vectors = {(v, i): x[v, i] / x[v, i].norm() for v in range(len(x)) for i in range(x.shape[1])}
     terms = []
     for (v, i), u in vectors.items():

@@ -1,4 +1,4 @@
-"""DCL and DCLW: the positive pair stands in no denominator."""
+"""DCL and DCLW: no denominator contains the positive pair."""
 
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def test_a_detached_weight_changes_the_gradient_and_not_the_value(detach: bool) 
 
 
 def test_close_pairs_do_not_hide_what_else_is_there() -> None:
-    """The denominator is summed without the positive pair, not with it and then less it: exp(1 / 0.01) would eat it."""
+    """The denominator is summed without the positive pair; subtracting exp(1 / 0.01) would lose the other terms."""
     z = torch.eye(4)[None].expand(2, 4, 4) + 1e-4 * torch.randn(2, 4, 4)
     found, expected = dcl(z, 0.01), dcl(z.double(), 0.01)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)

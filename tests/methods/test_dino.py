@@ -30,7 +30,7 @@ def prepared(case: Case) -> DINO:
 
 @DTYPES
 def test_dino_over_steps(golden: Path, dtype: torch.dtype) -> None:
-    """Value, gradient and centre, through function and method; the loss of a step uses the centre before it."""
+    """Value, gradient and centre, through function and method; a step's loss uses the centre of the step before."""
     case = Case(golden, "dino__1", dtype)
     n, method = case.options["batch"], prepared(case)
     assert not method.center.any()
@@ -94,7 +94,7 @@ def test_the_teacher_sees_the_large_views_and_follows_ever_slower() -> None:
 
 
 def test_the_head_is_the_paper_s() -> None:
-    """Three layers with GELU and no norm, then 65536 unit vectors of 256 that are compared with unit rows."""
+    """Three layers with GELU and without norm, then 65536 unit vectors of 256 that are compared with unit rows."""
     heads = DINO().heads(384)
     widths = [(layer.in_features, layer.out_features) for layer in heads["projection"].network[::2]]
     assert widths == [(384, 2048), (2048, 2048), (2048, 256)]

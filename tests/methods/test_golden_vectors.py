@@ -1,4 +1,4 @@
-"""Losses, memory, evaluation, LARS and schedules against vectors that the authors' own code computed."""
+"""Losses, memory bank, evaluation, LARS and schedules against vectors that the authors' code computed."""
 
 import functools
 import hashlib
@@ -55,16 +55,16 @@ def test_info_nce(golden: Path, name: str, dtype: torch.dtype) -> None:
     case.check(loss, "loss")
     loss.backward()
     case.check(q.grad, "grad_q")
-    assert k.grad is None  # a constant to the reference
+    assert k.grad is None  # a constant in the reference
 
-    # What stands in the equation's two log-sum-exps is the reference's matrix of logits.
+    # The two log-sum-exps of the equation equal the reference's matrix of logits.
     logits = case["logits"]
     unit = torch.nn.functional.normalize(q.detach(), dim=1)
     positive = (unit * torch.nn.functional.normalize(k.detach(), dim=1)).sum(1) / t
     torch.testing.assert_close(positive, logits[:, 0], **case.tolerance)
     torch.testing.assert_close(logsumexp_rows(unit, queue, t), logits[:, 1:].logsumexp(1), **case.tolerance)
 
-    # The same through the method, whose queue holds this step's keys only afterwards.
+    # The same through the method, whose queue receives this step's keys only after the loss.
     method = moco(case, case["queue"])
     rows = {"projection": q.detach()[None]}, {"projection": k.detach()[None]}, unlabelled(len(q))
     case.check(method.loss(*rows)["loss"], "loss")
@@ -78,8 +78,8 @@ def test_info_nce(golden: Path, name: str, dtype: torch.dtype) -> None:
 def test_moco_over_steps(golden: Path, dtype: torch.dtype) -> None:
     """Momentum encoder, queue and pointer over five steps, past the end of the queue.
 
-    The authors let the key encoder follow before it encodes, we after the optimiser: the same, one step's end
-    being the next one's start.
+    The authors update the key encoder before it encodes, inbatch after the optimiser step; both give the same result,
+    because the end of one step is the start of the next.
     """
     case = Case(golden, "moco_steps__1", dtype)
     online, target = linear(case["wq"][0], case["bq"][0]), linear(case["wk0"], case["bk0"])
@@ -114,7 +114,7 @@ def test_moco_over_steps(golden: Path, dtype: torch.dtype) -> None:
     "supcon__one_unsup", "supcon__singletons",
 ])  # fmt: skip
 def test_supcon(golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference leaves normalisation to the caller: ours with it for raw rows, and without for unit rows."""
+    """The reference does not normalise: inbatch does so for raw rows, and not for unit rows."""
     case = Case(golden, name, dtype)
     o = case.options
     call = functools.partial(
@@ -265,7 +265,7 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def moco(case: Case, queue: Tensor) -> nn.Module:
-    """The method with the given queue, (D, K), and its pointer at 0."""
+    """Return the method with the given queue, (D, K), and its pointer at 0."""
     width, size = queue.shape
     method = METHODS["moco"](case.options["temperature"], size, case.options.get("momentum", 0.999), out=width)
     method.queue = MemoryBank(size, width).to(case.dtype)

@@ -1,4 +1,4 @@
-"""Every method learns something from real images."""
+"""Every method trains on real images."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from inbatch.methods import METHODS
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method: str, tmp_path: Path) -> None:
-    """Real handwriting: k-NN at least 15 points above the same encoder untrained, after a few seconds."""
+    """Handwritten digits: k-NN at least 15 points above the same encoder untrained, after a few seconds."""
     run = inbatch.pretrain(
         "digits-canvas", method, out=tmp_path, epochs=10, evaluate_every=10, seed=1, quiet=True, precision="float32"
     )

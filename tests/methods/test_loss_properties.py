@@ -1,4 +1,4 @@
-"""What holds for every equation, whatever rows it is given: finite or refused, pure, invariant, its own derivative."""
+"""Properties of every equation for any rows: finite or refused, pure, invariant, with the right derivative."""
 
 import inspect
 import math
@@ -46,7 +46,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def bank(z: Tensor, count: int = 7) -> Tensor:
-    """Unit rows of the width and type of z."""
+    """Return unit rows of the width and dtype of z."""
     return normalize(draw(5, count, z.shape[-1])).to(wide(z).dtype)
 
 
@@ -89,13 +89,13 @@ EQUATIONS: dict[str, Equation] = {
     "supcon, alone": lambda z, y, t: supcon(z, None, t),
     "cross_entropy": lambda z, y, t: cross_entropy(z, y.clamp(max=z.shape[2] - 1), 0.1),
 }
-"""Every equation for rows (V, N, D), labels (N) and a temperature, where it has one."""
+"""Every equation for rows (V, N, D), labels (N) and a temperature, if it has one."""
 
 EVERY = pytest.mark.parametrize("name", EQUATIONS)
 PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "cluster", "proto_nce", "supcon")
-"""Those with a log-sum-exp over pairs, plain or in tiles."""
+"""Equations with a log-sum-exp over pairs, plain or tiled."""
 NORMALISED = (*PAIRS[:5], "byol", "simsiam, bare", "proto_nce", "supcon")
-"""Those that do not see how long a row is."""
+"""Equations that do not depend on the length of a row."""
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "random": lambda z: z,
@@ -130,7 +130,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @dataclass(frozen=True)
 class Given:
-    """Rows as the equation gets them, labels, temperature, and how log-sum-exps are computed."""
+    """Rows as passed to the equation, labels, temperature, and the mode of the log-sum-exps."""
 
     kind: str
     z: Tensor
@@ -145,7 +145,7 @@ class Given:
 
 @st.composite
 def problems(ask: Callable, least: int = 1, kinds: list[str] | None = None) -> Given:
-    """Any rows: views, samples, width, type, layout, extremes; least: views and samples at least."""
+    """Draw rows: views, samples, width, dtype, layout, extremes; least: minimum of views and of samples."""
     v, n = ask(st.sampled_from([x for x in (1, 2, 3, 8) if x >= least])), ask(st.integers(least, 7))
     kind = ask(st.sampled_from(kinds or list(KINDS)))
     rows = KINDS[kind](draw(ask(st.integers(0, 2**31)), v, n, ask(st.sampled_from([1, 2, 3, 12]))))
@@ -158,7 +158,7 @@ def problems(ask: Callable, least: int = 1, kinds: list[str] | None = None) -> G
 
 
 def answered(compute: Callable[[], Tensor]) -> Tensor:
-    """What it gives; an example where it refuses, with a reason, is none."""
+    """Return the result; if the equation refuses with a reason, skip the example."""
     try:
         return compute()
     except ValueError as refused:
@@ -169,7 +169,7 @@ def answered(compute: Callable[[], Tensor]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, and ragged ones, in small matrices."""
+    """Several tiles, also partial ones, in small matrices."""
     monkeypatch.setattr(logsumexp, "TILE", 5)
     monkeypatch.setattr(logsumexp, "APART", 2**40)
     monkeypatch.setattr(logsumexp, "_BLOCK", 40)
@@ -183,7 +183,7 @@ def test_every_equation_is_here() -> None:
 @examples(15)
 @given(problem=problems())
 def test_it_is_finite_or_refused_with_a_reason(name: str, problem: Given) -> None:
-    """The value, and the gradient in float32 at least, as at the seam; half precision only rounds that gradient."""
+    """The value, and the gradient in at least float32, as in training; half precision only rounds that gradient."""
     given, leaf = problem.z.detach().requires_grad_(), wide(problem.z).detach().requires_grad_()
     loss = answered(lambda: problem(name, leaf))
     assert loss.shape == () and loss.dtype == leaf.dtype and loss.isfinite()
@@ -205,7 +205,7 @@ PLACES = st.tuples(st.sampled_from([0, 1]), st.integers(0, 100), st.integers(0, 
 def test_what_is_not_finite_never_becomes_a_number(
     name: str, problem: Given, place: tuple[int, int, int], value: float
 ) -> None:
-    """Of what the equation looks at: a known label, the first view or the last."""
+    """For values that the equation uses: a known label, the first view or the last."""
     z, y = problem.z.clone(memory_format=torch.contiguous_format), problem.y.abs()
     logits = name in ("swapped_prediction", "sinkhorn", "dino", "cluster_contrast", "cross_entropy")
     assume(not logits or (z.shape[2] > 1 and value > -math.inf))  # a logit of -inf is a probability of 0
@@ -215,7 +215,7 @@ def test_what_is_not_finite_never_becomes_a_number(
 
 
 def test_a_row_too_long_to_be_squared_is_no_row() -> None:
-    """It was a row of zeros, and its loss a number."""
+    """Such a row became a row of zeros, and its loss a number."""
     z = draw(0, 2, 6, 4).float()
     z[0, 0] *= 1e25
     assert not normalize(z)[0, 0].isfinite().any() and normalize(z)[1].isfinite().all()
@@ -226,7 +226,7 @@ def test_a_row_too_long_to_be_squared_is_no_row() -> None:
 @examples(6)
 @given(problem=problems(least=2, kinds=["random"]), power=st.sampled_from([17, 20, 30, 37]))
 def test_rows_too_large_to_be_squared_give_no_wrong_number(name: str, problem: Given, power: int) -> None:
-    """The number that float64 finds, or none at all."""
+    """The value that float64 gives, or a value that is not finite."""
     z = (problem.z.float() * 10.0**power).contiguous().requires_grad_()
     loss = answered(lambda: problem(name, z))
     if loss.isfinite():
@@ -258,7 +258,7 @@ def test_other_temperatures_are_above_0() -> None:
 
 
 def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Value of float64 rows before and after a change, and how far roundings may take them from each other."""
+    """Return the value of float64 rows before and after a change, and the tolerance of their rounding."""
     z = problem.z.double().contiguous()
     loss = answered(lambda: problem(name, z))
     return problem(name, change(z)), loss, 1e-10 * max(1, 1 / problem.t)
@@ -296,7 +296,7 @@ def test_views_may_change_places(name: str, problem: Given) -> None:
 
 TURNED = ("nt_xent", "nt_xent, sum", "ctr", "nnclr", "nnclr, nt_xent", "byol", "simsiam", "fastsiam", "dcl", "dclw",
                  "supcon", "supcon, one", "supcon, mask", "supcon, alone")  # fmt: skip
-"""What sees angles between rows only."""
+"""Equations that depend only on angles between rows."""
 
 
 @pytest.mark.parametrize("name", TURNED)
@@ -329,7 +329,7 @@ def test_barlow_twins_sees_no_scale_or_shift_of_a_feature(problem: Given, seed: 
 @examples(6)
 @given(problem=problems(least=2, kinds=["random"]), seed=st.integers(0, 2**31))
 def test_the_length_of_a_row_does_not_matter_where_rows_are_normalised(name: str, problem: Given, seed: int) -> None:
-    """Nor does the gradient change it: it stands upright on every row."""
+    """The gradient does not change the length either: it is orthogonal to every row."""
     scale = draw(seed, *problem.z.shape[:2], 1).exp()
     found, expected, tolerance = moved(name, problem, lambda z: z * scale)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=tolerance)
@@ -343,7 +343,7 @@ def test_the_length_of_a_row_does_not_matter_where_rows_are_normalised(name: str
 @examples(4)
 @given(problem=problems(kinds=["random", "views alike"]), t=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> None:
-    """Finite differences in float64; of what carries no gradient (keys, codes, targets) copies stand still."""
+    """Finite differences in float64; inputs without gradient (keys, codes, targets) are constant copies."""
     z = problem.z.double()[:2, :3, :3].contiguous()
     assume(name not in ("barlow_twins", "vicreg", "cross_entropy") or problem.kind == "random")
     y, x = problem.y[:3], z.clone().requires_grad_()
@@ -368,7 +368,7 @@ def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> 
 @examples(6)
 @given(problem=problems(least=2, kinds=["random", "small"]), t=st.sampled_from([0.01, 0.07, 1.0]))
 def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: float) -> None:
-    """Within 1e-5, and 2e-6 / T where rows meet: the bound that the documentation states. bfloat16 rows are rows."""
+    """Within 1e-5, plus 2e-6 / T for products of rows: the documented bound. bfloat16 rows count as exact."""
     z = problem.z.float()
     problem = Given(problem.kind, z, problem.y, t, problem.mode)
     found, expected = answered(lambda: problem(name)), problem(name, z.double())
@@ -379,7 +379,7 @@ def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: floa
 @examples(6)
 @given(problem=problems())
 def test_it_is_pure(name: str, problem: Given) -> None:
-    """Twice the same, bit for bit, gradient too; rows and labels are as they were."""
+    """Two calls give the same value and gradient, bit for bit; rows and labels are unchanged."""
     z, y = problem.z.clone(), problem.y.clone()
     leaf, found = problem.z.detach().requires_grad_(), []
     for _ in range(2):
@@ -412,7 +412,7 @@ def test_every_method(
     def rows(names: tuple[str, ...], chosen: Sequence[int], seed: int) -> dict[str, Tensor]:
         made = {x: KINDS[kind](draw(seed + i, len(chosen), n, width[x])) for i, x in enumerate(names)}
         limit = 6e4 if kept == torch.float16 else math.inf
-        return {x: wide(rows.clamp(-limit, limit).to(kept)) for x, rows in made.items()}  # float32, as at the seam
+        return {x: wide(rows.clamp(-limit, limit).to(kept)) for x, rows in made.items()}  # float32, as in training
 
     online = rows(method.online, method.online_views(views), seed)
     target = rows(method.target, method.target_views(views), seed + 10)

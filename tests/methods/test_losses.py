@@ -1,4 +1,4 @@
-"""The equations against themselves written as loops, and at the ends of what they may be given."""
+"""Equations against versions written as loops, and at the limits of their inputs."""
 
 from collections.abc import Callable
 
@@ -57,7 +57,7 @@ EQUATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "supcon": lambda z, t: supcon(z, LABEL, t),
     "cross_entropy": lambda z, t: cross_entropy(z, LABEL),
 }
-"""Every equation for rows (2, 6, D) at a temperature, where it has one."""
+"""Every equation for rows (2, 6, D) at a temperature, if it has one."""
 
 
 def unit(x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def literal_nt_xent(z: Tensor, t: float) -> Tensor:
 
 
 def literal_supcon(z: Tensor, positive: Callable[[int, int], bool], t: float, base: float, anchors: str) -> Tensor:
-    """Khosla et al. 2020, Eq. 2; positive(i, j): whether sample j is one of sample i."""
+    """Khosla et al. 2020, Eq. 2; positive(i, j): whether sample j is a positive of sample i."""
     rows = {(v, i): unit(z[v, i]) for v in range(z.shape[0]) for i in range(z.shape[1])}
     terms = []
     for (v, i), u in rows.items():
@@ -90,7 +90,7 @@ def literal_supcon(z: Tensor, positive: Callable[[int, int], bool], t: float, ba
 
 
 def literal_info_nce(q: Tensor, k: Tensor, queue: Tensor, t: float, smooth: float = 0, neighbours: int = 1) -> Tensor:
-    """He et al. 2020, Eq. 1; a cross-entropy with a target that is shared with the nearest keys."""
+    """He et al. 2020, Eq. 1; a cross-entropy whose target is shared with the nearest keys."""
     terms = []
     for i in range(len(q)):
         logits = torch.stack([unit(q[i]) @ key / t for key in [unit(k[i]).detach(), *queue]])
@@ -114,7 +114,7 @@ def literal_cross_entropy(logits: Tensor, label: Tensor, smoothing: float) -> Te
 
 
 def assert_same(equation: Callable[..., Tensor], literal: Callable[..., Tensor], *rows: Tensor) -> None:
-    """Equal values, and equal gradients for every tensor of rows."""
+    """Check that values are equal, and gradients for every tensor of rows."""
     found, expected = ([r.clone().requires_grad_() for r in rows] for _ in range(2))
     loss, slow = equation(*found), literal(*expected)
     torch.testing.assert_close(loss, slow, rtol=1e-9, atol=1e-10)
@@ -201,7 +201,7 @@ def test_every_equation_is_tested_below() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_half_precision_in_single_inside(name: str, dtype: torch.dtype) -> None:
-    """Half-precision rows give what the same numbers give in float32, to the last bit; so does autocast."""
+    """Half-precision rows give the result of the same numbers in float32, to the last bit; so does autocast."""
     z = draw(0, 2, 6, 8).to(dtype)
     expected = EQUATIONS[name](z.float(), 0.1)
     assert expected.dtype == torch.float32
@@ -227,7 +227,7 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_extreme_rows_have_finite_loss_and_gradient(name: str, rows: str, dtype: torch.dtype) -> None:
     z = ROWS[rows](draw(0, 2, 6, 8)).to(dtype)
     if (name, rows, dtype) == ("vicreg", "large", torch.float16):
-        z = z.float()  # as at the seam: the gradient grows with the cube of the rows, further than float16 reaches
+        z = z.float()  # as in training: the gradient grows with the cube of the rows, beyond the range of float16
     z.requires_grad_()
     loss = EQUATIONS[name](z, 0.01)
     loss.backward()

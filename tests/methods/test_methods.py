@@ -1,4 +1,4 @@
-"""What every registered method promises; one that is added to METHODS is tested by that."""
+"""Interface of every registered method; a method added to METHODS is tested automatically."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ EVERY = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def rows(variant: str, order: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Rows, Rows, Batch]:
-    """Online and target rows and batch, as the networks make them of the views in some order."""
+    """Return online rows, target rows and batch, as the networks compute them from the views in some order."""
     method, network, target = small.parts(variant)
     batch, images = next(small.batches(N, 1, small.views_of(variant)))
     images = order(torch.stack(images))
@@ -39,7 +39,7 @@ def learnable(online: Rows) -> Rows:
 
 
 def gradients(leaves: Rows) -> Rows:
-    """What the loss left at the rows; zero where it did not look, as in a step."""
+    """Return the gradients of the rows; zero for rows that the loss did not use, as in a step."""
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
 
 
@@ -70,7 +70,7 @@ def test_no_trainable_parameter_stands_after_the_seam(variant: str) -> None:
 
 @EVERY
 def test_the_loss_is_pure(variant: str) -> None:
-    """Twice the same value and gradient, with and without a graph, and nothing remembered or overwritten."""
+    """Two calls give the same value and gradient, with and without a graph, and change no state."""
     online, target, batch = rows(variant)
     method = create(variant).double()
     start, given = memory(method), copy.deepcopy((online, target, batch))
@@ -107,7 +107,7 @@ def test_views_may_change_places_where_the_equation_says_so(variant: str) -> Non
 
 @EVERY
 def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In real steps: the loss looks at the memory as the last step left it, `on_weights` finds new weights."""
+    """In real steps: the loss uses the memory of the step before, `on_weights` gets new weights."""
     method, network, target = small.parts(variant)
     seen: list[tuple[str, dict[str, Tensor], Tensor]] = []
     loss, on_weights, after_step = method.loss, method.on_weights, method.after_step
@@ -143,7 +143,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
 
 @EVERY
 def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new one that loads a trained one's state gives the same loss, and again after its next step."""
+    """A new method that loads the state of a trained one gives the same loss, also after the next step."""
     trained = small.parts(variant)
     with monkeypatch.context() as patch:
         patch.setattr(small, "parts", lambda *_: trained)

@@ -1,4 +1,4 @@
-"""MoCo v3: in-batch contrast with the slow copy's keys, times 2T, directions added."""
+"""MoCo v3: in-batch contrast with the keys of the target network, times 2T, both directions added."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""NNCLR: neighbours looked up before anything is remembered, and contrast with them in two conventions."""
+"""NNCLR: neighbours are found before rows are stored, and contrast with them in two conventions."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def literal(near: Tensor, p: Tensor, t: float) -> Tensor:
 
 
 def full(method: NNCLR, support: Tensor, pointer: int = 0) -> NNCLR:
-    """The method with this support set."""
+    """Return the method with this support set."""
     method.queue = MemoryBank(*support.shape).to(support.dtype)
     method.queue.rows.copy_(support)
     method.queue.filled.fill_(len(support))
@@ -91,7 +91,7 @@ def test_only_filled_rows_are_neighbours_and_while_there_are_none_the_row_itself
 
 
 def test_it_looks_up_before_it_remembers() -> None:
-    """Rows among their own neighbours would find themselves, and the loss would be almost 0."""
+    """If rows were stored first, each would find itself as neighbour, and the loss would be almost 0."""
     method = full(NNCLR(0.01, out=4, queue=8), torch.eye(4)[3].expand(8, 4))
     rows = torch.eye(4)[:3].expand(2, 3, 4)
     given = {"projection": rows, "prediction": rows}, {}, unlabelled(3)

@@ -1,4 +1,4 @@
-"""PCL: the authors' vectors, its draws, and what it learns of the whole data set."""
+"""PCL: the authors' vectors, its random draws, and its clustering of the whole data set."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_proto_nce(golden: Path, name: str, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("name", ["pcl_protonce__1", "pcl_protonce__2"])
 def test_proto_nce_through_the_method(golden: Path, name: str, dtype: torch.dtype) -> None:
-    """The same, where the prototypes besides the reference's columns do not exist: all that are left are negatives."""
+    """The same with only the prototypes in the reference's columns: all remaining ones are negatives."""
     case = Case(golden, name, dtype)
     o, q, index = case.options, case.leaf("q"), case["index"]
     method = PCL(o["temperature"], o["queue_size"], clusters=tuple(o["num_clusters"]), out=o["dim"])
@@ -83,7 +83,7 @@ def test_concentration(golden: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", [0, 1])
 def test_k_means(golden: Path, m: int) -> None:
-    """phi of the reference's clusters; ours are as good within 1 %."""
+    """phi of the reference's clusters; the clustering of inbatch is as good within 1 %."""
     case = Case(golden, "pcl_kmeans__1", torch.float32)
     o, assignment, distance = case.options, case[f"im2cluster_{m}"], case[f"distances_sq_{m}"].sqrt()
     case.check(concentration(distance, assignment, o["clusters"][m], o["temperature"]), f"density_{m}")
@@ -137,7 +137,7 @@ def clustering(count: int, images: int) -> Clustering:
 
 
 def test_negatives_are_the_prototypes_of_no_sample() -> None:
-    """Samples 3 and 10 share a prototype: its second column is a negative of the first, and the other way round."""
+    """Samples 3 and 10 share a prototype: its second column is a negative of the first, and vice versa."""
     made, index, q = clustering(7, 30), [3, 10, 4], torch.randn(3, 4)
     batch = Batch(torch.tensor(index), torch.full((3,), -1))
     for most in (4, 100):
@@ -202,7 +202,7 @@ def test_a_survey_makes_prototypes_of_unit_rows_and_repeats_itself() -> None:
 
 
 def test_images_that_cannot_be_read_have_no_cluster() -> None:
-    """The data may turn out smaller than it said: the last numbers are never asked for."""
+    """The data may contain fewer readable images than announced: the last indices are never requested."""
     method = small()
     method.survey({"projection": torch.randn(38, 4)}, torch.arange(38) % 3, 2, alone)
     np.testing.assert_array_equal(method.clusterings.every[0].assignment[38:], [0, 0])

@@ -1,4 +1,4 @@
-"""SimSiam: the stopped gradient, the predictor, and many views as FastSiam teaches them."""
+"""SimSiam: the stopped gradient, the predictor, and many views as in FastSiam."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from inbatch.training.optim import parameter_groups, set_learning_rate
 
 
 def literal(p: Tensor, z: Tensor, stop_gradient: bool, teach: str) -> Tensor:
-    """Chen and He 2021, Eq. 1 to 4, one row at a time; with more views every other view is, or all are, the target."""
+    """Chen and He 2021, Eq. 1 to 4, one row at a time; for more views each other view, or their mean, is the target."""
     v, n, _ = p.shape
     z = z.detach() if stop_gradient else z
     terms = []
@@ -60,7 +60,7 @@ def test_any_number_of_views(views: int, teach: str, stop_gradient: bool) -> Non
 
 
 def test_half_precision_rows_are_added_up_in_single() -> None:
-    z = torch.full((4, 3, 5), 4e4).half()  # three of them are more than float16 holds
+    z = torch.full((4, 3, 5), 4e4).half()  # three of them exceed the range of float16
     assert simsiam(z, z, teach="mean") == pytest.approx(-1)
 
 

@@ -23,7 +23,7 @@ def batch(n: int, epoch: int = 0) -> Batch:
 
 
 def prepared(case: Case, queue: int = 0) -> tuple[SwAV, nn.ModuleDict]:
-    """The method and its heads, with the vectors' prototypes and without a projection."""
+    """Return the method and its heads, with the vectors' prototypes and without a projection."""
     o = case.options
     method = SwAV(
         o["temperature"],
@@ -41,7 +41,7 @@ def prepared(case: Case, queue: int = 0) -> tuple[SwAV, nn.ModuleDict]:
 
 
 def codes_of(method: SwAV, scores: Tensor, epoch: int = 0) -> Tensor:
-    """The codes that the method's loss predicts."""
+    """Return the codes that the method's loss predicts."""
     with patch("inbatch.methods.swav.swapped_prediction", wraps=swapped_prediction) as seen:
         method.loss({"prototypes": scores}, {}, batch(scores.shape[1], epoch))
     return seen.call_args.args[1]
@@ -60,7 +60,7 @@ def test_sinkhorn(golden: Path, name: str, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("name", ["swav_loss__2crop", "swav_loss__multicrop"])
 def test_swapped_prediction(golden: Path, name: str, dtype: torch.dtype) -> None:
-    """Codes, value and gradients, from the scores on, and through head and method."""
+    """Codes, value and gradients, from the scores, and through head and method."""
     case = Case(golden, name, dtype)
     o = case.options
     scores = case.leaf("scores")
@@ -85,7 +85,7 @@ def test_swapped_prediction(golden: Path, name: str, dtype: torch.dtype) -> None
 
 @DTYPES
 def test_queue_over_steps(golden: Path, dtype: torch.dtype) -> None:
-    """Codes look at the queue of before the step, once it is full; ours is a ring, theirs has the newest rows first."""
+    """Codes use the previous step's queue once it is full; inbatch has a ring, the reference the newest rows first."""
     case = Case(golden, "swav_queue__1", dtype)
     n, size = case.options["batch"], case.options["queue_length"]
     method, heads = prepared(case, size)
@@ -152,7 +152,7 @@ def test_the_equations_as_loops(views: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_of_scores_that_no_exponential_holds(dtype: torch.dtype) -> None:
-    """exp(scores / epsilon) overflows from 4.5 on at 0.05 in float32: the sums are formed in logarithms."""
+    """exp(scores / epsilon) overflows above 4.5 at 0.05 in float32: the sums are computed in logarithms."""
     codes = sinkhorn((1e3 * torch.randn(6, 4)).to(dtype), 0.05, 50)
     assert codes.dtype == torch.float32 and codes.isfinite().all()
     torch.testing.assert_close(codes.sum(1), torch.ones(6))
@@ -226,7 +226,7 @@ def test_what_the_equations_cannot_answer_is_refused(call) -> None:
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_small_views_of_another_size_predict_and_are_not_assigned(joined: bool) -> None:
-    """2 views of 32 pixels and 4 of 16; joined, those of one size run through the encoder together."""
+    """2 views of 32 pixels and 4 of 16; if joined, those of one size run through the encoder together."""
     method = SwAV(prototypes=6, hidden=8, out=8)
     encoder = create_encoder("tiny", size=32, channels=3)
     network = Network(encoder, method.heads(encoder.width), method.online, joined=joined)

@@ -1,4 +1,4 @@
-"""VICReg's variance term beside any method's loss (`variance` in a recipe)."""
+"""VICReg's variance term added to any method's loss (`variance` in a recipe)."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def job(out: str) -> None:
 
 
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    """The term is of the whole batch's rows, however they are spread."""
+    """The term is computed over the rows of the whole batch, for any number of ranks."""
     job(str(tmp_path / "one"))
     on_ranks(2, job, str(tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("one", "two"))

@@ -12,7 +12,7 @@ from inbatch.losses import vicreg
 from inbatch.methods.vicreg import VICReg
 
 TERMS = {"invariance": (1.0, 0.0, 0.0), "variance": (0.0, 1.0, 0.0), "covariance": (0.0, 0.0, 1.0)}
-"""Coefficients that leave one term alone."""
+"""Coefficients that keep a single term."""
 
 
 def literal(z: Tensor, eps: float = 1e-4) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def literal(z: Tensor, eps: float = 1e-4) -> dict[str, Tensor]:
 @DTYPES
 @pytest.mark.parametrize("name", ["vicreg__1", "vicreg__2"])
 def test_vectors(golden: Path, name: str, dtype: torch.dtype) -> None:
-    """Value, terms and gradient, through function and method, and what solo-learn has for them."""
+    """Value, terms and gradient, through function and method, and the values of solo-learn."""
     case = Case(golden, name, dtype)
     o = case.options
     z0, z1 = case.leaf("z0"), case.leaf("z1")
@@ -86,7 +86,7 @@ def test_any_number_of_views(views: int, n: int, d: int) -> None:
 
 
 def test_statistics_are_of_all_samples() -> None:
-    """With statistics of its own for each half of a batch the gradient would be another."""
+    """Separate statistics for each half of a batch would give another gradient."""
     z = (torch.randn(2, 16, 32, dtype=torch.float64) / 2).requires_grad_()
     (whole,) = torch.autograd.grad(vicreg(z, sim=0.0)["loss"], z)
     (halves,) = torch.autograd.grad(sum(vicreg(half, sim=0.0)["loss"] for half in z.chunk(2, 1)) / 2, z)
@@ -94,7 +94,7 @@ def test_statistics_are_of_all_samples() -> None:
 
 
 def test_without_the_variance_a_constant_is_the_optimum() -> None:
-    """What the option `std` = 0 breaks: collapsed rows cost nothing, and nearly 25 with it."""
+    """Effect of the option `std` = 0: collapsed rows cost nothing, and nearly 25 with the default."""
     rows = {"projection": torch.ones(2, 16, 8)}
     assert VICReg(std=0.0).loss(rows, {}, unlabelled(16))["loss"] == 0
     assert VICReg().loss(rows, {}, unlabelled(16))["loss"].item() == pytest.approx(25 * 0.99)

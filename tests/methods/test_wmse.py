@@ -1,4 +1,4 @@
-"""W-MSE: whitening, sub-batches that hang on nothing but the samples, and jitter where a covariance has no factor."""
+"""W-MSE: whitening, sub-batches that depend only on the samples, and jitter if a covariance has no factor."""
 
 from itertools import combinations
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_the_equation_in_loops(views: int, iterations: int, eps: float, norm: bo
 
 
 def cuts(method: WMSE, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[list[frozenset[int]]]:
-    """The sub-batches of every way in which the method cuts a batch, as sets of samples."""
+    """Return the sub-batches of every split of a batch by the method, as sets of samples."""
     seen = []
     monkeypatch.setattr("inbatch.methods.wmse.wmse", lambda z, permutations, *rest: seen.append(permutations) or {})
     method.loss({"projection": torch.zeros(2, len(batch), method.out)}, {}, batch)

@@ -1,4 +1,4 @@
-"""Convolutions whose weight gradient is one product: the same gradient, where it is meant to be and nowhere else."""
+"""Convolutions whose weight gradient is one matrix product: the same gradient, used only for intended layers."""
 
 import copy
 
@@ -21,7 +21,7 @@ CASES = [  # channels in and out, side of the image, kernel, stride, padding
 
 
 def gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Output, gradient of input and of weights, and how the way back begins."""
+    """Return the output, the gradients of input and weights, and the name of the backward function."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -37,7 +37,7 @@ def gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tens
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("samples", [5, 300])
 def test_gradients_are_those_of_torch(case: tuple, bias: bool, autocast: bool, samples: int) -> None:
-    """No farther from float64 than torch's own, which rounds in bfloat16, too."""
+    """The error against float64 is at most that of torch's convolution, which also rounds in bfloat16."""
     torch.manual_seed(0)
     fan_in, fan_out, side, kernel, stride, padding = case
     plain = nn.Conv2d(fan_in, fan_out, kernel, stride, padding, bias=bias).to(memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_torch(case: tuple, bias: bool, autocast: bool, s
 @pytest.mark.parametrize(
     "options, side, kind",
     [
-        ({}, 5, torch.bfloat16),  # 25 pixels come out
+        ({}, 5, torch.bfloat16),  # 25 output pixels
         ({}, 4, torch.float32),
         ({"groups": 2}, 4, torch.bfloat16),
         ({"dilation": 2, "padding": 2}, 4, torch.bfloat16),

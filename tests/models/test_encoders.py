@@ -1,4 +1,4 @@
-"""Encoders: what they are made of, how they prepare images, and that a saved one is the same one."""
+"""Encoders: their architecture, their preprocessing, and that a saved encoder loads unchanged."""
 
 import json
 
@@ -26,7 +26,7 @@ def images(n, channels=3, height=32, width=32):
 
 
 def used(encoder, seed=0):
-    """Batch-norm statistics and weights away from their initial values."""
+    """Move batch-norm statistics and weights off their initial values."""
     torch.manual_seed(seed)
     encoder.train()
     for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -118,7 +118,7 @@ def test_weights_without_a_network(monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", fail)
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # so that the client is asked
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # so that the HTTP client is used
     with pytest.raises(ConfigError, match=r"no route to host.*safetensors"):
         create_encoder("resnet18", size=224, init="timm")
 
@@ -188,7 +188,7 @@ def test_embed_grey_arrays_and_turned_photos():
     grey = images(2, 1, 20, 20)
     assert np.allclose(encoder.embed(grey[:, 0].numpy()), encoder.embed(grey), atol=1e-6)
     turned = Image.fromarray(grey[0, 0].numpy())
-    turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    turned.getexif()[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
     assert np.allclose(encoder.embed([turned]), encoder.embed(torch.rot90(grey[:1], -1, (2, 3))), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The encoder `fast`, its whitened features, and images that grow during a run."""
+"""Encoder `fast`, its whitened features, and images whose size grows during a run."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def _literal_filters(images: torch.Tensor, kernel: int, stride: int, std: tuple[float, ...]) -> torch.Tensor:
-    """The filters of whitened patches, patch by patch."""
+    """Compute the filters of whitened patches, patch by patch."""
     x = images.double() / 255 / torch.tensor(std).view(-1, 1, 1)
     places = range(0, images.shape[-1] - kernel + 1, stride)
     patches = torch.stack([i[:, r : r + kernel, c : c + kernel].flatten() for i in x for r in places for c in places])
@@ -37,7 +37,7 @@ def _literal_filters(images: torch.Tensor, kernel: int, stride: int, std: tuple[
 
 
 def _rows(n: int, seed: int = 0) -> torch.Tensor:
-    """Rows of 6 correlated features of different scales."""
+    """Draw rows of 6 correlated features of different scales."""
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 6, generator=g) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) + 3
 
@@ -52,7 +52,7 @@ def test_fast_works_on_about_32_pixels_whatever_the_images_are() -> None:
 
 def test_readout_decorrelates_once_it_is_fitted() -> None:
     readout, x = Readout(6, grid=1, eps=1e-6), _rows(20_000)
-    assert torch.equal(readout(x), x)  # nothing was fitted yet
+    assert torch.equal(readout(x), x)  # not fitted yet
     readout.fit(x)
     out = readout(_rows(20_000, 999)).double()
     assert torch.allclose(torch.cov(out.T), torch.eye(6, dtype=torch.float64), atol=0.1)
@@ -74,7 +74,7 @@ def test_readout_equals_the_literal_matrix() -> None:
 
 def test_plain_features_are_got_back() -> None:
     readout, x = Readout(6, grid=1), _rows(500)
-    assert readout.unwhitened(x) is x  # nothing was fitted yet
+    assert readout.unwhitened(x) is x  # not fitted yet
     readout.fit(x)
     with readout.paused():
         assert torch.equal(readout(x), x)
@@ -82,7 +82,7 @@ def test_plain_features_are_got_back() -> None:
 
 
 def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
-    """Whitening gives every direction the same weight, so k-means on whitened features finds less."""
+    """Whitening gives every direction the same weight, so k-means on whitened features is less accurate."""
     labels = torch.arange(64) % 4
     encoder = create_encoder("fast", size=32, width=8, whiten=True, whiten_patches=True).eval()
     source = open_data((IMAGES, labels))
@@ -166,7 +166,7 @@ def test_fast_learns_from_a_small_run(tmp_path: Path) -> None:
 def test_whitened_patches_equal_the_literal_components() -> None:
     for channels, size, kernel, stride, components in ((3, 16, 3, 1, 12), (1, 16, 3, 1, 12), (3, 32, 7, 4, 12)):
         images = IMAGES[:20, :channels, :size, :size].clone()
-        images[..., 1:] = images[..., 1:] // 2 + images[..., :-1] // 2  # neighbours are alike, as in photographs
+        images[..., 1:] = images[..., 1:] // 2 + images[..., :-1] // 2  # similar neighbours, as in photographs
         std = (0.2, 0.25, 0.3)[:channels]
         layer = WhitenedPatches(channels, components, kernel, stride)
         layer.fit(images, std)
@@ -196,7 +196,7 @@ def test_whitened_patches_do_not_depend_on_threads_and_take_flat_images() -> Non
 
 
 def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(tmp_path: Path) -> None:
-    """It is made of the images, is not trained, and the encoder before training, resume, init and files have it."""
+    """It is computed from the images, is not trained, and is part of the untrained encoder, resume, init and files."""
     settings = {"encoder.width": 8}
     run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=2, batch=16, quiet=True,
                            settings=settings)  # fmt: skip

@@ -1,4 +1,4 @@
-"""How a network runs its views: together where no samples of the encoder meet, in the layout that it was built in."""
+"""Grouping of views in the network: in one pass if samples do not interact in the encoder, with its memory layout."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from inbatch.nn.heads import Head, mlp
 
 
 class Encoder(nn.Module):
-    """Counts the images of every call."""
+    """Record the number of images of every call."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def views(*sizes: int) -> list[Tensor]:
 def test_views_of_a_size_run_together_where_samples_do_not_meet(
     norm: nn.Module, sizes: Sequence[int], calls: list[int]
 ) -> None:
-    """The heads normalise every view by itself all the same; everything is as with single views."""
+    """The heads still normalise every view separately; all results equal those of single views."""
     one = network(norm)
     apart = copy.deepcopy(one)
     rows = one(views(*sizes))["projection"]
@@ -75,7 +75,7 @@ def test_attention_over_samples_mixes(name: str) -> None:
 
 @pytest.mark.parametrize("plugs", [{}, {"fuse": "conv"}, {"fuse": "set"}, {"attend": "ba2m"}, {"attend": "cbam"}])
 def test_channels_stay_last_through_the_backbone(plugs: dict[str, str]) -> None:
-    """Whatever stands before a convolution or beside it: a copy into another layout costs more than most layers."""
+    """For every module before or parallel to a convolution: a copy into another layout costs more than most layers."""
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     built = prepare(images, encoder="resnet10", batch=8, **plugs)
     seen: list[str] = []

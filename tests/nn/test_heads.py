@@ -1,4 +1,4 @@
-"""The small networks after the encoder."""
+"""Projectors and predictors."""
 
 import pytest
 import torch

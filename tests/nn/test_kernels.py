@@ -1,4 +1,4 @@
-"""Triton's kernels: through its interpreter everywhere, on the card where there is one."""
+"""Triton's kernels: through its interpreter on every machine, on the GPU if there is one."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def python(*words: str, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
-    """What the script found: one process for all cases."""
+    """Return the results of the script: one process for all cases."""
     pytest.importorskip("triton", reason="Triton is not installed")
     script = Path(__file__).parents[1] / "helpers" / "kernels_interpreted.py"
     return json.loads(python("-W", "ignore", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
@@ -41,7 +41,7 @@ def told() -> dict[str, Any]:
 def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
     found = told["cases"][case]
     assert found.keys() == {"lse", "mean", "queries", "both", "keys"}
-    assert all(error <= 1 for error in found.values()), found  # NaN is not
+    assert all(error <= 1 for error in found.values()), found  # fails for NaN
 
 
 def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: tri
     for columns in (0, 1, 511, 4096, 100_003):
         parts, span = triton_logsumexp._deal(rows, columns, tile)
         assert span % tile["BLOCK_N"] == 0
-        assert (parts - 1) * span < max(columns, 1) <= parts * span  # every program has some, all have them all
+        assert (parts - 1) * span < max(columns, 1) <= parts * span  # no empty program, no missing column
         blocks = -(-rows // tile["BLOCK_M"])
         assert parts == 1 or blocks * parts <= triton_logsumexp.PROGRAMS
         assert parts == 1 or parts * rows * tile["WIDTH"] * 4 <= 32 * 2**20

@@ -1,4 +1,4 @@
-"""Losses that hold no matrix of pairs: values and gradients of the literal versions, and the memory they promise."""
+"""Tiled losses: values and gradients equal the literal versions, and memory stays within the documented bound."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from inbatch.nn.functional import logsumexp_excluding_self, normalize
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, and ragged ones, in small matrices."""
+    """Several tiles, also partial ones, in small matrices."""
     monkeypatch.setattr(logsumexp, "TILE", 7)
     monkeypatch.setattr(logsumexp, "APART", 0)
     monkeypatch.setattr(logsumexp, "_BLOCK", 100)
@@ -40,7 +40,7 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, unit: b
 
 
 def both(compute: Callable[..., Tensor], *given: Tensor, weighted: bool = True) -> Iterator[list[Tensor]]:
-    """Value and gradients of a function of tensors, literal and in tiles."""
+    """Return value and gradients of a function of tensors, literal and tiled."""
     for mode in ("never", "always"):
         leaves = [x.clone().requires_grad_(x.requires_grad or x.is_floating_point()) for x in given]
         with logsumexp.using(mode=mode):
@@ -57,7 +57,7 @@ def same(compute: Callable[..., Tensor], *given: Tensor, tolerance: float = 1e-1
 
 
 FLOAT32 = 2e-5
-"""A few roundings of float32, magnified by 1 / T where logits are exponentiated."""
+"""A few roundings of float32, magnified by 1 / T if logits are exponentiated."""
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.02, 0.003])
@@ -66,8 +66,8 @@ FLOAT32 = 2e-5
 def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
     q, k = rows(n, 6, dtype=dtype), rows(m, 6, seed=1, dtype=dtype)
     same(lambda q, k: logsumexp.logsumexp(q, k, temperature), q, k, tolerance=tolerance)
-    same(lambda q: logsumexp.logsumexp(q, k, temperature), q, tolerance=tolerance)  # keys learn nothing
-    same(lambda k: logsumexp.logsumexp(q, k, temperature), k, tolerance=tolerance)  # queries learn nothing
+    same(lambda q: logsumexp.logsumexp(q, k, temperature), q, tolerance=tolerance)  # keys get no gradient
+    same(lambda k: logsumexp.logsumexp(q, k, temperature), k, tolerance=tolerance)  # queries get no gradient
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.03, 0.01])
@@ -106,7 +106,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def sogclr(z: Tensor) -> Tensor:
-    """A sum like SogCLR's (Yuan et al. 2022): exponentials over a moving average of every sample."""
+    """Compute a sum like SogCLR's (Yuan et al. 2022): exponentials over a moving average of every sample."""
     u = normalize(z).flatten(0, 1)
     past = torch.linspace(1, 2, len(u)).to(u)
     return (logsumexp_excluding_self(u, 0.1) - past.log()).exp().mean()
@@ -120,7 +120,7 @@ def test_every_loss(name: str, dtype: torch.dtype, tolerance: float) -> None:
 
 @pytest.mark.parametrize("anchors", ["all", "one"])
 def test_supcon_by_classes_is_supcon_by_pairs(anchors: str) -> None:
-    """Labels are added up by class; the mask of the same pairs goes the long way."""
+    """Labels are summed by class; a mask of the same pairs uses the general implementation."""
     z, label = rows(3, 11, 5, unit=False).requires_grad_(), torch.arange(11) % 4 - 1
     pairs = ((label[:, None] == label) & (label >= 0)) | torch.eye(11, dtype=torch.bool)
     found = torch.autograd.grad(losses.supcon(z, label, 0.1, anchors=anchors), z)[0]
@@ -129,7 +129,7 @@ def test_supcon_by_classes_is_supcon_by_pairs(anchors: str) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor that any operation gave out has."""
+    """Record the number of elements of the largest tensor that any operation returned."""
 
     numbers = 0
 
@@ -200,7 +200,7 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
 
 
 def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by an error inside, and by two losses at a time of which the first ends first."""
+    """Also after an error inside, and with two overlapping losses of which the first ends first."""
     monkeypatch.setattr(cpu_matmul, "onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
@@ -260,7 +260,7 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
 
 
 def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
-    """Every tile is made once, however many cores a rank has."""
+    """Every tile is computed once, for any number of cores of a rank."""
     u, made = rows(112, 4), []
     for rank, threads in enumerate((1, 3, 8)):
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The queue against the plainest of queues."""
+"""Memory bank compared with a plain queue."""
 
 import collections
 
@@ -11,7 +11,7 @@ from inbatch.nn.memory_bank import MemoryBank
 
 @given(size=st.integers(1, 9), pushes=st.lists(st.integers(0, 20), max_size=8))
 def test_queue_keeps_the_newest(size: int, pushes: list[int]) -> None:
-    """Any number of rows at a time, more than fit included: a deque, and a ring written row by row."""
+    """For any number of rows at a time, also more than fit: a deque, and a ring written row by row."""
     queue = MemoryBank(size, 1)
     newest = collections.deque(queue.rows.flatten().tolist(), maxlen=size)
     ring, written = list(newest), 0

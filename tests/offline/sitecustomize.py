@@ -1,7 +1,7 @@
-"""No network, in this process and in every Python that it starts: `conftest.py` puts this folder on PYTHONPATH.
+"""Block the network in this process and in every Python that it starts: `conftest.py` puts this folder on PYTHONPATH.
 
-An audit hook sees what Python's sockets are about to do, by whatever name they were reached, and cannot be taken off
-again. Processes of this machine may meet.
+An audit hook checks the socket calls of Python, by any name under which they are called, and cannot be removed.
+Connections between processes of this machine are allowed.
 """
 
 import os
@@ -9,7 +9,7 @@ import socket
 import sys
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()}
-"""Hosts that are this machine."""
+"""Names of this machine."""
 LOOKED_UP = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 ADDRESSED = ("socket.connect", "socket.sendto", "socket.sendmsg")
 

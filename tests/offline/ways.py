@@ -1,4 +1,4 @@
-"""Ways out of this machine, tried in whatever process this is imported into."""
+"""Attempts to connect to hosts outside this machine."""
 
 import socket
 
@@ -15,7 +15,7 @@ CALLS = {
 
 
 def ways_out() -> list[str]:
-    """The ways that were not stopped by us."""
+    """Return the attempts that sitecustomize.py did not stop."""
     found = []
     for name, call in CALLS.items():
         try:

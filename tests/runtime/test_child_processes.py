@@ -1,4 +1,4 @@
-"""No process is left of a command that is asked to end, hung up on, or killed."""
+"""No process is left after a command ends by a signal, a hang-up, or a kill."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 
 
 def processes() -> dict[int, tuple[int, str]]:
-    """Process id -> parent and state."""
+    """Return process id -> parent and state."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -36,7 +36,7 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def below(pid: int) -> set[int]:
-    """The running processes that a process has started, and those that they have started."""
+    """Return the running descendants of a process."""
     known = processes()
     found, new = set[int](), {pid}
     while new:
@@ -55,7 +55,7 @@ def until(true: Callable[[], Any], seconds: float) -> bool:
 
 
 def left(pids: set[int]) -> set[int]:
-    """Those that still run after a while; they are killed."""
+    """Return the processes that still run after a while; they are killed."""
     known: dict[int, tuple[int, str]] = {}
 
     def running() -> set[int]:
@@ -71,7 +71,7 @@ def left(pids: set[int]) -> set[int]:
 
 
 def launch(words: list[str], folder: Path, **environment: str) -> "subprocess.Popen[str]":
-    """In a session of its own: a signal to it reaches no other process."""
+    """Start in a new session: a signal to it reaches no other process."""
     with open(folder / "console.txt", "a") as console:
         run = subprocess.Popen(
             [sys.executable, *words], stdout=console, stderr=console, text=True, start_new_session=True, cwd=folder,
@@ -86,7 +86,7 @@ launched: list["subprocess.Popen[str]"] = []
 
 @pytest.fixture(autouse=True)
 def cleared() -> Iterator[None]:
-    """Nothing is left of a test that fails, either."""
+    """End all processes of a test, also if it fails."""
     yield
     while launched:
         run = launched.pop()
@@ -152,7 +152,7 @@ child.wait()
 
 @pytest.mark.parametrize("way", ["kernel", "poll", "wrapper"])
 def test_a_program_ends_with_its_parent(tmp_path: Path, way: str) -> None:
-    """By the kernel on Linux; by a thread on other systems, or if a shell stands between the two."""
+    """By the kernel on Linux; by a thread on other systems, or if there is a shell between the two."""
     words = [sys.executable, "-c", CHILD.format(before="sys.platform = 'darwin'" if way == "poll" else "")]
     if way == "wrapper":
         words = ["sh", "-c", f"{shlex.join(words)}; true"]
@@ -197,7 +197,7 @@ time.sleep(600)
 
 
 def test_workers_that_ignore_signals_end_with_their_trainer(tmp_path: Path) -> None:
-    """One of them is stuck in an image; the batches are held by a global name until the interpreter ends."""
+    """One of them is stuck in an image; a global name keeps the batches alive until the interpreter ends."""
     console = tmp_path / "console.txt"
     for tries, number in enumerate((signal.SIGHUP, signal.SIGKILL, None), start=1):
         run = launch(script(tmp_path, STREAMS.format(exits=number is None)), tmp_path)
@@ -228,7 +228,7 @@ with stop_on_signals() as stop, ending():
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, and images."""
+    """Return a finished run, and images."""
     folder = tmp_path_factory.mktemp("learned")
     write_folder(open_data("digits-canvas-colour", subset=200), folder / "images")
     inbatch.pretrain(folder / "images", out=folder / "run", encoder="tiny", batch=50, epochs=1, quiet=True)
@@ -239,7 +239,7 @@ PRETRAIN = (
     "pretrain --data {learned}/images --encoder tiny --batch 20 --epochs 4000 --workers 2 --out run --quiet"
     " --set resident=false --set size=32 --set evaluate_every=4000"
 )
-COMMANDS = {  # words, how many processes it has when it is in the midst of its work, exit codes
+COMMANDS = {  # words, number of its processes while it works, exit codes
     "doctor": ("doctor", 1, {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}),
     "bench": ("bench step --quick --no-peers", 1, {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}),
     "table": (

@@ -1,4 +1,4 @@
-"""Several processes: a run under torchrun, a group that is there already, signals, and disagreement."""
+"""Several processes: a run under torchrun, an existing process group, signals, and ranks that disagree."""
 
 import json
 import os
@@ -23,13 +23,13 @@ RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 2, "precision": "flo
 
 
 def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """A whole run on ranks that have met already, as under Ray Train or in a user's script."""
+    """Make a whole run on ranks with an existing process group, as under Ray Train or in a user's script."""
     run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue": 64}, **(RUN | extra))
     return run.result
 
 
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
-    """The same context, the same weights (to float32 rounding), one folder, the same result on every rank."""
+    """The same context, the same weights (to float32 rounding), one directory, the same result on every rank."""
     alone = job(str(tmp_path / "one"), {})
     first, second = on_ranks(2, job, str(tmp_path / "two"), {})
     assert first == second and (first["world"], alone["world"]) == (2, 1)
@@ -50,7 +50,7 @@ def disagree(out: str) -> str:
 
 
 def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
-    """Fault 8: each rank was given another seed."""
+    """Fault 8: each rank gets another seed."""
     for found in on_ranks(2, disagree, str(tmp_path / "run")):
         assert "rank 1 has another one than rank 0" in found
 
@@ -109,12 +109,12 @@ def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_pat
     report = json.loads((out / "run.json").read_text())
     assert report["status"] == "preempted", stderr
     assert signal.Signals(number).name in report["reason"]
-    # The launcher stays between a job and its workers: none of them may live on.
+    # The launcher stays between a job and its workers: all workers must end.
     assert subprocess.run(["pgrep", "-f", str(out)], capture_output=True).returncode == 1
 
     state = inbatch.training.checkpoint.load(out / "checkpoints")
     assert state.step == report["last_step"] > 0
     recipe = json.loads((out / "recipe.json").read_text()) | {"epochs": state.step // 5 + 1}
-    (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter end, so that the test ends too
+    (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter run, so that the test ends too
     run = inbatch.pretrain(resume=out, quiet=True)
     assert run.result["world"] == 1 and run.result["context"] == 20

@@ -1,4 +1,4 @@
-"""A rank that dies, hangs, differs or ends by itself: the others end soon, and say which it was and why."""
+"""A rank that exits, hangs, differs or ends by itself: the others end soon and report which rank it was and why."""
 
 import datetime
 import json
@@ -28,7 +28,7 @@ TIMEOUT = 6.0
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """What each call returned or raised, all running side by side."""
+    """Run the calls at the same time; return what each returned or raised."""
     found: list[Any] = [None] * len(calls)
 
     def run(i: int) -> None:
@@ -90,7 +90,7 @@ def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch:
 
 
 def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
-    """torchrun's store outlives a restart; of the first start one rank never came."""
+    """torchrun's store outlives a restart; one rank of the first start never joined."""
     store = dist.HashStore()
     first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
     assert "ranks 2 did not come" in str(first[0]) and isinstance(first[1], str)
@@ -101,7 +101,7 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
 
 
 def endless(fault: str, bad: int) -> str:
-    """Steps with a collective; one rank comes to grief in the third."""
+    """Run steps with a collective; one rank fails in the third."""
     for step in range(10_000):
         if step == 3 and distributed.rank() == bad:
             match fault:
@@ -131,7 +131,7 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
 
 
 def ends(world: int, fault: str, bad: int, heard: int) -> dict[int, tuple[Any, ...]]:
-    """How ranks end of which one comes to grief: {rank: (kind, sentence, speaks, when)} of the first `heard`."""
+    """Return how ranks end after one fails: {rank: (kind, sentence, speaks, when)} of the first `heard`."""
     with tempfile.TemporaryDirectory() as folder:
         answers = _context.Queue()
         children = [
@@ -151,7 +151,7 @@ def ends(world: int, fault: str, bad: int, heard: int) -> dict[int, tuple[Any, .
 
 @pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("is killed", 0), ("hangs", 2)])
 def test_a_lost_rank_is_named_by_all_others(fault: str, bad: int) -> None:
-    """Fault 7, four ranks: not all of them wait for the lost one itself."""
+    """Fault 7, four ranks: not all of them wait for the lost rank directly."""
     found = ends(4, fault, bad, heard=3)
     assert sorted(found) == [r for r in range(4) if r != bad]
     speakers = [rank for rank, (_, _, speaks, _) in found.items() if speaks]
@@ -179,7 +179,7 @@ def missing(folder: str) -> tuple[str, str, float]:
     try:
         inbatch.pretrain(folder if distributed.rank() == 0 else f"{folder}/missing", out=f"{folder}/run", quiet=True)
     except Exception as error:
-        time.sleep(1)  # a process that lives on, as in a notebook
+        time.sleep(1)  # a process that continues, as in a notebook
         return type(error).__name__, str(error), time.monotonic() - began
     return "nothing", "", 0.0
 
@@ -209,7 +209,7 @@ def test_other_labels_on_one_rank_are_refused() -> None:
 
 
 def killed(out: str, step: int) -> Any:
-    """A run whose rank 0 dies in a step."""
+    """Return a run whose rank 0 is killed during a step."""
     real = Log.step
 
     def log(self: Any, at: int, *rest: Any) -> None:

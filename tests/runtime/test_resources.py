@@ -1,4 +1,4 @@
-"""What a container or a job allows: memory and cores, read from made-up /proc and /sys."""
+"""Memory and core limits of a container or a job, read from simulated /proc and /sys."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from inbatch.runtime.resources import cores, limited_bytes
 
 @pytest.fixture(autouse=True)
 def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 64 cores."""
+    """Simulate a machine of 64 cores."""
     monkeypatch.setattr(resources, "affine", lambda: 64)
 
 
@@ -56,14 +56,14 @@ def test_no_limit(tmp_path: Path) -> None:
 
 def test_cores_of_a_quota(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "0::/box/run\n", "sys/fs/cgroup/box/cpu.max": "250000 100000\n"}
-    assert cores(tree(tmp_path, files)) == 2  # a third thread would wait for its half
+    assert cores(tree(tmp_path, files)) == 2  # a third thread would wait half of the time
     files |= {"sys/fs/cgroup/box/run/cpu.max": "50000 100000\n"}
     assert cores(tree(tmp_path, files)) == 1
 
 
 def test_cores_of_a_quota_of_version_1(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "3:cpu,cpuacct:/box\n1:cpuset:/\n"}
-    for folder in ("cpu", "cpu,cpuacct"):  # mounted under its own name or with its company
+    for folder in ("cpu", "cpu,cpuacct"):  # mounted alone or together with cpuacct
         told = {f"cpu.cfs_{name}_us": text for name, text in (("quota", "400000\n"), ("period", "100000\n"))}
         place = tree(tmp_path / folder, files | {f"sys/fs/cgroup/{folder}/box/{k}": v for k, v in told.items()})
         assert cores(place) == 4

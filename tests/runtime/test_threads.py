@@ -1,4 +1,4 @@
-"""The load by other processes, and how many threads a run computes with beside them."""
+"""Load by other processes, and the number of threads that a run uses at that load."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ intr 1 2 3
 
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """A program with two threads on two cores; the list holds how busy others are at each decision, the last stays."""
+    """Simulate two threads on two cores; the list holds the load of others at each decision, the last value repeats."""
     loads = [1.0]
 
     def now(seconds: float = 0.0) -> float:
@@ -52,7 +52,7 @@ def test_work_of_some_cores() -> None:
 
 @LINUX
 def test_busy_cores_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes while this process sleeps is others' work."""
+    """CPU time that passes while this process sleeps is the load of others."""
     mine, ticks = min(os.sched_getaffinity(0)), iter((0, 10 * os.sysconf("SC_CLK_TCK"), 5, 5))
     clock = SimpleNamespace(read_text=lambda: f"cpu{mine} {next(ticks)} 0 0 0 0 0 0 0\n")
     monkeypatch.setattr(cpu_load, "_STAT", clock)
@@ -139,7 +139,7 @@ def test_a_run_tells_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch": 32, "evaluate_every": 2}
-    beside[:] = [1.0, 1.0, 1.0, 0.0]  # when a step is timed, the features are judged first, and every epoch begins
+    beside[:] = [1.0, 1.0, 1.0, 0.0]  # decisions: before the timed step, the first evaluation, and every epoch
     run = pretrain("digits-canvas", "simclr", out=tmp_path / "beside", **small)
     assert run.result["threads"] == [1, 2] and torch.get_num_threads() == 2
     assert json.loads((run.directory / "run.json").read_text())["threads"] == [1, 2]

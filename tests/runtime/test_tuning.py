@@ -1,4 +1,4 @@
-"""What a process sets for speed, each in a process of its own."""
+"""Settings for speed that a process makes, each tested in its own process."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what the program sets."""
+    """Return the environment of this process without the variables that the program sets."""
     return {key: value for key, value in os.environ.items() if key not in ("INBATCH_ALLOCATOR", *OPENMP)} | more
 
 
@@ -35,7 +35,7 @@ def told(code: str, **more: str) -> str:
 def test_freed_memory_is_kept() -> None:
     kept = int(told("from inbatch.runtime import tuning; tuning.begin(); assert tuning.keeps_memory\n" + FAULTS))
     left_alone = "from inbatch.runtime import tuning; tuning.begin(); assert not tuning.keeps_memory\n" + FAULTS
-    assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 4 * kept + 100  # large pages make few faults
+    assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 4 * kept + 100  # large pages cause few page faults
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
@@ -56,7 +56,7 @@ print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "
 
 
 def test_waiting_threads_sleep() -> None:
-    """They would spin beside other processes, and OpenMP is told before torch is loaded."""
+    """Spinning threads would compete with other processes, so OpenMP is configured before torch is loaded."""
     begin = "import sys; from inbatch.runtime import tuning; tuning.begin(); assert 'torch' not in sys.modules"
     assert told(begin + WAITING) == "passive 1000 None"
     assert told(begin + WAITING, OMP_WAIT_POLICY="active") == "active None None"
@@ -81,7 +81,7 @@ def test_denormal_numbers_are_zero_on_every_thread() -> None:
 
 
 def test_a_library_leaves_the_process_alone() -> None:
-    """Training in somebody's own process sets nothing that he has not asked for."""
+    """Training in a user's process changes only settings that the user requested."""
     code = "import inbatch.api; from inbatch.runtime import tuning; tuning.ready(); import torch\n"
     assert told(code + "print(tuning.tuned, tuning.keeps_memory, float(torch.tensor(1e-39) * 0.5) > 0)" + WAITING) == (
         "False False True\nNone None None"
@@ -89,7 +89,7 @@ def test_a_library_leaves_the_process_alone() -> None:
 
 
 def test_other_programs_wait_as_they_ship() -> None:
-    """Contestants of a benchmark do not inherit how this program's threads wait, only what the user has set."""
+    """Implementations compared in a benchmark do not inherit this program's thread settings, only the user's."""
     code = "from inbatch.runtime import tuning; tuning.begin(); import os; os.environ = tuning.untuned()"
     assert told(code + WAITING) == "None None None"
     assert told(code + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"

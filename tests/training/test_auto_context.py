@@ -1,4 +1,4 @@
-"""`context: auto`: the largest group that fits, found without a trace, the same on every rank and after a resume."""
+"""`context: auto`: the largest group that fits, without side effects, the same on every rank and after a resume."""
 
 import importlib.util
 import json
@@ -34,13 +34,13 @@ def planned(**settings: Any) -> tuple[Recipe, Source]:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets how many MB are free."""
+    """Return a function that sets the free memory in MB."""
     return lambda size: monkeypatch.setattr(auto_context, "free_bytes", lambda *_: int(size * MB))
 
 
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Sets what a group takes, in bytes and seconds; returns the list of the groups whose dry steps were made."""
+    """Set the cost of a group in bytes and seconds; return the list of the groups with dry steps."""
 
     def given(needed: Callable[[int], float], seconds: float = 0.0) -> list[int]:
         made: list[int] = []
@@ -57,7 +57,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return given
 
 
-# The search
+# Search
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 def test_the_largest_divisor_that_fits_is_found(
     share: int, curve: Callable[[int], float], free: Callable[[float], None], costs: Callable[..., list[int]]
 ) -> None:
-    """Whatever the limit; and no dry step is made that is far over it, of plug-ins whose cost is quadratic neither."""
+    """For any limit; no dry step far above it is run, even for plug-ins whose cost is quadratic."""
     straight = curve(3) - curve(2) == curve(2) - curve(1)
     recipe, source = planned(batch=share, **({} if straight else {"attend__name": "batchformer"}))
     sizes, chosen = candidates(recipe, 1), []
@@ -109,7 +109,7 @@ def test_a_group_that_would_take_too_long_is_predicted(
 def test_what_groups_there_are() -> None:
     recipe, _ = planned(batch=24)
     assert candidates(recipe, 2) == [2, 3, 4, 6, 12]
-    assert candidates(planned(batch=24, sync_norm=True)[0], 2) == [4, 6, 8, 12, 24]  # two on every rank at least
+    assert candidates(planned(batch=24, sync_norm=True)[0], 2) == [4, 6, 8, 12, 24]  # at least two on every rank
     assert candidates(planned(batch=24, shuffle_groups=True)[0], 1) == [2, 3, 4, 6, 8, 12]
     assert candidates(planned(batch=24, fuse__name="conv")[0], 1) == [4, 6, 8, 12, 24]  # its bottleneck is 4
     with pytest.raises(ConfigError, match="cannot be shared by 5"):
@@ -137,14 +137,14 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
 
 
 def dry_and_real() -> tuple[int, int, int]:
-    """The context, what was found for it, and what a step of the run takes."""
+    """Return the context, the memory predicted for it, and the memory of a step of the run."""
     auto_context.free_bytes = lambda *_: 140 * MB  # this process ends with the test
     recipe, found = auto_context.resolve(*planned(subset=600, batch=512), CPU)
     assert found is not None
     built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
     batch = next(iter(built.loader.epoch(0)))
     steps = []
-    for step in range(3):  # what libraries load, or the allocator keeps, in one of them is not a step's
+    for step in range(3):  # libraries and allocator may add memory in one of them that is not a step's
         auto_context.settle(CPU)
         before = auto_context.held(CPU)
         built.step(batch, step)
@@ -153,8 +153,10 @@ def dry_and_real() -> tuple[int, int, int]:
 
 
 def test_the_dry_step_is_like_a_real_one() -> None:
-    """What was found is not less than what a step of the run takes, nor much more; in a process that is new, because
-    one that has run for long takes memory that it has."""
+    """The prediction is at least the memory of a step, and not much more.
+
+    The test runs in a new process, because a process that has run for long reuses memory that it already holds.
+    """
     if auto_context.held(CPU) is None:
         pytest.skip("this system does not tell the peak of a process")
     ((context, needed, taken),) = on_ranks(1, dry_and_real)
@@ -163,7 +165,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
 
 
 def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their group's size; and a plug-in whose weights belong to a group is weighed, too."""
+    """With their group's size; a plug-in whose weights depend on the group is measured, too."""
     seen, real = [], auto_context._dry_step
 
     def step(built: Any, samples: int, side: int, plain: bool = False) -> None:
@@ -218,7 +220,7 @@ def test_nothing_fits(free: Callable[[float], None]) -> None:
 
 
 def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
-    """They do not depend on the group, but on the batch."""
+    """They depend on the batch, not on the group."""
     free(1000)
     found = {}
     for name, settings in {"small": {"batch": 32}, "large": {"batch": 128}, "streamed": {"resident": False}}.items():
@@ -250,7 +252,7 @@ def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: 
 def test_a_run_keeps_the_number(
     free: Callable[[float], None], costs: Callable[..., list[int]], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """It is in recipe.json and in the command; a resume asks for it again and does not search."""
+    """recipe.json and the command contain it; a resume requires it and does not search."""
     free(27)
     costs(lambda context: context * MB)
     done = tiny("simclr", tmp_path / "auto", context="auto", epochs=1)
@@ -281,7 +283,7 @@ def test_build_wants_a_number() -> None:
         build(*planned(), device=CPU)
 
 
-# The command line
+# Command line
 
 
 LINE = "pretrain --data digits-canvas --set subset=200 --batch 40 --dry-run"
@@ -357,7 +359,7 @@ def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found_on_a_rank() -> list[dict[str, Any]]:
-    """What ranks with unequal memory find, each for itself and with synchronised norm."""
+    """Return the contexts found on ranks with unequal memory, without and with synchronised norm."""
     from inbatch.runtime import distributed
 
     auto_context.free_bytes = lambda *_: (

@@ -1,4 +1,4 @@
-"""A budget of time: how it is written, how a run is planned into it, and how its length follows the machine."""
+"""Time budgets: syntax, the plan of a run within a budget, and the adaptation of its length to the measured speed."""
 
 import json
 import math
@@ -140,7 +140,7 @@ def test_a_run_whose_length_changed_resumes_and_repeats_bit_for_bit(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Budgets of seconds are allowed, and one encoder is tried."""
+    """Allow budgets of seconds, and try one encoder."""
     monkeypatch.setattr(budget, "LEAST", 1.0)
     monkeypatch.setattr(calibration, "WIDTHS", (8,))
 
@@ -184,7 +184,7 @@ def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
     choice = _plan(budget="15s", encoder__width=12, context="auto")
     assert choice.recipe.encoder.options["width"] == 12 and choice.recipe.preset == "fast"
     assert choice.recipe.context == 16 and any(note.startswith("context: 16") for note in choice.notes)
-    assert choice.chosen.small == 1.0  # small images cannot cost more: that was noise
+    assert choice.chosen.small == 1.0  # small images cannot cost more: the measurement was noise
     assert _plan(budget="15s", encoder__name="fast").recipe.optimizer.name == "adamw"
     for more in ({"epochs": 2}, {"steps": 3}, {"steps": 3, "encoder__name": "fast"}):
         asked = {key.replace("__", "."): value for key, value in ({"budget": "15s"} | more).items()}

@@ -36,7 +36,7 @@ def assert_whole(found):
 
 @pytest.fixture
 def two(tmp_path):
-    """A folder with `previous.pt` at step 1 and `last.pt` at step 2."""
+    """Return a folder with `previous.pt` at step 1 and `last.pt` at step 2."""
     for step in (1, 2):
         checkpoint.save(tmp_path, state(step), step=step)
     return tmp_path
@@ -97,7 +97,7 @@ def test_a_missing_part_is_named():
 
 
 def save_forever(folder, first):
-    """Save without end, every write and every step of the file system slowed down at random."""
+    """Save without end, with random delays of every write and every file system operation."""
     rng = random.Random(first)
 
     def slow(call, seconds):
@@ -123,7 +123,7 @@ def test_killed_while_saving(two):
     for _ in range(8):
         process = context.Process(target=save_forever, args=(two, step + 1))
         process.start()
-        while checkpoint.load(two).step == step:  # it has begun
+        while checkpoint.load(two).step == step:  # saving has started
             time.sleep(0.005)
         time.sleep(rng.random() * 0.2)
         os.kill(process.pid, signal.SIGKILL)
@@ -237,7 +237,7 @@ def test_a_save_never_keeps_a_damaged_file_in_the_place_of_a_whole_one(two, monk
     with monkeypatch.context() as patch:
         test_killed_between_the_two_renames(two, patch, left=1)
     checkpoint.save(two, state(4), step=4)
-    (two / "last.pt").write_bytes(b"")  # again
+    (two / "last.pt").write_bytes(b"")  # damaged a second time
     assert checkpoint.load(two).step == 1 and (two / "damaged.pt").read_bytes() == b"x" * 100
 
 
@@ -271,7 +271,7 @@ class Malicious:
 
 def test_malicious_checkpoint_is_refused(two, tmp_path_factory, monkeypatch):
     sentinel = tmp_path_factory.mktemp("sentinel") / "executed"
-    # An attacker can compute a checksum too.
+    # An attacker can also compute a checksum.
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", lambda *_, **__: None)
         checkpoint.save(two, {"model": Malicious(sentinel)}, step=3)

@@ -1,4 +1,4 @@
-"""Collapse is noticed: methods broken on purpose are told apart from the same methods whole."""
+"""Collapse is detected in methods with a part removed, and not in the same methods unchanged."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,8 @@ BROKEN = {
         "byol",
         {"method.predictor": False, "method.norm": False, "method.m": 0.0},
     ),
-    # Thrice the preset's rate: at that, whether it is past the threshold after 8 epochs hangs on the seed (2 of 3).
+    # Three times the preset's learning rate: with the preset's, crossing the threshold within 8 epochs depends on the
+    # seed (2 of 3).
     "simsiam without stop-gradient": ("simsiam", {"method.stop_gradient": False, "optimizer.lr": 0.006}),
     "vicreg without variance": ("vicreg", {"method.std": 0.0}),
 }
@@ -56,7 +57,7 @@ def test_what_is_whole_is_not(method: str, tmp_path: Path, capfd: pytest.Capture
 
 
 def test_spread_of_equal_and_of_different_outputs() -> None:
-    """Equal images have rank 1 and no spread; the encoder's and every direct head's numbers, no predictor's."""
+    """Equal images have rank 1 and no spread; measured for the encoder and every direct head, not for predictors."""
     heads = {"projection": Head(mlp(12, 8, norm=False)), "prediction": Head(mlp(8, 8, norm=False), "projection")}
     network = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
     before = {key: value.clone() for key, value in network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The leak guard: groups are told apart where rows carry a signature, and not where they do not."""
+"""Leak monitor: groups are recognised if their rows carry a signature, and not otherwise."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from inbatch.training.monitors.context_leak import SURE, group_leak, leak, meets
 
 
 def rows(strength: float, scale: float = 0.0) -> torch.Tensor:
-    """Two views of 8 groups of 64 samples; each group is moved (or widened) by so much, in the second view."""
+    """Draw two views of 8 groups of 64 samples; each group is shifted (or scaled) by this much in the second view."""
     g = torch.Generator().manual_seed(0)
     made = torch.randn(2, 8, 64, 16, generator=g)
     made[1] += strength * torch.randn(8, 1, 16, generator=g)
@@ -34,7 +34,7 @@ def test_a_signature_is_found() -> None:
 
 
 def test_a_centred_group_is_no_leak() -> None:
-    """Batch normalisation takes the group's mean away: its halves then stand on opposite sides, below chance."""
+    """Batch normalisation removes the group's mean: its halves lie on opposite sides, which gives less than chance."""
     centred = rows(1.0)
     centred -= centred.mean(2, keepdim=True)
     found = group_leak(centred)

@@ -1,4 +1,4 @@
-"""Groups and ranks are the same idea: every layout of a batch gives the step of plain autograd."""
+"""Gradient caching and ranks: every layout of a batch gives the step of plain autograd."""
 
 import functools
 
@@ -16,7 +16,7 @@ from inbatch.training.monitors.context_leak import leak
 
 @functools.cache
 def expected(variant: str, groups: int) -> dict[str, list]:
-    """By plain autograd; groups of one process and those of several ranks have the same."""
+    """Compute the result by plain autograd; groups of one process and groups of several ranks give the same."""
     return literal(variant, N, groups)
 
 
@@ -33,7 +33,7 @@ def train_all(groups: int, synced: bool, dropout: float) -> dict[str, dict]:
 
 @functools.cache
 def trained(world: int, groups: int, synced: bool = False, dropout: float = 0.2) -> list[dict[str, dict]]:
-    """Every variant on every rank; one start of the processes serves all variants."""
+    """Train every variant on every rank; one start of the processes serves all variants."""
     return on_ranks(world, train_all, groups, synced, dropout)
 
 
@@ -56,7 +56,7 @@ def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
 @pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody draws the views of a whole batch: not the step, not curation, not the leak's guard."""
+    """The views of a whole batch are never drawn at once: not by the step, by curation, or by the leak monitor."""
     settings = {"curate.warmup": 0.0} if "curate" in plug else {}
     named = {f"{key}.name" if key in ("curate", "fuse") else key: value for key, value in plug.items()}
     given = {"subset": 160, "batch": 32, "context": 8, "epochs": 3, "device": "cpu"}
@@ -70,7 +70,7 @@ def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: py
 
 
 def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
-    """With several groups the first pass holds no graph, and only rows come out."""
+    """With several groups the first pass keeps no graph and returns only rows."""
     _, network, _ = small.parts("simclr")
     images = next(small.batches(N, 1, 2))[1]
     groups = [functools.partial(tuple, group) for group in grad_cache.cut(list(images), 4)]

@@ -1,4 +1,4 @@
-"""What training was worth, beside the encoder before it: with labels and without, in every run and in `evaluate`."""
+"""Comparison of the trained with the untrained encoder: with and without labels, in every run and in `evaluate`."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher",
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty unlabelled images of two sizes, in a folder with a space in its name."""
+    """Write forty unlabelled images of two sizes to a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("data") / "my photos"
     folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 24, 30, 3), dtype=np.uint8)):
@@ -51,7 +51,7 @@ def words(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-# The measures
+# Measures
 
 
 def test_measures_literally() -> None:
@@ -84,7 +84,7 @@ def test_one_view_is_drawn_twice() -> None:
 
 
 def test_whitened_features_are_measured_before_they_are() -> None:
-    """Whitening gives every encoder the same rank and spread; only what is handed out is found by it."""
+    """Whitening gives every encoder the same rank and spread; only the returned features are whitened."""
     source = open_data(torch.randint(0, 255, (40, 3, 32, 32), dtype=torch.uint8))
     encoder = create_encoder("fast", size=32, whiten=True).eval()
     views = Views(make_views("simclr_cifar", {"size": 32}, 3), encoder.mean, encoder.std)
@@ -153,7 +153,7 @@ def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_pa
 def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    monkeypatch.setattr(label_free, "_CHUNK", 2)  # some chunk is damaged as a whole
+    monkeypatch.setattr(label_free, "_CHUNK", 2)  # one chunk is damaged completely
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     bad = sorted(folder.iterdir())[::4]
     for file in bad:
@@ -172,7 +172,7 @@ def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, m
 
 
 def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row: the query, its neighbours before and after; frames are right and wrong only where there are labels."""
+    """A row: the query, its neighbours before and after; frames mark right and wrong only if there are labels."""
     source = open_data((torch.randint(0, 100, (30, 3, 12, 10), dtype=torch.uint8), torch.arange(30) % 3))
     before, after = torch.randn(30, 5), torch.eye(3)[source.labels] + 0.01 * torch.randn(30, 3)
     drawn, real = [], source.image
@@ -251,7 +251,7 @@ def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -
 
 
 def test_real_photographs(tmp_path: Path) -> None:
-    """Two epochs on 200 photographs without their labels: the other view of a photograph is found more often."""
+    """Two epochs on 200 unlabelled photographs: the other view of a photograph is retrieved more often."""
     parquet = pytest.importorskip("pyarrow.parquet")
     file = SHARED / "data" / "tiny-imagenet-100" / "val.parquet"
     if not file.is_file():
@@ -265,7 +265,7 @@ def test_real_photographs(tmp_path: Path) -> None:
 
 
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without a step's effect: both sides are the same encoder."""
+    """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch=50)
     found = judgement.worth(built, None, tmp_path)
     for told in found["unlabelled"].values():

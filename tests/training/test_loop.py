@@ -1,4 +1,4 @@
-"""Whole runs on the embedded data: resuming, learning, being stopped, and what a run leaves behind."""
+"""Whole runs on the embedded data: resume, training, stops, and the files of a run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from inbatch.training.plan import resolve_recipe
 
 
 def surveyed(images: int) -> dict[str, Any]:
-    """What PCL learns of the whole data set before its first epoch, as numbers that travel between processes."""
+    """Return the state of PCL's survey of the data set before its first epoch, as numbers to pass between processes."""
     options = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
     built = inbatch.api.prepare(
         "digits-canvas", "pcl", subset=images, batch=40, settings=options, device="cpu", workers=0
@@ -41,7 +41,7 @@ def surveyed(images: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [120, 121], ids=["even", "odd"])
 def test_a_survey_is_shared_by_the_ranks(images: int) -> None:
-    """Two ranks, each with half of the images and of the clusterings, end where one process ends."""
+    """Two ranks, each with half of the images and of the clusterings, give the result of one process."""
     alone, (first, second) = surveyed(images), on_ranks(2, surveyed, images)
     assert alone["found"].keys() == {"nmi_4", "nmi_6"}
     for name in alone.keys() - {"found"}:
@@ -57,7 +57,7 @@ def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monke
     monkeypatch.setattr(built.method, "survey", lambda *given: seen.update(zip("rlew", given, strict=True)) or {})
     with torch.no_grad():
         for p in built.network.parameters():
-            p.zero_()  # whatever is seen is not seen by the network that learns
+            p.zero_()  # the survey must not use the online network
     survey(built, 3)
     source, target = built.loader.source, built.target.eval()
     images = built.encoder.prepare(source.image(i) for i in range(60))
@@ -71,7 +71,7 @@ def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monke
 def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """InfoNCE alone for an epoch, then a survey before each: also of a run that was cut where two epochs meet."""
+    """InfoNCE alone for an epoch, then a survey before each epoch, also in a run cut between two epochs."""
     fields = {"epochs": 3, "settings": {"method.warmup": 1}}
     tiny("pcl", tmp_path / "whole", **fields)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
@@ -174,7 +174,7 @@ def test_labels_are_needed_where_a_method_learns_from_them(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path) -> None:
-    """What a terminal or a scheduler does: every process gets the signal, the one that decodes too."""
+    """As a terminal or a scheduler does: every process gets the signal, also the decoding ones."""
     words = ["pretrain", "simclr", "--data", "digits-canvas", "--batch", "40", "--epochs", "400", "--workers", "2"]
     words += ["--quiet", "--out", str(tmp_path)]
     sets = ["--set", "subset=200", "--set", "resident=false", "--set", "evaluate_every=400"]
@@ -186,14 +186,14 @@ def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)  # returns when the last process that holds stderr has ended
+    _, stderr = process.communicate(timeout=60)  # returns after the last process that holds stderr has ended
     assert process.returncode == 75, stderr
     assert "SIGTERM" in stderr and "Traceback" not in stderr
     assert checkpoint.load(tmp_path / "checkpoints").step > 0
 
 
 def test_what_features_are_judged_by(tmp_path: Path) -> None:
-    """A test split, else a tenth held out; unlabelled images are judged by labelled test data alone."""
+    """A test split, else a tenth held out; a run on unlabelled images is evaluated on labelled test data alone."""
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(60) % 3
     settings = {"size": 16, "batch": 20, "encoder.name": "tiny"}

@@ -30,7 +30,7 @@ def steps(log, numbers):
 
 
 class Unread:
-    """A value on a device: reading it costs."""
+    """A value on a device that counts how often it is read."""
 
     def __init__(self):
         self.reads = 0
@@ -82,7 +82,7 @@ def test_every_record_is_on_disk_at_once_and_strict_json(tmp_path):
 
 
 def test_resume_leaves_no_step_twice(tmp_path, monkeypatch):
-    # TensorBoard reads its files in the order of their names, which within a second end in a count: "10" before "9".
+    # TensorBoard sorts its files by name; within a second the names end in a counter, and "10" sorts before "9".
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     with Log(tmp_path, total_steps=100, quiet=True, console=plain()) as log:
         steps(log, range(1, 46))

@@ -21,7 +21,7 @@ COMBINATIONS = list(itertools.product((None, "conv", "set"), (False, True), (Non
 
 
 def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> dict:
-    """A recipe of 5 steps an epoch on the embedded digits, curated from the second on."""
+    """Return a recipe of 5 steps an epoch on the embedded digits, curated from the second epoch on."""
     options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
     if curate:
         options["curate.name"] = "redraw"

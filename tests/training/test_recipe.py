@@ -1,4 +1,4 @@
-"""Recipes: a value that survives its file and its own command line."""
+"""Recipes: every value survives the recipe's file and command line."""
 
 import shlex
 from typing import Any
@@ -10,7 +10,7 @@ from inbatch.training.recipe import make, parse_assignment, read_file
 
 
 def parsed(command: str) -> dict[str, Any]:
-    """The settings of a command line."""
+    """Return the settings of a command line."""
     words = shlex.split(command)
     settings = {"method.name": words[2]}
     for flag, value in zip(words[3::2], words[4::2], strict=True):
@@ -38,7 +38,7 @@ def test_a_recipe_survives_its_file_and_its_command(settings: dict[str, Any]) ->
 
 
 def test_code_in_a_recipe_is_refused(tmp_path):
-    """Fault 4: a YAML tag that would make Python run something."""
+    """Fault 4: a YAML tag that would make Python run code."""
     file, sentinel = tmp_path / "recipe.yaml", tmp_path / "executed"
     file.write_text(f"epochs: !!python/object/apply:os.system ['touch {sentinel}']\n")
     with pytest.raises(ConfigError, match="could not determine a constructor"):

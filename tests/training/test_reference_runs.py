@@ -1,4 +1,4 @@
-"""Is my curve normal: bands, what is said of them, and that comparing changes nothing of a run."""
+"""Reference runs: bands, their messages, and that a comparison does not change the run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ EVERY = {"evaluate_every": 1}
 
 @pytest.fixture(scope="module", autouse=True)
 def unjudged() -> Iterator[None]:
-    """No run here is about its last figures and its last picture."""
+    """Replace the final evaluation and the final picture, which no test here needs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inbatch.training.loop.evaluation", lambda *_: {})
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
@@ -55,12 +55,12 @@ def run(line: str) -> Result:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two epochs, looked at after each."""
+    """Return the directory of a run of two epochs, evaluated after each."""
     return tiny("simclr", tmp_path_factory.mktemp("runs") / "run", **EVERY).directory
 
 
 def changed(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A run's result with something else in it."""
+    """Change a run's result."""
     result = json.loads((run / "result.json").read_text())
     change(result)
     to.write_text(json.dumps(result))
@@ -73,17 +73,17 @@ def falsify(result: dict[str, Any]) -> None:
         entry["rankme"] *= 9
 
 
-# The band
+# Band
 
 
 def test_the_band_is_what_it_says() -> None:
-    """Against a literal version: three seeds, looked at after other epochs, at a look and between two."""
+    """Against a literal version: three seeds, evaluated after different epochs; at an evaluation and between two."""
     seeds = [curve(0.1, 0.4, 0.6), curve(0.2, 0.45, 0.5), curve(0.3, 0.9, every=2)]
     reference = Reference("r", seeds)
     at = {0: [0.1, 0.2, 0.3], 1: [0.4, 0.45, 0.6], 1.5: [0.5, 0.475, 0.75], 2: [0.6, 0.5, 0.9]}
     means = {epoch: sum(x) / 3 for epoch, x in at.items()}
     variances = {epoch: sum((x - means[epoch]) ** 2 for x in xs) / 2 for epoch, xs in at.items()}
-    usual = (variances[1] + variances[2]) / 2  # of the looks, without the untrained encoder's
+    usual = (variances[1] + variances[2]) / 2  # of the evaluations, without the untrained encoder's
     for epoch, mean in means.items():
         half = 3 * math.sqrt(max(variances[epoch], usual) * (1 + 1 / 3))
         assert reference.band("knn", epoch) == pytest.approx((mean - half, mean, mean + half))
@@ -105,12 +105,12 @@ def test_a_band_has_a_floor(seeds: int) -> None:
 
 def test_a_seed_that_ends_early_is_left_out_behind_its_end() -> None:
     reference = Reference("r", [curve(0.2, 0.4), curve(0.4, 0.6, 0.8)])
-    half = 3 * math.sqrt(0.02 * 2)  # the deviation at the look before, of one seed
+    half = 3 * math.sqrt(0.02 * 2)  # the deviation at the evaluation before, of one seed
     assert reference.band("knn", 2) == pytest.approx((0.8 - half, 0.8, 0.8 + half))
 
 
 def test_losses_are_compared_over_the_same_steps() -> None:
-    """A run that is looked at every other epoch meets the mean of both; one that looks oftener meets none."""
+    """A run evaluated every other epoch is compared with the mean of both; one evaluated more often is not compared."""
     every = [{"epoch": e, "knn": 0.1 * e} | ({"loss": 9.0 / e} if e else {}) for e in range(5)]
     reference = Reference("r", [every])
     for looks, losses in {(0, 2, 4): {2: 6.75, 4: 2.625}, (0, 3): {3: 5.5}, (0, 1, 2, 3, 4): {1: 9, 4: 2.25}}.items():
@@ -161,7 +161,7 @@ def test_looks_are_those_of_the_run(finished: Path) -> None:
 def test_a_run_is_inside_its_own_band_and_comparing_changes_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is drawn after every look; its loss is the mean of its steps; it may replace what it is compared with."""
+    """The picture is drawn after every evaluation; a loss is the mean over steps; a run may replace its reference."""
     losses: list[float] = []
     drawn: list[str] = []
     real = Log.step
@@ -212,7 +212,7 @@ def test_a_run_outside_says_so_and_ends_as_ever(finished: Path, tmp_path: Path) 
 def test_a_resumed_run_has_the_same_curve_and_verdict(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut in an epoch: its loss is the mean of the steps before and after; looks before the cut count, too."""
+    """Cut in an epoch: its loss is the mean of the steps before and after; evaluations before the cut count, too."""
     monkeypatch.setattr("inbatch.training.monitors.online_evaluation.plot_curves", lambda *_: None)
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
@@ -239,14 +239,14 @@ def test_what_differs_from_the_reference_is_told_at_the_start(finished: Path) ->
     assert "the reference has none at these looks: loss" in opening([0])
 
 
-# The picture
+# Picture
 
 
 def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) -> None:
     reference = read_reference(finished)
     log, mine = finished / "metrics.jsonl", [{"step": 5} | entry for entry in reference.curves[0]]
     plot_curves(log, tmp_path / "plain.png")
-    hostile = replace(reference, name="a\udcff$b\x1b[31m\n_c^")  # a path may be called so
+    hostile = replace(reference, name="a\udcff$b\x1b[31m\n_c^")  # a valid path name
     began = time.process_time()
     plot_curves(log, tmp_path / "band.png", Comparison(hostile, mine, [0, 1, 2], 5))
     assert time.process_time() - began < 2  # 0.3 s on a busy core
@@ -255,7 +255,7 @@ def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) ->
     assert shares[0] < 0.001 < 0.02 < shares[1], shares
 
 
-# What is no reference
+# Invalid references
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no curve": (lambda r: r.pop("curve"), "it is not the result.json of a run"),

@@ -1,4 +1,4 @@
-"""Fault 9: a number that is not finite stops the run before the weights change, and the step can be made again."""
+"""Fault 9: a value that is not finite stops the run before the weights change, and the step can be replayed."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from inbatch.training.step import NonFiniteError, Step
 
 
 def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Infinity in a weight of the encoder before step `at`."""
+    """Set a weight of the encoder to infinity before step `at`."""
     real = Step.__call__
 
     def call(self: Step, batch: Any, step: int) -> Any:
@@ -44,7 +44,7 @@ def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) ->
 
 
 def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
-    """A step captured as if it had failed; its batch."""
+    """Capture a step as if it had failed; return its batch."""
     if built.step.curator is not None:
         built.step.curator.starts = 0
     batch = next(iter(built.loader.epoch(step // built.loader.steps, step % built.loader.steps)))
@@ -114,7 +114,7 @@ def test_bf16_is_made_again_in_float32(tmp_path: Path) -> None:
     assert (found["precision"], found["float32"]["precision"]) == ("bfloat16", "float32")
     assert found["loss"] == pytest.approx(found["float32"]["loss"], rel=0.05)
     shown = CliRunner().invoke(app, ["replay", str(tmp_path), "--json"])
-    assert shown.exit_code == TrainingError.exit_code  # nothing was wrong with this step
+    assert shown.exit_code == TrainingError.exit_code  # the step did not fail
     assert json.loads(shown.output)["reproduced"] is False
 
 

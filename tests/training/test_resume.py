@@ -1,4 +1,4 @@
-"""Stopped, killed or damaged, a run goes on and ends as if nothing had happened."""
+"""Stopped, killed or damaged runs resume and give the result of an uninterrupted run."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Fault 1: SIGKILL at any moment, saving included (it saves after every 5 steps of some milliseconds)."""
+    """Fault 1: SIGKILL at any moment, saving included (a checkpoint after every 5 steps of some milliseconds)."""
     fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
     out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
     for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out": 8}.items():
@@ -91,10 +91,10 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Pat
 
 @pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
-    """Faults 1 and 23: what a launcher starts again with `--resume auto` is not refused for the little it has left."""
+    """Faults 1 and 23: a launcher's restart with `--resume auto` is not refused because of incomplete files."""
     tiny("simclr", tmp_path, epochs=1)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(ConfigError, match="already holds a run"):  # its encoder is worth something
+    with pytest.raises(ConfigError, match="already holds a run"):  # its encoder must not be lost
         tiny("simclr", tmp_path, epochs=1, resume=True)
     shutil.rmtree(tmp_path / "encoder")
     (tmp_path / "result.json").unlink()
@@ -110,7 +110,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) ->
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 3: the run goes on from `previous`, says so, and ends as if nothing had happened."""
+    """Fault 3: the run resumes from `previous`, reports it, and gives the result of an uninterrupted run."""
     tiny("simclr", tmp_path / "whole", epochs=3)
     tiny("simclr", tmp_path / "hurt", epochs=3)
     last = tmp_path / "hurt" / "checkpoints" / "last.pt"
@@ -134,7 +134,7 @@ def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
-    """One more, one less or another label is another permutation; the run in the folder stays as it is."""
+    """One more image, one less or another label gives another permutation; the run in the folder stays unchanged."""
     images = write_folder(open_data("digits-canvas", subset=60), tmp_path / "images")
     fields = {"batch": 20, "epochs": 1, "quiet": True}
     inbatch.pretrain(images, out=tmp_path / "run", **fields)
@@ -155,10 +155,10 @@ def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
 
 
 def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
-    """A launcher that restarts a run which was killed before its first checkpoint must not be refused."""
+    """A launcher that restarts a run killed before its first checkpoint must not be refused."""
     tiny("simclr", tmp_path, epochs=1)
     shutil.rmtree(tmp_path / "checkpoints")
-    for again in (False, "auto"):  # what it was judged by is there: it has finished, and is not to be lost
+    for again in (False, "auto"):  # its evaluation exists: the run has finished and must not be lost
         with pytest.raises(ConfigError, match="already holds a run"):
             tiny("simclr", tmp_path, epochs=1, resume=again)
     shutil.rmtree(tmp_path / "encoder")

@@ -1,4 +1,4 @@
-"""The encoder of a run that has not finished: every command takes it, and says which step it is from."""
+"""Encoder of an unfinished run: every command accepts it and reports the step that it is from."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ IMAGES = torch.randint(0, 255, (5, 1, 20, 20), dtype=torch.uint8, generator=torc
 
 
 def stop(out: Path, method: str = "simclr", **fields: Any) -> Path:
-    """A run of 10 steps that was stopped after 7."""
+    """Stop a run of 10 steps after step 7."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 7)
         tiny(method, out, **fields)
@@ -50,7 +50,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(stopped: Path, tmp_path: Path) -> Path:
-    """A stopped run to be changed."""
+    """Copy a stopped run, to be changed by a test."""
     return Path(shutil.copytree(stopped, tmp_path / "a copy"))
 
 
@@ -117,7 +117,7 @@ def test_a_run_to_begin_from_must_fit(stopped: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
-    """Its weights, mean and std are kept: to load, to evaluate, to go on."""
+    """Its weights, mean and std are stored with the run: to load, to evaluate, to resume."""
     weights = tmp_path / "weights"
     with torch.random.fork_rng():
         save_encoder(create_encoder("tiny", size=20, channels=1, mean=(0.3,), std=(0.4,)), weights)
@@ -135,7 +135,7 @@ def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
     assert_same_state(dict(resumed.encoder.state_dict()), dict(whole.encoder.state_dict()))
     assert resumed.result["untrained"] == whole.result["untrained"]
 
-    shutil.rmtree(out / "initial")  # as older versions left it
+    shutil.rmtree(out / "initial")  # as older versions wrote it
     shutil.rmtree(out / "encoder")
     with pytest.warns(UserWarning, match=r"mean \(0\.5,\) and std \(0\.25,\) are the default ones"):
         assert inbatch.load(out).mean == (0.5,)
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_recipe(copy: Path) -> None:
 
 
 def test_a_run_that_was_killed(copy: Path) -> None:
-    """It could not write that it was stopped; nor may it have: it may still be going on."""
+    """A killed run could not record that it was stopped, and may still be running."""
     report = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(report | {"status": "running", "last_step": 0}))
     with pytest.warns(UserWarning, match="has not finished; its encoder is from step 7 of 10"):
@@ -233,7 +233,7 @@ def test_export_writes_what_loads_again(stopped: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0 and SENTENCE in found.stdout and f"inbatch.load('{out}')" in found.stdout
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json"}
     np.testing.assert_array_equal(inbatch.load(out).embed(IMAGES), loaded(stopped).embed(IMAGES))
-    again = one_object(run(f"export {words(stopped)} -o {words(out)} --json").stdout)  # its own may be replaced
+    again = one_object(run(f"export {words(stopped)} -o {words(out)} --json").stdout)  # its own output may be replaced
     assert (again["step"], again["steps"], again["encoder"], again["width"]) == (7, 10, "tiny", 96)
     assert again["timm"] is False and again["out"] == str(out) and SENTENCE in again["note"]
 
@@ -264,7 +264,7 @@ def test_export_overwrites_nothing_foreign(stopped: Path, tmp_path: Path) -> Non
 
 
 def test_an_encoder_with_a_readout_is_exported_twice(tmp_path: Path) -> None:
-    """It has a third file, which is its own, too."""
+    """It has a third file, which an export may replace, too."""
     encoder = create_encoder("fast", size=32, whiten=True).eval()
     assert encoder.readout is not None
     encoder.readout.fit(torch.randn(50, encoder.readout.width))
@@ -292,7 +292,7 @@ def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
 
 
 def test_the_encoder_of_init_is_that_of_the_weights(tmp_path: Path) -> None:
-    """--init alone chooses the encoder, too: weights of another one would not fit."""
+    """--init alone also selects the encoder, because weights of another one would not fit."""
     encoder = create_encoder("fast", size=32, width=8, whiten=True)
     save_encoder(encoder, tmp_path / "encoder")
     found = with_encoder_of_init({"encoder.init": str(tmp_path / "encoder")})

@@ -1,4 +1,4 @@
-"""Faults 2, 5, 6, 10 and 14 over whole runs: a full disk, signals, collapse, a data worker that is killed."""
+"""Faults 2, 5, 6, 10 and 14 in whole runs: a full disk, signals, collapse, a data worker that is killed."""
 
 import json
 import multiprocessing
@@ -29,7 +29,7 @@ def status(out: Path) -> dict[str, Any]:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """Do something while a run makes a step."""
+    """Call a function during a step of a run."""
     real = Log.step
 
     def log(self: Log, at: int, *rest: Any) -> None:
@@ -40,7 +40,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(Log, "step", log)
 
 
-# Fault 2: the disk is full, at whatever is written.
+# Fault 2: the disk is full, for every file that is written.
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence(
             limit.__exit__(None, None, None)
     assert caught.value.exit_code == 1
     assert not list((tmp_path / "run").rglob(".*.tmp")), "something half-written is left"
-    if step == 10:  # one epoch is saved: there is room again, and it goes on
+    if step == 10:  # one epoch is saved; with free space the run resumes
         assert checkpoint.load(tmp_path / "run" / "checkpoints").step == 5
         tiny("simclr", tmp_path / "run", resume=True)
         assert_same_state(saved(tmp_path / "run"), saved(tmp_path / "whole"))
@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence(
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "shut").mkdir(mode=0o555)
     words = [sys.executable, "-m", "inbatch", "pretrain", "--data", "digits-canvas", "--epochs", "1"]
-    if os.getuid() == 0:  # who may write everywhere, unless that is given up
+    if os.getuid() == 0:  # root can write everywhere unless it drops the capability
         if shutil.which("setpriv") is None:
             pytest.skip("root writes everywhere, and there is no setpriv to give that up")
         words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *words]
@@ -92,7 +92,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert "Cannot write" in done.stderr and "Permission denied" in done.stderr
 
 
-# Faults 5 and 6: signals, while it saves and while it is judged.
+# Faults 5 and 6: signals during a save and during the evaluation.
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fields: dict[str, Any] = TINY | {"epochs": 40, "context": None, "quiet": False, "evaluate_every": 40}
-    # Nothing holds two views apart but the stop-gradient and the predictor, and a rate that throws everything about.
+    # Without stop-gradient and predictor nothing keeps two views apart, and the learning rate causes large changes.
     settings = {"method.stop_gradient": False, "method.predictor": False, "optimizer.name": "sgd", "optimizer.lr": 1.0,
                 "schedule.warmup": 0}  # fmt: skip
     with pytest.raises(TrainingError, match="did not recover by the next look; a checkpoint is saved") as caught:
@@ -204,7 +204,7 @@ def test_no_shared_memory_is_a_sentence(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> None:
-    """Its traceback keeps the loader alive, and its workers are deaf to multiprocessing's SIGTERM."""
+    """Its traceback keeps the loader alive, and its workers ignore multiprocessing's SIGTERM."""
     script = f"""
 from inbatch.api import prepare
 built = prepare({str(images)!r}, "simclr", encoder="tiny", size=32, batch=20, resident=False, workers=2,

@@ -14,7 +14,7 @@ from inbatch.training.monitors.neighbour_grid import RIGHT, UNKNOWN, WRONG, save
 
 
 def pixels(png, colour):
-    """How many pixels of a picture have exactly that colour: hundreds in a frame, some by chance in grey text."""
+    """Count the pixels of a picture with exactly that colour: hundreds in a frame, some by chance in grey text."""
     wanted = np.round(np.array(to_rgb(colour)) * 255)
     count = int((np.asarray(Image.open(png).convert("RGB")) == wanted).all(-1).sum())
     return count if count > 100 else 0
@@ -22,7 +22,7 @@ def pixels(png, colour):
 
 @pytest.fixture
 def source():
-    """30 images of 3 classes; some unlabelled, one class with a name that is no formula."""
+    """Return 30 images of 3 classes; some unlabelled, one class with a name that is not a valid formula."""
     labels = torch.arange(30) % 3
     labels[:6] = -1
     images = torch.randint(0, 100, (30, 3, 12, 10), dtype=torch.uint8)

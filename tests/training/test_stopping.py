@@ -1,4 +1,4 @@
-"""Signals in the middle of a step, an evaluation or a survey: what is lost, what is saved, and how soon."""
+"""Signals during a step, an evaluation or a survey: lost work, saved work, and time to stop."""
 
 import json
 import os
@@ -25,11 +25,11 @@ from inbatch.training.build import RunComponents
 from inbatch.training.monitors import online_evaluation
 
 FUSED: dict[str, Any] = {"fuse": "conv", "settings": {"curate.name": "redraw"}}
-"""Epoch 1 is curated; its first step makes the curator's network again."""
+"""Epoch 1 is curated; its first step copies the curator's network."""
 
 
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, place: str, number: int = signal.SIGTERM) -> None:
-    """Let a signal come in the middle of the step after so many: in the forward pass, the backward pass, ...."""
+    """Raise a signal during the step after `step`: in the forward pass, the backward pass, ...."""
     real = api.build
 
     def build(*args: Any, **options: Any) -> RunComponents:
@@ -63,13 +63,13 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, place: str, number: int 
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step is quick: a signal is answered at once."""
+    """Treat no step as short, so that a signal is handled immediately."""
     monkeypatch.setattr(stopping, "GRACE", 0.0)
     monkeypatch.setattr(signals, "GRACE", 0.0)
 
 
 def logged(out: Path) -> list[dict[str, float]]:
-    """What evaluations and surveys logged; which steps are logged depends on the time, too, but each is once."""
+    """Return the log entries of evaluations and surveys; logged steps depend on the time, but none occurs twice."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "lr" in line]
     assert steps == sorted(set(steps))
@@ -105,7 +105,7 @@ def test_a_lost_step_leaves_the_state_of_the_one_before(
     assert json.loads((tmp_path / "in" / "run.json").read_text())["last_step"] == 3
     assert_same_state(saved(tmp_path / "in"), saved(tmp_path / "between"))
 
-    # Again in the first step of an epoch, where the curator's network and a method's memory have just changed.
+    # A second signal in the first step of an epoch, after the curator's network and a method's memory have changed.
     with monkeypatch.context() as patch:
         in_step(patch, 5, place, signal.SIGINT)
         with pytest.raises(Interrupted, match=r"during step 6 of 10"):
@@ -192,7 +192,7 @@ def test_between_two_layers_of_the_backward_pass_a_signal_that_waits_is_answered
         handles = stopping.turns(built, stop)
 
         def ask(gradient: torch.Tensor) -> None:
-            signal.raise_signal(signal.SIGTERM)  # of a quick step, which then takes longer
+            signal.raise_signal(signal.SIGTERM)  # of a short step, which then takes longer
             time.sleep(0.3)
 
         layers[-1].register_forward_hook(lambda m, x, y: y.register_hook(ask) and None)
@@ -215,7 +215,7 @@ def test_work_that_must_be_finished_is() -> None:
         stop.check()
         with pytest.raises(StopRequested):
             stop.release()
-        signal.raise_signal(signal.SIGTERM)  # it was answered: it does not disturb what saves a checkpoint
+        signal.raise_signal(signal.SIGTERM)  # already handled: it does not interrupt the saving of a checkpoint
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
@@ -259,7 +259,7 @@ main()
 
 
 def stopped_in(script: str, words: list[str], number: int, until: str) -> tuple[int, str, str, float]:
-    """Send a signal when a process says a word; its exit code, stdout, stderr, and the seconds that it took to end."""
+    """Send a signal when a process prints a word; return its exit code, stdout, stderr, and the seconds to its end."""
     child = subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -356,7 +356,7 @@ def test_every_long_phase_is_ended_by_a_sentence(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", CODES)
 def test_decoding_in_threads_is_ended(tmp_path: Path, number: signal.Signals) -> None:
-    """Also where every thread is inside one image, and a pool waits for its threads."""
+    """Also if every thread is inside one image, and a pool waits for its threads."""
     images = write_folder(open_data("digits-canvas-colour", subset=400), tmp_path / "images")
     slow = """
 import sys, time

@@ -1,4 +1,4 @@
-"""What a dry run says a run will take, against what it takes."""
+"""Estimates of a dry run compared with the real costs of a run."""
 
 from typing import Any
 
@@ -38,13 +38,13 @@ def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("context", [16, 64])
 def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are measured on a few samples, and follow the context, not the batch."""
+    """They are measured on a few samples, and depend on the context, not on the batch."""
 
     def activations() -> int:
         return summary.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
 
     told = activations()
-    monkeypatch.setattr(summary, "_SAMPLES", context)  # no straight line: the group itself
+    monkeypatch.setattr(summary, "_SAMPLES", context)  # not linear: the group itself is measured
     assert told == pytest.approx(activations(), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""What is said before a run starts: how long it takes, and whether it fits in memory."""
+"""Estimates before a run starts: its duration, and whether it fits in memory."""
 
 import copy
 

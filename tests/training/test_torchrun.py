@@ -30,7 +30,7 @@ def words(out: Path, **more: object) -> list[str]:
 
 
 class Started(subprocess.Popen[str]):
-    """A process whose descendants can be found, by a word in their environment: torchrun gives its workers sessions."""
+    """Process whose descendants are found by an environment variable: torchrun starts workers in new sessions."""
 
     _count = itertools.count()
 
@@ -40,7 +40,7 @@ class Started(subprocess.Popen[str]):
         super().__init__(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def family(self) -> dict[int, dict[str, str]]:
-        """It and its descendants as far as they live, each with its environment as it began."""
+        """Return this process and its running descendants, each with its initial environment."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended meanwhile
@@ -51,7 +51,7 @@ class Started(subprocess.Popen[str]):
         return found
 
     def rank(self, number: int) -> int:
-        """The process that is a rank: the oldest of those with its number."""
+        """Return the process of a rank: the oldest of those with its number."""
         return min(pid for pid, environment in self.family().items() if environment.get("RANK") == str(number))
 
 
@@ -65,7 +65,7 @@ def torchrun(out: Path, *launcher: str, **more: object) -> Started:
 
 @contextmanager
 def ended(process: Started) -> Iterator[None]:
-    """Whatever happens, nothing of it lives on."""
+    """End all of its processes on exit."""
     try:
         yield
     finally:
@@ -83,7 +83,7 @@ def after(process: Started, file: Path) -> None:
 
 
 def alone(process: Started, seconds: float = 20) -> None:
-    """Nothing of it is left soon after its end."""
+    """Check that no process of it is left soon after its end."""
     end = time.monotonic() + seconds
     while left := process.family():
         assert time.monotonic() < end, f"orphans: {list(left)}"
@@ -92,7 +92,7 @@ def alone(process: Started, seconds: float = 20) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts."""
+    """Return the run without interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
     process = torchrun(out)
     with ended(process):
@@ -140,7 +140,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on(
 
 
 def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_the_same(whole: Path, tmp_path: Path) -> None:
-    """Fault 23: kill -9, then torchrun's own restart with --resume auto."""
+    """Fault 23: kill -9, then torchrun's restart with --resume auto."""
     out = tmp_path / "run"
     process = torchrun(out, "--max-restarts", "1")
     with ended(process):
@@ -192,7 +192,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
 
 @pytest.mark.parametrize("given", [["nomethod"], ["simclr", "--compare", "nowhere"]], ids=["method", "reference"])
 def test_what_all_ranks_find_wrong_is_told_once(given: list[str], tmp_path: Path) -> None:
-    """The launcher ends all when one has ended: rank 0, which speaks, goes first."""
+    """The launcher ends all ranks when one has ended: rank 0, which prints the error, ends first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
     command = [*launch, "pretrain", *given, "--data", "digits-canvas", "--out", str(tmp_path / "run")]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
