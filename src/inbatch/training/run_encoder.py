@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inbatch.data import Source
-from inbatch.errors import ConfigError, DataError, InbatchError, many
+from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.weights import fill
@@ -92,18 +92,21 @@ _SAMPLES: WeakKeyDictionary[Source, dict[Prepare, Tensor]] = WeakKeyDictionary()
 def fit_first_layer(encoder: Encoder, source: Source) -> None:
     """Compute the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
 
-    It draws no random numbers. Every rank must call it, and all get the same filters.
-
-    Raises:
-        DataError: If none of the images can be read.
+    It draws no random numbers. Every rank must call it, and all get the same filters. If none of the images can be
+    read the layer stays as it is: the loader reports that.
     """
     for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
-        layer.fit(_sample(source, encoder.prepare), encoder.std)
+        images = _sample(source, encoder.prepare)
+        if len(images):
+            layer.fit(images, encoder.std)
         layer.weight.copy_(distributed.broadcast_object(layer.weight))
 
 
 def _sample(source: Source, prepare: Prepare) -> Tensor:
-    """Return evenly spaced images of a source as uint8, in the size that the encoder takes: (N, C, size, size)."""
+    """Return evenly spaced images of a source as uint8, in the size that the encoder takes: (N, C, size, size).
+
+    Images that cannot be read are left out; N may be 0.
+    """
     samples = _SAMPLES.setdefault(source, {})
     if prepare not in samples:
         images: list[Tensor] = []
@@ -113,10 +116,8 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
                     images.append(picture.tensor(2 * prepare.size))
             except DataError:
                 continue  # counted and reported when all images are read
-        if not images:
-            tried = many(min(_SAMPLE, len(source)), "image")
-            raise DataError(f"{source.name}: none of {tried}, spread evenly over the set, can be read")
-        samples[prepare] = prepare.squares(images).round().to(torch.uint8)
+        squares = prepare.squares(images) if images else torch.empty(0, prepare.channels, prepare.size, prepare.size)
+        samples[prepare] = squares.round().to(torch.uint8)
     return samples[prepare]
 
 
