@@ -36,8 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pyarrow import Table
     from pyarrow.parquet import write_table
 
-    from inbatch.apps.bench.synthetic_data import jpegs
     from inbatch.apps.bench.synthetic_data import draw_images as images
+    from inbatch.apps.bench.synthetic_data import jpegs
 
     folder = tmp_path_factory.mktemp("cifar")
     for seed, (split, count) in enumerate((("train", 40), ("test", 20))):
