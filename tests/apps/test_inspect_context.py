@@ -218,11 +218,11 @@ def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
     refused(f"{full} --out {full / 'recipe.json'}", 1, "Cannot write")
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"data": str(tmp_path / "moved")}))
-    refused(f"{tmp_path / 'run'}", 3, "moved", "Give --data")
+    refused(f"{tmp_path / 'run'}", 3, "moved", "Pass --data")
     assert run(f"inspect {tmp_path / 'run'} --data digits-canvas --count 1").exit_code == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     refused(f"{tmp_path / 'run'}", 2, "No checkpoint")
-    with pytest.raises(ConfigError, match="count is 1 or more"):
+    with pytest.raises(ConfigError, match="count must be at least 1"):
         inbatch.inspect_run(full, count=0)
     with pytest.raises(DataError, match="the images of the run"):
         inbatch.inspect_run(full, tmp_path / "nowhere")
