@@ -390,7 +390,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
     ("line", "code", "words"),
     [
         ("pretran", 2, "Did you mean 'pretrain'?"),
-        ("pretrain", 2, "which images?"),
+        ("pretrain", 2, "no images: pass --data"),
         (f"pretrain {TINY} --epoch 3", 2, "Possible options: --epochs"),
         (f"pretrain {TINY} --batch many", 2, "valid integer"),
         (f"pretrain simclrr {TINY}", 2, "did you mean 'simclr'?"),
@@ -407,7 +407,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         (f"pretrain {TINY} --context 7", 2, "choose a divisor"),
         (f"pretrain {TINY} --expect-world-size 2", 2, "2 processes were expected, 1 started"),
         (f"pretrain {TINY} --device gpu", 2, "auto, cpu or cuda"),
-        (f"pretrain {TINY} --config broken.yaml", 2, "broken.yaml is no YAML: line 2"),
+        (f"pretrain {TINY} --config broken.yaml", 2, "broken.yaml is not valid YAML: line 2"),
         (f"pretrain {TINY} --config typo.yaml", 2, "did you mean 'epochs'?"),
         (f"pretrain {TINY} --config nowhere.yaml", 2, "nowhere.yaml: No such file"),
         (f"pretrain {TINY} --resume nowhere", 2, "nothing to resume in nowhere"),

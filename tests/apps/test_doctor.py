@@ -76,7 +76,7 @@ def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: p
     small, said = advice.advice(CPU, 32, 0), advice.advice(CPU, 224, 2)
     assert "simplejpeg" in small and "fast]" not in small and "MB" not in small
     assert "inbatch[fast]" not in advice.advice(torch.device("cuda"), 224, 2)
-    assert said.startswith("Could be faster: ") and said.endswith("(inbatch doctor tells more).")
+    assert said.startswith("Could be faster: ") and said.endswith("(details: inbatch doctor).")
     assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
 
 
