@@ -411,7 +411,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         (f"pretrain {TINY} --config typo.yaml", 2, "did you mean 'epochs'?"),
         (f"pretrain {TINY} --config nowhere.yaml", 2, "nowhere.yaml: No such file"),
         (f"pretrain {TINY} --resume nowhere", 2, "nothing to resume in nowhere"),
-        (f"pretrain {TINY} --resume auto", 2, "needs --out"),
+        (f"pretrain {TINY} --resume auto", 2, "needs --output-dir"),
         (f"pretrain {TINY} --init nowhere.pt", 3, "nowhere.pt cannot be read"),
         (f"pretrain {TINY} --batch 5000", 3, "fewer than one batch of 5,000"),
         ("pretrain --data nowhere", 3, "'nowhere' does not exist"),

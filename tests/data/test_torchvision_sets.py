@@ -71,7 +71,7 @@ def test_mnist(name, tmp_path):
     assert train.labels.tolist() == [3, 1, 4, 1, 5] and test.labels.tolist() == [9, 2, 6]
     assert torch.equal(torch.stack([*(train.image(i) for i in range(5)), *(test.image(i) for i in range(3))]), images)
     assert test.name == f"torchvision/{name} (test)"
-    with pytest.raises(DataError, match="has 1 channels, 3 were asked for"):
+    with pytest.raises(DataError, match="has 1 channels, 3 were requested"):
         open_data(data, channels=3)
 
 
@@ -250,7 +250,7 @@ def test_the_page_lists_every_set_and_split():
 @pytest.mark.parametrize("name", SETS)
 def test_not_there(name, tmp_path):
     """It says where it looked, what to do, and leaves nothing behind."""
-    how = "--download" if SETS[name].fetched else "fetched by hand"
+    how = "--download" if SETS[name].fetched else "downloaded manually"
     with pytest.raises(DataError, match=f"was looked for in '{tmp_path}' and is not there: .*{how}"):
         open_data(f"torchvision/{name}:{tmp_path}", splits(f"torchvision/{name}")[-1])
     assert not list(tmp_path.iterdir())
@@ -306,7 +306,7 @@ def test_a_download(tmp_path, monkeypatch, capsys):
     assert source.labels.tolist() == LABELS[:20]
     assert asked == [("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")]
     assert capsys.readouterr().out == ""
-    with pytest.raises(DataError, match="fetched by hand"):  # no checksum is known, or no server
+    with pytest.raises(DataError, match="downloaded manually"):  # no checksum is known, or no server
         open_data(f"torchvision/FGVCAircraft:{tmp_path}", download=True)
 
 

@@ -79,9 +79,7 @@ class ContextSize:
         if self.context < self.share:
             text += " One more forward pass per group: about 1.3 times the time per image."
         if self.noisy:
-            text += (
-                f" Norm statistics of fewer than {SMALL} samples are noisy; a smaller encoder allows a larger context."
-            )
+            text += f" Norm statistics of fewer than {SMALL} samples are noisy: a smaller encoder gives more memory."
         if self.meets:
             text += (
                 " The context affects results if samples interact (batch norm, plug-ins): "

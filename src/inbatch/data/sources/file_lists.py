@@ -97,7 +97,7 @@ def _text(lines: Iterator[str], file: Path) -> Iterator[Row]:
             if not match:
                 raise DataError(
                     f"{str(file)!r}, line {number}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
-                    f"{_printable(line.strip())}; other names can stand in a .csv file"
+                    f"{_printable(line.strip())}; other names can be listed in a .csv file"
                 )
             yield Row(number, match[1], (match[2] or "").strip(), "")
 
@@ -195,5 +195,5 @@ def _leaves(path: str) -> bool:
 
 
 def _printable(text: str, quote: str = "'") -> str:
-    """Return text for a message or a class name, printable whatever its bytes."""
+    """Return text for a message or a class name, printable for any bytes."""
     return f"{quote}{printable(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"
