@@ -211,7 +211,7 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
 def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
     for line, words in (
         ("--from head", "simclr has no head that assigns clusters"),
-        ("--from head --protocol knn", "add the protocol clustering"),
+        ("--from head --protocol knn", "need the protocol clustering"),
         ("--from heads", "not 'heads'"),
     ):
         found = run(f"evaluate {finished} {line}")

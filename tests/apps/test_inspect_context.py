@@ -161,7 +161,7 @@ def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) 
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
     told = run(f"inspect {tmp_path / 'run'} --count 2")
     assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout
-    assert ("nothing to draw" in told.stdout) == (count == 0)
+    assert ("no sample violates" in told.stdout) == (count == 0)
     png = tmp_path / "run/inspect/redrawn.png"
     assert png.exists() == (count > 0)
     if count:
@@ -240,7 +240,7 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
         settings=settings, context=4, quiet=True,
     )  # fmt: skip
     told = run(f"inspect {tmp_path / 'run'} --count 2")
-    assert told.exit_code == 0 and "looks at every sample alone" in told.stdout
+    assert told.exit_code == 0 and "attention within each sample only" in told.stdout
     assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
 
 

@@ -118,9 +118,9 @@ def test_what_is_missing_is_named(tmp_path):
     ("change", "match"),
     [
         ({"data": PIXELS[:N, :3000]}, "not an array of 3,072 bytes"),
-        ({"data": PIXELS[:N].astype(np.int64)}, "no array of bytes"),
-        ({"data": np.asfortranarray(PIXELS[:N])}, "no array of bytes"),
-        ({"data": PIXELS[:N].astype(object)}, "no array of bytes"),
+        ({"data": PIXELS[:N].astype(np.int64)}, "not an array of 3,072 bytes"),
+        ({"data": np.asfortranarray(PIXELS[:N])}, "not an array of 3,072 bytes"),
+        ({"data": PIXELS[:N].astype(object)}, "not an array of 3,072 bytes"),
         ({"data": b"bytes"}, "lacks 'data' or 'labels'"),
         ({"data": PIXELS[:3]}, "a label from 0 to 9 for each of its 3 images"),
         ({"labels": [0, 1, 2, 10]}, "a label from 0 to 9 for each"),

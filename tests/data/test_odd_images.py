@@ -173,7 +173,7 @@ class TestNoFiles:
         source = open_data(tmp_path)
         (tmp_path / GOOD[0].name).unlink()
         os.mkfifo(tmp_path / GOOD[0].name)
-        with pytest.raises(DataError, match="no regular file"):
+        with pytest.raises(DataError, match="not a regular file"):
             source.image(0)
 
     @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="nothing is unreadable for root")

@@ -270,7 +270,7 @@ def test_wrong_names():
     for name, meant in (("cifar10", "CIFAR10"), ("STL-10", "STL10"), ("Flower102", "Flowers102")):
         with pytest.raises(DataError, match=f"did you mean torchvision/{meant}"):
             splits(f"torchvision/{name}")
-    with pytest.raises(DataError, match="no set of torchvision's that can be read: there are CIFAR10"):
+    with pytest.raises(DataError, match="not a supported data set of torchvision: there are CIFAR10"):
         open_data("torchvision/WIDERFace")
 
 

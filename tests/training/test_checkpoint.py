@@ -254,7 +254,7 @@ def test_nothing_stands_in_for_best(two):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match=r"No checkpoint last\.pt in .*: is it the folder of a run"):
+    with pytest.raises(ConfigError, match=r"No checkpoint last\.pt in .*: pass the folder of a run"):
         checkpoint.load(tmp_path / "nowhere")
 
 

@@ -182,7 +182,7 @@ def _checked(row: Row, file: Path) -> str:
     """Return the path of a row; raise DataError if it is invalid or outside the list's folder."""
     wrong = None
     if not row.path or "\0" in row.path:
-        wrong = "no name of a file"
+        wrong = "not the name of a file"
     elif os.pardir in row.path and _leaves(row.path):
         wrong = "outside the list's folder; give absolute paths to files elsewhere"
     if wrong:
