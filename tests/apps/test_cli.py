@@ -212,7 +212,7 @@ def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -
     for line, words in (
         ("--from head", "simclr has no head that assigns clusters"),
         ("--from head --protocol knn", "need the protocol clustering"),
-        ("--from heads", "not 'heads'"),
+        ("--from heads", "unknown source of clusters 'heads'"),
     ):
         found = run(f"evaluate {finished} {line}")
         assert found.exit_code == 2 and words in found.stderr, found.stderr
