@@ -192,7 +192,7 @@ class Lightly:
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.curve, self.step = state["losses"], state["entries"], found.step
         self.seconds, self.cpu_seconds = state["clock"]
-        return found.note or f"Going on from step {self.step:,}, {self.cpu_seconds:,.0f} s of the processor."
+        return found.note or f"Resuming from step {self.step:,}, {self.cpu_seconds:,.0f} s of the processor."
 
 
 def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **told: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 def split_entries(doc: str, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Return the lines of a docstring without its entries, and the text of every entry by its names.
 
-    An entry begins at the start of a line or behind a full stop or semicolon. It goes on over lines that are indented
+    An entry begins at the start of a line or after a full stop or semicolon. It continues on lines that are indented
     more than its first, or that follow a line without a full stop. An entry of several names is in the dictionary once,
     under "first, second".
     """

@@ -1,7 +1,9 @@
-"""Does a plug-in leak its group? python scripts/measure_leak.py --data FOLDER: writes leak.json beside it.
+"""Measure whether a plug-in leaks its context group.
+
+    python scripts/measure_leak.py --data FOLDER       # writes results/leak.json
 
 SimCLR on 4,000 photographs in four context groups of 32, one epoch, three seeds, the digits' small encoder; then
-`inspect.leak` asks the projections of 16 groups of 32, before and after. "off" is batch norm alone.
+`context_leak.leak` is measured on the projections of 16 groups of 32, before and after. "off" is batch norm alone.
 """
 
 import argparse
@@ -26,7 +28,7 @@ SEEDS = 3
 
 
 def ask(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
-    """The leak of a new network and of the same after an epoch."""
+    """Return the leak of a new network, and of the same network after an epoch."""
     fields = {"preset": "digits", "subset": 4000, "size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
     built = prepare(data, "simclr", settings={"views.name": "simclr_cifar"}, device="cpu", **fields)
     before = leak(built, 1)

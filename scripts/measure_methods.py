@@ -2,9 +2,9 @@
 
     python scripts/measure_methods.py digits|cifar [ENTRY ...] [--data FOLDER] [--jobs N]
 
-Each run is a process of its own with one thread (`--jobs` of them at a time), so that its seconds and its peak memory
-are its own. Writes methods/digits.json or methods/cifar.json beside it, entry by entry; entries that are not named stay
-as they were. `python scripts/render_results.py` makes the tables.
+Each run is a separate process with one thread (`--jobs` of them at a time), for separate measurements of time and peak
+memory. Writes results/methods/digits.json or cifar.json, entry by entry; entries that are not named are kept.
+`python scripts/render_results.py` makes the tables.
 """
 
 import argparse

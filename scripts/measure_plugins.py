@@ -4,8 +4,8 @@
 
 Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
 the digits also defaults (fusion's, as in fusion-defaults.json).
-Runs as `methods.py` beside it does, three seeds each; writes plugins/digits.json or plugins/cifar.json entry by entry,
-and leaves out what is there already. `python scripts/render_results.py` makes the tables.
+Uses the runs of `measure_methods.py`, with three seeds each; writes results/plugins/digits.json or cifar.json, entry by
+entry, and skips existing entries. `python scripts/render_results.py` makes the tables.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from methods import UNTRAINED, entry, run, untrained
+from measure_methods import UNTRAINED, entry, run, untrained
 
 HERE = Path(__file__).resolve().parents[1] / "results" / "plugins"
 SEEDS = 3

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of one place: `old`, which stands there exactly once, becomes `new`. nearest: tests to run first."""
+    """A change of one place: `old`, which occurs exactly once, becomes `new`. nearest: tests to run first."""
 
     what: str
     file: str
@@ -71,11 +71,11 @@ FAULTS = (
           "    step += 1\n    if step < warmup:\n", "tests/nn/test_schedules.py"),
     Fault("order of an epoch: the same in every epoch", "rng.py", "manual_seed(fold(seed, epoch))",
           "manual_seed(fold(seed, 0))", "tests/test_rng.py tests/data/test_loader.py"),
-    Fault("views: all of a sample's views alike", "rng.py", "        return fold(seed, epoch, view, attempt)",
+    Fault("views: all views of a sample are the same", "rng.py", "        return fold(seed, epoch, view, attempt)",
           "        return fold(seed, epoch, 0, attempt)", "tests/test_rng.py tests/data/test_views.py"),
     Fault("checkpoint: the optimiser's state is lost", "training/build.py", '"optimizer": self.optimizer}', "}",
           "tests/training/test_resume.py"),
-    Fault("resume: the target network starts anew", "training/build.py", '{"target": self.target, ', "{",
+    Fault("resume: the target network is not restored", "training/build.py", '{"target": self.target, ', "{",
           "tests/training/test_resume.py"),
     Fault("tiled log-sum-exp: the row's own key is kept", "nn/logsumexp.py", "if self.exclude_self and i == j:",
           "if False and i == j:", "tests/nn/test_logsumexp.py"),
@@ -94,7 +94,7 @@ FAULTS = (
 
 
 def pytest(copy: Path, words: list[str]) -> bool:
-    """Whether the tests pass with the sources of a copy."""
+    """Return whether the tests pass with the sources of a copy."""
     env = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
@@ -102,7 +102,7 @@ def pytest(copy: Path, words: list[str]) -> bool:
 
 
 def noticed(fault: Fault, copy: Path, nearest_only: bool) -> str:
-    """Which tests notice a fault: "nearest", "suite", or "" if none does."""
+    """Return which tests detect a fault: "nearest", "suite", or "" if none does."""
     file = copy / "src" / "inbatch" / fault.file
     text = file.read_text(encoding="utf-8")
     assert text.count(fault.old) == 1, f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times, not once"
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the table there")
     args = parser.parse_args()
     chosen = [int(number) for number in args.only.split(",")] if args.only else range(1, len(FAULTS) + 1)
-    rows = ["| | fault | file | noticed by | seconds |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| | fault | file | detected by | seconds |", "| --- | --- | --- | --- | --- |"]
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "inbatch"
@@ -134,7 +134,7 @@ def main() -> int:
             seconds = time.monotonic() - began
             rows.append(f"| {number} | {fault.what} | `{fault.file}` | {by or 'NOTHING'} | {seconds:.0f} |")
             print(rows[-1], flush=True)
-    print(f"{len(rows) - 2 - missed} of {len(rows) - 2} faults noticed")
+    print(f"{len(rows) - 2 - missed} of {len(rows) - 2} faults detected")
     if args.markdown:
         args.markdown.write_text("# Seeded faults\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return 1 if missed > 1 else 0

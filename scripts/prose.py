@@ -99,7 +99,9 @@ def main() -> int:
     idioms: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     lines: Counter[tuple[str, int, str]] = Counter()
-    for file in files([path for path in options.paths if (ROOT / path).exists()]):
+    if missing := [path for path in options.paths if not (ROOT / path).exists()]:
+        parser.error(f"{', '.join(missing)} does not exist: pass files or folders of the repository")
+    for file in files(options.paths):
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
         group = name if options.by_file else name.rpartition("/")[0] or "."
         for first, text in (markdown if file.suffix == ".md" else python)(file.read_text(encoding="utf-8")):

@@ -1,5 +1,7 @@
-"""Writes README.md beside it and the tables in docs/methods from the JSON files of runs, so that no figure is typed by
-hand: python scripts/render_results.py"""
+"""Write results/README.md and the tables in docs from the JSON files of runs, so that no figure is typed by hand.
+
+python scripts/render_results.py
+"""
 
 import importlib.util
 import json
@@ -27,7 +29,7 @@ those on the original files.
 
 
 def row(path: Path) -> str:
-    """A run's line: figures in percent, k-NN with its k."""
+    """Return the line of a run: figures in percent, k-NN with its k."""
     run = json.loads(path.read_text())
     found, recipe, where = run["evaluation"], run["recipe"], run["environment"]
     clusters = " / ".join(f"{100 * found['clustering'][key]:.1f}" for key in ("nmi", "acc", "ari"))
@@ -48,7 +50,7 @@ def row(path: Path) -> str:
 
 
 def passes(run: dict[str, Any]) -> str:
-    """How often the images were learned from: a budget decides how many steps are made, not the recipe's epochs."""
+    """Return the number of passes over the images; with a budget it follows from the steps, not from the epochs."""
     recipe = run["recipe"]
     if recipe.get("budget") is None:
         return f"{recipe['epochs']} epochs"
@@ -56,18 +58,18 @@ def passes(run: dict[str, Any]) -> str:
 
 
 def page() -> str:
-    """The whole page; files that are no run's result are not in the table."""
+    """Return the whole page; the table contains results of runs only."""
     runs = [path for path in sorted(HERE.glob("*.json")) if "curve" in json.loads(path.read_text())]
     return HEAD + "\n".join(row(path) for path in runs) + "\n"
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Return the mean, and the standard deviation if there are several values."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def table(entries: dict[str, Any]) -> str:
-    """Mean and spread over the seeds of every entry, in percent, seconds of training and gigabytes."""
+    """Return mean and spread over the seeds of every entry, in percent, seconds of training and gigabytes."""
     lines = [
         "| method | k-NN | linear | NMI | ACC | ARI | head's NMI / ACC | training s, fastest seed | peak GB |",
         "| --- |" + " --- |" * 8,
@@ -101,7 +103,7 @@ def rows(file: Path, method: str | None = None) -> str:
 
 
 def written(page: Path) -> str:
-    """A page of docs/methods with the tables between its markers written anew: of all methods, or of its own."""
+    """Return a page of docs/methods with new tables between its markers: of all methods, or of one."""
     text = page.read_text()
     for file in sorted((HERE / "methods").glob("*.json")):
         new = rows(file, None if page == INDEX else page.stem)
@@ -111,7 +113,7 @@ def written(page: Path) -> str:
 
 
 def baseline(question: str, name: str) -> tuple[str, str]:
-    """The question and the name of the entry without the plug-in."""
+    """Return the question and the name of the entry without the plug-in."""
     return {
         "fusion": ("fusion", f"{name.partition(',')[0]}, off"),
         "defaults": ("fusion", "simclr, conv"),
@@ -122,9 +124,9 @@ def baseline(question: str, name: str) -> tuple[str, str]:
 
 
 def compared(found: dict[str, Any], question: str) -> str:
-    """Every entry of a question beside its baseline: seed by seed, so that what the seed does drops out."""
+    """Return every entry of a question with its difference from the baseline, at equal seeds."""
     lines = [
-        "| | k-NN | against without, same seeds | linear | NMI | group told (chance) |",
+        "| | k-NN | against without, same seeds | linear | NMI | group identified (chance) |",
         "| --- |" + " --- |" * 5,
     ]
     names, first = list(found[question]), {baseline(question, name) for name in found[question]}
@@ -146,7 +148,7 @@ def compared(found: dict[str, Any], question: str) -> str:
 
 
 def costs(found: dict[str, Any]) -> str:
-    """What a plug-in costs: of a file that benchmarks/context.py wrote, one size of the images."""
+    """Return the cost of plug-ins from a file that benchmarks/context.py wrote, for one size of the images."""
     lines = ["| | ms a step | ratio | MB | ratio | |", "| --- |" + " --- |" * 5]
     (rows,) = found["sizes"].values()
     plain = rows["simclr"]
@@ -160,7 +162,7 @@ def costs(found: dict[str, Any]) -> str:
 
 
 def leaks(found: dict[str, Any]) -> str:
-    """How often groups are told from one embedding, before and after training."""
+    """Return how often one embedding identifies its context group, before and after training."""
     lines = ["| | before training | after an epoch | chance |", "| --- | --- | --- | --- |"]
     for name, runs in found["entries"].items():
         cells = [spread([100 * run[when]["leak"] for run in runs]) for when in ("before", "after")]
@@ -169,7 +171,7 @@ def leaks(found: dict[str, Any]) -> str:
 
 
 def defaults(found: dict[str, Any]) -> str:
-    """Variants of batch fusion beside each other."""
+    """Return a table of variants of batch fusion."""
     lines = ["| settings | k-NN | against the second line, same seeds | linear |", "| --- | --- | --- | --- |"]
     base = [run["knn"] for run in found["entries"]["fuse.name=conv"]["runs"]]
     for name, entry in found["entries"].items():
@@ -180,7 +182,7 @@ def defaults(found: dict[str, Any]) -> str:
 
 
 def answered(page: Path) -> str:
-    """A page of docs/context with the tables between its markers, such as <!-- cifar fusion -->, written anew."""
+    """Return a page of docs/context with new tables between its markers, such as <!-- cifar fusion -->."""
     text = page.read_text()
     for file in sorted(HERE.glob("context-cost-*.json")):
         text = filled(text, file.stem, costs(json.loads(file.read_text())))
@@ -196,7 +198,7 @@ def answered(page: Path) -> str:
 
 
 def benchmark() -> ModuleType:
-    """benchmarks/losses.py, which knows what a row of its tables says."""
+    """Return the module benchmarks/losses.py, which formats the rows of its tables."""
     spec = importlib.util.spec_from_file_location("losses", HERE.parent / "benchmarks" / "losses.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -205,7 +207,7 @@ def benchmark() -> ModuleType:
 
 
 def losses(found: dict[str, Any]) -> dict[str, str]:
-    """What a file of benchmarks/losses.py says: where it was measured, NT-Xent by everyone, every loss in short."""
+    """Return parts of a page from a file of benchmarks/losses.py: machine, NT-Xent by library, summary of losses."""
     words, env = benchmark(), found["environment"]
     best = max(found["ceilings"], key=lambda one: one["gflops"])
     every = {(loss, int(n)): block for loss, blocks in found["losses"].items() for n, block in blocks.items()}
@@ -229,12 +231,12 @@ def losses(found: dict[str, Any]) -> dict[str, str]:
 
 
 def filled(text: str, name: str, new: str) -> str:
-    """A page with what stands between <!-- name --> and <!-- end --> written anew."""
+    """Return a page with new text between <!-- name --> and <!-- end -->."""
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + new + match[2], text, flags=re.S)
 
 
 def timed(page: Path) -> str:
-    """A page with what the losses cost between its markers, such as <!-- losses-1thread nt_xent -->, written anew."""
+    """Return a page with the cost of losses between its markers, such as <!-- losses-1thread nt_xent -->."""
     text = page.read_text()
     for file in sorted(HERE.glob("losses-*thread*.json")):
         for name, new in losses(json.loads(file.read_text())).items():
@@ -243,9 +245,9 @@ def timed(page: Path) -> str:
 
 
 def cards(found: dict[str, Any]) -> str:
-    """Which context fits which card, as benchmarks/context_memory.py reckons."""
+    """Return the largest context per card, as computed by benchmarks/context_memory.py."""
     names = [f"{card} GB" for card in found["cards"]]
-    lines = [f"| | MB a sample | GB beside | {' | '.join(names)} |", "| --- |" + " --- |" * (2 + len(names))]
+    lines = [f"| | MB a sample | GB fixed | {' | '.join(names)} |", "| --- |" + " --- |" * (2 + len(names))]
     for name, row in found["entries"].items():
         cells = [f"{row['per_sample'] / 1e6:,.1f}", f"{(row['fixed'] + row['rows']) / 1e9:.2f}"]
         cells += [f"{min(row['contexts'][str(card)], found['batch']):,}" for card in found["cards"]]
@@ -254,7 +256,7 @@ def cards(found: dict[str, Any]) -> str:
 
 
 def grouped(found: dict[str, Any]) -> dict[str, str]:
-    """What benchmarks/large_batch.py found: steps of one large batch, and the price of groups."""
+    """Return the tables of benchmarks/large_batch.py: steps of one large batch, and the cost of groups."""
     one = found["steps"]
     lines = ["| step | loss | literal | seconds |", "| --- | --- | --- | --- |"]
     for i, s in enumerate(one["steps"]):
@@ -269,7 +271,7 @@ def grouped(found: dict[str, Any]) -> dict[str, str]:
 
 
 def scaled(found: dict[str, Any]) -> dict[str, str]:
-    """What benchmarks/scaling.py found: many ranks on paper, few in fact."""
+    """Return the tables of benchmarks/scaling.py: many ranks computed, few measured."""
     lines = ["| encoder | ranks | batch | encoder s | loss s | network s | rows held GB |", "| --- |" + " --- |" * 6]
     for s in found["paper"]:
         seconds = [f"{s[key]:.2g}" for key in ("encoder_seconds", "loss_seconds", "network_seconds")]
@@ -286,7 +288,7 @@ def scaled(found: dict[str, Any]) -> dict[str, str]:
 
 
 def fitted(page: Path) -> str:
-    """A page with these tables between their markers, such as <!-- context-memory -->, written anew."""
+    """Return a page with these tables between their markers, such as <!-- context-memory -->."""
     text = page.read_text()
     made = {"context-memory": lambda found: {"context-memory": cards(found)}, "large-batch": grouped, "scaling": scaled}
     for file, tables in made.items():
@@ -296,7 +298,7 @@ def fitted(page: Path) -> str:
 
 
 def measured(page: Path) -> str:
-    """A page with what `inbatch bench`, benchmarks/training.py and profile_step.py found: <!-- bench-32px views -->."""
+    """Return a page with the results of `inbatch bench`, benchmarks/training.py and profile_step.py."""
     from inbatch.apps.bench.report import texts
 
     text = page.read_text()
@@ -307,7 +309,7 @@ def measured(page: Path) -> str:
 
 
 def profiled(found: dict[str, Any]) -> str:
-    """Where benchmarks/profile_step.py saw a step's time go, in percent."""
+    """Return the table of benchmarks/profile_step.py: time of a step by part, in percent."""
     parts = dict.fromkeys(part for case in found["cases"].values() for part in case["parts"])
     names = [part for part in parts if part != "framework"]
     lines = [f"| | ms a step | {' | '.join(names)} | framework |", "| --- |" + " --- |" * (len(names) + 2)]
@@ -319,7 +321,7 @@ def profiled(found: dict[str, Any]) -> str:
 
 
 def million(page: Path) -> str:
-    """A page with what benchmarks/million.py found between <!-- million --> and <!-- end --> written anew."""
+    """Return a page with the results of benchmarks/million.py between <!-- million --> and <!-- end -->."""
     found = json.loads((HERE / "million.json").read_text())
     env, epoch = found["environment"], found["epoch"]
     lines = [f"| {found['images']:,} files | seconds | MB held | MB at most |", "| --- |" + " --- |" * 3]

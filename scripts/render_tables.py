@@ -13,52 +13,56 @@ DOCS = HERE.parent / "docs" / "results"
 SCALES = ("cpu", "gpu", "paper")
 HEAD = """# The papers' tables and figures
 
-Each is one command, `inbatch table NAME`, and one file of [src/inbatch/apps/papers/tables](../../src/inbatch/apps/papers/tables): its rows and their
-settings, the paper's figures, what we do otherwise. Figures are made of the files in [results/records](../../results/records), one
-for each run; this page and those below are written by `python scripts/render_tables.py`, and a test compares them with the files.
+Each table or figure is one command, `inbatch table NAME`, and one file of
+[src/inbatch/apps/papers/tables](../../src/inbatch/apps/papers/tables) with its rows, their settings, the paper's figures, and the
+differences from the paper. All values are computed from the files in [results/records](../../results/records), one per run. This
+page and those below are written by `python scripts/render_tables.py`; a test compares them with the files.
 
 ```bash
-inbatch table                                                    # what there is
-inbatch table ba-ssl-3                                           # what came out, what differs, every command; runs nothing
-inbatch table ba-ssl-3 --scale cpu --data cifar10=FOLDER         # run what is missing on two cores
+inbatch table                                                    # list of tables
+inbatch table ba-ssl-3                                           # results, differences, every command; runs nothing
+inbatch table ba-ssl-3 --scale cpu --data cifar10=FOLDER         # run missing cells on two cores
 inbatch table ba-ssl-3 --scale cpu --on digits --row SimCLR --seed 0   # one cell
 inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # or .md, .tex
 ```
 
-| scale | what |
+| scale | content |
 | --- | --- |
-| `smoke` | 192 digits, one epoch: whether everything works |
+| `smoke` | 192 digits, one epoch: a functional check |
 | `cpu` | embedded digits in colour (30 epochs) and a fifth of CIFAR-10 (4 epochs), a small encoder; about two minutes a run, one run on each core |
 | `gpu` | CIFAR-10 and 100 classes of Tiny ImageNet, ResNet-18, 200 epochs, one GPU |
-| `paper` | as published; prints a `torchrun` command for every run, to be launched where there is a cluster (`inbatch slurm` writes a batch script). Runs that lie finished in `--work` become results by the same command |
+| `paper` | as published; prints a `torchrun` command for every run, to be launched on a cluster (`inbatch slurm` writes a batch script). The same command then collects the results of finished runs in `--work-dir` |
 
-A run is a process of its own, and lies in `runs/table` with its log; its result in `runs/table/results`. Ctrl-C or SIGTERM lets the running ones save themselves, and the same command goes on; what has a result is not run again. A
-run that diverges is a result, shown as failed with its last words (`--again` runs it anew), and so is a protocol that does after the training; a run without images is none. A `--work` holds one table at a time. "Gain" is the mean over the seeds of the difference from the row without, at the same seed, with the p of a paired
-t-test: with three seeds only large differences are told from chance. `inbatch pretrain ... --compare auto` holds a run of your own against the [curves](../compare.md) of these.
+Each run is a separate process. Its directory and log are in `runs/table`, its result in `runs/table/results`. After Ctrl-C or
+SIGTERM, running processes save a checkpoint; the same command continues them and skips finished runs. A run that diverges is a
+result, shown as failed with its error message (`--retry-failed` repeats it), as is a protocol that fails after training. A run
+without images is not a result. A `--work-dir` holds one table at a time. "Gain" is the mean over the seeds of the difference from
+the row without, at the same seed, with the p of a paired t-test: with three seeds, only large differences are distinguishable from
+chance. `inbatch pretrain ... --compare auto` compares a run with the [curves](../compare.md) of these.
 
-| table or figure | what | cpu scale | time on one core |
+| table or figure | title | cpu scale | time on one core |
 | --- | --- | --- | --- |
 """
 
 
 def stem(sheet: FilledTable) -> str:
-    """The name of a page."""
+    """Return the file name of a page, without its ending."""
     return sheet.table.name if sheet.scale == "cpu" else f"{sheet.table.name}-{sheet.scale}"
 
 
 def sheets(records: Records) -> list[FilledTable]:
-    """Every table at every scale that has a run."""
+    """Return every table at every scale that has a run."""
     every = [fill(table, scale, records) for table in TABLES.values() for scale in SCALES]
     return [sheet for sheet in every if sheet.records and (sheet.scale == "cpu" or _learned(sheet))]
 
 
 def _learned(sheet: FilledTable) -> bool:
-    """Whether anything was learned: what is only counted is the same at every scale."""
+    """Return whether a network was trained: counts alone are the same at every scale."""
     return any("pairs" not in record.recipe for record in sheet.records.values())
 
 
 def pages(records: Records) -> dict[str, str]:
-    """The text of every page by its file's name."""
+    """Return the text of every page by file name."""
     made = {}
     for sheet in sheets(records):
         picture = f"{stem(sheet)}.png" if sheet.table.curve else None

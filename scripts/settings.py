@@ -86,7 +86,7 @@ def read_meanings(doc: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def describe_type(hint: Any) -> str:
-    """Return a type as a reader of recipes knows it, with its bounds."""
+    """Return a type for readers of recipes, with its bounds."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return describe_type(arguments[0]) + "".join(describe_bounds(arguments[1:]))
@@ -184,7 +184,7 @@ def summary(maker: Callable[..., Any]) -> str:
 
 
 def location(maker: Callable[..., Any]) -> str:
-    """Return the file and the name of what makes a part."""
+    """Return the file and the name of the function or class that makes a part."""
     target = maker.func if isinstance(maker, functools.partial) else maker
     return f"`{target.__module__.replace('.', '/')}.py`, `{target.__name__}`"
 
@@ -230,12 +230,12 @@ def page() -> str:
         "Source: `inbatch/training/recipe.py`, `Recipe`.",
         "",
         *table(dataclass_settings(Recipe)),
-        "These settings have an option of their own on the command line:",
+        "These settings have their own option on the command line:",
         "",
         *textwrap.wrap(", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100),
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
-        "`schedule.name`, and, if samples meet before the loss, `fuse.name`, `curate.name` and `attend.name`.",
+        "`schedule.name`, and, if samples interact before the loss, `fuse.name`, `curate.name` and `attend.name`.",
         "",
         "Presets for every method:",
         "",

@@ -419,7 +419,7 @@ def test_a_damaged_checkpoint_is_refused(
         assert torch.equal(found.state["x"], torch.arange(50) + found.step)
         assert (found.note is None) == (broken == last)
     except InbatchError as refused:
-        assert both and "Start the run anew" in str(refused)
+        assert both and "Start a new run" in str(refused)
 
 
 @pytest.fixture(scope="module")

@@ -502,7 +502,7 @@ def test_outputs_are_whole_or_not_there(line: str, finished: Path, elsewhere: Pa
 
 def test_nothing_takes_the_place_of_a_device(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # like /dev/null, not a regular file
-    refused(f"crops --pairs 100 -o {tmp_path / 'pipe'}", 1, "no regular file")
+    refused(f"crops --pairs 100 -o {tmp_path / 'pipe'}", 1, "not a regular file")
     assert (tmp_path / "pipe").is_fifo()
 
 

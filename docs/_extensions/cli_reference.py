@@ -27,7 +27,7 @@ def cell(text: str) -> str:
 
 
 def example_lines(epilog: str) -> list[str]:
-    """Return the command lines of an epilog; what stands behind several spaces is a comment."""
+    """Return the command lines of an epilog; text after several spaces is a comment."""
     lines = [line.strip() for line in epilog.splitlines() if line.strip().startswith(("inbatch", "torchrun"))]
     return [re.sub(r"\s{2,}(?!#)", "  # ", line) for line in lines]
 

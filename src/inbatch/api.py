@@ -111,7 +111,7 @@ def pretrain(
         if going_on is not None and _spent(going_on):
             _resumed(going_on, data, given, download)  # raises if an argument contradicts the run
             with progress(quiet) as (tell, _):
-                tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} judges it again.")
+                tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} evaluates it again.")
             return load_run(going_on)
         if going_on is not None:
             recipe, source, data = _resumed(going_on, data, given, download)
@@ -247,13 +247,13 @@ def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | 
         return None
     automatic = resume is True or resume == "auto"
     if automatic and out is None:
-        raise ConfigError("--resume auto needs --out: the folder to go on in")
+        raise ConfigError("--resume auto needs --output-dir: the directory of the run")
     folder = Path(out if automatic else resume)  # type: ignore[arg-type]
     if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
         return folder
     if automatic:
         return None
-    raise ConfigError(f"nothing to resume in {folder}: it holds no run with a checkpoint")
+    raise ConfigError(f"nothing to resume in {folder}: it has no run with a checkpoint")
 
 
 def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
@@ -285,8 +285,8 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
         recipe = replace(recipe, context=report["context"])
         if local_batch_size(recipe, distributed.world()) % report["context"]:
             raise ConfigError(
-                f"the run in {folder} meets in groups of {report['context']}, which {distributed.world()} ranks cannot "
-                f"form: go on with {report['world']}, as before"
+                f"the run in {folder} has context groups of {report['context']}, which {distributed.world()} ranks "
+                f"cannot form: resume with {report['world']} ranks, as before"
             )
     if isinstance(data, str | Path | None):
         data = recipe.data
@@ -301,7 +301,7 @@ def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) 
         if (folder / "recipe.json").exists() and not overwrite:
             raise ConfigError(
                 f"{folder} already holds a run: continue it (--resume {folder}), replace it (--overwrite), "
-                "or choose another --out"
+                "or choose another --output-dir"
             )
         return folder
     if recipe is None:

@@ -236,8 +236,8 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
 def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
     for line, words in (
         ("--from head", "simclr has no head that assigns clusters"),
-        ("--from head --protocol knn", "add the protocol clustering"),
-        ("--from heads", "not 'heads'"),
+        ("--from head --protocol knn", "need the protocol clustering"),
+        ("--from heads", "unknown source of clusters 'heads'"),
     ):
         found = run(f"evaluate {finished} {line}")
         assert found.exit_code == 2 and words in found.stderr, found.stderr
@@ -415,7 +415,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
     ("line", "code", "words"),
     [
         ("pretran", 2, "Did you mean 'pretrain'?"),
-        ("pretrain", 2, "which images?"),
+        ("pretrain", 2, "no images: pass --data"),
         (f"pretrain {TINY} --epoch 3", 2, "Possible options: --epochs"),
         (f"pretrain {TINY} --batch many", 2, "valid integer"),
         (f"pretrain simclrr {TINY}", 2, "did you mean 'simclr'?"),
@@ -432,11 +432,11 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         (f"pretrain {TINY} --context 7", 2, "choose a divisor"),
         (f"pretrain {TINY} --expect-world-size 2", 2, "2 processes were expected, 1 started"),
         (f"pretrain {TINY} --device gpu", 2, "auto, cpu or cuda"),
-        (f"pretrain {TINY} --config broken.yaml", 2, "broken.yaml is no YAML: line 2"),
+        (f"pretrain {TINY} --config broken.yaml", 2, "broken.yaml is not valid YAML: line 2"),
         (f"pretrain {TINY} --config typo.yaml", 2, "did you mean 'epochs'?"),
         (f"pretrain {TINY} --config nowhere.yaml", 2, "nowhere.yaml: No such file"),
         (f"pretrain {TINY} --resume nowhere", 2, "nothing to resume in nowhere"),
-        (f"pretrain {TINY} --resume auto", 2, "needs --out"),
+        (f"pretrain {TINY} --resume auto", 2, "needs --output-dir"),
         (f"pretrain {TINY} --init nowhere.pt", 3, "nowhere.pt cannot be read"),
         (f"pretrain {TINY} --batch 5000", 3, "fewer than one batch of 5,000"),
         ("pretrain --data nowhere", 3, "'nowhere' does not exist"),

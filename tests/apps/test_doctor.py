@@ -58,12 +58,12 @@ def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(others_busy=lambda: 1.2)
     said = advice.advice(CPU, 32, 0)
-    assert "others keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
+    assert "other processes keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
     monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer itself
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert advice.advice(CPU, 32, 0) == ""
     load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
-    assert load == "others keep 1.2 cores busy; a run computes with 3 threads meanwhile"
+    assert load == "other processes keep 1.2 cores busy; a run computes with 3 threads meanwhile"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     quiet(cores=lambda: 1)
     assert advice.advice(CPU, 32, 0) == ""  # one thread waits for no other
@@ -76,7 +76,7 @@ def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: p
     small, said = advice.advice(CPU, 32, 0), advice.advice(CPU, 224, 2)
     assert "simplejpeg" in small and "fast]" not in small and "MB" not in small
     assert "inbatch[fast]" not in advice.advice(torch.device("cuda"), 224, 2)
-    assert said.startswith("Could be faster: ") and said.endswith("(inbatch doctor tells more).")
+    assert said.startswith("Could be faster: ") and said.endswith("(details: inbatch doctor).")
     assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
 
 

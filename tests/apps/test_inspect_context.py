@@ -161,7 +161,7 @@ def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) 
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
     told = run(f"inspect {tmp_path / 'run'} --count 2")
     assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout
-    assert ("nothing to draw" in told.stdout) == (count == 0)
+    assert ("no sample violates" in told.stdout) == (count == 0)
     png = tmp_path / "run/inspect/redrawn.png"
     assert png.exists() == (count > 0)
     if count:
@@ -218,11 +218,11 @@ def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
     refused(f"{full} --out {full / 'recipe.json'}", 1, "Cannot write")
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"data": str(tmp_path / "moved")}))
-    refused(f"{tmp_path / 'run'}", 3, "moved", "Give --data")
+    refused(f"{tmp_path / 'run'}", 3, "moved", "Pass --data")
     assert run(f"inspect {tmp_path / 'run'} --data digits-canvas --count 1").exit_code == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     refused(f"{tmp_path / 'run'}", 2, "No checkpoint")
-    with pytest.raises(ConfigError, match="count is 1 or more"):
+    with pytest.raises(ConfigError, match="count must be at least 1"):
         inbatch.inspect_run(full, count=0)
     with pytest.raises(DataError, match="the images of the run"):
         inbatch.inspect_run(full, tmp_path / "nowhere")
@@ -240,7 +240,7 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
         settings=settings, context=4, quiet=True,
     )  # fmt: skip
     told = run(f"inspect {tmp_path / 'run'} --count 2")
-    assert told.exit_code == 0 and "looks at every sample alone" in told.stdout
+    assert told.exit_code == 0 and "attention within each sample only" in told.stdout
     assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
 
 

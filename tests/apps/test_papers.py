@@ -129,10 +129,10 @@ def test_a_record_is_checked(tmp_path: Path) -> None:
     }
     for content in broken.values():
         path.write_text(json.dumps(content))
-        with pytest.raises(DataError, match="is no result of a run"):
+        with pytest.raises(DataError, match="is not the result of a run"):
             read_records(tmp_path)
     path.write_text("{")
-    with pytest.raises(DataError, match="is no result of a run"):
+    with pytest.raises(DataError, match="is not the result of a run"):
         read_records(tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) ->
     sheet = fill(table, "cpu", known)
     shown = dict(zip([c.name for c in sheet.columns], sheet.line("Ours").ours, strict=True))
     assert shown["digits, linear"].text() == "50.0" and shown["digits, linear, 1 % of labels"].text() == "failed"
-    assert any("judged by few: the loss is nan" in note for note in render.notes(sheet))
+    assert any("evaluated by few: the loss is nan" in note for note in render.notes(sheet))
     assert runner.missing(asked) == [] and replace(runner, again=True).missing(asked) == asked
 
 
@@ -329,7 +329,7 @@ def test_missing_images_are_told_once(tmp_path: Path) -> None:
     table = TABLES["ba-ssl-4"]
     problems = runner.run(list(cells(table, "gpu", (0,))))
     told = {str(problem) for problem in problems.values()}
-    assert told == {"where are the images of tiny-imagenet-100? --data tiny-imagenet-100=PATH"}
+    assert told == {"the images of tiny-imagenet-100 have no default path: pass --data tiny-imagenet-100=PATH"}
     assert all(problem.exit_code == 3 for problem in problems.values())
 
 
@@ -380,7 +380,7 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
         (["ba-ssl-3", "--row", "SimCLR+BA"], 2, "SimCLR + BA"),
         (["ba-ssl-3", "--on", "cifar"], 2, "photos"),
         (["ba-ssl-3", "--data", "cifar10"], 2, "NAME=PATH"),
-        (["ba-ssl-3", "--from", "nowhere"], 2, "no folder of results"),
+        (["ba-ssl-3", "--from", "nowhere"], 2, "not a folder of results"),
         (["ba-ssl-3", "-o", "table.doc"], 2, ".md"),
         (
             ["ba-ssl-3", "--scale", "gpu", "--on", "tiny", "--seed", "0", "--row", "BYOL"],
@@ -433,7 +433,7 @@ def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(Preempted, match="the same command goes on"):
+    with pytest.raises(Preempted, match="run the same command to continue"):
         runner.run(asked)
     assert not list((tmp_path / "results").glob("*"))
     assert (tmp_path / "work" / asked[0].stem / "checkpoints" / "last.pt").exists()

@@ -187,7 +187,7 @@ def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypat
 def test_a_log_without_costs_is_refused(tmp_path: Path) -> None:
     assert entries(tmp_path, 10) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "knn": 0.5}\n{"step": 1, "knn": 0.5}\n')
-    with pytest.raises(DataError, match="begun by an older inbatch"):
+    with pytest.raises(DataError, match="is from an older version of inbatch"):
         entries(tmp_path, 10)
 
 

@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(tmp_path):
     (root / "data_batch_3").unlink()
     with pytest.raises(DataError, match=r"data_batch_3' cannot be read: No such file.*unpack the archive again"):
         open_data(root)
-    with pytest.raises(DataError, match="CIFAR's images have 3 channels, 1 were asked for"):
+    with pytest.raises(DataError, match="CIFAR's images have 3 channels, 1 were requested"):
         open_data(root, channels=1)
     (root / "batches.meta").unlink()
     with pytest.raises(DataError, match="No image under"):  # an ordinary folder without images
@@ -117,10 +117,10 @@ def test_what_is_missing_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"data": PIXELS[:N, :3000]}, "no array of bytes with 3,072"),
-        ({"data": PIXELS[:N].astype(np.int64)}, "no array of bytes"),
-        ({"data": np.asfortranarray(PIXELS[:N])}, "no array of bytes"),
-        ({"data": PIXELS[:N].astype(object)}, "no array of bytes"),
+        ({"data": PIXELS[:N, :3000]}, "not an array of 3,072 bytes"),
+        ({"data": PIXELS[:N].astype(np.int64)}, "not an array of 3,072 bytes"),
+        ({"data": np.asfortranarray(PIXELS[:N])}, "not an array of 3,072 bytes"),
+        ({"data": PIXELS[:N].astype(object)}, "not an array of 3,072 bytes"),
         ({"data": b"bytes"}, "lacks 'data' or 'labels'"),
         ({"data": PIXELS[:3]}, "a label from 0 to 9 for each of its 3 images"),
         ({"labels": [0, 1, 2, 10]}, "a label from 0 to 9 for each"),
@@ -140,7 +140,7 @@ def test_truncated(cut, tmp_path):
     root = ten(tmp_path)
     whole = (root / "data_batch_5").read_bytes()
     (root / "data_batch_5").write_bytes(whole[:cut])
-    with pytest.raises(DataError, match="data_batch_5' is none of CIFAR's files, or damaged"):
+    with pytest.raises(DataError, match="data_batch_5' is not a CIFAR file, or damaged"):
         open_data(root)
 
 
@@ -182,7 +182,7 @@ def test_nothing_in_a_pickle_runs(file, number, tmp_path):
     sentinel = tmp_path / "sentinel"
     good = (root / file).read_bytes()
     (root / file).write_bytes(list(hostile(sentinel))[number])
-    with pytest.raises(DataError, match=f"{file}' is none of CIFAR's files"):
+    with pytest.raises(DataError, match=f"{file}' is not a CIFAR file"):
         open_data(root, "test" if file == "test_batch" else "train")
     assert not sentinel.exists()
     (root / file).write_bytes(good)  # and no state persists

@@ -95,8 +95,8 @@ class TestTables:
             ("path\na,b.png\n", "line 2: 2 columns, the first line has 1; put names with a separator"),
             ('path,label\n"a,1\nb,2\n', "line 3: unexpected end of data"),
             ('path,label\n"a"b,1\n', "line 2: .*expected after"),
-            ("path,label\na,0\n,1\n", "line 3: '' is no name of a file"),
-            ("path\na\nb\0c\n", "line 3: 'b\0c' is no name of a file"),
+            ("path,label\na,0\n,1\n", "line 3: '' is not the name of a file"),
+            ("path\na\nb\0c\n", "line 3: 'b\0c' is not the name of a file"),
             ("path\na\n../x.png\n", "line 3: '../x.png' is outside the list's folder"),
             ("path\na/../../x.png\n", "line 2: 'a/../../x.png' is outside"),
             ("path\n..\n", "line 2: '..' is outside"),
@@ -159,7 +159,7 @@ class TestText:
         assert named(source) == ["tabby cat", "dog", "tabby cat"] and source.classes == ("dog", "tabby cat")
 
     def test_what_is_refused(self, tmp_path):
-        with pytest.raises(DataError, match=r"line 2: no name of an image \(.jpg|.*in 'b'; other names can stand"):
+        with pytest.raises(DataError, match=r"line 2: no name of an image \(.jpg|.*in 'b'; other names can be listed"):
             open_data(listed(tmp_path, "l.txt", "a.png\nb\n"))
         with pytest.raises(DataError, match=r"line 1: '../a.png' is outside"):
             open_data(listed(tmp_path, "l.txt", "../a.png 1\n"))

@@ -138,7 +138,7 @@ class TestOrder:
         result = folder_scan.scan(tmp_path)
         assert (
             result.paths.tolist() == [b"1.png"]
-            and result.skipped == {".png that are no files": 3}
+            and result.skipped == {".png that are not files": 3}
             and not result.stamps
         )
 

@@ -74,7 +74,7 @@ class TestSaved:
     def test_several_columns_of_images(self, tmp_path):
         mask = ([{"bytes": encoded(200), "path": None}] * 6, datasets.Image())
         assert open_data(saved(tmp_path / "a", table(mask=mask))).image(2)[0, 0, 0] == 2
-        with pytest.raises(DataError, match=r"'left', 'mask'.*called image where there are several"):
+        with pytest.raises(DataError, match=r"'left', 'mask'.*one must be called image"):
             open_data(saved(tmp_path / "b", table(image="left", label=None, mask=mask)))
 
     def test_plain_integers_as_labels_and_unknown_ones(self, tmp_path):
@@ -161,7 +161,7 @@ class TestOutside:
         with pytest.raises(DataError, match="a table that is not in its folder"):
             open_data(tmp_path / "a")
         (tmp_path / "dataset_dict.json").write_text('{"splits": ["../a"]}')
-        with pytest.raises(DataError, match="names no splits, or none that are folders"):
+        with pytest.raises(DataError, match="names no splits, or splits without a folder"):
             splits(tmp_path)
 
 

@@ -140,7 +140,7 @@ class TestNpz:
 
     def test_channels_must_agree(self, tmp_path):
         np.savez(tmp_path / "x.npz", images=IMAGES)
-        with pytest.raises(DataError, match=r"x.npz': The array's images have 3 channels, 1 were asked for"):
+        with pytest.raises(DataError, match=r"x.npz': The array's images have 3 channels, 1 were requested"):
             open_data(tmp_path / "x.npz", channels=1)
 
     def test_damaged(self, tmp_path):

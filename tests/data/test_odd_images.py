@@ -157,7 +157,7 @@ class TestNoFiles:
         source = open_data(tmp_path)
         assert len(source) == 2
         assert f"{len(kinds) - 1} other files skipped" in source.report()  # all but the folder
-        assert "that are no files" in source.report()
+        assert "that are not files" in source.report()
         (tmp_path / "folder.jpg" / "inside.png").write_bytes(GOOD[0].file)
         assert len(open_data(tmp_path)) == 3
 
@@ -173,7 +173,7 @@ class TestNoFiles:
         source = open_data(tmp_path)
         (tmp_path / GOOD[0].name).unlink()
         os.mkfifo(tmp_path / GOOD[0].name)
-        with pytest.raises(DataError, match="no regular file"):
+        with pytest.raises(DataError, match="not a regular file"):
             source.image(0)
 
     @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="nothing is unreadable for root")

@@ -528,7 +528,7 @@ class TestArrays:
             open_data(data)
 
     def test_asked_for_other_channels(self):
-        with pytest.raises(DataError, match="have 1 channels, 3 were asked for"):
+        with pytest.raises(DataError, match="have 1 channels, 3 were requested"):
             open_data(np.zeros((4, 8, 6), np.uint8), channels=3)
 
     def test_subset_is_fixed_and_nested(self):
@@ -585,7 +585,7 @@ class TestDigits:
         assert LogisticRegression(max_iter=300).fit(x, train.labels).score(y, test.labels) < 0.18
 
     def test_channels_must_agree(self):
-        with pytest.raises(DataError, match="has 1 channels, 3 were asked for"):
+        with pytest.raises(DataError, match="has 1 channels, 3 were requested"):
             open_data("digits-canvas", channels=3)
 
 

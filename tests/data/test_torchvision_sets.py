@@ -71,7 +71,7 @@ def test_mnist(name, tmp_path):
     assert train.labels.tolist() == [3, 1, 4, 1, 5] and test.labels.tolist() == [9, 2, 6]
     assert torch.equal(torch.stack([*(train.image(i) for i in range(5)), *(test.image(i) for i in range(3))]), images)
     assert test.name == f"torchvision/{name} (test)"
-    with pytest.raises(DataError, match="has 1 channels, 3 were asked for"):
+    with pytest.raises(DataError, match="has 1 channels, 3 were requested"):
         open_data(data, channels=3)
 
 
@@ -250,7 +250,7 @@ def test_the_page_lists_every_set_and_split():
 @pytest.mark.parametrize("name", SETS)
 def test_not_there(name, tmp_path):
     """The message names the searched folder and the remedy; no file is left behind."""
-    how = "--download" if SETS[name].fetched else "fetched by hand"
+    how = "--download" if SETS[name].fetched else "downloaded manually"
     with pytest.raises(DataError, match=f"was looked for in '{tmp_path}' and is not there: .*{how}"):
         open_data(f"torchvision/{name}:{tmp_path}", splits(f"torchvision/{name}")[-1])
     assert not list(tmp_path.iterdir())
@@ -270,7 +270,7 @@ def test_wrong_names():
     for name, meant in (("cifar10", "CIFAR10"), ("STL-10", "STL10"), ("Flower102", "Flowers102")):
         with pytest.raises(DataError, match=f"did you mean torchvision/{meant}"):
             splits(f"torchvision/{name}")
-    with pytest.raises(DataError, match="no set of torchvision's that can be read: there are CIFAR10"):
+    with pytest.raises(DataError, match="not a supported data set of torchvision: there are CIFAR10"):
         open_data("torchvision/WIDERFace")
 
 
@@ -306,7 +306,7 @@ def test_a_download(tmp_path, monkeypatch, capsys):
     assert source.labels.tolist() == LABELS[:20]
     assert asked == [("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")]
     assert capsys.readouterr().out == ""
-    with pytest.raises(DataError, match="fetched by hand"):  # no checksum is known, or no server
+    with pytest.raises(DataError, match="downloaded manually"):  # no checksum is known, or no server
         open_data(f"torchvision/FGVCAircraft:{tmp_path}", download=True)
 
 

@@ -235,16 +235,16 @@ DRILLS = [
     *(
         Drill(
             3, f"a checkpoint {kind}", "last.pt edited; --resume",
-            BITS | {"says": (word, "Going on from", "previous.pt")}, partial(damaged, kind),
+            BITS | {"says": (word, "Resuming from", "previous.pt")}, partial(damaged, kind),
         )
         for kind, word in (("flipped", "is damaged"), ("truncated", "is damaged"), ("emptied", "is empty"))
     ),
     Drill(
         4, "a pickle as a checkpoint", "os.system in last.pt, its checksum right; --resume",
-        QUIET | {"exit": 0, "says": ("holds more than plain values", "Going on from")}, malicious_checkpoint,
+        QUIET | {"exit": 0, "says": ("holds more than plain values", "Resuming from")}, malicious_checkpoint,
     ),
     Drill(
-        4, "code in a recipe", "a YAML tag !!python/object", QUIET | {"exit": 2, "says": ("is no YAML",)},
+        4, "code in a recipe", "a YAML tag !!python/object", QUIET | {"exit": 2, "says": ("is not valid YAML",)},
         malicious_recipe, quick=True,
     ),
     Drill(

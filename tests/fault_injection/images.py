@@ -168,7 +168,7 @@ DRILLS = [
             ("no image", 0, False, ("No image under",)),
             ("one image", 1, False, ("fewer than one batch", "or more images")),
             ("fewer images than a batch", 19, False, ("fewer than one batch", "use a batch of at most 19")),
-            ("images all alike", 40, True, ("are identical", "nothing to tell apart")),
+            ("images all alike", 40, True, ("are identical", "at least two different images")),
         )
     ),
     Drill(13, "images deleted and overwritten during a run", "streamed, 2 of 300", LISTED, vanishes),

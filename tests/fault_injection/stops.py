@@ -169,7 +169,7 @@ DRILLS = [
     ),
     Drill(
         8, "ranks disagree", "another --seed on each",
-        {"exit": 1, "says": ("rank 1 has another one than rank 0", "exitcode : 2")}, ranks_disagree,
+        {"exit": 1, "says": ("rank 1 has a different one from rank 0", "exitcode : 2")}, ranks_disagree,
     ),
     Drill(14, "a data worker killed", "SIGKILL", {"exit": 1, "says": ("--workers 0",)}, worker_killed),
     Drill(14, "no shared memory", "/dev/shm of 64 kB", {"exit": 1, "says": ("--workers 0",)}, no_shared_memory),

@@ -118,7 +118,7 @@ def test_the_number_of_clusters_is_that_of_the_classes_or_told() -> None:
         assert method.heads(6)["clusters"].network(torch.zeros(2, 6)).shape == (2, made)
     method = METHODS["cc"]()
     method.prepare(classes=0, **told)
-    with pytest.raises(ValueError, match="how many clusters"):
+    with pytest.raises(ValueError, match="number of clusters"):
         method.heads(6)
 
 

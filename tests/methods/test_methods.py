@@ -225,7 +225,7 @@ def test_moco_learns_from_one_view_or_adds_both_directions() -> None:
 
 
 def test_supervised_needs_to_know_its_classes() -> None:
-    with pytest.raises(ValueError, match="how many classes"):
+    with pytest.raises(ValueError, match="number of classes"):
         METHODS["supervised"]().heads(12)
 
 

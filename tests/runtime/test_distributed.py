@@ -52,7 +52,7 @@ def disagree(out: str) -> str:
 def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
     """Fault 8: each rank gets another seed."""
     for found in on_ranks(2, disagree, str(tmp_path / "run")):
-        assert "rank 1 has another one than rank 0" in found
+        assert "rank 1 has a different one from rank 0" in found
 
 
 def test_a_launcher_that_starts_too_few_is_noticed(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_what_differs_is_named_on_every_rank() -> None:
     found = at_once(*(lambda r=r: r.meet({"batch": "64", "seed": "12"[r.rank == 2]}) for r in together))
     for error in found:
         assert isinstance(error, ConfigError)
-        assert "disagree about the seed: rank 2 has another one than rank 0 (2, not 1)" in str(error)
+        assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
 
 
 def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
@@ -93,7 +93,7 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
     """torchrun's store outlives a restart; one rank of the first start never joined."""
     store = dist.HashStore()
     first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
-    assert "ranks 2 did not come" in str(first[0]) and isinstance(first[1], str)
+    assert "ranks 2 did not join" in str(first[0]) and isinstance(first[1], str)
     for _ in range(2):
         told = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
         assert len(set(told)) == 1 and told[0] != first[1]
@@ -205,7 +205,7 @@ def relabelled() -> str:
 
 def test_other_labels_on_one_rank_are_refused() -> None:
     for found in on_ranks(2, relabelled):
-        assert "disagree about the names or labels of the images: rank 1 has another one than rank 0" in found
+        assert "disagree about the names or labels of the images: rank 1 has a different one from rank 0" in found
 
 
 def killed(out: str, step: int) -> Any:

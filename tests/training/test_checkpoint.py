@@ -227,7 +227,7 @@ def test_damaged_file_gives_way_to_previous(two, kind):
     found = checkpoint.load(two)
     assert found.step == 1 and found.path == two / "previous.pt"
     assert f"{last} is {'empty' if kind == 'empty' else 'damaged'}" in found.note
-    assert "Going on from" in found.note and "step 1" in found.note
+    assert "Resuming from" in found.note and "step 1" in found.note
     assert_whole(found)
 
 
@@ -244,7 +244,7 @@ def test_a_save_never_keeps_a_damaged_file_in_the_place_of_a_whole_one(two, monk
 def test_only_damaged_files(two):
     for name in ("last.pt", "previous.pt"):
         (two / name).write_bytes(b"x" * 100)
-    with pytest.raises(InbatchError, match=r"last\.pt is damaged.*previous\.pt is damaged.*Start the run anew"):
+    with pytest.raises(InbatchError, match=r"last\.pt is damaged.*previous\.pt is damaged.*Start a new run"):
         checkpoint.load(two)
 
 
@@ -254,7 +254,7 @@ def test_nothing_stands_in_for_best(two):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match=r"No checkpoint last\.pt in .*: is it the folder of a run"):
+    with pytest.raises(ConfigError, match=r"No checkpoint last\.pt in .*: pass the folder of a run"):
         checkpoint.load(tmp_path / "nowhere")
 
 

@@ -236,7 +236,7 @@ def test_evaluate_without_labels(learned: inbatch.Run, photos: Path) -> None:
             assert written["unlabelled"][name][side] == pytest.approx(told[side], rel=1e-3)
     for asked in ("--protocol knn", "--from head"):
         refused = run(f"evaluate {words(learned.directory)} {asked}")
-        assert refused.exit_code == 2 and "has no labels to judge by" in refused.stderr
+        assert refused.exit_code == 2 and "has no labels for the evaluation" in refused.stderr
 
 
 def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -> None:

@@ -117,7 +117,7 @@ BAD = {
     "never be trained": {"method": "moco", "settings": {"fuse.name": "set", "fuse.views": [1]}},
     "curate.rounds = 0": {"settings": {"curate.name": "redraw", "curate.rounds": 0}},
     "curate.rule": {"settings": {"curate.name": "redraw", "curate.rule": "strickt"}},
-    "there is none to shuffle": {"shuffle_groups": True},
+    "there is nothing to shuffle": {"shuffle_groups": True},
     "crops = 'adjacnt' is unknown": {"crops": "adjacnt"},
     "does not divide": {"fuse": "conv", "context": 12},
     "compares the views of a sample": {

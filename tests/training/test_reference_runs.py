@@ -130,7 +130,7 @@ def test_sentences_say_what_is_outside_and_where() -> None:
         "k-NN 31.2 % is below the band of the reference (32.0 to 38.0 %) at epoch 1",
         "RankMe 30.5 is above the band of the reference (15 to 25) at epoch 1",
     ]
-    for loss, words in {math.nan: "loss nan is no number", math.inf: "loss inf is above"}.items():
+    for loss, words in {math.nan: "loss nan is not a number", math.inf: "loss inf is above"}.items():
         (sentence,) = reference.outside(inside | {"loss": loss})
         assert sentence.startswith(words), "what is no number is not masked"
 
@@ -142,11 +142,11 @@ def test_leaving_and_coming_back_are_told_once() -> None:
         mine.append(entry)
         told.append(" ".join(compared.news()))
     for said, words in zip(
-        told, ["", "is below", "", "is above", "is no number", "", "is back inside", "", ""], strict=True
+        told, ["", "is below", "", "is above", "is not a number", "", "is back inside", "", ""], strict=True
     ):
         assert words in said and bool(words) == bool(said)
     assert compared.json() == {"reference": "r", "seeds": 1, "looks": 8, "outside": {"knn": [1, 2, 3, 4, 5]}}
-    assert "inside the band at 3 of 8 looks (k-NN)" in compared.summary()
+    assert "inside the band at 3 of 8 evaluations (k-NN)" in compared.summary()
 
 
 def test_looks_are_those_of_the_run(finished: Path) -> None:
@@ -236,7 +236,7 @@ def test_what_differs_from_the_reference_is_told_at_the_start(finished: Path) ->
     assert "The reference has 2 epochs, this run 3" in opening([0, 1, 2, 3])
     assert "Not the reference's: batch (40 there, 8 here)" in opening([0, 1, 2], batch=8)
     assert "Not the reference's: data ('digits-canvas' there, 'b' here)" in opening([0, 1, 2], data="a/b")
-    assert "the reference has none at these looks: loss" in opening([0])
+    assert "the reference has no values at these evaluations: loss" in opening([0])
 
 
 # Picture
@@ -260,11 +260,11 @@ def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) ->
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no curve": (lambda r: r.pop("curve"), "it is not the result.json of a run"),
     "no recipe": (lambda r: r.pop("recipe"), "it is not the result.json of a run"),
-    "null": (lambda r: r["curve"][1].update(loss=None), "loss is no number"),
-    "nan": (lambda r: r["curve"][1].update(rankme=math.nan), "rankme is no number"),
-    "no epoch": (lambda r: r["curve"][1].pop("epoch"), "epoch is no number"),
-    "no entries": (lambda r: r.update(curve=[1, 2]), "epoch is no number"),
-    "falling": (lambda r: r["curve"].reverse(), "do not rise"),
+    "null": (lambda r: r["curve"][1].update(loss=None), "loss is not a number"),
+    "nan": (lambda r: r["curve"][1].update(rankme=math.nan), "rankme is not a number"),
+    "no epoch": (lambda r: r["curve"][1].pop("epoch"), "epoch is not a number"),
+    "no entries": (lambda r: r.update(curve=[1, 2]), "epoch is not a number"),
+    "falling": (lambda r: r["curve"].reverse(), "do not increase"),
 }
 
 
@@ -281,8 +281,8 @@ def test_bad_references_end_with_2_and_leave_nothing(finished: Path, tmp_path: P
     empty.mkdir()
     shutil.copy(finished / "recipe.json", unfinished)
     for path, words in [
-        (tmp_path / "nowhere", "is no reference: give"), ("x" * 5000, "is no reference: give"),
-        (empty, "is no reference: give"), (unfinished, "has not finished"), (damaged, "cannot be read"),
+        (tmp_path / "nowhere", "is not a reference: pass"), ("x" * 5000, "is not a reference: pass"),
+        (empty, "is not a reference: pass"), (unfinished, "has not finished"), (damaged, "cannot be read"),
     ]:  # fmt: skip
         done = run(f"--epochs 1 --compare {path} --out {tmp_path / 'run'}")
         assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -310,7 +310,7 @@ def test_auto_finds_the_runs_of_the_same_recipe(
 ) -> None:
     monkeypatch.setattr(shipped_references, "folder", lambda: tmp_path)
     recipe = json.loads((finished / "recipe.json").read_text())
-    with pytest.raises(ConfigError, match="no runs to compare with come with this installation"):
+    with pytest.raises(ConfigError, match="this installation contains no reference runs"):
         shipped_references.find_reference(recipe)
     free = {"seed": 5, "data": "/elsewhere/digits-canvas", "k": 3, "precision": "float32", "evaluate_every": 2}
     changed(finished, tmp_path / "same-5.json", lambda r: (r.update(schema=1), r["recipe"].update(free)))

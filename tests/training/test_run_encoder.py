@@ -137,7 +137,7 @@ def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
 
     shutil.rmtree(out / "initial")  # as older versions wrote it
     shutil.rmtree(out / "encoder")
-    with pytest.warns(UserWarning, match=r"mean \(0\.5,\) and std \(0\.25,\) are the default ones"):
+    with pytest.warns(UserWarning, match=r"mean \(0\.5,\) and std \(0\.25,\) are the defaults"):
         assert inbatch.load(out).mean == (0.5,)
     found = inbatch.evaluate_run(out, protocols=["knn"])
     assert found["untrained"] is None and "the encoder before training cannot be created" in found["note"]

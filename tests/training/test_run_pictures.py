@@ -79,5 +79,5 @@ def test_curves_show_what_was_logged(tmp_path):
 def test_curves_of_nothing(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1, "epoch": 0}\n')
-    with pytest.raises(DataError, match="nothing was logged yet"):
+    with pytest.raises(DataError, match="nothing has been logged yet"):
         plot_curves(log, tmp_path / "curves.png")

@@ -1,4 +1,4 @@
-"""Report the capabilities of this machine, which are in use, and what they gain (`inbatch doctor`)."""
+"""Report the capabilities of this machine, which are in use, and their gain (`inbatch doctor`)."""
 
 import math
 import time
@@ -100,7 +100,7 @@ def _memory() -> Finding:
 
 def _gpu(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
-        return [Finding("GPU", "there is one, not asked for" if torch.cuda.is_available() else "none that torch sees")]
+        return [Finding("GPU", "available, not requested" if torch.cuda.is_available() else "none visible to torch")]
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9
     kernels = "Triton's kernels for losses" if find_spec("triton") else "no Triton"
     return [Finding("GPU", f"{torch.cuda.get_device_name(device)}, {memory:,.0f} GB; {kernels}")]
@@ -108,7 +108,7 @@ def _gpu(device: torch.device) -> list[Finding]:
 
 def _precision(device: torch.device) -> Finding:
     bf16 = precision_for("auto", device) == torch.bfloat16
-    why = "multiplies bf16" if bf16 else "does not say that it multiplies bf16"
+    why = "supports bf16" if bf16 else "does not report support for bf16"
     whose = "the GPU" if device.type == "cuda" else "the processor"
     return Finding("precision", f"{'bf16' if bf16 else 'float32'}, channels_last: {whose} {why}")
 

@@ -14,7 +14,7 @@ from inbatch.training.calibration import TRAINED, time_steps
 from inbatch.training.plan import resolve_recipe
 
 REST = 23.0
-"""Seconds of `inbatch quickstart` besides its steps: startup, evaluation and plots, measured on two AVX2 cores."""
+"""Seconds of `inbatch quickstart` without its steps: startup, evaluation and plots, measured on two AVX2 cores."""
 _EACH = 2.0
 """Seconds for which steps at one image size are timed."""
 

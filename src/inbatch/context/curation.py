@@ -33,7 +33,7 @@ def pair_distances(
         mine: samples first, first + 1, ... of everyone.
         everyone: samples of the whole batch.
         first: position of the first sample.
-        distance: "cosine", 1 - cos, or "euclidean", as they are.
+        distance: "cosine", 1 - cos, or "euclidean", without normalisation.
     """
     views, b, _ = mine.shape
     if distance == "cosine":
@@ -75,11 +75,11 @@ def violating(
 class Curator(nn.Module):
     """Batch curation (Welle et al. 2021): views are drawn again until a sample's are nearer than any other sample's.
 
-    rounds: maximum redraws of a sample; samples that then still violate the rule are used as they are.
+    rounds: maximum redraws of a sample; samples that still violate the rule are used unchanged.
     budget: maximum redraws per sample of a batch, on average; the largest violations come first. null is the setting of
         the paper: no limit but the rounds.
     rule: "pairwise" compares a pair with its own neighbours, "strict" with the whole batch, as in Algorithm 1.
-    distance: "cosine" of normalised rows, or "euclidean" of rows as they are.
+    distance: "cosine" of normalised rows, or "euclidean" of rows without normalisation.
     where: rows of the encoder's "features" or of the method's "projection".
     model: a "snapshot" of the network from the end of the previous epoch (as in the paper), or the "live" network.
     margin: required difference between the two distances, in units of the distance.

@@ -161,7 +161,7 @@ def load(path: Path) -> tuple[Decoded | None, str]:
         if not path.is_dir():  # removed by another run in the meantime
             return None, ""
         remove(path)
-        return None, f"decoded anew: what was cached in {path} is damaged ({error})"
+        return None, f"decoded again: the cache entry {path} is damaged ({error})"
     with suppress(OSError):
         os.utime(path / "entry.json")
     return kept, f"from the cache, {path}"
@@ -183,7 +183,7 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
         replace: Replace an existing entry instead of keeping it.
 
     Returns:
-        A sentence that says whether and where the entry was cached, or why not.
+        A sentence that states whether and where the entry was cached, or why not.
     """
     root = path.parent
     if needed > limit():
@@ -216,7 +216,7 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
 def remove(path: Path) -> None:
     """Remove a cached set; processes that have mapped it keep their data if the cache is on a local disk."""
     if _NAME.fullmatch(path.name):
-        # Renamed first, so that no process sees a part of it. The process id avoids a clash with a writer's name.
+        # Renamed first, so that no process reads a part of it. The process id avoids a clash with a writer's name.
         away = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             os.rename(path, away)

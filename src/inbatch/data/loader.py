@@ -232,5 +232,6 @@ def _differ(held: Resident) -> None:
     images = held.images
     if len(images) > 1 and all(torch.equal(images[0], images[i]) for i in range(1, len(images))):
         raise DataError(
-            f"all {len(held.images):,} images of {held.source.name} are identical: there is nothing to tell apart"
+            f"all {len(held.images):,} images of {held.source.name} are identical: at least two different images "
+            "are needed"
         )

@@ -31,7 +31,7 @@ def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
     if kind == ("u", 1):
         return values
     if values.dtype.kind not in "iuf":
-        raise ValueError(f"{values.dtype} values are no pixels: give uint8, 0 (black) to 255")
+        raise ValueError(f"{values.dtype} values are not pixels: pass uint8, 0 (black) to 255")
     if levels is None and kind != ("u", 2):
         raise ValueError(
             f"{values.dtype} values have no known range: say which two become 0 and 255, such as --set levels=[0,1], "

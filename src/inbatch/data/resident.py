@@ -56,10 +56,10 @@ def hold(
     kept, note = cache.load(path)
     if kept is not None and not _belongs(source, kept):
         cache.remove(path)
-        kept, note = None, f"decoded anew: what was cached in {path} is of other images"
+        kept, note = None, f"decoded again: the cache entry {path} is of other images"
     if kept is not None and any(_readable(source, number) for number, _ in kept.missing):
         cache.remove(path)
-        kept, note = None, "decoded anew: images that could not be read before can be read now"
+        kept, note = None, "decoded again: images that could not be read before can be read now"
     if kept is not None:
         check_dropped(source, kept.missing, max_bad)
         return _resident(source, kept, device, [note])

@@ -188,7 +188,7 @@ def room_to_share(piece: int, workers: int) -> None:
     needed, free = (2 * workers + 1) * piece, disk_usage(shared).free if shared.is_dir() else math.inf
     if workers and needed > free:
         raise InbatchError(
-            f"{workers} processes that decode images hand over up to {needed / 1e6:,.0f} MB at once, and the shared "
+            f"{workers} processes that decode images transfer up to {needed / 1e6:,.0f} MB at once, and the shared "
             f"memory, {shared}, has {free / 1e6:,.1f} MB free: take fewer of them or none (--workers 0), or give the "
             "container more (--shm-size, --ipc=host)"
         )

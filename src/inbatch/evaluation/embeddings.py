@@ -73,5 +73,5 @@ def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, fl
 def class_count(train: Embeddings, test: Embeddings) -> int:
     """Return the number of class ids, 0 to the largest; DataError if there are fewer than two classes in training."""
     if len(train.labels.unique()) < 2:
-        raise DataError(f"{train.name} has one class only: there is nothing to tell apart.")
+        raise DataError(f"{train.name} has one class only: at least two are needed.")
     return int(torch.maximum(train.labels.max(), test.labels.max())) + 1

@@ -105,7 +105,7 @@ def finetune(
     chosen = few_labels(train.labels, share, seed)
     counts = train.labels[chosen].bincount()
     if (counts > 0).sum() < 2:
-        raise DataError(f"{train.name} has fewer than two classes with a label: there is nothing to tell apart.")
+        raise DataError(f"{train.name} has labels of fewer than two classes: at least two are needed.")
     classes = max(len(counts), int(test.labels.max()) + 1)
     devices = [encoder.device] if encoder.device.type == "cuda" else []
     # Randomness within the encoder (dropout) uses torch's generator, which is restored afterwards.

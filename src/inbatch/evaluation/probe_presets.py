@@ -23,7 +23,7 @@ class Lbfgs:
 
 @dataclass(frozen=True)
 class Sgd:
-    """Minibatch SGD on the features as they are. The rate falls per epoch: cosine to 0, or by gamma at milestones.
+    """Minibatch SGD on the unnormalised features. The rate falls per epoch: cosine to 0, or by gamma at milestones.
 
     If `scaled`, lr is multiplied by batch / 256; a batch is never larger than the set. lars: layer-wise rates as in
     apex's LARC without clipping, far too small for sets that are smaller than ImageNet.

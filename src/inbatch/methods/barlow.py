@@ -61,7 +61,7 @@ class BarlowTwins(Method):
             "batch": 128, "epochs": 200, "schedule.warmup": 0,
             "method.offdiagonal": 0.005, "method.hidden": 2048, "method.out": 2048,
         },
-        "digits": {"source": "ours, for the embedded data", "method.hidden": 256, "method.out": 256},
+        "digits": {"source": "inbatch, embedded data", "method.hidden": 256, "method.out": 256},
     }  # fmt: skip
 
     def __init__(

@@ -35,19 +35,19 @@ class Method(nn.Module):
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         """Set the images and classes (0: no labels) of the data, the samples and views of a batch; before `heads`.
 
-        Create here what depends on them, and raise ValueError here for what they do not allow, not in a later step.
+        Create here the parts that depend on them; raise ValueError here, not in a later step, if they are not allowed.
         """
 
     def heads(self, width: int) -> dict[str, Head]:
         """Return the heads, in order, for features of this width."""
-        raise TypeError(f"{type(self).__name__} must say which heads it has")
+        raise TypeError(f"{type(self).__name__} must define `heads`")
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         """Return "loss" and its terms for rows (V, N, D) by head name, and the index and label of the N samples.
 
         Pure: a second call returns the same value and changes nothing.
         """
-        raise TypeError(f"{type(self).__name__} must say what its loss is")
+        raise TypeError(f"{type(self).__name__} must define `loss`")
 
     def online_views(self, views: int) -> Sequence[int]:
         """Return which views pass through the online network."""

@@ -54,7 +54,7 @@ class BYOL(Method):
             "method.scale": "cosine",
         },
         "digits": {
-            "source": "ours, for the embedded data; what norm does there is on the page",
+            "source": "inbatch, embedded data; docs/methods/byol.md explains norm",
             "method.m": 0.9, "method.hidden": 256, "method.out": 64, "method.norm": True},
     }  # fmt: skip
 

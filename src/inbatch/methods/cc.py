@@ -50,7 +50,7 @@ class CC(Method):
     _adam = {
         "optimizer.name": "adam", "optimizer.lr": 3e-4, "optimizer.weight_decay": 0.0, "schedule.name": "constant",
         "schedule.warmup": 0, "schedule.scaling": "none", "batch": 256, "epochs": 1000, "views.name": "cc"}  # fmt: skip
-    _cifar = _adam | {"source": "cifar224's for small images as they are; their size and ResNet-18 are ours"}
+    _cifar = _adam | {"source": "cifar224 for images at their size; the size and ResNet-18 are inbatch's"}
     _224 = _adam | {"source": "Contrastive-Clustering, config.yaml and train.py for CIFAR-10: images enlarged to 224",
         "size": 224, "encoder.name": "resnet34"}  # fmt: skip
     _imagenet = _224 | {"source": "the same for ImageNet-10", "views.strength": 1.0, "views.blur": 0.5}
@@ -68,7 +68,7 @@ class CC(Method):
 
     def heads(self, width: int) -> dict[str, Head]:
         if not self.clusters or self.clusters < 2:
-            raise ValueError("without labels it must be told how many clusters to make, 2 or more: set method.clusters")
+            raise ValueError("without labels, the number of clusters is unknown: set method.clusters to 2 or more")
         ends = {"projection": self.out, "clusters": self.clusters}
         return {name: Head(mlp(width, width, end, norm=False)) for name, end in ends.items()}
 

@@ -54,7 +54,7 @@ class DCL(Method):
         "views.name": "simclr_cifar", "optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-6,
         "schedule.name": "constant", "schedule.warmup": 0, "schedule.scaling": "none", "batch": 128, "epochs": 100,
     }  # fmt: skip
-    _digits = {"source": "ours, for the embedded data", "method.temperature": 0.2}
+    _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
 
     def __init__(self, temperature: float = 0.1, weighted: bool = False, sigma: float = 0.5, symmetric: bool = True,

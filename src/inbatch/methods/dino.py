@@ -39,7 +39,7 @@ class DINO(Method):
         "views.area": 0.4, "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4, "batch": 128,
         "epochs": 200, "schedule.warmup": 0, "method.teacher_temperature": 0.04, "method.m": 0.99,
         "method.prototypes": 2048, "method.layers": 2, "method.norm": True, "method.frozen": 0}  # fmt: skip
-    _digits = {"source": "ours, for the embedded data", "views.views": 4, "method.temperature": 0.2,
+    _digits = {"source": "inbatch, embedded data", "views.views": 4, "method.temperature": 0.2,
         "method.teacher_temperature": 0.01, "method.warmup_epochs": 0, "method.prototypes": 256,
         "method.hidden": 256, "method.bottleneck": 32, "method.norm": True}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}

@@ -33,9 +33,9 @@ class MoCo(Method):
         "views.name": "moco_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 5e-4,
         "batch": 512, "epochs": 200, "schedule.warmup": 0,
         "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99}  # fmt: skip
-    _ours = {"source": "ours, for the embedded data", "method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}
+    _ours = {"source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}
     _light = _v2 | {
-        "source": "light-moco, moco/builder.py: hidden layer, both directions; the share and its keys are ours",
+        "source": "light-moco, moco/builder.py: hidden layer, both directions; share and keys are inbatch's",
         "method.hidden": 2048, "method.symmetric": True, "method.smooth": 0.2}  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "light": _light, "cifar": _cifar, "digits": _ours}
 

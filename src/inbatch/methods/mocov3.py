@@ -49,11 +49,11 @@ class MoCoV3(Method):
             "batch": 4096, "epochs": 300, "schedule.warmup": 40,
             "method.temperature": 0.2, "method.layers": 3, "method.last_norm": True},
         "cifar": {
-            "source": "second-hand: solo-learn, cifar/mocov3.yaml; its LARS is another: SGD as lightly has for others",
+            "source": "second-hand: solo-learn, cifar/mocov3.yaml; SGD as in lightly instead of its LARS",
             "views.name": "byol_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
             "batch": 256, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.2},
         "digits": {
-            "source": "ours, for the embedded data",
+            "source": "inbatch, embedded data",
             "method.temperature": 0.2, "method.hidden": 256, "method.out": 64}}  # fmt: skip
 
     def __init__(self, temperature: float = 1.0, m: float = 0.99, layers: int = 2, hidden: int = 4096, out: int = 256,

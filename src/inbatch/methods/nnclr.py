@@ -57,7 +57,7 @@ class NNCLR(Method):
         "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
         "epochs": 200, "method.temperature": 0.5, "method.queue": 8192, "method.contrast": "nt_xent"}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": {
-        "source": "ours, for the embedded data", "method.temperature": 0.2, "method.queue": 2048,
+        "source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue": 2048,
         "method.hidden": 256, "method.prediction": 256, "method.out": 64}}  # fmt: skip
 
     def __init__(self, temperature: float = 0.1, queue: int = 98304, hidden: int = 2048, prediction: int = 4096,

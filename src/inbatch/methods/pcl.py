@@ -40,7 +40,7 @@ class PCL(Method):
         "schedule.name": "cosine"}  # fmt: skip
     _cifar = _v2 | {"source": "second-hand: salesforce/PCL issue 7, MoCo's demo", "views.name": "moco_cifar",
         "method.m": 0.99, "method.queue": 512, "method.clusters": (1000, 2000, 4000)}  # fmt: skip
-    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "ours, for embedded data",
+    presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "inbatch, embedded data",
         "method.m": 0.99, "method.queue": 1024, "method.warmup": 5, "method.clusters": (25, 50, 100)}}  # fmt: skip
 
     def __init__(self, temperature: float = 0.2, queue: int = 16384, m: float = 0.999, warmup: int = 20,

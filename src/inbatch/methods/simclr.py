@@ -50,8 +50,8 @@ class SimCLR(Method):
             "views.name": "simclr_cifar", "optimizer.name": "lars", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4,
             "batch": 512, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.5,
         },
-        "fast": {"source": "ours", "method.temperature": 0.2, "method.layers": 2, "method.hidden": 512},
-        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.2},
+        "fast": {"source": "inbatch", "method.temperature": 0.2, "method.layers": 2, "method.hidden": 512},
+        "digits": {"source": "inbatch, embedded data", "method.temperature": 0.2},
     }  # fmt: skip
 
     def __init__(

@@ -54,7 +54,7 @@ class SimSiam(Method):
             "optimizer.weight_decay": 5e-4, "batch": 512, "epochs": 800, "schedule.warmup": 0, "method.layers": 2,
         },
         "digits": {
-            "source": "ours, for the embedded data",
+            "source": "inbatch, embedded data",
             "method.layers": 2, "method.hidden": 256, "method.out": 256, "method.bottleneck": 128}}  # fmt: skip
 
     def __init__(self, layers: int = 3, hidden: int = 2048, out: int = 2048, bottleneck: int = 512, fix_lr: bool = True,

@@ -56,14 +56,14 @@ class SupCon(Method):
     labels = True
     presets = {
         "imagenet": {
-            "source": "arXiv 2004.11362, section 4, says LARS and T 0.1; rate, decay and batch are SimCLR's",
+            "source": "arXiv 2004.11362, section 4: LARS and T 0.1; rate, decay and batch are SimCLR's",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
             "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1},
         "cifar": {
             "source": "SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01",
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1},
-        "digits": {"source": "ours, for the embedded data", "method.temperature": 0.1}}  # fmt: skip
+        "digits": {"source": "inbatch, embedded data", "method.temperature": 0.1}}  # fmt: skip
 
     def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden: int | None = None,
                  out: int = 128, anchors: Literal["all", "one"] = "all") -> None:  # fmt: skip

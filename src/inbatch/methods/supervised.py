@@ -54,7 +54,7 @@ class Supervised(Method):
 
     def heads(self, width: int) -> dict[str, Head]:
         if not self.classes:
-            raise ValueError("the supervised baseline must be told how many classes there are")
+            raise ValueError("the number of classes is unknown: set method.classes")
         return {"classifier": Head(mlp(width, self.classes))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:

@@ -34,10 +34,10 @@ class SwAV(Method):
         "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch": 4096, "epochs": 800,
         "schedule.warmup": 10, "schedule.end": 0.001}  # fmt: skip
     _cifar = {
-        "source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops ours", "views.name": "swav_cifar",
+        "source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops: inbatch", "views.name": "swav_cifar",
         "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6, "batch": 128, "epochs": 200,
         "schedule.warmup": 0, "method.prototypes": 512, "method.hidden": 512, "method.frozen": 0}  # fmt: skip
-    _digits = {"source": "ours, for the embedded data", "method.prototypes": 256, "method.out": 32,
+    _digits = {"source": "inbatch, embedded data", "method.prototypes": 256, "method.out": 32,
         "method.hidden": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
 
@@ -47,7 +47,7 @@ class SwAV(Method):
         super().__init__()
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.frozen, self.queue_from, self.hidden = frozen, queue_from, hidden
-        self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss sees no head
+        self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss has no access to heads
         self.queue = MemoryBank(queue, 2 * out) if queue else None  # one row holds both views of a sample
 
     def heads(self, width: int) -> dict[str, Head]:

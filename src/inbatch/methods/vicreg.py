@@ -58,7 +58,7 @@ class VICReg(Method):
             "optimizer.weight_decay": 1e-4, "optimizer.eta": 0.02, "batch": 256, "epochs": 1000, "schedule.warmup": 10,
             "method.variance": "sum", "method.hidden": 2048, "method.out": 2048,
         },
-        "digits": {"source": "ours, for the embedded data", "method.hidden": 256, "method.out": 256},
+        "digits": {"source": "inbatch, embedded data", "method.hidden": 256, "method.out": 256},
     }  # fmt: skip
 
     def __init__(

@@ -59,7 +59,7 @@ class WMSE(Method):
         "views.name": "simclr", "views.blur": 0.0, "optimizer.lr": 2e-3, "epochs": 240, "schedule.warmup": 2.02,
         "schedule.milestones": (0.7917, 0.8958), "method.w_size": 256, "method.out": 128}  # fmt: skip
     _four = _cifar | {"source": "the same, W-MSE 4", "views.views": 4, "batch": 256, "schedule.warmup": 2.56}
-    _digits = {"source": "ours, for the embedded data", "method.w_size": 64, "method.hidden": 256, "method.out": 32}
+    _digits = {"source": "inbatch, embedded data", "method.w_size": 64, "method.hidden": 256, "method.out": 32}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar4": _four, "digits": _digits}
 
     def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden: int = 1024,

@@ -169,7 +169,7 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., nn.Mo
     for key in options:
         if key not in allowed:
             near = closest(key, allowed)
-            why = f"{name} stands behind the pooling and has no stages" if key == "stages" else f"{name} has no {key!r}"
+            why = f"{name} follows the pooling and has no stages" if key == "stages" else f"{name} has no {key!r}"
             hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(allowed) or 'none'}."
             raise ConfigError(f"{why}: {hint}")
     try:
@@ -202,8 +202,8 @@ def _places(encoder: Encoder, name: str) -> list[list[tuple[str, str]]]:
             places = []
     if not places or not all(norm for stage in places for _, norm in stage):
         raise ConfigError(
-            f"{encoder.name} has no residual stages in which {name} could stand: choose a ResNet, or "
-            'attend="batchformer", which stands behind the pooling of any encoder.'
+            f"{encoder.name} has no residual stages for {name}: choose a ResNet, or "
+            'attend="batchformer", which follows the pooling of any encoder.'
         )
     taken = [b for stage in places for b, _ in stage if getattr(encoder.get_submodule(b), "se", None) is not None]
     if taken:

@@ -71,7 +71,7 @@ def create_encoder(
     backbone, classifier = build(name, size, channels, kwargs)
     family = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
     if stem == "cifar" and not family:
-        raise ConfigError(f'{name} is no ResNet, so it has no CIFAR stem: use stem="auto".')
+        raise ConfigError(f'{name} is not a ResNet, so it has no CIFAR stem: use stem="auto".')
     used = stem if family else None
     if used == "auto":
         used = "cifar" if size <= 64 else "imagenet"
@@ -91,9 +91,7 @@ def create_encoder(
         weights, attended = split(weights)
         saved = config.get("attend")
         if attended and not saved:
-            raise ConfigError(
-                f"{where} holds attention blocks: give its folder, whose config.json says which they are."
-            )
+            raise ConfigError(f"{where} contains attention blocks: pass its folder, whose config.json defines them.")
         weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
         fill(backbone, weights, f"{name} ({where})")
         mean, std = mean or config.get("mean"), std or config.get("std")

@@ -46,7 +46,7 @@ def synchronise_norm(module: nn.Module) -> nn.Module:
     """Return the module with every batch normalisation over all ranks: torch's on CUDA, `GlobalBatchNorm` elsewhere."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer) not in _PLAIN_NORMS:
-            raise ConfigError(f"sync_norm knows torch's own batch normalisation, not {type(layer).__name__} at {name}")
+            raise ConfigError(f"sync_norm does not support {type(layer).__name__} at {name}: use torch.nn.BatchNorm")
     if any(p.is_cuda for p in module.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in list(module.modules()):

@@ -19,8 +19,8 @@ from inbatch.runtime.files import read_json, replacing
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
 STEMS = (
-    "{name} has the {ours} stem, the weights have {theirs} (another first convolution, with or without "
-    'max-pool): choose stem="imagenet" or stem="cifar" as the weights were trained, or other weights.'
+    "{name} has the {ours} stem, the weights have the {theirs} stem (another first convolution, with or "
+    'without max-pool): choose the stem of the weights, stem="imagenet" or stem="cifar", or other weights.'
 )
 
 

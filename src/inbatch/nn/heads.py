@@ -62,7 +62,7 @@ class Prototypes(nn.Module):
         dim: width of the rows.
         count: number of prototypes.
         through: whether the gradient passes through the normalisation of the vectors (a weight-normalised layer of gain
-            1, as in DINO); otherwise the vectors are used as they are, and `restore` normalises them after the
+            1, as in DINO); otherwise the vectors are used directly, and `restore` normalises them after the
             optimiser step (as in SwAV).
     """
 

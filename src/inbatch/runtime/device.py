@@ -13,9 +13,9 @@ from inbatch.runtime import distributed
 def device_for(name: str) -> torch.device:
     """Return the device of this process: its GPU if there is one and "auto" or "cuda" is requested, else the CPU."""
     if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device is auto, cpu or cuda, not {name!r}")
+        raise ConfigError(f"unknown device {name!r}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("this torch sees no GPU: use --device cpu, or install a build of torch with CUDA")
+        raise ConfigError("PyTorch finds no CUDA GPU: use --device cpu, or install a PyTorch build with CUDA")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())

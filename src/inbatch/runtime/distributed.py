@@ -27,7 +27,7 @@ _roll: RankStore | None = None
 
 
 def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> bool:
-    """Join the other processes: an existing group as it is, the variables of torchrun or SLURM, or a single process.
+    """Join the other processes: an existing group, the variables of torchrun or SLURM, or a single process.
 
     Never starts a process.
 
@@ -57,17 +57,17 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             try:
                 _init(backend, timeout)
             except ValueError as error:  # a variable is missing or not a number
-                raise ConfigError(f"the processes cannot meet: {error}") from None
+                raise ConfigError(f"the processes cannot connect: {error}") from None
             except RuntimeError as error:
-                many = f"{os.environ['WORLD_SIZE']} processes were to meet within {timeout:,.0f} s"
-                raise RankError(f"{many}, and did not: {error}", speaks=True) from error
+                many = f"{os.environ['WORLD_SIZE']} processes did not connect within {timeout:,.0f} s"
+                raise RankError(f"{many}: {error}", speaks=True) from error
             made = True
     if expect is not None and expect != world():
         found = world()
         if made:
             dist.destroy_process_group()
         raise ConfigError(
-            f"{expect} processes were expected, {found} started: the launcher did not do what was asked "
+            f"{expect} processes were expected, {found} started: correct the command of the launcher "
             f"(torchrun --nproc-per-node {expect} -m inbatch ...)"
         )
     return made
@@ -220,7 +220,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_max(value: int) -> int:
-    """Return the largest value of all ranks: for example, whether one of them was asked to stop."""
+    """Return the largest value of all ranks: for example, whether one of them received a signal."""
     if world() == 1:
         return value
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"

@@ -63,7 +63,7 @@ def check_writable(path: Path) -> None:
 def _replaceable(path: Path) -> Path:
     """Return the folder of a file to be written, created if missing; OSError if the path is not a regular file."""
     if path.exists() and not path.is_file():  # a rename would replace /dev/null, too
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it exists, and is no regular file")
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it exists and is not a regular file")
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent
@@ -86,8 +86,8 @@ def cannot_write(path: Path, error: OSError) -> InbatchError:
     except OSError:
         space = "its folder cannot be read"
     return InbatchError(
-        f"Cannot write {path}: {error.strerror or error} ({space}). What was there before is untouched. "
-        "Make room, or choose another folder for the run."
+        f"Cannot write {path}: {error.strerror or error} ({space}). The previous file is unchanged. "
+        "Free some space, or choose another folder for the run."
     )
 
 
@@ -129,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(found, dict):
-        raise DataError(f"{path} cannot be read: it holds no JSON object")
+        raise DataError(f"{path} cannot be read: it is not a JSON object")
     return found
 
 
@@ -189,4 +189,4 @@ def open_regular(path: str | Path) -> BinaryIO:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise OSError("it is no regular file")
+    raise OSError("it is not a regular file")

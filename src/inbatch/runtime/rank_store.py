@@ -22,7 +22,7 @@ class RankStore:
         run: prefix of all keys, different for every run on the same store.
         rank: this rank.
         world: number of ranks.
-        timeout: seconds after which a rank that does not arrive at a meeting is an error.
+        timeout: seconds after which a rank that does not reach a synchronisation point is an error.
     """
 
     def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float) -> None:
@@ -43,7 +43,7 @@ class RankStore:
         for name in first.keys() | facts.keys():
             mine, other = facts.get(name, "none"), first.get(name, "none")
             if mine != other:
-                problem = f"ranks disagree about the {name}: rank {self.rank} has another one than rank 0 "
+                problem = f"ranks disagree about the {name}: rank {self.rank} has a different one from rank 0 "
                 problem += f"({_short(mine)}, not {_short(other)})"
                 self.tell(problem, ConfigError.exit_code)
                 error = ConfigError(problem)
@@ -69,14 +69,14 @@ class RankStore:
         except InbatchError as told:
             return told
         except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
-            return self._lost([0], 0, f"lost the store by which ranks meet, and so rank 0 or the launcher: {_ADVICE}")
+            return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {_ADVICE}")
 
     def _lost(self, missing: list[int], waited: float, sentence: str = "") -> RankError:
         """Return an error that names the missing ranks; the lowest of the others reports it for all."""
         if not missing:
-            sentence = "the connection between ranks broke, and all of them live: go on with --resume"
+            sentence = "the connection between ranks broke, but all of them are running: continue with --resume"
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s, and no word why. {_ADVICE}"
+        sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s and no reported error. {_ADVICE}"
         present = [rank for rank in range(self.world) if rank not in missing]
         return RankError(sentence, speaks=bool(present) and self.rank == present[0])
 
@@ -128,7 +128,9 @@ def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
                 store.set(f"inbatch answer {store.get(f'inbatch hello {other}').decode()}", word)
         if time.monotonic() > end:
             who = f"ranks {', '.join(map(str, sorted(waiting)))}" if rank == 0 else "rank 0"
-            raise RankError(f"{world} processes were to meet within {timeout:,.0f} s: {who} did not come", speaks=True)
+            raise RankError(
+                f"{world} processes did not connect within {timeout:,.0f} s: {who} did not join", speaks=True
+            )
         time.sleep(0.02)
     if rank == 0:
         return word
@@ -138,8 +140,8 @@ def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
 
 
 _ADVICE = (
-    "It died (killed for memory?), hangs, or needed longer by itself than --dist-timeout allows. Its own output may "
-    "say more; go on from the last checkpoint with --resume"
+    "It died (possibly out of memory), hangs, or exceeded --dist-timeout. See its own output for the cause; continue "
+    "from the last checkpoint with --resume"
 )
 
 

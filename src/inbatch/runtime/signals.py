@@ -48,11 +48,11 @@ def stopped(number: int, where: str) -> InbatchError:
 
 def without_result(number: int) -> InbatchError:
     """Return the error of a command that was stopped before it had a result."""
-    return stopped(number, "before there was a result; the same command starts again")
+    return stopped(number, "before there was a result; run the same command to start again")
 
 
 class Stop:
-    """Whether this process was asked to stop, and by which signal: the first one counts.
+    """Whether a signal requested this process to stop, and which one: the first one counts.
 
     It starts held: signals only set `requested`. quick: the work is expected to end within `GRACE` seconds, so the
     first signal does not raise; a second one does, and so does `check` after that time.
@@ -146,7 +146,7 @@ def ending() -> Iterator[None]:
 class Watchdog:
     """Ends the process `LIMIT` seconds after the first signal, unless it has ended by then.
 
-    It waits for work that must be finished (`finishing`), calls `answer` for the error that says what is lost, which
+    It waits for work that must be finished (`finishing`), calls `answer` for the error that states the lost work, which
     may write a checkpoint, reports the error and exits with its code. Data workers end with the process.
     """
 

@@ -53,7 +53,7 @@ def advice(device: torch.device, largest: int, workers: int) -> str:
         if largest >= _LARGE:
             found += [_views()]
     wanted = [finding.advice for finding in found if finding.advice]
-    return f"Could be faster: {'; '.join(wanted)} (inbatch doctor tells more)." if wanted else ""
+    return f"Could be faster: {'; '.join(wanted)} (details: inbatch doctor)." if wanted else ""
 
 
 def _threads(device: torch.device) -> Finding:
@@ -71,8 +71,8 @@ def _threads(device: torch.device) -> Finding:
 def _busy(device: torch.device) -> Finding:
     busy, threads = others_busy(), torch.get_num_threads()
     if busy is None:
-        return Finding("load", "not known here")
-    found, free = f"others keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
+        return Finding("load", "unknown on this system")
+    found, free = f"other processes keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
     if free == threads:
         return Finding("load", found)
     if adapts(device):
@@ -86,10 +86,10 @@ def _count(threads: int) -> str:
 
 def _allocator() -> Finding:
     if tuning.keeps_memory:
-        return Finding("allocator", "keeps freed memory (INBATCH_ALLOCATOR=system leaves it alone)")
+        return Finding("allocator", "keeps freed memory (INBATCH_ALLOCATOR=system turns this off)")
     if tuning.tuned or platform.libc_ver()[0] != "glibc":
-        return Finding("allocator", "as the system ships it")
-    return Finding("allocator", "as the system ships it", "inbatch.tune() at the top of a script keeps freed memory")
+        return Finding("allocator", "the system's default")
+    return Finding("allocator", "the system's default", "inbatch.tune() at the top of a script keeps freed memory")
 
 
 def _views() -> Finding:
@@ -107,10 +107,10 @@ def _jpeg() -> Finding:
 def _shared_memory() -> Finding:
     with suppress(OSError):
         free = shutil.disk_usage(_SHARED).free
-        found = f"{free / 1e9:,.1f} GB free for what data workers hand over"
+        found = f"{free / 1e9:,.1f} GB free for batches of data workers"
         short = f"{_SHARED} has {free / 1e6:,.0f} MB for data workers: docker run --shm-size=8g"
         return Finding("shared memory", found, short if free < _ROOM else "")
-    return Finding("shared memory", "as the system gives it")
+    return Finding("shared memory", "unknown on this system")
 
 
 def _version(name: str) -> str:

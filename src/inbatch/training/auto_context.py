@@ -54,7 +54,7 @@ class ContextSize:
         needed: Bytes that one rank holds during training.
         free: Bytes that are free for one rank.
         larger: The next larger group and its bytes (None if it ran out of memory); None if there is no larger group.
-        how: In words, whether the group itself was measured.
+        how: Whether the group itself was measured, as text.
         noisy: Batch norm has few samples per group.
         meets: Samples of a group interact before the loss (batch norm, plug-ins).
     """
@@ -79,11 +79,11 @@ class ContextSize:
         if self.context < self.share:
             text += " One more forward pass per group: about 1.3 times the time per image."
         if self.noisy:
-            text += f" Norm statistics of fewer than {SMALL} samples are noisy: a smaller encoder or size gives room."
+            text += f" Norm statistics of fewer than {SMALL} samples are noisy: a smaller encoder gives more memory."
         if self.meets:
             text += (
-                " Where samples meet (batch norm, plug-ins), another context is another result: "
-                f"to repeat this run elsewhere set context={self.context}."
+                " The context affects results if samples interact (batch norm, plug-ins): "
+                f"to repeat this run on another machine, set context={self.context}."
             )
         return text
 
@@ -245,7 +245,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
             break
         tried[step] = bench.trial(step)
     if trial.seconds is None:
-        how = f"counted with a margin of {100 * (_MARGIN - 1):.0f} %, as this system does not tell what a step takes"
+        how = f"counted with a margin of {100 * (_MARGIN - 1):.0f} %, as this system does not report peak memory"
     settle(device)
     larger = next((c for c in sizes if c > best), None)
     more = predict(tried, larger) if larger else 0

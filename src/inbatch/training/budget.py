@@ -185,7 +185,7 @@ class Keeper:
         self._idle += seconds
 
     def saved(self) -> None:
-        """Record that a checkpoint has just been written."""
+        """Record that a checkpoint has been written."""
         self._saved = self.clock()
 
     def check(self, step: int, timeline: Timeline, looks_left: int) -> tuple[int | None, bool]:

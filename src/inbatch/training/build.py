@@ -134,7 +134,9 @@ def _check(recipe: Recipe, source: Source, device: torch.device) -> None:
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
     context, _ = _context(recipe, distributed.world())
     if recipe.shuffle_groups and recipe.batch == context:
-        raise ConfigError(f"shuffle_groups: the batch of {context} is one group, there is none to shuffle; set context")
+        raise ConfigError(
+            f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
+        )
 
 
 def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context: int, init: Path | None) -> _Parts:
@@ -242,7 +244,7 @@ def _context(recipe: Recipe, world: int) -> tuple[int, int]:
         whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
         raise ConfigError(f"a context of {context} does not divide {whose}, {share}: choose a divisor of it")
     if context // (world if recipe.sync_norm else 1) < 2:
-        raise ConfigError("a context group needs at least 2 samples on every rank: its statistics would be nothing")
+        raise ConfigError("a context group needs at least 2 samples on every rank: one sample has no statistics")
     return context, share // context
 
 

@@ -38,7 +38,7 @@ SHORTEST = 10.0
 ROUGH = 0.15
 """Share of the budget above which whole steps are not timed before the run; a slice of a batch is timed instead."""
 FEWEST, FEW = 5, 20
-"""Number of steps below which a budget is refused, and below which the user is warned that the run is very short."""
+"""Number of steps below which a budget is refused, and below which the user is warned that the run is short."""
 _SLICE = 4
 """Number of samples in the timed slice."""
 _LOOKS = 8
@@ -81,7 +81,7 @@ class Choice:
         """Return lines for the user: the choice, the candidates and the reason."""
         r, c = self.recipe, self.chosen
         tried = "; ".join(f"{x.name}: {x.seconds:.2f} s a step, {x.views:,} views" for x in self.tried)
-        why = "as asked" if self.asked else "the widest that sees enough views"
+        why = "as requested" if self.asked else "the widest with enough views"
         return [
             *self.notes,
             f"Budget of {duration(r.budget or 0)}: {c.name} ({why}), {r.size} pixels, batch {r.batch}, {c.steps:,} "

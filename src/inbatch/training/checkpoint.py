@@ -114,7 +114,7 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
     """
     candidates = [directory / file for file in ((LAST, PREVIOUS) if name == LAST else (name,))]
     if not any(path.exists() for path in candidates):
-        raise ConfigError(f"No checkpoint {name} in {directory}: is it the folder of a run that has saved one?")
+        raise ConfigError(f"No checkpoint {name} in {directory}: pass the folder of a run that has saved one")
     problems: list[str] = []
     for path in candidates:
         try:
@@ -122,9 +122,9 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
         except (OSError, ValueError) as error:
             problems.append(f"{path} {error}")
             continue
-        note = f"{'; '.join(problems)}. Going on from {path}, step {payload['step']}." if problems else None
+        note = f"{'; '.join(problems)}. Resuming from {path}, step {payload['step']}." if problems else None
         return Checkpoint(payload["state"], payload["step"], path, note)
-    raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start the run anew.")
+    raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start a new run.")
 
 
 def set_aside(found: Checkpoint) -> None:
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"holds more than plain values and tensors, and is refused ({error})") from None
     kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else None
     if kinds != {"step": int, "state": dict}:
-        raise ValueError("is no checkpoint of a run")
+        raise ValueError("is not a checkpoint of a run")
     return payload
 
 

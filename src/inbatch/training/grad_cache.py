@@ -21,7 +21,7 @@ Group = Callable[[], Sequence[Tensor]]
 
 @dataclass
 class GroupForward:
-    """The rows of one network for all groups of this rank, and what the backward pass needs.
+    """The rows of one network for all groups of this rank, and the inputs of the backward pass.
 
     Attributes:
         groups: Functions that return the views of each group.

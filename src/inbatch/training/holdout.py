@@ -41,14 +41,14 @@ def evaluation_split(
     bank = source if labelled else open_data(where, "train", **reading)
     queries = open_data(where, split, **reading)
     if queries.classes != bank.classes:
-        raise DataError(f"{queries.name} has other classes than {bank.name}: features cannot be judged by it")
+        raise DataError(f"{queries.name} has other classes than {bank.name}: pass test data with the same classes")
     return bank, queries, f"{split} split of {queries.name}"
 
 
 def _tenth(source: Source, how: str) -> tuple[Source, Source, str]:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
     if not bool((source.labels >= 0).any()):
-        raise DataError(f"{source.name} has no labels, and features are judged by them: use class sub-folders")
+        raise DataError(f"{source.name} has no labels, which the evaluation needs: use class sub-folders")
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))

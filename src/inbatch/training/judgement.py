@@ -20,7 +20,7 @@ from inbatch.training.run_encoder import initial_encoder, initial_name
 
 PROTOCOLS = ("knn", "linear", "clustering")
 COSTLY = ("finetune", "corruptions")
-"""Protocols that are not applied to the encoder before training: each takes minutes and says little about it."""
+"""Protocols that are not applied to the encoder before training: each takes minutes and is of little use for it."""
 
 
 def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:

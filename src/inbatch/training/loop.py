@@ -88,7 +88,7 @@ def train(
         _same_data(found.state.get("progress", {}).get("data", data), data)
         restore(parts, found.state)
         progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
-        notes = [*notes, found.note or f"Going on from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+        notes = [*notes, found.note or f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
     if not resume:
         progress.calibration = dict(calibration) if calibration else None
     calibration = progress.calibration
@@ -183,7 +183,7 @@ def _signature(built: RunComponents) -> str:
 
 
 def _ranks(out: Path) -> str:
-    """Return the number of ranks of a resumed run, in words, if there are or were several."""
+    """Return the number of ranks of a resumed run as text, if there are or were several."""
     now, path = distributed.world(), out / "run.json"
     before = json.loads(path.read_text()).get("world", now) if path.exists() else now
     changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
@@ -194,7 +194,7 @@ def _same_data(then: str, now: str) -> None:
     if then != now:
         raise DataError(
             f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
-            "labels. Put them back as they were, or begin a new run with what was learned: --init RUN"
+            "labels. Restore them, or start a new run from the weights of this one: --init RUN"
         )
 
 

@@ -133,7 +133,7 @@ class Log:
 
     def close(self) -> None:
         """Close the files and restore the terminal."""
-        with suppress(OSError):  # every line was flushed: what is left could not be written, which has been reported
+        with suppress(OSError):  # every line was flushed: the rest could not be written, which has been reported
             self._file.close()
         if self._tensorboard is not None:
             with suppress(OSError):

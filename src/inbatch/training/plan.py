@@ -75,7 +75,7 @@ def data_asked_for(data: Any, given: Settings) -> Any:
     """Return the data to learn from: the argument, else the setting."""
     data = given.get("data") if data is None else data
     if data is None:
-        raise ConfigError("which images? give --data a folder, a file of images, or a set such as digits-canvas")
+        raise ConfigError("no images: pass --data with a folder, a file of images, or a data set such as digits-canvas")
     return data
 
 
@@ -99,7 +99,7 @@ def merged_settings(
 
 
 _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
-"""Settings besides the length that a budget plans; a settings file without a budget defines them itself."""
+"""Settings that a budget plans in addition to the length; a settings file without a budget defines them itself."""
 
 
 def _over(file: Settings, asked: Settings) -> Settings:

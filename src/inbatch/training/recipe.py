@@ -59,7 +59,7 @@ class Schedule:
         warmup: Epochs of linear increase from 0.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
-        scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or used as it is ("none").
+        scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or unscaled ("none").
     """
 
     name: Literal["cosine", "step", "constant"] = "cosine"
@@ -71,7 +71,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines what a run computes; the machine and the output are not part of it.
+    """Everything that determines the computation of a run; the machine and the output are not part of it.
 
     Attributes:
         data, split, subset: Images to learn from; subset: number of images, drawn with seed 0.
@@ -171,7 +171,7 @@ class Recipe:
         return settings
 
     def nested(self) -> dict[str, Any]:
-        """Return the recipe as it is written to a file."""
+        """Return the recipe in the form of a file."""
         file: dict[str, Any] = {}
         for key, value in self.flat().items():
             *part, last = key.split(".")
@@ -213,7 +213,7 @@ _CANVAS = {
 SHARED_PRESETS: dict[str, Settings] = {
     "none": {},
     "fast": {
-        "source": "ours: the most accuracy in an hour of a laptop's processor (docs/fast.md)",
+        "source": "inbatch: the highest accuracy in an hour on a laptop's CPU (docs/fast.md)",
         "encoder.name": "fast",
         "encoder.whiten": True,
         "encoder.whiten_patches": True,
@@ -276,7 +276,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
             given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
     merged = base | given | settings
     if "data" not in merged:
-        raise ConfigError("which images? give --data FOLDER (or data: in the file)")
+        raise ConfigError("no images: pass --data FOLDER, or set data in the file")
 
     scalars = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
     top: Settings = {}
@@ -321,7 +321,7 @@ def read_file(path: str | Path) -> Settings:
     try:
         content = _plain(text)
     except ValueError as e:
-        raise ConfigError(f"the recipe {path} is no YAML: {e}") from None
+        raise ConfigError(f"the recipe {path} is not valid YAML: {e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of settings")
     return read_settings(content)

@@ -60,7 +60,7 @@ def load_run(path: str | Path) -> Run:
         where = shlex.quote(str(path))
         raise ConfigError(
             f"the run in {path} has not finished: continue it with inbatch pretrain --resume {where}, or use its "
-            f"encoder as it is (inbatch.load, inbatch evaluate {where}, inbatch export {where} -o FOLDER)"
+            f"current encoder (inbatch.load, inbatch evaluate {where}, inbatch export {where} -o FOLDER)"
         )
     return Run(path, recipe, read_json(path / "result.json"))
 
@@ -97,9 +97,9 @@ def evaluate_run(
         ConfigError: If protocols are requested but no image is labelled.
     """
     if from_ not in ("features", "head"):
-        raise ConfigError(f"clusters come from features or head, not {from_!r}")
+        raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
-        raise ConfigError("a head is judged by the clusters it assigns: add the protocol clustering")
+        raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
     own, path = recipe_of(path), Path(path)
     found = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
@@ -111,7 +111,7 @@ def evaluate_run(
     told["note"] = ". ".join(filter(None, (found.note, why))) or None
     if held is None:
         if protocols is not None or from_ == "head":
-            raise ConfigError(f"{source.name} has no labels to judge by: give --data with class sub-folders")
+            raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
         return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
     bank, queries = (_for(encoder, part) for part in held[:2])
     head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
@@ -134,7 +134,7 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     """
     out = Path(out)
     if out.exists() and not _is_free(out):
-        raise ConfigError(f"{out} exists and holds something else than an exported encoder: choose another folder")
+        raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
     found = load_run_encoder(path)
     save_encoder(found.encoder, out)
     encoder, known = found.encoder, "architecture" in read_json(out / "config.json")

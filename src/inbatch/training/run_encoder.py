@@ -209,7 +209,7 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     except ConfigError:
         words = ["inbatch", "pretrain", "--config", str(path / "recipe.json"), "--out", str(path), "--resume", "auto"]
         raise ConfigError(
-            f"the run in {path} has saved neither an encoder nor a checkpoint: begin it again ({shlex.join(words)})"
+            f"the run in {path} has saved neither an encoder nor a checkpoint: start it again ({shlex.join(words)})"
         ) from None
     except InbatchError as error:
         raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
@@ -221,7 +221,7 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
     if encoder.readout is not None:
-        notes = [*notes, "what whitens its features was fitted at the last evaluation before"]
+        notes = [*notes, "the whitening of its features was fitted at the last evaluation before that step"]
     if recipe.replans:  # run.json of a killed run may be older
         report = report | {"steps": sum(recipe.replans[-1])}
     notes = [_sentence(path, report, saved.step), *([saved.note] if saved.note else []), *notes]
@@ -245,7 +245,7 @@ def _without_weights(recipe: Recipe, path: Path) -> tuple[Encoder, list[str]]:
             if recipe.encoder.options.get("init") is None:
                 raise
             encoder = make_encoder(recipe, None)
-            return encoder, [f"mean {encoder.mean} and std {encoder.std} are the default ones ({error})"]
+            return encoder, [f"mean {encoder.mean} and std {encoder.std} are the defaults ({error})"]
 
 
 def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
@@ -254,5 +254,5 @@ def _sentence(path: Path, report: dict[str, Any], step: int) -> str:
     of = f" of {steps:,}" if steps else ""
     if report.get("status") in ENDED:
         return f"the run in {path} was stopped at step {last:,}{of}; its encoder is from step {step:,}"
-    how = "is finished but has lost its encoder folder" if report.get("status") == "finished" else "has not finished"
+    how = "is finished but its encoder folder is missing" if report.get("status") == "finished" else "has not finished"
     return f"the run in {path} {how}; its encoder is from step {step:,}{of}"

@@ -73,7 +73,7 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> i
         built: The run.
         out: Run directory; the list is bad_images.txt.
         log: Log of the run.
-        told: Number of images that have already been reported.
+        told: Number of images already reported.
     """
     loader = built.loader
     for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
@@ -86,14 +86,14 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> i
         file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
     log.note(
         f"{unreadable(len(new))} left out"
-        + ("" if loader.held else " (their places went to the images that stand there in the next batch)")
+        + ("" if loader.held else " (replaced by the images at the same positions of the next batch)")
         + f": {'; '.join(new[:3])}. All of them are in {out / 'bad_images.txt'}"
     )
     return len(found)
 
 
 def clear(out: Path) -> None:
-    """Remove what a run wrote into its directory, and nothing else."""
+    """Remove the files of a run from its directory, and no others."""
     for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
         shutil.rmtree(out / name, ignore_errors=True)
     files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")

@@ -1,4 +1,4 @@
-"""Describe a run before its first step, in words and numbers: what is trained, how, and its memory."""
+"""Describe a run before its first step, as text and numbers: model, training and memory."""
 
 import math
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def _plugins(built: RunComponents) -> dict[str, str]:
     if r.crops != "default":
         lines["crops"] = r.crops
     if r.variance:
-        lines["variance"] = f"{r.variance:g} times VICReg's variance term beside the loss"
+        lines["variance"] = f"{r.variance:g} times VICReg's variance term added to the loss"
     if r.shuffle_groups:
         whose = "the target network's" if built.target else "those of every view but the first"
         lines["groups"] = f"shuffled: {whose}"

@@ -1,4 +1,4 @@
-"""Training state of a run besides its components, saved with every checkpoint."""
+"""Training state of a run without its components, saved with every checkpoint."""
 
 import math
 import time
@@ -14,7 +14,7 @@ def _zero() -> torch.Tensor:
 
 @dataclass
 class TrainState:
-    """Training state of a run besides its components, saved with every checkpoint; it does not affect what is learned.
+    """Training state of a run without its components, saved with every checkpoint; it does not affect what is learned.
 
     Attributes:
         step: Number of completed steps.
@@ -32,7 +32,7 @@ class TrainState:
         leak: How well an embedding identified its context group at the last evaluation.
         data: Number of training images, and the signature of their names and labels.
         calibration: How the recipe was chosen for its budget.
-        judged: With a budget, the numbers of bank images, queries, and images compared at the end; kept after a resume.
+        judged: With a budget, the number of bank images, queries, and images compared at the end; kept after a resume.
         threads: Every number of threads used for computation, in the order of first use.
         began: Start time (`time.perf_counter`).
         saved: `step` and `ended` of the last checkpoint on the disk.

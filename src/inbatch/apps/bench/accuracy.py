@@ -62,7 +62,7 @@ def entries(folder: Path, images: int) -> list[Entry]:
         if "knn" not in record:
             continue
         if cost.get("step") != record["step"] or cost["cpu_seconds"] is None:
-            raise DataError(f"{log} does not say what training cost: the run was begun by an older inbatch, run anew")
+            raise DataError(f"{log} has no training cost: it is from an older version of inbatch; repeat the run")
         look = {"seconds": cost["training_seconds"]} | {key: cost[key] for key in KEPT}
         look |= {"epoch": cost["images"] / images, "loss": mean(losses) if losses else None, "knn": record["knn"]}
         curve.append(look)
@@ -85,7 +85,7 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
     for what in ("target", "images"):
         told = sorted({run[what] for run in runs})
         if len(told) != 1:
-            raise DataError(f"{', '.join(map(str, files))} differ in {what} ({told}): draw curves that have the same")
+            raise DataError(f"{', '.join(map(str, files))} differ in {what} ({told}): pass curves with the same {what}")
     return {"target": runs[0]["target"], "images": runs[0]["images"], "runs": runs}
 
 

@@ -27,7 +27,7 @@ Results with a larger one are rejected.
 def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     """Measure float32 and bf16 in operations per second, and copies in bytes read and written per second.
 
-    bf16 is None if the job says that the hardware does not support it.
+    bf16 is None if the job has `bf16` false: the hardware does not support it.
     """
     device, patience = torch.device(job["device"]), 0.02 if job["quick"] else 0.3
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -63,24 +63,26 @@ class Options:
         """Raise ConfigError if the options are invalid."""
         for name in self.sections:
             if name not in SECTIONS:
-                raise ConfigError(f"there is no section {name!r} to measure; there are {', '.join(SECTIONS)}")
+                raise ConfigError(f"unknown section {name!r}: choose one of {', '.join(SECTIONS)}")
         if self.size not in (32, 224):
-            raise ConfigError(f"--size is 32 or 224, not {self.size}: the images that go with it are made for these")
+            raise ConfigError(f"--size {self.size} is not supported: choose 32 or 224")
         least = {"batch": 4, "threads": 1, "rounds": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ConfigError(f"--{name} is {low} or more, not {value}")
+                raise ConfigError(f"--{name} must be at least {low}, not {value}")
         if self.peers_python is not None and not _runs(self.peers_python):
-            raise ConfigError(f"--peers-python {self.peers_python} is no program: give the path of a Python")
+            raise ConfigError(
+                f"--peers-python {self.peers_python} is not a program: pass the path of a Python interpreter"
+            )
         if self.out is not None and self.out.is_dir():
-            raise ConfigError(f"--out {self.out} is a folder: name a file in it")
+            raise ConfigError(f"--out {self.out} is a folder: pass the name of a file")
         if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise ConfigError(f"--out {self.out}: there is no folder {self.out.parent}")
+            raise ConfigError(f"--out {self.out}: the folder {self.out.parent} does not exist; create it")
         if self.data is not None and not {"step", "data"} & set(self.chosen):
-            raise ConfigError("--data is what step and data measure: ask for one of them, or leave it out")
+            raise ConfigError("--data is used by the sections step and data only: add one of them, or omit --data")
         if self.data is not None and not Path(self.data).exists():
-            raise ConfigError(f"--data {self.data} does not exist: give a folder of images or a Parquet file")
+            raise ConfigError(f"--data {self.data} does not exist: pass a folder of images or a Parquet file")
 
     @property
     def chosen(self) -> tuple[str, ...]:

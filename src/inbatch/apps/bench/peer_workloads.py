@@ -1,6 +1,6 @@
 """Workloads of other libraries as they ship: lightly, and the parts of solo-learn that can be imported alone.
 
-Known to work with lightly 1.5 and 1.6 and solo-learn 1.0.2. This file imports nothing of inbatch.
+Tested with lightly 1.5 and 1.6 and solo-learn 1.0.2. This file does not import inbatch.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 
 def plain() -> Any:
-    """Import reference_workloads.py under the name by which this process knows it."""
+    """Import reference_workloads.py under its name in this process."""
     import importlib
 
     return importlib.import_module("reference_workloads")

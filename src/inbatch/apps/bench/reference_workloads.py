@@ -1,6 +1,6 @@
 """Reference workloads of torch, torchvision, Pillow and scikit-learn for the benchmark worker.
 
-This file imports nothing of inbatch. It also reads the files in the job's folder (images, encoded files, features) for
+This file does not import inbatch. It also reads the files in the job's folder (images, encoded files, features) for
 the other libraries.
 """
 

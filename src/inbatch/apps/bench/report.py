@@ -75,9 +75,9 @@ def print_machine(found: Mapping[str, Any]) -> None:
     """Print the machine, and a warning if other processes were running."""
     say(machine(found))
     if (load := found["environment"].get("load", 0)) > 0.5:
-        say(f"Warning: other work ran here (load {load:.1f}). It makes figures worse; ratios suffer less.")
+        say(f"Warning: other processes were running (load {load:.1f}): rates are too low; ratios are affected less.")
     if found["settings"]["quick"]:
-        say("All was made small (--quick): that it works is shown, how fast is not.")
+        say("Small sizes (--quick): a functional check, not a measurement of speed.")
 
 
 def markdown(race: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ def beside(name: str, folder: Path = HERE) -> Any:
 
 
 def main(job: dict[str, Any]) -> None:
-    """Run a job; every answer is a line of JSON on the original stdout, whatever libraries print."""
+    """Run a job; every answer is a line of JSON on the original stdout, even if libraries print."""
     beside("child_processes", HERE.parents[1] / "runtime").end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

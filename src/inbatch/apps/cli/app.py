@@ -19,7 +19,7 @@ from inbatch.runtime import child_processes, signals, tuning
 
 app = typer.Typer(
     name="inbatch",
-    help="Learn image features by letting the samples of a batch teach each other.",
+    help="Self-supervised and supervised learning of image features, with interaction of the samples of a batch.",
     epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
     "  inbatch pretrain --help\n\n"
     "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
@@ -158,7 +158,7 @@ def reported(as_json: bool) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, compared by name to avoid its import
             raise
-        message, code = f"the GPU is full: a smaller --context (or auto) needs less, whatever the batch ({error})", 1
+        message, code = f"out of GPU memory ({error}): set a smaller --context, or auto; the batch size can stay", 1
         several = True
     signals.watchdog.told = True
     if first() or several:

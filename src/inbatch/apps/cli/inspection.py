@@ -30,16 +30,16 @@ from inbatch.errors import ConfigError, DataError, TrainingError
 )
 def views(
     data: Data,
-    out: Annotated[Path, Option("--out", "-o", help="The picture; replaced where it exists.")] = Path("views.png"),
+    out: Annotated[Path, Option("--out", "-o", help="Output image; replaced if it exists.")] = Path("views.png"),
     views: Annotated[
         str | None, Option(help="simclr, mocov2, swav, ...; those for the images' size by default.")
     ] = None,
-    preset: Annotated[str | None, Option(help="The views of this preset of the method.")] = None,
-    crops: Annotated[str | None, Option(help="How two views' crops lie to each other: see inbatch crops.")] = None,
-    method: Annotated[str | None, Option(help="Whose presets; simclr by default.")] = None,
+    preset: Annotated[str | None, Option(help="Use the views of this preset of the method.")] = None,
+    crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
+    method: Annotated[str | None, Option(help="Method whose presets are used; default simclr.")] = None,
     size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
-    count: Annotated[int, Option(min=1, help="Images.")] = 8,
-    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
+    count: Annotated[int, Option(min=1, help="Number of images.")] = 8,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -65,9 +65,9 @@ def views(
 )
 def data(
     data: Data,
-    split: Annotated[str | None, Option(help="train or test, where there are both; the first by default.")] = None,
-    sample: Annotated[int | None, Option(min=1, help="Look at so many images, evenly spaced; all by default.")] = None,
-    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: some images, a row for a class.")] = None,
+    split: Annotated[str | None, Option(help="train or test, if the data has both; default: the first.")] = None,
+    sample: Annotated[int | None, Option(min=1, help="Number of images to check, evenly spaced; default: all.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Also draw some images, one row per class.")] = None,
     set_: Set = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -99,15 +99,15 @@ def data(
     "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1",
 )
 def inspect(
-    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run, finished or stopped.")],
-    data: Annotated[str | None, Option(help="Where its images are now; as in its recipe by default.")] = None,
-    out: Annotated[Path | None, Option("--out", "-o", help="The pictures' folder; RUN/inspect by default.")] = None,
-    count: Annotated[int, Option(min=1, help="Images to a picture.")] = 8,
-    seed: Annotated[int, Option(min=0, max=SEEDS, help="Which images, and what is drawn.")] = 0,
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")],
+    data: Annotated[str | None, Option(help="Current path of its images; default: as in its recipe.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Folder of the pictures; default RUN/inspect.")] = None,
+    count: Annotated[int, Option(min=1, help="Images per picture.")] = 8,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw and measure what a run's plug-ins do to a batch (fusion, curation, attention), without training."""
+    """Draw and measure the effect of a run's plug-ins on a batch (fusion, curation, attention), without training."""
     with reported(as_json):
         from inbatch.apps.reports.batch_context import inspect_run, report_rows
 
@@ -128,7 +128,7 @@ def inspect(
     epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json",
 )
 def replay(
-    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run that ended on a number not finite.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory of a run that ended with a non-finite number.")],
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -153,11 +153,13 @@ def replay(
 )
 def crops(
     name: Annotated[str, Option("--crops", help="default, global-local, adjacent, ..., or all.")] = "default",
-    size: Annotated[str, Option(help="Of the images, in pixels: a side, or HEIGHTxWIDTH.")] = "32",
-    pairs: Annotated[int, Option(help="How many pairs of crops to draw.")] = 1_000_000,
-    out: Annotated[Path | None, Option("--out", "-o", help="A picture, too: coverage and shares.")] = None,
-    sampler: Annotated[str, Option(metavar="ours|torchvision", help="Who draws; torchvision is slow.")] = "ours",
-    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of what is drawn.")] = 0,
+    size: Annotated[str, Option(help="Size of the images in pixels: a side, or HEIGHTxWIDTH.")] = "32",
+    pairs: Annotated[int, Option(help="Number of pairs of crops.")] = 1_000_000,
+    out: Annotated[Path | None, Option("--out", "-o", help="Also draw coverage and shares.")] = None,
+    sampler: Annotated[
+        str, Option(metavar="ours|torchvision", help="Implementation of the crops; torchvision is slow.")
+    ] = "ours",
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the crops.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Count the relative positions of two crops of an image: nested, disjoint, or partially overlapping."""
@@ -214,5 +216,5 @@ def plugins(
             return
         known = {plugin["name"]: plugin for plugin in every}
         if name not in known:
-            raise ConfigError(f"there is no plug-in {name!r}; there are {', '.join(known)}")
+            raise ConfigError(f"unknown plug-in {name!r}: choose one of {', '.join(known)}")
         print_json(known[name]) if as_json else print_plugin(known[name])

@@ -129,9 +129,9 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
     lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in found["rows"].items()]
     memory = found["memory_bytes_estimate"]
     parts = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in memory.items() if n and name != "sum")
-    lines += [f"memory:  an estimate of {_size(memory['sum'])}, beside Python and torch: {parts}"]
+    lines += [f"memory:  an estimate of {_size(memory['sum'])}, in addition to Python and torch: {parts}"]
     if memory["sum"] > found["memory_bytes_free"]:
-        lines += [f"         MORE THAN THE {_size(found['memory_bytes_free'])} THAT ARE FREE: use a smaller --context"]
+        lines += [f"         MORE THAN THE FREE {_size(found['memory_bytes_free'])}: use a smaller --context"]
     say(*(f"# {line}" for line in lines))
     say(*yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
 
@@ -214,7 +214,7 @@ def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
     flags = {"curate": "--curate"}
     rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
     print_table(("flag", "what it is", "options"), rows)
-    say("", "They go with every method, and together. Beside them: --crops (inbatch crops --crops all) and")
+    say("", "All can be combined, with every method. See also --crops (inbatch crops --crops all) and")
     say("--shuffle-groups. One plug-in in detail: inbatch plugins NAME")
 
 

@@ -13,8 +13,8 @@ from inbatch.errors import ConfigError
 
 @app.command(
     cls=Command,
-    epilog="Examples:\n\n  inbatch table     what there is\n\n"
-    "  inbatch table ba-ssl-3     the paper's figures beside ours, and every command\n\n"
+    epilog="Examples:\n\n  inbatch table     the list of tables\n\n"
+    "  inbatch table ba-ssl-3     published and reproduced figures, and every command\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --on digits --seed 0\n\n"
     "  inbatch table ba-ssl-3 --from results/records -o table.html",
@@ -56,7 +56,7 @@ def table(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show or run a table or figure of a paper: its figures, ours, the differences, and the command of every run."""
+    """Show or run a table or figure of a paper: published and reproduced figures, differences, and commands."""
     with reported(as_json):
         from inbatch.apps.papers import TABLES
         from inbatch.apps.papers.command import run_table_command

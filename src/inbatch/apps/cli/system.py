@@ -13,27 +13,31 @@ from inbatch.runtime import tuning
 
 @app.command(
     cls=Command,
-    epilog="Examples:\n\n  inbatch bench --quick     some minutes, to see that all of it works\n\n"
+    epilog="Examples:\n\n  inbatch bench --quick     a functional check, some minutes\n\n"
     "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
-    "  inbatch bench network step --method simclr --method moco --batch 512 --device cuda --compile",
+    "  inbatch bench tower step --method simclr --method moco --batch 512 --device cuda --compile",
 )
 def bench(
     sections: Annotated[
         list[str] | None, Argument(metavar="[SECTION]...", help="views, network, step, loss, data, evaluation.")
     ] = None,
-    size: Annotated[int, Option(help="Side of the views: 32, or 224 out of photographs.")] = 32,
-    batch: Annotated[int | None, Option(help="Samples per step; 256 at 32 pixels, 64 at 224.")] = None,
-    encoder: Annotated[str | None, Option(help="resnet18 by default.")] = None,
-    method: Annotated[list[str] | None, Option(help="Whose networks and steps, as often as you like; simclr.")] = None,
-    threads: Annotated[int | None, Option(help="One for views and decoding, else all cores by default.")] = None,
+    size: Annotated[int, Option(help="Side of the views in pixels: 32, or 224 from photographs.")] = 32,
+    batch: Annotated[int | None, Option(help="Samples per step; default 256 at 32 pixels, 64 at 224.")] = None,
+    encoder: Annotated[str | None, Option(help="Encoder; default resnet18.")] = None,
+    method: Annotated[list[str] | None, Option(help="Method to measure; repeatable; default simclr.")] = None,
+    threads: Annotated[int | None, Option(help="Threads; default: 1 for views and decoding, else all cores.")] = None,
     device: Device = "auto",
-    data: Annotated[str | None, Option(help="JPEG files for step and data; drawn ones by default.")] = None,
-    peers: Annotated[bool | None, Option("--peers/--no-peers", help="Other libraries; those installed.")] = None,
-    peers_python: Annotated[str | None, Option(metavar="PATH", help="A Python that has the other libraries.")] = None,
-    rounds: Annotated[int | None, Option(help="Turns of every contestant; 7 by default.")] = None,
-    compile: Annotated[bool, Option("--compile", help="Networks and steps compiled, too.")] = False,
-    quick: Annotated[bool, Option("--quick", help="All small: whether it works, not how fast.")] = False,
-    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write all that was found as JSON.")] = None,
+    data: Annotated[str | None, Option(help="JPEG files for step and data; default: synthetic ones.")] = None,
+    peers: Annotated[
+        bool | None, Option("--peers/--no-peers", help="Measure other libraries; default: if installed.")
+    ] = None,
+    peers_python: Annotated[
+        str | None, Option(metavar="PATH", help="Python interpreter with the other libraries.")
+    ] = None,
+    rounds: Annotated[int | None, Option(help="Rounds per implementation; default 7.")] = None,
+    compile: Annotated[bool, Option("--compile", help="Also measure compiled networks and steps.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Small sizes: a functional check, no measurement.")] = False,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Write all results as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Benchmark this machine against its peak rates and other libraries, with implementations measured in turns."""
@@ -55,7 +59,7 @@ def bench(
     epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache",
 )
 def doctor(
-    measure: Annotated[bool, Option(help="Measure what settings gain on the processor: a minute at most.")] = True,
+    measure: Annotated[bool, Option(help="Measure the gain of settings on the CPU, for at most a minute.")] = True,
     clear_cache: Annotated[bool, Option("--clear-cache", help="Remove decoded images kept for the next run.")] = False,
     device: Device = "auto",
     as_json: Json = False,

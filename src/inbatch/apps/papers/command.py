@@ -46,13 +46,13 @@ class TableReport:
         table, scale = self.sheet.table, self.sheet.scale
         lines = [f"{table.name} at {scale} scale. {table.asks}", *render.notes(self.sheet)]
         if told := table.holds.get(scale):
-            lines += ["", f"What holds. {told}"]
+            lines += ["", f"Findings. {told}"]
         lines += ["", *self._compared(), "The runs (seed 0; others with --seed):", ""]
         lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.sheet)]
         names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.sheet)} & WHERE.keys()
-        lines += [f"(--data {name}: put the place of its images there.)" for name in sorted(names)]
+        lines += [f"(--data {name}: replace {name} by the path of its images.)" for name in sorted(names)]
         if self.launch:
-            lines += ["", "To be launched where there is a cluster (inbatch slurm writes a batch script):", ""]
+            lines += ["", "Commands to launch on a cluster (inbatch slurm writes a batch script):", ""]
             lines += [f"  {command}" for command in self.launch]
         elif not self.sheet.records:
             lines += ["", f"Nothing has been run yet: inbatch table {table.name} --scale {scale}"]
@@ -68,9 +68,9 @@ class TableReport:
                 if own.values and theirs.values:
                     digits = self.sheet.table.digits
                     lines.append(
-                        f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, ours {theirs.text(digits)}"
+                        f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, shipped {theirs.text(digits)}"
                     )
-        return ["Beside the results that come along:", "", *lines, ""] if lines else []
+        return ["Compared with the shipped results:", "", *lines, ""] if lines else []
 
     def json(self) -> dict[str, Any]:
         """Return the report for --json; figures in percent."""
@@ -126,7 +126,7 @@ def run_table_command(
         check_writable(out)
     table = _chosen(table, scale, rows, on, seeds)
     if from_ is not None and not from_.is_dir():
-        raise ConfigError(f"{from_} is no folder of results")
+        raise ConfigError(f"--from {from_} is not a folder of results")
     problems: dict[str, InbatchError] = {}
     launch: tuple[str, ...] = ()
     if runs and scale == "paper":

@@ -52,7 +52,7 @@ def _deviation(values: Sequence[float], digits: int) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A row: the paper's figures, ours by column, and the runs' records by data set and seed."""
+    """A row: published figures, reproduced figures by column, and the runs' records by data set and seed."""
 
     row: Row
     paper: tuple[float | None, ...]

@@ -101,14 +101,12 @@ def notes(sheet: FilledTable) -> list[str]:
     sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
     if "cifar10-jpeg" in sources.values():
         lines.append(
-            "CIFAR-10 is a JPEG copy (quality about 75): accuracies stand a little below those on the original files."
+            "CIFAR-10 is a JPEG copy (quality about 75): accuracies are slightly below those on the original files."
         )
     if finished:
-        lines.append(
-            f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} of one process after another."
-        )
+        lines.append(f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} if run one after another.")
     lines += [
-        f"Failed: {record.command}{protocol and f', judged by {protocol}'}: {sentence}"
+        f"Failed: {record.command}{protocol and f', evaluated by {protocol}'}: {sentence}"
         for record in records
         for protocol, sentence in record.failures.items()
     ]
@@ -145,7 +143,7 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
     if picture is not None:
         parts.append(f"![Curves]({picture})")
     if told := table.holds.get(sheet.scale):
-        parts.append(f"**What holds.** {told}")
+        parts.append(f"**Findings.** {told}")
     parts.append("\n".join(f"- {_md(note)}" for note in notes(sheet)))
     parts.append(
         "## The runs\n\n"
@@ -244,7 +242,7 @@ def page(sheet: FilledTable) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
     ]
     if told := table.holds.get(sheet.scale):
-        parts.append(f"<p><b>What holds.</b> {e(told)}</p>")
+        parts.append(f"<p><b>Findings.</b> {e(told)}</p>")
     if (png := curves(sheet)) is not None:
         parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
     parts.append("<ul>" + "".join(f"<li>{e(note)}</li>" for note in notes(sheet)) + "</ul><h2>Runs</h2>")

@@ -98,7 +98,7 @@ def read_record(path: Path) -> Record:
         found = Record.model_validate(json.loads(path.read_bytes()))
         found.told  # noqa: B018 - validates the recipe
     except (OSError, ValueError, ConfigError) as error:
-        raise DataError(f"{path} is no result of a run: {_reason(error)}") from None
+        raise DataError(f"{path} is not the result of a run: {_reason(error)}") from None
     return found
 
 

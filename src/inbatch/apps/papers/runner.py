@@ -50,7 +50,7 @@ class Runner:
         download: Download missing torchvision data sets.
         again: Repeat failed runs.
         tell: Receives sentences for the user.
-        show: Displays progress: completed and total runs, in words, and the remaining time. Without it, progress is
+        show: Displays progress: completed and total runs as text, and the remaining time. Without it, progress is
             reported by `tell` every minute.
     """
 
@@ -99,10 +99,10 @@ class Runner:
             yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
 
     def place(self, name: str) -> str:
-        """Return the location of a data set's images; raise DataError if only the user knows it."""
+        """Return the location of a data set's images; raise DataError if it has no default."""
         place = self.places.get(name, WHERE.get(name, name))
         if place is None:
-            raise DataError(f"where are the images of {name}? --data {name}=PATH")
+            raise DataError(f"the images of {name} have no default path: pass --data {name}=PATH")
         return place
 
     def run(self, cells: Sequence[Cell]) -> dict[str, InbatchError]:
@@ -146,7 +146,7 @@ class Runner:
                     spoke = time.perf_counter()
                     self._report(began, done, len(todo))
         if stop.requested:
-            raise stopped(stop.requested, f"with {kept} of {len(todo)} runs done; the same command goes on")
+            raise stopped(stop.requested, f"with {kept} of {len(todo)} runs done; run the same command to continue")
         return problems
 
     def _report(self, began: float, done: int, total: int) -> None:

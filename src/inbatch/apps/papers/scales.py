@@ -32,11 +32,11 @@ WHERE = {
     "imagenet-100": None,
     "imagenet": None,
 }
-"""Default location of images without --data NAME=PATH; None: only the user knows it."""
+"""Default location of images without --data NAME=PATH; None: there is no default."""
 
 SHORT = (
     "digits: 1,297 embedded images of 32 pixels, 30 epochs, encoder tiny (74,400 parameters), batch 128, AdamW, k = 20",
-    "photos: 10,000 images of CIFAR-10, the same encoder and batch, 4 epochs, k = 200; judged on 10,000 test images",
+    "photos: 10,000 images of CIFAR-10, the same encoder and batch, 4 epochs, k = 200; evaluated on 10,000 test images",
     "the linear probe is logistic regression on features of clean images",
 )
 
@@ -80,7 +80,7 @@ def usual(
             {"epochs": 1, "batch": 64, "evaluate_every": 1},
             seeds=(0, 1),
             protocols=protocols,
-            cost="seconds a run: whether it works, not what comes out",
+            cost="seconds a run: a functional check, not a result",
             differs=("192 images, one epoch: its figures mean nothing",),
         ),
         "cpu": Scale(

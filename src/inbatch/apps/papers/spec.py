@@ -62,8 +62,8 @@ class Scale:
         data: Name of a data set -> its settings, which include "data" and "size".
         settings: Settings shared by all runs.
         seeds: The seeds.
-        protocols: Evaluations besides k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
-        cost: Cost in words.
+        protocols: Evaluations in addition to k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
+        cost: Cost as text.
         differs: Differences from the paper, and their reasons.
     """
 
@@ -84,13 +84,13 @@ class Table:
         name: Name in the registry.
         title: Title.
         source: Where it was published.
-        asks: Its question.
+        asks: The question that it answers.
         rows: The rows.
         scales: The scales by name.
         headings: The paper's columns, in percent.
         digits: Decimal places.
         curve: For a figure of curves: the number that is plotted over the epochs ("knn").
-        holds: Result of our runs at a scale, in words.
+        holds: Findings of our runs at a scale.
     """
 
     name: str

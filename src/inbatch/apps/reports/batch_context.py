@@ -138,8 +138,8 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
     )
     title = (
         f"View {number} as the encoder gets it in training, fused ({told['name']}) in a group of {len(plain)}.",
-        f"Fused: values from {low:.2f} to {high:.2f} of what is otherwise 0 to 1, black to white.",
-        f"Added: fused - {own:.2f} x plain, {times:g} times as strong; grey is nothing.",
+        f"Fused: values from {low:.2f} to {high:.2f} ; plain pixels are from 0 (black) to 1 (white).",
+        f"Added: fused - {own:.2f} x plain, amplified {times:g} times; grey is 0.",
     )
     drawn = [Row([(_tile(column[i]), name) for name, column in columns]) for i in range(len(shown))]
     return told, sheet(title, drawn)
@@ -266,8 +266,8 @@ def _neighbours(pictures: Sequence[Image.Image], weights: Float[Tensor, "g n"], 
         for i in range(min(count, len(pictures)))
     ]
     title = (
-        f"Whom each image (left) attends to most in a group of {len(pictures)}; heads averaged.",
-        f"Evenly spread, every weight would be {1 / len(pictures):.2%}.",
+        f"Samples that each image (left) attends to most in a group of {len(pictures)}; mean over heads.",
+        f"Uniform weights would be {1 / len(pictures):.2%}.",
     )
     return sheet(title, lines)
 
@@ -303,11 +303,11 @@ def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of the table: plug-in, measurement, value."""
     told, lines = found["leak"], []
     if told is None:
-        lines.append(("groups", "told from one embedding", "not asked: fewer than two groups of 4 samples"))
+        lines.append(("groups", "identified from one embedding", "not measured: fewer than two groups of 4 samples"))
     else:
         share = f"{told['leak']:.1%} (chance {told['leak_chance']:.1%}, standard error {told['leak_error']:.1%})"
-        lines.append(("groups", "told from one embedding", share))
-        lines.append(("", "in words", told["told_apart"] or "the context groups cannot be told apart."))
+        lines.append(("groups", "identified from one embedding", share))
+        lines.append(("", "verdict", told["told_apart"] or "the context groups cannot be distinguished."))
     if fuse := found.get("fuse"):
         name = f"fuse {fuse['name']}"
         lines.append((name, f"mean change of a pixel, view {fuse['view']}", f"{fuse['change']:.3f} sd"))
@@ -319,7 +319,7 @@ def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         share = f"{curate['violating_before']:.1%} of {curate['samples']}{when}"
         lines.append(("curate", asked, share))
         if not curate["violating_before"]:
-            lines.append(("", "redrawn", "none violates, so there is nothing to draw"))
+            lines.append(("", "redrawn", "none: no sample violates the rule"))
         else:
             left = f"{curate['violating']:.1%} ({curate['redrawn']:.2f} redraws per sample)"
             lines.append(("", f"left after {curate['rounds']:.0f} rounds", left))
@@ -330,7 +330,7 @@ def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             slot = block["block"].removeprefix("backbone.")
             lines.append(("" if i else name, f"weights in {slot}: mean / least / largest", values))
         if not attend["blocks"]:
-            lines.append((name, "weights of samples", "there are none: it looks at every sample alone"))
+            lines.append((name, "weights of samples", "none: attention within each sample only"))
     return lines
 
 
@@ -404,7 +404,7 @@ def inspect_run(
     if not (folder / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if count < 1 or seed < 0:
-        raise ConfigError(f"count is 1 or more and seed 0 or more, not {count} and {seed}")
+        raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
     saved = checkpoint.load(folder / "checkpoints")
     settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
     # a run of several processes stores its context group size in the report
@@ -414,7 +414,7 @@ def inspect_run(
     try:
         source = source_of(recipe, data)
     except DataError as error:
-        raise DataError(f"the images of the run in {path} are not to be had: {error}. Give --data") from None
+        raise DataError(f"cannot read the images of the run in {path}: {error}. Pass --data") from None
     built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), TrainState()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
     found = draw_report(

@@ -74,9 +74,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def choose_crops(name: str, sampler: str) -> list[str]:
     """Return the names to count: one of CROPS, or all; raise ConfigError if unknown or not supported by the sampler."""
     if sampler not in SAMPLERS:
-        raise ConfigError(f"There is no sampler {sampler!r}. Choose ours or torchvision.")
+        raise ConfigError(f"Unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
     if name != "all" and name not in CROPS:
-        raise ConfigError(f"There are no crops {name!r}. Choose one of {', '.join(CROPS)}, or all.")
+        raise ConfigError(f"Unknown crops {name!r}: choose one of {', '.join(CROPS)}, or all.")
     names = list(CROPS) if name == "all" else [name]
     if sampler == "torchvision":
         drawn = [one for one in CROPS if not CROPS[one].configurations]
@@ -103,7 +103,7 @@ def count_configurations(
         size: Height and width of the images in pixels.
         pairs: Number of pairs.
         seed: Seed of the crops.
-        sampler: "ours", or "torchvision" for its RandomResizedCrop, box by box.
+        sampler: `"ours"`, or `"torchvision"` for its RandomResizedCrop, box by box.
         notice: Called with a message if the count will take long.
 
     Raises:

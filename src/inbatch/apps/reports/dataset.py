@@ -181,7 +181,7 @@ def _problems(source: Source, seen: ImageStatistics, found: Mapping[str, Any], m
         most = f"{100 * max_bad:g}%"
         return [f"{bad:,} of {looked:,} images cannot be read, and a run leaves out at most {most}: remove them"]
     if looked - bad > 1 and found["duplicates"]["images"] == looked and found["duplicates"]["groups"] == 1:
-        return [f"all {looked:,} images are identical: there is nothing to tell apart"]
+        return [f"all {looked:,} images are identical: at least two different images are needed"]
     return (
         [] if len(source) - bad > 1 else ["there is one image: samples learn from each other, so at least 2 are needed"]
     )

@@ -196,7 +196,7 @@ class ImageFile:
             self._tiff = found = tiff.header(self._file)
             if found.channels != self.channels and {found.channels, self.channels} != {1, 3}:
                 raise ValueError(
-                    f"it has {found.channels} channels, {self.channels} were asked for "
+                    f"it has {found.channels} channels, {self.channels} were requested "
                     f"(--set channels={found.channels} reads them)"
                 )
             self.bits = found.bits

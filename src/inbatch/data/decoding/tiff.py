@@ -71,7 +71,7 @@ def decode(file: bytes | str) -> np.ndarray:
 
 
 def _check_packed(page: Any) -> None:
-    """Raise ValueError if a compressed part unpacks to more bytes than its header says.
+    """Raise ValueError if a compressed part unpacks to more bytes than the size in its header.
 
     tifffile would unpack two million bytes to two billion.
     """
@@ -81,7 +81,7 @@ def _check_packed(page: Any) -> None:
     for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
         file.seek(start)
         if len(unpack().decompress(file.read(size), most + 1)) > most:
-            raise ValueError("its compressed pixels are more than its header says")
+            raise ValueError("its compressed pixels exceed the size in its header")
 
 
 @contextmanager

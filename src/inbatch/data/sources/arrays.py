@@ -89,7 +89,7 @@ def find_arrays(data: object, reading: Reading) -> dict[str, Callable[[], Source
         if not len(pixels):
             raise DataError("The array holds no image (its first side is 0)")
         if reading.channels not in (None, pixels.shape[1]):
-            raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were asked for")
+            raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were requested")
         if labels is None:
             return ArraySource(pixels, unlabelled(len(pixels)), ())
         known = check_labels(torch.as_tensor(labels), len(pixels), "The labels given with the array")

@@ -64,10 +64,10 @@ def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]
 def open_split(folder: Path, kind: Kind, split: str, reading: Reading) -> Source:
     """Open one split of a folder with CIFAR files: (N, 3, 32, 32) in memory."""
     if reading.channels not in (None, 3):
-        raise DataError(f"CIFAR's images have 3 channels, {reading.channels} were asked for")
+        raise DataError(f"CIFAR's images have 3 channels, {reading.channels} were requested")
     names = _read(folder / kind.meta).get(kind.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
-        raise DataError(f"{str(folder / kind.meta)!r} holds no list {kind.names!r}: it is none of CIFAR's files")
+        raise DataError(f"{str(folder / kind.meta)!r} holds no list {kind.names!r}: it is not a CIFAR file")
     images, labels = [], []
     for file in kind.train if split == "train" else kind.test:
         pixels, numbers = _batch(folder / file, kind.labels, len(names))
@@ -82,7 +82,7 @@ def _batch(file: Path, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
     content = _read(file)
     data, labels = content.get("data"), content.get(key)
     if not isinstance(data, _Array) or not isinstance(labels, list):
-        raise DataError(f"{str(file)!r} lacks 'data' or {key!r}: it is none of CIFAR's files")
+        raise DataError(f"{str(file)!r} lacks 'data' or {key!r}: it is not a CIFAR file")
     pixels = data.pixels(str(file))
     if len(labels) != len(pixels) or not all(type(x) is int and -1 <= x < classes for x in labels):
         raise DataError(f"{str(file)!r} needs a label from 0 to {classes - 1} for each of its {len(pixels):,} images")
@@ -97,9 +97,9 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as e:
         raise DataError(f"{str(file)!r} cannot be read: {e.strerror}; unpack the archive again") from e
     except Exception as e:  # a damaged pickle can raise any exception
-        raise DataError(f"{str(file)!r} is none of CIFAR's files, or damaged: {e or type(e).__name__}") from e
+        raise DataError(f"{str(file)!r} is not a CIFAR file, or damaged: {e or type(e).__name__}") from e
     if not isinstance(content, dict):
-        raise DataError(f"{str(file)!r} is none of CIFAR's files: it holds no dictionary")
+        raise DataError(f"{str(file)!r} is not a CIFAR file: it holds no dictionary")
     return {_text(key): value for key, value in content.items() if isinstance(key, bytes | str)}
 
 
@@ -130,7 +130,7 @@ class _Array:
             or shape != (len(data) // _PIXELS, _PIXELS)
             or by_column not in (False, 0, "C")
         ):
-            raise DataError(f"{file!r}: 'data' is no array of bytes with {_PIXELS:,} to an image")
+            raise DataError(f"{file!r}: 'data' is not an array of {_PIXELS:,} bytes per image")
         return np.frombuffer(data, np.uint8).reshape(-1, _PIXELS)
 
 
@@ -177,5 +177,5 @@ class _Inert(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the recorder for a name."""
         if (module, name) not in self._KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
         return self._KNOWN[module, name]

@@ -31,7 +31,7 @@ def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source
         def open_split() -> Source:
             images, labels = make()
             if reading.channels not in (None, images.shape[1]):
-                raise DataError(f"{data} has {images.shape[1]} channels, {reading.channels} were asked for")
+                raise DataError(f"{data} has {images.shape[1]} channels, {reading.channels} were requested")
             return ArraySource(images[part], labels[part], tuple("0123456789"), data)
 
         return open_split

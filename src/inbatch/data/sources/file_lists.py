@@ -97,7 +97,7 @@ def _text(lines: Iterator[str], file: Path) -> Iterator[Row]:
             if not match:
                 raise DataError(
                     f"{str(file)!r}, line {number}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
-                    f"{_printable(line.strip())}; other names can stand in a .csv file"
+                    f"{_printable(line.strip())}; other names can be listed in a .csv file"
                 )
             yield Row(number, match[1], (match[2] or "").strip(), "")
 
@@ -182,7 +182,7 @@ def _checked(row: Row, file: Path) -> str:
     """Return the path of a row; raise DataError if it is invalid or outside the list's folder."""
     wrong = None
     if not row.path or "\0" in row.path:
-        wrong = "no name of a file"
+        wrong = "not the name of a file"
     elif os.pardir in row.path and _leaves(row.path):
         wrong = "outside the list's folder; give absolute paths to files elsewhere"
     if wrong:
@@ -195,5 +195,5 @@ def _leaves(path: str) -> bool:
 
 
 def _printable(text: str, quote: str = "'") -> str:
-    """Return text for a message or a class name, printable whatever its bytes."""
+    """Return text for a message or a class name, printable for any bytes."""
     return f"{quote}{printable(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"

@@ -150,5 +150,5 @@ def _folder_name(name: str) -> str:
 
 
 def _text(path: bytes) -> str:
-    """Decode a name to printable text whatever its bytes."""
+    """Decode a name to printable text, for any bytes."""
     return path.decode("utf-8", "backslashreplace")

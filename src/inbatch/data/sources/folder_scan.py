@@ -39,7 +39,7 @@ class Listing(NamedTuple):
     """Contents of one folder: sorted names of images and of sub-folders, separated by NUL.
 
     Attributes:
-        stamp: State of the folder; None if it must be read again, because it had just changed or has broken links.
+        stamp: State of the folder; None if it must be read again, because it had recently changed or has broken links.
         images: Names of the images.
         folders: Names of the sub-folders.
         skipped: Number of other files, by file extension.
@@ -158,7 +158,7 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             elif extension in EXTENSIONS and is_kind(entry.is_file):
                 images.append(entry.name)
             else:
-                odd = " that are no files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
+                odd = " that are not files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
                 skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
                 broken |= entry.is_symlink()  # its target may appear later without a change of the folder
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED

@@ -109,7 +109,7 @@ def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], S
         return None
     if isinstance(data, str) and data.startswith("hf/") and not os.path.exists(data):
         if not (named := _NAME.fullmatch(data)):
-            raise DataError(f"{data!r} is no name of a set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
+            raise DataError(f"{data!r} is not a data set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
         loaded = _hub(named["name"], named["config"], reading.download)
         opened = {split: partial(HubSource, rows, f"{data} ({split})", None, reading) for split, rows in loaded.items()}
         return _named(opened)
@@ -117,7 +117,7 @@ def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], S
     if (root / "dataset_dict.json").is_file():
         names = _json(root / "dataset_dict.json").get("splits", [])
         if not names or any(Path(str(name)).name != name for name in names):
-            raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or none that are folders beside it")
+            raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or splits without a folder")
         return _named({name: partial(_saved, root / name, reading) for name in names})
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         return {"train": partial(_saved, root, reading)}
@@ -192,7 +192,7 @@ def _image_column(features: Any, name: str) -> str:
     if len(found) != 1 and not usual:
         raise DataError(
             f"{name!r} has the columns {', '.join(map(repr, features))}: one with the feature Image is needed"
-            + (", called image where there are several" if found else "")
+            + ("; with several, one must be called image" if found else "")
         )
     return (usual or found)[0]
 
@@ -217,7 +217,7 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise DataError(f"{str(file)!r} cannot be read: {e}") from e
     if not isinstance(found, dict):
-        raise DataError(f"{str(file)!r} is damaged: it is no JSON object")
+        raise DataError(f"{str(file)!r} is damaged: it is not a JSON object")
     return found
 
 

@@ -58,5 +58,5 @@ class PathsSource(Source):
 
 
 def printable(path: bytes) -> str:
-    """Decode a name to printable text whatever its bytes."""
+    """Decode a name to printable text, for any bytes."""
     return path.decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
 """torchvision's labelled data sets by name: `torchvision/STL10`, or `torchvision/STL10:FOLDER`.
 
 They are stored where torchvision puts them, under FOLDER, $INBATCH_DATA or ./data. They are downloaded only on request,
-by torchvision, and only if it knows the checksum of the archive. CIFAR files, which are pickles, are read by `cifar`.
+by torchvision, and only if it has the checksum of the archive. CIFAR files, which are pickles, are read by `cifar`.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], S
     if name not in SETS:
         close = closest(name, SETS)
         hint = f"did you mean {PREFIX}{close[0]}?" if close else f"there are {', '.join(SETS)}"
-        raise DataError(f"{data!r} is no set of torchvision's that can be read: {hint}")
+        raise DataError(f"{data!r} is not a supported data set of torchvision: {hint}")
     root = Path(where or os.environ.get("INBATCH_DATA") or "data").expanduser()
     return {split: partial(_open, name, split, root, reading) for split in SETS[name].splits}
 
@@ -103,7 +103,9 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
         there, fetched = (root / SETS[name].place).exists(), SETS[name].fetched
         if not (reading.download and fetched):
             how = (
-                "`inbatch pretrain --download` (download=True) fetches it" if fetched else "it must be fetched by hand"
+                "`inbatch pretrain --download` (download=True) fetches it"
+                if fetched
+                else "it must be downloaded manually"
             )
             said = "" if "download=True" in str(e) else f" ({e})"
             wrong = f"whole{said}: remove {str(root / SETS[name].place)!r}, and" if there else "there:"
@@ -112,7 +114,7 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
         return _open(name, split, root, Reading(reading.channels, reading.levels))
     source = made if isinstance(made, Source) else _source(made, f"{PREFIX}{name} ({split})", root, reading)
     if reading.channels not in (None, source.channels):
-        raise DataError(f"{source.name} has {source.channels} channels, {reading.channels} were asked for")
+        raise DataError(f"{source.name} has {source.channels} channels, {reading.channels} were requested")
     return source
 
 

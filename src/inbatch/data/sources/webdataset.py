@@ -68,7 +68,7 @@ class TarSource(Source):
         except OSError as e:
             raise DataError(f"{shard!r} cannot be read: {e.strerror or e}") from e
         if len(data) < size:
-            raise DataError(f"{shard!r} is shorter than when the run began: {self.identity(i)!r} is gone")
+            raise DataError(f"{shard!r} is shorter than at the start of the run: {self.identity(i)!r} is missing")
         return ImageFile(data, lambda: f"{shard}:{self._member(i)}", self.channels, self.levels)
 
     def identity(self, i: int) -> str:
@@ -204,7 +204,7 @@ def _members(shard: str, skipped: Counter[str]) -> Iterator[_Member]:
 
 
 def _check_plain(file: BinaryIO) -> None:
-    """Raise ValueError if the file is compressed, whatever its name."""
+    """Raise ValueError if the file is compressed, for any name."""
     head = file.read(6)
     file.seek(0)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -216,7 +216,7 @@ def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
     name = member.name.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
-        raise ValueError(f"its member {member.name!r} leads out of the folder it is unpacked in")
+        raise ValueError(f"its member {member.name!r} points out of the folder that it is unpacked in")
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():

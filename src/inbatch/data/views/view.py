@@ -81,7 +81,7 @@ class View:
         for name in ("brightness", "contrast", "saturation", "noise", "shift"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is below 0")
         _require(self.size >= 1, f"size={self.size} is not a number of pixels")
-        _require(self.scale is None or self.scale[1] <= 1, f"scale={self.scale} wants more than the whole image")
+        _require(self.scale is None or self.scale[1] <= 1, f"scale={self.scale} exceeds the whole image")
         _require(0 < self.centre <= 1, f"centre={self.centre} is not a share of the image in (0, 1]")
         _require(self.aspect >= 1, f"aspect={self.aspect} is below 1")
         _require(0 <= self.hue <= 0.5, f"hue={self.hue} is not in [0, 0.5] turns")

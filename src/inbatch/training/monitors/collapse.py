@@ -53,7 +53,7 @@ def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = F
         if not value >= lowest:  # includes nan
             what = "features" if whose == "features" else f"rows of {whose}"
             how = (
-                f"standard deviation per dimension is {value:.2g} (1: spread over the sphere, 0: all the same)"
+                f"standard deviation per dimension is {value:.2g} (1: uniform on the sphere, 0: all equal)"
                 if kind == "std"
                 else f"effective rank (RankMe) is {value:.3g}"
             )

@@ -32,8 +32,7 @@ class Comparison:
         if seeds == 1:
             floors = (f"{MEASURES[m]} {fixed or f'{share:.0%}'}" for m, (fixed, share) in FLOORS.items())
             notes.append(
-                f"One seed does not say how far seeds lie apart: the band is +- {', '.join(floors)}, and sound runs "
-                "may leave it."
+                f"The reference has one seed, so the band is +- {', '.join(floors)}; correct runs may leave it."
             )
         if ends != end:
             notes.append(
@@ -43,9 +42,9 @@ class Comparison:
         if other := differing(recipe, ref.recipe, {"seed", "epochs", "evaluate_every"}) if ref.recipe else []:
             notes.append(f"Not the reference's: {listed(other)}.")
         if set(self.looks) - set(ref.epochs) - {epoch for epoch in self.looks if epoch > ends}:
-            notes.append("The reference was looked at after other epochs: between them its band is a straight line.")
+            notes.append("The reference was evaluated after other epochs: its band is interpolated linearly.")
         if gone := [m for m in MEASURES if not any(ref.band(m, epoch) for epoch in self.looks)]:
-            notes.append(f"Not compared, for the reference has none at these looks: {', '.join(gone)}.")
+            notes.append(f"Not compared, because the reference has no values at these evaluations: {', '.join(gone)}.")
         return notes
 
     def news(self) -> list[str]:
@@ -68,10 +67,10 @@ class Comparison:
     def summary(self) -> str:
         """Return a summary of the whole run in one line."""
         counts = [
-            f"{list(found.values()).count('inside')} of {len(found)} looks ({MEASURES[measure]})"
+            f"{list(found.values()).count('inside')} of {len(found)} evaluations ({MEASURES[measure]})"
             for measure, found in self._places().items()
         ]
-        return f"Compared with {self.reference.name}: inside the band at {', '.join(counts) or 'no look'}."
+        return f"Compared with {self.reference.name}: inside the band at {', '.join(counts) or 'no evaluation'}."
 
     def _places(self) -> dict[str, dict[float, str]]:
         """Return measure -> epoch -> position relative to the band, for all compared values."""

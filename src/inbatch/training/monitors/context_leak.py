@@ -97,8 +97,8 @@ def sign(found: dict[str, float], shuffled: bool) -> str | None:
     """Return a sentence if groups are distinguishable, else None."""
     if found["leak"] < found["leak_chance"] + SURE * found["leak_error"]:
         return None
-    does = "the groups are shuffled, which takes the use of it away" if shuffled else "see --shuffle-groups"
+    does = "the groups are shuffled, so the loss cannot exploit it" if shuffled else "see --shuffle-groups"
     return (
-        f"one embedding tells its context group in {found['leak']:.0%} of cases (chance {found['leak_chance']:.0%}): "
-        f"what a group has in common can stand in for the image; {does}."
+        f"one embedding identifies its context group in {found['leak']:.0%} of cases "
+        f"(chance {found['leak_chance']:.0%}): features of the group can replace those of the image; {does}."
     )

@@ -20,7 +20,7 @@ PANELS = {
     "knn": "online k-NN accuracy",
     "feature_std": "feature std",
     "rankme": "effective rank",
-    "leak": "group told from\none embedding",
+    "leak": "context group from\none embedding",
     "curate_rounds": "redraw rounds",
     "curate_redrawn": "redraws / sample",
     "curate_violating_before": "share violating,\nas drawn",
@@ -49,7 +49,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
                 curves.setdefault(name, []).append((record["step"], float("nan") if value is None else value))
     names = [name for name in PANELS if name in curves]
     if not names:
-        raise DataError(f"{log} holds none of {', '.join(PANELS)}: nothing was logged yet.")
+        raise DataError(f"{log} holds none of {', '.join(PANELS)}: nothing has been logged yet.")
 
     # An automatic layout takes longer than the drawing, which a run may repeat after every evaluation.
     height = 1.9 * len(names)
@@ -70,7 +70,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
             panel.set_ylim(bottom=0)  # a value that falls to zero must be visible as such
     if compared is not None:
         name = one_line(compared.reference.name)[-60:]  # a path may be long, and contain characters without a glyph
-        title = f"grey: {name}, seeds: {len(compared.reference.curves)}; dots: means between looks"
+        title = f"grey: {name}, seeds: {len(compared.reference.curves)}; dots: means between evaluations"
         panels[0].set_title(title, fontsize=8, parse_math=False)
     panels[-1].set_xlabel("step")
     with replacing(png) as file:

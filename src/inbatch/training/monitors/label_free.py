@@ -179,9 +179,9 @@ def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]
             "higher", f"share of {viewed:,} images whose second view is the nearest of all {viewed:,} to the first",
         ),
         "rankme": ("higher", f"effective rank (RankMe) of the features of {images:,} images, at most {width:,}"),
-        "feature_std": ("higher", f"spread of the features of {images:,} images: 1 over the sphere, 0 all the same"),
-        "uniformity": ("lower", "log mean exp(-2 d^2) of pairs of images at distance d; 0: all the same"),
-        "alignment": ("lower", "mean squared distance of two views of an image; 0 also if all features are the same"),
+        "feature_std": ("higher", f"spread of the features of {images:,} images: 1 uniform on the sphere, 0 all equal"),
+        "uniformity": ("lower", "log mean exp(-2 d^2) of pairs of images at distance d; 0: all equal"),
+        "alignment": ("lower", "mean squared distance of two views of an image; 0 also if all features are equal"),
     }  # fmt: skip
 
 

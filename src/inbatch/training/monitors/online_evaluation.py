@@ -110,7 +110,7 @@ def fixed_sample(source: Source, most: int) -> Source:
     """Return at most this many images of a source, the same for each call."""
     if len(source) <= most:
         return source
-    return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "judged on the way")
+    return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "for the online evaluation")
 
 
 def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, epoch: int, log: Log) -> None:

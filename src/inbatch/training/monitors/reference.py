@@ -104,7 +104,7 @@ class Reference:
         """Return the position of a measure as a sentence."""
         low, _, high = self.band(measure, entry["epoch"]) or (math.nan,) * 3
         place = self.place(measure, entry)
-        verb = {"inside": "is back inside", "nowhere": "is no number beside"}.get(str(place), f"is {place}")
+        verb = {"inside": "is back inside", "nowhere": "is not a number, outside"}.get(str(place), f"is {place}")
         band = f"the band of the reference ({_shown(measure, low, high)})"
         return f"{MEASURES[measure]} {_shown(measure, entry[measure])} {verb} {band} at epoch {entry['epoch']:g}"
 
@@ -161,18 +161,18 @@ def read_reference(path: str | Path, name: str | None = None) -> Reference:
     elif os.path.isfile(path / "recipe.json"):
         files = [path / "result.json"]
         if not os.path.isfile(files[0]):
-            raise ConfigError(f"the run in {path} has not finished: it is no reference yet")
+            raise ConfigError(f"the run in {path} has not finished: it cannot be a reference yet")
     else:
         files = sorted(path.glob("*.json")) if os.path.isdir(path) else []
     if not files:
-        raise ConfigError(f"{path} is no reference: give a run's folder, its result.json, or a folder of such files")
+        raise ConfigError(f"{path} is not a reference: pass a run directory, its result.json, or a folder of those")
     results = {file: read_result(file) for file in files}
     first = results[files[0]]["recipe"]
     seeds: dict[str, Path] = {}
     for file, result in results.items():
         if other := differing(first, result["recipe"], {"seed"}):
-            raise ConfigError(f"{path} is no reference: {files[0].name} and {file.name} differ in {listed(other)}")
+            raise ConfigError(f"{path} is not a reference: {files[0].name} and {file.name} differ in {listed(other)}")
         if (twin := seeds.setdefault(repr(result["recipe"].get("seed")), file)) != file:
-            raise ConfigError(f"{path} is no reference: {twin.name} and {file.name} have the same seed")
+            raise ConfigError(f"{path} is not a reference: {twin.name} and {file.name} have the same seed")
     curves = [result["curve"] for result in results.values()]
     return Reference(one_line(str(path)) if name is None else name, curves, first)

@@ -20,15 +20,15 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no reference: {error}") from None
     curve = found.get("curve")
     if not isinstance(found.get("recipe"), dict) or not isinstance(curve, list) or not curve:
-        raise ConfigError(f"{path} is no reference: it is not the result.json of a run, with its recipe and its curve")
+        raise ConfigError(f"{path} is not a reference: it is not the result.json of a run with recipe and curve")
     for entry in curve:
         measured = {"epoch", *MEASURES} & entry.keys() if isinstance(entry, dict) else set()
         bad = sorted(name for name in measured if not _number(entry[name]))
         if bad or "epoch" not in measured:
             what = ", ".join(bad) or "epoch"
-            raise ConfigError(f"{path} is no reference: {what} is no number at a look of its curve")
+            raise ConfigError(f"{path} is not a reference: {what} is not a number at an evaluation of its curve")
     if any(then["epoch"] >= now["epoch"] for then, now in pairwise(curve)):
-        raise ConfigError(f"{path} is no reference: the epochs of its curve do not rise")
+        raise ConfigError(f"{path} is not a reference: the epochs of its curve do not increase")
     return found
 
 
@@ -43,7 +43,7 @@ def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], but: Collectio
 
     Args:
         mine: One recipe.
-        theirs: The other recipe.
+        theirs: The recipe to compare with.
         but: Settings that may differ.
     """
     here, there = _flat(mine), _flat(theirs)

@@ -36,17 +36,18 @@ def find_reference(recipe: dict[str, Any]) -> Reference:
     for result in results.values():  # settings newer than the file have their defaults
         result["recipe"] = json.loads(to_json(make(read_settings(result["recipe"])).nested()))
     if not results:
-        raise ConfigError("no runs to compare with come with this installation: give --compare a run's folder")
+        raise ConfigError("this installation contains no reference runs: pass a run directory to --compare")
     other = {name: differing(recipe, result["recipe"], FREE) for name, result in results.items()}
     same = [name for name, differences in other.items() if not differences]
     if not same:
         closest = min(other, key=lambda name: len(other[name]))
         raise ConfigError(
-            f"no run of this recipe comes with inbatch. The closest, {closest}, differs in {listed(other[closest], 8)}"
+            f"inbatch has no reference run of this recipe. The closest, {closest}, differs in "
+            f"{listed(other[closest], 8)}"
         )
     theirs = results[same[0]]["recipe"]
     curves = [results[name]["curve"] for name in same]
-    return Reference(f"the runs {', '.join(same)} that come with inbatch", curves, theirs)
+    return Reference(f"the runs {', '.join(same)} shipped with inbatch", curves, theirs)
 
 
 def _learned(record: Any) -> bool:

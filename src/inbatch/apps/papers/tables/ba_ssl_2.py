@@ -7,8 +7,8 @@ from inbatch.apps.papers.tables import ba_ssl
 PAPER = {"CIFAR-10": CIFAR10, "CIFAR-100": CIFAR100, "ImageNet-100": IMAGENET100, "ImageNet-1k": IMAGENET}
 
 LIGHT = (
-    "Light-MoCo's code names no values for its smoothing: 0.2 of the target for 10 neighbours is ours, its learning "
-    "rate is MoCo v2's"
+    "Light-MoCo's code names no values for its smoothing: 0.2 of the target for 10 neighbours is our choice, its "
+    "learning rate is MoCo v2's"
 )
 
 
@@ -30,15 +30,15 @@ TABLE = Table(
     name="ba-ssl-2",
     title="Seven methods with ResNet-18 and batches of 256",
     source=f"{ba_ssl.SOURCE}, Table 2",
-    asks="Does learning with batch fusion beat the methods without, encoder and batch being equal?",
+    asks="Is learning with batch fusion more accurate than the other methods, with the same encoder and batch size?",
     headings=tuple(PAPER),
     holds={
-        "cpu": "The paper's order does not show at this size. It puts its method first on CIFAR-10, by 0.80 points "
+        "cpu": "The paper's order is not reproduced at this size. It puts its method first on CIFAR-10, by 0.80 points "
         "over MoCo v2; here that method (MoCo v3's loss with batch fusion) is level with MoCo v2 within chance, a "
         "little below it on photographs, where all seven lie between 42.9 and 45.0 % by the probe. On the digits "
         "SimCLR and W-MSE lead by far; the others have not come as far in 300 steps, and MoCo's seeds lie far apart "
-        "by k-NN. Light-MoCo's smoothing costs nothing on photographs and much on the digits, beside the same "
-        "symmetric loss without it (Table 3)."
+        "by k-NN. Light-MoCo's smoothing costs nothing on photographs and much on the digits, compared "
+        "with the same symmetric loss without it (Table 3)."
     },
     rows=ROWS,
     scales=usual(differs=(ba_ssl.READING, LIGHT))
@@ -49,7 +49,7 @@ TABLE = Table(
             ba_ssl.PUBLISHED,
             seeds=(0,),
             cost="the paper: four RTX 3090, no time given",
-            differs=(ba_ssl.READING, LIGHT, "what the paper leaves open of the other methods is their authors' preset"),
+            differs=(ba_ssl.READING, LIGHT, "settings that the paper does not give are those of the authors' presets"),
         )
     },
 )

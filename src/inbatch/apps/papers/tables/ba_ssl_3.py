@@ -29,16 +29,16 @@ TABLE = Table(
     name="ba-ssl-3",
     title="Batch fusion plugged into four methods",
     source=f"{ba_ssl.SOURCE}, Table 3",
-    asks="Does batch fusion help methods that were not made for it?",
+    asks="Does batch fusion help methods that were not designed for it?",
     headings=("Top1",),
     holds={
-        "cpu": "None of the paper's gains can be seen, nor denied: with three seeds no difference of its four pairs is "
-        "told from chance. On photographs all lie within two points either way, as the paper's do (up with SimCLR, "
-        "by k-NN with BYOL, too; down by k-NN with MoCo v2), and the spread over seeds is as large. On the digits "
-        "fusion lowers the mean of all four: most where the fused view is the only query (MoCo v2, whose features "
-        "lose half of their rank), least with SimCLR. With the symmetric loss of the paper's Algorithm 1 plain "
-        "views are queries, too: nothing is lost on photographs then, and less on the digits, where the 9.4 points "
-        "by the probe are the one difference below p 0.05."
+        "cpu": "The paper's gains are neither confirmed nor refuted: with three seeds none of the four differences is "
+        "distinguishable from chance. On photographs all lie within two points either way, as the paper's do (up with "
+        "SimCLR, by k-NN with BYOL, too; down by k-NN with MoCo v2), and the spread over seeds is as large. On the "
+        "digits fusion lowers the mean of all four: most where the fused view is the only query (MoCo v2, whose "
+        "features lose half of their rank), least with SimCLR. With the symmetric loss of the paper's Algorithm 1 "
+        "plain views are queries, too: nothing is lost on photographs then, and less on the digits, where the 9.4 "
+        "points by the probe are the one difference below p 0.05."
     },
     rows=WITHOUT + WITH + OURS,
     scales=usual(differs=(ba_ssl.READING, "the paper reports the best of ten trials, we the mean over seeds"))

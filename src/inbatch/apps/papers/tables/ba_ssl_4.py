@@ -30,9 +30,8 @@ TABLE = Table(
         "cpu": "One layer is the best number here, too: both probes fall with each layer more. That any helps "
         "(0.85 points in the paper) does not hold: on photographs one layer is level with none (-0.4 and +0.2 "
         "points, both within chance), two and three are below it by k-NN, and on the digits every layer costs: 9.4, "
-        "19.1 and 29.2 points by the probe. Three hundred steps teach the layers themselves little, and the further "
-        "they take the fused view from the images, the less of what is learned may serve plain ones; that was not "
-        "measured."
+        "19.1 and 29.2 points by the probe. Three hundred steps train the layers themselves little, and the more "
+        "they change the fused view, the less the learned features may suit plain images; that was not measured."
     },
     rows=ROWS,
     scales=usual(differs=(ba_ssl.READING, "MoCo v2 with the symmetric loss of Algorithm 1"))

@@ -17,8 +17,8 @@ TABLE = replace(
     headings=("ImageNet-1k",),
     rows=_ROWS,
     holds={
-        "cpu": "The figure's order, its own method first by 6.90 points over MoCo v2 on ImageNet-1k, does not show "
-        "at this size: no difference from MoCo v2 is told from chance (the runs are Table 2's)."
+        "cpu": "The figure's order, its own method first by 6.90 points over MoCo v2 on ImageNet-1k, is not "
+        "reproduced at this size: no difference from MoCo v2 is distinguishable from chance (the runs are Table 2's)."
     },
     scales={
         **ba_ssl_2.TABLE.scales,

@@ -28,17 +28,17 @@ ROWS = tuple(
 
 TABLE = Table(
     name="curation-1",
-    title="How the two crops of an image lie to each other",
+    title="Relative position of the two crops of an image",
     source=f"{curation.SOURCE}, Table 1",
-    asks="Which pairs of crops does SimCLR learn most from?",
+    asks="Which pairs of crops give SimCLR the most accurate features?",
     headings=curation.HEADINGS,
     holds={
-        "cpu": "That adjacent pairs teach least holds: on the digits they cost 26.6 points by the probe (paper "
-        "26.08), on photographs 0.5 by k-NN, both beyond chance. That intersecting pairs alone are as good as the "
-        "default or better holds, too: +0.9 points by k-NN on photographs (paper +0.34), within chance. The mean "
-        "area of a crop is the paper's for all eight kinds, to the percent. Not seen: that small crops harm. In "
-        "four epochs of photographs they are level with the default, where the paper's probe falls to 23.24 % (its "
-        "own k-NN to 76.31). Big crops, no better than the default in the paper's 500 epochs, are so on our "
+        "cpu": "As in the paper, adjacent pairs are the least useful: on the digits they cost 26.6 points by the probe "
+        "(paper 26.08), on photographs 0.5 by k-NN, both beyond chance. Intersecting pairs alone are as good as the "
+        "default or better, as in the paper: +0.9 points by k-NN on photographs (paper +0.34), within chance. The mean "
+        "area of a crop is the paper's for all eight kinds, to the percent. The harm of small crops is not reproduced. "
+        "In four epochs of photographs they are level with the default, where the paper's probe falls to 23.24 % (its "
+        "own k-NN to 76.31). Big crops are not better than the default in the paper's 500 epochs, nor on our "
         "photographs; on the digits they are better in these thirty epochs, by 15.3 points by k-NN."
     },
     rows=ROWS,

@@ -5,7 +5,7 @@ from inbatch.apps.papers.tables import curation
 
 WITHOUT = "default w/o batch curator"
 # Algorithm 1: redraw until the largest distance within a pair is below the smallest between images, without a limit;
-# ours has a limit of rounds. Warm-up: the paper does not state its number of epochs; here it is a tenth of the run.
+# here the rounds are limited. Warm-up: the paper does not state its number of epochs; here it is a tenth of the run.
 STRICT = {"curate.name": "redraw", "curate.rule": "strict", "curate.budget": None}
 
 ROWS = (
@@ -29,14 +29,14 @@ TABLE = Table(
     name="curation-2",
     title="SimCLR with the batch curator and without",
     source=f"{curation.SOURCE}, Table 2",
-    asks="Does it help to redraw views until pairs lie nearer than strangers?",
+    asks="Does it help to redraw views until those of an image are closer than those of different images?",
     headings=curation.HEADINGS,
     holds={
         "cpu": "On photographs both signs are the paper's: +0.4 points by the probe (paper +0.14) and +0.5 by k-NN "
-        "(paper +1.34), no more than chance gives three seeds (p 0.06 at best). On the digits there is nothing to "
-        "see: the means move by less than the seeds differ. The mean area of a crop, 49 % with and without, is the "
-        "paper's exactly. Judging each pair by itself, our cheaper rule, is not the curator's equal: on photographs "
-        "it costs 1.1 points by k-NN."
+        "(paper +1.34), no more than chance gives three seeds (p 0.06 at best). On the digits no effect is visible: "
+        "the means differ by less than the seeds. The mean area of a crop, 49 % with and without, is the paper's "
+        "exactly. Comparing each pair by itself, our cheaper rule, is worse than the paper's rule: on photographs it "
+        "costs 1.1 points by k-NN."
     },
     rows=ROWS,
     scales=curation.scales("linear", "k-NN", patch=True),

@@ -15,15 +15,15 @@ def _scale(pairs: int, seeds: tuple[int, ...], cost: str) -> Scale:
 
 TABLE = Table(
     name="curation-figure-3",
-    title="How two crops of an image lie to each other",
+    title="Relative positions of two crops of an image",
     source=f"{curation.SOURCE}, Figure 3",
-    asks="How often does one crop lie inside the other, apart from it, or across its edges?",
+    asks="How often is one crop inside the other, apart from it, or partially overlapping?",
     headings=tuple(SHARES),
     digits=2,
     holds=dict.fromkeys(
         ("cpu", "gpu", "paper"),
-        "The figure, exactly: at every seed the three shares lie within a tenth of a point of the paper's, where crops "
-        "are compared as integer boxes and touching edges are no containment.",
+        "The figure is reproduced exactly: at every seed the three shares lie within a tenth of a point of the "
+        "paper's, where crops are compared as integer boxes and touching edges do not count as containment.",
     ),
     rows=(Row("default", {"crops": "default"}, SHARES),),
     scales={

@@ -8,8 +8,8 @@ TABLE = replace(
     curation_1.TABLE,
     name="curation-figure-4",
     title="k-NN while SimCLR learns from each kind of pairs",
-    source=f"{curation.SOURCE}, Figure 4 (no figures are given; those of Table 1 stand beside ours)",
-    asks="Which pairs make k-NN rise fastest, and do large crops win only at first?",
+    source=f"{curation.SOURCE}, Figure 4 (the paper gives no figures; those of Table 1 are shown)",
+    asks="Which pairs make k-NN rise fastest, and are large crops better only at first?",
     scales=curation.scales("k-NN"),
     headings=("K-NN",),
     holds={

@@ -8,7 +8,7 @@ TABLE = replace(
     curation_2.TABLE,
     name="curation-figure-5",
     title="k-NN while SimCLR learns with the batch curator and without",
-    source=f"{curation.SOURCE}, Figure 5 (no figures are given; those of Table 2 stand beside ours)",
+    source=f"{curation.SOURCE}, Figure 5 (the paper gives no figures; those of Table 2 are shown)",
     asks="Does k-NN rise when curation begins?",
     scales=curation.scales("k-NN"),
     headings=("K-NN",),

@@ -32,7 +32,7 @@ TABLE = Table(
     ),
     scales=usual(
         differs=(
-            "no code of BA2M is public: it is our reading of it (docs/context/attend.md)",
+            "no code of BA2M is public: it is our interpretation of it (docs/context/attend.md)",
             "figures are of a probe on the features, as everywhere here, not of the classifier itself",
             "photos: encoder resnet10 with ImageNet's stem",
         )

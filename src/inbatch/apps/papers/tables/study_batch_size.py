@@ -34,7 +34,7 @@ TABLE = Table(
     name="study-batch-size",
     title="Accuracy against batch size",
     source=f"{SOURCE}, on SimCLR, MoCo, SwAV, BYOL and Barlow Twins",
-    asks="Which families lose what in small batches?",
+    asks="How much accuracy does each family lose with small batches?",
     rows=_rows(SMALL, ()),
     scales={
         "smoke": Scale(
@@ -44,7 +44,7 @@ TABLE = Table(
             columns({"digits": "digits"}, ("linear", "k-NN")),
             {"digits": {**DIGITS, "epochs": 30, "evaluate_every": 3}},
             differs=(
-                "batches of 32 to 512 of 1,297 images, 30 epochs whatever the batch; the rate goes with its root",
+                "batches of 32 to 512 of 1,297 images, 30 epochs at every batch size; rate proportional to its root",
             ),
         ),
         "gpu": Scale(

@@ -17,7 +17,7 @@ FIGURES = ("NMI", "ACC", "linear")
 
 TABLE = Table(
     name="study-clusters",
-    title="Learning with clusters, and the clusters of what is learned",
+    title="Learning with clusters, and clusters of the learned features",
     source=f"{SOURCE}, on Contrastive Clustering, PCL and SwAV",
     asks="Do features that were learned by grouping images fall into better groups?",
     rows=ROWS,

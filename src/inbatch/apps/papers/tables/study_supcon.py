@@ -25,7 +25,7 @@ TABLE = Table(
     name="study-supcon",
     title="Supervised contrastive learning and cross-entropy",
     source=f"{SOURCE}, on SupCon",
-    asks="Does contrasting classes beat classifying, on clean images and on corrupted ones?",
+    asks="Is contrasting classes more accurate than classification, on clean and on corrupted images?",
     rows=ROWS,
     scales={name: _corrupted(scale) for name, scale in _USUAL.items()}
     | {"paper": _corrupted(published("ImageNet-1k with ResNet-50; the paper used ResNet-200 for 81.4 %"))},
