@@ -67,6 +67,7 @@ def ddp_output() -> str:
         return run_script("ddp_loop.py")
 
 
+@pytest.mark.slow
 def test_ddp_loop_takes_the_same_steps_on_one_and_two_processes() -> None:
     losses = []
     for world in (1, 2):
@@ -85,6 +86,7 @@ def test_own_method_learns() -> None:
     assert number_after("evaluation: k-NN accuracy", output) > number_after("untrained: k-NN accuracy", output) + 0.03
 
 
+@pytest.mark.slow
 def test_own_backbone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_model_entrypoints", dict(_registry._model_entrypoints))
     output = run_script("own_backbone.py")
@@ -92,12 +94,14 @@ def test_own_backbone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.strip().endswith("width 96")
 
 
+@pytest.mark.slow
 def test_embed_and_search_finds_neighbours_of_the_same_class(search: tuple[str, str]) -> None:
     output, _ = search
     assert number_after("neighbours of the same class:", output) > 0.3
     assert len(output.splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_few_labels_are_worth_more_on_learned_features(search: tuple[str, str]) -> None:
     rows = [re.split(r"\s{2,}", row) for row in run_script("few_labels.py", search[1]).splitlines()[1:]]
     linear = {(name, int(labels)): float(accuracy) for name, labels, _, accuracy in rows}
@@ -105,6 +109,7 @@ def test_few_labels_are_worth_more_on_learned_features(search: tuple[str, str]) 
     assert linear["trained encoder", 63] > linear["untrained encoder", 63] + 0.1
 
 
+@pytest.mark.slow
 def test_sklearn_pipeline_classifies(search: tuple[str, str]) -> None:
     assert number_after("accuracy", run_script("sklearn_pipeline.py", search[1])) > 0.6
 

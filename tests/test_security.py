@@ -180,6 +180,7 @@ def test_an_absurd_number_is_refused(setting: str, elsewhere: Path) -> None:
     assert told.exit_code == 2 or setting.split("=")[0] in ("subset", "classes", "batch", "channels", "test")
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     "line", ["evaluate RUN --seed 4294967296", f"inspect RUN --seed {10**22}", "views digits-canvas --seed -1"]
 )
@@ -411,6 +412,7 @@ def assert_harmless(text: str) -> None:
     assert not any(line.startswith("error: it is broken") for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every command that handles the names; check all of its output streams and files."""
     monkeypatch.chdir(tmp_path)
@@ -480,6 +482,7 @@ WRITERS = ["evaluate RUN --protocol knn --out OUT", "embed RUN digits-canvas --s
 WRITERS += ["crops --pairs 100 -o OUT", "views digits-canvas -o OUT"]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("line", WRITERS)
 def test_outputs_are_whole_or_not_there(line: str, finished: Path, elsewhere: Path) -> None:
     ending = "npz" if "embed" in line else "png"
@@ -523,6 +526,7 @@ def bound_by_permissions() -> None:
             os._exit(77)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="permissions bind a superuser elsewhere in other ways")
 @pytest.mark.parametrize("line", ["crops --pairs 100 -o c.png", f"pretrain {TINY} --out run", f"pretrain {TINY}"])
 def test_a_folder_that_is_read_only_is_a_sentence(line: str, tmp_path: Path) -> None:

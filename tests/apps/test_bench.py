@@ -113,6 +113,7 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
     assert told[0] == pytest.approx(told[1], abs=0.1 if make == "clusters" else 0.02) and told[0] > 0.05
 
 
+@pytest.mark.slow
 def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(4, 32))
     run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
@@ -239,6 +240,7 @@ def _busy() -> None:
 # Commands
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     line = ["bench", "loss", "--quick", "--no-peers", "--threads", "1", "--json", "--out", str(tmp_path / "found.json")]
     done = CliRunner().invoke(app, line, catch_exceptions=False)
@@ -272,6 +274,7 @@ def test_a_guard_below_its_floor_is_told(monkeypatch: pytest.MonkeyPatch, capsys
         guards.main(["--only", "nothing"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["--curves", "--wait"])
 def test_training_is_measured(kind: str, tmp_path: Path) -> None:
     training, out = load(ROOT / "benchmarks" / "training.py"), tmp_path / "found.json"

@@ -88,6 +88,7 @@ def test_the_file_is_whole(measured: dict[str, Any], folder: Path) -> None:
     assert "torch" in measured["versions"]["inbatch"]
 
 
+@pytest.mark.slow
 def test_tables_and_plot_of_a_file(measured: dict[str, Any], tmp_path: Path) -> None:
     tables = RENDER.losses(measured)
     rows = [line for line in tables["nt_xent"].splitlines() if line.startswith("| 64 |")]
@@ -118,6 +119,7 @@ def test_who_differs_is_named() -> None:
     assert cells[-1] == "DISAGREES by 5e-04"
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("limit, memory, failed", [(60, 10**9, "out of memory"), (1, 10**10, "over 1 s")])
 def test_who_takes_too_much_is_told_so(limit: int, memory: int, failed: str) -> None:

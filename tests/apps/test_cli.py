@@ -206,6 +206,7 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
     assert (finished.parent / "other.json").is_file() and not again.stderr
 
 
+@pytest.mark.slow
 def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
     """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
     assert "head ACC" in run(f"pretrain cc {TINY} --set method.clusters=7 --out run").stdout
@@ -279,6 +280,7 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
     assert len(one_object(run("methods --json").stdout)["methods"]) == len(METHODS)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
     told = explain(name, METHODS[name])
@@ -292,6 +294,7 @@ def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) 
         assert isinstance(make({"data": "photos", "method.name": name, "preset": preset}), Recipe)
 
 
+@pytest.mark.slow
 def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
     found = run("quickstart --epochs 1 --margin 101 --json")
     assert found.exit_code == TrainingError.exit_code == 4
@@ -315,6 +318,7 @@ def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
 # Interface for scripts
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
     found = run(f"pretrain {TINY} --json --quiet --out run")
     assert one_object(found.stdout)["run"] == "run" and found.stderr == ""
@@ -331,6 +335,7 @@ def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "error (rank 1): 'nowhere'" in run("pretrain --data nowhere").stderr  # this rank's disk may lack it
 
 
+@pytest.mark.slow
 def test_the_module_can_be_run_and_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
     line = f"-m inbatch pretrain {TINY.replace('--epochs 1', '--epochs 5000')} --out {out}"
@@ -389,6 +394,7 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 # --dry-run
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
     fits = "--set method.w_size=40" if method == "wmse" else ""

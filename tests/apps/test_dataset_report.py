@@ -97,6 +97,7 @@ def test_a_sample_says_so(photos: Path, sample: int) -> None:
         survey_data(photos, sample=0)
 
 
+@pytest.mark.slow
 def test_in_a_terminal(photos: Path, tmp_path: Path) -> None:
     found = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
     assert found.exit_code == 0 and not found.stderr

@@ -118,6 +118,7 @@ def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: 
     assert not np.array_equal(shown(tmp_path / "views.png"), kept["views.png"])
 
 
+@pytest.mark.slow
 def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
     tiny("simclr", tmp_path / "run", subset=80, epochs=1, batch=40, context=None)
     (tmp_path / "run/inspect").mkdir()
@@ -154,6 +155,7 @@ def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.Mo
     assert [(tiles.index(tile), text) for tile, text in lines[0].cells] == [(1, "1.700"), (2, "1.100"), (0, "0.200")]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("margin", "count"), [(-10.0, 0), (10.0, 40)])
 def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) -> None:
     """If all pairs keep the margin, there is a sentence instead of a picture; if none does, all are redrawn."""

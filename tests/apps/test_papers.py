@@ -362,6 +362,7 @@ def test_the_list_of_tables(run_cli: Any) -> None:
     assert [t["name"] for t in json.loads(run_cli("--json").stdout)["tables"]] == list(TABLES)
 
 
+@pytest.mark.grid(4)
 @EVERY
 def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, tmp_path: Path) -> None:
     found = run_cli(table.name)
@@ -405,6 +406,7 @@ def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
     assert "SimSiam + BA" in (tmp_path / "out" / f"table{ending}").read_text()
 
 
+@pytest.mark.slow
 def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None:
     """The complete path, with a real run of one second."""
     words = ["ba-ssl-3", "--scale", "smoke", "--row", "SimCLR", "--seed", "0", "--jobs", "1", "--device", "cpu"]

@@ -107,6 +107,7 @@ def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tupl
 # Terminals
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("columns", [20, 5000])
 @pytest.mark.parametrize("line", ["crops --pairs 100", "methods nosuch", "--help"])
 def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
@@ -146,6 +147,7 @@ def test_in_the_background(tmp_path: Path) -> None:
 # No terminal
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("closed", [("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout", "stderr")])
 def test_closed_ends(closed: tuple[str, ...], tmp_path: Path) -> None:
     ends: dict[str, Any] = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")} | dict.fromkeys(closed)
@@ -157,6 +159,7 @@ def test_closed_ends(closed: tuple[str, ...], tmp_path: Path) -> None:
         assert "error" not in (tmp_path / "out").read_text()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("line", ["crops --pairs 100", "crops --pairs 100 --json", "--help", "methods"])
 def test_a_result_that_cannot_be_written_is_no_success(line: str, tmp_path: Path) -> None:
     assert ended(line, tmp_path, stdout="/dev/full", stderr=str(tmp_path / "err")) == 1
@@ -181,6 +184,7 @@ def test_any_encoding(encoding: str, tmp_path: Path) -> None:
     assert (tmp_path / "é" / "图" / "result.json").is_file()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
     """The child's libraries were loaded with a home directory; test_as_a_shell_starts_it loads them without one."""
@@ -193,6 +197,7 @@ def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
 # As a shell starts it
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [

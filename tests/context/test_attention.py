@@ -322,6 +322,7 @@ BACKBONES = [
 ]
 
 
+@pytest.mark.grid(6)
 @EVERY
 @pytest.mark.parametrize(("backbone", "size", "more", "count"), BACKBONES)
 def test_evaluation_knows_no_neighbours(name: str, backbone: str, size: int, more: dict, count: int) -> None:
@@ -368,6 +369,7 @@ def test_a_momentum_copy_and_a_checkpoint_keep_the_blocks(name: str) -> None:
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in encoder.parameters()}
 
 
+@pytest.mark.grid(4)
 @EVERY
 @pytest.mark.parametrize(
     ("backbone", "size", "options"),
@@ -388,6 +390,7 @@ def test_saved_and_loaded(tmp_path: Path, name: str, backbone: str, size: int, o
     assert all(torch.equal(v, started.state_dict()[k]) for k, v in encoder.state_dict().items())
 
 
+@pytest.mark.grid(2)
 @EVERY
 def test_what_is_saved_has_the_plain_names(tmp_path: Path, name: str) -> None:
     """The backbone loads into any model of the library; timm's part of config.json, which implies more, is left out."""
@@ -400,6 +403,7 @@ def test_what_is_saved_has_the_plain_names(tmp_path: Path, name: str) -> None:
     assert len([k for k in weights if k.startswith("attend.")]) == len(blocks(encoder).state_dict())
 
 
+@pytest.mark.slow
 def test_weights_go_into_the_backbone_and_blocks_start_fresh(tmp_path: Path) -> None:
     plain = stirred(create_encoder("torchvision/resnet18", size=32))
     save_encoder(plain, tmp_path / "plain")
@@ -469,6 +473,7 @@ def test_batchformer_stands_behind_any_encoder(name: str) -> None:
     assert torch.equal(encoder(x), without(encoder)(x))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("backbone", "slot"),
     [("resnet26", "backbone.layer1.0.se"), ("skresnet18", "backbone.layer1.0.se"),
@@ -520,6 +525,7 @@ def test_flops_of_attention_over_samples_grow_with_the_group() -> None:
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "context" / "attend.md"
 
 
+@pytest.mark.slow
 def test_the_page_s_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
         scope: dict = {}

@@ -208,6 +208,7 @@ def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
         torch.testing.assert_close(mixed[view][::3], built.views(batch).images[view][::3])
 
 
+@pytest.mark.slow
 def test_a_run_logs_and_draws_what_curation_did(tmp_path: Path) -> None:
     settings = {"curate.name": "redraw", "curate.rule": "strict", "curate.rounds": 2}
     run = tiny("simclr", tmp_path, settings=settings)

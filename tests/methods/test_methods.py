@@ -105,6 +105,7 @@ def test_views_may_change_places_where_the_equation_says_so(variant: str) -> Non
     torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
 
+@pytest.mark.grid(16)
 @EVERY
 def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In real steps: the loss uses the memory of the step before, `on_weights` gets new weights."""
@@ -164,6 +165,7 @@ def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) ->
 KINDS = {"random": lambda x: x, "zero": torch.zeros_like, "constant": torch.ones_like, "large": lambda x: x * 1e4}
 
 
+@pytest.mark.grid(60)
 @EVERY
 @pytest.mark.filterwarnings("ignore:features depend on each other")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -41,6 +41,7 @@ def job(out: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     """The term is computed over the rows of the whole batch, for any number of ranks."""
     job(str(tmp_path / "one"))

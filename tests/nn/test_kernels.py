@@ -37,6 +37,7 @@ def told() -> dict[str, Any]:
     return json.loads(python("-W", "ignore", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.grid(10)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
     found = told["cases"][case]
@@ -102,6 +103,7 @@ def test_equal_bits_on_a_card() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_the_benchmark_says_that_it_needs_a_card() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kernels.py"

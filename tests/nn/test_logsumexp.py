@@ -141,6 +141,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
 def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(logsumexp, "TILE", 32)
@@ -238,6 +239,7 @@ def trained(world: int, groups: int) -> list[dict[str, dict]]:
     return on_ranks(world, train_all, groups)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 1), (2, 2)])
 def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:

@@ -119,6 +119,7 @@ BenchmarkRounds("sleeping", "s", [Implementation("one", job)]).run(1, {}, show_m
 """
 
 
+@pytest.mark.slow
 def test_contestants_and_their_halted_workers_end_with_the_race(tmp_path: Path) -> None:
     (tmp_path / "sleeping").mkdir()
     (tmp_path / "sleeping" / "contestant.py").write_text(SLEEPS)

@@ -149,6 +149,7 @@ def ends(world: int, fault: str, bad: int, heard: int) -> dict[int, tuple[Any, .
                 child.join()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("is killed", 0), ("hangs", 2)])
 def test_a_lost_rank_is_named_by_all_others(fault: str, bad: int) -> None:
     """Fault 7, four ranks: not all of them wait for the lost rank directly."""
@@ -203,6 +204,7 @@ def relabelled() -> str:
     return "went on"
 
 
+@pytest.mark.slow
 def test_other_labels_on_one_rank_are_refused() -> None:
     for found in on_ranks(2, relabelled):
         assert "disagree about the names or labels of the images: rank 1 has a different one from rank 0" in found

@@ -135,6 +135,7 @@ def test_steps_are_timed_with_the_threads_of_a_run(beside: list[float]) -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_a_run_tells_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def told(code: str, **more: str) -> str:
     return subprocess.run(run, env=environment(**more), capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @LINUX
 def test_freed_memory_is_kept() -> None:
     kept = int(told("from inbatch.runtime import tuning; tuning.begin(); assert tuning.keeps_memory\n" + FAULTS))
@@ -55,6 +56,7 @@ print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "
 """
 
 
+@pytest.mark.slow
 def test_waiting_threads_sleep() -> None:
     """Spinning threads would compete with other processes, so OpenMP is configured before torch is loaded."""
     begin = "import sys; from inbatch.runtime import tuning; tuning.begin(); assert 'torch' not in sys.modules"
@@ -73,6 +75,7 @@ def test_openmp_of_torch_is_told_how_to_wait() -> None:
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in seen and "GOMP_SPINCOUNT = '1000'" in seen
 
 
+@pytest.mark.slow
 def test_denormal_numbers_are_zero_on_every_thread() -> None:
     code = "import torch; torch.set_num_threads(2)\n"
     half = "print(int((torch.full((1 << 20,), 1e-39) * 0.5).count_nonzero()))"

@@ -152,6 +152,7 @@ def dry_and_real() -> tuple[int, int, int]:
     return found.context, found.needed, min(steps)
 
 
+@pytest.mark.slow
 def test_the_dry_step_is_like_a_real_one() -> None:
     """The prediction is at least the memory of a step, and not much more.
 
@@ -164,6 +165,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
     assert taken < 1.15 * needed + 5 * MB and needed < 1.6 * taken + 20 * MB
 
 
+@pytest.mark.slow
 def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """With their group's size; a plug-in whose weights depend on the group is measured, too."""
     seen, real = [], auto_context._dry_step
@@ -185,6 +187,7 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
     assert seen == [8, 32] and found.context == 128 and "predicted" in found.how
 
 
+@pytest.mark.slow
 def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     real = auto_context._dry_step
 
@@ -272,6 +275,7 @@ def test_a_run_keeps_the_number(
         tiny("simclr", tmp_path / "auto", context=39, epochs=1, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path, context=None, epochs=1)
     monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched"))
