@@ -81,11 +81,11 @@ FORBIDDEN = {
 }  # fmt: skip
 """Forbidden calls and the reason for each."""
 ALLOWED = {
-    ("bench/contest.py", "importlib.import_module"): "our own contestants, named by our own command line",
-    ("bench/contest.py", "importlib.util.spec_from_file_location"): "our own files beside it",
-    ("bench/peers.py", "importlib.import_module"): "our own file beside it",
-    ("bench/peers.py", "importlib.util.spec_from_file_location"): "files of the installed solo-learn",
-    ("encoders/backbones.py", "socket.create_connection"): "whether the hub answers, where its weights are asked for",
+    ("apps/bench/worker.py", "importlib.import_module"): "our own contestants, named by our own command line",
+    ("apps/bench/worker.py", "importlib.util.spec_from_file_location"): "our own files beside it",
+    ("apps/bench/peer_workloads.py", "importlib.import_module"): "our own file beside it",
+    ("apps/bench/peer_workloads.py", "importlib.util.spec_from_file_location"): "files of the installed solo-learn",
+    ("models/backbones.py", "socket.create_connection"): "whether the hub answers, where its weights are asked for",
     ("__init__.py", "import_module"): "names written in that file",
 }
 """Exceptions to FORBIDDEN and the reason for each."""

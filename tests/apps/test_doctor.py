@@ -27,7 +27,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
 
     def change(**what: object) -> None:
         for name, value in what.items():
-            monkeypatch.setattr(advice, name, value)
+            for module in (advice, doctor):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
 
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
