@@ -268,6 +268,7 @@ assert counters["stats"]["unique_graphs"] == 1, counters
 """
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_epochs():
     """In its own process: in this one shapes in signatures are checked, which a graph cannot contain."""
     done = subprocess.run([sys.executable, "-c", COMPILED, os.path.dirname(__file__)], capture_output=True, text=True)

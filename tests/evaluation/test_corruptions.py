@@ -310,6 +310,7 @@ def test_evaluate_needs_images_of_one_or_three_channels():
     assert all(set(figures(given)) == {"k-NN", "linear"} for _, given in rows)
 
 
+@pytest.mark.slow
 def test_the_command_line_and_another_set(tmp_path):
     """Evaluate a run of colour images of 20 pixels on grey ones of 33 pixels with other classes."""
     made = bars_run(tmp_path, channels=3)

@@ -93,7 +93,7 @@ def test_trained_weights_repeat_bit_for_bit_with_and_without_workers(monkeypatch
     module, seen = importlib.import_module("inbatch.evaluation.finetune"), []
     embed = module.embed
     monkeypatch.setattr(module, "embed", lambda net, *a, **b: seen.append(net.state_dict()) or embed(net, *a, **b))
-    monkeypatch.setattr(module, "keep", lambda source: source)  # as if it were too large
+    monkeypatch.setattr(module, "hold_in_memory", lambda source: source)  # as if it were too large
     net, mixed = encoder(channels=3), pictures(20, sizes=((20, 20), (31, 90), (64, 23)), channels=3)
     for seed, workers in ((0, 0), (0, 1), (1, 0)):
         finetune(net, mixed, mixed, SHORT, seed=seed, workers=workers)

@@ -221,6 +221,7 @@ def test_another_length_or_part_takes_the_place_of_a_files() -> None:
     assert "encoder.width" not in plan._over(planned, {"encoder.name": "tiny"})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_judged_by_as_many_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:

@@ -72,6 +72,7 @@ def ranks_leak(out: str) -> dict[str, float]:
     return tiny("simclr", Path(out), fuse="set", batch=80, epochs=1, context=20).result["leak"]
 
 
+@pytest.mark.slow
 def test_every_rank_takes_part(tmp_path: Path) -> None:
     alone = ranks_leak(str(tmp_path / "one"))
     first, second = on_ranks(2, ranks_leak, str(tmp_path / "two"))

@@ -20,6 +20,7 @@ def expected(variant: str, groups: int) -> dict[str, list]:
     return literal(variant, N, groups)
 
 
+@pytest.mark.grid(40)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_equal_plain_autograd(variant: str, groups: int) -> None:
@@ -37,6 +38,7 @@ def trained(world: int, groups: int, synced: bool = False, dropout: float = 0.2)
     return on_ranks(world, train_all, groups, synced, dropout)
 
 
+@pytest.mark.grid(24)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
@@ -44,6 +46,7 @@ def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> No
         assert_same(found[variant], expected(variant, world * groups))
 
 
+@pytest.mark.grid(10)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
