@@ -132,5 +132,5 @@ def test_views_are_the_authors() -> None:
     ("student", "teacher"), [((1, 4, 3), (1, 4, 3)), ((2, 4, 3), (3, 4, 3))], ids=["one view", "a view too many"]
 )
 def test_what_the_equation_cannot_answer_is_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="a view predicts others"):
+    with pytest.raises(ValueError, match="a view predicts the others"):
         dino(torch.randn(student), torch.randn(teacher), torch.zeros(3))

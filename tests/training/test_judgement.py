@@ -141,6 +141,7 @@ def test_a_resumed_run_shows_the_same(learned: inbatch.Run, photos: Path, tmp_pa
     np.testing.assert_array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_path: Path) -> None:
     found = [
         learn(photos, tmp_path / str(held), resident=held, workers=0, epochs=1).result["unlabelled"]
@@ -239,6 +240,7 @@ def test_evaluate_without_labels(learned: inbatch.Run, photos: Path) -> None:
         assert refused.exit_code == 2 and "has no labels for the evaluation" in refused.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -> None:
     done = tiny("simclr", tmp_path / "run", epochs=1).directory
     grey = torch.randint(0, 255, (20, 1, 28, 28), dtype=torch.uint8)
@@ -284,6 +286,7 @@ def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.Mo
     assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_budget_keeps_it_with_the_comparison(photos: Path, tmp_path: Path) -> None:
     fields = {"encoder": "tiny", "batch": 10, "quiet": True, "size": 24, "budget": "1m"}
     result = inbatch.pretrain(photos, out=tmp_path / "run", **fields).result

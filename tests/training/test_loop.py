@@ -101,6 +101,7 @@ def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path) -> None:
     assert inbatch.load(tmp_path / "run").embed(images).shape == (5, run.encoder.width)
 
 
+@pytest.mark.slow
 def test_the_same_features_alone_and_among_others(tmp_path: Path) -> None:
     encoder = tiny("simclr", tmp_path).encoder
     images = torch.randint(0, 255, (8, 1, 20, 20), dtype=torch.uint8)
@@ -108,6 +109,7 @@ def test_the_same_features_alone_and_among_others(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(encoder.embed(images)), torch.cat([torch.tensor(a) for a in alone]))
 
 
+@pytest.mark.slow
 def test_an_overwrite_is_asked_for(tmp_path: Path) -> None:
     tiny("simclr", tmp_path, epochs=1)
     with pytest.raises(ConfigError, match="--overwrite"):
@@ -145,6 +147,7 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
     assert "tenth" in labelled.result["held_out"]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [

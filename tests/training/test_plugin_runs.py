@@ -29,6 +29,7 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
     return {key: value for key, value in given.items() if value is not None}
 
 
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(("fuse", "curate", "attend"), COMBINATIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_trains(method: str, fuse: str | None, curate: bool, attend: str | None) -> None:
@@ -84,6 +85,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
     assert built.recipe.attend.options["stages"] == (2, 3)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 @pytest.mark.parametrize("crops", CROPS)
 def test_every_crop_configuration_trains(method: str, crops: str) -> None:

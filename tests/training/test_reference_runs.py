@@ -196,6 +196,7 @@ def test_a_mean_masks_no_nan() -> None:
     assert progress.mean_loss() == {} and float(progress.loss) == 0
 
 
+@pytest.mark.slow
 def test_a_run_outside_says_so_and_ends_as_ever(finished: Path, tmp_path: Path) -> None:
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     done = run(f"--epochs 2 --set evaluate_every=1 --compare {wrong} --out {tmp_path / 'run'}")
@@ -274,6 +275,7 @@ def test_a_result_that_is_none_is_refused(wrong: str, finished: Path, tmp_path: 
         read_reference(changed(finished, tmp_path / "r.json", WRONG[wrong][0]))
 
 
+@pytest.mark.slow
 def test_bad_references_end_with_2_and_leave_nothing(finished: Path, tmp_path: Path) -> None:
     damaged, unfinished, empty = tmp_path / "damaged.json", tmp_path / "unfinished", tmp_path / "empty"
     damaged.write_bytes((finished / "result.json").read_bytes()[:300])
