@@ -235,6 +235,7 @@ def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
     assert tiny("simclr", tmp_path, resume=True).result["steps"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
 def test_looks_on_the_way_take_some_of_a_streamed_set_and_the_end_takes_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool

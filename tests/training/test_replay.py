@@ -76,6 +76,7 @@ def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     assert shown.exit_code == 0 and "first the weight encoder.backbone.3.weight" in shown.output
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("curate", [None, "redraw"])
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
@@ -164,6 +165,7 @@ def test_what_is_no_capture_is_refused(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["replay", str(tmp_path)]).exit_code == 3
 
 
+@pytest.mark.slow
 def test_a_new_run_removes_an_old_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         break_a_weight(patch, 0)
