@@ -253,7 +253,7 @@ def test_more_than_8_bits_are_told_with_the_levels_that_keep_them(tmp_path: Path
         scan[0, 0] = top
         Image.fromarray(scan).save(tmp_path / f"{i}.png")
         Image.fromarray(scan.astype(np.uint16)).save(tmp_path / f"{i}.tif")
-    put(tmp_path / "plain.png", (9, 12))
+    Image.fromarray(np.full((9, 12), 255, np.uint8)).save(tmp_path / "plain.png")
     found = survey_data(tmp_path, settings={"channels": 1})
     assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the 8-bit file contains white
     (tmp_path / "plain.png").unlink()

@@ -60,9 +60,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         return [pixels + 0.1 * torch.randn(3, 32, 32) + 0.1 * np.random.rand() for _ in range(2)]
 
-    monkeypatch.setattr(SCRIPT.peers, "network", network)
-    monkeypatch.setattr(SCRIPT.peers, "criterion", lambda *_: lambda a, b: (a - b).square().mean() - a.std())
-    monkeypatch.setitem(SCRIPT.peers.TRANSFORMS, "lightly", lambda size: transform)
+    monkeypatch.setattr(SCRIPT.peer_workloads, "network", network)
+    monkeypatch.setattr(SCRIPT.peer_workloads, "criterion", lambda *_: lambda a, b: (a - b).square().mean() - a.std())
+    monkeypatch.setitem(SCRIPT.peer_workloads.TRANSFORMS, "lightly", lambda size: transform)
     monkeypatch.setattr(SCRIPT, "RECIPE", SCRIPT.RECIPE | {"batch": 8, "epochs": 2})
     monkeypatch.setattr(SCRIPT, "version", lambda name: "1.6")
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -154,15 +154,15 @@ def test_the_first_look_that_finds_it_reaches_a_target() -> None:
 def test_the_recipe_is_lightlys() -> None:
     """The learning rate, the views and the network are built from lightly's parts."""
     pytest.importorskip("lightly")
-    transform = SCRIPT.peers.TRANSFORMS["lightly"](32)
+    transform = SCRIPT.peer_workloads.TRANSFORMS["lightly"](32)
     text = str(transform.transforms[0].transform)
     assert "brightness=(0.6" in text and "hue=(-0.1, 0.1)" in text, "the jitter of small images is halved"
-    model = SCRIPT.peers.network({"library": "lightly"})
+    model = SCRIPT.peer_workloads.network({"library": "lightly"})
     assert model[:-1](torch.zeros(2, 3, 32, 32)).shape == (2, 512) and model(torch.zeros(2, 3, 32, 32)).shape == (
         2,
         128,
     )
-    assert SCRIPT.peers.criterion("lightly", SCRIPT.RECIPE["temperature"]).temperature == 0.5
+    assert SCRIPT.peer_workloads.criterion("lightly", SCRIPT.RECIPE["temperature"]).temperature == 0.5
 
 
 def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

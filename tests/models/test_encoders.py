@@ -92,7 +92,7 @@ def test_channels(name, channels):
         ({"name": "resnet18", "size": 32, "depth": 3}, "depth"),
         ({"name": "resnet18", "size": 32, "drop_rate": print}, "JSON"),
         ({"name": "resnet18", "size": 32, "stem": "small"}, "imagenet"),
-        ({"name": "tiny", "size": 32, "stem": "cifar"}, "no ResNet"),
+        ({"name": "tiny", "size": 32, "stem": "cifar"}, "not a ResNet"),
         ({"name": "resnet18", "size": 32, "mean": [0.5]}, "3 numbers"),
         ({"name": "resnet18", "size": 32, "init": "timm"}, "stem"),
         ({"name": "tiny", "size": 32, "init": "timm"}, "timm"),
