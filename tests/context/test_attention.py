@@ -428,7 +428,7 @@ def test_weights_that_need_their_blocks(tmp_path: Path) -> None:
     for asked in (None, "eca"):
         with pytest.raises(ConfigError, match="trained with attend='se'"):
             create_encoder("resnet10", size=32, init=tmp_path, attend=asked)
-    with pytest.raises(ConfigError, match="give its folder"):
+    with pytest.raises(ConfigError, match="pass its folder"):
         create_encoder("resnet10", size=32, init=tmp_path / "model.safetensors", attend="se")
 
 
@@ -446,7 +446,7 @@ def test_weights_that_need_their_blocks(tmp_path: Path) -> None:
         ({"attend": "ba2m", "attend_options": {"stages": [0, 1]}}, "stages 1 to 4"),
         ({"attend": "ba2m", "attend_options": {"stages": 2}}, "stages 1 to 4"),
         ({"attend": "ba2m", "attend_options": {"stages": [4]}, "name": "tiny"}, "stages 1 to 3"),
-        ({"attend": "batchformer", "attend_options": {"stages": [4]}}, "behind the pooling"),
+        ({"attend": "batchformer", "attend_options": {"stages": [4]}}, "follows the pooling"),
         ({"attend": "batchformer", "attend_options": {"heads": 5}}, "divisor"),
         ({"attend": "batchformer", "attend_options": {"keep": 1.0}}, "below 1"),
         ({"attend": "batchformer", "attend_options": {"hidden": 0}}, "hidden"),

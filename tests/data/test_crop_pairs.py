@@ -402,7 +402,7 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
         ("--size 100000", "from 2 to"),
         ("--pairs 0", "at least one"),
         ("--crops sideways", "global-local"),
-        ("--sampler mine", "ours or torchvision"),
+        ("--sampler mine", "ours, torchvision"),
         ("--sampler torchvision --crops equal", "default, big, small"),
     ],
 )

@@ -171,7 +171,7 @@ class TestHub:
         with pytest.raises(DataError, match="hf/nobody/nothing is not on this machine: fetch it with --download"):
             open_data("hf/nobody/nothing")
         assert not datasets.config.HF_HUB_OFFLINE  # as before
-        with pytest.raises(DataError, match="no name of a set"):
+        with pytest.raises(DataError, match="not a data set on the Hugging Face hub"):
             open_data("hf/../../etc")
 
     def test_from_the_caches_of_this_machine(self, tmp_path):

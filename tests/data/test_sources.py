@@ -542,7 +542,7 @@ class TestArrays:
         assert len(set(some.labels.tolist()) & set(range(30))) < 30  # not the first ones
         assert "30 of 100 used" in some.report()
         for wrong in (0, 101):
-            with pytest.raises(DataError, match="it has 100"):
+            with pytest.raises(DataError, match="has 100 images; choose 1 to 100"):
                 open_data(images, subset=wrong)
 
 

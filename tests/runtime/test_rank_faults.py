@@ -86,7 +86,7 @@ def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch:
     for r, error in zip(left, at_once(*(r.call for r in left)), strict=True):
         assert "lost ranks 0, 2" in str(error) and error.speaks == (r.rank == 1)
     for error in at_once(*(r.call for r in rolls(3))):
-        assert "all of them live" in str(error)
+        assert "all of them are running" in str(error)
 
 
 def test_ranks_that_start_again_share_nothing_with_those_before() -> None:

@@ -80,7 +80,7 @@ def open_data(
     if subset is None:
         return source
     if not 0 < subset <= len(source):
-        raise DataError(f"a subset of {subset:,} images is too large: {source.name} has {len(source):,}")
+        raise DataError(f"subset = {subset:,}: {source.name} has {len(source):,} images; choose 1 to {len(source):,}")
     chosen = rng.permutation(_SUBSET_SEED, 0, len(source))[:subset].sort().values
     return Subset(source, chosen, "a fixed random choice")
 
