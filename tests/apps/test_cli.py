@@ -417,6 +417,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
 # Refusals: each message names a remedy
 
 
+@pytest.mark.grid(16)
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [

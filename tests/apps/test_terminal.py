@@ -115,6 +115,7 @@ def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
     assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
 
 
+@pytest.mark.slow
 def test_a_wide_table_is_cut_between_columns(tmp_path: Path) -> None:
     """Figures are never split: columns that do not fit follow below, next to the row names."""
     _, wide = on_a_terminal("table ba-ssl-3", tmp_path, 5000)

@@ -165,6 +165,7 @@ def test_the_recipe_is_lightlys() -> None:
     assert SCRIPT.peer_workloads.criterion("lightly", SCRIPT.RECIPE["temperature"]).temperature == 0.5
 
 
+@pytest.mark.slow
 def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     words = ["--data", str(data), "--who", "inbatch", "--out", str(tmp_path / "ours.json"), "--threads", "1"]

@@ -548,6 +548,7 @@ def test_the_page_s_options_are_the_constructor_s(heading: str, maker: type) -> 
     assert all(p.default is None or default == str(p.default) for (_, default), p in zip(told, options, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "part"), [(32, 1), (224, 2)])
 def test_the_page_s_costs_are_counted(size: int, part: int) -> None:
     table = PAGE.read_text().split("| block | parameters |")[part].split("\n\n")[0]

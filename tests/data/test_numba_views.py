@@ -193,6 +193,7 @@ def test_without_numba_torch_draws(monkeypatch, used):
     assert torch.equal(ours.images[0], theirs.images[0]) and not used
 
 
+@pytest.mark.slow
 def test_numba_waits_for_the_first_view():
     script = "import inbatch.data.views, inbatch.api, sys; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

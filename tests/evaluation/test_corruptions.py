@@ -76,6 +76,7 @@ def test_an_image_is_corrupted_alike_in_any_batch_and_by_its_number_and_seed(nam
     assert torch.equal(made, CORRUPTIONS[name](same, 5, chance(5, seed=2))) != random
 
 
+@pytest.mark.grid(10)
 @EVERY
 @pytest.mark.parametrize("size", SIZES)
 def test_change_grows_with_severity(name, size):

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "inbatch.training.step"])
+# What the functions import, loaded once: a child that imports timm and pytest itself takes seconds.
+_context.set_forkserver_preload(["torch.distributed", "inbatch.api", "timm", "pytest", "hypothesis", "small_methods"])
 
 
 def _child(rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:

@@ -93,6 +93,7 @@ def test_a_layer_of_ones_own_is_not_touched() -> None:
     )
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 @pytest.mark.parametrize("slow", [True, False])
 def test_where_a_run_takes_it(precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:

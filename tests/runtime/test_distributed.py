@@ -49,6 +49,7 @@ def disagree(out: str) -> str:
     return "went on"
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
     """Fault 8: each rank gets another seed."""
     for found in on_ranks(2, disagree, str(tmp_path / "run")):

@@ -67,6 +67,7 @@ def test_waiting_threads_sleep() -> None:
     assert told("import torch; from inbatch.runtime import tuning; tuning.begin()" + WAITING) == "None None None"
 
 
+@pytest.mark.slow
 @LINUX
 def test_openmp_of_torch_is_told_how_to_wait() -> None:
     code = "from inbatch.runtime import tuning; tuning.begin(); import torch"
@@ -83,6 +84,7 @@ def test_denormal_numbers_are_zero_on_every_thread() -> None:
     assert told(code + half) == str(1 << 20)
 
 
+@pytest.mark.slow
 def test_a_library_leaves_the_process_alone() -> None:
     """Training in a user's process changes only settings that the user requested."""
     code = "import inbatch.api; from inbatch.runtime import tuning; tuning.ready(); import torch\n"

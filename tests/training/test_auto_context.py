@@ -206,6 +206,7 @@ def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pyte
         auto_context.fit(*planned(), CPU)
 
 
+@pytest.mark.slow
 def test_where_the_system_tells_nothing_bytes_are_counted(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_looking_changes_nothing(method: str) -> None:
     assert torch.equal(state, torch.get_rng_state()) and built.network.training
 
 
+@pytest.mark.slow
 def test_a_run_logs_it(tmp_path: Path) -> None:
     result = tiny("simclr", tmp_path, fuse="conv").result
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

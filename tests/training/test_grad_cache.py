@@ -27,33 +27,27 @@ def test_groups_equal_plain_autograd(variant: str, groups: int) -> None:
     assert_same(train(variant, N, groups), expected(variant, groups))
 
 
-def train_all(groups: int, synced: bool, dropout: float) -> dict[str, dict]:
+def train_one(variant: str, groups: int, synced: bool, dropout: float) -> dict:
     small.DROPOUT = dropout
-    return {variant: train(variant, N, groups, synced=synced) for variant in VARIANTS}
+    return train(variant, N, groups, synced=synced)
 
 
-@functools.cache
-def trained(world: int, groups: int, synced: bool = False, dropout: float = 0.2) -> list[dict[str, dict]]:
-    """Train every variant on every rank; one start of the processes serves all variants."""
-    return on_ranks(world, train_all, groups, synced, dropout)
-
-
-@pytest.mark.grid(24)
+@pytest.mark.grid(9)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
-    for found in trained(world, groups):
-        assert_same(found[variant], expected(variant, world * groups))
+    for found in on_ranks(world, train_one, variant, groups, False, 0.2):
+        assert_same(found, expected(variant, world * groups))
 
 
-@pytest.mark.grid(10)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
     """With norm over all ranks, W ranks are one context group of the batch (no dropout: its draws are per rank)."""
-    whole = trained(1, 1, False, 0.0)[0][variant]
-    for found in trained(world, 1, True, 0.0):
-        assert_same(found[variant], whole)
+    whole = on_ranks(1, train_one, variant, 1, False, 0.0)[0]
+    for found in on_ranks(world, train_one, variant, 1, True, 0.0):
+        assert_same(found, whole)
 
 
 @pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])

@@ -210,6 +210,7 @@ def test_a_run_outside_says_so_and_ends_as_ever(finished: Path, tmp_path: Path) 
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_curve_and_verdict(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

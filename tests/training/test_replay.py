@@ -148,6 +148,7 @@ def _capture_on_a_rank(folder: str) -> float:
     return float(here.step(kept(Path(folder), here), 0)["loss"])
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one_process_find_the_same_loss(tmp_path: Path) -> None:
     losses = on_ranks(2, _capture_on_a_rank, str(tmp_path))
     np.testing.assert_allclose(replay_run(tmp_path)["loss"], losses, rtol=1e-6)

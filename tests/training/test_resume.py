@@ -19,7 +19,13 @@ from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 
 
-@pytest.mark.parametrize("method", METHODS)
+WITH_STATE = ("simclr", "moco", "swav", "pcl")
+"""Methods that between them have a target network, a memory bank, a queue of scores, and clusters."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in WITH_STATE else pytest.mark.slow) for m in METHODS]
+)
 @pytest.mark.parametrize(
     "stops",
     [
