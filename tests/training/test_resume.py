@@ -18,7 +18,6 @@ from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 
-
 WITH_STATE = ("simclr", "moco", "swav", "pcl")
 """Methods that between them have a target network, a memory bank, a queue of scores, and clusters."""
 
