@@ -471,6 +471,7 @@ def test_what_cannot_be_is_refused(line: str, code: int, words: str, elsewhere: 
     assert found.stdout == "" and set(elsewhere.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(finished: Path, tmp_path: Path) -> None:
     refused = run(f"pretrain {TINY} --out {finished}")
     assert refused.exit_code == 2 and "--overwrite" in refused.stderr and "--resume" in refused.stderr

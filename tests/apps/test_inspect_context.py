@@ -189,6 +189,7 @@ def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, m
         assert all(torch.allclose(view, image[sample], atol=1e-5) for view, image in zip(after, images, strict=True))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run stopped in a curated epoch shows it; one stopped earlier names and shows the first curated epoch."""
     out, settings = tmp_path / "run", {"curate.name": "redraw", "curate.warmup": 0.5}
@@ -230,6 +231,7 @@ def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
         inbatch.inspect_run(full, tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [8])
 def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) -> None:
     """Images that were not passed whole to the main process are opened again."""

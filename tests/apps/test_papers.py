@@ -68,6 +68,7 @@ def test_a_table_is_whole(table: Table) -> None:
         assert all(row.paper or row.settings is not None for row in table.rows)
 
 
+@pytest.mark.grid(18)
 @EVERY
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_is_a_recipe_and_a_command(table: Table, scale: str) -> None:
@@ -397,6 +398,7 @@ def test_what_is_wrong_is_said(words: list[str], code: int, says: str, run_cli: 
     assert told["exit_code"] == code and says in told["error"]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("ending", render.FORMATS)
 def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
     for cell in cells(TABLE, "smoke"):

@@ -43,6 +43,7 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
 SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
 def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
     """The paragraph is written by hand and its figures come from the records: both must be updated together."""

@@ -82,6 +82,7 @@ def learned(curve: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 EVERY = ("--every-seconds", "0", "--target", "2")  # evaluate after every step, never reach the target
 
 
+@pytest.mark.slow
 def test_a_curve_goes_on_where_it_was_killed(
     data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_row_too_long_to_be_squared_is_no_row() -> None:
     assert nt_xent(z).isnan() and byol(z, z).isnan() and barlow_twins(z)["loss"].isnan()
 
 
+@pytest.mark.grid(13)
 @EVERY
 @examples(6)
 @given(problem=problems(least=2, kinds=["random"]), power=st.sampled_from([17, 20, 30, 37]))
@@ -268,6 +269,7 @@ def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tupl
 CALM = ["random", "views alike", "large", "small", "one row zero"]
 
 
+@pytest.mark.grid(13)
 @EVERY
 @examples(6)
 @given(problem=problems(kinds=CALM), seed=st.integers(0, 2**31))
@@ -340,6 +342,7 @@ def test_the_length_of_a_row_does_not_matter_where_rows_are_normalised(name: str
     assert along.abs().max() <= 1e-9 * max(1, 1 / problem.t) * max(1, float(1 / z.norm(dim=-1).min()))
 
 
+@pytest.mark.grid(13)
 @EVERY
 @examples(4)
 @given(problem=problems(kinds=["random", "views alike"]), t=st.sampled_from([0.1, 1.0, 10.0]))
@@ -365,6 +368,7 @@ def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> 
         assert torch.autograd.gradcheck(still, x, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.grid(13)
 @EVERY
 @examples(6)
 @given(problem=problems(least=2, kinds=["random", "small"]), t=st.sampled_from([0.01, 0.07, 1.0]))
@@ -376,6 +380,7 @@ def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: floa
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 + 2e-6 / t)
 
 
+@pytest.mark.grid(13)
 @EVERY
 @examples(6)
 @given(problem=problems())
@@ -391,6 +396,7 @@ def test_it_is_pure(name: str, problem: Given) -> None:
     assert torch.equal(problem.z, z) and torch.equal(problem.y, y)
 
 
+@pytest.mark.grid(13)
 @pytest.mark.parametrize("variant", small.VARIANTS)
 @examples(6)
 @given(

@@ -142,6 +142,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
         assert torch.equal(at_loss[2], previous[2]) and not torch.equal(before[2], at_loss[2])
 
 
+@pytest.mark.grid(16)
 @EVERY
 def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new method that loads the state of a trained one gives the same loss, also after the next step."""

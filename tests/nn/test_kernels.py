@@ -37,7 +37,7 @@ def told() -> dict[str, Any]:
     return json.loads(python("-W", "ignore", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
 
-@pytest.mark.grid(10)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
     found = told["cases"][case]
@@ -61,6 +61,7 @@ def test_refusals(told: dict[str, Any]) -> None:
     assert told["refused"] == dict.fromkeys(["nothing", "float64", "wide", "no device"], False)
 
 
+@pytest.mark.slow
 def test_plain_tensors_and_plain_imports_need_no_triton() -> None:
     python(
         "-c",

@@ -197,6 +197,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_workers_that_ignore_signals_end_with_their_trainer(tmp_path: Path) -> None:
     """One of them is stuck in an image; a global name keeps the batches alive until the interpreter ends."""
     console = tmp_path / "console.txt"
