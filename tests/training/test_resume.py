@@ -18,8 +18,8 @@ from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 
-WITH_STATE = ("simclr", "moco", "swav", "pcl")
-"""Methods that between them have a target network, a memory bank, a queue of scores, and clusters."""
+WITH_STATE = ("moco", "pcl")
+"""Methods that between them have a target network, a memory bank and clusters."""
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
         stop_after(patch, 4, signal.SIGINT)
@@ -127,6 +128,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same_state(saved(tmp_path / "hurt"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
     tiny("moco", tmp_path, epochs=1)

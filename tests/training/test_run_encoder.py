@@ -58,6 +58,7 @@ def words(path: Path) -> str:
     return shlex.quote(str(path))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("fields", [{}, {"attend": "ba2m"}, {"attend": "batchformer"}, {"compile": False}])
 def test_a_stopped_run_loads_with_the_weights_of_its_checkpoint(tmp_path: Path, fields: dict[str, Any]) -> None:
     out = stop(tmp_path / "run", **fields)

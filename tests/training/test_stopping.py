@@ -77,6 +77,7 @@ def logged(out: Path) -> list[dict[str, float]]:
     return [{key: x for key, x in line.items() if key not in clocks} for line in lines if "lr" not in line]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("method", "context", "place", "fields"),
     [
