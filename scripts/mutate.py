@@ -126,7 +126,9 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "inbatch"
+        tests = sorted({test for number in chosen for test in FAULTS[number - 1].nearest.split()})
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
+        assert pytest(copy, tests), "the tests fail without any fault: nothing can be concluded from them"
         for number in chosen:
             fault, began = FAULTS[number - 1], time.monotonic()
             by = noticed(fault, copy, args.nearest)

@@ -1,10 +1,13 @@
 """Picture of images and their views: position of each part."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageColor
 
-from inbatch.apps.reports.view_grid import _CELL, _COLOURS, _GAP, grid, save_grid
+from inbatch.apps.reports.view_grid import _CELL, _COLOURS, _GAP, grid, save_grid, save_sheet
 from inbatch.data.views import Drawn
 
 RED, GREEN = (np.array(ImageColor.getrgb(c)) for c in _COLOURS[:2])
@@ -48,3 +51,10 @@ def test_the_file_holds_the_picture(tmp_path):
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     save_grid(tmp_path / "views.png", images, drawn(), [0.5] * 3, [0.25] * 3)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "views.png")), grid(images, drawn(), [0.5] * 3, [0.25] * 3))
+
+
+def test_a_sheet_of_a_kind_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """Pillow reads PSD files and writes none."""
+    with pytest.raises(ValueError, match="unknown file extension"):
+        save_sheet(tmp_path / "sheet.psd", [[torch.zeros(3, 4, 4, dtype=torch.uint8)]])
+    assert not list(tmp_path.iterdir())

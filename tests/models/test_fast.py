@@ -20,6 +20,7 @@ from inbatch.training import checkpoint
 from inbatch.training.build import build, image_scale
 from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
 from inbatch.training.plan import resolve_recipe
+from inbatch.training.recipe import make
 from inbatch.training.run_encoder import fit_first_layer, initial_encoder
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -240,3 +241,10 @@ def test_unreadable_images_do_not_reach_the_first_layer(tmp_path: Path) -> None:
     before = found.backbone.stages[0][0].weight.clone()
     fit_first_layer(found, open_data(tmp_path))  # the loader reports that nothing can be read
     assert torch.equal(found.backbone.stages[0][0].weight, before)
+
+
+def test_the_recipe_of_an_older_run_does_not_get_the_first_layer_from_the_preset() -> None:
+    recipe, _ = resolve_recipe(IMAGES, {"preset": "fast", "epochs": 1, "batch": 16})
+    assert recipe.encoder.options["whiten_patches"] is True
+    older = {key: value for key, value in recipe.flat().items() if key != "encoder.whiten_patches"}
+    assert "whiten_patches" not in make(older).encoder.options and make(recipe.flat()) == recipe

@@ -81,8 +81,8 @@ def build(
         loader: A loader to reuse, made for the same images, batch, seed and views.
         init: Directory of the run's initial weights (`run_encoder.kept_initial`).
     """
-    _check(recipe, source, device)
     context, groups = _context(recipe, distributed.world())
+    _check(recipe, source, device, context)
     parts = _draw_weights(recipe, source, device, context, init)
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     network, target = _make_networks(recipe, parts, device)
@@ -123,7 +123,7 @@ class _Parts:
     notes: list[str]
 
 
-def _check(recipe: Recipe, source: Source, device: torch.device) -> None:
+def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -> None:
     """Raise ConfigError or DataError for a recipe that this device or these images do not allow."""
     if recipe.loss_precision == "tf32x3" and device.type != "cuda":
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
@@ -132,7 +132,6 @@ def _check(recipe: Recipe, source: Source, device: torch.device) -> None:
         distributed.assert_equal_across_ranks({"use of Triton's kernels": kernels})
     if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
-    context, _ = _context(recipe, distributed.world())
     if recipe.shuffle_groups and recipe.batch == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"

@@ -250,6 +250,10 @@ def natural_preset(data: str, size: float) -> str:
     return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
 
 
+WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "checkpoint_every", "sync_norm", "k"}
+"""Some of the settings that the file of every run holds, and no user writes all of."""
+
+
 def make(settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe of these settings; missing values come from the preset, then from the defaults.
 
@@ -274,6 +278,8 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         chosen = settings.get(f"{part}.name")
         if chosen is not None and chosen != given.get(f"{part}.name", base.get(f"{part}.name")):
             given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
+    if settings.keys() >= WRITTEN:  # the recipe of a run is complete: a later preset adds no option to its encoder
+        given = {k: v for k, v in given.items() if not k.startswith("encoder.")}
     merged = base | given | settings
     if "data" not in merged:
         raise ConfigError("no images: pass --data FOLDER, or set data in the file")

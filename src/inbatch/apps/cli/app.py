@@ -17,19 +17,6 @@ from inbatch.apps.console import complain, first, print_json, say
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.runtime import child_processes, signals, tuning
 
-app = typer.Typer(
-    name="inbatch",
-    help="Self-supervised and supervised learning of image features, with interaction of the samples of a batch.",
-    epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
-    "  inbatch pretrain --help\n\n"
-    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
-    "75 stopped by a signal, 130 by Ctrl-C.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
 USUAL = {
     "--amp": "--precision", "--fp16": "--precision", "--mixed-precision": "--precision", "--optim": "--optimizer",
     "--arch": "--encoder", "--weight-decay": "--set optimizer.weight_decay=", "--wd": "--set optimizer.weight_decay=",
@@ -40,18 +27,31 @@ USUAL = {
 """Options of other programs -> what to write here."""
 
 
-class Command(typer.core.TyperCommand):
-    """A command that names the option to use for a usual one that it does not have."""
+class Program(typer.core.TyperGroup):
+    """The commands; for a usual option that a command does not have, the error names the one to use."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, or raise the usage error with a suggestion."""
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, or raise its usage error with a suggestion."""
         try:
-            return super().parse_args(ctx, args)
-        except Exception as error:  # typer's own copy of click, or click: only the attribute tells them apart
-            usual = USUAL.get(getattr(error, "option_name", ""))
-            if usual is not None:
+            return super().invoke(ctx)
+        except Exception as error:  # of typer's copy of click, or of click: both have the attribute
+            if (usual := USUAL.get(getattr(error, "option_name", None) or "")) is not None:
                 error.possibilities = [usual]  # type: ignore[attr-defined]
             raise
+
+
+app = typer.Typer(
+    cls=Program,
+    name="inbatch",
+    help="Self-supervised and supervised learning of image features, with interaction of the samples of a batch.",
+    epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
+    "  inbatch pretrain --help\n\n"
+    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
+    "75 stopped by a signal, 130 by Ctrl-C.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import SEEDS, Command, Data, Device, Json, Set, app, assignments, reported
+from inbatch.apps.cli.app import SEEDS, Data, Device, Json, Set, app, assignments, reported
 from inbatch.apps.cli.output import (
     explain,
     explain_plugins,
@@ -22,7 +22,6 @@ from inbatch.errors import ConfigError, DataError, TrainingError
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch views ~/photos -o views.png\n\n"
     "  inbatch views ~/photos --views swav --size 224\n\n"
     "  inbatch views ~/photos --views simclr --crops adjacent\n\n"
@@ -58,7 +57,6 @@ def views(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch data ~/photos\n\n"
     "  inbatch data ~/photos --sample 2000 -o samples.png\n\n"
     "  inbatch data scans --set channels=1 --json > scans.json",
@@ -94,7 +92,6 @@ def data(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch inspect runs/simclr-photos-1\n\n"
     "  inbatch inspect runs/simclr-photos-1 -o pictures --count 16 --seed 1",
 )
@@ -124,7 +121,6 @@ def inspect(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch replay runs/simclr-photos-1\n\n  inbatch replay runs/simclr-photos-1 --json",
 )
 def replay(
@@ -146,7 +142,6 @@ def replay(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch crops -o crops.png\n\n"
     "  inbatch crops --crops all --size 224 --pairs 100000\n\n"
     "  inbatch crops --sampler torchvision --size 375x500 --pairs 20000",
@@ -183,7 +178,7 @@ def crops(
                 say(f"Picture: {out}")
 
 
-@app.command(cls=Command, epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
+@app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
 def methods(
     name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
     as_json: Json = False,
@@ -200,7 +195,7 @@ def methods(
         print_json({"methods": every}) if as_json else print_methods(every)
 
 
-@app.command(cls=Command, epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
+@app.command(epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")
 def plugins(
     name: Annotated[str | None, Argument(metavar="NAME", help="One plug-in: its options.")] = None,
     as_json: Json = False,

@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Command, Device, Json, Quiet, app, reported
+from inbatch.apps.cli.app import Device, Json, Quiet, app, reported
 from inbatch.apps.console import complain, print_json, print_table, say, width
 from inbatch.errors import ConfigError
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch table     the list of tables\n\n"
     "  inbatch table ba-ssl-3     published and reproduced figures, and every command\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"

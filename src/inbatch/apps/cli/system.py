@@ -6,13 +6,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Command, Device, Json, app, reported
+from inbatch.apps.cli.app import Device, Json, app, reported
 from inbatch.apps.console import print_json, print_table, say
 from inbatch.runtime import tuning
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch bench --quick     a functional check, some minutes\n\n"
     "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
     "  inbatch bench tower step --method simclr --method moco --batch 512 --device cuda --compile",
@@ -55,7 +54,6 @@ def bench(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch doctor\n\n  inbatch doctor --no-measure\n\n  inbatch doctor --clear-cache",
 )
 def doctor(
@@ -92,7 +90,6 @@ def doctor(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch slurm > job.sbatch\n\n  sbatch job.sbatch simclr --data ~/photos --epochs 800",
 )
 def slurm() -> None:

@@ -9,7 +9,6 @@ from typer import Argument, Option
 from inbatch.apps.cli.app import (
     KINDS,
     SEEDS,
-    Command,
     Data,
     Device,
     Json,
@@ -35,7 +34,6 @@ from inbatch.training.budget import parse_budget
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch quickstart\n\n"
     "  inbatch quickstart --epochs 8 --margin 5     less time, for CI\n\n"
     "  inbatch quickstart --json > figures.json",
@@ -67,7 +65,6 @@ def quickstart(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
     "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
     "  inbatch pretrain --data ~/photos --dry-run\n\n"
@@ -180,7 +177,6 @@ def pretrain(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch evaluate runs/simclr-photos-1\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol knn --k 20\n\n"
     "  inbatch evaluate runs/simclr-photos-1 --protocol few,corruptions\n\n"
@@ -261,7 +257,6 @@ def evaluate(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
     "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test",
 )
@@ -296,7 +291,6 @@ def embed(
 
 
 @app.command(
-    cls=Command,
     epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
     "  inbatch export runs/simclr-photos-1 -o encoder --json",
 )

@@ -69,11 +69,7 @@ def save_grid(
     std: Sequence[float],
 ) -> None:
     """Write `grid` to an image file atomically; raise ValueError for an unknown file extension."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"unknown file extension: {Path(path).suffix}")
-    with replacing(Path(path)) as file:
-        Image.fromarray(grid(images, drawn, mean, std)).save(file, format=kind)
+    _save(path, Image.fromarray(grid(images, drawn, mean, std)))
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
@@ -86,11 +82,16 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
             height, width = (max(1, round(side * zoom)) for side in image.shape[-2:])
             tile = _picture(image.cpu().numpy()).resize((width, height), _how(zoom))
             sheet.paste(tile, (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP)))
+    _save(path, sheet)
+
+
+def _save(path: str | Path, picture: Image.Image) -> None:
+    """Write a picture atomically; raise ValueError for an extension that Pillow cannot write."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind is None:
-        raise ValueError(f"{Path(path).suffix!r} is the ending of no picture")
+    if kind not in Image.SAVE:
+        raise ValueError(f"unknown file extension: {Path(path).suffix}")
     with replacing(Path(path)) as file:
-        sheet.save(file, kind)
+        picture.save(file, format=kind)
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
