@@ -62,8 +62,8 @@ def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> 
         words["context"] = args.batch // words["context"]
     if "curate.name" in words:
         words["curate.warmup"] = 0.0
-    shared = {"size": size, "batch": args.batch, "encoder": args.encoder, "epochs": EPOCHS, "preset": "none"}
-    settings = words | {"resident": True, "precision": args.precision}
+    shared = {"image_size": size, "batch_size": args.batch, "encoder": args.encoder, "epochs": EPOCHS, "preset": "none"}
+    settings = words | {"cache_on_device": True, "precision": args.precision}
     return prepare(images, "simclr", settings=settings, device=args.device, **shared)
 
 

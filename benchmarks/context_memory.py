@@ -30,7 +30,7 @@ CARDS = (8, 12, 16, 24, 40, 80, 141)
 
 ENTRIES: dict[str, dict[str, Any]] = {
     f"{encoder}, {size} px, {method}, {precision}": {
-        "encoder.name": encoder, "size": size, "method.name": method, "precision": precision,
+        "encoder.name": encoder, "image_size": size, "method.name": method, "precision": precision,
     }
     for encoder, size in (("resnet18", 32), ("resnet50", 224))
     for method in ("simclr", "byol")
@@ -43,9 +43,9 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     """Return the bytes of one sample of a group and of everything that does not depend on the group's size."""
     told = []
     for group in GROUPS:  # separates the part that does not grow with the group (weights in bfloat16)
-        size = ENTRIES[name]["size"]
+        size = ENTRIES[name]["image_size"]
         images = torch.randint(0, 256, (group, 3, size, size), dtype=torch.uint8)
-        built = prepare(images, settings=ENTRIES[name] | {"preset": "none", "batch": group}, device="cpu")
+        built = prepare(images, settings=ENTRIES[name] | {"preset": "none", "batch_size": group}, device="cpu")
         told.append(estimate(built)["memory_bytes_estimate"])
     small = told[0]
     kept = [memory["activations_of_a_group"] + memory["views_of_a_group"] for memory in told]

@@ -36,7 +36,7 @@ TOLERANCE = 1e-6
 
 def made(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
     """Return a run with the preset for CIFAR-10, ready for its first step."""
-    words = {"batch": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
+    words = {"batch_size": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
     return prepare(args.data, method, device=args.device, **words)
 
 

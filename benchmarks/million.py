@@ -33,7 +33,7 @@ from inbatch.runtime.memory import forget_peak, held, peak
 
 OUT = Path(__file__).parents[1] / "results" / "million.json"
 SEEDS, FOLDERS, POINTS = 400, 1000, 21
-RUN = "--encoder tiny --set size=8 --set resident=false --batch 256 --epochs 1 --quiet"
+RUN = "--encoder tiny --set image_size=8 --set cache_on_device=false --batch 256 --epochs 1 --quiet"
 
 
 def make(root: Path, images: int) -> dict[str, float]:
@@ -96,7 +96,7 @@ def epoch(folder: str, workers: int) -> dict[str, Any]:
     """Load the batches of an epoch without training, in a process of its own; record the memory of the workers."""
     from inbatch.api import prepare
 
-    settings = {"encoder.name": "tiny", "size": 8, "resident": False, "batch": 256}
+    settings = {"encoder.name": "tiny", "image_size": 8, "cache_on_device": False, "batch_size": 256}
     loader = prepare(folder, settings=settings, device="cpu", workers=workers).loader
     marks = {round(x) for x in np.linspace(1, loader.steps, POINTS)}
     points, began = [], time.perf_counter()

@@ -105,7 +105,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
                             break
                         losses = built.step(batch, number)
                         number += 1
-                        log.step(number, epoch, losses | {"lr": 0.0}, built.recipe.batch)
+                        log.step(number, epoch, losses | {"lr": 0.0}, built.recipe.batch_size)
                     made.append(dict(clock.seconds))
                 epoch += 1
     finally:

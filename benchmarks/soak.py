@@ -40,8 +40,8 @@ from inbatch.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 RECIPE = {
-    "preset": "digits-colour", "size": 20, "channels": 3, "resident": False, "batch": 64, "context": 32,
-    "fuse.name": "conv", "curate.name": "redraw", "seed": 0,
+    "preset": "digits-colour", "image_size": 20, "channels": 3, "cache_on_device": False, "batch_size": 64,
+    "context": 32, "fuse.name": "conv", "curate.name": "redraw", "seed": 0,
 }  # fmt: skip
 GROWTH = 1.05
 """Largest ratio of the undisturbed run's memory: the last quarter's median over the second quarter's."""

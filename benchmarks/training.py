@@ -51,7 +51,7 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of inbatch for the work of lightly's CIFAR-10 benchmark."""
     return {
-        "preset": "none", "size": 32, "batch": args.batch, **network(args),
+        "preset": "none", "image_size": 32, "batch_size": args.batch, **network(args),
         "method.layers": 2, "method.temperature": 0.5, "optimizer.name": "sgd", "optimizer.lr": 0.06 * 2,
         "optimizer.weight_decay": 5e-4,
     }  # fmt: skip
@@ -101,7 +101,7 @@ def curves(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the loss of every step, by precision and seed."""
     data, found = jpegs(args, folder, 32, 4096), {}
     for name, precision, seed in (("bf16", "bf16", 0), ("float32", "float32", 0), ("float32, seed 1", "float32", 1)):
-        settings = recipe(args) | {"precision": precision, "seed": seed, "epochs": 1000, "schedule.warmup": 0}
+        settings = recipe(args) | {"precision": precision, "seed": seed, "epochs": 1000, "schedule.warmup_epochs": 0}
         run, losses, begin = prepare(data, "simclr", settings=settings, device=args.device), [], time.perf_counter()
         for number, batch in zip(range(args.steps), steps(run), strict=False):
             losses.append(float(run.step(batch, number)["loss"]))
@@ -136,7 +136,13 @@ def waiting(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the share of its time that a loop over streamed photographs waits for the next batch."""
     data, found = jpegs(args, folder, 224, max(512, 4 * args.batch)), {}
     for encoder in args.encoders:
-        settings = {"preset": "none", "size": 224, "batch": args.batch, "encoder.name": encoder, "resident": False}
+        settings = {
+            "preset": "none",
+            "image_size": 224,
+            "batch_size": args.batch,
+            "encoder.name": encoder,
+            "cache_on_device": False,
+        }
         run = prepare(data, "simclr", settings=settings, device=args.device, workers=args.workers)
         batches, waited, worked = steps(run), [], []
         for number in range(args.steps + 2):

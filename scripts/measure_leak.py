@@ -29,7 +29,7 @@ SEEDS = 3
 
 def ask(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
     """Return the leak of a new network, and of the same network after an epoch."""
-    fields = {"preset": "digits", "subset": 4000, "size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
+    fields = {"preset": "digits", "subset": 4000, "image_size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
     built = prepare(data, "simclr", settings={"views.name": "simclr_cifar"}, device="cpu", **fields)
     before = leak(built, 1)
     for step, batch in enumerate(built.loader.epoch(0)):

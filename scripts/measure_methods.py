@@ -34,19 +34,19 @@ ENTRIES: dict[str, list[str]] = {
     "simsiam": ["simsiam"],
     "barlow": ["barlow"],
     "vicreg": ["vicreg"],
-    "wmse (2 views)": ["wmse", "views.views=2"],
+    "wmse (2 views)": ["wmse", "views.num_views=2"],
     "supcon (labels)": ["supcon"],
     "supervised (labels)": ["supervised"],
 }
 """Name in the table -> method and settings."""
 MANY_VIEWS = {
-    "wmse (4 views)": ["wmse", "views.name=simclr_cifar", "views.views=4"],
+    "wmse (4 views)": ["wmse", "views.name=simclr_cifar", "views.num_views=4"],
     "swav (2 + 4 crops)": ["swav", "views.name=swav_cifar"],
 }
 """On photographs only."""
 
 # On photographs: the digits' small encoder, heads, optimiser and batch, for 2 epochs of 10,000 images.
-PHOTOS = ["preset=digits", "subset=10000", "size=32", "k=200", "epochs=2", "evaluate_every=2"]
+PHOTOS = ["preset=digits", "subset=10000", "image_size=32", "knn_k=200", "epochs=2", "evaluate_every=2"]
 
 
 def budget(kind: str) -> tuple[dict[str, list[str]], int]:
@@ -79,11 +79,11 @@ def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
     from inbatch.evaluation import evaluate
     from inbatch.training.holdout import evaluation_split
 
-    fields = {key: recipe[key] for key in ("subset", "size", "channels", "batch")}
+    fields = {key: recipe[key] for key in ("subset", "image_size", "channels", "batch_size")}
     built = prepare(data, "simclr", settings={"encoder.name": recipe["encoder"]["name"]}, seed=seed, **fields)
     held = evaluation_split(built.recipe, built.source, data)
     assert held is not None
-    return {"seed": seed, "evaluation": evaluate(built.encoder, *held[:2], k=recipe["k"], seed=seed)}
+    return {"seed": seed, "evaluation": evaluate(built.encoder, *held[:2], k=recipe["knn_k"], seed=seed)}
 
 
 def entry(results: list[dict[str, Any]]) -> dict[str, Any]:

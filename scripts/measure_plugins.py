@@ -58,7 +58,7 @@ def shared(kind: str, words: list[str]) -> list[str]:
     if kind == "digits":
         return [*words, "epochs=12"]
     views = [] if any(word.startswith("views.name") for word in words) else ["views.name=simclr_cifar"]
-    photos = ["preset=digits", "subset=10000", "size=32", "k=200", "epochs=2", "evaluate_every=2"]
+    photos = ["preset=digits", "subset=10000", "image_size=32", "knn_k=200", "epochs=2", "evaluate_every=2"]
     return [*words, *photos, *views]
 
 

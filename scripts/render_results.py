@@ -35,7 +35,7 @@ def row(path: Path) -> str:
     clusters = " / ".join(f"{100 * found['clustering'][key]:.1f}" for key in ("nmi", "acc", "ari"))
     cells = [
         f"[{path.stem}]({path.name}): {recipe['method']['name']}, {recipe['encoder']['name']}, "
-        f"{run['images']:,} images, {passes(run)}, batch {recipe['batch']}, seed {recipe['seed']}",
+        f"{run['images']:,} images, {passes(run)}, batch {recipe['batch_size']}, seed {recipe['seed']}",
         f"{100 * run['curve'][0]['knn']:.1f}",
         f"{100 * found['knn']['top1']:.1f} (k {found['knn']['k']})",
         f"{100 * found['linear']['top1']:.1f}",
@@ -54,7 +54,7 @@ def passes(run: dict[str, Any]) -> str:
     recipe = run["recipe"]
     if recipe.get("budget") is None:
         return f"{recipe['epochs']} epochs"
-    return f"{run['steps'] * recipe['batch'] / run['images']:.1f} passes"
+    return f"{run['steps'] * recipe['batch_size'] / run['images']:.1f} passes"
 
 
 def page() -> str:

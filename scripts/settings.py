@@ -26,17 +26,18 @@ from inbatch.apps.cli import app
 from inbatch.models import create_encoder
 from inbatch.training.recipe import SHARED_PRESETS, Recipe, Schedule
 from inbatch.training.registry import OPTIONAL, PARTS, _model
+from inbatch.training.renamed_keys import RENAMED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "settings.md"
 
 VIEW_MEANINGS = {
-    "size": "side of the view in pixels; by default the recipe's `size`",
+    "size": "side of the view in pixels; by default the recipe's `image_size`",
     "small_size": "side of the small views in pixels",
-    "views": "number of views",
-    "large": "number of large views",
-    "small": "number of small views",
-    "area": "smallest area of a crop, as a share of the image",
+    "num_views": "number of views",
+    "num_large_crops": "number of large views",
+    "num_small_crops": "number of small views",
+    "min_scale": "smallest area of a crop, as a share of the image",
     "cut": "area that separates large views from small ones, as a share of the image",
     "strength": "factor of the colour jitter",
     "blur": "probability of the Gaussian blur",
@@ -265,6 +266,17 @@ def page() -> str:
             lines += table(rows) if rows else []
             if presets := list(preset_lines(getattr(maker, "presets", {}))):
                 lines += [*presets, ""]
+    lines += [
+        "## Renamed settings",
+        "",
+        "An old name is an error that gives the present one. In the repository,",
+        "`python scripts/migrate_recipes.py FILE-OR-RUN ...` renames them in settings files, run directories",
+        "and records.",
+        "",
+        "| old name | present name |",
+        "| --- | --- |",
+        *(f"| `{old}` | `{new}` |" for old, new in RENAMED.items()),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

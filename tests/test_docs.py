@@ -139,7 +139,7 @@ def align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(METHODS, "align", module.AlignUniform)
-    monkeypatch.setitem(small.VARIANTS, "align", ("align", {"out": 8}))
+    monkeypatch.setitem(small.VARIANTS, "align", ("align", {"out_dim": 8}))
     return module.AlignUniform
 
 
@@ -177,6 +177,6 @@ def test_line_counts_are_counted() -> None:
     page, methods = DOCS / "add-a-method.md", DOCS.parent / "src" / "inbatch" / "methods"
     stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}
     assert stated == {f"{name}.py": len((methods / f"{name}.py").read_text().splitlines()) for name in METHODS}
-    assert max(stated.values()) < 80, "a method is one small file"
+    assert max(stated.values()) < 90, "a method is one small file"
     (smallest,) = [code for code in blocks(page, "python") if "class AlignUniform" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()

@@ -94,7 +94,7 @@ def test_no_command_asks_for_a_network_or_needs_one(tmp_path: Path) -> None:
 
 
 WANTED = (
-    "pretrain --data digits-canvas --encoder resnet18 --set size=224 --set encoder.stem=imagenet --init timm --dry-run",
+    "pretrain --data digits-canvas --backbone resnet18 --size 224 --init timm --dry-run --set encoder.stem=imagenet",
     "pretrain --data digits-canvas --encoder hf-hub:timm/resnet18.a1_in1k --dry-run",
 )
 

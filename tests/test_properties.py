@@ -50,7 +50,7 @@ def test_a_temperature_that_divides_nothing_is_refused(key: str, value: float) -
 
 
 def test_a_classifier_of_fewer_classes_than_the_data_is_refused() -> None:
-    given = {"subset": 80, "batch": 16, "precision": "float32", "settings": {"method.classes": 3}}
+    given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"method.num_classes": 3}}
     with pytest.raises(ConfigError, match="classes = 3, but the data have 10"):
         api.prepare("digits-canvas", "supervised", **given, device="cpu")
 
@@ -63,7 +63,7 @@ def test_rank_of_nothing_and_of_no_numbers() -> None:
 def test_the_command_of_a_recipe_holds_long_values_whole() -> None:
     """Long values were cut after 80 letters."""
     long = {
-        "method.clusters": list(range(1000, 1040)),
+        "method.num_clusters": list(range(1000, 1040)),
         "method.name": "pcl",
         "test": "a folder " * 15 + "\nof two lines",
     }
@@ -239,8 +239,10 @@ KEYS = sorted(
     | {"precision", "loss_precision", "compile", "resident", "k", "preset", "crops", "evaluate_every"}
     | {f"schedule.{key}" for key in ("name", "warmup", "end", "milestones", "scaling")}
     | {f"{part}.name" for part in PARTS}
-    | {"method.temperature", "method.queue", "method.out", "method.clusters", "optimizer.lr", "optimizer.weight_decay"}
-    | {"views.size", "views.area", "views.blur", "views.views", "encoder.pretrained", "curate.rounds", "fuse.views"}
+    | {"method.temperature", "method.queue_size", "method.out_dim", "method.num_clusters", "optimizer.lr",
+    "optimizer.weight_decay"}
+    | {"views.size", "views.min_scale", "views.blur", "views.num_views", "encoder.pretrained", "curate.rounds",
+    "fuse.views"}
     | {"method", "optimizer", "schedule", "views.", ".name", "", "nonsense", "method.nonsense", "encoder.nonsense"}
 )  # fmt: skip
 NAMES = st.sampled_from([*METHODS, *PRESETS, "sgd", "adamw", "lars", "tiny", "resnet18", "cosine", "imagenet", "cifar"])
@@ -284,13 +286,14 @@ def test_any_settings_make_a_recipe_or_are_refused(settings: dict[str, Any]) -> 
 
 
 GOOD = {
-    "size": st.integers(8, 300), "epochs": st.integers(1, 300), "batch": st.integers(2, 5000), "k": st.integers(1, 300),
+    "image_size": st.integers(8, 300), "epochs": st.integers(1, 300), "batch_size": st.integers(2, 5000),
+    "knn_k": st.integers(1, 300),
     "seed": st.integers(0, 2**40), "method.name": st.sampled_from(list(METHODS)), "context": st.sampled_from([None, 8]),
     "optimizer.name": st.sampled_from(["sgd", "adamw", "lars"]), "optimizer.lr": st.floats(1e-6, 10),
-    "schedule.warmup": st.floats(0, 20), "schedule.milestones": st.lists(st.floats(0, 1), max_size=3),
+    "schedule.warmup_epochs": st.floats(0, 20), "schedule.milestones": st.lists(st.floats(0, 1), max_size=3),
     "views.name": st.sampled_from(list(PRESETS)), "precision": st.sampled_from(["auto", "float32", "bf16"]),
     "test": st.none() | st.text(max_size=12), "data": st.text(min_size=1, max_size=12),
-    "encoder.name": st.text(min_size=1, max_size=6), "resident": st.sampled_from([None, True]),
+    "encoder.name": st.text(min_size=1, max_size=6), "cache_on_device": st.sampled_from([None, True]),
     "preset": st.sampled_from(["cifar", "imagenet", "none", "digits"]),
     "levels": st.none() | st.lists(st.floats(0, 1e5), min_size=2, max_size=2),
     "curate.name": st.sampled_from([None, "curate"]), "channels": st.integers(1, 5), "split": st.text(max_size=6),

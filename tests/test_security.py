@@ -46,7 +46,7 @@ def refused(line: str, code: int, words: str = "") -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a finished run that has a head to evaluate."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(f"pretrain cc {TINY} --set method.clusters=5 --out {out} --quiet").exit_code == 0
+    assert run(f"pretrain cc {TINY} --set method.num_clusters=5 --out {out} --quiet").exit_code == 0
     return out
 
 
@@ -166,9 +166,11 @@ def test_a_hostile_assignment_is_refused(value: str, elsewhere: Path) -> None:
 
 
 HUGE = [
-    f"batch={10**30}", "epochs=1.0e+400", f"epochs={10**12}", f"size={10**9}", "seed=-1", f"seed={10**30}", "k=.inf",
+    f"batch_size={10**30}", "epochs=1.0e+400", f"epochs={10**12}", f"image_size={10**9}", "seed=-1",
+    f"seed={10**30}", "knn_k=.inf",
     f"subset={10**30}", "subset=.inf", "channels=.inf", f"context={10**30}", "levels=[-.inf, .inf]", "classes=[1, 2]",
-    "preset=[1, 2]", "method.name=[simclr]", f"method.hidden={10**15}", "schedule.warmup=.nan", "encoder.stem=[1]",
+    "preset=[1, 2]", "method.name=[simclr]", f"method.hidden_dim={10**15}", "schedule.warmup_epochs=.nan",
+    "encoder.stem=[1]",
     f"checkpoint_every={10**400}", "precision=[float32]", "crops={a: 1}", "test=[1]",
 ]  # fmt: skip
 
@@ -301,7 +303,7 @@ HEADS: dict[str, Callable[[dict], object]] = {
     "another method": lambda c: c.update(method="os.system"),
     "a list": lambda c: c.update(method=["cc"]),
     "options": lambda c: c.update(options={"nosuch": 1}),
-    "huge": lambda c: c.update(options={"clusters": 10**15}),
+    "huge": lambda c: c.update(options={"num_clusters": 10**15}),
     "told": lambda c: c.update(told=3),
     "told words": lambda c: c.update(told={"images": "many", "classes": None}),
 }
@@ -357,7 +359,7 @@ def test_a_crafted_cache_is_decoded_anew(elsewhere: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("inbatch.data.cache.WORTH", 0)
     for i in range(12):
         Image.new("RGB", (20, 20 + i), (20 * i, 0, 0)).save(elsewhere / f"{i}.png")
-    line = f"pretrain --data {elsewhere} --encoder tiny --set size=16 --dry-run --json"
+    line = f"pretrain --data {elsewhere} --encoder tiny --set image_size=16 --dry-run --json"
     assert run(line).exit_code == 0
     entry = next((elsewhere / "cache").iterdir())
     told = json.loads((entry / "entry.json").read_text())
@@ -418,10 +420,10 @@ def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     data = shlex.quote(str(hostile))
     for line in (
-        f"pretrain --data {data} --encoder tiny --set size=16 --epochs 1 --batch 8 --fuse conv --out run",
+        f"pretrain --data {data} --encoder tiny --set image_size=16 --epochs 1 --batch 8 --fuse conv --out run",
         "evaluate run", f"embed run {data} -o f.parquet", f"embed run {data} -o f.npz", "inspect run",
-        f"views {data} -o views.png", f"pretrain --data {data} --encoder tiny --set size=16 --dry-run",
-        f"pretrain --data {data} --encoder tiny --set size=16 --dry-run --json",
+        f"views {data} -o views.png", f"pretrain --data {data} --encoder tiny --set image_size=16 --dry-run",
+        f"pretrain --data {data} --encoder tiny --set image_size=16 --dry-run --json",
     ):  # fmt: skip
         found = run(line)
         assert found.exit_code == 0, found.output

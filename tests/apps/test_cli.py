@@ -108,8 +108,9 @@ def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pyt
     monkeypatch.setattr(api, "dry_run", dry_run)
     usual = "--batch-size 8 --backbone tiny --num-workers 0 --image-size 20 --optimizer sgd --lr 0.5 --precision bf16"
     assert run(f"pretrain --data x --dry-run {usual}").exit_code == Preempted.exit_code
-    assert {key: asked[key] for key in ("batch", "encoder", "workers", "size", "optimizer", "precision")} == {
-        "batch": 8, "encoder": "tiny", "workers": 0, "size": 20, "optimizer": "sgd", "precision": "bf16",
+    keys = ("batch_size", "encoder", "workers", "image_size", "optimizer", "precision")
+    assert {key: asked[key] for key in keys} == {
+        "batch_size": 8, "encoder": "tiny", "workers": 0, "image_size": 20, "optimizer": "sgd", "precision": "bf16",
     }  # fmt: skip
     assert asked["settings"] == {"optimizer.lr": 0.5}
     for option, answer in (("--amp", "--precision"), ("--max-epochs 3", "--epochs"), ("--gpus 1", "--device")):
@@ -159,7 +160,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
 
 
 def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path) -> None:
-    found = run(f"pretrain moco {TINY} --set method.queue=80 --context 20")
+    found = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
     assert found.exit_code == 0
     for words in (
         "200 of 1,297 used",
@@ -185,14 +186,14 @@ def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path) -> None
 
 def test_pretrain_without_labels(photos: Path, elsewhere: Path) -> None:
     """Given only a folder of photos, batch and preset follow the images, and unusual file names are safe."""
-    found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set size=24 --out run")
+    found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set image_size=24 --out run")
     assert found.exit_code == 0
     assert "No labels" in found.stdout and "batch:   8 = 1 context group" in found.stderr
     assert "\x1b" not in found.stdout + found.stderr and "my\\x1b[31m[bold]" in found.stderr
 
 
 def test_the_learning_rate_rule_is_spelled_out(photos: Path, elsewhere: Path) -> None:
-    data = f"--data {shlex.quote(str(photos))} --encoder tiny --set size=24"
+    data = f"--data {shlex.quote(str(photos))} --encoder tiny --set image_size=24"
     assert "lars, lr 0.03125 = 1 x 8/256" in run(f"pretrain {data} --dry-run --batch 8").stdout
 
 
@@ -209,7 +210,7 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
 @pytest.mark.slow
 def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
     """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
-    assert "head ACC" in run(f"pretrain cc {TINY} --set method.clusters=7 --out run").stdout
+    assert "head ACC" in run(f"pretrain cc {TINY} --set method.num_clusters=7 --out run").stdout
     found = run("evaluate run --protocol clustering --from head")
     assert found.exit_code == 0 and "head NMI" in found.stdout
     written = json.loads((elsewhere / "run" / "evaluation.json").read_text())
@@ -263,8 +264,10 @@ def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> 
 
 def test_views_draws_a_row_per_image(photos: Path, elsewhere: Path) -> None:
     data = shlex.quote(str(photos))
-    found = run(f"views {data} --count 3 --views swav_cifar --size 16 --set views.small=3 -o new/views.png --json")
-    assert one_object(found.stdout)["options"]["small"] == 3
+    found = run(
+        f"views {data} --count 3 --views swav_cifar --size 16 --set views.num_small_crops=3 -o new/views.png --json"
+    )
+    assert one_object(found.stdout)["options"]["num_small_crops"] == 3
     width, height = Image.open(elsewhere / "new" / "views.png").size
     assert (height - 4) // 3 == 100 and (width - 4) // 100 == 1 + 5  # the image, two large views and three small ones
     assert "digits" in run("views digits-canvas").stdout and (elsewhere / "views.png").is_file()
@@ -285,7 +288,9 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
 def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) -> None:
     told = explain(name, METHODS[name])
     assert told["options"] and all(option["what"] for option in told["options"].values()), told["options"]
-    few = {"pcl": {"clusters": [4, 6]}, "wmse": {"w_size": 20, "out": 4}}.get(name, {})  # because the images are few
+    few = {"pcl": {"num_clusters": [4, 6]}, "wmse": {"w_size": 20, "out_dim": 4}}.get(
+        name, {}
+    )  # because the images are few
     given = {key: option["default"] for key, option in told["options"].items()} | few
     words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
     found = run(f"pretrain {name} {TINY} --dry-run --json {' '.join(words)}")
@@ -431,11 +436,11 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         (f"pretrain {TINY} --set method.temprature=1", 2, "did you mean 'temperature'?"),
         (f"pretrain {TINY} --set views.strenght=1", 2, "did you mean 'strength'?"),
         (f"pretrain {TINY} --set foo", 2, "--set takes key=value"),
-        (f"pretrain {TINY} --set foo=1", 2, "unknown setting 'foo'; there are attend.name, batch,"),
+        (f"pretrain {TINY} --set foo=1", 2, "unknown setting 'foo'; there are attend.name, batch_size,"),
         (f"pretrain {TINY} --set method.temperature=hot", 2, "method.temperature = 'hot'"),
         (f"pretrain {TINY} --set optimizer.lr=-1", 2, "optimizer adamw cannot be made"),
-        (f"pretrain {TINY} --set method.hidden=-1", 2, "method simclr cannot be made"),
-        (f"pretrain {TINY} --batch 1", 2, "batch = 1"),
+        (f"pretrain {TINY} --set method.hidden_dim=-1", 2, "method simclr cannot be made"),
+        (f"pretrain {TINY} --batch 1", 2, "batch_size = 1"),
         (f"pretrain {TINY} --context 7", 2, "choose a divisor"),
         (f"pretrain {TINY} --expect-world-size 2", 2, "2 processes were expected, 1 started"),
         (f"pretrain {TINY} --device gpu", 2, "auto, cpu or cuda"),

@@ -240,7 +240,8 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
         Image.fromarray(pixels[: 24 + i]).save(tmp_path / "photos" / f"{i}.png")
     settings = {"encoder.name": "tiny", "views.name": "simclr_cifar", "attend.name": "se"}
     api.pretrain(
-        tmp_path / "photos", out=tmp_path / "run", batch=batch, epochs=1, size=20, resident=False, workers=0,
+        tmp_path / "photos", out=tmp_path / "run", batch_size=batch, epochs=1, image_size=20, cache_on_device=False,
+        workers=0,
         settings=settings, context=4, quiet=True,
     )  # fmt: skip
     told = run(f"inspect {tmp_path / 'run'} --count 2")

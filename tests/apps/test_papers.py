@@ -96,21 +96,28 @@ def test_every_system_of_the_sources_is_reachable() -> None:
         "curate.name",
         "attend.name",
         "crops",
-        "variance",
+        "variance_weight",
         "method.symmetric",
         "method.smooth",
     }
 
 
 def test_what_tells_runs_apart() -> None:
-    recipe = make({"data": "digits-canvas", "method.name": "simclr", "size": 32, "preset": "none"})
+    recipe = make({"data": "digits-canvas", "method.name": "simclr", "image_size": 32, "preset": "none"})
     same = make(
-        {"data": "elsewhere", "method.name": "simclr", "size": 32, "preset": "none", "seed": 3, "crops": "default"}
+        {
+            "data": "elsewhere",
+            "method.name": "simclr",
+            "image_size": 32,
+            "preset": "none",
+            "seed": 3,
+            "crops": "default",
+        }
     )
     assert key(recipe) == key(same)
-    for setting in ({"method.temperature": 0.3}, {"epochs": 7}, {"fuse.name": "conv"}, {"schedule.warmup": 3.5}):
+    for setting in ({"method.temperature": 0.3}, {"epochs": 7}, {"fuse.name": "conv"}, {"schedule.warmup_epochs": 3.5}):
         assert key(
-            make({"data": "digits-canvas", "method.name": "simclr", "size": 32, "preset": "none"} | setting)
+            make({"data": "digits-canvas", "method.name": "simclr", "image_size": 32, "preset": "none"} | setting)
         ) != key(recipe)
     assert key({"crops": "big", "pairs": 10, "size": 32, "seed": 1}) == key({"crops": "big", "pairs": 10.0, "size": 32})
 

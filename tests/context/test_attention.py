@@ -449,7 +449,7 @@ def test_weights_that_need_their_blocks(tmp_path: Path) -> None:
         ({"attend": "batchformer", "attend_options": {"stages": [4]}}, "follows the pooling"),
         ({"attend": "batchformer", "attend_options": {"heads": 5}}, "divisor"),
         ({"attend": "batchformer", "attend_options": {"keep": 1.0}}, "below 1"),
-        ({"attend": "batchformer", "attend_options": {"hidden": 0}}, "hidden"),
+        ({"attend": "batchformer", "attend_options": {"hidden_dim": 0}}, "hidden_dim"),
         ({"attend": "eca", "attend_options": {"kernel": 4}}, "odd"),
         ({"attend": "cbam", "attend_options": {"kernel": 4}}, "odd"),
         ({"attend": "se", "attend_options": {"reduction": 0}}, "cannot be built"),

@@ -178,7 +178,9 @@ def test_a_rank_without_violators_takes_as_many_rounds() -> None:
 
 def test_rows_do_not_depend_on_the_batch() -> None:
     """Curation uses evaluation mode: the embedding of a sample does not depend on the other samples."""
-    built = api.prepare("digits-canvas", subset=80, batch=16, epochs=2, settings={"curate.name": "redraw"}, fuse="set")
+    built = api.prepare(
+        "digits-canvas", subset=80, batch_size=16, epochs=2, settings={"curate.name": "redraw"}, fuse="set"
+    )
     made, batch = built.step.curator, next(iter(built.loader.epoch(1)))
     whole = made._embed(made.snapshot, batch)
     alone = made._embed(made.snapshot, batch.take(slice(3, 4)))
@@ -189,7 +191,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("crops", ["default", "intersection"])
 def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
     built = api.prepare(
-        "digits-canvas-colour", subset=80, batch=16, epochs=2, crops=crops,
+        "digits-canvas-colour", subset=80, batch_size=16, epochs=2, crops=crops,
         settings={"curate.name": "redraw", "views.name": "simclr_cifar"},
     )  # fmt: skip
     batch = next(iter(built.loader.epoch(1)))
@@ -233,10 +235,21 @@ def photos(folder: Path, count: int = 48) -> Path:
 def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
     """With streaming and curation whole canvases are passed: the same views, redrawn in the same way."""
     data = photos(tmp_path / "photos")
-    settings = {"curate.name": "redraw", "encoder.name": "tiny", "resident": None, "curate.rounds": 2}
-    given = {"size": 32, "batch": 16, "epochs": 2, "settings": settings, "workers": 2, "precision": "float32"}
-    resident = api.prepare(str(data), resident=True, **(given | {"settings": settings | {"resident": True}}))
-    streamed = api.prepare(str(data), resident=False, **(given | {"settings": settings | {"resident": False}}))
+    settings = {"curate.name": "redraw", "encoder.name": "tiny", "cache_on_device": None, "curate.rounds": 2}
+    given = {
+        "image_size": 32,
+        "batch_size": 16,
+        "epochs": 2,
+        "settings": settings,
+        "workers": 2,
+        "precision": "float32",
+    }
+    resident = api.prepare(
+        str(data), cache_on_device=True, **(given | {"settings": settings | {"cache_on_device": True}})
+    )
+    streamed = api.prepare(
+        str(data), cache_on_device=False, **(given | {"settings": settings | {"cache_on_device": False}})
+    )
     assert resident.loader.held is not None and streamed.loader.held is None
     for one, other in itertools.islice(zip(resident.loader.epoch(1), streamed.loader.epoch(1), strict=True), 2):
         assert torch.equal(one.index, other.index) and torch.equal(one.size, other.size)
@@ -255,6 +268,6 @@ def test_what_cannot_be_curated() -> None:
         Curator(budget=0.0)
     with pytest.raises(ConfigError, match="has no projection"):
         api.prepare(
-            "digits-canvas", "supervised", subset=80, batch=16,
+            "digits-canvas", "supervised", subset=80, batch_size=16,
             settings={"curate.name": "redraw", "curate.where": "projection"},
         )  # fmt: skip

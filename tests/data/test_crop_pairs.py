@@ -314,9 +314,9 @@ def test_scales_change_every_view_and_default_none():
     for name, scale in (("big", (0.5, 1.0)), ("small", (0.08, 0.5))):
         views, pairs = arrange(name, swav)
         assert pairs is None and views == tuple(replace(view, scale=scale) for view in swav)
-    views, pairs = arrange("global-local-big", PRESETS["byol"](area=0.2))
+    views, pairs = arrange("global-local-big", PRESETS["byol"](min_scale=0.2))
     assert pairs.scale == ((0.5, 1.0),) * 2 == tuple(view.scale for view in views)
-    assert arrange("equal", PRESETS["byol"](area=0.2))[1].scale == ((0.2, 1.0),) * 2
+    assert arrange("equal", PRESETS["byol"](min_scale=0.2))[1].scale == ((0.2, 1.0),) * 2
 
 
 def test_errors_say_what_to_do():

@@ -308,7 +308,7 @@ class TestRemembered:
     def test_a_run_from_training_to_embedding(self, folder, tmp_path):
         settings = {"encoder.name": "tiny", "levels": [0, 4095], "channels": 5}
         run = api.pretrain(
-            folder, out=tmp_path / "run", batch=4, epochs=1, k=2, device="cpu", quiet=True, settings=settings
+            folder, out=tmp_path / "run", batch_size=4, epochs=1, knn_k=2, device="cpu", quiet=True, settings=settings
         )
         assert run.recipe.levels == LEVELS and run.recipe.channels == 5
         encoder = api.load(tmp_path / "run")

@@ -109,12 +109,12 @@ class TestTogether:
         (tmp_path / "zoo").mkdir()
         zoo.fill(tmp_path / "zoo", some)
         strange = zoo.name_strangely(tmp_path / "zoo")
-        settings = {"encoder.name": "tiny", "size": 16, "resident": True}
+        settings = {"encoder.name": "tiny", "image_size": 16, "cache_on_device": True}
         with pytest.raises(DataError, match=r"1 of .* images"):
-            api.prepare(tmp_path / "zoo", batch=8, device="cpu", settings=settings)
+            api.prepare(tmp_path / "zoo", batch_size=8, device="cpu", settings=settings)
         (tmp_path / "zoo" / "text.jpg").unlink()
         run = api.pretrain(
-            tmp_path / "zoo", out=tmp_path / "run", batch=16, epochs=1, device="cpu", quiet=True, settings=settings
+            tmp_path / "zoo", out=tmp_path / "run", batch_size=16, epochs=1, device="cpu", quiet=True, settings=settings
         )
         assert run.result
         count = 40 + len(strange)

@@ -122,11 +122,13 @@ def test_nobody_is_left_to_take_the_place(tmp_path: Path) -> None:
 
 # Whole runs.
 
-SHORT: dict[str, Any] = {"encoder": "tiny", "size": 32, "batch": BATCH, "epochs": 2, "quiet": True, "evaluate_every": 1}
+SHORT: dict[str, Any] = {
+    "encoder": "tiny", "image_size": 32, "batch_size": BATCH, "epochs": 2, "quiet": True, "evaluate_every": 1,
+}  # fmt: skip
 
 
 def run(images: Path, out: Path, **fields: Any) -> inbatch.Run:
-    settings = {"max_bad": 0.05, "method.out": 8, "schedule.warmup": 0} | fields.pop("settings", {})
+    settings = {"max_unreadable": 0.05, "method.out_dim": 8, "schedule.warmup_epochs": 0} | fields.pop("settings", {})
     return inbatch.pretrain(images, "simclr", out=out, settings=settings, **(SHORT | fields))
 
 
@@ -184,7 +186,7 @@ def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> Non
     for file in files(images)[::10]:
         damage(file, "header")
     words = ["pretrain", "--data", str(images), "--out", str(tmp_path / "run"), "--encoder", "tiny", "--batch", "20"]
-    words += ["--epochs", "2", "--workers", "0", "--set", f"resident={resident}", "--json"]
+    words += ["--epochs", "2", "--workers", "0", "--set", f"cache_on_device={resident}", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3, done.output
     error = json.loads(done.stdout)["error"]
@@ -217,9 +219,9 @@ def test_pcl_surveys_what_can_be_read(images: Path, tmp_path: Path) -> None:
     for i in (0, 70, 129):
         damage(files(images)[i], "pixels")
     inbatch.pretrain(
-        images, "pcl", out=tmp_path / "run", resident=False, workers=0, **SHORT,
-        settings={"method.clusters": [4], "method.negatives": 2, "method.warmup": 0, "method.queue": 40,
-                  "max_bad": 0.05, "schedule.warmup": 0},
+        images, "pcl", out=tmp_path / "run", cache_on_device=False, workers=0, **SHORT,
+        settings={"method.num_clusters": [4], "method.negatives": 2, "method.warmup_epochs": 0, "method.queue_size": 40,
+                  "max_unreadable": 0.05, "schedule.warmup_epochs": 0},
     )  # fmt: skip
 
 

@@ -350,7 +350,7 @@ def test_preset_values():
     cifar = PRESETS["simclr_cifar"]()[0]
     assert (cifar.size, cifar.brightness, cifar.hue, cifar.blur) == (32, 0.4, 0.1, 0.0)
     assert PRESETS["cc"]()[0] == PRESETS["simclr"](strength=0.5, blur=0.0)[0]
-    assert PRESETS["mocov1"]()[0].jitter == 1.0 and PRESETS["wmse"](views=4)[3].grey == 0.1
+    assert PRESETS["mocov1"]()[0].jitter == 1.0 and PRESETS["wmse"](num_views=4)[3].grey == 0.1
 
 
 def equal(a, b) -> bool:

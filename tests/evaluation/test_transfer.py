@@ -22,8 +22,8 @@ def run(tmp_path_factory):
             for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), dtype=np.uint8)):
                 Image.fromarray(image).save(folder / "own" / split / kind / f"{i}.png")
     (folder / "classes.txt").write_text("stand\nlie\n")
-    settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "size": 20, "channels": 3}
-    settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch": 8, "epochs": 1, "quiet": True}
+    settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "image_size": 20, "channels": 3}
+    settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch_size": 8, "epochs": 1, "quiet": True}
     inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
     return folder / "run"
 

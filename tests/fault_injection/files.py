@@ -172,9 +172,9 @@ def at_an_epochs_end(folder: Path) -> dict[str, Any]:
 
 
 def other_workers(folder: Path) -> dict[str, Any]:
-    out = stopped(folder / "run", "--workers", "0", "--set", "resident=false")
+    out = stopped(folder / "run", "--workers", "0", "--set", "cache_on_device=false")
     ended = resumed(out, "--workers", "2")
-    return {"exit": ended.code, "state": same(out, whole(folder / "whole", "--set", "resident=false"))}
+    return {"exit": ended.code, "state": same(out, whole(folder / "whole", "--set", "cache_on_device=false"))}
 
 
 def other_world(folder: Path) -> dict[str, Any]:

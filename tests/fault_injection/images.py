@@ -79,7 +79,7 @@ def too_few(count: int, alike: bool, folder: Path) -> dict[str, Any]:
 def vanishes(folder: Path) -> dict[str, Any]:
     """Delete one image and corrupt another while the run reads them repeatedly."""
     out, data = folder / "run", pictures(folder / "images", MANY)
-    words = images(data, "--workers", "1", "--set", "resident=false")
+    words = images(data, "--workers", "1", "--set", "cache_on_device=false")
     with going(out, data=words, epochs=20, lines=3) as process:
         (data / "0007.png").unlink()
         (data / "0008.png").write_text("no image")
@@ -116,7 +116,7 @@ def hostile_names(folder: Path) -> dict[str, Any]:
     for i, name in enumerate(names):
         pictures(data / name, 30, 24 + i)
     out = folder / "run"
-    said = [run(pretrain(out, data=[*images(data), "--set", "k=5"])), run(["evaluate", str(out)])]
+    said = [run(pretrain(out, data=[*images(data), "--set", "knn_k=5"])), run(["evaluate", str(out)])]
     said += [run(["inspect", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
     said += [run(["embed", str(out), str(data), "-o", str(folder / "f.npz")])]
     text = "".join(one.out + one.err for one in said)
@@ -142,7 +142,7 @@ def packed_outside(folder: Path) -> dict[str, Any]:
     return ended.seen | {"written outside": (folder.parent / "outside.png").exists()}
 
 
-STREAMED = ["--workers", "1", "--set", "resident=false"]
+STREAMED = ["--workers", "1", "--set", "cache_on_device=false"]
 LISTED = {"exit": 0, "listed": 2}
 ODD = "2 bad ones among 307; CMYK, 16 bit, 1x1, turned, moving, odd names"
 

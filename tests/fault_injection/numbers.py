@@ -62,7 +62,7 @@ def not_finite(value: str, folder: Path) -> dict[str, Any]:
 
 def diverged(folder: Path) -> dict[str, Any]:
     """Train with a learning rate so large that all values become nan."""
-    words = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup=0"]
+    words = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup_epochs=0"]
     out = folder / "run"
     ended = run(pretrain(out, *words, epochs=4))
     return ended.seen | {"status": report(out)["status"], "captured": (out / "nan_capture").is_dir()}
@@ -70,7 +70,7 @@ def diverged(folder: Path) -> dict[str, Any]:
 
 def collapsed(folder: Path) -> dict[str, Any]:
     words = ["--stop-on-collapse", "--set", "method.stop_gradient=false", "--set", "method.predictor=false"]
-    words += ["--set", "optimizer.name=sgd", "--set", "optimizer.lr=1", "--set", "schedule.warmup=0"]
+    words += ["--set", "optimizer.name=sgd", "--set", "optimizer.lr=1", "--set", "schedule.warmup_epochs=0"]
     data = ["--data", "digits-canvas", "--set", "subset=200", "--batch", "40"]
     out = folder / "run"
     ended = run(pretrain(out, *words, method="simsiam", epochs=40, data=data, quiet=False))

@@ -195,6 +195,6 @@ def pictures(folder: Path, count: int = 60, size: int = 24) -> Path:
 
 def images(folder: Path, *words: str) -> list[str]:
     """Return the options to train on that folder."""
-    tiny = ["--encoder", "tiny", "--batch", "20", "--set", "size=20"]
-    tiny += ["--set", "preset=none", "--set", "schedule.warmup=0"]
+    tiny = ["--encoder", "tiny", "--batch", "20", "--set", "image_size=20"]
+    tiny += ["--set", "preset=none", "--set", "schedule.warmup_epochs=0"]
     return ["--data", str(folder), *tiny, *words]

@@ -108,7 +108,7 @@ def ranks_disagree(folder: Path) -> dict[str, Any]:
 
 def worker_killed(folder: Path) -> dict[str, Any]:
     out = folder / "run"
-    with going(out, "--workers", "1", "--set", "resident=false") as process:
+    with going(out, "--workers", "1", "--set", "cache_on_device=false") as process:
         for pid in below(process.pid):
             os.kill(pid, signal.SIGKILL)
         return end(process).seen
@@ -116,7 +116,15 @@ def worker_killed(folder: Path) -> dict[str, Any]:
 
 def no_shared_memory(folder: Path) -> dict[str, Any]:
     """Run in a mount namespace where /dev/shm holds 64 kB."""
-    data = images(pictures(folder / "images", size=64), "--workers", "1", "--set", "resident=false", "--set", "size=64")
+    data = images(
+        pictures(folder / "images", size=64),
+        "--workers",
+        "1",
+        "--set",
+        "cache_on_device=false",
+        "--set",
+        "image_size=64",
+    )
     mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"'
     return run(pretrain(folder / "run", data=data), by=["unshare", "-m", "sh", "-c", mount, *INBATCH]).seen
 

@@ -34,7 +34,14 @@ def bars_run(folder: Path, **options: int) -> Path:
     """Return the directory of a run of one epoch."""
     file = bars_file(folder / "bars.npz", **options)
     channels = options.get("channels", 1)
-    settings = {"batch": 20, "epochs": 1, "encoder": "tiny", "size": 20, "channels": channels, "views": "simclr_cifar"}
+    settings = {
+        "batch_size": 20,
+        "epochs": 1,
+        "encoder": "tiny",
+        "image_size": 20,
+        "channels": channels,
+        "views": "simclr_cifar",
+    }
     inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
     return folder / "run"
 

@@ -20,49 +20,63 @@ from inbatch.training import grad_cache
 from inbatch.training.step import Step
 
 SMALL: dict[str, dict[str, object]] = {
-    "simclr": {"out": 8},
-    "dcl": {"out": 8},
-    "moco": {"out": 8, "queue": 40, "m": 0.9},
-    "mocov3": {"hidden": 8, "out": 8, "m": 0.9},
-    "nnclr": {"hidden": 8, "prediction": 8, "out": 8, "queue": 40},
-    "byol": {"hidden": 8, "out": 8, "m": 0.9},
-    "simsiam": {"hidden": 8, "bottleneck": 6, "out": 8},
-    "swav": {"prototypes": 6, "frozen": 0, "queue": 16, "queue_from": 0, "hidden": 8, "out": 8},
-    "dino": {"prototypes": 6, "frozen": 0, "m": 0.9, "hidden": 8, "bottleneck": 8},
-    "cc": {"clusters": 3, "out": 8},
-    "pcl": {"clusters": (4, 6), "negatives": 3, "warmup": 0, "queue": 40, "m": 0.9, "out": 8},
-    "barlow": {"hidden": 8, "out": 8},
-    "vicreg": {"hidden": 8, "out": 8},
-    "wmse": {"hidden": 8, "out": 2, "w_size": 4},
-    "supcon": {"out": 8},
-    "supervised": {"classes": 3},
+    "simclr": {"out_dim": 8},
+    "dcl": {"out_dim": 8},
+    "moco": {"out_dim": 8, "queue_size": 40, "momentum": 0.9},
+    "mocov3": {"hidden_dim": 8, "out_dim": 8, "momentum": 0.9},
+    "nnclr": {"hidden_dim": 8, "pred_hidden_dim": 8, "out_dim": 8, "queue_size": 40},
+    "byol": {"hidden_dim": 8, "out_dim": 8, "momentum": 0.9},
+    "simsiam": {"hidden_dim": 8, "bottleneck_dim": 6, "out_dim": 8},
+    "swav": {
+        "num_prototypes": 6,
+        "freeze_prototypes_epochs": 0,
+        "queue_size": 16,
+        "queue_start_epoch": 0,
+        "hidden_dim": 8,
+        "out_dim": 8,
+    },
+    "dino": {"num_prototypes": 6, "freeze_prototypes_epochs": 0, "momentum": 0.9, "hidden_dim": 8, "bottleneck_dim": 8},
+    "cc": {"num_clusters": 3, "out_dim": 8},
+    "pcl": {
+        "num_clusters": (4, 6),
+        "negatives": 3,
+        "warmup_epochs": 0,
+        "queue_size": 40,
+        "momentum": 0.9,
+        "out_dim": 8,
+    },
+    "barlow": {"hidden_dim": 8, "out_dim": 8},
+    "vicreg": {"hidden_dim": 8, "out_dim": 8},
+    "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
+    "supcon": {"out_dim": 8},
+    "supervised": {"num_classes": 3},
 }
 """Options that make a registered method small; a method that is not listed is built with its defaults."""
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
-    "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden": 8}),
+    "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden_dim": 8}),
     "moco-smooth": ("moco", SMALL["moco"] | {"smooth": 0.2, "neighbours": 3}),
     "simclr-3": ("simclr", SMALL["simclr"]),
     "mocov3-3": ("mocov3", SMALL["mocov3"] | {"layers": 3, "last_norm": True}),
     "nnclr-3": ("nnclr", SMALL["nnclr"] | {"contrast": "nt_xent"}),
     "byol-3": ("byol", SMALL["byol"] | {"scale": "cosine", "norm": True}),
     "byol-bare": ("byol", SMALL["byol"] | {"predictor": False}),
-    "fastsiam": ("simsiam", SMALL["simsiam"] | {"teach": "mean"}),
+    "fastsiam": ("simsiam", SMALL["simsiam"] | {"targets": "mean"}),
     "simsiam-bare": ("simsiam", SMALL["simsiam"] | {"predictor": False, "stop_gradient": False}),
     "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
     "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
-    "swav-4": ("swav", SMALL["swav"] | {"queue": 0}),
-    "swav-frozen": ("swav", SMALL["swav"] | {"frozen": 1}),
+    "swav-4": ("swav", SMALL["swav"] | {"queue_size": 0}),
+    "swav-frozen": ("swav", SMALL["swav"] | {"freeze_prototypes_epochs": 1}),
     "swav-joined": ("swav", SMALL["swav"]),
-    "dino-4": ("dino", SMALL["dino"] | {"frozen": 1, "layers": 2, "norm": True}),
+    "dino-4": ("dino", SMALL["dino"] | {"freeze_prototypes_epochs": 1, "layers": 2, "norm": True}),
     "barlow-3": ("barlow", SMALL["barlow"] | {"scale": 0.1, "layers": 2}),
     "vicreg-3": ("vicreg", SMALL["vicreg"] | {"variance": "sum"}),
-    "vicreg-bare": ("vicreg", SMALL["vicreg"] | {"std": 0.0}),
+    "vicreg-bare": ("vicreg", SMALL["vicreg"] | {"std_coeff": 0.0}),
     "wmse-4": ("wmse", SMALL["wmse"] | {"w_iter": 2, "eps": 0.01, "norm": False}),
     "cc-3": ("cc", SMALL["cc"]),
-    "pcl-late": ("pcl", SMALL["pcl"] | {"warmup": 1, "layers": 2}),
+    "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
-    "supcon-one": ("supcon", SMALL["supcon"] | {"anchors": "one"}),
+    "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
 VIEWS: dict[str, int] = {
@@ -248,7 +262,7 @@ def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection
         optimizer.step()
         method.on_weights(network.heads)
         if target is not None:
-            m = method.momentum(s / 10)
+            m = method.target_momentum(s / 10)
             with torch.no_grad():
                 fast = dict(network.named_parameters())
                 for name, slow in target.named_parameters():

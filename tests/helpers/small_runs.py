@@ -13,7 +13,14 @@ import inbatch
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
 
-TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
+TINY = {
+    "subset": 200,
+    "batch_size": 40,
+    "epochs": 2,
+    "context": 20,
+    "quiet": True,
+    "evaluate_every": 2,
+}  # 5 steps an epoch
 
 
 def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:

@@ -68,9 +68,9 @@ def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_without_a_predictor_the_projection_is_compared() -> None:
-    heads = BYOL(hidden=8, out=5, predictor=False).heads(12)
+    heads = BYOL(hidden_dim=8, out_dim=5, predictor=False).heads(12)
     assert isinstance(heads["prediction"].network, nn.Identity) and heads["prediction"].source == "projection"
-    with_one = BYOL(hidden=8, out=5).heads(12)["prediction"]
+    with_one = BYOL(hidden_dim=8, out_dim=5).heads(12)["prediction"]
     assert with_one.online_only and with_one.network(torch.randn(3, 5)).shape == (3, 5)
 
 
@@ -83,11 +83,11 @@ def test_heads_are_the_paper_s() -> None:
 
 
 def test_a_closing_norm_takes_away_what_all_rows_share() -> None:
-    rows = BYOL(hidden=8, out=5, norm=True).heads(12)["projection"].network(torch.randn(16, 12))
+    rows = BYOL(hidden_dim=8, out_dim=5, norm=True).heads(12)["projection"].network(torch.randn(16, 12))
     torch.testing.assert_close(rows.mean(0), torch.zeros(5), rtol=0, atol=1e-6)
 
 
 def test_momentum_rises_to_1_along_half_a_cosine() -> None:
-    method = BYOL(m=0.9)
-    assert method.momentum(0.0) == pytest.approx(0.9) and method.momentum(1.0) == 1.0
-    assert method.momentum(0.5) == pytest.approx(0.95)
+    method = BYOL(momentum=0.9)
+    assert method.target_momentum(0.0) == pytest.approx(0.9) and method.target_momentum(1.0) == 1.0
+    assert method.target_momentum(0.5) == pytest.approx(0.95)

@@ -113,7 +113,7 @@ def test_a_cluster_without_samples_has_a_finite_gradient() -> None:
 def test_the_number_of_clusters_is_that_of_the_classes_or_told() -> None:
     told = {"images": 50, "batch": 10, "views": 2}
     for given, classes, made in ((None, 7, 7), (4, 7, 4), (4, 0, 4)):
-        method = METHODS["cc"](clusters=given)
+        method = METHODS["cc"](num_clusters=given)
         method.prepare(classes=classes, **told)
         assert method.heads(6)["clusters"].network(torch.zeros(2, 6)).shape == (2, made)
     method = METHODS["cc"]()
@@ -133,6 +133,6 @@ def test_what_cannot_be_contrasted_is_refused() -> None:
 def test_the_authors_enlarge_small_images_and_the_natural_preset_does_not() -> None:
     images = torch.randint(0, 255, (20, 3, 32, 32), dtype=torch.uint8)
     large, natural = (resolve_recipe(images, {"method.name": "cc"} | more)[0] for more in ({"preset": "cifar224"}, {}))
-    assert (large.size, large.views.options["size"], large.encoder.name) == (224, 224, "resnet34")
-    assert (natural.preset, natural.size, natural.views.options["size"]) == ("cifar", 32, 32)
-    assert resolve_recipe(images, {"method.name": "cc", "preset": "cifar224", "size": 64})[0].size == 64
+    assert (large.image_size, large.views.options["size"], large.encoder.name) == (224, 224, "resnet34")
+    assert (natural.preset, natural.image_size, natural.views.options["size"]) == ("cifar", 32, 32)
+    assert resolve_recipe(images, {"method.name": "cc", "preset": "cifar224", "image_size": 64})[0].image_size == 64

@@ -24,7 +24,7 @@ def prepared(case: Case) -> DINO:
     o = case.options
     return DINO(
         o["student_temp"], o["teacher_temp"], o["warmup_teacher_temp"], o["warmup_teacher_temp_epochs"],
-        center_momentum=o["center_momentum"], prototypes=o["out_dim"],
+        center_momentum=o["center_momentum"], num_prototypes=o["out_dim"],
     ).to(case.dtype)  # fmt: skip
 
 
@@ -87,9 +87,9 @@ def test_the_equation_as_loops(views: int) -> None:
 
 
 def test_the_teacher_sees_the_large_views_and_follows_ever_slower() -> None:
-    method = DINO(prototypes=6, m=0.9)
+    method = DINO(num_prototypes=6, momentum=0.9)
     assert (list(method.online_views(8)), list(method.target_views(8))) == (list(range(8)), [0, 1])
-    momenta = [method.momentum(progress / 4) for progress in range(5)]
+    momenta = [method.target_momentum(progress / 4) for progress in range(5)]
     assert momenta == sorted(momenta) and momenta[0] == pytest.approx(0.9) and momenta[-1] == 1.0
 
 
@@ -101,7 +101,7 @@ def test_the_head_is_the_paper_s() -> None:
     assert all(isinstance(layer, nn.GELU) for layer in heads["projection"].network[1::2])
     last = heads["prototypes"].network
     assert last.weight.shape == (65536, 256) and last.through and heads["prototypes"].source == "projection"
-    rows, head = torch.randn(4, 8), DINO(prototypes=6, bottleneck=8).heads(12)["prototypes"].network
+    rows, head = torch.randn(4, 8), DINO(num_prototypes=6, bottleneck_dim=8).heads(12)["prototypes"].network
     with torch.no_grad():
         before = head(rows)
         head.weight.mul_(3)

@@ -86,7 +86,7 @@ def test_moco_over_steps(golden: Path, dtype: torch.dtype) -> None:
     method = moco(case, case["queue0"])
     for step in range(case.options["steps"]):
         online.load_state_dict({"weight": case["wq"][step], "bias": case["bq"][step]})
-        ema_update(target, online, method.momentum(step / case.options["steps"]))
+        ema_update(target, online, method.target_momentum(step / case.options["steps"]))
         case.check(target.weight, "wk", step)
         case.check(target.bias, "bk", step)
 
@@ -123,7 +123,7 @@ def test_supcon(golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest
         mask=case["mask"] if "mask" in case.arrays else None,
         temperature=o["temperature"],
         base_temperature=o["base_temperature"],
-        anchors=o["contrast_mode"],
+        contrast_mode=o["contrast_mode"],
     )
     raw = case.leaf("features_raw")
     loss = call(raw.transpose(0, 1))
@@ -132,7 +132,7 @@ def test_supcon(golden: Path, name: str, dtype: torch.dtype, monkeypatch: pytest
     case.check(raw.grad, "grad_features_raw")
 
     if "labels" in case.arrays:
-        method = METHODS["supcon"](o["temperature"], o["base_temperature"], anchors=o["contrast_mode"])
+        method = METHODS["supcon"](o["temperature"], o["base_temperature"], contrast_mode=o["contrast_mode"])
         rows = {"projection": case["features_raw"].transpose(0, 1)}
         case.check(method.loss(rows, {}, Batch(torch.arange(o["batch"]), case["labels"]))["loss"], "loss")
 
@@ -267,7 +267,7 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def moco(case: Case, queue: Tensor) -> nn.Module:
     """Return the method with the given queue, (D, K), and its pointer at 0."""
     width, size = queue.shape
-    method = METHODS["moco"](case.options["temperature"], size, case.options.get("momentum", 0.999), out=width)
+    method = METHODS["moco"](case.options["temperature"], size, case.options.get("momentum", 0.999), out_dim=width)
     method.queue = MemoryBank(size, width).to(case.dtype)
     method.queue.rows.copy_(queue.T)
     return method

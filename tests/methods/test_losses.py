@@ -171,7 +171,7 @@ def test_supcon(seed: int, v: int, n: int, d: int, t: float, base: float, anchor
         given, positive = {}, lambda i, j: i == j
         v = max(v, 2)
     assert_same(
-        lambda z: supcon(z, temperature=t, base_temperature=base, anchors=anchors, **given),
+        lambda z: supcon(z, temperature=t, base_temperature=base, contrast_mode=anchors, **given),
         lambda z: literal_supcon(z, positive, t, base, anchors),
         draw(seed, v, n, d),
     )

@@ -196,12 +196,12 @@ def test_a_batch_without_a_known_label_has_a_finite_loss(variant: str) -> None:
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.target])
 def test_momentum_is_a_share(name: str) -> None:
     method = METHODS[name](**SMALL.get(name, {}))
-    assert all(0 <= method.momentum(progress / 10) <= 1 for progress in range(11))
+    assert all(0 <= method.target_momentum(progress / 10) <= 1 for progress in range(11))
 
 
 def test_moco_looks_up_before_it_remembers() -> None:
     """A key among its own negatives would cost at least log 2."""
-    method = METHODS["moco"](temperature=0.01, queue=40, out=8)
+    method = METHODS["moco"](temperature=0.01, queue_size=40, out_dim=8)
     keys = {"projection": torch.eye(8)[None]}
     given = keys, keys, Batch(torch.arange(8), torch.arange(8))
     method.queue.rows.copy_(-torch.ones(8).expand(40, 8) / 8**0.5)
@@ -212,7 +212,7 @@ def test_moco_looks_up_before_it_remembers() -> None:
 
 
 def test_moco_learns_from_one_view_or_adds_both_directions() -> None:
-    plain, symmetric = (METHODS["moco"](queue=40, out=8, symmetric=s) for s in (False, True))
+    plain, symmetric = (METHODS["moco"](queue_size=40, out_dim=8, symmetric=s) for s in (False, True))
     assert (plain.online_views(2), plain.target_views(2)) == ((0,), (1,))
     (q0, q1), (k0, k1) = torch.randn(2, 2, N, 8)
     batch = Batch(torch.arange(N), torch.full((N,), -1))

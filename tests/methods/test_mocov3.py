@@ -74,5 +74,5 @@ def test_heads_are_the_authors(options: dict, projection: list, closing: type) -
 
 def test_momentum_rises_to_1_along_half_a_cosine() -> None:
     method = MoCoV3()
-    assert method.momentum(0.0) == pytest.approx(0.99) and method.momentum(1.0) == 1.0
-    assert method.momentum(0.5) == pytest.approx(0.995)
+    assert method.target_momentum(0.0) == pytest.approx(0.99) and method.target_momentum(1.0) == 1.0
+    assert method.target_momentum(0.5) == pytest.approx(0.995)

@@ -46,7 +46,7 @@ def test_vectors(golden: Path, name: str, contrast: str, suffix: str, dtype: tor
     loss = (nnclr(near[0], p2, t, contrast) + nnclr(near[1], p1, t, contrast)) / 2
     case.check(loss, f"loss{suffix}")
 
-    method = full(NNCLR(t, out=o["dim"], queue=8, contrast=contrast), support, o["queue_ptr_before"])
+    method = full(NNCLR(t, out_dim=o["dim"], queue_size=8, contrast=contrast), support, o["queue_ptr_before"])
     online = {"projection": torch.stack([z1, z2]), "prediction": torch.stack([p1, p2])}
     loss = method.loss(online, {}, unlabelled(o["batch"]))["loss"]
     case.check(loss, f"loss{suffix}")
@@ -65,7 +65,7 @@ def test_vectors(golden: Path, name: str, contrast: str, suffix: str, dtype: tor
 def test_any_number_of_views(views: int) -> None:
     z, p = torch.randn(2, views, 5, 3, dtype=torch.float64)
     support = normalize(torch.randn(9, 3, dtype=torch.float64))
-    method = full(NNCLR(0.3, out=3, queue=9), support)
+    method = full(NNCLR(0.3, out_dim=3, queue_size=9), support)
     found, expected = (p.clone().requires_grad_() for _ in range(2))
     loss = method.loss({"projection": z, "prediction": found}, {}, unlabelled(5))["loss"]
     near = [torch.stack([max(support, key=lambda s, row=row: float(row @ s)) for row in view]) for view in z]
@@ -92,7 +92,7 @@ def test_only_filled_rows_are_neighbours_and_while_there_are_none_the_row_itself
 
 def test_it_looks_up_before_it_remembers() -> None:
     """If rows were stored first, each would find itself as neighbour, and the loss would be almost 0."""
-    method = full(NNCLR(0.01, out=4, queue=8), torch.eye(4)[3].expand(8, 4))
+    method = full(NNCLR(0.01, out_dim=4, queue_size=8), torch.eye(4)[3].expand(8, 4))
     rows = torch.eye(4)[:3].expand(2, 3, 4)
     given = {"projection": rows, "prediction": rows}, {}, unlabelled(3)
     assert method.loss(*given)["loss"] > 1
@@ -101,7 +101,7 @@ def test_it_looks_up_before_it_remembers() -> None:
 
 
 def test_only_view_0_is_remembered_as_unit_rows() -> None:
-    method = NNCLR(out=4, queue=8)
+    method = NNCLR(out_dim=4, queue_size=8)
     z = 5 * torch.randn(3, 2, 4)
     method.after_step({"projection": z, "prediction": z}, {}, unlabelled(2), 0.0)
     assert method.queue.filled == 2 and method.queue.pointer == 2
@@ -114,7 +114,7 @@ def test_what_it_cannot_answer_is_refused() -> None:
 
 
 def test_heads_are_the_paper_s() -> None:
-    heads = NNCLR(queue=1).heads(512)
+    heads = NNCLR(queue_size=1).heads(512)
     shapes = {k: [tuple(m.weight.shape) for m in h.network if isinstance(m, nn.Linear)] for k, h in heads.items()}
     assert shapes == {"projection": [(2048, 512), (2048, 2048), (256, 2048)], "prediction": [(4096, 256), (256, 4096)]}
     assert isinstance(heads["projection"].network[-1], nn.BatchNorm1d)

@@ -49,7 +49,7 @@ def test_proto_nce_through_the_method(golden: Path, name: str, dtype: torch.dtyp
     """The same with only the prototypes in the reference's columns: all remaining ones are negatives."""
     case = Case(golden, name, dtype)
     o, q, index = case.options, case.leaf("q"), case["index"]
-    method = PCL(o["temperature"], o["queue_size"], clusters=tuple(o["num_clusters"]), out=o["dim"])
+    method = PCL(o["temperature"], o["queue_size"], num_clusters=tuple(o["num_clusters"]), out_dim=o["dim"])
     method.prepare(images=o["dataset_size"], classes=0, batch=o["batch"], views=2)
     method = method.to(dtype)
     for m, clustering in enumerate(method.clusterings.every):
@@ -167,7 +167,9 @@ def test_the_draw_follows_the_batch_and_not_its_order() -> None:
 
 def small(**options: object) -> PCL:
     torch.manual_seed(0)
-    method = PCL(**{"queue": 16, "clusters": (4, 6), "warmup": 2, "restarts": 1, "out": 4} | options)
+    method = PCL(
+        **{"queue_size": 16, "num_clusters": (4, 6), "warmup_epochs": 2, "restarts": 1, "out_dim": 4} | options
+    )
     method.prepare(images=40, classes=3, batch=8, views=2)
     return method
 
@@ -210,7 +212,7 @@ def test_images_that_cannot_be_read_have_no_cluster() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="25,000 clusters cannot be made of 40 images"):
-        PCL(queue=4).prepare(images=40, classes=3, batch=8, views=2)
+        PCL(queue_size=4).prepare(images=40, classes=3, batch=8, views=2)
     with pytest.raises(ValueError, match="a prototype for every query"):
         proto_nce(torch.randn(3, 4), torch.randn(2, 4), torch.ones(2))
 

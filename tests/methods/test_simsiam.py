@@ -33,14 +33,14 @@ def test_vectors(golden: Path, name: str, teach: str, dtype: torch.dtype) -> Non
     case = Case(golden, name, dtype)
     p1, p2, z1, z2 = (case.leaf(key) for key in ("p1", "p2", "z1", "z2"))
     p, z = torch.stack([p1, p2]), torch.stack([z1, z2])
-    loss = simsiam(p, z, teach=teach)
+    loss = simsiam(p, z, targets=teach)
     case.check(loss, "loss")
     loss.backward()
     case.check(p1.grad, "grad_p1")
     case.check(p2.grad, "grad_p2")
     assert z1.grad is None and z2.grad is None
     rows = {"prediction": p.detach(), "projection": z.detach()}
-    assert torch.equal(SimSiam(teach=teach).loss(rows, {}, unlabelled(p.shape[1]))["loss"], loss)
+    assert torch.equal(SimSiam(targets=teach).loss(rows, {}, unlabelled(p.shape[1]))["loss"], loss)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
@@ -61,7 +61,7 @@ def test_any_number_of_views(views: int, teach: str, stop_gradient: bool) -> Non
 
 def test_half_precision_rows_are_added_up_in_single() -> None:
     z = torch.full((4, 3, 5), 4e4).half()  # three of them exceed the range of float16
-    assert simsiam(z, z, teach="mean") == pytest.approx(-1)
+    assert simsiam(z, z, targets="mean") == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 0, 3)], ids=["one view", "no sample"])
@@ -72,7 +72,7 @@ def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_the_schedule_leaves_the_predictor_s_rate_alone() -> None:
     for fix_lr, expected in ((True, {1.0, 0.1}), (False, {0.1})):
-        method = SimSiam(hidden=8, out=6, bottleneck=4, fix_lr=fix_lr)
+        method = SimSiam(hidden_dim=8, out_dim=6, bottleneck_dim=4, fix_pred_lr=fix_lr)
         modules = {name: head.network for name, head in method.heads(12).items()}
         own = {name: {"constant": True} for name in method.constant_lr()}
         groups = parameter_groups(modules, lr=1.0, weight_decay=0.0, own=own)
@@ -85,7 +85,7 @@ def test_the_schedule_leaves_the_predictor_s_rate_alone() -> None:
 
 
 def test_without_a_predictor_the_projection_predicts_itself() -> None:
-    heads = SimSiam(hidden=8, out=6, predictor=False).heads(12)
+    heads = SimSiam(hidden_dim=8, out_dim=6, predictor=False).heads(12)
     assert isinstance(heads["prediction"].network, nn.Identity) and heads["prediction"].source == "projection"
 
 

@@ -30,9 +30,9 @@ def prepared(case: Case, queue: int = 0) -> tuple[SwAV, nn.ModuleDict]:
         o["epsilon"],
         o["sinkhorn_iterations"],
         o["prototypes"],
-        queue=queue,
-        queue_from=0,
-        out=o["dim"],
+        queue_size=queue,
+        queue_start_epoch=0,
+        out_dim=o["dim"],
     ).to(case.dtype)
     heads = nn.ModuleDict({name: head.network for name, head in method.heads(8).items()}).to(case.dtype)
     heads["prototypes"].weight.data = case["prototypes_raw"].clone()
@@ -168,7 +168,7 @@ def test_prototypes_are_unit_vectors_after_every_step_and_learn_when_they_may() 
     method, network, _ = small.parts("swav")
     before = network.heads["prototypes"].weight.detach().clone()
     for epoch, moved in ((0, False), (1, True)):
-        method.frozen = 1
+        method.freeze_prototypes_epochs = 1
         images = next(small.batches(8, 1, 2))[1]
         method.loss(network(images), {}, batch(8, epoch))["loss"].backward()
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0, weight_decay=0.1)
@@ -196,7 +196,7 @@ def test_the_queue_s_scores_are_those_of_the_current_prototypes() -> None:
 
 
 def test_the_queue_waits_for_its_epoch_and_until_it_is_full() -> None:
-    method = SwAV(prototypes=6, queue=10, queue_from=2, hidden=8, out=8)
+    method = SwAV(num_prototypes=6, queue_size=10, queue_start_epoch=2, hidden_dim=8, out_dim=8)
     method.heads(12)
     scores = torch.randn(2, 8, 6)
     rows = {"projection": torch.randn(2, 8, 8), "prototypes": scores}
@@ -227,7 +227,7 @@ def test_what_the_equations_cannot_answer_is_refused(call) -> None:
 @pytest.mark.parametrize("joined", [False, True])
 def test_small_views_of_another_size_predict_and_are_not_assigned(joined: bool) -> None:
     """2 views of 32 pixels and 4 of 16; if joined, those of one size run through the encoder together."""
-    method = SwAV(prototypes=6, hidden=8, out=8)
+    method = SwAV(num_prototypes=6, hidden_dim=8, out_dim=8)
     encoder = create_encoder("tiny", size=32, channels=3)
     network = Network(encoder, method.heads(encoder.width), method.online, joined=joined)
     runs = []

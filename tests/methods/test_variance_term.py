@@ -23,9 +23,9 @@ def test_it_is_vicregs_term() -> None:
 @pytest.mark.parametrize("method", ["moco", "byol", "swav", "supervised"])
 def test_the_loss_grows_by_it(method: str) -> None:
     """The first step of a run, with and without: the same rows, and a loss that is larger by the weighted term."""
-    shared = {"subset": 32, "batch": 16, "precision": "float32", "device": "cpu"}
+    shared = {"subset": 32, "batch_size": 16, "precision": "float32", "device": "cpu"}
     with_, without = (
-        prepare("digits-canvas", method, settings={"variance": variance}, **shared) for variance in (3.0, 0.0)
+        prepare("digits-canvas", method, settings={"variance_weight": variance}, **shared) for variance in (3.0, 0.0)
     )
     batches = [next(iter(built.loader.epoch(0))) for built in (with_, without)]
     more, plain = (built.step(batch, 0) for built, batch in zip((with_, without), batches, strict=True))
@@ -36,8 +36,9 @@ def test_the_loss_grows_by_it(method: str) -> None:
 
 def job(out: str) -> None:
     inbatch.pretrain(
-        "digits-canvas", "byol", out=out, subset=80, batch=40, context=20, epochs=2, precision="float32", quiet=True,
-        settings={"variance": 1.0},
+        "digits-canvas", "byol", out=out, subset=80, batch_size=40, context=20, epochs=2, precision="float32",
+        quiet=True,
+        settings={"variance_weight": 1.0},
     )  # fmt: skip
 
 

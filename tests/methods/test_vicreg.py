@@ -88,15 +88,15 @@ def test_any_number_of_views(views: int, n: int, d: int) -> None:
 def test_statistics_are_of_all_samples() -> None:
     """Separate statistics for each half of a batch would give another gradient."""
     z = (torch.randn(2, 16, 32, dtype=torch.float64) / 2).requires_grad_()
-    (whole,) = torch.autograd.grad(vicreg(z, sim=0.0)["loss"], z)
-    (halves,) = torch.autograd.grad(sum(vicreg(half, sim=0.0)["loss"] for half in z.chunk(2, 1)) / 2, z)
+    (whole,) = torch.autograd.grad(vicreg(z, sim_coeff=0.0)["loss"], z)
+    (halves,) = torch.autograd.grad(sum(vicreg(half, sim_coeff=0.0)["loss"] for half in z.chunk(2, 1)) / 2, z)
     assert torch.cosine_similarity(whole.flatten(), halves.flatten(), 0) < 0.95
 
 
 def test_without_the_variance_a_constant_is_the_optimum() -> None:
     """Effect of the option `std` = 0: collapsed rows cost nothing, and nearly 25 with the default."""
     rows = {"projection": torch.ones(2, 16, 8)}
-    assert VICReg(std=0.0).loss(rows, {}, unlabelled(16))["loss"] == 0
+    assert VICReg(std_coeff=0.0).loss(rows, {}, unlabelled(16))["loss"] == 0
     assert VICReg().loss(rows, {}, unlabelled(16))["loss"].item() == pytest.approx(25 * 0.99)
 
 

@@ -81,7 +81,7 @@ def test_vectors_through_the_method(
     case = Case(golden, name, dtype)
     o, z = case.options, case.leaf("z")
     monkeypatch.setattr("inbatch.methods.wmse.uniform", lambda *key: case["perms"].argsort(1).T.float())
-    method = WMSE(o["w_size"], o["w_iter"], o["eps"], o["norm"], out=o["dim"])
+    method = WMSE(o["w_size"], o["w_iter"], o["eps"], o["norm"], out_dim=o["dim"])
     loss = method.loss({"projection": z}, {}, unlabelled(o["batch"]))["loss"]
     case.check(loss, "loss")
     loss.backward()
@@ -106,7 +106,7 @@ def cuts(method: WMSE, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[li
     """Return the sub-batches of every split of a batch by the method, as sets of samples."""
     seen = []
     monkeypatch.setattr("inbatch.methods.wmse.wmse", lambda z, permutations, *rest: seen.append(permutations) or {})
-    method.loss({"projection": torch.zeros(2, len(batch), method.out)}, {}, batch)
+    method.loss({"projection": torch.zeros(2, len(batch), method.out_dim)}, {}, batch)
     (permutations,) = seen
     assert torch.equal(permutations.sort(1).values, torch.arange(len(batch)).expand(method.w_iter, -1))
     groups = batch.index[permutations].unflatten(1, (-1, method.w_size))
@@ -114,7 +114,7 @@ def cuts(method: WMSE, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[li
 
 
 def test_sub_batches_hang_on_seed_epoch_and_samples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, label = WMSE(8, 3, out=4), torch.full((32,), -1)
+    method, label = WMSE(8, 3, out_dim=4), torch.full((32,), -1)
     index = torch.randperm(1000)[:32]
     first = cuts(method, Batch(index, label), monkeypatch)
     assert first == cuts(method, Batch(index, label), monkeypatch), "not pure"
@@ -127,7 +127,7 @@ def test_sub_batches_hang_on_seed_epoch_and_samples_alone(monkeypatch: pytest.Mo
 
 def test_order_does_not_matter_where_draws_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inbatch.methods.wmse.uniform", lambda seed, epoch, index, *rest: torch.zeros(len(index), 1))
-    method, index = WMSE(4, out=2), torch.randperm(16)
+    method, index = WMSE(4, out_dim=2), torch.randperm(16)
     groups = [cuts(method, Batch(i, torch.full((16,), -1)), monkeypatch) for i in (index, index.flip(0))]
     assert groups[0] == groups[1]
 

@@ -94,7 +94,8 @@ def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
     assert "features" not in evaluate(None, plain, plain, protocols=["clustering"])["clustering"]
 
     built = build(
-        *resolve_recipe((IMAGES, labels), {"preset": "fast", "encoder.width": 8, "epochs": 1, "batch": 16}), device=CPU
+        *resolve_recipe((IMAGES, labels), {"preset": "fast", "encoder.width": 8, "epochs": 1, "batch_size": 16}),
+        device=CPU,
     )
     built.encoder.load_state_dict(encoder.state_dict())
     spread = make_online_evaluator(built, (source, source, "all"))()
@@ -137,7 +138,7 @@ def test_a_saved_encoder_keeps_its_readout_and_heads_see_plain_features(tmp_path
 
 
 def test_images_grow_from_a_share_of_their_side_at_a_share_of_the_run() -> None:
-    given = {"preset": "fast", "encoder.width": 8, "steps": 10, "batch": 16, "grow_from": 0.5, "grow_until": 0.6}
+    given = {"preset": "fast", "encoder.width": 8, "steps": 10, "batch_size": 16, "grow_from": 0.5, "grow_until": 0.6}
     recipe, source = resolve_recipe(IMAGES, given)
     assert [image_scale(recipe, step / 10) for step in (0, 5, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
     built = build(recipe, source, device=CPU)
@@ -157,7 +158,7 @@ def test_the_preset_fast_is_there_for_every_method() -> None:
 
 
 def test_fast_learns_from_a_small_run(tmp_path: Path) -> None:
-    run = inbatch.pretrain(IMAGES, out=tmp_path / "run", preset="fast", epochs=2, batch=16, quiet=True,
+    run = inbatch.pretrain(IMAGES, out=tmp_path / "run", preset="fast", epochs=2, batch_size=16, quiet=True,
                            settings={"encoder.width": 8})  # fmt: skip
     losses = [entry["loss"] for entry in run.result["curve"] if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
@@ -199,7 +200,7 @@ def test_whitened_patches_do_not_depend_on_threads_and_take_flat_images() -> Non
 def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(tmp_path: Path) -> None:
     """It is computed from the images, is not trained, and is part of the untrained encoder, resume, init and files."""
     settings = {"encoder.width": 8}
-    run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=2, batch=16, quiet=True,
+    run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=2, batch_size=16, quiet=True,
                            settings=settings)  # fmt: skip
 
     def filters(encoder: torch.nn.Module) -> torch.Tensor:
@@ -213,7 +214,7 @@ def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(tmp_path:
     for part in ("tower", "target"):
         assert torch.equal(state[part]["encoder.backbone.stages.0.0.weight"], expected.weight)
     other = IMAGES.flip(0) // 2
-    again = inbatch.pretrain(other, out=tmp_path / "again", preset="fast", epochs=1, batch=16, quiet=True,
+    again = inbatch.pretrain(other, out=tmp_path / "again", preset="fast", epochs=1, batch_size=16, quiet=True,
                              settings={"encoder.init": str(tmp_path / "run")})  # fmt: skip
     assert torch.equal(filters(again.encoder), expected.weight)  # of the run that it starts from
     assert torch.equal(filters(load_encoder(tmp_path / "again/encoder")), expected.weight)
@@ -221,7 +222,7 @@ def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(tmp_path:
     older = create_encoder("fast", size=32, width=8)
     save_encoder(older, tmp_path / "older")
     recipe = prepare(
-        IMAGES, preset="fast", epochs=1, batch=16, settings={"encoder.init": str(tmp_path / "older")}
+        IMAGES, preset="fast", epochs=1, batch_size=16, settings={"encoder.init": str(tmp_path / "older")}
     ).recipe
     assert recipe.encoder.options["whiten_patches"] is False
 
@@ -244,7 +245,7 @@ def test_unreadable_images_do_not_reach_the_first_layer(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_an_older_run_does_not_get_the_first_layer_from_the_preset() -> None:
-    recipe, _ = resolve_recipe(IMAGES, {"preset": "fast", "epochs": 1, "batch": 16})
+    recipe, _ = resolve_recipe(IMAGES, {"preset": "fast", "epochs": 1, "batch_size": 16})
     assert recipe.encoder.options["whiten_patches"] is True
     older = {key: value for key, value in recipe.flat().items() if key != "encoder.whiten_patches"}
     assert "whiten_patches" not in make(older).encoder.options and make(recipe.flat()) == recipe

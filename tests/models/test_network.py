@@ -66,7 +66,7 @@ def test_views_of_a_size_run_together_where_samples_do_not_meet(
 
 @pytest.mark.parametrize("name", ["ba2m", "batchformer"])
 def test_attention_over_samples_mixes(name: str) -> None:
-    built = prepare("digits-canvas", attend=name, batch=64)
+    built = prepare("digits-canvas", attend=name, batch_size=64)
     own = nn.Identity()
     own.mixes = True
     assert mixes(nn.Sequential(own))
@@ -78,7 +78,7 @@ def test_attention_over_samples_mixes(name: str) -> None:
 def test_channels_stay_last_through_the_backbone(plugs: dict[str, str]) -> None:
     """For every module before or parallel to a convolution: a copy into another layout costs more than most layers."""
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    built = prepare(images, encoder="resnet10", batch=8, **plugs)
+    built = prepare(images, encoder="resnet10", batch_size=8, **plugs)
     seen: list[str] = []
 
     def look(name: str) -> None:

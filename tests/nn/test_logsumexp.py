@@ -89,7 +89,7 @@ def test_rows_of_any_length_and_a_row_without_gradient() -> None:
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "nt_xent": lambda z: losses.nt_xent(z, 0.1),
     "supcon": lambda z: losses.supcon(z, torch.arange(z.shape[1]) % 4 - 1, 0.1),
-    "supcon, one": lambda z: losses.supcon(z, None, 0.1, anchors="one"),
+    "supcon, one": lambda z: losses.supcon(z, None, 0.1, contrast_mode="one"),
     "supcon, mask": lambda z: losses.supcon(z, mask=(rows(z.shape[1], z.shape[1]) > 0.1).to(z)),
     "info_nce": lambda z: losses.info_nce(z[0], z[1], rows(50, z.shape[2], seed=3).to(z), 0.07),
     "info_nce, smooth": lambda z: losses.info_nce(z[0], z[1], rows(50, z.shape[2], seed=3).to(z), 0.07, 0.3, 5),
@@ -122,8 +122,8 @@ def test_supcon_by_classes_is_supcon_by_pairs(anchors: str) -> None:
     """Labels are summed by class; a mask of the same pairs uses the general implementation."""
     z, label = rows(3, 11, 5, unit=False).requires_grad_(), torch.arange(11) % 4 - 1
     pairs = ((label[:, None] == label) & (label >= 0)) | torch.eye(11, dtype=torch.bool)
-    found = torch.autograd.grad(losses.supcon(z, label, 0.1, anchors=anchors), z)[0]
-    expected = torch.autograd.grad(losses.supcon(z, mask=pairs, temperature=0.1, anchors=anchors), z)[0]
+    found = torch.autograd.grad(losses.supcon(z, label, 0.1, contrast_mode=anchors), z)[0]
+    expected = torch.autograd.grad(losses.supcon(z, mask=pairs, temperature=0.1, contrast_mode=anchors), z)[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -284,7 +284,7 @@ def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, on
 
 
 def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
-    given = {"subset": 80, "batch": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
+    given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
     built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
     compute = built.method.loss
     built.method.loss = lambda *rows: plans.append(logsumexp._PLAN.get()) or compute(*rows)

@@ -233,13 +233,13 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run, and images."""
     folder = tmp_path_factory.mktemp("learned")
     write_folder(open_data("digits-canvas-colour", subset=200), folder / "images")
-    inbatch.pretrain(folder / "images", out=folder / "run", encoder="tiny", batch=50, epochs=1, quiet=True)
+    inbatch.pretrain(folder / "images", out=folder / "run", encoder="tiny", batch_size=50, epochs=1, quiet=True)
     return folder
 
 
 PRETRAIN = (
     "pretrain --data {learned}/images --encoder tiny --batch 20 --epochs 4000 --workers 2 --out run --quiet"
-    " --set resident=false --set size=32 --set evaluate_every=4000"
+    " --set cache_on_device=false --set image_size=32 --set evaluate_every=4000"
 )
 COMMANDS = {  # words, number of its processes while it works, exit codes
     "doctor": ("doctor", 1, {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}),

@@ -19,12 +19,12 @@ import inbatch.training.checkpoint
 from inbatch.errors import ConfigError
 from inbatch.runtime import distributed
 
-RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 2, "precision": "float32", "quiet": True}
+RUN = {"subset": 200, "batch_size": 40, "context": 20, "epochs": 2, "precision": "float32", "quiet": True}
 
 
 def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Make a whole run on ranks with an existing process group, as under Ray Train or in a user's script."""
-    run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue": 64}, **(RUN | extra))
+    run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue_size": 64}, **(RUN | extra))
     return run.result
 
 
@@ -89,7 +89,7 @@ def torchrun(out: Path, *words: str) -> subprocess.Popen:
         "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "-m", "inbatch", "pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--batch", "40",
         "--context", "20", "--expect-world-size", "2", "--set", "subset=200", "--set", "precision=float32",
-        "--set", "method.queue=64", *words,
+        "--set", "method.queue_size=64", *words,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -58,7 +58,7 @@ def test_ranks_that_agree_go_on_and_meet_again() -> None:
 
 def test_what_differs_is_named_on_every_rank() -> None:
     together = rolls(3)
-    found = at_once(*(lambda r=r: r.meet({"batch": "64", "seed": "12"[r.rank == 2]}) for r in together))
+    found = at_once(*(lambda r=r: r.meet({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
     for error in found:
         assert isinstance(error, ConfigError)
         assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
@@ -198,7 +198,7 @@ def relabelled() -> str:
     labels = torch.arange(48) % 3
     labels[5] += distributed.rank()
     try:
-        inbatch.pretrain((images, labels), batch=8, epochs=1, out="never", quiet=True)
+        inbatch.pretrain((images, labels), batch_size=8, epochs=1, out="never", quiet=True)
     except ConfigError as error:
         return str(error)
     return "went on"
@@ -224,7 +224,7 @@ def killed(out: str, step: int) -> Any:
         "digits-canvas",
         out=out,
         subset=80,
-        batch=40,
+        batch_size=40,
         context=20,
         epochs=9,
         evaluate_every=9,

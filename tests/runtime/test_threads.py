@@ -139,7 +139,7 @@ def test_steps_are_timed_with_the_threads_of_a_run(beside: list[float]) -> None:
 def test_a_run_tells_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch": 32, "evaluate_every": 2}
+    small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch_size": 32, "evaluate_every": 2}
     beside[:] = [1.0, 1.0, 1.0, 0.0]  # decisions: before the timed step, the first evaluation, and every epoch
     run = pretrain("digits-canvas", "simclr", out=tmp_path / "beside", **small)
     assert run.result["threads"] == [1, 2] and torch.get_num_threads() == 2

@@ -25,7 +25,7 @@ from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, make
 
 CPU, MB = torch.device("cpu"), 1_000_000
-SMALL = {"subset": 200, "batch": 128, "context": "auto"}
+SMALL = {"subset": 200, "batch_size": 128, "context": "auto"}
 
 
 def planned(**settings: Any) -> tuple[Recipe, Source]:
@@ -244,7 +244,7 @@ def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: 
     found = api.prepare("digits-canvas", **SMALL)
     assert torch.equal(before[0], torch.get_rng_state()) and torch.is_grad_enabled() == before[2]
     assert np.random.get_state()[1].tolist() == before[1]
-    assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch
+    assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch_size
     plain = api.prepare("digits-canvas", **SMALL | {"context": found.context})
     assert found.recipe == plain.recipe
     assert_same_state(found.network.state_dict(), plain.network.state_dict())

@@ -111,7 +111,7 @@ IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=tor
 
 
 def _pretrain(out: Path, **fields: Any) -> inbatch.Run:
-    settings = {"encoder": "tiny", "batch": 16, "quiet": True, "preset": "none", "views": "plain"}
+    settings = {"encoder": "tiny", "batch_size": 16, "quiet": True, "preset": "none", "views": "plain"}
     settings |= {"views": "simclr_cifar", "steps": 13, "seed": 3, "checkpoint_every": 1}
     return inbatch.pretrain(IMAGES, "simclr", out=out, **settings | fields)
 
@@ -148,7 +148,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = inbatch.pretrain(IMAGES, out=tmp_path / "run", budget="15s", batch=16)
+    run = inbatch.pretrain(IMAGES, out=tmp_path / "run", budget="15s", batch_size=16)
     said = capsys.readouterr().err
     assert -1 < said.find("timing real steps, for about 10 s") < said.find("Expected: about")
     assert run.result["wall_seconds"] < 15 * 1.05 + 15  # on a busy machine a step, an import or a picture may take long
@@ -207,10 +207,10 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pyt
 
 
 def test_another_length_or_part_takes_the_place_of_a_files() -> None:
-    planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "k": 7}
-    planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup": 0.1}
+    planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "knn_k": 7}
+    planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup_epochs": 0.1}
     assert plan._over(planned, {"seed": 1}) == planned | {"seed": 1}
-    kept = {"k": 7, "encoder.name": "fast", "encoder.width": 24}
+    kept = {"knn_k": 7, "encoder.name": "fast", "encoder.width": 24}
     for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
         assert plan._over(planned, asked) == kept | asked
     with pytest.raises(ConfigError, match="replans end the run before its first step"):
@@ -230,7 +230,7 @@ def test_a_resumed_run_is_judged_by_as_many_images(
         stop_after(patch, 2)
         patch.setattr(loop, "affordable", lambda built, held, seconds: limited(held, 30, 4))
         with pytest.raises(Preempted):
-            inbatch.pretrain((IMAGES, labels), out=tmp_path / "run", budget="15s", batch=16, quiet=True)
+            inbatch.pretrain((IMAGES, labels), out=tmp_path / "run", budget="15s", batch_size=16, quiet=True)
     run = inbatch.pretrain((IMAGES, labels), resume=tmp_path / "run", quiet=True)
     judged = run.result["evaluation"]
     assert (judged["train"]["images"], judged["test"]["images"]) == (30, 4)

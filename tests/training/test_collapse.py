@@ -17,12 +17,12 @@ BROKEN = {
     "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}),
     "byol without predictor and momentum": (
         "byol",
-        {"method.predictor": False, "method.norm": False, "method.m": 0.0},
+        {"method.predictor": False, "method.norm": False, "method.momentum": 0.0},
     ),
     # Three times the preset's learning rate: with the preset's, crossing the threshold within 8 epochs depends on the
     # seed (2 of 3).
     "simsiam without stop-gradient": ("simsiam", {"method.stop_gradient": False, "optimizer.lr": 0.006}),
-    "vicreg without variance": ("vicreg", {"method.std": 0.0}),
+    "vicreg without variance": ("vicreg", {"method.std_coeff": 0.0}),
 }
 EPOCHS = 8
 

@@ -46,12 +46,12 @@ def test_a_centred_group_is_no_leak() -> None:
 ])  # fmt: skip
 def test_it_is_asked_where_samples_meet(fuse: str | None, attend: str | None, expected: bool) -> None:
     given = {key: value for key, value in (("fuse", fuse), ("attend", attend)) if value}
-    assert meets(api.prepare("digits-canvas", subset=80, batch=16, **given)) is expected
+    assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **given)) is expected
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
 def test_looking_changes_nothing(method: str) -> None:
-    built = api.prepare("digits-canvas", method, subset=80, batch=16, context=8, fuse="set", attend="batchformer")
+    built = api.prepare("digits-canvas", method, subset=80, batch_size=16, context=8, fuse="set", attend="batchformer")
     before = [s.clone() for s in running_statistics(built.network)]
     state = torch.get_rng_state()
     found = leak(built, 0)

@@ -56,7 +56,7 @@ def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: py
     """The views of a whole batch are never drawn at once: not by the step, by curation, or by the leak monitor."""
     settings = {"curate.warmup": 0.0} if "curate" in plug else {}
     named = {f"{key}.name" if key in ("curate", "fuse") else key: value for key, value in plug.items()}
-    given = {"subset": 160, "batch": 32, "context": 8, "epochs": 3, "device": "cpu"}
+    given = {"subset": 160, "batch_size": 32, "context": 8, "epochs": 3, "device": "cpu"}
     built = api.prepare("digits-canvas", method, settings=settings | named, **given)
     drawn, draw = [], Views.__call__
     monkeypatch.setattr(Views, "__call__", lambda self, batch: drawn.append(len(batch)) or draw(self, batch))

@@ -38,7 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(photos: Path, out: Path, **fields: Any) -> inbatch.Run:
-    given: dict[str, Any] = {"encoder": "tiny", "batch": 10, "epochs": 2, "quiet": True, "size": 24} | fields
+    given: dict[str, Any] = {"encoder": "tiny", "batch_size": 10, "epochs": 2, "quiet": True, "image_size": 24} | fields
     return inbatch.pretrain(photos, out=out, **given)
 
 
@@ -120,7 +120,7 @@ def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, pho
 
 
 def test_pretrain_prints_it(photos: Path, tmp_path: Path) -> None:
-    line = f"pretrain --data {words(photos)} --encoder tiny --epochs 1 --batch 10 --set size=24"
+    line = f"pretrain --data {words(photos)} --encoder tiny --epochs 1 --batch 10 --set image_size=24"
     found = run(f"{line} --out {words(tmp_path / 'a run')}")
     assert found.exit_code == 0
     picture = tmp_path / "a run" / "neighbours.png"
@@ -268,7 +268,7 @@ def test_real_photographs(tmp_path: Path) -> None:
 
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
-    built = inbatch.api.prepare("digits-canvas", subset=100, batch=50)
+    built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)
     found = judgement.worth(built, None, tmp_path)
     for told in found["unlabelled"].values():
         assert told["untrained"] == told["trained"]
@@ -278,7 +278,7 @@ def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: 
 
 
 def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = inbatch.api.prepare("digits-canvas", batch=50)
+    built = inbatch.api.prepare("digits-canvas", batch_size=50)
     assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
     images, seconds = judgement.images_within(built, 0.0)
     assert images == 64 and seconds > 1
@@ -288,6 +288,6 @@ def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_run_with_a_budget_keeps_it_with_the_comparison(photos: Path, tmp_path: Path) -> None:
-    fields = {"encoder": "tiny", "batch": 10, "quiet": True, "size": 24, "budget": "1m"}
+    fields = {"encoder": "tiny", "batch_size": 10, "quiet": True, "image_size": 24, "budget": "1m"}
     result = inbatch.pretrain(photos, out=tmp_path / "run", **fields).result
     assert result["unlabelled"] and result["wall_seconds"] < 90

@@ -29,7 +29,7 @@ def surveyed(images: int) -> dict[str, Any]:
     """Return the state of PCL's survey of the data set before its first epoch, as numbers to pass between processes."""
     options = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
     built = inbatch.api.prepare(
-        "digits-canvas", "pcl", subset=images, batch=40, settings=options, device="cpu", workers=0
+        "digits-canvas", "pcl", subset=images, batch_size=40, settings=options, device="cpu", workers=0
     )
     built.encoder.train()
     found = survey(built, 0)
@@ -52,7 +52,7 @@ def test_a_survey_is_shared_by_the_ranks(images: int) -> None:
 
 def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
-    built = inbatch.api.prepare("digits-canvas", "pcl", subset=60, batch=20, settings=settings, device="cpu")
+    built = inbatch.api.prepare("digits-canvas", "pcl", subset=60, batch_size=20, settings=settings, device="cpu")
     seen: dict[str, Any] = {}
     monkeypatch.setattr(built.method, "survey", lambda *given: seen.update(zip("rlew", given, strict=True)) or {})
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """InfoNCE alone for an epoch, then a survey before each epoch, also in a run cut between two epochs."""
-    fields = {"epochs": 3, "settings": {"method.warmup": 1}}
+    fields = {"epochs": 3, "settings": {"method.warmup_epochs": 1}}
     tiny("pcl", tmp_path / "whole", **fields)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 5)
@@ -136,13 +136,13 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
 def test_arrays_in_memory(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
     run = inbatch.pretrain(
-        images, "simclr", out=tmp_path / "a", encoder="tiny", batch=20, epochs=1, quiet=True,
-        settings={"schedule.warmup": 0},
+        images, "simclr", out=tmp_path / "a", encoder="tiny", batch_size=20, epochs=1, quiet=True,
+        settings={"schedule.warmup_epochs": 0},
     )  # fmt: skip
     assert run.result["evaluation"] is None and run.result["curve"][-1]["rankme"] > 1
     labelled = inbatch.pretrain(
-        (images, [i % 3 for i in range(60)]), "supervised", out=tmp_path / "b", encoder="tiny", batch=20, epochs=1,
-        quiet=True, settings={"schedule.warmup": 0},
+        (images, [i % 3 for i in range(60)]), "supervised", out=tmp_path / "b", encoder="tiny", batch_size=20, epochs=1,
+        quiet=True, settings={"schedule.warmup_epochs": 0},
     )  # fmt: skip
     assert "tenth" in labelled.result["held_out"]
 
@@ -151,12 +151,12 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"batch": 4096, "context": 64}, DataError, "fewer than one batch"),
+        ({"batch_size": 4096, "context": 64}, DataError, "fewer than one batch"),
         ({"context": 7}, ConfigError, "divisor"),
         ({"context": 80}, ConfigError, "does not divide"),
-        ({"settings": {"views.views": 1}}, ConfigError, "learns from"),
+        ({"settings": {"views.num_views": 1}}, ConfigError, "learns from"),
         ({"subset": 9999}, DataError, "has 1,297"),
-        ({"settings": {"schedule.warmup": 100}}, ConfigError, "warm-up"),
+        ({"settings": {"schedule.warmup_epochs": 100}}, ConfigError, "warm-up"),
         ({"encoder": "resnet1818"}, ConfigError, "resnet18"),
         ({"settings": {"encoder.init": "nowhere.pt"}}, DataError, "nowhere.pt"),
     ],
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(
 def test_labels_are_needed_where_a_method_learns_from_them(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
     with pytest.raises(DataError, match="none"):
-        inbatch.pretrain(images, "supervised", out=tmp_path, encoder="tiny", batch=20)
+        inbatch.pretrain(images, "supervised", out=tmp_path, encoder="tiny", batch_size=20)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path
     """As a terminal or a scheduler does: every process gets the signal, also the decoding ones."""
     words = ["pretrain", "simclr", "--data", "digits-canvas", "--batch", "40", "--epochs", "400", "--workers", "2"]
     words += ["--quiet", "--out", str(tmp_path)]
-    sets = ["--set", "subset=200", "--set", "resident=false", "--set", "evaluate_every=400"]
+    sets = ["--set", "subset=200", "--set", "cache_on_device=false", "--set", "evaluate_every=400"]
     process = subprocess.Popen(
         [sys.executable, "-m", "inbatch", *words, *sets], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -199,7 +199,7 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
     """A test split, else a tenth held out; a run on unlabelled images is evaluated on labelled test data alone."""
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(60) % 3
-    settings = {"size": 16, "batch": 20, "encoder.name": "tiny"}
+    settings = {"image_size": 16, "batch_size": 20, "encoder.name": "tiny"}
 
     def judged(data: Any, test: Any = None) -> Any:
         recipe, source = resolve_recipe(data, settings)
@@ -252,7 +252,7 @@ def test_looks_on_the_way_take_some_of_a_streamed_set_and_the_end_takes_all(
     monkeypatch.setattr(online_evaluation, "embed", counting)
     monkeypatch.setattr(online_evaluation, "BANK", 50)
     monkeypatch.setattr(online_evaluation, "QUERIES", 30)
-    found = tiny("simclr", tmp_path, epochs=1, resident=resident, workers=0, settings={"schedule.warmup": 0})
+    found = tiny("simclr", tmp_path, epochs=1, resident=resident, workers=0, settings={"schedule.warmup_epochs": 0})
     assert sizes == [200, 500, 200, 500] if resident else [50, 30, 50, 30]
     evaluated = found.result["evaluation"]
     assert (evaluated["train"]["images"], evaluated["test"]["images"]) == (200, 500)

@@ -25,7 +25,15 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
     options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
     if curate:
         options["curate.name"] = "redraw"
-    given = {"subset": 80, "batch": 16, "context": 8, "epochs": 2, "settings": options, "fuse": fuse, "attend": attend}
+    given = {
+        "subset": 80,
+        "batch_size": 16,
+        "context": 8,
+        "epochs": 2,
+        "settings": options,
+        "fuse": fuse,
+        "attend": attend,
+    }
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -67,7 +75,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
     settings = {"curate.name": "redraw", "curate.rule": "strict", "fuse.patch": 5, "views.name": "simclr_cifar"}
     settings |= {"encoder.name": "resnet10", "attend.stages": [2, 3], "subset": 80}
     built = api.prepare(
-        "digits-canvas-colour", fuse="set", attend="ba2m", crops="intersection", shuffle_groups=True, batch=16,
+        "digits-canvas-colour", fuse="set", attend="ba2m", crops="intersection", shuffle_groups=True, batch_size=16,
         context=8, settings=settings | {"fuse.patch": 4},
     )  # fmt: skip
     again = inbatch.training.recipe.make(built.recipe.flat())
@@ -90,7 +98,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crops", CROPS)
 def test_every_crop_configuration_trains(method: str, crops: str) -> None:
     built = api.prepare(
-        "digits-canvas-colour", method, crops=crops, subset=80, batch=16, epochs=1,
+        "digits-canvas-colour", method, crops=crops, subset=80, batch_size=16, epochs=1,
         settings={"views.name": "simclr_cifar"},
     )  # fmt: skip
     losses = built.step(next(iter(built.loader.epoch(0))), 0)
@@ -99,7 +107,7 @@ def test_every_crop_configuration_trains(method: str, crops: str) -> None:
 
 @pytest.mark.parametrize("attend", ["ba2m", "batchformer", "se"])
 def test_the_same_seed_is_the_same_start_with_and_without(attend: str) -> None:
-    shared = {"subset": 80, "batch": 16, "settings": {"encoder.name": "resnet10"}}
+    shared = {"subset": 80, "batch_size": 16, "settings": {"encoder.name": "resnet10"}}
     plain = api.prepare("digits-canvas", "byol", **shared)
     both = api.prepare("digits-canvas", "byol", **shared, attend=attend, fuse="conv")
     found = both.network.state_dict()
@@ -136,16 +144,22 @@ def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
     given = dict(BAD[message])
     method = given.pop("method", "simclr")
     with pytest.raises(ConfigError, match=message.replace("(", "\\(")):
-        api.prepare("digits-canvas", method, subset=80, batch=16, epochs=1, **given)
+        api.prepare("digits-canvas", method, subset=80, batch_size=16, epochs=1, **given)
 
 
 def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
-    given = {"subset": 80, "batch": 16, "context": 8, "settings": {"curate.name": "redraw"}, "shuffle_groups": True}
+    given = {
+        "subset": 80,
+        "batch_size": 16,
+        "context": 8,
+        "settings": {"curate.name": "redraw"},
+        "shuffle_groups": True,
+    }
     found = api.dry_run("digits-canvas", "byol", fuse="conv", attend="ba2m", **given)
     words = found["description"]
     for part in ("fuse:    conv, ", "curate:  from epoch 7 on, ", "attend:  ba2m in 3 blocks", "groups:  shuffled"):
         assert part in words, words
-    plain = api.dry_run("digits-canvas", "byol", subset=80, batch=16, context=8)
+    plain = api.dry_run("digits-canvas", "byol", subset=80, batch_size=16, context=8)
     more, less = found["memory_bytes_estimate"], plain["memory_bytes_estimate"]
     assert more["curator"] >= less["weights"] and less["curator"] == 0
     assert more["activations_of_a_group"] > less["activations_of_a_group"]

@@ -49,7 +49,7 @@ def curve(*knn: float, every: int = 1, **others: float) -> list[dict[str, float]
 
 
 def run(line: str) -> Result:
-    words = "pretrain --data digits-canvas --set subset=200 --batch 40 --context 20 --set method.out=8 "
+    words = "pretrain --data digits-canvas --set subset=200 --batch 40 --context 20 --set method.out_dim=8 "
     return CliRunner().invoke(app, shlex.split(words + line), catch_exceptions=False, env={"COLUMNS": "200"})
 
 
@@ -315,7 +315,7 @@ def test_auto_finds_the_runs_of_the_same_recipe(
     recipe = json.loads((finished / "recipe.json").read_text())
     with pytest.raises(ConfigError, match="this installation contains no reference runs"):
         shipped_references.find_reference(recipe)
-    free = {"seed": 5, "data": "/elsewhere/digits-canvas", "k": 3, "precision": "float32", "evaluate_every": 2}
+    free = {"seed": 5, "data": "/elsewhere/digits-canvas", "knn_k": 3, "precision": "float32", "evaluate_every": 2}
     changed(finished, tmp_path / "same-5.json", lambda r: (r.update(schema=1), r["recipe"].update(free)))
     changed(finished, tmp_path / "same-0.json", lambda r: r.update(schema=1))
     changed(finished, tmp_path / "later.json", lambda r: r.update(schema=2))

@@ -82,7 +82,13 @@ def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
 def test_the_step_is_the_same_bit_for_bit(tmp_path: Path, method: str, resident: bool, curate: str | None) -> None:
     images = write_folder(open_data("digits-canvas-colour", subset=80), tmp_path / "images")
-    fields: dict[str, Any] = {"resident": resident, "curate": curate, "encoder": "tiny", "size": 32, "subset": None}
+    fields: dict[str, Any] = {
+        "cache_on_device": resident,
+        "curate": curate,
+        "encoder": "tiny",
+        "image_size": 32,
+        "subset": None,
+    }
     here = built(images, method, **fields, settings={"curate.rule": "strict"} if curate else {})
     made = kept(tmp_path, here)
     losses = here.step(made, 0)

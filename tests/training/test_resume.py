@@ -71,9 +71,9 @@ def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Fault 1: SIGKILL at any moment, saving included (a checkpoint after every 5 steps of some milliseconds)."""
-    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out": 8}}
+    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out_dim": 8}}
     out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
-    for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out": 8}.items():
+    for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out_dim": 8}.items():
         words += ["--set", f"{key}={value}"]
     for wait in (0.05, 0.3):
         process = subprocess.Popen(
@@ -143,7 +143,7 @@ def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> Non
 def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
     """One more image, one less or another label gives another permutation; the run in the folder stays unchanged."""
     images = write_folder(open_data("digits-canvas", subset=60), tmp_path / "images")
-    fields = {"batch": 20, "epochs": 1, "quiet": True}
+    fields = {"batch_size": 20, "epochs": 1, "quiet": True}
     inbatch.pretrain(images, out=tmp_path / "run", **fields)
     report = (tmp_path / "run" / "run.json").read_bytes()
     one = next(images.rglob("*.png"))

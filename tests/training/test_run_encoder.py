@@ -151,7 +151,7 @@ def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
 def test_the_initial_encoder_is_that_of_the_run_bit_for_bit(
     tmp_path: Path, method: str, fields: dict[str, Any]
 ) -> None:
-    built = api.prepare("digits-canvas", method, subset=200, batch=40, **fields)
+    built = api.prepare("digits-canvas", method, subset=200, batch_size=40, **fields)
     before = torch.get_rng_state()
     again = initial_encoder(built.recipe, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
@@ -282,7 +282,9 @@ def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (8, 3, 72, 72), dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 1)
-        inbatch.pretrain(images, out=tmp_path / "run", encoder="resnet10", batch=4, epochs=1, size=72, quiet=True)
+        inbatch.pretrain(
+            images, out=tmp_path / "run", encoder="resnet10", batch_size=4, epochs=1, image_size=72, quiet=True
+        )
     found = run(f"export {words(tmp_path / 'run')} -o {words(tmp_path / 'out')}")
     assert found.exit_code == 0 and f"timm.create_model('local-dir:{tmp_path / 'out'}'" in found.stdout
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -300,7 +302,7 @@ def test_the_encoder_of_init_is_that_of_the_weights(tmp_path: Path) -> None:
     assert {k: found[k] for k in ("encoder.name", "encoder.width", "encoder.whiten")} == {
         "encoder.name": "fast", "encoder.width": 8, "encoder.whiten": True,
     }  # fmt: skip
-    recipe = make(found | {"data": "photos", "size": 32, "preset": "fast", "epochs": 2})
+    recipe = make(found | {"data": "photos", "image_size": 32, "preset": "fast", "epochs": 2})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe.nested()))
     again = with_encoder_of_init({"encoder.init": tmp_path / "run"})

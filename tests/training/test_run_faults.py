@@ -137,7 +137,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
     fields: dict[str, Any] = TINY | {"epochs": 40, "context": None, "quiet": False, "evaluate_every": 40}
     # Without stop-gradient and predictor nothing keeps two views apart, and the learning rate causes large changes.
     settings = {"method.stop_gradient": False, "method.predictor": False, "optimizer.name": "sgd", "optimizer.lr": 1.0,
-                "schedule.warmup": 0}  # fmt: skip
+                "schedule.warmup_epochs": 0}  # fmt: skip
     with pytest.raises(TrainingError, match="did not recover by the next look; a checkpoint is saved") as caught:
         inbatch.pretrain("digits-canvas", "simsiam", out=tmp_path, stop_on_collapse=True, settings=settings, **fields)
     assert caught.value.exit_code == 4
@@ -164,8 +164,9 @@ def images(tmp_path: Path) -> Path:
 
 
 STREAMED: dict[str, Any] = {
-    "encoder": "tiny", "size": 32, "batch": 20, "epochs": 3, "quiet": True, "resident": False, "workers": 2,
-    "settings": {"method.out": 8, "schedule.warmup": 0},
+    "encoder": "tiny", "image_size": 32, "batch_size": 20, "epochs": 3, "quiet": True, "cache_on_device": False,
+    "workers": 2,
+    "settings": {"method.out_dim": 8, "schedule.warmup_epochs": 0},
 }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def test_a_killed_worker_is_a_sentence(images: Path, tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_no_shared_memory_is_a_sentence(images: Path, tmp_path: Path) -> None:
     words = ["pretrain", "--data", str(images), "--out", str(tmp_path / "run"), "--encoder", "tiny", "--epochs", "1"]
-    words += ["--batch", "20", "--workers", "1", "--set", "resident=false", "--set", "size=224"]
+    words += ["--batch", "20", "--workers", "1", "--set", "cache_on_device=false", "--set", "image_size=224"]
     small = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "inbatch", *words],
@@ -208,7 +209,7 @@ def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> Non
     script = f"""
 from inbatch.api import prepare
 built = prepare({str(images)!r}, "simclr", encoder="tiny", size=32, batch=20, resident=False, workers=2,
-                settings={{"method.out": 8}})
+                settings={{"method.out_dim": 8}})
 epoch = built.loader.epoch(0)
 next(epoch)
 raise SystemExit(7)

@@ -186,7 +186,7 @@ def test_between_two_layers_of_the_backward_pass_a_signal_that_waits_is_answered
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(signals, "GRACE", 0.2)
-    built = api.prepare("digits-canvas", subset=100, batch=20, settings={"method.out": 8})
+    built = api.prepare("digits-canvas", subset=100, batch_size=20, settings={"method.out_dim": 8})
     reached: list[str] = []
     layers = [m for m in built.network.encoder.modules() if isinstance(m, nn.Conv2d)]
     with stop_on_signals() as stop:
@@ -281,7 +281,7 @@ def stopped_in(script: str, words: list[str], number: int, until: str) -> tuple[
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 SMALL = ["--data", "digits-canvas", "--encoder", "tiny", "--batch", "40", "--epochs", "2", "--quiet"]
-SMALL += ["--set", "subset=200", "--set", "method.out=8", "--set", "evaluate_every=2"]
+SMALL += ["--set", "subset=200", "--set", "method.out_dim=8", "--set", "evaluate_every=2"]
 
 
 @pytest.mark.parametrize("number", CODES)

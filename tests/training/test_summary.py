@@ -12,9 +12,11 @@ from inbatch.training.build import RunComponents
 
 
 def built(method: str = "simclr", **settings: Any) -> RunComponents:
-    given = {"subset": 200, "batch": 64, "method.queue": 640} | {k.replace("__", "."): v for k, v in settings.items()}
+    given = {"subset": 200, "batch_size": 64, "method.queue_size": 640} | {
+        k.replace("__", "."): v for k, v in settings.items()
+    }
     if method != "moco":
-        del given["method.queue"]
+        del given["method.queue_size"]
     return prepare("digits-canvas", method, settings=given, device="cpu")
 
 

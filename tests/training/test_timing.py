@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_timing_a_step_changes_nothing_of_the_run() -> None:
     for method, more in (("simclr", {}), ("byol", {}), ("simclr", {"context": 8, "fuse.name": "conv"})):
         recipe, source = resolve_recipe(
-            IMAGES, {"method.name": method, "encoder.name": "tiny", "batch": 32, "epochs": 2} | more
+            IMAGES, {"method.name": method, "encoder.name": "tiny", "batch_size": 32, "epochs": 2} | more
         )
         built = build(recipe, source, device=CPU)
         before = copy.deepcopy({name: part.state_dict() for name, part in built.parts().items()})
@@ -35,14 +35,14 @@ def test_timing_a_step_changes_nothing_of_the_run() -> None:
 
 
 def test_small_images_cost_less() -> None:
-    given = {"preset": "fast", "encoder.width": 16, "steps": 5, "size": 64, "batch": 16}
+    given = {"preset": "fast", "encoder.width": 16, "steps": 5, "image_size": 64, "batch_size": 16}
     recipe, source = resolve_recipe(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), given)
     ((until, cost),) = growth(build(recipe, source, device=CPU))
     assert until == recipe.grow_until and cost < 0.9
 
 
 def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch": 32, "epochs": 100})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 32, "epochs": 100})
     built = build(recipe, source, device=CPU)
     assert built.total == 200
     assert "about 17 min for 200 steps" in expectation(built, 5.0)
@@ -51,26 +51,30 @@ def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
 
 
 def test_smaller_choices_take_less_time() -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch": 16, "epochs": 1})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch_size": 16, "epochs": 1})
     choices = smaller_choices(build(recipe, source, device=CPU))
     assert choices and all(how.startswith("--encoder ") for how, _ in choices)
 
 
 def test_a_dry_run_says_how_long_the_run_takes() -> None:
-    found = dry_run(IMAGES, encoder="tiny", epochs=3, batch=32)
+    found = dry_run(IMAGES, encoder="tiny", epochs=3, batch_size=32)
     assert found["seconds_estimate"]["training"] > 0 and "Expected: about" in found["description"]
 
 
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32})
+    recipe, source = resolve_recipe(
+        IMAGES, {"encoder.name": "resnet10", "batch_size": 64, "epochs": 1, "image_size": 32}
+    )
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
     needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
     monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
     smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note
-    asked, _ = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32, "context": 64})
+    asked, _ = resolve_recipe(
+        IMAGES, {"encoder.name": "resnet10", "batch_size": 64, "epochs": 1, "image_size": 32, "context": 64}
+    )
     with pytest.raises(ConfigError, match="of memory are free"):
         auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):
-        inbatch.pretrain(IMAGES, encoder="resnet10", batch=64, epochs=1, context=64, size=32, quiet=True)
+        inbatch.pretrain(IMAGES, encoder="resnet10", batch_size=64, epochs=1, context=64, image_size=32, quiet=True)

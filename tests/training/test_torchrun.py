@@ -18,12 +18,22 @@ from inbatch.data import open_data, write_folder
 from inbatch.training import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-RUN = {"subset": 200, "batch": 40, "context": 20, "epochs": 40, "evaluate_every": 40, "precision": "float32"}
+RUN = {"subset": 200, "batch_size": 40, "context": 20, "epochs": 40, "evaluate_every": 40, "precision": "float32"}
 LAST = 200  # steps
 
 
 def words(out: Path, **more: object) -> list[str]:
-    given = ["pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--quiet", "--set", "method.queue=64"]
+    given = [
+        "pretrain",
+        "moco",
+        "--data",
+        "digits-canvas",
+        "--out",
+        str(out),
+        "--quiet",
+        "--set",
+        "method.queue_size=64",
+    ]
     for key, value in (RUN | more).items():
         given += ["--set", f"{key}={value}"]
     return given
@@ -156,7 +166,17 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_the_same(wh
 def test_data_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     write_folder(open_data("digits-canvas", subset=200), tmp_path / "images")
     command = [sys.executable, "-m", "inbatch", "pretrain", "--data", str(tmp_path / "images"), "--out"]
-    command += [str(tmp_path / "run"), "--batch", "40", "--epochs", "400", "--set", "resident=false", "--workers", "2"]
+    command += [
+        str(tmp_path / "run"),
+        "--batch",
+        "40",
+        "--epochs",
+        "400",
+        "--set",
+        "cache_on_device=false",
+        "--workers",
+        "2",
+    ]
     process = Started(*command)
     with ended(process):
         after(process, tmp_path / "run" / "checkpoints" / "last.pt")

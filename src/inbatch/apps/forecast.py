@@ -48,4 +48,4 @@ def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
     """Return the number of steps of a run, the seconds of one step, and the images per batch."""
     recipe, source = resolve_recipe(data, given)
     built = build(recipe, source, device=torch.device("cpu"))
-    return built.total, time_steps(built, _EACH), recipe.batch
+    return built.total, time_steps(built, _EACH), recipe.batch_size

@@ -12,7 +12,7 @@ from inbatch.runtime.files import write_json
 
 DATA = "digits-canvas"
 EPOCHS = 10
-SETTINGS: dict[str, Any] = {"batch": 64, "evaluate_every": 5, "schedule.warmup": 1, "optimizer.lr": 4e-3}
+SETTINGS: dict[str, Any] = {"batch_size": 64, "evaluate_every": 5, "schedule.warmup_epochs": 1, "optimizer.lr": 4e-3}
 """Settings that differ from the preset of the data, so that training ends within a minute on two cores.
 
 They are a sixth of the epochs with half the batch, which gives twice as many steps per epoch, at twice the learning
@@ -89,7 +89,7 @@ def quickstart(
     run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, settings=chosen)
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
     rows = {
-        RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=run.recipe.k, seed=seed),
+        RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=run.recipe.knn_k, seed=seed),
         UNTRAINED: run.result["untrained"],
         TRAINED: run.result["evaluation"],
     }

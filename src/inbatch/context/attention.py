@@ -101,26 +101,26 @@ class BatchFormer(Grouped):
     that do not fit.
 
     heads: number of attention heads; width must be a multiple.
-    hidden: width of the hidden layer of the network; None: that of the features.
+    hidden_dim: width of the hidden layer of the network; None: that of the features.
     keep: share of the samples, drawn at random in each call, that keep plain features in training. It replaces the
         paper's second copy of the batch, which passes the shared classifier without the layer; without plain features
         in training, the layers after it would never see the features of evaluation.
     """
 
-    def __init__(self, width: int, heads: int = 4, hidden: int | None = None, keep: float = 0.5) -> None:
+    def __init__(self, width: int, heads: int = 4, hidden_dim: int | None = None, keep: float = 0.5) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ConfigError(f"batchformer: {heads} heads do not divide features of width {width}; choose a divisor.")
         if not 0 <= keep < 1:
             raise ConfigError(f"batchformer: keep is a share from 0 to below 1, not {keep}.")
-        if hidden is not None and hidden < 1:
-            raise ConfigError(f"batchformer: hidden is a width of 1 or more, not {hidden}.")
+        if hidden_dim is not None and hidden_dim < 1:
+            raise ConfigError(f"batchformer: hidden_dim is a width of 1 or more, not {hidden_dim}.")
         self.heads, self.keep = heads, keep
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden or width), nn.GELU(), nn.Linear(hidden or width, width)
+            nn.LayerNorm(width), nn.Linear(width, hidden_dim or width), nn.GELU(), nn.Linear(hidden_dim or width, width)
         )
         for last in (self.out, self.mlp[-1]):
             for parameter in last.parameters():

@@ -23,7 +23,7 @@ def cross_correlation(
     return product(a.T, b) / len(a)
 
 
-def barlow_twins(z: Float[Tensor, "v n d"], offdiagonal: float = 0.0051, scale: float = 1.0) -> Losses:
+def barlow_twins(z: Float[Tensor, "v n d"], lambd: float = 0.0051, scale: float = 1.0) -> Losses:
     """Return "loss" = scale (on + offdiagonal off), on = sum_i (1 - C_ii)^2, off = sum_{i != j} C_ij^2 (Eq. 1).
 
     Also returns its terms "on_diagonal" and "off_diagonal". All are averaged over pairs of views; rows are not
@@ -37,15 +37,15 @@ def barlow_twins(z: Float[Tensor, "v n d"], offdiagonal: float = 0.0051, scale: 
         on.append((1 - c.diagonal()).square().sum())
         off.append(c.square().fill_diagonal_(0).sum())
     agree, repeat = torch.stack(on).mean(), torch.stack(off).mean()
-    return {"loss": scale * (agree + offdiagonal * repeat), "on_diagonal": agree, "off_diagonal": repeat}
+    return {"loss": scale * (agree + lambd * repeat), "on_diagonal": agree, "off_diagonal": repeat}
 
 
 class BarlowTwins(Method):
     """Self-Supervised Learning via Redundancy Reduction, arXiv 2103.03230.
 
-    offdiagonal: lambda of Eq. 1.
+    lambd: lambda of Eq. 1.
     scale: factor of the whole loss: 1/32 in the authors' first release, 0.1 (CIFAR) or 0.025 in solo-learn.
-    hidden, out, layers: widths and number of linear layers of the projection; the last has no bias.
+    hidden_dim, out_dim, layers: widths and number of linear layers of the projection; the last has no bias.
     """
 
     views = (2, None)
@@ -53,25 +53,25 @@ class BarlowTwins(Method):
         "imagenet": {
             "source": "barlowtwins, main.py and README: lr 0.2 for weights, 0.0048 for biases and norms",
             "views.name": "barlow", "optimizer.name": "lars", "optimizer.lr": 0.2, "optimizer.vector_lr": 0.0048,
-            "optimizer.weight_decay": 1e-6, "batch": 2048, "epochs": 1000, "schedule.warmup": 10, "schedule.end": 0.001,
+            "optimizer.weight_decay": 1e-6, "batch_size": 2048, "epochs": 1000, "schedule.warmup_epochs": 10,
+            "schedule.end": 0.001,
         },
         "cifar": {
             "source": "lightly's CIFAR-10 benchmark (the authors have none): 0.06 for 128 images, k-NN 84.2 % at 200",
             "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
-            "batch": 128, "epochs": 200, "schedule.warmup": 0,
-            "method.offdiagonal": 0.005, "method.hidden": 2048, "method.out": 2048,
+            "batch_size": 128, "epochs": 200, "schedule.warmup_epochs": 0,
+            "method.lambd": 0.005, "method.hidden_dim": 2048, "method.out_dim": 2048,
         },
-        "digits": {"source": "inbatch, embedded data", "method.hidden": 256, "method.out": 256},
+        "digits": {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.out_dim": 256},
     }  # fmt: skip
 
-    def __init__(
-        self, offdiagonal: float = 0.0051, scale: float = 1.0, hidden: int = 8192, out: int = 8192, layers: int = 3,
-    ) -> None:  # fmt: skip
+    def __init__(self, lambd: float = 0.0051, scale: float = 1.0, hidden_dim: int = 8192, out_dim: int = 8192,
+                 layers: int = 3) -> None:  # fmt: skip
         super().__init__()
-        self.offdiagonal, self.scale, self.hidden, self.out, self.layers = offdiagonal, scale, hidden, out, layers
+        self.lambd, self.scale, self.hidden_dim, self.out_dim, self.layers = lambd, scale, hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden] * (self.layers - 1), self.out, last="plain"))}
+        return {"projection": Head(mlp(width, *[self.hidden_dim] * (self.layers - 1), self.out_dim, last="plain"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        return barlow_twins(online["projection"], self.offdiagonal, self.scale)
+        return barlow_twins(online["projection"], self.lambd, self.scale)

@@ -19,7 +19,7 @@ class Method(nn.Module):
     target: heads of the target network that the loss reads; empty if there is no target network.
     views: minimum and maximum number of views that the equation allows (None: no maximum).
     labels: whether the method learns from labels and needs a labelled data set.
-    m: momentum of the target network, if its momentum is constant.
+    momentum: momentum of the target network, if its momentum is constant.
     assigns: the head of which the largest output is the cluster or class of a sample, if any.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
@@ -29,7 +29,7 @@ class Method(nn.Module):
     views: ClassVar[tuple[int, int | None]] = (2, 2)
     labels: ClassVar[bool] = False
     assigns: ClassVar[str | None] = None
-    m: float
+    momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
@@ -57,9 +57,9 @@ class Method(nn.Module):
         """Return which views pass through the target network."""
         return range(views)
 
-    def momentum(self, progress: float) -> float:
+    def target_momentum(self, progress: float) -> float:
         """Return the momentum of the target network at `progress`, from 0 to 1. Constant by default."""
-        return self.m
+        return self.momentum
 
     def constant_lr(self) -> Sequence[str]:
         """Return the heads with a constant learning rate, exempt from the schedule."""

@@ -30,8 +30,8 @@ def byol(
 class BYOL(Method):
     """Bootstrap Your Own Latent, arXiv 2006.07733.
 
-    m: initial momentum of the target network; it rises to 1 along half a cosine.
-    hidden, out: width of the hidden layer of projection and prediction, and of their rows.
+    momentum: initial momentum of the target network; it rises to 1 along half a cosine.
+    hidden_dim, out_dim: width of the hidden layer of projection and prediction, and of their rows.
     predictor: without it the projection itself is compared, and the projection collapses unless `norm` is on.
     norm: batch normalisation (no scale, no shift) after the last layer of the projection, as in MoCo v3: it removes
         what the rows of all samples have in common.
@@ -45,34 +45,35 @@ class BYOL(Method):
         "imagenet": {
             "source": "deepmind-research, byol/configs/byol.py, for 100 epochs (300: lr 0.3; 1000: lr 0.2, m 0.996)",
             "views.name": "byol", "optimizer.name": "lars", "optimizer.lr": 0.45, "optimizer.weight_decay": 1e-6,
-            "batch": 4096, "epochs": 100, "schedule.warmup": 10, "method.m": 0.99,
+            "batch_size": 4096, "epochs": 100, "schedule.warmup_epochs": 10, "method.momentum": 0.99,
         },
         "cifar": {
             "source": "second-hand: lightly's CIFAR-10 benchmark, lr 0.06 for 128 images, k-NN 86.8 % after 200 epochs",
             "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
-            "batch": 512, "epochs": 200, "schedule.warmup": 0, "method.m": 0.99, "method.hidden": 1024,
+            "batch_size": 512, "epochs": 200, "schedule.warmup_epochs": 0, "method.momentum": 0.99,
+            "method.hidden_dim": 1024,
             "method.scale": "cosine",
         },
         "digits": {
             "source": "inbatch, embedded data; docs/methods/byol.md explains norm",
-            "method.m": 0.9, "method.hidden": 256, "method.out": 64, "method.norm": True},
+            "method.momentum": 0.9, "method.hidden_dim": 256, "method.out_dim": 64, "method.norm": True},
     }  # fmt: skip
 
-    def __init__(self, m: float = 0.996, hidden: int = 4096, out: int = 256, predictor: bool = True,
+    def __init__(self, momentum: float = 0.996, hidden_dim: int = 4096, out_dim: int = 256, predictor: bool = True,
                  norm: bool = False, scale: Literal["distance", "cosine"] = "distance") -> None:  # fmt: skip
         super().__init__()
-        self.m, self.hidden, self.out, self.predictor = m, hidden, out, predictor
+        self.momentum, self.hidden_dim, self.out_dim, self.predictor = momentum, hidden_dim, out_dim, predictor
         self.norm, self.scale = norm, scale
 
     def heads(self, width: int) -> dict[str, Head]:
-        prediction = mlp(self.out, self.hidden, self.out) if self.predictor else nn.Identity()
+        prediction = mlp(self.out_dim, self.hidden_dim, self.out_dim) if self.predictor else nn.Identity()
         return {
-            "projection": Head(mlp(width, self.hidden, self.out, last="norm_plain" if self.norm else "linear")),
+            "projection": Head(mlp(width, self.hidden_dim, self.out_dim, last="norm_plain" if self.norm else "linear")),
             "prediction": Head(prediction, source="projection", online_only=True),
         }
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": byol(online["prediction"], target["projection"], self.scale)}
 
-    def momentum(self, progress: float) -> float:
-        return cosine(progress, self.m, 1.0)
+    def target_momentum(self, progress: float) -> float:
+        return cosine(progress, self.momentum, 1.0)

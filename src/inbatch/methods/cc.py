@@ -39,9 +39,9 @@ def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tup
 class CC(Method):
     """Contrastive Clustering, arXiv 2009.09687.
 
-    clusters: number of clusters; None is the number of classes of the data.
+    num_clusters: number of clusters; None is the number of classes of the data.
     temperature, cluster_temperature: T among samples, among clusters.
-    out: width of the projection.
+    out_dim: width of the projection.
     """
 
     online = ("projection", "clusters")
@@ -49,27 +49,27 @@ class CC(Method):
     assigns = "clusters"
     _adam = {
         "optimizer.name": "adam", "optimizer.lr": 3e-4, "optimizer.weight_decay": 0.0, "schedule.name": "constant",
-        "schedule.warmup": 0, "schedule.scaling": "none", "batch": 256, "epochs": 1000, "views.name": "cc"}  # fmt: skip
+        "schedule.warmup_epochs": 0, "schedule.scaling": "none", "batch_size": 256, "epochs": 1000,
+        "views.name": "cc"}  # fmt: skip
     _cifar = _adam | {"source": "cifar224 for images at their size; the size and ResNet-18 are inbatch's"}
     _224 = _adam | {"source": "Contrastive-Clustering, config.yaml and train.py for CIFAR-10: images enlarged to 224",
-        "size": 224, "encoder.name": "resnet34"}  # fmt: skip
+        "image_size": 224, "encoder.name": "resnet34"}  # fmt: skip
     _imagenet = _224 | {"source": "the same for ImageNet-10", "views.strength": 1.0, "views.blur": 0.5}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar224": _224}
 
-    def __init__(
-        self, clusters: int | None = None, temperature: float = 0.5, cluster_temperature: float = 1.0, out: int = 128
-    ) -> None:
+    def __init__(self, num_clusters: int | None = None, temperature: float = 0.5, cluster_temperature: float = 1.0,
+                 out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
-        self.clusters, self.out = clusters, out
+        self.num_clusters, self.out_dim = num_clusters, out_dim
         self.temperature, self.cluster_temperature = temperature, cluster_temperature
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
-        self.clusters = self.clusters or classes
+        self.num_clusters = self.num_clusters or classes
 
     def heads(self, width: int) -> dict[str, Head]:
-        if not self.clusters or self.clusters < 2:
-            raise ValueError("without labels, the number of clusters is unknown: set method.clusters to 2 or more")
-        ends = {"projection": self.out, "clusters": self.clusters}
+        if not self.num_clusters or self.num_clusters < 2:
+            raise ValueError("without labels, the number of clusters is unknown: set method.num_clusters to 2 or more")
+        ends = {"projection": self.out_dim, "clusters": self.num_clusters}
         return {name: Head(mlp(width, width, end, norm=False)) for name, end in ends.items()}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:

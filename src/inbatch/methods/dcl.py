@@ -41,30 +41,31 @@ class DCL(Method):
 
     temperature: T. weighted: use DCLW. sigma: of the weights of DCLW. detach: the weights of DCLW carry no gradient.
     symmetric: average both directions of a pair of views, else only view 0 has the others as positives.
-    hidden, out: widths of the projection's hidden layer (None: that of the features) and of the projection.
+    hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
     views = (2, None)
     _imagenet = {
         "source": "SimCLR's, with the batch and the length of arXiv 2110.06848; no code of its authors was found",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
-        "batch": 256, "epochs": 200, "schedule.warmup": 10}  # fmt: skip
+        "batch_size": 256, "epochs": 200, "schedule.warmup_epochs": 10}  # fmt: skip
     _cifar = {
         "source": "raminnakhli/Decoupled-Contrastive-Learning, run_simclr.sh, README: Adam 1e-3, no schedule",
         "views.name": "simclr_cifar", "optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-6,
-        "schedule.name": "constant", "schedule.warmup": 0, "schedule.scaling": "none", "batch": 128, "epochs": 100,
+        "schedule.name": "constant", "schedule.warmup_epochs": 0, "schedule.scaling": "none", "batch_size": 128,
+        "epochs": 100,
     }  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
 
     def __init__(self, temperature: float = 0.1, weighted: bool = False, sigma: float = 0.5, symmetric: bool = True,
-                 detach: bool = False, hidden: int | None = None, out: int = 128) -> None:  # fmt: skip
+                 detach: bool = False, hidden_dim: int | None = None, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.sigma = temperature, sigma if weighted else None
-        self.symmetric, self.detach, self.hidden, self.out = symmetric, detach, hidden, out
+        self.symmetric, self.detach, self.hidden_dim, self.out_dim = symmetric, detach, hidden_dim, out_dim
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden or width, self.out))}
+        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": dcl(online["projection"], self.temperature, self.sigma, self.symmetric, self.detach)}

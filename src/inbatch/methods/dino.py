@@ -24,39 +24,42 @@ class DINO(Method):
     """Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
 
     temperature: the student's. teacher_temperature, warmup_temperature: the teacher's final and initial one.
-    warmup_epochs: from initial to final. m: the teacher's momentum, rising to 1. center_momentum: of the centre.
-    prototypes: outputs. frozen: epochs before outputs learn. hidden, bottleneck: widths. layers, norm: of the head.
+    warmup_epochs: from initial to final. momentum: the teacher's momentum, rising to 1. center_momentum: of the centre.
+    num_prototypes: outputs. freeze_prototypes_epochs: epochs before outputs learn.
+    hidden_dim, bottleneck_dim: widths. layers, norm: of the head.
     """
 
     online, target, views = ("prototypes",), ("prototypes",), (2, None)
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
-        "views.cut": 0.14, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4, "batch": 512,
-        "epochs": 100, "schedule.warmup": 10, "method.teacher_temperature": 0.04}  # fmt: skip
+        "views.cut": 0.14, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
+        "batch_size": 512, "epochs": 100, "schedule.warmup_epochs": 10, "method.teacher_temperature": 0.04}  # fmt: skip
     _cifar = {
         "source": "lightly, cifar10_benchmark.py: SGD 0.06 for 128 images, its m stays", "views.name": "byol_cifar",
-        "views.area": 0.4, "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4, "batch": 128,
-        "epochs": 200, "schedule.warmup": 0, "method.teacher_temperature": 0.04, "method.m": 0.99,
-        "method.prototypes": 2048, "method.layers": 2, "method.norm": True, "method.frozen": 0}  # fmt: skip
-    _digits = {"source": "inbatch, embedded data", "views.views": 4, "method.temperature": 0.2,
-        "method.teacher_temperature": 0.01, "method.warmup_epochs": 0, "method.prototypes": 256,
-        "method.hidden": 256, "method.bottleneck": 32, "method.norm": True}  # fmt: skip
+        "views.min_scale": 0.4, "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
+        "batch_size": 128, "epochs": 200, "schedule.warmup_epochs": 0, "method.teacher_temperature": 0.04,
+        "method.momentum": 0.99, "method.num_prototypes": 2048, "method.layers": 2, "method.norm": True,
+        "method.freeze_prototypes_epochs": 0}  # fmt: skip
+    _digits = {"source": "inbatch, embedded data", "views.num_views": 4, "method.temperature": 0.2,
+        "method.teacher_temperature": 0.01, "method.warmup_epochs": 0, "method.num_prototypes": 256,
+        "method.hidden_dim": 256, "method.bottleneck_dim": 32, "method.norm": True}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
 
     def __init__(self, temperature: float = 0.1, teacher_temperature: float = 0.07, warmup_temperature: float = 0.04,
-                 warmup_epochs: int = 30, m: float = 0.996, center_momentum: float = 0.9, prototypes: int = 65536,
-                 frozen: int = 1, hidden: int = 2048, bottleneck: int = 256, layers: int = 3, norm: bool = False,
-                 ) -> None:  # fmt: skip
+                 warmup_epochs: int = 30, momentum: float = 0.996, center_momentum: float = 0.9,
+                 num_prototypes: int = 65536, freeze_prototypes_epochs: int = 1, hidden_dim: int = 2048,
+                 bottleneck_dim: int = 256, layers: int = 3, norm: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.m, self.center_momentum, self.frozen = temperature, m, center_momentum, frozen
+        self.temperature, self.momentum, self.center_momentum = temperature, momentum, center_momentum
+        self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
-        self.bottleneck, self.hidden, self.norm = bottleneck, [hidden] * (layers - 1), norm
-        self.register_buffer("center", torch.zeros(prototypes))
+        self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
+        self.register_buffer("center", torch.zeros(num_prototypes))
 
     def heads(self, width: int) -> dict[str, Head]:
-        network = mlp(width, *self.hidden, self.bottleneck, norm=self.norm, activation=nn.GELU)
-        last = Prototypes(self.bottleneck, len(self.center), through=True)
+        network = mlp(width, *self.hidden_dim, self.bottleneck_dim, norm=self.norm, activation=nn.GELU)
+        last = Prototypes(self.bottleneck_dim, len(self.center), through=True)
         return {"projection": Head(network), "prototypes": Head(last, "projection")}
 
     def target_views(self, views: int) -> Sequence[int]:
@@ -66,11 +69,11 @@ class DINO(Method):
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
         return {"loss": dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)}
 
-    def momentum(self, progress: float) -> float:
-        return cosine(progress, self.m, 1.0)
+    def target_momentum(self, progress: float) -> float:
+        return cosine(progress, self.momentum, 1.0)
 
     def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
-        if batch.epoch < self.frozen:
+        if batch.epoch < self.freeze_prototypes_epochs:
             heads["prototypes"].zero_grad()
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:

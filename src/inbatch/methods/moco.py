@@ -14,8 +14,9 @@ from inbatch.nn.memory_bank import MemoryBank
 class MoCo(Method):
     """Momentum Contrast, arXiv 1911.05722 (v1) and 2003.04297 (v2).
 
-    temperature: T of `info_nce`. queue: keys in the memory bank. m: momentum of the target network. out: width of rows.
-    layers, hidden: linear layers of the projection (1 in v1, 2 in v2), width between them (None: the feature width).
+    temperature: T of `info_nce`. queue_size: keys in the memory bank. momentum: of the target network.
+    layers, hidden_dim: linear layers of the projection (1 in v1, 2 in v2), width between them (None: that of features).
+    out_dim: width of rows.
     symmetric: both views are queries and keys; the two losses are added, as in the authors' CIFAR-10 demo.
     smooth, neighbours: share of the target given to a query's nearest keys of the queue, and their number (Light-MoCo).
     """
@@ -24,36 +25,39 @@ class MoCo(Method):
     _v1 = {
         "source": "moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs",
         "views.name": "mocov1", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
-        "batch": 256, "epochs": 200, "schedule.name": "step", "schedule.warmup": 0}  # fmt: skip
+        "batch_size": 256, "epochs": 200, "schedule.name": "step", "schedule.warmup_epochs": 0}  # fmt: skip
     _v2 = _v1 | {
         "source": "moco, main_moco.py --mlp --moco-t 0.2 --aug-plus --cos", "views.name": "mocov2",
         "schedule.name": "cosine", "method.temperature": 0.2, "method.layers": 2}  # fmt: skip
     _cifar = {
         "source": "moco, colab/moco_cifar10_demo.ipynb: lr 0.06 for 512 images (SplitBatchNorm of 8: context=64)",
         "views.name": "moco_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 5e-4,
-        "batch": 512, "epochs": 200, "schedule.warmup": 0,
-        "method.temperature": 0.1, "method.queue": 4096, "method.m": 0.99}  # fmt: skip
-    _ours = {"source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue": 1024, "method.m": 0.99}
+        "batch_size": 512, "epochs": 200, "schedule.warmup_epochs": 0,
+        "method.temperature": 0.1, "method.queue_size": 4096, "method.momentum": 0.99}  # fmt: skip
+    _ours = {"source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue_size": 1024,
+        "method.momentum": 0.99}  # fmt: skip
     _light = _v2 | {
         "source": "light-moco, moco/builder.py: hidden layer, both directions; share and keys are inbatch's",
-        "method.hidden": 2048, "method.symmetric": True, "method.smooth": 0.2}  # fmt: skip
+        "method.hidden_dim": 2048, "method.symmetric": True, "method.smooth": 0.2}  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "light": _light, "cifar": _cifar, "digits": _ours}
 
-    def __init__(self, temperature: float = 0.07, queue: int = 65536, m: float = 0.999, layers: int = 1,
-                 hidden: int | None = None, out: int = 128, symmetric: bool = False,
-                 smooth: float = 0.0, neighbours: int = 10) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.07, queue_size: int = 65536, momentum: float = 0.999, layers: int = 1,
+                 hidden_dim: int | None = None, out_dim: int = 128, symmetric: bool = False, smooth: float = 0.0,
+                 neighbours: int = 10) -> None:  # fmt: skip
         super().__init__()
-        if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= queue)):
+        if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= queue_size)):
             raise ValueError(
-                f"smooth {smooth:g} must be below 1 and neighbours {neighbours} from 1 to the queue's {queue}"
+                f"smooth {smooth:g} must be below 1 and neighbours {neighbours} from 1 to the queue's {queue_size}"
             )
-        self.temperature, self.m, self.symmetric = temperature, m, symmetric
-        self.layers, self.hidden, self.out = layers, hidden, out
+        self.temperature, self.momentum, self.symmetric = temperature, momentum, symmetric
+        self.layers, self.hidden_dim, self.out_dim = layers, hidden_dim, out_dim
         self.smooth, self.neighbours = smooth, neighbours
-        self.queue = MemoryBank(queue, out)
+        self.queue = MemoryBank(queue_size, out_dim)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden or width] * (self.layers - 1), self.out, norm=False))}
+        return {
+            "projection": Head(mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim, norm=False))
+        }
 
     def online_views(self, views: int) -> Sequence[int]:
         return (0, 1) if self.symmetric else (0,)

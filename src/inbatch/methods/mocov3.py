@@ -29,9 +29,9 @@ def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1
 class MoCoV3(Method):
     """An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057.
 
-    temperature: T of `ctr`. m: initial momentum of the target network; it rises to 1 along half a cosine.
+    temperature: T of `ctr`. momentum: initial momentum of the target network; it rises to 1 along half a cosine.
     layers: linear layers of the projection: 2 for a ResNet, 3 for a ViT.
-    hidden, out: width of the hidden layers of projection and prediction, and of their rows.
+    hidden_dim, out_dim: width of the hidden layers of projection and prediction, and of their rows.
     last_norm: batch normalisation after the last layer of the prediction, too, as for a ViT.
     """
 
@@ -41,32 +41,32 @@ class MoCoV3(Method):
     presets = {
         "imagenet": {
             "source": "moco-v3, CONFIG.md, ResNet-50, for 100 epochs (300: lr 0.3; 1000: lr 0.3, wd 1.5e-6, m 0.996)",
-            "views.name": "byol", "views.area": 0.2, "optimizer.name": "lars", "optimizer.lr": 0.6,
-            "optimizer.weight_decay": 1e-6, "batch": 4096, "epochs": 100, "schedule.warmup": 10},
+            "views.name": "byol", "views.min_scale": 0.2, "optimizer.name": "lars", "optimizer.lr": 0.6,
+            "optimizer.weight_decay": 1e-6, "batch_size": 4096, "epochs": 100, "schedule.warmup_epochs": 10},
         "vit": {
             "source": "moco-v3, CONFIG.md, ViT-Small and -Base: --stop-grad-conv1 --moco-m-cos --moco-t=.2",
             "views.name": "byol", "optimizer.name": "adamw", "optimizer.lr": 1.5e-4, "optimizer.weight_decay": 0.1,
-            "batch": 4096, "epochs": 300, "schedule.warmup": 40,
+            "batch_size": 4096, "epochs": 300, "schedule.warmup_epochs": 40,
             "method.temperature": 0.2, "method.layers": 3, "method.last_norm": True},
         "cifar": {
             "source": "second-hand: solo-learn, cifar/mocov3.yaml; SGD as in lightly instead of its LARS",
             "views.name": "byol_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
-            "batch": 256, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.2},
+            "batch_size": 256, "epochs": 1000, "schedule.warmup_epochs": 10, "method.temperature": 0.2},
         "digits": {
             "source": "inbatch, embedded data",
-            "method.temperature": 0.2, "method.hidden": 256, "method.out": 64}}  # fmt: skip
+            "method.temperature": 0.2, "method.hidden_dim": 256, "method.out_dim": 64}}  # fmt: skip
 
-    def __init__(self, temperature: float = 1.0, m: float = 0.99, layers: int = 2, hidden: int = 4096, out: int = 256,
-                 last_norm: bool = False) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 1.0, momentum: float = 0.99, layers: int = 2, hidden_dim: int = 4096,
+                 out_dim: int = 256, last_norm: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.m, self.layers = temperature, m, layers
-        self.hidden, self.out, self.last_norm = hidden, out, last_norm
+        self.temperature, self.momentum, self.layers = temperature, momentum, layers
+        self.hidden_dim, self.out_dim, self.last_norm = hidden_dim, out_dim, last_norm
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden] * (self.layers - 1)
-        prediction = mlp(self.out, self.hidden, self.out, last="norm_plain" if self.last_norm else "linear")
+        hidden = [self.hidden_dim] * (self.layers - 1)
+        prediction = mlp(self.out_dim, self.hidden_dim, self.out_dim, last="norm_plain" if self.last_norm else "linear")
         return {
-            "projection": Head(mlp(width, *hidden, self.out, last="norm_plain")),
+            "projection": Head(mlp(width, *hidden, self.out_dim, last="norm_plain")),
             "prediction": Head(prediction, source="projection", online_only=True),
         }
 
@@ -75,5 +75,5 @@ class MoCoV3(Method):
         losses = [ctr(q[i], k[j], self.temperature) for i, j in permutations(range(len(q)), 2)]
         return {"loss": 2 * torch.stack(losses).mean()}
 
-    def momentum(self, progress: float) -> float:
-        return cosine(progress, self.m, 1.0)
+    def target_momentum(self, progress: float) -> float:
+        return cosine(progress, self.momentum, 1.0)

@@ -44,30 +44,32 @@ def nnclr(
 class NNCLR(Method):
     """With a Little Help from My Friends, arXiv 2104.14548; the mean over the ordered pairs of different views.
 
-    temperature: T. contrast: nt_xent is that of lightly. queue: samples in the support set, by view 0's projection.
-    hidden, prediction: widths of the hidden layers of projection and prediction. out: width of the rows.
+    temperature: T. contrast: nt_xent is that of lightly. queue_size: samples in the support set, by view 0's
+    projection.
+    hidden_dim, pred_hidden_dim: widths of the hidden layers of projection and prediction. out_dim: width of the rows.
     """
 
     online = ("projection", "prediction")
     views = (2, None)
     _imagenet = {"source": "arXiv 2104.14548, section 4.1 (from memory; its authors have released no code)",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6,
-        "batch": 4096, "epochs": 1000, "schedule.warmup": 10}  # fmt: skip
-    _cifar = {"source": "second-hand: lightly's CIFAR-10 benchmark", "batch": 512, "schedule.warmup": 0,
+        "batch_size": 4096, "epochs": 1000, "schedule.warmup_epochs": 10}  # fmt: skip
+    _cifar = {"source": "second-hand: lightly's CIFAR-10 benchmark", "batch_size": 512, "schedule.warmup_epochs": 0,
         "views.name": "simclr_cifar", "optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.weight_decay": 5e-4,
-        "epochs": 200, "method.temperature": 0.5, "method.queue": 8192, "method.contrast": "nt_xent"}  # fmt: skip
+        "epochs": 200, "method.temperature": 0.5, "method.queue_size": 8192, "method.contrast": "nt_xent"}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": {
-        "source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue": 2048,
-        "method.hidden": 256, "method.prediction": 256, "method.out": 64}}  # fmt: skip
+        "source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue_size": 2048,
+        "method.hidden_dim": 256, "method.pred_hidden_dim": 256, "method.out_dim": 64}}  # fmt: skip
 
-    def __init__(self, temperature: float = 0.1, queue: int = 98304, hidden: int = 2048, prediction: int = 4096,
-                 out: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.1, queue_size: int = 98304, hidden_dim: int = 2048,
+                 pred_hidden_dim: int = 4096, out_dim: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.hidden, self.prediction = temperature, hidden, prediction
-        self.out, self.contrast, self.queue = out, contrast, MemoryBank(queue, out)
+        self.temperature, self.hidden_dim, self.pred_hidden_dim = temperature, hidden_dim, pred_hidden_dim
+        self.out_dim, self.contrast, self.queue = out_dim, contrast, MemoryBank(queue_size, out_dim)
 
     def heads(self, width: int) -> dict[str, Head]:
-        projection, prediction = (width, self.hidden, self.hidden, self.out), (self.out, self.prediction, self.out)
+        projection = width, self.hidden_dim, self.hidden_dim, self.out_dim
+        prediction = self.out_dim, self.pred_hidden_dim, self.out_dim
         return {"projection": Head(mlp(*projection, last="norm")), "prediction": Head(mlp(*prediction), "projection")}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:

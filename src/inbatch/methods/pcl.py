@@ -28,34 +28,37 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
 class PCL(Method):
     """Prototypical Contrastive Learning of Unsupervised Representations, arXiv 2005.04966.
 
-    temperature: T, and the mean of the prototypes'. queue: keys in the memory bank. m: momentum of the target network.
-    warmup: epochs of InfoNCE alone. clusters: number in each clustering. negatives: maximum number of other prototypes.
-    alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out: width of rows.
+    temperature: T, and the mean of the prototypes'. queue_size: keys in the bank. momentum: of the target network.
+    warmup_epochs: epochs of InfoNCE alone. num_clusters: in each clustering. negatives: most other prototypes.
+    alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out_dim: width of rows.
     """
 
     target = ("projection",)
-    _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup": 0,
+    _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup_epochs": 0,
         "epochs": 200, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}  # fmt: skip
     _v2 = _v1 | {"source": "PCL, main_pcl.py --mlp --aug-plus --cos", "views.name": "mocov2", "method.layers": 2,
         "schedule.name": "cosine"}  # fmt: skip
     _cifar = _v2 | {"source": "second-hand: salesforce/PCL issue 7, MoCo's demo", "views.name": "moco_cifar",
-        "method.m": 0.99, "method.queue": 512, "method.clusters": (1000, 2000, 4000)}  # fmt: skip
+        "method.momentum": 0.99, "method.queue_size": 512, "method.num_clusters": (1000, 2000, 4000)}  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "inbatch, embedded data",
-        "method.m": 0.99, "method.queue": 1024, "method.warmup": 5, "method.clusters": (25, 50, 100)}}  # fmt: skip
+        "method.momentum": 0.99, "method.queue_size": 1024, "method.warmup_epochs": 5,
+        "method.num_clusters": (25, 50, 100)}}  # fmt: skip
 
-    def __init__(self, temperature: float = 0.2, queue: int = 16384, m: float = 0.999, warmup: int = 20,
-                 clusters: tuple[int, ...] = (25000, 50000, 100000), negatives: int = 16384, alpha: float = 10.0,
-                 restarts: int = 5, iterations: int = 20, layers: int = 1, out: int = 128) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.2, queue_size: int = 16384, momentum: float = 0.999,
+                 warmup_epochs: int = 20, num_clusters: tuple[int, ...] = (25000, 50000, 100000),
+                 negatives: int = 16384, alpha: float = 10.0, restarts: int = 5, iterations: int = 20, layers: int = 1,
+                 out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.m, self.warmup, self.layers, self.out = temperature, m, warmup, layers, out
-        self.clusterings = Clusterings(clusters, out, negatives, temperature, alpha, restarts, iterations)
-        self.queue = MemoryBank(queue, out)
+        self.temperature, self.momentum, self.warmup_epochs = temperature, momentum, warmup_epochs
+        self.layers, self.out_dim = layers, out_dim
+        self.clusterings = Clusterings(num_clusters, out_dim, negatives, temperature, alpha, restarts, iterations)
+        self.queue = MemoryBank(queue_size, out_dim)
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         self.clusterings.hold(images)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(*[width] * self.layers, self.out, norm=False))}
+        return {"projection": Head(mlp(*[width] * self.layers, self.out_dim, norm=False))}
 
     def online_views(self, views: int) -> tuple[int]:
         return (0,)
@@ -73,7 +76,7 @@ class PCL(Method):
         self.queue.push(normalize(target["projection"][0]))
 
     def surveys(self, epoch: int) -> bool:
-        return epoch >= self.warmup
+        return epoch >= self.warmup_epochs
 
     def survey(self, rows: Rows, label: Tensor, epoch: int, spread: Spread) -> dict[str, float]:
         return self.clusterings.survey(rows["projection"], label, epoch, spread)

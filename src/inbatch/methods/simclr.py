@@ -32,8 +32,8 @@ class SimCLR(Method):
     """A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709.
 
     temperature: T of Eq. 1.
-    hidden: width of the hidden layers of the projection; None is the width of the features.
-    out: width of the projection.
+    hidden_dim: width of the hidden layers of the projection; None is the width of the features.
+    out_dim: width of the projection.
     layers: linear layers of the projection head.
     scale: "sum" doubles the loss, as in the authors' TensorFlow code.
     """
@@ -43,28 +43,26 @@ class SimCLR(Method):
         "imagenet": {
             "source": "google-research/simclr, run.py and README: ResNet-50, 4096 images a batch",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
-            "batch": 4096, "epochs": 100, "schedule.warmup": 10, "method.temperature": 0.1,
+            "batch_size": 4096, "epochs": 100, "schedule.warmup_epochs": 10, "method.temperature": 0.1,
         },
         "cifar": {
             "source": 'the same README, CIFAR-10: ResNet-18, T 0.5, no blur, "around 91 %" after 1000 epochs',
             "views.name": "simclr_cifar", "optimizer.name": "lars", "optimizer.lr": 1.0, "optimizer.weight_decay": 1e-4,
-            "batch": 512, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.5,
+            "batch_size": 512, "epochs": 1000, "schedule.warmup_epochs": 10, "method.temperature": 0.5,
         },
-        "fast": {"source": "inbatch", "method.temperature": 0.2, "method.layers": 2, "method.hidden": 512},
+        "fast": {"source": "inbatch", "method.temperature": 0.2, "method.layers": 2, "method.hidden_dim": 512},
         "digits": {"source": "inbatch, embedded data", "method.temperature": 0.2},
     }  # fmt: skip
 
-    def __init__(
-        self, temperature: float = 0.1, hidden: int | None = None, out: int = 128, layers: int = 3,
-        scale: Literal["mean", "sum"] = "mean",
-    ) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.1, hidden_dim: int | None = None, out_dim: int = 128, layers: int = 3,
+                 scale: Literal["mean", "sum"] = "mean") -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.scale = temperature, scale
-        self.hidden, self.out, self.layers = hidden, out, layers
+        self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden or width] * (self.layers - 1)
-        return {"projection": Head(mlp(width, *hidden, self.out, last="norm_scale"))}
+        hidden = [self.hidden_dim or width] * (self.layers - 1)
+        return {"projection": Head(mlp(width, *hidden, self.out_dim, last="norm_scale"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": nt_xent(online["projection"], self.temperature, self.scale)}

@@ -15,29 +15,29 @@ Teach = Literal["each", "mean"]
 
 
 def simsiam(
-    p: Float[Tensor, "v n d"], z: Float[Tensor, "v n d"], stop_gradient: bool = True, teach: Teach = "each"
+    p: Float[Tensor, "v n d"], z: Float[Tensor, "v n d"], stop_gradient: bool = True, targets: Teach = "each"
 ) -> Float[Tensor, ""]:
     """Return the mean of -cos(p_i, z_j) over the ordered pairs of different views (Chen and He 2021, Eq. 4): -1 to 1.
 
     Rows are normalised inside, projections z carry no gradient.
     stop_gradient: False gives z a gradient, too (the paper's Eq. 2).
-    teach: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
+    targets: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
     """
     if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
-    target_rows = mean_other_views(normalize(z)) if teach == "each" else normalize(mean_other_views(z))
+    target_rows = mean_other_views(normalize(z)) if targets == "each" else normalize(mean_other_views(z))
     return -(normalize(p) * target_rows).sum(-1).mean()
 
 
 class SimSiam(Method):
     """Exploring Simple Siamese Representation Learning, arXiv 2011.10566.
 
-    layers, hidden, out: linear layers of the projection, width between them, and width of the projection.
-    bottleneck: width of the prediction's hidden layer.
-    fix_lr: constant learning rate of the prediction, as the authors' --fix-pred-lr.
+    layers, hidden_dim, out_dim: linear layers of the projection, width between them, and width of the projection.
+    bottleneck_dim: width of the prediction's hidden layer.
+    fix_pred_lr: constant learning rate of the prediction, as the authors' --fix-pred-lr.
     predictor, stop_gradient: the ablations of the paper (sections 4.2 and 4.1), in which it does not learn.
-    teach: "mean" is FastSiam, designed for four views.
+    targets: "mean" is FastSiam, designed for four views.
     """
 
     online = ("prediction", "projection")
@@ -46,33 +46,37 @@ class SimSiam(Method):
         "imagenet": {
             "source": "simsiam, main_simsiam.py --fix-pred-lr: lr 0.05 for 256 images",
             "views.name": "mocov2", "optimizer.name": "sgd", "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-4,
-            "batch": 512, "epochs": 100, "schedule.warmup": 0,
+            "batch_size": 512, "epochs": 100, "schedule.warmup_epochs": 0,
         },
         "cifar": {
             "source": "arXiv 2011.10566, appendix D: ResNet-18, lr 0.03 for 256 images, no blur; linear 91.8 %",
-            "views.name": "moco_cifar", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.03,
-            "optimizer.weight_decay": 5e-4, "batch": 512, "epochs": 800, "schedule.warmup": 0, "method.layers": 2,
+            "views.name": "moco_cifar", "views.min_scale": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.03,
+            "optimizer.weight_decay": 5e-4, "batch_size": 512, "epochs": 800, "schedule.warmup_epochs": 0,
+            "method.layers": 2,
         },
         "digits": {
             "source": "inbatch, embedded data",
-            "method.layers": 2, "method.hidden": 256, "method.out": 256, "method.bottleneck": 128}}  # fmt: skip
+            "method.layers": 2, "method.hidden_dim": 256, "method.out_dim": 256,
+            "method.bottleneck_dim": 128}}  # fmt: skip
 
-    def __init__(self, layers: int = 3, hidden: int = 2048, out: int = 2048, bottleneck: int = 512, fix_lr: bool = True,
-                 predictor: bool = True, stop_gradient: bool = True, teach: Teach = "each") -> None:  # fmt: skip
+    def __init__(self, layers: int = 3, hidden_dim: int = 2048, out_dim: int = 2048, bottleneck_dim: int = 512,
+                 fix_pred_lr: bool = True, predictor: bool = True, stop_gradient: bool = True, targets: Teach = "each"
+                 ) -> None:  # fmt: skip
         super().__init__()
-        self.layers, self.hidden, self.out, self.bottleneck = layers, hidden, out, bottleneck
-        self.fix_lr, self.predictor, self.stop_gradient, self.teach = fix_lr, predictor, stop_gradient, teach
+        self.layers, self.hidden_dim, self.out_dim, self.bottleneck_dim = layers, hidden_dim, out_dim, bottleneck_dim
+        self.fix_pred_lr, self.predictor = fix_pred_lr, predictor
+        self.stop_gradient, self.targets = stop_gradient, targets
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden] * (self.layers - 1)
-        prediction = mlp(self.out, self.bottleneck, self.out) if self.predictor else nn.Identity()
+        hidden = [self.hidden_dim] * (self.layers - 1)
+        prediction = mlp(self.out_dim, self.bottleneck_dim, self.out_dim) if self.predictor else nn.Identity()
         return {
-            "projection": Head(mlp(width, *hidden, self.out, last="norm_plain")),
+            "projection": Head(mlp(width, *hidden, self.out_dim, last="norm_plain")),
             "prediction": Head(prediction, source="projection"),
         }
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        return {"loss": simsiam(online["prediction"], online["projection"], self.stop_gradient, self.teach)}
+        return {"loss": simsiam(online["prediction"], online["projection"], self.stop_gradient, self.targets)}
 
     def constant_lr(self) -> Sequence[str]:
-        return ("prediction",) if self.fix_lr else ()
+        return ("prediction",) if self.fix_pred_lr else ()

@@ -14,14 +14,16 @@ from inbatch.nn.heads import Head, mlp
 
 def supcon(
     z: Float[Tensor, "v n d"], label: Int[Tensor, "n"] | None = None, temperature: float = 0.07,
-    base_temperature: float = 0.07, anchors: Literal["all", "one"] = "all", mask: Shaped[Tensor, "n n"] | None = None,
+    base_temperature: float = 0.07, contrast_mode: Literal["all", "one"] = "all",
+    mask: Shaped[Tensor, "n n"] | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
 
     l_i = -(T / T_base) mean over positives p of log( exp(u_i . u_p / T) / sum_{a != i} exp(u_i . u_a / T) ),
     averaged over the anchors; 0 for an anchor without positive. Rows are normalised inside.
     label: positives share it (-1: unlabelled, a class of its own); without labels they are views of the same sample.
-    mask: in place of labels, mask[i, j] != 0 if j is a positive of i. anchors: rows of all views, or of view 0 ("one").
+    mask: in place of labels, mask[i, j] != 0 if j is a positive of i. contrast_mode: rows of all views,
+    or of view 0 ("one").
     """
     u, (v, n, _) = normalize(z), z.shape
     if v * n < 2 or (label is not None and mask is not None):
@@ -37,7 +39,7 @@ def supcon(
         near = (mask != 0).to(u.dtype)
         total, itself, members = product(near, u.sum(0)), near.diagonal(), v * near.sum(1)
     count, every = members - itself, u.flatten(0, 1)
-    a, rows = (u, every) if anchors == "all" else (u[:1], u[0])
+    a, rows = (u, every) if contrast_mode == "all" else (u[:1], u[0])
     positive = (a * (total - itself[:, None] * a)).sum(-1) / temperature
     mean = (positive - count * logsumexp_excluding_self(rows, temperature, every).view_as(positive)) / count.clamp(
         min=1
@@ -48,8 +50,9 @@ def supcon(
 class SupCon(Method):
     """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels, if any.
 
-    temperature: T. base_temperature: the loss is multiplied by T / T_base. anchors: "one" uses rows of view 0 only.
-    hidden, out: widths of the projection's hidden layer (None: that of the features) and of the projection.
+    temperature: T. base_temperature: the loss is multiplied by T / T_base. contrast_mode: "one" uses rows
+    of view 0 only.
+    hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
     views = (1, None)
@@ -58,22 +61,22 @@ class SupCon(Method):
         "imagenet": {
             "source": "arXiv 2004.11362, section 4: LARS and T 0.1; rate, decay and batch are SimCLR's",
             "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
-            "batch": 4096, "epochs": 350, "schedule.warmup": 10, "method.temperature": 0.1},
+            "batch_size": 4096, "epochs": 350, "schedule.warmup_epochs": 10, "method.temperature": 0.1},
         "cifar": {
             "source": "SupContrast, README: lr 0.5 for 1024 images, cosine, T 0.1, 10 epochs of warm-up from 0.01",
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
-            "batch": 1024, "epochs": 1000, "schedule.warmup": 10, "method.temperature": 0.1},
+            "batch_size": 1024, "epochs": 1000, "schedule.warmup_epochs": 10, "method.temperature": 0.1},
         "digits": {"source": "inbatch, embedded data", "method.temperature": 0.1}}  # fmt: skip
 
-    def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden: int | None = None,
-                 out: int = 128, anchors: Literal["all", "one"] = "all") -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden_dim: int | None = None,
+                 out_dim: int = 128, contrast_mode: Literal["all", "one"] = "all") -> None:  # fmt: skip
         super().__init__()
-        self.temperature, self.base_temperature, self.anchors = temperature, base_temperature, anchors
-        self.hidden, self.out = hidden, out
+        self.temperature, self.base_temperature, self.contrast_mode = temperature, base_temperature, contrast_mode
+        self.hidden_dim, self.out_dim = hidden_dim, out_dim
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden or width, self.out, norm=False))}
+        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim, norm=False))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        options = self.temperature, self.base_temperature, self.anchors
+        options = self.temperature, self.base_temperature, self.contrast_mode
         return {"loss": supcon(online["projection"], batch.label, *options)}

@@ -10,11 +10,13 @@ from inbatch.nn.functional import wide
 from inbatch.nn.heads import Head, mlp
 
 
-def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoothing: float = 0.0) -> Float[Tensor, ""]:
+def cross_entropy(
+    logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
     """Return the mean cross-entropy of the labelled samples over all views; 0 if no sample has a label (-1)."""
     label = label.expand(len(logits), -1)
     total = torch_cross_entropy(
-        wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=smoothing, reduction="sum"
+        wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=label_smoothing, reduction="sum"
     )
     return total / (label >= 0).sum().clamp(min=1)
 
@@ -22,8 +24,8 @@ def cross_entropy(logits: Float[Tensor, "v n k"], label: Int[Tensor, "n"], smoot
 class Supervised(Method):
     """Cross-entropy on a linear classifier.
 
-    classes: number of classes; None is that of the data.
-    smoothing: label smoothing.
+    num_classes: number of classes; None is that of the data.
+    label_smoothing: label smoothing.
     """
 
     online = ("classifier",)
@@ -34,31 +36,31 @@ class Supervised(Method):
         "imagenet": {
             "source": "Goyal et al. 2017, arXiv 1706.02677: lr 0.1 for 256 images, 5 epochs of warm-up",
             "views.name": "supervised", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4,
-            "batch": 256, "epochs": 90, "schedule.warmup": 5,
+            "batch_size": 256, "epochs": 90, "schedule.warmup_epochs": 5,
         },
         "cifar": {
             "source": "SupContrast, main_ce.py and README: lr 0.8 for 1024 images, cosine",
-            "views.name": "supervised", "views.area": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2,
-            "optimizer.weight_decay": 1e-4, "batch": 1024, "epochs": 500, "schedule.warmup": 10,
+            "views.name": "supervised", "views.min_scale": 0.2, "optimizer.name": "sgd", "optimizer.lr": 0.2,
+            "optimizer.weight_decay": 1e-4, "batch_size": 1024, "epochs": 500, "schedule.warmup_epochs": 10,
         },
     }  # fmt: skip
 
-    def __init__(self, classes: int | None = None, smoothing: float = 0.0) -> None:
+    def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.classes, self.smoothing = classes, smoothing
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
-        self.classes = self.classes or classes
-        if self.classes < classes:
-            raise ValueError(f"method.classes = {self.classes}, but the data have {classes}")
+        self.num_classes = self.num_classes or classes
+        if self.num_classes < classes:
+            raise ValueError(f"method.num_classes = {self.num_classes}, but the data have {classes}")
 
     def heads(self, width: int) -> dict[str, Head]:
-        if not self.classes:
-            raise ValueError("the number of classes is unknown: set method.classes")
-        return {"classifier": Head(mlp(width, self.classes))}
+        if not self.num_classes:
+            raise ValueError("the number of classes is unknown: set method.num_classes")
+        return {"classifier": Head(mlp(width, self.num_classes))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         logits = online["classifier"]
         hits = (logits.argmax(-1) == batch.label).float().sum() / len(logits)
         accuracy = hits / (batch.label >= 0).sum().clamp(min=1)
-        return {"loss": cross_entropy(logits, batch.label, self.smoothing), "accuracy": accuracy}
+        return {"loss": cross_entropy(logits, batch.label, self.label_smoothing), "accuracy": accuracy}

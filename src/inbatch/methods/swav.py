@@ -24,49 +24,54 @@ class SwAV(Method):
     """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv 2006.09882.
 
     temperature: of the prediction. epsilon: of the codes, small is sharp. iterations: of Sinkhorn's scaling.
-    hidden, out: widths of the projection. prototypes: their number. frozen: epochs before they learn. queue: past
-        samples assigned with the batch once it is full (0: none). queue_from: epoch from which they are stored.
+    hidden_dim, out_dim: widths of the projection. num_prototypes: their number.
+    freeze_prototypes_epochs: epochs before they learn.
+    queue_size: past samples assigned with the batch once it is full (0: none).
+    queue_start_epoch: epoch from which they are stored.
     """
 
     online, views = ("projection", "prototypes"), (2, None)
     vectors: Tensor
     _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",
-        "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch": 4096, "epochs": 800,
-        "schedule.warmup": 10, "schedule.end": 0.001}  # fmt: skip
+        "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch_size": 4096,
+        "epochs": 800, "schedule.warmup_epochs": 10, "schedule.end": 0.001}  # fmt: skip
     _cifar = {
         "source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops: inbatch", "views.name": "swav_cifar",
-        "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6, "batch": 128, "epochs": 200,
-        "schedule.warmup": 0, "method.prototypes": 512, "method.hidden": 512, "method.frozen": 0}  # fmt: skip
-    _digits = {"source": "inbatch, embedded data", "method.prototypes": 256, "method.out": 32,
-        "method.hidden": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
+        "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6, "batch_size": 128,
+        "epochs": 200, "schedule.warmup_epochs": 0, "method.num_prototypes": 512, "method.hidden_dim": 512,
+        "method.freeze_prototypes_epochs": 0}  # fmt: skip
+    _digits = {"source": "inbatch, embedded data", "method.num_prototypes": 256, "method.out_dim": 32,
+        "method.hidden_dim": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
 
-    def __init__(self, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3, prototypes: int = 3000,
-                 frozen: int = 1, queue: int = 0, queue_from: int = 15, hidden: int = 2048, out: int = 128
-                 ) -> None:  # fmt: skip
+    def __init__(self, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3,
+                 num_prototypes: int = 3000, freeze_prototypes_epochs: int = 1, queue_size: int = 0,
+                 queue_start_epoch: int = 15, hidden_dim: int = 2048, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
-        self.frozen, self.queue_from, self.hidden = frozen, queue_from, hidden
-        self.register_buffer("vectors", torch.zeros(prototypes, out))  # the prototypes: a loss has no access to heads
-        self.queue = MemoryBank(queue, 2 * out) if queue else None  # one row holds both views of a sample
+        self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
+        self.hidden_dim = hidden_dim
+        # The prototypes: a loss has no access to heads.
+        self.register_buffer("vectors", torch.zeros(num_prototypes, out_dim))
+        self.queue = MemoryBank(queue_size, 2 * out_dim) if queue_size else None  # one row holds both views of a sample
 
     def heads(self, width: int) -> dict[str, Head]:
         count, out = self.vectors.shape
-        made = nn.ModuleDict({"projection": mlp(width, self.hidden, out), "prototypes": Prototypes(out, count)})
+        made = nn.ModuleDict({"projection": mlp(width, self.hidden_dim, out), "prototypes": Prototypes(out, count)})
         self.on_weights(made)
         return {"projection": Head(made["projection"]), "prototypes": Head(made["prototypes"], "projection")}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         scores = online["prototypes"]
         codes = sinkhorn(scores[:2], self.epsilon, self.iterations)
-        if self.queue is not None and batch.epoch >= self.queue_from:
+        if self.queue is not None and batch.epoch >= self.queue_start_epoch:
             past = torch.stack([product(rows, self.vectors.T) for rows in self.queue.rows.chunk(2, dim=1)])
             after = sinkhorn(torch.cat([past, scores[:2]], 1), self.epsilon, self.iterations)[:, self.queue.size :]
             codes = torch.where(self.queue.filled == self.queue.size, after, codes)
         return {"loss": swapped_prediction(scores, codes, self.temperature)}
 
     def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
-        if batch.epoch < self.frozen:
+        if batch.epoch < self.freeze_prototypes_epochs:
             heads["prototypes"].zero_grad()
 
     def on_weights(self, heads: nn.ModuleDict) -> None:
@@ -75,5 +80,5 @@ class SwAV(Method):
         self.vectors.copy_(prototypes.restore())
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        if self.queue is not None and batch.epoch >= self.queue_from:
+        if self.queue is not None and batch.epoch >= self.queue_start_epoch:
             self.queue.push(torch.cat([*normalize(online["projection"][:2])], 1))

@@ -14,7 +14,7 @@ from inbatch.nn.heads import Head, mlp
 
 
 def vicreg(
-    z: Float[Tensor, "v n d"], sim: float = 25.0, std: float = 25.0, cov: float = 1.0,
+    z: Float[Tensor, "v n d"], sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0,
     variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4,
 ) -> Losses:  # fmt: skip
     """Return "loss" = sim invariance + std variance + cov covariance (Bardes et al. 2022, Eq. 6), and its terms.
@@ -31,17 +31,18 @@ def vicreg(
     away = torch.stack([(a - b).square().mean() for a, b in combinations(z, 2)]).mean()
     narrow = variance_hinge(z, eps) * (1 if variance == "mean" else 2)
     shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
-    loss = sim * away + std * narrow + cov * shared
+    loss = sim_coeff * away + std_coeff * narrow + cov_coeff * shared
     return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}
 
 
 class VICReg(Method):
     """Variance-Invariance-Covariance Regularization, arXiv 2105.04906.
 
-    sim, std, cov: coefficients of the three terms (lambda, mu and nu of Eq. 6); without std, features collapse.
+    sim_coeff, std_coeff, cov_coeff: coefficients of the three terms (lambda, mu and nu of Eq. 6); without std,
+    features collapse.
     variance: its term is the "mean" of the two views', as in the authors' code, or their "sum", as in solo-learn.
     eps: added to the variances under the root.
-    hidden, out, layers: widths and number of linear layers of the expander; the last has no bias.
+    hidden_dim, out_dim, layers: widths and number of linear layers of the expander; the last has no bias.
     """
 
     views = (2, None)
@@ -49,28 +50,28 @@ class VICReg(Method):
         "imagenet": {
             "source": "vicreg, main_vicreg.py and README, 1000 epochs: base lr 0.2 (100 epochs: 0.3, 512 images)",
             "views.name": "vicreg", "optimizer.name": "lars", "optimizer.lr": 0.2, "optimizer.weight_decay": 1e-6,
-            "batch": 2048, "epochs": 1000, "schedule.warmup": 10, "schedule.end": 0.001,
+            "batch_size": 2048, "epochs": 1000, "schedule.warmup_epochs": 10, "schedule.end": 0.001,
         },
         "cifar": {
             "source": "solo-learn, scripts/pretrain/cifar/vicreg.yaml, online linear 92.07 %; its LARS also clips",
-            "views.name": "vicreg", "views.area": 0.2, "views.blur": 0.0, "views.blur_second": 0.0,
+            "views.name": "vicreg", "views.min_scale": 0.2, "views.blur": 0.0, "views.blur_second": 0.0,
             "views.solarise": 0.1, "views.solarise_second": 0.1, "optimizer.name": "lars", "optimizer.lr": 0.3,
-            "optimizer.weight_decay": 1e-4, "optimizer.eta": 0.02, "batch": 256, "epochs": 1000, "schedule.warmup": 10,
-            "method.variance": "sum", "method.hidden": 2048, "method.out": 2048,
+            "optimizer.weight_decay": 1e-4, "optimizer.eta": 0.02, "batch_size": 256, "epochs": 1000,
+            "schedule.warmup_epochs": 10, "method.variance": "sum", "method.hidden_dim": 2048, "method.out_dim": 2048,
         },
-        "digits": {"source": "inbatch, embedded data", "method.hidden": 256, "method.out": 256},
+        "digits": {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.out_dim": 256},
     }  # fmt: skip
 
-    def __init__(
-        self, sim: float = 25.0, std: float = 25.0, cov: float = 1.0, variance: Literal["mean", "sum"] = "mean",
-        eps: float = 1e-4, hidden: int = 8192, out: int = 8192, layers: int = 3,
-    ) -> None:  # fmt: skip
+    def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0,
+                 variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4, hidden_dim: int = 8192,
+                 out_dim: int = 8192, layers: int = 3) -> None:  # fmt: skip
         super().__init__()
-        self.sim, self.std, self.cov, self.variance, self.eps = sim, std, cov, variance, eps
-        self.hidden, self.out, self.layers = hidden, out, layers
+        self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
+        self.variance, self.eps = variance, eps
+        self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden] * (self.layers - 1), self.out, last="plain"))}
+        return {"projection": Head(mlp(width, *[self.hidden_dim] * (self.layers - 1), self.out_dim, last="plain"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        return vicreg(online["projection"], self.sim, self.std, self.cov, self.variance, self.eps)
+        return vicreg(online["projection"], self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps)

@@ -46,32 +46,35 @@ class WMSE(Method):
     """Whitening for Self-Supervised Representation Learning, arXiv 2007.06346; with 4 views it is W-MSE 4.
 
     w_size: samples of a sub-batch. w_iter: averaged divisions of the batch. eps: shrinks covariances towards I.
-    norm: whitened rows are normalised. hidden, out: widths of the projection's hidden layer and of its rows.
+    norm: whitened rows are normalised. hidden_dim, out_dim: widths of the projection's hidden layer and of its rows.
     """
 
     views = (2, None)
     _cifar = {
-        "source": "htdt/self-supervised, README, W-MSE 2", "batch": 512, "epochs": 1000, "schedule.scaling": "none",
-        "views.name": "wmse", "optimizer.name": "adam", "optimizer.lr": 3e-3, "optimizer.weight_decay": 1e-6,
-        "schedule.name": "step", "schedule.milestones": (0.95, 0.975), "schedule.warmup": 5.15}  # fmt: skip
+        "source": "htdt/self-supervised, README, W-MSE 2", "batch_size": 512, "epochs": 1000,
+        "schedule.scaling": "none", "views.name": "wmse", "optimizer.name": "adam", "optimizer.lr": 3e-3,
+        "optimizer.weight_decay": 1e-6, "schedule.name": "step", "schedule.milestones": (0.95, 0.975),
+        "schedule.warmup_epochs": 5.15}  # fmt: skip
     _imagenet = _cifar | {
         "source": "the same README, ImageNet-100, W-MSE 2: SimCLR's crops and colours, no blur",
-        "views.name": "simclr", "views.blur": 0.0, "optimizer.lr": 2e-3, "epochs": 240, "schedule.warmup": 2.02,
-        "schedule.milestones": (0.7917, 0.8958), "method.w_size": 256, "method.out": 128}  # fmt: skip
-    _four = _cifar | {"source": "the same, W-MSE 4", "views.views": 4, "batch": 256, "schedule.warmup": 2.56}
-    _digits = {"source": "inbatch, embedded data", "method.w_size": 64, "method.hidden": 256, "method.out": 32}
+        "views.name": "simclr", "views.blur": 0.0, "optimizer.lr": 2e-3, "epochs": 240, "schedule.warmup_epochs": 2.02,
+        "schedule.milestones": (0.7917, 0.8958), "method.w_size": 256, "method.out_dim": 128}  # fmt: skip
+    _four = _cifar | {"source": "the same, W-MSE 4", "views.num_views": 4, "batch_size": 256,
+        "schedule.warmup_epochs": 2.56}  # fmt: skip
+    _digits = {"source": "inbatch, embedded data", "method.w_size": 64, "method.hidden_dim": 256, "method.out_dim": 32}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar4": _four, "digits": _digits}
 
-    def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden: int = 1024,
-        out: int = 64) -> None:  # fmt: skip
+    def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden_dim: int = 1024,
+                 out_dim: int = 64) -> None:  # fmt: skip
         super().__init__()
-        self.w_size, self.w_iter, self.eps, self.norm, self.hidden, self.out = w_size, w_iter, eps, norm, hidden, out
+        self.w_size, self.w_iter, self.eps = w_size, w_iter, eps
+        self.norm, self.hidden_dim, self.out_dim = norm, hidden_dim, out_dim
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
-        _fits(views, batch, self.out, self.w_size)
+        _fits(views, batch, self.out_dim, self.w_size)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden, self.out))}
+        return {"projection": Head(mlp(width, self.hidden_dim, self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         order = batch.index.argsort()  # the loss must not depend on the order of the samples

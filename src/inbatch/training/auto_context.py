@@ -178,7 +178,7 @@ def candidates(recipe: Recipe, world: int) -> list[int]:
     least = max(2 * apart, recipe.fuse.options.get("bottleneck", 0) if recipe.fuse else 0)
     sizes = [c for c in range(least, share + 1) if share % c == 0 and c % apart == 0]
     if recipe.shuffle_groups:  # a single group cannot be shuffled
-        sizes = [c for c in sizes if c < recipe.batch]
+        sizes = [c for c in sizes if c < recipe.batch_size]
     if not sizes:
         raise ConfigError(f"context = auto: no group of {least} samples or more divides {share:,}: use another batch")
     return sizes
@@ -290,9 +290,9 @@ class _Bench:
     """
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device, workers: int | None) -> None:
-        self.recipe = replace(recipe, compile=False, resident=False)  # no image is decoded for a dry step
+        self.recipe = replace(recipe, compile=False, cache_on_device=False)  # no image is decoded for a dry step
         self.source, self.device, self.batch, self.next = source, device, 0, 0
-        self.world, self.workers, self.resident = distributed.world(), workers, recipe.resident
+        self.world, self.workers, self.resident = distributed.world(), workers, recipe.cache_on_device
         self.free = free_bytes(device, self.world)  # the same value as the loader uses
 
     def trial(self, context: int, dry: bool = True) -> MemoryProbe:
@@ -337,7 +337,7 @@ class _Bench:
         decoded = estimate(self.source, canvas)
         each = decoded // len(self.source)  # uint8 pixels of one image, or the crops that workers cut from it
         crops = sum(channels * size * size for size in sizes)
-        share = self.recipe.batch // self.world
+        share = self.recipe.batch_size // self.world
         if resides(decoded, self.free, self.resident):
             pixels = decoded
         elif self.device.type == "cpu":
@@ -348,7 +348,7 @@ class _Bench:
         else:
             pixels = 0  # in host memory until the group is processed
         if self.recipe.shuffle_groups and self.world > 1:  # samples of a group lie on several ranks: all views are held
-            pixels += 4 * crops * (2 * share + self.recipe.batch)
+            pixels += 4 * crops * (2 * share + self.recipe.batch_size)
         self.batch = pixels + memory["rows_of_a_batch"]
         return max(1, min(canvas, math.isqrt(each // channels)))
 
@@ -386,8 +386,8 @@ def _nothing_fits(recipe: Recipe, context: int, needed: int, batch: int, free: i
     takes = "runs out of memory" if needed >= _FULL else f"takes {_gb(needed)}"
     return (
         f"context = auto: even a group of {context:,} {takes} ({_gb(batch)} of it for the images and rows of a batch "
-        f"of {recipe.batch:,}), and {100 * LIMIT:.0f} % of the {_gb(free)} free may be taken: free some memory, or use "
-        "a smaller encoder, smaller images (size), a smaller batch, or precision bf16"
+        f"of {recipe.batch_size:,}), and {100 * LIMIT:.0f} % of the {_gb(free)} free may be taken: free some memory, "
+        "or use a smaller encoder, smaller images (image_size), a smaller batch, or precision bf16"
     )
 
 

@@ -86,7 +86,7 @@ def build(
     parts = _draw_weights(recipe, source, device, context, init)
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     network, target = _make_networks(recipe, parts, device)
-    piece = recipe.batch // distributed.world() // groups
+    piece = recipe.batch_size // distributed.world() // groups
     curator = curator_of(recipe, parts.views, network, piece, device)
     if recipe.compile:
         _compile(parts.views, network, target)
@@ -99,7 +99,7 @@ def build(
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance, scale=functools.partial(image_scale, recipe),
+        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe),
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
@@ -132,7 +132,7 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         distributed.assert_equal_across_ranks({"use of Triton's kernels": kernels})
     if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
-    if recipe.shuffle_groups and recipe.batch == context:
+    if recipe.shuffle_groups and recipe.batch_size == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
         )
@@ -152,7 +152,7 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
             classes = int(source.labels.max()) + 1
-            method.prepare(images=len(source), classes=classes, batch=recipe.batch, views=len(views))
+            method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
 
@@ -160,9 +160,9 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
 def _make_loader(recipe: Recipe, source: Source, views: Views, device: torch.device, workers: int | None) -> Loader:
     """Return the loader of this rank's part of every batch."""
     return Loader(
-        source, batch=recipe.batch, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
-        world=distributed.world(), resident=recipe.resident, workers=workers, whole=recipe.curate is not None,
-        max_bad=recipe.max_bad,
+        source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
+        world=distributed.world(), resident=recipe.cache_on_device, workers=workers, whole=recipe.curate is not None,
+        max_bad=recipe.max_unreadable,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple
     """Return the online and the target network on the device, in its precision and layout."""
     network = Network(
         parts.encoder, parts.heads, parts.method.online, precision_for(recipe.precision, device), recipe.channels_last,
-        recipe.joined, parts.fuse, parts.fused,
+        recipe.joint_norm, parts.fuse, parts.fused,
     )  # fmt: skip
     if device.type == "cpu" and network.precision == torch.bfloat16 and slow_weight_gradients():
         by_product(parts.encoder)
@@ -196,12 +196,12 @@ def _compile(views: Views, *networks: Network | None) -> None:
 def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Optimizer, float]:
     """Return the optimiser of the online network, and its learning rate for the recipe's batch."""
     options = dict(recipe.optimizer.options)
-    lr = scaled_lr(options.pop("lr"), recipe.batch, recipe.schedule.scaling)
+    lr = scaled_lr(options.pop("lr"), recipe.batch_size, recipe.schedule.scaling)
     vector_lr = options.pop("vector_lr", None)
     groups = parameter_groups(
         {"encoder": parts.encoder, **network.heads} | ({} if parts.fuse is None else {"fuse": parts.fuse}),
         lr=lr, weight_decay=options.pop("weight_decay"),
-        vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch, recipe.schedule.scaling),
+        vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch_size, recipe.schedule.scaling),
         own={name: {"constant": True} for name in parts.method.constant_lr()},
     )  # fmt: skip
     with _settings_of("optimizer", recipe.optimizer.name):
@@ -226,9 +226,11 @@ def image_scale(recipe: Recipe, progress: float) -> float:
 
 def local_batch_size(recipe: Recipe, world: int) -> int:
     """Return the number of samples to split into context groups: the local batch, with sync_norm the global batch."""
-    if recipe.batch % world:
-        raise ConfigError(f"a batch of {recipe.batch} cannot be shared by {world} processes: use a multiple of {world}")
-    return recipe.batch if recipe.sync_norm else recipe.batch // world
+    if recipe.batch_size % world:
+        raise ConfigError(
+            f"a batch of {recipe.batch_size} cannot be shared by {world} processes: use a multiple of {world}"
+        )
+    return recipe.batch_size if recipe.sync_norm else recipe.batch_size // world
 
 
 def _context(recipe: Recipe, world: int) -> tuple[int, int]:
@@ -253,7 +255,8 @@ def _check_views(recipe: Recipe, method: Method, views: int) -> None:
         wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         raise ConfigError(
             f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
-            "choose other views (--set views.name=...)" + (" or views.views" if "views" in recipe.views.options else "")
+            "choose other views (--set views.name=...)"
+            + (" or views.num_views" if "views" in recipe.views.options else "")
         )
 
 

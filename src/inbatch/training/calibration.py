@@ -84,8 +84,8 @@ class Choice:
         why = "as requested" if self.asked else "the widest with enough views"
         return [
             *self.notes,
-            f"Budget of {duration(r.budget or 0)}: {c.name} ({why}), {r.size} pixels, batch {r.batch}, {c.steps:,} "
-            f"steps of about {c.seconds:.2f} s, {c.steps / self.loader.steps:.3g} passes over the images. "
+            f"Budget of {duration(r.budget or 0)}: {c.name} ({why}), {r.image_size} pixels, batch {r.batch_size}, "
+            f"{c.steps:,} steps of about {c.seconds:.2f} s, {c.steps / self.loader.steps:.3g} passes over the images. "
             f"Calibrated in {duration(self.seconds)} ({tried}).",
         ]
 
@@ -121,12 +121,17 @@ def plan_budget(
         given.setdefault("preset", "fast")
     recipe, source = resolve_recipe(data, given, download)
     budget = recipe.budget or 0.0
-    if given.get("size") is None and recipe.preset == "fast":
-        given["size"] = small_size(source, device)
+    if given.get("image_size") is None and recipe.preset == "fast":
+        given["image_size"] = small_size(source, device)
         recipe = make(given | {"data": recipe.data, "channels": recipe.channels})
     recipe, source = _decodable(data, given, recipe, source, download, budget, notes)
-    given |= {"data": recipe.data, "channels": recipe.channels, "size": recipe.size, "subset": recipe.subset}
-    given["batch"] = recipe.batch if given.get("batch") is not None else _batch(recipe, source)
+    given |= {
+        "data": recipe.data,
+        "channels": recipe.channels,
+        "image_size": recipe.image_size,
+        "subset": recipe.subset,
+    }
+    given["batch_size"] = recipe.batch_size if given.get("batch_size") is not None else _batch(recipe, source)
 
     widths = [{}] if chosen_by_user else [{"encoder.width": width} for width in WIDTHS]
     limit = min(SHARE * budget, MOST)
@@ -151,12 +156,13 @@ def plan_budget(
         steps = int(TRAINED * left / seconds)
         if steps < FEWEST and not tried:
             raise ConfigError(
-                f"budget = {duration(budget)} is too short for {built.encoder.name}, {recipe.size} pixels and batch "
-                f"{built.recipe.batch}: a step takes about {seconds:,.1f} s. Leave out encoder and preset, set a "
+                f"budget = {duration(budget)} is too short for {built.encoder.name}, "
+                f"{recipe.image_size} pixels and batch {built.recipe.batch_size}: "
+                f"a step takes about {seconds:,.1f} s. Leave out encoder and preset, set a "
                 f"smaller batch, or give at least {duration(max(2 * budget, 40 * seconds))}"
             )
         steps = max(1, steps)
-        views = steps * built.recipe.batch * len(built.views)
+        views = steps * built.recipe.batch_size * len(built.views)
         name = f"{built.encoder.name} {options['encoder.width']}" if options else built.encoder.name
         tried.append((Candidate(name, seconds, steps, views, small), settings))
         contexts.append(found)
@@ -179,7 +185,9 @@ def plan_budget(
         "evaluate_every": given.get("evaluate_every") or max(1, round(epochs / _LOOKS)),
         "checkpoint_every": given.get("checkpoint_every") or max(1, round(epochs / 20)),
     }
-    settings["schedule.warmup"] = given.get("schedule.warmup", round(0.05 * candidate.steps / loader.steps, 6))
+    settings["schedule.warmup_epochs"] = given.get(
+        "schedule.warmup_epochs", round(0.05 * candidate.steps / loader.steps, 6)
+    )
     names = tuple(one for one, _ in tried)
     return Choice(
         make(settings), candidate, names, time.perf_counter() - start, tuple(notes), loader, chosen_by_user
@@ -251,7 +259,7 @@ def _time_for_another(start: float, last: float, budget: float) -> bool:
 
 def _batch(recipe: Recipe, source: Source) -> int:
     """Return the preset's batch size, or the largest power of two that does not exceed the number of images."""
-    return max(2, min(recipe.batch, 1 << len(source).bit_length() - 1))
+    return max(2, min(recipe.batch_size, 1 << len(source).bit_length() - 1))
 
 
 def _decodable(
@@ -260,7 +268,7 @@ def _decodable(
     """Return the recipe and source with as many images as can be decoded in a share of the budget."""
     if recipe.subset is not None:
         return recipe, source
-    each = distributed.broadcast_object(_decode_seconds(source, 2 * recipe.size))
+    each = distributed.broadcast_object(_decode_seconds(source, 2 * recipe.image_size))
     most = int(DECODED * budget / each) if each > 0 else len(source)
     if len(source) <= most:
         return recipe, source
@@ -269,7 +277,9 @@ def _decodable(
         f"Learning from {most:,} of {len(source):,} images, drawn by a fixed seed: decoding all of them takes about "
         f"{duration(each * len(source))}. A longer budget takes more of them."
     )
-    return resolve_recipe(data, given | {"subset": most, "size": recipe.size, "batch": recipe.batch}, download)
+    return resolve_recipe(
+        data, given | {"subset": most, "image_size": recipe.image_size, "batch_size": recipe.batch_size}, download
+    )
 
 
 def _decode_seconds(source: Source, canvas: int) -> float:

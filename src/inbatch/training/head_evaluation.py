@@ -34,7 +34,7 @@ def save_heads(built: RunComponents, directory: Path) -> None:
     `config.json` also contains the arguments of the method's `prepare`.
     """
     told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
-    told |= {"batch": built.recipe.batch, "views": len(built.views)}
+    told |= {"batch": built.recipe.batch_size, "views": len(built.views)}
     method = built.recipe.method
     write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": told}, {})
 

@@ -38,7 +38,7 @@ def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> d
     """
     began, recipe = time.perf_counter(), built.recipe
     before = initial_encoder(recipe, out, built.loader.device)
-    options: dict[str, Any] = {"k": recipe.k, "seed": recipe.seed, "workers": built.loader.workers}
+    options: dict[str, Any] = {"k": recipe.knn_k, "seed": recipe.seed, "workers": built.loader.workers}
     fit_readout(before, built.loader.source if held is None else held[0])
     untrained = None if held is None else evaluate(before, *held[:2], **options)
     source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)

@@ -269,10 +269,10 @@ def _epochs(
             now, cpu = time.perf_counter(), time.process_time()
             progress.seconds, began = progress.seconds + now - began, now
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
-            progress.images += recipe.batch
+            progress.images += recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
             now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
-            log.step(step, epoch, losses | now_so, recipe.batch)
+            log.step(step, epoch, losses | now_so, recipe.batch_size)
             # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
             asked, due = divmod(
                 distributed.all_reduce_max(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2

@@ -27,15 +27,15 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
     )
     settings["data"] = str(data) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
-    if settings.get("size") is None:
+    if settings.get("image_size") is None:
         method, preset = method_named(settings.get("method.name", "simclr")), settings.get("preset")
         own = method.presets.get(preset, {}) if isinstance(preset, str) else {}
-        settings["size"] = own.get("size") or natural_size(source)
+        settings["image_size"] = own.get("image_size") or natural_size(source)
     recipe = make(settings)
-    if settings.get("preset") is None and settings.get("batch") is None:
+    if settings.get("preset") is None and settings.get("batch_size") is None:
         # The batch of a paper was not requested: use one that these images fill and a laptop can hold. The learning
         # rate scales with it.
-        recipe = make(settings | {"batch": max(2, min(recipe.batch, 256, 1 << len(source).bit_length() - 1))})
+        recipe = make(settings | {"batch_size": max(2, min(recipe.batch_size, 256, 1 << len(source).bit_length() - 1))})
     return recipe, source
 
 
@@ -98,7 +98,7 @@ def merged_settings(
     return asked if config is None else _over(read_file(config), asked)
 
 
-_PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
+_PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup_epochs")
 """Settings that a budget plans in addition to the length; a settings file without a budget defines them itself."""
 
 

@@ -12,7 +12,7 @@ def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimiz
     """Set the learning rates of a step; a pure function of its position (`steps`: steps per epoch)."""
     s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
     # At most a tenth of a run with a length in steps; `recipe.make` ensures it for a length in epochs.
-    warmup = min(s.warmup * steps, total / 10) if recipe.steps else s.warmup * steps
+    warmup = min(s.warmup_epochs * steps, total / 10) if recipe.steps else s.warmup_epochs * steps
     if s.name == "cosine" or place < warmup:
         factor = warmup_cosine(place, total, warmup, 1.0, s.end)
     else:

@@ -24,7 +24,18 @@ from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models import MAX_SIDE
 from inbatch.training.budget import parse_budget
-from inbatch.training.registry import OPTIONAL, PARTS, Part, Settings, check_known, make_part, nearest, shown, validated
+from inbatch.training.registry import (
+    OPTIONAL,
+    PARTS,
+    Part,
+    Settings,
+    check_known,
+    check_not_renamed,
+    make_part,
+    nearest,
+    shown,
+    validated,
+)
 
 _MOST = 2**31 - 1
 """Upper limit of every count; a larger value is a mistake or malicious, and would cause a crash much later."""
@@ -56,14 +67,14 @@ class Schedule:
 
     Attributes:
         name: After the warm-up: half a cosine to `end` times the rate, steps at `milestones`, or constant.
-        warmup: Epochs of linear increase from 0.
+        warmup_epochs: Epochs of linear increase from 0.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
         scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or unscaled ("none").
     """
 
     name: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 10
+    warmup_epochs: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 10
     end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     milestones: tuple[float, ...] = (0.6, 0.8)
     scaling: Literal["linear", "sqrt", "none"] = "linear"
@@ -77,8 +88,8 @@ class Recipe:
         data, split, subset: Images to learn from; subset: number of images, drawn with seed 0.
         test: Data set for evaluation; None for the test split of the data or a held-out tenth.
         channels, classes, levels: How the images are read (`data.open_data`).
-        size: Side in pixels of the encoder's input images.
-        batch: Global batch: samples per step over all ranks.
+        image_size: Side in pixels of the encoder's input images.
+        batch_size: Global batch: samples per step over all ranks.
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
             batch. "auto" is the largest divisor of it that fits in memory (`auto_context`); the resulting number
             replaces it before anything is written.
@@ -88,15 +99,16 @@ class Recipe:
             other permutations of the batch, so that common properties of a group do not solve the task.
         precision: Precision of the networks.
         loss_precision: Precision of the products in a loss's log-sum-exps (`nn.logsumexp`).
-        variance: Weight of VICReg's variance term (`nn.functional.variance_hinge`), added to the loss of any method.
+        variance_weight: Weight of VICReg's variance term (`nn.functional.variance_hinge`), added to the loss of any
+        method.
         grow_from, grow_until: Progressive resizing: until the share `grow_until` of the run, the encoder receives its
             views at the share `grow_from` of their side, at the square of that cost; then at full size. With 1 and 0,
             always at full size.
-        joined: Views of one size run through the encoder together, and all views through the heads: they share norm
+        joint_norm: Views of one size run through the encoder together, and all views through the heads: they share norm
             statistics, as in the code of SwAV and DINO.
-        resident: Keep the decoded images on the device; None decides by size.
-        max_bad: Largest share of unreadable images.
-        k: Number of neighbours in k-NN evaluation.
+        cache_on_device: Keep the decoded images on the device; None decides by size.
+        max_unreadable: Largest share of unreadable images.
+        knn_k: Number of neighbours in k-NN evaluation.
         evaluate_every, checkpoint_every: Intervals in epochs.
         epochs: Passes over the images.
         seed: Seed of weights, order and views.
@@ -127,23 +139,23 @@ class Recipe:
     channels: Positive = 3
     classes: str | None = None
     levels: tuple[float, float] | None = None
-    size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
+    image_size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
     epochs: Positive = 100
-    batch: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
+    batch_size: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
     context: Context = None
     sync_norm: bool = False
     seed: Annotated[int, pydantic.Field(ge=0, le=2**32 - 1)] = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     loss_precision: Literal["float32", "tf32x3", "bf16"] = "float32"
     channels_last: bool = True
-    variance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
+    variance_weight: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     grow_from: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     grow_until: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    joined: bool = False
+    joint_norm: bool = False
     compile: bool = False
-    resident: bool | None = None
-    max_bad: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
-    k: Positive = 200
+    cache_on_device: bool | None = None
+    max_unreadable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
+    knn_k: Positive = 200
     evaluate_every: Positive = 10
     checkpoint_every: Positive = 1
     steps: Positive | None = None
@@ -183,13 +195,13 @@ class Recipe:
         mine = self.flat()
         # A part with another name than in the preset starts without the preset's options; the same holds here.
         names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
-        given = {key: mine[key] for key in ("data", "preset", "size", "channels")} | names
+        given = {key: mine[key] for key in ("data", "preset", "image_size", "channels")} | names
         named = make(given).flat()
-        preset = make({key: given[key] for key in ("data", "preset", "size", "channels", "method.name")}).flat()
+        preset = make({key: given[key] for key in ("data", "preset", "image_size", "channels", "method.name")}).flat()
         words = ["inbatch", "pretrain", self.method.name, "--data", self.data, "--preset", self.preset]
         for key, value in mine.items():
             known = preset if key in names else named
-            followed = key in known and known[key] == value and key not in ("size", "channels")
+            followed = key in known and known[key] == value and key not in ("image_size", "channels")
             if key not in ("data", "method.name", "preset") and not followed:
                 words += ["--set", f"{key}={_one_line(list(value) if isinstance(value, tuple) else value)}"]
         return shlex.join(words)
@@ -208,7 +220,7 @@ def _one_line(value: Any) -> str:
 
 _CANVAS = {
     "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
-    "schedule.scaling": "none", "schedule.warmup": 2, "batch": 128, "epochs": 60, "k": 20,
+    "schedule.scaling": "none", "schedule.warmup_epochs": 2, "batch_size": 128, "epochs": 60, "knn_k": 20,
 }  # fmt: skip
 SHARED_PRESETS: dict[str, Settings] = {
     "none": {},
@@ -218,13 +230,13 @@ SHARED_PRESETS: dict[str, Settings] = {
         "encoder.whiten": True,
         "encoder.whiten_patches": True,
         "views.name": "simclr_cifar",
-        "views.area": 0.2,
+        "views.min_scale": 0.2,
         "optimizer.name": "adamw",
         "optimizer.lr": 3e-3,
         "optimizer.weight_decay": 1e-4,
         "schedule.scaling": "none",
-        "schedule.warmup": 1,
-        "batch": 128,
+        "schedule.warmup_epochs": 1,
+        "batch_size": 128,
         "epochs": 30,
         "grow_from": 0.5,
         "grow_until": 0.66,
@@ -250,7 +262,7 @@ def natural_preset(data: str, size: float) -> str:
     return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
 
 
-WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "checkpoint_every", "sync_norm", "k"}
+WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "checkpoint_every", "sync_norm", "knn_k"}
 """Some of the settings that the file of every run holds, and no user writes all of."""
 
 
@@ -263,7 +275,7 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     settings = dict(settings)
     method = settings.get("method.name", "simclr")
     own = method_named(method).presets
-    size = _number(settings.get("size", 224))
+    size = _number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)
     preset = settings.setdefault("preset", natural if natural in SHARED_PRESETS | own else "none")
     check_known("preset", preset, SHARED_PRESETS | own)
@@ -294,15 +306,21 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         elif key in scalars:
             top[key] = value
         else:
+            check_not_renamed(key)
             raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
     check_known("crops", top.get("crops", "default"), CROPS)
-    parts = {part: make_part(part, chosen, top.get("size", 224)) for part, chosen in options.items() if part in PARTS}
+    parts = {
+        part: make_part(part, chosen, top.get("image_size", 224)) for part, chosen in options.items() if part in PARTS
+    }
     unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
     for key in unknown:
+        check_not_renamed(f"schedule.{key}")
         raise ConfigError(f"unknown setting 'schedule.{key}'{nearest(f'schedule.{key}', _all_keys(options))}")
-    if "schedule.warmup" not in settings and "schedule.warmup" in merged:
+    if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
         # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
-        options["schedule"]["warmup"] = min(merged["schedule.warmup"], _number(top.get("epochs", 100)) / 10)
+        options["schedule"]["warmup_epochs"] = min(
+            merged["schedule.warmup_epochs"], _number(top.get("epochs", 100)) / 10
+        )
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
     recipe = validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")

@@ -16,9 +16,10 @@ from inbatch.methods import METHODS
 from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
 from inbatch.training.optim import OPTIMIZERS
+from inbatch.training.renamed_keys import RENAMED
 
 Settings = dict[str, Any]
-"""Flat settings: "batch" or "part.key" -> value."""
+"""Flat settings: "batch_size" or "part.key" -> value."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     adapter, known = _schema(part, name)
     for key in options:
         if key not in known:
+            check_not_renamed(f"{part}.{key}")
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
@@ -143,12 +145,22 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
 
 
+def check_not_renamed(key: str) -> None:
+    """Raise ConfigError that names the new key if a key has been renamed."""
+    if key in RENAMED:
+        raise ConfigError(
+            f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
+            "(scripts/migrate_recipes.py of the repository rewrites whole files and runs)"
+        )
+
+
 USUAL = {
     "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
-    "momentum": "optimizer.momentum", "temperature": "method.temperature", "batch_size": "batch",
-    "image_size": "size", "img_size": "size", "backbone": "encoder.name", "model": "encoder.name",
-    "arch": "encoder.name", "warmup": "schedule.warmup", "warmup_epochs": "schedule.warmup", "max_epochs": "epochs",
-    "num_epochs": "epochs", "queue_size": "method.queue", "pretrained": "encoder.init",
+    "momentum": "optimizer.momentum", "temperature": "method.temperature", "bs": "batch_size",
+    "img_size": "image_size", "input_size": "image_size", "backbone": "encoder.name", "model": "encoder.name",
+    "arch": "encoder.name", "warmup": "schedule.warmup_epochs",
+    "warmup_epochs": "schedule.warmup_epochs", "max_epochs": "epochs",
+    "num_epochs": "epochs", "queue_size": "method.queue_size", "pretrained": "encoder.init",
 }  # fmt: skip
 """Names of other libraries -> settings of a recipe."""
 

@@ -98,7 +98,7 @@ def _again(
 ) -> dict[str, Any]:
     """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""
     recipe = make(read_file(folder / "recipe.json"))
-    recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, resident=False)
+    recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, cache_on_device=False)
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
     source, init = _Empty(told, saved["labels"], recipe.channels), kept_initial(folder.parent)

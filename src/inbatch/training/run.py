@@ -105,7 +105,7 @@ def evaluate_run(
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     held = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
-    options = {"k": recipe.k, "seed": recipe.seed} | options
+    options = {"k": recipe.knn_k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
     told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
     told["note"] = ". ".join(filter(None, (found.note, why))) or None

@@ -61,7 +61,7 @@ def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
     attend, options = recipe.attend, recipe.encoder.options | {"init": init}
     blocks = {k: v for k, v in attend.options.items() if v is not None} if attend else {}
     encoder = create_encoder(
-        recipe.encoder.name, size=recipe.size, channels=recipe.channels, **options,
+        recipe.encoder.name, size=recipe.image_size, channels=recipe.channels, **options,
         attend=attend.name if attend else None, attend_options=blocks,
     )  # fmt: skip
     encoder.levels = recipe.levels

@@ -31,7 +31,7 @@ class NonFiniteError(TrainingError):
         self.losses = {name: x.detach() for name, x in losses.items()}
         super().__init__(
             f"step {step}: the loss is {losses['loss'].item():.4g} and the gradient's norm {norm.item():.4g}; "
-            "no weight was changed by this step. Lower optimizer.lr, lengthen schedule.warmup, or try "
+            "no weight was changed by this step. Lower optimizer.lr, lengthen schedule.warmup_epochs, or try "
             "precision float32"
         )
 
@@ -131,7 +131,7 @@ class Step:
         self.method.on_weights(self.network.heads)
 
         if self.target is not None:
-            ema_update(self.target, self.network, self.method.momentum(progress))
+            ema_update(self.target, self.network, self.method.target_momentum(progress))
         with torch.no_grad():
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated

@@ -35,7 +35,7 @@ def describe(built: RunComponents) -> str:
     heads = ", ".join(f"{name} {parameters(head):,}" for name, head in built.network.heads.items())
     sizes = [view.size for view in built.views.views]
     sides = " + ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
-    groups = r.batch // built.context
+    groups = r.batch_size // built.context
     shared = f" on {world} ranks" if world > 1 else ""
     lines = {
         "data": built.loader.report().replace("\n", "\n" + " " * 9),
@@ -43,7 +43,7 @@ def describe(built: RunComponents) -> str:
         "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
         **_plugins(built),
-        "batch": f"{r.batch:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
+        "batch": f"{r.batch_size:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
         "run": f"{_length(built)}, {_precision(built.network)} on {built.loader.device}, seed {r.seed}",
     }
@@ -84,8 +84,8 @@ def _plugins(built: RunComponents) -> dict[str, str]:
         lines["attend"] = attention(built.encoder, built.context)
     if r.crops != "default":
         lines["crops"] = r.crops
-    if r.variance:
-        lines["variance"] = f"{r.variance:g} times VICReg's variance term added to the loss"
+    if r.variance_weight:
+        lines["variance"] = f"{r.variance_weight:g} times VICReg's variance term added to the loss"
     if r.shuffle_groups:
         whose = "the target network's" if built.target else "those of every view but the first"
         lines["groups"] = f"shuffled: {whose}"
@@ -115,7 +115,7 @@ def estimate(built: RunComponents) -> dict[str, Any]:
     The bytes of activations are those of the tensors that one forward pass of a context group keeps for the backward
     pass. The workspace of convolutions and the fragmentation of an allocator come in addition to the sum.
     """
-    share = built.recipe.batch // distributed.world()
+    share = built.recipe.batch_size // distributed.world()
     group = share // built.step.groups
     images, rows, activations = _activations(built, group)
     activations += _fusing(built, group)
@@ -132,7 +132,7 @@ def estimate(built: RunComponents) -> dict[str, Any]:
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
         "pixels_of_a_batch": share * _pixels(built),
-        "rows_of_a_batch": built.recipe.batch * COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
+        "rows_of_a_batch": built.recipe.batch_size * COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
         "views_of_a_group": sum(group * math.prod(shape[1:]) * 4 for shape in images),
         "activations_of_a_group": activations,
     }
@@ -141,7 +141,7 @@ def estimate(built: RunComponents) -> dict[str, Any]:
         | {name: parameters(head) for name, head in built.network.heads.items()}
         | ({"fuse": parameters(built.network.fuse)} if built.network.fuse else {}),
         "views": [[share, *shape[1:]] for shape in images],
-        "rows": {name: [shape[0], built.recipe.batch, *shape[2:]] for name, shape in rows.items()},
+        "rows": {name: [shape[0], built.recipe.batch_size, *shape[2:]] for name, shape in rows.items()},
         "context": built.context,
         "lr": built.lr,
         "precision": _precision(built.network),
@@ -233,7 +233,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _rate(built: RunComponents) -> str:
-    lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch
+    lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch_size
     rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
     return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
 
@@ -245,7 +245,9 @@ def _schedule(built: RunComponents) -> str:
         "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
         "constant": "constant",
     }
-    return (f"warm-up of {s.warmup:g} epoch{'s' * (s.warmup != 1)}, then " if s.warmup else "") + shapes[s.name]
+    return (
+        f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else ""
+    ) + shapes[s.name]
 
 
 def _precision(network: Network) -> str:

@@ -50,7 +50,7 @@ def growth(built: RunComponents, samples: int = _SAMPLES) -> list[tuple[float, f
 
 def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -> float:
     """Return the seconds of a training step at one scale of the images."""
-    share = built.recipe.batch // distributed.world()
+    share = built.recipe.batch_size // distributed.world()
     count = min(samples, share)
     sizes = [view.size for view in built.views.views]
     online_views, target_views = (

@@ -23,7 +23,12 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> RunComponents:
     """Build a run as a user would; settings that the job does not set keep their defaults."""
-    given = {"size": job["size"], "batch": job["batch"], "encoder.name": job["encoder"], "compile": job["compile"]}
+    given = {
+        "image_size": job["size"],
+        "batch_size": job["batch"],
+        "encoder.name": job["encoder"],
+        "compile": job["compile"],
+    }
     given |= job.get("settings", {}) | (settings or {}) | fields
     data = images(job) if data is None else data
     return prepare(data, job["method"], settings=given, device=job["device"], workers=job.get("workers"))
@@ -68,7 +73,7 @@ def views(job: dict[str, Any]) -> Work:
     size = job["size"]
     preset = {"views.name": "simclr_cifar" if size <= 64 else "simclr"}
     held = images(job | {"batch": 1})
-    run = built(job | {"encoder": "tiny", "method": "simclr"}, held[:2], batch=2, preset="none", settings=preset)
+    run = built(job | {"encoder": "tiny", "method": "simclr"}, held[:2], batch_size=2, preset="none", settings=preset)
     # A run would hold photographs at twice the size of a view; here, views are cut from full-size images.
     held = held.to(run.loader.device)
     where, batches = torch.arange(job["batch"], device=held.device) % len(held), itertools.count()
@@ -83,7 +88,7 @@ def views(job: dict[str, Any]) -> Work:
 
 def tower(job: dict[str, Any]) -> Work:
     """Run forward and backward of the networks alone on views drawn beforehand."""
-    run = built(job, resident=True)
+    run = built(job, cache_on_device=True)
     drawn = run.views(next(run.loader.epoch(0))).images
     online = list(run.method.online_views(len(drawn)))
     operations = work_of(run, next(run.loader.epoch(0)))
@@ -159,7 +164,7 @@ def resident(job: dict[str, Any]) -> Work:
 
 def stream(job: dict[str, Any]) -> Work:
     """Load two views of every image of an epoch through worker processes."""
-    run = built(job | {"encoder": "tiny"}, job["data"], resident=False)
+    run = built(job | {"encoder": "tiny"}, job["data"], cache_on_device=False)
     batches = endless(run)
 
     def call() -> int:

@@ -22,7 +22,7 @@ USUAL = {
     "--arch": "--encoder", "--weight-decay": "--set optimizer.weight_decay=", "--wd": "--set optimizer.weight_decay=",
     "--temperature": "--set method.temperature=", "--max-epochs": "--epochs", "--num-epochs": "--epochs",
     "--gpus": "--device", "--gpu": "--device", "--pretrained": "--init", "--momentum": "--set optimizer.momentum=",
-    "--warmup": "--set schedule.warmup=", "--queue-size": "--set method.queue=", "--root": "--data",
+    "--warmup": "--set schedule.warmup_epochs=", "--queue-size": "--set method.queue_size=", "--root": "--data",
 }  # fmt: skip
 """Options of other programs -> what to write here."""
 

@@ -46,7 +46,7 @@ def views(
     with reported(as_json):
         from inbatch.apps.reports.view_grid import draw_views
 
-        fields = {"views": views, "preset": preset, "crops": crops, "size": size}
+        fields = {"views": views, "preset": preset, "crops": crops, "image_size": size}
         chosen = {key: value for key, value in fields.items() if value is not None}
         part = draw_views(data, out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
         if as_json:

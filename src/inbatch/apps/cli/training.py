@@ -66,9 +66,9 @@ def quickstart(
 
 @app.command(
     epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
-    "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue=16384\n\n"
+    "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue_size=16384\n\n"
     "  inbatch pretrain --data ~/photos --dry-run\n\n"
-    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch 4096",
+    "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch-size 4096",
 )
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
@@ -82,10 +82,10 @@ def pretrain(
         Option("--encoder", "--backbone", "--model", help="fast, tiny, resnet10, any timm model, torchvision/NAME."),
     ] = None,
     init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Initial weights.")] = None,
-    size: Annotated[
+    image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side of the encoder's images, in pixels.")
     ] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         int | None, Option("--batch-size", "--batch", help="Samples per step, over all processes.")
     ] = None,
     context: Annotated[
@@ -149,8 +149,8 @@ def pretrain(
             parse_budget(budget)  # before the import of torch, which takes seconds
         from inbatch import api
 
-        chosen = {"preset": preset, "encoder": encoder, "batch": batch, "context": context, "epochs": epochs}
-        chosen |= {"budget": budget, "size": size, "optimizer": optimizer, "precision": precision}
+        chosen = {"preset": preset, "encoder": encoder, "batch_size": batch_size, "context": context, "epochs": epochs}
+        chosen |= {"budget": budget, "image_size": image_size, "optimizer": optimizer, "precision": precision}
         chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
         chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}

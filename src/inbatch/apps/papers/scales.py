@@ -14,16 +14,17 @@ FIGURES = {
 }
 """Heading -> location of the figure in an evaluation."""
 
-DIGITS: Settings = {"data": "digits-canvas-colour", "preset": "digits-colour", "size": 32}
+DIGITS: Settings = {"data": "digits-canvas-colour", "preset": "digits-colour", "image_size": 32}
 PHOTOS: Settings = {
-    "data": "cifar10", "subset": 10_000, "preset": "digits", "size": 32, "k": 200, "views.name": "simclr_cifar",
+    "data": "cifar10", "subset": 10_000, "preset": "digits", "image_size": 32, "knn_k": 200,
+    "views.name": "simclr_cifar",
 }  # fmt: skip
 """A fifth of CIFAR-10, with the small encoder, heads, optimiser and batch of the digits."""
-CIFAR10: Settings = {"data": "cifar10", "preset": "cifar", "size": 32}
-CIFAR100: Settings = {"data": "cifar100", "preset": "cifar", "size": 32}
-TINY: Settings = {"data": "tiny-imagenet-100", "preset": "cifar", "size": 64}
-IMAGENET100: Settings = {"data": "imagenet-100", "preset": "imagenet", "size": 224}
-IMAGENET: Settings = {"data": "imagenet", "preset": "imagenet", "size": 224}
+CIFAR10: Settings = {"data": "cifar10", "preset": "cifar", "image_size": 32}
+CIFAR100: Settings = {"data": "cifar100", "preset": "cifar", "image_size": 32}
+TINY: Settings = {"data": "tiny-imagenet-100", "preset": "cifar", "image_size": 64}
+IMAGENET100: Settings = {"data": "imagenet-100", "preset": "imagenet", "image_size": 224}
+IMAGENET: Settings = {"data": "imagenet", "preset": "imagenet", "image_size": 224}
 
 WHERE = {
     "cifar10": "torchvision/CIFAR10",
@@ -77,7 +78,7 @@ def usual(
         "smoke": Scale(
             columns({"digits": "digits"}, figures),
             {"digits": digits | {"subset": 192}},
-            {"epochs": 1, "batch": 64, "evaluate_every": 1},
+            {"epochs": 1, "batch_size": 64, "evaluate_every": 1},
             seeds=(0, 1),
             protocols=protocols,
             cost="seconds a run: a functional check, not a result",
@@ -95,7 +96,7 @@ def usual(
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, figures),
             {"cifar10": CIFAR10, "tiny": TINY},
-            {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20, **(gpu or {})},
+            {"epochs": 200, "batch_size": 256, "encoder.name": "resnet18", "evaluate_every": 20, **(gpu or {})},
             protocols=protocols,
             cost="not measured yet",
             differs=("tiny-imagenet-100 (64 pixels) stands for ImageNet-100", "200 epochs", *differs),

@@ -162,7 +162,7 @@ def _told(recipe: Recipe) -> dict[str, Any]:
             continue
         if isinstance(value, Part):
             bare = each.name in ("optimizer", "encoder")  # external parts: a recipe holds only the given options
-            usual = None if bare else make_part(each.name, {"name": value.name}, recipe.size)
+            usual = None if bare else make_part(each.name, {"name": value.name}, recipe.image_size)
             options = {} if usual is None else usual.options
             own = {k: v for k, v in value.options.items() if k not in options or options[k] != v}
             told[each.name] = {"name": value.name, **own}

@@ -84,8 +84,8 @@ def survey_data(
         if other != chosen:
             found["splits"][other], found["leaks"][other] = _leak(data, other, recipe, source, seen, sample, quiet)
     found["memory"] = _memory(recipe, source, device)
-    found["batch"], found["steps"] = recipe.batch, len(source) // recipe.batch
-    found["problems"] = _problems(source, seen, found, recipe.max_bad)
+    found["batch"], found["steps"] = recipe.batch_size, len(source) // recipe.batch_size
+    found["problems"] = _problems(source, seen, found, recipe.max_unreadable)
     found["levels"] = _levels(seen) if recipe.levels is None and max(seen.bits, default=8) > 8 else None
     found["picture"] = None if out is None or not seen.numbers else _draw(source, seen, Path(out))
     what = shlex.quote(recipe.data)

@@ -18,7 +18,7 @@ SETTLED = 50
 
 _TRY = (
     "Is what keeps samples apart still on (predictor, stop-gradient, momentum, variance term, negatives)? If it is, "
-    "try a lower optimizer.lr, a longer schedule.warmup, a larger batch or context"
+    "try a lower optimizer.lr, a longer schedule.warmup_epochs, a larger batch or context"
 )
 
 

@@ -172,7 +172,7 @@ def make_online_evaluator(built: RunComponents, held: Any) -> Judge:
         bank, queries = embed_bank(built.encoder, held[0], **options), embed(built.encoder, held[1], **options)
         found = _spread(built.encoder, queries.vectors)
         bank, queries = bank.labelled(), queries.labelled()
-        near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
+        near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | found
 
     return look
@@ -223,7 +223,7 @@ def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
 def evaluation(built: RunComponents, held: Any, out: Path) -> dict[str, Any]:
     """Return the figures of every protocol, and of the head that assigns clusters if the method has one."""
     bank, queries, _ = held
-    options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
+    options: dict[str, Any] = {"k": built.recipe.knn_k, "seed": built.recipe.seed, "workers": built.loader.workers}
     found = evaluate(built.encoder, bank, queries, **options)
     if built.method.assigns:
         found["head"] = judge_head(out, built.encoder, queries, workers=built.loader.workers)

@@ -12,7 +12,17 @@ from inbatch.training.recipe import make, read_settings
 
 SCHEMA = 1
 """Schema version of the files, stored under "schema" in addition to a run's result.json."""
-FREE = {"seed", "test", "evaluate_every", "checkpoint_every", "resident", "max_bad", "k", "precision", "compile"}
+FREE = {
+    "seed",
+    "test",
+    "evaluate_every",
+    "checkpoint_every",
+    "cache_on_device",
+    "max_unreadable",
+    "knn_k",
+    "precision",
+    "compile",
+}
 FREE |= {"channels_last"}
 """Settings in which a run may differ from its reference (as in the path of its data): they do not affect learning."""
 

@@ -7,7 +7,7 @@ READING = "no code of the paper is public: batch fusion is our interpretation of
 
 # Section 4.1: batch 256, hidden 4096, out 256, T 0.2, m 0.99, learning rate 1.5e-4, 40 epochs of warm-up. The optimiser
 # is not named; these are MoCo v3's values for AdamW.
-PUBLISHED: Settings = {"batch": 256, "encoder.name": "resnet18", "epochs": 300}
+PUBLISHED: Settings = {"batch_size": 256, "encoder.name": "resnet18", "epochs": 300}
 
 MOCO: Settings = {"method.name": "moco", "method.layers": 2}
 SYMMETRIC: Settings = {**MOCO, "method.symmetric": True}
@@ -24,6 +24,7 @@ FUSED: Settings = {"fuse.name": "conv"}
 OURS: Settings = {"method.name": "mocov3", **FUSED}
 """Algorithm 1: two views, the second fused; symmetric in-batch loss, momentum keys: MoCo v3 with fusion."""
 OURS_PUBLISHED: Settings = {
-    "method.hidden": 4096, "method.out": 256, "method.temperature": 0.2, "method.m": 0.99, "optimizer.name": "adamw",
-    "optimizer.lr": 1.5e-4, "schedule.warmup": 40, "fuse.relu": True,
+    "method.hidden_dim": 4096, "method.out_dim": 256, "method.temperature": 0.2, "method.momentum": 0.99,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1.5e-4, "schedule.warmup_epochs": 40, "fuse.relu": True,
 }  # fmt: skip

@@ -22,7 +22,7 @@ ROWS = (
     Row("SimCLR", ba_ssl.SIMCLR, _figures(91.1, 65.3, 62.1, 52.4)),
     Row("BYOL", ba_ssl.BYOL, _figures(91.9, 69.2, 64.1, 53.1)),
     Row("W-MSE", {"method.name": "wmse"}, _figures(90.6, 64.5, 55.8, None)),
-    Row("Light-MoCo", ba_ssl.LIGHT, _figures(None, None, None, 57.9), at={"paper": {"method.hidden": 2048}}),
+    Row("Light-MoCo", ba_ssl.LIGHT, _figures(None, None, None, 57.9), at={"paper": {"method.hidden_dim": 2048}}),
     Row("Ours", ba_ssl.OURS, _figures(92.1, 66.5, 63.6, 59.4), against="MoCo-v2", at={"paper": ba_ssl.OURS_PUBLISHED}),
 )
 

@@ -8,7 +8,7 @@ from inbatch.apps.papers.spec import Column, Scale, Settings
 SOURCE = "Welle, Poklukar and Kragic 2021, ICML workshop"
 
 # Section 2.2: batch 128, feature dimension 128, T 0.5, 500 epochs, k-NN with K = 200, linear for 100 epochs.
-SIMCLR: Settings = {"method.name": "simclr", "method.temperature": 0.5, "method.out": 128}
+SIMCLR: Settings = {"method.name": "simclr", "method.temperature": 0.5, "method.out_dim": 128}
 PAIRS: Settings = {"pairs": 1_000_000}
 COUNTED = "crops"
 """Name of the data set for counting, which has no images: pairs of crops of 32 x 32 pixels are drawn and counted."""
@@ -18,11 +18,11 @@ HEADINGS = ("Linear", "K-NN", "patch")
 def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
     """Return smoke, cpu, gpu and paper; if `patch`, with a column of the counted mean area of a crop."""
     named = {"linear": "Linear", "k-NN": "K-NN"}
-    made = usual(figures, views="simclr_cifar", gpu={"batch": 128})
+    made = usual(figures, views="simclr_cifar", gpu={"batch_size": 128})
     made["paper"] = Scale(
         tuple(Column(f"CIFAR-10, {figure}", "cifar10", FIGURES[figure], named[figure]) for figure in figures),
         {"cifar10": CIFAR10},
-        {"epochs": 500, "batch": 128, "encoder.name": "resnet18", "evaluate_every": 10},
+        {"epochs": 500, "batch_size": 128, "encoder.name": "resnet18", "evaluate_every": 10},
         seeds=(0,),
         cost="500 epochs of CIFAR-10 each; the paper: over 20 hours each on one GPU",
         differs=("the optimiser is not given: SimCLR's CIFAR preset", "the paper reports the best figure, we the last"),

@@ -41,7 +41,7 @@ TABLE = Table(
         "paper": published(
             "CIFAR-100 with ResNet-50",
             data=CIFAR100,
-            settings={"epochs": 200, "batch": 128},
+            settings={"epochs": 200, "batch_size": 128},
         )
     },
 )

@@ -21,7 +21,7 @@ def _rows(sizes: tuple[int, ...], large: tuple[int, ...]) -> tuple[Row, ...]:
     return tuple(
         Row(
             f"{name}, {batch}",
-            {**family, "batch": batch},
+            {**family, "batch_size": batch},
             against=None if batch == USUAL else f"{name}, {USUAL}",
             at={"digits": {"optimizer.lr": 2e-3 * sqrt(batch / USUAL)}},
         )
@@ -54,7 +54,7 @@ TABLE = Table(
         ),
         "paper": Scale(
             columns({"imagenet": "ImageNet-1k"}, ("linear",)),
-            {"imagenet": {"data": "imagenet", "preset": "imagenet", "size": 224}},
+            {"imagenet": {"data": "imagenet", "preset": "imagenet", "image_size": 224}},
             {"encoder.name": "resnet50"},
             seeds=(0,),
             cost="100 to 200 epochs of ImageNet-1k with ResNet-50",

@@ -6,7 +6,7 @@ from inbatch.apps.papers.spec import Row, Scale, Table
 TWO = "2 crops"
 SWAV = {"method.name": "swav"}
 # Four crops of half the side: twice the views, a third more work in the encoder's first layers.
-FOUR = {**SWAV, "views.name": "swav_cifar", "views.large": 2, "views.small": 4}
+FOUR = {**SWAV, "views.name": "swav_cifar", "views.num_large_crops": 2, "views.num_small_crops": 4}
 
 _USUAL = usual(views="simclr_cifar")
 TABLE = Table(
@@ -15,8 +15,8 @@ TABLE = Table(
     source=f"{SOURCE}, on SwAV",
     asks="Do small crops help at the same number of epochs?",
     rows=(
-        Row(TWO, SWAV, at={"paper": {"views.name": "swav", "views.small": 0}}),
-        Row("2 + 4 crops", FOUR, against=TWO, at={"paper": {"views.name": "swav", "views.small": 6}}),
+        Row(TWO, SWAV, at={"paper": {"views.name": "swav", "views.num_small_crops": 0}}),
+        Row("2 + 4 crops", FOUR, against=TWO, at={"paper": {"views.name": "swav", "views.num_small_crops": 6}}),
     ),
     scales={
         "smoke": _USUAL["smoke"],
@@ -24,7 +24,7 @@ TABLE = Table(
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, ("linear", "k-NN")),
             {"cifar10": {**CIFAR10, "views.name": "simclr_cifar"}, "tiny": {**TINY, "views.name": "simclr_cifar"}},
-            {"epochs": 200, "batch": 256, "encoder.name": "resnet18", "evaluate_every": 20},
+            {"epochs": 200, "batch_size": 256, "encoder.name": "resnet18", "evaluate_every": 20},
         ),
         "paper": published("200 epochs of ImageNet-1k with ResNet-50; SwAV's: 75.3 % after 800"),
     },

@@ -17,7 +17,9 @@ TABLE = Table(
     source=f"{SOURCE}, on VICReg",
     asks="Does keeping every feature's spread help methods that have other means against collapse?",
     rows=tuple(Row(name, method) for name, method in PLAIN.items())
-    + tuple(Row(f"{name} + variance", {**method, "variance": WEIGHT}, against=name) for name, method in PLAIN.items())
+    + tuple(
+        Row(f"{name} + variance", {**method, "variance_weight": WEIGHT}, against=name) for name, method in PLAIN.items()
+    )
     + (Row("VICReg", {"method.name": "vicreg"}),),
     scales=usual() | {"paper": published("100 epochs of ImageNet-1k with ResNet-50")},
 )
