@@ -51,7 +51,7 @@ FAULTS = (
     Fault("target network follows before the optimiser's step", "training/step.py",
           "        self.schedule(self.optimizer, step)\n",
           "        if self.target is not None:\n            ema_update(self.target, self.network, "
-          "self.method.momentum(progress))\n        self.schedule(self.optimizer, step)\n",
+          "self.method.target_momentum(progress))\n        self.schedule(self.optimizer, step)\n",
           "tests/training/test_grad_cache.py"),
     Fault("EMA: momentum and its complement swapped", "models/network.py", "torch._foreach_mul_(slow, momentum)",
           "torch._foreach_mul_(slow, 1 - momentum)", "tests/models/test_network.py tests/training/test_grad_cache.py"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from inbatch.batch import Batch
 from inbatch.losses import info_nce, proto_nce
 from inbatch.methods.pcl import PCL
-from inbatch.nn.clustering import Clustering, agreement, concentration, k_means
+from inbatch.nn.clustering import Clustering, Clusterings, concentration, k_means
 from inbatch.nn.functional import normalize
 
 
@@ -117,8 +117,11 @@ def test_clusters_of_identical_rows_are_no_division_by_zero() -> None:
 
 
 def test_agreement_leaves_unknown_labels_out() -> None:
-    label, cluster = torch.tensor([0, 0, 1, 1, -1, -1]), torch.tensor([5, 5, 2, 2, 2, 5])
-    assert agreement(label, cluster) == pytest.approx(1)
+    label, group = torch.tensor([0, 0, 1, 1, -1, -1]), torch.tensor([1, 1, 0, 0, 0, 1])
+    clusterings = Clusterings((2,), 2, 1, 0.2, 10.0, 3, 10)
+    clusterings.allocate(6)
+    figures = clusterings.survey(torch.eye(2)[group], label, 0, lambda task, n: [task(i) for i in range(n)])
+    assert figures["nmi_2"] == pytest.approx(1)
 
 
 def literal(q: Tensor, c: Clustering, index: list[int], negatives: list[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Interface of image sources."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,6 +131,16 @@ class Subset(Source):
 def unlabelled(n: int) -> Int[Tensor, "n"]:
     """Return n labels with the value for unknown, -1."""
     return torch.full((n,), -1)
+
+
+def path_text(path: bytes) -> str:
+    """Decode a path of any bytes to text that can be printed and stored."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+def stat_fingerprint(name: bytes, status: os.stat_result) -> bytes:
+    """Return what identifies the content of a file without reading it: its name, size and time of change."""
+    return b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns)
 
 
 def signed(source: Source, names: bytes) -> str:

@@ -11,15 +11,9 @@ from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings
+from inbatch.nn.clustering import nmi
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
-
-
-def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Return the normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
-    from sklearn.metrics import normalized_mutual_info_score
-
-    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
 
 
 def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:

@@ -55,7 +55,7 @@ class PCL(Method):
         self.queue = MemoryBank(queue_size, out_dim)
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
-        self.clusterings.hold(images)
+        self.clusterings.allocate(images)
 
     def heads(self, width: int) -> dict[str, Head]:
         return {"projection": Head(mlp(*[width] * self.layers, self.out_dim, norm=False))}

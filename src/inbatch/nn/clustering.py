@@ -69,12 +69,11 @@ def concentration(
     return temperature * share.clamp(min=0.01)
 
 
-def agreement(label: Int[Tensor, "m"], assignment: Int[Tensor, "m"]) -> float:
-    """Return the normalised mutual information of clusters and labels, over the rows with a known label (not -1)."""
+def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
+    """Return the normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
     from sklearn.metrics import normalized_mutual_info_score
 
-    known = label >= 0
-    return float(normalized_mutual_info_score(label[known].numpy(), assignment[known].numpy()))
+    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
 
 
 class Clustering(nn.Module):
@@ -159,7 +158,7 @@ class Clusterings(nn.Module):
         self.temperature, self.alpha, self.restarts, self.iterations = temperature, alpha, restarts, iterations
         self.every = nn.ModuleList()
 
-    def hold(self, images: int) -> None:
+    def allocate(self, images: int) -> None:
         """Allocate the clusterings for this number of images; ValueError if there are fewer images than clusters."""
         self.every = nn.ModuleList(Clustering(count, self.dim, images) for count in self.counts)
 
@@ -174,16 +173,16 @@ class Clusterings(nn.Module):
         """Compute and store new clusters, one task of `spread` per clustering; return their agreement with labels."""
         u = normalize(rows)
 
-        def find(i: int) -> list[Any]:
+        def cluster(i: int) -> list[Any]:
             count = self.counts[i]
             centroids, assignment, distance = k_means(u, count, self.restarts, self.iterations, fold(epoch, i))
             density = concentration(distance, assignment, count, self.temperature, self.alpha)
             return [x.numpy() for x in (normalize(centroids), density, assignment)]  # sent between ranks
 
-        found = {}
-        for clustering, arrays in zip(self.every, spread(find, len(self.counts)), strict=True):
+        figures, known = {}, label >= 0
+        for clustering, arrays in zip(self.every, spread(cluster, len(self.counts)), strict=True):
             centroids, density, assignment = map(torch.from_numpy, arrays)
             clustering.remember(centroids, density, assignment)
-            if (label >= 0).any():
-                found[f"nmi_{len(density)}"] = agreement(label, assignment)
-        return found
+            if known.any():
+                figures[f"nmi_{len(density)}"] = nmi(label[known], assignment[known])
+        return figures

@@ -21,7 +21,7 @@ from inbatch.errors import ConfigError
 from inbatch.runtime.device import device_for
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.terminal import counted
-from inbatch.runtime.text import printable
+from inbatch.runtime.text import one_line, printable
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe
 
@@ -67,15 +67,15 @@ def survey_data(
         "images": len(source),
         "looked_at": len(indices),
         "channels": source.channels,
-        "classes": [{"name": _name(c), "images": n} for c, n in zip(source.classes, counts, strict=True)],
+        "classes": [{"name": one_line(c), "images": n} for c, n in zip(source.classes, counts, strict=True)],
         "unlabelled": int((source.labels < 0).sum()),
         "imbalance": max(counts) / min(counts) if counts and min(counts) else None,
-        "skipped": {_name(kind): n for kind, n in source.skipped().items()},
+        "skipped": {one_line(kind): n for kind, n in source.skipped().items()},
         "formats": dict(seen.kinds.most_common()),
         "bits": {str(bits): n for bits, n in sorted(seen.bits.items())},
         "sizes": _sizes(seen),
         "pixels": _pixels(seen),
-        "unreadable": [{"image": _name(source.identity(i)), "why": _name(why)} for i, why in seen.unreadable],
+        "unreadable": [{"image": one_line(source.identity(i)), "why": one_line(why)} for i, why in seen.unreadable],
         "duplicates": _duplicates(source, seen),
         "splits": {chosen: len(source)},
         "leaks": {},
@@ -104,10 +104,6 @@ def _spaced(n: int, sample: int | None) -> list[int]:
 
 def _counted(tallies: Any, n: int, what: str, quiet: bool) -> Any:
     return tallies if quiet else counted(tallies, n, what)
-
-
-def _name(text: str) -> str:
-    return printable(text).replace("\n", "\\n")
 
 
 def _sizes(seen: ImageStatistics) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
-        "first": [[_name(source.identity(i)) for _, i in group[:_FEW]] for group in groups[:_FEW]],
+        "first": [[one_line(source.identity(i)) for _, i in group[:_FEW]] for group in groups[:_FEW]],
     }
 
 
@@ -162,7 +158,7 @@ def _leak(
     pairs = [(group[0][1], next(i for which, i in group if which)) for group in both[:_FEW]]
     return len(there), {
         "images": sum(which for group in both for which, _ in group),
-        "first": [[_name(source.identity(a)), _name(there.identity(b))] for a, b in pairs],
+        "first": [[one_line(source.identity(a)), one_line(there.identity(b))] for a, b in pairs],
     }
 
 
@@ -194,7 +190,7 @@ def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
     classes = labels[labels >= 0].unique()
     if len(classes):
         some = classes[_spaced(len(classes), _ROWS)].tolist()
-        picked, rows = [numbers[labels == c] for c in some], [_name(source.classes[c]) for c in some]
+        picked, rows = [numbers[labels == c] for c in some], [one_line(source.classes[c]) for c in some]
     else:
         picked = [numbers[_spaced(len(numbers), _ROWS * _COLUMNS)]]
     shown = []

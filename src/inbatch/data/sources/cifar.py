@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from inbatch.data.source import Reading, Source
+from inbatch.data.source import Reading, Source, path_text
 from inbatch.data.sources.arrays import ArraySource
 from inbatch.errors import DataError
 
@@ -104,7 +104,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _text(name: bytes | str) -> str:
-    return name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
+    return path_text(name) if isinstance(name, bytes) else name
 
 
 class _Array:

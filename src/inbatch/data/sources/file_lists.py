@@ -16,10 +16,10 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from inbatch.data.source import Reading, Source, unlabelled
+from inbatch.data.source import Reading, Source, path_text, unlabelled
 from inbatch.data.sources.arrays import check_labels
 from inbatch.data.sources.folder import EXTENSIONS, TESTS
-from inbatch.data.sources.path_source import PathsSource, printable
+from inbatch.data.sources.path_source import PathsSource
 from inbatch.errors import DataError
 
 COLUMNS = {
@@ -196,4 +196,4 @@ def _leaves(path: str) -> bool:
 
 def _printable(text: str, quote: str = "'") -> str:
     """Return text for a message or a class name, printable for any bytes."""
-    return f"{quote}{printable(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"
+    return f"{quote}{path_text(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"

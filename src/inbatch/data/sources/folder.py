@@ -12,7 +12,7 @@ from PIL import Image
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
-from inbatch.data.source import Reading, Source, unlabelled
+from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind, scan
 from inbatch.errors import DataError, many
 
@@ -48,19 +48,19 @@ class FolderSource(Source):
         if not self._labelled:
             super().__init__(str(root), channels, unlabelled(len(paths)), ())
             return
-        names = tuple(_text(head) for head in sorted(heads))
+        names = tuple(path_text(head) for head in sorted(heads))
         classes = classes or names
         if unknown := sorted(set(names) - set(classes)):
             raise DataError(f"{str(root)!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
         place = {name: i for i, name in reversed([*enumerate(classes)])}
-        label = torch.tensor([place[_text(head)] for head in heads])
+        label = torch.tensor([place[path_text(head)] for head in heads])
         super().__init__(str(root), channels, label[torch.from_numpy(numbers)], classes)
 
     def open(self, i: int) -> ImageFile:
         return ImageFile(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
-        return _text(self.scan.paths[i])
+        return path_text(self.scan.paths[i])
 
     def fingerprint(self) -> str | None:
         said = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
@@ -69,11 +69,11 @@ class FolderSource(Source):
                 status = os.stat(self._path(i))
             except OSError:  # removed since the scan; opening the image reports it
                 return None
-            said.update(b"%s\0%d\0%d\0" % (path, status.st_size, status.st_mtime_ns))
+            said.update(stat_fingerprint(path, status))
         return said.hexdigest()
 
     def skipped(self) -> dict[str, int]:
-        return {_text(os.fsencode(kind)): count for kind, count in self.scan.skipped.most_common()}
+        return {path_text(os.fsencode(kind)): count for kind, count in self.scan.skipped.most_common()}
 
     def _path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.scan.paths[i]))
@@ -147,8 +147,3 @@ def _folder_name(name: str) -> str:
     if len(kept) <= 240:
         return safe
     return f"{kept[:200].decode(errors='ignore')}%{hashlib.sha256(kept).hexdigest()[:32]}"
-
-
-def _text(path: bytes) -> str:
-    """Decode a name to printable text, for any bytes."""
-    return path.decode("utf-8", "backslashreplace")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.source import Reading, Source, signed, unlabelled
+from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
 from inbatch.data.sources.arrays import check_labels
 from inbatch.data.sources.folder import TESTS
 from inbatch.errors import ConfigError, DataError
@@ -82,8 +82,8 @@ class HubSource(Source):
             return None  # in memory, or the pixels are in separate files
         said = hashlib.sha256(self.column.encode())
         for file in self.rows.cache_files:
-            status = os.stat(file["filename"])
-            said.update(f"{os.path.realpath(file['filename'])}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            name = os.path.realpath(file["filename"])
+            said.update(stat_fingerprint(name.encode(), os.stat(name)))
         return said.hexdigest()
 
     def _row(self, i: int) -> dict[str, Any]:

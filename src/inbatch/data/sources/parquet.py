@@ -19,7 +19,7 @@ import torch
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
-from inbatch.data.source import Reading, Source, signed, unlabelled
+from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
 from inbatch.data.sources.arrays import check_labels
 from inbatch.data.sources.folder import TESTS
 from inbatch.errors import ConfigError, DataError
@@ -88,8 +88,7 @@ class ParquetSource(Source):
         try:
             for name in self.files:
                 with open(name, "rb") as file:
-                    status = os.fstat(file.fileno())
-                    said.update(f"{os.path.realpath(name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                    said.update(stat_fingerprint(os.path.realpath(name).encode(), os.fstat(file.fileno())))
                     said.update(_footer(file))
         except (OSError, ValueError):  # reading a row reports the problem
             return None

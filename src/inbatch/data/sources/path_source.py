@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.source import Reading, Source
+from inbatch.data.source import Reading, Source, path_text, stat_fingerprint
 from inbatch.data.sources.packed_names import Names
 from inbatch.errors import DataError
 
@@ -38,10 +38,10 @@ class PathsSource(Source):
             raise DataError(f"{name!r} names no image")
 
     def open(self, i: int) -> ImageFile:
-        return ImageFile(self._path(i), lambda: printable(os.fsencode(self._path(i))), self.channels, self.levels)
+        return ImageFile(self._path(i), lambda: path_text(os.fsencode(self._path(i))), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
-        return printable(self._paths[i])
+        return path_text(self._paths[i])
 
     def fingerprint(self) -> str | None:
         said = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
@@ -50,13 +50,8 @@ class PathsSource(Source):
                 status = os.stat(self._path(i))
             except OSError:  # opening the image reports it
                 return None
-            said.update(b"%s\0%d\0%d\0" % (self._paths[i], status.st_size, status.st_mtime_ns))
+            said.update(stat_fingerprint(self._paths[i], status))
         return said.hexdigest()
 
     def _path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[i]))
-
-
-def printable(path: bytes) -> str:
-    """Decode a name to printable text, for any bytes."""
-    return path.decode("utf-8", "backslashreplace")

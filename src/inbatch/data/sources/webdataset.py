@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.source import Reading, Source
+from inbatch.data.source import Reading, Source, stat_fingerprint
 from inbatch.data.sources.arrays import MOST_CLASSES
 from inbatch.data.sources.folder import EXTENSIONS, TESTS
 from inbatch.data.sources.packed_names import Names
@@ -78,12 +78,8 @@ class TarSource(Source):
         said = hashlib.sha256()
         try:
             for shard in self.shards:
-                status = os.stat(shard)
-                said.update(
-                    f"{os.path.realpath(shard)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(
-                        "utf-8", "surrogateescape"
-                    )
-                )
+                name = os.path.realpath(shard).encode("utf-8", "surrogateescape")
+                said.update(stat_fingerprint(name, os.stat(shard)))
         except OSError:  # opening an image reports it
             return None
         return said.hexdigest()
