@@ -304,9 +304,7 @@ def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
     found = run("quickstart --epochs 1 --margin 101 --json")
     assert found.exit_code == TrainingError.exit_code == 4
     told = one_object(found.stdout)
-    assert (
-        told["exit_code"] == 4 and "at least 101 above was promised" in told["error"] and told["error"] in found.stderr
-    )
+    assert told["exit_code"] == 4 and "and 101 above are required" in told["error"] and told["error"] in found.stderr
     assert list(told["rows"]) == ["raw pixels", "untrained encoder", "trained encoder"]
     assert (
         0.45 < told["rows"]["raw pixels"]["knn"]["top1"] < 0.65

@@ -47,9 +47,8 @@ class Verdict:
     def sentence(self) -> str:
         """Return the result as a sentence."""
         side = "above" if self.gain >= 0 else "below"
-        promise = f"{'and' if self.reached else 'but'} at least {self.margin:g} above was promised"
-        hint = "" if self.reached else ": train longer (--epochs), or look at curves.png"
-        return f"On the learned features k-NN is {abs(self.gain):.1f} points {side} raw pixels, {promise}{hint}"
+        required = "" if self.reached else f", and {self.margin:g} above are required: train longer (--epochs)"
+        return f"On the learned features k-NN is {abs(self.gain):.1f} points {side} raw pixels{required}"
 
     def json(self) -> dict[str, Any]:
         """Return the content of `quickstart.json`."""

@@ -272,61 +272,67 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: For an unknown key or name (with a suggestion), or an invalid value.
     """
-    settings = dict(settings)
+    merged = _with_preset(settings)
+    if "data" not in merged:
+        raise ConfigError("no images: pass --data FOLDER, or set data in the file")
+    top, options = _split(merged)
+    check_known("crops", top.get("crops", "default"), CROPS)
+    epochs, size, schedule = _number(top.get("epochs", 100)), top.get("image_size", 224), options.pop("schedule")
+    if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
+        # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
+        schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 10)
+    if top.get("evaluate_every") is None:
+        top["evaluate_every"] = max(1, int(epochs) // 10)
+    parts = {part: make_part(part, chosen, size) for part, chosen in options.items()}
+    recipe = validated(_schema(), top | parts | {"schedule": schedule}, "")
+    if recipe.replans and not sum(recipe.replans[-1]):
+        raise ConfigError("replans end the run before its first step: leave them out, a run with a budget writes them")
+    return recipe
+
+
+def _with_preset(settings: Mapping[str, Any]) -> Settings:
+    """Return the settings, completed by those of their preset and by the names of the parts."""
     method = settings.get("method.name", "simclr")
     own = method_named(method).presets
     size = _number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)
-    preset = settings.setdefault("preset", natural if natural in SHARED_PRESETS | own else "none")
+    preset = settings.get("preset", natural if natural in SHARED_PRESETS | own else "none")
     check_known("preset", preset, SHARED_PRESETS | own)
     base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
-    given = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
-    given.pop("source", None)  # for the user only
+    values = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
+    values.pop("source", None)  # for the user only
     if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
-        given |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
+        values |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
     # The preset's options of a part do not apply to another part.
     for part in PARTS:
-        chosen = settings.get(f"{part}.name")
-        if chosen is not None and chosen != given.get(f"{part}.name", base.get(f"{part}.name")):
-            given = {k: v for k, v in given.items() if not k.startswith(f"{part}.")}
+        name = settings.get(f"{part}.name")
+        if name is not None and name != values.get(f"{part}.name", base.get(f"{part}.name")):
+            values = {key: value for key, value in values.items() if not key.startswith(f"{part}.")}
     if settings.keys() >= WRITTEN:  # the recipe of a run is complete: a later preset adds no option to its encoder
-        given = {k: v for k, v in given.items() if not k.startswith("encoder.")}
-    merged = base | given | settings
-    if "data" not in merged:
-        raise ConfigError("no images: pass --data FOLDER, or set data in the file")
+        values = {key: value for key, value in values.items() if not key.startswith("encoder.")}
+    return base | values | {"preset": preset} | dict(settings)
 
-    scalars = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+
+def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
+    """Return the settings of the run itself, and those of the schedule and of each part without its name."""
+    fields = {f.name for f in dataclasses.fields(Recipe)} - {*PARTS, "schedule"}
+    schedule = {f.name for f in dataclasses.fields(Schedule)}
     top: Settings = {}
     options: dict[str, Settings] = {part: {} for part in (*PARTS, "schedule")}
-    for key, value in merged.items():
-        part, _, name = key.partition(".")
-        if name and part in options:
-            options[part][name] = value
-        elif key in scalars:
+    unknown = []
+    for key, value in settings.items():
+        part, _, option = key.partition(".")
+        if (option and part in PARTS) or (part == "schedule" and option in schedule):
+            options[part][option] = value
+        elif key in fields:
             top[key] = value
         else:
-            check_not_renamed(key)
-            raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
-    check_known("crops", top.get("crops", "default"), CROPS)
-    parts = {
-        part: make_part(part, chosen, top.get("image_size", 224)) for part, chosen in options.items() if part in PARTS
-    }
-    unknown = set(options["schedule"]) - {f.name for f in dataclasses.fields(Schedule)}
+            unknown.append(key)
     for key in unknown:
-        check_not_renamed(f"schedule.{key}")
-        raise ConfigError(f"unknown setting 'schedule.{key}'{nearest(f'schedule.{key}', _all_keys(options))}")
-    if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
-        # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
-        options["schedule"]["warmup_epochs"] = min(
-            merged["schedule.warmup_epochs"], _number(top.get("epochs", 100)) / 10
-        )
-    if top.get("evaluate_every") is None:
-        top["evaluate_every"] = max(1, int(_number(top.get("epochs", 100))) // 10)
-    recipe = validated(_schema(), top | parts | {"schedule": options["schedule"]}, "")
-    if recipe.replans and not sum(recipe.replans[-1]):
-        raise ConfigError("replans end the run before its first step: leave them out, a run with a budget writes them")
-    return recipe
+        check_not_renamed(key)
+        raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
+    return top, options
 
 
 @cache
