@@ -81,11 +81,11 @@ FORBIDDEN = {
 }  # fmt: skip
 """Forbidden calls and the reason for each."""
 ALLOWED = {
-    ("apps/bench/worker.py", "importlib.import_module"): "our own contestants, named by our own command line",
-    ("apps/bench/worker.py", "importlib.util.spec_from_file_location"): "our own files beside it",
-    ("apps/bench/peer_workloads.py", "importlib.import_module"): "our own file beside it",
+    ("apps/bench/worker.py", "importlib.import_module"): "implementations of the benchmark, named by the command line",
+    ("apps/bench/worker.py", "importlib.util.spec_from_file_location"): "files of the same run",
+    ("apps/bench/peer_workloads.py", "importlib.import_module"): "a file of the same run",
     ("apps/bench/peer_workloads.py", "importlib.util.spec_from_file_location"): "files of the installed solo-learn",
-    ("models/backbones.py", "socket.create_connection"): "whether the hub answers, where its weights are asked for",
+    ("models/backbones.py", "socket.create_connection"): "if the hub answers when weights are requested",
     ("__init__.py", "import_module"): "names written in that file",
 }
 """Exceptions to FORBIDDEN and the reason for each."""

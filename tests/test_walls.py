@@ -132,7 +132,7 @@ def problems(check: Callable[[str], Iterator[str]]) -> list[str]:
 
 def test_rooms_import_only_rooms_below() -> None:
     line = {name: number for number, names in enumerate(ROOMS) for name in names}
-    assert {room(name) for name in TREES} == {*line, ""}, "say in ROOMS where a new room stands"
+    assert {room(name) for name in TREES} == {*line, ""}, "add a new room to ROOMS"
 
     def check(module: str) -> Iterator[str]:
         for other in ours(module) if module != "inbatch" else ():

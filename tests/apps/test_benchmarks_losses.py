@@ -104,7 +104,7 @@ def test_tables_and_plot_of_a_file(measured: dict[str, Any], tmp_path: Path) -> 
 
 def test_the_page_is_what_the_files_make() -> None:
     page = ROOT / "docs" / "large-batches.md"
-    assert page.read_text() == RENDER.timed(page), "python scripts/render_results.py writes it anew"
+    assert page.read_text() == RENDER.timed(page), "python scripts/render_results.py writes it again"
     for threads in ("1thread", "2threads"):
         assert all(f"<!-- losses-{threads} {name} -->" in page.read_text() for name in ("where", "nt_xent", "all"))
 

@@ -89,7 +89,7 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     second |= {"--draws", "--most", "--on", "--work", "--again"}  # further names of an option
     assert "--json" in flags and len(flags - second) <= (35 if command == "pretrain" else 20), sorted(flags)
     shows = ("quickstart", "pretrain", "embed", "table")
-    assert ("--quiet" in flags) == (command in shows), "quiet is for what shows progress"
+    assert ("--quiet" in flags) == (command in shows), "--quiet only applies to commands that show progress"
 
 
 def test_the_overview_names_every_command_and_exit_code() -> None:

@@ -27,7 +27,7 @@ def render() -> ModuleType:
 
 def test_the_page_is_what_the_files_make(render: ModuleType) -> None:
     assert (ROOT / "results" / "README.md").read_text() == render.page(), (
-        "python scripts/render_results.py writes it anew"
+        "python scripts/render_results.py writes it again"
     )
 
 
@@ -37,7 +37,7 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
     spec.loader.exec_module(tables)
     made = tables.pages(read_records(ROOT / "results" / "records"))
     written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
-    assert written == made, "python scripts/render_tables.py writes them anew"
+    assert written == made, "python scripts/render_tables.py writes them again"
 
 
 SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
@@ -56,17 +56,17 @@ def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
 @pytest.mark.parametrize("name", ["README", *METHODS])
 def test_the_tables_of_methods_are_what_the_files_make(name: str, render: ModuleType) -> None:
     page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.read_text() == render.written(page), "python scripts/render_results.py writes it anew"
+    assert page.read_text() == render.written(page), "python scripts/render_results.py writes it again"
     assert page.read_text().count("| untrained encoder |") == 2
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "context").glob("*.md")), ids=lambda page: page.stem)
 def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: ModuleType) -> None:
-    assert page.read_text() == render.answered(page), "python scripts/render_results.py writes it anew"
+    assert page.read_text() == render.answered(page), "python scripts/render_results.py writes it again"
 
 
 def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
-    assert render.DATA.read_text() == render.million(render.DATA), "python scripts/render_results.py writes it anew"
+    assert render.DATA.read_text() == render.million(render.DATA), "python scripts/render_results.py writes it again"
     found = render.json.loads((ROOT / "results" / "million.json").read_text())
     assert found["images"] == 1_000_000 and found["path_bytes"]["longest"] > 250
     assert max(found[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6

@@ -183,7 +183,7 @@ def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypat
     assert curve[-1]["cpu_seconds"] == result["training_cpu_seconds"] > curve[1]["cpu_seconds"] > 0
     assert found["reached"]["cpu_seconds"] == 0 and found["recipe"]["epochs"] == 2
     again = SCRIPT.main([*words, "--target", "0.0", "--command", command])
-    assert again["curve"] == curve, "a finished run was trained anew"
+    assert again["curve"] == curve, "a finished run was trained again"
 
 
 def test_a_log_without_costs_is_refused(tmp_path: Path) -> None:

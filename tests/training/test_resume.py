@@ -108,7 +108,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) ->
         tiny("simclr", tmp_path, epochs=1)
     tiny("simclr", tmp_path, epochs=1, resume=True)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps), "the log was not begun anew"
+    assert steps == sorted(steps), "the log was not started again"
 
 
 @pytest.mark.slow
