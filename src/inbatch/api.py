@@ -139,7 +139,7 @@ def pretrain(
         reference = _reference(compare, recipe) if distributed.rank() == 0 else None
         loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
         built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
-        held = evaluation_split(recipe, built.loader.source, data, test, download)
+        split = evaluation_split(recipe, built.loader.source, data, test, download)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
             if distributed.rank() == 0 and going_on is None:
@@ -151,7 +151,7 @@ def pretrain(
             result = train(
                 built,
                 directory,
-                held,
+                split,
                 resume=going_on is not None,
                 quiet=quiet,
                 notes=notes,
@@ -194,8 +194,8 @@ def dry_run(
         else:
             built, fitted = _prepared(data, given, device, workers, download)
         where = built.recipe.data if isinstance(data, str | None) else data
-        held = evaluation_split(built.recipe, built.source, where, download=download)
-        lines, found = [describe(built)], {"recipe": built.recipe.nested(), "held_out": held and held[2]}
+        split = evaluation_split(built.recipe, built.source, where, download=download)
+        lines, found = [describe(built)], {"recipe": built.recipe.nested(), "held_out": split and split.description}
         if fitted is not None:
             lines, found = [*lines, fitted.sentence()], found | {"context_found": fitted.json()}
         seconds = choice.chosen.seconds if choice else step_seconds(built)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -45,6 +45,9 @@ class Encoder(Protocol):
     def __call__(self, x: Float[Tensor, "n c s s"], /) -> Float[Tensor, "n f"]: ...
 
 
+AnySource = TypeVar("AnySource", bound=Source)
+
+
 class Kept:
     """A source that keeps its decoded images in memory: the same results, faster."""
 
@@ -78,7 +81,7 @@ class Kept:
                 list(pool.map(look, parts))
 
 
-def hold_in_memory(source: Source, limit: int = 2**29) -> Source:
+def hold_in_memory(source: AnySource, limit: int = 2**29) -> AnySource | Kept:
     """Return the source with its images kept in memory for repeated embedding, or unchanged if they are too large.
 
     limit: maximum bytes of the images, estimated from 16 of them; they may also fill at most a twentieth of the free

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import assigned, embed
 from inbatch.methods import METHODS
@@ -14,6 +13,7 @@ from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.models.weights import fill, read, write
 from inbatch.training.build import RunComponents
+from inbatch.training.holdout import Images
 
 
 class HeadRows:
@@ -39,7 +39,7 @@ def save_heads(built: RunComponents, directory: Path) -> None:
     write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": told}, {})
 
 
-def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0) -> dict[str, Any]:
+def judge_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:
     """Return NMI, ACC and ARI of the clusters that a run's head assigns clean images to, and the protocol.
 
     Args:

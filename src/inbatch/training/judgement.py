@@ -12,6 +12,7 @@ from inbatch.errors import InbatchError
 from inbatch.evaluation import evaluate
 from inbatch.models import Encoder
 from inbatch.training.build import RunComponents, views_of
+from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 from inbatch.training.monitors.online_evaluation import fit_readout
@@ -23,12 +24,12 @@ COSTLY = ("finetune", "corruptions")
 """Protocols that are not applied to the encoder before training: each takes minutes and is of little use for it."""
 
 
-def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
+def worth(built: RunComponents, split: EvaluationSplit | None, out: Path, images: int = IMAGES) -> dict[str, Any]:
     """Compare the encoder of a run with its initial encoder, and draw neighbours.png; return entries of result.json.
 
     Args:
         built: The run.
-        held: Bank, queries and description from `evaluation_split`; None without labels.
+        split: Images of the evaluation; None without labels.
         out: Run directory.
         images: Largest number of images to embed for the picture and for the measures without labels.
 
@@ -39,8 +40,8 @@ def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> d
     began, recipe = time.perf_counter(), built.recipe
     before = initial_encoder(recipe, out, built.loader.device)
     options: dict[str, Any] = {"k": recipe.k, "seed": recipe.seed, "workers": built.loader.workers}
-    fit_readout(before, built.loader.source if held is None else held[0])
-    untrained = None if held is None else evaluate(before, *held[:2], **options)
+    fit_readout(before, built.loader.source if split is None else split.bank)
+    untrained = None if split is None else evaluate(before, split.bank, split.queries, **options)
     source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
     found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
     shown = source.only(found["after"].number)
@@ -86,8 +87,8 @@ def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[En
 def judge_labelled(
     before: Encoder | None,
     encoder: Encoder,
-    bank: Any,
-    queries: Any,
+    bank: Images,
+    queries: Images,
     protocols: Sequence[str],
     options: Mapping[str, Any],
     stopped: bool = False,

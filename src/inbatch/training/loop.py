@@ -24,6 +24,7 @@ from inbatch.training.budget import Keeper, Pace, duration
 from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import load, restore, save, set_aside
 from inbatch.training.head_evaluation import save_heads
+from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.judgement import IMAGES, images_within, worth
 from inbatch.training.metric_logger import Log, spent
 from inbatch.training.monitors.comparison import Comparison
@@ -57,7 +58,7 @@ SAVE_EVERY = 600.0
 
 
 def train(
-    built: RunComponents, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
+    built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -66,7 +67,7 @@ def train(
     Args:
         built: The run.
         out: Run directory, locked by the caller.
-        held: Bank, queries and their description, from `evaluation_split`.
+        split: Images of the evaluation, from `evaluation_split`; None without labels.
         resume: Whether to continue from the last checkpoint.
         quiet: Print no progress.
         notes: Sentences for the user, printed at the start.
@@ -119,19 +120,19 @@ def train(
                     with report.record_exit_status():  # torchrun terminates the other ranks if one has died
                         if sentence := threads.decide():
                             log.note(sentence)
-                        looked, pace, images = held, None, IMAGES
+                        online, pace, images = split, None, IMAGES
                         if main and built.recipe.budget is not None:
-                            held, pace, images = _within(built, held, progress, calibration)
-                        if main and held is not None:
-                            looked, held = choose_online_subsets(built, held)
+                            split, pace, images = _within(built, split, progress, calibration)
+                        if main and split is not None:
+                            online, split = choose_online_subsets(built, split)
                         keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
                         _epochs(
-                            built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
+                            built, progress, parts, log, stopping, online, out, stop_on_collapse, compared, keeper,
                             threads,
                         )  # fmt: skip
                     stop.release()  # everything is saved
                     extra = {"calibration": calibration} if calibration else {}
-                    ended = (built, progress, held, out, where, compared, extra, images)
+                    ended = (built, progress, split, out, where, compared, extra, images)
                     result = distributed.broadcast_object(_finish(*ended) if main else None)
         log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
         if built.recipe.budget is not None:
@@ -156,8 +157,8 @@ def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[s
 
 
 def _within(
-    built: RunComponents, held: Any, progress: TrainState, calibration: Mapping[str, Any] | None
-) -> tuple[Any, Pace, int]:
+    built: RunComponents, split: EvaluationSplit | None, progress: TrainState, calibration: Mapping[str, Any] | None
+) -> tuple[EvaluationSplit | None, Pace, int]:
     """Return the evaluation data of a run with a budget, its pace, and the number of images to compare at the end.
 
     The duration of all this is measured in advance; the encoder before training is also evaluated.
@@ -165,15 +166,15 @@ def _within(
     budget = built.recipe.budget or 0.0
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
-    if held is not None:
-        held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
-    make_online_evaluator(built, held)()
+    if split is not None:
+        split = limited(split, *progress.judged[:2]) if progress.judged else affordable(built, split, JUDGED * left)
+    make_online_evaluator(built, split)()
     looks = time.perf_counter() - began
     images, compared = images_within(built, JUDGED * left, *progress.judged[2:])
-    progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
+    progress.judged = [*((len(split.bank), len(split.queries)) if split else (0, 0)), images]
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
-    return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
+    return split, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
 
 
 def _signature(built: RunComponents) -> str:
@@ -199,12 +200,13 @@ def _same_data(then: str, now: str) -> None:
 
 
 def _epochs(
-    built: RunComponents, progress: TrainState, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any,
-    out: Path, stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
+    built: RunComponents, progress: TrainState, parts: dict[str, Any], log: Log, stopping: Stopping,
+    split: EvaluationSplit | None, out: Path, stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper,
+    threads: Threads,
 ) -> None:  # fmt: skip
     """Run every epoch from `progress.step` on."""
     recipe, steps, main = built.recipe, built.loader.steps, distributed.rank() == 0
-    look = make_online_evaluator(built, held)
+    look = make_online_evaluator(built, split)
     source = built.loader.source
     few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
     watched = Subset(source, few, "watched for collapse")
@@ -234,8 +236,8 @@ def _epochs(
 
     def look_at(epoch: int) -> bool:
         began = time.perf_counter()
-        judges: dict[str, float] = {"bank": len(held[0]), "queries": len(held[1])} if held else {}
-        log.record(progress.step, progress.cost() | judges)
+        sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
+        log.record(progress.step, progress.cost() | sizes)
         best = evaluate_online(look, progress, epoch, log, steps)
         report_comparison(compared, out, log)
         if progress.step:
@@ -333,7 +335,7 @@ def _save(parts: dict[str, Any], progress: TrainState, out: Path, best: bool) ->
 
 
 def _finish(
-    built: RunComponents, progress: TrainState, held: Any, out: Path, where: dict[str, Any],
+    built: RunComponents, progress: TrainState, split: EvaluationSplit | None, out: Path, where: dict[str, Any],
     compared: Comparison | None, extra: Mapping[str, Any], images: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
@@ -359,10 +361,10 @@ def _finish(
         "compared": compared and compared.json(),
         "collapsed": list(progress.collapsed.values()),
         "leak": progress.leak or None,
-        "held_out": held and held[2],
-        "evaluation": None if held is None else evaluation(built, held, out),
+        "held_out": split and split.description,
+        "evaluation": None if split is None else evaluation(built, split, out),
     }
-    result |= worth(built, held, out, images) | dict(extra)
+    result |= worth(built, split, out, images) | dict(extra)
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

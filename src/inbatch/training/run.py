@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inbatch.data import GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
@@ -19,12 +19,13 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import judge_head
-from inbatch.training.holdout import evaluation_split
+from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
 from inbatch.training.recipe import Recipe, make, read_file
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
 
+AnyImages = TypeVar("AnyImages", bound=Images)
 ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
 
 
@@ -103,24 +104,26 @@ def evaluate_run(
     own, path = recipe_of(path), Path(path)
     found = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
-    held = evaluation_split(recipe, source, recipe.data if data is None else data, test)
+    split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
     options = {"k": recipe.k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
-    told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
+    told = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | found.stage()
     told["note"] = ". ".join(filter(None, (found.note, why))) or None
-    if held is None:
+    if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
         return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
-    bank, queries = (_for(encoder, part) for part in held[:2])
+    bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
     head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
     return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | told
 
 
-def _for(encoder: Encoder, source: Source) -> Source:
+def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     """Return the source with as many channels as the encoder takes."""
-    return GreyAsRGB(source) if (source.channels, encoder.channels) == (1, 3) else source
+    if isinstance(source, Source) and (source.channels, encoder.channels) == (1, 3):
+        return GreyAsRGB(source)
+    return source
 
 
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
