@@ -269,7 +269,7 @@ def test_real_photographs(tmp_path: Path) -> None:
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch=50)
-    found = judgement.worth(built, None, tmp_path)
+    found = judgement.compare_with_initial(built, None, tmp_path)
     for told in found["unlabelled"].values():
         assert told["untrained"] == told["trained"]
     assert_same_state(
@@ -282,7 +282,7 @@ def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.Mo
     assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
     images, seconds = judgement.images_within(built, 0.0)
     assert images == 64 and seconds > 1
-    found = judgement.worth(built, None, tmp_path, images)["unlabelled"]
+    found = judgement.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
     assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
 
 

@@ -24,7 +24,9 @@ COSTLY = ("finetune", "corruptions")
 """Protocols that are not applied to the encoder before training: each takes minutes and is of little use for it."""
 
 
-def worth(built: RunComponents, split: EvaluationSplit | None, out: Path, images: int = IMAGES) -> dict[str, Any]:
+def compare_with_initial(
+    built: RunComponents, split: EvaluationSplit | None, out: Path, images: int = IMAGES
+) -> dict[str, Any]:
     """Compare the encoder of a run with its initial encoder, and draw neighbours.png; return entries of result.json.
 
     Args:
@@ -57,7 +59,7 @@ def worth(built: RunComponents, split: EvaluationSplit | None, out: Path, images
 
 
 def images_within(built: RunComponents, seconds: float, images: int | None = None) -> tuple[int, float]:
-    """Return how many images `worth` can embed in this many seconds, and approximately how long they take.
+    """Return how many images `compare_with_initial` can embed in this many seconds, and about how long they take.
 
     Args:
         built: The run.
