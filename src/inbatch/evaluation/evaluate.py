@@ -83,16 +83,7 @@ def evaluate(
     class_count(bank, queries)
     device = encoder.device if encoder is not None else "cpu"
     neighbours: dict[str, Any] = {"k": k, "temperature": temperature, "distance": distance}
-    result: dict[str, Any] = {
-        "protocol_version": PROTOCOL_VERSION,
-        "train": _counts(features[0], len(bank)),
-        "test": _counts(features[1], len(queries)),
-        "feature": features[1].feature,
-        "width": features[1].vectors.shape[1],
-        "encoder": _describe(encoder),
-        "precision": str(precision).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("inbatch", "torch", "scikit-learn")},
-    }
+    result = _conditions(encoder, features, labelled, precision)
     if "knn" in protocols:
         result["knn"] = knn(*labelled, **neighbours | {"k": min(k, len(bank))}, device=device)
     if "linear" in protocols:
@@ -153,6 +144,22 @@ def _embedded(encoder: Encoder | None, source: Source, batch: int, precision: to
     if encoder is None:
         raise ConfigError(f"{source.name} holds images, and there is no encoder to embed them.")
     return embed(encoder, source, batch=batch, precision=precision, workers=workers)
+
+
+def _conditions(
+    encoder: Encoder | None, features: Sequence[Embeddings], labelled: Sequence[Embeddings], precision: torch.dtype
+) -> dict[str, Any]:
+    """Return the part of the result that does not depend on the protocols."""
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "train": _counts(features[0], len(labelled[0])),
+        "test": _counts(features[1], len(labelled[1])),
+        "feature": features[1].feature,
+        "width": features[1].vectors.shape[1],
+        "encoder": _describe(encoder),
+        "precision": str(precision).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("inbatch", "torch", "scikit-learn")},
+    }
 
 
 def _counts(data: Embeddings, labelled: int) -> dict[str, Any]:
