@@ -25,7 +25,7 @@ SHARE, MOST = 0.05, 60.0
 """Calibration takes at most this share of the budget, and at most this many seconds."""
 WIDTHS = (24, 32, 48)
 """Candidate widths of the encoder `fast`, narrowest first."""
-WORTH = {24: 0, 32: 700_000, 48: 4_000_000}
+MIN_VIEWS = {24: 0, 32: 700_000, 48: 4_000_000}
 """Number of views from which each width is worth its cost (docs/fast.md)."""
 TRAINED = 0.85
 """Planned share of the budget for training; startup, evaluation and checkpoints take the rest."""
@@ -94,7 +94,7 @@ class Calibration:
     @property
     def best(self) -> Trial:
         """The widest encoder with enough views."""
-        enough = [x for x in self.trials if x.candidate.views >= WORTH.get(x.settings.get("encoder.width", 0), 0)]
+        enough = [x for x in self.trials if x.candidate.views >= MIN_VIEWS.get(x.settings.get("encoder.width", 0), 0)]
         return enough[-1] if enough else self.trials[0]
 
 
@@ -169,7 +169,8 @@ def time_steps(built: RunComponents, limit: float) -> float:
         limit: Seconds to spend on steps of one size; at least four are made.
     """
     with beside_others(built.loader.device):
-        return _both(built, limit)[0]
+        seconds, _ = _both(built, limit)
+        return seconds
 
 
 def _both(built: RunComponents, limit: float) -> tuple[float, float]:

@@ -33,10 +33,10 @@ def save_heads(built: RunComponents, directory: Path) -> None:
 
     `config.json` also contains the arguments of the method's `prepare`.
     """
-    told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
-    told |= {"batch": built.recipe.batch, "views": len(built.views)}
+    prepared = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
+    prepared |= {"batch": built.recipe.batch, "views": len(built.views)}
     method = built.recipe.method
-    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": told}, {})
+    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": prepared}, {})
 
 
 def judge_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def judge_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0)
         raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
     weights, config = read(run / "heads")
     try:
-        kind, options, told = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
+        kind, options, prepared = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
     name = kind.assigns
@@ -66,7 +66,7 @@ def judge_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0)
     try:
         with torch.random.fork_rng(devices=[]):
             method = kind(**options)
-            method.prepare(**told)
+            method.prepare(**prepared)
             network = Network(encoder, method.heads(encoder.width), (name,))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None

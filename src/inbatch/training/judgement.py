@@ -45,15 +45,15 @@ def compare_with_initial(
     fit_readout(before, built.loader.source if split is None else split.bank)
     untrained = None if split is None else evaluate(before, split.bank, split.queries, **options)
     source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
-    found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
-    shown = source.only(found["after"].number)
+    embedded = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
+    shown = source.only(embedded["after"].number)
     near = min(5, len(shown) - 1)
-    old, new = (found[name].handed_out(found[name].clean) for name in ("before", "after"))
+    old, new = (embedded[name].handed_out(embedded[name].clean) for name in ("before", "after"))
     save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
     return {
         "initial": initial_name(recipe),
         "untrained": untrained,
-        "unlabelled": compared(found["before"], found["after"]),
+        "unlabelled": compared(embedded["before"], embedded["after"]),
         "comparison_seconds": time.perf_counter() - began,
     }
 
@@ -66,11 +66,11 @@ def images_within(built: RunComponents, seconds: float, images: int | None = Non
         seconds: Time limit.
         images: Fixed number of images, for a resumed run.
     """
-    few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
+    sample = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
     each = 0.0
     for _ in range(2):  # the first pass is a warm-up
         began = time.perf_counter()
-        number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
+        number = embed_all({"it": built.encoder}, built.views, sample, built.recipe.seed)["it"].number
         each = 2 * (time.perf_counter() - began) / len(number)
     most = min(IMAGES, len(built.loader.source))
     if images is None:
@@ -112,10 +112,10 @@ def judge_labelled(
     for one in (encoder, before):
         if one is not None:
             fit_readout(one, bank, again=stopped and one is encoder)
-    found = evaluate(encoder, bank, queries, protocols=protocols, **options)
+    figures = evaluate(encoder, bank, queries, protocols=protocols, **options)
     cheap = [name for name in protocols if name not in COSTLY]
-    judged = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
-    return found | {"untrained": judged}
+    untrained = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
+    return figures | {"untrained": untrained}
 
 
 def judge_unlabelled(
@@ -134,5 +134,5 @@ def judge_unlabelled(
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
         fit_readout(one, source, again=stopped and one is encoder)
-    found = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
-    return {"unlabelled": compared(found.get("before"), found["after"]), "images": len(found["after"].clean)}
+    embedded = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
+    return {"unlabelled": compared(embedded.get("before"), embedded["after"]), "images": len(embedded["after"].clean)}

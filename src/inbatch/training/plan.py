@@ -20,7 +20,7 @@ from inbatch.training.run_encoder import with_encoder_of_init
 
 DECODED = 0.15
 """Share of the budget that decoding may take before the first step; larger data sets are subsampled."""
-FEW = 20
+SHORT_RUN = 20
 """Number of steps below which the user is warned that a run with a budget is short."""
 _EVALUATIONS = 8
 """Number of online evaluations of a run with a budget."""
@@ -100,7 +100,7 @@ def plan_run(
         configured: The settings come from a file, which defines the run.
         notify: Called with a sentence on rank 0 before steps are timed for a budget.
     """
-    data = data_asked_for(data, settings)
+    data = requested_data(data, settings)
     settings = with_encoder_of_init(with_default_budget(settings, data, device, configured))
     if not needs_plan(settings):
         return plan_without_budget(data, settings, download)
@@ -112,7 +112,7 @@ def plan_run(
 
 def plan_without_budget(data: Any, settings: Settings, download: bool = False) -> RunPlan:
     """Return the recipe of a new run as `plan_run` does, but do not plan for a time budget."""
-    data, settings = data_asked_for(data, settings), with_encoder_of_init(settings)
+    data, settings = requested_data(data, settings), with_encoder_of_init(settings)
     recipe, source = resolve_recipe(data, settings, download)
     return RunPlan(recipe, source, data)
 
@@ -194,9 +194,9 @@ def _whole(key: str, value: Any) -> int:
         raise ConfigError(f"{key} = {shown(value)}: input should be a whole number") from None
 
 
-def data_asked_for(data: Any, given: Settings) -> Any:
+def requested_data(data: Any, settings: Settings) -> Any:
     """Return the data to learn from: the argument, else the setting."""
-    data = given.get("data") if data is None else data
+    data = settings.get("data") if data is None else data
     if data is None:
         raise ConfigError("no images: pass --data with a folder, a file of images, or a data set such as digits-canvas")
     return data
@@ -213,68 +213,69 @@ def merged_settings(
         settings: Dotted settings, which override `method` and `values`.
         values: Settings by top-level name; the value of a part is its name.
     """
-    asked: Settings = {} if method is None else {"method.name": method}
-    asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
-    asked |= dict(settings or {})
+    requested: Settings = {} if method is None else {"method.name": method}
+    requested |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
+    requested |= dict(settings or {})
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
-        check_one_length(asked)
-    return asked if config is None else _over(read_file(config), asked)
+        check_one_length(requested)
+    return requested if config is None else _over(read_file(config), requested)
 
 
 _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup")
 """Settings that a budget plans in addition to the length; a settings file without a budget defines them itself."""
 
 
-def _over(file: Settings, asked: Settings) -> Settings:
+def _over(file: Settings, requested: Settings) -> Settings:
     """Return the settings of a file, overridden by the requested ones.
 
     A requested length replaces that of the file and everything derived from it. Options apply to one part only.
     """
     lengths = ("budget", "epochs", "steps")
-    if any(asked.get(key) is not None for key in lengths):
+    if any(requested.get(key) is not None for key in lengths):
         followed = (*lengths, "replans", *(_PLANNED if file.get("budget") is not None else ()))
         file = {key: value for key, value in file.items() if key not in followed}
     for part in PARTS:
-        name = asked.get(f"{part}.name")
+        name = requested.get(f"{part}.name")
         if name is not None and name != file.get(f"{part}.name", name):
             file = {key: value for key, value in file.items() if not key.startswith(f"{part}.")}
-    return file | asked
+    return file | requested
 
 
 DEFAULT = "1h"
 """The budget on a CPU if no setting determines the length or the encoder."""
 
 
-_SAYS = ("budget", "epochs", "steps", "preset", "encoder.name")
+_DEFINING = ("budget", "epochs", "steps", "preset", "encoder.name")
+"""Settings that determine the length or the encoder."""
 
 
-def with_default_budget(given: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
+def with_default_budget(settings: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
     """Return the settings, on a CPU with a budget of one hour if they set neither length nor encoder.
 
     Args:
-        given: Requested settings.
+        settings: Requested settings.
         data: Data to learn from; embedded data have their own preset, which takes minutes.
         device: Device of the networks.
         configured: The settings come from a file, which defines the run.
     """
     embedded = isinstance(data, str) and data.startswith("digits-canvas")
-    if device.type != "cpu" or configured or embedded or any(given.get(key) is not None for key in _SAYS):
-        return given
-    return given | {"budget": DEFAULT}
+    if device.type != "cpu" or configured or embedded or any(settings.get(key) is not None for key in _DEFINING):
+        return settings
+    return settings | {"budget": DEFAULT}
 
 
-def needs_plan(given: Settings) -> bool:
+def needs_plan(settings: Settings) -> bool:
     """Return whether a budget is set but not yet planned; the recipe of a planned run has all three lengths."""
-    planned = all(given.get(key) is not None for key in ("steps", "epochs"))
-    return given.get("budget") is not None and not planned
+    planned = all(settings.get(key) is not None for key in ("steps", "epochs"))
+    return settings.get("budget") is not None and not planned
 
 
-def check_one_length(given: Settings) -> None:
+def check_one_length(settings: Settings) -> None:
     """Raise ConfigError if a budget is set together with another length."""
     for key, other in (("epochs", "--epochs"), ("steps", "steps")):
-        if given.get("budget") is not None and given.get(key) is not None:
+        if settings.get("budget") is not None and settings.get(key) is not None:
             raise ConfigError(
-                f"budget = {given['budget']} and {key} = {given[key]} both set the length of the run: "
+                f"budget = {settings['budget']} and {key} = {settings[key]} both set the length of the run: "
                 f"leave out {other}, or --budget"
             )
 
@@ -316,7 +317,7 @@ def plan_budget(
     timed = calibrate(settings, not encoder_requested, source, budget, began, device=device, workers=workers)
     best, per_epoch = timed.best, timed.loader.steps
     notes += filter(None, (timed.note, best.note))
-    if best.candidate.steps < FEW:
+    if best.candidate.steps < SHORT_RUN:
         notes.append(
             f"The budget leaves time for {best.candidate.steps} steps only: the preset fast, a smaller batch or a "
             "longer budget make more."

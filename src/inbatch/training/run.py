@@ -48,10 +48,10 @@ def load(path: str | Path) -> Encoder:
 
     Warns, with the step of the encoder, if the run has not finished.
     """
-    found = load_run_encoder(path)
-    if found.note:
-        warnings.warn(found.note, stacklevel=2)
-    return found.encoder
+    loaded = load_run_encoder(path)
+    if loaded.note:
+        warnings.warn(loaded.note, stacklevel=2)
+    return loaded.encoder
 
 
 def load_run(path: str | Path) -> Run:
@@ -102,21 +102,21 @@ def evaluate_run(
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
     own, path = recipe_of(path), Path(path)
-    found = load_run_encoder(path)
+    loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
-    encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
+    encoder, stopped = loaded.encoder.to(device_for(device)), loaded.note is not None
     options = {"k": recipe.k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
-    told = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | found.stage()
-    told["note"] = ". ".join(filter(None, (found.note, why))) or None
+    origin = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | loaded.stage()
+    origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
     if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
-        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
+        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
     bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
     head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
-    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | told
+    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 
 
 def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
@@ -138,12 +138,12 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     if out.exists() and not _is_free(out):
         raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
-    found = load_run_encoder(path)
-    save_encoder(found.encoder, out)
-    encoder, known = found.encoder, "architecture" in read_json(out / "config.json")
+    loaded = load_run_encoder(path)
+    save_encoder(loaded.encoder, out)
+    encoder, readable_by_timm = loaded.encoder, "architecture" in read_json(out / "config.json")
     what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels}
     what["width"] = encoder.feature_width
-    return {"run": str(path), "out": str(out), "timm": known} | what | found.stage()
+    return {"run": str(path), "out": str(out), "timm": readable_by_timm} | what | loaded.stage()
 
 
 def _is_free(out: Path) -> bool:
@@ -183,12 +183,12 @@ def embed_run(
             None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
     """
-    found = load_run_encoder(path)
+    loaded = load_run_encoder(path)
     if stage is not None:
-        stage |= found.stage()
-    elif found.note:
-        warnings.warn(found.note, stacklevel=2)
-    encoder = found.encoder.to(device_for(device))
+        stage |= loaded.stage()
+    elif loaded.note:
+        warnings.warn(loaded.note, stacklevel=2)
+    encoder = loaded.encoder.to(device_for(device))
     source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     with encoder.plain() if plain else nullcontext():

@@ -98,9 +98,9 @@ def embed_bank(encoder: Encoder, source: Images, **options: Any) -> Embeddings:
     if encoder.readout is None:
         return embed(encoder, source, **options)
     encoder.readout.forget()
-    found = embed(encoder, source, **options)
-    encoder.readout.fit(found.vectors)
-    return replace(found, vectors=encoder.readout.whitened(found.vectors.to(encoder.device)).cpu())
+    embeddings = embed(encoder, source, **options)
+    encoder.readout.fit(embeddings.vectors)
+    return replace(embeddings, vectors=encoder.readout.whitened(embeddings.vectors.to(encoder.device)).cpu())
 
 
 def _embedded(built: RunComponents, source: Images) -> Embeddings:
@@ -131,22 +131,22 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
     progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
     if progress.step < SETTLED:
         return
-    found = signs(now, progress.most, classes=built.method.labels)
-    for measure, sentence in found.items():
+    collapsed = signs(now, progress.most, classes=built.method.labels)
+    for measure, sentence in collapsed.items():
         if measure not in progress.collapsed:
             log.note(f"epoch {epoch}: {sentence}")
-    for measure in progress.collapsed.keys() - found:
+    for measure in progress.collapsed.keys() - collapsed:
         log.note(f"epoch {epoch}: {measure} has recovered: {now[measure]:.2g}.")
-    progress.collapsed = found
+    progress.collapsed = collapsed
 
 
 def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log) -> None:
     """Log whether an embedding identifies its group, if samples interact before the loss."""
-    found = leak(built, epoch) if meets(built) else {}
-    if found:
-        progress.leak = found
-        log.record(progress.step, found)
-        if sentence := sign(found, built.recipe.shuffle_groups):
+    figures = leak(built, epoch) if meets(built) else {}
+    if figures:
+        progress.leak = figures
+        log.record(progress.step, figures)
+        if sentence := sign(figures, built.recipe.shuffle_groups):
             log.note(f"epoch {epoch}: {sentence}")
 
 
@@ -154,14 +154,16 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
     """Pass the rows of the whole data set to the method: clean images, in evaluation mode, split over the ranks."""
     network, source, world = built.target or built.network, built.loader.source, distributed.world()
     label, n = source.labels, len(source)
-    mine = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
-    seen = Subset(source, mine, "this rank's share")
+    numbers = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
+    seen = Subset(source, numbers, "this rank's share")
     rows = {}
     for name in network.reads:
-        found = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
+        embeddings = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
         # An unreadable image is never used for learning, so its row is arbitrary; here it is that of the following
         # image.
-        share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
+        share = embeddings.vectors[
+            torch.searchsorted(embeddings.index, torch.arange(len(seen))).clamp(max=len(embeddings) - 1)
+        ]
         whole = distributed.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
     return built.method.survey(rows, label.cpu(), epoch, distributed.distribute_tasks)
@@ -170,20 +172,20 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
 def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> Judge:
     """Return a function that evaluates the features of clean images: k-NN with labels, and measures of collapse."""
 
-    def look() -> dict[str, float]:
+    def judge() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
         if split is None:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
-            few = torch.arange(min(most, len(built.loader.source)))
-            watched = Subset(built.loader.source, few, "to watch the features")
-            return _spread(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
+            indices = torch.arange(min(most, len(built.loader.source)))
+            sample = Subset(built.loader.source, indices, "to watch the features")
+            return _spread(built.encoder, embed_bank(built.encoder, sample, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
-        found = _spread(built.encoder, queries.vectors)
+        measures = _spread(built.encoder, queries.vectors)
         bank, queries = bank.labelled(), queries.labelled()
         near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
-        return {"knn": near["top1"]} | found
+        return {"knn": near["top1"]} | measures
 
-    return look
+    return judge
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
@@ -204,12 +206,12 @@ def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, st
         log: Log of the run.
         steps: Steps per epoch.
     """
-    loss, found = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
+    loss, figures = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps
-    progress.curve.append({"step": progress.step, "epoch": done} | loss | found)
-    log.evaluation(progress.step, found)
-    best = found.get("knn", -math.inf) > progress.best
-    progress.best = max(progress.best, found.get("knn", -math.inf))
+    progress.curve.append({"step": progress.step, "epoch": done} | loss | figures)
+    log.evaluation(progress.step, figures)
+    best = figures.get("knn", -math.inf) > progress.best
+    progress.best = max(progress.best, figures.get("knn", -math.inf))
     return best
 
 
@@ -231,7 +233,7 @@ def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
 def evaluation(built: RunComponents, split: EvaluationSplit, out: Path) -> dict[str, Any]:
     """Return the figures of every protocol, and of the head that assigns clusters if the method has one."""
     options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
-    found = evaluate(built.encoder, split.bank, split.queries, **options)
+    figures = evaluate(built.encoder, split.bank, split.queries, **options)
     if built.method.assigns:
-        found["head"] = judge_head(out, built.encoder, split.queries, workers=built.loader.workers)
-    return found
+        figures["head"] = judge_head(out, built.encoder, split.queries, workers=built.loader.workers)
+    return figures
