@@ -217,7 +217,7 @@ def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pyte
     monkeypatch.setattr(
         judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
     )
-    judge: Any = judgement.judge_labelled
+    judge: Any = judgement.evaluate_labelled
     assert judge("before", "after", None, None, ["finetune"], {}) == {"untrained": None}
     assert judge("before", "after", None, None, ["knn", "few", "corruptions"], {}) == {"untrained": {}}
     assert asked == [("after", ["finetune"]), ("after", ["knn", "few", "corruptions"]), ("before", ["knn", "few"])]

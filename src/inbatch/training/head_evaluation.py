@@ -39,7 +39,7 @@ def save_heads(built: RunComponents, directory: Path) -> None:
     write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": prepared}, {})
 
 
-def judge_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:
+def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:
     """Return NMI, ACC and ARI of the clusters that a run's head assigns clean images to, and the protocol.
 
     Args:

@@ -86,7 +86,7 @@ def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[En
         return None, f"the encoder before training cannot be created: {error}"
 
 
-def judge_labelled(
+def evaluate_labelled(
     before: Encoder | None,
     encoder: Encoder,
     bank: Images,
@@ -118,7 +118,7 @@ def judge_labelled(
     return figures | {"untrained": untrained}
 
 
-def judge_unlabelled(
+def evaluate_unlabelled(
     recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
 ) -> dict[str, Any]:
     """Return the measures that need no labels, of both encoders; entries of evaluation.json.
@@ -129,7 +129,7 @@ def judge_unlabelled(
         encoder: The encoder to evaluate.
         source: The images.
         seed: Seed of the sample of images and of their views.
-        stopped: As in `judge_labelled`.
+        stopped: As in `evaluate_labelled`.
     """
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():

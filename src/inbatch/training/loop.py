@@ -275,7 +275,7 @@ class _Loop:
         source = self.built.loader.source
         spaced = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
         self.watched = Subset(source, spaced, "watched for collapse")
-        self.judge = make_online_evaluator(self.built, self.split)
+        self.evaluator = make_online_evaluator(self.built, self.split)
 
     def run(self) -> None:
         """Train from the current step to the last, and evaluate on the way."""
@@ -370,7 +370,7 @@ class _Loop:
         began = time.perf_counter()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        best = evaluate_online(self.judge, progress, epoch, self.log, built.loader.steps)
+        best = evaluate_online(self.evaluator, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:
             check_leak(built, progress, epoch, self.log)

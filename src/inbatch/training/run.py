@@ -18,9 +18,9 @@ from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.terminal import counted
-from inbatch.training.head_evaluation import judge_head
+from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
-from inbatch.training.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
+from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
 from inbatch.training.recipe import Recipe, make, read_file
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
@@ -113,10 +113,10 @@ def evaluate_run(
     if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
-        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
+        return evaluate_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
     bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
-    head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
-    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
+    head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
+    return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 
 
 def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:

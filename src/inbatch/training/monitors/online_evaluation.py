@@ -16,7 +16,7 @@ from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed
 from inbatch.training.build import RunComponents
-from inbatch.training.head_evaluation import HeadRows, judge_head
+from inbatch.training.head_evaluation import HeadRows, evaluate_head
 from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.collapse import SETTLED, signs, spread
@@ -29,7 +29,7 @@ from inbatch.training.train_state import TrainState
 BANK, QUERIES = 10_000, 2_000
 """Numbers of images for online evaluation of streamed data: the first step must not wait for a million of them."""
 
-Judge = Callable[[], dict[str, float]]
+OnlineEvaluator = Callable[[], dict[str, float]]
 
 
 def choose_online_subsets(built: RunComponents, split: EvaluationSplit) -> tuple[EvaluationSplit, EvaluationSplit]:
@@ -169,10 +169,10 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
     return built.method.survey(rows, label.cpu(), epoch, distributed.distribute_tasks)
 
 
-def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> Judge:
+def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> OnlineEvaluator:
     """Return a function that evaluates the features of clean images: k-NN with labels, and measures of collapse."""
 
-    def judge() -> dict[str, float]:
+    def evaluate_features() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
         if split is None:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
@@ -185,7 +185,7 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
         near = knn(bank, queries, k=min(built.recipe.k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | measures
 
-    return judge
+    return evaluate_features
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
@@ -194,19 +194,19 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
-def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
+def evaluate_online(evaluator: OnlineEvaluator, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
     """Evaluate the features on rank 0, store and log the result; return whether it is the best so far.
 
     The curve also receives the mean loss; the log has that of single steps.
 
     Args:
-        judge: Return the figures of the online evaluation.
+        evaluator: Return the figures of the online evaluation.
         progress: Training state; the curve and the best value are stored there.
         epoch: Number of epochs, the last one possibly incomplete.
         log: Log of the run.
         steps: Steps per epoch.
     """
-    loss, figures = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
+    loss, figures = distributed.broadcast_object((progress.mean_loss(), evaluator() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps
     progress.curve.append({"step": progress.step, "epoch": done} | loss | figures)
     log.evaluation(progress.step, figures)
@@ -235,5 +235,5 @@ def evaluation(built: RunComponents, split: EvaluationSplit, out: Path) -> dict[
     options: dict[str, Any] = {"k": built.recipe.k, "seed": built.recipe.seed, "workers": built.loader.workers}
     figures = evaluate(built.encoder, split.bank, split.queries, **options)
     if built.method.assigns:
-        figures["head"] = judge_head(out, built.encoder, split.queries, workers=built.loader.workers)
+        figures["head"] = evaluate_head(out, built.encoder, split.queries, workers=built.loader.workers)
     return figures
