@@ -81,9 +81,12 @@ def untrained(recipe: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
 
     fields = {key: recipe[key] for key in ("subset", "image_size", "channels", "batch_size")}
     built = prepare(data, "simclr", settings={"encoder.name": recipe["encoder"]["name"]}, seed=seed, **fields)
-    held = evaluation_split(built.recipe, built.source, data)
-    assert held is not None
-    return {"seed": seed, "evaluation": evaluate(built.encoder, *held[:2], k=recipe["knn_k"], seed=seed)}
+    split = evaluation_split(built.recipe, built.source, data)
+    assert split is not None
+    return {
+        "seed": seed,
+        "evaluation": evaluate(built.encoder, split.bank, split.queries, k=recipe["knn_k"], seed=seed),
+    }
 
 
 def entry(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,18 +15,16 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked, write_json
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
-from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build, local_batch_size
-from inbatch.training.calibration import plan_budget
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.loop import train
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
-from inbatch.training.plan import data_asked_for, merged_settings, needs_plan, resolve_recipe, with_default_budget
+from inbatch.training.plan import RunPlan, merged_settings, plan_run, plan_without_budget, with_context
 from inbatch.training.recipe import Recipe, Settings, make, read_file
 from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run, report_of
-from inbatch.training.run_encoder import kept_initial, save_initial, with_encoder_of_init
+from inbatch.training.run_encoder import kept_initial, save_initial
 from inbatch.training.status import clear
 from inbatch.training.summary import describe, estimate
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
@@ -106,61 +104,42 @@ def pretrain(
     began = tuning.command_began()
     tuning.ready()
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
-        given = merged_settings(method, config, settings, fields)
-        going_on, choice = _run_to_resume(out, resume), None
-        if going_on is not None and _spent(going_on):
-            _resumed(going_on, data, given, download)  # raises if an argument contradicts the run
-            with progress(quiet) as (tell, _):
-                tell(f"The run in {going_on} is finished; inbatch evaluate {going_on} evaluates it again.")
-            return load_run(going_on)
-        if going_on is not None:
-            recipe, source, data = _resumed(going_on, data, given, download)
-            directory = going_on
+        requested = merged_settings(method, config, settings, fields)
+        previous = _run_to_resume(out, resume)
+        if previous is not None and _budget_is_spent(previous):
+            return _finished(previous, data, requested, download, quiet)
+        if previous is not None:
+            plan, directory = _resumed(previous, data, requested, download), previous
         else:
-            data = data_asked_for(data, given)
-            given = with_default_budget(given, data, device_for(device), config is not None)
-            given = with_encoder_of_init(given)
-            if needs_plan(given):
-                _new_folder(out, None, overwrite or _barely_begun(out, resume))  # refuse before minutes are spent
-                with progress(quiet) as (tell, _):
-                    choice, source = plan_budget(
-                        data, given, began, device=device_for(device), workers=workers, download=download, tell=tell
-                    )
-                recipe = choice.recipe
-            else:
-                recipe, source = resolve_recipe(data, given, download)
-            directory = _new_folder(out, recipe, overwrite or _barely_begun(out, resume))
+            replace_run = overwrite or _barely_begun(out, resume)
+            _new_folder(out, None, replace_run)  # refuse before minutes are spent
+            with progress(quiet) as (notify, _):
+                plan = plan_run(
+                    data, requested, device=device_for(device), workers=workers, download=download, began=began,
+                    configured=config is not None, notify=notify,
+                )  # fmt: skip
+            directory = _new_folder(out, plan.recipe, replace_run)
         if distributed.world() > 1:  # reading a million names is only needed with several ranks
-            distributed.assert_equal_across_ranks(_facts(recipe, source))
-        recipe, fitted = resolve(recipe, source, device_for(device), workers)
-        memory = ""
-        if going_on is None and choice is None:  # a budget has already checked the memory
-            recipe, memory = within_memory(recipe, source, device_for(device), workers)
-        reference = _reference(compare, recipe) if distributed.rank() == 0 else None
-        loader, init = choice.loader if choice else None, going_on and kept_initial(going_on)
-        built = build(recipe, source, device=device_for(device), workers=workers, loader=loader, init=init)
-        held = evaluation_split(recipe, built.loader.source, data, test, download)
+            distributed.assert_equal_across_ranks(_facts(plan.recipe, plan.source))
+        plan = with_context(plan, device_for(device), workers, check_memory=previous is None)
+        reference = _reference(compare, plan.recipe) if distributed.rank() == 0 else None
+        built = build(
+            plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader,
+            init=previous and kept_initial(previous),
+        )  # fmt: skip
+        split = evaluation_split(plan.recipe, built.loader.source, plan.data, test, download)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
-            if distributed.rank() == 0 and going_on is None:
+            if distributed.rank() == 0 and previous is None:
                 clear(directory)
-                write_json(directory / "recipe.json", recipe.nested())
-                save_initial(recipe, built.encoder, directory)
-            notes = [note for note in (stale, memory, fitted and fitted.sentence(), _advice(built)) if note]
-            notes = [*(choice.sentences() if choice else ()), *notes, *built.notes]
+                write_json(directory / "recipe.json", plan.recipe.nested())
+                save_initial(plan.recipe, built.encoder, directory)
             result = train(
-                built,
-                directory,
-                held,
-                resume=going_on is not None,
-                quiet=quiet,
-                notes=notes,
-                stop_on_collapse=stop_on_collapse,
-                reference=reference,
-                began=began,
-                calibration=choice.json() if choice else None,
-            )
-        return Run(directory, recipe, result)
+                built, directory, split, resume=previous is not None, quiet=quiet, notes=_notes(plan, built, stale),
+                stop_on_collapse=stop_on_collapse, reference=reference, began=began,
+                calibration=plan.choice.json() if plan.choice else None,
+            )  # fmt: skip
+        return Run(directory, plan.recipe, result)
 
 
 def prepare(
@@ -169,7 +148,9 @@ def prepare(
     download: bool = False, **fields: Any,
 ) -> RunComponents:  # fmt: skip
     """Build everything that `pretrain` would train with, without training: for --dry-run or a custom training loop."""
-    return _prepared(data, merged_settings(method, config, settings, fields), device, workers, download)[0]
+    requested = merged_settings(method, config, settings, fields)
+    plan = with_context(plan_without_budget(data, requested, download), device_for(device), workers)
+    return build(plan.recipe, plan.source, device=device_for(device), workers=workers)
 
 
 def dry_run(
@@ -183,27 +164,35 @@ def dry_run(
     """
     began = tuning.command_began()
     with distributed.process_group(expect_world_size, device_for(device).type):
-        given, choice = merged_settings(method, config, settings, fields), None
-        given = with_default_budget(given, data_asked_for(data, given), device_for(device), config is not None)
-        given = with_encoder_of_init(given)
-        if needs_plan(given):
-            choice, source = plan_budget(
-                data_asked_for(data, given), given, began, device=device_for(device), workers=workers, download=download
-            )
-            built, fitted = build(choice.recipe, source, device=device_for(device), loader=choice.loader), None
-        else:
-            built, fitted = _prepared(data, given, device, workers, download)
-        where = built.recipe.data if isinstance(data, str | None) else data
-        held = evaluation_split(built.recipe, built.source, where, download=download)
-        lines, found = [describe(built)], {"recipe": built.recipe.nested(), "held_out": held and held[2]}
-        if fitted is not None:
-            lines, found = [*lines, fitted.sentence()], found | {"context_found": fitted.json()}
-        seconds = choice.chosen.seconds if choice else step_seconds(built)
-        lines += [*(choice.sentences() if choice else ()), expectation(built, seconds)]
-        smaller = smaller_choices(built) if built.total * seconds > 3600 and built.recipe.budget is None else []
-        found["seconds_estimate"] = {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)}
+        requested = merged_settings(method, config, settings, fields)
+        plan = plan_run(
+            data, requested, device=device_for(device), workers=workers, download=download, began=began,
+            configured=config is not None,
+        )  # fmt: skip
+        plan = with_context(plan, device_for(device), workers)
+        built = build(plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader)
+        split = evaluation_split(plan.recipe, plan.source, plan.data, download=download)
+        seconds = plan.choice.chosen.seconds if plan.choice else step_seconds(built)
+        smaller = smaller_choices(built) if built.total * seconds > 3600 and plan.recipe.budget is None else []
+        lines = [describe(built)]
+        lines += [plan.context.sentence()] if plan.context else []
+        lines += [*(plan.choice.sentences() if plan.choice else ()), expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
-        return found | {"description": "\n".join(lines)} | estimate(built)
+        return {
+            "recipe": plan.recipe.nested(),
+            "held_out": split and split.description,
+            **({"context_found": plan.context.json()} if plan.context else {}),
+            "seconds_estimate": {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)},
+            "description": "\n".join(lines),
+            **estimate(built),
+        }
+
+
+def _notes(plan: RunPlan, built: RunComponents, stale: str | None) -> list[str]:
+    """Return the sentences for the start of a run: how its recipe was chosen, and advice."""
+    context = plan.context.sentence() if plan.context else ""
+    notes = [note for note in (stale, plan.memory, context, _advice(built)) if note]
+    return [*(plan.choice.sentences() if plan.choice else ()), *notes, *built.notes]
 
 
 def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
@@ -218,16 +207,6 @@ def _advice(built: RunComponents) -> str:
     return advice(built.loader.device, max(view.size for view in built.views.views), built.loader.workers)
 
 
-def _prepared(
-    data: Any, given: Settings, device: str, workers: int | None, download: bool
-) -> tuple[RunComponents, ContextSize | None]:
-    """Return the components built from these settings, and the context size if it was searched for."""
-    given = with_encoder_of_init(given)
-    recipe, source = resolve_recipe(data_asked_for(data, given), given, download)
-    recipe, fitted = resolve(recipe, source, device_for(device), workers)
-    return build(recipe, source, device=device_for(device), workers=workers), fitted
-
-
 def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
     """Return the reference curve for this recipe; read it before --overwrite can remove it."""
     if compare is None:
@@ -235,10 +214,18 @@ def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
     return find_reference(recipe.nested()) if compare == "auto" else read_reference(compare)
 
 
-def _spent(folder: Path) -> bool:
+def _budget_is_spent(folder: Path) -> bool:
     """Return whether a run has used its budget and written all results: evaluating it again would exceed the budget."""
     ended = report_of(folder).get("status") == "finished" and (folder / "result.json").is_file()
     return ended and read_file(folder / "recipe.json").get("budget") is not None
+
+
+def _finished(folder: Path, data: Any, requested: Settings, download: bool, quiet: bool) -> Run:
+    """Return a finished run that would be resumed; raise ConfigError if the current settings contradict its recipe."""
+    _resumed(folder, data, requested, download)
+    with progress(quiet) as (notify, _):
+        notify(f"The run in {folder} is finished; inbatch evaluate {folder} evaluates it again.")
+    return load_run(folder)
 
 
 def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
@@ -263,21 +250,21 @@ def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
     return not any((Path(out) / name).exists() for name in ("encoder", "result.json"))
 
 
-def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[Recipe, Source, Any]:
-    """Return the recipe of a run and its data; raise ConfigError if the current settings contradict the recipe."""
+def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> RunPlan:
+    """Return the recipe of a run and its images; raise ConfigError if the current settings contradict the recipe."""
     saved = read_file(folder / "recipe.json")
     recipe = make(saved)
-    mine = recipe.flat()
+    flat = recipe.flat()
     if isinstance(data, str | Path):
-        given = {"data": str(data)} | given
+        requested = {"data": str(data)} | requested
     changed = {}
-    for key, value in given.items():
+    for key, value in requested.items():
         if key == "context" and value == "auto":
             continue  # the context was chosen when the run started; another value would make it a different run
-        if mine.get(key) != value and make(saved | {key: value}).flat() != mine:
+        if flat.get(key) != value and make(saved | {key: value}).flat() != flat:
             changed[key] = value
     if changed:
-        what = ", ".join(f"{k} = {v!r} (the run has {mine.get(k)!r})" for k, v in changed.items())
+        what = ", ".join(f"{k} = {v!r} (the run has {flat.get(k)!r})" for k, v in changed.items())
         raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
     report = report_of(folder)
     if recipe.context is None and report.get("world", distributed.world()) != distributed.world():
@@ -291,7 +278,7 @@ def _resumed(folder: Path, data: Any, given: Settings, download: bool) -> tuple[
     if isinstance(data, str | Path | None):
         data = recipe.data
     source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
-    return recipe, source, data
+    return RunPlan(recipe, source, data)
 
 
 def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) -> Path:

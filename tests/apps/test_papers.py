@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from inbatch.apps.cli import app
 from inbatch.apps.papers import TABLES, render
-from inbatch.apps.papers.command import run_table_command
+from inbatch.apps.papers.command import Selection, run_table_command
 from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.filled_table import fill, paired
 from inbatch.apps.papers.results import Record, find_record, read_record, read_records, shipped, write_record
@@ -457,7 +457,7 @@ def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
 def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
     """Every row, with one seed."""
     runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", tell=lambda text: None)
-    asked = run_table_command(TABLES, table.name, "smoke", runner=runner, seeds=[0])
+    asked = run_table_command(TABLES, table.name, "smoke", runner=runner, selection=Selection(seeds=[0]))
     assert not asked.problems
     assert all(value.values for line in asked.sheet.lines if line.row.settings is not None for value in line.ours)
 
@@ -489,7 +489,7 @@ def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> 
 
 def test_a_table_cut_down_wants_fewer_runs() -> None:
     found = run_table_command(
-        TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), on=["digits"], rows=["SimCLR + BA"], seeds=[0]
+        TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), selection=Selection(["SimCLR + BA"], ["digits"], [0])
     )
     assert found.sheet.wanted == 2
 

@@ -229,7 +229,8 @@ class TestClasses:
     def test_a_run_is_judged_by_the_same_classes(self, tmp_path):
         names = listed(tmp_path, "classes.txt", "c d\nb\n")
         recipe, source = resolve_recipe(folder(tmp_path), {"classes": str(names)})
-        bank, queries, how = evaluation_split(recipe, source, tmp_path)
+        split = evaluation_split(recipe, source, tmp_path)
+        bank, queries, how = split.bank, split.queries, split.description
         assert bank is source and queries.classes == bank.classes == ("c d", "b") and "test split" in how
         assert named(queries) == ["b", "c d"] and queries.name != bank.name
 

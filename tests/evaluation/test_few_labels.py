@@ -9,7 +9,7 @@ from feature_sets import clouds
 
 from inbatch.apps.cli.output import conditions, figures, print_figures
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluation import evaluate, few, few_labels, knn, linear_probe
+from inbatch.evaluation import evaluate, evaluate_few_labels, few_labels, knn, linear_probe
 
 
 def slow_few_labels(labels, share, seed):
@@ -50,7 +50,7 @@ def test_shares_that_are_none(share):
 
 def test_figures_are_those_of_the_protocols_on_the_kept_images():
     train, test = clouds(300, spread=2), clouds(200, spread=2, seed=1)
-    found = few(train, test, shares=(0.02, 0.2), draws=2, k=20, seed=5)
+    found = evaluate_few_labels(train, test, shares=(0.02, 0.2), draws=2, k=20, seed=5)
     assert list(found["shares"]) == ["2%", "20%"] and found["seeds"] == [5, 6]
     for share, one in zip((0.02, 0.2), found["shares"].values(), strict=True):
         each = [train.take(few_labels(train.labels, share, seed)) for seed in (5, 6)]
@@ -61,8 +61,8 @@ def test_figures_are_those_of_the_protocols_on_the_kept_images():
         for name in ("knn", "linear"):
             assert one[name]["top1"] == pytest.approx(sum(one[name]["each"]["top1"]) / 2)
     assert found["shares"]["2%"]["of_a_class"] == {"least": 2, "most": 2}
-    assert found == few(train, test, shares=(0.02, 0.2), draws=2, k=20, seed=5)
-    whole = few(train, test, shares=(1.0,), draws=1, k=20)["shares"]["100%"]
+    assert found == evaluate_few_labels(train, test, shares=(0.02, 0.2), draws=2, k=20, seed=5)
+    whole = evaluate_few_labels(train, test, shares=(1.0,), draws=1, k=20)["shares"]["100%"]
     assert (
         whole["linear"]["top1"] == linear_probe(train, test)["top1"]
         and whole["knn"]["top1"] == knn(train, test, 20)["top1"]
@@ -72,25 +72,25 @@ def test_figures_are_those_of_the_protocols_on_the_kept_images():
 def test_classes_of_different_sizes_are_stated():
     train = clouds(100)
     train.labels[:] = (torch.arange(100) >= 90).long()
-    found = few(train, clouds(40), shares=(0.1,), draws=1)["shares"]["10%"]
+    found = evaluate_few_labels(train, clouds(40), shares=(0.1,), draws=1)["shares"]["10%"]
     assert found["of_a_class"] == {"least": 1, "most": 9} and found["images"] == 10
 
 
 def test_it_needs_a_draw_a_share_and_two_classes():
     with pytest.raises(ConfigError, match="not 3 and 0"):
-        few(clouds(9), clouds(9), draws=0)
+        evaluate_few_labels(clouds(9), clouds(9), draws=0)
     with pytest.raises(ConfigError, match="not 0 and 3"):
-        few(clouds(9), clouds(9), shares=())
+        evaluate_few_labels(clouds(9), clouds(9), shares=())
     one = clouds(9)
     one.labels[:] = 0
     with pytest.raises(DataError, match="one class"):
-        few(one, clouds(9))
+        evaluate_few_labels(one, clouds(9))
 
 
 def test_evaluate_and_the_table(capsys):
     train, test = clouds(300), clouds(100, seed=1)
     found = evaluate(None, train, test, protocols=["knn", "few"], shares=[0.05], draws=1, k=9, seed=2)
-    assert found["few"] == few(train, test, shares=[0.05], draws=1, k=9, seed=2)
+    assert found["few"] == evaluate_few_labels(train, test, shares=[0.05], draws=1, k=9, seed=2)
     assert json.loads(json.dumps(found))
     ((row, given),) = conditions(found)
     assert row == "5% of the labels" and set(figures(given)) == {"k-NN", "linear"}

@@ -12,12 +12,14 @@ import inbatch
 from inbatch.api import embed_run, prepare
 from inbatch.data import Subset, open_data
 from inbatch.errors import DataError
-from inbatch.evaluation import clustering, embed, evaluate, feature_std, rankme
+from inbatch.evaluation import Kept, clustering, embed, evaluate, feature_std, rankme
 from inbatch.models import create_encoder, load_encoder, save_encoder
 from inbatch.models.readout import Readout
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.training import checkpoint
 from inbatch.training.build import build, image_scale
+from inbatch.training.holdout import EvaluationSplit
+from inbatch.training.monitors import online_evaluation
 from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import make
@@ -98,7 +100,7 @@ def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
         device=CPU,
     )
     built.encoder.load_state_dict(encoder.state_dict())
-    spread = make_online_evaluator(built, (source, source, "all"))()
+    spread = make_online_evaluator(built, EvaluationSplit(source, source, "all"))()
     assert spread["rankme"] == pytest.approx(float(rankme(plain.vectors)), rel=1e-3)
     assert spread["feature_std"] == pytest.approx(float(feature_std(plain.vectors)), rel=1e-3)
 
@@ -107,6 +109,17 @@ def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
         embed_run(tmp_path / "encoder", IMAGES, tmp_path / "f.npz", plain=plainly)
         rows = torch.from_numpy(np.load(tmp_path / "f.npz")["vector"])
         assert torch.allclose(rows, expected, atol=1e-3)
+
+
+def test_readout_is_fitted_to_a_sample_of_images_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_evaluation, "BANK", 8)
+    source = open_data(IMAGES[:20])
+    stored, kept = (create_encoder("tiny", size=32, whiten=True) for _ in range(2))
+    kept.load_state_dict(stored.state_dict())
+    fit_readout(stored, source)
+    fit_readout(kept, Kept(source))
+    assert stored.readout is not None and kept.readout is not None
+    assert int(kept.readout.images) == 8 and torch.equal(kept.readout.mean, stored.readout.mean)
 
 
 def test_readout_pools_over_quarters_unless_that_is_too_wide() -> None:

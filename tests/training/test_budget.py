@@ -171,10 +171,10 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     assert (tmp_path / "run/result.json").read_bytes() == before
 
 
-def _plan(**given: Any) -> calibration.Choice:
+def _plan(**given: Any) -> plan.Choice:
     given = {key.replace("__", "."): value for key, value in given.items()} | {"batch": 16}
     options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
-    return calibration.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
+    return plan.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
 
 
 def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(

@@ -217,7 +217,7 @@ def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pyte
     monkeypatch.setattr(
         judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
     )
-    judge: Any = judgement.judge_labelled
+    judge: Any = judgement.evaluate_labelled
     assert judge("before", "after", None, None, ["finetune"], {}) == {"untrained": None}
     assert judge("before", "after", None, None, ["knn", "few", "corruptions"], {}) == {"untrained": {}}
     assert asked == [("after", ["finetune"]), ("after", ["knn", "few", "corruptions"]), ("before", ["knn", "few"])]
@@ -261,7 +261,7 @@ def test_real_photographs(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for i, row in enumerate(parquet.read_table(file).slice(0, 200).to_pylist()):
         (tmp_path / "photos" / f"{i}.jpg").write_bytes(row["image"]["bytes"])
-    fields = {"size": 32, "batch": 50, "settings": {"optimizer.name": "adamw", "optimizer.lr": 2e-3}}
+    fields = {"image_size": 32, "batch_size": 50, "settings": {"optimizer.name": "adamw", "optimizer.lr": 2e-3}}
     found = learn(tmp_path / "photos", tmp_path / "run", **fields).result["unlabelled"]["same_image"]
     assert found["trained"] > found["untrained"]
 
@@ -269,7 +269,7 @@ def test_real_photographs(tmp_path: Path) -> None:
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)
-    found = judgement.worth(built, None, tmp_path)
+    found = judgement.compare_with_initial(built, None, tmp_path)
     for told in found["unlabelled"].values():
         assert told["untrained"] == told["trained"]
     assert_same_state(
@@ -282,7 +282,7 @@ def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.Mo
     assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
     images, seconds = judgement.images_within(built, 0.0)
     assert images == 64 and seconds > 1
-    found = judgement.worth(built, None, tmp_path, images)["unlabelled"]
+    found = judgement.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
     assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
 
 

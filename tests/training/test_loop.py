@@ -203,7 +203,8 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
 
     def judged(data: Any, test: Any = None) -> Any:
         recipe, source = resolve_recipe(data, settings)
-        return evaluation_split(recipe, source, data, test)
+        split = evaluation_split(recipe, source, data, test)
+        return split and (split.bank, split.queries, split.description)
 
     bank, queries, how = judged("digits-canvas")
     assert (len(bank), len(queries)) == (1297, 500) and how.startswith("test split")

@@ -39,7 +39,7 @@ def unjudged() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inbatch.training.loop.evaluation", lambda *_: {})
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
-        patch.setattr("inbatch.training.loop.worth", lambda *_: nothing)
+        patch.setattr("inbatch.training.loop.compare_with_initial", lambda *_: nothing)
         patch.setattr("inbatch.training.loop.plot_curves", lambda *_: None)
         yield
 

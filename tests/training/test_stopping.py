@@ -327,7 +327,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "phase"),
     [
-        (["pretrain", *SMALL], "inbatch.api:resolve_recipe"),
+        (["pretrain", *SMALL], "inbatch.training.plan:resolve_recipe"),
         (["pretrain", *SMALL], "inbatch.data.loader:hold"),
         (["pretrain", "--context", "auto", *SMALL], "inbatch.training.auto_context:_dry_step"),
         (["pretrain", *SMALL], "inbatch.training.loop:step_seconds"),

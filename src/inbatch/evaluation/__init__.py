@@ -7,7 +7,7 @@ from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, 
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
 from inbatch.evaluation.export import write_embeddings
-from inbatch.evaluation.few_labels import SHARES, few, few_labels
+from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels, few_labels
 from inbatch.evaluation.finetune import TUNINGS, Finetune, finetune
 from inbatch.evaluation.knn import knn, knn_scores
 from inbatch.evaluation.linear_probe import linear_probe
@@ -33,8 +33,8 @@ __all__ = [
     "embed",
     "embed_stream",
     "evaluate",
+    "evaluate_few_labels",
     "feature_std",
-    "few",
     "few_labels",
     "finetune",
     "hold_in_memory",

@@ -66,9 +66,9 @@ def clustering(
     fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
     with threadpool_limits(1), ThreadPoolExecutor(max(1, min(n_init, cores(), fit_at_once))) as pool:
         best = min(pool.map(fit, states), key=lambda means: means.inertia_)
-    found = torch.from_numpy(best.labels_).long()
+    assignment = torch.from_numpy(best.labels_).long()
     protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}
-    return {**_scores(known.labels, found), **protocol, "images": len(known)}
+    return {**_scores(known.labels, assignment), **protocol, "images": len(known)}
 
 
 def assigned(outputs: Embeddings) -> dict[str, object]:
@@ -77,9 +77,9 @@ def assigned(outputs: Embeddings) -> dict[str, object]:
     used: how many of the `clusters` have an image. Images without a label are left out.
     """
     known = outputs.labelled()
-    found = known.vectors.argmax(1)
-    protocol = {"clusters": known.vectors.shape[1], "used": len(found.unique()), "assignment": "largest output"}
-    return {**_scores(known.labels, found), **protocol, "images": len(known)}
+    assignment = known.vectors.argmax(1)
+    protocol = {"clusters": known.vectors.shape[1], "used": len(assignment.unique()), "assignment": "largest output"}
+    return {**_scores(known.labels, assignment), **protocol, "images": len(known)}
 
 
 def _scores(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -45,6 +45,9 @@ class Encoder(Protocol):
     def __call__(self, x: Float[Tensor, "n c s s"], /) -> Float[Tensor, "n f"]: ...
 
 
+AnySource = TypeVar("AnySource", bound=Source)
+
+
 class Kept:
     """A source that keeps its decoded images in memory: the same results, faster."""
 
@@ -66,7 +69,7 @@ class Kept:
     def read(self) -> None:
         """Decode all images that have not been read yet and can be, on all cores."""
 
-        def look(part: list[int]) -> None:
+        def decode(part: list[int]) -> None:
             for i in part:
                 with suppress(DataError):  # reported when the image is read
                     self.image(i)
@@ -75,17 +78,17 @@ class Kept:
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             with ThreadPoolExecutor(cores()) as pool:
-                list(pool.map(look, parts))
+                list(pool.map(decode, parts))
 
 
-def hold_in_memory(source: Source, limit: int = 2**29) -> Source:
+def hold_in_memory(source: AnySource, limit: int = 2**29) -> AnySource | Kept:
     """Return the source with its images kept in memory for repeated embedding, or unchanged if they are too large.
 
     limit: maximum bytes of the images, estimated from 16 of them; they may also fill at most a twentieth of the free
         memory, because the run needs the rest.
     """
-    some = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
-    size = sum(image.nbytes for image in readable(source, some)) / max(1, len(some)) * len(source)
+    sample = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    size = sum(image.nbytes for image in readable(source, sample)) / max(1, len(sample)) * len(source)
     return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 20) else source
 
 
@@ -244,8 +247,8 @@ class _Flatten:
 def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
     chunks = list(stream)
     if not chunks:
-        few = "; ".join(list(bad.values())[:3])
-        raise DataError(f"none of {len(bad):,} images can be read: {few}")
+        reasons = "; ".join(list(bad.values())[:3])
+        raise DataError(f"none of {len(bad):,} images can be read: {reasons}")
     return Embeddings(
         vectors=torch.cat([c.vectors for c in chunks]),
         labels=torch.cat([c.labels for c in chunks]),

@@ -12,7 +12,7 @@ from inbatch.evaluation.clustering import clustering
 from inbatch.evaluation.corruptions import check, corruptions
 from inbatch.evaluation.embed import Encoder, Source, embed
 from inbatch.evaluation.embeddings import Embeddings, class_count
-from inbatch.evaluation.few_labels import SHARES, few
+from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels
 from inbatch.evaluation.finetune import Finetune, finetune
 from inbatch.evaluation.knn import knn
 from inbatch.evaluation.linear_probe import linear_probe
@@ -60,8 +60,8 @@ def evaluate(
         distance: of k-NN.
         probe: see `linear_probe`.
         clusters: see `clustering`.
-        shares: see `few`.
-        draws: see `few`.
+        shares: see `evaluate_few_labels`.
+        draws: see `evaluate_few_labels`.
         tuning: settings of `finetune`.
         tuning_share: share of `finetune`.
         most: see `corruptions`.
@@ -74,79 +74,109 @@ def evaluate(
         ConfigError: for unknown protocols.
         DataError: without labels, with one class only, or if features are not finite.
     """
+    _check_protocols(protocols, encoder, train, test)
+    features = [
+        data if isinstance(data, Embeddings) else _embedded(encoder, data, batch, precision, workers)
+        for data in (train, test)
+    ]
+    labelled = bank, queries = features[0].labelled(), features[1].labelled()
+    class_count(bank, queries)
+    device = encoder.device if encoder is not None else "cpu"
+    neighbours: dict[str, Any] = {"k": k, "temperature": temperature, "distance": distance}
+    result = _conditions(encoder, features, labelled, precision)
+    if "knn" in protocols:
+        result["knn"] = knn(*labelled, **neighbours | {"k": min(k, len(bank))}, device=device)
+    if "linear" in protocols:
+        result["linear"] = linear_probe(*labelled, probe, seed=seed, device=device)
+    if "clustering" in protocols:
+        plain = queries if isinstance(test, Embeddings) else _plain(encoder, queries)
+        unwhitened = {} if plain is queries else {"features": "before whitening"}
+        result["clustering"] = clustering(plain, clusters, seed=seed) | {"split": "test"} | unwhitened
+    if "few" in protocols:
+        result["few"] = evaluate_few_labels(
+            *labelled, shares=shares, draws=draws, probe=probe, seed=seed, device=device, **neighbours
+        )
+    if "finetune" in protocols:
+        network, sources = _with_images(FINETUNE, encoder, train, test)
+        result["finetune"] = finetune(
+            network, sources[0], sources[1], tuning, share=tuning_share, seed=seed, batch=batch, workers=workers
+        )
+    if "corruptions" in protocols:
+        network, sources = _with_images(CORRUPT, encoder, test)
+        options: dict[str, Any] = neighbours | {"probe": probe, "seed": seed, "batch": batch, "precision": precision}
+        result["corruptions"] = corruptions(network, *labelled, sources[0], most=most, **options)
+    return result
+
+
+FINETUNE, CORRUPT = "finetune trains", "corruptions are shown to"
+"""What the protocols that need images do with an encoder, for messages."""
+
+
+def _check_protocols(
+    protocols: Sequence[str], encoder: Encoder | None, train: Source | Embeddings, test: Source | Embeddings
+) -> None:
+    """Raise ConfigError for unknown protocols, and for those that need an encoder or images that are not there."""
     unknown = set(protocols) - set(PROTOCOLS)
     if unknown:
         raise ConfigError(f"unknown protocols {sorted(unknown)}: choose from {', '.join(PROTOCOLS)}.")
-    given: tuple[Any, Any, Any] = encoder, train, test
     if "finetune" in protocols:
-        _need_images("finetune trains", *given)
+        _with_images(FINETUNE, encoder, train, test)
     if "corruptions" in protocols:
-        _need_images("corruptions are shown to", encoder, test)
-        check(given[0])
+        check(_with_images(CORRUPT, encoder, test)[0])
 
-    def features(data: Source | Embeddings) -> Embeddings:
-        if isinstance(data, Embeddings):
-            return data
-        if encoder is None:
-            raise ConfigError(f"{data.name} holds images, and there is no encoder to embed them.")
-        return embed(encoder, data, batch=batch, precision=precision, workers=workers)
 
-    sets = {"train": features(train), "test": features(test)}
-    known: dict[str, Any] = {split: data.labelled() for split, data in sets.items()}
-    class_count(known["train"], known["test"])
-    device = encoder.device if encoder is not None else "cpu"
-    near: dict[str, Any] = {"k": k, "temperature": temperature, "distance": distance}
-    result: dict[str, Any] = {
+def _with_images(use: str, encoder: Encoder | None, *data: Source | Embeddings) -> tuple[Encoder, list[Source]]:
+    """Return the encoder and the sources; raise ConfigError without an encoder, or for embeddings."""
+    if encoder is None:
+        raise ConfigError(f"{use} an encoder, and there is none.")
+    sources: list[Source] = []
+    for one in data:
+        if isinstance(one, Embeddings):
+            raise ConfigError(
+                f"{use} an encoder with images, and {one.name} holds embeddings: give a source of images."
+            )
+        sources.append(one)
+    return encoder, sources
+
+
+def _embedded(encoder: Encoder | None, source: Source, batch: int, precision: torch.dtype, workers: int) -> Embeddings:
+    """Return the embeddings of a source; raise ConfigError without an encoder."""
+    if encoder is None:
+        raise ConfigError(f"{source.name} holds images, and there is no encoder to embed them.")
+    return embed(encoder, source, batch=batch, precision=precision, workers=workers)
+
+
+def _conditions(
+    encoder: Encoder | None, features: Sequence[Embeddings], labelled: Sequence[Embeddings], precision: torch.dtype
+) -> dict[str, Any]:
+    """Return the part of the result that does not depend on the protocols."""
+    return {
         "protocol_version": PROTOCOL_VERSION,
-        **{
-            split: {"name": data.name, "images": len(data), "labelled": len(known[split])}
-            | ({"unreadable": len(data.missing)} if data.missing else {})
-            for split, data in sets.items()
-        },
-        "feature": sets["test"].feature,
-        "width": sets["test"].vectors.shape[1],
+        "train": _counts(features[0], len(labelled[0])),
+        "test": _counts(features[1], len(labelled[1])),
+        "feature": features[1].feature,
+        "width": features[1].vectors.shape[1],
         "encoder": _describe(encoder),
         "precision": str(precision).removeprefix("torch."),
         "versions": {name: version(name) for name in ("inbatch", "torch", "scikit-learn")},
     }
-    if "knn" in protocols:
-        result["knn"] = knn(**known, **near | {"k": min(k, len(known["train"]))}, device=device)
-    if "linear" in protocols:
-        result["linear"] = linear_probe(**known, probe=probe, seed=seed, device=device)
-    if "clustering" in protocols:
-        plain = known["test"] if test is sets["test"] else _plain(encoder, known["test"])
-        told = {"split": "test"} | ({} if plain is known["test"] else {"features": "before whitening"})
-        result["clustering"] = clustering(plain, clusters, seed=seed) | told
-    if "few" in protocols:
-        result["few"] = few(**known, shares=shares, draws=draws, probe=probe, seed=seed, device=device, **near)
-    if "finetune" in protocols:
-        result["finetune"] = finetune(*given, tuning, share=tuning_share, seed=seed, batch=batch, workers=workers)
-    if "corruptions" in protocols:
-        options: dict[str, Any] = near | {"probe": probe, "seed": seed, "batch": batch, "precision": precision}
-        result["corruptions"] = corruptions(given[0], **known, source=given[2], most=most, **options)
-    return result
 
 
-def _need_images(what: str, encoder: Encoder | None, *data: Source | Embeddings) -> None:
-    """Raise ConfigError unless there is an encoder, and the data are images."""
-    if encoder is None:
-        raise ConfigError(f"{what} an encoder, and there is none.")
-    for one in data:
-        if isinstance(one, Embeddings):
-            raise ConfigError(
-                f"{what} an encoder with images, and {one.name} holds embeddings: give a source of images."
-            )
+def _counts(data: Embeddings, labelled: int) -> dict[str, Any]:
+    """Return the name and the numbers of images of a data set."""
+    unreadable = {"unreadable": len(data.missing)} if data.missing else {}
+    return {"name": data.name, "images": len(data), "labelled": labelled} | unreadable
 
 
-def _plain(encoder: Any, found: Embeddings) -> Embeddings:
+def _plain(encoder: Any, embeddings: Embeddings) -> Embeddings:
     """Return the embeddings before whitening by the encoder, if any.
 
     Whitened features are spread equally in all directions, so that k-means finds no clusters in them.
     """
     readout = getattr(encoder, "readout", None)
     if readout is None or not int(readout.images):
-        return found
-    return replace(found, vectors=readout.unwhitened(found.vectors))
+        return embeddings
+    return replace(embeddings, vectors=readout.unwhitened(embeddings.vectors))
 
 
 def _describe(encoder: Encoder | None) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def few_labels(labels: Int[Tensor, "n"], share: float, seed: int = 0) -> Int[Ten
     return order[rank < wanted[labels[order]]].sort().values
 
 
-def few(
+def evaluate_few_labels(
     train: Embeddings,
     test: Embeddings,
     *,
@@ -79,24 +79,24 @@ def few(
     train, test = train.labelled(), test.labelled()
     class_count(train, test)
     seeds = list(range(seed, seed + draws))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for share in shares:
-        known = [few_labels(train.labels, share, s) for s in seeds]
-        counts, nearest = train.labels[known[0]].bincount(), min(k, len(known[0]))
-        near, probed = [], []
-        for s, places in zip(seeds, known, strict=True):
-            some = train.take(places)
-            near.append(knn(some, test, nearest, temperature, distance, device=device))
-            probed.append(linear_probe(some, test, probe, seed=s, device=device))
-        found[percent(share)] = {
-            "images": len(known[0]),
+        draws_kept = [few_labels(train.labels, share, s) for s in seeds]
+        counts, nearest = train.labels[draws_kept[0]].bincount(), min(k, len(draws_kept[0]))
+        knn_figures, probe_figures = [], []
+        for s, kept in zip(seeds, draws_kept, strict=True):
+            part = train.take(kept)
+            knn_figures.append(knn(part, test, nearest, temperature, distance, device=device))
+            probe_figures.append(linear_probe(part, test, probe, seed=s, device=device))
+        figures[percent(share)] = {
+            "images": len(draws_kept[0]),
             "of_a_class": {"least": int(counts[counts > 0].min()), "most": int(counts.max())},
-            "knn": {**_means(near), "k": nearest},
-            "linear": _means(probed),
+            "knn": {**_means(knn_figures), "k": nearest},
+            "linear": _means(probe_figures),
         }
     name = probe if isinstance(probe, str) else "custom"
     protocol = {"probe": name, "distance": distance, "temperature": temperature if distance == "cosine" else None}
-    return {"shares": found, "seeds": seeds, **protocol, "drawn": "the same share of every class, nested by seed"}
+    return {"shares": figures, "seeds": seeds, **protocol, "drawn": "the same share of every class, nested by seed"}
 
 
 def percent(share: float) -> str:

@@ -116,19 +116,23 @@ def finetune(
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         used = _train(tuned, head, _Chosen(train, chosen, 2 * tuned.size), settings, seed, workers)
-        found = embed(tuned, test, batch=batch, workers=workers).labelled()
-        scores = head(found.vectors.to(encoder.device)).detach()
-    some = {"share": share, "images": len(chosen), "of_a_class": [int(counts[counts > 0].min()), int(counts.max())]}
+        embeddings = embed(tuned, test, batch=batch, workers=workers).labelled()
+        scores = head(embeddings.vectors.to(encoder.device)).detach()
+    labels_used = {
+        "share": share,
+        "images": len(chosen),
+        "of_a_class": [int(counts[counts > 0].min()), int(counts.max())],
+    }
     protocol = {
         "settings": name,
         **asdict(settings),
         "nesterov": settings.momentum > 0,
         **used,
-        **some,
+        **labels_used,
         "seed": seed,
         "classes": classes,
     }
-    return {**hits(scores, found.labels), **protocol, "seconds": time.perf_counter() - began}
+    return {**hits(scores, embeddings.labels), **protocol, "seconds": time.perf_counter() - began}
 
 
 def _train(
@@ -153,7 +157,9 @@ def _train(
     view = View(tuned.size, scale=(settings.area, 1.0), flip=settings.flip)
     views = Views([view], tuned.mean, tuned.std, fused=False)  # the same with and without the compiled kernel
     order = (
-        (epoch, some) for epoch in range(epochs) for some in permutation(seed, epoch, len(held)).tensor_split(parts)
+        (epoch, numbers)
+        for epoch in range(epochs)
+        for numbers in permutation(seed, epoch, len(held)).tensor_split(parts)
     )
     loader: DataLoader = DataLoader(
         _Canvases(held), sampler=order, batch_size=None, num_workers=workers,

@@ -114,8 +114,8 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
     """
     n, width = x.shape
     decay = 1 / (probe.c * n)
-    some = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: 4 * width].to(x.device)]
-    curvature = some.T @ some / (len(some) * classes)
+    sample = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: 4 * width].to(x.device)]
+    curvature = sample.T @ sample / (len(sample) * classes)
     curvature.diagonal().add_(decay)
     more = 1e-6 * curvature.trace()
     for _ in range(8):  # collapsed features are nearly of rank 1
@@ -135,13 +135,13 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
         line_search_fn="strong_wolfe",
     )
 
-    def found() -> tuple[Tensor, Tensor]:
+    def parameters() -> tuple[Tensor, Tensor]:
         weight = torch.linalg.solve_triangular(factor, searched[:, :-1], upper=False, left=False)
         return weight, searched[:, -1] * classes**0.5
 
     @torch.no_grad()
     def closure() -> Tensor:
-        weight, bias = found()
+        weight, bias = parameters()
         logits = torch.addmm(bias[:, None], weight, x.T)
         total = logits.logsumexp(0)
         loss = (total - logits.gather(0, y[None])[0]).mean() + decay / 2 * weight.square().sum()
@@ -155,7 +155,7 @@ def _lbfgs(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Lb
     optimiser.step(closure)
     closure()  # the last evaluation of the line search may be at another point
     used = optimiser.state[searched]["n_iter"]
-    return *found(), {"iterations_used": used, "largest_gradient": gradient.abs().max().item()}
+    return *parameters(), {"iterations_used": used, "largest_gradient": gradient.abs().max().item()}
 
 
 @torch.no_grad()
@@ -171,10 +171,10 @@ def _sgd(x: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, probe: Sgd,
     with _threads(1 if batch * weight.numel() < _SMALL else torch.get_num_threads()):
         for epoch in range(probe.epochs):
             for at in torch.randperm(len(x), generator=draw).to(x.device).split(batch):
-                some = rows[: len(at)]
-                torch.index_select(x, 0, at, out=some[:, :-1])
-                error = (weight @ some.T).softmax(0).scatter_add_(0, y[at][None], minus)
-                torch.mm(error, some, out=gradient).div_(len(at))
+                part = rows[: len(at)]
+                torch.index_select(x, 0, at, out=part[:, :-1])
+                error = (weight @ part.T).softmax(0).scatter_add_(0, y[at][None], minus)
+                torch.mm(error, part, out=gradient).div_(len(at))
                 _step(weight, gradient, change, lr * probe.rate(epoch), probe)
     return weight[:, :-1], weight[:, -1], {"batch": batch, "lr_used": lr}
 

@@ -9,8 +9,11 @@ At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from inbatch.errors import ConfigError, DataError
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
@@ -58,6 +61,61 @@ def create_encoder(
         ConfigError: for unknown names, or settings or weights that do not fit.
         DataError: for unreadable weights.
     """
+    _check_arguments(size, stem, attend, attend_options, kwargs)
+    backbone, classifier = build(name, size, channels, kwargs)
+    used = _stem_in_use(name, backbone, stem, size)
+    if used == "cifar":
+        cifar_stem(backbone, channels)
+    initial = _Initial()
+    if init == "timm":
+        if used == "cifar":
+            raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
+        backbone = pretrained(name, size, channels, kwargs)
+        config = published_cfg(backbone)
+        initial = _Initial(mean=config["mean"], std=config["std"])
+    elif init is not None:
+        initial = _fill_backbone(backbone, classifier, name, init)
+    encoder = Encoder(
+        backbone,
+        name=name,
+        size=size,
+        channels=channels,
+        mean=mean or initial.mean,
+        std=std or initial.std,
+        stem=used,
+        arguments=kwargs,
+    )
+    if whiten:
+        encoder.readout = Readout(encoder.width)
+    if attend is not None:
+        install(encoder, attend, attend_options)
+    _fill_blocks(encoder, initial)
+    return encoder
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """What comes with the initial weights of a backbone.
+
+    Attributes:
+        origin: Origin of the weights, for messages.
+        mean: One number per channel; None if the weights state none.
+        std: As `mean`.
+        blocks: Weights of attention blocks.
+        attend: Name and options of these blocks; None without blocks.
+    """
+
+    origin: str = ""
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    blocks: dict[str, Any] = field(default_factory=dict)
+    attend: dict[str, Any] | None = None
+
+
+def _check_arguments(
+    size: int, stem: str, attend: str | None, attend_options: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for invalid arguments of `create_encoder`."""
     if size not in range(1, MAX_SIDE + 1):
         raise ConfigError(f"an encoder takes images of 1 to {MAX_SIDE:,} pixels a side, not {size!r:.40}.")
     if stem not in ("auto", "cifar", "imagenet"):
@@ -68,55 +126,43 @@ def create_encoder(
         json.dumps(kwargs)
     except TypeError as e:
         raise ConfigError(f"an encoder's arguments must fit into JSON, to be saved with it: {e}") from e
-    backbone, classifier = build(name, size, channels, kwargs)
-    family = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
-    if stem == "cifar" and not family:
+
+
+def _stem_in_use(name: str, backbone: nn.Module, stem: str, size: int) -> str | None:
+    """Return "cifar" or "imagenet" for a ResNet, else None; raise ConfigError for a CIFAR stem of another backbone."""
+    resnet = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
+    if stem == "cifar" and not resnet:
         raise ConfigError(f'{name} is not a ResNet, so it has no CIFAR stem: use stem="auto".')
-    used = stem if family else None
-    if used == "auto":
-        used = "cifar" if size <= 64 else "imagenet"
-    if used == "cifar":
-        cifar_stem(backbone, channels)
-    where = f"the encoder {init.name}" if isinstance(init, Encoder) else init
-    attended: dict[str, Any] = {}
-    saved: dict[str, Any] | None = None
-    if init == "timm":
-        if used == "cifar":
-            raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
-        backbone = pretrained(name, size, channels, kwargs)
-        config = published_cfg(backbone)
-        mean, std = mean or config["mean"], std or config["std"]
-    elif init is not None:
-        weights, config = read(init if isinstance(init, Encoder) else Path(init))
-        weights, attended = split(weights)
-        saved = config.get("attend")
-        if attended and not saved:
-            raise ConfigError(f"{where} contains attention blocks: pass its folder, whose config.json defines them.")
-        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
-        fill(backbone, weights, f"{name} ({where})")
-        mean, std = mean or config.get("mean"), std or config.get("std")
-    encoder = Encoder(
-        backbone,
-        name=name,
-        size=size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        stem=used,
-        arguments=kwargs,
-    )
-    if whiten:
-        encoder.readout = Readout(encoder.width)
-    if attend is not None:
-        install(encoder, attend, attend_options)
+    if not resnet:
+        return None
+    if stem == "auto":
+        return "cifar" if size <= 64 else "imagenet"
+    return stem
+
+
+def _fill_backbone(backbone: nn.Module, classifier: Sequence[str], name: str, init: str | Path | Encoder) -> _Initial:
+    """Load saved weights into a backbone, except those of its classifier, and return what came with them."""
+    origin = f"the encoder {init.name}" if isinstance(init, Encoder) else str(init)
+    weights, config = read(init if isinstance(init, Encoder) else Path(init))
+    weights, attended = split(weights)
+    saved = config.get("attend")
+    if attended and not saved:
+        raise ConfigError(f"{origin} contains attention blocks: pass its folder, whose config.json defines them.")
+    weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
+    fill(backbone, weights, f"{name} ({origin})")
+    return _Initial(origin, config.get("mean"), config.get("std"), attended, saved)
+
+
+def _fill_blocks(encoder: Encoder, initial: _Initial) -> None:
+    """Load saved attention blocks; raise ConfigError if the encoder needs but does not have them."""
+    saved = initial.attend
     if saved and encoder.attend == saved:
-        fill(blocks(encoder), attended, f"{attend} ({where})")
+        fill(blocks(encoder), initial.blocks, f"{saved['name']} ({initial.origin})")
     elif saved and not meets_in_training_only(saved["name"]):
         raise ConfigError(
-            f"the weights in {where} were trained with attend={saved['name']!r} and are of no use without its blocks: "
-            f"ask for the same, attend_options={saved['options']}, not for {encoder.attend}."
+            f"the weights in {initial.origin} were trained with attend={saved['name']!r} and are of no use without "
+            f"its blocks: ask for the same, attend_options={saved['options']}, not for {encoder.attend}."
         )
-    return encoder
 
 
 def load_encoder(directory: str | Path) -> Encoder:

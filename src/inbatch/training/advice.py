@@ -45,39 +45,41 @@ def advice(device: torch.device, largest: int, workers: int) -> str:
         largest: Side of the largest view in pixels.
         workers: Number of processes that stream images.
     """
-    found = [_jpeg()]
+    findings = [_jpeg()]
     if workers:
-        found += [_shared_memory()]
+        findings += [_shared_memory()]
     if device.type == "cpu":
-        found = [_threads(device), _busy(device), _allocator(), *found]
+        findings = [_threads(device), _busy(device), _allocator(), *findings]
         if largest >= _LARGE:
-            found += [_views()]
-    wanted = [finding.advice for finding in found if finding.advice]
+            findings += [_views()]
+    wanted = [finding.advice for finding in findings if finding.advice]
     return f"Could be faster: {'; '.join(wanted)} (details: inbatch doctor)." if wanted else ""
 
 
 def _threads(device: torch.device) -> Finding:
     near = launched("LOCAL_WORLD_SIZE")
     threads, fair = torch.get_num_threads(), max(1, cores() // near)
-    found = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
+    current = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
     # Fewer threads may be torch's own choice (cores that share a multiplier), so more threads are suggested only if
     # OMP_NUM_THREADS is set.
-    told = "OMP_NUM_THREADS" in os.environ
-    if device.type == "cpu" and (threads > fair or (threads < fair and told)):
-        return Finding("threads", found, f"OMP_NUM_THREADS={fair} is a thread for each core")
-    return Finding("threads", found)
+    set_by_user = "OMP_NUM_THREADS" in os.environ
+    if device.type == "cpu" and (threads > fair or (threads < fair and set_by_user)):
+        return Finding("threads", current, f"OMP_NUM_THREADS={fair} is a thread for each core")
+    return Finding("threads", current)
 
 
 def _busy(device: torch.device) -> Finding:
     busy, threads = others_busy(), torch.get_num_threads()
     if busy is None:
         return Finding("load", "unknown on this system")
-    found, free = f"other processes keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
+    current, free = f"other processes keep {busy:.1f} cores busy", threads_beside(busy, cores(), threads)
     if free == threads:
-        return Finding("load", found)
+        return Finding("load", current)
     if adapts(device):
-        return Finding("load", f"{found}; a run computes with {_count(free)} meanwhile")
-    return Finding("load", found, f"{found}, and threads wait for each other: OMP_NUM_THREADS={free} until they end")
+        return Finding("load", f"{current}; a run computes with {_count(free)} meanwhile")
+    return Finding(
+        "load", current, f"{current}, and threads wait for each other: OMP_NUM_THREADS={free} until they end"
+    )
 
 
 def _count(threads: int) -> str:
@@ -107,9 +109,9 @@ def _jpeg() -> Finding:
 def _shared_memory() -> Finding:
     with suppress(OSError):
         free = shutil.disk_usage(_SHARED).free
-        found = f"{free / 1e9:,.1f} GB free for batches of data workers"
+        current = f"{free / 1e9:,.1f} GB free for batches of data workers"
         short = f"{_SHARED} has {free / 1e6:,.0f} MB for data workers: docker run --shm-size=8g"
-        return Finding("shared memory", found, short if free < _ROOM else "")
+        return Finding("shared memory", current, short if free < _ROOM else "")
     return Finding("shared memory", "unknown on this system")
 
 

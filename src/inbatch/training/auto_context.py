@@ -129,11 +129,11 @@ def resolve(
     frozen = gc.get_freeze_count()
     gc.freeze()  # the garbage collector then only scans what the dry steps allocate
     try:
-        found = fit(recipe, source, device, workers)
+        size = fit(recipe, source, device, workers)
     finally:
         if not frozen:
             gc.unfreeze()
-    return replace(recipe, context=found.context), found
+    return replace(recipe, context=size.context), size
 
 
 def within_memory(
@@ -149,22 +149,22 @@ def within_memory(
     """
     if recipe.context == "auto":
         return recipe, ""
-    asked, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
+    requested, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
     context = int(recipe.context) if isinstance(recipe.context, int) else share
     free = -distributed.all_reduce_max(-room(device))
     needed = _Bench(recipe, source, device, workers).trial(context, dry=False).needed
-    if needed <= (free if asked else LIMIT * free):
+    if needed <= (free if requested else LIMIT * free):
         return recipe, ""
-    if asked:
+    if requested:
         raise ConfigError(
             f"this run takes about {_gb(needed)}, and {_gb(free)} of memory are free: set a smaller context "
             "(--context auto finds one), a smaller encoder, size or batch, or free some memory"
         )
-    smaller, found = resolve(replace(recipe, context="auto"), source, device, workers)
-    assert found is not None
+    smaller, size = resolve(replace(recipe, context="auto"), source, device, workers)
+    assert size is not None
     return smaller, (
         f"Memory: with the whole batch at once this run takes about {_gb(needed)}, and {_gb(free)} are free: the "
-        f"context is {found.context:,} instead of {share:,}. " + found.sentence()
+        f"context is {size.context:,} instead of {share:,}. " + size.sentence()
     )
 
 
@@ -298,17 +298,17 @@ class _Bench:
     def trial(self, context: int, dry: bool = True) -> MemoryProbe:
         """Count the memory that a group keeps and, if `dry`, measure a step; the largest values of all ranks."""
         try:
-            found = self._try(context, dry)
+            probe = self._try(context, dry)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            found = None
+            probe = None
         # Every rank takes part in these reductions, including one that ran out of memory, so that all continue with the
         # same figures.
-        mine = MemoryProbe(_FULL, 0, 0.0, False) if found is None else found
-        needed, kept = distributed.all_reduce_max(mine.needed), distributed.all_reduce_max(mine.kept)
-        micros = distributed.all_reduce_max(-1 if mine.seconds is None else round(1e6 * mine.seconds))
-        norm = bool(distributed.all_reduce_max(int(mine.norm)))
+        own = MemoryProbe(_FULL, 0, 0.0, False) if probe is None else probe
+        needed, kept = distributed.all_reduce_max(own.needed), distributed.all_reduce_max(own.kept)
+        micros = distributed.all_reduce_max(-1 if own.seconds is None else round(1e6 * own.seconds))
+        norm = bool(distributed.all_reduce_max(int(own.norm)))
         return MemoryProbe(needed, kept, None if micros < 0 else micros / 1e6, norm)
 
     def _try(self, context: int, dry: bool) -> MemoryProbe:

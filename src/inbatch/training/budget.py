@@ -163,15 +163,15 @@ class Keeper:
     def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
         self.pace, self.clock, self.every = pace, clock, every
         self.per_step: float | None = None
-        self.look_seconds = 0.0
-        self.said = 0  # the final step that was last reported to the user
+        self.evaluation_seconds = 0.0
+        self.reported_total = 0  # the final step that was last reported to the user
         self._saved = self._checked = clock()
         self._idle, self._step, self._cost = 0.0, 0, math.nan
         self._interval = max(0.5, 0.01 * pace.seconds) if pace else every
 
     def start(self, step: int, total: int) -> None:
         """Start timing with the next step; the run currently ends at step `total`."""
-        self.said = total
+        self.reported_total = total
         self._step, self._checked, self._idle = step, self.clock(), 0.0
 
     def due(self) -> bool:
@@ -188,7 +188,7 @@ class Keeper:
         """Record that a checkpoint has been written."""
         self._saved = self.clock()
 
-    def check(self, step: int, timeline: Timeline, looks_left: int) -> tuple[int | None, bool]:
+    def check(self, step: int, timeline: Timeline, evaluations_left: int) -> tuple[int | None, bool]:
         """Return how many steps must remain (None: as planned), and whether to save a checkpoint."""
         now = self.clock()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
@@ -200,6 +200,6 @@ class Keeper:
         self._step, self._checked, self._idle = step, now, 0.0
         left = None
         if self.pace is not None and self.per_step is not None:
-            used = now + self.look_seconds * looks_left
+            used = now + self.evaluation_seconds * evaluations_left
             left = self.pace.revised(step, timeline, used, self.per_step)
         return left, now - self._saved >= self.every

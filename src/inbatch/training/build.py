@@ -63,8 +63,8 @@ class RunComponents:
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""
         parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
-        some = {"target": self.target, "curator": self.step.curator}
-        return parts | {name: part for name, part in some.items() if part is not None}
+        optional = {"target": self.target, "curator": self.step.curator}
+        return parts | {name: part for name, part in optional.items() if part is not None}
 
 
 def build(
@@ -275,21 +275,21 @@ def fusion(
     """Return the batch fusion of a recipe and the indices of the views that it fuses."""
     if recipe.fuse is None:
         return None, ()
-    learned, asked = set(method.online_views(len(views))), recipe.fuse.options["views"]
-    if asked is not None and (not asked or not set(asked) <= set(range(len(views)))):
-        raise ConfigError(f"fuse.views = {list(asked)}: the views are numbered 0 to {len(views) - 1}")
-    if asked is not None and not learned & set(asked):
+    learned, requested = set(method.online_views(len(views))), recipe.fuse.options["views"]
+    if requested is not None and (not requested or not set(requested) <= set(range(len(views)))):
+        raise ConfigError(f"fuse.views = {list(requested)}: the views are numbered 0 to {len(views) - 1}")
+    if requested is not None and not learned & set(requested):
         raise ConfigError(
-            f"fuse.views = {list(asked)}: {recipe.method.name} learns from view {', '.join(map(str, sorted(learned)))} "
-            "only, and a fusion of others would never be trained"
+            f"fuse.views = {list(requested)}: {recipe.method.name} learns from view "
+            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained"
         )
-    fused = asked or ((1,) if 1 in learned else (max(learned),))
+    fused = requested or ((1,) if 1 in learned else (max(learned),))
     sizes = {views.views[v].size for v in fused}
     if len(sizes) > 1:
         raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
-    given: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
+    arguments: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
     make_fusion: Any = FUSIONS[recipe.fuse.name]
-    return make_fusion(**given, **recipe.fuse.options), fused
+    return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
 def curator_of(recipe: Recipe, views: Views, network: Network, piece: int, device: torch.device) -> Curator | None:

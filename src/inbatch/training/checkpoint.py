@@ -127,14 +127,14 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
     raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start a new run.")
 
 
-def set_aside(found: Checkpoint) -> None:
+def set_aside(loaded: Checkpoint) -> None:
     """Rename a damaged `last.pt` to `damaged.pt` if `previous.pt` was loaded instead.
 
     Otherwise the next `save` would replace `previous.pt`, the only complete checkpoint, by the damaged file.
     """
-    last = found.path.with_name(LAST)
-    if found.path != last and last.exists():
-        os.replace(last, found.path.with_name(DAMAGED))
+    last = loaded.path.with_name(LAST)
+    if loaded.path != last and last.exists():
+        os.replace(last, loaded.path.with_name(DAMAGED))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -94,25 +94,25 @@ def forward_groups(
     return GroupForward(groups, numbers, keys, rows, None)
 
 
-def backward_groups(swept: GroupForward, network: Network, call: Callable[..., Rows], gradients: Rows) -> None:
+def backward_groups(forward: GroupForward, network: Network, call: Callable[..., Rows], gradients: Rows) -> None:
     """Propagate the gradients of the rows, (V, B, D) by head, into the network's parameters.
 
     Args:
-        swept: The result of `forward_groups`.
+        forward: The result of `forward_groups`.
         network: The network.
         call: As in `forward_groups`; if it has `no_sync`, ranks synchronise only in the last group's backward pass.
         gradients: Gradients of the rows, by head.
     """
-    if swept.live is not None:
-        torch.autograd.backward(list(swept.live.values()), [gradients[name] for name in swept.live])
+    if forward.live is not None:
+        torch.autograd.backward(list(forward.live.values()), [gradients[name] for name in forward.live])
         return
-    last = len(swept.groups) - 1
+    last = len(forward.groups) - 1
     slices = [dict(zip(gradients, part, strict=True))
               for part in zip(*(g.chunk(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
     with frozen_statistics(network):
-        for i, (group, key, gradient) in enumerate(zip(swept.groups, swept.keys, slices, strict=True)):
+        for i, (group, key, gradient) in enumerate(zip(forward.groups, forward.keys, slices, strict=True)):
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
             images = group()
             with alone, seeded_rng(key, images[0].device):
-                rows = call(images, swept.numbers)
+                rows = call(images, forward.numbers)
                 torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import assigned, embed
 from inbatch.methods import METHODS
@@ -14,6 +13,7 @@ from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.models.weights import fill, read, write
 from inbatch.training.build import RunComponents
+from inbatch.training.holdout import Images
 
 
 class HeadRows:
@@ -33,13 +33,13 @@ def save_heads(built: RunComponents, directory: Path) -> None:
 
     `config.json` also contains the arguments of the method's `prepare`.
     """
-    told = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
-    told |= {"batch": built.recipe.batch_size, "views": len(built.views)}
+    prepared = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
+    prepared |= {"batch": built.recipe.batch_size, "views": len(built.views)}
     method = built.recipe.method
-    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": told}, {})
+    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": prepared}, {})
 
 
-def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0) -> dict[str, Any]:
+def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:
     """Return NMI, ACC and ARI of the clusters that a run's head assigns clean images to, and the protocol.
 
     Args:
@@ -56,7 +56,7 @@ def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0)
         raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
     weights, config = read(run / "heads")
     try:
-        kind, options, told = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
+        kind, options, prepared = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
     name = kind.assigns
@@ -66,7 +66,7 @@ def judge_head(run: Path, encoder: Encoder, source: Source, *, workers: int = 0)
     try:
         with torch.random.fork_rng(devices=[]):
             method = kind(**options)
-            method.prepare(**told)
+            method.prepare(**prepared)
             network = Network(encoder, method.heads(encoder.width), (name,))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None

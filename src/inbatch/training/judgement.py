@@ -12,6 +12,7 @@ from inbatch.errors import InbatchError
 from inbatch.evaluation import evaluate
 from inbatch.models import Encoder
 from inbatch.training.build import RunComponents, views_of
+from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 from inbatch.training.monitors.online_evaluation import fit_readout
@@ -23,12 +24,14 @@ COSTLY = ("finetune", "corruptions")
 """Protocols that are not applied to the encoder before training: each takes minutes and is of little use for it."""
 
 
-def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> dict[str, Any]:
+def compare_with_initial(
+    built: RunComponents, split: EvaluationSplit | None, out: Path, images: int = IMAGES
+) -> dict[str, Any]:
     """Compare the encoder of a run with its initial encoder, and draw neighbours.png; return entries of result.json.
 
     Args:
         built: The run.
-        held: Bank, queries and description from `evaluation_split`; None without labels.
+        split: Images of the evaluation; None without labels.
         out: Run directory.
         images: Largest number of images to embed for the picture and for the measures without labels.
 
@@ -39,35 +42,35 @@ def worth(built: RunComponents, held: Any, out: Path, images: int = IMAGES) -> d
     began, recipe = time.perf_counter(), built.recipe
     before = initial_encoder(recipe, out, built.loader.device)
     options: dict[str, Any] = {"k": recipe.knn_k, "seed": recipe.seed, "workers": built.loader.workers}
-    fit_readout(before, built.loader.source if held is None else held[0])
-    untrained = None if held is None else evaluate(before, *held[:2], **options)
+    fit_readout(before, built.loader.source if split is None else split.bank)
+    untrained = None if split is None else evaluate(before, split.bank, split.queries, **options)
     source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
-    found = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
-    shown = source.only(found["after"].number)
+    embedded = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
+    shown = source.only(embedded["after"].number)
     near = min(5, len(shown) - 1)
-    old, new = (found[name].handed_out(found[name].clean) for name in ("before", "after"))
+    old, new = (embedded[name].handed_out(embedded[name].clean) for name in ("before", "after"))
     save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
     return {
         "initial": initial_name(recipe),
         "untrained": untrained,
-        "unlabelled": compared(found["before"], found["after"]),
+        "unlabelled": compared(embedded["before"], embedded["after"]),
         "comparison_seconds": time.perf_counter() - began,
     }
 
 
 def images_within(built: RunComponents, seconds: float, images: int | None = None) -> tuple[int, float]:
-    """Return how many images `worth` can embed in this many seconds, and approximately how long they take.
+    """Return how many images `compare_with_initial` can embed in this many seconds, and about how long they take.
 
     Args:
         built: The run.
         seconds: Time limit.
         images: Fixed number of images, for a resumed run.
     """
-    few = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
+    sample = Chosen(built.loader.source, built.loader.held, built.recipe.seed, 64)
     each = 0.0
     for _ in range(2):  # the first pass is a warm-up
         began = time.perf_counter()
-        number = embed_all({"it": built.encoder}, built.views, few, built.recipe.seed)["it"].number
+        number = embed_all({"it": built.encoder}, built.views, sample, built.recipe.seed)["it"].number
         each = 2 * (time.perf_counter() - began) / len(number)
     most = min(IMAGES, len(built.loader.source))
     if images is None:
@@ -83,11 +86,11 @@ def before_training(recipe: Recipe, run: Path, device: torch.device) -> tuple[En
         return None, f"the encoder before training cannot be created: {error}"
 
 
-def judge_labelled(
+def evaluate_labelled(
     before: Encoder | None,
     encoder: Encoder,
-    bank: Any,
-    queries: Any,
+    bank: Images,
+    queries: Images,
     protocols: Sequence[str],
     options: Mapping[str, Any],
     stopped: bool = False,
@@ -109,13 +112,13 @@ def judge_labelled(
     for one in (encoder, before):
         if one is not None:
             fit_readout(one, bank, again=stopped and one is encoder)
-    found = evaluate(encoder, bank, queries, protocols=protocols, **options)
+    figures = evaluate(encoder, bank, queries, protocols=protocols, **options)
     cheap = [name for name in protocols if name not in COSTLY]
-    judged = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
-    return found | {"untrained": judged}
+    untrained = evaluate(before, bank, queries, protocols=cheap, **options) if cheap and before is not None else None
+    return figures | {"untrained": untrained}
 
 
-def judge_unlabelled(
+def evaluate_unlabelled(
     recipe: Recipe, before: Encoder | None, encoder: Encoder, source: Source, seed: int, stopped: bool = False
 ) -> dict[str, Any]:
     """Return the measures that need no labels, of both encoders; entries of evaluation.json.
@@ -126,10 +129,10 @@ def judge_unlabelled(
         encoder: The encoder to evaluate.
         source: The images.
         seed: Seed of the sample of images and of their views.
-        stopped: As in `judge_labelled`.
+        stopped: As in `evaluate_labelled`.
     """
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
         fit_readout(one, source, again=stopped and one is encoder)
-    found = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
-    return {"unlabelled": compared(found.get("before"), found["after"]), "images": len(found["after"].clean)}
+    embedded = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
+    return {"unlabelled": compared(embedded.get("before"), embedded["after"]), "images": len(embedded["after"].clean)}

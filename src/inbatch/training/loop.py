@@ -3,13 +3,15 @@
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from inbatch.batch import Batch
 from inbatch.data import Subset
 from inbatch.errors import DataError, InbatchError, TrainingError
 from inbatch.models import save_encoder
@@ -22,9 +24,10 @@ from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import Keeper, Pace, duration
 from inbatch.training.build import RunComponents
-from inbatch.training.checkpoint import load, restore, save, set_aside
+from inbatch.training.checkpoint import Checkpoint, load, restore, save, set_aside
 from inbatch.training.head_evaluation import save_heads
-from inbatch.training.judgement import IMAGES, images_within, worth
+from inbatch.training.holdout import EvaluationSplit
+from inbatch.training.judgement import IMAGES, compare_with_initial, images_within
 from inbatch.training.metric_logger import Log, spent
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.curve_plot import plot_curves
@@ -48,7 +51,7 @@ from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
 from inbatch.training.summary import describe
 from inbatch.training.timing import expectation, growth, step_seconds
-from inbatch.training.train_state import TrainState
+from inbatch.training.train_state import EvaluationSizes, TrainState
 
 JUDGED = 0.03
 """Share of a budget that embedding the images of one evaluation may take."""
@@ -57,7 +60,7 @@ SAVE_EVERY = 600.0
 
 
 def train(
-    built: RunComponents, out: Path, held: tuple[Any, Any, str] | None, *, resume: bool, quiet: bool,
+    built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -66,7 +69,7 @@ def train(
     Args:
         built: The run.
         out: Run directory, locked by the caller.
-        held: Bank, queries and their description, from `evaluation_split`.
+        split: Images of the evaluation, from `evaluation_split`; None without labels.
         resume: Whether to continue from the last checkpoint.
         quiet: Print no progress.
         notes: Sentences for the user, printed at the start.
@@ -83,23 +86,20 @@ def train(
     """
     progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
     parts, data = built.parts() | {"progress": progress}, _signature(built)
+    saved = None
     if resume:
-        found = load(out / "checkpoints")
-        _same_data(found.state.get("progress", {}).get("data", data), data)
-        restore(parts, found.state)
-        progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
-        notes = [*notes, found.note or f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
-    if not resume:
+        saved = _restore(parts, progress, out, data)
+        notes = [*notes, saved.note or f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+    else:
         progress.calibration = dict(calibration) if calibration else None
-    calibration = progress.calibration
     distributed.assert_equal_across_ranks(
         {"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context}
     )
-    if resume and main:  # every rank has read it
-        set_aside(found)
+    if saved is not None and main:  # every rank has read it
+        set_aside(saved)
     progress.data = data
-    looks = evaluation_epochs(built.recipe)
-    compared = Comparison(reference.over(looks), progress.curve, looks, built.loader.steps) if reference else None
+    epochs = evaluation_epochs(built.recipe)
+    compared = Comparison(reference.over(epochs), progress.curve, epochs, built.loader.steps) if reference else None
 
     where = environment(built.loader.device)  # the current environment: a checkout may change during the run
     report = Report(out, built, progress, main)
@@ -107,7 +107,7 @@ def train(
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
         with report.record_exit_status():
-            log.note(_expected(built, progress, calibration))
+            log.note(_expected(built, progress))
         for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
             log.note(note)
         with report.record_exit_status():
@@ -119,32 +119,43 @@ def train(
                     with report.record_exit_status():  # torchrun terminates the other ranks if one has died
                         if sentence := threads.decide():
                             log.note(sentence)
-                        looked, pace, images = held, None, IMAGES
-                        if main and built.recipe.budget is not None:
-                            held, pace, images = _within(built, held, progress, calibration)
-                        if main and held is not None:
-                            looked, held = choose_online_subsets(built, held)
-                        keeper = Keeper(pace, lambda: progress.wall, SAVE_EVERY if pace is None else pace.seconds / 20)
-                        _epochs(
-                            built, progress, parts, log, stopping, looked, out, stop_on_collapse, compared, keeper,
-                            threads,
-                        )  # fmt: skip
+                        plan = _plan_evaluations(built, split, progress)
+                        _Loop(
+                            built, progress, parts, out, log, stopping, plan.keeper(progress), threads, compared,
+                            plan.online, stop_on_collapse,
+                        ).run()  # fmt: skip
                     stop.release()  # everything is saved
-                    extra = {"calibration": calibration} if calibration else {}
-                    ended = (built, progress, held, out, where, compared, extra, images)
-                    result = distributed.broadcast_object(_finish(*ended) if main else None)
-        log.note(f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s.")
-        if built.recipe.budget is not None:
-            share = result["wall_seconds"] / built.recipe.budget
-            log.note(f"Took {share:.0%} of the budget of {duration(built.recipe.budget)}.")
-        if compared:
-            log.note(compared.summary())
+                    result = distributed.broadcast_object(
+                        _finish(built, progress, plan, out, where, compared) if main else None
+                    )
+        for sentence in _closing(built, result, compared):
+            log.note(sentence)
     report.status("finished")
     return result
 
 
-def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[str, Any] | None) -> str:
+def _restore(parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
+    """Load the last checkpoint of a run into its parts; raise DataError if the images have changed."""
+    saved = load(out / "checkpoints")
+    _same_data(saved.state.get("progress", {}).get("data", data), data)
+    restore(parts, saved.state)
+    progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
+    return saved
+
+
+def _closing(built: RunComponents, result: Mapping[str, Any], compared: Comparison | None) -> Iterator[str]:
+    """Yield the sentences for the end of a run."""
+    yield f"Compared with the encoder before training in {result['comparison_seconds']:.1f} s."
+    if built.recipe.budget is not None:
+        share = result["wall_seconds"] / built.recipe.budget
+        yield f"Took {share:.0%} of the budget of {duration(built.recipe.budget)}."
+    if compared:
+        yield compared.summary()
+
+
+def _expected(built: RunComponents, progress: TrainState) -> str:
     """Return the expected duration of the remaining run: from calibration, earlier steps, or a slice of a step."""
+    calibration = progress.calibration
     if calibration and not progress.step:
         tried = {one["name"]: one["seconds"] for one in calibration["tried"]}
         seconds = tried[calibration["chosen"]]
@@ -155,25 +166,55 @@ def _expected(built: RunComponents, progress: TrainState, calibration: Mapping[s
     return expectation(built, seconds, progress.step)
 
 
-def _within(
-    built: RunComponents, held: Any, progress: TrainState, calibration: Mapping[str, Any] | None
-) -> tuple[Any, Pace, int]:
-    """Return the evaluation data of a run with a budget, its pace, and the number of images to compare at the end.
+@dataclass(frozen=True)
+class _Evaluations:
+    """What a run is evaluated on, and the pace that leaves time for it.
+
+    Attributes:
+        online: Images of the online evaluation; None without labels.
+        final: Images of the evaluation at the end; None without labels.
+        compared: Number of images on which the encoder is compared with the one before training.
+        pace: Pace of a run with a budget, on rank 0.
+    """
+
+    online: EvaluationSplit | None
+    final: EvaluationSplit | None
+    compared: int = IMAGES
+    pace: Pace | None = None
+
+    def keeper(self, progress: TrainState) -> Keeper:
+        """Return the monitor of the run's clock."""
+        return Keeper(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+
+
+def _plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> _Evaluations:
+    """Return the images of the online and the final evaluation on rank 0, which evaluates."""
+    if distributed.rank():
+        return _Evaluations(split, split)
+    plan = _Evaluations(split, split) if built.recipe.budget is None else _within_budget(built, split, progress)
+    if plan.final is None:
+        return plan
+    online, final = choose_online_subsets(built, plan.final)
+    return replace(plan, online=online, final=final)
+
+
+def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> _Evaluations:
+    """Return the evaluations of a run with a budget, as large as a share of it allows.
 
     The duration of all this is measured in advance; the encoder before training is also evaluated.
     """
-    budget = built.recipe.budget or 0.0
+    budget, calibration, sizes = built.recipe.budget or 0.0, progress.calibration, progress.sizes
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
-    if held is not None:
-        held = limited(held, *progress.judged[:2]) if progress.judged else affordable(built, held, JUDGED * left)
-    make_online_evaluator(built, held)()
-    looks = time.perf_counter() - began
-    images, compared = images_within(built, JUDGED * left, *progress.judged[2:])
-    progress.judged = [*((len(held[0]), len(held[1])) if held else (0, 0)), images]
+    if split is not None:
+        split = limited(split, sizes.bank, sizes.queries) if sizes else affordable(built, split, JUDGED * left)
+    make_online_evaluator(built, split)()
+    seconds = time.perf_counter() - began
+    images, comparison = images_within(built, JUDGED * left, sizes.compared if sizes else None)
+    progress.sizes = EvaluationSizes(len(split.bank) if split else 0, len(split.queries) if split else 0, images)
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
-    return held, Pace(budget, 3.0 * looks + compared + 0.01 * left + 2.0, costs), images
+    return _Evaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
 
 
 def _signature(built: RunComponents) -> str:
@@ -198,145 +239,188 @@ def _same_data(then: str, now: str) -> None:
         )
 
 
-def _epochs(
-    built: RunComponents, progress: TrainState, parts: dict[str, Any], log: Log, stopping: Stopping, held: Any,
-    out: Path, stop_on_collapse: bool, compared: Comparison | None, keeper: Keeper, threads: Threads,
-) -> None:  # fmt: skip
-    """Run every epoch from `progress.step` on."""
-    recipe, steps, main = built.recipe, built.loader.steps, distributed.rank() == 0
-    look = make_online_evaluator(built, held)
-    source = built.loader.source
-    few = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
-    watched = Subset(source, few, "watched for collapse")
-    told = report_unreadable(built, out, log, 0)
+@dataclass
+class _Loop:
+    """The epochs of a run.
 
-    def end(epoch: int) -> None:
-        """Check the features after this many epochs, the last one possibly incomplete, and save."""
-        nonlocal told
-        before = set(progress.collapsed)
-        check_collapse(built, watched, progress, epoch, log)
-        told = report_unreadable(built, out, log, told)
-        stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys())) if stop_on_collapse else []
-        best, last = False, progress.step >= built.total
-        if epoch % recipe.evaluate_every == 0 or last:
-            best = look_at(epoch)
-        stopping.stop.hold()
-        progress.ended = progress.step // steps
-        if best or epoch % recipe.checkpoint_every == 0 or last or stays:
-            _save(parts, progress, out, best)
-            keeper.saved()
-        if stays:
-            raise TrainingError(
-                f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
-                f"the next look; a checkpoint is saved, curves are in {out / 'metrics.jsonl'}"
-            )
-        stopping.finished()
+    Attributes:
+        built: The run.
+        progress: Its training state.
+        parts: All components with state to checkpoint, including `progress`.
+        out: Run directory.
+        log: Log of the run.
+        stopping: Answers signals.
+        keeper: Monitor of the run's clock.
+        threads: Number of threads, chosen again for every epoch.
+        compared: Comparison with a reference; None without one.
+        split: Images of the online evaluation; None without labels.
+        stop_on_collapse: Stop if outputs are collapsed at two successive evaluations.
+        unreadable: Number of unreadable images already reported.
+    """
 
-    def look_at(epoch: int) -> bool:
-        began = time.perf_counter()
-        judges: dict[str, float] = {"bank": len(held[0]), "queries": len(held[1])} if held else {}
-        log.record(progress.step, progress.cost() | judges)
-        best = evaluate_online(look, progress, epoch, log, steps)
-        report_comparison(compared, out, log)
-        if progress.step:
-            check_leak(built, progress, epoch, log)
-        keeper.look_seconds = time.perf_counter() - began
-        return best
+    built: RunComponents
+    progress: TrainState
+    parts: dict[str, Any]
+    out: Path
+    log: Log
+    stopping: Stopping
+    keeper: Keeper
+    threads: Threads
+    compared: Comparison | None
+    split: EvaluationSplit | None
+    stop_on_collapse: bool
+    unreadable: int = 0
 
-    if progress.step == 0:
-        check_collapse(built, watched, progress, 0, log)
-        look_at(0)
-    elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
-        end(-(-progress.step // steps))  # stopped by a signal at the last step of an epoch
-    keeper.start(progress.step, built.total)
-    while progress.step < built.total:
+    def __post_init__(self) -> None:
+        source = self.built.loader.source
+        spaced = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
+        self.watched = Subset(source, spaced, "watched for collapse")
+        self.evaluator = make_online_evaluator(self.built, self.split)
+
+    def run(self) -> None:
+        """Train from the current step to the last, and evaluate on the way."""
+        built, progress, steps = self.built, self.progress, self.built.loader.steps
+        self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
+        if progress.step == 0:
+            check_collapse(built, self.watched, progress, 0, self.log)
+            self.evaluate(0)
+        elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
+            self.end_epoch()  # stopped by a signal at the last step of an epoch
+        self.keeper.start(progress.step, built.total)
+        while progress.step < built.total:
+            if sentence := self.threads.decide():
+                self.log.note(sentence)
+            self.train_epoch()
+            if progress.step % steps == 0 or progress.step >= built.total:
+                ended = time.perf_counter()
+                self.end_epoch()
+                self.keeper.paused(time.perf_counter() - ended)
+
+    def train_epoch(self) -> None:
+        """Do the remaining steps of the current epoch."""
+        built, progress, steps = self.built, self.progress, self.built.loader.steps
         epoch, first = divmod(progress.step, steps)
-        if sentence := threads.decide():
-            log.note(sentence)
         began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
-        if first == 0 and built.method.surveys(epoch):
-            found = survey(built, epoch)
-            if found:
-                log.evaluation(progress.step, found)
+        if first == 0 and built.method.surveys(epoch) and (values := survey(built, epoch)):
+            self.log.evaluation(progress.step, values)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
-            stopping.begin()
-            try:
-                losses = built.step(batch, progress.step)
-            except NonFiniteError as error:
-                kept = capture(out, built, error)
-                raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {out}") from error
-            progress.step = step = progress.step + 1
+            self.stopping.begin()
+            losses = self.train_step(batch)
+            progress.step += 1
             now, cpu = time.perf_counter(), time.process_time()
             progress.seconds, began = progress.seconds + now - began, now
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
-            progress.images += recipe.batch_size
+            progress.images += built.recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
-            now_so = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
-            log.step(step, epoch, losses | now_so, recipe.batch_size)
-            # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
-            asked, due = divmod(
-                distributed.all_reduce_max(2 * (stopping.stop.requested or 0) + int(main and keeper.due())), 2
-            )
-            if asked:
-                _save(parts, progress, out, best=False)
-                raise stopping.answer(asked)
-            if due and _keep_time(built, keeper, progress, out, log):
-                _save(parts, progress, out, best=False)
-                keeper.saved()
-                keeper.paused(time.perf_counter() - now)
+            state = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
+            self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
+            if self.answer_and_keep_time():
+                self.save(best=False)
+                self.keeper.paused(time.perf_counter() - now)
                 began, used = time.perf_counter(), time.process_time()
-            stopping.finished()
-            if step >= built.total:
+            self.stopping.finished()
+            if progress.step >= built.total:
                 break
-        if progress.step % steps == 0 or progress.step >= built.total:
-            ended = time.perf_counter()
-            end(-(-progress.step // steps))
-            keeper.paused(time.perf_counter() - ended)
 
-
-def _keep_time(built: RunComponents, keeper: Keeper, progress: TrainState, out: Path, log: Log) -> bool:
-    """Change the length of the run if its budget requires it; return whether a checkpoint is due."""
-    step, recipe = progress.step, built.recipe
-    between = recipe.evaluate_every * built.loader.steps
-    looks = -(-built.total // between) - step // between
-    left, save_now = distributed.broadcast_object(
-        keeper.check(step, built.timeline, looks) if distributed.rank() == 0 else None
-    )
-    if left is not None:
-        built.timeline.change(step, left)
-        built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
-        if distributed.rank() == 0:  # before the steps that follow: a resumed run repeats them
-            write_json(out / "recipe.json", built.recipe.nested())
-        log.length(built.total)
-        if abs(built.total - keeper.said) > 0.25 * keeper.said:
-            why = "longer" if built.total < keeper.said else "less time"
-            log.note(
-                f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
-                f"{keeper.said:,}, and its schedule is fitted to that."
-            )
-            keeper.said = built.total
-    return save_now
-
-
-def _save(parts: dict[str, Any], progress: TrainState, out: Path, best: bool) -> None:
-    """Write a checkpoint on rank 0; an error there ends every rank."""
-    problem = None
-    if distributed.rank() == 0:
+    def train_step(self, batch: Batch) -> dict[str, Tensor | float]:
+        """Do one step; raise TrainingError, and keep the step, if the loss or the gradient is not finite."""
         try:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save(out / "checkpoints", state, step=progress.step, best=best)
-        except InbatchError as error:
-            problem = str(error)
-    if problem := distributed.broadcast_object(problem):
-        raise InbatchError(problem)
-    progress.saved = progress.step, progress.ended
+            return self.built.step(batch, self.progress.step)
+        except NonFiniteError as error:
+            kept = capture(self.out, self.built, error)
+            raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {self.out}") from error
+
+    def answer_and_keep_time(self) -> bool:
+        """Raise Preempted or Interrupted if any rank got a signal; return whether a checkpoint is due."""
+        due = distributed.rank() == 0 and self.keeper.due()
+        # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
+        signal, check = divmod(distributed.all_reduce_max(2 * (self.stopping.stop.requested or 0) + int(due)), 2)
+        if signal:
+            self.save(best=False)
+            raise self.stopping.answer(signal)
+        return bool(check) and self.keep_time()
+
+    def end_epoch(self) -> None:
+        """Check the features after an epoch, the last one possibly incomplete, and save."""
+        built, progress, recipe = self.built, self.progress, self.built.recipe
+        epoch = -(-progress.step // built.loader.steps)
+        before = set(progress.collapsed)
+        check_collapse(built, self.watched, progress, epoch, self.log)
+        self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
+        stays: list[str] = []
+        if self.stop_on_collapse:
+            stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys()))
+        best, last = False, progress.step >= built.total
+        if epoch % recipe.evaluate_every == 0 or last:
+            best = self.evaluate(epoch)
+        self.stopping.stop.hold()
+        progress.ended = progress.step // built.loader.steps
+        if best or epoch % recipe.checkpoint_every == 0 or last or stays:
+            self.save(best)
+        if stays:
+            raise TrainingError(
+                f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
+                f"the next look; a checkpoint is saved, curves are in {self.out / 'metrics.jsonl'}"
+            )
+        self.stopping.finished()
+
+    def evaluate(self, epoch: int) -> bool:
+        """Evaluate the features, and compare them with the reference; return whether they are the best so far."""
+        built, progress, split = self.built, self.progress, self.split
+        began = time.perf_counter()
+        sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
+        self.log.record(progress.step, progress.cost() | sizes)
+        best = evaluate_online(self.evaluator, progress, epoch, self.log, built.loader.steps)
+        report_comparison(self.compared, self.out, self.log)
+        if progress.step:
+            check_leak(built, progress, epoch, self.log)
+        self.keeper.evaluation_seconds = time.perf_counter() - began
+        return best
+
+    def keep_time(self) -> bool:
+        """Change the length of the run if its budget requires it; return whether a checkpoint is due."""
+        built, keeper, step, recipe = self.built, self.keeper, self.progress.step, self.built.recipe
+        between = recipe.evaluate_every * built.loader.steps
+        evaluations = -(-built.total // between) - step // between
+        left, save_now = distributed.broadcast_object(
+            keeper.check(step, built.timeline, evaluations) if distributed.rank() == 0 else None
+        )
+        if left is not None:
+            built.timeline.change(step, left)
+            built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
+            if distributed.rank() == 0:  # before the steps that follow: a resumed run repeats them
+                write_json(self.out / "recipe.json", built.recipe.nested())
+            self.log.length(built.total)
+            if abs(built.total - keeper.reported_total) > 0.25 * keeper.reported_total:
+                why = "longer" if built.total < keeper.reported_total else "less time"
+                self.log.note(
+                    f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
+                    f"{keeper.reported_total:,}, and its schedule is fitted to that."
+                )
+                keeper.reported_total = built.total
+        return save_now
+
+    def save(self, best: bool) -> None:
+        """Write a checkpoint on rank 0; an error there ends every rank."""
+        progress, problem = self.progress, None
+        if distributed.rank() == 0:
+            try:
+                state = {name: part.state_dict() for name, part in self.parts.items()}
+                save(self.out / "checkpoints", state, step=progress.step, best=best)
+            except InbatchError as error:
+                problem = str(error)
+        if problem := distributed.broadcast_object(problem):
+            raise InbatchError(problem)
+        progress.saved = progress.step, progress.ended
+        self.keeper.saved()
 
 
 def _finish(
-    built: RunComponents, progress: TrainState, held: Any, out: Path, where: dict[str, Any],
-    compared: Comparison | None, extra: Mapping[str, Any], images: int,
+    built: RunComponents, progress: TrainState, plan: _Evaluations, out: Path, where: dict[str, Any],
+    compared: Comparison | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
+    split = plan.final
     save_encoder(built.encoder, out / "encoder")
     save_heads(built, out / "heads")
     plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
@@ -359,10 +443,12 @@ def _finish(
         "compared": compared and compared.json(),
         "collapsed": list(progress.collapsed.values()),
         "leak": progress.leak or None,
-        "held_out": held and held[2],
-        "evaluation": None if held is None else evaluation(built, held, out),
+        "held_out": split and split.description,
+        "evaluation": None if split is None else evaluation(built, split, out),
     }
-    result |= worth(built, held, out, images) | dict(extra)
+    result |= compare_with_initial(built, split, out, plan.compared)
+    if progress.calibration:
+        result["calibration"] = progress.calibration
     result["wall_seconds"] = progress.wall
     write_json(out / "result.json", result)
     return result

@@ -1,16 +1,139 @@
-"""Complete a recipe from data and settings; every value that depends on the images is decided here."""
+"""Decide the recipe of a run from settings, images, time budget and machine."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inbatch.data import Source, open_data
+from inbatch.data import Loader, Source, open_data
 from inbatch.errors import ConfigError, DataError
+from inbatch.runtime import distributed
+from inbatch.training.auto_context import ContextSize, resolve, within_memory
+from inbatch.training.budget import duration
+from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
 from inbatch.training.recipe import PARTS, Recipe, Settings, make, method_named, read_file
 from inbatch.training.registry import shown
+from inbatch.training.run_encoder import with_encoder_of_init
+
+DECODED = 0.15
+"""Share of the budget that decoding may take before the first step; larger data sets are subsampled."""
+SHORT_RUN = 20
+"""Number of steps below which the user is warned that a run with a budget is short."""
+_EVALUATIONS = 8
+"""Number of online evaluations of a run with a budget."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipe chosen for a budget, and the timings behind it; `loader` is for the run to reuse."""
+
+    recipe: Recipe
+    chosen: Candidate
+    tried: tuple[Candidate, ...]
+    seconds: float
+    notes: tuple[str, ...]
+    loader: Loader
+    encoder_requested: bool
+
+    def sentences(self) -> list[str]:
+        """Return lines for the user: the choice, the candidates and the reason."""
+        r, c = self.recipe, self.chosen
+        tried = "; ".join(f"{x.name}: {x.seconds:.2f} s a step, {x.views:,} views" for x in self.tried)
+        why = "as requested" if self.encoder_requested else "the widest with enough views"
+        return [
+            *self.notes,
+            f"Budget of {duration(r.budget or 0)}: {c.name} ({why}), {r.image_size} pixels, batch {r.batch_size}, "
+            f"{c.steps:,} steps of about {c.seconds:.2f} s, {c.steps / self.loader.steps:.3g} passes over the images. "
+            f"Calibrated in {duration(self.seconds)} ({tried}).",
+        ]
+
+    def json(self) -> dict[str, Any]:
+        """Return the timings as plain values."""
+        return {
+            "seconds": self.seconds, "chosen": self.chosen.name, "small": self.chosen.small,
+            "tried": [asdict(one) for one in self.tried], "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The recipe of a run and its images.
+
+    Attributes:
+        recipe: The complete recipe.
+        source: Images to train on.
+        data: Data that `source` was opened from.
+        choice: How the recipe was chosen for its budget; None without a budget.
+        context: The context size, if it was searched for.
+        memory: A sentence if the context was reduced to fit in memory, else empty.
+    """
+
+    recipe: Recipe
+    source: Source
+    data: Any
+    choice: Choice | None = None
+    context: ContextSize | None = None
+    memory: str = ""
+
+    @property
+    def loader(self) -> Loader | None:
+        """The loader of a calibration, to be reused; else None."""
+        return self.choice.loader if self.choice else None
+
+
+def plan_run(
+    data: Any, settings: Settings, *, device: torch.device, workers: int | None, download: bool, began: float,
+    configured: bool, notify: Callable[[str], None] = lambda sentence: None,
+) -> RunPlan:  # fmt: skip
+    """Return the recipe of a new run, except a context that must be searched for (`with_context`), and its images.
+
+    Args:
+        data: Data to learn from; None for those of the settings.
+        settings: Requested settings.
+        device: Device of the networks.
+        workers: Number of processes that decode images.
+        download: Whether missing data may be downloaded.
+        began: Start time of the command (`time.perf_counter`).
+        configured: The settings come from a file, which defines the run.
+        notify: Called with a sentence on rank 0 before steps are timed for a budget.
+    """
+    data = requested_data(data, settings)
+    settings = with_encoder_of_init(with_default_budget(settings, data, device, configured))
+    if not needs_plan(settings):
+        return plan_without_budget(data, settings, download)
+    choice, source = plan_budget(
+        data, settings, began, device=device, workers=workers, download=download, notify=notify
+    )
+    return RunPlan(choice.recipe, source, data, choice)
+
+
+def plan_without_budget(data: Any, settings: Settings, download: bool = False) -> RunPlan:
+    """Return the recipe of a new run as `plan_run` does, but do not plan for a time budget."""
+    data, settings = requested_data(data, settings), with_encoder_of_init(settings)
+    recipe, source = resolve_recipe(data, settings, download)
+    return RunPlan(recipe, source, data)
+
+
+def with_context(plan: RunPlan, device: torch.device, workers: int | None, check_memory: bool = False) -> RunPlan:
+    """Return the plan with a number for `context: auto`; every rank must call it.
+
+    Args:
+        plan: The plan.
+        device: Device of the networks.
+        workers: Number of processes that decode images.
+        check_memory: Also reduce a context that is not set and does not fit in memory; a budget has done that already.
+
+    Raises:
+        ConfigError: If the context that the recipe sets does not fit in memory, or no context does.
+    """
+    recipe, context = resolve(plan.recipe, plan.source, device, workers)
+    memory = ""
+    if check_memory and plan.choice is None:
+        recipe, memory = within_memory(recipe, plan.source, device, workers)
+    return replace(plan, recipe=recipe, context=context, memory=memory)
 
 
 def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = False) -> tuple[Recipe, Source]:
@@ -71,9 +194,9 @@ def _whole(key: str, value: Any) -> int:
         raise ConfigError(f"{key} = {shown(value)}: input should be a whole number") from None
 
 
-def data_asked_for(data: Any, given: Settings) -> Any:
+def requested_data(data: Any, settings: Settings) -> Any:
     """Return the data to learn from: the argument, else the setting."""
-    data = given.get("data") if data is None else data
+    data = settings.get("data") if data is None else data
     if data is None:
         raise ConfigError("no images: pass --data with a folder, a file of images, or a data set such as digits-canvas")
     return data
@@ -90,67 +213,170 @@ def merged_settings(
         settings: Dotted settings, which override `method` and `values`.
         values: Settings by top-level name; the value of a part is its name.
     """
-    asked: Settings = {} if method is None else {"method.name": method}
-    asked |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
-    asked |= dict(settings or {})
+    requested: Settings = {} if method is None else {"method.name": method}
+    requested |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
+    requested |= dict(settings or {})
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
-        check_one_length(asked)
-    return asked if config is None else _over(read_file(config), asked)
+        check_one_length(requested)
+    return requested if config is None else _over(read_file(config), requested)
 
 
 _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup_epochs")
 """Settings that a budget plans in addition to the length; a settings file without a budget defines them itself."""
 
 
-def _over(file: Settings, asked: Settings) -> Settings:
+def _over(file: Settings, requested: Settings) -> Settings:
     """Return the settings of a file, overridden by the requested ones.
 
     A requested length replaces that of the file and everything derived from it. Options apply to one part only.
     """
     lengths = ("budget", "epochs", "steps")
-    if any(asked.get(key) is not None for key in lengths):
+    if any(requested.get(key) is not None for key in lengths):
         followed = (*lengths, "replans", *(_PLANNED if file.get("budget") is not None else ()))
         file = {key: value for key, value in file.items() if key not in followed}
     for part in PARTS:
-        name = asked.get(f"{part}.name")
+        name = requested.get(f"{part}.name")
         if name is not None and name != file.get(f"{part}.name", name):
             file = {key: value for key, value in file.items() if not key.startswith(f"{part}.")}
-    return file | asked
+    return file | requested
 
 
 DEFAULT = "1h"
 """The budget on a CPU if no setting determines the length or the encoder."""
 
 
-_SAYS = ("budget", "epochs", "steps", "preset", "encoder.name")
+_DEFINING = ("budget", "epochs", "steps", "preset", "encoder.name")
+"""Settings that determine the length or the encoder."""
 
 
-def with_default_budget(given: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
+def with_default_budget(settings: Settings, data: Any, device: torch.device, configured: bool) -> Settings:
     """Return the settings, on a CPU with a budget of one hour if they set neither length nor encoder.
 
     Args:
-        given: Requested settings.
+        settings: Requested settings.
         data: Data to learn from; embedded data have their own preset, which takes minutes.
         device: Device of the networks.
         configured: The settings come from a file, which defines the run.
     """
     embedded = isinstance(data, str) and data.startswith("digits-canvas")
-    if device.type != "cpu" or configured or embedded or any(given.get(key) is not None for key in _SAYS):
-        return given
-    return given | {"budget": DEFAULT}
+    if device.type != "cpu" or configured or embedded or any(settings.get(key) is not None for key in _DEFINING):
+        return settings
+    return settings | {"budget": DEFAULT}
 
 
-def needs_plan(given: Settings) -> bool:
+def needs_plan(settings: Settings) -> bool:
     """Return whether a budget is set but not yet planned; the recipe of a planned run has all three lengths."""
-    planned = all(given.get(key) is not None for key in ("steps", "epochs"))
-    return given.get("budget") is not None and not planned
+    planned = all(settings.get(key) is not None for key in ("steps", "epochs"))
+    return settings.get("budget") is not None and not planned
 
 
-def check_one_length(given: Settings) -> None:
+def check_one_length(settings: Settings) -> None:
     """Raise ConfigError if a budget is set together with another length."""
     for key, other in (("epochs", "--epochs"), ("steps", "steps")):
-        if given.get("budget") is not None and given.get(key) is not None:
+        if settings.get("budget") is not None and settings.get(key) is not None:
             raise ConfigError(
-                f"budget = {given['budget']} and {key} = {given[key]} both set the length of the run: "
+                f"budget = {settings['budget']} and {key} = {settings[key]} both set the length of the run: "
                 f"leave out {other}, or --budget"
             )
+
+
+def plan_budget(
+    data: Any, settings: Settings, began: float, *, device: torch.device, workers: int | None, download: bool,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Choice, Source]:  # fmt: skip
+    """Return the recipe that makes the best use of a budget on this machine, and the opened data.
+
+    Every rank must call it, and all get the same result.
+
+    Args:
+        data: Data to learn from, as for `open_data`.
+        settings: Settings, including "budget". Values in them (encoder, size, batch, method, ...) are not changed.
+        began: Start time of the command (`time.perf_counter`).
+        device: Device of the networks.
+        workers: Number of processes that decode images.
+        download: Whether missing data may be downloaded.
+        notify: Called with a sentence on rank 0 before steps are timed.
+    """
+    check_one_length(settings)
+    settings, notes = dict(settings), list[str]()
+    encoder_requested = any(settings.get(key) is not None for key in ("encoder.name", "encoder.width", "preset"))
+    if settings.get("encoder.name", "fast") == "fast":
+        settings.setdefault("preset", "fast")
+    recipe, source = resolve_recipe(data, settings, download)
+    budget = recipe.budget or 0.0
+    if settings.get("image_size") is None and recipe.preset == "fast":
+        settings["image_size"] = small_size(source, device)
+        recipe = make(settings | {"data": recipe.data, "channels": recipe.channels})
+    recipe, source = _decodable(data, settings, recipe, source, download, notes)
+    settings |= {
+        "data": recipe.data,
+        "channels": recipe.channels,
+        "image_size": recipe.image_size,
+        "subset": recipe.subset,
+    }
+    settings["batch_size"] = recipe.batch_size if settings.get("batch_size") is not None else _batch(recipe, source)
+
+    if distributed.rank() == 0:
+        seconds = max(limit_seconds(budget), SHORTEST)
+        notify(f"Budget of {duration(budget)}: timing real steps, for about {duration(seconds)}.")
+    timed = calibrate(settings, not encoder_requested, source, budget, began, device=device, workers=workers)
+    best, per_epoch = timed.best, timed.loader.steps
+    notes += filter(None, (timed.note, best.note))
+    if best.candidate.steps < SHORT_RUN:
+        notes.append(
+            f"The budget leaves time for {best.candidate.steps} steps only: the preset fast, a smaller batch or a "
+            "longer budget make more."
+        )
+    recipe = make(best.settings | _planned_length(settings, best.candidate.steps, per_epoch))
+    tried = tuple(trial.candidate for trial in timed.trials)
+    return Choice(recipe, best.candidate, tried, timed.seconds, tuple(notes), timed.loader, encoder_requested), source
+
+
+def _planned_length(settings: Settings, steps: int, per_epoch: int) -> Settings:
+    """Return the length of a run with a budget, and the settings that follow from it unless they are requested.
+
+    Args:
+        settings: Requested settings.
+        steps: Number of steps that fit into the budget.
+        per_epoch: Number of steps in an epoch.
+    """
+    epochs = max(1, -(-steps // per_epoch))
+    return {
+        "steps": steps,
+        "epochs": epochs,
+        "evaluate_every": settings.get("evaluate_every") or max(1, round(epochs / _EVALUATIONS)),
+        "checkpoint_every": settings.get("checkpoint_every") or max(1, round(epochs / 20)),
+        "schedule.warmup_epochs": settings.get("schedule.warmup_epochs", round(0.05 * steps / per_epoch, 6)),
+    }
+
+
+def small_size(source: Source, device: torch.device) -> int:
+    """Return the image side for a budget on a CPU: the natural size up to 64 pixels, else 64."""
+    natural = natural_size(source)
+    return natural if natural <= 64 or device.type != "cpu" else 64
+
+
+def _batch(recipe: Recipe, source: Source) -> int:
+    """Return the preset's batch size, or the largest power of two that does not exceed the number of images."""
+    return max(2, min(recipe.batch_size, 1 << len(source).bit_length() - 1))
+
+
+def _decodable(
+    data: Any, settings: Settings, recipe: Recipe, source: Source, download: bool, notes: list[str]
+) -> tuple[Recipe, Source]:
+    """Return the recipe and source with as many images as can be decoded in a share of the budget."""
+    if recipe.subset is not None:
+        return recipe, source
+    budget = recipe.budget or 0.0
+    each = distributed.broadcast_object(decode_seconds(source, 2 * recipe.image_size))
+    most = int(DECODED * budget / each) if each > 0 else len(source)
+    if len(source) <= most:
+        return recipe, source
+    most = max(2, most)
+    notes.append(
+        f"Learning from {most:,} of {len(source):,} images, drawn by a fixed seed: decoding all of them takes about "
+        f"{duration(each * len(source))}. A longer budget takes more of them."
+    )
+    return resolve_recipe(
+        data, settings | {"subset": most, "image_size": recipe.image_size, "batch_size": recipe.batch_size}, download
+    )

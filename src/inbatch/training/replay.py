@@ -55,17 +55,17 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
     state: dict[str, Any] = {name: part.state_dict() for name, part in built.parts().items()}
     checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step)
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
-    told = {"step": failed.step, "epoch": batch.epoch, "seed": batch.seed, "reason": str(failed)}
-    told |= {
+    record = {"step": failed.step, "epoch": batch.epoch, "seed": batch.seed, "reason": str(failed)}
+    record |= {
         "context": built.context,
         "world": distributed.world(),
         "classes": list(source.classes),
         "data": source.name,
     }
-    told |= {"images": [source.identity(i) for i in batch.index.tolist()]}  # of this rank, for the user
-    told |= {"environment": environment(built.loader.device)}
+    record |= {"images": [source.identity(i) for i in batch.index.tolist()]}  # of this rank, for the user
+    record |= {"environment": environment(built.loader.device)}
     write_json(folder / "recipe.json", built.recipe.nested())
-    write_json(folder / "capture.json", told)
+    write_json(folder / "capture.json", record)
     return folder
 
 
@@ -85,32 +85,38 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not (folder / "capture.json").is_file():
         raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
-    told, saved = read_json(folder / "capture.json"), checkpoint.load(folder).state
-    found = _again(folder, told, saved, device, None)
-    result = {"capture": str(folder), "step": told["step"], "data": told["data"], "captured": told["reason"], **found}
-    if found["precision"] == "bfloat16":
-        result["float32"] = _again(folder, told, saved, device, "float32")
+    record, saved = read_json(folder / "capture.json"), checkpoint.load(folder).state
+    repeated = _again(folder, record, saved, device, None)
+    result = {
+        "capture": str(folder),
+        "step": record["step"],
+        "data": record["data"],
+        "captured": record["reason"],
+        **repeated,
+    }
+    if repeated["precision"] == "bfloat16":
+        result["float32"] = _again(folder, record, saved, device, "float32")
     return result
 
 
 def _again(
-    folder: Path, told: dict[str, Any], saved: dict[str, Any], device: torch.device, precision: str | None
+    folder: Path, record: dict[str, Any], saved: dict[str, Any], device: torch.device, precision: str | None
 ) -> dict[str, Any]:
     """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""
     recipe = make(read_file(folder / "recipe.json"))
-    recipe = replace(recipe, context=told["context"], sync_norm=False, compile=False, cache_on_device=False)
+    recipe = replace(recipe, context=record["context"], sync_norm=False, compile=False, cache_on_device=False)
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
-    source, init = _Empty(told, saved["labels"], recipe.channels), kept_initial(folder.parent)
+    source, init = _Empty(record, saved["labels"], recipe.channels), kept_initial(folder.parent)
     built = build(recipe, source, device=device, workers=0, init=init)
     checkpoint.restore(built.parts(), saved["parts"])
-    step, batch = built.step, _batch(folder, told).to(device)
+    step, batch = built.step, _batch(folder, record).to(device)
     step.curator = None  # its redraws are stored in the batch
     places = [f"the weight {name}" for name, p in built.network.named_parameters() if not p.isfinite().all()]
     step.views = _checked(step.views, places)
     with _watched(built.network, places):
         try:
-            losses = step(batch, told["step"])
+            losses = step(batch, record["step"])
             return {"reproduced": False, "loss": float(losses["loss"]), "grad_norm": float(losses["grad_norm"]),
                     "places": places, "precision": _name(built)}  # fmt: skip
         except NonFiniteError as failed:
@@ -130,8 +136,8 @@ def _name(built: RunComponents) -> str:
 class _Empty(Source):
     """A source with the number of images and the labels of the run's data, but no pixels; the step supplies its own."""
 
-    def __init__(self, told: dict[str, Any], labels: Tensor, channels: int):
-        super().__init__(told["data"], channels, labels, tuple(told["classes"]))
+    def __init__(self, record: dict[str, Any], labels: Tensor, channels: int):
+        super().__init__(record["data"], channels, labels, tuple(record["classes"]))
 
     def open(self, i: int) -> Pixels:
         return Pixels(torch.zeros(self.channels, 1, 1, dtype=torch.uint8))
@@ -140,10 +146,10 @@ class _Empty(Source):
         return str(i)
 
 
-def _batch(folder: Path, told: dict[str, Any]) -> Batch:
+def _batch(folder: Path, record: dict[str, Any]) -> Batch:
     """Return the whole batch, from the samples of all ranks."""
     shares = []
-    for rank in range(told["world"]):
+    for rank in range(record["world"]):
         path = folder / f"share-{rank}.safetensors"
         try:
             shares.append(safetensors.torch.load(path.read_bytes()))
@@ -167,8 +173,8 @@ def _batch(folder: Path, told: dict[str, Any]) -> Batch:
     return Batch(
         index=torch.cat([share["index"] for share in shares]),
         label=torch.cat([share["label"] for share in shares]),
-        seed=told["seed"],
-        epoch=told["epoch"],
+        seed=record["seed"],
+        epoch=record["epoch"],
         images=joined("images"),
         size=joined("size"),
         crops=tuple(crop for crop in crops if crop is not None) or None,
@@ -192,15 +198,15 @@ def _checked(views: Callable[[Batch], Sequence[Tensor]], places: list[str]) -> C
 def _watched(network: nn.Module, places: list[str]) -> Iterator[None]:
     """Record, in order, the innermost modules with a non-finite output."""
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, made: Any) -> None:
-            if isinstance(made, Tensor) and not made.isfinite().all():
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
                 _once(places, f"the output of {name} ({type(module).__name__})")
 
         return hook
 
     leaves = [(name, module) for name, module in network.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in leaves]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inbatch.data import GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
@@ -18,13 +18,14 @@ from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.terminal import counted
-from inbatch.training.head_evaluation import judge_head
-from inbatch.training.holdout import evaluation_split
-from inbatch.training.judgement import PROTOCOLS, before_training, judge_labelled, judge_unlabelled
+from inbatch.training.head_evaluation import evaluate_head
+from inbatch.training.holdout import Images, evaluation_split
+from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
 from inbatch.training.recipe import Recipe, make, read_file
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
 
+AnyImages = TypeVar("AnyImages", bound=Images)
 ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
 
 
@@ -47,10 +48,10 @@ def load(path: str | Path) -> Encoder:
 
     Warns, with the step of the encoder, if the run has not finished.
     """
-    found = load_run_encoder(path)
-    if found.note:
-        warnings.warn(found.note, stacklevel=2)
-    return found.encoder
+    loaded = load_run_encoder(path)
+    if loaded.note:
+        warnings.warn(loaded.note, stacklevel=2)
+    return loaded.encoder
 
 
 def load_run(path: str | Path) -> Run:
@@ -101,26 +102,28 @@ def evaluate_run(
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
     own, path = recipe_of(path), Path(path)
-    found = load_run_encoder(path)
+    loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
-    held = evaluation_split(recipe, source, recipe.data if data is None else data, test)
-    encoder, stopped = found.encoder.to(device_for(device)), found.note is not None
+    split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
+    encoder, stopped = loaded.encoder.to(device_for(device)), loaded.note is not None
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
-    told = {"run": str(path), "held_out": held and held[2], "initial": initial_name(own)} | found.stage()
-    told["note"] = ". ".join(filter(None, (found.note, why))) or None
-    if held is None:
+    origin = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | loaded.stage()
+    origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
+    if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
-        return judge_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | told
-    bank, queries = (_for(encoder, part) for part in held[:2])
-    head = {"head": judge_head(path, encoder, queries)} if from_ == "head" else {}
-    return judge_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | told
+        return evaluate_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
+    bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
+    head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
+    return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 
 
-def _for(encoder: Encoder, source: Source) -> Source:
+def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     """Return the source with as many channels as the encoder takes."""
-    return GreyAsRGB(source) if (source.channels, encoder.channels) == (1, 3) else source
+    if isinstance(source, Source) and (source.channels, encoder.channels) == (1, 3):
+        return GreyAsRGB(source)
+    return source
 
 
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
@@ -135,12 +138,12 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     if out.exists() and not _is_free(out):
         raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
-    found = load_run_encoder(path)
-    save_encoder(found.encoder, out)
-    encoder, known = found.encoder, "architecture" in read_json(out / "config.json")
+    loaded = load_run_encoder(path)
+    save_encoder(loaded.encoder, out)
+    encoder, readable_by_timm = loaded.encoder, "architecture" in read_json(out / "config.json")
     what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels}
     what["width"] = encoder.feature_width
-    return {"run": str(path), "out": str(out), "timm": known} | what | found.stage()
+    return {"run": str(path), "out": str(out), "timm": readable_by_timm} | what | loaded.stage()
 
 
 def _is_free(out: Path) -> bool:
@@ -180,12 +183,12 @@ def embed_run(
             None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
     """
-    found = load_run_encoder(path)
+    loaded = load_run_encoder(path)
     if stage is not None:
-        stage |= found.stage()
-    elif found.note:
-        warnings.warn(found.note, stacklevel=2)
-    encoder = found.encoder.to(device_for(device))
+        stage |= loaded.stage()
+    elif loaded.note:
+        warnings.warn(loaded.note, stacklevel=2)
+    encoder = loaded.encoder.to(device_for(device))
     source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     with encoder.plain() if plain else nullcontext():

@@ -78,9 +78,9 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
     init = recipe.encoder.options.get("init")
     if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
         return init
-    found = load_run_encoder(init)
-    notes += [found.note] if found.note else []
-    return found.encoder
+    loaded = load_run_encoder(init)
+    notes += [loaded.note] if loaded.note else []
+    return loaded.encoder
 
 
 _SAMPLE = 256
@@ -121,29 +121,31 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
     return samples[prepare]
 
 
-def with_encoder_of_init(given: Settings) -> Settings:
+def with_encoder_of_init(settings: Settings) -> Settings:
     """Return the settings with the encoder and options that `encoder.init` was saved with, if they name no encoder.
 
     encoder.init: a run, or a folder that `save_encoder` wrote; other weight files do not identify their encoder.
     """
-    init = given.get("encoder.init")
-    if init in (None, "timm") or given.get("encoder.name") is not None or not isinstance(init, str | Path):
-        return given
+    init = settings.get("encoder.init")
+    if init in (None, "timm") or settings.get("encoder.name") is not None or not isinstance(init, str | Path):
+        return settings
     folder = Path(init)
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
-        found = {"name": encoder.name} | encoder.options
+        arguments = {"name": encoder.name} | encoder.options
     elif (folder / "config.json").is_file():
         saved = read_json(folder / "config.json").get("inbatch", {})
-        found = {"name": saved.get("name")} | (saved.get("arguments") or {})
+        arguments = {"name": saved.get("name")} | (saved.get("arguments") or {})
         if "readout" in saved:
-            found["whiten"] = True
+            arguments["whiten"] = True
     else:
-        return given
-    if found["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
-        found.setdefault("whiten_patches", False)
-    known = {f"encoder.{key}": value for key, value in found.items() if key != "init" and value is not None}
-    return known | given
+        return settings
+    if arguments["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
+        arguments.setdefault("whiten_patches", False)
+    saved_settings = {
+        f"encoder.{key}": value for key, value in arguments.items() if key != "init" and value is not None
+    }
+    return saved_settings | settings
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:

@@ -66,30 +66,30 @@ class Report:
             self.status(status, reason)
 
 
-def report_unreadable(built: RunComponents, out: Path, log: Log, told: int) -> int:
+def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) -> int:
     """Collect the unreadable images of all ranks, list them in a file, and report new ones; return their number.
 
     Args:
         built: The run.
         out: Run directory; the list is bad_images.txt.
         log: Log of the run.
-        told: Number of images already reported.
+        reported: Number of images already reported.
     """
     loader = built.loader
     for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
         loader.note(bad)
-    found = loader.unreadable()
-    if distributed.rank() or len(found) == told:
-        return len(found)
-    new = found[told:]
+    sentences = loader.unreadable()
+    if distributed.rank() or len(sentences) == reported:
+        return len(sentences)
+    new = sentences[reported:]
     with replacing(out / "bad_images.txt") as file:
-        file.write("".join(f"{sentence}\n" for sentence in found).encode(errors="backslashreplace"))
+        file.write("".join(f"{sentence}\n" for sentence in sentences).encode(errors="backslashreplace"))
     log.note(
         f"{unreadable(len(new))} left out"
         + ("" if loader.held else " (replaced by the images at the same positions of the next batch)")
         + f": {'; '.join(new[:3])}. All of them are in {out / 'bad_images.txt'}"
     )
-    return len(found)
+    return len(sentences)
 
 
 def clear(out: Path) -> None:

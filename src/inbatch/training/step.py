@@ -95,11 +95,11 @@ class Step:
             list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
         )
         held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
-        online, orders = self._sweep(self.network, batch, held, online_views, step, grad=True)
+        online, orders = self._forward(self.network, batch, held, online_views, step, grad=True)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         target_rows: Rows = {}
         if self.target is not None:
-            target_rows = _whole(*self._sweep(self.target, batch, held, target_views, step, grad=False))
+            target_rows = _whole(*self._forward(self.target, batch, held, target_views, step, grad=False))
         whole = Batch(distributed.gather(batch.index), distributed.gather(batch.label), batch.seed, batch.epoch)
 
         with logsumexp.using(
@@ -136,7 +136,7 @@ class Step:
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
 
-    def _sweep(
+    def _forward(
         self, network: Network, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
     ) -> tuple[grad_cache.GroupForward, Orders]:
         """Return the rows of this rank's groups; a group's random numbers do not depend on the rank that runs it."""
@@ -173,13 +173,13 @@ class Step:
             plain: Sequence[Tensor] = held or ()
             if held is None and any(order is None for order in orders):
                 plain = self.views(batch.take(places))
-            made = []
+            images = []
             for v, order in zip(views, orders, strict=True):
                 if order is None or everyone is None:
-                    made.append(plain[v])
+                    images.append(plain[v])
                 else:
-                    made.append(self.views(everyone.take(distributed.local_shard(order)[places]))[v])
-            return made
+                    images.append(self.views(everyone.take(distributed.local_shard(order)[places]))[v])
+            return images
 
         size = len(batch) // self.groups
         return [functools.partial(draw, slice(g * size, (g + 1) * size)) for g in range(self.groups)]
@@ -200,10 +200,10 @@ def _everyone(batch: Batch) -> Batch | None:
                    attempt=every(batch.attempt))  # fmt: skip
 
 
-def _whole(swept: grad_cache.GroupForward, orders: Orders) -> Rows:
+def _whole(forward: grad_cache.GroupForward, orders: Orders) -> Rows:
     """Return the rows of the whole batch, in the order of the batch."""
     back = [None if order is None else order.argsort() for order in orders]
-    return {name: _rearranged(distributed.gather(x, dim=1), back) for name, x in swept.rows.items()}
+    return {name: _rearranged(distributed.gather(x, dim=1), back) for name, x in forward.rows.items()}
 
 
 def _rearranged(x: Tensor, orders: Orders) -> Tensor:

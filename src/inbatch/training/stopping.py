@@ -137,10 +137,10 @@ def turns(built: RunComponents, stop: Stop) -> list[Any]:
     def backward(gradient: Tensor) -> None:
         stop.check()
 
-    def forward(module: nn.Module, given: Any, made: Any) -> None:
+    def forward(module: nn.Module, inputs: Any, output: Any) -> None:
         stop.check()
-        if isinstance(made, Tensor) and made.requires_grad:
-            made.register_hook(backward)
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(backward)
 
     networks = [network for network in (built.network, built.target) if network is not None]
     modules = [module for network in networks for module in network.modules()]

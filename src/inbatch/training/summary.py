@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,8 +118,8 @@ def estimate(built: RunComponents) -> dict[str, Any]:
     """
     share = built.recipe.batch_size // distributed.world()
     group = share // built.step.groups
-    images, rows, activations = _activations(built, group)
-    activations += _fusing(built, group)
+    shapes = _activations(built, group)
+    images, rows, activations = shapes.views, shapes.rows, shapes.kept + _fusing(built, group)
     held = [*built.network.parameters(), *built.network.buffers()]
     learning = [p for p in built.network.parameters() if p.requires_grad]
     memory = {
@@ -154,24 +155,40 @@ def estimate(built: RunComponents) -> dict[str, Any]:
     }
 
 
-def _activations(built: RunComponents, group: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
-    """Return the shapes of views and rows of a few samples, and the bytes that a group of this size keeps."""
-    views, rows, kept = _forward(built, min(group, _SAMPLES))
-    if group > _SAMPLES:  # extrapolated linearly: a part of it (weights in bfloat16) does not grow
-        per_sample = (kept - _forward(built, _SAMPLES // 2)[2]) / (_SAMPLES - _SAMPLES // 2)
-        kept += round(per_sample * (group - _SAMPLES))
-    return views, rows, kept
+@dataclass(frozen=True)
+class _ForwardPass:
+    """A forward pass of a few samples.
+
+    Attributes:
+        views: Shapes of the views.
+        rows: Shapes of the rows, by head.
+        kept: Bytes that are kept for the backward pass.
+    """
+
+    views: list[tuple[int, ...]]
+    rows: dict[str, tuple[int, ...]]
+    kept: int
 
 
-def _forward(built: RunComponents, samples: int) -> tuple[list[tuple[int, ...]], dict[str, tuple[int, ...]], int]:
-    """Return shapes of views and rows, and the bytes that a forward pass of random images keeps for backward."""
+def _activations(built: RunComponents, group: int) -> _ForwardPass:
+    """Return the forward pass of a few samples, with the bytes that a group of this size keeps."""
+    passed = _forward(built, min(group, _SAMPLES))
+    if group <= _SAMPLES:
+        return passed
+    # Extrapolated linearly: a part of it (weights in bfloat16) does not grow.
+    per_sample = (passed.kept - _forward(built, _SAMPLES // 2).kept) / (_SAMPLES - _SAMPLES // 2)
+    return replace(passed, kept=passed.kept + round(per_sample * (group - _SAMPLES)))
+
+
+def _forward(built: RunComponents, samples: int) -> _ForwardPass:
+    """Run random images through the online network."""
     sizes = [view.size for view in built.views.views]
     views = [_images(built, samples, size) for size in sizes]
     learning = list(built.method.online_views(len(views)))
     plain = [-1] * len(learning)  # indices that are never fused: a group of so few samples may not fit
     network = built.network.forward  # not through the call, which may compile first
     rows, kept = _kept(built, lambda: network([views[v] for v in learning], plain))
-    return [tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept
+    return _ForwardPass([tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept)
 
 
 def _pixels(built: RunComponents) -> int:
@@ -211,8 +228,8 @@ def _kept(built: RunComponents, run: Callable[[], Any]) -> tuple[Any, int]:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        found = run()
-    return found, sum(kept.values())
+        result = run()
+    return result, sum(kept.values())
 
 
 def _state_per_number(built: RunComponents) -> float:

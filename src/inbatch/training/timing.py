@@ -106,14 +106,14 @@ def expectation(built: RunComponents, seconds: float, done: int = 0) -> str:
 
 def smaller_choices(built: RunComponents) -> list[tuple[str, float]]:
     """Return (setting, seconds of the whole run) of encoders that take less time than that of this run."""
-    now, found = step_seconds(built) * built.total, []
+    now, choices = step_seconds(built) * built.total, []
     after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
     for name in SMALLER[after:]:
         recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None)
         other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
         if other * built.total < 0.8 * now:
-            found.append((f"--encoder {name}", other * built.total))
-    return found
+            choices.append((f"--encoder {name}", other * built.total))
+    return choices
 
 
 def _short(seconds: float) -> str:

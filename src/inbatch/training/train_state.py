@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,15 @@ import torch
 
 def _zero() -> torch.Tensor:
     return torch.zeros((), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class EvaluationSizes:
+    """Numbers of images that the evaluations of a run with a budget use: bank, queries, and compared at the end."""
+
+    bank: int
+    queries: int
+    compared: int
 
 
 @dataclass
@@ -32,7 +41,7 @@ class TrainState:
         leak: How well an embedding identified its context group at the last evaluation.
         data: Number of training images, and the signature of their names and labels.
         calibration: How the recipe was chosen for its budget.
-        judged: With a budget, the number of bank images, queries, and images compared at the end; kept after a resume.
+        sizes: Numbers of images of the evaluations, with a budget; kept after a resume.
         threads: Every number of threads used for computation, in the order of first use.
         began: Start time (`time.perf_counter`).
         saved: `step` and `ended` of the last checkpoint on the disk.
@@ -52,7 +61,7 @@ class TrainState:
     leak: dict[str, float] = field(default_factory=dict)
     data: str = ""
     calibration: dict[str, Any] | None = None
-    judged: list[int] = field(default_factory=list)
+    sizes: EvaluationSizes | None = None
     threads: list[int] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
@@ -77,14 +86,15 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
-        told = {"calibration": self.calibration, "judged": list(self.judged)}
-        return kept | told | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
+        plan = {"calibration": self.calibration, "judged": list(astuple(self.sizes)) if self.sizes else []}
+        return kept | plan | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         for name in (*self._KEPT, "before"):
             setattr(self, name, state[name])
         self.saved = self.step, self.ended
-        self.calibration, self.judged = state.get("calibration"), list(state.get("judged", []))
+        self.calibration = state.get("calibration")
+        self.sizes = EvaluationSizes(*sizes) if (sizes := state.get("judged")) else None
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
         self.cpu_seconds = state.get("cpu_seconds", math.nan)  # absent from checkpoints of earlier versions

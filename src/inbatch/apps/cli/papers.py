@@ -58,7 +58,7 @@ def table(
     """Show or run a table or figure of a paper: published and reproduced figures, differences, and commands."""
     with reported(as_json):
         from inbatch.apps.papers import TABLES
-        from inbatch.apps.papers.command import run_table_command
+        from inbatch.apps.papers.command import Selection, run_table_command
         from inbatch.apps.papers.runner import Runner
         from inbatch.runtime.terminal import progress
 
@@ -72,22 +72,28 @@ def table(
                 results or work / "results", work, _places(data), jobs=jobs, device=device, download=download,
                 again=again, tell=tell, show=show,
             )  # fmt: skip
-            asked = run_table_command(
-                TABLES, name, scale, runner=runner, from_=from_, rows=row or (), on=on or (), seeds=seed or (), out=out
+            report = run_table_command(
+                TABLES,
+                name,
+                scale,
+                runner=runner,
+                from_=from_,
+                out=out,
+                selection=Selection(row or (), on or (), seed or ()),
             )
         if as_json:
-            print_json(asked.json())
+            print_json(report.json())
         else:
-            for part in asked.grids(width(numbers=True)):
+            for part in report.grids(width(numbers=True)):
                 print_table(*part, numbers=True)
                 say("")
-            say(*asked.words())
+            say(*report.words())
             if out is not None:
                 say("", f"Written to: {out}")
-    if asked.problems:
-        for sentence in dict.fromkeys(map(str, asked.problems.values())):
+    if report.problems:
+        for sentence in dict.fromkeys(map(str, report.problems.values())):
             complain(sentence)
-        raise typer.Exit(asked.exit_code)
+        raise typer.Exit(report.exit_code)
 
 
 def _places(texts: list[str] | None) -> dict[str, str]:

@@ -45,8 +45,8 @@ class TableReport:
         """Return the lines below the table."""
         table, scale = self.sheet.table, self.sheet.scale
         lines = [f"{table.name} at {scale} scale. {table.asks}", *render.notes(self.sheet)]
-        if told := table.holds.get(scale):
-            lines += ["", f"Findings. {told}"]
+        if findings := table.holds.get(scale):
+            lines += ["", f"Findings. {findings}"]
         lines += ["", *self._compared(), "The runs (seed 0; others with --seed):", ""]
         lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.sheet)]
         names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.sheet)} & WHERE.keys()
@@ -76,7 +76,7 @@ class TableReport:
         """Return the report for --json; figures in percent."""
         headings, rows = render.grid(self.sheet)
         table = self.sheet.table
-        found = {
+        content: dict[str, Any] = {
             "name": table.name,
             "scale": self.sheet.scale,
             "source": table.source,
@@ -89,15 +89,44 @@ class TableReport:
             for line in self.sheet.lines
             for column, value in zip(self.sheet.columns, line.ours, strict=True)
         ]
-        told = {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
+        content |= {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
         problems = {name: str(problem) for name, problem in self.problems.items()}
-        said = "; ".join(dict.fromkeys(problems.values()))
-        return found | told | {"problems": problems} | ({"error": said, "exit_code": self.exit_code} if said else {})
+        error = "; ".join(dict.fromkeys(problems.values()))
+        failure = {"error": error, "exit_code": self.exit_code} if error else {}
+        return content | {"problems": problems} | failure
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Part of a table; empty sequences select everything.
+
+    Attributes:
+        rows: Names of rows, to which those are added that they are compared with.
+        data: Names of data sets.
+        seeds: Seeds.
+    """
+
+    rows: Sequence[str] = ()
+    data: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+
+    def apply(self, table: Table, scale: str) -> Table:
+        """Return the selected part of a table; raise ConfigError for an unknown row or data set."""
+        at = table.scales[scale]
+        for row in self.rows:
+            check_known("row", row, {row.name: None for row in table.rows})
+        for data in self.data:
+            check_known("data set", data, at.data)
+        with_against = {*self.rows, *(row.against for row in table.rows if row.name in self.rows)}
+        columns = tuple(column for column in at.columns if not self.data or column.data in self.data)
+        part = replace(at, columns=columns, seeds=tuple(self.seeds) or at.seeds)
+        rows = tuple(row for row in table.rows if not self.rows or row.name in with_against)
+        return replace(table, rows=rows, scales={**table.scales, scale: part})
 
 
 def run_table_command(
     tables: Mapping[str, Table], name: str, scale: str | None = None, *, runner: Runner, from_: Path | None = None,
-    rows: Sequence[str] = (), on: Sequence[str] = (), seeds: Sequence[int] = (), out: Path | None = None,
+    selection: Selection = Selection(), out: Path | None = None,
 ) -> TableReport:  # fmt: skip
     """Run missing cells of a table and fill it.
 
@@ -108,9 +137,7 @@ def run_table_command(
             results at scale cpu.
         runner: The runner of missing cells.
         from_: Folder of results; nothing is run.
-        rows: Use only these rows, with those that they are compared with.
-        on: Use only these data sets.
-        seeds: Use only these seeds.
+        selection: Use only this part of the table.
         out: File for the table.
 
     Raises:
@@ -124,7 +151,7 @@ def run_table_command(
     if out is not None:
         _writer(out)
         check_writable(out)
-    table = _chosen(table, scale, rows, on, seeds)
+    table = selection.apply(table, scale)
     if from_ is not None and not from_.is_dir():
         raise ConfigError(f"--from {from_} is not a folder of results")
     problems: dict[str, InbatchError] = {}
@@ -134,30 +161,16 @@ def run_table_command(
         launch = tuple(runner.launch(list(cells(table, scale))))
     elif runs:
         problems = runner.run(list(cells(table, scale)))
-    known = read_records(runner.results if runs else from_ or shipped())
+    records = read_records(runner.results if runs else from_ or shipped())
     others = runs and runner.results.resolve() != shipped().resolve()
     beside = fill(table, scale, read_records(shipped())) if others else None
-    asked = TableReport(fill(table, scale, known), problems, beside, launch)
+    report = TableReport(fill(table, scale, records), problems, beside, launch)
     if out is not None:
         with replacing(out) as file:
-            file.write(_writer(out)(asked.sheet).encode())
-    return asked
+            file.write(_writer(out)(report.sheet).encode())
+    return report
 
 
 def _writer(out: Path) -> Callable[[FilledTable], str]:
     check_known("ending", out.suffix, render.FORMATS)
     return render.FORMATS[out.suffix]
-
-
-def _chosen(table: Table, scale: str, rows: Sequence[str], on: Sequence[str], seeds: Sequence[int]) -> Table:
-    """Return the table reduced to the requested rows, data sets and seeds."""
-    at = table.scales[scale]
-    for row in rows:
-        check_known("row", row, {row.name: None for row in table.rows})
-    for data in on:
-        check_known("data set", data, at.data)
-    with_against = {*rows, *(row.against for row in table.rows if row.name in rows)}
-    columns = tuple(column for column in at.columns if not on or column.data in on)
-    cut = replace(at, columns=columns, seeds=tuple(seeds) or at.seeds)
-    kept = tuple(row for row in table.rows if not rows or row.name in with_against)
-    return replace(table, rows=kept, scales={**table.scales, scale: cut})

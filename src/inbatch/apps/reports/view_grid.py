@@ -17,7 +17,7 @@ from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import replacing
-from inbatch.training.plan import data_asked_for, merged_settings, resolve_recipe
+from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
 
 _CELL = 96
@@ -115,7 +115,7 @@ def draw_views(
 ) -> Part:  # fmt: skip
     """Draw some images with their views into an image file; return the name and options of the views."""
     given = merged_settings(method, None, settings, fields)
-    recipe, source = resolve_recipe(data_asked_for(data, given), given)
+    recipe, source = resolve_recipe(requested_data(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))

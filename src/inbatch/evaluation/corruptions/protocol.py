@@ -72,22 +72,22 @@ def corruptions(
         near = knn_scores(
             vectors.to(device), bank, train.labels, classes, k=nearest, temperature=temperature, distance=distance
         )
-        told = torch.stack([near.argmax(1), linear.scores(vectors).argmax(1).cpu()])
-        return (told == labels).sum(1)
+        predicted = torch.stack([near.argmax(1), linear.scores(vectors).argmax(1).cpu()])
+        return (predicted == labels).sum(1)
 
     clean = right(test.vectors, test.labels)
-    found = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.long)
+    correct = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.long)
     side = 0
-    for images, some in _chunks(encoder, source, test, batch):
-        side, index = max(images.shape[2:]), some.index.to(device)
+    for images, part in _chunks(encoder, source, test, batch):
+        side, index = max(images.shape[2:]), part.index.to(device)
         for number, corruption in enumerate(CORRUPTIONS.values()):
             chance = Chance(fold(seed, number), index)
             for severity in SEVERITIES:
-                made = encoder.prepare(corruption(images, severity, chance))
-                found[number, severity - 1] += right(encode(encoder, made, precision).float(), some.labels)
+                corrupted = encoder.prepare(corruption(images, severity, chance))
+                correct[number, severity - 1] += right(encode(encoder, corrupted, precision).float(), part.labels)
     kinds = dict.fromkeys(corruption.kind for corruption in CORRUPTIONS.values())
     of_kind = {kind: [c.kind == kind for c in CORRUPTIONS.values()] for kind in kinds}
-    share, before = found.double() / len(test), clean.double() / len(test)
+    share, before = correct.double() / len(test), clean.double() / len(test)
     protocol = {"k": nearest, "distance": distance, "temperature": temperature if distance == "cosine" else None}
     return {
         **_figures(share.mean((0, 1)), before),
@@ -121,9 +121,9 @@ def _chunks(
     pixels = replace(prepare, mean=(0.0,) * channels, std=(1.0,) * channels)
     step = max(1, min(batch, _AT_ONCE // (channels * prepare.size**2)))
     for places in torch.arange(len(test)).split(step):
-        some = test.take(places)
-        images = pixels(source.image(i) for i in some.index.tolist())
-        yield (images.clamp(0, 1) * 255).round().to(encoder.device, torch.uint8), some
+        part = test.take(places)
+        images = pixels(source.image(i) for i in part.index.tolist())
+        yield (images.clamp(0, 1) * 255).round().to(encoder.device, torch.uint8), part
 
 
 def check(encoder: Encoder) -> None:

@@ -42,8 +42,8 @@ class Corruption:
         if severity not in SEVERITIES:
             raise ConfigError(f"a severity is a whole number from 1 to 5, not {severity!r}.")
         settings = self.small if max(images.shape[2:]) <= SMALL else self.large
-        made = self.work(images.float() / 255, settings[severity - 1], generator)
-        return (made.clamp(0, 1) * 255).round().to(torch.uint8)
+        corrupted = self.work(images.float() / 255, settings[severity - 1], generator)
+        return (corrupted.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 _E = 244 / 224  # ImageNet-C's elastic parameters are multiples of 244 for images of 224 pixels

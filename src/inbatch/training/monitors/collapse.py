@@ -32,8 +32,8 @@ def spread(network: Network, images: Tensor) -> dict[str, float]:
     with network.evaluating():  # batch statistics of these images would amplify small differences
         rows = network.outputs(images)
     seen = ["features", *(name for name, source in network.sources.items() if source == "features")]
-    found = {f"{name}_std": float(feature_std(rows[name])) for name in seen}
-    return found | {f"{name}_rank": float(rankme(rows[name])) for name in seen}
+    deviations = {f"{name}_std": float(feature_std(rows[name])) for name in seen}
+    return deviations | {f"{name}_rank": float(rankme(rows[name])) for name in seen}
 
 
 def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = False) -> dict[str, str]:
@@ -44,7 +44,7 @@ def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = F
         most: Highest values so far.
         classes: The method pulls classes together, so that a rank falls to their number and is not evaluated.
     """
-    found = {}
+    sentences = {}
     for measure, value in now.items():
         whose, _, kind = measure.rpartition("_")
         lowest = LOW_STD if kind == "std" else 0.0 if classes else LOW_RANK * most[measure]
@@ -57,5 +57,5 @@ def signs(now: Mapping[str, float], most: Mapping[str, float], classes: bool = F
                 if kind == "std"
                 else f"effective rank (RankMe) is {value:.3g}"
             )
-            found[measure] = f"the {what} collapse: their {how}, and was {most[measure]:.3g} at best. {_TRY}."
-    return found
+            sentences[measure] = f"the {what} collapse: their {how}, and was {most[measure]:.3g} at best. {_TRY}."
+    return sentences

@@ -15,19 +15,19 @@ class Comparison:
     Attributes:
         reference: The reference over the evaluations of the run (`Reference.over`).
         curve: The curve of the run, which grows during training.
-        looks: Epochs after which the run is evaluated.
+        epochs: Epochs after which the run is evaluated.
         steps: Steps per epoch.
     """
 
     reference: Reference
     curve: Curve
-    looks: Sequence[int]
+    epochs: Sequence[int]
     steps: int
 
     def opening(self, recipe: Mapping[str, Any]) -> list[str]:
         """Return sentences for the start of a run of this (nested) recipe: the reference and the limits."""
         ref, seeds = self.reference, len(self.reference.curves)
-        ends, end = ref.epochs[-1], self.looks[-1]
+        ends, end = ref.epochs[-1], self.epochs[-1]
         notes = [f"Compared with {ref.name}: {seeds} seed{'s' * (seeds > 1)}, {ends:g} epochs."]
         if seeds == 1:
             floors = (f"{MEASURES[m]} {fixed or f'{share:.0%}'}" for m, (fixed, share) in FLOORS.items())
@@ -41,9 +41,9 @@ class Comparison:
             )
         if other := differing(recipe, ref.recipe, {"seed", "epochs", "evaluate_every"}) if ref.recipe else []:
             notes.append(f"Not the reference's: {listed(other)}.")
-        if set(self.looks) - set(ref.epochs) - {epoch for epoch in self.looks if epoch > ends}:
+        if set(self.epochs) - set(ref.epochs) - {epoch for epoch in self.epochs if epoch > ends}:
             notes.append("The reference was evaluated after other epochs: its band is interpolated linearly.")
-        if gone := [m for m in MEASURES if not any(ref.band(m, epoch) for epoch in self.looks)]:
+        if gone := [m for m in MEASURES if not any(ref.band(m, epoch) for epoch in self.epochs)]:
             notes.append(f"Not compared, because the reference has no values at these evaluations: {', '.join(gone)}.")
         return notes
 
@@ -59,24 +59,26 @@ class Comparison:
     def json(self) -> dict[str, Any]:
         """Return the entry of `result.json`: the number of compared evaluations, and by measure the epochs outside."""
         places = self._places()
-        looks = len({epoch for found in places.values() for epoch in found})
-        outside = {m: [epoch for epoch, place in found.items() if place != "inside"] for m, found in places.items()}
+        evaluations = len({epoch for positions in places.values() for epoch in positions})
+        outside = {
+            m: [epoch for epoch, place in positions.items() if place != "inside"] for m, positions in places.items()
+        }
         ref = self.reference
-        return {"reference": ref.name, "seeds": len(ref.curves), "looks": looks, "outside": outside}
+        return {"reference": ref.name, "seeds": len(ref.curves), "looks": evaluations, "outside": outside}
 
     def summary(self) -> str:
         """Return a summary of the whole run in one line."""
         counts = [
-            f"{list(found.values()).count('inside')} of {len(found)} evaluations ({MEASURES[measure]})"
-            for measure, found in self._places().items()
+            f"{list(positions.values()).count('inside')} of {len(positions)} evaluations ({MEASURES[measure]})"
+            for measure, positions in self._places().items()
         ]
         return f"Compared with {self.reference.name}: inside the band at {', '.join(counts) or 'no evaluation'}."
 
     def _places(self) -> dict[str, dict[float, str]]:
         """Return measure -> epoch -> position relative to the band, for all compared values."""
-        found: dict[str, dict[float, str]] = {}
+        places: dict[str, dict[float, str]] = {}
         for measure in MEASURES:
             for entry in self.curve:
                 if place := self.reference.place(measure, entry):
-                    found.setdefault(measure, {})[entry["epoch"]] = place
-        return found
+                    places.setdefault(measure, {})[entry["epoch"]] = place
+        return places

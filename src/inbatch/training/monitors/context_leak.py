@@ -41,11 +41,11 @@ def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
     """
     k, g = rows.shape[1:3]
     order = permutation(0, 0, g)
-    known, asked = order[: g // 2], order[g // 2 :]
-    learned, group = (np.arange(k).repeat(len(part)) for part in (known, asked))
+    known, tested = order[: g // 2], order[g // 2 :]
+    learned, group = (np.arange(k).repeat(len(part)) for part in (known, tested))
     right = []
     for view in torch.nn.functional.normalize(rows.double(), dim=-1).cpu().numpy():
-        bank, queries = (view[:, part].reshape(len(part) * k, -1) for part in (known, asked))
+        bank, queries = (view[:, part].reshape(len(part) * k, -1) for part in (known, tested))
         for probe in (
             LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
             KNeighborsClassifier(min(20, len(known)), metric="cosine", algorithm="brute"),
@@ -93,12 +93,12 @@ def _rows(built: RunComponents, group: Sequence[Tensor], numbers: Sequence[int],
         return network.forward(group, numbers)[built.method.online[0]]
 
 
-def sign(found: dict[str, float], shuffled: bool) -> str | None:
+def sign(figures: dict[str, float], shuffled: bool) -> str | None:
     """Return a sentence if groups are distinguishable, else None."""
-    if found["leak"] < found["leak_chance"] + SURE * found["leak_error"]:
+    if figures["leak"] < figures["leak_chance"] + SURE * figures["leak_error"]:
         return None
     does = "the groups are shuffled, so the loss cannot exploit it" if shuffled else "see --shuffle-groups"
     return (
-        f"one embedding identifies its context group in {found['leak']:.0%} of cases "
-        f"(chance {found['leak_chance']:.0%}): features of the group can replace those of the image; {does}."
+        f"one embedding identifies its context group in {figures['leak']:.0%} of cases "
+        f"(chance {figures['leak_chance']:.0%}): features of the group can replace those of the image; {does}."
     )

@@ -79,7 +79,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
 
 def _behind(panel: Axes, name: str, compared: Comparison) -> None:
     """Draw the reference's mean and band for the epochs of the run; for the loss also the compared means, as dots."""
-    epochs = [epoch for epoch in compared.reference.epochs if epoch <= compared.looks[-1]]
+    epochs = [epoch for epoch in compared.reference.epochs if epoch <= compared.epochs[-1]]
     bands = {epoch * compared.steps: compared.reference.band(name, epoch) for epoch in epochs}
     known = [(step, *band) for step, band in bands.items() if band is not None]
     if not known:

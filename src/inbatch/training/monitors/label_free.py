@@ -61,9 +61,9 @@ class Chosen(Subset):
 
     def only(self, numbers: Tensor) -> "Chosen":
         """Return the subset with these indices."""
-        some = copy.copy(self)
-        some.indices, some.labels = self.indices[numbers], self.labels[numbers]
-        return some
+        part = copy.copy(self)
+        part.indices, part.labels = self.indices[numbers], self.labels[numbers]
+        return part
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,15 @@ def two_views(views: Views, batch: Batch) -> tuple[Tensor, Tensor]:
     return drawn[0], views(replace(batch, epoch=1)).images[0]
 
 
-def measures(found: Embedded) -> dict[str, float]:
+def measures(embedded: Embedded) -> dict[str, float]:
     """Return every measure by name."""
-    first, second = (F.normalize(rows, dim=1) for rows in (found.first, found.second))
+    first, second = (F.normalize(rows, dim=1) for rows in (embedded.first, embedded.second))
     return {
-        "same_image": same_image(*(F.normalize(found.handed_out(x), dim=1) for x in (found.first, found.second))),
-        "rankme": float(rankme(found.clean)),
-        "feature_std": float(feature_std(found.clean)),
+        "same_image": same_image(
+            *(F.normalize(embedded.handed_out(x), dim=1) for x in (embedded.first, embedded.second))
+        ),
+        "rankme": float(rankme(embedded.clean)),
+        "feature_std": float(feature_std(embedded.clean)),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
         "alignment": alignment(first, second),
     }
@@ -187,10 +189,10 @@ def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]
 
 def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
     """Return every measure with its direction, before and after training; "untrained" is None without that encoder."""
-    told = described(len(after.clean), len(after.first), after.clean.shape[1])
+    descriptions = described(len(after.clean), len(after.first), after.clean.shape[1])
     old, new = None if before is None else measures(before), measures(after)
     return {
         name: {"untrained": old and old[name], "trained": new[name], "better": better, "what": what}
         | {"images": len(after.clean if name in ("rankme", "feature_std") else after.first)}
-        for name, (better, what) in told.items()
+        for name, (better, what) in descriptions.items()
     }

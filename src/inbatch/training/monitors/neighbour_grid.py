@@ -63,12 +63,12 @@ def save_neighbour_grid(
     width, height = starts[-1] + neighbours * cell + GAP, HEAD + queries * line
     sheet = torch.full((height, width, 3), 255, dtype=torch.uint8)
     texts, counts = list[tuple[int, int, str]](), list[str]()
-    for title, start, found in zip(sides, starts, nearest, strict=True):
+    for title, start, neighbour_indices in zip(sides, starts, nearest, strict=True):
         texts.append((start, HEAD - 4, title))
         right = known = 0
         for row, query in enumerate(chosen.tolist()):
             label, top = int(source.labels[query]), HEAD + row * line + NAME * named
-            for column, image in enumerate([query, *found[row].tolist()]):
+            for column, image in enumerate([query, *neighbour_indices[row].tolist()]):
                 other, colour = int(source.labels[image]), BLACK
                 if column:
                     colour = UNKNOWN if label < 0 or other < 0 else RIGHT if label == other else WRONG
@@ -81,8 +81,8 @@ def save_neighbour_grid(
                     name = shorten(printable(source.classes[other]), 18, placeholder="…")
                     texts.append((left, top - 3, name))
         counts += [f"{title}: " * bool(title) + f"{right} of {known}"] if known else []
-    said = f"; of the query's class (blue): {', '.join(counts)}; others orange" if counts else ""
-    texts += [(GAP, HEAD - 4, "query"), (GAP, 20, f"Nearest neighbours by cosine similarity{said}")]
+    same_class = f"; of the query's class (blue): {', '.join(counts)}; others orange" if counts else ""
+    texts += [(GAP, HEAD - 4, "query"), (GAP, 20, f"Nearest neighbours by cosine similarity{same_class}")]
     _write(png, sheet, texts)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from inbatch.data import Source, Subset
-from inbatch.evaluation import Embeddings, embed, evaluate, feature_std, hold_in_memory, knn, rankme, readable
+from inbatch.evaluation import Embeddings, Kept, embed, evaluate, feature_std, hold_in_memory, knn, rankme, readable
 from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed
 from inbatch.training.build import RunComponents
-from inbatch.training.head_evaluation import HeadRows, judge_head
+from inbatch.training.head_evaluation import HeadRows, evaluate_head
+from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.collapse import SETTLED, signs, spread
 from inbatch.training.monitors.comparison import Comparison
@@ -28,55 +29,55 @@ from inbatch.training.train_state import TrainState
 BANK, QUERIES = 10_000, 2_000
 """Numbers of images for online evaluation of streamed data: the first step must not wait for a million of them."""
 
-Judge = Callable[[], dict[str, float]]
-Held = tuple[Any, Any, str]
-"""Bank, queries and their description, from `evaluation_split`."""
+OnlineEvaluator = Callable[[], dict[str, float]]
 
 
-def choose_online_subsets(built: RunComponents, held: Held) -> tuple[Held, Held]:
+def choose_online_subsets(built: RunComponents, split: EvaluationSplit) -> tuple[EvaluationSplit, EvaluationSplit]:
     """Return the data of online evaluation and of the final one; images that are used repeatedly are kept in memory.
 
     Online evaluation uses all images if they are resident and there is no budget, else a fixed sample of limited size.
     """
 
-    def some(source: Source, most: int) -> tuple[Any, Any]:
+    def online_and_final(images: Images, most: int) -> tuple[Images, Images]:
         budget = built.recipe.budget is not None  # online evaluation counts towards the budget
-        if len(source) <= most or (built.loader.held is not None and not budget):
-            kept = hold_in_memory(source)
+        if len(images) <= most or (built.loader.held is not None and not budget):
+            kept = hold_in_memory(images)
             return kept, kept
-        return hold_in_memory(fixed_sample(source, most)), source
+        return hold_in_memory(fixed_sample(images, most)), images
 
-    (bank, whole_bank), (queries, whole_queries) = some(held[0], BANK), some(held[1], QUERIES)
-    return (bank, queries, held[2]), (whole_bank, whole_queries, held[2])
+    online_bank, bank = online_and_final(split.bank, BANK)
+    online_queries, queries = online_and_final(split.queries, QUERIES)
+    return replace(split, bank=online_bank, queries=online_queries), replace(split, bank=bank, queries=queries)
 
 
-def affordable(built: RunComponents, held: Held, seconds: float) -> Held:
+def affordable(built: RunComponents, split: EvaluationSplit, seconds: float) -> EvaluationSplit:
     """Return as many of the evaluation images as one evaluation can embed in this many seconds, or all of them.
 
     The sample is the same for each call; the description states what is omitted.
     """
-    bank, queries, _ = held
-    few = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
-    sample = Subset(queries, few, "timed")
+    queries = split.queries
+    spaced = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
+    sample = subset(queries, spaced, "timed")
     _embedded(built, sample)  # warm-up
     began = time.perf_counter()
     _embedded(built, sample)
-    each = (time.perf_counter() - began) / len(few)
+    each = (time.perf_counter() - began) / len(spaced)
     most = int(seconds / each)
-    if len(bank) + len(queries) <= most:
-        return held
-    return limited(held, max(100, most * 5 // 6), max(50, most // 6))
+    if len(split.bank) + len(queries) <= most:
+        return split
+    return limited(split, max(100, most * 5 // 6), max(50, most // 6))
 
 
-def limited(held: Held, bank: int, queries: int) -> Held:
+def limited(split: EvaluationSplit, bank: int, queries: int) -> EvaluationSplit:
     """Return at most this many evaluation images, the same for each call; the description states an omission."""
-    some, few = fixed_sample(held[0], bank), fixed_sample(held[1], queries)
-    if len(some) == len(held[0]) and len(few) == len(held[1]):
-        return held
-    return some, few, f"{held[2]}; {len(some):,} images and {len(few):,} of it, as the budget is short"
+    part = EvaluationSplit(fixed_sample(split.bank, bank), fixed_sample(split.queries, queries), split.description)
+    if len(part.bank) == len(split.bank) and len(part.queries) == len(split.queries):
+        return split
+    sizes = f"{len(part.bank):,} images and {len(part.queries):,} of it"
+    return replace(part, description=f"{split.description}; {sizes}, as the budget is short")
 
 
-def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:
+def fit_readout(encoder: Encoder, source: Images, again: bool = False) -> None:
     """Fit the whitening of an encoder's features on at most 10,000 images, if it has one that is not yet fitted.
 
     Args:
@@ -89,7 +90,7 @@ def fit_readout(encoder: Encoder, source: Source, again: bool = False) -> None:
         embed_bank(encoder, fixed_sample(source, BANK))
 
 
-def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
+def embed_bank(encoder: Encoder, source: Images, **options: Any) -> Embeddings:
     """Embed images and, if the encoder whitens its features, fit the whitening to them; no label is used.
 
     Subsequently embedded images are whitened with the same statistics.
@@ -97,20 +98,27 @@ def embed_bank(encoder: Encoder, source: Source, **options: Any) -> Embeddings:
     if encoder.readout is None:
         return embed(encoder, source, **options)
     encoder.readout.forget()
-    found = embed(encoder, source, **options)
-    encoder.readout.fit(found.vectors)
-    return replace(found, vectors=encoder.readout.whitened(found.vectors.to(encoder.device)).cpu())
+    embeddings = embed(encoder, source, **options)
+    encoder.readout.fit(embeddings.vectors)
+    return replace(embeddings, vectors=encoder.readout.whitened(embeddings.vectors.to(encoder.device)).cpu())
 
 
-def _embedded(built: RunComponents, source: Source) -> Any:
+def _embedded(built: RunComponents, source: Images) -> Embeddings:
     return embed(built.encoder, source, precision=built.network.precision)
 
 
-def fixed_sample(source: Source, most: int) -> Source:
+def fixed_sample(source: Images, most: int) -> Images:
     """Return at most this many images of a source, the same for each call."""
     if len(source) <= most:
         return source
-    return Subset(source, permutation(1, 0, len(source))[:most].sort().values, "for the online evaluation")
+    return subset(source, permutation(1, 0, len(source))[:most].sort().values, "for the online evaluation")
+
+
+def subset(source: Images, indices: Tensor, why: str) -> Subset:
+    """Return these images of a source; they are decoded again if they were kept in memory."""
+    whole = source.source if isinstance(source, Kept) else source
+    assert isinstance(whole, Source)
+    return Subset(whole, indices, why)
 
 
 def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, epoch: int, log: Log) -> None:
@@ -123,22 +131,22 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
     progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
     if progress.step < SETTLED:
         return
-    found = signs(now, progress.most, classes=built.method.labels)
-    for measure, sentence in found.items():
+    collapsed = signs(now, progress.most, classes=built.method.labels)
+    for measure, sentence in collapsed.items():
         if measure not in progress.collapsed:
             log.note(f"epoch {epoch}: {sentence}")
-    for measure in progress.collapsed.keys() - found:
+    for measure in progress.collapsed.keys() - collapsed:
         log.note(f"epoch {epoch}: {measure} has recovered: {now[measure]:.2g}.")
-    progress.collapsed = found
+    progress.collapsed = collapsed
 
 
 def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log) -> None:
     """Log whether an embedding identifies its group, if samples interact before the loss."""
-    found = leak(built, epoch) if meets(built) else {}
-    if found:
-        progress.leak = found
-        log.record(progress.step, found)
-        if sentence := sign(found, built.recipe.shuffle_groups):
+    figures = leak(built, epoch) if meets(built) else {}
+    if figures:
+        progress.leak = figures
+        log.record(progress.step, figures)
+        if sentence := sign(figures, built.recipe.shuffle_groups):
             log.note(f"epoch {epoch}: {sentence}")
 
 
@@ -146,36 +154,38 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
     """Pass the rows of the whole data set to the method: clean images, in evaluation mode, split over the ranks."""
     network, source, world = built.target or built.network, built.loader.source, distributed.world()
     label, n = source.labels, len(source)
-    mine = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
-    seen = Subset(source, mine, "this rank's share")
+    numbers = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
+    seen = Subset(source, numbers, "this rank's share")
     rows = {}
     for name in network.reads:
-        found = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
+        embeddings = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
         # An unreadable image is never used for learning, so its row is arbitrary; here it is that of the following
         # image.
-        share = found.vectors[torch.searchsorted(found.index, torch.arange(len(seen))).clamp(max=len(found) - 1)]
+        share = embeddings.vectors[
+            torch.searchsorted(embeddings.index, torch.arange(len(seen))).clamp(max=len(embeddings) - 1)
+        ]
         whole = distributed.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
         rows[name] = whole[:n].cpu()
     return built.method.survey(rows, label.cpu(), epoch, distributed.distribute_tasks)
 
 
-def make_online_evaluator(built: RunComponents, held: Any) -> Judge:
+def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> OnlineEvaluator:
     """Return a function that evaluates the features of clean images: k-NN with labels, and measures of collapse."""
 
-    def look() -> dict[str, float]:
+    def evaluate_features() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
-        if held is None:
+        if split is None:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
-            few = torch.arange(min(most, len(built.loader.source)))
-            watched = Subset(built.loader.source, few, "to watch the features")
-            return _spread(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
-        bank, queries = embed_bank(built.encoder, held[0], **options), embed(built.encoder, held[1], **options)
-        found = _spread(built.encoder, queries.vectors)
+            indices = torch.arange(min(most, len(built.loader.source)))
+            sample = Subset(built.loader.source, indices, "to watch the features")
+            return _spread(built.encoder, embed_bank(built.encoder, sample, **options).vectors[:2048])
+        bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
+        measures = _spread(built.encoder, queries.vectors)
         bank, queries = bank.labelled(), queries.labelled()
         near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
-        return {"knn": near["top1"]} | found
+        return {"knn": near["top1"]} | measures
 
-    return look
+    return evaluate_features
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
@@ -184,24 +194,24 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
-def evaluate_online(judge: Judge, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
+def evaluate_online(evaluator: OnlineEvaluator, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
     """Evaluate the features on rank 0, store and log the result; return whether it is the best so far.
 
     The curve also receives the mean loss; the log has that of single steps.
 
     Args:
-        judge: Return the figures of the online evaluation.
+        evaluator: Return the figures of the online evaluation.
         progress: Training state; the curve and the best value are stored there.
         epoch: Number of epochs, the last one possibly incomplete.
         log: Log of the run.
         steps: Steps per epoch.
     """
-    loss, found = distributed.broadcast_object((progress.mean_loss(), judge() if distributed.rank() == 0 else {}))
+    loss, figures = distributed.broadcast_object((progress.mean_loss(), evaluator() if distributed.rank() == 0 else {}))
     done = epoch if progress.step == epoch * steps else progress.step / steps
-    progress.curve.append({"step": progress.step, "epoch": done} | loss | found)
-    log.evaluation(progress.step, found)
-    best = found.get("knn", -math.inf) > progress.best
-    progress.best = max(progress.best, found.get("knn", -math.inf))
+    progress.curve.append({"step": progress.step, "epoch": done} | loss | figures)
+    log.evaluation(progress.step, figures)
+    best = figures.get("knn", -math.inf) > progress.best
+    progress.best = max(progress.best, figures.get("knn", -math.inf))
     return best
 
 
@@ -220,11 +230,10 @@ def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
     log.reset_throughput()
 
 
-def evaluation(built: RunComponents, held: Any, out: Path) -> dict[str, Any]:
+def evaluation(built: RunComponents, split: EvaluationSplit, out: Path) -> dict[str, Any]:
     """Return the figures of every protocol, and of the head that assigns clusters if the method has one."""
-    bank, queries, _ = held
     options: dict[str, Any] = {"k": built.recipe.knn_k, "seed": built.recipe.seed, "workers": built.loader.workers}
-    found = evaluate(built.encoder, bank, queries, **options)
+    figures = evaluate(built.encoder, split.bank, split.queries, **options)
     if built.method.assigns:
-        found["head"] = judge_head(out, built.encoder, queries, workers=built.loader.workers)
-    return found
+        figures["head"] = evaluate_head(out, built.encoder, split.queries, workers=built.loader.workers)
+    return figures

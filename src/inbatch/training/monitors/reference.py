@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,14 @@ of the loss, 0.004 to 0.016 of feature_std and 4 to 12 % of the rank. The first 
 that one seed gives an indication. The last two are many deviations, because they indicate a collapse, which is a fall
 to a quarter (`monitors.collapse`).
 """
+
+
+class Band(NamedTuple):
+    """The band of a measure around a reference at one epoch."""
+
+    low: float
+    mean: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class Reference:
         """Epochs after which the reference was evaluated."""
         return sorted({entry["epoch"] for curve in self.curves for entry in curve})
 
-    def band(self, measure: str, epoch: float) -> tuple[float, float, float] | None:
-        """Return low, mean and high of a measure after `epoch` epochs; None if no curve has values on both sides of it.
+    def band(self, measure: str, epoch: float) -> Band | None:
+        """Return the band of a measure after `epoch` epochs; None if no curve has values on both sides of it.
 
         Each seed is interpolated linearly between its evaluations. The band is the mean +- 3 standard deviations of the
         difference of another seed from it, s sqrt(1 + 1/n), where s is the deviation at this evaluation or the usual
@@ -65,16 +73,16 @@ class Reference:
         mean, (fixed, share) = statistics.fmean(seeds), FLOORS[measure]
         deviation = max(_deviation(seeds), self._usual[measure]) * math.sqrt(1 + 1 / len(seeds))
         half = max(3 * deviation, fixed, share * abs(mean))
-        return mean - half, mean, mean + half
+        return Band(mean - half, mean, mean + half)
 
     def _at(self, measure: str, epoch: float) -> list[float]:
         """Return the value of every seed that has one at this epoch."""
-        found = []
+        values = []
         for curve in self.curves:
             known = {entry["epoch"]: entry[measure] for entry in curve if measure in entry}
             if known and min(known) <= epoch <= max(known):
-                found.append(float(np.interp(epoch, list(known), list(known.values()))))
-        return found
+                values.append(float(np.interp(epoch, list(known), list(known.values()))))
+        return values
 
     @cached_property
     def _usual(self) -> dict[str, float]:
@@ -83,12 +91,12 @@ class Reference:
         The deviation at one evaluation of a few seeds is often far too small: with two seeds, below a tenth of the true
         one in 8 of 100 cases.
         """
-        found = {}
+        deviations = {}
         for measure in MEASURES:
-            looks = [self._at(measure, epoch) for epoch in self.epochs if epoch > 0]
-            squares = [_deviation(seeds) ** 2 for seeds in looks if len(seeds) > 1]
-            found[measure] = math.sqrt(statistics.fmean(squares)) if squares else 0.0
-        return found
+            evaluations = [self._at(measure, epoch) for epoch in self.epochs if epoch > 0]
+            squares = [_deviation(seeds) ** 2 for seeds in evaluations if len(seeds) > 1]
+            deviations[measure] = math.sqrt(statistics.fmean(squares)) if squares else 0.0
+        return deviations
 
     def place(self, measure: str, entry: Entry) -> str | None:
         """Return the position of an entry: "inside", "below", "above" or "nowhere" (nan); None without comparison."""
@@ -98,7 +106,7 @@ class Reference:
         value = entry[measure]
         if math.isnan(value):
             return "nowhere"
-        return "below" if value < band[0] else "above" if value > band[2] else "inside"
+        return "below" if value < band.low else "above" if value > band.high else "inside"
 
     def sentence(self, measure: str, entry: Entry) -> str:
         """Return the position of a measure as a sentence."""
@@ -112,22 +120,22 @@ class Reference:
         """Return a sentence for every measure of an entry outside its band."""
         return [self.sentence(m, entry) for m in MEASURES if self.place(m, entry) not in (None, "inside")]
 
-    def over(self, looks: Sequence[int]) -> "Reference":
+    def over(self, epochs: Sequence[int]) -> "Reference":
         """Return the reference with its losses averaged between these evaluations.
 
         The mean over ten epochs is not the mean over the last of them. A loss is kept if the reference was evaluated at
         both ends of an interval, and omitted otherwise.
         """
-        return replace(self, curves=[_over(curve, looks) for curve in self.curves])
+        return replace(self, curves=[_over(curve, epochs) for curve in self.curves])
 
 
 def _deviation(seeds: Sequence[float]) -> float:
     return statistics.stdev(seeds) if len(seeds) > 1 else 0.0
 
 
-def _over(curve: Curve, looks: Sequence[int]) -> Curve:
+def _over(curve: Curve, epochs: Sequence[int]) -> Curve:
     losses: dict[float, dict[str, float]] = {}
-    for a, b in pairwise(looks):
+    for a, b in pairwise(epochs):
         parts = [
             (now["loss"], now["epoch"] - then["epoch"])
             for then, now in pairwise(curve)

@@ -15,11 +15,11 @@ MEASURES = {"knn": "k-NN", "loss": "loss", "feature_std": "feature_std", "rankme
 def read_result(path: Path) -> dict[str, Any]:
     """Return a run's result that has a recipe and a numeric curve; raise ConfigError for any other file."""
     try:
-        found = read_json(path)
+        result = read_json(path)
     except DataError as error:
         raise ConfigError(f"no reference: {error}") from None
-    curve = found.get("curve")
-    if not isinstance(found.get("recipe"), dict) or not isinstance(curve, list) or not curve:
+    curve = result.get("curve")
+    if not isinstance(result.get("recipe"), dict) or not isinstance(curve, list) or not curve:
         raise ConfigError(f"{path} is not a reference: it is not the result.json of a run with recipe and curve")
     for entry in curve:
         measured = {"epoch", *MEASURES} & entry.keys() if isinstance(entry, dict) else set()
@@ -29,7 +29,7 @@ def read_result(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} is not a reference: {what} is not a number at an evaluation of its curve")
     if any(then["epoch"] >= now["epoch"] for then, now in pairwise(curve)):
         raise ConfigError(f"{path} is not a reference: the epochs of its curve do not increase")
-    return found
+    return result
 
 
 def _number(value: Any) -> bool:
