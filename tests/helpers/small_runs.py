@@ -10,16 +10,34 @@ import torch
 from small_methods import SMALL
 
 import inbatch
-from inbatch.training import checkpoint
+from inbatch.training import checkpoint, loop
 from inbatch.training.metric_logger import Log
+from inbatch.training.monitors.online_evaluation import limited
 
-TINY = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
+TINY: dict[str, Any] = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
 
 
 def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
     options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
     settings = options | fields.pop("settings", {})
     return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
+
+
+def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `tiny` use fewer images, and end runs without protocols, pictures and the comparison with the untrained.
+
+    Most of a tiny run's time is this; tests in test_judgement.py, test_loop.py and test_cli.py check it.
+    """
+    for name, value in {"subset": 80, "batch": 16, "context": 8}.items():
+        monkeypatch.setitem(TINY, name, value)
+    few = loop.choose_online_subsets
+    monkeypatch.setattr(
+        loop, "choose_online_subsets", lambda built, held: (few(built, limited(held, 60, 40))[0], held)
+    )
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(loop, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
+    left_out = {"initial": "", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}
+    monkeypatch.setattr(loop, "worth", lambda *_: dict(left_out))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:

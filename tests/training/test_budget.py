@@ -116,12 +116,14 @@ def _pretrain(out: Path, **fields: Any) -> inbatch.Run:
     return inbatch.pretrain(IMAGES, "simclr", out=out, **settings | fields)
 
 
+@pytest.mark.usefixtures("brief")
 def test_steps_end_a_run_within_an_epoch(tmp_path: Path) -> None:
     run = _pretrain(tmp_path / "run", evaluate_every=2)
     assert run.result["steps"] == 13 and json.loads((tmp_path / "run/run.json").read_text())["last_step"] == 13
     assert [entry["epoch"] for entry in run.result["curve"]] == [0, 2, 3.25]
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_run_whose_length_changed_resumes_and_repeats_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

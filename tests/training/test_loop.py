@@ -119,6 +119,7 @@ def test_an_overwrite_is_asked_for(tmp_path: Path) -> None:
         tiny("moco", tmp_path, epochs=3, resume=True)
 
 
+@pytest.mark.usefixtures("brief")
 def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = METHODS["simclr"].loss
 

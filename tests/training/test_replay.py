@@ -56,6 +56,7 @@ def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
     return batch
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
     assert sum("features_std" in record for record in curve) >= 2
 
 
+@pytest.mark.usefixtures("brief")
 def test_without_collapse_stop_on_collapse_changes_nothing(tmp_path: Path) -> None:
     tiny("simclr", tmp_path / "plain")
     tiny("simclr", tmp_path / "watched", stop_on_collapse=True)
