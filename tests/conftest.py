@@ -66,6 +66,14 @@ def digits_made_once() -> None:
 
 
 @pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of this test learn from few images, and be evaluated on few."""
+    from small_runs import use_few_images
+
+    use_few_images(monkeypatch)
+
+
+@pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out of runs of this test what costs most of a tiny one and does not change its weights."""
     from small_runs import leave_out_judgement

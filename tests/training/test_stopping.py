@@ -290,7 +290,7 @@ SMALL = ["--data", "digits-canvas", "--encoder", "tiny", "--batch", "40", "--epo
 SMALL += ["--set", "subset=200", "--set", "method.out=8", "--set", "evaluate_every=2"]
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Signals) -> None:
     words = ["pretrain", "--out", str(tmp_path / "run"), "--json", *SMALL]
     code, out, err, seconds = stopped_in(IN_STEP, words, number, "stuck")
