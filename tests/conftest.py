@@ -75,9 +75,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out of runs of this test what costs most of a tiny one and does not change its weights."""
-    from small_runs import leave_out_judgement
+    """As `few`, and the end of a run is left out: protocols, pictures, the comparison with the untrained encoder."""
+    from small_runs import leave_out_judgement, use_few_images
 
+    use_few_images(monkeypatch)
     leave_out_judgement(monkeypatch)
 
 

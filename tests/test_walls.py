@@ -1,6 +1,7 @@
 """Check the source against the ordered list of packages and the table of allowed imports."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -75,7 +76,12 @@ DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
 """Modules that choose an algorithm by device; only they may read the type of the device."""
 
 
-def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]:
+@functools.cache
+def imports(module: str, lazy: bool = True, hints: bool = True) -> tuple[str, ...]:
+    return tuple(_imports(module, lazy, hints))
+
+
+def _imports(module: str, lazy: bool, hints: bool) -> Iterator[str]:
     """Yield the full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
     waiting: list[ast.AST] = [TREES[module]]
     while waiting:

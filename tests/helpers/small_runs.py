@@ -27,16 +27,21 @@ def use_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `tiny` learn from fewer images, and evaluate every run on few."""
     for name, value in {"subset": 80, "batch": 16, "context": 8}.items():
         monkeypatch.setitem(TINY, name, value)
+    judge_by_few_images(monkeypatch)
+
+
+def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate runs on few images, during training and at its end."""
     real = loop.choose_online_subsets
     monkeypatch.setattr(loop, "choose_online_subsets", lambda built, held: real(built, limited(held, 60, 40)))
 
 
 def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use few images, and end runs without protocols, pictures and the comparison with the untrained encoder.
+    """End runs without protocols, pictures and the comparison with the untrained encoder.
 
     Most of a tiny run's time is this; tests in test_judgement.py, test_loop.py and test_cli.py check it.
     """
-    use_few_images(monkeypatch)
+    judge_by_few_images(monkeypatch)
     monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
     monkeypatch.setattr(loop, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
     left_out = {"initial": "", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from inbatch.data import open_data
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
-from inbatch.training import judgement
+from inbatch.training import judgement, loop
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
 MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher", "uniformity": "lower",
             "alignment": "lower"}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncurved() -> Iterator[None]:
+    """Leave out the picture of the curves, which no test here looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +261,7 @@ def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -
     assert inbatch.evaluate_run(colour, grey)["images"] == 20
 
 
+@pytest.mark.slow
 def test_real_photographs(tmp_path: Path) -> None:
     """Two epochs on 200 unlabelled photographs: the other view of a photograph is retrieved more often."""
     parquet = pytest.importorskip("pyarrow.parquet")

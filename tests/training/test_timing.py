@@ -62,15 +62,15 @@ def test_a_dry_run_says_how_long_the_run_takes() -> None:
 
 
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch": 64, "epochs": 1, "size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
     needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
     monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
     smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note
-    asked, _ = resolve_recipe(IMAGES, {"encoder.name": "resnet10", "batch": 64, "epochs": 1, "size": 32, "context": 64})
+    asked, _ = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch": 64, "epochs": 1, "size": 32, "context": 64})
     with pytest.raises(ConfigError, match="of memory are free"):
         auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):
-        inbatch.pretrain(IMAGES, encoder="resnet10", batch=64, epochs=1, context=64, size=32, quiet=True)
+        inbatch.pretrain(IMAGES, encoder="tiny", batch=64, epochs=1, context=64, size=32, quiet=True)
