@@ -74,12 +74,16 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `few`, and the end of a run is left out: protocols, pictures, the comparison with the untrained encoder."""
-    from small_runs import leave_out_judgement, use_few_images
+def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the runs of this test without protocols, pictures and the comparison with the untrained encoder."""
+    from small_runs import leave_out_judgement
 
-    use_few_images(monkeypatch)
     leave_out_judgement(monkeypatch)
+
+
+@pytest.fixture
+def brief(few: None, unjudged: None) -> None:
+    """As `few` and `unjudged`: for tests that compare the states of runs."""
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 import inbatch
 
 ROOT = Path(inbatch.__file__).parent
@@ -244,13 +246,22 @@ for name in names:
 """
 
 
-def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
+def what_reads_recipes() -> set[str]:
+    """Return the modules that need typer or pydantic where they are imported."""
     needs = {"inbatch.training.recipe", "inbatch.training.registry"}
     needs |= {name for name in TREES if inside(name, {"apps.cli"})}
     while more := {name for name in TREES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
         needs |= more
-    assert {room(name) for name in needs} <= {"training", "api", "apps", "__main__"}
-    python(_WITHOUT, "typer,pydantic", *sorted(TREES.keys() - needs - {"inbatch.__main__"}))
+    return needs
+
+
+def test_recipes_are_read_in_the_upper_rooms_only() -> None:
+    assert {room(name) for name in what_reads_recipes()} <= {"training", "api", "apps", "__main__"}
+
+
+@pytest.mark.slow
+def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
+    python(_WITHOUT, "typer,pydantic", *sorted(TREES.keys() - what_reads_recipes() - {"inbatch.__main__"}))
 
 
 def test_help_needs_no_torch() -> None:

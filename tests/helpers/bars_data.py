@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from feature_sets import Pictures
+from small_runs import leave_out_judgement
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -35,7 +37,9 @@ def bars_run(folder: Path, **options: int) -> Path:
     file = bars_file(folder / "bars.npz", **options)
     channels = options.get("channels", 1)
     settings = {"batch": 20, "epochs": 1, "encoder": "tiny", "size": 20, "channels": channels, "views": "simclr_cifar"}
-    inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
     return folder / "run"
 
 

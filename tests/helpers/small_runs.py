@@ -14,7 +14,14 @@ from inbatch.training import checkpoint, loop
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.online_evaluation import limited
 
-TINY: dict[str, Any] = {"subset": 200, "batch": 40, "epochs": 2, "context": 20, "quiet": True, "evaluate_every": 2}  # 5 steps an epoch
+TINY: dict[str, Any] = {
+    "subset": 200,
+    "batch": 40,
+    "epochs": 2,
+    "context": 20,
+    "quiet": True,
+    "evaluate_every": 2,
+}  # 5 steps an epoch
 
 
 def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
@@ -42,9 +49,14 @@ def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
     Most of a tiny run's time is this; tests in test_judgement.py, test_loop.py and test_cli.py check it.
     """
     judge_by_few_images(monkeypatch)
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    leave_out_comparison(monkeypatch)
     monkeypatch.setattr(loop, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
-    left_out = {"initial": "", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}
+
+
+def leave_out_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End runs without pictures and the comparison with the untrained encoder."""
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    left_out = {"initial": "untrained encoder", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}
     monkeypatch.setattr(loop, "worth", lambda *_: dict(left_out))
 
 

@@ -51,7 +51,7 @@ def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
 
 
 def test_smaller_choices_take_less_time() -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch": 16, "epochs": 1})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch": 4, "epochs": 1})
     choices = smaller_choices(build(recipe, source, device=CPU))
     assert choices and all(how.startswith("--encoder ") for how, _ in choices)
 
