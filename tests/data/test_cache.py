@@ -1,7 +1,6 @@
 """Decoded data sets on disk: what the cache key depends on, and every fault of the disk or of concurrent runs."""
 
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
