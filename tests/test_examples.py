@@ -20,6 +20,7 @@ from torch import distributed
 import inbatch
 from inbatch.api import pretrain
 from inbatch.methods import METHODS
+from inbatch.training import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -92,9 +93,13 @@ def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few images; what it learns from all of them is checked by the slow test below."""
     monkeypatch.setitem(METHODS, "align", METHODS["simclr"])  # removed again afterwards
     monkeypatch.delitem(METHODS, "align")
+    registry._schema.cache_clear()  # of another method of this name, in test_docs.py
     small = {"subset": 64, "encoder": "tiny"}
     monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
-    output = run_script("own_method.py")
+    try:
+        output = run_script("own_method.py")
+    finally:
+        registry._schema.cache_clear()
     assert 0 < number_after("evaluation: k-NN accuracy", output) < 1
     assert 0 < number_after("untrained: k-NN accuracy", output) < 1
     written = Path(re.search(r"run directory: (.*)", output)[1])  # type: ignore[index]
