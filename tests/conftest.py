@@ -1,7 +1,9 @@
 """Shared fixtures: shapes in signatures are checked, torch uses one thread, the network is blocked."""
 
+import gc
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,42 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_made_once() -> None:
+    """Keep the canvases of the embedded digits, which every small run would make twice."""
+    from inbatch.data.sources import digits
+
+    for name, make in digits._MAKERS.items():
+        digits._MAKERS[name] = cache(make)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of this test learn from few images, and be evaluated on few."""
+    from small_runs import use_few_images
+
+    use_few_images(monkeypatch)
+
+
+@pytest.fixture
+def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the runs of this test without protocols, pictures and the comparison with the untrained encoder."""
+    from small_runs import leave_out_judgement
+
+    leave_out_judgement(monkeypatch)
+
+
+@pytest.fixture
+def brief(few: None, unjudged: None) -> None:
+    """As `few` and `unjudged`: for tests that compare the states of runs."""
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector skip everything imported so far: every small run collects once."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

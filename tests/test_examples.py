@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +16,11 @@ import pytest
 from rank_pool import on_ranks
 from timm.models import _registry
 from torch import distributed
+
+import inbatch
+from inbatch.api import pretrain
+from inbatch.methods import METHODS
+from inbatch.training import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -83,6 +89,26 @@ def test_ddp_loop_takes_the_same_steps_on_one_and_two_processes() -> None:
     assert losses[0][-1] < losses[0][0] - 0.5
 
 
+def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few images; what it learns from all of them is checked by the slow test below."""
+    monkeypatch.setitem(METHODS, "align", METHODS["simclr"])  # removed again afterwards
+    monkeypatch.delitem(METHODS, "align")
+    registry._schema.cache_clear()  # of another method of this name, in test_docs.py
+    small = {"subset": 64, "encoder": "tiny"}
+    monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
+    try:
+        output = run_script("own_method.py")
+    finally:
+        registry._schema.cache_clear()
+    assert 0 < number_after("evaluation: k-NN accuracy", output) < 1
+    assert 0 < number_after("untrained: k-NN accuracy", output) < 1
+    written = Path(re.search(r"run directory: (.*)", output)[1])  # type: ignore[index]
+    logged = (written / "metrics.jsonl").read_text()
+    assert '"alignment"' in logged and '"uniformity"' in logged
+    assert json.loads((written / "recipe.json").read_text())["method"]["weight"] == 0.5
+
+
+@pytest.mark.slow
 def test_own_method_learns() -> None:
     output = run_program("own_method.py")
     assert number_after("evaluation: k-NN accuracy", output) > number_after("untrained: k-NN accuracy", output) + 0.03

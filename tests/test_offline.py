@@ -38,6 +38,7 @@ def test_a_rank_of_the_pool_cannot_get_out() -> None:
     assert on_ranks(2, ways_out) == [[], []]
 
 
+@pytest.mark.slow
 def test_a_child_of_torchrun_cannot_get_out(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(tmp_path / "script.py")]

@@ -279,7 +279,7 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-@examples(150)
+@examples(60)
 @given(settings=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 def test_any_settings_make_a_recipe_or_are_refused(settings: dict[str, Any]) -> None:
     survives({"data": "photos"} | settings)

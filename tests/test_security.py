@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import leave_out_comparison
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -46,7 +47,9 @@ def refused(line: str, code: int, words: str = "") -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a finished run that has a head to evaluate."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(f"pretrain cc {TINY} --set method.num_clusters=5 --out {out} --quiet").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_comparison(patch)
+        assert run(f"pretrain cc {TINY} --set method.num_clusters=5 --out {out} --quiet").exit_code == 0
     return out
 
 

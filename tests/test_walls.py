@@ -1,11 +1,14 @@
 """Check the source against the ordered list of packages and the table of allowed imports."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 import inbatch
 
@@ -14,7 +17,6 @@ FILES = {
     ".".join(("inbatch", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
     for file in ROOT.rglob("*.py")
 }
-TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
 PACKAGES = {name for name, file in FILES.items() if file.name == "__init__.py"}
 
 ROOMS: list[set[str]] = [
@@ -75,9 +77,19 @@ DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
 """Modules that choose an algorithm by device; only they may read the type of the device."""
 
 
-def imports(module: str, lazy: bool = True, hints: bool = True) -> Iterator[str]:
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text())
+
+
+@functools.cache
+def imports(module: str, lazy: bool = True, hints: bool = True) -> tuple[str, ...]:
+    return tuple(_imports(module, lazy, hints))
+
+
+def _imports(module: str, lazy: bool, hints: bool) -> Iterator[str]:
     """Yield the full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
-    waiting: list[ast.AST] = [TREES[module]]
+    waiting: list[ast.AST] = [tree(module)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
@@ -100,7 +112,7 @@ def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
     found = set()
     for name in imports(module, lazy, hints):
         if name.split(".")[0] == "inbatch":
-            while name not in TREES:
+            while name not in FILES:
                 name = name.rpartition(".")[0]
             found.add(name)
     return found - {module}
@@ -127,12 +139,12 @@ def where(module: str, table: dict[str, set[str]]) -> set[str] | None:
 
 
 def problems(check: Callable[[str], Iterator[str]]) -> list[str]:
-    return [problem for module in sorted(TREES) for problem in check(module)]
+    return [problem for module in sorted(FILES) for problem in check(module)]
 
 
 def test_rooms_import_only_rooms_below() -> None:
     line = {name: number for number, names in enumerate(ROOMS) for name in names}
-    assert {room(name) for name in TREES} == {*line, ""}, "add a new room to ROOMS"
+    assert {room(name) for name in FILES} == {*line, ""}, "add a new room to ROOMS"
 
     def check(module: str) -> Iterator[str]:
         for other in ours(module) if module != "inbatch" else ():
@@ -158,7 +170,7 @@ def test_walls_inside_and_between_rooms() -> None:
 
 
 def test_imports_go_in_no_circle() -> None:
-    graph = {name: ours(name) for name in TREES if name != "inbatch"}
+    graph = {name: ours(name) for name in FILES if name != "inbatch"}
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
@@ -169,7 +181,7 @@ def test_libraries_stay_where_they_belong() -> None:
                 if (name == library or name.startswith(f"{library}.")) and not inside(module, places):
                     yield f"{module} names {library}"
         known = where(module, LIBRARIES)
-        roots = {name.split(".")[0] for node in ast.walk(TREES[module]) for name in _roots(node)}
+        roots = {name.split(".")[0] for node in ast.walk(tree(module)) for name in _roots(node)}
         if known is not None and (more := roots - sys.stdlib_module_names - known - {"inbatch"}):
             yield f"{module} imports {sorted(more)}"
 
@@ -188,7 +200,7 @@ def test_nothing_is_unpickled() -> None:
         # CIFAR's files are pickles; the unpickler resolves only names that run no code.
         inert = {"pickle.Unpickler"} if module == "inbatch.data.sources.cifar" else set()
         yield from (f"{module} names {name}" for name in used - {"pickle", "pickle.UnpicklingError"} - inert)
-        for node in ast.walk(TREES[module]):
+        for node in ast.walk(tree(module)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 if "weights_only=True" not in ast.unparse(node):
                     yield f"{module}: torch.load without weights_only=True"
@@ -203,7 +215,7 @@ def test_the_library_never_prints() -> None:
 
     def check(module: str) -> Iterator[str]:
         if room(module) not in ("apps", "__main__"):
-            calls = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call))
+            calls = (node for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
             yield from (f"{module}: print" for call in calls if ast.unparse(call.func) == "print")
 
     assert not problems(check)
@@ -212,7 +224,7 @@ def test_the_library_never_prints() -> None:
 def test_a_loss_names_no_device() -> None:
     def check(module: str) -> Iterator[str]:
         if inside(module, {"nn", "methods", "losses"}) and not inside(module, DEVICES):
-            nodes = list(ast.walk(TREES[module]))
+            nodes = list(ast.walk(tree(module)))
             words = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             words |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
             yield from (f"{module} names {word}" for word in words & {"cuda", "cpu", "mps", "xpu"})
@@ -238,22 +250,31 @@ for name in names:
 """
 
 
-def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
+def what_reads_recipes() -> set[str]:
+    """Return the modules that need typer or pydantic where they are imported."""
     needs = {"inbatch.training.recipe", "inbatch.training.registry"}
-    needs |= {name for name in TREES if inside(name, {"apps.cli"})}
-    while more := {name for name in TREES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
+    needs |= {name for name in FILES if inside(name, {"apps.cli"})}
+    while more := {name for name in FILES.keys() - needs if ours(name, lazy=False, hints=False) & needs}:
         needs |= more
-    assert {room(name) for name in needs} <= {"training", "api", "apps", "__main__"}
-    python(_WITHOUT, "typer,pydantic", *sorted(TREES.keys() - needs - {"inbatch.__main__"}))
+    return needs
+
+
+def test_recipes_are_read_in_the_upper_rooms_only() -> None:
+    assert {room(name) for name in what_reads_recipes()} <= {"training", "api", "apps", "__main__"}
+
+
+@pytest.mark.slow
+def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
+    python(_WITHOUT, "typer,pydantic", *sorted(FILES.keys() - what_reads_recipes() - {"inbatch.__main__"}))
 
 
 def test_help_needs_no_torch() -> None:
-    python(_WITHOUT, "torch", *sorted(name for name in TREES if inside(name, TORCHLESS)))
+    python(_WITHOUT, "torch", *sorted(name for name in FILES if inside(name, TORCHLESS)))
 
 
 def test_no_module_takes_the_place_of_a_public_name() -> None:
     """An imported module becomes an attribute of the package and would hide a function of the same name."""
-    modules = {name.removeprefix("inbatch.") for name in TREES if name.count(".") == 1}
+    modules = {name.removeprefix("inbatch.") for name in FILES if name.count(".") == 1}
     assert modules & set(inbatch.__all__) == {"losses"}, "which is public as a module"
 
 

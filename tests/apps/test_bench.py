@@ -116,7 +116,7 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(4, 32))
-    run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, resident=True)
+    run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, cache_on_device=True)
     layers = [(3, 32, 32), (32, 64, 16), (64, 96, 16)]  # channels in and out, side of the output
     forward = [2 * 9 * a * b * side**2 for a, b, side in layers]
     convolutions = 3 * sum(forward) - forward[0]  # the gradient of the image is not computed

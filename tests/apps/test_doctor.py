@@ -189,9 +189,9 @@ def test_what_takes_too_long_is_named_and_the_rest_is_measured(
 ) -> None:
     fake(torch.float32, "hangs")
     if limit != "until":
-        monkeypatch.setattr(doctor, limit, 5.0)
+        monkeypatch.setattr(doctor, limit, 2.5)
     began = time.monotonic()
-    found = doctor.measure(until=began + 5 if limit == "until" else math.inf)
+    found = doctor.measure(until=began + 2.5 if limit == "until" else math.inf)
     assert time.monotonic() - began < 40
     first, second, third = found["tower"].values()
     assert "not measured: stopped after" in second["failed"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import stop_after, tiny
+from small_runs import leave_out_judgement, stop_after, tiny
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -43,7 +43,9 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a finished run with every kind of plug-in, ba2m for attention."""
     out = tmp_path_factory.mktemp("runs") / "full"
     settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}
-    tiny("simclr", out, settings=settings, subset=80, precision="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        tiny("simclr", out, settings=settings, subset=80, precision="float32")
     return out
 
 
@@ -120,7 +122,7 @@ def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
-    tiny("simclr", tmp_path / "run", subset=80, epochs=1, batch=40, context=None)
+    tiny("simclr", tmp_path / "run", subset=80, epochs=1, batch_size=40, context=None)
     (tmp_path / "run/inspect").mkdir()
     (tmp_path / "run/inspect/fused.png").touch()
     shown_ = run(f"inspect {tmp_path / 'run'} --count 2")
@@ -157,9 +159,12 @@ def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.Mo
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize(("margin", "count"), [(-10.0, 0), (10.0, 40)])
-def test_violators_and_their_redraws(margin: float, count: int, tmp_path: Path) -> None:
+def test_violators_and_their_redraws(
+    margin: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If all pairs keep the margin, there is a sentence instead of a picture; if none does, all are redrawn."""
     settings = {"curate.name": "redraw", "curate.margin": margin, "curate.rounds": 2, "curate.warmup": 0.9}
+    leave_out_judgement(monkeypatch)
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
     told = run(f"inspect {tmp_path / 'run'} --count 2")
     assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout

@@ -318,7 +318,7 @@ def test_how_far_a_table_is(tmp_path: Path) -> None:
     class Slow(Fake):
         def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
             self._children[cell.stem] = None  # type: ignore[assignment]
-            time.sleep(1.5 if self.asked == [] else 0)
+            time.sleep(1.2 if self.asked == [] else 0)
             made = super()._call(cell, words, log)
             del self._children[cell.stem]
             return made

@@ -10,17 +10,14 @@ import subprocess
 import sys
 import threading
 import traceback
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_pool import _context
 
 TINY = "pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1"
 PLAIN = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "PYTHONIOENCODING": ""}
-
-_context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "inbatch.api", "inbatch.apps.cli"])
 
 
 def _end(line: str, folder: str, ends: dict[str, str | None], env: dict[str, str], background: bool) -> None:

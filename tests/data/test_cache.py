@@ -1,7 +1,6 @@
 """Decoded data sets on disk: what the cache key depends on, and every fault of the disk or of concurrent runs."""
 
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rank_pool import on_ranks
 
 from inbatch.data import Subset, cache, open_data
 from inbatch.data.resident import decode_all, hold
@@ -39,6 +39,13 @@ def photos(tmp_path):
 def entry(root):
     (path,) = [path for path in root.iterdir() if not path.name.startswith(".")]
     return path
+
+
+def held_there(root, photos):
+    """Hold images in another process, which knows the cache only."""
+    os.environ["INBATCH_CACHE"] = root
+    held = hold(open_data(photos), canvas=8)
+    return held.notes[0][:14], int(held.images.sum())
 
 
 def half_written(root):
@@ -348,10 +355,5 @@ class TestTogether:
 
     def test_another_process_reads_it(self, root, photos):
         hold(open_data(photos), canvas=8)
-        code = (
-            "import sys; from inbatch.data import open_data; from inbatch.data.resident import hold;"
-            "held = hold(open_data(sys.argv[1]), canvas=8); print(held.notes[0][:14], int(held.images.sum()))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, check=True)
         expected = decode_all(open_data(photos), canvas=8).images.sum()
-        assert done.stdout.split() == ["from", "the", "cache", str(int(expected))]
+        assert on_ranks(1, held_there, str(root), str(photos)) == [("from the cache", int(expected))]

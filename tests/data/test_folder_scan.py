@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rank_pool import on_ranks
 from test_loader import VIEWS
 
 from inbatch.data import Loader, cache, open_data
@@ -54,6 +54,13 @@ def read(monkeypatch):
 
     monkeypatch.setattr(os, "scandir", count)
     return names
+
+
+def scanned_there(root, tree):
+    """Scan in another process."""
+    os.environ["INBATCH_CACHE"] = root
+    folder_scan.WORTH, folder_scan._SETTLED = 0, -(10**10)  # this process ends with the test
+    return len(folder_scan.scan(tree).paths)
 
 
 def again(folder):
@@ -288,10 +295,7 @@ class TestKept:
         assert b"\\udcfe" in (cache.entries()[0].path / "entry.json").read_bytes()
 
     def test_two_processes_at_once(self, root, tree):
-        code = "import sys, inbatch.data.sources.folder_scan as s; s.WORTH = 0; s._SETTLED = -10**10; "
-        code += "print(len(s.scan(sys.argv[1]).paths))"
-        both = [subprocess.Popen([sys.executable, "-c", code, str(tree)], stdout=subprocess.PIPE) for _ in range(2)]
-        assert [int(one.communicate()[0]) for one in both] == [10, 10]
+        assert on_ranks(2, scanned_there, str(root), str(tree)) == [10, 10]
         assert again(tree).kept == 6 and not [p for p in root.iterdir() if p.name.startswith(".")]
 
 

@@ -83,8 +83,8 @@ def test_every_size_of_image_and_view(size, how):
     """Lines shorter than a vector, with and without a remainder, enlarged, reduced and unchanged."""
     sizes = [[1, 1], [1, 50], [60, 2], [size, size], [7, 9], [33, 31], [200, 300], [300, 65]]
     view = View(size, interpolation=how, scale=(0.3, 1.0), **JITTER, grey=0.2)
-    images = photos(len(sizes) * 4, h=300, w=300)
-    b = batch(images, size=torch.tensor(sizes).repeat(4, 1))
+    images = photos(len(sizes) * 2, h=300, w=300)
+    b = batch(images, size=torch.tensor(sizes).repeat(2, 1))
     assert_same(*both([view, View(size, scale=None, flip=1.0)], b))
 
 

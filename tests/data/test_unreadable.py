@@ -138,7 +138,7 @@ def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bo
     bad = [files(images)[i] for i in (0, 64, 129)]  # including one of the images used to detect collapse
     for file, how in zip(bad, ("header", "pixels", "empty"), strict=True):
         damage(file, how)
-    found = run(images, tmp_path / "run", resident=resident, workers=1)
+    found = run(images, tmp_path / "run", cache_on_device=resident, workers=1)
     listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert sorted(line.split("' cannot be read: ")[0].lstrip("'") for line in listed) == sorted(map(str, bad))
     assert found.result["unreadable"] == 3 and found.result["evaluation"]["knn"]["top1"] > 0
@@ -150,12 +150,12 @@ def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bo
 def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (5, 60, 100):
         damage(files(images)[i], "pixels")
-    run(images, tmp_path / "whole", resident=False, workers=2)
+    run(images, tmp_path / "whole", cache_on_device=False, workers=2)
     for step in (4, 9):
         with monkeypatch.context() as patch, pytest.raises(Preempted):
             stop_after(patch, step)
-            run(images, tmp_path / "cut", resident=False, workers=0, resume=step > 4)
-    run(images, tmp_path / "cut", resident=False, workers=1, resume=True)
+            run(images, tmp_path / "cut", cache_on_device=False, workers=0, resume=step > 4)
+    run(images, tmp_path / "cut", cache_on_device=False, workers=1, resume=True)
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
@@ -174,7 +174,7 @@ def test_files_that_vanish_in_the_middle_of_a_run(
         real(self, at, *rest)
 
     monkeypatch.setattr(Log, "step", step)
-    found = run(images, tmp_path / "run", resident=False, workers=2)
+    found = run(images, tmp_path / "run", cache_on_device=False, workers=2)
     listed = (tmp_path / "run" / "bad_images.txt").read_text()
     assert found.result["unreadable"] == 4 and all(file.name in listed for file in gone)
     assert "No such file" in listed
@@ -198,7 +198,7 @@ def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> Non
 
 
 def _two_ranks(folder: str, out: str) -> list[str]:
-    run(Path(folder), Path(out), resident=False, workers=0)
+    run(Path(folder), Path(out), cache_on_device=False, workers=0)
     return (Path(out) / "bad_images.txt").read_text().splitlines()
 
 
@@ -208,7 +208,7 @@ def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
     for place in (1, 11, 25, 39):  # of the first and the second half of a batch
         damage(files(images)[order[place]], "pixels")
     lists = on_ranks(2, _two_ranks, str(images), str(tmp_path / "two"))
-    run(images, tmp_path / "one", resident=False, workers=0, context=10)
+    run(images, tmp_path / "one", cache_on_device=False, workers=0, context=10)
     assert len(lists[0]) == 4 and sorted(lists[0]) == sorted(
         (tmp_path / "one" / "bad_images.txt").read_text().splitlines()
     )

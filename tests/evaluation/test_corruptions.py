@@ -261,13 +261,13 @@ def test_elastic_maps_take_the_three_points_back():
 
 
 def test_figures_are_those_of_the_protocols_on_corrupted_images():
-    net, train, test = encoder(), bars(40), bars(16, seed=1)
+    net, train, test = encoder(), bars(40), bars(8, seed=1)
     clean = embed(net, train), embed(net, test)
     found = corruptions(net, *clean, test, k=9, seed=3, batch=7)
     assert found["clean"] == {"knn": knn(*clean, k=9)["top1"], "linear": linear_probe(*clean)["top1"]}
     images, names = torch.stack(test.images), list(CORRUPTIONS)
     for name, severity in (("fog", 4), ("pixelate", 5), ("gaussian_noise", 1)):
-        made = CORRUPTIONS[name](images, severity, Chance(fold(3, names.index(name)), torch.arange(16)))
+        made = CORRUPTIONS[name](images, severity, Chance(fold(3, names.index(name)), torch.arange(8)))
         shown = embed(net, Pictures(list(made), test.labels))
         for protocol, top1 in (
             ("knn", knn(clean[0], shown, k=9)["top1"]),
@@ -280,7 +280,7 @@ def test_figures_are_those_of_the_protocols_on_corrupted_images():
         assert found[protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each) / 15)
         assert found[protocol]["drop"] == pytest.approx(1 - found[protocol]["top1"] / found["clean"][protocol])
         assert found["kinds"]["noise"][protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each[:3]) / 3)
-    assert (found["images"], found["parameters"], found["side"]) == (16, "CIFAR-10-C", 20)
+    assert (found["images"], found["parameters"], found["side"]) == (8, "CIFAR-10-C", 20)
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(corruptions(net, *clean, test, k=9, seed=3)))
 
 

@@ -6,6 +6,7 @@ import torch
 from bars_data import bars_file
 from feature_sets import pictures
 from PIL import Image
+from small_runs import leave_out_judgement
 
 import inbatch
 from inbatch.errors import DataError
@@ -24,7 +25,9 @@ def run(tmp_path_factory):
     (folder / "classes.txt").write_text("stand\nlie\n")
     settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "image_size": 20, "channels": 3}
     settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch_size": 8, "epochs": 1, "quiet": True}
-    inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
     return folder / "run"
 
 

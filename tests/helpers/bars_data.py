@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from feature_sets import Pictures
+from small_runs import leave_out_judgement
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -42,7 +44,9 @@ def bars_run(folder: Path, **options: int) -> Path:
         "channels": channels,
         "views": "simclr_cifar",
     }
-    inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
     return folder / "run"
 
 

@@ -10,10 +10,11 @@ import torch
 from small_methods import SMALL
 
 import inbatch
-from inbatch.training import checkpoint
+from inbatch.training import checkpoint, loop
 from inbatch.training.metric_logger import Log
+from inbatch.training.monitors.online_evaluation import limited
 
-TINY = {
+TINY: dict[str, Any] = {
     "subset": 200,
     "batch_size": 40,
     "epochs": 2,
@@ -24,9 +25,39 @@ TINY = {
 
 
 def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
     settings = options | fields.pop("settings", {})
     return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
+
+
+def use_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `tiny` learn from fewer images, and evaluate every run on few."""
+    for name, value in {"subset": 80, "batch_size": 16, "context": 8}.items():
+        monkeypatch.setitem(TINY, name, value)
+    judge_by_few_images(monkeypatch)
+
+
+def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate runs on few images, during training and at its end."""
+    real = loop.choose_online_subsets
+    monkeypatch.setattr(loop, "choose_online_subsets", lambda built, split: real(built, limited(split, 60, 40)))
+
+
+def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End runs without protocols, pictures and the comparison with the untrained encoder.
+
+    Most of a tiny run's time is this; tests in test_judgement.py, test_loop.py and test_cli.py check it.
+    """
+    judge_by_few_images(monkeypatch)
+    leave_out_comparison(monkeypatch)
+    monkeypatch.setattr(loop, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
+
+
+def leave_out_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End runs without pictures and the comparison with the untrained encoder."""
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    left_out = {"initial": "untrained encoder", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}
+    monkeypatch.setattr(loop, "compare_with_initial", lambda *_, **__: dict(left_out))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:

@@ -99,7 +99,7 @@ def test_a_layer_of_ones_own_is_not_touched() -> None:
 def test_where_a_run_takes_it(precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inbatch.training.build.slow_weight_gradients", lambda: slow)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    built = prepare(images, encoder="resnet10", batch_size=8, settings={"precision": precision}, device="cpu")
+    built = prepare(images, encoder="tiny", batch_size=8, settings={"precision": precision}, device="cpu")
     kinds = {type(m) for m in built.encoder.modules() if isinstance(m, nn.Conv2d)}
     assert (cpu_convolution.Conv2d in kinds) == (precision == "bf16" and slow)
     losses = built.step(next(iter(built.loader.epoch(0))), 0)

@@ -30,11 +30,17 @@ def python(*words: str, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
-    """Return the results of the script: one process for all cases."""
+def told(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the results of the script: one process for all cases that this session tests."""
     pytest.importorskip("triton", reason="Triton is not installed")
     script = Path(__file__).parents[1] / "helpers" / "kernels_interpreted.py"
-    return json.loads(python("-W", "ignore", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+    wanted = [item.callspec.params["case"] for item in request.session.items if _looks_at_a_case(item)]
+    done = python("-W", "ignore", str(script), *wanted, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    return json.loads(done) | {"wanted": wanted}
+
+
+def _looks_at_a_case(item: pytest.Item) -> bool:
+    return getattr(item, "originalname", "") == "test_values_and_gradients" and "case" in item.callspec.params
 
 
 @pytest.mark.grid(3)
@@ -46,7 +52,7 @@ def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
 
 
 def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
-    assert sorted(told["cases"]) == sorted(CASES)
+    assert sorted(told["cases"]) == sorted(told["wanted"] or CASES)
 
 
 def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ def test_no_more_threads_than_a_quota_gives_cores() -> None:
     code = "import sys; from inbatch.runtime import tuning; tuning.affine = lambda: 64; tuning.cores = lambda: 1; "
     threads = "tuning.begin(); import torch; print(torch.get_num_threads())"
     assert told(code + threads) == "1"
-    assert told(code + threads, OMP_NUM_THREADS="2") == "2"
+    kept = "tuning.begin(); import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert told(code + kept, OMP_NUM_THREADS="2") == "2"
     assert told(
         code + "tuning.cores = lambda: 64; tuning.begin(); import os; print(os.environ.get('OMP_NUM_THREADS'))"
     ) == ("None")

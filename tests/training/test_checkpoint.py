@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import pickle
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rank_pool import _context
 from torch import nn
 
 from inbatch.errors import ConfigError, InbatchError
@@ -117,11 +117,9 @@ def save_forever(folder, first):
 
 
 def test_killed_while_saving(two):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["inbatch.training.checkpoint"])
     rng, step, stuck = random.Random(0), 2, 0
     for _ in range(8):
-        process = context.Process(target=save_forever, args=(two, step + 1))
+        process = _context.Process(target=save_forever, args=(two, step + 1))
         process.start()
         while checkpoint.load(two).step == step:  # saving has started
             time.sleep(0.005)

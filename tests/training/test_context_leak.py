@@ -70,7 +70,7 @@ def test_a_run_logs_it(tmp_path: Path) -> None:
 
 
 def ranks_leak(out: str) -> dict[str, float]:
-    return tiny("simclr", Path(out), fuse="set", batch=80, epochs=1, context=20).result["leak"]
+    return tiny("simclr", Path(out), fuse="set", batch_size=80, epochs=1, context=20).result["leak"]
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
         assert_same(found, whole)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: pytest.MonkeyPatch) -> None:

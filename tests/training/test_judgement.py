@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from inbatch.data import open_data
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
-from inbatch.training import judgement
+from inbatch.training import judgement, loop
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
 MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher", "uniformity": "lower",
             "alignment": "lower"}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncurved() -> Iterator[None]:
+    """Leave out the picture of the curves, which no test here looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +153,7 @@ def test_a_resumed_run_shows_the_same(learned: inbatch.Run, photos: Path, tmp_pa
 @pytest.mark.slow
 def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_path: Path) -> None:
     found = [
-        learn(photos, tmp_path / str(held), resident=held, workers=0, epochs=1).result["unlabelled"]
+        learn(photos, tmp_path / str(held), cache_on_device=held, workers=0, epochs=1).result["unlabelled"]
         for held in (True, False)
     ]
     for name in MEASURES:
@@ -159,7 +168,7 @@ def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, m
     bad = sorted(folder.iterdir())[::4]
     for file in bad:
         file.write_bytes(b"no image")
-    result = learn(folder, tmp_path / "run", resident=False, workers=0, max_bad=0.9).result
+    result = learn(folder, tmp_path / "run", cache_on_device=False, workers=0, max_unreadable=0.9).result
     assert f"{40 - len(bad)} images" in result["unlabelled"]["rankme"]["what"]
     assert (tmp_path / "run" / "neighbours.png").is_file()
     gone = open_data(folder)
@@ -252,6 +261,7 @@ def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -
     assert inbatch.evaluate_run(colour, grey)["images"] == 20
 
 
+@pytest.mark.slow
 def test_real_photographs(tmp_path: Path) -> None:
     """Two epochs on 200 unlabelled photographs: the other view of a photograph is retrieved more often."""
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from small_methods import SMALL
-from small_runs import assert_same_state, saved, stop_after, tiny
+from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny
 
 import inbatch
 from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
@@ -89,11 +89,13 @@ def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
         assert parts[1] == 0 and parts[15] > 0
 
 
-def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few")
+def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny("simclr", tmp_path / "run", settings={"method.temperature": 0.3})
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"recipe.json", "run.json", "result.json", "metrics.jsonl", "curves.png", "checkpoints", "encoder"} <= left
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    leave_out_judgement(monkeypatch)
     again = inbatch.pretrain(config=tmp_path / "run" / "recipe.json", out=tmp_path / "again", quiet=True)
     assert again.recipe == run.recipe and again.recipe.method.options["temperature"] == 0.3
     assert_same_state(saved(tmp_path / "again"), saved(tmp_path / "run"))
@@ -119,6 +121,7 @@ def test_an_overwrite_is_asked_for(tmp_path: Path) -> None:
         tiny("moco", tmp_path, epochs=3, resume=True)
 
 
+@pytest.mark.usefixtures("brief")
 def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = METHODS["simclr"].loss
 
@@ -133,6 +136,7 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.usefixtures("unjudged")
 def test_arrays_in_memory(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()
     run = inbatch.pretrain(
@@ -253,7 +257,9 @@ def test_looks_on_the_way_take_some_of_a_streamed_set_and_the_end_takes_all(
     monkeypatch.setattr(online_evaluation, "embed", counting)
     monkeypatch.setattr(online_evaluation, "BANK", 50)
     monkeypatch.setattr(online_evaluation, "QUERIES", 30)
-    found = tiny("simclr", tmp_path, epochs=1, resident=resident, workers=0, settings={"schedule.warmup_epochs": 0})
+    found = tiny(
+        "simclr", tmp_path, epochs=1, cache_on_device=resident, workers=0, settings={"schedule.warmup_epochs": 0}
+    )
     assert sizes == [200, 500, 200, 500] if resident else [50, 30, 50, 30]
     evaluated = found.result["evaluation"]
     assert (evaluated["train"]["images"], evaluated["test"]["images"]) == (200, 500)

@@ -22,7 +22,7 @@ COMBINATIONS = list(itertools.product((None, "conv", "set"), (False, True), (Non
 
 def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> dict:
     """Return a recipe of 5 steps an epoch on the embedded digits, curated from the second epoch on."""
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
     if curate:
         options["curate.name"] = "redraw"
     given = {

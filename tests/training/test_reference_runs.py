@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import assert_same_state, saved, stop_after, tiny
+from small_runs import assert_same_state, judge_by_few_images, saved, stop_after, tiny
 from typer.testing import CliRunner, Result
 
 from inbatch import api
@@ -41,6 +41,7 @@ def unjudged() -> Iterator[None]:
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
         patch.setattr("inbatch.training.loop.compare_with_initial", lambda *_: nothing)
         patch.setattr("inbatch.training.loop.plot_curves", lambda *_: None)
+        judge_by_few_images(patch)
         yield
 
 
@@ -236,7 +237,7 @@ def test_what_differs_from_the_reference_is_told_at_the_start(finished: Path) ->
     assert opening([0, 1, 2], seed=7, epochs=2) == opening([0, 1, 2])
     assert "1 seed, 2 epochs" in opening([0, 1, 2]) and "Not " not in opening([0, 1, 2])
     assert "The reference has 2 epochs, this run 3" in opening([0, 1, 2, 3])
-    assert "Not the reference's: batch (40 there, 8 here)" in opening([0, 1, 2], batch=8)
+    assert "Not the reference's: batch_size (40 there, 8 here)" in opening([0, 1, 2], batch_size=8)
     assert "Not the reference's: data ('digits-canvas' there, 'b' here)" in opening([0, 1, 2], data="a/b")
     assert "the reference has no values at these evaluations: loss" in opening([0])
 

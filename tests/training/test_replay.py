@@ -37,7 +37,7 @@ def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) -> RunComponents:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "classes"}
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
     settings = options | {"precision": "float32"} | fields.pop("settings", {})
     given = {key: value for key, value in TINY.items() if key != "quiet"} | fields
     return prepare(data, method, settings=settings, **given)
@@ -56,6 +56,7 @@ def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
     return batch
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +67,7 @@ def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     assert caught.value.exit_code == 4
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
     told = json.loads((tmp_path / FOLDER / "capture.json").read_text())
-    assert told["step"] == 7 and told["epoch"] == 1 and len(told["images"]) == TINY["batch"]
+    assert told["step"] == 7 and told["epoch"] == 1 and len(told["images"]) == TINY["batch_size"]
 
     found = replay_run(tmp_path)
     assert found["reproduced"] and found["places"][0] == "the weight encoder.backbone.3.weight"

@@ -22,6 +22,7 @@ WITH_STATE = ("moco", "pcl")
 """Methods that between them have a target network, a memory bank and clusters."""
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=() if m in WITH_STATE else pytest.mark.slow) for m in METHODS]
 )
@@ -51,11 +52,11 @@ def test_resuming_is_bit_exact(
 
 @pytest.mark.slow
 def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny("simclr", tmp_path / "whole", resident=False, workers=2)
+    tiny("simclr", tmp_path / "whole", cache_on_device=False, workers=2)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)
-        tiny("simclr", tmp_path / "cut", resident=False, workers=0)
-    tiny("simclr", tmp_path / "cut", resume=True, resident=False, workers=1)
+        tiny("simclr", tmp_path / "cut", cache_on_device=False, workers=0)
+    tiny("simclr", tmp_path / "cut", resume=True, cache_on_device=False, workers=1)
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
@@ -128,6 +129,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same_state(saved(tmp_path / "hurt"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
@@ -161,6 +163,7 @@ def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
     assert inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields).result["steps"] == 3
 
 
+@pytest.mark.usefixtures("brief")
 def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
     """A launcher that restarts a run killed before its first checkpoint must not be refused."""
     tiny("simclr", tmp_path, epochs=1)

@@ -98,6 +98,7 @@ def test_evaluate_judges_a_stopped_run(copy: Path) -> None:
     assert set(written["untrained"]) >= {"knn", "clustering"} and "linear" not in written["untrained"]
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_to_begin_from(stopped: Path, tmp_path: Path, finished: bool) -> None:
     other = tiny("simclr", tmp_path / "other", epochs=1).directory if finished else stopped
@@ -117,6 +118,7 @@ def test_a_run_to_begin_from_must_fit(stopped: Path, tmp_path: Path) -> None:
     assert found.exit_code == 2 and "do not fit resnet10 (the encoder tiny)" in found.stderr
 
 
+@pytest.mark.usefixtures("few")
 def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
     """Its weights, mean and std are stored with the run: to load, to evaluate, to resume."""
     weights = tmp_path / "weights"
@@ -239,6 +241,7 @@ def test_export_writes_what_loads_again(stopped: Path, tmp_path: Path) -> None:
     assert again["timm"] is False and again["out"] == str(out) and SENTENCE in again["note"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_export_of_a_finished_run_is_its_encoder(tmp_path: Path) -> None:
     out = tiny("simclr", tmp_path / "run", epochs=1).directory
     told = inbatch.export_run(out, tmp_path / "new")

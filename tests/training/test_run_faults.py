@@ -133,6 +133,7 @@ def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.Mo
 # Fault 10: collapse.
 
 
+@pytest.mark.usefixtures("brief")
 def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fields: dict[str, Any] = TINY | {"epochs": 40, "context": None, "quiet": False, "evaluate_every": 40}
     # Without stop-gradient and predictor nothing keeps two views apart, and the learning rate causes large changes.
@@ -149,6 +150,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
     assert sum("features_std" in record for record in curve) >= 2
 
 
+@pytest.mark.usefixtures("brief")
 def test_without_collapse_stop_on_collapse_changes_nothing(tmp_path: Path) -> None:
     tiny("simclr", tmp_path / "plain")
     tiny("simclr", tmp_path / "watched", stop_on_collapse=True)
@@ -208,7 +210,7 @@ def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> Non
     """Its traceback keeps the loader alive, and its workers ignore multiprocessing's SIGTERM."""
     script = f"""
 from inbatch.api import prepare
-built = prepare({str(images)!r}, "simclr", encoder="tiny", size=32, batch=20, resident=False, workers=2,
+built = prepare({str(images)!r}, "simclr", encoder="tiny", image_size=32, batch_size=20, cache_on_device=False, workers=2,
                 settings={{"method.out_dim": 8}})
 epoch = built.loader.epoch(0)
 next(epoch)

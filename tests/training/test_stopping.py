@@ -77,16 +77,17 @@ def logged(out: Path) -> list[dict[str, float]]:
     return [{key: x for key, x in line.items() if key not in clocks} for line in lines if "lr" not in line]
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("method", "context", "place", "fields"),
     [
         ("simclr", None, "forward", {}),
         ("simclr", None, "backward", {}),
-        ("simclr", 20, "backward", {}),
+        ("simclr", 8, "backward", {}),
         ("moco", None, "target", {}),
-        ("moco", 20, "target", {}),
-        ("moco", 20, "backward", FUSED),
+        ("moco", 8, "target", {}),
+        ("moco", 8, "backward", FUSED),
     ],
     ids=str,
 )
@@ -117,6 +118,7 @@ def test_a_lost_step_leaves_the_state_of_the_one_before(
     assert logged(tmp_path / "in") == logged(tmp_path / "between")
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_first_step_of_an_epoch_changes_nothing_that_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,7 @@ def test_the_first_step_of_an_epoch_changes_nothing_that_is_saved(
     assert_same_state(saved(tmp_path / "lost"), saved(tmp_path / "saved"))
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_step_that_is_quick_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         in_step(patch, 3, "forward")
@@ -138,6 +141,7 @@ def test_a_step_that_is_quick_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
     assert checkpoint.load(tmp_path / "checkpoints").step == 4
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         in_step(patch, 0, "backward")
@@ -147,6 +151,7 @@ def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.
     tiny("simclr", tmp_path, resume=True)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     ("method", "where"), [("simclr", (online_evaluation, "knn")), ("pcl", (PCL, "survey"))], ids=str
 )
@@ -172,6 +177,7 @@ def test_a_lost_evaluation_or_survey_is_made_again(
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_signal_at_the_last_step_is_answered_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +290,7 @@ SMALL = ["--data", "digits-canvas", "--encoder", "tiny", "--batch", "40", "--epo
 SMALL += ["--set", "subset=200", "--set", "method.out_dim=8", "--set", "evaluate_every=2"]
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Signals) -> None:
     words = ["pretrain", "--out", str(tmp_path / "run"), "--json", *SMALL]
     code, out, err, seconds = stopped_in(IN_STEP, words, number, "stuck")

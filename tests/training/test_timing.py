@@ -51,7 +51,7 @@ def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
 
 
 def test_smaller_choices_take_less_time() -> None:
-    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch_size": 16, "epochs": 1})
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch_size": 4, "epochs": 1})
     choices = smaller_choices(build(recipe, source, device=CPU))
     assert choices and all(how.startswith("--encoder ") for how, _ in choices)
 
@@ -62,9 +62,7 @@ def test_a_dry_run_says_how_long_the_run_takes() -> None:
 
 
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, source = resolve_recipe(
-        IMAGES, {"encoder.name": "resnet10", "batch_size": 64, "epochs": 1, "image_size": 32}
-    )
+    recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 64, "epochs": 1, "image_size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
     needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
     monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
@@ -72,9 +70,9 @@ def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatc
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note
     asked, _ = resolve_recipe(
-        IMAGES, {"encoder.name": "resnet10", "batch_size": 64, "epochs": 1, "image_size": 32, "context": 64}
+        IMAGES, {"encoder.name": "tiny", "batch_size": 64, "epochs": 1, "image_size": 32, "context": 64}
     )
     with pytest.raises(ConfigError, match="of memory are free"):
         auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):
-        inbatch.pretrain(IMAGES, encoder="resnet10", batch_size=64, epochs=1, context=64, image_size=32, quiet=True)
+        inbatch.pretrain(IMAGES, encoder="tiny", batch_size=64, epochs=1, context=64, image_size=32, quiet=True)
