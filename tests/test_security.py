@@ -185,7 +185,7 @@ def test_an_absurd_number_is_refused(setting: str, elsewhere: Path) -> None:
     assert told.exit_code == 2 or setting.split("=")[0] in ("subset", "classes", "batch", "channels", "test")
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ["evaluate RUN --seed 4294967296", f"inspect RUN --seed {10**22}", "views digits-canvas --seed -1"]
 )

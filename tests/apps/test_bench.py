@@ -60,6 +60,7 @@ def test_the_command_repeats_the_run_and_names_no_place() -> None:
     assert options.command() == "inbatch bench views --size 224 --rounds 3 --data photos --peers-python python --peers"
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: int, tmp_path: Path) -> None:

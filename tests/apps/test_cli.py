@@ -188,6 +188,7 @@ def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path, monkeyp
     assert (elsewhere / "runs" / "moco-digits-canvas-1" / "evaluation.json").is_file()
 
 
+@pytest.mark.slow
 def test_pretrain_without_labels(photos: Path, elsewhere: Path) -> None:
     """Given only a folder of photos, batch and preset follow the images, and unusual file names are safe."""
     found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set image_size=24 --out run")
@@ -401,7 +402,7 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 # --dry-run
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
     fits = "--set method.w_size=40" if method == "wmse" else ""

@@ -109,6 +109,7 @@ def test_looking_changes_no_part_of_the_run(full: Path, tmp_path: Path) -> None:
     assert built.network.training and not any(m._forward_pre_hooks for m in built.network.modules())
 
 
+@pytest.mark.slow
 def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: Path) -> None:
     kept = {name: shown(full / "inspect" / name) for name in ("views.png", "fused.png")}
     (tmp_path / "attention.png").write_bytes(b"of an earlier look")

@@ -370,7 +370,7 @@ def test_the_list_of_tables(run_cli: Any) -> None:
     assert [t["name"] for t in json.loads(run_cli("--json").stdout)["tables"]] == list(TABLES)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @EVERY
 def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, tmp_path: Path) -> None:
     found = run_cli(table.name)

@@ -108,6 +108,7 @@ def test_a_curve_goes_on_where_it_was_killed(
         assert times == sorted(times) and times[0] > 0 and cut[key] == times[-1]
 
 
+@pytest.mark.slow
 def test_out_of_time_it_saves_and_goes_on(data: Path, tmp_path: Path, small: None) -> None:
     whole = run(data, tmp_path / "whole.json", *EVERY)
     found = run(data, tmp_path / "cut.json", *EVERY, "--hours", "0")

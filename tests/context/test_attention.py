@@ -322,7 +322,7 @@ BACKBONES = [
 ]
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(3)
 @EVERY
 @pytest.mark.parametrize(("backbone", "size", "more", "count"), BACKBONES)
 def test_evaluation_knows_no_neighbours(name: str, backbone: str, size: int, more: dict, count: int) -> None:
@@ -369,7 +369,7 @@ def test_a_momentum_copy_and_a_checkpoint_keep_the_blocks(name: str) -> None:
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in encoder.parameters()}
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @EVERY
 @pytest.mark.parametrize(
     ("backbone", "size", "options"),

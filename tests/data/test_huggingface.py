@@ -174,6 +174,7 @@ class TestHub:
         with pytest.raises(DataError, match="not a data set on the Hugging Face hub"):
             open_data("hf/../../etc")
 
+    @pytest.mark.slow
     def test_from_the_caches_of_this_machine(self, tmp_path):
         """Files that the hub's client fetched; in another process, as the library reads the cache location once."""
         place = tmp_path / "hub" / "datasets--me--toy"

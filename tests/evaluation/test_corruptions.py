@@ -284,6 +284,7 @@ def test_figures_are_those_of_the_protocols_on_corrupted_images():
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(corruptions(net, *clean, test, k=9, seed=3)))
 
 
+@pytest.mark.slow
 def test_only_some_test_images_the_same_each_time():
     net, train, test = encoder(), bars(20), bars(12, seed=1)
     seen, image = [], test.image

@@ -98,6 +98,7 @@ def test_evaluate_and_the_table(capsys):
     assert "  5% of the labels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     made = bars_run(tmp_path)
     found = command(f"evaluate {made} --protocols knn,few --share 0.05 --share 0.5 --draws 2")

@@ -151,6 +151,7 @@ def test_evaluate_passes_its_options_on():
     assert json.loads(json.dumps(found)) and figures(found) == {"fine-tuned": expected["top1"]}
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch):
     made = bars_run(tmp_path)
     monkeypatch.setitem(TUNINGS, "small", SHORT)

@@ -20,6 +20,7 @@ def test_it_is_vicregs_term() -> None:
     torch.testing.assert_close(variance_hinge(z), vicreg(z)["variance"])
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("method", ["moco", "byol", "swav", "supervised"])
 def test_the_loss_grows_by_it(method: str) -> None:
     """The first step of a run, with and without: the same rows, and a loss that is larger by the weighted term."""

@@ -151,6 +151,7 @@ child.wait()
 """
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("way", ["kernel", "poll", "wrapper"])
 def test_a_program_ends_with_its_parent(tmp_path: Path, way: str) -> None:
     """By the kernel on Linux; by a thread on other systems, or if there is a shell between the two."""

@@ -39,6 +39,7 @@ def test_freed_memory_is_kept() -> None:
     assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 4 * kept + 100  # large pages cause few page faults
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_no_more_threads_than_a_quota_gives_cores() -> None:
     code = "import sys; from inbatch.runtime import tuning; tuning.affine = lambda: 64; tuning.cores = lambda: 1; "

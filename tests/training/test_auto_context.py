@@ -227,7 +227,11 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
     """They depend on the batch, not on the group."""
     free(1000)
     found = {}
-    for name, settings in {"small": {"batch": 32}, "large": {"batch": 128}, "streamed": {"resident": False}}.items():
+    for name, settings in {
+        "small": {"batch_size": 32},
+        "large": {"batch_size": 128},
+        "streamed": {"cache_on_device": False},
+    }.items():
         recipe, source = planned(**settings)
         bench = auto_context._Bench(recipe, source, CPU, workers=3)
         bench.trial(8, dry=False)

@@ -175,7 +175,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
 
 
 def _plan(**given: Any) -> plan.Choice:
-    given = {key.replace("__", "."): value for key, value in given.items()} | {"batch": 16}
+    given = {key.replace("__", "."): value for key, value in given.items()} | {"batch_size": 16}
     options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
     return plan.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
 

@@ -49,6 +49,7 @@ def test_it_is_asked_where_samples_meet(fuse: str | None, attend: str | None, ex
     assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **given)) is expected
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
 def test_looking_changes_nothing(method: str) -> None:
     built = api.prepare("digits-canvas", method, subset=80, batch_size=16, context=8, fuse="set", attend="batchformer")

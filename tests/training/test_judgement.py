@@ -128,6 +128,7 @@ def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, pho
     assert json.loads((learned.directory / "result.json").read_text())["unlabelled"] == found
 
 
+@pytest.mark.slow
 def test_pretrain_prints_it(photos: Path, tmp_path: Path) -> None:
     line = f"pretrain --data {words(photos)} --encoder tiny --epochs 1 --batch 10 --set image_size=24"
     found = run(f"{line} --out {words(tmp_path / 'a run')}")
@@ -140,6 +141,7 @@ def test_pretrain_prints_it(photos: Path, tmp_path: Path) -> None:
     assert "Compared with the encoder before training in " in found.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_the_same(learned: inbatch.Run, photos: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)

@@ -37,7 +37,7 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
     return {key: value for key, value in given.items() if value is not None}
 
 
-@pytest.mark.grid(12)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(("fuse", "curate", "attend"), COMBINATIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_trains(method: str, fuse: str | None, curate: bool, attend: str | None) -> None:
@@ -71,6 +71,7 @@ def test_resuming_is_bit_exact(
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
     settings = {"curate.name": "redraw", "curate.rule": "strict", "fuse.patch": 5, "views.name": "simclr_cifar"}
     settings |= {"encoder.name": "resnet10", "attend.stages": [2, 3], "subset": 80}

@@ -150,6 +150,7 @@ def test_leaving_and_coming_back_are_told_once() -> None:
     assert "inside the band at 3 of 8 evaluations (k-NN)" in compared.summary()
 
 
+@pytest.mark.slow
 def test_looks_are_those_of_the_run(finished: Path) -> None:
     recipe = load_run(finished).recipe
     for epochs, every, looks in [(2, 1, [0, 1, 2]), (7, 3, [0, 3, 6, 7]), (3, 9, [0, 3])]:

@@ -77,7 +77,7 @@ def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     assert shown.exit_code == 0 and "first the weight encoder.backbone.3.weight" in shown.output
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("curate", [None, "redraw"])
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])
@@ -116,6 +116,7 @@ def test_a_view_that_is_not_a_number_is_named_by_its_image(tmp_path: Path, monke
     assert found["reproduced"] and found["places"][0] == f"view 1 of image {bad}"
 
 
+@pytest.mark.slow
 def test_bf16_is_made_again_in_float32(tmp_path: Path) -> None:
     kept(tmp_path, built(settings={"precision": "bf16"}))
     found = replay_run(tmp_path)

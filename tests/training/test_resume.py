@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
     tiny("moco", tmp_path, epochs=1)
@@ -163,6 +163,7 @@ def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
     assert inbatch.pretrain(images, out=tmp_path / "run", resume=True, **fields).result["steps"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
     """A launcher that restarts a run killed before its first checkpoint must not be refused."""

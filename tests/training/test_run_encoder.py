@@ -68,6 +68,7 @@ def test_a_stopped_run_loads_with_the_weights_of_its_checkpoint(tmp_path: Path, 
     assert not encoder.training and encoder.embed(IMAGES).shape == (5, encoder.width)
 
 
+@pytest.mark.slow
 def test_the_images_of_a_stopped_run_are_not_needed(copy: Path) -> None:
     expected = loaded(copy).embed(IMAGES)
     recipe = json.loads((copy / "recipe.json").read_text())
@@ -98,6 +99,7 @@ def test_evaluate_judges_a_stopped_run(copy: Path) -> None:
     assert set(written["untrained"]) >= {"knn", "clustering"} and "linear" not in written["untrained"]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_to_begin_from(stopped: Path, tmp_path: Path, finished: bool) -> None:
@@ -118,6 +120,7 @@ def test_a_run_to_begin_from_must_fit(stopped: Path, tmp_path: Path) -> None:
     assert found.exit_code == 2 and "do not fit resnet10 (the encoder tiny)" in found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
     """Its weights, mean and std are stored with the run: to load, to evaluate, to resume."""
@@ -203,6 +206,7 @@ def test_a_checkpoint_of_another_recipe(copy: Path) -> None:
         inbatch.load(copy)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed(copy: Path) -> None:
     """A killed run could not record that it was stopped, and may still be running."""
     report = json.loads((copy / "run.json").read_text())
@@ -279,6 +283,7 @@ def test_an_encoder_with_a_readout_is_exported_twice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(inbatch.load(tmp_path / "out").embed(images), encoder.embed(images))
 
 
+@pytest.mark.slow
 def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
     import timm
 

@@ -150,6 +150,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
     assert sum("features_std" in record for record in curve) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_without_collapse_stop_on_collapse_changes_nothing(tmp_path: Path) -> None:
     tiny("simclr", tmp_path / "plain")
@@ -210,8 +211,8 @@ def test_a_script_that_fails_in_the_middle_of_an_epoch_ends(images: Path) -> Non
     """Its traceback keeps the loader alive, and its workers ignore multiprocessing's SIGTERM."""
     script = f"""
 from inbatch.api import prepare
-built = prepare({str(images)!r}, "simclr", encoder="tiny", image_size=32, batch_size=20, cache_on_device=False, workers=2,
-                settings={{"method.out_dim": 8}})
+built = prepare({str(images)!r}, "simclr", encoder="tiny", image_size=32, batch_size=20, cache_on_device=False,
+                workers=2, settings={{"method.out_dim": 8}})
 epoch = built.loader.epoch(0)
 next(epoch)
 raise SystemExit(7)

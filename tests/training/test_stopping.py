@@ -118,6 +118,7 @@ def test_a_lost_step_leaves_the_state_of_the_one_before(
     assert logged(tmp_path / "in") == logged(tmp_path / "between")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_the_first_step_of_an_epoch_changes_nothing_that_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,7 @@ def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.
     tiny("simclr", tmp_path, resume=True)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     ("method", "where"), [("simclr", (online_evaluation, "knn")), ("pcl", (PCL, "survey"))], ids=str
@@ -177,6 +179,7 @@ def test_a_lost_evaluation_or_survey_is_made_again(
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_a_signal_at_the_last_step_is_answered_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,6 +293,7 @@ SMALL = ["--data", "digits-canvas", "--encoder", "tiny", "--batch", "40", "--epo
 SMALL += ["--set", "subset=200", "--set", "method.out_dim=8", "--set", "evaluate_every=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Signals) -> None:
     words = ["pretrain", "--out", str(tmp_path / "run"), "--json", *SMALL]

@@ -32,7 +32,7 @@ def vicreg(
     narrow = variance_hinge(z, eps) * (1 if variance == "mean" else 2)
     shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
     loss = sim_coeff * away + std_coeff * narrow + cov_coeff * shared
-    return {"loss": loss, "invariance": away, "variance_weight": narrow, "covariance": shared}
+    return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}
 
 
 class VICReg(Method):
