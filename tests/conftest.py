@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from jaxtyping import install_import_hook
 
 # Before any other import: no connection may leave this machine, neither from this process nor from its children.
 OFFLINE = str(Path(__file__).parent / "offline")
@@ -19,15 +17,20 @@ if OFFLINE not in sys.path:
     import sitecustomize  # noqa: F401
 
 CHECKED = ("rng", "nn.functional", "nn.memory_bank", "nn.clustering", "methods", "data.views", "evaluation", "context")
-# Before inbatch is imported: signatures are checked in tests only.
-install_import_hook(
-    [f"inbatch.{room}" for room in CHECKED],
-    "beartype.beartype",
-)
-
-torch.set_num_threads(1)  # the tensors are tiny, and two ranks share two cores
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepare the process that runs tests; the one that only distributes them to others need not import torch."""
+    if getattr(session.config.option, "dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import torch
+    from jaxtyping import install_import_hook
+
+    # Before inbatch is imported: signatures are checked in tests only.
+    install_import_hook([f"inbatch.{room}" for room in CHECKED], "beartype.beartype")
+    torch.set_num_threads(1)  # the tensors are tiny, and two ranks share two cores
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +56,8 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

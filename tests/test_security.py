@@ -153,6 +153,7 @@ HOSTILE_TEXT = {
 }
 
 
+@pytest.mark.grid(10)
 @pytest.mark.parametrize("name", HOSTILE_TEXT)
 def test_a_hostile_recipe_is_refused(name: str, elsewhere: Path) -> None:
     (elsewhere / "recipe.yaml").write_bytes(HOSTILE_TEXT[name].encode(errors="surrogateescape"))
@@ -178,6 +179,7 @@ HUGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("setting", HUGE)
 def test_an_absurd_number_is_refused(setting: str, elsewhere: Path) -> None:
     told = run(f"pretrain {TINY.replace('--set subset=200', '')} --dry-run --set {shlex.quote(setting)}")
@@ -275,6 +277,7 @@ ENCODERS: dict[str, Callable[[dict], object]] = {
 }
 
 
+@pytest.mark.grid(9)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_crafted_encoder_is_refused(name: str, finished: Path, elsewhere: Path) -> None:
     shutil.copytree(finished / "encoder", "encoder")

@@ -125,6 +125,7 @@ def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pyt
     assert run("-V").stdout == run("--version").stdout
 
 
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command line in the help parses; the work itself is replaced."""

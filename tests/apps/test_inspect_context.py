@@ -62,6 +62,7 @@ def rebuilt(folder: Path) -> RunComponents:
     return built
 
 
+@pytest.mark.slow
 def test_every_plug_in_has_its_picture(full: Path, found: dict) -> None:
     names = {"views.png", "redrawn.png", "fused.png", "attention.png"}
     assert {Path(p).name for p in found["pictures"]} == names == {p.name for p in (full / "inspect").iterdir()}
@@ -216,6 +217,7 @@ def test_groups_are_those_that_the_run_had(full: Path, tmp_path: Path) -> None:
     assert inbatch.inspect_run(tmp_path / "run", count=2)["attend"]["group"] == 20
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
     def refused(words: str, code: int, *sentences: str) -> None:
         told = run(f"inspect {words}")
@@ -255,6 +257,7 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
     assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
 
 
+@pytest.mark.slow
 def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
     """Pairs drawn to be disjoint are disjoint, and the picture shows them."""
     seen = []

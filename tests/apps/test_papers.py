@@ -1,5 +1,6 @@
 """Tables of the papers: their cells, and how runs are distinguished, stored, found, compared and shown."""
 
+import functools
 import html.parser
 import json
 import re
@@ -22,7 +23,7 @@ from inbatch.apps.papers import TABLES, render
 from inbatch.apps.papers.command import Selection, run_table_command
 from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.filled_table import fill, paired
-from inbatch.apps.papers.results import Record, find_record, read_record, read_records, shipped, write_record
+from inbatch.apps.papers.results import Record, Records, find_record, read_record, read_records, shipped, write_record
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
@@ -370,7 +371,7 @@ def test_the_list_of_tables(run_cli: Any) -> None:
     assert [t["name"] for t in json.loads(run_cli("--json").stdout)["tables"]] == list(TABLES)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @EVERY
 def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, tmp_path: Path) -> None:
     found = run_cli(table.name)
@@ -381,6 +382,7 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
     assert shown["name"] == table.name and len(shown["rows"]) == len(table.rows)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -462,9 +464,14 @@ def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
     assert all(value.values for line in asked.sheet.lines if line.row.settings is not None for value in line.ours)
 
 
+@functools.cache
+def shipped_records() -> Records:
+    return read_records(shipped())
+
+
 def test_results_that_come_along_are_of_the_tables() -> None:
     """Every committed file is a record, and belongs to the run of a cell of some table."""
-    known = read_records(shipped())
+    known = shipped_records()
     asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
     assert set(known) <= asked
     for one in known.values():
@@ -475,8 +482,8 @@ def test_results_that_come_along_are_of_the_tables() -> None:
 def test_results_that_come_along_are_called_what_they_are() -> None:
     """Pages link to the records by file name."""
     stems = {(c.key, c.data, c.seed): c.stem for table in TABLES.values() for s in SCALES for c in cells(table, s)}
-    for path in shipped().glob("*.json"):
-        assert path.stem == stems[read_record(path).told]
+    names = {stems[identity] for identity in shipped_records()}
+    assert names == {path.stem for path in shipped().glob("*.json")}
 
 
 def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> None:
@@ -497,7 +504,7 @@ def test_a_table_cut_down_wants_fewer_runs() -> None:
 def test_figure_3_is_the_papers() -> None:
     """Shares agree within 0.15 points, for every seed."""
     table = TABLES["curation-figure-3"]
-    (line,) = fill(table, "cpu", read_records(shipped())).lines
+    (line,) = fill(table, "cpu", shipped_records()).lines
     for paper, value in zip(line.paper, line.ours, strict=True):
         assert len(value.values) == 3 and all(abs(one - paper) < 0.15 for one in value.values)
 

@@ -1,5 +1,6 @@
 """Pages with figures agree with the result files."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from inbatch.apps.papers import TABLES
 from inbatch.apps.papers.filled_table import SURE, fill
 from inbatch.apps.papers.render import grid
-from inbatch.apps.papers.results import read_records
+from inbatch.apps.papers.results import Records, read_records
 from inbatch.apps.papers.spec import Table
 from inbatch.methods import METHODS
 
@@ -31,11 +32,16 @@ def test_the_page_is_what_the_files_make(render: ModuleType) -> None:
     )
 
 
+@functools.cache
+def committed_records() -> Records:
+    return read_records(ROOT / "results" / "records")
+
+
 def test_the_pages_of_tables_are_what_the_records_make() -> None:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "render_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    made = tables.pages(read_records(ROOT / "results" / "records"))
+    made = tables.pages(committed_records())
     written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
     assert written == made, "python scripts/render_tables.py writes them again"
 
@@ -47,7 +53,7 @@ SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
 @pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
 def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
     """The paragraph is written by hand and its figures come from the records: both must be updated together."""
-    sheet = fill(table, scale, read_records(ROOT / "results" / "records"))
+    sheet = fill(table, scale, committed_records())
     figures = re.compile(r"\d+\.\d+")
     shown = set(figures.findall(str(grid(sheet)))) | {f"{SURE:g}"}
     assert set(figures.findall(table.holds[scale])) <= shown

@@ -126,6 +126,7 @@ def literal(block: BA2M, x: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.grid(6)
 @WEIGHTS
 @FUSES
 @pytest.mark.parametrize("positions", [2, 9])
@@ -432,6 +433,7 @@ def test_weights_that_need_their_blocks(tmp_path: Path) -> None:
         create_encoder("resnet10", size=32, init=tmp_path / "model.safetensors", attend="se")
 
 
+@pytest.mark.grid(11)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

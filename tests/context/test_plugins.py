@@ -36,7 +36,7 @@ def train_one(variant: str, plugs: str, groups: int, synced: bool, dropout: floa
     return train(variant, N, groups, synced=synced, plugs=PLUGS[plugs])
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2)])
 def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups: int) -> None:
@@ -44,7 +44,7 @@ def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups
         assert_same(found, expected(variant, plugs, world * groups))
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 def test_a_group_over_two_ranks_is_one_group(variant: str, plugs: str) -> None:
     """With synchronised norm, fusion and attention also extend over ranks."""

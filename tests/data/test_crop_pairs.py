@@ -364,6 +364,7 @@ def test_torchvision_draws_the_same_shares_and_leaves_its_generator_alone():
     assert abs(ours.area - theirs.area) < 0.008
 
 
+@pytest.mark.slow
 def test_the_command_counts_tells_and_draws(tmp_path: Path):
     done = run(f"crops --pairs 500 -o {tmp_path / 'crops.png'}")
     assert done.exit_code == 0 and "17.27%" in done.stdout and "global-local" in done.stdout

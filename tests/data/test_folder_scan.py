@@ -299,6 +299,7 @@ class TestKept:
         assert again(tree).kept == 6 and not [p for p in root.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_long_path_costs_itself_alone(tmp_path):
     """One path of 250 bytes among 20,000 short ones: a numpy array of bytes took 5 MB for them."""
     fill(tmp_path, "x" * 120 + "/" + "y" * 120 + ".jpg")

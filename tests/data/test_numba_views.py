@@ -62,7 +62,7 @@ def test_which_presets_the_kernel_draws(used):
     assert used == [8, 16]
 
 
-@pytest.mark.grid(17)
+@pytest.mark.grid(10)
 @pytest.mark.parametrize("name", DOES)
 @pytest.mark.parametrize("layout", ["canvas", "crops"])
 def test_presets_equal_torchs(name, layout, used):

@@ -30,6 +30,7 @@ def off(pixels: torch.Tensor, expected: np.ndarray) -> int:
 
 
 class TestOneByOne:
+    @pytest.mark.grid(37)
     @EACH
     def test_read_right_or_refused_by_name(self, animal, tmp_path):
         """From memory, as in Parquet and tar files, and from a file."""
@@ -48,6 +49,7 @@ class TestOneByOne:
             with pytest.raises(DataError, match=animal.why), ImageFile(animal.file, lambda: animal.name, 3) as picture:
                 picture.tensor()
 
+    @pytest.mark.grid(20)
     @EACH
     def test_grey_and_crops(self, animal):
         if animal.pixels is None:

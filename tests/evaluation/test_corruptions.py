@@ -47,6 +47,7 @@ def chance(n, seed=1):
     return Chance(seed, torch.arange(n))
 
 
+@pytest.mark.grid(35)
 @EVERY
 @pytest.mark.parametrize(
     "shape", [(3, 3, 32, 32), (2, 1, 20, 20), (2, 1, 1, 1), (2, 3, 1, 1), (2, 3, 17, 40), (1, 1, 2, 3), (1, 3, 70, 66)]
@@ -297,6 +298,7 @@ def test_only_some_test_images_the_same_each_time():
         corruptions(net, *clean, test, most=0)
 
 
+@pytest.mark.slow
 def test_evaluate_needs_images_of_one_or_three_channels():
     net, train, test = encoder(), bars(20), bars(10, seed=1)
     with pytest.raises(ConfigError, match="corruptions are shown to an encoder with images, and clouds holds"):

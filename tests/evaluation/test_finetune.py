@@ -68,6 +68,7 @@ def test_it_is_the_slow_version():
     assert found["top1"] == pytest.approx(right, abs=1e-9) and found["steps"] == 9 and found["batch"] == 10
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_features_did_not_know():
     settings = Finetune(epochs=12, batch=20, lr=0.5, steps=0, area=0.5)
     assert finetune(encoder(), bars(80), bars(60, seed=1), settings)["top1"] > 0.9

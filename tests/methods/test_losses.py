@@ -220,7 +220,7 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.grid(60)
+@pytest.mark.grid(30)
 @pytest.mark.filterwarnings("ignore:features depend on each other")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", ROWS)

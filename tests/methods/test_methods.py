@@ -68,6 +68,7 @@ def test_no_trainable_parameter_stands_after_the_seam(variant: str) -> None:
     assert list(create(variant).parameters()) == []
 
 
+@pytest.mark.grid(24)
 @EVERY
 def test_the_loss_is_pure(variant: str) -> None:
     """Two calls give the same value and gradient, with and without a graph, and change no state."""
@@ -87,6 +88,7 @@ def test_the_loss_is_pure(variant: str) -> None:
     assert same(online, given[0]) and same(target, given[1]) and torch.equal(batch.label, given[2].label)
 
 
+@pytest.mark.grid(24)
 @EVERY
 def test_the_order_of_samples_does_not_matter(variant: str) -> None:
     online, target, batch = rows(variant)
@@ -105,7 +107,7 @@ def test_views_may_change_places_where_the_equation_says_so(variant: str) -> Non
     torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
 
-@pytest.mark.grid(16)
+@pytest.mark.grid(8)
 @EVERY
 def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In real steps: the loss uses the memory of the step before, `on_weights` gets new weights."""
@@ -142,7 +144,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
         assert torch.equal(at_loss[2], previous[2]) and not torch.equal(before[2], at_loss[2])
 
 
-@pytest.mark.grid(16)
+@pytest.mark.grid(10)
 @EVERY
 def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new method that loads the state of a trained one gives the same loss, also after the next step."""
@@ -166,7 +168,7 @@ def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) ->
 KINDS = {"random": lambda x: x, "zero": torch.zeros_like, "constant": torch.ones_like, "large": lambda x: x * 1e4}
 
 
-@pytest.mark.grid(60)
+@pytest.mark.grid(30)
 @EVERY
 @pytest.mark.filterwarnings("ignore:features depend on each other")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -184,6 +186,7 @@ def test_extreme_rows_have_finite_loss_and_gradient(variant: str, kind: str, dty
     assert loss.isfinite() and all(x.isfinite().all() for x in gradients(leaves).values())
 
 
+@pytest.mark.grid(20)
 @EVERY
 def test_a_batch_without_a_known_label_has_a_finite_loss(variant: str) -> None:
     online, target, batch = rows(variant)

@@ -32,6 +32,7 @@ def gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> tuple[Tens
     return y.detach(), x.grad, layer.weight.grad, str(y.grad_fn)
 
 
+@pytest.mark.grid(16)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])

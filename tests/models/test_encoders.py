@@ -35,6 +35,7 @@ def used(encoder, seed=0):
     return encoder.eval()
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(
     ("name", "size", "channels", "stem", "width", "count"),
     [
@@ -84,6 +85,7 @@ def test_channels(name, channels):
     assert encoder(torch.randn(2, channels, 32, 32)).shape == (2, encoder.width)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -202,6 +204,7 @@ def test_evaluating_restores_every_mode():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("name", "size", "channels", "kwargs"),
     [
@@ -277,6 +280,7 @@ def test_init_from_a_folder_and_from_state_dicts(tmp_path):
         assert np.array_equal(again.embed(batch), source.embed(batch)), init
 
 
+@pytest.mark.slow
 def test_init_takes_off_a_classifier(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "classifier.pt")
     for name in ("resnet18", "torchvision/resnet18"):

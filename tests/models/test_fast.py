@@ -130,6 +130,7 @@ def test_readout_pools_over_quarters_unless_that_is_too_wide() -> None:
     assert Readout(5)(torch.randn(3, 5)).shape == (3, 20)
 
 
+@pytest.mark.slow
 def test_a_saved_encoder_keeps_its_readout_and_heads_see_plain_features(tmp_path: Path) -> None:
     for name in ("fast", "tiny", "torchvision/resnet18"):
         encoder = create_encoder(name, size=16, whiten=True).eval()
@@ -170,6 +171,7 @@ def test_the_preset_fast_is_there_for_every_method() -> None:
         assert recipe.encoder.name == "fast" and recipe.optimizer.name == "adamw" and recipe.preset == "fast"
 
 
+@pytest.mark.slow
 def test_fast_learns_from_a_small_run(tmp_path: Path) -> None:
     run = inbatch.pretrain(IMAGES, out=tmp_path / "run", preset="fast", epochs=2, batch_size=16, quiet=True,
                            settings={"encoder.width": 8})  # fmt: skip

@@ -140,7 +140,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
 def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(logsumexp, "TILE", 32)

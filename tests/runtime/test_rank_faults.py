@@ -185,6 +185,7 @@ def missing(folder: str) -> tuple[str, str, float]:
     return "nothing", "", 0.0
 
 
+@pytest.mark.slow
 def test_images_that_one_node_lacks_end_all_before_the_first_step(tmp_path: Path) -> None:
     write_folder(open_data("digits-canvas", subset=40), tmp_path / "images")
     first, second = on_ranks(2, missing, str(tmp_path / "images"))

@@ -241,6 +241,7 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
     assert found["small"] < found["large"]
 
 
+@pytest.mark.slow
 def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     free(40)
@@ -257,6 +258,7 @@ def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: 
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_a_run_keeps_the_number(
     free: Callable[[float], None], costs: Callable[..., list[int]], tmp_path: Path, monkeypatch: Any

@@ -20,7 +20,7 @@ def expected(variant: str, groups: int) -> dict[str, list]:
     return literal(variant, N, groups)
 
 
-@pytest.mark.grid(24)
+@pytest.mark.grid(18)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_equal_plain_autograd(variant: str, groups: int) -> None:
@@ -32,7 +32,7 @@ def train_one(variant: str, groups: int, synced: bool, dropout: float) -> dict:
     return train(variant, N, groups, synced=synced)
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
@@ -50,7 +50,7 @@ def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
         assert_same(found, whole)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("plug", [{}, {"shuffle_groups": True}, {"curate": "redraw"}, {"fuse": "conv"}])
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: pytest.MonkeyPatch) -> None:

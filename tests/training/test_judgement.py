@@ -162,6 +162,7 @@ def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_pa
         assert found[0][name]["untrained"] == pytest.approx(found[1][name]["untrained"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -203,6 +204,7 @@ def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # Runs with labels
 
 
+@pytest.mark.slow
 def test_a_run_with_labels_shows_every_column_untrained(tmp_path: Path) -> None:
     found = run(f"pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1 --out {tmp_path / 'run'}")
     assert found.exit_code == 0
@@ -289,6 +291,7 @@ def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: 
     )
 
 
+@pytest.mark.slow
 def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = inbatch.api.prepare("digits-canvas", batch_size=50)
     assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES

@@ -136,6 +136,7 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unjudged")
 def test_arrays_in_memory(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8).numpy()

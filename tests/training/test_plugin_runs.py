@@ -37,7 +37,7 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
     return {key: value for key, value in given.items() if value is not None}
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(("fuse", "curate", "attend"), COMBINATIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_trains(method: str, fuse: str | None, curate: bool, attend: str | None) -> None:
@@ -94,7 +94,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
     assert built.recipe.attend.options["stages"] == (2, 3)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 @pytest.mark.parametrize("crops", CROPS)
 def test_every_crop_configuration_trains(method: str, crops: str) -> None:
@@ -106,6 +106,7 @@ def test_every_crop_configuration_trains(method: str, crops: str) -> None:
     assert torch.isfinite(torch.as_tensor(losses["loss"]))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("attend", ["ba2m", "batchformer", "se"])
 def test_the_same_seed_is_the_same_start_with_and_without(attend: str) -> None:
     shared = {"subset": 80, "batch_size": 16, "settings": {"encoder.name": "resnet10"}}

@@ -160,6 +160,7 @@ def test_looks_are_those_of_the_run(finished: Path) -> None:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_a_run_is_inside_its_own_band_and_comparing_changes_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

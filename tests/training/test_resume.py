@@ -18,8 +18,8 @@ from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 
-WITH_STATE = ("moco", "pcl")
-"""Methods that between them have a target network, a memory bank and clusters."""
+WITH_STATE = ("moco",)
+"""Methods of the fast suite: with a target network and a memory bank. -m slow also resumes clusters."""
 
 
 @pytest.mark.usefixtures("brief")
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
     tiny("moco", tmp_path, epochs=1)

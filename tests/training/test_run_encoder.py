@@ -90,6 +90,7 @@ def test_embed_says_which_step_the_encoder_is_from(stopped: Path, tmp_path: Path
         inbatch.embed_run(stopped, (IMAGES, [0] * 5), out)
 
 
+@pytest.mark.slow
 def test_evaluate_judges_a_stopped_run(copy: Path) -> None:
     found = run(f"evaluate {words(copy)} --protocol knn,clustering")
     assert found.exit_code == 0 and SENTENCE in found.stdout and "untrained encoder" in found.stdout
@@ -99,7 +100,7 @@ def test_evaluate_judges_a_stopped_run(copy: Path) -> None:
     assert set(written["untrained"]) >= {"knn", "clustering"} and "linear" not in written["untrained"]
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_to_begin_from(stopped: Path, tmp_path: Path, finished: bool) -> None:
@@ -271,6 +272,7 @@ def test_export_overwrites_nothing_foreign(stopped: Path, tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_an_encoder_with_a_readout_is_exported_twice(tmp_path: Path) -> None:
     """It has a third file, which an export may replace, too."""
     encoder = create_encoder("fast", size=32, whiten=True).eval()

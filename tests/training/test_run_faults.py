@@ -133,6 +133,7 @@ def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.Mo
 # Fault 10: collapse.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fields: dict[str, Any] = TINY | {"epochs": 40, "context": None, "quiet": False, "evaluate_every": 40}

@@ -142,6 +142,7 @@ def test_a_step_that_is_quick_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
     assert checkpoint.load(tmp_path / "checkpoints").step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
@@ -152,7 +153,7 @@ def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.
     tiny("simclr", tmp_path, resume=True)
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     ("method", "where"), [("simclr", (online_evaluation, "knn")), ("pcl", (PCL, "survey"))], ids=str
