@@ -260,6 +260,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert "| literal |" in told["bench-32px loss"] and "inbatch bench loss" in told["bench-32px machine"]
 
 
+@pytest.mark.slow
 def test_guards_run() -> None:
     assert load(ROOT / "benchmarks" / "guards.py").main(["--quick"]) == 0
 

@@ -102,6 +102,7 @@ def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> No
     assert found["leak"]["leak_chance"] == 1 / 4 and 0 <= found["leak"]["leak"] <= 1
 
 
+@pytest.mark.slow
 def test_looking_changes_no_part_of_the_run(full: Path, tmp_path: Path) -> None:
     built = rebuilt(full)
     before = {name: x.clone() for name, x in built.network.state_dict().items()}

@@ -238,6 +238,7 @@ class Page(html.parser.HTMLParser):
         self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
+@pytest.mark.slow
 def test_pages_need_nothing_else_and_take_any_name() -> None:
     evil = "<script>alert(1)</script> | a & b_c $x$ *y*"
     row = Row(evil, TABLE.rows[0].settings, {"Top1": 1.0})
@@ -257,6 +258,7 @@ def test_pages_need_nothing_else_and_take_any_name() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_curve_is_of_what_every_seed_has() -> None:
     assert curves(fill(TABLE, "smoke", filled())).startswith(b"\x89PNG")
     assert curves(fill(TABLE, "smoke", {})) is None
@@ -311,6 +313,7 @@ def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -
     assert runner.asked == [] and not list((tmp_path / "results").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_how_far_a_table_is(tmp_path: Path) -> None:
     """The progress bar moves with every finished run and with the progress of the running ones."""
     shown: list[tuple[float, int, str, str]] = []

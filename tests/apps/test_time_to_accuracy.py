@@ -122,6 +122,7 @@ def test_another_recipe_is_refused(data: Path, tmp_path: Path, small: None, monk
         run(data, tmp_path / "curve.json", *EVERY, "--threads", "7")
 
 
+@pytest.mark.slow
 def test_it_ends_at_the_target(data: Path, tmp_path: Path, small: None) -> None:
     found = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0")
     assert found["step"] == 1 and found["reached"]["cpu_seconds"] == found["cpu_seconds"]

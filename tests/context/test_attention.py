@@ -370,7 +370,7 @@ def test_a_momentum_copy_and_a_checkpoint_keep_the_blocks(name: str) -> None:
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in encoder.parameters()}
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @EVERY
 @pytest.mark.parametrize(
     ("backbone", "size", "options"),
@@ -466,6 +466,7 @@ def test_wrong_settings(arguments: dict, words: str) -> None:
         create_encoder(**{"name": "resnet10", "size": 32} | arguments)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "seresnet18", "torchvision/mobilenet_v3_small"])
 def test_batchformer_stands_behind_any_encoder(name: str) -> None:
     more = {"patch_size": 8, "depth": 1} if name.startswith("vit") else {}

@@ -305,6 +305,7 @@ class TestRemembered:
             file.write_bytes(bands(np.roll(noise(16, 16, 5), i, 0), "contig" if i < 4 else "separate"))
         return tmp_path / "set"
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("unjudged")
     def test_a_run_from_training_to_embedding(self, folder, tmp_path):
         settings = {"encoder.name": "tiny", "levels": [0, 4095], "channels": 5}

@@ -105,6 +105,7 @@ class TestTogether:
             seen[workers] = batch.crops
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)) and seen[0][0].float().std() > 20
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("unjudged")
     def test_a_run_and_its_features(self, tmp_path):
         """Some of each kind, from training to the written features."""

@@ -105,6 +105,7 @@ def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
         assert torch.equal(torch.cat([left.index, right.index]), batch.index)
 
 
+@pytest.mark.slow
 def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
     for i in rng.permutation(3, 0, N).tolist()[5:8]:
         damage(files(images)[i], "pixels")

@@ -319,6 +319,7 @@ def test_a_whole_view_equals_torchvisions_functions_in_its_order(fused):
         assert (error > 2e-4).float().mean() < 1e-4 and error.median() < 1e-5
 
 
+@pytest.mark.slow
 def test_the_accelerators_path_gives_the_same(monkeypatch):
     """There one piece holds the batch and no value is read; "meta" tensors raise if one is."""
     views, b = make(PRESETS["simclr"](size=32) + PRESETS["byol"](size=20, blur=0.0, blur_second=0.0)), batch(photos(40))

@@ -88,6 +88,7 @@ def test_the_encoder_given_is_left_as_it_was_and_the_same_seed_gives_the_same():
     assert found["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_trained_weights_repeat_bit_for_bit_with_and_without_workers(monkeypatch):
     import importlib
 

@@ -179,7 +179,7 @@ def test_every_equation_is_here() -> None:
     assert {name.split(",")[0] for name in EQUATIONS} - {"fastsiam", "dclw"} == set(losses.__all__)
 
 
-@pytest.mark.grid(13)
+@pytest.mark.grid(8)
 @EVERY
 @examples(15)
 @given(problem=problems())

@@ -287,6 +287,7 @@ def test_init_takes_off_a_classifier(tmp_path):
         create_encoder(name, size=224, init=tmp_path / "classifier.pt")
 
 
+@pytest.mark.slow
 def test_init_that_does_not_fit(tmp_path):
     save_encoder(create_encoder("resnet10", size=32), tmp_path / "cifar")
     with pytest.raises(ConfigError, match=r"7x7 stem.*3x3.*stem="):

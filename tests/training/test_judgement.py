@@ -92,6 +92,7 @@ def test_one_view_is_drawn_twice() -> None:
     assert not torch.allclose(found.first, found.second)
 
 
+@pytest.mark.slow
 def test_whitened_features_are_measured_before_they_are() -> None:
     """Whitening gives every encoder the same rank and spread; only the returned features are whitened."""
     source = open_data(torch.randint(0, 255, (40, 3, 32, 32), dtype=torch.uint8))
@@ -280,6 +281,7 @@ def test_real_photographs(tmp_path: Path) -> None:
     assert found["trained"] > found["untrained"]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)

@@ -149,6 +149,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
         api.prepare("digits-canvas", method, subset=80, batch_size=16, epochs=1, **given)
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
     given = {
         "subset": 80,

@@ -247,6 +247,7 @@ def test_what_differs_from_the_reference_is_told_at_the_start(finished: Path) ->
 # Picture
 
 
+@pytest.mark.slow
 def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) -> None:
     reference = read_reference(finished)
     log, mine = finished / "metrics.jsonl", [{"step": 5} | entry for entry in reference.curves[0]]

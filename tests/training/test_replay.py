@@ -77,7 +77,7 @@ def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
     assert shown.exit_code == 0 and "first the weight encoder.backbone.3.weight" in shown.output
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("curate", [None, "redraw"])
 @pytest.mark.parametrize("method", ["simclr", "moco", "swav"])

@@ -200,6 +200,7 @@ def test_damaged_checkpoints(copy: Path) -> None:
     assert found.exit_code == 3 and "is damaged" in found.stderr and "Traceback" not in found.output
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_recipe(copy: Path) -> None:
     recipe = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps(recipe | {"encoder": {"name": "resnet10"}}))

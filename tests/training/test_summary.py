@@ -24,7 +24,7 @@ def total(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "adam"])
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:

@@ -61,6 +61,7 @@ def test_a_dry_run_says_how_long_the_run_takes() -> None:
     assert found["seconds_estimate"]["training"] > 0 and "Expected: about" in found["description"]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 64, "epochs": 1, "image_size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
