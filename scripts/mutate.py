@@ -108,7 +108,7 @@ def noticed(fault: Fault, copy: Path, nearest_only: bool) -> str:
     assert text.count(fault.old) == 1, f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times, not once"
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     try:
-        if not pytest(copy, fault.nearest.split()):
+        if not pytest(copy, ["-n", "0", *fault.nearest.split()]):
             return "nearest"
         return "suite" if not nearest_only and not pytest(copy, []) else ""
     finally:
@@ -128,7 +128,7 @@ def main() -> int:
         copy = Path(folder) / "inbatch"
         tests = sorted({test for number in chosen for test in FAULTS[number - 1].nearest.split()})
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
-        assert pytest(copy, tests), "the tests fail without any fault: nothing can be concluded from them"
+        assert pytest(copy, ["-n", "0", *tests]), "the tests fail without any fault: nothing can be concluded from them"
         for number in chosen:
             fault, began = FAULTS[number - 1], time.monotonic()
             by = noticed(fault, copy, args.nearest)

@@ -99,7 +99,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all but some cases of a test with the marker `grid(n)`.
+    """Mark as slow all but some cases of a test with the marker `grid(n)`, and put tests of ranks first.
 
     The n cases that stay are chosen greedily: each next one has the most values of parameters that none before has.
     """
@@ -112,6 +112,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         assert marker is not None
         for case in set(cases) - set(_spread(cases, *marker.args)):
             case.add_marker(pytest.mark.slow)
+    # Tests that start ranks come first, so that one worker gets them: each worker would import everything again for the
+    # server of its ranks.
+    items.sort(key=lambda item: "rank_pool" not in _imports(item))
+
+
+def _imports(item: pytest.Item) -> set[str]:
+    """Return the modules whose functions and values the module of a test uses."""
+    names = vars(item.module).values()  # type: ignore[attr-defined]
+    ranks = sys.modules.get("rank_pool")
+    own = {value.__module__ for value in names if callable(value) and hasattr(value, "__module__")}
+    return own | ({"rank_pool"} if ranks is not None and any(value is ranks._context for value in names) else set())
 
 
 def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
