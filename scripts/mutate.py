@@ -61,7 +61,7 @@ FAULTS = (
           "tests/runtime/test_distributed.py tests/training/test_grad_cache.py"),
     Fault("synchronised norm: a rank's own count", "models/sync_batchnorm.py",
           "count = x.numel() // x.shape[1] * world()", "count = x.numel() // x.shape[1]",
-          "tests/runtime tests/models"),
+          "tests/training/test_grad_cache.py"),
     Fault("groups: running statistics of the last group alone", "training/grad_cache.py",
           "statistic.copy_(summed / len(groups))", "statistic.copy_(statistic)", "tests/training/test_grad_cache.py"),
     Fault("groups: dropout differs in the second pass", "training/grad_cache.py",

@@ -47,6 +47,13 @@ def codes_of(method: SwAV, scores: Tensor, epoch: int = 0) -> Tensor:
     return seen.call_args.args[1]
 
 
+def test_codes_are_targets_and_get_no_gradient() -> None:
+    scores = torch.randn(2, 5, 4, requires_grad=True)
+    codes = torch.randn(2, 5, 4).softmax(2).requires_grad_()
+    swapped_prediction(scores, codes).backward()
+    assert codes.grad is None and scores.grad is not None
+
+
 @DTYPES
 @pytest.mark.parametrize("name", ["swav_sinkhorn__1", "swav_sinkhorn__2", "swav_sinkhorn__3"])
 def test_sinkhorn(golden: Path, name: str, dtype: torch.dtype) -> None:
