@@ -17,8 +17,9 @@ from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models.attention_slots import ATTENDS
-from inbatch.training.recipe import make, parse_assignment
+from inbatch.training.recipe import make
 from inbatch.training.registry import plugins
+from inbatch.training.settings_file import parse_assignment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = pytest.mark.parametrize("name", METHODS)

@@ -32,8 +32,9 @@ from inbatch.nn import schedules
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import _truncate
-from inbatch.training.recipe import make, parse_assignment
+from inbatch.training.recipe import make
 from inbatch.training.registry import PARTS
+from inbatch.training.settings_file import parse_assignment
 
 seeds = st.integers(0, 2**31)
 

@@ -22,9 +22,10 @@ from inbatch.training.loop import train
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
 from inbatch.training.plan import RunPlan, merged_settings, plan_run, plan_without_budget, with_context
-from inbatch.training.recipe import Recipe, Settings, make, read_file
+from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run, report_of
 from inbatch.training.run_encoder import kept_initial, save_initial
+from inbatch.training.settings_file import read_file
 from inbatch.training.status import clear
 from inbatch.training.summary import describe, estimate
 from inbatch.training.timing import expectation, smaller_choices, step_seconds

@@ -15,7 +15,8 @@ from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.models.attention_slots import blocks
-from inbatch.training.recipe import make, parse_assignment
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import parse_assignment
 
 COMBINATIONS = list(itertools.product((None, "conv", "set"), (False, True), (None, "ba2m", "batchformer")))
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from inbatch.errors import ConfigError
-from inbatch.training.recipe import make, parse_assignment, read_file
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import parse_assignment, read_file
 
 
 def parsed(command: str) -> dict[str, Any]:

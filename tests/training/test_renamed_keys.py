@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from inbatch.errors import ConfigError
-from inbatch.training.recipe import make, read_settings
+from inbatch.training.recipe import make
 from inbatch.training.registry import PARTS, make_part
 from inbatch.training.renamed_keys import RENAMED
+from inbatch.training.settings_file import read_settings
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "migrate_recipes.py"
 OLD = """\

@@ -17,8 +17,9 @@ from inbatch import api
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder, save_encoder
 from inbatch.training import checkpoint
-from inbatch.training.recipe import make, read_file
+from inbatch.training.recipe import make
 from inbatch.training.run_encoder import initial_encoder, with_encoder_of_init
+from inbatch.training.settings_file import read_file
 
 SENTENCE = "was stopped at step 7 of 10; its encoder is from step 7"
 IMAGES = torch.randint(0, 255, (5, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

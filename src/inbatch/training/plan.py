@@ -14,9 +14,10 @@ from inbatch.runtime import distributed
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
-from inbatch.training.recipe import PARTS, Recipe, Settings, make, method_named, read_file
+from inbatch.training.recipe import PARTS, Recipe, Settings, make, method_named
 from inbatch.training.registry import shown
 from inbatch.training.run_encoder import with_encoder_of_init
+from inbatch.training.settings_file import read_file
 
 DECODED = 0.15
 """Share of the budget that decoding may take before the first step; larger data sets are subsampled."""

@@ -20,8 +20,9 @@ from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, replacing, write_json
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
-from inbatch.training.recipe import make, read_file
+from inbatch.training.recipe import make
 from inbatch.training.run_encoder import kept_initial
+from inbatch.training.settings_file import read_file
 from inbatch.training.step import NonFiniteError
 
 FOLDER = "nan_capture"

@@ -21,9 +21,10 @@ from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
-from inbatch.training.recipe import Recipe, make, read_file
+from inbatch.training.recipe import Recipe, make
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
+from inbatch.training.settings_file import read_file
 
 AnyImages = TypeVar("AnyImages", bound=Images)
 ENCODER_FILES = {"model.safetensors", "config.json", READOUT}

@@ -21,7 +21,8 @@ from inbatch.rng import fold
 from inbatch.runtime import distributed
 from inbatch.runtime.files import read_json
 from inbatch.training import checkpoint
-from inbatch.training.recipe import Recipe, Settings, make, read_file
+from inbatch.training.recipe import Recipe, Settings, make
+from inbatch.training.settings_file import read_file
 
 CPU = torch.device("cpu")
 ENDED = ("preempted", "interrupted", "failed", "crashed")

@@ -182,6 +182,6 @@ def _tell(error: InbatchError) -> None:
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:
     """Return the values of --set as settings."""
-    from inbatch.training.recipe import parse_assignment
+    from inbatch.training.settings_file import parse_assignment
 
     return {key: value for text in texts or () for key, value in parse_assignment(text).items()}

@@ -11,7 +11,8 @@ from inbatch.apps.papers.spec import Cell, key
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime.files import write_json
 from inbatch.training.monitors.shipped_references import folder
-from inbatch.training.recipe import make, read_settings
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import read_settings
 
 Number = float | int | None
 

@@ -28,7 +28,8 @@ from inbatch.runtime.environment import environment
 from inbatch.runtime.files import locked, write_json
 from inbatch.runtime.resources import cores
 from inbatch.runtime.signals import stop_on_signals, stopped
-from inbatch.training.recipe import make, read_settings
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import read_settings
 
 ON = "on-"
 """Prefix of protocols that are a linear probe on the images of another data set."""

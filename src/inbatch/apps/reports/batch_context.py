@@ -24,9 +24,10 @@ from inbatch.runtime.files import cannot_write, replacing
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
 from inbatch.training.monitors.context_leak import leak, sign
-from inbatch.training.recipe import make, read_file
+from inbatch.training.recipe import make
 from inbatch.training.run import report_of, source_of
 from inbatch.training.run_encoder import kept_initial
+from inbatch.training.settings_file import read_file
 from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")

@@ -8,7 +8,8 @@ from inbatch.errors import ConfigError
 from inbatch.runtime.files import read_json, to_json
 from inbatch.training.monitors.reference import Reference
 from inbatch.training.monitors.reference_files import differing, listed, read_result
-from inbatch.training.recipe import make, read_settings
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import read_settings
 
 SCHEMA = 1
 """Schema version of the files, stored under "schema" in addition to a run's result.json."""
