@@ -24,7 +24,8 @@ from docstring_entries import split_entries
 
 from inbatch.apps.cli import app
 from inbatch.models import create_encoder
-from inbatch.training.recipe import SHARED_PRESETS, Recipe, Schedule
+from inbatch.training.presets import SHARED_PRESETS
+from inbatch.training.recipe import Recipe, Schedule
 from inbatch.training.registry import OPTIONAL, PARTS, _model
 from inbatch.training.renamed_keys import RENAMED
 

@@ -14,7 +14,8 @@ from inbatch.runtime import distributed
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
-from inbatch.training.recipe import PARTS, Recipe, Settings, make, method_named
+from inbatch.training.presets import method_named
+from inbatch.training.recipe import PARTS, Recipe, Settings, make
 from inbatch.training.registry import shown
 from inbatch.training.run_encoder import with_encoder_of_init
 from inbatch.training.settings_file import read_file

@@ -19,10 +19,9 @@ from pydantic_core import PydanticCustomError
 
 from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError
-from inbatch.methods import METHODS
-from inbatch.methods.base import Method
 from inbatch.models import MAX_SIDE
 from inbatch.training.budget import parse_budget
+from inbatch.training.presets import finite_number, with_preset
 from inbatch.training.registry import (
     OPTIONAL,
     PARTS,
@@ -217,66 +216,18 @@ def _one_line(value: Any) -> str:
     return text
 
 
-_CANVAS = {
-    "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
-    "schedule.scaling": "none", "schedule.warmup_epochs": 2, "batch_size": 128, "epochs": 60, "knn_k": 20,
-}  # fmt: skip
-SHARED_PRESETS: dict[str, Settings] = {
-    "none": {},
-    "fast": {
-        "source": "inbatch: the highest accuracy in an hour on a laptop's CPU (docs/fast.md)",
-        "encoder.name": "fast",
-        "encoder.whiten": True,
-        "encoder.whiten_patches": True,
-        "views.name": "simclr_cifar",
-        "views.min_scale": 0.2,
-        "optimizer.name": "adamw",
-        "optimizer.lr": 3e-3,
-        "optimizer.weight_decay": 1e-4,
-        "schedule.scaling": "none",
-        "schedule.warmup_epochs": 1,
-        "batch_size": 128,
-        "epochs": 30,
-        "grow_from": 0.5,
-        "grow_until": 0.66,
-    },
-    "digits": _CANVAS | {"views.name": "digits"},
-    "digits-colour": _CANVAS | {"views.name": "digits_colour"},
-}
-"""Presets of every method: none, the one for a time budget, and those of the embedded data.
-
-A method's own "digits" overrides them. k is 20 there, because 130 images per class are fewer than 200 neighbours.
-"""
-
-
-def method_named(name: str) -> type[Method]:
-    """Return a method by name; raise ConfigError with a suggestion if it is unknown."""
-    check_known("method", name, METHODS)
-    return METHODS[name]
-
-
-def natural_preset(data: str, size: float) -> str:
-    """Return the default preset: by the name of an embedded data set, else by the size of the images."""
-    embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
-    return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
-
-
-WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "checkpoint_every", "sync_norm", "knn_k"}
-"""Some of the settings that the file of every run holds, and no user writes all of."""
-
-
 def make(settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe of these settings; missing values come from the preset, then from the defaults.
 
     Raises:
         ConfigError: For an unknown key or name (with a suggestion), or an invalid value.
     """
-    merged = _with_preset(settings)
+    merged = with_preset(settings)
     if "data" not in merged:
         raise ConfigError("no images: pass --data FOLDER, or set data in the file")
     top, options = _split(merged)
     check_known("crops", top.get("crops", "default"), CROPS)
-    epochs, size, schedule = _number(top.get("epochs", 100)), top.get("image_size", 224), options.pop("schedule")
+    epochs, size, schedule = finite_number(top.get("epochs", 100)), top.get("image_size", 224), options.pop("schedule")
     if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
         # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
         schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 10)
@@ -287,30 +238,6 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     if recipe.replans and not sum(recipe.replans[-1]):
         raise ConfigError("replans end the run before its first step: leave them out, a run with a budget writes them")
     return recipe
-
-
-def _with_preset(settings: Mapping[str, Any]) -> Settings:
-    """Return the settings, completed by those of their preset and by the names of the parts."""
-    method = settings.get("method.name", "simclr")
-    own = method_named(method).presets
-    size = _number(settings.get("image_size", 224))
-    natural = natural_preset(str(settings.get("data")), size)
-    preset = settings.get("preset", natural if natural in SHARED_PRESETS | own else "none")
-    check_known("preset", preset, SHARED_PRESETS | own)
-    base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
-    base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
-    values = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
-    values.pop("source", None)  # for the user only
-    if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
-        values |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
-    # The preset's options of a part do not apply to another part.
-    for part in PARTS:
-        name = settings.get(f"{part}.name")
-        if name is not None and name != values.get(f"{part}.name", base.get(f"{part}.name")):
-            values = {key: value for key, value in values.items() if not key.startswith(f"{part}.")}
-    if settings.keys() >= WRITTEN:  # the recipe of a run is complete: a later preset adds no option to its encoder
-        values = {key: value for key, value in values.items() if not key.startswith("encoder.")}
-    return base | values | {"preset": preset} | dict(settings)
 
 
 def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
@@ -338,14 +265,6 @@ def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
 def _schema() -> pydantic.TypeAdapter[Recipe]:
     """Build the schema once: building takes longer than validation."""
     return pydantic.TypeAdapter(Recipe)
-
-
-def _number(value: Any) -> float:
-    """Return a finite number for computations; invalid values become 100 and are left to validation."""
-    try:
-        return number if math.isfinite(number := float(value)) else 100.0
-    except (TypeError, ValueError, OverflowError):
-        return 100.0
 
 
 def _all_keys(options: Mapping[str, Settings]) -> list[str]:

@@ -185,7 +185,8 @@ def methods(
 ) -> None:
     """List the available methods; with a NAME, show its options and presets."""
     with reported(as_json):
-        from inbatch.training.recipe import METHODS, method_named
+        from inbatch.methods import METHODS
+        from inbatch.training.presets import method_named
 
         if name is not None:
             told = explain(name, method_named(name))

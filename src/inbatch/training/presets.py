@@ -1,0 +1,88 @@
+"""Presets: named settings of a method, and those for every method."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from inbatch.methods import METHODS
+from inbatch.methods.base import Method
+from inbatch.training.registry import PARTS, Settings, check_known
+
+_CANVAS = {
+    "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
+    "schedule.scaling": "none", "schedule.warmup_epochs": 2, "batch_size": 128, "epochs": 60, "knn_k": 20,
+}  # fmt: skip
+SHARED_PRESETS: dict[str, Settings] = {
+    "none": {},
+    "fast": {
+        "source": "inbatch: the highest accuracy in an hour on a laptop's CPU (docs/fast.md)",
+        "encoder.name": "fast",
+        "encoder.whiten": True,
+        "encoder.whiten_patches": True,
+        "views.name": "simclr_cifar",
+        "views.min_scale": 0.2,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 3e-3,
+        "optimizer.weight_decay": 1e-4,
+        "schedule.scaling": "none",
+        "schedule.warmup_epochs": 1,
+        "batch_size": 128,
+        "epochs": 30,
+        "grow_from": 0.5,
+        "grow_until": 0.66,
+    },
+    "digits": _CANVAS | {"views.name": "digits"},
+    "digits-colour": _CANVAS | {"views.name": "digits_colour"},
+}
+"""Presets of every method: none, the one for a time budget, and those of the embedded data.
+
+A method's own "digits" overrides them. knn_k is 20 there, because 130 images per class are fewer than 200 neighbours.
+"""
+
+
+def method_named(name: str) -> type[Method]:
+    """Return a method by name; raise ConfigError with a suggestion if it is unknown."""
+    check_known("method", name, METHODS)
+    return METHODS[name]
+
+
+def natural_preset(data: str, size: float) -> str:
+    """Return the default preset: by the name of an embedded data set, else by the size of the images."""
+    embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
+    return embedded.get(data) or ("cifar" if size <= 64 else "imagenet")
+
+
+WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "checkpoint_every", "sync_norm", "knn_k"}
+"""Some of the settings that the file of every run holds, and no user writes all of."""
+
+
+def with_preset(settings: Mapping[str, Any]) -> Settings:
+    """Return the settings, completed by those of their preset and by the names of the parts."""
+    method = settings.get("method.name", "simclr")
+    own = method_named(method).presets
+    size = finite_number(settings.get("image_size", 224))
+    natural = natural_preset(str(settings.get("data")), size)
+    preset = settings.get("preset", natural if natural in SHARED_PRESETS | own else "none")
+    check_known("preset", preset, SHARED_PRESETS | own)
+    base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
+    base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
+    values = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
+    values.pop("source", None)  # for the user only
+    if preset == "fast" and "fast" not in own:  # the method's own options are those for small images
+        values |= {key: value for key, value in own.get("cifar", {}).items() if key.startswith("method.")}
+    # The preset's options of a part do not apply to another part.
+    for part in PARTS:
+        name = settings.get(f"{part}.name")
+        if name is not None and name != values.get(f"{part}.name", base.get(f"{part}.name")):
+            values = {key: value for key, value in values.items() if not key.startswith(f"{part}.")}
+    if settings.keys() >= WRITTEN:  # the recipe of a run is complete: a later preset adds no option to its encoder
+        values = {key: value for key, value in values.items() if not key.startswith("encoder.")}
+    return base | values | {"preset": preset} | dict(settings)
+
+
+def finite_number(value: Any) -> float:
+    """Return a finite number for computations; invalid values become 100 and are left to validation."""
+    try:
+        return number if math.isfinite(number := float(value)) else 100.0
+    except (TypeError, ValueError, OverflowError):
+        return 100.0
