@@ -119,7 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="numbers of faults, from 1, with commas")
     parser.add_argument("--nearest", action="store_true", help="run the nearest tests only, never the whole suite")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--markdown", type=Path, help="write the table into this page")
     args = parser.parse_args()
     chosen = [int(number) for number in args.only.split(",")] if args.only else range(1, len(FAULTS) + 1)
     rows = ["| | fault | file | detected by | seconds |", "| --- | --- | --- | --- | --- |"]
@@ -138,7 +138,8 @@ def main() -> int:
             print(rows[-1], flush=True)
     print(f"{len(rows) - 2 - missed} of {len(rows) - 2} faults detected")
     if args.markdown:
-        args.markdown.write_text("# Seeded faults\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        page = args.markdown.read_text(encoding="utf-8") if args.markdown.exists() else "# Seeded faults\n\n"
+        args.markdown.write_text(page.partition(rows[0])[0] + "\n".join(rows) + "\n", encoding="utf-8")
     return 1 if missed > 1 else 0
 
 
