@@ -22,10 +22,12 @@ from inbatch import tune
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "profile.json"
 CASES = {
-    "simclr, ResNet-18, 32 px, batch 256": dict(method="simclr", encoder="resnet18", batch=256),
-    "moco, ResNet-18, 32 px, batch 256": dict(method="moco", encoder="resnet18", batch=256),
-    "simclr, ResNet-18, 32 px, batch 256, 4 groups": dict(method="simclr", encoder="resnet18", batch=256, context=64),
-    "simclr, tiny, 20 px, batch 128": dict(method="simclr", data="digits-canvas", batch=128),
+    "simclr, ResNet-18, 32 px, batch 256": dict(method="simclr", encoder="resnet18", batch_size=256),
+    "moco, ResNet-18, 32 px, batch 256": dict(method="moco", encoder="resnet18", batch_size=256),
+    "simclr, ResNet-18, 32 px, batch 256, 4 groups": dict(
+        method="simclr", encoder="resnet18", batch_size=256, context=64
+    ),
+    "simclr, tiny, 20 px, batch 128": dict(method="simclr", data="digits-canvas", batch_size=128),
 }
 
 
@@ -70,7 +72,7 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
     from inbatch.training.metric_logger import Log
 
     case = dict(case)
-    size = case["batch"] * 4
+    size = case["batch_size"] * 4
     data = case.pop("data", None) or torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8)
     built = prepare(data, epochs=1000, **case)
     clock = Clock()

@@ -89,7 +89,7 @@ def pretrain(
         stop_on_collapse: save a checkpoint and raise TrainingError if the outputs collapse and do not recover.
         compare: a run directory or a folder of results; its curve is shown with that of this run during training and
             does not affect it. "auto": the shipped reference runs of the same recipe.
-        **fields: any setting of the recipe (epochs=100, batch=256, encoder="resnet18", preset="cifar", seed=1, ...).
+        **fields: any setting of the recipe (epochs=100, batch_size=256, encoder="resnet18", seed=1, ...).
             budget="45m" (minutes, hours, days) ends the run, including its evaluation, within that time: encoder, image
             size, batch size and length are chosen by real steps on this data and machine. On a CPU, a budget of one
             hour is the default if none of budget, epochs, steps, preset, encoder and a config is given.

@@ -109,7 +109,7 @@ def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
 def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
     for i in rng.permutation(3, 0, N).tolist()[5:8]:
         damage(files(images)[i], "pixels")
-    with pytest.raises(DataError, match=r"3 of 130 images .* cannot be read \(max_bad allows 2%\)") as error:
+    with pytest.raises(DataError, match=r"3 of 130 images .* cannot be read \(max_unreadable allows 2%\)") as error:
         list(loader(images, max_bad=0.02).epoch(0))
     assert error.value.exit_code == 3
 
@@ -191,7 +191,7 @@ def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> Non
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3, done.output
     error = json.loads(done.stdout)["error"]
-    assert "of 130 images" in error and "max_bad allows 1%" in error
+    assert "of 130 images" in error and "max_unreadable allows 1%" in error
     if resident == "false":  # training had begun
         assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     else:

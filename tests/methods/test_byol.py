@@ -91,3 +91,8 @@ def test_momentum_rises_to_1_along_half_a_cosine() -> None:
     method = BYOL(momentum=0.9)
     assert method.target_momentum(0.0) == pytest.approx(0.9) and method.target_momentum(1.0) == 1.0
     assert method.target_momentum(0.5) == pytest.approx(0.95)
+
+
+def test_the_former_hook_of_the_momentum_is_refused() -> None:
+    with pytest.raises(TypeError, match="define target_momentum"):
+        type("Own", (BYOL,), {"momentum": lambda self, progress: 0.5})

@@ -29,22 +29,31 @@ command: inbatch pretrain --set size=96 --set method.queue=4096 --set 'k=20' --s
 """
 
 
+def options_of(part: str, name: str) -> set[str]:
+    required = {"lr": 1.0} if part == "optimizer" else {}
+    return {f"{part}.{option}" for option in make_part(part, {"name": name} | required, 32).options}
+
+
 def test_every_old_name_is_an_error_that_gives_the_new_one():
     for old, new in RENAMED.items():
         part, _, option = old.partition(".")
-        settings = {"data": "photos", old: 1}
-        if option and part in PARTS:
-            settings[f"{part}.name"] = {"method": "moco", "views": "simclr", "attend": "batchformer"}[part]
-        with pytest.raises(ConfigError, match=f"{old!r} is now {new!r}"):
-            make(settings)
+        names = [name for name in (PARTS.get(part) or ()) if new in options_of(part, name)] if option else []
+        for named in [{f"{part}.name": name} for name in names] or [{}]:
+            with pytest.raises(ConfigError, match=f"{old!r} is now {new!r}"):
+                make({"data": "photos", old: 1} | named)
+
+
+def test_a_part_without_the_renamed_option_is_not_said_to_have_it():
+    for settings in ({"method.name": "simclr", "method.m": 0.9}, {"views.name": "digits", "views.area": 0.2}):
+        with pytest.raises(ConfigError, match="has no setting"):
+            make({"data": "photos"} | settings)
 
 
 def test_every_new_name_is_a_setting():
     known = set(make({"data": "photos"}).flat())
     for part, makers in PARTS.items():
         for name in makers or ():
-            options = {"name": name, "lr": 1.0} if part == "optimizer" else {"name": name}
-            known |= {f"{part}.{option}" for option in make_part(part, options, 32).options}
+            known |= options_of(part, name)
     assert set(RENAMED.values()) <= known and not known & set(RENAMED)
 
 
@@ -73,8 +82,9 @@ def test_the_script_renames_settings_and_nothing_else(tmp_path: Path):
     (run / "heads" / "config.json").write_text(
         json.dumps({"inbatch": {"method": "byol", "options": {"m": 0.9, "hidden": 8}, "told": {"batch": 4}}})
     )
-    assert migrate("--check", tmp_path) == 1 and "  m: 0.99" in (tmp_path / "mine.yaml").read_text("utf-8")
-    assert migrate(tmp_path) == 0
+    given = tmp_path / "mine.yaml", run
+    assert migrate("--check", *given) == 1 and "  m: 0.99" in (tmp_path / "mine.yaml").read_text("utf-8")
+    assert migrate(*given) == 0
     assert (
         (tmp_path / "mine.yaml").read_text("utf-8")
         == """\
@@ -102,6 +112,28 @@ command: inbatch pretrain --set image_size=96 --set method.queue_size=4096 --set
     assert json.loads((run / "heads" / "config.json").read_text())["inbatch"] == {
         "method": "byol", "options": {"momentum": 0.9, "hidden_dim": 8}, "told": {"batch": 4},
     }  # fmt: skip
-    assert migrate("--check", tmp_path) == 0
-    (tmp_path / "bad.yaml").write_text("a: [")
-    assert migrate(tmp_path / "bad.yaml") == 2
+    assert migrate("--check", *given) == 0
+
+
+def test_the_script_leaves_what_it_must_not_change(tmp_path: Path):
+    untouched = {
+        "bench.json": '{"method": "simclr", "encoder": "resnet18", "size": 32, "batch": 64, "note": "k=20 is usual"}',
+        "own.yaml": "recipe: {method: {name: mine, m: 3, queue: 4}, data: x}",
+    }
+    for name, text in untouched.items():
+        (tmp_path / name).write_text(text)
+    assert migrate(tmp_path) == 0
+    assert {name: (tmp_path / name).read_text() for name in untouched} == untouched
+
+    file = tmp_path / "crlf.yaml"
+    file.write_bytes("\ufeffmethod: moco\r\nbatch: 4\r\n".encode())
+    file.chmod(0o600)
+    assert migrate(file) == 0
+    assert file.read_bytes() == "\ufeffmethod: moco\r\nbatch_size: 4\r\n".encode()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+    file.write_text("batch: 4\nbatch_size: 8\n")
+    (tmp_path / "bad.yaml").write_text("batch: [")
+    (tmp_path / "odd.yaml").write_text("? [a]\n: 1\nbatch: 4\n")
+    assert migrate(file, tmp_path / "bad.yaml", tmp_path / "odd.yaml") == 2, "two problems; the third is rewritten"
+    assert (tmp_path / "odd.yaml").read_text() == "? [a]\n: 1\nbatch_size: 4\n"

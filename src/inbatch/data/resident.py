@@ -171,7 +171,7 @@ def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: f
         few = "; ".join(why for _, why in missing[:3])
         raise DataError(
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
-            f"(max_bad allows {100 * max_bad:g}%): {few}"
+            f"(max_unreadable allows {100 * max_bad:g}%): {few}"
         )
 
 

@@ -32,6 +32,12 @@ class Method(nn.Module):
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a method called `momentum`: the hook is `target_momentum`, and `self.momentum` is a number."""
+        super().__init_subclass__(**options)
+        if callable(cls.__dict__.get("momentum")):
+            raise TypeError(f"{cls.__name__}.momentum is a number: define target_momentum(self, progress) instead")
+
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         """Set the images and classes (0: no labels) of the data, the samples and views of a batch; before `heads`.
 

@@ -19,7 +19,9 @@ def whiten(x: Float[Tensor, "*b n d"], mean: Float[Tensor, "*b 1 d"], lower: Flo
 
 def _fits(views: int, n: int, width: int, size: int) -> None:
     if views < 2 or n % size or size <= width:
-        raise ValueError(f"W-MSE needs 2 views, and w_size {size} to divide the batch, {n}, and to exceed out, {width}")
+        raise ValueError(
+            f"W-MSE needs 2 views, and w_size {size} to divide the batch, {n}, and to exceed out_dim, {width}"
+        )
 
 
 def wmse(

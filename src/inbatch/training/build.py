@@ -256,7 +256,7 @@ def _check_views(recipe: Recipe, method: Method, views: int) -> None:
         raise ConfigError(
             f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
             "choose other views (--set views.name=...)"
-            + (" or views.num_views" if "views" in recipe.views.options else "")
+            + (" or views.num_views" if "num_views" in recipe.views.options else "")
         )
 
 

@@ -64,8 +64,14 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     makers = PARTS[part]
     if makers is None:
         allowed = set(inspect.signature(create_encoder).parameters) - {"kwargs"}
-        for key in {"size", "channels", "attend", "attend_options"} & set(options):
-            raise ConfigError(f"{part}.{key} is the recipe's to say: set {key.split('_')[0]}")
+        of_recipe = {
+            "size": "image_size",
+            "channels": "channels",
+            "attend": "attend.name",
+            "attend_options": "attend.*",
+        }
+        for key in of_recipe.keys() & options.keys():
+            raise ConfigError(f"{part}.{key} follows from another setting: set {of_recipe[key]}")
         return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
     check_known(f"{part}.name", name, makers)
     maker = makers[name]
@@ -75,8 +81,9 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     adapter, known = _schema(part, name)
     for key in options:
         if key not in known:
-            check_not_renamed(f"{part}.{key}")
-            raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known)}")
+            if RENAMED.get(f"{part}.{key}", ".").split(".")[1] in known:
+                check_not_renamed(f"{part}.{key}")
+            raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
@@ -158,17 +165,21 @@ USUAL = {
     "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
     "momentum": "optimizer.momentum", "temperature": "method.temperature", "bs": "batch_size",
     "img_size": "image_size", "input_size": "image_size", "backbone": "encoder.name", "model": "encoder.name",
-    "arch": "encoder.name", "warmup": "schedule.warmup_epochs",
-    "warmup_epochs": "schedule.warmup_epochs", "max_epochs": "epochs",
-    "num_epochs": "epochs", "queue_size": "method.queue_size", "pretrained": "encoder.init",
+    "arch": "encoder.name", "warmup": "schedule.warmup_epochs", "max_epochs": "epochs", "num_epochs": "epochs",
+    "pretrained": "encoder.init", "wd": "optimizer.weight_decay", "opt": "optimizer.name", "schedule": "schedule.name",
+    "resolution": "image_size", "temp": "method.temperature", "tau": "method.temperature", "ema": "method.momentum",
 }  # fmt: skip
 """Names of other libraries -> settings of a recipe."""
+for _old, _new in RENAMED.items():  # former and present names of options, without their part
+    if "." in _old:
+        USUAL.setdefault(_old.split(".")[1], _new)
+        USUAL.setdefault(_new.split(".")[1], _new)
 
 
-def nearest(word: Any, known: Iterable[str]) -> str:
-    """Return the end of an error message: the most similar name, else all names."""
+def nearest(word: Any, known: Iterable[str], usual: bool = True) -> str:
+    """Return the end of an error message: the setting of a `usual` name, else the most similar name, else all names."""
     known = sorted(known)
-    if isinstance(word, str) and word in USUAL:
+    if usual and isinstance(word, str) and word in USUAL:
         return f": did you mean {USUAL[word]!r}?"
     close = closest(shown(word).strip("'"), known)
     return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

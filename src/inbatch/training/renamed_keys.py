@@ -33,8 +33,8 @@ RENAMED: dict[str, str] = {
     "variance": "variance_weight",
     "joined": "joint_norm",
     "schedule.warmup": "schedule.warmup_epochs",
-    "attend.hidden": "attend.hidden_dim",
     **{f"method.{old}": f"method.{new}" for old, new in _METHOD.items()},
     **{f"views.{old}": f"views.{new}" for old, new in _VIEWS.items()},
+    "attend.hidden": "attend.hidden_dim",
 }
 """Old name of a setting -> new name."""

@@ -59,7 +59,7 @@ class Scale:
 
     Attributes:
         columns: Our columns.
-        data: Name of a data set -> its settings, which include "data" and "size".
+        data: Name of a data set -> its settings, which include "data" and "image_size".
         settings: Settings shared by all runs.
         seeds: The seeds.
         protocols: Evaluations in addition to k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
