@@ -166,7 +166,7 @@ DRILLS = [
         )
         for fault, count, alike, says in (
             ("no image", 0, False, ("No image under",)),
-            ("one image", 1, False, ("fewer than one batch", "or more images")),
+            ("one image", 1, False, ("has 1 image", "give two or more")),
             ("fewer images than a batch", 19, False, ("fewer than one batch", "use a batch of at most 19")),
             ("images all alike", 40, True, ("are identical", "at least two different images")),
         )
