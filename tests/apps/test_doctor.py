@@ -158,6 +158,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
     return change
 
 
+@pytest.mark.slow
 def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None]) -> None:
     fake(torch.float32)
     found = doctor.measure()
@@ -182,7 +183,7 @@ def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
     assert doctor.measure()["threads"] == 4
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["LIMIT", "BUDGET", "until"])
 def test_what_takes_too_long_is_named_and_the_rest_is_measured(
     fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, limit: str

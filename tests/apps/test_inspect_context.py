@@ -273,6 +273,7 @@ def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
     assert run(f"views digits-canvas --crops adjacnt -o {tmp_path / 'x.png'}").exit_code == 2
 
 
+@pytest.mark.slow
 def test_adjacent_views_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from inbatch.data.views.crop_pairs import ADJACENT, configuration
 

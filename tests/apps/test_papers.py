@@ -385,7 +385,7 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
     assert shown["name"] == table.name and len(shown["rows"]) == len(table.rows)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

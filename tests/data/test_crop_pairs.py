@@ -173,7 +173,7 @@ def histogram(boxes: torch.Tensor) -> torch.Tensor:
     return (low * 10 + high).bincount(minlength=100).double() / len(low)
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @EVERY
 def test_pairs_are_distributed_as_if_drawn_until_one_fits(code):
     """Areas of both boxes jointly, shapes and positions, 32 x 32 pixels, agree with rejection sampling.

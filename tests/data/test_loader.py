@@ -112,7 +112,7 @@ def test_any_number_of_workers_gives_the_same_batches(photos):
         same(a, b)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkeypatch):

@@ -39,7 +39,7 @@ def test_its_own_data_is_judged_as_before(run):
     assert moved["knn"] == own["knn"] and moved["train"] == own["train"]
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_other_classes_and_sizes_and_grey(run, channels):
     other = pictures(60, sizes=((33, 41),), channels=channels)

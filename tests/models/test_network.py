@@ -73,7 +73,7 @@ def test_attention_over_samples_mixes(name: str) -> None:
     assert mixes(built.encoder) and not mixes(nn.LayerNorm(4)) and mixes(nn.Sequential(nn.BatchNorm1d(4)))
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("plugs", [{}, {"fuse": "conv"}, {"fuse": "set"}, {"attend": "ba2m"}, {"attend": "cbam"}])
 def test_channels_stay_last_through_the_backbone(plugs: dict[str, str]) -> None:
     """For every module before or parallel to a convolution: a copy into another layout costs more than most layers."""

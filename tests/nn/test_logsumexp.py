@@ -233,7 +233,7 @@ def train_one(variant: str, groups: int) -> dict:
     return train(variant, N, groups)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 1), (2, 2)])
 def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:

@@ -223,6 +223,7 @@ def test_nothing_fits(free: Callable[[float], None]) -> None:
         auto_context.fit(*planned(), CPU)
 
 
+@pytest.mark.slow
 def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
     """They depend on the batch, not on the group."""
     free(1000)

@@ -95,7 +95,7 @@ def test_a_run_repeats_from_its_own_command_and_recipe(tmp_path: Path) -> None:
     assert built.recipe.attend.options["stages"] == (2, 3)
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 @pytest.mark.parametrize("crops", CROPS)
 def test_every_crop_configuration_trains(method: str, crops: str) -> None:

@@ -77,6 +77,7 @@ def test_the_images_of_a_stopped_run_are_not_needed(copy: Path) -> None:
     np.testing.assert_array_equal(loaded(copy).embed(IMAGES), expected)
 
 
+@pytest.mark.slow
 def test_embed_says_which_step_the_encoder_is_from(stopped: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npz"
     found = run(f"embed {words(stopped)} digits-canvas --split test -o {out}")

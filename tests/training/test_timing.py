@@ -50,6 +50,7 @@ def test_expectation_names_the_budget_if_the_run_takes_days() -> None:
     assert "11 days" in expectation(built, 4752.0) and "--budget 1h" in expectation(built, 4752.0)
 
 
+@pytest.mark.slow
 def test_smaller_choices_take_less_time() -> None:
     recipe, source = resolve_recipe(IMAGES, {"encoder.name": "resnet18", "batch_size": 4, "epochs": 1})
     choices = smaller_choices(build(recipe, source, device=CPU))
