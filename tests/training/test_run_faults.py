@@ -140,7 +140,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
     # Without stop-gradient and predictor nothing keeps two views apart, and the learning rate causes large changes.
     settings = {"method.stop_gradient": False, "method.predictor": False, "optimizer.name": "sgd", "optimizer.lr": 1.0,
                 "schedule.warmup_epochs": 0}  # fmt: skip
-    with pytest.raises(TrainingError, match="did not recover by the next look; a checkpoint is saved") as caught:
+    with pytest.raises(TrainingError, match="did not recover by the next evaluation; a checkpoint is saved") as caught:
         inbatch.pretrain("digits-canvas", "simsiam", out=tmp_path, stop_on_collapse=True, settings=settings, **fields)
     assert caught.value.exit_code == 4
     assert "collapse: their" in capfd.readouterr().err, "no warning came before the end"

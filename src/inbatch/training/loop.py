@@ -360,7 +360,7 @@ class _Loop:
         if stays:
             raise TrainingError(
                 f"stopped at epoch {epoch} of {recipe.epochs}: {' and '.join(stays)} collapsed and did not recover by "
-                f"the next look; a checkpoint is saved, curves are in {self.out / 'metrics.jsonl'}"
+                f"the next evaluation; a checkpoint is saved, curves are in {self.out / 'metrics.jsonl'}"
             )
         self.stopping.finished()
 
