@@ -67,3 +67,10 @@ def test_code_in_a_recipe_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         parse_assignment(f"epochs=!!python/object/apply:os.system ['touch {sentinel}']")
     assert not sentinel.exists()
+
+
+def test_an_invalid_image_size_is_named_as_the_user_wrote_it() -> None:
+    for value in ("abc", 33.5, 0, 10**9):
+        with pytest.raises(ConfigError, match=r"^image_size = "):
+            make({"data": "photos", "image_size": value})
+    assert make({"data": "photos", "image_size": "48"}).views.options["size"] == 48

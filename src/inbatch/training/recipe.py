@@ -227,7 +227,8 @@ def make(settings: Mapping[str, Any]) -> Recipe:
         raise ConfigError("no images: pass --data FOLDER, or set data in the file")
     top, options = _split(merged)
     check_known("crops", top.get("crops", "default"), CROPS)
-    epochs, size, schedule = finite_number(top.get("epochs", 100)), top.get("image_size", 224), options.pop("schedule")
+    epochs, schedule = finite_number(top.get("epochs", 100)), options.pop("schedule")
+    size = int(finite_number(top.get("image_size", 224)))  # if it is invalid, the validation below names it
     if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
         # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
         schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 10)
@@ -255,9 +256,9 @@ def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
             top[key] = value
         else:
             unknown.append(key)
-    for key in unknown:
-        check_not_renamed(key)
-        raise ConfigError(f"unknown setting {shown(key)}{nearest(key, _all_keys(options))}")
+    if unknown:
+        check_not_renamed(unknown[0])
+        raise ConfigError(f"unknown setting {shown(unknown[0])}{nearest(unknown[0], _all_keys(options))}")
     return top, options
 
 

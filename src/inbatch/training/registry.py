@@ -68,7 +68,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
             "size": "image_size",
             "channels": "channels",
             "attend": "attend.name",
-            "attend_options": "attend.*",
+            "attend_options": "attend.OPTION",
         }
         for key in of_recipe.keys() & options.keys():
             raise ConfigError(f"{part}.{key} follows from another setting: set {of_recipe[key]}")
