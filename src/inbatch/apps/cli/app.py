@@ -46,7 +46,7 @@ app = typer.Typer(
     help="Self-supervised and supervised learning of image features, with interaction of the samples of a batch.",
     epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
     "  inbatch pretrain --help\n\n"
-    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or promise not kept, "
+    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or not learned, "
     "75 stopped by a signal, 130 by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -233,8 +233,8 @@ class Views:
             )
         if batch.attempt is not None:
             raise ConfigError(
-                "Views cannot be drawn again from crops that the workers have cut. Keep the data resident "
-                "on the device (resident=True)."
+                "Views cannot be drawn again from crops that the workers have cut: keep the images "
+                "on the device (cache_on_device=true)."
             )
         return given, batch.boxes
 
