@@ -73,6 +73,11 @@ LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
 TORCHLESS = {"errors", "runtime.tuning", "apps.cli"}
 """Modules that can be imported without torch, so that `--help` answers without delay."""
 
+LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "triton"}
+"""Libraries whose import takes a second in all: only functions import them, so that a run starts without them."""
+EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp"}
+"""Modules that are themselves imported in functions only."""
+
 DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
 """Modules that choose an algorithm by device; only they may read the type of the device."""
 
@@ -165,6 +170,15 @@ def test_walls_inside_and_between_rooms() -> None:
                 yield f"{module} imports {other}, but may import only {sorted(may)}"
             if inside(other, never):
                 yield f"{module} imports {other}, which {room(module)} must not know"
+
+    assert not problems(check)
+
+
+def test_slow_libraries_are_imported_where_they_are_used() -> None:
+    def check(module: str) -> Iterator[str]:
+        for name in imports(module, lazy=False, hints=False) if short(module) not in EARLY else ():
+            if name.split(".")[0] in LATE:
+                yield f"{module} imports {name} at its top; import it in the function that uses it"
 
     assert not problems(check)
 

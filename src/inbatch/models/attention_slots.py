@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.grouped import Grouped, as_group
@@ -225,6 +224,8 @@ def _channels(norm: nn.Module) -> int:
 
 def _cost(encoder: Encoder, group: int) -> tuple[int, int]:
     """Return parameters and FLOPs per image, on the meta device and without other ranks, which training norms need."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     twin = copy.deepcopy(encoder).to("meta").eval()
     for part in twin.modules():
         if isinstance(part, Grouped):

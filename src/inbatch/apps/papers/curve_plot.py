@@ -4,8 +4,6 @@ import io
 from itertools import cycle, product
 from statistics import mean, stdev
 
-from matplotlib.figure import Figure
-
 from inbatch.apps.papers.filled_table import FilledTable, Line
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -25,6 +23,8 @@ def curves(sheet: FilledTable) -> bytes | None:
     ]
     if not kinds:
         return None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4 * len(kinds), 3.2 * len(numbers)), layout="constrained")
     panels = figure.subplots(len(numbers), len(kinds), squeeze=False)
     for across, data in enumerate(kinds):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from inbatch.data.views import View, Views
@@ -186,6 +185,8 @@ def plot(tallies: Sequence[CropStatistics], size: tuple[int, int], pairs: int, p
 
     The paper's shares are shown for comparison if known: default, 32 x 32 pixels.
     """
+    from matplotlib.figure import Figure
+
     several = len(tallies) > 1
     wide, high = (2.1 * len(tallies), 4.6) if several else (7.2, 3.0)
     figure = Figure(figsize=(wide, high), layout="constrained")

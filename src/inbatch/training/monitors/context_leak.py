@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -39,6 +37,9 @@ def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
     Returns:
         leak: share of correct identifications. leak_chance: 1 / K. leak_error: standard error of chance.
     """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # not needed by a run without context
+    from sklearn.neighbors import KNeighborsClassifier
+
     k, g = rows.shape[1:3]
     order = permutation(0, 0, g)
     known, tested = order[: g // 2], order[g // 2 :]

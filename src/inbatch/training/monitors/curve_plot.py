@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from inbatch.errors import DataError
 from inbatch.runtime.files import replacing
 from inbatch.runtime.text import one_line
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.reference_files import MEASURES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Name of a number in the log -> label of its axis.
 PANELS = {
@@ -51,6 +52,8 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
     if not names:
         raise DataError(f"{log} holds none of {', '.join(PANELS)}: nothing has been logged yet.")
 
+    from matplotlib.figure import Figure
+
     # An automatic layout takes longer than the drawing, which a run may repeat after every evaluation.
     height = 1.9 * len(names)
     figure = Figure(figsize=(7, height))
@@ -77,7 +80,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         figure.savefig(file, dpi=120, format="png")
 
 
-def _behind(panel: Axes, name: str, compared: Comparison) -> None:
+def _behind(panel: "Axes", name: str, compared: Comparison) -> None:
     """Draw the reference's mean and band for the epochs of the run; for the loss also the compared means, as dots."""
     epochs = [epoch for epoch in compared.reference.epochs if epoch <= compared.epochs[-1]]
     bands = {epoch * compared.steps: compared.reference.band(name, epoch) for epoch in epochs}

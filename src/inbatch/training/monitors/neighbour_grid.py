@@ -6,8 +6,6 @@ from textwrap import shorten
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -95,6 +93,8 @@ def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[
 
 def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tensor, "c h w"], colour: str) -> None:
     """Draw an image in its frame, with its longer side scaled to the side of a cell."""
+    from matplotlib.colors import to_rgb
+
     side = SIDE + 2 * FRAME
     frame = (torch.tensor(to_rgb(colour)) * 255).round().byte()
     sheet[top : top + side, left : left + side] = frame
@@ -112,6 +112,8 @@ def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tens
 
 def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int, str]]) -> None:
     """Write the grid as one image: with a panel per image, matplotlib takes seconds for the layout."""
+    from matplotlib.figure import Figure
+
     height, width, _ = sheet.shape
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     figure.figimage(sheet.numpy(), resize=False)
