@@ -9,6 +9,7 @@ from typing import Any
 from inbatch.errors import DataError
 from inbatch.runtime.device import processor_words
 from inbatch.runtime.files import read_json
+from inbatch.runtime.picture_mark import MARK
 
 Entry = dict[str, Any]
 COLOURS = ("#999999", "#0072b2", "#d55e00", "#009e73")
@@ -159,4 +160,4 @@ def plot_curves(found: Mapping[str, Any], png: Path) -> None:
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, dpi=120, metadata=MARK)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
-from inbatch.apps.reports.view_grid import save_sheet
+from inbatch.apps.reports.view_grid import check_place, save_sheet
 from inbatch.data import Source, open_data, splits
 from inbatch.data.loader import resides
 from inbatch.data.resident import estimate
@@ -53,6 +53,8 @@ def survey_data(
     """
     if sample is not None and sample < 1:
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
+    if out is not None:
+        check_place(out, data)
     every = splits(data)
     chosen = split or every[0]
     given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})

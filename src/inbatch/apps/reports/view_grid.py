@@ -1,5 +1,6 @@
 """Grids of images and of their views: the model's input, and the crop box of each view."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import replacing
+from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
 
@@ -91,7 +93,18 @@ def _save(path: str | Path, picture: Image.Image) -> None:
     if kind not in Image.SAVE:
         raise ValueError(f"unknown file extension: {Path(path).suffix}")
     with replacing(Path(path)) as file:
-        picture.save(file, format=kind)
+        picture.save(file, format=kind, **({"pnginfo": png_mark()} if kind == "PNG" else {}))
+
+
+def check_place(out: str | Path, data: Any) -> None:
+    """Raise ConfigError if a picture would become an image of the data: only PNG files are marked and left out."""
+    if not isinstance(data, str | os.PathLike) or Path(out).suffix.lower() == ".png":
+        return
+    if Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(
+            f"{out} lies in {os.fspath(data)} and would become an image of the data: choose a name that ends in .png, "
+            "which inbatch marks and leaves out, or another folder"
+        )
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -115,7 +128,9 @@ def draw_views(
 ) -> Part:  # fmt: skip
     """Draw some images with their views into an image file; return the name and options of the views."""
     given = merged_settings(method, None, settings, fields)
-    recipe, source = resolve_recipe(requested_data(data, given), given)
+    data = requested_data(data, given)
+    check_place(out, data)
+    recipe, source = resolve_recipe(data, given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))

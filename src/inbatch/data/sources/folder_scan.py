@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 from inbatch.data import cache
 from inbatch.data.sources.packed_names import Names
 from inbatch.runtime.files import to_json
+from inbatch.runtime.picture_mark import is_marked
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
 
@@ -29,7 +30,10 @@ WORTH = 2.0
 
 _EVERY = 30.0  # seconds of reading between intermediate saves, from which an interrupted scan continues
 _SETTLED = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
-_FORMAT = 1
+_FORMAT = 2
+_RUN = {b"run.json", b"recipe.json"}  # files of a run directory; pictures of older versions in it have no mark
+RUNS, PICTURES = "run directory", "inbatch picture"
+"""Keys of `Scan.skipped` for what inbatch itself wrote into the folder."""
 
 Stamp = tuple[int, int, int, int]
 """State of a folder: device, inode number, modification time and metadata change time in nanoseconds."""
@@ -42,7 +46,7 @@ class Listing(NamedTuple):
         stamp: State of the folder; None if it must be read again, because it had recently changed or has broken links.
         images: Names of the images.
         folders: Names of the sub-folders.
-        skipped: Number of other files, by file extension.
+        skipped: Number of other files, by file extension, and of what inbatch wrote.
     """
 
     stamp: Stamp | None
@@ -57,7 +61,8 @@ class Scan:
 
     Attributes:
         paths: Sorted image paths relative to the folder.
-        skipped: Number of files left out, by file extension.
+        folders: Paths of all folders relative to the folder, each with "/" at its end; the folder itself is empty.
+        skipped: Number of files left out, by file extension, and of `RUNS` and `PICTURES`.
         unreadable: One sentence per folder that cannot be read.
         stamps: State of every folder; empty if not all of them are reliable.
         read: Number of folders that were read.
@@ -65,6 +70,7 @@ class Scan:
     """
 
     paths: Names = field(default_factory=Names)
+    folders: list[bytes] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     stamps: dict[bytes, Stamp] = field(default_factory=dict)
@@ -111,12 +117,14 @@ def scan(root: Path) -> Scan:
         raise
     for listing in listings.values():
         result.skipped.update(listing.skipped)
-    result.paths = Names(_in_order(listings))
+    result.paths, result.folders = Names(_in_order(listings)), list(listings)
     _recent[real] = result
     return result
 
 
-def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tuple[bytes, Listing]]:
+def _walk(
+    root: Path, known: dict[bytes, Listing], result: Scan, inner: bool = False
+) -> Iterator[tuple[bytes, Listing]]:
     """Iterate over every folder by its path with a trailing "/"; counts are added to `result`."""
     seen: set[tuple[int, int]] = set()
     stack, whole = [(os.fsencode(root), b"")], True
@@ -129,7 +137,7 @@ def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tup
             seen.add((status.st_dev, status.st_ino))
             listing = known.get(prefix)
             if listing is None or listing.stamp != _stamp(status):
-                listing, result.read = _read(folder, status), result.read + 1
+                listing, result.read = _read(folder, status, inner=inner or bool(prefix)), result.read + 1
             else:
                 result.kept += 1
         except OSError as e:
@@ -146,8 +154,9 @@ def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tup
         result.stamps.clear()
 
 
-def _read(folder: bytes, status: os.stat_result) -> Listing:
-    images, folders, skipped, broken = [], [], Counter[str](), False
+def _read(folder: bytes, status: os.stat_result, inner: bool) -> Listing:
+    """Return the contents of a folder; nothing if it is a run directory inside the scanned folder."""
+    images, folders, skipped, broken, own = [], [], Counter[str](), False, set()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
@@ -156,14 +165,50 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             if is_kind(entry.is_dir):
                 folders.append(entry.name)
             elif extension in EXTENSIONS and is_kind(entry.is_file):
-                images.append(entry.name)
+                if extension == b".png" and is_marked(entry.path):
+                    skipped[PICTURES] += 1
+                else:
+                    images.append(entry.name)
             else:
                 odd = " that are not files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
                 skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
                 broken |= entry.is_symlink()  # its target may appear later without a change of the folder
+                own |= _RUN & {entry.name}
+    if inner and own == _RUN:
+        images, folders, skipped = [], [], Counter({RUNS: 1})
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
     stamp = _stamp(status) if settled and not broken else None
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether there is an image in a sub-folder, at any depth; run directories hold none."""
+    return any(len(listing.images) for _, listing in _walk(folder, {}, Scan(), inner=True))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Return whether a folder is a run directory."""
+    return all(os.path.isfile(os.path.join(folder, os.fsdecode(name))) for name in _RUN)
+
+
+def only_runs(folder: Path) -> bool:
+    """Return whether a sub-folder is or holds run directories, and no image."""
+    listings = [listing for _, listing in _walk(folder, {}, Scan(), inner=True)]
+    return not any(len(listing.images) for listing in listings) and any(RUNS in one.skipped for one in listings)
+
+
+def loose_images(folder: Path) -> int:
+    """Return the number of images directly in a folder."""
+    return len(_split(_read(os.fsencode(folder), os.stat(folder), inner=False).images))
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """Return the names of the visible sub-folders; none if the folder cannot be read, which the scan reports."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_kind(entry.is_dir))
+    except OSError:
+        return []
 
 
 def is_kind(kind: Callable[[], bool]) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from inbatch.errors import DataError
 from inbatch.runtime.files import replacing
+from inbatch.runtime.picture_mark import MARK
 from inbatch.runtime.text import one_line
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.reference_files import MEASURES
@@ -77,7 +78,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         panels[0].set_title(title, fontsize=8, parse_math=False)
     panels[-1].set_xlabel("step")
     with replacing(png) as file:
-        figure.savefig(file, dpi=120, format="png")
+        figure.savefig(file, dpi=120, format="png", metadata=MARK)
 
 
 def _behind(panel: "Axes", name: str, compared: Comparison) -> None:
