@@ -13,6 +13,7 @@ from inbatch.errors import ConfigError
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
@@ -70,7 +71,8 @@ def pretrain(
 
     Args:
         data: a folder, a file that holds or lists images, the name of a data set ("torchvision/STL10",
-            "digits-canvas"), or uint8 images (N, C, H, W), alone or with labels.
+            "digits-canvas"), a pattern ("photos/*/*.jpg"), a list of paths, or uint8 images (N, C, H, W), alone or with
+            labels.
         method: a name of `METHODS`; simclr by default.
         out: run directory, runs/METHOD-DATA-NUMBER by default; a directory that holds a run is refused unless
             `overwrite`.
@@ -104,6 +106,7 @@ def pretrain(
     """
     began = tuning.command_began()
     tuning.ready()
+    data = joined_paths(data)
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
         previous = _run_to_resume(out, resume)

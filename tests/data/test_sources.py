@@ -91,7 +91,7 @@ class TestFolder:
 
     def test_splits(self, tmp_path):
         fill(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png", "val/b/5.png")
-        assert splits(tmp_path) == ("train", "test")
+        assert splits(tmp_path) == ("train", "val")
         test = open_data(tmp_path, "test")
         assert test.classes == ("a", "b", "c") and test.labels.tolist() == [1, 2]  # numbered as in train
         fill(tmp_path, "val/d/6.png")
@@ -397,7 +397,7 @@ class TestParquet:
     def test_rows_labels_and_names(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", self.images, [0, 1] * 5, ["cat", "dog"])
         write_parquet(tmp_path / "val.parquet", self.images[:3], [1, None, -1], ["cat", "dog"])
-        assert splits(tmp_path) == ("train", "test")
+        assert splits(tmp_path) == ("train", "val")
         source = open_data(tmp_path)
         assert len(source) == 10 and source.classes == ("cat", "dog") and source.labels.tolist() == [0, 1] * 5
         for i in (9, 0, 4, 3):  # across row groups of 4, in any order

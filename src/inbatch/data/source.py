@@ -56,9 +56,11 @@ class Source(ABC):
         levels: See `Reading`. Decoded pixels depend on `levels`, `channels` and the `fingerprint`.
         labels: (N,) int64, -1 for unknown.
         classes: Names of the labels; empty if all images are unlabelled.
+        note: Sentence part for the report, on what was taken as which split and what was left out.
     """
 
     levels: Levels | None = None
+    note: str = ""
 
     def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
@@ -97,7 +99,7 @@ class Source(ABC):
     def report(self) -> str:
         """Return a text report of one or more lines: the images used and the files left out."""
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
-        return f"{self.name}: {many(len(self), 'image')}, {known}"
+        return "; ".join(filter(None, (f"{self.name}: {many(len(self), 'image')}, {known}", self.note)))
 
 
 class Subset(Source):

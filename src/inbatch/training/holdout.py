@@ -1,9 +1,10 @@
 """Select the labelled images on which features are evaluated."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inbatch.data import Source, Subset, open_data, splits
+from inbatch.data import Source, Subset, find_split, open_data, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Kept
 from inbatch.methods import METHODS
@@ -34,8 +35,9 @@ def evaluation_split(
 ) -> EvaluationSplit | None:
     """Return the labelled images for the evaluation of a run; None without labels.
 
-    The queries are the test data that are passed or named in the recipe, else the test split of the data, else a tenth
-    of the images. The bank is the training data or, if these have no labels, the rest of the test data.
+    The queries are the test data that are passed or named in the recipe, else the test split of the data (without one
+    that is labelled, the validation split), else a tenth of the images. The bank is the training data or, if these have
+    no labels, the rest of the test data.
 
     Args:
         recipe: Recipe of the run.
@@ -52,17 +54,33 @@ def evaluation_split(
     if test is None and not labelled:
         return None
     where, reading = data if test is None else test, recipe.reading | {"download": download}
-    own = "test" in splits(where) and (test is not None or recipe.split != "test")
-    if not own and (test is None or not labelled):
-        whole = source if test is None else open_data(test, splits(test)[0], **reading)
+    names = splits(where)
+    if test is None:
+        used = find_split(recipe.split, names)
+        held_out = [
+            name for name in dict.fromkeys((find_split("test", names), "val")) if name in names and name != used
+        ]
+        split, queries = next(_labelled(where, held_out, reading), (None, None))
+    else:
+        divided = find_split("test", names) is not None and (labelled or "train" in names)
+        split = find_split("test", names) if divided else names[0] if labelled else None
+        queries = None if split is None else open_data(where, split, **reading)
+    if queries is None:
+        whole = source if test is None else open_data(test, names[0], **reading)
         seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
-    split = "test" if own else splits(where)[0]
     bank = source if labelled else open_data(where, "train", **reading)
-    queries = open_data(where, split, **reading)
     if queries.classes != bank.classes:
         raise DataError(f"{queries.name} has other classes than {bank.name}: pass test data with the same classes")
     return EvaluationSplit(bank, queries, f"{split} split of {queries.name}")
+
+
+def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> Iterator[tuple[str, Source]]:
+    """Yield the splits with labels among these, by name."""
+    for name in names:
+        source = open_data(data, name, **reading)
+        if bool((source.labels >= 0).any()):
+            yield name, source
 
 
 def _tenth(source: Source, how: str) -> EvaluationSplit:
