@@ -156,7 +156,7 @@ def test_written_features_are_the_features(tmp_path, ending):
     else:
         assert pq.ParquetFile(path).num_row_groups == 3
         table = {k: np.array(v) for k, v in pq.read_table(path).to_pydict().items()}
-    assert set(table) == {"path", "index", "label", "vector"}
+    assert set(table) == {"path", "index", "label", "vector", "split"}
     assert np.allclose(table["vector"], embed(net, source).vectors.numpy(), atol=1e-6)
     assert table["label"].tolist() == source.labels.tolist()
     assert table["index"].tolist() == list(range(11))

@@ -21,6 +21,7 @@ class Embeddings:
         feature: the layer of the vectors.
         index: (N,) int64, each image's number in the data set; 0, 1, ... by default.
         missing: a message for each image that cannot be read.
+        split: the split of the images; empty if it is unknown.
     """
 
     vectors: Float[Tensor, "n f"]
@@ -30,6 +31,7 @@ class Embeddings:
     feature: str
     index: Int[Tensor, "n"] = None  # type: ignore[assignment] # set below
     missing: tuple[str, ...] = ()
+    split: str = ""
 
     def __post_init__(self) -> None:
         if self.index is None:

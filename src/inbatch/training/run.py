@@ -2,16 +2,17 @@
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from inbatch.data import GreyAsRGB, Source, open_data, splits
+from inbatch.data import GreyAsRGB, Source, find_split, open_data, splits
+from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation import embed_stream as stream
-from inbatch.evaluation import write_embeddings
 from inbatch.models import Encoder, save_encoder
 from inbatch.models.weights import READOUT
 from inbatch.runtime import tuning
@@ -170,18 +171,20 @@ def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
 ) -> int:  # fmt: skip
-    """Write path, index, label and feature vector of every image to a .parquet or .npz file; return their number.
+    """Write path, index, label, features and split of every image to a .parquet or .npz file; return their number.
 
     Args:
         path: A run, finished or stopped, or an encoder's folder.
         data: Images to embed.
         out: File to write.
-        split: "train" or "test" if the data have both.
+        split: The only split to embed; None for every image. Splits that unite others, such as torchvision's
+            `trainval`, are then left out.
         device: Name of the device, or "auto".
         quiet: Print no progress to stderr.
-        missing: Receives the unreadable images (number: reason), which are omitted. If None, they raise DataError.
-        stage: Receives the "step" of the encoder, the number of "steps", and a "note" if the run has not finished. If
-            None, the note is a warning.
+        missing: Receives the unreadable images (number over all splits: reason), which are omitted. If None, they raise
+            DataError.
+        stage: Receives the "step" of the encoder, the number of "steps", a "note" if the run has not finished, and the
+            number of images of each of the "splits". If None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
     """
     loaded = load_run_encoder(path)
@@ -190,10 +193,26 @@ def embed_run(
     elif loaded.note:
         warnings.warn(loaded.note, stacklevel=2)
     encoder = loaded.encoder.to(device_for(device))
-    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
-    chunks = stream(encoder, source, batch=256, missing=missing)
+    every = splits(data)
+    names = distinct(every) if split is None else [find_split(split, every) or split]
+    sources = {name: open_data(data, name, channels=encoder.channels, levels=encoder.levels) for name in names}
+    chunks, count = _every(encoder, sources, missing), sum(map(len, sources.values()))
+    if stage is not None:
+        stage["splits"] = {name: len(source) for name, source in sources.items()}
     with encoder.plain() if plain else nullcontext():
-        return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+        return write_embeddings(Path(out), chunks if quiet else counted(chunks, count, "embedded"))
+
+
+def _every(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
+    """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
+    before = 0
+    for name, source in sources.items():
+        bad: dict[int, str] | None = None if missing is None else {}
+        for chunk in stream(encoder, source, batch=256, missing=bad):
+            yield replace(chunk, split=name)
+        if missing is not None and bad is not None:
+            missing |= {before + i: why for i, why in bad.items()}
+        before += len(source)
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:

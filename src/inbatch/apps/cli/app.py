@@ -112,8 +112,8 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only results and err
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")]
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")]
-KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
-Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
+KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ...; or several paths."
+Data = Annotated[list[str], Argument(metavar="DATA...", help=KINDS)]
 
 SEEDS = 2**32 - 1
 """Largest seed; scikit-learn accepts no larger one."""

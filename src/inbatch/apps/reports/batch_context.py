@@ -21,6 +21,8 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
+from inbatch.runtime.picture_mark import png_mark
+from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
 from inbatch.training.monitors.context_leak import leak, sign
@@ -380,7 +382,7 @@ def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
         raise cannot_write(out, error) from error
     for name, picture in pictures.items():
         with replacing(out / name) as file:
-            picture.save(file, format="PNG")
+            picture.save(file, format="PNG", pnginfo=png_mark())
 
 
 def inspect_run(
@@ -421,4 +423,5 @@ def inspect_run(
     found = draw_report(
         built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count
     )
-    return {"run": str(path), "step": progress.step, "note": saved.note} | found
+    about = {"run": str(path), "step": progress.step, "note": saved.note, "data": printable(source.report())}
+    return about | found
