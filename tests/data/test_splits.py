@@ -109,6 +109,12 @@ class TestFolders:
         assert source.classes == ("bus", "plane", "train") and "'train' is not taken as a split" in source.report()
         assert len(open_data(made(tmp_path / "d", "train/1.png", "2.png"))) == 2
 
+    def test_a_folder_without_images_is_no_split(self, tmp_path):
+        fill(tmp_path, "cat/1.png", "dog/1.png")
+        for name in ("test", "valid"):
+            (tmp_path / name).mkdir()
+        assert splits(tmp_path) == ("train",) and open_data(tmp_path).classes == ("cat", "dog")
+
     def test_only_test_images(self, tmp_path):
         fill(tmp_path, *classes("val", "test"))
         assert splits(tmp_path) == ("val", "test") and open_data(tmp_path, "val").classes == ("a", "b")

@@ -31,7 +31,8 @@ WORTH = 2.0
 _EVERY = 30.0  # seconds of reading between intermediate saves, from which an interrupted scan continues
 _SETTLED = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
 _FORMAT = 2
-_RUN = {b"run.json", b"recipe.json"}  # files of a run directory; pictures of older versions in it have no mark
+RUN_FILES = {b"run.json", b"recipe.json"}
+"""Files by which a run directory is recognised; the pictures in one of an older version have no mark."""
 RUNS, PICTURES = "run directory", "inbatch picture"
 """Keys of `Scan.skipped` for what inbatch itself wrote into the folder."""
 
@@ -122,9 +123,7 @@ def scan(root: Path) -> Scan:
     return result
 
 
-def _walk(
-    root: Path, known: dict[bytes, Listing], result: Scan, inner: bool = False
-) -> Iterator[tuple[bytes, Listing]]:
+def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tuple[bytes, Listing]]:
     """Iterate over every folder by its path with a trailing "/"; counts are added to `result`."""
     seen: set[tuple[int, int]] = set()
     stack, whole = [(os.fsencode(root), b"")], True
@@ -137,7 +136,7 @@ def _walk(
             seen.add((status.st_dev, status.st_ino))
             listing = known.get(prefix)
             if listing is None or listing.stamp != _stamp(status):
-                listing, result.read = _read(folder, status, inner=inner or bool(prefix)), result.read + 1
+                listing, result.read = _read(folder, status, inner=bool(prefix)), result.read + 1
             else:
                 result.kept += 1
         except OSError as e:
@@ -173,42 +172,12 @@ def _read(folder: bytes, status: os.stat_result, inner: bool) -> Listing:
                 odd = " that are not files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
                 skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
                 broken |= entry.is_symlink()  # its target may appear later without a change of the folder
-                own |= _RUN & {entry.name}
-    if inner and own == _RUN:
+                own |= RUN_FILES & {entry.name}
+    if inner and own == RUN_FILES:
         images, folders, skipped = [], [], Counter({RUNS: 1})
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
     stamp = _stamp(status) if settled and not broken else None
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
-
-
-def holds_images(folder: Path) -> bool:
-    """Return whether there is an image in a sub-folder, at any depth; run directories hold none."""
-    return any(len(listing.images) for _, listing in _walk(folder, {}, Scan(), inner=True))
-
-
-def is_run(folder: str | Path) -> bool:
-    """Return whether a folder is a run directory."""
-    return all(os.path.isfile(os.path.join(folder, os.fsdecode(name))) for name in _RUN)
-
-
-def only_runs(folder: Path) -> bool:
-    """Return whether a sub-folder is or holds run directories, and no image."""
-    listings = [listing for _, listing in _walk(folder, {}, Scan(), inner=True)]
-    return not any(len(listing.images) for listing in listings) and any(RUNS in one.skipped for one in listings)
-
-
-def loose_images(folder: Path) -> int:
-    """Return the number of images directly in a folder."""
-    return len(_split(_read(os.fsencode(folder), os.stat(folder), inner=False).images))
-
-
-def sub_folders(folder: Path) -> list[str]:
-    """Return the names of the visible sub-folders; none if the folder cannot be read, which the scan reports."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_kind(entry.is_dir))
-    except OSError:
-        return []
 
 
 def is_kind(kind: Callable[[], bool]) -> bool:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inbatch.data.sources.folder_scan import holds_images, loose_images, sub_folders
+from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
 from inbatch.data.sources.split_names import arranged, split_of, split_within, word_within
 from inbatch.errors import DataError, many
 
@@ -41,6 +41,7 @@ def find_layout(root: Path) -> Layout:
 def _divided(root: Path, folders: list[str]) -> Layout | None:
     """Return the splits by the names of these sub-folders; None if no name is that of a split."""
     named = _named_within(root, folders) or [name for name in folders if split_of(name)]
+    named = [name for name in named if _split(name) == "train" or holds_images(root / name)]
     if not named:
         return None
     others = [name for name in folders if name not in named and holds_images(root / name)]

@@ -15,7 +15,8 @@ import torch
 
 from inbatch.data.source import LazyImage, Reading, Source, signed
 from inbatch.data.sources.folder import label_by_folder, left_out
-from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, is_run, only_runs
+from inbatch.data.sources.folder_contents import is_run, only_runs
+from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES
 from inbatch.data.sources.folder_splits import check_inner_splits
 from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.parquet import parquet_splits

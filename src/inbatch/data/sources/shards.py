@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inbatch.data.sources.folder_scan import EXTENSIONS, holds_images, is_kind, loose_images, sub_folders
+from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
+from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind
 from inbatch.data.sources.split_names import arranged, naming, split_of, split_within, word_within
 from inbatch.errors import DataError, many
 
+_MOST_FOLDERS = 50  # more are classes of images, and listing them all takes time
 _NUMBERED = r"{0}([-_.]*\d.*)?\.\w+"  # not "train-features.parquet"
 
 
@@ -69,6 +71,8 @@ def shards_below(root: Path, suffix: str, nested: bool = True) -> Shards | None:
         DataError: If they may be several data sets, or if it is unclear which are training images.
     """
     folders = sub_folders(root)
+    if len(folders) > _MOST_FOLDERS:
+        folders = [name for name in folders if name == "data"]
     found = {name: files for name in folders if (files := shards_in(root / name, suffix, beside_images=False))}
     if not found:
         return shards_below(root / folders[0], suffix, nested=False) if nested and len(folders) == 1 else None
