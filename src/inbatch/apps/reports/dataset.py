@@ -12,7 +12,7 @@ import torch
 
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
 from inbatch.apps.reports.view_grid import check_place, save_sheet
-from inbatch.data import Source, open_data, splits
+from inbatch.data import Source, find_split, open_data, splits
 from inbatch.data.loader import resides
 from inbatch.data.resident import estimate
 from inbatch.data.views import PRESETS
@@ -56,7 +56,7 @@ def survey_data(
     if out is not None:
         check_place(out, data)
     every = splits(data)
-    chosen = split or every[0]
+    chosen = every[0] if split is None else find_split(split, every) or split
     given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})
     recipe, source = resolve_recipe(data, {"split": chosen} | given)
     indices = _spaced(len(source), sample)
