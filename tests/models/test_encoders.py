@@ -242,6 +242,10 @@ def test_timm_loads_what_we_save(tmp_path, name, size, channels, kwargs):
     assert torch.equal(theirs(x), encoder(x))
     config = timm.data.resolve_model_data_config(theirs)
     assert (tuple(config["mean"]), tuple(config["std"])) == (encoder.mean, encoder.std)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    # As transformers' AutoModel calls timm (TimmWrapperModel): with num_classes next to the other arguments.
+    timm.create_model(saved["architecture"], pretrained=False, num_classes=0, **saved["model_args"])
+    assert saved["num_classes"] == 0
 
 
 def test_damage_is_noticed(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inbatch.data.pixels import Levels, from_pillow, to_bytes
 from inbatch.errors import ConfigError, DataError
+from inbatch.models.library_errors import explained
 from inbatch.models.readout import Readout
 from inbatch.nn.eval_mode import evaluating
 
@@ -110,7 +111,8 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def feature_width(self) -> int:
@@ -177,11 +179,10 @@ class Encoder(nn.Module):
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
     def _measure(self) -> int:
-        try:
-            with self.evaluating():
-                shape = self(torch.zeros(1, self.channels, self.size, self.size, device=self.device)).shape
-        except (RuntimeError, ValueError, AssertionError) as e:
-            raise ConfigError(f"{self.name} cannot take {self.channels}x{self.size}x{self.size} images: {e}") from e
+        shape = self.channels, self.size, self.size
+        what = f"take images of {'x'.join(map(str, shape))}"
+        with explained(self.name, what, backbone=self.backbone), self.evaluating():
+            shape = tuple(self(torch.zeros(1, *shape, device=self.device)).shape)
         if len(shape) != 2:
-            raise ConfigError(f"{self.name} gives {tuple(shape)} for one image instead of one row of pooled features.")
+            raise ConfigError(f"{self.name} gives {shape} for one image instead of one row of pooled features.")
         return shape[1]

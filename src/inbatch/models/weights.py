@@ -77,8 +77,9 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """Write `model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
 
-    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention,
-    the weights of the backbone keep their plain names, and those of the n-th block are added as `attend.n.NAME`.
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`, and with
+    transformers, `AutoModel.from_pretrained(DIRECTORY)`. With attention, the weights of the backbone keep their plain
+    names, and those of the n-th block are added as `attend.n.NAME`.
     """
     module, ours = as_saved(encoder)
     write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
@@ -158,7 +159,7 @@ def _timm_config(encoder: Encoder) -> dict[str, Any]:
     }
     return {
         "architecture": name.partition(".")[0],
-        "num_classes": 0,
+        "num_classes": args.pop("num_classes"),  # transformers passes it next to `model_args`
         "num_features": encoder.width,
         "model_args": args,
         "pretrained_cfg": pretrained_cfg,

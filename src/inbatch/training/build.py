@@ -20,7 +20,7 @@ from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.models import Encoder
+from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
@@ -32,7 +32,7 @@ from inbatch.training.budget import Timeline
 from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
 from inbatch.training.rates import set_rates
 from inbatch.training.recipe import Recipe
-from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights
+from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
 from inbatch.training.step import Step
 
 
@@ -146,6 +146,8 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         with _settings_of("method", recipe.method.name):
             method = METHODS[recipe.method.name](**recipe.method.options)
         encoder = make_encoder(recipe, start)
+        for side, setting in view_sides(recipe).items():
+            check_side(encoder, side, setting)
         if start is None:
             fit_first_layer(encoder, source)
         views = views_of(recipe, encoder)
