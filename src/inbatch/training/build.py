@@ -156,6 +156,7 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
+        notes += method.notes(len(source))
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
 
 
