@@ -1,6 +1,7 @@
 """Encoders: their architecture, their preprocessing, and that a saved encoder loads unchanged."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -183,6 +184,37 @@ def test_embed_takes_whatever_holds_images():
         assert features.dtype == np.float32
         assert np.allclose(features, expected, atol=1e-5)
     assert encoder.embed([]).shape == (0, 96)
+
+
+def test_preprocess_is_what_embed_computes_with():
+    encoder = used(create_encoder("tiny", size=20, channels=3))
+    batch = images(4, 3, 24, 30)
+    pictures = [Image.fromarray(i) for i in batch.permute(0, 2, 3, 1).contiguous().numpy()]
+    for given in (batch, batch.numpy(), pictures):
+        prepared = encoder.preprocess(given)
+        assert prepared.shape == (4, 3, 20, 20) and torch.equal(prepared, encoder.prepare(batch))
+        with torch.no_grad():
+            assert np.allclose(encoder(prepared).numpy(), encoder.embed(given), atol=1e-5)
+
+
+def test_images_that_are_not_normalised_are_said_once():
+    batch = images(2, 3, 20, 20)
+    for raw in (batch / 255, batch.float()):
+        encoder = create_encoder("tiny", size=20, channels=3).eval()
+        with pytest.warns(
+            UserWarning, match=r"from 0\.00 to (1|255)\.00: the features will be wrong.*preprocess"
+        ) as told:
+            encoder(raw)
+            encoder(raw)
+        assert len(told) == 1 and told[0].filename == __file__
+    with pytest.raises(DataError, match=r"not torch.uint8: pass encoder\.preprocess"):
+        encoder(batch)
+    encoder, white = create_encoder("tiny", size=20, channels=3).eval(), torch.full((2, 3, 20, 20), 255).byte()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for clean in (batch, white, 0 * white, batch // 2 + 128):
+            encoder(encoder.preprocess(clean))
+        encoder.train()(batch / 255)  # views have any values
 
 
 def test_embed_grey_arrays_and_turned_photos():
