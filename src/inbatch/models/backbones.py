@@ -9,7 +9,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from inbatch.errors import ConfigError, closest
+from inbatch.errors import ConfigError, closest, reason
 from inbatch.models.fast import Fast
 from inbatch.models.library_errors import described, explained
 
@@ -69,7 +69,7 @@ def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> n
         raise
     except Exception as e:  # timm and its hub client raise any exception of their transport
         raise ConfigError(
-            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). {_INSTEAD}"
+            f"the published weights of {name} could not be had through timm ({reason(e)}). {_INSTEAD}"
         ) from e
 
 

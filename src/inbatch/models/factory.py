@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
 from inbatch.models.backbones import build, cifar_stem, pretrained, published_cfg
 from inbatch.models.encoder import MAX_SIDE, Encoder
@@ -189,5 +189,5 @@ def load_encoder(directory: str | Path) -> Encoder:
             fill(blocks(encoder), attended, str(directory))
         read_readout(encoder, directory, config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise DataError(f"{directory}: config.json describes no encoder ({type(e).__name__}: {e}).") from e
+        raise DataError(f"{directory}: config.json describes no encoder ({reason(e)}).") from e
     return encoder.eval()

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.attention_slots import blocks, without
 from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
@@ -69,7 +69,7 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except DataError:
         raise
     except Exception as e:  # a crafted file makes torch's reader raise any exception
-        raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
+        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
     kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
     raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
 

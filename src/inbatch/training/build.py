@@ -17,7 +17,7 @@ from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.data import Loader, Source
 from inbatch.data.views import Views, make_views
 from inbatch.data.views.crop_pairs import arrange
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models import Encoder, check_side
@@ -268,8 +268,8 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
     """Turn errors of a constructor (a negative width, a rate below 0) into a ConfigError that names the setting."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise ConfigError(f"{part} {name} cannot be made with these settings: {e}") from e
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as e:
+        raise ConfigError(f"{part} {name} cannot be made with these settings: {str(e) or reason(e)}") from e
 
 
 def fusion(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inbatch.data import Source
 from inbatch.data.views import make_views
-from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.errors import ConfigError, DataError, InbatchError, reason
 from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.weights import fill
@@ -245,7 +245,9 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         weights = {k.removeprefix("encoder."): v for k, v in dict(network or {}).items() if k.startswith("encoder.")}
         fill(encoder, weights, f"the encoder {recipe.encoder.name}")
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
+        raise DataError(
+            f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {str(error) or reason(error)}"
+        ) from None
     if encoder.readout is not None:
         notes = [*notes, "the whitening of its features was fitted at the last evaluation before that step"]
     if recipe.replans:  # run.json of a killed run may be older
