@@ -76,6 +76,14 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_refused_but_saved_encoders_l
     assert load_encoder(tmp_path).size == 32
 
 
+def test_a_model_that_pads_its_patches_takes_any_side():
+    options = {"patch_size": 8, "depth": 1, "dynamic_img_size": True}
+    encoder = create_encoder("vit_tiny_patch16_224", size=32, dynamic_img_pad=True, **options)
+    check_side(encoder, 20)
+    with pytest.raises(ConfigError, match="last 4, 36%"):
+        check_side(create_encoder("vit_tiny_patch16_224", size=32, **options), 20)
+
+
 def test_auxiliary_heads_are_off():
     encoder = create_encoder("torchvision/googlenet", size=32)
     assert encoder.train()(torch.zeros(2, 3, 32, 32)).shape == (2, encoder.width)

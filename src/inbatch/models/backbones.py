@@ -134,7 +134,8 @@ def _torchvision_defaults(name: str, size: int) -> dict[str, Any]:
     """
     import torchvision
 
-    kind = typing.get_type_hints(torchvision.models.get_model_builder(name))["return"]
+    builder = torchvision.models.get_model_builder(name)
+    kind = typing.get_type_hints(builder).get("return", builder)
     known = {"image_size": size, "input_size": (size, size), "aux_logits": False, "init_weights": True}
     return {key: value for key, value in known.items() if key in inspect.signature(kind).parameters}
 

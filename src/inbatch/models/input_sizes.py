@@ -30,7 +30,8 @@ def check_side(encoder: Encoder, side: int, setting: str = "size") -> None:
     buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     images = torch.zeros(2, encoder.channels, side, side, device=encoder.device)
     what = f"train on images of {encoder.channels}x{side}x{side}"
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), explained(encoder.name, what, fix, encoder.backbone):
+    gpus = [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), torch.no_grad(), explained(encoder.name, what, fix, encoder.backbone):
         rows = torch.func.functional_call(encoder, buffers, (images,))
     shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
     if shape != (2, encoder.width):
@@ -47,10 +48,21 @@ def _check_patches(encoder: Encoder, side: int, setting: str) -> None:
         return
     (kernel, _), (stride, _), (padding, _) = first.kernel_size, first.stride, first.padding
     rest = (side - kernel) % stride
-    if padding or stride < _PATCH or side < kernel or not rest:
+    if padding or stride < _PATCH or side < kernel or not rest or _sees(encoder, side, rest):
         return
     raise ConfigError(
         f"{encoder.name} divides images into patches of {kernel} pixels: of {side} pixels a side it would ignore the "
         f"last {rest}, {1 - (1 - rest / side) ** 2:.0%} of the image. Set {setting} to {side - rest} or "
         f"{side - rest + stride}, or choose another patch size"
     )
+
+
+def _sees(encoder: Encoder, side: int, rest: int) -> bool:
+    """Return whether the last `rest` rows and columns of an image reach the features: a model may pad its patches."""
+    image = torch.zeros(1, encoder.channels, side, side, device=encoder.device)
+    image[..., side - rest :, :] = image[..., side - rest :] = torch.nan
+    try:
+        with encoder.evaluating():
+            return bool(encoder(image).isnan().any())
+    except Exception:  # the library refuses such a side
+        return False
