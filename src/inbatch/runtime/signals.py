@@ -161,7 +161,8 @@ class Watchdog:
         """Watch within the context. In the main thread only."""
         self._over.clear()
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+            os.set_blocking(writer, False)
         # The C handler writes the number of the signal: that of Python does not run inside a long call.
         old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
