@@ -13,6 +13,7 @@ from inbatch.errors import ConfigError
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
@@ -45,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@isolated
 def pretrain(
     data: Any = None,
     method: str | None = None,
@@ -146,6 +148,7 @@ def pretrain(
         return Run(directory, plan.recipe, result)
 
 
+@isolated
 def prepare(
     data: Any, method: str | None = None, *, config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
@@ -157,6 +160,7 @@ def prepare(
     return build(plan.recipe, plan.source, device=device_for(device), workers=workers)
 
 
+@isolated
 def dry_run(
     data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,

@@ -33,7 +33,7 @@ class TrainingError(InbatchError):
 
 
 class Preempted(InbatchError):
-    """Stopped by SIGTERM, SIGHUP or SIGUSR1; resumable if at least one step was finished and saved."""
+    """Stopped by any other signal than Ctrl-C; resumable if at least one step was finished and saved."""
 
     exit_code = 75
 

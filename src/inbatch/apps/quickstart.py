@@ -9,6 +9,7 @@ from inbatch.api import Run, pretrain
 from inbatch.data import open_data
 from inbatch.evaluation import evaluate, raw_pixels
 from inbatch.runtime.files import write_json
+from inbatch.runtime.isolation import isolated
 
 DATA = "digits-canvas"
 EPOCHS = 10
@@ -62,6 +63,7 @@ class Verdict:
         }
 
 
+@isolated
 def quickstart(
     out: str | Path = "runs/quickstart",
     *,

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from inbatch.data import cache
 from inbatch.data.cache import Decoded
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
-from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 SHARE = 0.25
 """Maximum fraction of the free memory that resident images may use."""
@@ -100,17 +99,17 @@ def decode_all(
 def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> Decoded:
     images = np.zeros((len(source), source.channels, *_largest(source, canvas)), np.uint8)
     sizes, missing, scaled, at = [], [], 0, 0
-    with ThreadPoolExecutor(threads or cores()) as pool:
-        # Each part is copied to its position at once, so that no image is in memory twice.
-        for part in pool.map(lambda first: _decode(source, first, canvas), range(0, len(source), _CHUNK)):
-            n, _, h, w = part.images.shape
-            if h > images.shape[2] or w > images.shape[3]:
-                images = _grown(images, max(h, images.shape[2]), max(w, images.shape[3]))
-            images[at : at + n, :, :h, :w] = part.images
-            at += n
-            sizes.append(part.size)
-            missing += part.missing
-            scaled += part.scaled
+    starts = range(0, len(source), _CHUNK)
+    # Each part is copied to its position at once, so that no image is in memory twice.
+    for part in thread_map(lambda first: _decode(source, first, canvas), starts, threads):
+        n, _, h, w = part.images.shape
+        if h > images.shape[2] or w > images.shape[3]:
+            images = _grown(images, max(h, images.shape[2]), max(w, images.shape[3]))
+        images[at : at + n, :, :h, :w] = part.images
+        at += n
+        sizes.append(part.size)
+        missing += part.missing
+        scaled += part.scaled
     check_dropped(source, missing, max_bad)
     size = torch.cat(sizes)
     height, width = size.amax(0).tolist()

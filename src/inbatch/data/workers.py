@@ -205,6 +205,7 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
         sampler=order,
         num_workers=workers,
         worker_init_fn=child_processes.begin_worker,
+        generator=torch.Generator(),  # without one, the loader draws from the caller's
         persistent_workers=workers > 0,
         timeout=_PATIENCE if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,

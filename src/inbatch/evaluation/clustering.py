@@ -1,6 +1,5 @@
 """Agreement of clusters and classes: k-means and the three usual measures."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,10 @@ from torch.nn import functional as F
 from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.clustering import nmi
+from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 
 def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
@@ -32,6 +33,7 @@ def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> 
     return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
 
 
+@usual_state()
 def clustering(
     embeddings: Embeddings, clusters: int | None = None, *, n_init: int = 10, seed: int = 0
 ) -> dict[str, object]:
@@ -64,8 +66,9 @@ def clustering(
 
     states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
     fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
-    with threadpool_limits(1), ThreadPoolExecutor(max(1, min(n_init, cores(), fit_at_once))) as pool:
-        best = min(pool.map(fit, states), key=lambda means: means.inertia_)
+    with threadpool_limits(1):
+        fits = thread_map(fit, states, max(1, min(n_init, cores(), fit_at_once)))
+        best = min(fits, key=lambda means: means.inertia_)
     assignment = torch.from_numpy(best.labels_).long()
     protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}
     return {**_scores(known.labels, assignment), **protocol, "images": len(known)}

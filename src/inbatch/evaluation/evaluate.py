@@ -17,6 +17,7 @@ from inbatch.evaluation.finetune import Finetune, finetune
 from inbatch.evaluation.knn import knn
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
+from inbatch.runtime.isolation import isolated
 
 PROTOCOL_VERSION = 2
 """Incremented if the same encoder and images give other figures than before."""
@@ -25,6 +26,7 @@ PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
 """All protocols; the first three are the default."""
 
 
+@isolated
 def evaluate(
     encoder: Encoder | None,
     train: Source | Embeddings,

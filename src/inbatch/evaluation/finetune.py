@@ -21,6 +21,7 @@ from inbatch.evaluation.embeddings import hits
 from inbatch.evaluation.few_labels import few_labels
 from inbatch.rng import fold, permutation
 from inbatch.runtime import child_processes
+from inbatch.runtime.isolation import usual_state
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Trainable(Encoder, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+@usual_state()
 def finetune(
     encoder: Encoder,
     train: Source,

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings, class_count, hits
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime.isolation import usual_numerics
 
 _QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
 
 
+@usual_numerics()
 @torch.no_grad()
 def knn_scores(
     query: Float[Tensor, "q d"],

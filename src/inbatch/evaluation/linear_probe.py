@@ -17,6 +17,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings, class_count, hits
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime.isolation import usual_numerics, usual_state
 
 _SMALL = 2**26  # multiplications of a step that ends before a second thread has started its part
 
@@ -44,6 +45,7 @@ class Classifier:
             return F.linear(query, self.weight, self.bias)
 
 
+@usual_state()
 def linear_probe(
     train: Embeddings,
     test: Embeddings,
@@ -71,6 +73,7 @@ def linear_probe(
     return {**hits(fitted.scores(test.vectors), test.labels), **fitted.protocol}
 
 
+@usual_numerics()
 @torch.no_grad()
 def fit(
     train: Embeddings,

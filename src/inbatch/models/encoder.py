@@ -17,6 +17,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.models.library_errors import explained
 from inbatch.models.readout import Readout
 from inbatch.nn.eval_mode import evaluating
+from inbatch.runtime.isolation import usual_numerics
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -148,6 +149,7 @@ class Encoder(nn.Module):
         """Set evaluation mode without gradient within the context."""
         return evaluating(self)
 
+    @usual_numerics()
     def embed(self, images: Any, batch: int = 256) -> np.ndarray:
         """Return features (N, width) float32 of clean images.
 

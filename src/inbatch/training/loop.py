@@ -36,11 +36,11 @@ from inbatch.training.monitors.online_evaluation import (
     check_collapse,
     check_leak,
     choose_online_subsets,
-    evaluate_online,
     evaluation,
     evaluation_epochs,
     limited,
     make_online_evaluator,
+    record_online,
     report_comparison,
     survey,
 )
@@ -370,7 +370,8 @@ class _Loop:
         began = time.perf_counter()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        best = evaluate_online(self.evaluator, progress, epoch, self.log, built.loader.steps)
+        figures = self.stopping.on_rank_0(self.evaluator)
+        best = record_online(figures, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:
             check_leak(built, progress, epoch, self.log)

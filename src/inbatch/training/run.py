@@ -18,6 +18,7 @@ from inbatch.models.weights import READOUT
 from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
+from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
@@ -45,6 +46,7 @@ class Run:
         return load_run_encoder(self.directory).encoder
 
 
+@briefly_isolated
 def load(path: str | Path) -> Encoder:
     """Return the encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
 
@@ -52,10 +54,11 @@ def load(path: str | Path) -> Encoder:
     """
     loaded = load_run_encoder(path)
     if loaded.note:
-        warnings.warn(loaded.note, stacklevel=2)
+        warnings.warn(loaded.note, stacklevel=3)
     return loaded.encoder
 
 
+@briefly_isolated
 def load_run(path: str | Path) -> Run:
     """Return the finished run in a directory; raise ConfigError if there is none."""
     recipe, path = recipe_of(path), Path(path)
@@ -76,6 +79,7 @@ def recipe_of(path: str | Path) -> Recipe:
     return make(read_file(path / "recipe.json"))
 
 
+@isolated
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", **options: Any,
@@ -128,6 +132,7 @@ def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     return source
 
 
+@briefly_isolated
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     """Write the encoder of a run, finished or stopped, into its own folder, as `save_encoder` does.
 
@@ -161,12 +166,14 @@ def _is_free(out: Path) -> bool:
         return False
 
 
+@isolated
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
     return replay(Path(path), device_for(device))
 
 
+@isolated
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
@@ -191,7 +198,7 @@ def embed_run(
     if stage is not None:
         stage |= loaded.stage()
     elif loaded.note:
-        warnings.warn(loaded.note, stacklevel=2)
+        warnings.warn(loaded.note, stacklevel=3)
     encoder = loaded.encoder.to(device_for(device))
     every = splits(data)
     names = distinct(every) if split is None else [find_split(split, every) or split]

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import typer
 import typer.core
 from typer import Argument, Option
 
-from inbatch.apps.console import complain, first, print_json, say
+from inbatch.apps.console import complain, first, note, print_json, say
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError
 from inbatch.runtime import child_processes, signals, tuning
 
@@ -60,17 +61,25 @@ def main() -> None:
     tuning.program_begins()
     tuning.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs warnings if there is no home directory
-    with lasting_streams(), signals.answered_in_time(_tell) as stop:
-        try:
-            stop.release()
-            app()
-        except (SystemExit, signals.StopRequested) as end:
-            if stop.requested is None or getattr(end, "code", 1) == 0:
-                raise
-            error = signals.without_result(stop.requested)
-            if not signals.watchdog.told:  # before a command began
-                _tell(error)
-            signals.leave(error.exit_code)
+    try:
+        with lasting_streams(), signals.answered_in_time(_tell, _acknowledge) as stop:
+            _run(stop)
+    finally:
+        signals.complete()
+
+
+def _run(stop: signals.Stop) -> None:
+    """Run the command of the command line; after a signal, end without the regular exit of Python."""
+    try:
+        stop.release()
+        app()
+    except (SystemExit, signals.StopRequested) as end:
+        if stop.requested is None or getattr(end, "code", 1) == 0:
+            raise
+        error = signals.without_result(stop.requested)
+        if not signals.watchdog.told:  # before a command began
+            _tell(error)
+        signals.leave(error.exit_code)
 
 
 @contextmanager
@@ -178,6 +187,12 @@ def _tell(error: InbatchError) -> None:
         complain(str(error))
     if _told_as[0]:
         print_json({"error": str(error), "exit_code": error.exit_code})
+
+
+def _acknowledge(number: int) -> None:
+    """Report a signal whose handling takes a moment."""
+    if first() and not signals.watchdog.told:
+        note(f"{signal.Signals(number).name} received: stopping")
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
@@ -385,6 +386,7 @@ def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
             picture.save(file, format="PNG", pnginfo=png_mark())
 
 
+@isolated
 def inspect_run(
     path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
     device: str = "auto",

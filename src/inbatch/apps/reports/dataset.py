@@ -19,6 +19,7 @@ from inbatch.data.views import PRESETS
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError
 from inbatch.runtime.device import device_for
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import one_line, printable
@@ -29,6 +30,7 @@ _FEW = 3  # number of duplicate groups that are listed, and of members of each
 _ROWS, _COLUMNS = 8, 8  # size of the image grid
 
 
+@isolated
 def survey_data(
     data: Any, *, split: str | None = None, sample: int | None = None, out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,

@@ -4,14 +4,13 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from inbatch.data import Source
 from inbatch.errors import DataError
-from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 _CHUNK = 64  # images per task of a thread
 _BLOCK = 2**22  # values whose squares are in memory at once
@@ -82,9 +81,8 @@ def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> It
 
     Pixels: also sum pixel values.
     """
-    with ThreadPoolExecutor(cores()) as pool:
-        starts = range(0, len(indices), _CHUNK)
-        yield from pool.map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
+    starts = range(0, len(indices), _CHUNK)
+    return thread_map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
 
 
 def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:

@@ -18,6 +18,7 @@ from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import replacing
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
@@ -122,6 +123,7 @@ def _column(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)[:, None, None]
 
 
+@isolated
 def draw_views(
     data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
     settings: Mapping[str, Any] | None = None, **fields: Any,

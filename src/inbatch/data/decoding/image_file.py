@@ -5,7 +5,6 @@ tifffile decodes TIFF files that Pillow does not support.
 """
 
 import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +34,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 
 Its other readers stay disabled (EPS runs Ghostscript).
 """
-
-for _name in ("PIL.TiffImagePlugin", "tifffile"):
-    # a damaged file raises an error that names it; no second message is needed
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GAP = 3.0  # Pillow's `reducing_gap` from which its manual calls the result indistinguishable

@@ -17,10 +17,12 @@ from inbatch.evaluation.knn import knn_scores
 from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
 from inbatch.rng import fold, permutation
+from inbatch.runtime.isolation import usual_state
 
 _AT_ONCE = 2**22  # values of images that are corrupted together
 
 
+@usual_state()
 def corruptions(
     encoder: Encoder,
     train: Embeddings,
