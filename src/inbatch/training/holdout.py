@@ -7,6 +7,7 @@ from typing import Any
 from inbatch.data import Source, Subset, find_split, open_data, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Kept
+from inbatch.evaluation.embeddings import matched_labels
 from inbatch.methods import METHODS
 from inbatch.rng import permutation
 from inbatch.training.recipe import Recipe
@@ -47,10 +48,10 @@ def evaluation_split(
         download: Whether missing data may be downloaded.
 
     Raises:
-        DataError: If the test data have no labels or other classes.
+        DataError: If the test data have no labels, or classes that the bank does not have.
     """
     test = recipe.test if test is None else test
-    labelled = bool((source.labels >= 0).any())
+    labelled = has_classes(source)
     if test is None and not labelled:
         return None
     where, reading = data if test is None else test, recipe.reading | {"download": download}
@@ -70,8 +71,9 @@ def evaluation_split(
         seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     bank = source if labelled else open_data(where, "train", **reading)
-    if queries.classes != bank.classes:
-        raise DataError(f"{queries.name} has other classes than {bank.name}: pass test data with the same classes")
+    if not has_classes(queries):
+        raise DataError(f"{queries.name} has no labels, which the evaluation needs: use class sub-folders")
+    matched_labels(bank, queries)
     return EvaluationSplit(bank, queries, f"{split} split of {queries.name}")
 
 
@@ -79,15 +81,20 @@ def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> It
     """Yield the splits with labels among these, by name."""
     for name in names:
         source = open_data(data, name, **reading)
-        if bool((source.labels >= 0).any()):
+        if has_classes(source):
             yield name, source
 
 
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
-    if not bool((source.labels >= 0).any()):
+    if not has_classes(source):
         raise DataError(f"{source.name} has no labels, which the evaluation needs: use class sub-folders")
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
     return EvaluationSplit(bank, queries, how)
+
+
+def has_classes(source: Source) -> bool:
+    """Return whether an image has a class; several labels per image, (N, L), are no classes."""
+    return source.labels.ndim == 1 and bool((source.labels >= 0).any())
