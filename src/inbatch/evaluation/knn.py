@@ -67,6 +67,8 @@ def knn_scores(
         ConfigError: for another distance, a k that is not in 1 to M, or a temperature that is not above 0.
     """
     check_neighbours(k, len(bank), temperature, distance)
+    if query.device.type == "mps":  # it has no float64
+        query, bank = query.cpu(), bank.cpu()
     search = _Search(bank, labels.cpu(), classes, k, temperature if distance == "cosine" else None)
     near, place, size = search.listed(query, chunk or _QUERIES)
     rounding = size * torch.finfo(query.dtype).eps * (math.sqrt(query.shape[1]) + 8)  # three times the measured one

@@ -96,7 +96,7 @@ def compared(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> tuple[Int[
     known = labels >= 0
     if not known.any():
         raise DataError(f"none of {len(labels):,} labels is known (all are below 0): clusters need classes to compare.")
-    return labels[known].cpu(), clusters[known].cpu().clamp(min=-1)
+    return labels[known], clusters[known].clamp(min=-1)
 
 
 def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
