@@ -53,6 +53,7 @@ class Kept:
 
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.labels = source, source.name, source.labels
+        self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self._images: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -162,6 +163,7 @@ def _stream(
             index=index,
             name=source.name,
             feature=feature,
+            classes=getattr(source, "classes", ()),
         )
 
 
@@ -260,4 +262,5 @@ def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
         name=chunks[0].name,
         feature=chunks[0].feature,
         missing=tuple(bad.values()),
+        classes=chunks[0].classes,
     )

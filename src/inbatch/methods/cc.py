@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 
 
 def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:
@@ -63,6 +64,7 @@ class CC(Method):
         super().__init__()
         if not 0 <= entropy_weight < math.inf:
             raise ValueError(f"entropy_weight is a finite number of 0 or more, not {entropy_weight}")
+        check_temperature(temperature, cluster_temperature)
         self.num_clusters, self.out_dim = num_clusters, out_dim
         self.temperature, self.cluster_temperature = temperature, cluster_temperature
         self.entropy_weight = entropy_weight

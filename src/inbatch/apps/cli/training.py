@@ -22,6 +22,7 @@ from inbatch.apps.cli.app import (
 )
 from inbatch.apps.cli.output import (
     judged_by,
+    print_classes,
     print_dry_run,
     print_export,
     print_figures,
@@ -260,6 +261,7 @@ def evaluate(
             else:
                 untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
                 print_figures(untrained | {str(run): found})
+                print_classes(found)
                 say("", *judged_by(found, found["held_out"]))
             say(*([f"Note:       {found['note']}"] if found["note"] else []), f"Written to: {out}")
 

@@ -89,7 +89,7 @@ def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[
     vectors = F.normalize(vectors.float(), dim=1)
     similarity = vectors[chosen] @ vectors.T
     similarity[torch.arange(len(chosen)), chosen] = -torch.inf
-    return similarity.topk(neighbours, dim=1).indices
+    return similarity.sort(dim=1, descending=True, stable=True).indices[:, :neighbours]  # equal ones in source order
 
 
 def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tensor, "c h w"], colour: str) -> None:

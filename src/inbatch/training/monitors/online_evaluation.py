@@ -181,7 +181,7 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
             return _spread(built.encoder, embed_bank(built.encoder, sample, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
         measures = _spread(built.encoder, queries.vectors)
-        bank, queries = bank.labelled(), queries.labelled()
+        bank = bank.labelled()
         near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | measures
 
