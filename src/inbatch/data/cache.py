@@ -36,7 +36,7 @@ from inbatch.runtime.resources import cores
 WORTH = 2.0
 """Minimum decoding time in seconds of a cached set; caching faster ones would fill the disk without saving time."""
 
-_FORMAT = 2
+_FORMAT = 3
 _DEFAULT_GB = 10.0
 _STALE = 3600  # seconds since the last write after which an incomplete folder counts as abandoned
 _BLOCK = 2**24  # bytes per checksum
