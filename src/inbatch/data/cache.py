@@ -37,7 +37,7 @@ from inbatch.runtime.unfinished import remove_abandoned, unfinished_folder
 WORTH = 2.0
 """Minimum decoding time in seconds of a cached set; caching faster ones would fill the disk without saving time."""
 
-_FORMAT = 2
+_FORMAT = 3
 _DEFAULT_GB = 10.0
 _STALE = 3600  # seconds since the last write after which a folder counts as abandoned, without locks
 _BLOCK = 2**24  # bytes per checksum

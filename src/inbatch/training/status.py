@@ -69,6 +69,8 @@ class Report:
 def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) -> int:
     """Collect the unreadable images of all ranks, list them in a file, and report new ones; return their number.
 
+    Remarks about images that were read, such as warnings of Pillow, are reported once.
+
     Args:
         built: The run.
         out: Run directory; the list is bad_images.txt.
@@ -76,8 +78,12 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) 
         reported: Number of images already reported.
     """
     loader = built.loader
-    for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
+    for bad, remarks in distributed.distribute_tasks(lambda _: (loader.bad, loader.remarks), distributed.world()):
         loader.note(bad)
+        loader.add_remarks(remarks)
+    for sentence in loader.new_remarks():
+        if not distributed.rank():
+            log.note(sentence)
     sentences = loader.unreadable()
     if distributed.rank() or len(sentences) == reported:
         return len(sentences)

@@ -1,6 +1,7 @@
 """Data set report: contents of a data set, and problems that would prevent training (`inbatch data`)."""
 
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -77,8 +78,11 @@ def survey_data(
         "skipped": {one_line(kind): n for kind, n in source.skipped().items()},
         "formats": dict(seen.kinds.most_common()),
         "bits": {str(bits): n for bits, n in sorted(seen.bits.items())},
+        "pages": {str(pages): n for pages, n in sorted(seen.pages.items())},
+        "alpha": _alpha(source, seen),
         "sizes": _sizes(seen),
         "pixels": _pixels(seen),
+        "warnings": _warnings(source, seen),
         "unreadable": [{"image": one_line(source.identity(i)), "why": one_line(why)} for i, why in seen.unreadable],
         "duplicates": _duplicates(source, seen),
         "splits": {chosen: len(source)},
@@ -90,7 +94,7 @@ def survey_data(
     found["memory"] = _memory(recipe, source, device)
     found["batch"], found["steps"] = recipe.batch_size, len(source) // recipe.batch_size
     found["problems"] = _problems(source, seen, found, recipe.max_unreadable)
-    found["levels"] = _levels(seen) if recipe.levels is None and max(seen.bits, default=8) > 8 else None
+    found["levels"] = _levels(seen) if recipe.levels is None else None
     found["picture"] = None if out is None or not seen.numbers else _draw(source, seen, Path(out))
     what = shlex.quote(recipe.data)
     how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
@@ -137,9 +141,35 @@ def _pixels(seen: ImageStatistics) -> dict[str, list[float]]:
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
-def _levels(seen: ImageStatistics) -> list[int]:
-    """Return the range of 16-bit values that contains all pixels, as far as their upper 8 bits show."""
-    return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
+def _levels(seen: ImageStatistics) -> list[int] | None:
+    """Return the range of values that contains all pixels, as far as their upper 8 bits show.
+
+    None if no image has more than 8 bits, or one is inverted: its pixels do not show the range.
+    """
+    if max(seen.bits, default=8) <= 8 or seen.inverted:
+        return None
+    step = (seen.white + 1) / 256
+    return [int(step * int(np.min(seen.lowest))), math.ceil(step * (int(np.max(seen.highest)) + 1)) - 1]
+
+
+def _alpha(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+    """Summarise the images with alpha: `not_opaque` are fractions of their pixels."""
+    shares = [share for _, share in seen.transparent]
+    return {
+        "images": len(shares),
+        "not_opaque": sum(shares) / len(shares) if shares else 0.0,
+        "files": [{"image": one_line(source.identity(i)), "not_opaque": share} for i, share in seen.transparent],
+    }
+
+
+def _warnings(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+    """Count the images that Pillow warned about, by text; numbers in a text are left out of the count."""
+    texts = Counter(text for _, told in seen.warned for text in {re.sub(r"\d+", "N", one_line(t)) for t in told})
+    return {
+        "images": len(seen.warned),
+        "texts": dict(texts.most_common()),
+        "files": [{"image": one_line(source.identity(i)), "texts": list(map(one_line, t))} for i, t in seen.warned],
+    }
 
 
 def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
