@@ -49,11 +49,13 @@ def test_only_paths_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for data, kept in (
         ("digits-canvas", False), ("torchvision/STL10", False), ("hf/mnist", False), ("no such", False),
         ("shards", True), ("shards/{000..003}.tar", True), ("nowhere/{000..003}.tar", False),
+        ("shards:digits-canvas/*.jpg", True), ("shards:nowhere", False),
     ):  # fmt: skip
         recipe = replace(RECIPE, data=data)
         save_places(tmp_path, recipe, recipe)
         assert ("data" in json.loads((tmp_path / "data.json").read_text())) == kept, data
-        assert located(tmp_path, recipe).data == (os.path.abspath(data) if kept else data)
+        absolute = ":".join(os.path.abspath(path) for path in data.split(":"))
+        assert located(tmp_path, recipe).data == (absolute if kept else data)
 
 
 FIELDS = {"encoder": "tiny", "batch_size": 20, "epochs": 2, "quiet": True, "settings": {"method.out_dim": 8}}

@@ -12,6 +12,7 @@ from typing import Any
 from inbatch.data import Source
 from inbatch.errors import DataError
 from inbatch.runtime.files import read_json, write_json
+from inbatch.runtime.path_list import listed_paths
 from inbatch.training.recipe import Recipe
 
 FILE = "data.json"
@@ -38,12 +39,13 @@ def save_places(run: Path, recipe: Recipe, here: Recipe) -> None:
 def _place(run: Path, given: str | None, path: str | None) -> dict[str, str] | None:
     if given is None or path is None or not _is_path(path):
         return None
-    absolute = os.path.abspath(path)
+    paths = [os.path.abspath(one) for one in listed_paths(path)]
+    here = os.path.abspath(run)
     try:
-        relative = os.path.relpath(absolute, os.path.abspath(run))
+        relative = [os.path.relpath(one, here) for one in paths]
     except ValueError:  # another drive of Windows
-        relative = absolute
-    return {"given": given, "absolute": absolute, "from_run": relative}
+        relative = paths
+    return {"given": given, "absolute": os.pathsep.join(paths), "from_run": os.pathsep.join(relative)}
 
 
 def located(run: Path, recipe: Recipe) -> Recipe:
@@ -76,16 +78,21 @@ def check_same_images(then: str, now: str) -> None:
 
 
 def _first(run: Path, place: Any, given: str | None) -> str | None:
+    """Return the first place of a setting that exists; None if none does, or if the recipe has another path now."""
     if not isinstance(place, dict) or given is None or place.get("given") != given:
         return None
-    absolute, relative = place.get("absolute"), place.get("from_run")
-    paths = [absolute, os.path.normpath(os.path.join(run, relative)) if isinstance(relative, str) else None]
-    return next((path for path in paths if isinstance(path, str) and _is_path(path)), None)
+    absolute, relative = (str(place.get(key, "")) for key in ("absolute", "from_run"))
+    moved = [os.path.normpath(os.path.join(run, one)) for one in relative.split(os.pathsep)]
+    return next((text for text in (absolute, os.pathsep.join(moved)) if _is_path(text)), None)
 
 
 def _is_path(text: str) -> bool:
-    """Return whether a setting is a path that exists, or a pattern in a folder that exists."""
-    if text.startswith(_NAMED) or "\0" in text:
+    """Return whether a setting is a path that exists, several of them, or a pattern in a folder that exists."""
+    if text.startswith(_NAMED) or not text or "\0" in text:
         return False
+    return all(os.path.exists(one) or _is_open_pattern(one) for one in listed_paths(text))
+
+
+def _is_open_pattern(text: str) -> bool:
     start = min((text.find(sign) for sign in _PATTERN if sign in text), default=None)
-    return os.path.exists(text) or (start is not None and os.path.isdir(os.path.dirname(text[:start]) or "."))
+    return start is not None and os.path.isdir(os.path.dirname(text[:start]) or ".")

@@ -10,6 +10,7 @@ from typing import Any
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed
+from inbatch.runtime.path_list import joined_paths
 from inbatch.training import checkpoint
 from inbatch.training.build import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
@@ -105,7 +106,7 @@ def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings
     """Return the current place of a run's images, None for the known one; check that other settings are the run's."""
     requested = dict(requested)
     place = requested.pop("data", None)
-    data = place if data is None else data
+    data = joined_paths(place if data is None else data)
     saved, flat, changed = recipe.nested(), recipe.flat(), {}
     for key, value in requested.items():
         if key == "context" and value == "auto":
