@@ -152,5 +152,7 @@ def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_pat
     assert state.step == report["last_step"] > 0
     recipe = json.loads((out / "recipe.json").read_text()) | {"epochs": state.step // 5 + 1}
     (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter run, so that the test ends too
+    kept = state.run | {"recipe": recipe}
+    inbatch.training.checkpoint.save(out / "checkpoints", state.state, step=state.step, run=kept)
     run = inbatch.pretrain(resume=out, quiet=True)
     assert run.result["world"] == 1 and run.result["context"] == 20

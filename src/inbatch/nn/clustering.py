@@ -134,6 +134,12 @@ class Clustering(nn.Module):
         self.register_buffer("assignment", torch.zeros(images, dtype=torch.int64))
         self.register_buffer("made", torch.zeros(()))
 
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        assignment, errors = state.get(f"{prefix}assignment"), rest[-1]
+        if assignment is not None and not 0 <= int(assignment.min()) <= int(assignment.max()) < len(self.density):
+            errors.append(f"{prefix}assignment is not a number of 0 to {len(self.density) - 1} for each image")
+        super()._load_from_state_dict(state, prefix, *rest)
+
     @torch.no_grad()
     def remember(
         self, centroids: Float[Tensor, "k d"], density: Float[Tensor, "k"], assignment: Int[Tensor, "m"]

@@ -29,6 +29,7 @@ from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
+from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
 from inbatch.training.rates import set_rates
 from inbatch.training.recipe import Recipe
@@ -59,6 +60,10 @@ class RunComponents:
     def total(self) -> int:
         """Number of steps of the whole run."""
         return self.timeline.total
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this run besides its state (`checkpoint_recipe.run_facts`)."""
+        return run_facts(self.recipe, self.context, distributed.world())
 
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""

@@ -72,6 +72,7 @@ class RunPlan:
         choice: How the recipe was chosen for its budget; None without a budget.
         context: The context size, if it was searched for.
         memory: A sentence if the context was reduced to fit in memory, else empty.
+        here: The recipe of a resumed run with the paths at which its data are now; None if they are as in `recipe`.
     """
 
     recipe: Recipe
@@ -80,6 +81,7 @@ class RunPlan:
     choice: Choice | None = None
     context: ContextSize | None = None
     memory: str = ""
+    here: Recipe | None = None
 
     @property
     def loader(self) -> Loader | None:

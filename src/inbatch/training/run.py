@@ -20,6 +20,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.terminal import counted
+from inbatch.training.data_places import located
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
@@ -107,7 +108,7 @@ def evaluate_run(
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
-    own, path = recipe_of(path), Path(path)
+    own, path = located(Path(path), recipe_of(path)), Path(path)
     loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
@@ -241,8 +242,3 @@ def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
             except DataError as error:
                 first = first or error
     raise first or DataError(f"{data} cannot be read")
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's run.json; empty if there is none."""
-    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}

@@ -22,8 +22,10 @@ from inbatch.rng import fold
 from inbatch.runtime import distributed
 from inbatch.runtime.files import read_json
 from inbatch.training import checkpoint
+from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.settings_file import read_file
+from inbatch.training.side_files import report_of
 
 CPU = torch.device("cpu")
 ENDED = ("preempted", "interrupted", "failed", "crashed")
@@ -216,7 +218,7 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run")
-    report = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    report = report_of(path)
     if (path / "encoder" / "config.json").is_file():
         return RunEncoder(load_encoder(path / "encoder"), _count(report, "last_step"), _count(report, "steps"))
     if (path / "recipe.json").is_file():
@@ -239,6 +241,7 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         ) from None
     except InbatchError as error:
         raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
+    check_recipe(saved, recipe, path / "recipe.json")
     encoder, notes = _without_weights(recipe, path)
     network = saved.state.get("average") or saved.state.get("tower")
     try:

@@ -13,8 +13,11 @@ from inbatch.runtime import distributed
 from inbatch.runtime.files import out_of_room, replacing, write_json
 from inbatch.runtime.signals import StopRequested
 from inbatch.training.build import RunComponents
+from inbatch.training.data_places import save_places
 from inbatch.training.metric_logger import Log
-from inbatch.training.replay import FOLDER
+from inbatch.training.recipe import Recipe
+from inbatch.training.run_encoder import save_initial
+from inbatch.training.side_files import FILES, FOLDERS, damaged, move_aside
 from inbatch.training.train_state import TrainState
 
 
@@ -98,10 +101,27 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) 
     return len(sentences)
 
 
+def begin_run(out: Path, built: RunComponents, here: Recipe, resumed: bool) -> list[str]:
+    """Write the files of a run that it has before its first step; return sentences for the user.
+
+    Args:
+        out: Run directory, locked by the caller; a new run replaces the files of an earlier one.
+        built: The run.
+        here: Its recipe with the paths at which its data are now.
+        resumed: Whether the run continues.
+    """
+    sentences = [*(damaged(out) if resumed else ()), *move_aside(out)]
+    if not resumed:
+        clear(out)
+        write_json(out / "recipe.json", built.recipe.nested())
+        save_initial(built.recipe, built.encoder, out)
+    save_places(out, built.recipe, here)
+    return sentences
+
+
 def clear(out: Path) -> None:
     """Remove the files of a run from its directory, and no others."""
-    for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
-    for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
+    for name in FILES:
         (out / name).unlink(missing_ok=True)

@@ -125,7 +125,7 @@ class Stopping:
         kept = self._kept.get("progress", {})
         if kept.get("step") == step and distributed.rank() == 0:
             if step and (step, kept["ended"]) != self.progress.saved:
-                save(self.out / "checkpoints", self._state(), step=step)
+                save(self.out / "checkpoints", self._state(), step=step, run=self.built.facts())
             if self._log.exists():
                 os.truncate(self._log, self._logged)  # what a lost evaluation logged will be logged again
         lost = self._step == step

@@ -128,7 +128,8 @@ def pretrain(
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
     set_: Set = None,
     resume: Annotated[
-        str | None, Option(metavar="RUN|auto", help="Continue a run; auto: the one in --output-dir, if there is one.")
+        str | None,
+        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto: in --output-dir."),
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,

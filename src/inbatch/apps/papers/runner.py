@@ -25,7 +25,7 @@ from inbatch.apps.reports.crop_statistics import count_configurations
 from inbatch.errors import DataError, InbatchError, Preempted, TrainingError
 from inbatch.runtime import child_processes
 from inbatch.runtime.environment import environment
-from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.files import locked, read_json, write_json
 from inbatch.runtime.resources import cores
 from inbatch.runtime.signals import stop_on_signals, stopped
 from inbatch.training.recipe import make
@@ -260,17 +260,16 @@ def _progress(folder: Path) -> float:
             file.seek(max(0, file.seek(0, 2) - 4096))
             last = file.read().splitlines()[-1]
         return float(min(1.0, json.loads(last)["step"] / steps))
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return 0.0
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
     """Return the result of a run, made here or elsewhere; None if there is none."""
     try:
-        found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / "result.json")
+    except DataError:
         return None
-    return found
 
 
 def _source(place: str) -> str:

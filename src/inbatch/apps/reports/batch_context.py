@@ -26,11 +26,14 @@ from inbatch.runtime.picture_mark import png_mark
 from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
+from inbatch.training.checkpoint_recipe import check_recipe
+from inbatch.training.data_places import located
 from inbatch.training.monitors.context_leak import leak, sign
 from inbatch.training.recipe import make
-from inbatch.training.run import report_of, source_of
+from inbatch.training.run import source_of
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.settings_file import read_file
+from inbatch.training.side_files import report_of
 from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
@@ -410,12 +413,13 @@ def inspect_run(
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if count < 1 or seed < 0:
         raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
-    saved = checkpoint.load(folder / "checkpoints")
-    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
-    # a run of several processes stores its context group size in the report
-    if context := report_of(folder).get("context"):
+    saved, settings = checkpoint.load(folder / "checkpoints"), read_file(folder / "recipe.json")
+    check_recipe(saved, make(settings), folder / "recipe.json")
+    settings |= {"seed": seed, "compile": False}
+    # a run of several processes stores its context group size
+    if context := (saved.run or report_of(folder)).get("context"):
         settings["context"] = context
-    recipe = make(settings)
+    recipe = located(folder, make(settings))
     try:
         source = source_of(recipe, data)
     except DataError as error:
