@@ -42,8 +42,8 @@ class CC(Method):
 
     num_clusters: number of clusters; None is the number of classes of the data.
     temperature, cluster_temperature: T among samples, among clusters.
-    entropy_weight: weight of the lack of entropy of the cluster sizes (Eq. 6); more spreads samples over all clusters.
     out_dim: width of the projection.
+    entropy_weight: weight of the lack of entropy of the cluster sizes (Eq. 6); more spreads samples over all clusters.
     """
 
     online = ("projection", "clusters")
