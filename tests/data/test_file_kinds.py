@@ -104,7 +104,7 @@ class TestWarnings:
         return tmp_path
 
     def test_collected_by_image(self, recwarn):
-        before = warnings.filters[:], warnings.showwarning
+        before = warnings.filters[:], warnings.showwarning, warnings.warn
         for kind in ("JPEG", "WEBP"):
             with opened(corrupt_exif(kind)) as picture:
                 picture.tensor()
@@ -112,7 +112,7 @@ class TestWarnings:
         with opened(encoded(INFRARED[..., :3], "PNG")) as picture:
             picture.tensor()
         assert picture.warnings == [] and not recwarn.list
-        assert (warnings.filters, warnings.showwarning) == before
+        assert (warnings.filters, warnings.showwarning, warnings.warn) == before
 
     def test_counted_in_the_report(self, folder, recwarn):
         found = survey_data(folder)
@@ -137,14 +137,14 @@ class TestWarnings:
             assert "about 6 images" in said and loader.new_remarks() == []
         assert not recwarn.list
 
-    def test_each_thread_has_its_own_and_the_last_restores_the_filters(self, recwarn):
-        before, texts, meet = warnings.filters[:], {0: [], 1: []}, threading.Barrier(2, timeout=10)
+    def test_each_thread_has_its_own_and_the_last_ends_the_redirection(self, recwarn):
+        before, texts, meet = (warnings.filters[:], warnings.warn), {0: [], 1: []}, threading.Barrier(2, timeout=10)
 
         def read(number):
             with pillow.collected(texts[number]):
                 meet.wait()
-                warnings.warn_explicit(f"of {number}", UserWarning, pillow.__file__, 1)  # of another module: shown
-                warnings.warn_explicit(f"of {number}", UserWarning, Image.__file__, 1, "PIL.Image")
+                warnings.warn(f"of this module {number}", UserWarning, stacklevel=1)  # not of Pillow: shown
+                exec(f"warnings.warn('of {number}')", {"__name__": "PIL.Image", "warnings": warnings})
                 meet.wait()
 
         threads = [threading.Thread(target=read, args=(number,)) for number in texts]
@@ -152,8 +152,9 @@ class TestWarnings:
             thread.start()
         for thread in threads:
             thread.join()
-        assert texts == {0: ["of 0"], 1: ["of 1"]} and warnings.filters == before
-        assert sorted(str(w.message) for w in recwarn.list) == ["of 0", "of 1"]
+        assert texts == {0: ["of 0"], 1: ["of 1"]} and (warnings.filters, warnings.warn) == before
+        shown = sorted((str(w.message), w.filename) for w in recwarn.list)
+        assert shown == [(f"of this module {number}", __file__) for number in texts]
 
 
 def pgm(values, kind="P5", white=4095, comment=b"# a scan\n") -> bytes:
