@@ -261,7 +261,7 @@ def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -
 
 def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> None:
     found = run(f"embed {finished} digits-canvas --split test -o {tmp_path / 'f.npz'} --json")
-    assert one_object(found.stdout) == {"images": 500, "out": str(tmp_path / "f.npz")}
+    assert one_object(found.stdout) == {"images": 500, "out": str(tmp_path / "f.npz"), "splits": {"test": 500}}
     vectors = np.load(tmp_path / "f.npz", allow_pickle=False)["vector"]
     source = inbatch.data.open_data("digits-canvas", "test")
     expected = inbatch.load(finished).embed([source.image(i) for i in range(5)])

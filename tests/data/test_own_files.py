@@ -93,8 +93,13 @@ def test_the_data_are_the_run_directory(tmp_path):
 
 def test_other_formats_have_no_mark_and_are_refused_among_the_images(tmp_path):
     photos = fill(tmp_path / "photos", "1.png", "2.png")
+    fill(tmp_path / "other", "1.png")
     refusal = r"would become an image of the data: choose a name that ends in \.png"
-    for write in (lambda out: inbatch.survey_data(photos, out=out), lambda out: inbatch.draw_views(photos, out)):
+    for write in (
+        lambda out: inbatch.survey_data(photos, out=out),
+        lambda out: inbatch.draw_views(photos, out),
+        lambda out: inbatch.draw_views([tmp_path / "other", photos], out),
+    ):
         with pytest.raises(ConfigError, match=refusal):
             write(photos / "sub" / "x.jpg")
     for out in (photos / "x.png", tmp_path / "x.jpg"):

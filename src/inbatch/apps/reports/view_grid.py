@@ -19,6 +19,7 @@ from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import replacing
 from inbatch.runtime.isolation import isolated
+from inbatch.runtime.path_list import joined_paths, listed_paths
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
@@ -99,13 +100,15 @@ def _save(path: str | Path, picture: Image.Image) -> None:
 
 def check_place(out: str | Path, data: Any) -> None:
     """Raise ConfigError if a picture would become an image of the data: only PNG files are marked and left out."""
+    data = joined_paths(data)
     if not isinstance(data, str | os.PathLike) or Path(out).suffix.lower() == ".png":
         return
-    if Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
-        raise ConfigError(
-            f"{out} lies in {os.fspath(data)} and would become an image of the data: choose a name that ends in .png, "
-            "which inbatch marks and leaves out, or another folder"
-        )
+    for path in listed_paths(os.fspath(data)):
+        if Path(path).is_dir() and Path(out).resolve().is_relative_to(Path(path).resolve()):
+            raise ConfigError(
+                f"{out} lies in {path} and would become an image of the data: choose a name that ends in .png, which "
+                "inbatch marks and leaves out, or another folder"
+            )
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
