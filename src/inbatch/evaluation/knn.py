@@ -18,6 +18,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluation.accuracy import hits
 from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.isolation import usual_numerics
 
 _QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
@@ -229,6 +230,7 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, place.gather(1, at)
 
 
+@usual_state()
 def knn(
     train: Embeddings,
     test: Embeddings,
