@@ -18,8 +18,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluation.accuracy import hits
 from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.nn.cpu_matmul import fast_products
-from inbatch.runtime.isolation import usual_state
-from inbatch.runtime.isolation import usual_numerics
+from inbatch.runtime.isolation import usual_numerics, usual_state
 
 _QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
 _MORE = 32  # nearest rows that are listed in addition to k
