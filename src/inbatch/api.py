@@ -133,14 +133,14 @@ def pretrain(
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
             if distributed.rank() == 0 and previous is None:
                 clear(directory)
-                write_json(directory / "recipe.json", plan.recipe.nested())
+                write_json(directory / "recipe.json", built.recipe.nested())
                 save_initial(plan.recipe, built.encoder, directory)
             result = train(
                 built, directory, split, resume=previous is not None, quiet=quiet, notes=_notes(plan, built, stale),
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
                 calibration=plan.choice.json() if plan.choice else None,
             )  # fmt: skip
-        return Run(directory, plan.recipe, result)
+        return Run(directory, built.recipe, result)
 
 
 def prepare(
@@ -180,7 +180,7 @@ def dry_run(
         lines += [*(plan.choice.sentences() if plan.choice else ()), expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
         return {
-            "recipe": plan.recipe.nested(),
+            "recipe": built.recipe.nested(),
             "held_out": split and split.description,
             **({"context_found": plan.context.json()} if plan.context else {}),
             "seconds_estimate": {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)},
@@ -260,8 +260,8 @@ def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> Ru
         requested = {"data": str(data)} | requested
     changed = {}
     for key, value in requested.items():
-        if key == "context" and value == "auto":
-            continue  # the context was chosen when the run started; another value would make it a different run
+        if (key, value) in (("context", "auto"), ("cache_on_device", None)):
+            continue  # chosen when the run started; another choice would make it a different run
         if flat.get(key) != value and make(saved | {key: value}).flat() != flat:
             changed[key] = value
     if changed:

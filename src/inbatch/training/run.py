@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from inbatch.data import GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import embed_stream as stream
@@ -21,6 +23,7 @@ from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
+from inbatch.training.machine import machine
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
@@ -110,6 +113,7 @@ def evaluate_run(
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
     origin = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | loaded.stage()
+    origin["environment"] = machine(encoder.device, torch.float32)
     origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
     if split is None:
         if protocols is not None or from_ == "head":

@@ -12,8 +12,8 @@ from inbatch.training.registry import Part, make_part
 
 Settings = Mapping[str, Any]
 SCALES = ("smoke", "cpu", "gpu", "paper")
-LEFT_OUT = ("data", "test", "seed", "preset")
-"""Settings that do not distinguish two runs: the location of images, and the origin of other settings."""
+LEFT_OUT = ("data", "test", "seed", "preset", "cache_on_device")
+"""Settings that do not distinguish two runs: where images are and are held, and the origin of other settings."""
 
 
 @dataclass(frozen=True)
