@@ -13,6 +13,7 @@ from inbatch.errors import ConfigError
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked, write_json
+from inbatch.runtime.paths import expanded, path_of
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
@@ -236,7 +237,7 @@ def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | 
     automatic = resume is True or resume == "auto"
     if automatic and out is None:
         raise ConfigError("--resume auto needs --output-dir: the directory of the run")
-    folder = Path(out if automatic else resume)  # type: ignore[arg-type]
+    folder = path_of(out, "out") if automatic else path_of(resume, "resume")
     if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
         return folder
     if automatic:
@@ -248,7 +249,7 @@ def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
     """Return whether `out` may be resumed but holds only a run that ended before its first checkpoint."""
     if out is None or resume not in (True, "auto"):
         return False
-    return not any((Path(out) / name).exists() for name in ("encoder", "result.json"))
+    return not any((path_of(out, "out") / name).exists() for name in ("encoder", "result.json"))
 
 
 def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> RunPlan:
@@ -256,6 +257,7 @@ def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> Ru
     saved = read_file(folder / "recipe.json")
     recipe = make(saved)
     flat = recipe.flat()
+    data = expanded(data)
     if isinstance(data, str | Path):
         requested = {"data": str(data)} | requested
     changed = {}
@@ -285,7 +287,7 @@ def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> Ru
 def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) -> Path:
     """Return the directory for a new run, chosen by rank 0 for all ranks; without a recipe, only check `out`."""
     if out is not None:
-        folder = Path(out)
+        folder = path_of(out, "out")
         if (folder / "recipe.json").exists() and not overwrite:
             raise ConfigError(
                 f"{folder} already holds a run: continue it (--resume {folder}), replace it (--overwrite), "

@@ -9,6 +9,7 @@ from inbatch.api import Run, pretrain
 from inbatch.data import open_data
 from inbatch.evaluation import evaluate, raw_pixels
 from inbatch.runtime.files import write_json
+from inbatch.runtime.paths import path_of
 
 DATA = "digits-canvas"
 EPOCHS = 10
@@ -85,7 +86,8 @@ def quickstart(
     """
     began = time.perf_counter()
     chosen = SETTINGS | {"epochs": epochs or EPOCHS}
-    run = pretrain(DATA, "simclr", out=_fresh(Path(out)), device=device, quiet=quiet, seed=seed, settings=chosen)
+    folder = _fresh(path_of(out, "out"))
+    run = pretrain(DATA, "simclr", out=folder, device=device, quiet=quiet, seed=seed, settings=chosen)
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
     rows = {
         RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=run.recipe.knn_k, seed=seed),

@@ -19,6 +19,7 @@ from inbatch.data.sources import (
 )
 from inbatch.data.sources.class_lists import choose
 from inbatch.errors import DataError
+from inbatch.runtime.paths import expanded
 
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
     "an array, a tensor or a pair (images, labels)": arrays.find_arrays,
@@ -86,6 +87,7 @@ def open_data(
 
 
 def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
+    data = expanded(data)
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
             return found

@@ -10,7 +10,7 @@ import torch
 from inbatch.errors import ConfigError
 from inbatch.evaluation.clustering import clustering
 from inbatch.evaluation.corruptions import check, corruptions
-from inbatch.evaluation.embed import Encoder, Source, embed
+from inbatch.evaluation.embed import Encoder, Source, as_source, check_encoder, embed
 from inbatch.evaluation.embeddings import Embeddings, class_count
 from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels
 from inbatch.evaluation.finetune import Finetune, finetune
@@ -26,9 +26,9 @@ PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
 
 
 def evaluate(
-    encoder: Encoder | None,
-    train: Source | Embeddings,
-    test: Source | Embeddings,
+    encoder: Any,
+    train: Any,
+    test: Any,
     *,
     protocols: Sequence[str] = PROTOCOLS[:3],
     k: int = 200,
@@ -52,8 +52,8 @@ def evaluate(
 
     Args:
         encoder: the encoder; may be None if train and test are embeddings.
-        train: source of images, or embeddings.
-        test: source of images, or embeddings. finetune and corruptions need the encoder and images.
+        train: embeddings, or images: a source, or what `open_data` opens.
+        test: embeddings, or images. finetune and corruptions need the encoder and images.
         protocols: names in PROTOCOLS.
         k: number of neighbours of k-NN.
         temperature: of k-NN.
@@ -71,9 +71,12 @@ def evaluate(
         workers: processes that decode images.
 
     Raises:
-        ConfigError: for unknown protocols.
-        DataError: without labels, with one class only, or if features are not finite.
+        ConfigError: for unknown protocols, or something else than an encoder.
+        DataError: for data that cannot be opened, without labels, with one class only, or if features are not finite.
     """
+    if encoder is not None:
+        check_encoder(encoder)
+    train, test = (data if isinstance(data, Embeddings) else as_source(data, encoder) for data in (train, test))
     _check_protocols(protocols, encoder, train, test)
     features = [
         data if isinstance(data, Embeddings) else _embedded(encoder, data, batch, precision, workers)

@@ -15,6 +15,7 @@ from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
 from inbatch.models.readout import Readout
 from inbatch.runtime.files import read_json, replacing
+from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
@@ -81,7 +82,8 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     the weights of the backbone keep their plain names, and those of the n-th block are added as `attend.n.NAME`.
     """
     module, ours = as_saved(encoder)
-    write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
+    folder = path_of(directory, "directory")
+    write(folder, module, ours | write_readout(encoder, folder), _timm_config(encoder))
 
 
 def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:

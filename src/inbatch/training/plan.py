@@ -11,6 +11,7 @@ import torch
 from inbatch.data import Loader, Source, open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed
+from inbatch.runtime.paths import expanded
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
@@ -198,7 +199,7 @@ def _whole(key: str, value: Any) -> int:
 
 def requested_data(data: Any, settings: Settings) -> Any:
     """Return the data to learn from: the argument, else the setting."""
-    data = settings.get("data") if data is None else data
+    data = expanded(settings.get("data") if data is None else data)
     if data is None:
         raise ConfigError("no images: pass --data with a folder, a file of images, or a data set such as digits-canvas")
     return data

@@ -19,6 +19,7 @@ from inbatch.models.weights import READOUT
 from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
@@ -60,7 +61,7 @@ def load(path: str | Path) -> Encoder:
 
 def load_run(path: str | Path) -> Run:
     """Return the finished run in a directory; raise ConfigError if there is none."""
-    recipe, path = recipe_of(path), Path(path)
+    recipe, path = recipe_of(path), path_of(path)
     if not (path / "result.json").is_file():
         where = shlex.quote(str(path))
         raise ConfigError(
@@ -72,7 +73,7 @@ def load_run(path: str | Path) -> Run:
 
 def recipe_of(path: str | Path) -> Recipe:
     """Return the recipe of a run, finished or not; raise ConfigError if there is no run."""
-    path = Path(path)
+    path = path_of(path)
     if not (path / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     return make(read_file(path / "recipe.json"))
@@ -105,7 +106,7 @@ def evaluate_run(
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
-    own, path = recipe_of(path), Path(path)
+    own, path = recipe_of(path), path_of(path)
     loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
@@ -140,7 +141,7 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the folder contains anything except a previously written encoder.
     """
-    out = Path(out)
+    out = path_of(out, "out")
     if out.exists() and not _is_free(out):
         raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
     loaded = load_run_encoder(path)
@@ -167,7 +168,7 @@ def _is_free(out: Path) -> bool:
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
-    return replay(Path(path), device_for(device))
+    return replay(path_of(path), device_for(device))
 
 
 def embed_run(
@@ -197,7 +198,7 @@ def embed_run(
     source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
     chunks = stream(encoder, source, batch=256, missing=missing)
     with encoder.plain() if plain else nullcontext():
-        return write_embeddings(Path(out), chunks if quiet else counted(chunks, len(source), "embedded"))
+        return write_embeddings(out, chunks if quiet else counted(chunks, len(source), "embedded"))
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:

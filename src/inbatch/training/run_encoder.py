@@ -20,6 +20,7 @@ from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
 from inbatch.runtime import distributed
 from inbatch.runtime.files import read_json
+from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.settings_file import read_file
@@ -77,7 +78,10 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
         notes: Receives a sentence if that run has not finished.
     """
     init = recipe.encoder.options.get("init")
-    if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
+    if init is None or init == "timm":
+        return init
+    init = path_of(init, "encoder.init")
+    if not (init / "recipe.json").is_file():
         return init
     loaded = load_run_encoder(init)
     notes += [loaded.note] if loaded.note else []
@@ -130,7 +134,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     init = settings.get("encoder.init")
     if init in (None, "timm") or settings.get("encoder.name") is not None or not isinstance(init, str | Path):
         return settings
-    folder = Path(init)
+    folder = path_of(init, "encoder.init")
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
         arguments = {"name": encoder.name} | encoder.options
@@ -190,7 +194,7 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
         ConfigError: If there is neither an encoder nor a checkpoint.
         DataError: If they are damaged.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run")
     report = read_json(path / "run.json") if (path / "run.json").is_file() else {}

@@ -81,6 +81,18 @@ def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
     return lines
 
 
+def print_evaluation(found: Mapping[str, Any], run: str) -> None:
+    """Print the figures of a run's encoder, and the images behind them."""
+    if "unlabelled" in found:
+        print_measures(found["unlabelled"], found["initial"], run)
+        say("", f"Judged by:  {found['images']:,} images without labels")
+    else:
+        untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
+        print_figures(untrained | {run: found})
+        say("", *judged_by(found, found["held_out"]))
+    say(*([f"Note:       {found['note']}"] if found["note"] else []))
+
+
 def print_verdict(verdict: "Verdict") -> None:
     """Print the table of a quickstart, its plots, and the next command."""
     folder = verdict.run.directory

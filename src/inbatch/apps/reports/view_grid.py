@@ -16,7 +16,8 @@ from inbatch.data.views.crop_pairs import arrange
 from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
-from inbatch.runtime.files import replacing
+from inbatch.runtime.files import check_writable, replacing
+from inbatch.runtime.paths import path_of
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
 
@@ -68,12 +69,12 @@ def save_grid(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write `grid` to an image file atomically; raise ValueError for an unknown file extension."""
+    """Write `grid` to an image file atomically; raise ConfigError for an unknown file extension."""
     _save(path, Image.fromarray(grid(images, drawn, mean, std)))
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; raise ValueError for an unknown file extension."""
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ConfigError for an unknown file extension."""
     columns = max(map(len, rows))
     sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
     for row, images in enumerate(rows):
@@ -86,12 +87,25 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
 
 
 def _save(path: str | Path, picture: Image.Image) -> None:
-    """Write a picture atomically; raise ValueError for an extension that Pillow cannot write."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"unknown file extension: {Path(path).suffix}")
-    with replacing(Path(path)) as file:
+    """Write a picture atomically."""
+    kind = _format(path)
+    with replacing(path_of(path, "out")) as file:
         picture.save(file, format=kind)
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise ConfigError for a file extension that Pillow cannot write, InbatchError if the file cannot be written."""
+    _format(path)
+    check_writable(path_of(path, "out"))
+
+
+def _format(path: str | Path) -> str:
+    """Return Pillow's name of the format of a picture."""
+    file = path_of(path, "out")
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ConfigError(f"cannot write {file}: unknown file extension {file.suffix!r}; use .png or .jpg")
+    return kind
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -114,6 +128,7 @@ def draw_views(
     settings: Mapping[str, Any] | None = None, **fields: Any,
 ) -> Part:  # fmt: skip
     """Draw some images with their views into an image file; return the name and options of the views."""
+    check_picture(out)
     given = merged_settings(method, None, settings, fields)
     recipe, source = resolve_recipe(requested_data(data, given), given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
@@ -124,8 +139,5 @@ def draw_views(
     number, label = torch.arange(len(held.source)), held.source.labels
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
-    try:
-        save_grid(out, images, drawn, mean, std)
-    except ValueError as error:  # unknown file extension
-        raise ConfigError(f"cannot write {out}: {error}") from None
+    save_grid(out, images, drawn, mean, std)
     return recipe.views

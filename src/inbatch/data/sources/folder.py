@@ -15,6 +15,7 @@ from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind, scan
 from inbatch.errors import DataError, many
+from inbatch.runtime.paths import path_of
 
 TESTS = ("test", "val", "validation")
 """Names of the split that is not trained on; the first one present becomes `test`."""
@@ -125,7 +126,7 @@ def write_folder(source: Source, directory: str | os.PathLike) -> Path:
     Raises:
         DataError: If the directory is not empty.
     """
-    root = Path(directory)
+    root = path_of(directory, "directory")
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{str(root)!r} is not empty: name a new directory")
     for i, label in enumerate(source.labels.tolist()):
