@@ -19,7 +19,7 @@ from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
 from inbatch.runtime import distributed
-from inbatch.runtime.files import read_json
+from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.recipe import Recipe, Settings, make
@@ -139,8 +139,9 @@ def with_encoder_of_init(settings: Settings) -> Settings:
         encoder = make(read_file(folder / "recipe.json")).encoder
         arguments = {"name": encoder.name} | encoder.options
     elif (folder / "config.json").is_file():
-        saved = read_json(folder / "config.json").get("inbatch", {})
-        arguments = {"name": saved.get("name")} | (saved.get("arguments") or {})
+        file = folder / "config.json"
+        saved = object_in(read_json(file), "inbatch", file)
+        arguments = {"name": saved.get("name")} | object_in(saved, "arguments", file)
         if "readout" in saved:
             arguments["whiten"] = True
     else:

@@ -98,7 +98,7 @@ def data(
             return found
 
         def show(found: dict[str, Any]) -> None:
-            say(found["report"], "")
+            say(*found["report"].split("\n"), "")
             print_table(("", "found"), list(dataset_text.report_rows(found)))
             say("", *dataset_text.notes(found))
             say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
