@@ -88,7 +88,7 @@ def test_other_commands_print_what_they_cannot_write(
     for words, figure in (
         (["data", str(images), "-o", str(out / "x.png")], "12 in train"),
         (["crops", "--pairs", "500", "-o", str(out / "x.png")], "500 pairs"),
-        (["table", "ba-ssl-1", "-o", str(out / "x.md")], "runs, seeds"),
+        (["table", "curation-figure-3", "-o", str(out / "x.md")], "runs, seeds"),
         (["inspect", str(tmp_path), "-o", str(out)], "step 3"),
         (["bench"], "figure"),
     ):
