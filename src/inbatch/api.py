@@ -101,7 +101,7 @@ def pretrain(
         The finished run.
 
     Raises:
-        ConfigError, DataError, TrainingError, Preempted, Interrupted: see `inbatch.errors`.
+        ConfigError, DataError, TrainingError, Preempted, Interrupted, Unwritten: see `inbatch.errors`.
     """
     began = tuning.command_began()
     tuning.ready()

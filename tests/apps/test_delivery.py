@@ -24,6 +24,7 @@ from inbatch.data import open_data, write_folder
 from inbatch.errors import DataError, Unwritten
 from inbatch.runtime import files
 from inbatch.runtime.text import one_line, printable
+from inbatch.training import loop
 
 FOUND: dict[str, Any] = {"knn": {"top1": 0.515}, "initial": "untrained encoder", "untrained": None, "note": None}
 FOUND |= {"held_out": "a tenth", "test": {"labelled": 7}}
@@ -185,3 +186,19 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
         refused(json.dumps(good | {"evaluation": {"linear": {"top1": "@"}}}).replace('"@"', number))
     path.write_text(json.dumps(good))
     assert isinstance(read_record(path), Record)
+
+
+@pytest.mark.usefixtures("brief")
+def test_pretrain_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.write_json
+
+    def write(path: Path, value: Any) -> None:
+        if path.name == "result.json":
+            raise files.cannot_write(path, OSError(errno.ENOSPC, "No space left on device"))
+        real(path, value)
+
+    monkeypatch.setattr(loop, "write_json", write)
+    words = ["pretrain", "--data", "digits-canvas", "--batch", "20", "--epochs", "1", "--set", "subset=40", "--json"]
+    told = run(*words, "--encoder", "tiny", "-o", str(tmp_path / "run"))
+    found = json.loads(told.stdout)
+    assert told.exit_code == 1 and found["evaluation"]["knn"]["top1"] == 0.5 and "result.json" in found["error"]

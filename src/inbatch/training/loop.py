@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data import Subset
-from inbatch.errors import DataError, InbatchError, TrainingError
+from inbatch.errors import DataError, InbatchError, TrainingError, Unwritten
 from inbatch.models import save_encoder
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import distributed
@@ -452,5 +452,8 @@ def _finish(
     if progress.calibration:
         result["calibration"] = progress.calibration
     result["wall_seconds"] = progress.wall
-    write_json(out / "result.json", result)
+    try:
+        write_json(out / "result.json", result)
+    except InbatchError as error:
+        raise Unwritten(str(error), {"run": str(out)} | result) from error
     return result

@@ -170,12 +170,14 @@ def pretrain(
             dry = api.dry_run(data, method, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
-        run = api.pretrain(
-            data, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
-            expect_world_size=expect_world_size, dist_timeout=dist_timeout, stop_on_collapse=stop_on_collapse,
-            compare=compare, **shared, **fields,
-        )  # fmt: skip
-        print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
+        shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
+        shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
+
+        def train() -> dict[str, Any]:
+            run = api.pretrain(data, method, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            return {"run": str(run.directory)} | run.result
+
+        deliver(train, as_json, print_run)
 
 
 @app.command(
