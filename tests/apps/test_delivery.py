@@ -188,6 +188,21 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
     assert isinstance(read_record(path), Record)
 
 
+def test_pretrain_shows_the_figures_of_a_result_that_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"run": "runs/x", "recipe": {"data": "photos"}, "evaluation": FOUND, "initial": "untrained encoder"}
+    result |= {"untrained": FOUND, "unlabelled": {}, "collapsed": [], "held_out": "a tenth", "images_per_second": 1.0}
+    result |= {"training_seconds": 2.0}
+
+    def pretrain(*_: Any, **__: Any) -> None:
+        raise Unwritten("Cannot write runs/x/result.json", result)
+
+    monkeypatch.setattr(api, "pretrain", pretrain)
+    shown, told = run("pretrain", "--data", "photos"), run("pretrain", "--data", "photos", "--json")
+    assert shown.exit_code == told.exit_code == 1 and "51.5%" in shown.stdout and "result.json" in shown.stderr
+    assert json.loads(told.stdout)["evaluation"] == FOUND and "result.json" in json.loads(told.stdout)["error"]
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_pretrain_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.write_json
