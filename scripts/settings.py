@@ -154,7 +154,7 @@ def encoder_settings() -> list[Setting]:
     """Return the settings of the encoder, without those that the recipe states elsewhere."""
     signature = inspect.signature(create_encoder)
     hints = typing.get_type_hints(create_encoder)
-    own = [key for key in signature.parameters if key not in ("name", "size", "channels", "kwargs")]
+    own = [key for key in signature.parameters if key not in ("name", "size", "channels", "check", "kwargs")]
     meanings = read_meanings(inspect.getdoc(create_encoder) or "", own)
     rows = []
     for key in own:

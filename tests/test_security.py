@@ -323,7 +323,7 @@ def test_crafted_heads_are_refused(name: str, finished: Path, elsewhere: Path) -
 
 
 RUNS = {
-    "recipe.json": HOSTILE_TEXT["python"], "result.json": '{"a":' * 20_000, "run.json": '{"context": [1]}',
+    "recipe.json": HOSTILE_TEXT["python"], "result.json": '{"a":' * 20_000,
 }  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def test_a_crafted_run_is_refused(name: str, finished: Path, elsewhere: Path) ->
         with pytest.raises(DataError, match="cannot be read"):
             inbatch.load_run("run")
         name = "as a reference"
-    line = {"run.json": "inspect run", "recipe.json": "evaluate run --protocol knn"}
+    line = {"recipe.json": "evaluate run --protocol knn"}
     found = run(line.get(name, "pretrain --data digits-canvas --compare run --out new"))
     assert found.exit_code in (2, 3) and found.stderr.startswith("error: "), found.output
 

@@ -3,31 +3,32 @@
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from inbatch.data import Source, open_data
-from inbatch.errors import ConfigError
+from inbatch.data import Source
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
-from inbatch.runtime.files import locked, write_json
-from inbatch.runtime.paths import expanded, path_of
+from inbatch.runtime.files import locked
+from inbatch.runtime.isolation import isolated
+from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
-from inbatch.training.build import RunComponents, build, local_batch_size
+from inbatch.training.build import RunComponents, build
+from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.loop import train
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
 from inbatch.training.plan import RunPlan, merged_settings, plan_run, plan_without_budget, with_context
-from inbatch.training.recipe import Recipe, Settings, make
-from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run, report_of
-from inbatch.training.run_encoder import kept_initial, save_initial
-from inbatch.training.settings_file import read_file
-from inbatch.training.status import clear
+from inbatch.training.recipe import Recipe
+from inbatch.training.resume import barely_begun, finished_run, resumed_plan, run_to_resume
+from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run
+from inbatch.training.run_encoder import kept_initial
+from inbatch.training.status import begin_run
 from inbatch.training.summary import describe, estimate
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
 
@@ -45,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@isolated
 def pretrain(
     data: Any = None,
     method: str | None = None,
@@ -71,14 +73,16 @@ def pretrain(
 
     Args:
         data: a folder, a file that holds or lists images, the name of a data set ("torchvision/STL10",
-            "digits-canvas"), or uint8 images (N, C, H, W), alone or with labels.
+            "digits-canvas"), a pattern ("photos/*/*.jpg"), a list of paths, or uint8 images (N, C, H, W), alone or with
+            labels.
         method: a name of `METHODS`; simclr by default.
         out: run directory, runs/METHOD-DATA-NUMBER by default; a directory that holds a run is refused unless
             `overwrite`.
         config: a YAML or JSON file of settings.
         settings: settings with a dotted name, {"method.temperature": 0.2}.
         test: labelled images for evaluation, if the data has no test split.
-        resume: True to resume the run in `out` if it can be resumed, or the directory of such a run.
+        resume: True to resume the run in `out` if it can be resumed, or the directory of such a run. `data` can be a
+            new place of the same images.
         overwrite: replace a run in `out`.
         device: device of the run, or "auto".
         workers: number of data workers.
@@ -105,22 +109,23 @@ def pretrain(
     """
     began = tuning.command_began()
     tuning.ready()
+    data = joined_paths(data)
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
-        previous = _run_to_resume(out, resume)
-        if previous is not None and _budget_is_spent(previous):
-            return _finished(previous, data, requested, download, quiet)
-        if previous is not None:
-            plan, directory = _resumed(previous, data, requested, download), previous
-        else:
-            replace_run = overwrite or _barely_begun(out, resume)
-            _new_folder(out, None, replace_run)  # refuse before minutes are spent
-            with progress(quiet) as (notify, _):
+        out = None if out is None else path_of(out, "out")
+        previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
+        before = occupant(previous or out)
+        with progress(quiet) as (notify, _):
+            if previous is not None:
+                if finished := finished_run(previous, data, requested, download, notify):
+                    return finished
+                plan = resumed_plan(previous, data, requested, download)
+            else:
+                _check_out(out, replaces)  # before minutes are spent
                 plan = plan_run(
                     data, requested, device=device_for(device), workers=workers, download=download, began=began,
                     configured=config is not None, notify=notify,
                 )  # fmt: skip
-            directory = _new_folder(out, plan.recipe, replace_run)
         if distributed.world() > 1:  # reading a million names is only needed with several ranks
             distributed.assert_equal_across_ranks(_facts(plan.recipe, plan.source))
         plan = with_context(plan, device_for(device), workers, check_memory=previous is None)
@@ -129,21 +134,25 @@ def pretrain(
             plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader,
             init=previous and kept_initial(previous),
         )  # fmt: skip
-        split = evaluation_split(plan.recipe, built.loader.source, plan.data, test, download)
+        here = plan.here or plan.recipe
+        split = evaluation_split(here, built.loader.source, plan.data, test, download)
+        directory = previous or _claimed(out, plan.recipe)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
-            if distributed.rank() == 0 and previous is None:
-                clear(directory)
-                write_json(directory / "recipe.json", built.recipe.nested())
-                save_initial(plan.recipe, built.encoder, directory)
+            notes = _notes(plan, built, stale)
+            if distributed.rank() == 0:
+                check_unchanged(directory, before)
+                _check_out(out, replaces or previous is not None)
+                notes += begin_run(directory, built, here, previous is not None)
             result = train(
-                built, directory, split, resume=previous is not None, quiet=quiet, notes=_notes(plan, built, stale),
+                built, directory, split, resume=previous is not None, quiet=quiet, notes=notes,
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
                 calibration=plan.choice.json() if plan.choice else None,
             )  # fmt: skip
         return Run(directory, built.recipe, result)
 
 
+@isolated
 def prepare(
     data: Any, method: str | None = None, *, config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
@@ -155,6 +164,7 @@ def prepare(
     return build(plan.recipe, plan.source, device=device_for(device), workers=workers)
 
 
+@isolated
 def dry_run(
     data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
@@ -216,88 +226,16 @@ def _reference(compare: str | Path | None, recipe: Recipe) -> Reference | None:
     return find_reference(recipe.nested()) if compare == "auto" else read_reference(compare)
 
 
-def _budget_is_spent(folder: Path) -> bool:
-    """Return whether a run has used its budget and written all results: evaluating it again would exceed the budget."""
-    ended = report_of(folder).get("status") == "finished" and (folder / "result.json").is_file()
-    return ended and read_file(folder / "recipe.json").get("budget") is not None
+def _check_out(out: Path | None, replaces: bool) -> None:
+    """Refuse a directory that a new run must not replace."""
+    if out is not None and not replaces:
+        check_free(out)
 
 
-def _finished(folder: Path, data: Any, requested: Settings, download: bool, quiet: bool) -> Run:
-    """Return a finished run that would be resumed; raise ConfigError if the current settings contradict its recipe."""
-    _resumed(folder, data, requested, download)
-    with progress(quiet) as (notify, _):
-        notify(f"The run in {folder} is finished; inbatch evaluate {folder} evaluates it again.")
-    return load_run(folder)
-
-
-def _run_to_resume(out: str | Path | None, resume: str | Path | bool) -> Path | None:
-    """Return the directory of the run to resume, or None for a new run."""
-    if resume is False or resume is None:
-        return None
-    automatic = resume is True or resume == "auto"
-    if automatic and out is None:
-        raise ConfigError("--resume auto needs --output-dir: the directory of the run")
-    folder = path_of(out, "out") if automatic else path_of(resume, "resume")
-    if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
-        return folder
-    if automatic:
-        return None
-    raise ConfigError(f"nothing to resume in {folder}: it has no run with a checkpoint")
-
-
-def _barely_begun(out: str | Path | None, resume: str | Path | bool) -> bool:
-    """Return whether `out` may be resumed but holds only a run that ended before its first checkpoint."""
-    if out is None or resume not in (True, "auto"):
-        return False
-    return not any((path_of(out, "out") / name).exists() for name in ("encoder", "result.json"))
-
-
-def _resumed(folder: Path, data: Any, requested: Settings, download: bool) -> RunPlan:
-    """Return the recipe of a run and its images; raise ConfigError if the current settings contradict the recipe."""
-    saved = read_file(folder / "recipe.json")
-    recipe = make(saved)
-    flat = recipe.flat()
-    data = expanded(data)
-    if isinstance(data, str | Path):
-        requested = {"data": str(data)} | requested
-    changed = {}
-    for key, value in requested.items():
-        if (key, value) in (("context", "auto"), ("cache_on_device", None)):
-            continue  # chosen when the run started; another choice would make it a different run
-        if flat.get(key) != value and make(saved | {key: value}).flat() != flat:
-            changed[key] = value
-    if changed:
-        what = ", ".join(f"{k} = {v!r} (the run has {flat.get(k)!r})" for k, v in changed.items())
-        raise ConfigError(f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder")
-    report = report_of(folder)
-    if recipe.context is None and report.get("world", distributed.world()) != distributed.world():
-        # The context follows from the number of ranks and affects the results.
-        recipe = replace(recipe, context=report["context"])
-        if local_batch_size(recipe, distributed.world()) % report["context"]:
-            raise ConfigError(
-                f"the run in {folder} has context groups of {report['context']}, which {distributed.world()} ranks "
-                f"cannot form: resume with {report['world']} ranks, as before"
-            )
-    if isinstance(data, str | Path | None):
-        data = recipe.data
-    source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
-    return RunPlan(recipe, source, data)
-
-
-def _new_folder(out: str | Path | None, recipe: Recipe | None, overwrite: bool) -> Path:
-    """Return the directory for a new run, chosen by rank 0 for all ranks; without a recipe, only check `out`."""
+def _claimed(out: Path | None, recipe: Recipe) -> Path:
+    """Return the directory of a new run; without `out`, rank 0 creates the first free one of its name in runs/."""
     if out is not None:
-        folder = path_of(out, "out")
-        if (folder / "recipe.json").exists() and not overwrite:
-            raise ConfigError(
-                f"{folder} already holds a run: continue it (--resume {folder}), replace it (--overwrite), "
-                "or choose another --output-dir"
-            )
-        return folder
-    if recipe is None:
-        return Path("runs")
+        return out
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(recipe.data).name).strip("-") or "data"
-    number = 1
-    while (Path("runs") / f"{recipe.method.name}-{name}-{number}").exists():
-        number += 1
-    return Path(distributed.broadcast_object(str(Path("runs") / f"{recipe.method.name}-{name}-{number}")))
+    names = numbered(Path("runs") / f"{recipe.method.name}-{name}")
+    return Path(distributed.broadcast_object(str(claim(names)) if distributed.rank() == 0 else None))

@@ -1,7 +1,9 @@
 """Errors for users: each message names the problem, the value and the fix, and carries the exit code of the process."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -45,7 +47,7 @@ class Unwritten(InbatchError):
 
 
 class Preempted(InbatchError):
-    """Stopped by SIGTERM, SIGHUP or SIGUSR1; resumable if at least one step was finished and saved."""
+    """Stopped by any other signal than Ctrl-C; resumable if at least one step was finished and saved."""
 
     exit_code = 75
 
@@ -77,6 +79,18 @@ def many(count: int, noun: str) -> str:
 def unreadable(count: int) -> str:
     """Return the beginning of a sentence about images that cannot be read."""
     return f"{many(count, 'image')} cannot be read and {'is' if count == 1 else 'are'}"
+
+
+def reason(error: BaseException) -> str:
+    """Return the type and the text of an exception in one line; without a text, the line of code that raised it."""
+    kind, text = type(error).__name__, " ".join(str(error).split()).rstrip(".")
+    if text:
+        return f"{kind}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return kind
+    last = next((f for f in reversed(frames) if "torch" not in Path(f.filename).parts), frames[-1])
+    return f"{kind} in {Path(last.filename).name}, line {last.lineno}: {last.line}"
 
 
 def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:

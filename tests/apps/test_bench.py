@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inbatch.apps.bench import inbatch_workloads, reference_workloads, report, runner, synthetic_data, worker
+from inbatch.apps.bench import benchmark, inbatch_workloads, reference_workloads, report, runner, synthetic_data, worker
 from inbatch.apps.bench.options import SECTIONS, Options
 from inbatch.apps.bench.suites import MAKERS, Field
 from inbatch.apps.cli import app
@@ -290,6 +291,20 @@ def test_training_is_measured(kind: str, tmp_path: Path) -> None:
         row = found["encoders"]["tiny"]
         assert row["waiting"] == pytest.approx(sum(row["waited"]) / sum(row["waited"] + row["worked"]))
         assert len(row["waited"]) == 2 and "| tiny |" in report.texts("waiting", found)["waiting"]
+
+
+def test_the_folder_of_a_killed_benchmark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "inbatch-bench-dead").mkdir()
+    with benchmark.scratch_folder() as first:
+        (first / "images.npy").touch()
+        with benchmark.scratch_folder() as second:
+            assert sorted(tmp_path.iterdir()) == sorted([first, second]) and (first / "images.npy").exists()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), benchmark.scratch_folder() as folder:
+        (folder / "images.npy").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_is_what_the_files_make() -> None:

@@ -44,7 +44,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_what_is_found(photos: Path) -> None:
     found = survey_data(photos)
-    assert found["splits"] == {"train": 9, "test": 2} and found["images"] == found["looked_at"] == 9
+    assert found["splits"] == {"train": 9, "val": 2} and found["images"] == found["looked_at"] == 9
     assert found["classes"] == [{"name": "cat", "images": 6}, {"name": "dog", "images": 3}] and found["imbalance"] == 2
     assert found["formats"] == {"JPEG": 7, "PNG": 2} and found["skipped"] == {".txt": 1} and found["unlabelled"] == 0
     sizes = found["sizes"]
@@ -52,7 +52,7 @@ def test_what_is_found(photos: Path) -> None:
     assert sizes["distinct"] == 7 and sizes["most"][0]["images"] == 2
     assert sizes["shorter_side"] == [{"up_to": 32, "images": 9}]
     assert found["duplicates"] == {"groups": 1, "images": 2, "first": [["cat/3.jpg", "dog/again.jpeg"]]}
-    assert found["leaks"] == {"test": {"images": 1, "first": [["cat/5.jpg", "dog/same.jpg"]]}}
+    assert found["leaks"] == {"val": {"images": 1, "first": [["cat/5.jpg", "dog/same.jpg"]]}}
     assert not found["problems"] and not found["unreadable"] and found["memory"]["resident"]
     assert (found["batch"], found["steps"]) == (8, 1)
     assert found["next"][1] == f"inbatch pretrain --data {shlex.quote(str(photos))}"
@@ -62,9 +62,9 @@ def test_what_is_found(photos: Path) -> None:
 def test_the_other_split(photos: Path) -> None:
     found = survey_data(str(photos), split="test")
     assert found["images"] == 2 and found["leaks"]["train"]["first"] == [["dog/same.jpg", "cat/5.jpg"]]
-    assert found["next"][1].endswith(" --set split=test")
-    with pytest.raises(DataError, match="no split 'valid', only train, test"):
-        survey_data(photos, split="valid")
+    assert found["next"][1].endswith(" --set split=val") and list(found["leaks"]) == ["train"]
+    with pytest.raises(DataError, match="no split 'extra', only train, val"):
+        survey_data(photos, split="extra")
 
 
 def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +102,12 @@ def test_in_a_terminal(photos: Path, tmp_path: Path) -> None:
     found = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
     assert found.exit_code == 0 and not found.stderr
     for words in (
-        "9 in train, 2 in test",
+        "9 in train, 2 in val",
         "2: cat 6, dog 3; the largest is 2.0 times the smallest",
         "7 JPEG, 2 PNG",
         "height 20 / 23 / 40",
         "2 images in 1 groups: cat/3.jpg = dog/again.jpeg",
-        "LEAK into test",
+        "LEAK into val",
         "1 step of 8 images",
         "a row for each of cat, dog",
     ):

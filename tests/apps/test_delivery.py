@@ -27,7 +27,7 @@ from inbatch.runtime.text import one_line, printable
 from inbatch.training import loop
 
 FOUND: dict[str, Any] = {"knn": {"top1": 0.515}, "initial": "untrained encoder", "untrained": None, "note": None}
-FOUND |= {"held_out": "a tenth", "test": {"labelled": 7}}
+FOUND |= {"held_out": "a tenth", "test": {"labelled": 7, "per_class": {}}}
 
 
 def run(*words: str) -> Any:
@@ -80,7 +80,7 @@ def test_other_commands_print_what_they_cannot_write(
 
         return fail
 
-    measured = {"epoch": 0, "step": 3, "note": None, "pictures": [], "leak": None}
+    measured = {"epoch": 0, "step": 3, "note": None, "pictures": [], "leak": None, "data": "digits"}
     monkeypatch.setattr(batch_context, "inspect_run", failing(measured))
     monkeypatch.setattr(command, "shipped", lambda: tmp_path)
     monkeypatch.setattr(crop_statistics, "plot", lambda tallies, sides, pairs, png: files.write_json(png, {}))

@@ -67,7 +67,7 @@ exit 1
     assert (tmp_path / "scontrol.log").exists() == requeued
     words = (tmp_path / "srun.log").read_text().split()
     assert words[0] == "torchrun" and words[-5:] == ["runs/test-17", "--resume", "auto", "--expect-world-size", "2"]
-    assert "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in words
+    assert "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" in words
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from rank_pool import on_ranks
 from inbatch.data import Subset, cache, open_data
 from inbatch.data.resident import decode_all, hold
 from inbatch.errors import ConfigError, DataError
+from inbatch.runtime.unfinished import unfinished_folder
 
 
 @pytest.fixture
@@ -237,7 +238,27 @@ class TestFaults:
         assert "is damaged" in held.notes[0] and "not cached" in held.notes[1]
         same(held, open_data(photos))
 
-    def test_a_dead_writer(self, root, photos):
+    def test_a_dead_writer_is_noticed_at_once_and_a_living_one_is_left(self, root, photos):
+        source = open_data(photos)
+        path = cache.place(source, None)
+        left = root / f".{path.name}.tmp"
+        root.mkdir()
+        with unfinished_folder(left) as mine:
+            assert mine
+            (left / "images.u8").write_bytes(b"half")
+            for file in (left / "images.u8", left):
+                os.utime(file, (time.time() - 4000,) * 2)  # a writer that takes long
+            assert hold(source).notes == (f"being cached in {root} by another process",)
+            assert cache.clear() == 0 and (left / "images.u8").exists()
+        other = root / f".{'0' * 64}.tmp"
+        other.mkdir()
+        assert hold(source).notes == (f"cached in {path}",) and not half_written(root)
+
+    def test_a_dead_writer_on_a_disk_without_locks(self, root, photos, monkeypatch):
+        def refuse(*_):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("inbatch.runtime.unfinished.fcntl.flock", refuse)
         source = open_data(photos)
         path = cache.place(source, None)
         left = root / f".{path.name}.tmp"

@@ -62,7 +62,7 @@ class TestTables:
 
     def test_splits(self, tmp_path):
         file = listed(tmp_path, "l.csv", "path,label,split\n2,c,val\n3,a,val\n1,b,train\n4,b,train\n5,a,extra\n")
-        assert splits(file) == ("train", "val", "extra", "test")
+        assert splits(file) == ("train", "val", "extra")
         train, test = open_data(file), open_data(file, "test")
         assert (paths(train), paths(test)) == (["1", "4"], ["2", "3"])
         assert train.classes == test.classes == ("a", "b", "c") and named(test) == ["c", "a"]
@@ -231,7 +231,7 @@ class TestClasses:
         recipe, source = resolve_recipe(folder(tmp_path), {"classes": str(names)})
         split = evaluation_split(recipe, source, tmp_path)
         bank, queries, how = split.bank, split.queries, split.description
-        assert bank is source and queries.classes == bank.classes == ("c d", "b") and "test split" in how
+        assert bank is source and queries.classes == bank.classes == ("c d", "b") and "val split" in how
         assert named(queries) == ["b", "c d"] and queries.name != bank.name
 
 

@@ -132,7 +132,7 @@ class TestFiles:
     def test_grey_of_other_types(self, dtype):
         values = noise(6, 5).astype(dtype)
         assert opened(tiff(values), 1, LEVELS).tensor().flatten().tolist() == by_hand(values, *LEVELS)
-        with pytest.raises(DataError, match=r"'the file' cannot be read: 32-bit.*--set levels"):
+        with pytest.raises(DataError, match=rf"'the file' cannot be read: {values.dtype} values.*--set levels"):
             opened(tiff(values), 1).tensor()
 
     @pytest.mark.parametrize("planar", ["contig", "separate"])
@@ -169,7 +169,7 @@ class TestFiles:
     @pytest.mark.parametrize("vectors", [True, False])
     def test_every_channel_is_cut_and_resized_as_a_grey_image_is(self, how, vectors, monkeypatch):
         """Pillow treats the fourth channel as transparency and would weight the others by it."""
-        monkeypatch.setattr("inbatch.data.decoding.image_file._vectors", lambda: vectors)
+        monkeypatch.setattr("inbatch.data.decoding.geometry._vectors", lambda: vectors)
         values = noise(40, 50, 4, dtype=np.uint8, high=256)
         boxes, wanted = torch.tensor([[3, 4, 30, 33], [0, 0, 40, 50]]), [(16, how), (24, how)]
         together = opened(bands(values), 4).crops(boxes, wanted)

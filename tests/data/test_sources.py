@@ -91,7 +91,7 @@ class TestFolder:
 
     def test_splits(self, tmp_path):
         fill(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png", "val/b/5.png")
-        assert splits(tmp_path) == ("train", "test")
+        assert splits(tmp_path) == ("train", "val")
         test = open_data(tmp_path, "test")
         assert test.classes == ("a", "b", "c") and test.labels.tolist() == [1, 2]  # numbered as in train
         fill(tmp_path, "val/d/6.png")
@@ -201,7 +201,7 @@ class TestDecode:
     def test_grey_on_request(self):
         pixels = opened(encoded(picture(200), "PNG"), channels=1).tensor()
         assert pixels.shape == (1, 8, 12) and pixels[0, 0, 0] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 10)
-        with pytest.raises(DataError, match=r"others 1 \(grey\) or 3 \(RGB\)"):
+        with pytest.raises(DataError, match=r"no alpha: 3 channels, 2 were requested"):
             opened(encoded(picture(200), "PNG"), channels=2)
         with pytest.raises(DataError, match="not 0"):
             open_data(".", channels=0)
@@ -235,11 +235,11 @@ class TestDecode:
     def test_damaged_files_are_named(self, monkeypatch):
         good = encoded(Image.fromarray(RAMP), "JPEG")
         for data in (b"", b"no image at all", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
-            with pytest.raises(DataError, match="'the file' cannot be read: not one of JPEG"):
+            with pytest.raises(DataError, match=r"'the file' cannot be read: (a PostScript file, )?not one of JPEG"):
                 opened(data)
         with pytest.raises(DataError, match=r"'the file' cannot be read.*[Tt]runcated"):
             opened(good[: len(good) // 2]).tensor()
-        with pytest.raises(DataError, match="'the file' cannot be read: 32-bit"):
+        with pytest.raises(DataError, match="'the file' cannot be read: float32 values have no known range"):
             opened(encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF")).tensor()
         monkeypatch.setattr("inbatch.data.decoding.image_file.MAX_PIXELS", 599)
         with pytest.raises(DataError, match=r"'the file' cannot be read: 30x20 pixels are over the limit"):
@@ -374,7 +374,7 @@ class TestFastJpeg:
         boxes, wanted = torch.tensor([[3, 5, 150, 201], [40, 50, 30, 41], [0, 0, 203, 301]]), [(64, how)] * 3
         crops = []
         for vectors in (True, False):
-            monkeypatch.setattr("inbatch.data.decoding.image_file._vectors", lambda vectors=vectors: vectors)
+            monkeypatch.setattr("inbatch.data.decoding.geometry._vectors", lambda vectors=vectors: vectors)
             crops.append(torch.stack(opened(data, channels).crops(boxes, wanted)).int())
         assert (crops[0] - crops[1]).abs().max() <= 1
 
@@ -397,7 +397,7 @@ class TestParquet:
     def test_rows_labels_and_names(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", self.images, [0, 1] * 5, ["cat", "dog"])
         write_parquet(tmp_path / "val.parquet", self.images[:3], [1, None, -1], ["cat", "dog"])
-        assert splits(tmp_path) == ("train", "test")
+        assert splits(tmp_path) == ("train", "val")
         source = open_data(tmp_path)
         assert len(source) == 10 and source.classes == ("cat", "dog") and source.labels.tolist() == [0, 1] * 5
         for i in (9, 0, 4, 3):  # across row groups of 4, in any order

@@ -19,6 +19,7 @@ from inbatch.apps.cli import app
 from inbatch.data import Loader, open_data, write_folder
 from inbatch.errors import DataError, Preempted
 from inbatch.evaluation import embed
+from inbatch.models import create_encoder, save_encoder
 
 BATCH, N = 20, 130  # six batches, and a remainder of ten
 
@@ -227,6 +228,20 @@ def test_pcl_surveys_what_can_be_read(images: Path, tmp_path: Path) -> None:
 
 
 # Embedding.
+
+
+def test_embed_warns_of_an_unreadable_image_and_succeeds(tmp_path: Path) -> None:
+    folder = write_folder(open_data("digits-canvas-colour", subset=4), tmp_path / "images")
+    save_encoder(create_encoder("tiny", size=8), tmp_path / "encoder")
+    damage(folder / open_data(folder).identity(2), "header")
+    words = ["embed", str(tmp_path / "encoder"), str(folder), "-o", str(tmp_path / "f.npz")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "error" not in done.stderr
+    assert done.stderr.startswith("warning: 1 image cannot be read and is not in it: ")
+    assert json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["unreadable"]
+    for path in folder.rglob("*.*"):
+        damage(path, "header")
+    assert CliRunner().invoke(app, words).exit_code == 3
 
 
 @pytest.mark.slow

@@ -81,10 +81,11 @@ class TestRead:
     def test_splits_by_the_names_of_the_shards(self, tmp_path):
         for name in ("train-0", "train-1", "val-0"):
             shard(tmp_path / f"{name}.tar", *pictures(0))
-        assert splits(tmp_path) == ("train", "test")
+        assert splits(tmp_path) == ("train", "val")
         assert len(open_data(tmp_path)) == 6 and len(open_data(tmp_path, "test")) == 3
-        shard(tmp_path / "trainings.tar", *pictures(0))  # not a split name: all shards are training data
-        assert splits(tmp_path) == ("train",) and len(open_data(tmp_path)) == 12
+        shard(tmp_path / "extra.tar", *pictures(0))
+        with pytest.raises(DataError, match=r"named as 'val' next to others, such as 'extra\.tar'.*--set 'test="):
+            splits(tmp_path)
 
     def test_a_folder_of_images_with_a_tar_beside_them_stays_one(self, tmp_path):
         shard(tmp_path / "backup.tar", *pictures(0))

@@ -1,9 +1,12 @@
 """Evaluation of a run on images of other data sets: other classes, sizes and channels."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from bars_data import bars_file
+from bars_data import bars_file, command
 from feature_sets import pictures
 from PIL import Image
 from small_runs import leave_out_judgement
@@ -57,6 +60,24 @@ def test_its_test_split_and_another_one(run, tmp_path):
     file = bars_file(tmp_path / "bars.npz", size=28)
     found = inbatch.evaluate_run(run, file, protocols=["knn"])
     assert found["held_out"].startswith("test split") and found["test"]["images"] == 20
+
+
+def test_test_images_of_some_of_the_classes(run, tmp_path):
+    """Test data may lack classes; they are matched by name, and a list of classes leaves out others."""
+    shutil.copytree(run.parent / "own" / "test" / "lie", tmp_path / "test" / "lie")
+    shutil.copytree(run.parent / "own" / "test" / "other", tmp_path / "test" / "other")
+    line = f"evaluate {run} --test {tmp_path / 'test'} --protocol knn -o {tmp_path / 'e'}"
+    found = command(line)  # the run's list of classes: stand, lie
+    written = json.loads((tmp_path / "e").read_text())
+    assert found.exit_code == 0 and written["knn"]["classes"] == 2 and written["test"]["per_class"] == {"lie": 8}
+    share = f"{written['knn']['top1']:.1%}"
+    assert written["knn"]["per_class"] == {"lie": written["knn"]["top1"]}
+    assert any(row.split() == ["lie", "8", share] for row in found.stdout.splitlines())
+    assert f"Balanced:   k-NN {share} (mean over the classes: 1)" in found.stdout
+    assert command(f"{line} --temperature nan").exit_code == 2
+    (tmp_path / "test" / "lie").rename(tmp_path / "test" / "sit")
+    refused = command(line)
+    assert refused.exit_code == 3 and "no image of the 2 classes" in refused.stderr
 
 
 def test_channels_that_cannot_be_read_are_an_error(run):

@@ -23,7 +23,7 @@ DIGITS = ["--data", "digits-canvas", "--set", "subset=200", "--batch", "40", "--
 INBATCH = [sys.executable, "-m", "inbatch"]
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-    "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
 ]  # fmt: skip
 MAIN = "from inbatch.apps.cli import main\nmain()\n"
 

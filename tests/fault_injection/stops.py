@@ -150,6 +150,8 @@ DRILLS = [
         )
         for name, number, code, status in (
             ("SIGTERM", signal.SIGTERM, 75, {}), ("SIGUSR1", signal.SIGUSR1, 75, {}),
+            ("SIGHUP", signal.SIGHUP, 75, {}), ("SIGUSR2", signal.SIGUSR2, 75, {}),
+            ("SIGXCPU", signal.SIGXCPU, 75, {}),
             ("SIGINT", signal.SIGINT, 130, {"status": "interrupted"}),
         )
     ),

@@ -146,7 +146,7 @@ def animals() -> list[Animal]:
         Animal("sixteen.tif", encoded(both[0], "TIFF"), grey((both[0] >> 8).astype(np.uint8))),
         Animal("sixteen colours.png", raw_png(16, 2, [row.astype(">u2").tobytes() for row in both[1]], (3, 4)),
                (both[1] >> 8).astype(np.uint8)),
-        Animal("float.tif", encoded(RAMP.astype(np.float32), "TIFF"), None, why="32-bit pixels have no known range"),
+        Animal("float.tif", encoded(RAMP.astype(np.float32), "TIFF"), None, why="float32 values have no known range"),
         Animal("progressive.jpg", encoded(rgb, "JPEG", quality=98, progressive=True, subsampling=0), COLOUR, 12),
         Animal("interlaced.png", interlaced(), COLOUR),
         Animal("lower.TIFF", encoded(rgb, "TIFF"), COLOUR),

@@ -136,3 +136,15 @@ def test_the_authors_enlarge_small_images_and_the_natural_preset_does_not() -> N
     assert (large.image_size, large.views.options["size"], large.encoder.name) == (224, 224, "resnet34")
     assert (natural.preset, natural.image_size, natural.views.options["size"]) == ("cifar", 32, 32)
     assert resolve_recipe(images, {"method.name": "cc", "preset": "cifar224", "image_size": 64})[0].image_size == 64
+
+
+def test_the_weight_of_the_entropy() -> None:
+    rows = {"projection": torch.randn(2, 5, 4), "clusters": torch.randn(2, 5, 3)}
+    plain, twice, none = (CC(3, entropy_weight=w).loss(rows, {}, unlabelled(5)) for w in (1.0, 2.0, 0.0))
+    assert torch.equal(plain["loss"], CC(3).loss(rows, {}, unlabelled(5))["loss"])
+    assert torch.equal(plain["loss"], plain["instance"] + plain["cluster"] + plain["entropy"])
+    torch.testing.assert_close(twice["loss"] - plain["loss"], plain["entropy"])
+    assert torch.equal(none["loss"], plain["instance"] + plain["cluster"])
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="entropy_weight"):
+            CC(3, entropy_weight=wrong)

@@ -36,6 +36,7 @@ from inbatch.losses import (
 )
 from inbatch.methods import METHODS
 from inbatch.nn import logsumexp
+from inbatch.nn.clustering import concentration
 from inbatch.nn.functional import normalize, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:features depend on each other")
@@ -242,7 +243,7 @@ HEATED = [
 ]
 
 
-@pytest.mark.parametrize("t", [0.0, -0.1, math.nan])
+@pytest.mark.parametrize("t", [0.0, -0.1, math.nan, math.inf])
 @pytest.mark.parametrize("name", HEATED)
 def test_a_temperature_is_above_0(name: str, t: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
@@ -257,6 +258,25 @@ def test_other_temperatures_are_above_0() -> None:
         supcon(z, base_temperature=0.0)
     with pytest.raises(ValueError, match="above 0"):
         dino(z, z, torch.zeros(4), teacher_temperature=-0.04)
+    for t in (0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="above 0"):
+            concentration(torch.rand(6), torch.arange(6) % 3, 3, t)
+        with pytest.raises(ValueError, match="above 0"):
+            logsumexp.logsumexp(z[0], z[1], t)
+
+
+def test_methods_refuse_temperatures_that_are_not_above_0() -> None:
+    """Methods built in Python, without a recipe, refuse them when they are built."""
+    names = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
+             "sigma", "epsilon"}  # fmt: skip
+    refused = 0
+    for method in METHODS.values():
+        for option in names & set(inspect.signature(method).parameters):
+            for t in (0.0, -0.1, math.nan, math.inf):
+                with pytest.raises(ValueError, match="above 0"):
+                    method(**{option: t})
+            refused += 1
+    assert refused == 16
 
 
 def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:

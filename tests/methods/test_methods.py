@@ -239,3 +239,11 @@ def test_supervised_accuracy_counts_labelled_samples() -> None:
     logits = torch.eye(3)[[0, 1, 2, 0]].expand(2, 4, 3)
     batch = Batch(torch.arange(4), torch.tensor([0, 2, -1, 0]))
     assert METHODS["supervised"](3).loss({"classifier": logits}, {}, batch)["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_memory_bank_longer_than_the_set_is_said() -> None:
+    for name, options in (("moco", {}), ("nnclr", {}), ("pcl", {}), ("swav", {"num_prototypes": 4})):
+        longer = METHODS[name](queue_size=40, **options).notes(39)
+        assert "40 rows, more than the 39 images" in longer[0] and "method.queue_size to 39" in longer[0]
+        assert METHODS[name](queue_size=40, **options).notes(40) == []
+    assert METHODS["simclr"]().notes(2) == []

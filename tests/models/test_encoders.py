@@ -1,6 +1,7 @@
 """Encoders: their architecture, their preprocessing, and that a saved encoder loads unchanged."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -185,6 +186,37 @@ def test_embed_takes_whatever_holds_images():
     assert encoder.embed([]).shape == (0, 96)
 
 
+def test_preprocess_is_what_embed_computes_with():
+    encoder = used(create_encoder("tiny", size=20, channels=3))
+    batch = images(4, 3, 24, 30)
+    pictures = [Image.fromarray(i) for i in batch.permute(0, 2, 3, 1).contiguous().numpy()]
+    for given in (batch, batch.numpy(), pictures):
+        prepared = encoder.preprocess(given)
+        assert prepared.shape == (4, 3, 20, 20) and torch.equal(prepared, encoder.prepare(batch))
+        with torch.no_grad():
+            assert np.allclose(encoder(prepared).numpy(), encoder.embed(given), atol=1e-5)
+
+
+def test_images_that_are_not_normalised_are_said_once():
+    batch = images(2, 3, 20, 20)
+    for raw in (batch / 255, batch.float()):
+        encoder = create_encoder("tiny", size=20, channels=3).eval()
+        with pytest.warns(
+            UserWarning, match=r"from 0\.00 to (1|255)\.00: the features will be wrong.*preprocess"
+        ) as told:
+            encoder(raw)
+            encoder(raw)
+        assert len(told) == 1 and told[0].filename == __file__
+    with pytest.raises(DataError, match=r"not torch.uint8: pass encoder\.preprocess"):
+        encoder(batch)
+    encoder, white = create_encoder("tiny", size=20, channels=3).eval(), torch.full((2, 3, 20, 20), 255).byte()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for clean in (batch, white, 0 * white, batch // 2 + 128):
+            encoder(encoder.preprocess(clean))
+        encoder.train()(batch / 255)  # views have any values
+
+
 def test_embed_grey_arrays_and_turned_photos():
     encoder = used(create_encoder("tiny", size=20, channels=1))
     grey = images(2, 1, 20, 20)
@@ -242,6 +274,10 @@ def test_timm_loads_what_we_save(tmp_path, name, size, channels, kwargs):
     assert torch.equal(theirs(x), encoder(x))
     config = timm.data.resolve_model_data_config(theirs)
     assert (tuple(config["mean"]), tuple(config["std"])) == (encoder.mean, encoder.std)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    # As transformers' AutoModel calls timm (TimmWrapperModel): with num_classes next to the other arguments.
+    timm.create_model(saved["architecture"], pretrained=False, num_classes=0, **saved["model_args"])
+    assert saved["num_classes"] == 0
 
 
 def test_damage_is_noticed(tmp_path):

@@ -1,5 +1,6 @@
 """No process is left after a command ends by a signal, a hang-up, or a kill."""
 
+import ast
 import os
 import shlex
 import signal
@@ -175,6 +176,28 @@ def test_a_program_whose_parent_is_gone_ends_at_once(tmp_path: Path) -> None:
         [sys.executable, "-c", CHILD.format(before="")], env=os.environ | {"INBATCH_PARENT": str(gone.pid)}
     )
     assert child.wait(60) == -signal.SIGKILL
+
+
+def test_every_child_process_is_bound_to_its_parent() -> None:
+    """Processes are started by the functions of child_processes.py, or have a time limit."""
+    seen = set()
+    for file in Path(inbatch.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name, words = ast.unparse(call.func).rpartition(".")[2], {word.arg for word in call.keywords}
+            where = f"{file.name}:{call.lineno} {name}"
+            if name == "DataLoader":
+                assert "worker_init_fn" in words, where
+            elif name == "run" and ast.unparse(call.func).startswith("subprocess"):
+                assert "timeout" in words, where
+            elif name == "Popen":
+                assert file.name == "child_processes.py", where
+            else:
+                assert name not in ("Process", "Pool", "ProcessPoolExecutor", "fork", "spawn"), where
+                continue
+            seen.add(name)
+    assert seen == {"DataLoader", "run", "Popen"}
 
 
 STREAMS = """

@@ -17,8 +17,9 @@ from small_runs import leave_out_judgement
 
 import inbatch
 import inbatch.training.checkpoint
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, Preempted
 from inbatch.runtime import distributed
+from inbatch.training import loop
 
 RUN = {"subset": 200, "batch_size": 40, "context": 20, "epochs": 2, "precision": "float32", "quiet": True}
 
@@ -42,6 +43,37 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
+
+
+def stopped_while_rank_0_evaluates(out: str) -> tuple[str, int]:
+    """Send rank 0 a signal in the evaluation after the first epoch, which would take minutes."""
+    evaluations: list[int] = []
+
+    def evaluate() -> dict[str, float]:
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            signal.raise_signal(signal.SIGUSR2)
+            time.sleep(20)
+        return {"knn": 0.5}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_online_evaluator", lambda built, split: evaluate)
+        with pytest.raises(Preempted) as stopped:
+            job(out, {"evaluate_every": 1, "checkpoint_every": 2})
+    return str(stopped.value), len(evaluations)
+
+
+def test_a_signal_while_rank_0_evaluates_stops_all_ranks_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = on_ranks(2, stopped_while_rank_0_evaluates, str(out))
+    assert (first[1], second[1]) == (2, 0)
+    for sentence, _ in (first, second):
+        assert sentence.startswith("stopped by SIGUSR2 at step 5 of 10, checkpoint saved")
+    state = inbatch.training.checkpoint.load(out / "checkpoints")
+    assert state.step == 5 and [look["step"] for look in state.state["progress"]["curve"]] == [0]
+    assert json.loads((out / "run.json").read_text())["status"] == "preempted"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == [0]
 
 
 def disagree(out: str) -> str:
@@ -89,7 +121,7 @@ def test_collectives() -> None:
 def torchrun(out: Path, *words: str) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
         "-m", "inbatch", "pretrain", "moco", "--data", "digits-canvas", "--out", str(out), "--batch", "40",
         "--context", "20", "--expect-world-size", "2", "--set", "subset=200", "--set", "precision=float32",
         "--set", "method.queue_size=64", *words,
@@ -120,5 +152,7 @@ def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_pat
     assert state.step == report["last_step"] > 0
     recipe = json.loads((out / "recipe.json").read_text()) | {"epochs": state.step // 5 + 1}
     (out / "recipe.json").write_text(json.dumps(recipe))  # a shorter run, so that the test ends too
+    kept = state.run | {"recipe": recipe}
+    inbatch.training.checkpoint.save(out / "checkpoints", state.state, step=state.step, run=kept)
     run = inbatch.pretrain(resume=out, quiet=True)
     assert run.result["world"] == 1 and run.result["context"] == 20

@@ -9,6 +9,7 @@ import pytest
 
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.runtime import files
+from inbatch.runtime.unfinished import unfinished_folder
 
 HOLDER = """
 import os, sys, time
@@ -66,6 +67,55 @@ def test_folder_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with files.locked(tmp_path) as note:
         assert "cannot be locked ([Errno 95] Operation not supported)" in note
+
+
+WRITER = """
+import os, signal, sys, time
+from pathlib import Path
+from inbatch.runtime import files, signals
+with files.replacing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.readline()
+    signals.leave(75)  # as the watchdog does
+"""
+
+
+def test_a_writer_leaves_nothing_and_removes_what_dead_ones_left(tmp_path):
+    """Fault 1, of every file: a process that is killed, and one that ends without unwinding its stack."""
+    target = tmp_path / "features.npz"
+    other = tmp_path / ".features.npz.txt.7.tmp"  # of another file
+    other.touch()
+    start = lambda: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-c", WRITER, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with start() as killed, start() as leaving:
+        names = {process.pid: tmp_path / f".features.npz.{process.pid}.tmp" for process in (killed, leaving)}
+        for process in (killed, leaving):
+            assert process.stdout.readline() == "writing\n"
+        killed.kill()
+        killed.wait()
+        assert all(name.read_bytes() == b"half" for name in names.values())
+        with files.replacing(target) as file:
+            file.write(b"whole")
+        assert not names[killed.pid].exists() and names[leaving.pid].exists()  # it still writes
+        leaving.communicate("\n")
+        assert leaving.returncode == 75
+    assert target.read_bytes() == b"whole" and sorted(tmp_path.iterdir()) == [other, target]
+
+
+def test_a_folder_is_made_once_and_kept_only_if_it_is_renamed(tmp_path):
+    half = tmp_path / "half"
+    with unfinished_folder(half) as first, unfinished_folder(half) as second:
+        assert (first, second) == (True, False)
+        (half / "file").touch()
+        half.rename(tmp_path / "whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["whole", "file"]
+    with pytest.raises(KeyboardInterrupt), unfinished_folder(half):
+        (half / "file").touch()
+        raise KeyboardInterrupt
+    assert not half.exists()
 
 
 def test_json_is_strict_and_whole(tmp_path):

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from inbatch.runtime.signals import SIGNALS, Stop, stop_on_signals
+from inbatch.runtime import signals
+from inbatch.runtime.signals import SIGNALS, Stop, StopRequested, ending, stop_on_signals
+from inbatch.runtime.thread_map import thread_map
 
 CHILD = """
 import sys, time
@@ -79,3 +81,74 @@ def test_outside_the_main_thread_nothing_is_changed():
     thread.join()
     stop, during = found[0]
     assert isinstance(stop, Stop) and stop.requested is None and during == before
+
+
+def test_a_signal_is_acknowledged_while_the_work_goes_on(monkeypatch):
+    monkeypatch.setattr(signals, "ACKNOWLEDGED", 0.02)
+    heard = []
+    with signals.answered_in_time(lambda error: None, heard.append) as stop:
+        os.kill(os.getpid(), signal.SIGXCPU)
+        end = time.monotonic() + 10
+        while not heard and time.monotonic() < end:
+            time.sleep(0.01)
+        assert stop.requested == signal.SIGXCPU
+    assert heard == [signal.SIGXCPU]
+
+
+def test_an_ignored_signal_stays_ignored_except_that_of_the_keyboard():
+    chosen = (signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT)
+    old = {number: signal.signal(number, signal.SIG_IGN) for number in chosen}
+    try:
+        with stop_on_signals() as stop:
+            for number in chosen[:3]:
+                signal.raise_signal(number)
+                assert stop.requested is None
+            signal.raise_signal(signal.SIGINT)
+            assert stop.requested == signal.SIGINT
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in chosen)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_during_the_exit_of_python_does_not_change_the_exit_code():
+    script = """
+import atexit, os, signal, sys
+from inbatch.apps.cli import main
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGHUP)])
+sys.argv = ["inbatch", "--version"]
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_threads_that_work_are_not_waited_for():
+    """Decoding, scanning statistics, and k-means: the tasks that have not begun are cancelled."""
+    begun, finish = [], threading.Event()
+
+    def work(number):
+        begun.append(number)
+        finish.wait(30)
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(StopRequested, match="SIGTERM"), ending():
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            list(thread_map(work, range(100), 2))
+        assert time.monotonic() - began < 10
+    finally:
+        finish.set()
+    assert sorted(begun) == [0, 1]
+    assert list(thread_map(lambda number: number**2, range(5), 2)) == [0, 1, 4, 9, 16]
+
+
+def test_work_that_may_be_lost_within_work_that_must_be_finished():
+    """An evaluation on rank 0, for which the other ranks wait."""
+    with stop_on_signals() as stop:
+        stop.hold()
+        stop.quick = True  # a step that was quick
+        with pytest.raises(StopRequested), stop.losing():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StopRequested), stop.losing():  # requested before
+            pytest.fail("the work has begun")

@@ -223,8 +223,12 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
     assert (len(bank), len(queries)) == (27, 3) and "a tenth" in how
     with pytest.raises(DataError, match="no labels"):
         judged(images, images[:9])
+    with pytest.raises(DataError, match="no labels"):
+        judged((images, labels), images[:9])
     with pytest.raises(DataError, match="other classes"):
         judged((images, labels), (images[:9], labels[:9] + 3))
+    _, queries, _ = judged((images, labels), (images[:9], labels[:9].clamp(max=1)))
+    assert queries.labels.unique().tolist() == [0, 1]
 
 
 @pytest.mark.slow

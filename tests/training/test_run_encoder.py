@@ -206,6 +206,10 @@ def test_damaged_checkpoints(copy: Path) -> None:
 def test_a_checkpoint_of_another_recipe(copy: Path) -> None:
     recipe = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps(recipe | {"encoder": {"name": "resnet10"}}))
+    with pytest.raises(ConfigError, match=r"recipe\.json was edited after .*encoder\.name = 'resnet10'"):
+        inbatch.load(copy)
+    saved = checkpoint.load(copy / "checkpoints")
+    checkpoint.save(copy / "checkpoints", saved.state, step=saved.step)  # an earlier version did not keep the recipe
     with pytest.raises(DataError, match=r"last\.pt is not a checkpoint of .*recipe\.json: the weights do not fit"):
         inbatch.load(copy)
 

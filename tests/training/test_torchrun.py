@@ -68,7 +68,7 @@ class Started(subprocess.Popen[str]):
 def torchrun(out: Path, *launcher: str, **more: object) -> Started:
     return Started(
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *launcher,
+        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", *launcher,
         "-m", "inbatch", *words(out, **more), "--expect-world-size", "2", "--resume", "auto", "--dist-timeout", "60",
     )  # fmt: skip
 

@@ -31,6 +31,13 @@ def warn(message: str) -> None:
             print("warning:", one_line(message), file=sys.stderr)
 
 
+def note(message: str) -> None:
+    """Print a sentence to stderr that is neither a warning nor an error."""
+    if first():
+        with suppress(OSError):
+            print(one_line(message), file=sys.stderr, flush=True)
+
+
 def complain(message: str) -> None:
     """Print an error to stderr."""
     whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"

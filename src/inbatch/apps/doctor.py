@@ -100,7 +100,8 @@ def _memory() -> Finding:
 
 def _gpu(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
-        return [Finding("GPU", "available, not requested" if torch.cuda.is_available() else "none visible to torch")]
+        absent = "Apple's, which inbatch does not use" if torch.backends.mps.is_available() else "none visible to torch"
+        return [Finding("GPU", "available, not requested" if torch.cuda.is_available() else absent)]
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9
     kernels = "Triton's kernels for losses" if find_spec("triton") else "no Triton"
     return [Finding("GPU", f"{torch.cuda.get_device_name(device)}, {memory:,.0f} GB; {kernels}")]

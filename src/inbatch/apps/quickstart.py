@@ -1,7 +1,9 @@
 """Pretrain and evaluate on the embedded data, and compare with baselines that need no training."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ from inbatch.api import Run, pretrain
 from inbatch.data import open_data
 from inbatch.evaluation import evaluate, raw_pixels
 from inbatch.runtime.files import write_json
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
+from inbatch.training.claim import claim, numbered
 
 DATA = "digits-canvas"
 EPOCHS = 10
@@ -63,6 +67,7 @@ class Verdict:
         }
 
 
+@isolated
 def quickstart(
     out: str | Path = "runs/quickstart",
     *,
@@ -86,8 +91,13 @@ def quickstart(
     """
     began = time.perf_counter()
     chosen = SETTINGS | {"epochs": epochs or EPOCHS}
-    folder = _fresh(path_of(out, "out"))
-    run = pretrain(DATA, "simclr", out=folder, device=device, quiet=quiet, seed=seed, settings=chosen)
+    folder = claim(chain([path_of(out, "out")], numbered(path_of(out, "out"), 2)))
+    try:
+        run = pretrain(DATA, "simclr", out=folder, device=device, quiet=quiet, seed=seed, settings=chosen)
+    except BaseException:
+        with suppress(OSError):  # only if it is still empty
+            folder.rmdir()
+        raise
     train, test = open_data(DATA, "train"), open_data(DATA, "test")
     rows = {
         RAW: evaluate(None, raw_pixels(train), raw_pixels(test), k=run.recipe.knn_k, seed=seed),
@@ -98,12 +108,3 @@ def quickstart(
     verdict = Verdict(run, rows, gain, margin, time.perf_counter() - began)
     write_json(run.directory / "quickstart.json", verdict.json())
     return verdict
-
-
-def _fresh(out: Path) -> Path:
-    """Return the folder, with the first number appended that makes it new if it exists."""
-    folder, number = out, 1
-    while folder.exists():
-        number += 1
-        folder = Path(f"{out}-{number}")
-    return folder

@@ -6,6 +6,7 @@ from inbatch.data.resident import Resident, decode_all
 from inbatch.data.source import Reading, Source, Subset
 from inbatch.data.sources.arrays import GreyAsRGB
 from inbatch.data.sources.folder import write_folder
+from inbatch.data.sources.split_names import find_split
 from inbatch.data.workers import lost_workers
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Source",
     "Subset",
     "decode_all",
+    "find_split",
     "lost_workers",
     "open_data",
     "splits",

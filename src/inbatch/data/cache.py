@@ -2,7 +2,8 @@
 
 Each set has one folder, named by a hash of everything that its pixels depend on. It holds raw bytes and a JSON file;
 nothing in it is executed when it is read. A folder is written under a temporary name and renamed when it is complete,
-so several runs can share the cache. File lists of large folders are cached in the same way (`sources.folder_scan`).
+so several runs can share the cache; its writer holds a lock, so that what a dead one left is replaced at once. File
+lists of large folders are cached in the same way (`sources.folder_scan`).
 """
 
 import errno
@@ -16,7 +17,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +32,15 @@ from inbatch.data.source import Source
 from inbatch.errors import ConfigError
 from inbatch.runtime.files import to_json
 from inbatch.runtime.paths import path_of, variable
-from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
+from inbatch.runtime.unfinished import remove_abandoned, unfinished_folder
 
 WORTH = 2.0
 """Minimum decoding time in seconds of a cached set; caching faster ones would fill the disk without saving time."""
 
-_FORMAT = 2
+_FORMAT = 3
 _DEFAULT_GB = 10.0
-_STALE = 3600  # seconds since the last write after which an incomplete folder counts as abandoned
+_STALE = 3600  # seconds since the last write after which a folder counts as abandoned, without locks
 _BLOCK = 2**24  # bytes per checksum
 # errors of a rename whose target exists
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY} | ({errno.EACCES} if os.name == "nt" else set())
@@ -130,10 +131,13 @@ def used() -> int:
 
 
 def clear() -> int:
-    """Remove all cached sets; return the number of bytes freed."""
+    """Remove all cached sets, except those that are being written; return the number of bytes freed."""
     before = used()
-    for path in [*_ours(_NAME.fullmatch), *_ours(_half_written)]:
+    for path in _ours(_NAME.fullmatch):
         remove(path)
+    for path in _ours(_half_written):
+        if remove_abandoned(path) is None:
+            remove(path)
     return before - used()
 
 
@@ -195,18 +199,13 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
         if (free := shutil.disk_usage(root).free) < needed + _BLOCK:
             return f"not cached: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free in {root}"
         half = root / f".{path.name}.tmp"
-        try:
-            half.mkdir(mode=0o700)  # the process that creates the folder is the one that writes
-        except FileExistsError:
-            return f"being cached in {root} by another process"
-        try:
+        with unfinished_folder(half) as mine:
+            if not mine:
+                return f"being cached in {root} by another process"
             write(half)
             if replace:
                 remove(path)
             os.rename(half, path)
-        except BaseException:
-            shutil.rmtree(half, ignore_errors=True)
-            raise
     except OSError as error:
         if error.errno in _TAKEN and path.is_dir():
             return f"cached in {root} by another process"
@@ -270,8 +269,7 @@ def _checksums(flat: UInt8[Tensor, "m"]) -> Iterator[int]:
 
     At 7 GB/s per core, the whole set is verified and in memory before training starts.
     """
-    with ThreadPoolExecutor(cores()) as pool:
-        yield from pool.map(zlib.crc32, _blocks(flat))
+    return thread_map(zlib.crc32, _blocks(flat))
 
 
 def _ours(wanted: Callable[[str], object]) -> list[Path]:
@@ -289,7 +287,9 @@ def _half_written(name: str) -> bool:
 def _make_room(needed: int) -> None:
     """Remove abandoned folders, then the least recently used sets, until `needed` bytes are available."""
     for path in _ours(_half_written):
-        with suppress(OSError):
+        if remove_abandoned(path) is not None:
+            continue
+        with suppress(OSError):  # a file system without locks
             if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > _STALE:
                 remove(path)
     held = entries()

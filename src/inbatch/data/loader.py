@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inbatch import rng
 from inbatch.batch import Batch
-from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold
+from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold, remark
 from inbatch.data.source import Source
 from inbatch.data.workers import (
     Boxes,
@@ -61,6 +61,7 @@ class Loader:
         steps: Number of batches per epoch.
         workers: Number of decoding processes, 0 if resident.
         bad: Unreadable images encountered so far: {image number: reason}.
+        remarks: Numbers of the streamed images so far with a remark, by its key in `image_file.REMARKS`.
 
     Raises:
         DataError: If `batch` is not divisible by `world`, if the source has fewer images than one batch or if too many
@@ -92,6 +93,8 @@ class Loader:
         self.max_bad = max_bad
         self.held: Resident | None = None
         self.bad: dict[int, str] = {}
+        self.remarks: dict[str, set[int]] = {}
+        self._told: set[str] = set()
         fits = resides(needed, free, None)
         if resident is None:
             resident = not distributed.all_reduce_max(int(not fits)) if world > 1 else fits
@@ -145,6 +148,17 @@ class Loader:
         """Return one sentence per image left out, as far as known."""
         return list(self.held.dropped) if self.held else list(self.bad.values())
 
+    def add_remarks(self, remarks: Mapping[str, set[int]]) -> None:
+        """Record remarks about streamed images."""
+        for key, numbers in remarks.items():
+            self.remarks.setdefault(key, set()).update(numbers)
+
+    def new_remarks(self) -> list[str]:
+        """Return a sentence for every kind of remark about streamed images, the first time that there are any."""
+        new = [key for key in self.remarks if key not in self._told]
+        self._told.update(new)
+        return [f"{remark(key, len(self.remarks[key]))} (said once)" for key in new]
+
     def report(self) -> str:
         """Return a text report: the source, how and why images are held, and which were left out or scaled down."""
         lines = [self.source.report()]
@@ -193,6 +207,7 @@ class Loader:
                 if isinstance(piece, str):
                     raise DataError(piece)
                 self.note(piece.bad)
+                self.add_remarks(piece.remarks)
                 whole = share <= PIECE
                 made = piece.made if whole else _put(piece.made, cut.start, made, share, self._pin)
             batch = Batch(**made, label=self.source.labels[made["index"]], seed=self.seed, epoch=epoch)

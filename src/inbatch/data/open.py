@@ -14,17 +14,20 @@ from inbatch.data.sources import (
     huggingface,
     numpy_files,
     parquet,
+    several,
     torchvision_sets,
     webdataset,
 )
 from inbatch.data.sources.class_lists import choose
+from inbatch.data.sources.split_names import find_split
 from inbatch.errors import DataError
-from inbatch.runtime.paths import expanded
+from inbatch.runtime.path_list import joined_paths
 
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
     "an array, a tensor or a pair (images, labels)": arrays.find_arrays,
     "digits-canvas or digits-canvas-colour": digits.find_digits,
     "torchvision/NAME, a set by its name": torchvision_sets.find_torchvision,
+    "several paths, or a pattern in quotes": lambda data, reading: several.find_several(data, reading, _find),
     "a Parquet file, or a folder with train.parquet": parquet.find_parquet,
     "a .csv, .tsv or .txt list of paths": file_lists.find_file_list,
     "a .npy or .npz file": numpy_files.find_numpy,
@@ -43,7 +46,7 @@ _SUBSET_SEED = 0  # independent of the run's seed: every run on "10,000 images" 
 
 
 def splits(data: object) -> tuple[str, ...]:
-    """Return the splits of the data: ("train",) or ("train", "test"); raise DataError if the data cannot be opened."""
+    """Return the splits of the data, such as ("train", "val", "test"); raise DataError if the data cannot be opened."""
     return tuple(_find(data, Reading()))
 
 
@@ -60,8 +63,9 @@ def open_data(
     """Open one split of a path, a named data set or an in-memory array (`OPENERS` lists the kinds).
 
     Args:
-        data: Path, name, array, tensor or pair (images, labels).
-        split: Name of the split.
+        data: Path, name, array, tensor or pair (images, labels); a pattern, or a list of paths.
+        split: Name of the split; "train", "val" and "test" also name splits that are called otherwise in the data, and
+            "test" names the validation images if there are no test images.
         subset: Use only this many images, the first of a fixed permutation, in the source's order.
         channels: See `Reading`; arrays and embedded data must have this number of channels.
         classes: Text file with the names of the classes to use, one per line, in the order of their numbers. Images of
@@ -73,9 +77,10 @@ def open_data(
         DataError: If the data or the split does not exist, or if `subset` exceeds the number of images.
     """
     found = _find(data, Reading(channels, levels, download))
-    if split not in found:
-        raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}")
-    source = found[split]()
+    if (name := find_split(split, found)) is None:
+        way = "" if split != "train" else f": to learn from another one, pass --set split={next(iter(found))}"
+        raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}{way}")
+    source = found[name]()
     if classes is not None:
         source = choose(source, classes)
     if subset is None:
@@ -87,7 +92,7 @@ def open_data(
 
 
 def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
-    data = expanded(data)
+    data = joined_paths(data)
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
             return found

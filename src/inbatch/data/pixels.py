@@ -9,20 +9,14 @@ Levels = tuple[float, float]
 _CHUNK = 2**22  # values converted at once: the input may already fill half of the memory
 
 
-def stored_bits(image: Image.Image, head: bytes) -> int:
-    """Return the bits per value of an image file that starts with `head`; Pillow modes show it for some files only."""
-    if image.format == "PNG":
-        return head[24]
-    return max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else 8  # type: ignore[attr-defined]
-
-
-def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
+def to_bytes(values: np.ndarray, levels: Levels | None, white: int = 65535) -> np.ndarray:
     """Convert values to uint8 of the same shape; uint8 is returned unchanged.
 
     Args:
         values: Integer or floating-point values of any shape.
         levels: Values mapped to 0 and 255; values outside are clipped, NaN becomes 0. None keeps the upper 8 bits of
             uint16.
+        white: Largest value of uint16 pixels, if the file states a smaller one: the upper 8 of its bits are kept.
 
     Raises:
         ValueError: If `levels` is None and the type is neither uint8 nor uint16, or if the type is not numeric.
@@ -41,8 +35,14 @@ def to_bytes(values: np.ndarray, levels: Levels | None) -> np.ndarray:
     step = max(1, _CHUNK // max(1, values[0].size)) if len(values) else 1
     for at in range(0, len(values), step):
         part = values[at : at + step]
-        out[at : at + step] = part >> 8 if levels is None else _scaled(part, *levels)
+        out[at : at + step] = _upper(part, white) if levels is None else _scaled(part, *levels)
     return out
+
+
+def _upper(values: np.ndarray, white: int) -> np.ndarray:
+    if white == 65535:
+        return values >> 8
+    return np.minimum((values.astype(np.uint32) << 8) // (white + 1), 255)
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -50,8 +50,29 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(np.nan_to_num(x, copy=False, nan=0).clip(0, 255)).astype(np.uint8)
 
 
+def flattened(image: Image.Image) -> tuple[Image.Image, float | None]:
+    """Lay an image on white; return it with the fraction of pixels that are not opaque, None without transparency."""
+    if not image.has_transparency_data:
+        return image, None
+    image = image.convert("RGBA")
+    alpha = np.asarray(image.getchannel("A"))
+    covered = np.count_nonzero(alpha == 255)
+    if covered < alpha.size:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), 1 - covered / alpha.size
+
+
 def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.ndarray:
-    """Convert a Pillow image to uint8 pixels (h, w, channels): grey (1) or RGB (3), on a white background."""
+    """Convert a Pillow image to uint8 pixels (h, w, channels).
+
+    Args:
+        image: Image of any mode.
+        channels: 1 (grey) or 3 (RGB), on a white background; 2 or 4: the same with the alpha of the image.
+        levels: See `to_bytes`.
+
+    Raises:
+        ValueError: If 32-bit values have no levels, or an alpha is requested that the image does not have.
+    """
     if image.mode.startswith("I;16"):  # convert() clips at 255
         image = Image.fromarray(to_bytes(np.asarray(image), levels))
     elif image.mode in ("I", "F"):
@@ -61,9 +82,22 @@ def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.
                 "--set levels=[0,1], or save them with 8 or 16 bits"
             )
         image = Image.fromarray(to_bytes(np.asarray(image), levels))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    if channels in (2, 4):
+        check_alpha(image, channels)
+    else:
+        image, _ = flattened(image)
+    mode = {1: "L", 2: "LA", 4: "RGBA"}.get(channels, "RGB")
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def check_alpha(image: Image.Image, channels: int) -> None:
+    """Raise ValueError unless the image gives 2 (grey) or 4 (RGB) channels with alpha, by its header."""
+    grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))
+    stored = (1 if grey else 3) + image.has_transparency_data
+    if stored != channels and (stored, channels) != (2, 4):
+        raise ValueError(
+            f"it has {stored} channels, {channels} were requested (--set channels={stored} reads them)"
+            if stored in (2, 4)
+            else f"it has no alpha: {stored} channels, {channels} were requested (--set channels={stored} reads them)"
+        )

@@ -2,8 +2,8 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from inbatch.data import cache
 from inbatch.data.cache import Decoded
+from inbatch.data.decoding.image_file import REMARKS, ImageFile
 from inbatch.data.source import Source, Subset
-from inbatch.errors import DataError
-from inbatch.runtime.resources import cores
+from inbatch.errors import DataError, many
+from inbatch.runtime.thread_map import thread_map
 
 SHARE = 0.25
 """Maximum fraction of the free memory that resident images may use."""
@@ -34,7 +35,8 @@ class Resident:
         source: The N images kept, without unreadable ones.
         dropped: One sentence per image left out.
         scaled: Number of images that were scaled down to fit the canvas.
-        notes: Sentences on the origin of the pixels and on whether they are cached for the next run.
+        notes: Sentences on the origin of the pixels, on whether they are cached for the next run, and remarks about
+            some images.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -65,7 +67,8 @@ def hold(
         return _resident(source, kept, device, [note])
     notes = [note] if note else []
     began = time.perf_counter()
-    kept = _decode_all(source, canvas, max_bad, None)
+    kept, remarks = _decode_all(source, canvas, max_bad, None)
+    notes += remarks
     if time.perf_counter() - began >= cache.WORTH:
         notes.append(cache.store(path, kept, source.name))
     return _resident(source, kept, device, notes)
@@ -94,28 +97,32 @@ def decode_all(
     Raises:
         DataError: If the fraction of unreadable images exceeds `max_bad`.
     """
-    return _resident(source, _decode_all(source, canvas, max_bad, threads), device)
+    kept, notes = _decode_all(source, canvas, max_bad, threads)
+    return _resident(source, kept, device, notes)
 
 
-def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> Decoded:
+def _decode_all(source: Source, canvas: int | None, max_bad: float, threads: int | None) -> tuple[Decoded, list[str]]:
+    """Return the decoded images, and sentences about some of them."""
     images = np.zeros((len(source), source.channels, *_largest(source, canvas)), np.uint8)
     sizes, missing, scaled, at = [], [], 0, 0
-    with ThreadPoolExecutor(threads or cores()) as pool:
-        # Each part is copied to its position at once, so that no image is in memory twice.
-        for part in pool.map(lambda first: _decode(source, first, canvas), range(0, len(source), _CHUNK)):
-            n, _, h, w = part.images.shape
-            if h > images.shape[2] or w > images.shape[3]:
-                images = _grown(images, max(h, images.shape[2]), max(w, images.shape[3]))
-            images[at : at + n, :, :h, :w] = part.images
-            at += n
-            sizes.append(part.size)
-            missing += part.missing
-            scaled += part.scaled
+    remarks: Counter[str] = Counter()
+    starts = range(0, len(source), _CHUNK)
+    # Each part is copied to its position at once, so that no image is in memory twice.
+    for part in thread_map(lambda first: _decode(source, first, canvas), starts, threads):
+        n, _, h, w = part.images.shape
+        if h > images.shape[2] or w > images.shape[3]:
+            images = _grown(images, max(h, images.shape[2]), max(w, images.shape[3]))
+        images[at : at + n, :, :h, :w] = part.images
+        at += n
+        sizes.append(part.size)
+        missing += part.missing
+        scaled += part.scaled
+        remarks += part.remarks
     check_dropped(source, missing, max_bad)
     size = torch.cat(sizes)
     height, width = size.amax(0).tolist()
     images = np.ascontiguousarray(images[:at, :, :height, :width])
-    return Decoded(torch.from_numpy(images), size, missing, scaled)
+    return Decoded(torch.from_numpy(images), size, missing, scaled), [remark(key, n) for key, n in remarks.items()]
 
 
 @dataclass
@@ -124,22 +131,25 @@ class _Part:
     size: Int[Tensor, "k 2"]
     missing: list[tuple[int, str]]
     scaled: int
+    remarks: Counter[str]
 
 
 def _decode(source: Source, first: int, canvas: int | None) -> _Part:
     pixels: list[Tensor] = []
     missing, scaled = [], 0
+    remarks: Counter[str] = Counter()
     for i in range(first, min(first + _CHUNK, len(source))):
         try:
             with source.open(i) as picture:
                 pixels.append(picture.tensor(canvas))
                 scaled += canvas is not None and max(picture.size) > canvas
+                remarks.update(picture.remarks() if isinstance(picture, ImageFile) else ())
         except DataError as e:
             missing.append((i, str(e)))
     if not pixels:
-        return _Part(np.zeros((0, source.channels, 0, 0), np.uint8), torch.zeros(0, 2).long(), missing, 0)
+        return _Part(np.zeros((0, source.channels, 0, 0), np.uint8), torch.zeros(0, 2).long(), missing, 0, remarks)
     images, size = stack(pixels)
-    return _Part(images.numpy(), size, missing, scaled)
+    return _Part(images.numpy(), size, missing, scaled, remarks)
 
 
 def _grown(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -173,6 +183,11 @@ def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: f
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
             f"(max_unreadable allows {100 * max_bad:g}%): {few}"
         )
+
+
+def remark(key: str, count: int) -> str:
+    """Return the sentence of a remark about a number of images."""
+    return REMARKS[key].format(many(count, "image"))
 
 
 def _readable(source: Source, i: int) -> bool:

@@ -23,8 +23,9 @@ class Reading:
     """Options for reading images, for formats that leave a choice.
 
     Attributes:
-        channels: 1 (grey) or 3 (RGB) for any file, 3 by default; another number for TIFF files with exactly that many
-            channels. Arrays keep their number of channels.
+        channels: 1 (grey) or 3 (RGB) for any file, 3 by default; 2 or 4 for the same with alpha as a channel, of PNG,
+            WebP and TIFF files that have it; another number for TIFF files with exactly that many channels, or as many
+            on all their pages. Arrays keep their number of channels.
         levels: The two values that are mapped to 0 and 255 in images with more than 8 bits per channel; None for the
             full 16-bit range. 32-bit and floating-point values require levels.
         download: Download a named data set that is not on the disk.
@@ -52,13 +53,15 @@ class Source(ABC):
 
     Attributes:
         name: Origin of the images.
-        channels: 1 for grey, 3 for RGB, any number for arrays and TIFF files.
+        channels: 1 for grey, 3 for RGB, 2 or 4 for the same with alpha, any number for arrays and TIFF files.
         levels: See `Reading`. Decoded pixels depend on `levels`, `channels` and the `fingerprint`.
         labels: (N,) int64, -1 for unknown.
         classes: Names of the labels; empty if all images are unlabelled.
+        note: Sentence part for the report, on what was taken as which split and what was left out.
     """
 
     levels: Levels | None = None
+    note: str = ""
 
     def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
@@ -97,7 +100,7 @@ class Source(ABC):
     def report(self) -> str:
         """Return a text report of one or more lines: the images used and the files left out."""
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
-        return f"{self.name}: {many(len(self), 'image')}, {known}"
+        return "; ".join(filter(None, (f"{self.name}: {many(len(self), 'image')}, {known}", self.note)))
 
 
 class Subset(Source):

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inbatch import rng
+from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.resident import stack
-from inbatch.data.source import CropSpec, Source
+from inbatch.data.source import CropSpec, LazyImage, Source
 from inbatch.errors import DataError, InbatchError
 from inbatch.runtime import child_processes
 
@@ -59,10 +60,12 @@ class Piece(NamedTuple):
     Attributes:
         made: Parts of a batch, by field name.
         bad: Unreadable images encountered: {image number: reason}.
+        remarks: Numbers of the images with a remark, by its key in `image_file.REMARKS`.
     """
 
     made: dict[str, Any]
     bad: dict[int, str]
+    remarks: dict[str, set[int]]
 
 
 class SampleReader:
@@ -76,6 +79,7 @@ class SampleReader:
     def __init__(self, source: Source, seed: int, batch: int):
         self.source, self.seed, self.batch = source, seed, batch
         self.bad: dict[int, str] = {}
+        self.remarks: dict[str, set[int]] = {}
         self._epoch = -1
 
     def read(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
@@ -95,10 +99,16 @@ class SampleReader:
                 self.bad[i] = why = str(error)
         raise DataError(f"{why}; nor can any other image that could take its place in the batch")
 
-    def met(self) -> dict[int, str]:
-        """Return the unreadable images encountered since the last call."""
+    def heed(self, i: int, picture: LazyImage) -> None:
+        """Record the remarks about an image that was read."""
+        for key in picture.remarks() if isinstance(picture, ImageFile) else ():
+            self.remarks.setdefault(key, set()).add(i)
+
+    def piece(self, made: dict[str, Any]) -> Piece:
+        """Return the parts of a batch with the unreadable images and the remarks since the last call."""
         bad, self.bad = self.bad, {}
-        return bad
+        remarks, self.remarks = self.remarks, {}
+        return Piece(made, bad, remarks)
 
 
 class CropDataset(Dataset[Any]):
@@ -123,6 +133,7 @@ class CropDataset(Dataset[Any]):
                     try:
                         with picture:
                             cut = picture.crops(boxes[-1][:, slot], self.wanted)
+                        self.places.heed(numbers[slot], picture)
                     except DataError:  # the header is readable, the pixels are not
                         index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.places.read(
                             epoch, some[slot], lambda i: self._cut(i, epoch)
@@ -132,14 +143,16 @@ class CropDataset(Dataset[Any]):
         except DataError as e:  # returned as a value: torch would wrap the exception in a long traceback
             return str(e)
         made = {"index": torch.cat(index), "size": torch.cat(size)}
-        return Piece(made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)}, self.places.met())
+        return self.places.piece(made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)})
 
     def _cut(self, i: int, epoch: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Return the size, the boxes and the crops of one image."""
         with self.source.open(i) as picture:
             size = torch.tensor([picture.size])
             box = self.views.boxes(torch.tensor([i]), size, self.places.seed, epoch)[:, 0]
-            return size[0], box, picture.crops(box, self.wanted)
+            crops = picture.crops(box, self.wanted)
+            self.places.heed(i, picture)
+            return size[0], box, crops
 
 
 class CanvasDataset(Dataset[Any]):
@@ -154,11 +167,13 @@ class CanvasDataset(Dataset[Any]):
         except DataError as e:
             return str(e)
         images, size = stack(list(pixels))
-        return Piece({"index": torch.tensor(index), "size": size, "images": images}, self.places.met())
+        return self.places.piece({"index": torch.tensor(index), "size": size, "images": images})
 
     def _decode(self, i: int) -> Tensor:
         with self.places.source.open(i) as picture:
-            return picture.tensor(self.canvas)
+            pixels = picture.tensor(self.canvas)
+            self.places.heed(i, picture)
+            return pixels
 
 
 @contextmanager
@@ -205,6 +220,7 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
         sampler=order,
         num_workers=workers,
         worker_init_fn=child_processes.begin_worker,
+        generator=torch.Generator(),  # without one, the loader draws from the caller's
         persistent_workers=workers > 0,
         timeout=_PATIENCE if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,

@@ -1,6 +1,5 @@
 """Agreement of clusters and classes: k-means and the three usual measures."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,40 @@ from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
 from inbatch.evaluation.embeddings import Embeddings
-from inbatch.nn.clustering import nmi
+from inbatch.nn.clustering import compared, ignore_missing_clusters, nmi
+from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 
 def ari(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Return the adjusted Rand index: 0 expected by chance, 1 for equal partitions."""
+    """Return the adjusted Rand index: 0 expected by chance, 1 for equal partitions.
+
+    Samples with a negative (unknown) label are left out; those with a negative cluster (noise) form one cluster.
+    """
     from sklearn.metrics import adjusted_rand_score
 
+    labels, clusters = compared(labels, clusters)
     return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
 
 
 def hungarian_accuracy(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Return the share of samples matched by the best one-to-one map of clusters to classes; counts may differ."""
+    """Return the share of samples matched by the best one-to-one map of clusters to classes; counts may differ.
+
+    Samples with a negative (unknown) label are left out; those with a negative cluster (noise) are never matched.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    table = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
-    np.add.at(table, (clusters.numpy(), labels.numpy()), 1)
+    labels, clusters = compared(labels, clusters)
+    assigned = clusters >= 0
+    rows, columns = (x[assigned].unique(return_inverse=True) for x in (clusters, labels))
+    table = np.zeros((len(rows[0]), len(columns[0])), np.int64)
+    np.add.at(table, (rows[1].numpy(), columns[1].numpy()), 1)
     return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
 
 
+@usual_state()
 def clustering(
     embeddings: Embeddings, clusters: int | None = None, *, n_init: int = 10, seed: int = 0
 ) -> dict[str, object]:
@@ -42,20 +54,23 @@ def clustering(
 
     Args:
         embeddings: embeddings to cluster.
-        clusters: number of clusters; by default the number of classes.
+        clusters: number of clusters; by default the number of classes. "used" is the number with an image: it is
+            smaller if the features have fewer different rows.
         n_init: number of restarts.
         seed: seed of the restarts.
 
     Raises:
-        ConfigError: if there are more clusters than images.
+        ConfigError: if there are more clusters than images, or fewer than 1.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
     known = embeddings.labelled()
-    clusters = clusters or len(known.labels.unique())
-    if clusters > len(known):
-        raise ConfigError(f"{clusters} clusters cannot be made of {len(known)} images of {known.name}.")
+    clusters = len(known.labels.unique()) if clusters is None else clusters
+    if not 1 <= clusters <= len(known):
+        raise ConfigError(
+            f"{clusters} clusters cannot be made of {len(known)} images of {known.name}: choose 1 to {len(known)}."
+        )
     rows = F.normalize(known.vectors).numpy()
 
     def fit(state: int) -> Any:
@@ -64,10 +79,12 @@ def clustering(
 
     states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
     fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
-    with threadpool_limits(1), ThreadPoolExecutor(max(1, min(n_init, cores(), fit_at_once))) as pool:
-        best = min(pool.map(fit, states), key=lambda means: means.inertia_)
+    with threadpool_limits(1), ignore_missing_clusters():
+        fits = thread_map(fit, states, max(1, min(n_init, cores(), fit_at_once)))
+        best = min(fits, key=lambda means: means.inertia_)
     assignment = torch.from_numpy(best.labels_).long()
-    protocol = {"clusters": clusters, "n_init": n_init, "seed": seed, "normalisation": "l2"}
+    used = len(assignment.unique())
+    protocol = {"clusters": clusters, "used": used, "n_init": n_init, "seed": seed, "normalisation": "l2"}
     return {**_scores(known.labels, assignment), **protocol, "images": len(known)}
 
 

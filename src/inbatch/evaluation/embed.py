@@ -1,7 +1,6 @@
 """Embeddings of clean images: all at once, or as a stream of chunks for data sets of any length."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -16,8 +15,9 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import child_processes
+from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
-from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 _TOGETHER = 2**24  # bytes of images that are prepared together rather than one by one
 
@@ -78,6 +78,7 @@ class Kept:
 
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.labels = source, source.name, source.labels
+        self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self._images: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -102,8 +103,7 @@ class Kept:
         missing = [i for i in range(len(self)) if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
-            with ThreadPoolExecutor(cores()) as pool:
-                list(pool.map(decode, parts))
+            list(thread_map(decode, parts))
 
 
 def hold_in_memory(source: AnySource, limit: int = 2**29) -> AnySource | Kept:
@@ -170,7 +170,8 @@ def _stream(
     ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     chunks = _Chunks(source, prepare)
     loader: DataLoader = DataLoader(
-        chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=child_processes.begin_worker
+        chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=child_processes.begin_worker,
+        generator=torch.Generator(),  # without one, the loader draws from the caller's
     )  # fmt: skip
     for at, (images, bad) in zip(ranges, child_processes.batches(loader), strict=True):
         if bad and missing is None:
@@ -187,6 +188,7 @@ def _stream(
             index=index,
             name=source.name,
             feature=feature,
+            classes=getattr(source, "classes", ()),
         )
 
 
@@ -224,6 +226,7 @@ def embed_stream(
     )
 
 
+@usual_numerics()
 def encode(
     encoder: Encoder, images: Float[Tensor, "n c s s"], precision: torch.dtype = torch.float32
 ) -> Float[Tensor, "n f"]:
@@ -237,6 +240,7 @@ def encode(
         return represent(images.to(device, non_blocking=True))
 
 
+@usual_state()
 def embed(
     encoder: Any,
     source: Any,
@@ -251,6 +255,7 @@ def embed(
     return _join(chunks, bad)
 
 
+@usual_state()
 def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
     """Return the pixels, in [0, 1] and flattened: the baseline that every feature must exceed.
 
@@ -288,4 +293,5 @@ def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
         name=chunks[0].name,
         feature=chunks[0].feature,
         missing=tuple(bad.values()),
+        classes=chunks[0].classes,
     )

@@ -1,6 +1,7 @@
 """Embeddings of a data set."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,21 +16,25 @@ class Embeddings:
 
     Attributes:
         vectors: (N, F) float32 on the CPU.
-        labels: (N,) int64, -1 if unknown.
+        labels: (N,) int64, -1 if unknown; several per image, (N, L), can be stored but not evaluated.
         identities: path or number of each image.
         name: the data set.
         feature: the layer of the vectors.
         index: (N,) int64, each image's number in the data set; 0, 1, ... by default.
         missing: a message for each image that cannot be read.
+        split: the split of the images; empty if it is unknown.
+        classes: names of the labels; empty if they have none.
     """
 
     vectors: Float[Tensor, "n f"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, "n *l"]
     identities: tuple[str, ...]
     name: str
     feature: str
     index: Int[Tensor, "n"] = None  # type: ignore[assignment] # set below
     missing: tuple[str, ...] = ()
+    split: str = ""
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.index is None:
@@ -39,7 +44,12 @@ class Embeddings:
         return len(self.vectors)
 
     def labelled(self) -> "Embeddings":
-        """Return only the images with a known label; DataError if there is none, or a feature is not finite."""
+        """Return only the images with a known label.
+
+        Raises:
+            DataError: if there is none, if images have several labels each, or if a feature is not finite.
+        """
+        check_one_label(self.labels, self.name)
         known = self.labels >= 0
         if not known.any():
             raise DataError(f"{self.name} has no labels, and evaluation needs them: give labelled images.")
@@ -60,18 +70,57 @@ class Embeddings:
         )
 
 
-def hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> dict[str, float]:
-    """Return the share of samples with a label among the highest score (top1) and the five highest (top5).
+def matched(train: Embeddings, test: Embeddings) -> tuple[Embeddings, Embeddings, int]:
+    """Return the labelled images of both, numbered by the classes of `train`, and the number of class ids.
 
-    Equal scores rank by class, the smallest first.
+    Raises:
+        DataError: as `labelled` and `matched_labels`, or if there are fewer than two classes in training.
     """
-    ranking = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
-    right = ranking == labels[:, None].to(ranking.device)
-    return {"top1": right[:, 0].double().mean().item(), "top5": right.any(1).double().mean().item()}
-
-
-def class_count(train: Embeddings, test: Embeddings) -> int:
-    """Return the number of class ids, 0 to the largest; DataError if there are fewer than two classes in training."""
+    train, test = train.labelled(), test.labelled()
     if len(train.labels.unique()) < 2:
         raise DataError(f"{train.name} has one class only: at least two are needed.")
-    return int(torch.maximum(train.labels.max(), test.labels.max())) + 1
+    test = replace(test, labels=matched_labels(train, test), classes=train.classes or test.classes)
+    return train, test, int(torch.maximum(train.labels.max(), test.labels.max())) + 1
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """Interface of images with labels: `Embeddings` or a source; `classes` (names of the labels) may be missing."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def labels(self) -> Int[Tensor, "n"]: ...
+
+
+def matched_labels(train: Labelled, test: Labelled) -> Int[Tensor, "n"]:
+    """Return the labels of `test` in the numbering of `train`, by the names of the classes if both have names.
+
+    `test` may lack some of the classes.
+
+    Raises:
+        DataError: if an image of `test` has a class that `train` does not have.
+    """
+    names, wanted = getattr(test, "classes", ()), getattr(train, "classes", ())
+    if tuple(names) == tuple(wanted) or not names or not wanted:
+        return test.labels
+    number = {name: i for i, name in enumerate(wanted)}
+    used = [i for i in test.labels.unique().tolist() if i >= 0]
+    if unknown := [names[i] for i in used if names[i] not in number]:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"{test.name} has other classes than {train.name}: {', '.join(unknown[:5])}{more}; pass test data with "
+            f"the same classes or some of them ({', '.join(wanted[:5])}{', ...' * (len(wanted) > 5)})."
+        )
+    table = torch.full((len(names) + 1,), -1)  # the last entry is for the label -1
+    table[used] = torch.tensor([number[names[i]] for i in used], dtype=torch.long)
+    return table[test.labels]
+
+
+def check_one_label(labels: Tensor, name: str) -> None:
+    """Raise DataError if images have several labels each, labels (N, L)."""
+    if labels.ndim != 1:
+        raise DataError(
+            f"the labels of {name} have the shape {tuple(labels.shape)}: k-NN, probes and clustering compare one class "
+            "per image and take no images with several labels; pass one column, such as labels[:, 0], at a time."
+        )

@@ -8,23 +8,26 @@ from typing import Any
 import torch
 
 from inbatch.errors import ConfigError
+from inbatch.evaluation.accuracy import class_name
 from inbatch.evaluation.clustering import clustering
 from inbatch.evaluation.corruptions import check, corruptions
 from inbatch.evaluation.embed import Encoder, Source, as_source, check_encoder, embed
-from inbatch.evaluation.embeddings import Embeddings, class_count
+from inbatch.evaluation.embeddings import Embeddings, check_one_label, matched, matched_labels
 from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels
 from inbatch.evaluation.finetune import Finetune, finetune
-from inbatch.evaluation.knn import knn
+from inbatch.evaluation.knn import check_neighbours, knn
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
+from inbatch.runtime.isolation import isolated
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Incremented if the same encoder and images give other figures than before."""
 
 PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
 """All protocols; the first three are the default."""
 
 
+@isolated
 def evaluate(
     encoder: Any,
     train: Any,
@@ -49,6 +52,8 @@ def evaluate(
     """Return the figures of each protocol with all settings needed to compare them, in JSON types.
 
     Clustering uses `test`. k is at most the number of labelled training images; the result states the k in use.
+    Classes are matched by their names if train and test have names; test images of some of the classes are enough.
+    k-NN, linear probe and fine-tuning have "balanced" and "per_class" accuracy in addition to top1 and top5.
 
     Args:
         encoder: the encoder; may be None if train and test are embeddings.
@@ -56,7 +61,7 @@ def evaluate(
         test: embeddings, or images. finetune and corruptions need the encoder and images.
         protocols: names in PROTOCOLS.
         k: number of neighbours of k-NN.
-        temperature: of k-NN.
+        temperature: of k-NN, above 0.
         distance: of k-NN.
         probe: see `linear_probe`.
         clusters: see `clustering`.
@@ -71,19 +76,25 @@ def evaluate(
         workers: processes that decode images.
 
     Raises:
-        ConfigError: for unknown protocols, or something else than an encoder.
-        DataError: for data that cannot be opened, without labels, with one class only, or if features are not finite.
+        ConfigError: for unknown protocols, for settings of k-NN that are out of range, or something else than an
+            encoder.
+        DataError: for data that cannot be opened, without labels, with several labels per image, with one training
+            class only, if `test` has classes that `train` does not have, or if features are not finite.
     """
     if encoder is not None:
         check_encoder(encoder)
     train, test = (data if isinstance(data, Embeddings) else as_source(data, encoder) for data in (train, test))
     _check_protocols(protocols, encoder, train, test)
+    check_neighbours(min(k, len(train)), len(train), temperature, distance)
+    for data in (train, test):
+        check_one_label(data.labels, data.name)
+    matched_labels(train, test)
     features = [
         data if isinstance(data, Embeddings) else _embedded(encoder, data, batch, precision, workers)
         for data in (train, test)
     ]
-    labelled = bank, queries = features[0].labelled(), features[1].labelled()
-    class_count(bank, queries)
+    bank, queries, _ = matched(*features)
+    labelled = bank, queries
     device = encoder.device if encoder is not None else "cpu"
     neighbours: dict[str, Any] = {"k": k, "temperature": temperature, "distance": distance}
     result = _conditions(encoder, features, labelled, precision)
@@ -156,7 +167,7 @@ def _conditions(
     return {
         "protocol_version": PROTOCOL_VERSION,
         "train": _counts(features[0], len(labelled[0])),
-        "test": _counts(features[1], len(labelled[1])),
+        "test": _counts(features[1], len(labelled[1])) | {"per_class": _images_per_class(labelled[1])},
         "feature": features[1].feature,
         "width": features[1].vectors.shape[1],
         "encoder": _describe(encoder),
@@ -169,6 +180,12 @@ def _counts(data: Embeddings, labelled: int) -> dict[str, Any]:
     """Return the name and the numbers of images of a data set."""
     unreadable = {"unreadable": len(data.missing)} if data.missing else {}
     return {"name": data.name, "images": len(data), "labelled": labelled} | unreadable
+
+
+def _images_per_class(labelled: Embeddings) -> dict[str, int]:
+    """Return the number of images of each class that occurs, by its name."""
+    counts = labelled.labels.bincount().tolist()
+    return {class_name(i, labelled.classes): count for i, count in enumerate(counts) if count}
 
 
 def _plain(encoder: Any, embeddings: Embeddings) -> Embeddings:

@@ -16,9 +16,9 @@ from inbatch.runtime.paths import path_of
 
 
 def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
-    """Write columns path, index, label (-1 unknown) and vector to a .parquet or .npz file; return the number of rows.
+    """Write path, index, label (-1 unknown), vector and split to a .parquet or .npz file; return the number of rows.
 
-    Replaces an existing file.
+    The index is the number of the image in its split. Replaces an existing file.
 
     Raises:
         ConfigError: for other endings, or .parquet without pyarrow.
@@ -51,6 +51,7 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
                 "index": pa.array(chunk.index.numpy()),
                 "label": pa.array(chunk.labels.numpy()),
                 "vector": pa.FixedSizeListArray.from_arrays(pa.array(chunk.vectors.numpy().ravel()), width),
+                "split": pa.array([chunk.split] * n, pa.string()),
             }
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(file, table.schema)
@@ -67,10 +68,12 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     folder = Path(file.name).parent
     with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
         rows, width, longest, labels, index = 0, 0, 1, [], []
+        splits: list[tuple[str, int]] = []
         for chunk in stream:
             vectors.write(np.ascontiguousarray(chunk.vectors.numpy(), np.float32).tobytes())
             labels.append(chunk.labels.numpy())
             index.append(chunk.index.numpy())
+            splits.append((chunk.split, len(chunk)))
             identities = [_text(i) for i in chunk.identities]
             longest = max(longest, *map(len, identities))
             names.write(json.dumps(identities) + "\n")
@@ -79,11 +82,12 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
             return 0
         vectors.seek(0)
         names.seek(0)
-        text = np.dtype(f"<U{longest}")
+        text, word = np.dtype(f"<U{longest}"), np.dtype(f"<U{max(1, *(len(name) for name, _ in splits))}")
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             _array(archive, "path", text, (rows,), (np.array(json.loads(line), text).tobytes() for line in names))
             _array(archive, "index", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in index))
             _array(archive, "label", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in labels))
+            _array(archive, "split", word, (rows,), (np.full(count, name, word).tobytes() for name, count in splits))
             _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
         return rows
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from inbatch.errors import ConfigError
-from inbatch.evaluation.embeddings import Embeddings, class_count
+from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.evaluation.knn import knn
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
@@ -76,8 +76,7 @@ def evaluate_few_labels(
     """
     if draws < 1 or not shares:
         raise ConfigError(f"few labels need a share and a draw at least, not {len(shares)} and {draws}.")
-    train, test = train.labelled(), test.labelled()
-    class_count(train, test)
+    train, test, _ = matched(train, test)
     seeds = list(range(seed, seed + draws))
     figures: dict[str, Any] = {}
     for share in shares:

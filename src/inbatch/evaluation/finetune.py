@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from inbatch.batch import Batch
 from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError, TrainingError
+from inbatch.evaluation.accuracy import hits
 from inbatch.evaluation.embed import Encoder, Kept, Source, embed, hold_in_memory, readable
-from inbatch.evaluation.embeddings import hits
+from inbatch.evaluation.embeddings import check_one_label, matched_labels
 from inbatch.evaluation.few_labels import few_labels
 from inbatch.rng import fold, permutation
 from inbatch.runtime import child_processes
+from inbatch.runtime.isolation import usual_state
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Trainable(Encoder, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+@usual_state()
 def finetune(
     encoder: Encoder,
     train: Source,
@@ -75,7 +78,7 @@ def finetune(
     batch: int = 512,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Return top1 and top5 in [0, 1] on clean test images, with the protocol and the duration in seconds.
+    """Return the figures of `hits` on clean test images, with the protocol and the duration in seconds.
 
     A copy of the encoder is trained, in its own precision; norm layers use batches of the labelled images. The same
     seed, machine and number of threads give the same weights bit for bit.
@@ -92,6 +95,7 @@ def finetune(
 
     Raises:
         ConfigError: for other names, or an encoder that is not a module.
+        DataError: if an image has several labels, or if the test images have other classes.
         TrainingError: if the loss is not finite.
     """
     began = time.perf_counter()
@@ -102,11 +106,14 @@ def finetune(
         settings = TUNINGS[settings]
     if not isinstance(encoder, Trainable) or not isinstance(encoder, nn.Module):
         raise ConfigError("fine-tuning trains an encoder: give a module like inbatch.models.Encoder.")
+    for data in (train, test):
+        check_one_label(data.labels, data.name)
+    labels = matched_labels(train, test)
     chosen = few_labels(train.labels, share, seed)
     counts = train.labels[chosen].bincount()
     if (counts > 0).sum() < 2:
         raise DataError(f"{train.name} has labels of fewer than two classes: at least two are needed.")
-    classes = max(len(counts), int(test.labels.max()) + 1)
+    classes = max(len(counts), int(labels.max()) + 1)
     devices = [encoder.device] if encoder.device.type == "cuda" else []
     # Randomness within the encoder (dropout) uses torch's generator, which is restored afterwards.
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.backends.cudnn.flags(deterministic=True):
@@ -132,7 +139,8 @@ def finetune(
         "seed": seed,
         "classes": classes,
     }
-    return {**hits(scores, embeddings.labels), **protocol, "seconds": time.perf_counter() - began}
+    names = getattr(train, "classes", ())
+    return {**hits(scores, labels[embeddings.index], names), **protocol, "seconds": time.perf_counter() - began}
 
 
 def _train(

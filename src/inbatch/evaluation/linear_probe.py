@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inbatch.errors import ConfigError
-from inbatch.evaluation.embeddings import Embeddings, class_count, hits
+from inbatch.evaluation.accuracy import hits
+from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime.isolation import usual_numerics, usual_state
 
 _SMALL = 2**26  # multiplications of a step that ends before a second thread has started its part
 
@@ -44,6 +46,7 @@ class Classifier:
             return F.linear(query, self.weight, self.bias)
 
 
+@usual_state()
 def linear_probe(
     train: Embeddings,
     test: Embeddings,
@@ -52,7 +55,7 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, object]:
-    """Return top1 and top5 in [0, 1] on the test features of a classifier trained on the training features.
+    """Return the figures of `hits` on the test features of a classifier trained on the training features.
 
     The result includes the protocol. Images without a label are left out.
 
@@ -66,11 +69,12 @@ def linear_probe(
     Raises:
         ConfigError: for an unknown name.
     """
-    train, test = train.labelled(), test.labelled()
-    fitted = fit(train, class_count(train, test), probe, seed=seed, device=device)
-    return {**hits(fitted.scores(test.vectors), test.labels), **fitted.protocol}
+    train, test, classes = matched(train, test)
+    fitted = fit(train, classes, probe, seed=seed, device=device)
+    return {**hits(fitted.scores(test.vectors), test.labels, train.classes), **fitted.protocol}
 
 
+@usual_numerics()
 @torch.no_grad()
 def fit(
     train: Embeddings,

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
+from inbatch.errors import many
 from inbatch.nn.heads import Head
+from inbatch.nn.memory_bank import MemoryBank
 
 
 class Method(nn.Module):
@@ -43,6 +45,16 @@ class Method(nn.Module):
 
         Create here the parts that depend on them; raise ValueError here, not in a later step, if they are not allowed.
         """
+
+    def notes(self, images: int) -> list[str]:
+        """Return sentences for the user about settings that do not suit this number of images."""
+        sizes = {bank.size for bank in self.modules() if isinstance(bank, MemoryBank) and bank.size > images}
+        return [
+            f"The memory bank keeps {size:,} rows, more than the {many(images, 'image')}: it holds several rows of the "
+            f"same image, so an image is compared with earlier rows of its own. Set method.queue_size to {images} or "
+            "less to avoid most of these."
+            for size in sizes
+        ]
 
     def heads(self, width: int) -> dict[str, Head]:
         """Return the heads, in order, for features of this width."""

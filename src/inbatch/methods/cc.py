@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 
 
 def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:
@@ -42,6 +43,7 @@ class CC(Method):
     num_clusters: number of clusters; None is the number of classes of the data.
     temperature, cluster_temperature: T among samples, among clusters.
     out_dim: width of the projection.
+    entropy_weight: weight of the lack of entropy of the cluster sizes (Eq. 6); more spreads samples over all clusters.
     """
 
     online = ("projection", "clusters")
@@ -58,10 +60,14 @@ class CC(Method):
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar224": _224}
 
     def __init__(self, num_clusters: int | None = None, temperature: float = 0.5, cluster_temperature: float = 1.0,
-                 out_dim: int = 128) -> None:  # fmt: skip
+                 out_dim: int = 128, entropy_weight: float = 1.0) -> None:  # fmt: skip
         super().__init__()
+        if not 0 <= entropy_weight < math.inf:
+            raise ValueError(f"entropy_weight is a finite number of 0 or more, not {entropy_weight}")
+        check_temperature(temperature, cluster_temperature)
         self.num_clusters, self.out_dim = num_clusters, out_dim
         self.temperature, self.cluster_temperature = temperature, cluster_temperature
+        self.entropy_weight = entropy_weight
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         self.num_clusters = self.num_clusters or classes
@@ -75,4 +81,5 @@ class CC(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         instance = contrast(online["projection"], self.temperature)
         cluster, entropy = cluster_contrast(wide(online["clusters"]).softmax(-1), self.cluster_temperature)
-        return {"loss": instance + cluster + entropy, "instance": instance, "cluster": cluster, "entropy": entropy}
+        loss = instance + cluster + self.entropy_weight * entropy
+        return {"loss": loss, "instance": instance, "cluster": cluster, "entropy": entropy}

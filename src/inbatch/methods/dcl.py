@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 
 
 def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None = None, symmetric: bool = True,
@@ -61,6 +62,7 @@ class DCL(Method):
     def __init__(self, temperature: float = 0.1, weighted: bool = False, sigma: float = 0.5, symmetric: bool = True,
                  detach: bool = False, hidden_dim: int | None = None, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature, sigma)
         self.temperature, self.sigma = temperature, sigma if weighted else None
         self.symmetric, self.detach, self.hidden_dim, self.out_dim = symmetric, detach, hidden_dim, out_dim
 

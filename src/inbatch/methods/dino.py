@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import cross_prediction, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, mlp
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.schedules import cosine, linear, progress
 
 
@@ -51,6 +52,7 @@ class DINO(Method):
                  num_prototypes: int = 65536, freeze_prototypes_epochs: int = 1, hidden_dim: int = 2048,
                  bottleneck_dim: int = 256, layers: int = 3, norm: bool = False) -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature, teacher_temperature, warmup_temperature)
         self.temperature, self.momentum, self.center_momentum = temperature, momentum, center_momentum
         self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)

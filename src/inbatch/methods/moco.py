@@ -8,6 +8,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import info_nce, normalize
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 
 
@@ -45,6 +46,7 @@ class MoCo(Method):
                  hidden_dim: int | None = None, out_dim: int = 128, symmetric: bool = False, smooth: float = 0.0,
                  neighbours: int = 10) -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature)
         if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= queue_size)):
             raise ValueError(
                 f"smooth {smooth:g} must be below 1 and neighbours {neighbours} from 1 to the queue's {queue_size}"

@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_rows, normalize
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.schedules import cosine
 
 
@@ -59,6 +60,7 @@ class MoCoV3(Method):
     def __init__(self, temperature: float = 1.0, momentum: float = 0.99, layers: int = 2, hidden_dim: int = 4096,
                  out_dim: int = 256, last_norm: bool = False) -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature)
         self.temperature, self.momentum, self.layers = temperature, momentum, layers
         self.hidden_dim, self.out_dim, self.last_norm = hidden_dim, out_dim, last_norm
 

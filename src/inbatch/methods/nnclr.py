@@ -11,6 +11,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, logsumexp_rows, nearest, normalize
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 
 Contrast = Literal["one_way", "nt_xent"]
@@ -64,6 +65,7 @@ class NNCLR(Method):
     def __init__(self, temperature: float = 0.1, queue_size: int = 98304, hidden_dim: int = 2048,
                  pred_hidden_dim: int = 4096, out_dim: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature)
         self.temperature, self.hidden_dim, self.pred_hidden_dim = temperature, hidden_dim, pred_hidden_dim
         self.out_dim, self.contrast, self.queue = out_dim, contrast, MemoryBank(queue_size, out_dim)
 

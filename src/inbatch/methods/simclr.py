@@ -9,6 +9,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 
 
 def nt_xent(
@@ -57,6 +58,7 @@ class SimCLR(Method):
     def __init__(self, temperature: float = 0.1, hidden_dim: int | None = None, out_dim: int = 128, layers: int = 3,
                  scale: Literal["mean", "sum"] = "mean") -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature)
         self.temperature, self.scale = temperature, scale
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 

@@ -10,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, product, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
 
 
 def supcon(
@@ -71,6 +72,7 @@ class SupCon(Method):
     def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden_dim: int | None = None,
                  out_dim: int = 128, contrast_mode: Literal["all", "one"] = "all") -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature, base_temperature)
         self.temperature, self.base_temperature, self.contrast_mode = temperature, base_temperature, contrast_mode
         self.hidden_dim, self.out_dim = hidden_dim, out_dim
 

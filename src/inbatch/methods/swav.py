@@ -8,6 +8,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
 from inbatch.nn.heads import Head, Prototypes, mlp
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 
 
@@ -48,6 +49,7 @@ class SwAV(Method):
                  num_prototypes: int = 3000, freeze_prototypes_epochs: int = 1, queue_size: int = 0,
                  queue_start_epoch: int = 15, hidden_dim: int = 2048, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
+        check_temperature(temperature, epsilon)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
         self.hidden_dim = hidden_dim

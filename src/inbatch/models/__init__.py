@@ -3,6 +3,7 @@
 from inbatch.models.attention_slots import ATTENDS, added, install, without
 from inbatch.models.encoder import MAX_SIDE, Encoder, Prepare
 from inbatch.models.factory import create_encoder, load_encoder
+from inbatch.models.input_sizes import check_side
 from inbatch.models.weights import save_encoder
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Encoder",
     "Prepare",
     "added",
+    "check_side",
     "create_encoder",
     "install",
     "load_encoder",

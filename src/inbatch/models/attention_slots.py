@@ -11,7 +11,7 @@ from torch import nn
 
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.grouped import Grouped, as_group
-from inbatch.errors import ConfigError, closest
+from inbatch.errors import ConfigError, closest, reason
 from inbatch.models.encoder import Encoder
 
 
@@ -182,7 +182,7 @@ def _make(maker: Callable[..., nn.Module], name: str, size: int, options: dict[s
         with torch.random.fork_rng(devices=[]):  # later modules get the same initial weights as without the block
             return maker(size, **options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
-        raise ConfigError(f"{name} cannot be built for {size} channels with {options}: {e}") from e
+        raise ConfigError(f"{name} cannot be built for {size} channels with {options}: {str(e) or reason(e)}") from e
 
 
 def _places(encoder: Encoder, name: str) -> list[list[tuple[str, str]]]:

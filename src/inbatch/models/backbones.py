@@ -1,14 +1,17 @@
 """Backbones by name, without their classifier: own ones, timm's and torchvision's (imported only if requested)."""
 
+import inspect
 import socket
+import typing
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from torch import nn
 
-from inbatch.errors import ConfigError, closest
+from inbatch.errors import ConfigError, closest, reason
 from inbatch.models.fast import Fast
+from inbatch.models.library_errors import described, explained
 
 # timm's own options for weights and files, one of them through pickle: `init` replaces them.
 _REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -18,16 +21,14 @@ def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[
     """Return a backbone with random weights, and the names of its removed classifiers."""
     if wrong := sorted(set(kwargs) & set(_REFUSED)):
         raise ConfigError(f"an encoder has no setting {wrong[0]!r}: weights are named by init.")
-    try:
+    with explained(name, f"be built for {described(size, channels, kwargs)}"):
         if name == "tiny":
             return _tiny(channels, **kwargs), ()
         if name == "fast":
             return Fast(channels, size, **kwargs), ()
         if name.startswith("torchvision/"):
-            return _torchvision(name.removeprefix("torchvision/"), channels, kwargs)
+            return _torchvision(name.removeprefix("torchvision/"), size, channels, kwargs)
         backbone = _timm(name, size, channels, kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise ConfigError(f"{name} cannot be built for {size} pixels, {channels} channels and {kwargs}: {e}") from e
     classifier = published_cfg(backbone).get("classifier") or ()
     return backbone, (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
@@ -68,7 +69,7 @@ def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> n
         raise
     except Exception as e:  # timm and its hub client raise any exception of their transport
         raise ConfigError(
-            f"the published weights of {name} could not be had through timm ({type(e).__name__}: {e}). {_INSTEAD}"
+            f"the published weights of {name} could not be had through timm ({reason(e)}). {_INSTEAD}"
         ) from e
 
 
@@ -103,12 +104,13 @@ def _reached(endpoint: str) -> bool:
     return True
 
 
-def _torchvision(name: str, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+def _torchvision(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise _unknown(f"torchvision/{name}", [f"torchvision/{n}" for n in names])
+    kwargs = _torchvision_defaults(name, size) | kwargs
     backbone = torchvision.models.get_model(name, weights=None, **kwargs)
     linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
@@ -120,7 +122,22 @@ def _torchvision(name: str, channels: int, kwargs: dict[str, Any]) -> tuple[nn.M
         new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
         backbone.set_submodule(first, new)
-    return backbone, (linear[-1],)
+    auxiliary = () if kwargs.get("aux_logits", True) else ("aux1", "aux2", "AuxLogits")
+    return backbone, (linear[-1], *auxiliary)
+
+
+def _torchvision_defaults(name: str, size: int) -> dict[str, Any]:
+    """Return arguments that a torchvision model accepts: its image size, and no auxiliary classifiers.
+
+    Auxiliary classifiers make a model return several outputs in training. `init_weights` repeats the default, which
+    otherwise is announced to change.
+    """
+    import torchvision
+
+    builder = torchvision.models.get_model_builder(name)
+    kind = typing.get_type_hints(builder).get("return", builder)
+    known = {"image_size": size, "input_size": (size, size), "aux_logits": False, "init_weights": True}
+    return {key: value for key, value in known.items() if key in inspect.signature(kind).parameters}
 
 
 def _tiny(channels: int) -> nn.Module:

@@ -1,7 +1,8 @@
 """A backbone with pooled features, and the preparation of its images."""
 
+import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 
 from inbatch.data.pixels import Levels, from_pillow, to_bytes
 from inbatch.errors import ConfigError, DataError
+from inbatch.models.library_errors import explained
 from inbatch.models.readout import Readout
 from inbatch.nn.eval_mode import evaluating
+from inbatch.runtime.isolation import usual_numerics
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+RAW = (
+    "encoder(x) takes normalised images, (x - encoder.mean) / encoder.std for x from 0 to 1, but these have values "
+    "from {:.2f} to {:.2f}: the features will be wrong. Pass encoder.preprocess(images) for uint8 images, or normalise."
+)
+"""Warning for images that are not normalised."""
 MAX_SIDE = 4096
 """Maximum side of an encoder's images in pixels: a folder of unknown origin must not request all memory."""
 
@@ -67,8 +75,9 @@ class Prepare:
 class Encoder(nn.Module):
     """A backbone with pooled features, and the properties of its input.
 
-    forward: normalised float (N, channels, size, size) -> (N, width). ConfigError if the backbone does not return one
-    row per image.
+    forward: normalised float (N, channels, size, size) -> (N, width); `preprocess` makes them of uint8 images. In
+    evaluation mode it warns once of images that are not normalised. ConfigError if the backbone does not return one row
+    per image.
 
     Attributes:
         stem: "cifar" or "imagenet" for the ResNet family, else None.
@@ -106,11 +115,13 @@ class Encoder(nn.Module):
         self.levels: Levels | None = None
         self.pooled: nn.Module | None = None
         self.readout: Readout | None = None
+        self._warned = False
         self.width = self._measure()
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def feature_width(self) -> int:
@@ -118,6 +129,7 @@ class Encoder(nn.Module):
         return self.width if self.readout is None else self.readout.width
 
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n width"]:
+        self._check_input(x)
         rows = self.backbone(x)
         return rows if self.pooled is None else self.pooled(rows)
 
@@ -137,6 +149,7 @@ class Encoder(nn.Module):
         """Set evaluation mode without gradient within the context."""
         return evaluating(self)
 
+    @usual_numerics()
     def embed(self, images: Any, batch: int = 256) -> np.ndarray:
         """Return features (N, width) float32 of clean images.
 
@@ -145,20 +158,42 @@ class Encoder(nn.Module):
                 (C, h, w) tensors or (h, w, C) arrays of any sizes. Other types than uint8 are converted with `levels`.
             batch: images at a time.
         """
-        if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
-            images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         rows = []
         for start in range(0, len(images), batch):
-            chunk = images[start : start + batch]
-            if not isinstance(chunk, Tensor) or chunk.dtype != torch.uint8:
-                chunk = [self._tensor(i) for i in chunk]
             with self.evaluating():
-                rows.append(self.represent(self.prepare(chunk).to(self.device)).float().cpu())
+                rows.append(self.represent(self.preprocess(images[start : start + batch])).float().cpu())
         return (
             torch.cat(rows).numpy()
             if rows
             else np.empty((0, self.readout.width if self.readout else self.width), np.float32)
         )
+
+    def preprocess(self, images: Any) -> Float[Tensor, "n c s s"]:
+        """Return clean images resized, cropped and normalised, on the encoder's device, as `forward` takes them.
+
+        Args:
+            images: at least one image, in a form that `embed` takes.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
+            images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            images = [self._tensor(i) for i in images]
+        return self.prepare(images).to(self.device)
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raise DataError for integers, and warn once, in evaluation mode, if the images seem not to be normalised."""
+        if not x.is_floating_point():
+            raise DataError(f"encoder(x) takes normalised float images, not {x.dtype}: pass encoder.preprocess(images)")
+        if self.training or self._warned or torch.compiler.is_compiling() or x.is_meta or not x.numel():
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        with suppress(RuntimeError):  # transformed tensors (vmap, fake) have no values
+            low, high = (float(value) for value in x[0].detach().aminmax())
+            whitest = max((1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+            if low >= 0 and high - low >= 0.5 and (high <= 1 or high > whitest + 0.1):
+                self._warned = True
+                warnings.warn(RAW.format(low, high), UserWarning, stacklevel=5)
 
     def _tensor(self, image: Any) -> Tensor:
         """Return one (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
@@ -177,11 +212,10 @@ class Encoder(nn.Module):
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
     def _measure(self) -> int:
-        try:
-            with self.evaluating():
-                shape = self(torch.zeros(1, self.channels, self.size, self.size, device=self.device)).shape
-        except (RuntimeError, ValueError, AssertionError) as e:
-            raise ConfigError(f"{self.name} cannot take {self.channels}x{self.size}x{self.size} images: {e}") from e
+        shape = self.channels, self.size, self.size
+        what = f"take images of {'x'.join(map(str, shape))}"
+        with explained(self.name, what, backbone=self.backbone), self.evaluating():
+            shape = tuple(self(torch.zeros(1, *shape, device=self.device)).shape)
         if len(shape) != 2:
-            raise ConfigError(f"{self.name} gives {tuple(shape)} for one image instead of one row of pooled features.")
+            raise ConfigError(f"{self.name} gives {shape} for one image instead of one row of pooled features.")
         return shape[1]

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
 from inbatch.models.backbones import build, cifar_stem, pretrained, published_cfg
 from inbatch.models.encoder import MAX_SIDE, Encoder
+from inbatch.models.input_sizes import check_side
 from inbatch.models.readout import Readout
 from inbatch.models.weights import STEMS, fill, read, read_readout, split
 from inbatch.runtime.paths import path_of
@@ -36,6 +37,7 @@ def create_encoder(
     attend: str | None = None,
     attend_options: Mapping[str, Any] | None = None,
     whiten: bool = False,
+    check: bool = True,
     **kwargs: Any,
 ) -> Encoder:
     """Create an encoder by name: `tiny`, `fast`, `resnet10`, a timm model, or `torchvision/NAME`.
@@ -56,6 +58,8 @@ def create_encoder(
             init is a folder with an encoder saved with the same attend and options.
         whiten: pool the returned features over quarters of the image and whiten them (`Readout`), after training has
             fitted the whitening; heads and losses use the plain features.
+        check: refuse a size of which the model ignores a part (no multiple of its patches), and a model that cannot
+            train (`check_side`). Encoders that exist already are loaded without it.
         **kwargs: arguments of the model.
 
     Raises:
@@ -86,6 +90,8 @@ def create_encoder(
         stem=used,
         arguments=kwargs,
     )
+    if check:
+        check_side(encoder, size)
     if whiten:
         encoder.readout = Readout(encoder.width)
     if attend is not None:
@@ -175,7 +181,7 @@ def load_encoder(directory: str | Path) -> Encoder:
     weights, attended = split(weights)
     try:
         known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
-        encoder = create_encoder(**known, stem=config["stem"] or "auto", **config["arguments"])
+        encoder = create_encoder(**known, stem=config["stem"] or "auto", check=False, **config["arguments"])
         if levels := config.get("levels"):
             encoder.levels = (float(levels[0]), float(levels[1]))
         fill(encoder.backbone, weights, str(directory))
@@ -184,5 +190,5 @@ def load_encoder(directory: str | Path) -> Encoder:
             fill(blocks(encoder), attended, str(directory))
         read_readout(encoder, directory, config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise DataError(f"{directory}: config.json describes no encoder ({type(e).__name__}: {e}).") from e
+        raise DataError(f"{directory}: config.json describes no encoder ({reason(e)}).") from e
     return encoder.eval()

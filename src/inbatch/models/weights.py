@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.attention_slots import blocks, without
 from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
@@ -70,7 +70,7 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except DataError:
         raise
     except Exception as e:  # a crafted file makes torch's reader raise any exception
-        raise DataError(f"{path} cannot be read as weights: {str(e) or type(e).__name__}") from e
+        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
     kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
     raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
 
@@ -78,8 +78,9 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """Write `model.safetensors` and `config.json`, each replaced atomically, in timm's `local-dir` layout.
 
-    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`. With attention,
-    the weights of the backbone keep their plain names, and those of the n-th block are added as `attend.n.NAME`.
+    A plain timm architecture loads with `timm.create_model("local-dir:DIRECTORY", pretrained=True)`, and with
+    transformers, `AutoModel.from_pretrained(DIRECTORY)`. With attention, the weights of the backbone keep their plain
+    names, and those of the n-th block are added as `attend.n.NAME`.
     """
     module, ours = as_saved(encoder)
     folder = path_of(directory, "directory")
@@ -160,7 +161,7 @@ def _timm_config(encoder: Encoder) -> dict[str, Any]:
     }
     return {
         "architecture": name.partition(".")[0],
-        "num_classes": 0,
+        "num_classes": args.pop("num_classes"),  # transformers passes it next to `model_args`
         "num_features": encoder.width,
         "model_args": args,
         "pretrained_cfg": pretrained_cfg,

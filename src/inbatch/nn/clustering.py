@@ -1,6 +1,8 @@
 """Clustering of the whole data set: k-means, concentrations, and prototypes stored between steps."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from inbatch.batch import Batch
+from inbatch.errors import DataError
 from inbatch.nn.functional import normalize
+from inbatch.nn.logsumexp import check_temperature
 from inbatch.rng import fold, uniform
 
 Spread = Callable[[Callable[[int], Any], int], list[Any]]
@@ -45,7 +49,7 @@ def k_means(
         return kmeans_plusplus(some, count, random_state=random_state)[0]
 
     means = KMeans(count, init=begin, n_init=restarts, max_iter=iterations, random_state=seed % 2**32)
-    with threadpool_limits(1):
+    with threadpool_limits(1), ignore_missing_clusters():
         assignment = torch.from_numpy(means.fit_predict(rows.numpy())).long()
     centroids = torch.from_numpy(means.cluster_centers_)
     return centroids, assignment, torch.linalg.vector_norm(rows - centroids[assignment], dim=1)
@@ -59,7 +63,11 @@ def concentration(
     phi = mean distance to the centroid / log(Z + alpha) for Z members, and the largest phi of all if Z < 2; clamped to
     the 10th and 90th percentile; scaled to the mean `temperature`. The minimum is a hundredth of that: clusters of
     identical rows have a phi of 0.
+
+    Raises:
+        ValueError: unless `temperature` is finite and above 0.
     """
+    check_temperature(temperature)
     size = torch.bincount(assignment, minlength=count).to(distance.dtype)
     total = torch.zeros_like(size).index_add(0, assignment, distance)
     phi = torch.where(size > 1, total / size.clamp(min=1) / (size + alpha).log(), 0)
@@ -69,10 +77,36 @@ def concentration(
     return temperature * share.clamp(min=0.01)
 
 
+@contextlib.contextmanager
+def ignore_missing_clusters() -> Iterator[None]:
+    """Silence scikit-learn's warning that rows have fewer different values than clusters; the results count them."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def compared(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:
+    """Return labels and clusters of the samples with a known label; noise (negative clusters) is -1.
+
+    Raises:
+        DataError: if no label is known.
+    """
+    known = labels >= 0
+    if not known.any():
+        raise DataError(f"none of {len(labels):,} labels is known (all are below 0): clusters need classes to compare.")
+    return labels[known], clusters[known].clamp(min=-1)
+
+
 def nmi(labels: Int[Tensor, "n"], clusters: Int[Tensor, "n"]) -> float:
-    """Return the normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
+    """Return the normalised mutual information in [0, 1], by the arithmetic mean of the two entropies.
+
+    Samples with a negative (unknown) label are left out; those with a negative cluster (noise) form one cluster.
+    """
     from sklearn.metrics import normalized_mutual_info_score
 
+    labels, clusters = compared(labels, clusters)
     return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
 
 
@@ -99,6 +133,12 @@ class Clustering(nn.Module):
         self.register_buffer("density", torch.ones(count))
         self.register_buffer("assignment", torch.zeros(images, dtype=torch.int64))
         self.register_buffer("made", torch.zeros(()))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        assignment, errors = state.get(f"{prefix}assignment"), rest[-1]
+        if assignment is not None and not 0 <= int(assignment.min()) <= int(assignment.max()) < len(self.density):
+            errors.append(f"{prefix}assignment is not a number of 0 to {len(self.density) - 1} for each image")
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def remember(
@@ -154,6 +194,7 @@ class Clusterings(nn.Module):
         iterations: int,
     ) -> None:
         super().__init__()
+        check_temperature(temperature)
         self.counts, self.dim, self.negatives = tuple(counts), dim, negatives
         self.temperature, self.alpha, self.restarts, self.iterations = temperature, alpha, restarts, iterations
         self.every = nn.ModuleList()
@@ -170,7 +211,10 @@ class Clusterings(nn.Module):
     def survey(
         self, rows: Float[Tensor, "m d"], label: Int[Tensor, "m"], epoch: int, spread: Spread
     ) -> dict[str, float]:
-        """Compute and store new clusters, one task of `spread` per clustering; return their agreement with labels."""
+        """Compute and store new clusters, one task of `spread` per clustering; return their agreement with labels.
+
+        "used_K": number of clusters with an image, if it is below K.
+        """
         u = normalize(rows)
 
         def cluster(i: int) -> list[Any]:
@@ -184,5 +228,7 @@ class Clusterings(nn.Module):
             centroids, density, assignment = map(torch.from_numpy, arrays)
             clustering.remember(centroids, density, assignment)
             if known.any():
-                figures[f"nmi_{len(density)}"] = nmi(label[known], assignment[known])
+                figures[f"nmi_{len(density)}"] = nmi(label, assignment)
+            if (used := len(assignment.unique())) < len(density):
+                figures[f"used_{len(density)}"] = used
         return figures

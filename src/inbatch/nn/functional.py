@@ -24,14 +24,9 @@ def nan_if_overflow(size: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return size.masked_fill(size == torch.inf, torch.nan)
 
 
-def _check(temperature: float) -> None:
-    if not temperature > 0:  # at 0 a loss is nan, below 0 its sign is reversed
-        raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be above 0")
-
-
 def scale_by_temperature(x: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
-    """Return x / T; ValueError if T is not above 0."""
-    _check(temperature)
+    """Return x / T; ValueError unless T is a finite number above 0."""
+    logsumexp.check_temperature(temperature)
     return wide(x) / temperature
 
 
@@ -97,13 +92,11 @@ def logsumexp_excluding_self(
     u: Float[Tensor, "n d"], temperature: float, keys: Float[Tensor, "m d"] | None = None
 ) -> Float[Tensor, "n"]:
     """Return log sum_{k != i} exp(u_i . keys_k / T) for every row i: the denominator of in-batch contrast."""
-    _check(temperature)
     return logsumexp.logsumexp(u, u if keys is None else keys, temperature, exclude_self=True)
 
 
 def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
     """Return log sum_k exp(q_i . k / T) for every row i, over all keys."""
-    _check(temperature)
     return logsumexp.logsumexp(q, keys, temperature)
 
 

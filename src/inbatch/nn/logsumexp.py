@@ -83,6 +83,13 @@ def using(**changes: Any) -> Iterator[LogSumExpConfig]:
         _PLAN.reset(token)
 
 
+def check_temperature(*temperatures: float) -> None:
+    """Raise ValueError unless each is a finite number above 0: at 0 a loss is nan, below 0 its sign is reversed."""
+    for temperature in temperatures:
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"a temperature of {temperature:g} divides no similarity: it must be finite and above 0")
+
+
 def logsumexp(
     q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, exclude_self: bool = False
 ) -> Float[Tensor, "n"]:
@@ -95,7 +102,11 @@ def logsumexp(
         k: keys.
         temperature: T.
         exclude_self: leave out j = i (k may have more rows than q).
+
+    Raises:
+        ValueError: unless T is a finite number above 0.
     """
+    check_temperature(temperature)
     plan = _PLAN.get()
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
         return _whole(q, k, 1 / temperature, exclude_self)

@@ -1,5 +1,7 @@
 """Memory bank: rows stored between steps."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +26,13 @@ class MemoryBank(nn.Module):
         self.register_buffer("rows", normalize(torch.randn(size, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        errors = rest[-1]
+        pointer, filled = (int(state.get(f"{prefix}{name}", torch.tensor(0))) for name in ("pointer", "filled"))
+        if not (0 <= pointer < self.size and 0 <= filled <= self.size):
+            errors.append(f"{prefix}pointer is {pointer} and {prefix}filled is {filled}: the bank has {self.size} rows")
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def push(self, rows: Float[Tensor, "n d"]) -> None:

@@ -16,6 +16,12 @@ from typing import Any
 
 PARENT = "INBATCH_PARENT"
 """Environment variable by which `start` passes its process id to the program that it starts."""
+STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT")
+"""Names of the signals that stop a run; Windows lacks some.
+
+SIGUSR1 and SIGUSR2 are warnings of schedulers before a time limit, SIGXCPU is that of the system (`ulimit -t`), and
+SIGHUP means a closed terminal.
+"""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL = 0.5  # seconds
 
@@ -81,7 +87,7 @@ def begin_worker(worker: int) -> None:
 
     A signal to the whole process group is handled by the trainer: it saves a checkpoint, then ends its workers.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+    for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     follow(worker)

@@ -9,9 +9,16 @@ import torch
 from inbatch.errors import ConfigError
 from inbatch.runtime import distributed
 
+NO_MPS = (
+    "inbatch does not compute on Apple's GPU (mps): W-MSE, whitening and others compute in float64, which mps does not "
+    "have, and no result on mps has been checked; use --device cpu, or auto"
+)
+
 
 def device_for(name: str) -> torch.device:
-    """Return the device of this process: its GPU if there is one and "auto" or "cuda" is requested, else the CPU."""
+    """Return the device of this process: its CUDA GPU if there is one and it is requested, else the CPU."""
+    if name == "mps":
+        raise ConfigError(NO_MPS)
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {name!r}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

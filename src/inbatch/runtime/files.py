@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import stat
@@ -14,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.runtime.unfinished import remove_abandoned, unfinished
 
 
 @contextmanager
@@ -21,6 +23,8 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a new file that replaces `path` atomically after it is completely on the disk.
 
     A missing folder is created; if `path` is a link, its target is replaced, not the link.
+
+    Files that dead processes left beside it, unfinished versions of the same file, are removed.
 
     Args:
         path: file to replace.
@@ -33,22 +37,30 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         _replaceable(place)
-        with suppress(FileNotFoundError):  # left by a dead process with the same id
-            temporary.unlink()
-        with open(temporary, "x+b") as file:  # x: never through an existing link
+        for left in _temporaries(place):
+            remove_abandoned(left)
+        if os.name != "posix":  # without locks: left by a dead process with the same id
+            temporary.unlink(missing_ok=True)
+        with open(temporary, "x+b") as file, unfinished(temporary):  # x: never through an existing link
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and place.exists():
-            os.replace(place, keep)
-        os.replace(temporary, place)
+            if os.name != "posix":  # an open file could not be renamed
+                file.close()
+            if keep is not None and place.exists():
+                os.replace(place, keep)
+            os.replace(temporary, place)
         _sync_folder(place.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise cannot_write(path, error) from error
-        raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _temporaries(place: Path) -> list[Path]:
+    """Return the unfinished versions of a file, of this and of other processes."""
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.\d+\.tmp")
+    with suppress(OSError):
+        return [place.with_name(name) for name in os.listdir(place.parent) if pattern.fullmatch(name)]
+    return []
 
 
 def check_writable(path: Path) -> None:
@@ -164,7 +176,8 @@ def locked(folder: Path) -> Iterator[str | None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         for left in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):  # checkpoints are in a subfolder
-            left.unlink(missing_ok=True)
+            if remove_abandoned(left) is None:  # without locks: this process holds the folder
+                left.unlink(missing_ok=True)
         try:
             yield note
         finally:

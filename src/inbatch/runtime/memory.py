@@ -2,12 +2,16 @@
 
 import ctypes
 import gc
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from inbatch.runtime.resources import cores, limited_bytes
 
@@ -40,7 +44,7 @@ def settle(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError, AttributeError):  # glibc only
+        with suppress(OSError, AttributeError, TypeError):  # glibc only; Windows has no library None
             ctypes.CDLL(None).malloc_trim(0)
         forget_peak(device)
 
@@ -78,9 +82,14 @@ def _status(name: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: of the GPU if it trained on one, else of main memory."""
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory of this process in bytes: of the GPU if it trained on one, else of main memory.
+
+    None on Windows, where Python reports none.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -15,10 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from inbatch.errors import InbatchError, Interrupted, Preempted
+from inbatch.runtime.child_processes import STOP_SIGNALS
+from inbatch.runtime.unfinished import remove_unfinished
 
-# SIGUSR1 is SLURM's warning before the time limit, SIGHUP means a closed terminal; Windows has neither.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name))
 
+ACKNOWLEDGED = 0.5
+"""Seconds after which a signal is acknowledged, if the process has not ended by then."""
 GRACE = 3.0
 """Seconds after which a training step that was expected to end soon is abandoned."""
 LIMIT = 5.0
@@ -82,6 +85,17 @@ class Stop:
         if self.requested is not None:
             self._raise()
 
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """Do work that may be lost within work that must be finished: signals raise, and the watchdog still waits."""
+        self._raises, self.quick = True, False
+        try:
+            if self.requested is not None:
+                self._raise()
+            yield
+        finally:
+            self._raises = False
+
     def check(self) -> None:
         """Raise StopRequested if a signal has waited for `GRACE` seconds, in work that may be lost."""
         if self.requested is not None and self._raises and time.monotonic() - self._since >= GRACE:
@@ -115,16 +129,17 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Collect SIGTERM, SIGHUP, SIGUSR1 and SIGINT in a Stop; restore the previous handlers on exit.
+    """Collect `SIGNALS` in a Stop; restore the previous handlers on exit.
 
-    A third Ctrl-C ends the process immediately. A SIGHUP that is ignored (nohup) stays ignored. Outside the main
-    thread, where Python allows no handlers, the flag is never set.
+    A third Ctrl-C ends the process immediately. A signal that is ignored (SIGHUP under nohup) stays ignored, except
+    SIGINT, which shells ignore in the background. Outside the main thread, where Python allows no handlers, the flag is
+    never set.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    ignored = {n for n in SIGNALS if n == getattr(signal, "SIGHUP", 0) and signal.getsignal(n) == signal.SIG_IGN}
+    ignored = {n for n in SIGNALS if n not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(n) == signal.SIG_IGN}
     old = {number: signal.signal(number, stop._handle) for number in SIGNALS if number not in ignored}
     try:
         yield stop
@@ -144,7 +159,7 @@ def ending() -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends the process `LIMIT` seconds after the first signal, unless it has ended by then.
+    """Acknowledges a signal, and ends the process `LIMIT` seconds after the first one, unless it has ended by then.
 
     It waits for work that must be finished (`finishing`), calls `answer` for the error that states the lost work, which
     may write a checkpoint, reports the error and exits with its code. Data workers end with the process.
@@ -153,6 +168,7 @@ class Watchdog:
     def __init__(self) -> None:
         self.answer: Callable[[int], InbatchError] = without_result
         self.tell: Callable[[InbatchError], None] = lambda error: None
+        self.acknowledge: Callable[[int], None] = lambda number: None
         self.told = False
         self._over = threading.Event()
 
@@ -161,7 +177,8 @@ class Watchdog:
         """Watch within the context. In the main thread only."""
         self._over.clear()
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+            os.set_blocking(writer, False)
         # The C handler writes the number of the signal: that of Python does not run inside a long call.
         old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
@@ -182,7 +199,10 @@ class Watchdog:
             if not read:
                 return
             number = read[0]
-        if self._over.wait(LIMIT):
+        if self._over.wait(ACKNOWLEDGED):
+            return
+        self.acknowledge(number)
+        if self._over.wait(LIMIT - ACKNOWLEDGED):
             return
         with finishing:
             if not self._over.is_set():
@@ -202,11 +222,25 @@ watchdog = Watchdog()
 """Watchdog of the program; in other processes (a notebook, a script) it is inactive: inbatch must not end those."""
 
 
+def complete() -> None:
+    """Ignore further signals, because the result of the program is complete; Ctrl-C still ends it.
+
+    The regular exit of Python takes seconds on a busy machine, and a signal must not change the exit code there.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def leave(code: int) -> NoReturn:
-    """End the process and its data workers immediately; a regular exit of Python takes seconds on a busy machine."""
+    """End the process and its data workers immediately, and remove the files that it has not finished.
+
+    A regular exit of Python takes seconds on a busy machine.
+    """
     workers = sys.modules.get("multiprocessing")  # not imported only for this
     for child in workers.active_children() if workers else ():
         child.kill()
+    remove_unfinished()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -214,13 +248,17 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def answered_in_time(tell: Callable[[InbatchError], None]) -> Iterator[Stop]:
+def answered_in_time(
+    tell: Callable[[InbatchError], None], acknowledge: Callable[[int], None] = lambda number: None
+) -> Iterator[Stop]:
     """Let the watchdog supervise the program; its signals set the Stop that is yielded, which starts held.
 
     Args:
         tell: prints the error of a process that the watchdog ends.
+        acknowledge: reports a signal to which the process does not respond at once.
     """
     watchdog.tell, watchdog.told, watchdog.answer = tell, False, without_result
+    watchdog.acknowledge = acknowledge
     main = threading.current_thread() is threading.main_thread()
     with stop_on_signals() as stop, watchdog.watching() if main else nullcontext():
         yield stop

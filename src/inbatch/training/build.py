@@ -17,10 +17,10 @@ from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.data import Loader, Source
 from inbatch.data.views import Views, make_views
 from inbatch.data.views.crop_pairs import arrange
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, reason
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.models import Encoder
+from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
@@ -29,10 +29,11 @@ from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
+from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
 from inbatch.training.rates import set_rates
 from inbatch.training.recipe import Recipe
-from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights
+from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
 from inbatch.training.step import Step
 
 
@@ -59,6 +60,10 @@ class RunComponents:
     def total(self) -> int:
         """Number of steps of the whole run."""
         return self.timeline.total
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this run besides its state (`checkpoint_recipe.run_facts`)."""
+        return run_facts(self.recipe, self.context, distributed.world())
 
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""
@@ -151,6 +156,8 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         with _settings_of("method", recipe.method.name):
             method = METHODS[recipe.method.name](**recipe.method.options)
         encoder = make_encoder(recipe, start)
+        for side, setting in view_sides(recipe).items():
+            check_side(encoder, side, setting)
         if start is None:
             fit_first_layer(encoder, source)
         views = views_of(recipe, encoder)
@@ -159,6 +166,7 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
+        notes += method.notes(len(source))
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
 
 
@@ -270,8 +278,8 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
     """Turn errors of a constructor (a negative width, a rate below 0) into a ConfigError that names the setting."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise ConfigError(f"{part} {name} cannot be made with these settings: {e}") from e
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as e:
+        raise ConfigError(f"{part} {name} cannot be made with these settings: {str(e) or reason(e)}") from e
 
 
 def fusion(

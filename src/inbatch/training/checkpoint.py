@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ import torch
 
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.runtime.files import replacing
+from inbatch.training.checkpoint_contents import listed, problems_in
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
@@ -29,12 +30,21 @@ _TAIL = len(_COMMENT) + 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint; `note` is a sentence for the user if it is not the requested file."""
+    """A loaded checkpoint.
+
+    Attributes:
+        state: Saved state.
+        step: Number of completed steps.
+        path: The file.
+        note: A sentence for the user if it is not the requested file.
+        run: What the run was computed with (`checkpoint_recipe.run_facts`); empty in files of earlier versions.
+    """
 
     state: dict[str, Any]
     step: int
     path: Path
     note: str | None
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 class _Hashing:
@@ -57,7 +67,9 @@ class _Hashing:
         self.file.flush()
 
 
-def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = False) -> Path:
+def save(
+    directory: Path, state: dict[str, Any], *, step: int, best: bool = False, run: Mapping[str, Any] | None = None
+) -> Path:
     """Write `last.pt` and keep the one before as `previous.pt`; with `best`, also write `best.pt`.
 
     At every moment at least one of `last.pt` and `previous.pt` is complete. If an error is raised, the directory is
@@ -68,6 +80,7 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
         state: Tensors and plain Python values, in dicts and lists.
         step: Number of completed steps.
         best: Whether this is the best checkpoint so far.
+        run: What the run is computed with (`checkpoint_recipe.run_facts`).
 
     Returns:
         The path of `last.pt`.
@@ -80,7 +93,7 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
     with replacing(last, keep=directory / PREVIOUS) as file:
         hashing = _Hashing(file)
         try:
-            torch.save({"step": step, "state": state}, hashing)  # type: ignore[arg-type]
+            torch.save({"step": step, "state": state, "run": dict(run or {})}, hashing)  # type: ignore[arg-type]
         except RuntimeError:
             if hashing.error is not None:
                 raise hashing.error from None
@@ -99,7 +112,7 @@ def save(directory: Path, state: dict[str, Any], *, step: int, best: bool = Fals
     return last
 
 
-def load(directory: Path, name: str = LAST) -> Checkpoint:
+def load(directory: Path, name: str = LAST, *, mapped: bool = False) -> Checkpoint:
     """Read `last.pt` to the CPU; if it is missing or damaged, read `previous.pt` and state so in `note`.
 
     No content of a file is ever executed.
@@ -107,6 +120,7 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
     Args:
         directory: Directory of the checkpoints.
         name: Another file of the directory, which has no fallback.
+        mapped: Map the tensors to memory instead of reading them, to use the plain values alone.
 
     Raises:
         ConfigError: If there is no checkpoint.
@@ -118,12 +132,12 @@ def load(directory: Path, name: str = LAST) -> Checkpoint:
     problems: list[str] = []
     for path in candidates:
         try:
-            payload = _read(path)
+            payload = _read(path, mapped)
         except (OSError, ValueError) as error:
             problems.append(f"{path} {error}")
             continue
         note = f"{'; '.join(problems)}. Resuming from {path}, step {payload['step']}." if problems else None
-        return Checkpoint(payload["state"], payload["step"], path, note)
+        return Checkpoint(payload["state"], payload["step"], path, note, payload.get("run", {}))
     raise InbatchError(f"No checkpoint can be used: {'; '.join(problems)}. Start a new run.")
 
 
@@ -137,7 +151,7 @@ def set_aside(loaded: Checkpoint) -> None:
         os.replace(last, loaded.path.with_name(DAMAGED))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, mapped: bool) -> dict[str, Any]:
     """Return the payload of a file; raise ValueError with the problem if it is invalid."""
     if not path.exists():
         raise ValueError("is missing")
@@ -152,12 +166,14 @@ def _read(path: Path) -> dict[str, Any]:
         if file.read() != _COMMENT + sha256.hexdigest().encode():
             raise ValueError(f"is damaged ({size:,} bytes, and their checksum is wrong)" if size else "is empty")
     try:
-        payload = torch.load(path, weights_only=True, map_location="cpu")
+        payload = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as error:  # a crafted file can make torch's reader raise any exception
         raise ValueError(f"holds more than plain values and tensors, and is refused ({error})") from None
-    kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else None
-    if kinds != {"step": int, "state": dict}:
+    kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else {}
+    if {"run": dict} | kinds != {"step": int, "state": dict, "run": dict}:  # earlier versions have no "run"
         raise ValueError("is not a checkpoint of a run")
+    if payload["step"] < 0:
+        raise ValueError(f"is not a checkpoint of a run: its step is {payload['step']}")
     return payload
 
 
@@ -165,13 +181,19 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Load the saved state of every part through its own `load_state_dict`.
 
     Raises:
-        InbatchError: If entries are missing or unexpected, in the whole state or within a part; it lists them.
+        InbatchError: If entries are missing or unexpected, in the whole state or within a part, or have another type,
+            shape or range (`checkpoint_contents`); it lists them. No part has been changed then.
     """
     missing, extra = [k for k in parts if k not in state], [k for k in state if k not in parts]
     if missing or extra:
         raise InbatchError(
             f"The checkpoint does not fit this run: missing {', '.join(missing) or 'nothing'}, "
             f"too much {', '.join(extra) or 'nothing'}. Resume with the recipe that it was saved with."
+        )
+    if problems := problems_in(parts, state):
+        raise InbatchError(
+            f"The checkpoint does not fit this run {listed(problems)}. Resume with the recipe that it was saved with, "
+            "or start a new run."
         )
     for name, part in parts.items():
         try:

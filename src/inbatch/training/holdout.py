@@ -1,11 +1,15 @@
 """Select the labelled images on which features are evaluated."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inbatch.data import Source, Subset, open_data, splits
+import torch
+
+from inbatch.data import Source, Subset, find_split, open_data, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Kept
+from inbatch.evaluation.embeddings import matched_labels
 from inbatch.methods import METHODS
 from inbatch.rng import permutation
 from inbatch.training.recipe import Recipe
@@ -34,8 +38,9 @@ def evaluation_split(
 ) -> EvaluationSplit | None:
     """Return the labelled images for the evaluation of a run; None without labels.
 
-    The queries are the test data that are passed or named in the recipe, else the test split of the data, else a tenth
-    of the images. The bank is the training data or, if these have no labels, the rest of the test data.
+    The queries are the test data that are passed or named in the recipe, else the test split of the data (without one
+    that is labelled, the validation split), else a tenth of the images. The bank is the training data or, if these have
+    no labels, the rest of the test data.
 
     Args:
         recipe: Recipe of the run.
@@ -45,31 +50,66 @@ def evaluation_split(
         download: Whether missing data may be downloaded.
 
     Raises:
-        DataError: If the test data have no labels or other classes.
+        DataError: If the test data have no labels, or classes that the bank does not have.
     """
     test = recipe.test if test is None else test
-    labelled = bool((source.labels >= 0).any())
+    labelled = _has_classes(source)
     if test is None and not labelled:
         return None
     where, reading = data if test is None else test, recipe.reading | {"download": download}
-    own = "test" in splits(where) and (test is not None or recipe.split != "test")
-    if not own and (test is None or not labelled):
-        whole = source if test is None else open_data(test, splits(test)[0], **reading)
+    names, any_class = splits(where), reading | {"classes": None}  # test data may lack some of the listed classes
+    if test is None:
+        used = find_split(recipe.split, names)
+        held_out = [
+            name for name in dict.fromkeys((find_split("test", names), "val")) if name in names and name != used
+        ]
+        split, queries = next(_labelled(where, held_out, any_class), (None, None))
+    else:
+        divided = find_split("test", names) is not None and (labelled or "train" in names)
+        split = find_split("test", names) if divided else names[0] if labelled else None
+        queries = None if split is None else open_data(where, split, **any_class)
+    if queries is None:
+        whole = source if test is None else open_data(test, names[0], **reading)
         seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
-    split = "test" if own else splits(where)[0]
     bank = source if labelled else open_data(where, "train", **reading)
-    queries = open_data(where, split, **reading)
-    if queries.classes != bank.classes:
-        raise DataError(f"{queries.name} has other classes than {bank.name}: pass test data with the same classes")
+    if not _has_classes(queries):
+        raise DataError(f"{queries.name} has no labels, which the evaluation needs: use class sub-folders")
+    if recipe.classes is not None:
+        queries = _of_classes(queries, bank.classes)
+    matched_labels(bank, queries)
     return EvaluationSplit(bank, queries, f"{split} split of {queries.name}")
+
+
+def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> Iterator[tuple[str, Source]]:
+    """Yield the splits with labels among these, by name."""
+    for name in names:
+        source = open_data(data, name, **reading)
+        if _has_classes(source):
+            yield name, source
 
 
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
-    if not bool((source.labels >= 0).any()):
+    if not _has_classes(source):
         raise DataError(f"{source.name} has no labels, which the evaluation needs: use class sub-folders")
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
     return EvaluationSplit(bank, queries, how)
+
+
+def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
+    """Return the images of these classes, numbered by them; images of some of the classes are enough."""
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number.get(name, -1) for name in source.classes] + [-1])[source.labels]
+    chosen = Subset(source, (labels >= 0).nonzero()[:, 0], "the listed classes")
+    if not len(chosen):
+        raise DataError(f"{source.name} has no image of the {len(classes)} classes of the training data")
+    chosen.labels, chosen.classes = labels[labels >= 0], classes
+    return chosen
+
+
+def _has_classes(source: Source) -> bool:
+    """Return whether an image has a class; several labels per image, (N, L), are no classes."""
+    return source.labels.ndim == 1 and bool((source.labels >= 0).any())

@@ -1,7 +1,6 @@
 """The training loop: epochs, online evaluation, checkpoints, and the files written at the end."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data import Subset
-from inbatch.errors import DataError, InbatchError, TrainingError, Unwritten
+from inbatch.errors import InbatchError, TrainingError, Unwritten
 from inbatch.models import save_encoder
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import distributed
@@ -24,6 +23,8 @@ from inbatch.runtime.threads import Threads
 from inbatch.training.budget import Keeper, Pace, duration
 from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import Checkpoint, load, restore, save, set_aside
+from inbatch.training.checkpoint_recipe import EARLIER, check_recipe
+from inbatch.training.data_places import check_same_images, images_signature
 from inbatch.training.head_evaluation import save_heads
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.judgement import IMAGES, compare_with_initial, images_within
@@ -36,16 +37,17 @@ from inbatch.training.monitors.online_evaluation import (
     check_collapse,
     check_leak,
     choose_online_subsets,
-    evaluate_online,
     evaluation,
     evaluation_epochs,
     limited,
     make_online_evaluator,
+    record_online,
     report_comparison,
     survey,
 )
 from inbatch.training.monitors.reference import Reference
 from inbatch.training.replay import capture
+from inbatch.training.side_files import report_of
 from inbatch.training.status import Report, report_unreadable
 from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
@@ -85,11 +87,12 @@ def train(
             stops on collapse.
     """
     progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
-    parts, data = built.parts() | {"progress": progress}, _signature(built)
+    parts, data = built.parts() | {"progress": progress}, images_signature(built.loader.source)
     saved = None
     if resume:
-        saved = _restore(parts, progress, out, data)
-        notes = [*notes, saved.note or f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(out)}."]
+        saved = _restore(built, parts, progress, out, data)
+        where_from = f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(saved, out)}."
+        notes = [*notes, saved.note or where_from, *(() if saved.run else (EARLIER,))]
     else:
         progress.calibration = dict(calibration) if calibration else None
     distributed.assert_equal_across_ranks(
@@ -107,6 +110,7 @@ def train(
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
         log.note(describe(built))
+        log.restore(progress.curve)
         with report.record_exit_status():
             log.note(_expected(built, progress))
         for note in [*notes, *(compared.opening(built.recipe.nested()) if compared else ())]:
@@ -135,11 +139,18 @@ def train(
     return result
 
 
-def _restore(parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
+def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
     """Load the last checkpoint of a run into its parts; raise DataError if the images have changed."""
     saved = load(out / "checkpoints")
-    _same_data(saved.state.get("progress", {}).get("data", data), data)
+    check_recipe(saved, built.recipe, out / "recipe.json")
+    check_same_images(saved.state.get("progress", {}).get("data", data), data)
     restore(parts, saved.state)
+    if progress.step != saved.step or progress.step > built.total or progress.ended > saved.step // built.loader.steps:
+        raise InbatchError(
+            f"{saved.path} does not fit this run: step {saved.step:,}, progress.step {progress.step:,} and "
+            f"progress.ended {progress.ended:,} epochs, in a run of {built.total:,} steps of {built.loader.steps:,} an "
+            "epoch. Restore the file, or start a new run."
+        )
     progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
     return saved
 
@@ -218,26 +229,12 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
     return _Evaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
 
 
-def _signature(built: RunComponents) -> str:
-    """Return a signature of the training images: another number, name, order or label changes the permutation."""
-    source = built.loader.source
-    return f"{len(source):,} images {source.signature()}"
-
-
-def _ranks(out: Path) -> str:
+def _ranks(saved: Checkpoint, out: Path) -> str:
     """Return the number of ranks of a resumed run as text, if there are or were several."""
-    now, path = distributed.world(), out / "run.json"
-    before = json.loads(path.read_text()).get("world", now) if path.exists() else now
+    now = distributed.world()
+    before = (saved.run or report_of(out)).get("world", now)
     changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
     return f" on {now} rank{'s' * (now > 1)}{changed}" if changed or now > 1 else ""
-
-
-def _same_data(then: str, now: str) -> None:
-    if then != now:
-        raise DataError(
-            f"the images have changed since the run began ({then[:-56]}... then, {now[:-56]}... now): names, number or "
-            "labels. Restore them, or start a new run from the weights of this one: --init RUN"
-        )
 
 
 @dataclass
@@ -371,7 +368,8 @@ class _Loop:
         began = time.perf_counter()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        best = evaluate_online(self.evaluator, progress, epoch, self.log, built.loader.steps)
+        figures = self.stopping.on_rank_0(self.evaluator)
+        best = record_online(figures, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:
             check_leak(built, progress, epoch, self.log)
@@ -407,7 +405,7 @@ class _Loop:
         if distributed.rank() == 0:
             try:
                 state = {name: part.state_dict() for name, part in self.parts.items()}
-                save(self.out / "checkpoints", state, step=progress.step, best=best)
+                save(self.out / "checkpoints", state, step=progress.step, best=best, run=self.built.facts())
             except InbatchError as error:
                 problem = str(error)
         if problem := distributed.broadcast_object(problem):

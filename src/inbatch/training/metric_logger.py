@@ -1,10 +1,9 @@
 """Log a run: numbers to `metrics.jsonl` and TensorBoard, progress to stderr (stdout is for results)."""
 
 import importlib.util
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import SupportsFloat
 
 from rich.console import Console
 
+from inbatch.errors import many
 from inbatch.runtime.files import cannot_write, replacing, to_json
 from inbatch.runtime.terminal import Bar, Terminal, note
+from inbatch.training.side_files import damaged_lines, read_log
 
 _SLOW = 10.0
 """Seconds after which a step is recorded, regardless of the number of steps since the last record."""
@@ -48,12 +49,13 @@ class Log:
         self._console = console or Terminal(stderr=True)
         self._console.quiet = quiet
         self._path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
-        if directory is not None:
-            _truncate(self._path, resume_step)
+        damaged = 0 if directory is None else _truncate(self._path, resume_step)
         try:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise cannot_write(self._path, error) from error
+        if damaged:
+            self.note(damaged_lines(self._path, damaged))
 
         self._tensorboard = None
         if directory is None:
@@ -127,6 +129,13 @@ class Log:
         """Record numbers measured after a step without showing them."""
         self._write({"step": step} | {name: float(value) for name, value in values.items()})
 
+    def restore(self, curve: Sequence[Mapping[str, SupportsFloat]]) -> None:
+        """Record the evaluations of a checkpoint if the file holds nothing: it was lost."""
+        if curve and self._file.tell() == 0:
+            for entry in curve:
+                self._append({name: float(value) for name, value in entry.items()} | {"step": int(entry["step"])})
+            self.note(f"{self._path} was empty; {many(len(curve), 'evaluation')} of the checkpoint written to it.")
+
     def note(self, text: str) -> None:
         """Print one line for the user."""
         note(self._console, text)
@@ -148,15 +157,18 @@ class Log:
         self.close()
 
     def _write(self, record: dict[str, float]) -> None:
+        self._append(record)
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, record["step"])
+
+    def _append(self, record: dict[str, float]) -> None:
         try:
             self._file.write(to_json(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise cannot_write(self._path, error) from error
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, record["step"])
 
     def _show(self, step: int, now: float) -> None:
         epoch, text = f"epoch {self._epoch + 1}", []
@@ -180,23 +192,26 @@ def spent(path: Path) -> float:
     """Return the seconds that a run had used when its log was last written; 0 if the log does not contain them."""
     seconds = 0.0
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                seconds = max(seconds, float(json.loads(line)["elapsed"]))
+        for _, record in read_log(path):
+            seconds = max(seconds, (record or {}).get("elapsed") or 0.0)
     return seconds
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keep the lines up to a step: what a killed run logged after its checkpoint will be logged again."""
+def _truncate(path: Path, step: int) -> int:
+    """Keep the lines up to a step, and return the number of damaged ones, which are dropped.
+
+    What a killed run logged after its checkpoint will be logged again.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            known = 0 < step >= json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # an incomplete line: the run was killed while writing it
-            continue
-        if known:
-            kept.append(line + b"\n")
+        return 0
+    kept, damaged = [], 0
+    try:
+        for line, record in read_log(path):
+            damaged += record is None
+            if record is not None and 0 < step >= record["step"]:
+                kept.append(line + b"\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     with replacing(path) as file:
         file.write(b"".join(kept))
+    return damaged

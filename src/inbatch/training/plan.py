@@ -11,7 +11,7 @@ import torch
 from inbatch.data import Loader, Source, open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed
-from inbatch.runtime.paths import expanded
+from inbatch.runtime.path_list import joined_paths
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
@@ -72,6 +72,7 @@ class RunPlan:
         choice: How the recipe was chosen for its budget; None without a budget.
         context: The context size, if it was searched for.
         memory: A sentence if the context was reduced to fit in memory, else empty.
+        here: The recipe of a resumed run with the paths at which its data are now; None if they are as in `recipe`.
     """
 
     recipe: Recipe
@@ -80,6 +81,7 @@ class RunPlan:
     choice: Choice | None = None
     context: ContextSize | None = None
     memory: str = ""
+    here: Recipe | None = None
 
     @property
     def loader(self) -> Loader | None:
@@ -199,7 +201,7 @@ def _whole(key: str, value: Any) -> int:
 
 def requested_data(data: Any, settings: Settings) -> Any:
     """Return the data to learn from: the argument, else the setting."""
-    data = expanded(settings.get("data") if data is None else data)
+    data = joined_paths(settings.get("data") if data is None else data)
     if data is None:
         raise ConfigError("no images: pass --data with a folder, a file of images, or a data set such as digits-canvas")
     return data

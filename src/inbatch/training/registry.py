@@ -63,12 +63,13 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     name = str(options.pop("name"))
     makers = PARTS[part]
     if makers is None:
-        allowed = set(inspect.signature(create_encoder).parameters) - {"kwargs"}
+        allowed = set(inspect.signature(create_encoder).parameters) - {"check", "kwargs"}
         of_recipe = {
             "size": "image_size",
             "channels": "channels",
             "attend": "attend.name",
             "attend_options": "attend.OPTION",
+            "check": "image_size",
         }
         for key in of_recipe.keys() & options.keys():
             raise ConfigError(f"{part}.{key} follows from another setting: set {of_recipe[key]}")

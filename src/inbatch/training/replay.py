@@ -20,6 +20,7 @@ from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, replacing, write_json
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
+from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.recipe import make
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.settings_file import read_file
@@ -54,7 +55,7 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
         return folder
     source = built.loader.source
     state: dict[str, Any] = {name: part.state_dict() for name, part in built.parts().items()}
-    checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step)
+    checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step, run=built.facts())
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
     record = {"step": failed.step, "epoch": batch.epoch, "seed": batch.seed, "reason": str(failed)}
     record |= {
@@ -86,8 +87,9 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not (folder / "capture.json").is_file():
         raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
-    record, saved = _read_capture(folder / "capture.json"), checkpoint.load(folder).state
-    repeated = _again(folder, record, saved, device, None)
+    record, saved = _read_capture(folder / "capture.json"), checkpoint.load(folder)
+    check_recipe(saved, make(read_file(folder / "recipe.json")), folder / "recipe.json")
+    repeated = _again(folder, record, saved.state, device, None)
     result = {
         "capture": str(folder),
         "step": record["step"],
@@ -96,7 +98,7 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
         **repeated,
     }
     if repeated["precision"] == "bfloat16":
-        result["float32"] = _again(folder, record, saved, device, "float32")
+        result["float32"] = _again(folder, record, saved.state, device, "float32")
     return result
 
 

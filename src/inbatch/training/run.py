@@ -2,7 +2,7 @@
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,17 +10,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from inbatch.data import GreyAsRGB, Source, open_data, splits
+from inbatch.data import GreyAsRGB, Source, find_split, open_data, splits
+from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation import embed_stream as stream
-from inbatch.evaluation import write_embeddings
 from inbatch.models import Encoder, save_encoder
 from inbatch.models.weights import READOUT
 from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
+from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
+from inbatch.training.data_places import located
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
@@ -48,6 +51,7 @@ class Run:
         return load_run_encoder(self.directory).encoder
 
 
+@briefly_isolated
 def load(path: str | Path) -> Encoder:
     """Return the encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
 
@@ -55,10 +59,11 @@ def load(path: str | Path) -> Encoder:
     """
     loaded = load_run_encoder(path)
     if loaded.note:
-        warnings.warn(loaded.note, stacklevel=2)
+        warnings.warn(loaded.note, stacklevel=3)
     return loaded.encoder
 
 
+@briefly_isolated
 def load_run(path: str | Path) -> Run:
     """Return the finished run in a directory; raise ConfigError if there is none."""
     recipe, path = recipe_of(path), path_of(path)
@@ -79,6 +84,7 @@ def recipe_of(path: str | Path) -> Recipe:
     return make(read_file(path / "recipe.json"))
 
 
+@isolated
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", **options: Any,
@@ -106,7 +112,8 @@ def evaluate_run(
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
-    own, path = recipe_of(path), path_of(path)
+    path = path_of(path)
+    own = located(path, recipe_of(path))
     loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
@@ -132,6 +139,7 @@ def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     return source
 
 
+@briefly_isolated
 def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     """Write the encoder of a run, finished or stopped, into its own folder, as `save_encoder` does.
 
@@ -165,40 +173,60 @@ def _is_free(out: Path) -> bool:
         return False
 
 
+@isolated
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
     return replay(path_of(path), device_for(device))
 
 
+@isolated
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
 ) -> int:  # fmt: skip
-    """Write path, index, label and feature vector of every image to a .parquet or .npz file; return their number.
+    """Write path, index, label, features and split of every image to a .parquet or .npz file; return their number.
 
     Args:
         path: A run, finished or stopped, or an encoder's folder.
         data: Images to embed.
         out: File to write.
-        split: "train" or "test" if the data have both.
+        split: The only split to embed; None for every image. Splits that unite others, such as torchvision's
+            `trainval`, are then left out.
         device: Name of the device, or "auto".
         quiet: Print no progress to stderr.
-        missing: Receives the unreadable images (number: reason), which are omitted. If None, they raise DataError.
-        stage: Receives the "step" of the encoder, the number of "steps", and a "note" if the run has not finished. If
-            None, the note is a warning.
+        missing: Receives the unreadable images (number over all splits: reason), which are omitted. If None, they raise
+            DataError.
+        stage: Receives the "step" of the encoder, the number of "steps", a "note" if the run has not finished, and the
+            number of images of each of the "splits". If None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
     """
     loaded = load_run_encoder(path)
     if stage is not None:
         stage |= loaded.stage()
     elif loaded.note:
-        warnings.warn(loaded.note, stacklevel=2)
+        warnings.warn(loaded.note, stacklevel=3)
     encoder = loaded.encoder.to(device_for(device))
-    source = open_data(data, split or splits(data)[0], channels=encoder.channels, levels=encoder.levels)
-    chunks = stream(encoder, source, batch=256, missing=missing)
+    every = splits(data)
+    names = distinct(every) if split is None else [find_split(split, every) or split]
+    sources = {name: open_data(data, name, channels=encoder.channels, levels=encoder.levels) for name in names}
+    chunks, count = _every(encoder, sources, missing), sum(map(len, sources.values()))
+    if stage is not None:
+        stage["splits"] = {name: len(source) for name, source in sources.items()}
     with encoder.plain() if plain else nullcontext():
-        return write_embeddings(out, chunks if quiet else counted(chunks, len(source), "embedded"))
+        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"))
+
+
+def _every(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
+    """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
+    before = 0
+    for name, source in sources.items():
+        bad: dict[int, str] | None = None if missing is None else {}
+        for chunk in stream(encoder, source, batch=256, missing=bad):
+            yield replace(chunk, split=name)
+        if missing is not None and bad is not None:
+            missing |= {before + i: why for i, why in bad.items()}
+        before += len(source)
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:
@@ -220,8 +248,3 @@ def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
             except DataError as error:
                 first = first or error
     raise first or DataError(f"{data} cannot be read")
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's run.json; empty if there is none."""
-    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from inbatch.data import Source
-from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.data.views import make_views
+from inbatch.errors import ConfigError, DataError, InbatchError, reason
 from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.weights import fill
@@ -22,8 +23,10 @@ from inbatch.runtime import distributed
 from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
+from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.settings_file import read_file
+from inbatch.training.side_files import report_of
 
 CPU = torch.device("cpu")
 ENDED = ("preempted", "interrupted", "failed", "crashed")
@@ -59,15 +62,37 @@ def seeded(recipe: Recipe, device: torch.device = CPU) -> Iterator[None]:
 
 
 def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
-    """Create the encoder of a recipe, with weights from torch's random numbers or from `init`."""
+    """Create the encoder of a recipe, with weights from torch's random numbers or from `init`.
+
+    It takes images of all sizes of the recipe's views, if its library can build it so.
+    """
     attend, options = recipe.attend, recipe.encoder.options | {"init": init}
     blocks = {k: v for k, v in attend.options.items() if v is not None} if attend else {}
-    encoder = create_encoder(
-        recipe.encoder.name, size=recipe.image_size, channels=recipe.channels, **options,
-        attend=attend.name if attend else None, attend_options=blocks,
-    )  # fmt: skip
+    state = torch.get_rng_state()
+
+    def created(**more: Any) -> Encoder:
+        return create_encoder(
+            recipe.encoder.name, size=recipe.image_size, channels=recipe.channels, **options | more,
+            attend=attend.name if attend else None, attend_options=blocks, check=False,
+        )  # fmt: skip
+
+    encoder = created()
+    if len(view_sides(recipe)) > 1 and getattr(encoder.backbone, "dynamic_img_size", None) is False:
+        torch.set_rng_state(state)
+        encoder = created(dynamic_img_size=True)  # timm's ViT and Swin; the weights are the same
     encoder.levels = recipe.levels
     return encoder
+
+
+def view_sides(recipe: Recipe) -> dict[int, str]:
+    """Return the sides of the images that the encoder of a recipe gets, in pixels, with the setting of each."""
+    views = [view.size for view in make_views(recipe.views.name, recipe.views.options, recipe.channels)]
+    grown = {round(recipe.grow_from * side): "grow_from x views.size" for side in views if recipe.grow_until}
+    options = {value: f"views.{key}" for key, value in recipe.views.options.items() if key in ("size", "small_size")}
+    sides = grown | dict.fromkeys(views, "views") | options
+    return {side: name for side, name in sides.items() if side in views or side in grown} | {
+        recipe.image_size: "image_size"
+    }
 
 
 def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder | None:
@@ -198,7 +223,7 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
     path = path_of(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run")
-    report = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    report = report_of(path)
     if (path / "encoder" / "config.json").is_file():
         return RunEncoder(load_encoder(path / "encoder"), _count(report, "last_step"), _count(report, "steps"))
     if (path / "recipe.json").is_file():
@@ -221,13 +246,16 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         ) from None
     except InbatchError as error:
         raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
+    check_recipe(saved, recipe, path / "recipe.json")
     encoder, notes = _without_weights(recipe, path)
     network = saved.state.get("average") or saved.state.get("tower")
     try:
         weights = {k.removeprefix("encoder."): v for k, v in dict(network or {}).items() if k.startswith("encoder.")}
         fill(encoder, weights, f"the encoder {recipe.encoder.name}")
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {error}") from None
+        raise DataError(
+            f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {str(error) or reason(error)}"
+        ) from None
     if encoder.readout is not None:
         notes = [*notes, "the whitening of its features was fitted at the last evaluation before that step"]
     if recipe.replans:  # run.json of a killed run may be older

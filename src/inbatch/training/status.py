@@ -13,8 +13,11 @@ from inbatch.runtime import distributed
 from inbatch.runtime.files import out_of_room, replacing, write_json
 from inbatch.runtime.signals import StopRequested
 from inbatch.training.build import RunComponents
+from inbatch.training.data_places import save_places
 from inbatch.training.metric_logger import Log
-from inbatch.training.replay import FOLDER
+from inbatch.training.recipe import Recipe
+from inbatch.training.run_encoder import save_initial
+from inbatch.training.side_files import FILES, FOLDERS, damaged, move_aside
 from inbatch.training.train_state import TrainState
 
 
@@ -69,6 +72,8 @@ class Report:
 def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) -> int:
     """Collect the unreadable images of all ranks, list them in a file, and report new ones; return their number.
 
+    Remarks about images that were read, such as warnings of Pillow, are reported once.
+
     Args:
         built: The run.
         out: Run directory; the list is bad_images.txt.
@@ -76,8 +81,12 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) 
         reported: Number of images already reported.
     """
     loader = built.loader
-    for bad in distributed.distribute_tasks(lambda _: loader.bad, distributed.world()):
+    for bad, remarks in distributed.distribute_tasks(lambda _: (loader.bad, loader.remarks), distributed.world()):
         loader.note(bad)
+        loader.add_remarks(remarks)
+    for sentence in loader.new_remarks():
+        if not distributed.rank():
+            log.note(sentence)
     sentences = loader.unreadable()
     if distributed.rank() or len(sentences) == reported:
         return len(sentences)
@@ -92,10 +101,27 @@ def report_unreadable(built: RunComponents, out: Path, log: Log, reported: int) 
     return len(sentences)
 
 
+def begin_run(out: Path, built: RunComponents, here: Recipe, resumed: bool) -> list[str]:
+    """Write the files of a run that it has before its first step; return sentences for the user.
+
+    Args:
+        out: Run directory, locked by the caller; a new run replaces the files of an earlier one.
+        built: The run.
+        here: Its recipe with the paths at which its data are now.
+        resumed: Whether the run continues.
+    """
+    sentences = [*(damaged(out) if resumed else ()), *move_aside(out)]
+    if not resumed:
+        clear(out)
+        write_json(out / "recipe.json", built.recipe.nested())
+        save_initial(built.recipe, built.encoder, out)
+    save_places(out, built.recipe, here)
+    return sentences
+
+
 def clear(out: Path) -> None:
     """Remove the files of a run from its directory, and no others."""
-    for name in ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", FOLDER):
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    files = ("recipe.json", "run.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt")
-    for name in (*files, "evaluation.json", "quickstart.json", "neighbours.png"):
+    for name in FILES:
         (out / name).unlink(missing_ok=True)

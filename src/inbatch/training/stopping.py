@@ -8,9 +8,9 @@ A step, an online evaluation or a survey can therefore be lost at any time, and 
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -21,9 +21,13 @@ from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import save
 from inbatch.training.status import Report
 
+Result = TypeVar("Result")
+
 
 class Stopping:
     """Handle signals in a run of one process; several processes agree after each step (`distributed.all_reduce_max`).
+
+    In an evaluation, for which the other ranks wait, a signal to rank 0 counts.
 
     Args:
         built: The run.
@@ -69,6 +73,8 @@ class Stopping:
         """Keep the current state; a checkpoint uses it if the following step is lost."""
         if self._step + 1 == self.progress.step:
             self._took = time.monotonic() - self._began
+        self._kept["progress"] = self.progress.state_dict() | {"curve": list(self.progress.curve)}
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
         if not self.alone:
             self.stop.hold()
             return
@@ -76,15 +82,33 @@ class Stopping:
         whole = self.progress.step % self.built.loader.steps == 0
         for name, part in self.parts.items():
             if name == "progress":
-                self._kept[name] = part.state_dict() | {"curve": list(part.curve)}
-            elif whole and name in ("curator", "method"):
+                continue
+            if whole and name in ("curator", "method"):
                 self._kept[name] = copy.deepcopy(part.state_dict())
             elif isinstance(part, nn.Module) and name != "method":
                 self._kept[name] = {key: x.clone() for key, x in part.named_buffers(remove_duplicate=False)}
             else:
                 self._kept.pop(name, None)
-        self._logged = self._log.stat().st_size if self._log.exists() else 0
         self.stop.release()
+
+    def on_rank_0(self, work: Callable[[], Result]) -> Result:
+        """Return on every rank the result of work on rank 0, which may be lost; the other ranks wait for it.
+
+        A signal to rank 0 ends the work and raises StopRequested on every rank.
+        """
+        if self.alone:
+            return work()
+        result, number = None, 0
+        if distributed.rank() == 0:
+            try:
+                with self.stop.losing():
+                    result = work()
+            except StopRequested as request:
+                number = request.number
+        result, number = distributed.broadcast_object((result, number))
+        if number:
+            raise StopRequested(number)
+        return cast(Result, result)
 
     def answer(self, number: int) -> InbatchError:
         """Return the error that ends the run, after saving a checkpoint if needed; any thread may call it.
@@ -99,9 +123,9 @@ class Stopping:
     def _answer(self, number: int) -> InbatchError:
         step, total = self.progress.step, self.built.total
         kept = self._kept.get("progress", {})
-        if kept.get("step") == step:
+        if kept.get("step") == step and distributed.rank() == 0:
             if step and (step, kept["ended"]) != self.progress.saved:
-                save(self.out / "checkpoints", self._state(), step=step)
+                save(self.out / "checkpoints", self._state(), step=step, run=self.built.facts())
             if self._log.exists():
                 os.truncate(self._log, self._logged)  # what a lost evaluation logged will be logged again
         lost = self._step == step

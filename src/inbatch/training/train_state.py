@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -10,6 +11,61 @@ import torch
 
 def _zero() -> torch.Tensor:
     return torch.zeros((), dtype=torch.float64)
+
+
+def _whole(x: Any) -> bool:
+    return type(x) is int and x >= 0
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float)
+
+
+def _seconds(x: Any) -> bool:
+    return _number(x) and 0 <= x < math.inf
+
+
+def _mapping(x: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(x, dict) and all(isinstance(key, str) and valid(value) for key, value in x.items())
+
+
+def _evaluation(x: Any) -> bool:
+    return _mapping(x, _number) and _whole(x.get("step")) and _seconds(x.get("epoch"))
+
+
+def _calibration(x: Any) -> bool:
+    """Return whether a value is the timings of a budget (`plan.Choice.json`), or None."""
+    if x is None:
+        return True
+    if not isinstance(x, dict) or not isinstance(x.get("tried"), list) or not _seconds(x.get("small")):
+        return False
+    tried = x["tried"]
+    if not all(isinstance(one, dict) and _seconds(one.get("seconds")) for one in tried):
+        return False
+    return x.get("chosen") in [one.get("name") for one in tried]
+
+
+_VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_whole, "a number of steps"),
+    "ended": (_whole, "a number of epochs"),
+    "best": (lambda x: _number(x) and (x == -math.inf or 0 <= x <= 1), "an accuracy"),
+    "curve": (lambda x: isinstance(x, list) and all(map(_evaluation, x)), "a list of evaluations"),
+    "loss": (lambda x: isinstance(x, torch.Tensor) and x.shape == () and x.dtype == torch.float64, "a float64 tensor"),
+    "seconds": (_seconds, "a number of seconds"),
+    "images": (_whole, "a number of images"),
+    "most": (lambda x: _mapping(x, _number), "a dict of numbers"),
+    "collapsed": (lambda x: _mapping(x, lambda text: isinstance(text, str)), "a dict of sentences"),
+    "leak": (lambda x: _mapping(x, _number), "a dict of numbers"),
+    "data": (lambda x: isinstance(x, str), "a signature"),
+    "before": (_seconds, "a number of seconds"),
+    "calibration": (_calibration, "the timings of a budget"),
+    "judged": (lambda x: isinstance(x, list) and len(x) in (0, 3) and all(map(_whole, x)), "three numbers of images"),
+    "threads": (lambda x: isinstance(x, list) and all(_whole(n) and n > 0 for n in x), "numbers of threads"),
+    "cpu_seconds": (lambda x: _number(x) and not x < 0, "a number of seconds"),
+}
+"""Entries of a saved state, each with the test of its value and a description."""
+_LATER = ("calibration", "judged", "threads", "cpu_seconds")
+"""Entries that checkpoints of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +147,15 @@ class TrainState:
         plan = {"calibration": self.calibration, "judged": list(astuple(self.sizes)) if self.sizes else []}
         used = {"threads": list(self.threads), "machines": list(self.machines)}
         return kept | plan | used | {"before": self.wall, "cpu_seconds": self.cpu_seconds}
+
+    @staticmethod
+    def problems(state: Mapping[str, Any]) -> list[str]:
+        """Return a phrase for every entry of a saved state that is missing, or has another type or range."""
+        problems = [f"{key} is missing" for key in _VALID if key not in state and key not in _LATER]
+        for key, (valid, wanted) in _VALID.items():
+            if key in state and not valid(state[key]):
+                problems.append(f"{key} is {state[key]!r:.60}, not {wanted}")
+        return problems
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""

@@ -1,6 +1,5 @@
 """Curves of accuracy over training cost for benchmarks/time_to_accuracy.py: read from a run, plotted, tabulated."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -9,6 +8,8 @@ from typing import Any
 from inbatch.errors import DataError
 from inbatch.runtime.device import processor_words
 from inbatch.runtime.files import read_json
+from inbatch.runtime.picture_mark import MARK
+from inbatch.training.side_files import read_log
 
 Entry = dict[str, Any]
 COLOURS = ("#999999", "#0072b2", "#d55e00", "#009e73")
@@ -50,11 +51,8 @@ def entries(folder: Path, images: int) -> list[Entry]:
     cost: Entry = {}
     losses: list[float] = []
     curve: list[Entry] = []
-    for line in log.read_text("utf-8").splitlines() if log.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:  # an incomplete line that is still being written
-            continue
+    records = (record for _, record in read_log(log)) if log.exists() else iter(())
+    for record in filter(None, records):  # without an incomplete line that is still being written
         if record.get("loss") is not None:
             losses.append(record["loss"])
         if "training_seconds" in record:
@@ -159,4 +157,4 @@ def plot_curves(found: Mapping[str, Any], png: Path) -> None:
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, dpi=120, metadata=MARK)

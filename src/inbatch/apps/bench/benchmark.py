@@ -3,7 +3,8 @@
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from inbatch.runtime.device import device_for, precision_for
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import check_writable, write_json
 from inbatch.runtime.signals import ending
+from inbatch.runtime.unfinished import remove_abandoned, unfinished
+
+_SCRATCH = "inbatch-bench-"
 
 
 def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
@@ -48,8 +52,8 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
         threads = options.threads_of(section)
         if str(threads) not in found["ceilings"]:
             found["ceilings"][str(threads)] = ceilings(device, threads, options.quick)
-        with tempfile.TemporaryDirectory(prefix="inbatch-bench-") as folder:
-            races = MAKERS[section](Field(options, section, device, Path(folder)))
+        with scratch_folder() as folder:
+            races = MAKERS[section](Field(options, section, device, folder))
             found["sections"][section] = []
             for race in races:
                 known = found["ceilings"][str(threads)]
@@ -62,6 +66,15 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
         except InbatchError as error:
             raise Unwritten(str(error), found) from error
     return found
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a temporary folder for synthetic images, and remove those that killed benchmarks left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        remove_abandoned(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as name, unfinished(Path(name)):
+        yield Path(name)
 
 
 def ceilings(

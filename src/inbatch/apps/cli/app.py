@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import typer
 import typer.core
 from typer import Argument, Option
 
-from inbatch.apps.console import complain, first, print_json, say, warn
+from inbatch.apps.console import complain, first, note, print_json, say, warn
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError, Unwritten
 from inbatch.runtime import child_processes, signals, tuning
 from inbatch.runtime.files import check_writable
@@ -62,17 +63,25 @@ def main() -> None:
     tuning.program_begins()
     tuning.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs warnings if there is no home directory
-    with lasting_streams(), signals.answered_in_time(_tell) as stop:
-        try:
-            stop.release()
-            app()
-        except (SystemExit, signals.StopRequested) as end:
-            if stop.requested is None or getattr(end, "code", 1) == 0:
-                raise
-            error = signals.without_result(stop.requested)
-            if not signals.watchdog.told:  # before a command began
-                _tell(error)
-            signals.leave(error.exit_code)
+    try:
+        with lasting_streams(), signals.answered_in_time(_tell, _acknowledge) as stop:
+            _run(stop)
+    finally:
+        signals.complete()
+
+
+def _run(stop: signals.Stop) -> None:
+    """Run the command of the command line; after a signal, end without the regular exit of Python."""
+    try:
+        stop.release()
+        app()
+    except (SystemExit, signals.StopRequested) as end:
+        if stop.requested is None or getattr(end, "code", 1) == 0:
+            raise
+        error = signals.without_result(stop.requested)
+        if not signals.watchdog.told:  # before a command began
+            _tell(error)
+        signals.leave(error.exit_code)
 
 
 @contextmanager
@@ -114,8 +123,8 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only results and err
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")]
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")]
-KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ..."
-Data = Annotated[str, Argument(metavar="DATA", help=KINDS)]
+KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ...; or several paths."
+Data = Annotated[list[str], Argument(metavar="DATA...", help=KINDS)]
 
 SEEDS = 2**32 - 1
 """Largest seed; scikit-learn accepts no larger one."""
@@ -239,6 +248,12 @@ def _tell(error: InbatchError) -> None:
         complain(str(error))
     if _told_as[0]:
         print_json({"error": str(error), "exit_code": error.exit_code})
+
+
+def _acknowledge(number: int) -> None:
+    """Report a signal whose handling takes a moment."""
+    if first() and not signals.watchdog.told:
+        note(f"{signal.Signals(number).name} received: stopping")
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

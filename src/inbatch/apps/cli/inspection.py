@@ -31,6 +31,7 @@ from inbatch.apps.cli.output import (
 )
 from inbatch.apps.console import complain, print_json, print_table, say
 from inbatch.errors import ConfigError, DataError, TrainingError
+from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 
 
@@ -61,7 +62,7 @@ def views(
 
         fields = {"views": views, "preset": preset, "crops": crops, "image_size": size}
         chosen = {key: value for key, value in fields.items() if value is not None}
-        part = draw_views(data, out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
+        part = draw_views(joined_paths(data), out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
         if as_json:
             print_json({"out": str(out), "views": part.name, "options": part.options})
         else:
@@ -76,7 +77,7 @@ def views(
 )
 def data(
     data: Data,
-    split: Annotated[str | None, Option(help="train or test, if the data has both; default: the first.")] = None,
+    split: Annotated[str | None, Option(help="train, val or test, if the data has them; default: the first.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Number of images to check, evenly spaced; default: all.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Also draw some images, one row per class.")] = None,
     set_: Set = None,
@@ -92,7 +93,13 @@ def data(
 
         def survey() -> dict[str, Any]:
             found = survey_data(
-                data, split=split, sample=sample, out=out, settings=assignments(set_), device=device, quiet=False
+                joined_paths(data),
+                split=split,
+                sample=sample,
+                out=out,
+                settings=assignments(set_),
+                device=device,
+                quiet=False,
             )
             problems.extend(found["problems"])
             return found
@@ -116,7 +123,7 @@ def data(
 )
 def inspect(
     run: Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")],
-    data: Annotated[str | None, Option(help="Current path of its images; default: as in its recipe.")] = None,
+    data: Annotated[list[str] | None, Option(help="Current path of its images; default: as in its recipe.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Folder of the pictures; default RUN/inspect.")] = None,
     count: Annotated[int, Option(min=1, help="Images per picture.")] = 8,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
@@ -131,16 +138,18 @@ def inspect(
             default_output(path_of(run, "RUN") / "inspect")
         else:
             requested_output(out / "views.png")
+        where = joined_paths(data) or None
 
         def show(found: dict[str, Any]) -> None:
             print_table(("plug-in", "measured", "found"), report_rows(found))
-            say("", f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
+            say("", *(f"Data:      {line}" for line in found["data"].split("\n")))
+            say(f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
             if found["note"]:
                 say(f"Note:      {found['note']}")
             for picture in found["pictures"]:
                 say(f"Picture:   {picture}")
 
-        deliver(lambda: inspect_run(run, data, out=out, count=count, seed=seed, device=device), as_json, show)
+        deliver(lambda: inspect_run(run, where, out=out, count=count, seed=seed, device=device), as_json, show)
 
 
 @app.command(

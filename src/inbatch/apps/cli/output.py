@@ -72,11 +72,18 @@ def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after
 
 
 def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
-    """Return lines on the images behind the figures, with a note if they are too few for clustering."""
-    count = found["test"]["labelled"]
+    """Return lines on the images behind the figures and balanced accuracy, with notes on what limits clustering."""
+    count, classes = found["test"]["labelled"], len(found["test"].get("per_class", ()))
     lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
+    if balanced := [f"{name} {one['balanced']:.1%}" for name, one in _per_class(found).items()]:
+        lines.append(f"Balanced:   {', '.join(balanced)} (mean over the classes: {classes:,})")
+    for name, one in (("clustering", found.get("clustering", {})), ("the head", found.get("head", {}))):
+        if one.get("used", 0) < one.get("clusters", 0):
+            lines.append(f"Note:       {name} found {one['used']:,} of {one['clusters']:,} clusters; others are empty")
     clusters = found.get("clustering", {}).get("clusters", 0)
-    if count < 10 * clusters:
+    if clusters == 1:
+        lines.append("Note:       NMI, ACC and ARI of images of one class are 1 for any features")
+    elif count < 10 * clusters:
         lines.append(f"Note:       NMI and ACC of {count:,} images in {clusters:,} clusters are high by chance alone")
     return lines
 
@@ -89,8 +96,32 @@ def print_evaluation(found: Mapping[str, Any], run: str) -> None:
     else:
         untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
         print_figures(untrained | {run: found})
+        print_classes(found)
         say("", *judged_by(found, found["held_out"]))
     say(*([f"Note:       {found['note']}"] if found["note"] else []))
+
+
+def print_classes(found: Mapping[str, Any], most: int = 20) -> None:
+    """Print the accuracy of each class, or of the `most` classes with the lowest, lowest first."""
+    accuracies, counts = _per_class(found), found["test"]["per_class"]
+    if not accuracies:
+        return
+    first = next(iter(accuracies.values()))["per_class"]
+    names = sorted(counts, key=first.__getitem__)
+    cells = [
+        [name, f"{counts[name]:,}", *(f"{one['per_class'][name]:.1%}" for one in accuracies.values())]
+        for name in names[:most]
+    ]
+    say("")
+    print_table(["class", "images", *accuracies], cells, numbers=True)
+    if len(names) > most:
+        say(f"and {len(names) - most:,} more classes, none with a lower accuracy (--json prints all)")
+
+
+def _per_class(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluations with an accuracy per class, by their heading; older results have none."""
+    parts = {name: found.get(protocol, {}) for name, (protocol, _) in FIGURES.items()}
+    return {name: part for name, part in parts.items() if "per_class" in part}
 
 
 def print_verdict(verdict: "Verdict") -> None:

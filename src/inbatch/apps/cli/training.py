@@ -1,5 +1,6 @@
 """Commands for training and evaluation: quickstart, pretrain, evaluate, embed, export."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from inbatch.apps.cli.output import (
 )
 from inbatch.apps.console import complain, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
+from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.training.budget import parse_budget
 
@@ -74,7 +76,7 @@ def quickstart(
 )
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
-    data: Annotated[str | None, Option(help=KINDS)] = None,
+    data: Annotated[list[str] | None, Option(help=f"{KINDS[:-1]}, each with --data, or a pattern in quotes.")] = None,
     out: Annotated[
         Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
     ] = None,
@@ -127,7 +129,8 @@ def pretrain(
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
     set_: Set = None,
     resume: Annotated[
-        str | None, Option(metavar="RUN|auto", help="Continue a run; auto: the one in --output-dir, if there is one.")
+        str | None,
+        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto: in --output-dir."),
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,
@@ -147,6 +150,11 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on images and write a run directory: recipe, log, curves, checkpoints, encoder, result."""
     with reported(as_json):
+        if data and method is not None and os.path.exists(method):
+            raise ConfigError(
+                f"{method!r} is a path, not a method: write a pattern in quotes, and --data before each path"
+            )
+        where = joined_paths(data) or None
         if budget is not None:
             parse_budget(budget)  # before the import of torch, which takes seconds
         from inbatch import api
@@ -167,14 +175,14 @@ def pretrain(
                 )
             if compare is not None:
                 raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
-            dry = api.dry_run(data, method, expect_world_size=expect_world_size, **shared, **fields)
+            dry = api.dry_run(where, method, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
         shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 
         def train() -> dict[str, Any]:
-            run = api.pretrain(data, method, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            run = api.pretrain(where, method, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
             return {"run": str(run.directory)} | run.result
 
         deliver(train, as_json, print_run)
@@ -191,10 +199,10 @@ def pretrain(
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        str | None, Option(help="Labelled images to evaluate on, of any classes and sizes; default: the run's.")
+        list[str] | None, Option(help="Labelled images to evaluate on, of any classes and sizes; default: the run's.")
     ] = None,
     test: Annotated[
-        str | None, Option(help="Test images; default: the test split of the data, or a tenth of it.")
+        list[str] | None, Option(help="Test images; default: the test split of the data, or a tenth of it.")
     ] = None,
     protocol: Annotated[
         list[str] | None,
@@ -242,6 +250,7 @@ def evaluate(
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen["tuning_share"] = tuning_share
         options |= {key: value for key, value in chosen.items() if value is not None}
+        where, other = joined_paths(data) or None, joined_paths(test) or None
         file = requested_output(out) if out else default_output(path_of(run, "RUN") / "evaluation.json")
 
         def show(found: dict[str, Any]) -> None:
@@ -252,7 +261,7 @@ def evaluate(
             if not as_json:
                 say(f"Written to: {file}")
 
-        deliver(lambda: evaluate_run(run, data, test, protocols=protocols, **options), as_json, show, write)
+        deliver(lambda: evaluate_run(run, where, other, protocols=protocols, **options), as_json, show, write)
 
 
 @app.command(
@@ -263,7 +272,7 @@ def embed(
     run: RunFolder,
     data: Data,
     out: Annotated[Path, Option("--out", "-o", help="Output file, .parquet or .npz; replaced if it exists.")],
-    split: Annotated[str | None, Option(help="train or test, if the data has both.")] = None,
+    split: Annotated[str | None, Option(help="Only this split: train, val, test, ...; default: all.")] = None,
     plain: Annotated[
         bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
     ] = False,
@@ -271,19 +280,22 @@ def embed(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write path, index, label and feature vector of every image to a file; memory does not grow with their number."""
+    """Write split, path, index, label and features of every image to a file; memory does not grow with their number."""
     with reported(as_json):
         from inbatch.api import embed_run
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
-        count = embed_run(run, data, out, missing=missing, stage=stage, **options)
+        count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}
-            print_json({"images": count, "out": str(out)} | bad | (stage if stage["note"] else {}))
+            splits = {"splits": stage.pop("splits")}
+            print_json({"images": count, "out": str(out)} | splits | bad | (stage if stage["note"] else {}))
             return
         note = [f"Note: {stage['note']}"] if stage["note"] else []
-        say(f"{many(count, 'image')} embedded into {out}", *note)
+        parts = ", ".join(f"{n:,} of {name}" for name, n in stage["splits"].items())
+        of = f" ({parts})" if len(stage["splits"]) > 1 else ""
+        say(f"{many(count, 'image')} embedded into {out}{of}", *note)
         if missing:
             few = "; ".join(list(missing.values())[:3])
             warn(f"{unreadable(len(missing))} not in it: {few}")

@@ -5,6 +5,7 @@ from itertools import cycle, product
 from statistics import mean, stdev
 
 from inbatch.apps.papers.filled_table import FilledTable, Line
+from inbatch.runtime.picture_mark import MARK
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 
@@ -47,7 +48,7 @@ def curves(sheet: FilledTable) -> bytes | None:
                 shown.append(handle)
     figure.legend(shown, names, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     out = io.BytesIO()
-    figure.savefig(out, dpi=100, format="png", metadata={"Software": None})
+    figure.savefig(out, dpi=100, format="png", metadata=MARK)
     return out.getvalue()
 
 

@@ -165,7 +165,8 @@ class Runner:
         self._stopping = True
         for child in list(self._children.values()):
             with suppress(ProcessLookupError):
-                child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+                interrupt = number == signal.SIGINT and os.name == "posix"  # Windows sends a child no SIGINT
+                child.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
 
     def _one(self, cell: Cell) -> Record:
         """Complete a cell's run, or the missing part of it."""
@@ -232,7 +233,7 @@ class Runner:
 
     def _failed(self, cell: Cell, place: str, found: Mapping[str, Any], log: Path, began: float) -> Record:
         """Return the record of a diverged run, with the end of its log."""
-        words = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        words = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-20:])
         failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
         named = {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
         made = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}

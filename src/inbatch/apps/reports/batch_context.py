@@ -21,14 +21,20 @@ from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten
 from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.picture_mark import png_mark
+from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
+from inbatch.training.checkpoint_recipe import check_recipe
+from inbatch.training.data_places import located
 from inbatch.training.monitors.context_leak import leak, sign
 from inbatch.training.recipe import make
-from inbatch.training.run import report_of, source_of
+from inbatch.training.run import source_of
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.settings_file import read_file
+from inbatch.training.side_files import report_of
 from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
@@ -384,9 +390,10 @@ def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
         raise cannot_write(out, error) from error
     for name, picture in pictures.items():
         with replacing(out / name) as file:
-            picture.save(file, format="PNG")
+            picture.save(file, format="PNG", pnginfo=png_mark())
 
 
+@isolated
 def inspect_run(
     path: str | Path, data: Any = None, *, out: str | Path | None = None, count: int = 8, seed: int = 0,
     device: str = "auto",
@@ -411,19 +418,20 @@ def inspect_run(
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if count < 1 or seed < 0:
         raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
-    saved = checkpoint.load(folder / "checkpoints")
-    settings = read_file(folder / "recipe.json") | {"seed": seed, "compile": False}
-    # a run of several processes stores its context group size in the report
-    if context := report_of(folder).get("context"):
+    saved, settings = checkpoint.load(folder / "checkpoints"), read_file(folder / "recipe.json")
+    check_recipe(saved, make(settings), folder / "recipe.json")
+    settings |= {"seed": seed, "compile": False}
+    # a run of several processes stores its context group size
+    if context := (saved.run or report_of(folder)).get("context"):
         settings["context"] = context
-    recipe = make(settings)
+    recipe = located(folder, make(settings))
     try:
         source = source_of(recipe, data)
     except DataError as error:
         raise DataError(f"cannot read the images of the run in {path}: {error}. Pass --data") from None
     built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), TrainState()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
-    where = {"run": str(path), "step": progress.step, "note": saved.note}
+    where = {"run": str(path), "step": progress.step, "note": saved.note, "data": printable(source.report())}
     pictures = folder / "inspect" if out is None else path_of(out, "out")
     try:
         return where | draw_report(built, progress.step // built.loader.steps, pictures, count)

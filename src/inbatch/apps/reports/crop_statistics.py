@@ -15,6 +15,7 @@ from inbatch.data.views import View, Views
 from inbatch.data.views.crop_pairs import CONFIGURATIONS, CROPS, arrange, configuration
 from inbatch.errors import ConfigError
 from inbatch.runtime.files import replacing
+from inbatch.runtime.picture_mark import MARK
 
 SAMPLERS = ("ours", "torchvision")
 PAPER_SIZE = (32, 32)
@@ -203,7 +204,7 @@ def plot(tallies: Sequence[CropStatistics], size: tuple[int, int], pairs: int, p
     what = f"crops {tallies[0].name}, " if not several else ""
     figure.suptitle(f"{what}{pairs:,} pairs of {size[0]} x {size[1]} pixels", fontsize=9)
     with replacing(png) as file:
-        figure.savefig(file, dpi=100, format="png")
+        figure.savefig(file, dpi=100, format="png", metadata=MARK)
 
 
 def _bars(panel: Any, shares: Sequence[float], paper: Sequence[float] | None, small: bool) -> None:

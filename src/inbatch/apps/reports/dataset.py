@@ -1,6 +1,7 @@
 """Data set report: contents of a data set, and problems that would prevent training (`inbatch data`)."""
 
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -11,14 +12,15 @@ import numpy as np
 import torch
 
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
-from inbatch.apps.reports.view_grid import check_picture, save_sheet
-from inbatch.data import Source, open_data, splits
+from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
+from inbatch.data import Source, find_split, open_data, splits
 from inbatch.data.loader import resides
 from inbatch.data.resident import estimate
 from inbatch.data.views import PRESETS
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, InbatchError, Unwritten
 from inbatch.runtime.device import device_for
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
@@ -30,6 +32,7 @@ _FEW = 3  # number of duplicate groups that are listed, and of members of each
 _ROWS, _COLUMNS = 8, 8  # size of the image grid
 
 
+@isolated
 def survey_data(
     data: Any, *, split: str | None = None, sample: int | None = None, out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
@@ -57,8 +60,10 @@ def survey_data(
         check_picture(out)
     if sample is not None and sample < 1:
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
+    if out is not None:
+        check_place(out, data)
     every = splits(data)
-    chosen = split or every[0]
+    chosen = every[0] if split is None else find_split(split, every) or split
     given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})
     recipe, source = resolve_recipe(data, {"split": chosen} | given)
     indices = _spaced(len(source), sample)
@@ -77,8 +82,11 @@ def survey_data(
         "skipped": {one_line(kind): n for kind, n in source.skipped().items()},
         "formats": dict(seen.kinds.most_common()),
         "bits": {str(bits): n for bits, n in sorted(seen.bits.items())},
+        "pages": {str(pages): n for pages, n in sorted(seen.pages.items())},
+        "alpha": _alpha(source, seen),
         "sizes": _sizes(seen),
         "pixels": _pixels(seen),
+        "warnings": _warnings(source, seen),
         "unreadable": [{"image": one_line(source.identity(i)), "why": one_line(why)} for i, why in seen.unreadable],
         "duplicates": _duplicates(source, seen),
         "splits": {chosen: len(source)},
@@ -90,7 +98,7 @@ def survey_data(
     found["memory"] = _memory(recipe, source, device)
     found["batch"], found["steps"] = recipe.batch_size, len(source) // recipe.batch_size
     found["problems"] = _problems(source, seen, found, recipe.max_unreadable)
-    found["levels"] = _levels(seen) if recipe.levels is None and max(seen.bits, default=8) > 8 else None
+    found["levels"] = _levels(seen) if recipe.levels is None else None
     found["picture"] = None
     what = shlex.quote(recipe.data)
     how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
@@ -142,9 +150,35 @@ def _pixels(seen: ImageStatistics) -> dict[str, list[float]]:
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
-def _levels(seen: ImageStatistics) -> list[int]:
-    """Return the range of 16-bit values that contains all pixels, as far as their upper 8 bits show."""
-    return [256 * int(np.min(seen.lowest)), 256 * int(np.max(seen.highest)) + 255]
+def _levels(seen: ImageStatistics) -> list[int] | None:
+    """Return the range of values that contains all pixels, as far as their upper 8 bits show.
+
+    None if no image has more than 8 bits, or one is inverted: its pixels do not show the range.
+    """
+    if max(seen.bits, default=8) <= 8 or seen.inverted:
+        return None
+    step = (seen.white + 1) / 256
+    return [int(step * int(np.min(seen.lowest))), math.ceil(step * (int(np.max(seen.highest)) + 1)) - 1]
+
+
+def _alpha(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+    """Summarise the images with alpha: `not_opaque` are fractions of their pixels."""
+    shares = [share for _, share in seen.transparent]
+    return {
+        "images": len(shares),
+        "not_opaque": sum(shares) / len(shares) if shares else 0.0,
+        "files": [{"image": one_line(source.identity(i)), "not_opaque": share} for i, share in seen.transparent],
+    }
+
+
+def _warnings(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+    """Count the images that Pillow warned about, by text; numbers in a text are left out of the count."""
+    texts = Counter(text for _, told in seen.warned for text in {re.sub(r"\d+", "N", one_line(t)) for t in told})
+    return {
+        "images": len(seen.warned),
+        "texts": dict(texts.most_common()),
+        "files": [{"image": one_line(source.identity(i)), "texts": list(map(one_line, t))} for i, t in seen.warned],
+    }
 
 
 def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:

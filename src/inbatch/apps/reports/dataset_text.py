@@ -7,6 +7,7 @@ from inbatch.data.resident import SHARE
 from inbatch.errors import many
 
 _FEW = 10  # maximum number of unreadable images that are listed
+_FILES = 3  # maximum number of files that are named for alpha or a warning
 _CLASSES = 12  # maximum number of classes whose names are listed with their counts
 
 
@@ -21,6 +22,10 @@ def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "formats", _counts(found["formats"])
     if found["bits"]:
         yield "bits per value", _counts(found["bits"])
+    if found["pages"]:
+        yield "pages", f"{_several(found['pages'])}: the first is read"
+    if found["alpha"]["images"]:
+        yield "alpha", _alpha(found["alpha"], found["channels"])
     if found["skipped"]:
         yield "skipped files", _counts(found["skipped"])
     yield from _sizes(found["sizes"])
@@ -35,6 +40,8 @@ def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{'LEAK into' if leak['images'] else 'also in'} {other}",
             _same(f"{leak['images']:,} images", leak["first"]),
         )
+    if found["warnings"]["images"]:
+        yield "warnings", f"Pillow warned about {many(found['warnings']['images'], 'image')}"
     yield "unreadable", f"{len(found['unreadable']):,}"
     memory = found["memory"]
     how = "resident" if memory["resident"] else "streamed"
@@ -54,9 +61,24 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     lines = [one["why"] for one in bad[:_FEW]]
     if found["levels"]:
         low, high = found["levels"]
+        bits = max(map(int, found["bits"]))
         lines.append(
-            f"Of 16 bits a run keeps the upper 8; all values lie from {low} to {high}: --set levels=[{low},{high}]"
+            f"Of {bits} bits a run keeps the upper 8; all values lie from {low} to {high}: --set levels=[{low},{high}]"
         )
+    if found["pages"]:
+        lines.append("The pages of a TIFF file are read as channels with --set channels=N, if all N have one size.")
+    alpha, texts = found["alpha"], found["warnings"]["texts"]
+    if alpha["not_opaque"] and found["channels"] in (1, 3):
+        few = ", ".join(f"{_short(one['image'])} {one['not_opaque']:.0%}" for one in alpha["files"][:_FILES])
+        lines.append(
+            f"Not opaque and laid on white: {few}{_rest(alpha['images'])}. If alpha is data, such as near infrared, "
+            "--set channels=4 keeps it."
+        )
+    for text, n in list(texts.items())[:_FEW]:
+        lines.append(f"Pillow warned about {many(n, 'image')}: {text}")
+    if texts:
+        few = ", ".join(_short(one["image"]) for one in found["warnings"]["files"][:_FILES])
+        lines.append(f"Warnings were about: {few}{_rest(found['warnings']['images'])}")
     if len(bad) > _FEW:
         lines.append(f"and {len(bad) - _FEW:,} more: --json names all")
     if found["picture"]:
@@ -65,6 +87,20 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             f"Picture: {found['picture']['out']}" + (f", a row for each of {', '.join(shown)}" if shown else "")
         )
     return lines
+
+
+def _several(pages: Mapping[str, int]) -> str:
+    """Return how many files have how many pages."""
+    return ", ".join(f"{many(n, 'file')} of {count} pages" for count, n in pages.items())
+
+
+def _alpha(alpha: Mapping[str, Any], channels: int) -> str:
+    fate = "laid on white" if channels in (1, 3) else "kept as a channel"
+    return f"{many(alpha['images'], 'image')}; {alpha['not_opaque']:.1%} of their pixels are not opaque ({fate})"
+
+
+def _rest(count: int) -> str:
+    return f" and {count - _FILES:,} more (--json names all)" if count > _FILES else ""
 
 
 def _classes(found: Mapping[str, Any]) -> str:

@@ -4,25 +4,20 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from inbatch.data import Source
+from inbatch.data.decoding import signatures
+from inbatch.data.decoding.image_file import ImageFile
 from inbatch.errors import DataError
-from inbatch.runtime.resources import cores
+from inbatch.runtime.thread_map import thread_map
 
 _CHUNK = 64  # images per task of a thread
 _BLOCK = 2**22  # values whose squares are in memory at once
 _DIGEST = 16  # bytes; enough that no two of 10^15 different images share a digest
 _NONE = np.zeros((0, 2), np.uint64)
-
-_KINDS = {
-    b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF",
-    b"II+\0": "TIFF", b"MM\0+": "TIFF", b"RIFF": "WebP",
-}  # fmt: skip
-"""Magic bytes of file formats."""
 
 
 @dataclass
@@ -34,6 +29,11 @@ class ImageStatistics:
             form.
         kinds: Number of images by file format.
         bits: Number of images by bits per value.
+        white: Largest value that becomes white without levels, over all images.
+        inverted: Whether zero is white in an image of more than 8 bits.
+        pages: Number of images by the number of pages or frames of their file, if that is more than one.
+        transparent: (image number, fraction of its pixels that are not opaque) of images with alpha.
+        warned: (image number, what Pillow warned about).
         unreadable: (image number, reason).
         pixels: Number of pixels.
         sums, squares: Sums over all pixels, by channel.
@@ -45,6 +45,11 @@ class ImageStatistics:
     digests: bytearray = field(default_factory=bytearray)
     kinds: Counter[str] = field(default_factory=Counter)
     bits: Counter[int] = field(default_factory=Counter)
+    white: int = 255
+    inverted: bool = False
+    pages: Counter[int] = field(default_factory=Counter)
+    transparent: list[tuple[int, float]] = field(default_factory=list)
+    warned: list[tuple[int, list[str]]] = field(default_factory=list)
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     pixels: int = 0
     sums: np.ndarray | int = 0  # Python integers: exact for any number of images
@@ -56,10 +61,13 @@ class ImageStatistics:
         return len(self.numbers) + len(self.unreadable)
 
     def __iadd__(self, other: "ImageStatistics") -> "ImageStatistics":
-        for name in ("numbers", "sizes", "digests", "unreadable"):
+        for name in ("numbers", "sizes", "digests", "transparent", "warned", "unreadable"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds += other.kinds
         self.bits += other.bits
+        self.white = max(self.white, other.white)
+        self.inverted |= other.inverted
+        self.pages += other.pages
         self.pixels += other.pixels
         self.sums, self.squares = self.sums + other.sums, self.squares + other.squares
         self.lowest, self.highest = np.minimum(self.lowest, other.lowest), np.maximum(self.highest, other.highest)
@@ -82,9 +90,8 @@ def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> It
 
     Pixels: also sum pixel values.
     """
-    with ThreadPoolExecutor(cores()) as pool:
-        starts = range(0, len(indices), _CHUNK)
-        yield from pool.map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
+    starts = range(0, len(indices), _CHUNK)
+    return thread_map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
 
 
 def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:
@@ -113,6 +120,7 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
     for i in indices:
         try:
             with source.open(i) as picture:
+                pages = picture.pages() if isinstance(picture, ImageFile) else 1
                 values = picture.tensor().numpy() if pixels or not hasattr(picture, "contents") else None
                 contents = picture.contents() if hasattr(picture, "contents") else None
         except DataError as error:
@@ -122,17 +130,29 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
         found.sizes.extend(map(int, picture.size))
         found.digests += _digest(contents, values)
         found.kinds[_kind(contents)] += 1
-        if contents is not None:
-            found.bits[picture.bits] += 1  # type: ignore[attr-defined] # an ImageFile
+        if isinstance(picture, ImageFile):
+            _note(found, i, picture, pages)
         if pixels and values is not None:
             _add(found, values)
     return found
 
 
+def _note(found: ImageStatistics, i: int, picture: ImageFile, pages: int) -> None:
+    """Add what only a file has: bits, pages, alpha and warnings."""
+    found.bits[picture.bits] += 1
+    found.white = max(found.white, picture.white)
+    found.inverted |= picture.inverted and picture.bits > 8
+    found.pages += Counter({pages: 1} if pages > 1 else {})
+    if picture.transparent is not None:
+        found.transparent.append((i, picture.transparent))
+    if picture.warnings:
+        found.warned.append((i, picture.warnings))
+
+
 def _kind(contents: bytes | None) -> str:
     if contents is None:
         return "pixels in memory"
-    return next((kind for start, kind in _KINDS.items() if contents.startswith(start)), "another")
+    return signatures.kind(contents) or "another"
 
 
 def _digest(contents: bytes | None, values: np.ndarray | None) -> bytes:

@@ -1,5 +1,6 @@
 """Grids of images and of their views: the model's input, and the crop box of each view."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import check_writable, replacing
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
 
@@ -90,7 +93,18 @@ def _save(path: str | Path, picture: Image.Image) -> None:
     """Write a picture atomically."""
     kind = _format(path)
     with replacing(path_of(path, "out")) as file:
-        picture.save(file, format=kind)
+        picture.save(file, format=kind, **({"pnginfo": png_mark()} if kind == "PNG" else {}))
+
+
+def check_place(out: str | Path, data: Any) -> None:
+    """Raise ConfigError if a picture would become an image of the data: only PNG files are marked and left out."""
+    if not isinstance(data, str | os.PathLike) or path_of(out, "out").suffix.lower() == ".png":
+        return
+    if Path(data).is_dir() and path_of(out, "out").resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(
+            f"{out} lies in {os.fspath(data)} and would become an image of the data: choose a name that ends in .png, "
+            "which inbatch marks and leaves out, or another folder"
+        )
 
 
 def check_picture(path: str | Path) -> None:
@@ -123,6 +137,7 @@ def _column(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)[:, None, None]
 
 
+@isolated
 def draw_views(
     data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
     settings: Mapping[str, Any] | None = None, **fields: Any,
@@ -130,7 +145,9 @@ def draw_views(
     """Draw some images with their views into an image file; return the name and options of the views."""
     check_picture(out)
     given = merged_settings(method, None, settings, fields)
-    recipe, source = resolve_recipe(requested_data(data, given), given)
+    data = requested_data(data, given)
+    check_place(out, data)
+    recipe, source = resolve_recipe(data, given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
     crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))

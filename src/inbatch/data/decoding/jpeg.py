@@ -24,6 +24,12 @@ class Header(NamedTuple):
     notes: bool
 
 
+_UNUSUAL = {
+    0xFFC3: "lossless", 0xFFC5: "hierarchical", 0xFFC6: "hierarchical", 0xFFC7: "hierarchical and lossless",
+    0xFFCB: "lossless arithmetic", 0xFFF7: "JPEG-LS",
+}  # fmt: skip
+"""Frames of other kinds than baseline, extended, progressive and arithmetic."""
+
 _last: tuple[bytes, Header | None] = (b"\0", None)  # no JPEG starts with this byte
 
 
@@ -53,6 +59,22 @@ def header(data: bytes) -> Header | None:
     found = Header(height, width, components, notes)
     _last = (data[: at + 2 + segment[1]], found)
     return found
+
+
+def unusual(data: bytes) -> str | None:
+    """Return what distinguishes a JPEG from those of 8 bits that every library reads; None for an ordinary one."""
+    at = 2
+    try:
+        while (segment := _SEGMENT.unpack_from(data, at))[0] != _SCAN and segment[1] >= 2:
+            marker, length = segment
+            if marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)):
+                bits, name = data[at + 4], _UNUSUAL.get(marker)
+                parts = ([f"{bits} bits per value"] if bits != 8 else []) + ([f"the kind {name}"] if name else [])
+                return f"a JPEG of {' and '.join(parts)}" if parts else None
+            at += 2 + length
+    except (error, IndexError):
+        return None
+    return None
 
 
 def decode(data: bytes, stored: Header, divisor: int, grey: bool) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from PIL import Image, ImageFile
 from inbatch.data.pixels import Levels, to_bytes
 
 
-def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels) -> Image.Image:
+def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels, alpha: bool) -> Image.Image:
     """Convert a 16-bit colour PNG to 8 bits by the levels; return any other image unchanged.
 
     Pillow unpacks the upper byte of every value, or the lower byte if the byte order is declared reversed.
@@ -17,6 +17,7 @@ def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels) -
         image: Opened PNG.
         again: Function that opens the same file a second time.
         levels: The two values that are mapped to 0 and 255.
+        alpha: Apply the levels to alpha as well, since it is a channel of the data; else its full range is used.
 
     Raises:
         ValueError: If the image is 16-bit grey with transparency.
@@ -34,7 +35,8 @@ def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels) -
         image.load()
         values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
     pixels = to_bytes(values, levels)
-    pixels[..., 3:] = values[..., 3:] >> 8
+    if not alpha:
+        pixels[..., 3:] = values[..., 3:] >> 8
     out = Image.fromarray(pixels)
     out.info = image.info
     return out

@@ -18,8 +18,9 @@ import torch
 
 from inbatch.data.source import Reading, Source, path_text, unlabelled
 from inbatch.data.sources.arrays import check_labels
-from inbatch.data.sources.folder import EXTENSIONS, TESTS
+from inbatch.data.sources.folder_scan import EXTENSIONS
 from inbatch.data.sources.path_source import PathsSource
+from inbatch.data.sources.split_names import arranged
 from inbatch.errors import DataError
 
 COLUMNS = {
@@ -57,10 +58,7 @@ def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Sou
     names = {row.split: row.line for row in _rows(file)} or {"train": 0}
     if "" in names:
         raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
-    found = {name: partial(_open, file, name, reading) for name in sorted(names, key=lambda name: name != "train")}
-    if test := next((name for name in TESTS if name in names), None):
-        found["test"] = found[test]
-    return dict(found)
+    return arranged({name: partial(_open, file, name, reading) for name in names})
 
 
 def _open(file: Path, split: str | None, reading: Reading) -> Source:

@@ -3,22 +3,26 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from PIL import Image
+from torch import Tensor
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
-from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind, scan
+from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUNS, scan
+from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_layout
+from inbatch.data.sources.packed_names import Names
+from inbatch.data.sources.split_names import naming
 from inbatch.errors import DataError, many
 from inbatch.runtime.paths import path_of
-
-TESTS = ("test", "val", "validation")
-"""Names of the split that is not trained on; the first one present becomes `test`."""
 
 
 class FolderSource(Source):
@@ -31,31 +35,25 @@ class FolderSource(Source):
         channels: Number of channels to decode to.
         classes: Fixed numbering of the classes, so that a test split uses that of its train split.
         levels: See `Reading`.
+        note: Sentence part for the report.
 
     Raises:
-        DataError: If there is no image, or if a class is not in `classes`.
+        DataError: If there is no image, if a class is not in `classes`, or if sub-folders are divided into splits.
     """
 
-    def __init__(self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None):
-        self.root, self.scan, self.levels = root, scan(root), levels
+    def __init__(
+        self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None, note: str = ""
+    ):
+        self.root, self.scan, self.levels, self.note = root, scan(root), levels, note
         paths = self.scan.paths
         if not len(paths):
             kinds = " ".join(e.decode() for e in EXTENSIONS)
             raise DataError(f"No image under {str(root)!r}{self._left_out()}: put files with {kinds} there")
-        heads: dict[bytes, int] = {}
-        every = (path.partition(b"/")[0] if b"/" in path else b"" for path in paths)
-        numbers = np.fromiter((heads.setdefault(head, len(heads)) for head in every), np.int64, len(paths))
-        self._labelled = len(heads) > 1 and b"" not in heads
-        if not self._labelled:
-            super().__init__(str(root), channels, unlabelled(len(paths)), ())
-            return
-        names = tuple(path_text(head) for head in sorted(heads))
-        classes = classes or names
-        if unknown := sorted(set(names) - set(classes)):
+        check_inner_splits(root, self.scan.folders)
+        labels, names = label_by_folder(paths, classes)
+        if unknown := sorted(set(names) - set(classes or names)):
             raise DataError(f"{str(root)!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
-        place = {name: i for i, name in reversed([*enumerate(classes)])}
-        label = torch.tensor([place[path_text(head)] for head in heads])
-        super().__init__(str(root), channels, label[torch.from_numpy(numbers)], classes)
+        super().__init__(str(root), channels, labels, (classes or names) if names else ())
 
     def open(self, i: int) -> ImageFile:
         return ImageFile(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
@@ -82,32 +80,73 @@ class FolderSource(Source):
     def report(self) -> str:
         kind = (
             f"{len(self.classes)} classes (the first-level sub-folders)"
-            if self._labelled
+            if self.classes
             else "unlabelled (not every image lies in one of at least two sub-folders)"
         )
-        return f"{self.name}: {many(len(self), 'image')} found{self._left_out()}; {kind}"
+        parts = (f"{self.name}: {many(len(self), 'image')} found{self._left_out()}", kind, self.note)
+        return "; ".join(filter(None, parts))
 
     def _left_out(self) -> str:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.scan.skipped.most_common(5))
-        skipped = f", {many(self.scan.skipped.total(), 'other file')} skipped ({kinds})" if kinds else ""
+        skipped = left_out(self.scan.skipped)
         bad = self.scan.unreadable
         return skipped + (f", {many(len(bad), 'unreadable folder')} ({'; '.join(bad[:3])})" if bad else "")
 
 
 def find_folder(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """Find the splits of a folder: its `train` and `test`, `val` or `validation`, else the folder itself as `train`."""
+    """Find the splits of a folder by the names of its sub-folders, else the folder itself as `train`."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
-    depth, levels = file_channels(reading.channels), reading.levels
-    inside = {entry.name for entry in os.scandir(root) if is_kind(entry.is_dir) and not entry.name.startswith(".")}
-    test = next((name for name in TESTS if name in inside), None)
-    # A class may be named "train", so that name among other sub-folders does not define a split.
-    if "train" not in inside or (test is None and inside != {"train"}):
-        return {"train": lambda: FolderSource(root, depth, levels=levels)}
-    splits: dict[str, Callable[[], Source]] = {"train": lambda: FolderSource(root / "train", depth, levels=levels)}
-    if test:
-        splits["test"] = lambda: FolderSource(root / test, depth, FolderSource(root / "train", depth).classes, levels)
-    return splits
+    channels, levels, layout = file_channels(reading.channels), reading.levels, find_layout(root)
+    note = "; ".join([*([naming(layout.names)] if layout.names else []), *layout.notes])
+    if not layout.names:
+        return {"train": lambda: FolderSource(root, channels, levels=levels, note=note)}
+
+    def opened(split: str) -> Source:
+        classes = () if split == "train" else _training_classes(layout, channels)
+        return FolderSource(layout.root / layout.names[split], channels, classes, levels, note)
+
+    return {split: partial(opened, split) for split in layout.names}
+
+
+def _training_classes(layout: Layout, channels: int) -> tuple[str, ...]:
+    train = layout.names.get("train")
+    return () if train is None else FolderSource(layout.root / train, channels).classes
+
+
+def label_by_folder(paths: Names, classes: tuple[str, ...] = ()) -> tuple[Int[Tensor, "n"], tuple[str, ...]]:
+    """Return labels (N,) by the first folder of each path, and the names of the classes that occur.
+
+    All are unlabelled, without names, unless every path has a folder and there are two of them or all are in `classes`.
+
+    Args:
+        paths: N relative paths.
+        classes: Numbering of the classes; that of the names that occur if empty, or if it lacks one of them.
+    """
+    heads: dict[bytes, int] = {}
+    every = (path.partition(b"/")[0] if b"/" in path else b"" for path in paths)
+    numbers = np.fromiter((heads.setdefault(head, len(heads)) for head in every), np.int64, len(paths))
+    names = tuple(path_text(head) for head in sorted(heads))
+    if b"" in heads or (len(heads) < 2 and not set(names) <= set(classes)):
+        return unlabelled(len(paths)), ()
+    order = classes if set(names) <= set(classes) else names
+    place = {name: i for i, name in reversed([*enumerate(order)])}
+    label = torch.tensor([place[path_text(head)] for head in heads])
+    return label[torch.from_numpy(numbers)], names
+
+
+def left_out(skipped: Counter[str]) -> str:
+    """Return a sentence part on the files that were not taken as images, empty without any."""
+    own = {kind: skipped[kind] for kind in (RUNS, PICTURES) if skipped[kind]}
+    others = Counter({kind: count for kind, count in skipped.items() if kind not in own})
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
+    parts = [f"{many(others.total(), 'other file')} skipped ({kinds})"] if kinds else []
+    if own:
+        parts.append(f"not data: {' and '.join(_own(kind, count) for kind, count in own.items())}")
+    return "".join(f", {part}" for part in parts)
+
+
+def _own(kind: str, count: int) -> str:
+    return many(count, kind) if kind != RUNS or count == 1 else f"{count:,} run directories"
 
 
 def write_folder(source: Source, directory: str | os.PathLike) -> Path:

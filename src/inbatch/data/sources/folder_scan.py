@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 from inbatch.data import cache
 from inbatch.data.sources.packed_names import Names
 from inbatch.runtime.files import to_json
+from inbatch.runtime.picture_mark import is_marked
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
 
@@ -29,7 +30,11 @@ WORTH = 2.0
 
 _EVERY = 30.0  # seconds of reading between intermediate saves, from which an interrupted scan continues
 _SETTLED = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
-_FORMAT = 1
+_FORMAT = 2
+RUN_FILES = {b"run.json", b"recipe.json"}
+"""Files by which a run directory is recognised; the pictures in one of an older version have no mark."""
+RUNS, PICTURES = "run directory", "inbatch picture"
+"""Keys of `Scan.skipped` for what inbatch itself wrote into the folder."""
 
 Stamp = tuple[int, int, int, int]
 """State of a folder: device, inode number, modification time and metadata change time in nanoseconds."""
@@ -42,7 +47,7 @@ class Listing(NamedTuple):
         stamp: State of the folder; None if it must be read again, because it had recently changed or has broken links.
         images: Names of the images.
         folders: Names of the sub-folders.
-        skipped: Number of other files, by file extension.
+        skipped: Number of other files, by file extension, and of what inbatch wrote.
     """
 
     stamp: Stamp | None
@@ -57,7 +62,8 @@ class Scan:
 
     Attributes:
         paths: Sorted image paths relative to the folder.
-        skipped: Number of files left out, by file extension.
+        folders: Paths of all folders relative to the folder, each with "/" at its end; the folder itself is empty.
+        skipped: Number of files left out, by file extension, and of `RUNS` and `PICTURES`.
         unreadable: One sentence per folder that cannot be read.
         stamps: State of every folder; empty if not all of them are reliable.
         read: Number of folders that were read.
@@ -65,6 +71,7 @@ class Scan:
     """
 
     paths: Names = field(default_factory=Names)
+    folders: list[bytes] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     stamps: dict[bytes, Stamp] = field(default_factory=dict)
@@ -111,7 +118,7 @@ def scan(root: Path) -> Scan:
         raise
     for listing in listings.values():
         result.skipped.update(listing.skipped)
-    result.paths = Names(_in_order(listings))
+    result.paths, result.folders = Names(_in_order(listings)), list(listings)
     _recent[real] = result
     return result
 
@@ -129,7 +136,7 @@ def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tup
             seen.add((status.st_dev, status.st_ino))
             listing = known.get(prefix)
             if listing is None or listing.stamp != _stamp(status):
-                listing, result.read = _read(folder, status), result.read + 1
+                listing, result.read = _read(folder, status, inner=bool(prefix)), result.read + 1
             else:
                 result.kept += 1
         except OSError as e:
@@ -146,8 +153,9 @@ def _walk(root: Path, known: dict[bytes, Listing], result: Scan) -> Iterator[tup
         result.stamps.clear()
 
 
-def _read(folder: bytes, status: os.stat_result) -> Listing:
-    images, folders, skipped, broken = [], [], Counter[str](), False
+def _read(folder: bytes, status: os.stat_result, inner: bool) -> Listing:
+    """Return the contents of a folder; nothing if it is a run directory inside the scanned folder."""
+    images, folders, skipped, broken, own = [], [], Counter[str](), False, set()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
@@ -156,11 +164,17 @@ def _read(folder: bytes, status: os.stat_result) -> Listing:
             if is_kind(entry.is_dir):
                 folders.append(entry.name)
             elif extension in EXTENSIONS and is_kind(entry.is_file):
-                images.append(entry.name)
+                if extension == b".png" and is_marked(entry.path):
+                    skipped[PICTURES] += 1
+                else:
+                    images.append(entry.name)
             else:
                 odd = " that are not files" if extension in EXTENSIONS else ""  # broken links, pipes, sockets
                 skipped[(os.fsdecode(extension) or "no extension") + odd] += 1
                 broken |= entry.is_symlink()  # its target may appear later without a change of the folder
+                own |= RUN_FILES & {entry.name}
+    if inner and own == RUN_FILES:
+        images, folders, skipped = [], [], Counter({RUNS: 1})
     settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
     stamp = _stamp(status) if settled and not broken else None
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))

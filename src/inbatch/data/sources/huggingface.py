@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
 from inbatch.data.sources.arrays import check_labels
-from inbatch.data.sources.folder import TESTS
+from inbatch.data.sources.split_names import arranged
 from inbatch.errors import ConfigError, DataError
 
 _NAME = re.compile(r"hf/(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))?")
@@ -112,23 +112,16 @@ def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], S
             raise DataError(f"{data!r} is not a data set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
         loaded = _hub(named["name"], named["config"], reading.download)
         opened = {split: partial(HubSource, rows, f"{data} ({split})", None, reading) for split, rows in loaded.items()}
-        return _named(opened)
+        return arranged(opened)
     root = Path(data)
     if (root / "dataset_dict.json").is_file():
         names = _json(root / "dataset_dict.json").get("splits", [])
         if not names or any(Path(str(name)).name != name for name in names):
             raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or splits without a folder")
-        return _named({name: partial(_saved, root / name, reading) for name in names})
+        return arranged({name: partial(_saved, root / name, reading) for name in names})
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         return {"train": partial(_saved, root, reading)}
     return None
-
-
-def _named(splits: Mapping[str, Callable[[], Source]]) -> dict[str, Callable[[], Source]]:
-    """Return all splits, `train` first; the split that is not trained on is also named `test`."""
-    ordered = dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
-    test = next((name for name in TESTS if name in ordered), None)
-    return ordered if test is None else ordered | {"test": ordered[test]}
 
 
 def _saved(folder: Path, reading: Reading) -> Source:

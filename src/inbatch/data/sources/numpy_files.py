@@ -21,9 +21,8 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "x_train": ("y_train",), "train_images": ("train_labels",), "images": ("labels", "y", "targets"),
         "x": ("y", "labels", "targets"), "data": ("targets", "labels", "y"), "arr_0": ("arr_1", "labels"),
     },
-    "test": {
-        "x_test": ("y_test",), "test_images": ("test_labels",), "x_val": ("y_val",), "val_images": ("val_labels",),
-    },
+    "val": {"x_val": ("y_val",), "val_images": ("val_labels",)},
+    "test": {"x_test": ("y_test",), "test_images": ("test_labels",)},
 }  # fmt: skip
 """Names of a split's images, and of their labels, in a `.npz` file; the first one present is used.
 

@@ -7,11 +7,11 @@ class names are in the file's `huggingface` metadata.
 import hashlib
 import json
 import os
-import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
 from inbatch.data.sources.arrays import check_labels
-from inbatch.data.sources.folder import TESTS
+from inbatch.data.sources.shards import Shards, divided, named, shards_below, shards_in, without_images
 from inbatch.errors import ConfigError, DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -30,17 +30,17 @@ CACHE_BYTES = 512 * 2**20
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 """Exceptions that Arrow may raise on a damaged or missing file, or on types without images."""
 
-_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?\.parquet")
-
 
 class ParquetSource(Source):
     """Rows of one or more files in order; images stay encoded and on disk until they are opened."""
 
     _last: "_Rows | None"
 
-    def __init__(self, files: Sequence[Path], name: str, channels: int = 3, levels: Levels | None = None):
+    def __init__(
+        self, files: Sequence[Path], name: str, channels: int = 3, levels: Levels | None = None, note: str = ""
+    ):
         parquet = _pyarrow()
-        self.levels = levels
+        self.levels, self.note = levels, note
         self.files = [str(file) for file in files]
         names: tuple[str, ...] = ()
         labels, starts, groups = [], [0], []
@@ -174,25 +174,30 @@ class _Rows:
 def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """Find the splits: a `.parquet` file is `train`.
 
-    A folder may hold train, test, val or validation files or shards.
+    A folder, or a sub-folder of it, holds files or shards that are named as splits, or in folders of such names. In a
+    folder without images, the files can have any names.
     """
     if not isinstance(data, str | os.PathLike):
         return None
-    path, depth, levels = Path(data), file_channels(reading.channels), reading.levels
+    path = Path(data)
     if path.suffix.lower() == ".parquet" and path.is_file():
-        return {"train": lambda: ParquetSource([path], str(path), depth, levels)}
+        return parquet_splits(Shards({"train": [path]}, {}), str(path), reading)
     if not path.is_dir():
         return None
-    files: dict[str, list[Path]] = {}
-    for name in sorted(filter(_SPLIT.fullmatch, os.listdir(path))):
-        files.setdefault(name.partition(".")[0].partition("-")[0], []).append(path / name)
-    if "train" not in files:
-        return None
-    splits: dict[str, Callable[[], Source]] = {}
-    splits["train"] = lambda: ParquetSource(files["train"], str(path), depth, levels)
-    if test := next((name for name in TESTS if name in files), None):
-        splits["test"] = lambda: ParquetSource(files[test], f"{path} ({test})", depth, levels)
-    return splits
+    files = shards_in(path, ".parquet")
+    shards = named(files, path) if files else shards_below(path, ".parquet")
+    if shards is None and files and without_images(path):
+        shards = divided(files, path)
+    return None if shards is None else parquet_splits(shards, str(path), reading)
+
+
+def parquet_splits(shards: Shards, name: str, reading: Reading) -> dict[str, Callable[[], Source]]:
+    """Return what opens each split of Parquet files."""
+    channels, levels, note = file_channels(reading.channels), reading.levels, shards.note()
+    return {
+        split: partial(ParquetSource, files, shards.name(split, name), channels, levels, note)
+        for split, files in shards.files.items()
+    }
 
 
 def _footer(file: BinaryIO) -> bytes:

@@ -14,6 +14,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,14 +25,14 @@ import torch
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, stat_fingerprint
 from inbatch.data.sources.arrays import MOST_CLASSES
-from inbatch.data.sources.folder import EXTENSIONS, TESTS
+from inbatch.data.sources.folder_scan import EXTENSIONS
 from inbatch.data.sources.packed_names import Names
+from inbatch.data.sources.shards import Shards, divided, shards_below, shards_in, without_images
 from inbatch.errors import DataError, many
 from inbatch.runtime.files import open_regular
 
 _IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
 _PACKED = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz)", re.IGNORECASE)
-_SPLIT = re.compile(r"(train|test|val|validation)(?![A-Za-z]).*\.tar")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LABEL_BYTES = 2**20  # maximum size of a .cls or .json; a longer one is not a label
 _MOST = 10**6  # maximum number of shards of a pattern
@@ -40,8 +41,8 @@ _MOST = 10**6  # maximum number of shards of a pattern
 class TarSource(Source):
     """Images of the shards in order; only the position and the name of each image are kept in memory."""
 
-    def __init__(self, shards: Sequence[Path], name: str, reading: Reading):
-        self.shards, self.levels = [str(shard) for shard in shards], reading.levels
+    def __init__(self, shards: Sequence[Path], name: str, reading: Reading, note: str = ""):
+        self.shards, self.levels, self.note = [str(shard) for shard in shards], reading.levels, note
         self._skipped: Counter[str] = Counter()
         self._names, labels = Names(), array("q")
         starts, sizes, self._first = array("q"), array("q"), [0]
@@ -90,7 +91,8 @@ class TarSource(Source):
     def report(self) -> str:
         known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
         where = many(len(self.shards), "tar file")
-        return f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}; {known}"
+        parts = (f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}", known, self.note)
+        return "; ".join(filter(None, parts))
 
     def _member(self, i: int) -> str:
         return self._names[i].decode("utf-8", "backslashreplace")
@@ -115,8 +117,8 @@ class _Member(NamedTuple):
 def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """Find the splits of a `.tar`, of a pattern such as `train-{000..146}.tar`, or of a folder of shards.
 
-    The names of the shards in a folder may begin with the name of their split. A folder that also contains sub-folders
-    or images is not matched here; it is opened as a folder of images.
+    The names of the shards in a folder may hold the name of their split. A folder that also holds images is not matched
+    here; it is opened as a folder of images.
     """
     if not isinstance(data, str | os.PathLike):
         return None
@@ -132,20 +134,20 @@ def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], So
         return {"train": lambda: TarSource([path], text, reading)}
     if not path.is_dir():
         return None
-    inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-    shards = [entry for entry in inside if entry.suffix.lower() == ".tar" and entry.is_file()]
-    if not shards or any(e.is_dir() or os.fsencode(e.suffix).lower() in EXTENSIONS for e in inside):
-        return None
-    files: dict[str, list[Path]] = {}
-    for shard in shards:
-        match = _SPLIT.fullmatch(shard.name)
-        files.setdefault(match[1] if match else "", []).append(shard)
-    if "train" not in files or "" in files:  # names that are not all splits define no splits
-        return {"train": lambda: TarSource(shards, text, reading)}
-    splits: dict[str, Callable[[], Source]] = {"train": lambda: TarSource(files["train"], text, reading)}
-    if test := next((name for name in TESTS if name in files), None):
-        splits["test"] = lambda: TarSource(files[test], f"{text} ({test})", reading)
-    return splits
+    shards = shards_in(path, ".tar")
+    if shards:
+        return tar_splits(divided(shards, path), text, reading) if without_images(path) else None
+    below = shards_below(path, ".tar")
+    return tar_splits(below, text, reading) if below is not None and without_images(path) else None
+
+
+def tar_splits(shards: Shards, name: str, reading: Reading) -> dict[str, Callable[[], Source]]:
+    """Return what opens each split of tar files."""
+    note = shards.note()
+    return {
+        split: partial(TarSource, files, shards.name(split, name), reading, note)
+        for split, files in shards.files.items()
+    }
 
 
 def _expanded(pattern: str) -> list[Path]:

@@ -5,22 +5,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from inbatch.errors import ConfigError
+from inbatch.evaluation.accuracy import credit
 from inbatch.evaluation.corruptions.image_rng import Chance
 from inbatch.evaluation.corruptions.registry import CORRUPTIONS, SEVERITIES, SMALL
 from inbatch.evaluation.embed import Encoder, Source, encode
-from inbatch.evaluation.embeddings import Embeddings, class_count
-from inbatch.evaluation.knn import knn_scores
+from inbatch.evaluation.embeddings import Embeddings, matched
+from inbatch.evaluation.knn import equal_scores, knn_scores
 from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
 from inbatch.rng import fold, permutation
+from inbatch.runtime.isolation import usual_state
 
 _AT_ONCE = 2**22  # values of images that are corrupted together
 
 
+@usual_state()
 def corruptions(
     encoder: Encoder,
     train: Embeddings,
@@ -58,8 +61,8 @@ def corruptions(
     Raises:
         ConfigError: as `check`.
     """
-    train, test = train.labelled(), test.labelled()
-    classes, device = class_count(train, test), encoder.device
+    train, test, classes = matched(train, test)
+    device, equal = encoder.device, equal_scores(temperature, distance)
     if most is not None and most < 1:
         raise ConfigError(f"corruptions need a test image at least, not {most}.")
     if most is not None and most < len(test):
@@ -67,16 +70,16 @@ def corruptions(
     linear, nearest = fit(train, classes, probe, seed=seed, device=device), min(k, len(train))
     bank = train.vectors.to(device)
 
-    def right(vectors: Tensor, labels: Int[Tensor, "n"]) -> Int[Tensor, "2"]:
-        """Return the numbers of correct predictions of k-NN and of the probe."""
+    def right(vectors: Tensor, labels: Int[Tensor, "n"]) -> Float[Tensor, "2"]:
+        """Return the numbers of hits of k-NN and of the probe."""
         near = knn_scores(
             vectors.to(device), bank, train.labels, classes, k=nearest, temperature=temperature, distance=distance
         )
-        predicted = torch.stack([near.argmax(1), linear.scores(vectors).argmax(1).cpu()])
-        return (predicted == labels).sum(1)
+        of_knn, of_probe = credit(near, labels, equal=equal), credit(linear.scores(vectors), labels)
+        return torch.stack([of_knn.sum(), of_probe.sum()])
 
     clean = right(test.vectors, test.labels)
-    correct = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.long)
+    correct = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.float64)
     side = 0
     for images, part in _chunks(encoder, source, test, batch):
         side, index = max(images.shape[2:]), part.index.to(device)
@@ -87,7 +90,7 @@ def corruptions(
                 correct[number, severity - 1] += right(encode(encoder, corrupted, precision).float(), part.labels)
     kinds = dict.fromkeys(corruption.kind for corruption in CORRUPTIONS.values())
     of_kind = {kind: [c.kind == kind for c in CORRUPTIONS.values()] for kind in kinds}
-    share, before = correct.double() / len(test), clean.double() / len(test)
+    share, before = correct / len(test), clean / len(test)
     protocol = {"k": nearest, "distance": distance, "temperature": temperature if distance == "cosine" else None}
     return {
         **_figures(share.mean((0, 1)), before),

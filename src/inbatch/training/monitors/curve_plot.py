@@ -1,14 +1,15 @@
 """Plot the curves of a run."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inbatch.errors import DataError
 from inbatch.runtime.files import replacing
+from inbatch.runtime.picture_mark import MARK
 from inbatch.runtime.text import one_line
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.reference_files import MEASURES
+from inbatch.training.side_files import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +42,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         DataError: If the log contains none of the numbers.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in filter(None, (record for _, record in read_log(log))):
         for name in PANELS:
             if name in record:
                 # null represents nan: a gap in the curve.
@@ -77,7 +77,7 @@ def plot_curves(log: Path, png: Path, compared: Comparison | None = None) -> Non
         panels[0].set_title(title, fontsize=8, parse_math=False)
     panels[-1].set_xlabel("step")
     with replacing(png) as file:
-        figure.savefig(file, dpi=120, format="png")
+        figure.savefig(file, dpi=120, format="png", metadata=MARK)
 
 
 def _behind(panel: "Axes", name: str, compared: Comparison) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from inbatch.data.source import Source
 from inbatch.errors import DataError
 from inbatch.runtime.files import replacing
+from inbatch.runtime.picture_mark import MARK
 from inbatch.runtime.text import printable
 
 RIGHT, WRONG, UNKNOWN = "#0072b2", "#d55e00", "#999999"  # distinguishable with any colour vision
@@ -88,7 +89,7 @@ def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[
     vectors = F.normalize(vectors.float(), dim=1)
     similarity = vectors[chosen] @ vectors.T
     similarity[torch.arange(len(chosen)), chosen] = -torch.inf
-    return similarity.topk(neighbours, dim=1).indices
+    return similarity.sort(dim=1, descending=True, stable=True).indices[:, :neighbours]  # equal ones in source order
 
 
 def _place(sheet: UInt8[Tensor, "h w 3"], top: int, left: int, image: UInt8[Tensor, "c h w"], colour: str) -> None:
@@ -122,4 +123,4 @@ def _write(png: Path, sheet: UInt8[Tensor, "h w 3"], texts: list[tuple[int, int,
         figure.text(left / width, 1 - top / height, text, fontsize=size, va="bottom", parse_math=False)
     with replacing(png) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # characters without a glyph are drawn as boxes
-        figure.savefig(file, dpi=_DPI, format="png", pil_kwargs={"compress_level": 3})
+        figure.savefig(file, dpi=_DPI, format="png", metadata=MARK, pil_kwargs={"compress_level": 3})

@@ -181,7 +181,7 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
             return _spread(built.encoder, embed_bank(built.encoder, sample, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
         measures = _spread(built.encoder, queries.vectors)
-        bank, queries = bank.labelled(), queries.labelled()
+        bank = bank.labelled()
         near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | measures
 
@@ -194,19 +194,19 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
 
 
-def evaluate_online(evaluator: OnlineEvaluator, progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
-    """Evaluate the features on rank 0, store and log the result; return whether it is the best so far.
+def record_online(figures: dict[str, float], progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
+    """Store and log the figures of an online evaluation; return whether they are the best so far.
 
     The curve also receives the mean loss; the log has that of single steps.
 
     Args:
-        evaluator: Return the figures of the online evaluation.
+        figures: Figures of the online evaluation, on every rank.
         progress: Training state; the curve and the best value are stored there.
         epoch: Number of epochs, the last one possibly incomplete.
         log: Log of the run.
         steps: Steps per epoch.
     """
-    loss, figures = distributed.broadcast_object((progress.mean_loss(), evaluator() if distributed.rank() == 0 else {}))
+    loss = distributed.broadcast_object(progress.mean_loss())
     done = epoch if progress.step == epoch * steps else progress.step / steps
     progress.curve.append({"step": progress.step, "epoch": done} | loss | figures)
     log.evaluation(progress.step, figures)

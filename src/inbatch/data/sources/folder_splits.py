@@ -1,0 +1,131 @@
+"""Division of a folder into splits by the names of its sub-folders."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
+from inbatch.data.sources.split_names import arranged, split_of, split_within, word_within
+from inbatch.errors import DataError, many
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Folders of the splits of a folder.
+
+    Attributes:
+        root: The folder that holds the folders of the splits, or all images.
+        names: Name of the sub-folder by split; empty if the images are not divided.
+        notes: Sentence parts on what else was found.
+    """
+
+    root: Path
+    names: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_layout(root: Path) -> Layout:
+    """Return the splits of a folder: its sub-folders named as splits, or those of the only sub-folder with images.
+
+    Raises:
+        DataError: If a sub-folder may be a split or a class.
+    """
+    folders = sub_folders(root)
+    if (layout := _divided(root, folders)) is not None:
+        return layout
+    only = _only_with_images(root, folders)
+    inner = None if only is None or loose_images(root) else _divided(root / only, sub_folders(root / only))
+    return inner if inner is not None and inner.names else Layout(root)
+
+
+def _divided(root: Path, folders: list[str]) -> Layout | None:
+    """Return the splits by the names of these sub-folders; None if no name is that of a split."""
+    named = _named_within(root, folders) or [name for name in folders if split_of(name)]
+    named = [name for name in named if _split(name) == "train" or holds_images(root / name)]
+    if not named:
+        return None
+    others = [name for name in folders if name not in named and holds_images(root / name)]
+    loose = loose_images(root)
+    training = [name for name in named if _split(name) == "train"]
+    if len(training) > 1:
+        raise DataError(
+            f"{str(root)!r} holds {_listed(training)}, which are all named as training images: pass one of them or "
+            f"several as the data (--data {root / training[0]}), and the test images with --set test=FOLDER"
+        )
+    one_kind = not training or named == training  # a class may have such a name
+    if one_kind and (others or (loose and not (training and _has_folders_of_images(root / training[0])))):
+        return _undivided(root, named[0], others, loose)
+    words: dict[str, str] = {}
+    for name in named:
+        word = name if split_of(name) else word_within(name)
+        words[name if word is None or word in words else word] = name
+    names = arranged(words) | {name: name for name in others}
+    return Layout(root, names, (f"{many(loose, 'image')} next to the splits not used",) if loose else ())
+
+
+def _undivided(root: Path, name: str, others: list[str], loose: int) -> Layout:
+    """Return the folder as one split, with a class or photographs of trains; DataError for every other case."""
+    if name.lower() == "train" and not _has_folders_of_images(root / name):
+        return Layout(root, notes=(f"the folder {name!r} is not taken as a split",))
+    beside = _listed(others) if others else many(loose, "image")
+    way = f"pass --data {root / name}" if _split(name) == "train" else f"move the other images into {root / 'train'}"
+    raise DataError(
+        f"{str(root)!r} holds the folder {name!r} next to {beside}: it may be a split or a class. If it is a split, "
+        f"{way}; if it is a class, rename it, or pass --data '{root / '**'}'"
+    )
+
+
+def check_inner_splits(root: Path, folders: list[bytes]) -> None:
+    """Raise DataError if sub-folders of a folder are themselves divided into training and test images.
+
+    Args:
+        root: The folder.
+        folders: Paths of all folders in it, with "/" at the end.
+    """
+    inside: dict[str, set[str]] = {}
+    for folder in folders:
+        if folder.count(b"/") == 2:
+            outer, name, _ = os.fsdecode(folder).split("/")
+            inside.setdefault(outer, set()).add(name)
+    for outer, names in inside.items():
+        splits = {split: name for name in sorted(names) if (split := split_of(name))}
+        if "train" in splits and len(splits) > 1:
+            place = os.path.join(root, outer)
+            raise DataError(
+                f"{str(root)!r} holds folders that are divided into splits ({outer}/{splits['train']} and others): "
+                f"training on all of it would include test images. Name one of them as the data (--data {place}), or "
+                f"the training images of several (--data '{os.path.join(root, '*', splits['train'])}')"
+            )
+
+
+def _split(name: str) -> str | None:
+    return split_of(name) or split_within(name)
+
+
+def _named_within(root: Path, folders: list[str]) -> list[str]:
+    """Return the folders with a split in their name, if there are training and other ones, and no images elsewhere."""
+    named = [name for name in folders if split_within(name)]
+    splits = {split_within(name) for name in named}
+    if "train" not in splits or len(splits) < 2:
+        return []
+    return [] if any(holds_images(root / name) for name in folders if name not in named) else named
+
+
+def _only_with_images(root: Path, folders: list[str]) -> str | None:
+    """Return the only folder that holds images, None if there are none or several."""
+    found = None
+    for name in folders:
+        if holds_images(root / name):
+            if found is not None:
+                return None
+            found = name
+    return found
+
+
+def _has_folders_of_images(folder: Path) -> bool:
+    return any(holds_images(folder / name) for name in sub_folders(folder))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

@@ -1,0 +1,150 @@
+"""Resume a run: find it, and compare the requested settings, its checkpoint and its images with its recipe."""
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from inbatch.data import open_data
+from inbatch.errors import ConfigError, DataError
+from inbatch.runtime import distributed
+from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
+from inbatch.training import checkpoint
+from inbatch.training.build import local_batch_size
+from inbatch.training.checkpoint_recipe import check_recipe
+from inbatch.training.data_places import check_same_images, images_signature, located
+from inbatch.training.plan import RunPlan
+from inbatch.training.recipe import Recipe, Settings, make
+from inbatch.training.run import Run, load_run
+from inbatch.training.settings_file import read_file, read_settings
+from inbatch.training.side_files import FILES, FOLDERS, report_of
+
+_LENGTHS = ("epochs", "steps", "budget")
+
+
+def run_to_resume(out: Path | None, resume: str | Path | bool | None) -> Path | None:
+    """Return the directory of the run to resume, or None for a new run.
+
+    Args:
+        out: Requested run directory.
+        resume: Directory of a run; True or "auto" for the run in `out`, if it can be resumed.
+    """
+    if resume is False or resume is None:
+        return None
+    automatic = resume is True or resume == "auto"
+    if automatic and out is None:
+        raise ConfigError("--resume auto needs --output-dir: the directory of the run")
+    folder = out if automatic and out is not None else path_of(resume, "resume")
+    if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
+        return folder
+    if automatic:
+        return None
+    raise ConfigError(f"nothing to resume in {folder}: it has no run with a checkpoint")
+
+
+def barely_begun(out: Path | None, resume: str | Path | bool | None) -> bool:
+    """Return whether `out` may be resumed but holds only a run that ended before its first checkpoint."""
+    if out is None or resume not in (True, "auto"):
+        return False
+    begun = any((out / name).exists() for name in ("recipe.json", "run.json"))
+    names = ("encoder", "result.json") if begun else (*FILES, *FOLDERS)
+    return not any((out / name).exists() for name in names)
+
+
+def finished_run(
+    folder: Path, data: Any, requested: Settings, download: bool, notify: Callable[[str], None]
+) -> Run | None:
+    """Return a run with a budget if it is finished: evaluating it again would exceed the budget. None otherwise.
+
+    Raises:
+        ConfigError, DataError: If the requested settings or images are not those of the run.
+    """
+    recipe = make(read_file(folder / "recipe.json"))
+    if recipe.budget is None or report_of(folder).get("status") != "finished":
+        return None
+    try:
+        run = load_run(folder)
+    except (ConfigError, DataError):  # without a result it is not finished
+        return None
+    data = _check_settings(folder, recipe, data, requested)
+    if data is not None and not (isinstance(data, str) and data == recipe.data):
+        source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
+        then = checkpoint.load(folder / "checkpoints", mapped=True).state.get("progress", {}).get("data")
+        check_same_images(then, images_signature(source))
+    notify(f"The run in {folder} is finished; inbatch evaluate {folder} evaluates it again.")
+    return run
+
+
+def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -> RunPlan:
+    """Return the recipe of a run and its images.
+
+    Args:
+        folder: Run directory.
+        data: Current place of its images; None for the known one (`data_places.located`).
+        requested: Requested settings, which must be those of the run.
+        download: Whether missing data may be downloaded.
+
+    Raises:
+        ConfigError: If the requested settings contradict the recipe, or the checkpoint has another recipe.
+    """
+    recipe = make(read_file(folder / "recipe.json"))
+    data = _check_settings(folder, recipe, data, requested)
+    saved = checkpoint.load(folder / "checkpoints", mapped=True)
+    check_recipe(saved, recipe, folder / "recipe.json")
+    recipe = _with_context(folder, recipe, saved.run or report_of(folder))
+    here = located(folder, recipe)
+    if isinstance(data, str):
+        here = replace(here, data=data)
+    opened = here.data if data is None else data
+    source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.reading)
+    return RunPlan(recipe, source, opened, here=here)
+
+
+def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings) -> Any:
+    """Return the current place of a run's images, None for the known one; check that other settings are the run's."""
+    requested = dict(requested)
+    place = requested.pop("data", None)
+    data = joined_paths(place if data is None else data)
+    saved, flat, changed = recipe.nested(), recipe.flat(), {}
+    for key, value in requested.items():
+        if (key, value) in (("context", "auto"), ("cache_on_device", None)):
+            continue  # these were chosen when the run started; another value would make it a different run
+        if flat.get(key) != value and make(read_settings(saved) | {key: value}).flat() != flat:
+            changed[key] = value
+    if changed:
+        what = ", ".join(f"{k} = {v!r} (the run has {flat.get(k)!r})" for k, v in changed.items())
+        raise ConfigError(
+            f"a resumed run keeps its recipe: {what}. Leave it out, or begin a new run in another folder"
+            + _longer(folder, changed)
+        )
+    if isinstance(data, Path):
+        data = str(data)
+    known = isinstance(data, str) and data == recipe.data and not os.path.exists(data)
+    return None if known else data
+
+
+def _longer(folder: Path, changed: Settings) -> str:
+    """Return how to train the encoder of a run for longer, if a length is among the changed settings; else nothing."""
+    if not any(key in changed for key in _LENGTHS):
+        return ""
+    weights = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
+    return (
+        f". To train its encoder for longer, start a new run from its weights: --init {shlex.quote(str(weights))} "
+        "instead of --resume, with the length of the new run; heads and schedule start again"
+    )
+
+
+def _with_context(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> Recipe:
+    """Return the recipe with the context size of the run if it follows from the number of ranks, which has changed."""
+    context, share = facts.get("context"), local_batch_size(recipe, distributed.world())
+    if recipe.context is not None or context in (None, share):
+        return recipe
+    if share % context:
+        raise ConfigError(
+            f"the run in {folder} has context groups of {context}, which {distributed.world()} ranks cannot form: "
+            f"resume with {facts.get('world', 'as many')} ranks, as before"
+        )
+    return replace(recipe, context=context)
