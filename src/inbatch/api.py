@@ -13,6 +13,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
@@ -104,14 +105,14 @@ def pretrain(
         The finished run.
 
     Raises:
-        ConfigError, DataError, TrainingError, Preempted, Interrupted: see `inbatch.errors`.
+        ConfigError, DataError, TrainingError, Preempted, Interrupted, Unwritten: see `inbatch.errors`.
     """
     began = tuning.command_began()
     tuning.ready()
     data = joined_paths(data)
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
-        out = None if out is None else Path(out)
+        out = None if out is None else path_of(out, "out")
         previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
         before = occupant(previous or out)
         with progress(quiet) as (notify, _):
@@ -148,7 +149,7 @@ def pretrain(
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
                 calibration=plan.choice.json() if plan.choice else None,
             )  # fmt: skip
-        return Run(directory, plan.recipe, result)
+        return Run(directory, built.recipe, result)
 
 
 @isolated
@@ -190,7 +191,7 @@ def dry_run(
         lines += [*(plan.choice.sentences() if plan.choice else ()), expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
         return {
-            "recipe": plan.recipe.nested(),
+            "recipe": built.recipe.nested(),
             "held_out": split and split.description,
             **({"context_found": plan.context.json()} if plan.context else {}),
             "seconds_estimate": {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)},

@@ -4,6 +4,7 @@ import difflib
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class InbatchError(Exception):
@@ -30,6 +31,19 @@ class TrainingError(InbatchError):
     """Training diverged, collapsed, or did not reach the required result."""
 
     exit_code = 4
+
+
+class Unwritten(InbatchError):
+    """A result was computed, but a file of it cannot be written.
+
+    Args:
+        message: text of the error, which names the file.
+        result: the result.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
 
 
 class Preempted(InbatchError):

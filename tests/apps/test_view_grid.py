@@ -9,6 +9,7 @@ from PIL import Image, ImageColor
 
 from inbatch.apps.reports.view_grid import _CELL, _COLOURS, _GAP, grid, save_grid, save_sheet
 from inbatch.data.views import Drawn
+from inbatch.errors import ConfigError
 
 RED, GREEN = (np.array(ImageColor.getrgb(c)) for c in _COLOURS[:2])
 STEP = _CELL + _GAP
@@ -55,6 +56,6 @@ def test_the_file_holds_the_picture(tmp_path):
 
 def test_a_sheet_of_a_kind_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     """Pillow reads PSD files and writes none."""
-    with pytest.raises(ValueError, match="unknown file extension"):
+    with pytest.raises(ConfigError, match="unknown file extension"):
         save_sheet(tmp_path / "sheet.psd", [[torch.zeros(3, 4, 4, dtype=torch.uint8)]])
     assert not list(tmp_path.iterdir())

@@ -219,8 +219,11 @@ class TestResident:
         needed = 40 * 16 * 16
         assert held(4 * needed)[0] and "resident: 40 images of 1x16x16 on cpu" in held(4 * needed)[1]
         assert not held(4 * needed - 4)[0] and "streamed by 0 workers" in held(4 * needed - 4)[1]
-        assert held(1, resident=True)[0] and "as asked" in held(1, resident=True)[1]
+        assert held(1, resident=True)[0] and "cache_on_device = true" in held(1, resident=True)[1]
         assert not held(10**9, resident=False)[0]
+        reported: list[int] = []
+        monkeypatch.setattr("inbatch.data.loader.distributed.all_reduce_max", lambda x: reported.append(x) or 1)
+        assert not held(10**9, world=2)[0] and reported == [0], "another rank has too little memory"
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("resident", [True, False])

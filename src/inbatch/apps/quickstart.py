@@ -12,6 +12,7 @@ from inbatch.data import open_data
 from inbatch.evaluation import evaluate, raw_pixels
 from inbatch.runtime.files import write_json
 from inbatch.runtime.isolation import isolated
+from inbatch.runtime.paths import path_of
 from inbatch.training.claim import claim, numbered
 
 DATA = "digits-canvas"
@@ -90,7 +91,7 @@ def quickstart(
     """
     began = time.perf_counter()
     chosen = SETTINGS | {"epochs": epochs or EPOCHS}
-    folder = claim(chain([Path(out)], numbered(Path(out), 2)))
+    folder = claim(chain([path_of(out, "out")], numbered(path_of(out, "out"), 2)))
     try:
         run = pretrain(DATA, "simclr", out=folder, device=device, quiet=quiet, seed=seed, settings=chosen)
     except BaseException:

@@ -31,6 +31,7 @@ from inbatch.data.decoding.image_file import decoders
 from inbatch.data.source import Source
 from inbatch.errors import ConfigError
 from inbatch.runtime.files import to_json
+from inbatch.runtime.paths import path_of, variable
 from inbatch.runtime.thread_map import thread_map
 from inbatch.runtime.unfinished import remove_abandoned, unfinished_folder
 
@@ -81,14 +82,14 @@ class Entry:
 
 def where() -> Path | None:
     """Return the cache directory: $INBATCH_CACHE or the user's; None if the variable is `off` or there is no home."""
-    given = os.environ.get("INBATCH_CACHE", "")
+    given = variable("INBATCH_CACHE")
     if given.lower() == "off":
         return None
     if given:
-        return Path(given).absolute()
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return path_of(given, "INBATCH_CACHE").absolute()
+    if sys.platform == "win32" and (local := variable("LOCALAPPDATA")):
         return Path(local) / "inbatch" / "cache"
-    if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+    if (xdg := Path(variable("XDG_CACHE_HOME"))).is_absolute():
         return xdg / "inbatch"
     try:
         home = Path.home()
@@ -103,7 +104,7 @@ def limit() -> int:
     Raises:
         ConfigError: If the variable is not a number from 0.
     """
-    given = os.environ.get("INBATCH_CACHE_GB") or _DEFAULT_GB
+    given = variable("INBATCH_CACHE_GB") or _DEFAULT_GB
     try:
         size = float(given)
     except ValueError:

@@ -22,6 +22,7 @@ from inbatch.data.workers import (
     stream,
 )
 from inbatch.errors import DataError, many
+from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
 
@@ -46,8 +47,9 @@ class Loader:
         device: Device that receives the batches.
         rank: Rank of this process.
         world: Number of ranks.
-        resident: True keeps decoded images on the device, False streams them through `workers` processes, None decides
-            by the free memory.
+        resident: True keeps decoded images on the device, False streams them through `workers` processes. None decides
+            by the free memory of the rank that has least; every rank must then create its loader. The two give other
+            pixels (crops are resized by other code), so a run keeps the choice in its recipe.
         workers: Number of decoding processes; None derives it from the CPU cores.
         canvas: Maximum longer side of resident images in pixels, by default twice the largest view.
         whole: Also deliver streamed images uncropped on such a canvas, so that views can be drawn again.
@@ -93,7 +95,10 @@ class Loader:
         self.bad: dict[int, str] = {}
         self.remarks: dict[str, set[int]] = {}
         self._told: set[str] = set()
-        if resides(needed, free, resident):
+        fits = resides(needed, free, None)
+        if resident is None:
+            resident = not distributed.all_reduce_max(int(not fits)) if world > 1 else fits
+        if resident:
             self.held = hold(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
             _differ(self.held)
@@ -107,7 +112,7 @@ class Loader:
             )
         self._labels = source.labels.to(self.device)
         self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
-            ", as asked" if resident is not None else ""
+            "" if resident == fits else f", cache_on_device = {str(resident).lower()}"
         )
         self.workers = 0
         if self.held is None:

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from inbatch.errors import DataError
+from inbatch.data import open_data
+from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import child_processes
@@ -46,6 +47,30 @@ class Encoder(Protocol):
 
 
 AnySource = TypeVar("AnySource", bound=Source)
+
+
+def as_source(data: Any, encoder: Any = None) -> Source:
+    """Return a source unchanged; open a path, an array or a pair (images, labels) as `open_data` does.
+
+    Args:
+        data: The images.
+        encoder: Encoder that determines the channels and levels in which images are read.
+
+    Raises:
+        DataError: If the data are of no kind that can be opened; it lists the kinds.
+    """
+    if isinstance(data, Source):
+        return data
+    return open_data(data, channels=getattr(encoder, "channels", None), levels=getattr(encoder, "levels", None))
+
+
+def check_encoder(encoder: Any) -> None:
+    """Raise ConfigError if the value is not an encoder."""
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(
+            f"encoder must be an encoder, such as inbatch.load(RUN) returns, not {type(encoder).__name__}: it has a "
+            "device, prepare and evaluating()"
+        )
 
 
 class Kept:
@@ -168,8 +193,8 @@ def _stream(
 
 
 def embed_stream(
-    encoder: Encoder,
-    source: Source,
+    encoder: Any,
+    source: Any,
     *,
     batch: int = 512,
     precision: torch.dtype = torch.float32,
@@ -183,14 +208,19 @@ def embed_stream(
 
     Args:
         encoder: the encoder.
-        source: the images.
+        source: the images: a source, or what `open_data` opens.
         batch: images per chunk.
         precision: torch.float32, or torch.bfloat16 / float16 for autocast.
         workers: processes that decode.
         missing: receives the images that cannot be read (number: reason), which are left out; None: they raise
             DataError.
+
+    Raises:
+        ConfigError: If `encoder` is not an encoder.
+        DataError: If `source` cannot be opened.
     """
-    kind = "pooled output of the backbone"
+    check_encoder(encoder)
+    source, kind = as_source(source, encoder), "pooled output of the backbone"
     yield from _stream(
         source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing
     )
@@ -212,8 +242,8 @@ def encode(
 
 @usual_state()
 def embed(
-    encoder: Encoder,
-    source: Source,
+    encoder: Any,
+    source: Any,
     *,
     batch: int = 512,
     precision: torch.dtype = torch.float32,
@@ -226,11 +256,12 @@ def embed(
 
 
 @usual_state()
-def raw_pixels(source: Source, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
+def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
     """Return the pixels, in [0, 1] and flattened: the baseline that every feature must exceed.
 
     Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
     """
+    source = as_source(source)
     size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
     resize, bad = _Flatten(size), dict[int, str]()
     return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad), bad)

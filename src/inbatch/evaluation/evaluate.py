@@ -11,7 +11,7 @@ from inbatch.errors import ConfigError
 from inbatch.evaluation.accuracy import class_name
 from inbatch.evaluation.clustering import clustering
 from inbatch.evaluation.corruptions import check, corruptions
-from inbatch.evaluation.embed import Encoder, Source, embed
+from inbatch.evaluation.embed import Encoder, Source, as_source, check_encoder, embed
 from inbatch.evaluation.embeddings import Embeddings, check_one_label, matched, matched_labels
 from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels
 from inbatch.evaluation.finetune import Finetune, finetune
@@ -29,9 +29,9 @@ PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
 
 @isolated
 def evaluate(
-    encoder: Encoder | None,
-    train: Source | Embeddings,
-    test: Source | Embeddings,
+    encoder: Any,
+    train: Any,
+    test: Any,
     *,
     protocols: Sequence[str] = PROTOCOLS[:3],
     k: int = 200,
@@ -57,8 +57,8 @@ def evaluate(
 
     Args:
         encoder: the encoder; may be None if train and test are embeddings.
-        train: source of images, or embeddings.
-        test: source of images, or embeddings. finetune and corruptions need the encoder and images.
+        train: embeddings, or images: a source, or what `open_data` opens.
+        test: embeddings, or images. finetune and corruptions need the encoder and images.
         protocols: names in PROTOCOLS.
         k: number of neighbours of k-NN.
         temperature: of k-NN, above 0.
@@ -76,10 +76,14 @@ def evaluate(
         workers: processes that decode images.
 
     Raises:
-        ConfigError: for unknown protocols, and for settings of k-NN that are out of range.
-        DataError: without labels, with several labels per image, with one training class only, if `test` has classes
-            that `train` does not have, or if features are not finite.
+        ConfigError: for unknown protocols, for settings of k-NN that are out of range, or something else than an
+            encoder.
+        DataError: for data that cannot be opened, without labels, with several labels per image, with one training
+            class only, if `test` has classes that `train` does not have, or if features are not finite.
     """
+    if encoder is not None:
+        check_encoder(encoder)
+    train, test = (data if isinstance(data, Embeddings) else as_source(data, encoder) for data in (train, test))
     _check_protocols(protocols, encoder, train, test)
     check_neighbours(min(k, len(train)), len(train), temperature, distance)
     for data in (train, test):

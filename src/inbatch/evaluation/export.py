@@ -12,6 +12,7 @@ import numpy as np
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.runtime.files import replacing
+from inbatch.runtime.paths import path_of
 
 
 def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
@@ -23,7 +24,7 @@ def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
         ConfigError: for other endings, or .parquet without pyarrow.
         DataError: if the stream is empty.
     """
-    path = Path(path)
+    path = path_of(path, "out")
     writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings]], int]] = {".parquet": _parquet, ".npz": _npz}
     if path.suffix not in writers:
         raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")

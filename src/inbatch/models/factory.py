@@ -22,6 +22,7 @@ from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.input_sizes import check_side
 from inbatch.models.readout import Readout
 from inbatch.models.weights import STEMS, fill, read, read_readout, split
+from inbatch.runtime.paths import path_of
 
 
 def create_encoder(
@@ -149,7 +150,7 @@ def _stem_in_use(name: str, backbone: nn.Module, stem: str, size: int) -> str | 
 def _fill_backbone(backbone: nn.Module, classifier: Sequence[str], name: str, init: str | Path | Encoder) -> _Initial:
     """Load saved weights into a backbone, except those of its classifier, and return what came with them."""
     origin = f"the encoder {init.name}" if isinstance(init, Encoder) else str(init)
-    weights, config = read(init if isinstance(init, Encoder) else Path(init))
+    weights, config = read(init if isinstance(init, Encoder) else path_of(init, "init"))
     weights, attended = split(weights)
     saved = config.get("attend")
     if attended and not saved:
@@ -173,7 +174,7 @@ def _fill_blocks(encoder: Encoder, initial: _Initial) -> None:
 
 def load_encoder(directory: str | Path) -> Encoder:
     """Return an encoder written by `save_encoder`, in evaluation mode; DataError if it is damaged or foreign."""
-    directory = Path(directory)
+    directory = path_of(directory, "directory")
     weights, config = read(directory)
     if config.get("arguments") is None:
         raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")

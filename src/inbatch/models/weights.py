@@ -14,7 +14,8 @@ from inbatch.models.attention_slots import blocks, without
 from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
 from inbatch.models.readout import Readout
-from inbatch.runtime.files import read_json, replacing
+from inbatch.runtime.files import object_in, read_json, replacing
+from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
@@ -55,7 +56,7 @@ def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.is_dir():
             data = (path / "model.safetensors").read_bytes()
-            config = read_json(path / "config.json").get("inbatch", {})
+            config = object_in(read_json(path / "config.json"), "inbatch", path / "config.json")
             if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
                 raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
             return safetensors.torch.load(data), config
@@ -82,7 +83,8 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     names, and those of the n-th block are added as `attend.n.NAME`.
     """
     module, ours = as_saved(encoder)
-    write(Path(directory), module, ours | write_readout(encoder, Path(directory)), _timm_config(encoder))
+    folder = path_of(directory, "directory")
+    write(folder, module, ours | write_readout(encoder, folder), _timm_config(encoder))
 
 
 def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:

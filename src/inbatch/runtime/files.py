@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -137,12 +137,21 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; DataError if it cannot be read or holds no object."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        with open_regular(path) as file:
+            found = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path} cannot be read: it is not a JSON object")
     return found
+
+
+def object_in(found: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return the object of this name in the object of a file, empty if it is null or missing; else DataError."""
+    part = found.get(name)
+    if part is not None and not isinstance(part, dict):
+        raise DataError(f"{path} cannot be read: {name!r} is not a JSON object")
+    return part or {}
 
 
 @contextmanager

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from inbatch.errors import ConfigError
+from inbatch.runtime.paths import expanded
 
 
 def joined_paths(data: Any) -> Any:
-    """Return a list or tuple of paths as one text, and everything else unchanged.
+    """Return a list or tuple of paths as one text, and everything else unchanged; `~` is the home directory.
 
     Raises:
         ConfigError: If one of several paths is empty or contains the separator.
     """
     if not isinstance(data, Sequence) or isinstance(data, str) or not data:
-        return data
+        return expanded(data)
     if not all(isinstance(path, str | os.PathLike) for path in data):
         return data
-    texts = [os.fspath(path) for path in data]
+    texts = [os.fspath(expanded(path)) for path in data]
     if len(texts) == 1:
         return texts[0]
     for text in texts:
@@ -32,7 +33,7 @@ def joined_paths(data: Any) -> Any:
 
 def listed_paths(text: str) -> list[str]:
     """Return the paths and patterns in a text; a text that exists, or does not begin with a path, is the only one."""
-    parts = text.split(os.pathsep)
+    parts = [expanded(part) for part in text.split(os.pathsep)]
     return parts if not os.path.exists(text) and _is_path(parts[0]) else [text]
 
 

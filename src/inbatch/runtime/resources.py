@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from inbatch.errors import ConfigError
+from inbatch.runtime.paths import variable
 
 
 def launched(name: str, default: int = 1) -> int:
     """Return an integer that a launcher set in the environment; ConfigError if the value is not an integer."""
-    given = os.environ.get(name) or str(default)
+    given = variable(name) or str(default)
     if not given.isdecimal():
         raise ConfigError(f"{name} is {given!r} in the environment: a launcher sets it to a whole number")
     return int(given)

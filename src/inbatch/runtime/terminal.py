@@ -96,5 +96,5 @@ def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.
         done, now = done + len(chunk), time.perf_counter()
         if now - shown >= interval:
             left = timedelta(seconds=round((now - began) * (total - done) / done))
-            console.print(f"{done:,} of {total:,} images {what}, {left} left", markup=False, highlight=False)
+            note(console, f"{done:,} of {total:,} images {what}, {left} left")
             shown = now

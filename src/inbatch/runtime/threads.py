@@ -1,7 +1,6 @@
 """Number of threads of a run on a CPU, chosen every epoch: fewer while other processes are busy."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -10,6 +9,7 @@ import torch
 
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.cpu_load import Load, others_busy
+from inbatch.runtime.paths import variable
 from inbatch.runtime.resources import cores
 
 _WINDOW = 1.0
@@ -37,7 +37,7 @@ def adapts(device: torch.device) -> bool:
     set OMP_NUM_THREADS.
     """
     alone = device.type == "cpu" and distributed.world() == 1
-    return alone and tuning.tuned and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1
+    return alone and tuning.tuned and not variable("OMP_NUM_THREADS") and torch.get_num_threads() > 1
 
 
 class Threads:

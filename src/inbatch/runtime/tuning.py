@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+from inbatch.runtime.paths import variable
 from inbatch.runtime.resources import affine, cores
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
@@ -69,13 +70,13 @@ def begin() -> None:
         return
     tuned = True
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client, which timm loads, is loaded
-    if os.environ.get("INBATCH_ALLOCATOR") != "system":
+    if variable("INBATCH_ALLOCATOR") != "system":
         keeps_memory = _keep_freed_memory()
     if "torch" in sys.modules:
         return  # its threads are set up when it is loaded
-    if cores() < affine():
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
-    if not _WAITING & os.environ.keys():
+    if cores() < affine() and not variable("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(cores())
+    if not any(map(variable, _WAITING)):
         os.environ.update(_SLEEP)
         _added.update(_SLEEP)
 

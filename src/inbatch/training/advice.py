@@ -1,6 +1,5 @@
 """Check the machine settings that affect a run, and suggest faster ones."""
 
-import os
 import platform
 import shutil
 from contextlib import suppress
@@ -14,6 +13,7 @@ from inbatch.data.decoding.jpeg import fast_jpeg
 from inbatch.data.views import numba_backend
 from inbatch.runtime import tuning
 from inbatch.runtime.cpu_load import others_busy
+from inbatch.runtime.paths import variable
 from inbatch.runtime.resources import affine, cores, launched
 from inbatch.runtime.threads import adapts, threads_beside
 
@@ -62,7 +62,7 @@ def _threads(device: torch.device) -> Finding:
     current = f"{threads} threads on {cores()} cores" + ("" if cores() == affine() else f" of {affine()}, by quota")
     # Fewer threads may be torch's own choice (cores that share a multiplier), so more threads are suggested only if
     # OMP_NUM_THREADS is set.
-    set_by_user = "OMP_NUM_THREADS" in os.environ
+    set_by_user = bool(variable("OMP_NUM_THREADS"))
     if device.type == "cpu" and (threads > fair or (threads < fair and set_by_user)):
         return Finding("threads", current, f"OMP_NUM_THREADS={fair} is a thread for each core")
     return Finding("threads", current)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ def build(
 ) -> RunComponents:  # fmt: skip
     """Build every component of a run; invalid combinations raise an error here, not at a later step.
 
+    The recipe of the result states whether the images are kept on the device (`cache_on_device`).
+
     Args:
         recipe: The complete recipe.
         source: Images to train on.
@@ -90,6 +92,8 @@ def build(
     _check(recipe, source, device, context)
     parts = _draw_weights(recipe, source, device, context, init)
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
+    # Chosen by the free memory if the recipe leaves it open; it decides pixels, so a resumed run must not choose again.
+    recipe = replace(recipe, cache_on_device=loader.held is not None)
     network, target = _make_networks(recipe, parts, device)
     piece = recipe.batch_size // distributed.world() // groups
     curator = curator_of(recipe, parts.views, network, piece, device)
@@ -134,7 +138,8 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
     if distributed.world() > 1:  # ranks that reduce results must compute them in the same way
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
-        distributed.assert_equal_across_ranks({"use of Triton's kernels": kernels})
+        facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
+        distributed.assert_equal_across_ranks(facts)
     if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
         raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
     if recipe.shuffle_groups and recipe.batch_size == context:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data import Subset
-from inbatch.errors import InbatchError, TrainingError
+from inbatch.errors import InbatchError, TrainingError, Unwritten
 from inbatch.models import save_encoder
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import distributed
-from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
 from inbatch.runtime.memory import peak_memory
 from inbatch.runtime.signals import stop_on_signals
@@ -29,6 +28,7 @@ from inbatch.training.data_places import check_same_images, images_signature
 from inbatch.training.head_evaluation import save_heads
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.judgement import IMAGES, compare_with_initial, images_within
+from inbatch.training.machine import machine, record
 from inbatch.training.metric_logger import Log, spent
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.curve_plot import plot_curves
@@ -104,7 +104,8 @@ def train(
     epochs = evaluation_epochs(built.recipe)
     compared = Comparison(reference.over(epochs), progress.curve, epochs, built.loader.steps) if reference else None
 
-    where = environment(built.loader.device)  # the current environment: a checkout may change during the run
+    where = machine(built.loader.device, built.network.precision)  # now: a checkout may change during the run
+    notes = [*notes, *filter(None, [record(progress.machines, where)])]
     report = Report(out, built, progress, main)
     report.status("running")
     with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
@@ -429,6 +430,7 @@ def _finish(
         "world": distributed.world(),
         "precision": str(built.network.precision).removeprefix("torch."),
         "environment": where,
+        "earlier_environments": progress.machines[:-1],
         "images": len(built.source),
         "unreadable": len(built.loader.unreadable()),
         "steps": built.total,
@@ -448,5 +450,8 @@ def _finish(
     if progress.calibration:
         result["calibration"] = progress.calibration
     result["wall_seconds"] = progress.wall
-    write_json(out / "result.json", result)
+    try:
+        write_json(out / "result.json", result)
+    except InbatchError as error:
+        raise Unwritten(str(error), {"run": str(out)} | result) from error
     return result

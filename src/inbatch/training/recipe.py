@@ -104,7 +104,8 @@ class Recipe:
             always at full size.
         joint_norm: Views of one size run through the encoder together, and all views through the heads: they share norm
             statistics, as in the code of SwAV and DINO.
-        cache_on_device: Keep the decoded images on the device; None decides by size.
+        cache_on_device: Keep the decoded images on the device. None decides by the free memory when the run starts; its
+            recipe then states the choice, because the two resize crops by other code and differ in the last digits.
         max_unreadable: Largest share of unreadable images.
         knn_k: Number of neighbours in k-NN evaluation.
         evaluate_every, checkpoint_every: Intervals in epochs.

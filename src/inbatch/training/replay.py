@@ -87,7 +87,7 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not (folder / "capture.json").is_file():
         raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
-    record, saved = read_json(folder / "capture.json"), checkpoint.load(folder)
+    record, saved = _read_capture(folder / "capture.json"), checkpoint.load(folder)
     check_recipe(saved, make(read_file(folder / "recipe.json")), folder / "recipe.json")
     repeated = _again(folder, record, saved.state, device, None)
     result = {
@@ -100,6 +100,19 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
     if repeated["precision"] == "bfloat16":
         result["float32"] = _again(folder, record, saved.state, device, "float32")
     return result
+
+
+_CAPTURED = {"step": int, "epoch": int, "seed": int, "context": int, "world": int, "reason": str, "data": str}
+_CAPTURED |= {"classes": list}
+
+
+def _read_capture(path: Path) -> dict[str, Any]:
+    """Return the description of a captured step; raise DataError if an entry is missing or of another type."""
+    record = read_json(path)
+    wrong = [name for name, kind in _CAPTURED.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise DataError(f"{path} describes no captured step: {', '.join(wrong)} missing or of another type")
+    return record
 
 
 def _again(

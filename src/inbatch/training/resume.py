@@ -11,6 +11,7 @@ from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.build import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
@@ -36,7 +37,7 @@ def run_to_resume(out: Path | None, resume: str | Path | bool | None) -> Path | 
     automatic = resume is True or resume == "auto"
     if automatic and out is None:
         raise ConfigError("--resume auto needs --output-dir: the directory of the run")
-    folder = out if automatic and out is not None else Path(resume)
+    folder = out if automatic and out is not None else path_of(resume, "resume")
     if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
         return folder
     if automatic:
@@ -109,8 +110,8 @@ def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings
     data = joined_paths(place if data is None else data)
     saved, flat, changed = recipe.nested(), recipe.flat(), {}
     for key, value in requested.items():
-        if key == "context" and value == "auto":
-            continue  # the context was chosen when the run started; another value would make it a different run
+        if (key, value) in (("context", "auto"), ("cache_on_device", None)):
+            continue  # these were chosen when the run started; another value would make it a different run
         if flat.get(key) != value and make(read_settings(saved) | {key: value}).flat() != flat:
             changed[key] = value
     if changed:

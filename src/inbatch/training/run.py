@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from inbatch.data import GreyAsRGB, Source, find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
@@ -19,11 +21,13 @@ from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
+from inbatch.training.machine import machine
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
@@ -62,7 +66,7 @@ def load(path: str | Path) -> Encoder:
 @briefly_isolated
 def load_run(path: str | Path) -> Run:
     """Return the finished run in a directory; raise ConfigError if there is none."""
-    recipe, path = recipe_of(path), Path(path)
+    recipe, path = recipe_of(path), path_of(path)
     if not (path / "result.json").is_file():
         where = shlex.quote(str(path))
         raise ConfigError(
@@ -74,7 +78,7 @@ def load_run(path: str | Path) -> Run:
 
 def recipe_of(path: str | Path) -> Recipe:
     """Return the recipe of a run, finished or not; raise ConfigError if there is no run."""
-    path = Path(path)
+    path = path_of(path)
     if not (path / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     return make(read_file(path / "recipe.json"))
@@ -108,7 +112,8 @@ def evaluate_run(
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
         raise ConfigError("clusters of the head need the protocol clustering: add it to --protocol")
-    own, path = located(Path(path), recipe_of(path)), Path(path)
+    path = path_of(path)
+    own = located(path, recipe_of(path))
     loaded = load_run_encoder(path)
     recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
@@ -116,6 +121,7 @@ def evaluate_run(
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options
     before, why = before_training(own, path, encoder.device)
     origin = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | loaded.stage()
+    origin["environment"] = machine(encoder.device, torch.float32)
     origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
     if split is None:
         if protocols is not None or from_ == "head":
@@ -143,7 +149,7 @@ def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the folder contains anything except a previously written encoder.
     """
-    out = Path(out)
+    out = path_of(out, "out")
     if out.exists() and not _is_free(out):
         raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
     loaded = load_run_encoder(path)
@@ -171,7 +177,7 @@ def _is_free(out: Path) -> bool:
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
-    return replay(Path(path), device_for(device))
+    return replay(path_of(path), device_for(device))
 
 
 @isolated
@@ -208,7 +214,7 @@ def embed_run(
     if stage is not None:
         stage["splits"] = {name: len(source) for name, source in sources.items()}
     with encoder.plain() if plain else nullcontext():
-        return write_embeddings(Path(out), chunks if quiet else counted(chunks, count, "embedded"))
+        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"))
 
 
 def _every(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:

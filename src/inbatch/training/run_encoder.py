@@ -20,7 +20,8 @@ from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
 from inbatch.runtime import distributed
-from inbatch.runtime.files import read_json
+from inbatch.runtime.files import object_in, read_json
+from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.recipe import Recipe, Settings, make
@@ -102,7 +103,10 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
         notes: Receives a sentence if that run has not finished.
     """
     init = recipe.encoder.options.get("init")
-    if init is None or init == "timm" or not (Path(init) / "recipe.json").is_file():
+    if init is None or init == "timm":
+        return init
+    init = path_of(init, "encoder.init")
+    if not (init / "recipe.json").is_file():
         return init
     loaded = load_run_encoder(init)
     notes += [loaded.note] if loaded.note else []
@@ -155,13 +159,14 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     init = settings.get("encoder.init")
     if init in (None, "timm") or settings.get("encoder.name") is not None or not isinstance(init, str | Path):
         return settings
-    folder = Path(init)
+    folder = path_of(init, "encoder.init")
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
         arguments = {"name": encoder.name} | encoder.options
     elif (folder / "config.json").is_file():
-        saved = read_json(folder / "config.json").get("inbatch", {})
-        arguments = {"name": saved.get("name")} | (saved.get("arguments") or {})
+        file = folder / "config.json"
+        saved = object_in(read_json(file), "inbatch", file)
+        arguments = {"name": saved.get("name")} | object_in(saved, "arguments", file)
         if "readout" in saved:
             arguments["whiten"] = True
     else:
@@ -215,7 +220,7 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
         ConfigError: If there is neither an encoder nor a checkpoint.
         DataError: If they are damaged.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run")
     report = report_of(path)

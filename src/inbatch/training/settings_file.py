@@ -7,13 +7,14 @@ from typing import Any
 import yaml
 
 from inbatch.errors import ConfigError
+from inbatch.runtime.paths import path_of
 from inbatch.training.registry import PARTS, Settings, shown
 
 
 def read_file(path: str | Path) -> Settings:
     """Return settings from a YAML or JSON file, nested or dotted; raise ConfigError if it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path_of(path, "config"), encoding="utf-8") as file:
             text = file.read(_LONGEST + 1)
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read the recipe {path}: {getattr(e, 'strerror', None) or e}") from None

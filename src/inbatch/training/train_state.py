@@ -99,6 +99,7 @@ class TrainState:
         calibration: How the recipe was chosen for its budget.
         sizes: Numbers of images of the evaluations, with a budget; kept after a resume.
         threads: Every number of threads used for computation, in the order of first use.
+        machines: Environments of the processes of the run (`machine.machine`), successive equal ones once.
         began: Start time (`time.perf_counter`).
         saved: `step` and `ended` of the last checkpoint on the disk.
     """
@@ -119,6 +120,7 @@ class TrainState:
     calibration: dict[str, Any] | None = None
     sizes: EvaluationSizes | None = None
     threads: list[int] = field(default_factory=list)
+    machines: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
 
@@ -143,7 +145,8 @@ class TrainState:
         """Return the state for a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
         plan = {"calibration": self.calibration, "judged": list(astuple(self.sizes)) if self.sizes else []}
-        return kept | plan | {"before": self.wall, "threads": list(self.threads), "cpu_seconds": self.cpu_seconds}
+        used = {"threads": list(self.threads), "machines": list(self.machines)}
+        return kept | plan | used | {"before": self.wall, "cpu_seconds": self.cpu_seconds}
 
     @staticmethod
     def problems(state: Mapping[str, Any]) -> list[str]:
@@ -161,5 +164,6 @@ class TrainState:
         self.saved = self.step, self.ended
         self.calibration = state.get("calibration")
         self.sizes = EvaluationSizes(*sizes) if (sizes := state.get("judged")) else None
-        self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have none
+        self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have neither
+        self.machines[:] = state.get("machines", [])
         self.cpu_seconds = state.get("cpu_seconds", math.nan)  # absent from checkpoints of earlier versions

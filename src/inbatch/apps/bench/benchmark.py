@@ -13,7 +13,7 @@ import torch
 from inbatch.apps.bench.options import Options
 from inbatch.apps.bench.runner import Implementation
 from inbatch.apps.bench.suites import MAKERS, Field
-from inbatch.errors import InbatchError
+from inbatch.errors import InbatchError, Unwritten
 from inbatch.runtime.device import device_for, precision_for
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import check_writable, write_json
@@ -36,10 +36,11 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     Raises:
         ConfigError: If the options are invalid.
         DataError: If the data cannot be read.
+        Unwritten: If the file cannot be written; the error holds the result.
     """
     options.check()
     if options.out is not None:
-        check_writable(Path(options.out))
+        check_writable(options.out)
     device = device_for(options.device).type
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     data = options.data and Path(options.data).name
@@ -60,7 +61,10 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
                 found["sections"][section].append(over)
                 told(over)
     if options.out is not None:
-        write_json(options.out, found)
+        try:
+            write_json(options.out, found)
+        except InbatchError as error:
+            raise Unwritten(str(error), found) from error
     return found
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,11 @@ import typer
 import typer.core
 from typer import Argument, Option
 
-from inbatch.apps.console import complain, first, note, print_json, say
-from inbatch.errors import DataError, InbatchError, Interrupted, RankError
+from inbatch.apps.console import complain, first, note, print_json, say, warn
+from inbatch.errors import DataError, InbatchError, Interrupted, RankError, Unwritten
 from inbatch.runtime import child_processes, signals, tuning
+from inbatch.runtime.files import check_writable
+from inbatch.runtime.paths import path_of
 
 USUAL = {
     "--amp": "--precision", "--fp16": "--precision", "--mixed-precision": "--precision", "--optim": "--optimizer",
@@ -175,6 +177,65 @@ def reported(as_json: bool) -> Iterator[None]:
     if as_json:
         print_json({"error": message, "exit_code": code})
     raise typer.Exit(code)
+
+
+def deliver(
+    compute: Callable[[], dict[str, Any]],
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> None:
+    """Compute a result, print it, and write it to its file, in this order.
+
+    A result that cannot be written is printed all the same, and the command exits with the error that names the file.
+    With --json, there is one object, which then also holds the error: it is printed after writing.
+
+    Args:
+        compute: Returns the result, or raises `Unwritten` with it.
+        as_json: Whether --json is given.
+        show: Prints the result as text.
+        write: Writes the result, or the rest of it.
+    """
+    failure: InbatchError | None = None
+    try:
+        found = compute()
+    except Unwritten as error:
+        found, failure = error.result, error
+    try:
+        if not as_json:
+            show(found)
+            sys.stdout.flush()
+    finally:  # also if nobody reads stdout
+        if failure is None:
+            try:
+                write(found)
+            except InbatchError as error:
+                failure = error
+    if as_json:
+        print_json(found | ({} if failure is None else {"error": str(failure), "exit_code": failure.exit_code}))
+    if failure is not None:
+        signals.watchdog.told = True
+        complain(str(failure))
+        raise typer.Exit(failure.exit_code)
+
+
+def requested_output(out: Path) -> Path:
+    """Return the file to write, with `~` expanded; raise InbatchError, before any work, if it cannot be written."""
+    check_writable(path := path_of(out, "--out"))
+    return path
+
+
+def default_output(path: Path) -> Path:
+    """Return the file that a command writes in a run by default, and warn, before any work, if it cannot be written.
+
+    The result is printed even so, and the command fails at the end.
+    """
+    if path.parent.is_dir():  # a missing run is another error
+        try:
+            check_writable(path)
+        except InbatchError as error:
+            warn(f"{error} The result will only be printed; --out names another place.")
+    return path
 
 
 _told_as = [False]

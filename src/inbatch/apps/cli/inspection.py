@@ -2,12 +2,24 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import SEEDS, Data, Device, Json, Set, app, assignments, reported
+from inbatch.apps.cli.app import (
+    SEEDS,
+    Data,
+    Device,
+    Json,
+    Set,
+    app,
+    assignments,
+    default_output,
+    deliver,
+    reported,
+    requested_output,
+)
 from inbatch.apps.cli.output import (
     explain,
     explain_plugins,
@@ -20,6 +32,7 @@ from inbatch.apps.cli.output import (
 from inbatch.apps.console import complain, print_json, print_table, say
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 
 
 @app.command(
@@ -76,24 +89,30 @@ def data(
         from inbatch.apps.reports import dataset_text
         from inbatch.apps.reports.dataset import survey_data
 
-        found = survey_data(
-            joined_paths(data),
-            split=split,
-            sample=sample,
-            out=out,
-            settings=assignments(set_),
-            device=device,
-            quiet=False,
-        )
-        if as_json:
-            print_json(found)
-        else:
-            say(found["report"], "")
+        problems: list[str] = []
+
+        def survey() -> dict[str, Any]:
+            found = survey_data(
+                joined_paths(data),
+                split=split,
+                sample=sample,
+                out=out,
+                settings=assignments(set_),
+                device=device,
+                quiet=False,
+            )
+            problems.extend(found["problems"])
+            return found
+
+        def show(found: dict[str, Any]) -> None:
+            say(*found["report"].split("\n"), "")
             print_table(("", "found"), list(dataset_text.report_rows(found)))
             say("", *dataset_text.notes(found))
             say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
-    if found["problems"]:
-        for problem in found["problems"]:
+
+        deliver(survey, as_json, show)
+    if problems:
+        for problem in problems:
             complain(problem)
         raise typer.Exit(DataError.exit_code)
 
@@ -115,17 +134,22 @@ def inspect(
     with reported(as_json):
         from inbatch.apps.reports.batch_context import inspect_run, report_rows
 
-        found = inspect_run(run, joined_paths(data) or None, out=out, count=count, seed=seed, device=device)
-        if as_json:
-            print_json(found)
-            return
-        print_table(("plug-in", "measured", "found"), report_rows(found))
-        say("", *(f"Data:      {line}" for line in found["data"].split("\n")))
-        say(f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
-        if found["note"]:
-            say(f"Note:      {found['note']}")
-        for picture in found["pictures"]:
-            say(f"Picture:   {picture}")
+        if out is None:
+            default_output(path_of(run, "RUN") / "inspect")
+        else:
+            requested_output(out / "views.png")
+        where = joined_paths(data) or None
+
+        def show(found: dict[str, Any]) -> None:
+            print_table(("plug-in", "measured", "found"), report_rows(found))
+            say("", *(f"Data:      {line}" for line in found["data"].split("\n")))
+            say(f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
+            if found["note"]:
+                say(f"Note:      {found['note']}")
+            for picture in found["pictures"]:
+                say(f"Picture:   {picture}")
+
+        deliver(lambda: inspect_run(run, where, out=out, count=count, seed=seed, device=device), as_json, show)
 
 
 @app.command(
@@ -170,20 +194,27 @@ def crops(
         from inbatch.apps.reports import crop_statistics as inspect
 
         names, sides = inspect.choose_crops(name, sampler), inspect.parse_size(size)
-        tallies = [
-            inspect.count_configurations(one, sides, pairs, seed, sampler, partial(typer.echo, err=True))
-            for one in names
-        ]
-        if out is not None:
-            inspect.plot(tallies, sides, pairs, out)
-        if as_json:
-            told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": out and str(out)}
-            print_json(told | {"crops": {t.name: t.json() for t in tallies}})
-        else:
+        file = None if out is None else requested_output(out)
+        tallies: list[inspect.CropStatistics] = []
+
+        def count() -> dict[str, Any]:
+            for one in names:
+                tallies.append(
+                    inspect.count_configurations(one, sides, pairs, seed, sampler, partial(typer.echo, err=True))
+                )
+            told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": file and str(file)}
+            return told | {"crops": {t.name: t.json() for t in tallies}}
+
+        def show(found: dict[str, Any]) -> None:
             print_table(inspect.HEADINGS, inspect.table_rows(tallies, sides), numbers=True)
             say("", f"{pairs:,} pairs of {sides[0]} x {sides[1]} pixels, drawn by {sampler}")
-            if out is not None:
-                say(f"Picture: {out}")
+
+        def write(found: dict[str, Any]) -> None:
+            if file is not None:
+                inspect.plot(tallies, sides, pairs, file)
+                say(*([] if as_json else [f"Picture: {file}"]))
+
+        deliver(count, as_json, show, write)
 
 
 @app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")

@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inbatch.apps.console import print_table, say
@@ -12,7 +13,6 @@ from inbatch.errors import many
 if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.apps.quickstart import Verdict
     from inbatch.methods.base import Method
-    from inbatch.training.run import Run
 
 FIGURES = {
     "k-NN": ("knn", "top1"),
@@ -88,6 +88,19 @@ def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
     return lines
 
 
+def print_evaluation(found: Mapping[str, Any], run: str) -> None:
+    """Print the figures of a run's encoder, and the images behind them."""
+    if "unlabelled" in found:
+        print_measures(found["unlabelled"], found["initial"], run)
+        say("", f"Judged by:  {found['images']:,} images without labels")
+    else:
+        untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
+        print_figures(untrained | {run: found})
+        print_classes(found)
+        say("", *judged_by(found, found["held_out"]))
+    say(*([f"Note:       {found['note']}"] if found["note"] else []))
+
+
 def print_classes(found: Mapping[str, Any], most: int = 20) -> None:
     """Print the accuracy of each class, or of the `most` classes with the lowest, lowest first."""
     accuracies, counts = _per_class(found), found["test"]["per_class"]
@@ -121,20 +134,20 @@ def print_verdict(verdict: "Verdict") -> None:
     say("", "Now your own photos, labelled or not:", "", "  inbatch pretrain --data ~/photos")
 
 
-def print_run(run: "Run") -> None:
-    """Print the table of a finished run, its speed, its directory, and the next commands."""
-    result, folder, data = run.result, shlex.quote(str(run.directory)), shlex.quote(run.recipe.data)
+def print_run(result: Mapping[str, Any]) -> None:
+    """Print the table of a finished run, its speed, its directory ("run"), and the next commands."""
+    run, folder, data = result["run"], shlex.quote(result["run"]), shlex.quote(result["recipe"]["data"])
     if result["evaluation"]:
         print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
         say("", *judged_by(result["evaluation"], result["held_out"]), "")
     print_measures(result["unlabelled"], result["initial"], "trained encoder")
     if not result["evaluation"]:
         say("", "No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.")
-    say("", f"Neighbours: {run.directory / 'neighbours.png'} (left: before training, right: after)")
+    say("", f"Neighbours: {Path(run) / 'neighbours.png'} (left: before training, right: after)")
     for sentence in result["collapsed"]:
         say(f"Warning:    at the end of the run {sentence}", "")
     say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
-    say(f"Run:        {run.directory}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
+    say(f"Run:        {run}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
     if result["evaluation"]:
         say(f"  inbatch evaluate {folder} --k 20")
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, Quiet, app, reported
+from inbatch.apps.cli.app import Device, Json, Quiet, app, deliver, reported
 from inbatch.apps.console import complain, print_json, print_table, say, width
 from inbatch.errors import ConfigError
+from inbatch.runtime.paths import expanded, path_of
 
 
 @app.command(
@@ -67,29 +68,35 @@ def table(
             found = [{"name": n, "title": title, "source": source} for n, title, source in rows]
             print_json({"tables": found}) if as_json else print_table(("table", "what", "source"), rows)
             return
+        work, file = path_of(work, "--work-dir"), None if out is None else path_of(out, "--out")
+        records = work / "results" if results is None else path_of(results, "--results")
         with progress(quiet) as (tell, show):
             runner = Runner(
-                results or work / "results", work, _places(data), jobs=jobs, device=device, download=download,
-                again=again, tell=tell, show=show,
+                records, work, _places(data), jobs=jobs, device=device, download=download, again=again, tell=tell,
+                show=show,
             )  # fmt: skip
             report = run_table_command(
                 TABLES,
                 name,
                 scale,
                 runner=runner,
-                from_=from_,
-                out=out,
+                from_=from_ and path_of(from_, "--from"),
+                out=file,
                 selection=Selection(row or (), on or (), seed or ()),
             )
-        if as_json:
-            print_json(report.json())
-        else:
+
+        def show_table(found: dict[str, Any]) -> None:
             for part in report.grids(width(numbers=True)):
                 print_table(*part, numbers=True)
                 say("")
             say(*report.words())
-            if out is not None:
-                say("", f"Written to: {out}")
+
+        def write(found: dict[str, Any]) -> None:
+            if file is not None:
+                report.write(file)
+                say(*([] if as_json else ["", f"Written to: {file}"]))
+
+        deliver(report.json, as_json, show_table, write)
     if report.problems:
         for sentence in dict.fromkeys(map(str, report.problems.values())):
             complain(sentence)
@@ -103,5 +110,5 @@ def _places(texts: list[str] | None) -> dict[str, str]:
         name, equals, path = text.partition("=")
         if not (equals and name and path):
             raise ConfigError(f"--data takes NAME=PATH, for example cifar10=~/cifar-10-batches-py, not {text!r}")
-        places[name] = str(Path(path).expanduser()) if path.startswith("~") else path
+        places[name] = expanded(path)
     return places

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, app, reported
+from inbatch.apps.cli.app import Device, Json, app, deliver, reported
 from inbatch.apps.console import print_json, print_table, say
 from inbatch.runtime import tuning
+from inbatch.runtime.paths import expanded, path_of
 
 
 @app.command(
@@ -46,11 +47,11 @@ def bench(
         from inbatch.apps.bench.report import print_machine, print_race
 
         options = Options(
-            tuple(sections or ()), size, batch, encoder, tuple(method or ["simclr"]), threads, device, data, peers,
-            peers_python, rounds, quick, compile, out,
+            tuple(sections or ()), size, batch, encoder, tuple(method or ["simclr"]), threads, device, expanded(data),
+            peers, expanded(peers_python), rounds, quick, compile, out and path_of(out, "--out"),
         )  # fmt: skip
-        found = benchmark.bench(options, (lambda race: None) if as_json else print_race)
-        print_json(found) if as_json else print_machine(found)
+        told = (lambda race: None) if as_json else print_race
+        deliver(lambda: benchmark.bench(options, told), as_json, print_machine)
 
 
 @app.command(

@@ -18,21 +18,22 @@ from inbatch.apps.cli.app import (
     Set,
     app,
     assignments,
+    default_output,
+    deliver,
     reported,
+    requested_output,
 )
 from inbatch.apps.cli.output import (
-    judged_by,
-    print_classes,
     print_dry_run,
+    print_evaluation,
     print_export,
-    print_figures,
-    print_measures,
     print_run,
     print_verdict,
 )
 from inbatch.apps.console import complain, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 from inbatch.training.budget import parse_budget
 
 
@@ -177,12 +178,14 @@ def pretrain(
             dry = api.dry_run(where, method, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
-        run = api.pretrain(
-            where, method, out=out, resume=False if resume is None else resume, overwrite=overwrite, quiet=quiet,
-            expect_world_size=expect_world_size, dist_timeout=dist_timeout, stop_on_collapse=stop_on_collapse,
-            compare=compare, **shared, **fields,
-        )  # fmt: skip
-        print_json({"run": str(run.directory)} | run.result) if as_json else print_run(run)
+        shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
+        shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
+
+        def train() -> dict[str, Any]:
+            run = api.pretrain(where, method, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            return {"run": str(run.directory)} | run.result
+
+        deliver(train, as_json, print_run)
 
 
 @app.command(
@@ -240,31 +243,25 @@ def evaluate(
     """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol."""
     with reported(as_json):
         from inbatch.api import evaluate_run
-        from inbatch.runtime.files import check_writable, write_json
+        from inbatch.runtime.files import write_json
 
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen["tuning_share"] = tuning_share
         options |= {key: value for key, value in chosen.items() if value is not None}
-        if out is not None:
-            check_writable(out)
         where, other = joined_paths(data) or None, joined_paths(test) or None
-        found = evaluate_run(run, where, other, protocols=protocols, **options)
-        out = out or run / "evaluation.json"
-        write_json(out, found)
-        if as_json:
-            print_json(found)
-        else:
-            if "unlabelled" in found:
-                print_measures(found["unlabelled"], found["initial"], str(run))
-                say("", f"Judged by:  {found['images']:,} images without labels")
-            else:
-                untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
-                print_figures(untrained | {str(run): found})
-                print_classes(found)
-                say("", *judged_by(found, found["held_out"]))
-            say(*([f"Note:       {found['note']}"] if found["note"] else []), f"Written to: {out}")
+        file = requested_output(out) if out else default_output(path_of(run, "RUN") / "evaluation.json")
+
+        def show(found: dict[str, Any]) -> None:
+            print_evaluation(found, str(run))
+
+        def write(found: dict[str, Any]) -> None:
+            write_json(file, found)
+            if not as_json:
+                say(f"Written to: {file}")
+
+        deliver(lambda: evaluate_run(run, where, other, protocols=protocols, **options), as_json, show, write)
 
 
 @app.command(

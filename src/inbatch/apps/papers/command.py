@@ -72,6 +72,11 @@ class TableReport:
                     )
         return ["Compared with the shipped results:", "", *lines, ""] if lines else []
 
+    def write(self, out: Path) -> None:
+        """Write the table in the format of the file's ending; raise InbatchError if it cannot be written."""
+        with replacing(out) as file:
+            file.write(_writer(out)(self.sheet).encode(errors="backslashreplace"))
+
     def json(self) -> dict[str, Any]:
         """Return the report for --json; figures in percent."""
         headings, rows = render.grid(self.sheet)
@@ -128,7 +133,7 @@ def run_table_command(
     tables: Mapping[str, Table], name: str, scale: str | None = None, *, runner: Runner, from_: Path | None = None,
     selection: Selection = Selection(), out: Path | None = None,
 ) -> TableReport:  # fmt: skip
-    """Run missing cells of a table and fill it.
+    """Run missing cells of a table and return it, filled; `TableReport.write` writes it.
 
     Args:
         tables: Registry of tables by name.
@@ -138,7 +143,7 @@ def run_table_command(
         runner: The runner of missing cells.
         from_: Folder of results; nothing is run.
         selection: Use only this part of the table.
-        out: File for the table.
+        out: File to which the table will be written, checked before anything is run.
 
     Raises:
         ConfigError: For an unknown name, scale, row, data set or file ending.
@@ -164,11 +169,7 @@ def run_table_command(
     records = read_records(runner.results if runs else from_ or shipped())
     others = runs and runner.results.resolve() != shipped().resolve()
     beside = fill(table, scale, read_records(shipped())) if others else None
-    report = TableReport(fill(table, scale, records), problems, beside, launch)
-    if out is not None:
-        with replacing(out) as file:
-            file.write(_writer(out)(report.sheet).encode())
-    return report
+    return TableReport(fill(table, scale, records), problems, beside, launch)
 
 
 def _writer(out: Path) -> Callable[[FilledTable], str]:

@@ -12,6 +12,7 @@ from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
 from inbatch.apps.papers.results import Record, wall_seconds
 from inbatch.apps.papers.spec import Cell, cells
+from inbatch.runtime.text import one_line, printable
 
 
 def grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]]:
@@ -110,7 +111,8 @@ def notes(sheet: FilledTable) -> list[str]:
         for record in records
         for protocol, sentence in record.failures.items()
     ]
-    return [*lines, *([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
+    lines += [*([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
+    return [one_line(line) for line in lines]  # records may come from elsewhere
 
 
 def _machines(records: Iterable[Record]) -> str:
@@ -144,7 +146,7 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
         parts.append(f"![Curves]({picture})")
     if told := table.holds.get(sheet.scale):
         parts.append(f"**Findings.** {told}")
-    parts.append("\n".join(f"- {_md(note)}" for note in notes(sheet)))
+    parts.append("\n".join(f"- {_md(note, code=False)}" for note in notes(sheet)))
     parts.append(
         "## The runs\n\n"
         + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
@@ -153,11 +155,13 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
     for cell, record in first_seeds(sheet):
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
         listed.append(f"- {_md(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
-    return "\n\n".join([*parts, *listed]) + "\n"
+    return printable("\n\n".join([*parts, *listed]) + "\n")
 
 
-def _md(text: str) -> str:
-    return re.sub(r"([|<>*_\[\]])", r"\\\1", text) if "`" not in text else text
+def _md(text: str, code: bool = True) -> str:
+    """Return text with the characters escaped that mean something in Markdown, except code between two `."""
+    parts = re.split(r"(`[^`]*`)", text) if code else [text]
+    return "".join(part if i % 2 else re.sub(r"([|<>*_\[\]`])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -208,16 +212,18 @@ def latex(sheet: FilledTable) -> str:
             r"\end{tabular}",
         ]
         parts.append("\n".join(lines))
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering\footnotesize",
-            rf"\caption{{{tex(caption)}}}",
-            rf"\label{{tab:{sheet.table.name}}}",
-            "\n\n\\medskip\n".join(parts),
-            r"\end{table}",
-            "",
-        ]
+    return printable(
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering\footnotesize",
+                rf"\caption{{{tex(caption)}}}",
+                rf"\label{{tab:{sheet.table.name}}}",
+                "\n\n\\medskip\n".join(parts),
+                r"\end{table}",
+                "",
+            ]
+        )
     )
 
 
@@ -252,7 +258,7 @@ def page(sheet: FilledTable) -> str:
             f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary>"
             f"<p><code>{e(cell.command())}</code></p>{recipe}</details>"
         )
-    return (
+    return printable(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(table.name)}</title><style>{_STYLE}</style>'
         f"<body>{''.join(parts)}</body></html>\n"
     )

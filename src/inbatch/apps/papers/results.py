@@ -1,20 +1,37 @@
 """Results of runs: one JSON file each, validated by a schema, and identified by the recipe."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from inbatch.apps.papers.spec import Cell, key
 from inbatch.errors import ConfigError, DataError
-from inbatch.runtime.files import write_json
+from inbatch.runtime.files import read_json, write_json
 from inbatch.training.monitors.shipped_references import folder
 from inbatch.training.recipe import make
 from inbatch.training.settings_file import read_settings
 
-Number = float | int | None
+Number = Annotated[float | int, pydantic.Field(ge=-1e300, le=1e300)] | None  # neither NaN nor infinite
+MEASURES = ("top1", "top5", "nmi", "acc", "ari", "area")
+"""Figures of an evaluation that a table may show, as shares of 1."""
+
+
+class Environment(pydantic.BaseModel, extra="allow"):
+    """The part of a record's environment that a table states."""
+
+    processor: str
+    device: str
+    threads: int
+    versions: dict[str, str | None]
+
+    @pydantic.field_validator("versions")
+    @classmethod
+    def _of_torch(cls, versions: dict[str, str | None]) -> dict[str, str | None]:
+        if "torch" not in versions:
+            raise ValueError("the version of torch is missing")
+        return versions
 
 
 class Failure(pydantic.BaseModel, extra="forbid"):
@@ -25,7 +42,7 @@ class Failure(pydantic.BaseModel, extra="forbid"):
     log: str = ""
 
 
-class Record(pydantic.BaseModel, extra="forbid"):
+class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     """The stored result of one run: what was run, on which data, and its figures.
 
     A failed run has no evaluation. If only one of its protocols failed, the evaluation contains the failure.
@@ -62,6 +79,25 @@ class Record(pydantic.BaseModel, extra="forbid"):
     evaluation: dict[str, Any] | None = None
     failure: Failure | None = None
 
+    @pydantic.field_validator("environment")
+    @classmethod
+    def _stated(cls, environment: dict[str, Any]) -> dict[str, Any]:
+        Environment.model_validate(environment)
+        return environment
+
+    @pydantic.field_validator("evaluation")
+    @classmethod
+    def _figures(cls, evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+        _check_figures(evaluation or {}, "evaluation")
+        return evaluation
+
+    @pydantic.field_validator("curve")
+    @classmethod
+    def _epochs(cls, curve: list[dict[str, Number]]) -> list[dict[str, Number]]:
+        if any(entry.get("epoch") is None for entry in curve):
+            raise ValueError("an entry of the curve has no epoch")
+        return curve
+
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Record":
         if (self.status == "finished") == (self.evaluation is None) or (self.status == "failed") == (
@@ -90,17 +126,41 @@ class Record(pydantic.BaseModel, extra="forbid"):
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
+def _check_figures(part: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError for a figure that is no number and a failure that is no text, at any depth."""
+    for measure, value in part.items():
+        if measure in MEASURES and not (value is None or _number(value)):
+            raise ValueError(f"{name}.{measure} is not a number")
+        if measure == "failed" and not isinstance(value, str):
+            raise ValueError(f"{name}.failed is not the reason of a failure")
+        if isinstance(value, dict) and measure != "each":  # lists of the single draws
+            _check_figures(value, f"{name}.{measure}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # false for nan
+
+
 Records = Mapping[tuple[str, str, int], Record]
 
 
 def read_record(path: Path) -> Record:
     """Return the record in a file; raise DataError if it is invalid."""
     try:
-        found = Record.model_validate(json.loads(path.read_bytes()))
-        found.told  # noqa: B018 - validates the recipe
-    except (OSError, ValueError, ConfigError) as error:
-        raise DataError(f"{path} is not the result of a run: {_reason(error)}") from None
-    return found
+        found = read_json(path)
+    except DataError as error:
+        raise DataError(f"{path} is not the result of a run: {error}") from None
+    return valid_record(found, str(path))
+
+
+def valid_record(found: Mapping[str, Any], name: str) -> Record:
+    """Return the record in a JSON object; raise DataError, with its name, if it is invalid."""
+    try:
+        record = Record.model_validate(found)
+        record.told  # noqa: B018 - validates the recipe
+    except (ConfigError, pydantic.ValidationError, RecursionError) as error:
+        raise DataError(f"{name} is not the result of a run: {_reason(error)}") from None
+    return record
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from inbatch.apps.papers.results import Failure, Record, find_record, read_records, write_record
+from inbatch.apps.papers.results import Failure, Record, find_record, read_records, valid_record, write_record
 from inbatch.apps.papers.scales import WHERE
 from inbatch.apps.papers.spec import Cell, key
 from inbatch.apps.reports.crop_statistics import count_configurations
@@ -260,7 +260,7 @@ def _progress(folder: Path) -> float:
             file.seek(max(0, file.seek(0, 2) - 4096))
             last = file.read().splitlines()[-1]
         return float(min(1.0, json.loads(last)["step"] / steps))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):  # only drawn
         return 0.0
 
 
@@ -278,7 +278,9 @@ def _source(place: str) -> str:
 
 
 def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
-    recipe = dict(result["recipe"]) | {"data": cell.settings["data"]}
+    if not isinstance(result.get("recipe"), dict):
+        raise DataError(f"the result of the run {cell.stem} holds no recipe: remove its folder, and run it again")
+    recipe = result["recipe"] | {"data": cell.settings["data"]}
     if key(make(read_settings(recipe))) != cell.key:
         mine = cell.recipe().nested()
         changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
@@ -287,7 +289,7 @@ def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     kept = json.loads(here.replace(json.dumps(place)[1:-1], _source(place)) if _source(place) != place else here)
     named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
     made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
-    return Record.model_validate(kept | named | made)
+    return valid_record(kept | named | made, f"the result of the run {cell.stem}")
 
 
 def _anywhere(text: str) -> str:

@@ -12,8 +12,8 @@ from inbatch.training.registry import Part, make_part
 
 Settings = Mapping[str, Any]
 SCALES = ("smoke", "cpu", "gpu", "paper")
-LEFT_OUT = ("data", "test", "seed", "preset")
-"""Settings that do not distinguish two runs: the location of images, and the origin of other settings."""
+LEFT_OUT = ("data", "test", "seed", "preset", "cache_on_device")
+"""Settings that do not distinguish two runs: where images are and are held, and the origin of other settings."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if whole else value
 
 
 def cells(table: Table, scale: str, seeds: tuple[int, ...] | None = None) -> Iterator[Cell]:

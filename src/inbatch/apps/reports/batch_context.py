@@ -17,11 +17,12 @@ from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import violating
 from inbatch.context.grouped import as_group
 from inbatch.data.views import Drawn
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten
 from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
 from inbatch.runtime.isolation import isolated
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
@@ -68,7 +69,7 @@ def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> 
         The measurements, for JSON and `report_rows`.
 
     Raises:
-        InbatchError: If the images cannot be written.
+        Unwritten: If the images cannot be written; the error holds the measurements.
     """
     curator = built.step.curator
     found: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
@@ -90,7 +91,10 @@ def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> 
         found["attend"], attention = attended(built, group, count)
         if attention is not None:
             pictures["attention.png"] = attention
-    _write(out, pictures)
+    try:
+        _write(out, pictures)
+    except InbatchError as error:
+        raise Unwritten(str(error), found | {"pictures": []}) from error
     return found | {"pictures": [str(out / name) for name in pictures]}
 
 
@@ -407,8 +411,9 @@ def inspect_run(
     Raises:
         ConfigError: If there is no run or no checkpoint.
         DataError: If the images cannot be read.
+        Unwritten: If the pictures cannot be written; the error holds the measurements.
     """
-    folder = Path(path)
+    folder = path_of(path)
     if not (folder / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     if count < 1 or seed < 0:
@@ -426,8 +431,9 @@ def inspect_run(
         raise DataError(f"cannot read the images of the run in {path}: {error}. Pass --data") from None
     built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), TrainState()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
-    found = draw_report(
-        built, progress.step // built.loader.steps, folder / "inspect" if out is None else Path(out), count
-    )
-    about = {"run": str(path), "step": progress.step, "note": saved.note, "data": printable(source.report())}
-    return about | found
+    where = {"run": str(path), "step": progress.step, "note": saved.note, "data": printable(source.report())}
+    pictures = folder / "inspect" if out is None else path_of(out, "out")
+    try:
+        return where | draw_report(built, progress.step // built.loader.steps, pictures, count)
+    except Unwritten as error:
+        raise Unwritten(str(error), where | error.result) from error

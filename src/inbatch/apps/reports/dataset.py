@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
-from inbatch.apps.reports.view_grid import check_place, save_sheet
+from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
 from inbatch.data import Source, find_split, open_data, splits
 from inbatch.data.loader import resides
 from inbatch.data.resident import estimate
 from inbatch.data.views import PRESETS
 from inbatch.data.views.crop_pairs import arrange
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, InbatchError, Unwritten
 from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import one_line, printable
 from inbatch.training.plan import resolve_recipe
@@ -52,8 +53,11 @@ def survey_data(
 
     Raises:
         DataError: If there is no image.
-        ConfigError: If a setting is invalid.
+        ConfigError: If a setting is invalid, or `out` has an unknown file extension.
+        Unwritten: If the picture cannot be written; the error holds the report.
     """
+    if out is not None:
+        check_picture(out)
     if sample is not None and sample < 1:
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
     if out is not None:
@@ -95,11 +99,16 @@ def survey_data(
     found["batch"], found["steps"] = recipe.batch_size, len(source) // recipe.batch_size
     found["problems"] = _problems(source, seen, found, recipe.max_unreadable)
     found["levels"] = _levels(seen) if recipe.levels is None else None
-    found["picture"] = None if out is None or not seen.numbers else _draw(source, seen, Path(out))
+    found["picture"] = None
     what = shlex.quote(recipe.data)
     how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
     after = [f"inbatch views {what} -o views.png{how}", f"inbatch pretrain --data {what}{how}"]
     found["next"] = [] if found["problems"] else after
+    if out is not None and seen.numbers:
+        try:
+            found["picture"] = _draw(source, seen, path_of(out, "out"))
+        except InbatchError as error:
+            raise Unwritten(str(error), found) from error
     return found
 
 
@@ -235,9 +244,5 @@ def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
             with source.open(i) as picture:
                 images.append(picture.tensor(192))
         shown += [images[at : at + _COLUMNS] for at in range(0, len(images), _COLUMNS)]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_sheet(out, shown)
-    except (OSError, ValueError) as error:  # ValueError: unknown file extension
-        raise ConfigError(f"cannot write {out}: {error}") from None
+    save_sheet(out, shown)
     return {"out": str(out), "rows": rows}

@@ -17,9 +17,10 @@ from inbatch.data.views.crop_pairs import arrange
 from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
-from inbatch.runtime.files import replacing
+from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths, listed_paths
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
 from inbatch.training.recipe import Part
@@ -72,12 +73,12 @@ def save_grid(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write `grid` to an image file atomically; raise ValueError for an unknown file extension."""
+    """Write `grid` to an image file atomically; raise ConfigError for an unknown file extension."""
     _save(path, Image.fromarray(grid(images, drawn, mean, std)))
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; raise ValueError for an unknown file extension."""
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ConfigError for an unknown file extension."""
     columns = max(map(len, rows))
     sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
     for row, images in enumerate(rows):
@@ -90,25 +91,38 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
 
 
 def _save(path: str | Path, picture: Image.Image) -> None:
-    """Write a picture atomically; raise ValueError for an extension that Pillow cannot write."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"unknown file extension: {Path(path).suffix}")
-    with replacing(Path(path)) as file:
+    """Write a picture atomically."""
+    kind = _format(path)
+    with replacing(path_of(path, "out")) as file:
         picture.save(file, format=kind, **({"pnginfo": png_mark()} if kind == "PNG" else {}))
 
 
 def check_place(out: str | Path, data: Any) -> None:
     """Raise ConfigError if a picture would become an image of the data: only PNG files are marked and left out."""
     data = joined_paths(data)
-    if not isinstance(data, str | os.PathLike) or Path(out).suffix.lower() == ".png":
+    if not isinstance(data, str | os.PathLike) or path_of(out, "out").suffix.lower() == ".png":
         return
     for path in listed_paths(os.fspath(data)):
-        if Path(path).is_dir() and Path(out).resolve().is_relative_to(Path(path).resolve()):
+        if Path(path).is_dir() and path_of(out, "out").resolve().is_relative_to(Path(path).resolve()):
             raise ConfigError(
                 f"{out} lies in {path} and would become an image of the data: choose a name that ends in .png, which "
                 "inbatch marks and leaves out, or another folder"
             )
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise ConfigError for a file extension that Pillow cannot write, InbatchError if the file cannot be written."""
+    _format(path)
+    check_writable(path_of(path, "out"))
+
+
+def _format(path: str | Path) -> str:
+    """Return Pillow's name of the format of a picture."""
+    file = path_of(path, "out")
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ConfigError(f"cannot write {file}: unknown file extension {file.suffix!r}; use .png or .jpg")
+    return kind
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -132,6 +146,7 @@ def draw_views(
     settings: Mapping[str, Any] | None = None, **fields: Any,
 ) -> Part:  # fmt: skip
     """Draw some images with their views into an image file; return the name and options of the views."""
+    check_picture(out)
     given = merged_settings(method, None, settings, fields)
     data = requested_data(data, given)
     check_place(out, data)
@@ -144,8 +159,5 @@ def draw_views(
     number, label = torch.arange(len(held.source)), held.source.labels
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))
     images = [image[:, :h, :w] for image, (h, w) in zip(held.images, held.size.tolist(), strict=True)]
-    try:
-        save_grid(out, images, drawn, mean, std)
-    except ValueError as error:  # unknown file extension
-        raise ConfigError(f"cannot write {out}: {error}") from None
+    save_grid(out, images, drawn, mean, std)
     return recipe.views

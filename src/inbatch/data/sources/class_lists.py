@@ -1,12 +1,12 @@
 """Class lists: files that select the classes of a source and define their numbering."""
 
 import re
-from pathlib import Path
 
 import torch
 
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError
+from inbatch.runtime.paths import path_of
 
 
 def choose(source: Source, file: str) -> Source:
@@ -39,7 +39,7 @@ def choose(source: Source, file: str) -> Source:
 def _listed(file: str, source: Source) -> tuple[str, ...]:
     """Return the listed classes in the order of the file."""
     try:
-        lines = Path(file).read_text("utf-8-sig").split("\n")
+        lines = path_of(file, "classes").read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
         raise DataError(f"the list of classes {file!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     known, unknown = set(source.classes), []

@@ -22,6 +22,7 @@ from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_
 from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.split_names import naming
 from inbatch.errors import DataError, many
+from inbatch.runtime.paths import path_of
 
 
 class FolderSource(Source):
@@ -164,7 +165,7 @@ def write_folder(source: Source, directory: str | os.PathLike) -> Path:
     Raises:
         DataError: If the directory is not empty.
     """
-    root = Path(directory)
+    root = path_of(directory, "directory")
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{str(root)!r} is not empty: name a new directory")
     for i, label in enumerate(source.labels.tolist()):

@@ -21,6 +21,7 @@ from inbatch.data.sources import cifar
 from inbatch.data.sources.arrays import ArraySource, check_labels
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.errors import DataError, closest
+from inbatch.runtime.paths import path_of, variable
 
 PREFIX = "torchvision/"
 
@@ -91,7 +92,7 @@ def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], S
         close = closest(name, SETS)
         hint = f"did you mean {PREFIX}{close[0]}?" if close else f"there are {', '.join(SETS)}"
         raise DataError(f"{data!r} is not a supported data set of torchvision: {hint}")
-    root = Path(where or os.environ.get("INBATCH_DATA") or "data").expanduser()
+    root = path_of(where or variable("INBATCH_DATA") or "data", "the folder of torchvision's sets")
     return {split: partial(_open, name, split, root, reading) for split in SETS[name].splits}
 
 

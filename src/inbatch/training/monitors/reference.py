@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inbatch.errors import ConfigError
+from inbatch.runtime.paths import path_of
 from inbatch.runtime.text import one_line
 from inbatch.training.monitors.reference_files import MEASURES, differing, listed, read_result
 
@@ -163,7 +164,7 @@ def read_reference(path: str | Path, name: str | None = None) -> Reference:
     Raises:
         ConfigError: If there is no reference.
     """
-    path = Path(path)
+    path = path_of(path, "compare")
     if os.path.isfile(path):
         files = [path]
     elif os.path.isfile(path / "recipe.json"):
