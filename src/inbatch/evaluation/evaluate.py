@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from inbatch.data import renumbered
 from inbatch.errors import ConfigError
 from inbatch.evaluation.clustering import clustering
 from inbatch.evaluation.corruptions import check, corruptions
@@ -75,6 +76,7 @@ def evaluate(
         DataError: without labels, with one class only, or if features are not finite.
     """
     _check_protocols(protocols, encoder, train, test)
+    test = renumbered(test, train)
     features = [
         data if isinstance(data, Embeddings) else _embedded(encoder, data, batch, precision, workers)
         for data in (train, test)

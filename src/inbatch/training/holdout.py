@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inbatch.data import Source, Subset, find_split, open_data, splits
+from inbatch.data import NO_LABELS, Source, Subset, find_split, open_data, renumbered, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Kept
 from inbatch.methods import METHODS
@@ -53,8 +53,9 @@ def evaluation_split(
     labelled = bool((source.labels >= 0).any())
     if test is None and not labelled:
         return None
-    where, reading = data if test is None else test, recipe.reading | {"download": download}
-    names = splits(where)
+    where, columns = (data, recipe.columns) if test is None else (test, columns_of_other(recipe, test))
+    reading: dict[str, Any] = recipe.reading | columns | {"download": download}
+    names = splits(where, **columns)
     if test is None:
         used = find_split(recipe.split, names)
         held_out = [
@@ -70,6 +71,7 @@ def evaluation_split(
         seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     bank = source if labelled else open_data(where, "train", **reading)
+    queries = renumbered(queries, bank)
     if queries.classes != bank.classes:
         raise DataError(f"{queries.name} has other classes than {bank.name}: pass test data with the same classes")
     return EvaluationSplit(bank, queries, f"{split} split of {queries.name}")
@@ -83,10 +85,25 @@ def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> It
             yield name, source
 
 
+def columns_of_other(recipe: Recipe, data: Any) -> dict[str, Any]:
+    """Return the columns of other data than the run's: those of the recipe if these data have them, else the usual."""
+    usual: dict[str, Any] = {"image_column": None, "label_column": None}
+    own: dict[str, Any] = {key: None if column == NO_LABELS else column for key, column in recipe.columns.items()}
+    if own == usual:
+        return usual
+    try:
+        open_data(data, splits(data, **own)[0], **own)
+    except DataError:
+        return usual
+    return own
+
+
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
     if not bool((source.labels >= 0).any()):
-        raise DataError(f"{source.name} has no labels, which the evaluation needs: use class sub-folders")
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}, which the evaluation needs: use class sub-folders"
+        )
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))

@@ -1,7 +1,9 @@
-"""Class lists: files that select the classes of a source and define their numbering."""
+"""Numbering of the classes of a source: by a file that lists them, or as in another source."""
 
+import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +25,10 @@ def choose(source: Source, file: str) -> Source:
         DataError: If the source has no labels, if a class is unknown or listed twice, or if no image is left.
     """
     if not source.classes:
-        raise DataError(f"{source.name} has no labels: a list of classes ({file!r}) cannot choose among its images")
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}: "
+            f"a list of classes ({file!r}) cannot choose among its images"
+        )
     names = _listed(file, source)
     number = torch.full((len(source.classes) + 1,), -1)
     place = {name: i for i, name in enumerate(source.classes)}
@@ -33,7 +38,36 @@ def choose(source: Source, file: str) -> Source:
     if not len(chosen):
         raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists")
     chosen.labels, chosen.classes = new[new >= 0], names
+    chosen.ids = None if source.ids is None else tuple(source.ids[place[name]] for name in names)
     return chosen
+
+
+def renumbered(images: Any, like: Any) -> Any:
+    """Return a source, or embeddings, with the class numbers of another one, by the names of the classes.
+
+    Unchanged if both have the same classes, or none in common; classes that `like` lacks follow behind.
+    """
+    own, other = getattr(images, "classes", ()), getattr(like, "classes", ())
+    if own == other or not {*own} & {*other}:
+        return images
+    place = {name: i for i, name in enumerate(dict.fromkeys((*other, *own)))}
+    number = torch.tensor([*(place[name] for name in own), -1])  # -1 indexes the last entry and stays unknown
+    ids = class_ids(like) | class_ids(images)
+    changed = copy.copy(images)
+    for name, value in {
+        "labels": number[images.labels],
+        "classes": tuple(place),
+        "ids": tuple(ids[name] for name in place) if ids and ids.keys() == place.keys() else None,
+    }.items():
+        object.__setattr__(changed, name, value)  # embeddings are frozen
+    return changed
+
+
+def class_ids(images: Any) -> dict[str, int]:
+    """Return the integers of the classes in the data by their names; empty if the data have other labels."""
+    numbered = images.classes == tuple(map(str, range(len(images.classes))))
+    ids = range(len(images.classes)) if images.ids is None and numbered else images.ids or ()
+    return dict(zip(images.classes, ids, strict=False))
 
 
 def _listed(file: str, source: Source) -> tuple[str, ...]:
