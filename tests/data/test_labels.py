@@ -248,6 +248,15 @@ class TestColumns:
             with pytest.raises(DataError, match=r"has no columns|without names|leave out image_column"):
                 open_data(data, label_column="kind")
 
+    def test_ids_of_several_files_are_joined(self, tmp_path):
+        (tmp_path / "c").mkdir()
+        for name, values in (("a", [10, 9]), ("b", [9, 1000]), ("c/x", [10, 8])):
+            table(tmp_path / f"{name}.parquet", {"label": values})
+        source = open_data(f"{tmp_path}/*.parquet")
+        assert source.ids == (9, 10, 1000) and source.labels.tolist() == [1, 0, 0, 2]
+        joined = open_data([tmp_path / "a.parquet", tmp_path / "c"])
+        assert joined.ids == (8, 9, 10) and joined.labels.tolist() == [2, 1, 2, 0]
+
     def test_semicolons(self, tmp_path):
         """As spreadsheets write where the comma is the decimal sign."""
         for name in ("0.png", "1.png", "a;b.png"):
