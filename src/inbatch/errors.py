@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
+def type_name(value: object) -> str:
+    """Return the type of a value with its module, for messages: "h5py._hl.dataset.Dataset", "int"."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 class InbatchError(Exception):
     """Base class of all errors that the user can correct; the command line prints them without a traceback."""
 

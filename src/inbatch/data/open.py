@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from inbatch import rng
-from inbatch.data.source import Reading, Source, Subset
+from inbatch.data.source import Reading, Source, Subset, unlabelled
 from inbatch.data.sources import (
     arrays,
     cifar,
@@ -19,20 +19,27 @@ from inbatch.data.sources import (
     webdataset,
 )
 from inbatch.data.sources.class_lists import choose
+from inbatch.data.sources.columns import check_no_columns
+from inbatch.data.sources.labels import NO_LABELS
 from inbatch.data.sources.split_names import find_split
-from inbatch.errors import DataError
+from inbatch.errors import DataError, type_name
 from inbatch.runtime.path_list import joined_paths
 
+
+def _find_several(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
+    return several.find_several(data, reading, _find)
+
+
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
-    "an array, a tensor or a pair (images, labels)": arrays.find_arrays,
+    "an array (NumPy, PyTorch, h5py, zarr), or a pair (images, labels)": arrays.find_arrays,
     "digits-canvas or digits-canvas-colour": digits.find_digits,
     "torchvision/NAME, a set by its name": torchvision_sets.find_torchvision,
-    "several paths, or a pattern in quotes": lambda data, reading: several.find_several(data, reading, _find),
+    "several paths, or a pattern in quotes": _find_several,
     "a Parquet file, or a folder with train.parquet": parquet.find_parquet,
     "a .csv, .tsv or .txt list of paths": file_lists.find_file_list,
     "a .npy or .npz file": numpy_files.find_numpy,
     "a folder of CIFAR-10 or CIFAR-100": cifar.find_cifar,
-    "a folder of Hugging Face datasets, or hf/NAME": huggingface.find_huggingface,
+    "a Hugging Face Dataset, its folder, or hf/NAME": huggingface.find_huggingface,
     "a .tar, shards-{000..003}.tar or a folder of .tar files": webdataset.find_webdataset,
     "a folder of images": folder.find_folder,
 }
@@ -45,9 +52,23 @@ first match wins. To add a kind, write one file with a finder and add one line h
 _SUBSET_SEED = 0  # independent of the run's seed: every run on "10,000 images" uses the same images
 
 
-def splits(data: object) -> tuple[str, ...]:
-    """Return the splits of the data, such as ("train", "val", "test"); raise DataError if the data cannot be opened."""
-    return tuple(_find(data, Reading()))
+_WITH_COLUMNS = (
+    _find_several,  # of which each part is opened by a finder
+    parquet.find_parquet,
+    file_lists.find_file_list,
+    numpy_files.find_numpy,
+    huggingface.find_huggingface,
+    webdataset.find_webdataset,
+)
+"""Finders of data whose images and labels are in columns, or have names of their own."""
+
+
+def splits(data: object, image_column: str | None = None, label_column: str | None = None) -> tuple[str, ...]:
+    """Return the splits of the data, such as ("train", "val", "test"); raise DataError if they cannot be opened.
+
+    image_column, label_column: See `Reading`.
+    """
+    return tuple(_find(data, Reading(image_column=image_column, label_column=label_column)))
 
 
 def open_data(
@@ -59,6 +80,8 @@ def open_data(
     classes: str | None = None,
     levels: tuple[float, float] | None = None,
     download: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """Open one split of a path, a named data set or an in-memory array (`OPENERS` lists the kinds).
 
@@ -72,15 +95,20 @@ def open_data(
             other classes are left out.
         levels: See `Reading`.
         download: See `Reading`.
+        image_column: See `Reading`.
+        label_column: See `Reading`; images of any kind are unlabelled with "none".
 
     Raises:
         DataError: If the data or the split does not exist, or if `subset` exceeds the number of images.
     """
-    found = _find(data, Reading(channels, levels, download))
+    found = _find(data, Reading(channels, levels, download, image_column, label_column))
     if (name := find_split(split, found)) is None:
         way = "" if split != "train" else f": to learn from another one, pass --set split={next(iter(found))}"
         raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}{way}")
     source = found[name]()
+    if label_column == NO_LABELS:
+        source.labels, source.classes, source.ids = unlabelled(len(source)), (), None
+        source.label_note = "label_column = none"
     if classes is not None:
         source = choose(source, classes)
     if subset is None:
@@ -95,11 +123,30 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
     data = joined_paths(data)
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
+            if find not in _WITH_COLUMNS:
+                check_no_columns(reading, _name(data))
             return found
     if isinstance(data, str | os.PathLike) and not os.path.exists(data):
         raise DataError(f"{_name(data)} does not exist; data can be {'; '.join(OPENERS)}")
-    raise DataError(f"{_name(data)} cannot be opened; data can be {'; '.join(OPENERS)}")
+    raise DataError(f"{_name(data)} cannot be opened; {_advice(data)}data can be {'; '.join(OPENERS)}")
+
+
+def _advice(data: object) -> str:
+    """Return how to pass an object that holds images but is not one of the supported kinds; empty for paths."""
+    if isinstance(data, str | os.PathLike) or data is None:
+        return ""
+    if isinstance(data, tuple | list):
+        return "stack images of one size to an array (numpy.stack), and pass images and labels as (images, labels); "
+    if hasattr(data, "__array_interface__"):
+        return "pass numpy.asarray(image)[None] for one image; "
+    if hasattr(data, "__getitem__") or hasattr(data, "__iter__"):
+        return "pass its images as one array (N, H, W, C) of uint8, or write them to a folder; "
+    return ""
 
 
 def _name(data: object) -> str:
-    return repr(os.fspath(data)) if isinstance(data, str | os.PathLike) else f"A {type(data).__name__}"
+    if isinstance(data, str | os.PathLike):
+        return repr(os.fspath(data))
+    if isinstance(data, tuple | list) and data:
+        return f"A {type(data).__name__} of {' and '.join(dict.fromkeys(map(type_name, data[:2])))}"
+    return f"A {type_name(data)}"

@@ -14,6 +14,9 @@ from torch import Tensor
 from inbatch.data.pixels import Levels
 from inbatch.errors import many
 
+SKIPPED = "the images are used without labels, and k-NN and the linear probe are left out"
+"""What follows from labels that are not classes, for reports."""
+
 CropSpec = tuple[int, Literal["bilinear", "bicubic"]]
 """Crop specification of a view: output side in pixels and interpolation mode."""
 
@@ -29,11 +32,15 @@ class Reading:
         levels: The two values that are mapped to 0 and 255 in images with more than 8 bits per channel; None for the
             full 16-bit range. 32-bit and floating-point values require levels.
         download: Download a named data set that is not on the disk.
+        image_column: Column with the images, or their paths, in data with columns; None for the usual names.
+        label_column: Column with the labels; None for the usual names, "none" for images without labels.
     """
 
     channels: int | None = None
     levels: Levels | None = None
     download: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 @runtime_checkable
@@ -58,10 +65,14 @@ class Source(ABC):
         labels: (N,) int64, -1 for unknown.
         classes: Names of the labels; empty if all images are unlabelled.
         note: Sentence part for the report, on what was taken as which split and what was left out.
+        ids: The integers of the classes in the data, if these are not 0, 1, 2, ...
+        label_note: A sentence if the data have labels that cannot be used as classes, else empty.
     """
 
     levels: Levels | None = None
     note: str = ""
+    ids: tuple[int, ...] | None = None
+    label_note: str = ""
 
     def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
@@ -99,8 +110,16 @@ class Source(ABC):
 
     def report(self) -> str:
         """Return a text report of one or more lines: the images used and the files left out."""
-        known = f"{len(self.classes)} classes" if self.classes else "unlabelled"
-        return "; ".join(filter(None, (f"{self.name}: {many(len(self), 'image')}, {known}", self.note)))
+        return "; ".join(filter(None, (f"{self.name}: {many(len(self), 'image')}, {self.labelling()}", self.note)))
+
+    def labelling(self) -> str:
+        """Return the number of classes as text, or that there are no labels and why."""
+        skipped = f" ({self.label_note}: {SKIPPED})" if self.label_note else ""
+        return f"{len(self.classes)} classes" if self.classes else f"unlabelled{skipped}"
+
+    def why_unlabelled(self) -> str:
+        """Return `label_note` in parentheses, for the end of a sentence; empty if there is none."""
+        return f" ({self.label_note})" if self.label_note else ""
 
 
 class Subset(Source):
@@ -109,6 +128,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Int[Tensor, "m"], why: str):
         super().__init__(source.name, source.channels, source.labels[indices], source.classes)
         self.source, self.indices, self.why, self.levels = source, indices, why, source.levels
+        self.ids, self.label_note = source.ids, source.label_note
 
     def open(self, i: int) -> LazyImage:
         return self.source.open(int(self.indices[i]))

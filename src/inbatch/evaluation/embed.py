@@ -79,6 +79,7 @@ class Kept:
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.labels = source, source.name, source.labels
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
+        self.ids: tuple[int, ...] | None = getattr(source, "ids", None)
         self._images: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -188,7 +189,8 @@ def _stream(
             index=index,
             name=source.name,
             feature=feature,
-            classes=getattr(source, "classes", ()),
+            classes=getattr(source, "classes", ()),  # sources from outside the package may have none
+            ids=getattr(source, "ids", None),
         )
 
 
@@ -294,4 +296,5 @@ def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
         feature=chunks[0].feature,
         missing=tuple(bad.values()),
         classes=chunks[0].classes,
+        ids=chunks[0].ids,
     )

@@ -23,7 +23,8 @@ class Embeddings:
         index: (N,) int64, each image's number in the data set; 0, 1, ... by default.
         missing: a message for each image that cannot be read.
         split: the split of the images; empty if it is unknown.
-        classes: names of the labels; empty if they have none.
+        classes: names of the labels; empty if unknown.
+        ids: integers of the classes in the data, if these are not 0, 1, 2, ...
     """
 
     vectors: Float[Tensor, "n f"]
@@ -35,6 +36,7 @@ class Embeddings:
     missing: tuple[str, ...] = ()
     split: str = ""
     classes: tuple[str, ...] = ()
+    ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.index is None:

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from inbatch.runtime.paths import path_of
 def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
     """Write path, index, label (-1 unknown), vector and split to a .parquet or .npz file; return the number of rows.
 
-    The index is the number of the image in its split. Replaces an existing file.
+    The index is the number of the image in its split. Labels are the integers of the data, `class` has the names of the
+    classes, empty or null for unknown. Replaces an existing file.
 
     Raises:
         ConfigError: for other endings, or .parquet without pyarrow.
@@ -46,12 +47,15 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     try:
         for chunk in stream:
             n, width = chunk.vectors.shape
+            ids, classes = _tables(chunk)
+            numbers = chunk.labels.numpy()
             columns = {
                 "path": pa.array([_text(i) for i in chunk.identities], pa.string()),
                 "index": pa.array(chunk.index.numpy()),
-                "label": pa.array(chunk.labels.numpy()),
+                "label": pa.array(ids[numbers]),
                 "vector": pa.FixedSizeListArray.from_arrays(pa.array(chunk.vectors.numpy().ravel()), width),
                 "split": pa.array([chunk.split] * n, pa.string()),
+                "class": pa.array(classes[numbers], pa.string(), mask=classes[numbers] == ""),
             }
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(file, table.schema)
@@ -69,9 +73,12 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
         rows, width, longest, labels, index = 0, 0, 1, [], []
         splits: list[tuple[str, int]] = []
+        tables: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # of each split
         for chunk in stream:
             vectors.write(np.ascontiguousarray(chunk.vectors.numpy(), np.float32).tobytes())
-            labels.append(chunk.labels.numpy())
+            key = (chunk.classes, chunk.ids)
+            tables[key] = _tables(chunk, tables.get(key))
+            labels.append((key, chunk.labels.numpy()))
             index.append(chunk.index.numpy())
             splits.append((chunk.split, len(chunk)))
             identities = [_text(i) for i in chunk.identities]
@@ -86,10 +93,24 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             _array(archive, "path", text, (rows,), (np.array(json.loads(line), text).tobytes() for line in names))
             _array(archive, "index", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in index))
-            _array(archive, "label", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in labels))
+            _array(archive, "label", np.dtype("<i8"), (rows,), (tables[key][0][x].tobytes() for key, x in labels))
             _array(archive, "split", word, (rows,), (np.full(count, name, word).tobytes() for name, count in splits))
             _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
+            word = max((classes.dtype for _, classes in tables.values()), key=lambda dtype: dtype.itemsize)
+            parts = (tables[key][1].astype(word)[numbers].tobytes() for key, numbers in labels)
+            _array(archive, "class", word, (rows,), parts)
         return rows
+
+
+def _tables(chunk: Embeddings, known: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integer in the data and the name of each class; those of the number -1, at the end, are -1 and empty.
+
+    known: Result for another chunk with the same classes; it is extended if labels have no names.
+    """
+    names = [*map(_text, chunk.classes)]
+    most = max(len(names), int(chunk.labels.max()) + 1, 0 if known is None else len(known[0]) - 1)
+    ids = range(most) if chunk.ids is None else chunk.ids
+    return np.array([*ids, -1], "<i8"), np.array([*names, *[""] * (most - len(names) + 1)])
 
 
 def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], data: Iterator[bytes]) -> None:

@@ -156,8 +156,10 @@ class Encoder(nn.Module):
         Args:
             images: tensor (N, C, H, W); array (N, H, W, C), (N, C, H, W) or (N, H, W); or a list of Pillow images,
                 (C, h, w) tensors or (h, w, C) arrays of any sizes. Other types than uint8 are converted with `levels`.
+                One such image alone is embedded as a list of one.
             batch: images at a time.
         """
+        images = [images] if self._is_one(images) else images
         rows = []
         for start in range(0, len(images), batch):
             with self.evaluating():
@@ -174,6 +176,7 @@ class Encoder(nn.Module):
         Args:
             images: at least one image, in a form that `embed` takes.
         """
+        images = [images] if self._is_one(images) else images
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
             images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -194,6 +197,15 @@ class Encoder(nn.Module):
             if low >= 0 and high - low >= 0.5 and (high <= 1 or high > whitest + 0.1):
                 self._warned = True
                 warnings.warn(RAW.format(low, high), UserWarning, stacklevel=5)
+
+    def _is_one(self, images: Any) -> bool:
+        """Return whether this is one image: of Pillow, a (h, w) or (h, w, C) array, or a (C, h, w) tensor."""
+        if not isinstance(images, np.ndarray | Tensor):
+            return isinstance(images, Image.Image)
+        if isinstance(images, Tensor):
+            return images.ndim == 3 and images.shape[0] in (1, 3, self.channels)
+        # (N, H, W) has the same number of sides; its last one is the width of the images.
+        return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4, self.channels))
 
     def _tensor(self, image: Any) -> Tensor:
         """Return one (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""

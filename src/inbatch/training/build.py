@@ -141,7 +141,10 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
     if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
-        raise DataError(f"{recipe.method.name} learns from labels, but {source.name} has none: use class sub-folders")
+        raise DataError(
+            f"{recipe.method.name} learns from labels, but {source.name} has none{source.why_unlabelled()}: "
+            "use class sub-folders, or name the column of labels (--label-column)"
+        )
     if recipe.shuffle_groups and recipe.batch_size == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inbatch.data import Source, Subset, find_split, open_data, splits
+from inbatch.data import NO_LABELS, Source, Subset, find_split, open_data, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Kept
 from inbatch.evaluation.embeddings import matched_labels
@@ -56,8 +56,10 @@ def evaluation_split(
     labelled = _has_classes(source)
     if test is None and not labelled:
         return None
-    where, reading = data if test is None else test, recipe.reading | {"download": download}
-    names, any_class = splits(where), reading | {"classes": None}  # test data may lack some of the listed classes
+    where, columns = (data, recipe.columns) if test is None else (test, columns_of_other(recipe, test))
+    reading: dict[str, Any] = recipe.reading | columns | {"download": download}
+    names = splits(where, **columns)
+    any_class = reading | {"classes": None}  # test data may lack some of the listed classes
     if test is None:
         used = find_split(recipe.split, names)
         held_out = [
@@ -74,7 +76,9 @@ def evaluation_split(
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     bank = source if labelled else open_data(where, "train", **reading)
     if not _has_classes(queries):
-        raise DataError(f"{queries.name} has no labels, which the evaluation needs: use class sub-folders")
+        raise DataError(
+            f"{queries.name} has no labels{queries.why_unlabelled()}, which the evaluation needs: use class sub-folders"
+        )
     if recipe.classes is not None:
         queries = _of_classes(queries, bank.classes)
     matched_labels(bank, queries)
@@ -89,10 +93,25 @@ def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> It
             yield name, source
 
 
+def columns_of_other(recipe: Recipe, data: Any) -> dict[str, Any]:
+    """Return the columns of other data than the run's: those of the recipe if these data have them, else the usual."""
+    usual: dict[str, Any] = {"image_column": None, "label_column": None}
+    own: dict[str, Any] = {key: None if column == NO_LABELS else column for key, column in recipe.columns.items()}
+    if own == usual:
+        return usual
+    try:
+        open_data(data, splits(data, **own)[0], **own)
+    except DataError:
+        return usual
+    return own
+
+
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
     if not _has_classes(source):
-        raise DataError(f"{source.name} has no labels, which the evaluation needs: use class sub-folders")
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}, which the evaluation needs: use class sub-folders"
+        )
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))

@@ -446,6 +446,8 @@ def _finish(
         "held_out": split and split.description,
         "evaluation": None if split is None else evaluation(built, split, out),
     }
+    if built.source.label_note:
+        result["label_note"] = built.source.label_note
     result |= compare_with_initial(built, split, out, plan.compared)
     if progress.calibration:
         result["calibration"] = progress.calibration

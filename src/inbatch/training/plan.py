@@ -149,7 +149,10 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
         str(settings.get("split", "train")),
         subset=None if settings.get("subset") is None else _whole("subset", settings["subset"]),
         channels=None if settings.get("channels") is None else _whole("channels", settings["channels"]),
-        classes=None if settings.get("classes") is None else str(settings["classes"]),
+        **{
+            key: None if settings.get(key) is None else str(settings[key])
+            for key in ("classes", "image_column", "label_column")
+        },
         levels=_levels(settings.get("levels")),
         download=download,
     )

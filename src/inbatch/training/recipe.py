@@ -86,6 +86,8 @@ class Recipe:
         data, split, subset: Images to learn from; subset: number of images, drawn with seed 0.
         test: Data set for evaluation; None for the test split of the data or a held-out tenth.
         channels, classes, levels: How the images are read (`data.open_data`).
+        image_column: Column of the images, in tar files their extension; None for the usual names.
+        label_column: Column of the labels; None for the usual names, "none" for no labels.
         image_size: Side in pixels of the encoder's input images.
         batch_size: Global batch: samples per step over all ranks.
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
@@ -138,6 +140,8 @@ class Recipe:
     channels: Positive = 3
     classes: str | None = None
     levels: tuple[float, float] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     image_size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
     epochs: Positive = 100
     batch_size: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
@@ -165,7 +169,12 @@ class Recipe:
     @property
     def reading(self) -> dict[str, Any]:
         """Arguments of `data.open_data` by which the images of the run are read."""
-        return {"channels": self.channels, "classes": self.classes, "levels": self.levels}
+        return {"channels": self.channels, "classes": self.classes, "levels": self.levels} | self.columns
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Arguments of `data.open_data` and `data.splits` that name columns."""
+        return {"image_column": self.image_column, "label_column": self.label_column}
 
     def flat(self) -> Settings:
         """Return the recipe as settings, which `make` turns into the same recipe."""

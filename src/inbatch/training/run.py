@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from inbatch.data import GreyAsRGB, Source, find_split, open_data, splits
+from inbatch.data import SKIPPED, GreyAsRGB, Source, find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings
@@ -25,7 +25,7 @@ from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located
 from inbatch.training.head_evaluation import evaluate_head
-from inbatch.training.holdout import Images, evaluation_split
+from inbatch.training.holdout import Images, columns_of_other, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
 from inbatch.training.machine import machine
 from inbatch.training.recipe import Recipe, make
@@ -87,7 +87,8 @@ def recipe_of(path: str | Path) -> Recipe:
 @isolated
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
-    from_: str = "features", device: str = "auto", **options: Any,
+    from_: str = "features", device: str = "auto", image_column: str | None = None, label_column: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the encoder of a run, finished or stopped, on its own or other data; writes nothing.
 
@@ -103,6 +104,8 @@ def evaluate_run(
         from_: "head" also evaluates the clusters that the method's head assigns, in addition to k-means on the
             features.
         device: Name of the device, or "auto".
+        image_column: Column of the images; by default that of the run, if the data have it.
+        label_column: Column of the labels, likewise.
         **options: Options of `evaluate`.
 
     Raises:
@@ -115,7 +118,10 @@ def evaluate_run(
     path = path_of(path)
     own = located(path, recipe_of(path))
     loaded = load_run_encoder(path)
-    recipe, source = (own, source_of(own, None)) if data is None else _elsewhere(own, data)
+    columns = {"image_column": image_column, "label_column": label_column}
+    named: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
+    here = replace(own, **named)
+    recipe, source = (here, source_of(here, None)) if data is None else _elsewhere(own, data, named)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = loaded.encoder.to(device_for(device)), loaded.note is not None
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options
@@ -125,7 +131,12 @@ def evaluate_run(
     origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
     if split is None:
         if protocols is not None or from_ == "head":
-            raise ConfigError(f"{source.name} has no labels for the evaluation: pass --data with class sub-folders")
+            raise ConfigError(
+                f"{source.name} has no labels for the evaluation{source.why_unlabelled()}: "
+                "pass --data with class sub-folders"
+            )
+        left_out = f"{source.label_note}: {SKIPPED}" if source.label_note else None
+        origin["note"] = ". ".join(filter(None, (origin["note"], left_out))) or None
         return evaluate_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
     bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
@@ -184,8 +195,11 @@ def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
+    image_column: str | None = None, label_column: str | None = None,
 ) -> int:  # fmt: skip
     """Write path, index, label, features and split of every image to a .parquet or .npz file; return their number.
+
+    A label is the integer that the data have; labelled images also get the name of their class.
 
     Args:
         path: A run, finished or stopped, or an encoder's folder.
@@ -200,6 +214,8 @@ def embed_run(
         stage: Receives the "step" of the encoder, the number of "steps", a "note" if the run has not finished, and the
             number of images of each of the "splits". If None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
+        image_column: Column of the images; by default that of the run, if the data have it.
+        label_column: Column of the labels, likewise.
     """
     loaded = load_run_encoder(path)
     if stage is not None:
@@ -207,9 +223,14 @@ def embed_run(
     elif loaded.note:
         warnings.warn(loaded.note, stacklevel=3)
     encoder = loaded.encoder.to(device_for(device))
-    every = splits(data)
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    if (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
+        own = columns_of_other(recipe_of(path), data)
+        columns = {key: own[key] if column is None else column for key, column in columns.items()}
+    reading: dict[str, Any] = {"channels": encoder.channels, "levels": encoder.levels} | columns
+    every = splits(data, **columns)
     names = distinct(every) if split is None else [find_split(split, every) or split]
-    sources = {name: open_data(data, name, channels=encoder.channels, levels=encoder.levels) for name in names}
+    sources = {name: open_data(data, name, **reading) for name in names}
     chunks, count = _every(encoder, sources, missing), sum(map(len, sources.values()))
     if stage is not None:
         stage["splits"] = {name: len(source) for name, source in sources.items()}
@@ -232,13 +253,14 @@ def _every(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str]
 def source_of(recipe: Recipe, data: Any) -> Source:
     """Return the images of a recipe, or those at their current location `data`."""
     if data is not None:
-        return open_data(data, splits(data)[0], **recipe.reading)
+        return open_data(data, splits(data, **recipe.columns)[0], **recipe.reading)
     return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
 
 
-def _elsewhere(recipe: Recipe, data: Any) -> tuple[Recipe, Source]:
+def _elsewhere(recipe: Recipe, data: Any, columns: dict[str, Any]) -> tuple[Recipe, Source]:
     """Return a run's recipe as far as it applies to the images of another data set, and these images."""
-    recipe = replace(recipe, test=None, split=splits(data)[0])
+    recipe = replace(recipe, test=None, **(columns_of_other(recipe, data) | columns))
+    recipe = replace(recipe, split=splits(data, **recipe.columns)[0])
     first = None
     for classes in dict.fromkeys((recipe.classes, None)):  # the run's list of classes, if these images have them
         for channels in (3, 1) if recipe.channels == 3 else (recipe.channels,):  # 1: no colour

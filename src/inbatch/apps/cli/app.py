@@ -125,6 +125,12 @@ Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")]
 KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ...; or several paths."
 Data = Annotated[list[str], Argument(metavar="DATA...", help=KINDS)]
+ImageColumn = Annotated[
+    str | None, Option("--image-column", metavar="NAME", help="Column of the images; in tar files their extension.")
+]
+LabelColumn = Annotated[
+    str | None, Option("--label-column", metavar="NAME|none", help="Column of the labels; none: use no labels.")
+]
 
 SEEDS = 2**32 - 1
 """Largest seed; scikit-learn accepts no larger one."""

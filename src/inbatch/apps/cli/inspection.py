@@ -11,7 +11,9 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Data,
     Device,
+    ImageColumn,
     Json,
+    LabelColumn,
     Set,
     app,
     assignments,
@@ -53,6 +55,8 @@ def views(
     size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
     count: Annotated[int, Option(min=1, help="Number of images.")] = 8,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -61,6 +65,7 @@ def views(
         from inbatch.apps.reports.view_grid import draw_views
 
         fields = {"views": views, "preset": preset, "crops": crops, "image_size": size}
+        fields |= {"image_column": image_column, "label_column": label_column}
         chosen = {key: value for key, value in fields.items() if value is not None}
         part = draw_views(joined_paths(data), out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
         if as_json:
@@ -80,6 +85,8 @@ def data(
     split: Annotated[str | None, Option(help="train, val or test, if the data has them; default: the first.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Number of images to check, evenly spaced; default: all.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Also draw some images, one row per class.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     set_: Set = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -90,16 +97,12 @@ def data(
         from inbatch.apps.reports.dataset import survey_data
 
         problems: list[str] = []
+        columns = {"image_column": image_column, "label_column": label_column}
+        settings = {key: value for key, value in columns.items() if value is not None} | assignments(set_)
 
         def survey() -> dict[str, Any]:
             found = survey_data(
-                joined_paths(data),
-                split=split,
-                sample=sample,
-                out=out,
-                settings=assignments(set_),
-                device=device,
-                quiet=False,
+                joined_paths(data), split=split, sample=sample, out=out, settings=settings, device=device, quiet=False
             )
             problems.extend(found["problems"])
             return found

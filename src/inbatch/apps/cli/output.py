@@ -142,7 +142,9 @@ def print_run(result: Mapping[str, Any]) -> None:
         say("", *judged_by(result["evaluation"], result["held_out"]), "")
     print_measures(result["unlabelled"], result["initial"], "trained encoder")
     if not result["evaluation"]:
-        say("", "No labels, so no accuracy. With a sub-folder per class, or labelled --set test=FOLDER, there is one.")
+        why = f" ({result['label_note']})" if "label_note" in result else ""
+        folders = "With a sub-folder per class, or labelled --set test=FOLDER, there is one."
+        say("", f"No labels{why}, so no accuracy. {folders}")
     say("", f"Neighbours: {Path(run) / 'neighbours.png'} (left: before training, right: after)")
     for sentence in result["collapsed"]:
         say(f"Warning:    at the end of the run {sentence}", "")

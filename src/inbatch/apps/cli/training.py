@@ -12,7 +12,9 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Data,
     Device,
+    ImageColumn,
     Json,
+    LabelColumn,
     Quiet,
     RunFolder,
     Set,
@@ -77,6 +79,8 @@ def quickstart(
 def pretrain(
     method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
     data: Annotated[list[str] | None, Option(help=f"{KINDS[:-1]}, each with --data, or a pattern in quotes.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     out: Annotated[
         Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
     ] = None,
@@ -162,6 +166,7 @@ def pretrain(
         chosen = {"preset": preset, "encoder": encoder, "batch_size": batch_size, "context": context, "epochs": epochs}
         chosen |= {"budget": budget, "image_size": image_size, "optimizer": optimizer, "precision": precision}
         chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
+        chosen |= {"image_column": image_column, "label_column": label_column}
         chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         own = {"encoder.init": init, "optimizer.lr": lr}
@@ -204,6 +209,8 @@ def evaluate(
     test: Annotated[
         list[str] | None, Option(help="Test images; default: the test split of the data, or a tenth of it.")
     ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     protocol: Annotated[
         list[str] | None,
         Option(
@@ -248,7 +255,7 @@ def evaluate(
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
-        chosen["tuning_share"] = tuning_share
+        chosen |= {"tuning_share": tuning_share, "image_column": image_column, "label_column": label_column}
         options |= {key: value for key, value in chosen.items() if value is not None}
         where, other = joined_paths(data) or None, joined_paths(test) or None
         file = requested_output(out) if out else default_output(path_of(run, "RUN") / "evaluation.json")
@@ -273,6 +280,8 @@ def embed(
     data: Data,
     out: Annotated[Path, Option("--out", "-o", help="Output file, .parquet or .npz; replaced if it exists.")],
     split: Annotated[str | None, Option(help="Only this split: train, val, test, ...; default: all.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     plain: Annotated[
         bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
     ] = False,
@@ -286,6 +295,7 @@ def embed(
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
+        options |= {"image_column": image_column, "label_column": label_column}
         count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}

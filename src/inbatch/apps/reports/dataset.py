@@ -62,9 +62,10 @@ def survey_data(
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
     if out is not None:
         check_place(out, data)
-    every = splits(data)
+    given = dict(settings or {})
+    every = splits(data, **{key: given.get(key) for key in ("image_column", "label_column")})
     chosen = every[0] if split is None else find_split(split, every) or split
-    given = dict(settings or {}) | ({} if chosen == every[0] else {"split": chosen})
+    given |= {} if chosen == every[0] else {"split": chosen}
     recipe, source = resolve_recipe(data, {"split": chosen} | given)
     indices = _spaced(len(source), sample)
     seen = total(_counted(chunks(source, indices), len(indices), "looked at", quiet))

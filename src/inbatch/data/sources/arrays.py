@@ -1,6 +1,11 @@
-"""In-memory images: an array or tensor of uint8, or of other numbers with levels, with or without labels."""
+"""In-memory images: an array or tensor of uint8, or of other numbers with levels, with or without labels.
 
+Arrays of other libraries (h5py, zarr, JAX, ...) are read into memory.
+"""
+
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +15,9 @@ from torch import Tensor
 
 from inbatch.data.pixels import Levels, to_bytes
 from inbatch.data.source import CropSpec, Reading, Source, unlabelled
-from inbatch.errors import DataError
-
-MOST_CLASSES = 1_000_000
-"""Upper limit of labels: a larger one is a mistake and would allocate memory for as many class names."""
+from inbatch.data.sources.labels import Labels, from_array
+from inbatch.errors import DataError, type_name
+from inbatch.runtime.memory import free_bytes
 
 
 class Pixels:
@@ -49,7 +53,7 @@ class GreyAsRGB(Source):
 
     def __init__(self, source: Source):
         super().__init__(source.name, 3, source.labels, source.classes)
-        self.source, self.levels = source, source.levels
+        self.source, self.levels, self.ids, self.label_note = source, source.levels, source.ids, source.label_note
 
     def open(self, i: int) -> Pixels:
         return Pixels(self.source.image(i).expand(3, -1, -1))
@@ -81,37 +85,59 @@ class ArraySource(Source):
 def find_arrays(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """Find the split of an array or tensor, or of a pair (images, labels); return None for anything else."""
     images, labels = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-    if not isinstance(images, np.ndarray | Tensor):
+    if not is_array(images):
         return None
-
-    def open_train() -> Source:
-        pixels = _channels_first(_bytes(images, reading.levels))
-        if not len(pixels):
-            raise DataError("The array holds no image (its first side is 0)")
-        if reading.channels not in (None, pixels.shape[1]):
-            raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were requested")
-        if labels is None:
-            return ArraySource(pixels, unlabelled(len(pixels)), ())
-        known = check_labels(torch.as_tensor(labels), len(pixels), "The labels given with the array")
-        return ArraySource(pixels, known, tuple(str(c) for c in range(int(known.max()) + 1)))
-
-    return {"train": open_train}
+    return {"train": lambda: open_arrays(images, labels, reading)}
 
 
-def check_labels(labels: Tensor, n: int, what: str) -> Int[Tensor, "n"]:
-    """Return labels as (n,) int64 with -1 for unknown; raise DataError for any other shape, type or range."""
-    if labels.shape != (n,):
-        raise DataError(f"{what} have shape {tuple(labels.shape)}, but there are {n:,} images: one label each")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"{what} are {labels.dtype}: use integers, 0 for the first class, -1 for unknown")
-    if n and labels.min() < -1:
-        raise DataError(f"{what} go down to {int(labels.min())}: use 0 for the first class, -1 for unknown")
-    if n and labels.max() >= MOST_CLASSES:
-        raise DataError(f"{what} go up to {int(labels.max())}: number the classes from 0, at most {MOST_CLASSES:,}")
-    return labels.long().cpu()
+def open_arrays(images: Any, labels: Any, reading: Reading, like: Labels | None = None) -> ArraySource:
+    """Return the source of an array, with labels if there are any; raise DataError if they cannot be used.
+
+    like: See `labels.number`.
+    """
+    pixels = _channels_first(_bytes(_in_memory(images), reading.levels))
+    if not len(pixels):
+        raise DataError("The array holds no image (its first side is 0)")
+    if reading.channels not in (None, pixels.shape[1]):
+        raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were requested")
+    if labels is None:
+        return ArraySource(pixels, unlabelled(len(pixels)), ())
+    known = from_array(_in_memory(labels), len(pixels), "The labels given with the array", like=like)
+    source = ArraySource(pixels, known.numbers, known.classes)
+    source.ids, source.label_note = known.ids, known.note
+    return source
 
 
-def _bytes(images: np.ndarray | Tensor, levels: Levels | None) -> UInt8[Tensor, "..."]:
+def is_array(data: object) -> bool:
+    """Return whether an object is an array of any library: it has a shape and a type, and can be indexed."""
+    return not isinstance(data, type) and all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__"))
+
+
+def _in_memory(data: Any) -> Any:
+    """Return NumPy arrays, tensors and sequences unchanged, and arrays of other libraries as NumPy arrays.
+
+    Raises:
+        DataError: If the array does not fit in memory, or cannot be converted.
+    """
+    if isinstance(data, np.ndarray | Tensor) or not is_array(data):
+        return data
+    what = f"The {type_name(data)}"
+    try:
+        needed, free = math.prod(data.shape) * np.dtype(data.dtype).itemsize, free_bytes(torch.device("cpu"))
+    except TypeError:  # a type that NumPy lacks, which the conversion reports
+        needed = free = 0
+    if needed > free:
+        raise DataError(
+            f"{what} would take {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free: "
+            "save the images as .npy, of which no more is read than is used"
+        )
+    try:
+        return np.asarray(data[:])
+    except Exception as e:  # of any library
+        raise DataError(f"{what} cannot be converted to a NumPy array: {e}; pass a NumPy array") from e
+
+
+def _bytes(images: Any, levels: Levels | None) -> UInt8[Tensor, "..."]:
     """Convert images of any type to uint8, by the levels if they have more than 8 bits."""
     if isinstance(images, Tensor):
         if images.dtype == torch.uint8:
@@ -126,6 +152,11 @@ def _bytes(images: np.ndarray | Tensor, levels: Levels | None) -> UInt8[Tensor, 
 def _channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
     """Convert (N,C,H,W), (N,H,W,C) or (N,H,W) to (N,C,H,W); the smaller of the two candidate sides is the channels."""
     if images.ndim == 3:
+        if images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
+            raise DataError(
+                f"The array's shape {tuple(images.shape)} is that of one image (H, W, C), not of images (N, H, W): "
+                "pass array[None] for one image"
+            )
         return images[:, None].cpu()
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] == shape[3]:

@@ -1,6 +1,7 @@
-"""Class lists: files that select the classes of a source and define their numbering."""
+"""Numbering of the classes of a source: by a file that lists them, or as in another source."""
 
 import re
+from typing import Any
 
 import torch
 
@@ -23,7 +24,10 @@ def choose(source: Source, file: str) -> Source:
         DataError: If the source has no labels, if a class is unknown or listed twice, or if no image is left.
     """
     if not source.classes:
-        raise DataError(f"{source.name} has no labels: a list of classes ({file!r}) cannot choose among its images")
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}: "
+            f"a list of classes ({file!r}) cannot choose among its images"
+        )
     names = _listed(file, source)
     number = torch.full((len(source.classes) + 1,), -1)
     place = {name: i for i, name in enumerate(source.classes)}
@@ -33,7 +37,15 @@ def choose(source: Source, file: str) -> Source:
     if not len(chosen):
         raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists")
     chosen.labels, chosen.classes = new[new >= 0], names
+    chosen.ids = None if source.ids is None else tuple(source.ids[place[name]] for name in names)
     return chosen
+
+
+def class_ids(images: Any) -> dict[str, int]:
+    """Return the integers of the classes in the data by their names; empty if the data have other labels."""
+    numbered = images.classes == tuple(map(str, range(len(images.classes))))
+    ids = range(len(images.classes)) if images.ids is None and numbered else images.ids or ()
+    return dict(zip(images.classes, ids, strict=False))
 
 
 def _listed(file: str, source: Source) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Lists of image files with labels: CSV, TSV and plain text.
 
-CSV and TSV with a header: the columns `path` (or image, file, filename, filepath), `label` (class, target) and `split`;
-other columns are ignored. CSV and TSV without a header: a path and optionally a label. Text: each line has a path with
-an image file extension and optionally a label after a tab, a comma or a space. Labels are integers or names; an empty
-label and -1 mean unknown.
+CSV and TSV with a header: the columns `path` (or image, file, filename, filepath), `label` (class, target) and `split`,
+or those that the settings name; other columns are ignored. CSV and TSV without a header: a path and optionally a label.
+Text: each line has a path with an image file extension and optionally a label after a tab, a comma or a space. A CSV
+file may be separated by semicolons. Labels are read as `labels` describes.
 """
 
 import csv
@@ -14,11 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import torch
-
-from inbatch.data.source import Reading, Source, path_text, unlabelled
-from inbatch.data.sources.arrays import check_labels
+from inbatch.data.source import Reading, Source, path_text
 from inbatch.data.sources.folder_scan import EXTENSIONS
+from inbatch.data.sources.labels import NO_LABELS, Distinct, Labels, number
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.data.sources.split_names import arranged
 from inbatch.errors import DataError
@@ -53,55 +51,63 @@ def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Sou
         return None
     if file.suffix.lower() == ".txt" and not _lists_images(file):
         return None
-    if not _has_splits(file):
+    if not _has_splits(file, reading):
         return {"train": lambda: _open(file, None, reading)}
-    names = {row.split: row.line for row in _rows(file)} or {"train": 0}
+    names = {row.split: row.line for row in _rows(file, reading)} or {"train": 0}
     if "" in names:
         raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
     return arranged({name: partial(_open, file, name, reading) for name in names})
 
 
 def _open(file: Path, split: str | None, reading: Reading) -> Source:
-    rows = list(_rows(file))
+    rows = list(_rows(file, reading))
     if not rows:
         raise DataError(f"{str(file)!r} lists no image: write a path on each line")
-    labels, classes = _labels(rows, str(file))
+    labels = _labels(rows, str(file))
     mine = [i for i, row in enumerate(rows) if split is None or row.split == split]
-    if not bool((labels[mine] >= 0).any()):
-        classes = ()
-    name = str(file) if split is None else f"{file} ({split})"
-    return PathsSource(name, file.parent, (_checked(rows[i], file) for i in mine), labels[mine], classes, reading)
+    known = bool((labels.numbers[mine] >= 0).any())
+    name, paths = str(file) if split is None else f"{file} ({split})", (_checked(rows[i], file) for i in mine)
+    source = PathsSource(name, file.parent, paths, labels.numbers[mine], labels.classes if known else (), reading)
+    source.ids, source.label_note = labels.ids if known else None, labels.note
+    return source
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Path, reading: Reading) -> Iterator[Row]:
     """Iterate over the images of a list in order; raise DataError with the line number if a line cannot be read."""
     try:
         with _opened(file) as lines:
-            yield from _text(lines, file) if file.suffix.lower() == ".txt" else _table(lines, file)
+            yield from _text(lines, file, reading) if _is_text(file) else _table(lines, file, reading)
     except OSError as e:
         raise DataError(f"{str(file)!r} cannot be read: {e.strerror}") from e
 
 
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() == ".txt"
+
+
 def _opened(file: Path) -> TextIO:
     # Names that are not UTF-8 keep their bytes. The byte order mark that Windows writes is not part of the text.
-    newline = None if file.suffix.lower() == ".txt" else ""
+    newline = None if _is_text(file) else ""
     return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _text(lines: Iterator[str], file: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def _text(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
+    if reading.image_column or reading.label_column not in (None, NO_LABELS):
+        raise DataError(f"{str(file)!r} has no columns with names: leave out image_column and label_column")
+    labelled = reading.label_column is None
+    for at, line in enumerate(lines, 1):
         if line.strip():
             match = _LINE.fullmatch(line.strip("\n"))
             if not match:
                 raise DataError(
-                    f"{str(file)!r}, line {number}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
+                    f"{str(file)!r}, line {at}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
                     f"{_printable(line.strip())}; other names can be listed in a .csv file"
                 )
-            yield Row(number, match[1], (match[2] or "").strip(), "")
+            yield Row(at, match[1], (match[2] or "").strip() if labelled else "", "")
 
 
-def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
-    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+def _table(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
+    separator = _separator(file, reading)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     place: dict[str, int] | None = None
     width = 0
@@ -110,14 +116,16 @@ def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
             if not cells:
                 continue
             if place is None:
-                place, width = _header(cells), len(cells)
+                place, width = _header(cells, reading), len(cells)
                 if place:
                     continue
+                if reading.image_column or reading.label_column not in (None, NO_LABELS):
+                    raise _no_column(file, cells, reading)
                 if width > 2:
                     raise DataError(
                         f"{str(file)!r} has {width} columns: name them in its first line: path, label, split"
                     )
-                place = {"path": 0, "label": 1} if width == 2 else {"path": 0}
+                place = {"path": 0, "label": 1} if width == 2 and reading.label_column is None else {"path": 0}
             if len(cells) != width:
                 raise DataError(
                     f"{str(file)!r}, line {reader.line_num}: {len(cells)} columns, the first line has {width}; "
@@ -130,27 +138,55 @@ def _table(lines: Iterator[str], file: Path) -> Iterator[Row]:
         raise DataError(f"{str(file)!r}, line {reader.line_num}: {e}") from e
 
 
-def _header(cells: list[str]) -> dict[str, int]:
-    """Return the positions of the known columns, empty if this is not a header."""
+def _header(cells: list[str], reading: Reading) -> dict[str, int]:
+    """Return the positions of the columns that are used, empty if this is not a header that has them."""
     names = [cell.strip().lower() for cell in cells]
-    found = {
-        what: next(i for i, name in enumerate(names) if name in words)
-        for what, words in COLUMNS.items()
-        if set(words) & set(names)
-    }
+    requested = {"path": reading.image_column, "label": reading.label_column}
+    found: dict[str, int] = {}
+    for what, usual in COLUMNS.items():
+        column = requested.get(what)
+        words = usual if column is None else (column.strip().lower(),)
+        if column != NO_LABELS and (at := next((i for i, name in enumerate(names) if name in words), None)) is not None:
+            found[what] = at
+        elif column not in (None, NO_LABELS):
+            return {}
     return found if "path" in found else {}
 
 
-def _has_splits(file: Path) -> bool:
-    """Return whether the first line of a list has a column of splits."""
-    if file.suffix.lower() == ".txt":
-        return False
+def _no_column(file: Path, cells: list[str], reading: Reading) -> DataError:
+    """Return the error for a list that lacks a column which the settings name."""
+    requested = {"image_column": reading.image_column, "label_column": reading.label_column}
+    settings = ", ".join(f"{key} = {name!r}" for key, name in requested.items() if name is not None)
+    columns = ", ".join(_printable(cell.strip()) for cell in cells)
+    return DataError(f"{str(file)!r} has no columns for {settings}; its first line has {columns}")
+
+
+def _separator(file: Path, reading: Reading) -> str:
+    """Return the separator of a table: a tab in a .tsv file; in a .csv file a semicolon if the first line shows it."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
     with _opened(file) as lines:
-        try:
-            first = next(csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ","), [])
-        except csv.Error:  # reading the whole file reports the line
-            return False
-    return "split" in _header(first)
+        line = next((line for line in lines if line.strip()), "")
+    try:
+        by_comma, by_semicolon = (next(csv.reader([line], delimiter=separator), []) for separator in ",;")
+    except csv.Error:  # reading the whole file reports the line
+        return ","
+    if len(by_comma) > 1 or len(by_semicolon) < 2:
+        return ","
+    # A file name may contain a semicolon: without a header, the first cell must be the name of an image.
+    return ";" if _header(by_semicolon, reading) or _LINE.fullmatch(by_semicolon[0].strip()) else ","
+
+
+def _has_splits(file: Path, reading: Reading) -> bool:
+    """Return whether the first line of a list has a column of splits."""
+    if _is_text(file):
+        return False
+    try:
+        with _opened(file) as lines:
+            first = next(csv.reader(lines, delimiter=_separator(file, reading), skipinitialspace=True), [])
+    except (OSError, csv.Error):  # reading the whole file reports it
+        return False
+    return "split" in _header(first, reading)
 
 
 def _lists_images(file: Path) -> bool:
@@ -163,17 +199,12 @@ def _lists_images(file: Path) -> bool:
     return bool(_LINE.fullmatch(first.strip("\n")))
 
 
-def _labels(rows: list[Row], name: str) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Return labels (N,) and class names: numbers if every known label is an integer, else the sorted names."""
-    given = ["" if row.label == "-1" else row.label for row in rows]
-    known = sorted(set(given) - {""})
-    if not known:
-        return unlabelled(len(rows)), ()
-    if not all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in known):
-        number = {"": -1} | {label: i for i, label in enumerate(known)}
-        return torch.tensor([number[label] for label in given]), tuple(_printable(label, "") for label in known)
-    labels = check_labels(torch.tensor([int(label or -1) for label in given]), len(rows), f"The labels in {name!r}")
-    return labels, tuple(map(str, range(int(labels.max()) + 1)))
+def _labels(rows: list[Row], name: str) -> Labels:
+    """Return the labels of all rows, of every split."""
+    labels = Distinct()
+    for row in rows:
+        labels.append(row.label)
+    return number(labels.codes, labels.values, f"The labels in {name!r}")
 
 
 def _checked(row: Row, file: Path) -> str:

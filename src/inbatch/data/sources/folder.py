@@ -81,6 +81,8 @@ class FolderSource(Source):
         kind = (
             f"{len(self.classes)} classes (the first-level sub-folders)"
             if self.classes
+            else self.labelling()
+            if self.label_note
             else "unlabelled (not every image lies in one of at least two sub-folders)"
         )
         parts = (f"{self.name}: {many(len(self), 'image')} found{self._left_out()}", kind, self.note)

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: folders written by `save_to_disk`, and data sets of the hub by name.
+"""Hugging Face `datasets`: folders written by `save_to_disk`, data sets of the hub by name, and objects in memory.
 
 No code of a data set is run, and nothing is downloaded unless requested.
 """
@@ -7,22 +7,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
-from inbatch.data.sources.arrays import check_labels
-from inbatch.data.sources.split_names import arranged
-from inbatch.errors import ConfigError, DataError
+from inbatch.data.sources.columns import image_column, label_column
+from inbatch.data.sources.labels import Labels, from_arrow
+from inbatch.data.sources.split_names import arranged, split_of
+from inbatch.errors import ConfigError, DataError, type_name
 
 _NAME = re.compile(r"hf/(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))?")
-_IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
 
 class HubSource(Source):
@@ -34,15 +33,18 @@ class HubSource(Source):
         folder: Folder of the files that rows name by a relative path; None if there are none. Absolute paths are
             followed.
         reading: See `Reading`.
+        train: Opens the train split, whose numbering of the classes is used; None for this one's own.
 
     Raises:
         DataError: If there is no usable image column, no row, or a label without a class name.
     """
 
-    def __init__(self, dataset: Any, name: str, folder: Path | None, reading: Reading):
-        self.column = _image_column(dataset.features, name)
+    def __init__(
+        self, dataset: Any, name: str, folder: Path | None, reading: Reading, train: Callable[[], Any] | None = None
+    ):
+        self.column = _image_column(dataset.features, reading.image_column, name)
         self.levels, self.folder = reading.levels, folder
-        label = _label_column(dataset.features)
+        label = _label_column(dataset.features, reading.label_column, self.column, name)
         wanted = [self.column] if label is None else [self.column, label]
         rows = dataset.with_format(None).select_columns(wanted)
         # rows are read by table position, which differs from the row number after a selection
@@ -51,14 +53,12 @@ class HubSource(Source):
         self.rows = rows.cast_column(self.column, _datasets().Image(decode=False))
         if not len(rows):
             raise DataError(f"{name!r} holds no image: it has no rows")
-        labels, classes = unlabelled(len(rows)), ()
+        labels = Labels(unlabelled(len(rows)))
         if label is not None:
-            labels = _labels(rows.data.column(label), f"The column {label!r} of {name!r}")
-            highest = int(labels.max())
-            classes = tuple(getattr(rows.features[label], "names", None) or map(str, range(highest + 1)))
-            if highest >= len(classes):
-                raise DataError(f"{name!r} holds the label {highest}, but names {len(classes)} classes")
-        super().__init__(name, file_channels(reading.channels), labels, classes if bool((labels >= 0).any()) else ())
+            like = None if train is None else _labels(train(), label)
+            labels = _labels(rows, label, f"The labels {label!r} of {name!r}", like)
+        super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
+        self.ids, self.label_note = labels.ids, labels.note
 
     def open(self, i: int) -> ImageFile:
         found = self._row(i)
@@ -104,28 +104,67 @@ class HubSource(Source):
 
 
 def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
-    """Find the splits of a folder written by `save_to_disk`, or of `hf/NAME` or `hf/NAME:CONFIG` in the hub's cache."""
+    """Find the splits of a folder written by `save_to_disk`, of `hf/NAME` or `hf/NAME:CONFIG`, or of an object."""
+    if (loaded := _in_memory(data)) is not None:
+        return _opened(loaded, "dataset", reading)
     if not isinstance(data, str | os.PathLike):
         return None
     if isinstance(data, str) and data.startswith("hf/") and not os.path.exists(data):
         if not (named := _NAME.fullmatch(data)):
             raise DataError(f"{data!r} is not a data set on the Hugging Face hub: use hf/OWNER/NAME[:CONFIG]")
-        loaded = _hub(named["name"], named["config"], reading.download)
-        opened = {split: partial(HubSource, rows, f"{data} ({split})", None, reading) for split, rows in loaded.items()}
-        return arranged(opened)
+        return _opened(_hub(named["name"], named["config"], reading.download), data, reading)
     root = Path(data)
     if (root / "dataset_dict.json").is_file():
         names = _json(root / "dataset_dict.json").get("splits", [])
         if not names or any(Path(str(name)).name != name for name in names):
             raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or splits without a folder")
-        return arranged({name: partial(_saved, root / name, reading) for name in names})
+        first = _training(names)
+        train = None if first is None else partial(_saved, root / first)
+        return arranged(
+            {name: partial(_open_saved, root / name, reading, None if name == first else train) for name in names}
+        )
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
-        return {"train": partial(_saved, root, reading)}
+        return {"train": partial(_open_saved, root, reading)}
     return None
 
 
-def _saved(folder: Path, reading: Reading) -> Source:
-    """Open a folder written by `Dataset.save_to_disk`; its tables must be in the folder."""
+def _in_memory(data: object) -> dict[str, Any] | None:
+    """Return {split: dataset} of an object of the library, None for others; raise DataError for a stream."""
+    datasets = sys.modules.get("datasets")  # without it there is no such object
+    if datasets is None or not hasattr(datasets, "Dataset"):
+        return None
+    if isinstance(data, datasets.Dataset):
+        return {"train": data}
+    if isinstance(data, datasets.DatasetDict):
+        return dict(data)
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(f"A {type_name(data)} is a stream without a length: load it without streaming=True")
+    return None
+
+
+def _opened(loaded: Mapping[str, Any], name: str, reading: Reading) -> dict[str, Callable[[], Source]]:
+    """Return the splits of loaded data sets."""
+    first = _training(loaded)
+    train = None if first is None else partial(loaded.__getitem__, first)
+    return arranged(
+        {
+            split: partial(HubSource, rows, f"{name} ({split})", None, reading, None if split == first else train)
+            for split, rows in loaded.items()
+        }
+    )
+
+
+def _training(names: Iterable[str]) -> str | None:
+    """Return which of the splits holds the training images, or None."""
+    return next((name for name in names if split_of(name) == "train"), None)
+
+
+def _open_saved(folder: Path, reading: Reading, train: Callable[[], Any] | None = None) -> Source:
+    return HubSource(_saved(folder), str(folder), folder, reading, train)
+
+
+def _saved(folder: Path) -> Any:
+    """Load a folder written by `Dataset.save_to_disk`; its tables must be in the folder."""
     tables = _json(folder / "state.json").get("_data_files", [])
     try:
         inside = all(Path(table["filename"]).name == table["filename"] for table in tables)
@@ -135,10 +174,9 @@ def _saved(folder: Path, reading: Reading) -> Source:
         raise DataError(f"{str(folder / 'state.json')!r} names a table that is not in its folder")
     datasets = _datasets()
     try:
-        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        return datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as e:  # a damaged folder, or one without rows, can raise any exception
         raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}") from e
-    return HubSource(loaded, str(folder), folder, reading)
 
 
 @lru_cache(maxsize=4)
@@ -178,30 +216,32 @@ def _offline() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def _image_column(features: Any, name: str) -> str:
-    """Return the image column: the only one, or the one with a usual name."""
-    found = [column for column, kind in features.items() if isinstance(kind, _datasets().Image)]
-    usual = [column for column in _IMAGES if column in found]
-    if len(found) != 1 and not usual:
-        raise DataError(
-            f"{name!r} has the columns {', '.join(map(repr, features))}: one with the feature Image is needed"
-            + ("; with several, one must be called image" if found else "")
-        )
-    return (usual or found)[0]
+def _image_column(features: Any, requested: str | None, name: str) -> str:
+    """Return the column of images: one with the feature Image, or of bytes."""
+    images = [column for column, kind in features.items() if isinstance(kind, _datasets().Image)]
+    encoded = [column for column, kind in features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
+    every = {column: _kind(kind) for column, kind in features.items()}
+    usable = images + encoded if requested else images or encoded
+    return image_column(usable, every, requested, name)
 
 
-def _label_column(features: Any) -> str | None:
-    """Return the label column: the one with a usual name, else the first with the feature ClassLabel."""
+def _kind(feature: Any) -> str:
+    """Return a feature as text: the type of a value, or the name of the feature."""
+    return str(feature.dtype) if isinstance(feature, _datasets().Value) else type(feature).__name__
+
+
+def _label_column(features: Any, requested: str | None, image: str, name: str) -> str | None:
     named = [column for column, kind in features.items() if isinstance(kind, _datasets().ClassLabel)]
-    return next((column for column in _LABELS if column in features), named[0] if named else None)
+    return label_column([*features], named, requested, image, name)
 
 
-def _labels(column: Any, what: str) -> torch.Tensor:
-    try:
-        values = torch.from_numpy(column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).copy())
-    except (TypeError, ValueError, ArithmeticError) as e:
-        raise DataError(f"{what} is {column.type}: integers are needed") from e
-    return check_labels(values, len(column), what)
+def _labels(rows: Any, column: str, what: str = "The labels of the train split", like: Labels | None = None) -> Labels:
+    """Return the labels in a column of a data set."""
+    rows = rows.with_format(None).select_columns([column]) if column in rows.column_names else None
+    if rows is None:
+        return Labels(unlabelled(0))
+    rows = rows.flatten_indices() if rows._indices is not None else rows
+    return from_arrow(rows.data.column(column), what, getattr(rows.features[column], "names", None) or (), like)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from inbatch.data.source import Reading, Source, unlabelled
-from inbatch.data.sources import arrays
-from inbatch.data.sources.arrays import ArraySource, Pixels
+from inbatch.data.sources.arrays import ArraySource, Pixels, open_arrays
+from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError
 from inbatch.runtime.memory import free_bytes
 
@@ -62,22 +62,42 @@ def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]
         return None
     file, kind = os.fspath(data), Path(data).suffix.lower()
     if kind == ".npy":
+        if reading.image_column or reading.label_column not in (None, NO_LABELS):
+            raise DataError(f"{file!r} is one array without names: leave out image_column and label_column")
         return {"train": lambda: NpySource(file, reading)}
     if kind != ".npz":
         return None
     sizes = _members(file)
-    found = {}
-    for split, known in NAMES.items():
-        if (images := next((name for name in known if name in sizes), None)) is not None:
-            labels = [name for name in known[images] if name in sizes][:1]
-            found[split] = partial(_open, file, split, [images, *labels], sizes, reading)
-    if "train" not in found:
+    names = {split: _names(file, split, sizes, reading) for split in NAMES}
+    if not names["train"]:
         held = ", ".join(sizes) or "nothing"
-        raise DataError(f"{file!r} holds {held}: name the images one of {', '.join(NAMES['train'])}")
-    return dict(found)
+        raise DataError(
+            f"{file!r} holds {held}: name the images one of {', '.join(NAMES['train'])}, or set image_column"
+        )
+    return {
+        split: partial(_open, file, split, arrays, names["train"], sizes, reading)
+        for split, arrays in names.items()
+        if arrays
+    }
 
 
-def _open(file: str, split: str, names: list[str], sizes: dict[str, int], reading: Reading) -> Source:
+def _names(file: str, split: str, sizes: dict[str, int], reading: Reading) -> list[str]:
+    """Return the name of a split's images and, if there are any, of its labels; the settings name those of train."""
+    own = [reading.image_column, reading.label_column] if split == "train" else [None, None]
+    for name in own:
+        if name not in (None, NO_LABELS, *sizes):
+            raise DataError(f"{file!r} has no array {name!r}, only {', '.join(sizes)}")
+    images = own[0] or next((name for name in NAMES[split] if name in sizes), None)
+    if images is None:
+        return []
+    usual = NAMES[split].get(images) or tuple(name for names in NAMES[split].values() for name in names)
+    labels = own[1] or next((name for name in usual if name in sizes), NO_LABELS)
+    return [images] if NO_LABELS in (labels, reading.label_column) else [images, labels]
+
+
+def _open(
+    file: str, split: str, names: list[str], train: list[str], sizes: dict[str, int], reading: Reading
+) -> Source:  # fmt: skip
     needed, free = sum(sizes[name] for name in names), free_bytes(torch.device("cpu"))
     if needed > free:
         raise DataError(
@@ -87,29 +107,25 @@ def _open(file: str, split: str, names: list[str], sizes: dict[str, int], readin
     with _load(file) as opened:
         try:
             images, *labels = (np.asarray(opened[name]) for name in names)
+            shared = np.asarray(opened[train[1]]) if split != "train" and labels and len(train) > 1 else None
         except Exception as e:  # a damaged file can raise any exception
             raise DataError(f"{file!r} cannot be read: {e}") from e
-    source = _converted(images, reading, file, *map(_column, labels))
+    like = None if shared is None else from_array(shared, len(shared), f"The labels of the train split of {file!r}")
+    source = _converted(images, reading, file, labels[0] if labels else None, like)
     source.name = file if split == "train" else f"{file} ({split})"
     return source
 
 
-def _column(labels: np.ndarray) -> np.ndarray:
-    """Return labels (n, 1), as in MedMNIST, as (n,); convert integers to int64, which torch can compare."""
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    return labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
-
-
-def _converted(images: np.ndarray, reading: Reading, file: str, labels: np.ndarray | None = None) -> ArraySource:
+def _converted(
+    images: np.ndarray, reading: Reading, file: str, labels: np.ndarray | None = None, like: Labels | None = None
+) -> ArraySource:  # fmt: skip
     """Convert images of any supported layout as for in-memory arrays; raise DataError with the name of the file."""
     try:
         # torch supports neither a foreign byte order nor read-only arrays
         images = np.require(images, images.dtype.newbyteorder("="), "W")
-        source = arrays.find_arrays(images if labels is None else (images, labels), reading)["train"]()  # type: ignore[index]
+        return open_arrays(images, labels, reading, like)
     except (DataError, TypeError, ValueError) as e:
         raise DataError(f"{file!r}: {e}") from e
-    assert isinstance(source, ArraySource)
-    return source
 
 
 def _load(file: str, **how: Any) -> Any:

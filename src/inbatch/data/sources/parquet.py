@@ -1,7 +1,7 @@
-"""Parquet files in the Hugging Face image layout, read by row group.
+"""Parquet files with encoded images, read by row group.
 
-The columns are `image` (struct of `bytes` and `path`) and, if labelled, `label` (int64, -1 or null for unknown). The
-class names are in the file's `huggingface` metadata.
+The images are a column of bytes, or of structs of `bytes` and `path` as written by Hugging Face. Labels are read as
+`labels` describes; the class names may be in the file's `huggingface` metadata.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-import torch
+import numpy as np
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.pixels import Levels
-from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
-from inbatch.data.sources.arrays import check_labels
+from inbatch.data.source import Reading, Source, signed, stat_fingerprint
+from inbatch.data.sources.columns import image_column, label_column
+from inbatch.data.sources.labels import Labels, arrow_codes, number
 from inbatch.data.sources.shards import Shards, divided, named, shards_below, shards_in, without_images
 from inbatch.errors import ConfigError, DataError
 
@@ -37,39 +37,22 @@ class ParquetSource(Source):
     _last: "_Rows | None"
 
     def __init__(
-        self, files: Sequence[Path], name: str, channels: int = 3, levels: Levels | None = None, note: str = ""
-    ):
-        parquet = _pyarrow()
-        self.levels, self.note = levels, note
-        self.files = [str(file) for file in files]
-        names: tuple[str, ...] = ()
-        labels, starts, groups = [], [0], []
-        for number, file in enumerate(self.files):
-            try:
-                with parquet.ParquetFile(file) as opened:
-                    schema, meta = opened.schema_arrow, opened.metadata
-                    column = opened.read(["label"])["label"] if "label" in schema.names else None
-            except _UNREADABLE as e:
-                raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
-            fields = {f.name for f in schema.field("image").flatten()} if "image" in schema.names else set()
-            if not {"image.bytes", "image.path"} <= fields:
-                raise DataError(
-                    f"{file!r} has the columns {', '.join(schema.names)}: "
-                    "a column `image` (struct of `bytes` and `path`) is needed"
-                )
-            names = _class_names(schema.metadata) or names
-            for group in range(meta.num_row_groups):
-                groups.append((number, group))
-                starts.append(starts[-1] + meta.row_group(group).num_rows)
-            labels.append(unlabelled(meta.num_rows) if column is None else _labels(column, file))
-        known = torch.cat(labels)
-        if not len(known):
+        self, files: Sequence[Path], name: str, reading: Reading, note: str = "", train: Sequence[Path] = ()
+    ):  # fmt: skip
+        self.levels, self.note, self.files = reading.levels, note, [str(file) for file in files]
+        tables = [_read_table(file, reading) for file in self.files]
+        self._columns = [table.image for table in tables]
+        starts, groups = [0], []
+        for number_of_file, table in enumerate(tables):
+            for group, rows in enumerate(table.rows):
+                groups.append((number_of_file, group))
+                starts.append(starts[-1] + rows)
+        if not starts[-1]:
             raise DataError(f"{name!r} holds no image: its Parquet files have no rows")
-        highest = int(known.max())
-        names = (names or tuple(str(c) for c in range(highest + 1))) if highest >= 0 else ()
-        if highest >= len(names):
-            raise DataError(f"{name!r} holds the label {highest}, but its metadata names {len(names)} classes")
-        super().__init__(name, channels, known, names)
+        like = _number([_read_table(str(file), reading) for file in train], name, None) if train else None
+        labels = _number(tables, name, like)
+        super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
+        self.ids, self.label_note = labels.ids, labels.note
         self._starts, self._groups = starts, groups
         self._forget()
 
@@ -84,7 +67,7 @@ class ParquetSource(Source):
         return self._rows(i).path(i)
 
     def fingerprint(self) -> str | None:
-        said = hashlib.sha256()
+        said = hashlib.sha256("".join(column for column in self._columns if column != "image").encode())
         try:
             for name in self.files:
                 with open(name, "rb") as file:
@@ -128,8 +111,9 @@ class ParquetSource(Source):
         try:
             if file not in self._opened:
                 self._opened[file] = _pyarrow().ParquetFile(self.files[file])
-            table = self._opened[file].read_row_group(group, columns=["image"], use_threads=False)
-            rows = _Rows(table["image"].combine_chunks(), self._starts[which])
+            column = self._columns[file]
+            table = self._opened[file].read_row_group(group, columns=[column], use_threads=False)
+            rows = _Rows(table[column].combine_chunks(), self._starts[which])
             if rows.stop != (stop := self._starts[which + 1]):
                 raise ValueError(f"it holds {rows.stop - rows.first:,} rows, not {stop - rows.first:,}")
         except _UNREADABLE as e:
@@ -155,8 +139,10 @@ class _Rows:
 
     def __init__(self, images: Any, first: int):
         self.first, self.stop, self.nbytes = first, first + len(images), images.nbytes
-        column = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
-        self._paths, self._bytes = column["path"], column["bytes"].cast("large_binary")
+        fields = {"bytes": images}
+        if images.type.num_fields:  # a struct
+            fields = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
+        self._paths, self._bytes = fields.get("path"), fields["bytes"].cast("large_binary")
         _, ends, data = self._bytes.buffers()
         self._ends = memoryview(ends).cast("B").cast("q")[self._bytes.offset :]
         self._data = memoryview(data if data is not None else b"")
@@ -168,7 +154,60 @@ class _Rows:
         return bytes(self._data[start:end]) if start < end else self._bytes[place].as_py()
 
     def path(self, i: int) -> str:
-        return self._paths[i - self.first].as_py() or f"row {i}"
+        path = None if self._paths is None else self._paths[i - self.first].as_py()
+        return path or f"row {i}"
+
+
+class _Table(NamedTuple):
+    """What is read of a file before its images: `rows` are the numbers of rows of its groups.
+
+    image: name of the column. codes, values: labels, as `labels.number` takes them. names: of the classes.
+    """
+
+    image: str
+    rows: list[int]
+    codes: np.ndarray
+    values: list[Any]
+    names: tuple[str, ...]
+
+
+def _read_table(file: str, reading: Reading) -> _Table:
+    """Return the description and the labels of a file; raise DataError if it cannot be read or has no images."""
+    parquet = _pyarrow()
+    try:
+        with parquet.ParquetFile(file) as opened:
+            schema, meta = opened.schema_arrow, opened.metadata
+            kinds = {field.name: field.type for field in schema}
+            usable = [name for name, kind in kinds.items() if _holds_images(kind)]
+            image = image_column(usable, kinds, reading.image_column, file)
+            named = _class_names(schema.metadata)
+            label = label_column([*kinds], [*named], reading.label_column, image, file)
+            codes, values = np.full(meta.num_rows, -1), list[Any]()
+            if label is not None:
+                codes, values = arrow_codes(opened.read([label])[label])
+    except _UNREADABLE as e:
+        raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
+    rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+    return _Table(image, rows, codes, values, named.get(label or "", ()))
+
+
+def _number(tables: Sequence[_Table], name: str, like: Labels | None) -> Labels:
+    """Return the labels of all files together."""
+    codes, values = [], list[Any]()
+    for table in tables:
+        codes.append(np.where(table.codes < 0, -1, table.codes + len(values)))
+        values += table.values
+    names = next((table.names for table in reversed(tables) if table.names), ())
+    return number(np.concatenate(codes), values, f"The labels of {name!r}", names, like)
+
+
+def _holds_images(kind: Any) -> bool:
+    """Return whether an Arrow type can hold encoded images: bytes, or a struct with bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
@@ -193,9 +232,9 @@ def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Sourc
 
 def parquet_splits(shards: Shards, name: str, reading: Reading) -> dict[str, Callable[[], Source]]:
     """Return what opens each split of Parquet files."""
-    channels, levels, note = file_channels(reading.channels), reading.levels, shards.note()
+    note, train = shards.note(), shards.files.get("train", [])
     return {
-        split: partial(ParquetSource, files, shards.name(split, name), channels, levels, note)
+        split: partial(ParquetSource, files, shards.name(split, name), reading, note, train if files != train else ())
         for split, files in shards.files.items()
     }
 
@@ -208,21 +247,14 @@ def _footer(file: BinaryIO) -> bytes:
     return file.read(length)
 
 
-def _labels(column: Any, file: str) -> torch.Tensor:
-    try:
-        values = torch.from_numpy(column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False).copy())
-    except (TypeError, ValueError, ArithmeticError) as e:
-        raise DataError(f"The column `label` of {file!r} is {column.type}: integers are needed") from e
-    return check_labels(values, len(column), f"The labels of {file!r}")
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    """Return the class names of the feature `label`; empty if the file does not contain them."""
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """Return the class names by column; empty if the file does not contain them."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features["label"]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return ()
+        kinds = {name: kind.get("names") for name, kind in features.items() if isinstance(kind, dict)}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    return {name: tuple(map(str, names)) for name, names in kinds.items() if isinstance(names, list)}
 
 
 def _pyarrow() -> Any:

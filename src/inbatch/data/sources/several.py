@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from inbatch.data.source import LazyImage, Reading, Source, signed
+from inbatch.data.sources.class_lists import class_ids
+from inbatch.data.sources.columns import check_no_columns
 from inbatch.data.sources.folder import label_by_folder, left_out
 from inbatch.data.sources.folder_contents import is_run, only_runs
 from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES
@@ -58,7 +60,10 @@ class Joined(Source):
         occurring = {one for source in sources for one in source.classes}
         if classes and (unknown := sorted(occurring - set(classes))):
             raise DataError(f"{name!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
-        order = (classes if occurring else ()) or (every if occurring <= set(every) else tuple(sorted(occurring)))
+        ids = {name: id for source in sources for name, id in class_ids(source).items()}
+        by_id = {} if set(ids) != occurring else ids
+        together = tuple(sorted(occurring, key=lambda name: (by_id.get(name, 0), name)))
+        order = (classes if occurring else ()) or (every if occurring <= set(every) else together)
         place = {one: i for i, one in enumerate(order)}
         labels = []
         for source in sources:
@@ -66,6 +71,9 @@ class Joined(Source):
             labels.append(number[source.labels])  # -1 indexes the last entry
         super().__init__(name, channels.pop(), torch.cat(labels), order)
         self.sources, self.prefixes, self.levels = tuple(sources), tuple(prefixes), sources[0].levels
+        known = tuple(ids[one] for one in order if one in ids)
+        self.ids = known if len(known) == len(order) and known != tuple(range(len(order))) else None
+        self.label_note = "; ".join(dict.fromkeys(filter(None, (source.label_note for source in sources))))
         self._ends = [*accumulate(map(len, sources))]
 
     def open(self, i: int) -> LazyImage:
@@ -175,6 +183,7 @@ def _parts_of_files(files: Iterable[str], root: str, name: str, reading: Reading
     parts = []
     for kind, members in by_kind.items():
         if kind == "image":
+            check_no_columns(reading, repr(name))
             if (splits := _images(members, root, name, reading)) is not None:
                 parts.append(_Part(root, splits))
             continue

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from inbatch.data.source import Reading, Source
 from inbatch.data.sources import cifar
-from inbatch.data.sources.arrays import ArraySource, check_labels
+from inbatch.data.sources.arrays import ArraySource
+from inbatch.data.sources.labels import from_array
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.errors import DataError, closest
 from inbatch.runtime.paths import path_of, variable
@@ -186,9 +187,9 @@ def _files(made: Any) -> list[tuple[str, int]]:
 
 def _labels(made: Any, given: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
     """Return labels (N,) and class names; the names are numbers if torchvision has none."""
-    values = torch.as_tensor(np.asarray(made.labels if given is None else given).astype(np.int64))
-    labels = check_labels(values[:, 0] if values.ndim == 2 else values, len(values), f"The labels of {name}")
-    classes = getattr(made, "classes", None) or getattr(made, "categories", None) or range(int(labels.max()) + 1)
-    if int(labels.max()) >= len(classes):
-        raise DataError(f"{name} holds the label {int(labels.max())}, but has {len(classes)} classes")
-    return labels, tuple(str(c if isinstance(c, str | int) else c[0]) for c in classes)
+    values = np.asarray(made.labels if given is None else given)
+    values = values[:, 0] if values.ndim == 2 else values  # QMNIST's other columns describe the writer
+    classes = getattr(made, "classes", None) or getattr(made, "categories", None) or range(int(values.max()) + 1)
+    names = [str(c if isinstance(c, str | int) else c[0]) for c in classes]
+    labels = from_array(values, len(values), f"The labels of {name}", names)
+    return labels.numbers, labels.classes or tuple(names)

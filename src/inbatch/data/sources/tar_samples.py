@@ -1,0 +1,257 @@
+"""Samples in tar files, in the layout of WebDataset: which members are images, and which are their labels.
+
+The members of one sample share a key, which is the member name up to the first dot of its last path component:
+`cat/01.jpg` has its label in `cat/01.cls` or `cat/01.json` ({"label": ...}). A key has one image. A part of the name
+that is a number, or that occurs under one key only, belongs to the key: `IMG.0001.jpg` and `IMG.0002.jpg` are two
+samples.
+"""
+
+import json
+import os
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from inbatch.data.source import Reading
+from inbatch.data.sources.folder import EXTENSIONS
+from inbatch.data.sources.labels import NO_LABELS, Distinct, Unusable
+from inbatch.data.sources.packed_names import Names
+from inbatch.errors import DataError
+from inbatch.runtime.files import open_regular
+
+_IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
+_LABEL_BYTES = 2**20  # maximum size of a label; a longer one is not read
+
+
+@dataclass
+class Members:
+    """Members with the extension of an image, of all shards in order.
+
+    Attributes:
+        names: Names of the members.
+        starts, sizes: Position and number of their bytes in the shard.
+        keys: Numbers of their keys.
+        extensions: Position of their extension, behind the first dot of the name, in `kinds`.
+        labels: Position of their label in `distinct.values`; -1 for unknown.
+        first: Position of the first member of every shard, and the number of all members.
+        kinds: Extensions of images.
+        distinct: The labels that occur.
+        skipped: Number of the other members by extension.
+    """
+
+    names: Names = field(default_factory=Names)
+    starts: array = field(default_factory=lambda: array("q"))
+    sizes: array = field(default_factory=lambda: array("q"))
+    keys: array = field(default_factory=lambda: array("q"))
+    extensions: array = field(default_factory=lambda: array("q"))
+    labels: array = field(default_factory=lambda: array("q"))
+    first: list[int] = field(default_factory=lambda: [0])
+    kinds: dict[str, int] = field(default_factory=dict)
+    distinct: Distinct = field(default_factory=Distinct)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class Images(NamedTuple):
+    """The image of each sample: places in `Members`; the members left out, by extension; a part of the report."""
+
+    places: np.ndarray
+    skipped: Counter[str]
+    rule: str
+
+
+def choose_images(members: Members, requested: str | None, name: str) -> Images:
+    """Return one image for each key.
+
+    Of several images of a key, the one with the first extension in the order of `folder.EXTENSIONS` is used; images
+    with longer extensions, such as `input.jpg`, are used if the key has no other.
+
+    Args:
+        members: The members.
+        requested: Extension of the images (`image_column`), or None.
+        name: Name of the data, for messages.
+
+    Raises:
+        DataError: If no member has the requested extension, or if a key has several images with longer extensions.
+    """
+    kinds, kind, key = [*members.kinds], np.array(members.extensions), np.array(members.keys)
+    if requested is not None:
+        wanted = requested.lower().lstrip(".")
+        if wanted not in kinds:
+            raise DataError(f"{name!r} has no image KEY.{wanted} (image_column), only {', '.join(kinds) or 'none'}")
+        rank = np.where(np.arange(len(kinds)) == kinds.index(wanted), 0, -1)
+    else:
+        rank, alone = _ranks(kinds, kind, key)
+        key = np.where(alone[kind], -1 - np.arange(len(key)), key)  # a key of its own
+    places = np.arange(len(kind))
+    places = places[rank[kind] >= 0]
+    order = places[np.lexsort((-places, rank[kind[places]], key[places]))]  # of two equal names the last, as in tar
+    chosen = np.sort(order[np.unique(key[order], return_index=True)[1]])
+    left = np.setdiff1d(np.arange(len(kind)), chosen)
+    if requested is None:
+        _check_clear(kinds, kind, key, chosen, left, name)
+    skipped = members.skipped + Counter(f".{kinds[number]}" for number in kind[left].tolist())
+    used = " before ".join(sorted({kinds[n] for n in kind.tolist()}, key=lambda k: rank[members.kinds[k]])[:3])
+    rule = f"one image for each key, {wanted}" if requested is not None else f"one image for each key, {used}"
+    return Images(chosen, skipped, f"; {rule} (image_column chooses)" if len(left) else "")
+
+
+def _ranks(kinds: list[str], kind: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rank of every extension, the smallest first, and whether it is a part of the name of the sample."""
+    pairs = np.unique(np.stack([kind, key]), axis=1)[0] if len(kind) else kind
+    keys = np.bincount(pairs, minlength=len(kinds))
+    alone = np.array([
+        "." in one and (count == 1 or any(part.isdigit() for part in one.split(".")))
+        for one, count in zip(kinds, keys.tolist(), strict=True)
+    ], bool)  # fmt: skip
+    rank = [_IMAGES.index(one) if one in _IMAGES else len(_IMAGES) for one in kinds]
+    return np.array(rank, np.int64), alone
+
+
+def _check_clear(
+    kinds: list[str], kind: np.ndarray, key: np.ndarray, chosen: np.ndarray, left: np.ndarray, name: str
+) -> None:
+    """Raise DataError if an image with a longer extension was chosen from several."""
+    longer = np.array(["." in one for one in kinds], bool)
+    unclear = chosen[longer[kind[chosen]]]
+    also = left[np.isin(key[left], key[unclear])]
+    if len(also):
+        one = next(i for i in unclear.tolist() if key[i] == key[also[0]])
+        choices = sorted({kinds[kind[i]] for i in (one, *also[key[also] == key[one]].tolist())})
+        if len(choices) > 1:
+            raise DataError(
+                f"{name!r} has several images for a key, {', '.join(choices)}: choose with image_column "
+                f"(--image-column {choices[0]})"
+            )
+
+
+def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Reading) -> Members:
+    """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
+    members = Members()
+    for shard in shards:
+        _read_shard(os.fspath(shard), members, reading)
+    column = reading.label_column
+    if column not in (None, NO_LABELS) and not members.distinct.values:
+        raise DataError(f"{name!r} has no member KEY.{column} and no {column!r} in a KEY.json (label_column)")
+    return members
+
+
+class _Name(NamedTuple):
+    """Parts of a member's name: `stem` is all but the last extension, `key` ends at the first dot of the last part."""
+
+    key: str
+    stem: str
+    extension: str
+    kind: str
+
+
+def _parts(name: str) -> _Name:
+    """Split a name: "a/x.input.jpg" has the key "a/x", the extension "input.jpg" and the kind "jpg"."""
+    folder, _, last = name.rpartition("/")
+    key, _, extension = last.partition(".")
+    stem, _, kind = last.rpartition(".") if extension else (last, "", "")
+    return _Name(f"{folder}/{key}", f"{folder}/{stem}", extension.lower(), kind.lower())
+
+
+def _read_shard(shard: str, members: Members, reading: Reading) -> None:
+    """Add the images of a shard."""
+    keys: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    images: list[_Name] = []
+    before = max(members.keys, default=-1) + 1
+    try:
+        with open_regular(shard) as file:
+            _check_plain(file)
+            for name, member in _plain_members(file, members.skipped):
+                parts = _parts(name)
+                if parts.kind in _IMAGES:
+                    images.append(parts)
+                    members.names.append(name.encode("utf-8", "surrogateescape"))
+                    members.starts.append(member.offset_data)
+                    members.sizes.append(member.size)
+                    members.keys.append(before + keys.setdefault(parts.key, len(keys)))
+                    members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
+                elif (how := _labelled_by(parts, reading.label_column)) is not None:
+                    if (label := _label(file, member, *how)) is not None:
+                        labels[parts.key if parts.extension == reading.label_column else parts.stem] = (
+                            members.distinct.code(label)
+                        )
+                elif parts.kind not in ("cls", "json"):
+                    members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
+    except Exception as e:  # tarfile can raise any exception on damaged headers
+        raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
+    members.labels.extend(labels.get(image.stem, labels.get(image.key, -1)) for image in images)
+    members.first.append(len(members.names))
+
+
+def _plain_members(file: BinaryIO, skipped: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Iterate over the names and headers of the files in a shard; raise ValueError if it is damaged."""
+    length = os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        while (member := opened.next()) is not None:
+            opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
+            if (name := _allowed(member, skipped)) is None:
+                continue
+            if member.offset_data + member.size > length:
+                raise ValueError(f"it is truncated within {name!r}")
+            yield name, member
+        file.seek(opened.offset)
+        if file.read(512) != bytes(512):  # tarfile treats data that it cannot read as the end of the archive
+            raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
+
+
+def _check_plain(file: BinaryIO) -> None:
+    """Raise ValueError if the file is compressed, for any name."""
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise ValueError("it is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar")
+
+
+def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
+    """Return the name of a readable member, None if it is left out; raise ValueError for members that are unsafe."""
+    name = member.name.removeprefix("./")
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts:
+        raise ValueError(f"its member {member.name!r} points out of the folder that it is unpacked in")
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
+    if any(part.startswith(".") for part in parts):
+        skipped["hidden"] += 1
+        return None
+    return name
+
+
+def _labelled_by(parts: _Name, column: str | None) -> tuple[str | None] | None:
+    """Return the field of the JSON that a member's label is in, None for its whole text; None if it has no label.
+
+    column: Setting `label_column`: an extension, or a field of KEY.json.
+    """
+    if column == NO_LABELS:
+        return None
+    if column is None:
+        return {"cls": (None,), "json": ("label",)}.get(parts.kind)
+    if parts.extension == column.lower().lstrip("."):
+        return (None,)
+    return (column,) if parts.kind == "json" else None
+
+
+def _label(file: BinaryIO, member: tarfile.TarInfo, field: str | None) -> Any:
+    """Return the label in a member, None if there is none."""
+    if member.size > _LABEL_BYTES:
+        return Unusable(f"such as {member.name!r} of {member.size / 1e6:,.0f} MB")
+    file.seek(member.offset_data)
+    text = file.read(member.size)
+    if field is None:
+        return text
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return Unusable(f"such as {member.name!r}, which cannot be read as JSON")
+    return content.get(field) if isinstance(content, dict) else None
