@@ -556,7 +556,7 @@ def test_classes_of_two_sources_are_matched_by_name():
     """Numbers depend on the classes that occur in a source; 0 of the one may be 1 of the other."""
     train, test = clouds(60, seed=1), clouds(40, seed=2)
     expected = evaluate(None, train, test, protocols=["knn"], k=5)["knn"]
-    names = tuple(f"class {i}" for i in range(int(train.labels.max()) + 1))
+    names = tuple(str(i) for i in range(int(train.labels.max()) + 1))
     turned = replace(test, labels=len(names) - 1 - test.labels, classes=names[::-1])
     assert evaluate(None, replace(train, classes=names), turned, protocols=["knn"], k=5)["knn"] == expected
 
