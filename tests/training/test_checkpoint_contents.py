@@ -105,6 +105,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     r"'progress': seconds is -1": lambda s: s["progress"].update(seconds=-1.0),
     r"'progress': before is nan": lambda s: s["progress"].update(before=float("nan")),
     r"'progress': threads is \[0\]": lambda s: s["progress"].update(threads=[0]),
+    r"'progress': machines is \[1\]": lambda s: s["progress"].update(machines=[1]),
     r"'progress': calibration is \{\}": lambda s: s["progress"].update(calibration={}),
     r"'progress': judged is \[1\]": lambda s: s["progress"].update(judged=[1]),
 }

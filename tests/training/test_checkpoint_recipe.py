@@ -16,6 +16,7 @@ from inbatch.training import checkpoint
 from inbatch.training.checkpoint_recipe import EARLIER, check_recipe, run_facts
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.renamed_keys import RENAMED
+from inbatch.training.resume import _with_context
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,14 @@ def test_more_epochs_name_the_way_to_train_for_longer(copy: Path) -> None:
     with pytest.raises(ConfigError, match="seed = 5") as caught:
         inbatch.pretrain(resume=copy, seed=5, quiet=True)
     assert "--init" not in str(caught.value)
+
+
+def test_a_context_that_follows_from_the_ranks_is_that_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_with(batch_size=64)  # its context is the share of a rank
+    assert _with_context(Path("run"), recipe, {"context": 64, "world": 1}).context is None
+    for world in (2, 1):  # two ranks, then one, then one again: the second resume knows one rank only
+        assert _with_context(Path("run"), recipe, {"context": 32, "world": world}).context == 32
+    assert _with_context(Path("run"), recipe, {}).context is None, "a run of an earlier version without run.json"
+    monkeypatch.setattr("inbatch.runtime.distributed.world", lambda: 2)
+    with pytest.raises(ConfigError, match="context groups of 64, which 2 ranks cannot form: resume with 1 rank"):
+        _with_context(Path("run"), recipe, {"context": 64, "world": 1})

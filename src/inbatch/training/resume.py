@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.data import open_data
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, many
 from inbatch.runtime import distributed
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -145,6 +145,6 @@ def _with_context(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> Recipe
     if share % context:
         raise ConfigError(
             f"the run in {folder} has context groups of {context}, which {distributed.world()} ranks cannot form: "
-            f"resume with {facts.get('world', 'as many')} ranks, as before"
+            f"resume with {many(facts['world'], 'rank') if 'world' in facts else 'as many'}, as before"
         )
     return replace(recipe, context=context)

@@ -61,10 +61,11 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "calibration": (_calibration, "the timings of a budget"),
     "judged": (lambda x: isinstance(x, list) and len(x) in (0, 3) and all(map(_whole, x)), "three numbers of images"),
     "threads": (lambda x: isinstance(x, list) and all(_whole(n) and n > 0 for n in x), "numbers of threads"),
+    "machines": (lambda x: isinstance(x, list) and all(isinstance(one, dict) for one in x), "a list of machines"),
     "cpu_seconds": (lambda x: _number(x) and not x < 0, "a number of seconds"),
 }
 """Entries of a saved state, each with the test of its value and a description."""
-_LATER = ("calibration", "judged", "threads", "cpu_seconds")
+_LATER = ("calibration", "judged", "threads", "machines", "cpu_seconds")
 """Entries that checkpoints of earlier versions do not have."""
 
 
