@@ -80,7 +80,7 @@ MODES: dict[str, list[Callable[[], Any]]] = {
 
 
 LONG = {"evaluate_run", "dry_run", "draw_views", "inspect_run", "evaluate", "finetune"}
-"""Functions whose result is compared in the nightly suite only."""
+"""Functions that are called in the nightly suite only."""
 
 
 @contextmanager
@@ -124,6 +124,8 @@ def test_public_functions_neither_depend_on_the_callers_state_nor_change_it(tmp_
     plain: dict[str, Any] = {}
     for name in modes:
         for what, call in calls.items():
+            if len(modes) == 2 and what in LONG:
+                continue
             with mode(name):
                 random.seed(len(what)), np.random.seed(len(what)), torch.manual_seed(len(what))
                 before = state()
