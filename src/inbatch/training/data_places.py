@@ -58,8 +58,9 @@ def located(run: Path, recipe: Recipe) -> Recipe:
         places = read_json(run / FILE)
     except DataError:  # missing, of an older version, or damaged: the recipe's own paths remain
         return recipe
-    found = {key: _first(run, places.get(key), getattr(recipe, key)) for key in _KEYS}
-    return replace(recipe, **{key: path for key, path in found.items() if path is not None})
+    paths = {key: _first(run, places.get(key), getattr(recipe, key)) for key in _KEYS}
+    present: dict[str, Any] = {key: path for key, path in paths.items() if path is not None}
+    return replace(recipe, **present)
 
 
 def images_signature(source: Source) -> str:
