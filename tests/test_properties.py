@@ -17,9 +17,10 @@ from PIL import Image
 from property_settings import examples
 
 from inbatch import api, rng
-from inbatch.data import cache, open_data
+from inbatch.data import Reading, cache, open_data
 from inbatch.data.decoding import jpeg
-from inbatch.data.decoding.image_file import FORMATS, ImageFile
+from inbatch.data.decoding.image_file import ImageFile
+from inbatch.data.decoding.pillow import FORMATS
 from inbatch.data.resident import hold
 from inbatch.data.sources.parquet import ParquetSource
 from inbatch.data.views import PRESETS
@@ -75,7 +76,7 @@ def test_an_image_column_that_holds_no_images(tmp_path: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for number, images in enumerate([[b"plain bytes"], [[1, 2]], [7], [{"bytes": [1, 2], "path": "a"}]]):
         parquet.write_table(pa.table({"image": images}), tmp_path / f"{number}.parquet")
-        with pytest.raises(DataError, match=r"a column `image`|cannot be read"):
+        with pytest.raises(DataError, match=r"a column of encoded images|cannot be read"):
             open_data(tmp_path / f"{number}.parquet").image(0)
 
 
@@ -450,7 +451,7 @@ def test_a_damaged_parquet_file_gives_images_or_is_refused(
     data = path.read_bytes()
     path.write_bytes(data[:-end] + mutated(data[-end:], seed))  # the footer is at the end
     try:
-        source = ParquetSource([path], "some")
+        source = ParquetSource([path], "some", Reading())
     except DataError as refused:
         assert str(refused)
         return

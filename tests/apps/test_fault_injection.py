@@ -18,7 +18,7 @@ def test_the_page_of_promises_names_tests_of_every_fault() -> None:
     """The page names existing tests for every fault."""
     here = Path(__file__).parents[1]
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (here.parent / "docs" / "faults.md").read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 25))
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 27
     for number, tests in rows:
         named = re.findall(r"`([\w.]+)`", tests)
         assert named and named[0].endswith(".py"), number

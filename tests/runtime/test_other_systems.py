@@ -24,7 +24,7 @@ from inbatch.runtime.device import device_for
 MODULES = ("resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "readline", "syslog", "curses", "crypt", "spwd")
 OF_OS = (
     "fork", "forkpty", "getuid", "geteuid", "getgid", "getpgid", "setsid", "killpg", "nice", "uname", "sysconf",
-"getloadavg", "sched_getaffinity", "register_at_fork", "set_blocking", "mkfifo", "fchmod", "chown",
+    "getloadavg", "sched_getaffinity", "register_at_fork", "set_blocking", "mkfifo", "fchmod", "chown",
     "pread", "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY", "O_CLOEXEC", "WNOHANG", "wait3",
 )  # fmt: skip
 OF_SIGNAL = (
@@ -60,6 +60,9 @@ def elsewhere(package: str) -> Iterator[dict[str, ModuleType]]:
         for module, missing in ((os, OF_OS), (signal, OF_SIGNAL)):
             for name in missing:
                 patch.delattr(module, name, raising=False)
+        above, _, leaf = package.rpartition(".")
+        if above:  # an import also sets the attribute of the package above
+            patch.setattr(sys.modules[above], leaf, sys.modules[package])
         for name in names:
             patch.delitem(sys.modules, name)
         yield {name: importlib.import_module(name) for name in names}

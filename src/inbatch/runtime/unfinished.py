@@ -59,6 +59,9 @@ def remove_abandoned(path: Path) -> bool | None:
     Returns:
         Whether it was removed; None if it is unknown whether the writer has ended.
     """
+    if path.is_symlink():  # no writer makes links: its target must not be opened
+        _remove(path)
+        return not path.is_symlink()
     try:
         handle = _locked(path, wait=False)
     except BlockingIOError:

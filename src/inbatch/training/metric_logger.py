@@ -133,7 +133,9 @@ class Log:
         """Record the evaluations of a checkpoint if the file holds nothing: it was lost."""
         if curve and self._file.tell() == 0:
             for entry in curve:
-                self._append({name: float(value) for name, value in entry.items()} | {"step": int(float(entry["step"]))})
+                self._append(
+                    {name: float(value) for name, value in entry.items()} | {"step": int(float(entry["step"]))}
+                )
             self.note(f"{self._path} was empty; {many(len(curve), 'evaluation')} of the checkpoint written to it.")
 
     def note(self, text: str) -> None:
