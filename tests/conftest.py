@@ -16,7 +16,10 @@ if OFFLINE not in sys.path:
     sys.modules.pop("sitecustomize", None)  # of another package
     import sitecustomize  # noqa: F401
 
-CHECKED = ("rng", "nn.functional", "nn.memory_bank", "nn.clustering", "methods", "data.views", "evaluation", "context")
+CHECKED = ("nn.functional", "nn.memory_bank", "nn.clustering", "methods", "context")
+"""Packages and files whose signatures are checked in every run of the tests."""
+CHECKED_NIGHTLY = ("rng", "data.views", "evaluation")
+"""Those that are called so often that the checks take a sixth of the fast suite: checked with `-m slow` only."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -29,7 +32,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from jaxtyping import install_import_hook
 
     # Before inbatch is imported: signatures are checked in tests only.
-    install_import_hook([f"inbatch.{room}" for room in CHECKED], "beartype.beartype")
+    nightly = "slow" in session.config.option.markexpr.replace("not slow", "")
+    rooms = CHECKED + (CHECKED_NIGHTLY if nightly else ())
+    install_import_hook([f"inbatch.{room}" for room in rooms], "beartype.beartype")
     torch.set_num_threads(1)  # the tensors are tiny, and two ranks share two cores
 
 

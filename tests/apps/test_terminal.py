@@ -106,7 +106,7 @@ def on_a_terminal(line: str, folder: Path, columns: int, **options: Any) -> tupl
 
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("columns", [20, 5000])
-@pytest.mark.parametrize("line", ["crops --pairs 100", "methods nosuch", "--help"])
+@pytest.mark.parametrize("line", ["methods nosuch", "--help", "crops --pairs 100"])
 def test_any_width(line: str, columns: int, tmp_path: Path) -> None:
     code, sent = on_a_terminal(line, tmp_path, columns)
     assert code == (2 if "nosuch" in line else 0) and "Traceback" not in sent and sent.strip()
@@ -182,7 +182,7 @@ def test_any_encoding(encoding: str, tmp_path: Path) -> None:
     assert (tmp_path / "é" / "图" / "result.json").is_file()
 
 
-@pytest.mark.grid(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
     """The child's libraries were loaded with a home directory; test_as_a_shell_starts_it loads them without one."""

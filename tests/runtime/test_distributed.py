@@ -63,6 +63,7 @@ def stopped_while_rank_0_evaluates(out: str) -> tuple[str, int]:
     return str(stopped.value), len(evaluations)
 
 
+@pytest.mark.slow
 def test_a_signal_while_rank_0_evaluates_stops_all_ranks_at_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     first, second = on_ranks(2, stopped_while_rank_0_evaluates, str(out))

@@ -34,6 +34,7 @@ def test_timing_a_step_changes_nothing_of_the_run() -> None:
         assert all(p.grad is None for p in built.network.parameters())
 
 
+@pytest.mark.slow
 def test_small_images_cost_less() -> None:
     given = {"preset": "fast", "encoder.width": 16, "steps": 5, "image_size": 64, "batch_size": 16}
     recipe, source = resolve_recipe(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), given)
