@@ -186,6 +186,7 @@ def _plan(**given: Any) -> plan.Choice:
 def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
     monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:
+    monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 0.01)
     monkeypatch.setattr(calibration, "_timed", lambda built, step, seconds: 0.01 if step else 0.0143)
     choice = _plan(budget="15s", encoder__width=12, context="auto")
     assert choice.recipe.encoder.options["width"] == 12 and choice.recipe.preset == "fast"
