@@ -226,7 +226,7 @@ def _as_array(labels: Any) -> np.ndarray:
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
         return (labels.float() if labels.dtype == torch.bfloat16 else labels).numpy()
-    if hasattr(labels, "__array__"):
+    if hasattr(labels, "__array__") or not hasattr(labels, "__iter__"):
         return np.asarray(labels)
     return np.asarray(list(labels), object)  # NumPy would turn integers of 64 bits to floats if their signs differ
 
