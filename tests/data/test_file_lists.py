@@ -55,7 +55,7 @@ class TestTables:
     def test_a_header_without_a_usual_name_is_no_image(self, tmp_path):
         for head in ("photo,animal", "photo"):
             file = listed(tmp_path, "l.csv", f"{head}\n{'1.png,cat' if ',' in head else '1.png'}\n")
-            with pytest.raises(DataError, match="has the columns .photo.*with image_column"):
+            with pytest.raises(DataError, match=r"has the columns .photo.*with image_column"):
                 open_data(file)
         named = open_data(listed(tmp_path, "l.csv", "photo,animal\n1.png,cat\n"), image_column="photo")
         assert paths(named) == ["1.png"]

@@ -129,6 +129,9 @@ class TestTypes:
         for wrong in (many[:5], np.zeros((3,)), np.zeros(()), np.zeros((5, 1)), 5):
             with pytest.raises(DataError, match="but there are 6 images: one label each"):
                 open_data((IMAGES, wrong))
+        for unordered in (set("abcdef"), dict.fromkeys(range(6))):
+            with pytest.raises(DataError, match="pass a list or an array, in the order of the images"):
+                open_data((IMAGES, unordered))
 
     def test_what_is_refused(self, tmp_path, monkeypatch):
         for data in ((IMAGES, [-100] * 6), table(tmp_path / "a.parquet", {"label": [-100]})):
