@@ -36,7 +36,7 @@ def named(source):
 
 
 class TestTables:
-    @pytest.mark.parametrize("head", ["path,label", "Label,FILENAME", "id,filepath,class", "image,target,score"])
+    @pytest.mark.parametrize("head", ["path,label", "Label,FILENAME", "id,file_name,class", "image,target,score"])
     @pytest.mark.parametrize("name", ["l.csv", "l.TSV"])
     def test_columns(self, head, name, tmp_path):
         photos(tmp_path, "a/1.png", "b, c/2.png")
@@ -51,6 +51,14 @@ class TestTables:
         assert paths(source) == ["b, c/2.png", "a/1.png", "a/1.png"] and source.classes == ("cat", "dog")
         assert named(source) == ["dog", "cat", None] and source.image(0)[0, 0, 0] == 10
         assert source.channels == 3 and open_data(tmp_path / name, channels=1).image(0).shape == (1, 4, 4)
+
+    def test_a_header_without_a_usual_name_is_no_image(self, tmp_path):
+        for head in ("photo,animal", "photo"):
+            file = listed(tmp_path, "l.csv", f"{head}\n{'1.png,cat' if ',' in head else '1.png'}\n")
+            with pytest.raises(DataError, match=r"has the columns .photo.*with image_column"):
+                open_data(file)
+        named = open_data(listed(tmp_path, "l.csv", "photo,animal\n1.png,cat\n"), image_column="photo")
+        assert paths(named) == ["1.png"]
 
     def test_without_a_header(self, tmp_path):
         assert open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).labels.tolist() == [-1, -1]

@@ -126,9 +126,12 @@ class TestTypes:
             assert source.labels.tolist() == [-1] * 6
             assert "have shape (6, 14), several for each image" in source.report() and LEFT_OUT in source.report()
             assert Subset(source, torch.arange(3), "").label_note == source.label_note
-        for wrong in (many[:5], np.zeros((3,)), np.zeros(()), np.zeros((5, 1))):
+        for wrong in (many[:5], np.zeros((3,)), np.zeros(()), np.zeros((5, 1)), 5):
             with pytest.raises(DataError, match="but there are 6 images: one label each"):
                 open_data((IMAGES, wrong))
+        for unordered in (set("abcdef"), dict.fromkeys(range(6))):
+            with pytest.raises(DataError, match="pass a list or an array, in the order of the images"):
+                open_data((IMAGES, unordered))
 
     def test_what_is_refused(self, tmp_path, monkeypatch):
         for data in ((IMAGES, [-100] * 6), table(tmp_path / "a.parquet", {"label": [-100]})):
@@ -315,6 +318,7 @@ class TestNearMisses:
             ({"images": 3}, "A dict cannot be opened; pass its images as one array"),
             ((1, "x", 2), "A tuple of int and str cannot be opened"),
             (3, "A int cannot be opened; data can be"),
+            ("", "the path of the data is empty; data can be"),
             (photo, r"A PIL\.Image\.Image cannot be opened; pass numpy\.asarray\(image\)\[None\] for one image"),
             (IMAGES[0], r"shape \(8, 9, 3\) is that of one image \(H, W, C\).* pass array\[None\]"),
         ):

@@ -29,6 +29,7 @@ class TestNames:
     def test_words_within_names(self):
         names = {"train2017": "train", "seg_test": "test", "TRAIN-001": "train", "valSet": "val", "trainval": None}
         names |= {"station": None, "latest": None, "trainA": "train", "evaluation_3": "test", "Dev": "val"}
+        names |= {"trainset": "train", "TestData": "test", "val_images": "val", "testimages": "test", "trains": None}
         assert {name: split_within(name) for name in names} == names
 
     def test_of_two_words_for_one_split_the_other_keeps_its_name(self):
@@ -65,6 +66,29 @@ class TestFolders:
     def test_in_the_only_folder_with_images(self, tmp_path):
         fill(tmp_path, *classes("archive/train", "archive/test"))
         assert splits(tmp_path) == ("train", "test") and open_data(tmp_path).classes == ("a", "b")
+
+    def test_in_the_only_folder_at_any_depth(self, tmp_path):
+        fill(tmp_path, *classes("archive/images/train", "archive/images/test"))
+        assert splits(tmp_path) == ("train", "test") and len(open_data(tmp_path)) == 4
+
+    def test_a_split_whose_only_folder_has_its_name(self, tmp_path):
+        fill(tmp_path, *classes("training_set/training_set", "test_set/test_set"))
+        source = open_data(tmp_path)
+        assert source.classes == open_data(tmp_path, "test").classes == ("a", "b")
+        assert "train = training_set/training_set" in source.report()
+
+    @pytest.mark.parametrize("folders, other", [
+        (("seg_train", "seg_test"), "seg_pred"), (("train2017", "val2017"), "unlabeled2017"),
+        (("trainset", "testset"), "extra"),
+    ])  # fmt: skip
+    def test_folders_next_to_names_that_hold_splits(self, folders, other, tmp_path):
+        fill(tmp_path, *classes(*folders), f"{other}/1.png")
+        assert len(splits(tmp_path)) == 3 and splits(tmp_path)[0] == "train" and splits(tmp_path)[2] == other
+        assert len(open_data(tmp_path)) == 4 and len(open_data(tmp_path, other)) == 1
+
+    def test_classes_whose_names_hold_words_of_splits(self, tmp_path):
+        fill(tmp_path, "steam_train/1.png", "test_tube/1.png", "cat/1.png")
+        assert open_data(tmp_path).classes == ("cat", "steam_train", "test_tube")
 
     def test_other_folders_and_images_next_to_splits(self, tmp_path):
         fill(tmp_path, *classes("train", "test"), "unlabeled/1.png", "cover.png")
@@ -165,6 +189,12 @@ class TestShards:
         }.items():
             write_parquet(tmp_path / where / f"{name}.parquet", images[:count])
         assert splits(tmp_path) == ("train", "val") and len(open_data(tmp_path)) == 7
+
+    def test_every_name_of_a_hub_is_a_split(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        for name in ("train", "extra", "test"):
+            write_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet", [encoded(picture(1), "PNG")])
+        assert splits(tmp_path) == ("train", "test", "extra") and len(open_data(tmp_path)) == 1
 
     def test_folders_named_as_splits(self, tmp_path):
         for split in ("train", "test"):

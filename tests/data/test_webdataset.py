@@ -124,6 +124,14 @@ class TestRead:
         with pytest.raises(DataError, match=r"has no image KEY.seg.png \(image_column\), only png, jpg"):
             open_data(made, image_column="seg.png")
 
+    def test_splits_inside_a_shard_are_refused(self, tmp_path):
+        for name, prefix in (("a", "train"), ("b", "photos/Training"), ("c", "./train/cat")):
+            other = prefix.replace("train", "test").replace("Training", "val")
+            members = [(f"{place}/{i}.png", encoded(i)) for i, place in enumerate((prefix, other))]
+            with pytest.raises(DataError, match="holds folders of several splits"):
+                open_data(shard(tmp_path / f"{name}.tar", *members))
+        assert len(open_data(shard(tmp_path / "d.tar", *members[:1], ("train/dog/1.png", encoded(1))))) == 2
+
     def test_names_with_several_dots(self, tmp_path):
         pair = [(f"{i}.{kind}.jpg", encoded(i, "JPEG")) for i in range(3) for kind in ("input", "target")]
         with pytest.raises(DataError, match=r"several images for a key, input.jpg, target.jpg: .*--image-column input"):

@@ -188,6 +188,26 @@ def test_embed_takes_whatever_holds_images():
         assert np.allclose(encoder.embed(alone), expected[1:2], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (None, "a list of images, not NoneType"),
+        ((image for image in images(2, 3, 20, 20)), "a list of images, not generator"),
+        ({"image": images(1, 3, 20, 20)}, "a list of images, not dict"),
+        ("photos", r"not str; inbatch.embed_run\(RUN, DATA, OUT\)"),
+        (np.uint8(5), "a list of images, not numpy.uint8"),
+        (["a.jpg"], "'a.jpg' is a path; open it"),
+        ((np.zeros((2, 20, 20, 3), np.uint8), np.zeros(2, np.uint8)), r"the shape \(2, 20, 20, 3\)"),
+        ((images(2, 3, 20, 20), torch.zeros(2, dtype=torch.uint8)), "uint8 images of 3 channels"),
+    ],
+)
+def test_embed_refuses_what_holds_no_images(wrong, words):
+    encoder = create_encoder("tiny", size=20, channels=3)
+    for use in (encoder.embed, encoder.preprocess):
+        with pytest.raises(DataError, match=words):
+            use(wrong)
+
+
 def test_preprocess_is_what_embed_computes_with():
     encoder = used(create_encoder("tiny", size=20, channels=3))
     batch = images(4, 3, 24, 30)

@@ -58,13 +58,17 @@ def test_same_process_is_refused_too_and_release_is_clean(tmp_path):
         assert note is None
 
 
-def test_folder_without_locks_is_said(tmp_path, monkeypatch):
+def without_locks(monkeypatch):
     import fcntl
 
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_folder_without_locks_is_said(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
     with files.locked(tmp_path) as note:
         assert "cannot be locked ([Errno 95] Operation not supported)" in note
 
@@ -103,6 +107,18 @@ def test_a_writer_leaves_nothing_and_removes_what_dead_ones_left(tmp_path):
         leaving.communicate("\n")
         assert leaving.returncode == 75
     assert target.read_bytes() == b"whole" and sorted(tmp_path.iterdir()) == [other, target]
+
+
+def test_what_a_dead_process_with_the_same_id_left_is_replaced_without_locks(tmp_path, monkeypatch):
+    """In a container, ids start again at 1."""
+    without_locks(monkeypatch)
+    mine, other = tmp_path / f".features.npz.{os.getpid()}.tmp", tmp_path / ".features.npz.7.tmp"
+    mine.touch()
+    other.touch()
+    with files.replacing(tmp_path / "features.npz") as file:
+        file.write(b"whole")
+    assert (tmp_path / "features.npz").read_bytes() == b"whole"
+    assert not mine.exists() and other.exists()  # it may still write
 
 
 def test_a_folder_is_made_once_and_kept_only_if_it_is_renamed(tmp_path):

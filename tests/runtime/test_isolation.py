@@ -180,6 +180,32 @@ def test_a_second_run_in_another_thread_is_refused(tmp_path: Path) -> None:
         inbatch.load_run(tmp_path / "run")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    @isolation.isolated
+    def pretrain() -> None:
+        inside.set()
+        assert leave.wait(30)
+
+    thread = threading.Thread(target=pretrain)
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            isolation.briefly_isolated(lambda: None)()
+            code = 0
+        finally:
+            os._exit(code)
+    leave.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_short_calls_of_several_threads_wait_for_each_other() -> None:
     results: list[int] = []
 

@@ -13,9 +13,11 @@ from small_runs import leave_out_judgement, stop_after, use_few_images
 import inbatch
 from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, Preempted
+from inbatch.runtime.files import write_json
+from inbatch.training.checkpoint import save
 from inbatch.training.data_places import located, save_places
 from inbatch.training.recipe import make
-from inbatch.training.resume import finished_run
+from inbatch.training.resume import finished_run, resumed_plan
 
 RECIPE = make({"data": "photos", "test": "held.csv", "method.name": "simclr", "image_size": 32})
 
@@ -40,6 +42,20 @@ def test_a_path_is_kept_as_absolute_and_relative_to_the_run(tmp_path: Path, monk
     assert (here.data, here.test) == (str(tmp_path / "moved" / "photos"), str(tmp_path / "moved" / "held.csv"))
     (tmp_path / "moved" / "photos").rmdir()
     assert located(Path(moved, "runs", "one"), RECIPE).data == "photos"
+
+
+def test_images_that_are_gone_are_named_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    write_json(run / "recipe.json", RECIPE.nested())
+    save(run / "checkpoints", {}, step=1)
+    for place in ("photos", str(tmp_path / "photos")):  # without data.json, of an earlier version, and with it
+        for use in (lambda: inbatch.pretrain(resume=run), lambda: resumed_plan(run, None, {}, download=False)):
+            with pytest.raises(DataError, match=rf"^Cannot read .* run: {place} does not exist\. Pass .* \(--data\)$"):
+                use()
+        Path("photos").mkdir(exist_ok=True)
+        save_places(run, RECIPE, RECIPE)
+        Path("photos").rmdir()
 
 
 def test_only_paths_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

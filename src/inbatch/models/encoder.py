@@ -1,7 +1,8 @@
 """A backbone with pooled features, and the preparation of its images."""
 
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from inbatch.data.pixels import Levels, from_pillow, to_bytes
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, type_name
 from inbatch.models.library_errors import explained
 from inbatch.models.readout import Readout
 from inbatch.nn.eval_mode import evaluating
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
                 One such image alone is embedded as a list of one.
             batch: images at a time.
         """
-        images = [images] if self._is_one(images) else images
+        images = self._sequence(images)
         rows = []
         for start in range(0, len(images), batch):
             with self.evaluating():
@@ -176,7 +177,7 @@ class Encoder(nn.Module):
         Args:
             images: at least one image, in a form that `embed` takes.
         """
-        images = [images] if self._is_one(images) else images
+        images = self._sequence(images)
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
             images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -198,6 +199,18 @@ class Encoder(nn.Module):
                 self._warned = True
                 warnings.warn(RAW.format(low, high), UserWarning, stacklevel=5)
 
+    def _sequence(self, images: Any) -> Any:
+        """Return images as a sequence: one alone as a list of one; raise DataError for what is none."""
+        if self._is_one(images):
+            return [images]
+        path = isinstance(images, str | bytes | os.PathLike)
+        if path or not (isinstance(images, Sized) and hasattr(images, "__getitem__")) or isinstance(images, dict):
+            raise DataError(
+                f"an encoder embeds a tensor, an array or a list of images, not {type_name(images)}"
+                + ("; inbatch.embed_run(RUN, DATA, OUT) embeds the images of files" if path else "")
+            )
+        return images
+
     def _is_one(self, images: Any) -> bool:
         """Return whether this is one image: of Pillow, a (h, w) or (h, w, C) array, or a (C, h, w) tensor."""
         if not isinstance(images, np.ndarray | Tensor):
@@ -215,12 +228,16 @@ class Encoder(nn.Module):
             image = (
                 (image.float() if image.dtype == torch.bfloat16 else image.detach()).cpu().numpy().transpose(1, 2, 0)
             )
+        if isinstance(image, str | bytes | os.PathLike):
+            raise DataError(f"An image cannot be embedded: {image!r} is a path; open it with PIL.Image.open")
         try:
             if isinstance(image, Image.Image):
                 image = from_pillow(ImageOps.exif_transpose(image), self.channels, self.levels)
             image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
         except ValueError as e:
             raise DataError(f"An image cannot be embedded: {e}") from e
+        if image.ndim not in (2, 3):
+            raise DataError(f"An image cannot be embedded: it has the shape {tuple(image.shape)}, not (h, w[, C])")
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
     def _measure(self) -> int:

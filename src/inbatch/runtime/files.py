@@ -38,9 +38,8 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     try:
         _replaceable(place)
         for left in _temporaries(place):
-            remove_abandoned(left)
-        if os.name != "posix":  # without locks: left by a dead process with the same id
-            temporary.unlink(missing_ok=True)
+            if remove_abandoned(left) is None and left == temporary:
+                left.unlink(missing_ok=True)  # without locks: left by a dead process with the same id
         with open(temporary, "x+b") as file, unfinished(temporary):  # x: never through an existing link
             yield file
             file.flush()

@@ -31,6 +31,16 @@ _holder: str | None = None
 """The run that holds `_turn`, for the message to others; None for calls that end soon."""
 
 
+def _forked() -> None:
+    """Give a forked child its own turn: the run of another thread continues in the parent only."""
+    global _turn, _holder
+    _turn, _holder = threading.RLock(), None
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
+
+
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public function that computes for long: one at a time in a process, in `usual_state`.
 
@@ -61,7 +71,8 @@ def _alone(name: str, long: bool) -> Iterator[None]:
     Generators, number of threads and flags of torch belong to the process, so two runs would change each other's bits.
     """
     global _holder
-    while not _turn.acquire(timeout=_POLL):
+    turn = _turn  # of this process: a forked child has another
+    while not turn.acquire(timeout=_POLL):
         if (holder := _holder) is not None:
             raise ConfigError(
                 f"{name} was called while {holder} of this process, and both use the same random generators and "
@@ -74,7 +85,7 @@ def _alone(name: str, long: bool) -> Iterator[None]:
         yield
     finally:
         _holder = before
-        _turn.release()
+        turn.release()
 
 
 @contextmanager

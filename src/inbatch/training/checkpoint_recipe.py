@@ -49,8 +49,8 @@ def check_recipe(saved: Checkpoint, recipe: Recipe, file: Path) -> None:
     if keys:
         what = ", ".join(f"{key} = {after.get(key)!r} (the checkpoint has {before.get(key)!r})" for key in keys)
         raise ConfigError(
-            f"{file} was edited after {saved.path} was saved: {what}. Restore these values, or start a new run in "
-            f"another folder (--config {file} --output-dir NEW)"
+            f"{file} was edited after {saved.path} was saved, or the checkpoint is of another run: {what}. Restore "
+            f"these values, or start a new run in another folder (--config {file} --output-dir NEW)"
         )
 
 

@@ -5,6 +5,8 @@ after both were moved together.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,34 @@ def located(run: Path, recipe: Recipe) -> Recipe:
     paths = {key: _first(run, places.get(key), getattr(recipe, key)) for key in _KEYS}
     present: dict[str, Any] = {key: path for key, path in paths.items() if path is not None}
     return replace(recipe, **present)
+
+
+@contextmanager
+def opening(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Open the images of a run at their known place within the context; DataError with the way on if they are gone.
+
+    Args:
+        run: Run directory.
+        recipe: Its recipe, from `located`.
+    """
+    try:
+        yield
+    except DataError as error:
+        if recipe.data.startswith(_NAMED) or _is_path(recipe.data):
+            raise
+        raise DataError(
+            f"Cannot read the images of the run in {run}: {_last_place(run, recipe.data)} does not exist. Pass their "
+            "present place (--data)"
+        ) from error
+
+
+def _last_place(run: Path, given: str) -> str:
+    """Return where the images of a run were at its last start."""
+    try:
+        place = read_json(run / FILE).get("data")
+    except DataError:
+        return given
+    return str(place.get("absolute")) if isinstance(place, dict) and place.get("given") == given else given
 
 
 def images_signature(source: Source) -> str:

@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.build import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
-from inbatch.training.data_places import check_same_images, images_signature, located
+from inbatch.training.data_places import check_same_images, images_signature, located, opening
 from inbatch.training.plan import RunPlan
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.run import Run, load_run
@@ -99,7 +100,8 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
     if isinstance(data, str):
         here = replace(here, data=data)
     opened = here.data if data is None else data
-    source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.reading)
+    with opening(folder, here) if data is None else nullcontext():
+        source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.reading)
     return RunPlan(recipe, source, opened, here=here)
 
 

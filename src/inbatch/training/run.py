@@ -23,7 +23,7 @@ from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
-from inbatch.training.data_places import located
+from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, columns_of_other, evaluation_split
 from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
@@ -121,7 +121,8 @@ def evaluate_run(
     columns = {"image_column": image_column, "label_column": label_column}
     named: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
     here = replace(own, **named)
-    recipe, source = (here, source_of(here, None)) if data is None else _elsewhere(own, data, named)
+    with opening(path, own) if data is None else nullcontext():
+        recipe, source = (here, source_of(here, None)) if data is None else _elsewhere(own, data, named)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = loaded.encoder.to(device_for(device)), loaded.note is not None
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options

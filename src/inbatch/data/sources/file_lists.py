@@ -1,7 +1,7 @@
 """Lists of image files with labels: CSV, TSV and plain text.
 
-CSV and TSV with a header: the columns `path` (or image, file, filename, filepath), `label` (class, target) and `split`,
-or those that the settings name; other columns are ignored. CSV and TSV without a header: a path and optionally a label.
+CSV and TSV with a header: the columns `path`, `label` and `split` (`COLUMNS` lists other names), or those that the
+settings name; other columns are ignored. CSV and TSV without a header: a path and optionally a label.
 Text: each line has a path with an image file extension and optionally a label after a tab, a comma or a space. A CSV
 file may be separated by semicolons. Labels are read as `labels` describes.
 """
@@ -22,7 +22,7 @@ from inbatch.data.sources.split_names import arranged
 from inbatch.errors import DataError
 
 COLUMNS = {
-    "path": ("path", "image", "file", "filename", "filepath"),
+    "path": ("path", "image", "file", "filename", "filepath", "file_name", "file_path", "image_path"),
     "label": ("label", "class", "target"),
     "split": ("split",),
 }
@@ -111,6 +111,7 @@ def _table(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     place: dict[str, int] | None = None
     width = 0
+    first: list[str] = []
     try:
         for cells in reader:
             if not cells:
@@ -126,11 +127,15 @@ def _table(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
                         f"{str(file)!r} has {width} columns: name them in its first line: path, label, split"
                     )
                 place = {"path": 0, "label": 1} if width == 2 and reading.label_column is None else {"path": 0}
+                first = cells
             if len(cells) != width:
                 raise DataError(
                     f"{str(file)!r}, line {reader.line_num}: {len(cells)} columns, the first line has {width}; "
                     "put names with a separator in them into quotes"
                 )
+            if first and cells is not first:
+                _check_no_header(file, first, cells)
+                first = []
             values = {what: cells[at] for what, at in place.items()}
             label, split = values.get("label", "").strip(), values.get("split", "").strip()
             yield Row(reader.line_num, values["path"], label, split)
@@ -151,6 +156,16 @@ def _header(cells: list[str], reading: Reading) -> dict[str, int]:
         elif column not in (None, NO_LABELS):
             return {}
     return found if "path" in found else {}
+
+
+def _check_no_header(file: Path, first: list[str], second: list[str]) -> None:
+    """Raise DataError if the first line of a list names columns: the next one has the name of an image, it has not."""
+    if _LINE.fullmatch(second[0].strip()) and not _LINE.fullmatch(first[0].strip()):
+        columns = ", ".join(_printable(cell.strip()) for cell in first)
+        raise DataError(
+            f"{str(file)!r} has the columns {columns}, and none is called {', '.join(COLUMNS['path'])}: name that of "
+            "the images with image_column (--image-column), or rename it"
+        )
 
 
 def _no_column(file: Path, cells: list[str], reading: Reading) -> DataError:

@@ -30,12 +30,13 @@ def find_layout(root: Path) -> Layout:
     Raises:
         DataError: If a sub-folder may be a split or a class.
     """
-    folders = sub_folders(root)
-    if (layout := _divided(root, folders)) is not None:
-        return layout
-    only = _only_with_images(root, folders)
-    inner = None if only is None or loose_images(root) else _divided(root / only, sub_folders(root / only))
-    return inner if inner is not None and inner.names else Layout(root)
+    place = root
+    while (layout := _divided(place, folders := sub_folders(place))) is None:
+        only = None if loose_images(place) else _only_with_images(place, folders)
+        if only is None:
+            return Layout(root)
+        place /= only
+    return layout if place == root or layout.names else Layout(root)
 
 
 def _divided(root: Path, folders: list[str]) -> Layout | None:
@@ -59,7 +60,8 @@ def _divided(root: Path, folders: list[str]) -> Layout | None:
     for name in named:
         word = name if split_of(name) else word_within(name)
         words[name if word is None or word in words else word] = name
-    names = arranged(words) | {name: name for name in others}
+    names = {split: _without_doubling(root, name) for split, name in arranged(words).items()}
+    names |= {name: _without_doubling(root, name) for name in others}
     return Layout(root, names, (f"{many(loose, 'image')} next to the splits not used",) if loose else ())
 
 
@@ -103,12 +105,28 @@ def _split(name: str) -> str | None:
 
 
 def _named_within(root: Path, folders: list[str]) -> list[str]:
-    """Return the folders with a split in their name, if there are training and other ones, and no images elsewhere."""
+    """Return the folders with a split in their name, if there are training and other ones.
+
+    If there are images elsewhere, only folders of equal names apart from the split, such as `seg_train` and `seg_test`.
+    """
     named = [name for name in folders if split_within(name)]
     splits = {split_within(name) for name in named}
     if "train" not in splits or len(splits) < 2:
         return []
-    return [] if any(holds_images(root / name) for name in folders if name not in named) else named
+    if not any(holds_images(root / name) for name in folders if name not in named):
+        return named
+    rests = {name: name.replace(word_within(name) or "", "", 1).lower() for name in named}
+    training = {rests[name] for name in named if _split(name) == "train"}
+    shared = training & {rests[name] for name in named if _split(name) != "train"}
+    return [name for name in named if rests[name] in shared]
+
+
+def _without_doubling(root: Path, name: str) -> str:
+    """Return the path of a split below `root`: of a folder that holds only one of the same name, the inner one."""
+    folder = root / name
+    if _only_with_images(folder, sub_folders(folder)) == name and not loose_images(folder):
+        return os.path.join(name, name)
+    return name
 
 
 def _only_with_images(root: Path, folders: list[str]) -> str | None:

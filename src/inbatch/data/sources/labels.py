@@ -7,7 +7,7 @@ sentence, so that methods that need no labels can use the images.
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -144,6 +144,8 @@ def from_array(
     Raises:
         DataError: If there is not one entry for each image; see also `number`.
     """
+    if isinstance(labels, Set | Mapping):
+        raise DataError(f"{what} are a {type(labels).__name__}: pass a list or an array, in the order of the images")
     values = _as_array(labels)
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if values.shape[:1] != (n,):
@@ -226,7 +228,7 @@ def _as_array(labels: Any) -> np.ndarray:
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
         return (labels.float() if labels.dtype == torch.bfloat16 else labels).numpy()
-    if hasattr(labels, "__array__"):
+    if hasattr(labels, "__array__") or not hasattr(labels, "__iter__"):
         return np.asarray(labels)
     return np.asarray(list(labels), object)  # NumPy would turn integers of 64 bits to floats if their signs differ
 

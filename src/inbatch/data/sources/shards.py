@@ -17,6 +17,7 @@ from inbatch.errors import DataError, many
 
 _MOST_FOLDERS = 50  # more are classes of images, and listing them all takes time
 _NUMBERED = r"{0}([-_.]*\d.*)?\.\w+"  # not "train-features.parquet"
+_OF_A_HUB = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")  # as the hub writes the name of a split and the number of the file
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,14 @@ def shards_below(root: Path, suffix: str, nested: bool = True) -> Shards | None:
 def divided(files: Sequence[Path], where: Path) -> Shards:
     """Return files by the split that their names hold; without any test images, all files are training images.
 
+    Of files that are all named as a hub does (`extra-00000-of-00002.parquet`), every name is a split.
+
     Raises:
         DataError: If some files are named as test images, and others not as any split.
     """
+    of_a_hub = [match[1] for file in files if (match := _OF_A_HUB.fullmatch(file.name))]
+    if len(of_a_hub) == len(files) and len(set(of_a_hub)) > 1:
+        return _grouped([(name, [file]) for name, file in zip(of_a_hub, files, strict=True)], where)
     words = {file: word_within(file.name.partition(".")[0]) for file in files}
     other = next((word for word in words.values() if word and split_of(word) != "train"), None)
     if other is None:

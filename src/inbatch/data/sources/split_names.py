@@ -13,6 +13,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 _SPLITS = {word: split for split, words in WORDS.items() for word in words}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # "trainA", "seg_train" and "TRAIN-001" hold the word train, "trainval" not
+_CONTENT = re.compile(r"(?:sets?|data|images?|imgs?)$", re.IGNORECASE)  # "trainset" and "testdata" hold a word, too
 
 Value = TypeVar("Value")
 
@@ -24,7 +25,8 @@ def split_of(word: str) -> str | None:
 
 def word_within(name: str) -> str | None:
     """Return the first word of a name that names a split ("train" of "train2017", "test" of "seg_test"), or None."""
-    return next(filter(split_of, _WORD.findall(name)), None)
+    words = (_CONTENT.sub("", word) for word in _WORD.findall(name))
+    return next(filter(split_of, words), None)
 
 
 def split_within(name: str) -> str | None:

@@ -21,6 +21,7 @@ from inbatch.data.source import Reading
 from inbatch.data.sources.folder import EXTENSIONS
 from inbatch.data.sources.labels import NO_LABELS, Distinct, Unusable
 from inbatch.data.sources.packed_names import Names
+from inbatch.data.sources.split_names import split_of
 from inbatch.errors import DataError
 from inbatch.runtime.files import open_regular
 
@@ -40,6 +41,7 @@ class Members:
         labels: Position of their label in `distinct.values`; -1 for unknown.
         first: Position of the first member of every shard, and the number of all members.
         kinds: Extensions of images.
+        folders: Folders of the images, without those below the third level.
         distinct: The labels that occur.
         skipped: Number of the other members by extension.
     """
@@ -52,6 +54,7 @@ class Members:
     labels: array = field(default_factory=lambda: array("q"))
     first: list[int] = field(default_factory=lambda: [0])
     kinds: dict[str, int] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
     distinct: Distinct = field(default_factory=Distinct)
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -134,10 +137,27 @@ def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Readin
     members = Members()
     for shard in shards:
         _read_shard(os.fspath(shard), members, reading)
+    _check_one_split(members.folders, name)
     column = reading.label_column
     if column not in (None, NO_LABELS) and not members.distinct.values:
         raise DataError(f"{name!r} has no member KEY.{column} and no {column!r} in a KEY.json (label_column)")
     return members
+
+
+def _check_one_split(folders: Iterable[str], name: str) -> None:
+    """Raise DataError if a folder in the shards holds the folders of training images and those of other splits."""
+    inside: dict[str, dict[str, str]] = {}
+    for path in folders:
+        while path:
+            path, _, last = path.rpartition("/")
+            if (split := split_of(last)) is not None:
+                inside.setdefault(path, {})[split] = last
+    for words in inside.values():
+        if "train" in words and len(words) > 1:
+            raise DataError(
+                f"{name!r} holds folders of several splits, {', '.join(sorted(words.values()))}: training on all of "
+                "it would include test images. Unpack it, or write one tar file for each split, such as train.tar"
+            )
 
 
 class _Name(NamedTuple):
@@ -170,6 +190,7 @@ def _read_shard(shard: str, members: Members, reading: Reading) -> None:
                 parts = _parts(name)
                 if parts.kind in _IMAGES:
                     images.append(parts)
+                    members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
                     members.names.append(name.encode("utf-8", "surrogateescape"))
                     members.starts.append(member.offset_data)
                     members.sizes.append(member.size)
