@@ -13,6 +13,14 @@ def type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def check_whole(name: str, value: object, least: int | None = None) -> None:
+    """Raise ConfigError unless an argument is a whole number (also of NumPy), and at least `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ConfigError(f"{name} must be a whole number, not {value!r:.40}")
+    if least is not None and value < least:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
 class InbatchError(Exception):
     """Base class of all errors that the user can correct; the command line prints them without a traceback."""
 

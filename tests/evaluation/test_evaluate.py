@@ -455,6 +455,12 @@ def test_unknown_labels_are_left_out_and_noise_is_wrong():
             measure(torch.full((20,), -1), noisy)
 
 
+def test_clustering_refuses_settings_of_another_type():
+    for settings in ({"clusters": "3"}, {"clusters": 2.5}, {"clusters": True}, {"n_init": 0}, {"n_init": 1.5}):
+        with pytest.raises(ConfigError, match=r"whole number|at least 1"):
+            clustering(clouds(60), **settings)
+
+
 def test_clusters_that_are_found_are_counted(recwarn):
     """Three different rows cannot form six clusters; the result says so, and no library warns."""
     three = Embeddings(torch.eye(3).repeat(4, 1), torch.arange(12) % 6, tuple(map(str, range(12))), "three", "f")

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from feature_sets import clouds, encoder, pictures
@@ -192,3 +193,36 @@ def test_several_labels_per_image_are_refused_before_embedding():
         with pytest.raises(DataError, match=r"shape \(\d+, 3\): .* one class per image .* one column"):
             call()
     assert not seen
+
+
+def test_nan_scores_are_no_hit():
+    """A classifier that has diverged predicts nothing: not every class."""
+    nan = math.nan
+    scores = torch.tensor([[nan, nan], [0.0, nan], [nan, 0.0], [1.0, 0.0]])
+    assert credit(scores, torch.zeros(4, dtype=torch.long)).tolist() == [0, 0, 0, 1]
+    assert hits(scores[:3], torch.tensor([0, 0, 1]))["top1"] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 2.0}, {"k": "3"}, {"k": True}, {"k": None}, {"temperature": "0.1"}, {"temperature": None}]
+)
+def test_settings_of_another_type_are_refused(options):
+    bank = rows(torch.eye(6), range(6))
+    with pytest.raises(ConfigError, match=r"whole number|temperature of k-NN is"):
+        knn(bank, bank, **{"k": 3, **options})
+
+
+def test_settings_may_be_numpy_numbers():
+    bank = rows(torch.eye(6), range(6))
+    assert knn(bank, bank, k=np.int64(1), temperature=np.float32(0.1))["top1"] == 1
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    bank = rows(torch.eye(6), range(6))
+    with pytest.raises(DataError, match="6 numbers and those of rows 5"):
+        knn(bank, rows(torch.eye(5), range(5)), k=3)
+    with pytest.raises(ConfigError, match=r"must be Embeddings.*torch\.Tensor"):
+        knn(bank.vectors, bank.labels, k=3)
+    for labels in (bank.labels - 1, bank.labels + 1, bank.labels[:5]):
+        with pytest.raises(DataError, match="6 numbers from 0 to 5"):
+            knn_scores(bank.vectors, bank.vectors, labels, 6, k=3)

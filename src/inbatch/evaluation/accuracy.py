@@ -15,7 +15,7 @@ def credit(
 
     Classes of equal score share the places that they reach together: one of two classes with the highest score is half
     a hit. This is the expected accuracy if ties are drawn by chance, for any order of the classes. A class with the
-    score -inf (no vote) is never a hit.
+    score -inf (no vote) is never a hit, and a sample with a NaN score (a classifier that has diverged) neither.
 
     Args:
         scores: score of every class.
@@ -28,7 +28,7 @@ def credit(
     better = scores > own + equal
     tied = (scores >= own - equal) & ~better
     share = (top - better.sum(1)).double() / tied.sum(1)
-    return share.clamp(0, 1).masked_fill(own[:, 0] == -torch.inf, 0)
+    return share.clamp(0, 1).masked_fill((own[:, 0] == -torch.inf) | scores.isnan().any(1), 0)
 
 
 def hits(

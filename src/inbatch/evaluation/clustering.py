@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, check_whole
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.clustering import compared, ignore_missing_clusters, nmi
 from inbatch.runtime.isolation import usual_state
@@ -60,13 +60,15 @@ def clustering(
         seed: seed of the restarts.
 
     Raises:
-        ConfigError: if there are more clusters than images, or fewer than 1.
+        ConfigError: if there are more clusters than images, or fewer than 1, or no restart.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
     known = embeddings.labelled()
     clusters = len(known.labels.unique()) if clusters is None else clusters
+    check_whole("clusters", clusters)
+    check_whole("n_init", n_init, least=1)
     if not 1 <= clusters <= len(known):
         raise ConfigError(
             f"{clusters} clusters cannot be made of {len(known)} images of {known.name}: choose 1 to {len(known)}."

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import DataError
+from inbatch.errors import ConfigError, DataError, type_name
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,19 @@ def matched(train: Embeddings, test: Embeddings) -> tuple[Embeddings, Embeddings
     """Return the labelled images of both, numbered by the classes of `train`, and the number of class ids.
 
     Raises:
-        DataError: as `labelled` and `matched_labels`, or if there are fewer than two classes in training.
+        ConfigError: if one of them is not `Embeddings`.
+        DataError: as `labelled` and `matched_labels`, if there are fewer than two classes in training, or if the two
+            have vectors of different widths.
     """
+    for features in (train, test):
+        if not isinstance(features, Embeddings):
+            raise ConfigError(f"features must be Embeddings, as inbatch.embed returns, not {type_name(features)}")
     train, test = train.labelled(), test.labelled()
+    if train.vectors.shape[1] != test.vectors.shape[1]:
+        raise DataError(
+            f"the features of {train.name} have {train.vectors.shape[1]} numbers and those of {test.name} "
+            f"{test.vectors.shape[1]}: pass features of one encoder"
+        )
     if len(train.labels.unique()) < 2:
         raise DataError(f"{train.name} has one class only: at least two are needed.")
     test = replace(test, labels=matched_labels(train, test), classes=train.classes or test.classes)

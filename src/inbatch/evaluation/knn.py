@@ -7,6 +7,7 @@ in float64 have equal votes, so that neither the order of the bank nor tiles, th
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, DataError, check_whole
 from inbatch.evaluation.accuracy import hits
 from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.nn.cpu_matmul import fast_products
@@ -30,10 +31,11 @@ def check_neighbours(k: int, bank: int, temperature: float, distance: str) -> No
     """Raise ConfigError unless k-NN can be computed with these settings from `bank` samples."""
     if distance not in ("cosine", "euclidean"):
         raise ConfigError(f'the distance is "cosine" or "euclidean", not {distance!r}.')
+    check_whole("k", k)
     if not 0 < k <= bank:
         raise ConfigError(f"k = {k} neighbours cannot be taken from {bank} samples: choose 1 to {bank}.")
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"the temperature of k-NN is {temperature:g}: choose a finite number above 0.")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise ConfigError(f"the temperature of k-NN is {temperature!r}: choose a finite number above 0.")
 
 
 @usual_numerics()
@@ -67,8 +69,11 @@ def knn_scores(
 
     Raises:
         ConfigError: for another distance, a k that is not in 1 to M, or a temperature that is not above 0.
+        DataError: for labels that are not in 0 to `classes` - 1.
     """
     check_neighbours(k, len(bank), temperature, distance)
+    if labels.shape != bank.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(f"the labels of the bank must be {len(bank):,} numbers from 0 to {classes - 1}")
     if query.device.type == "mps":  # it has no float64
         query, bank = query.cpu(), bank.cpu()
     search = _Search(bank, labels.cpu(), classes, k, temperature if distance == "cosine" else None)
