@@ -1,6 +1,7 @@
 """Encoders: their architecture, their preprocessing, and that a saved encoder loads unchanged."""
 
 import json
+import math
 import warnings
 
 import numpy as np
@@ -96,7 +97,16 @@ def test_channels(name, channels):
         ({"name": "resnet18", "size": 32, "drop_rate": print}, "JSON"),
         ({"name": "resnet18", "size": 32, "stem": "small"}, "imagenet"),
         ({"name": "tiny", "size": 32, "stem": "cifar"}, "not a ResNet"),
+        ({"name": None, "size": 32}, "must be a text"),
+        ({"name": "tiny", "size": 32.0}, "whole number"),
+        ({"name": "tiny", "size": "32"}, "whole number"),
+        ({"name": "tiny", "size": 32, "channels": 0}, "at least 1"),
+        ({"name": "tiny", "size": 32, "channels": 1.5}, "whole number"),
         ({"name": "resnet18", "size": 32, "mean": [0.5]}, "3 numbers"),
+        ({"name": "tiny", "size": 32, "mean": 0.5}, "3 numbers"),
+        ({"name": "tiny", "size": 32, "mean": "abc"}, "3 numbers"),
+        ({"name": "tiny", "size": 32, "std": [math.nan] * 3}, "3 numbers"),
+        ({"name": "tiny", "size": 32, "std": [0, 1, 1]}, "above 0"),
         ({"name": "resnet18", "size": 32, "init": "timm"}, "stem"),
         ({"name": "tiny", "size": 32, "init": "timm"}, "timm"),
         ({"name": "torchvision/squeezenet1_0", "size": 64}, "classifier"),
@@ -206,6 +216,21 @@ def test_embed_refuses_what_holds_no_images(wrong, words):
     for use in (encoder.embed, encoder.preprocess):
         with pytest.raises(DataError, match=words):
             use(wrong)
+
+
+def test_no_image_and_values_of_unknown_range_are_refused():
+    encoder = create_encoder("tiny", size=20)
+    with pytest.raises(DataError, match="there is no image"):
+        encoder.preprocess([])
+    with pytest.raises(DataError, match="takes uint8 images"):
+        encoder.embed([np.zeros((0, 20, 3), np.uint8)])
+    with pytest.raises(DataError, match=r"encoder\.levels = \(0, 1\)"):
+        encoder.embed(np.zeros((2, 20, 20, 3)))
+
+
+def test_mean_and_std_may_be_arrays():
+    encoder = create_encoder("tiny", size=20, mean=np.array([0.1, 0.2, 0.3]), std=torch.tensor([0.5, 0.5, 0.5]))
+    assert encoder.mean == (0.1, 0.2, 0.3) and encoder.std == (0.5,) * 3
 
 
 def test_preprocess_is_what_embed_computes_with():

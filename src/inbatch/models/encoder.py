@@ -1,5 +1,6 @@
 """A backbone with pooled features, and the preparation of its images."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence, Sized
@@ -56,7 +57,7 @@ class Prepare:
         return self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
 
     def _fit(self, image: Tensor) -> Tensor:
-        if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels:
+        if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels or 0 in image.shape[-2:]:
             raise DataError(
                 f"the encoder takes uint8 images of {self.channels} channels, (C, H, W), but was given "
                 f"{image.dtype} of shape {tuple(image.shape)}: convert them, or create another encoder."
@@ -71,6 +72,17 @@ class Prepare:
             x = nn.functional.interpolate(batch, (h, w), mode="bilinear", antialias=True).view(*x.shape[:-2], h, w)
         top, left = round((h - size) / 2), round((w - size) / 2)
         return x[..., top : top + size, left : left + size]
+
+
+def _numbers(values: Sequence[float] | None, default: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return mean or std as floats; ConfigError unless they are one finite number per channel."""
+    try:
+        numbers = tuple(map(float, default if values is None else values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"mean and std need {channels} numbers each, one per channel, not {values!r:.60}.")
+    return numbers
 
 
 class Encoder(nn.Module):
@@ -105,10 +117,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.name, self.stem = backbone, name, stem
         self.size, self.channels = size, channels
-        self.mean = tuple(map(float, mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)))
-        self.std = tuple(map(float, std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)))
-        if not len(self.mean) == len(self.std) == channels:
-            raise ConfigError(f"mean and std need {channels} numbers each, one per channel.")
+        self.mean = _numbers(mean, IMAGENET_MEAN if channels == 3 else (0.5,) * channels, channels)
+        self.std = _numbers(std, IMAGENET_STD if channels == 3 else (0.25,) * channels, channels)
+        if not min(self.std) > 0:
+            raise ConfigError(f"std must be above 0, not {min(self.std)}: images are divided by it")
         self.prepare = Prepare(size, channels, self.mean, self.std)
         self.arguments = arguments
         self.attend: dict[str, Any] | None = None
@@ -159,6 +171,9 @@ class Encoder(nn.Module):
                 (C, h, w) tensors or (h, w, C) arrays of any sizes. Other types than uint8 are converted with `levels`.
                 One such image alone is embedded as a list of one.
             batch: images at a time.
+
+        Raises:
+            DataError: if the images are of another form.
         """
         images = self._sequence(images)
         rows = []
@@ -176,8 +191,13 @@ class Encoder(nn.Module):
 
         Args:
             images: at least one image, in a form that `embed` takes.
+
+        Raises:
+            DataError: if there is none, or if they are of another form.
         """
         images = self._sequence(images)
+        if not len(images):
+            raise DataError("there is no image: pass at least one")
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
             images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -235,7 +255,8 @@ class Encoder(nn.Module):
                 image = from_pillow(ImageOps.exif_transpose(image), self.channels, self.levels)
             image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
         except ValueError as e:
-            raise DataError(f"An image cannot be embedded: {e}") from e
+            text = str(e).replace("--set levels=[0,1]", "encoder.levels = (0, 1)")
+            raise DataError(f"An image cannot be embedded: {text}") from e
         if image.ndim not in (2, 3):
             raise DataError(f"An image cannot be embedded: it has the shape {tuple(image.shape)}, not (h, w[, C])")
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from inbatch.errors import ConfigError, DataError, reason
+from inbatch.errors import ConfigError, DataError, check_whole, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
 from inbatch.models.backbones import build, cifar_stem, pretrained, published_cfg
 from inbatch.models.encoder import MAX_SIDE, Encoder
@@ -66,7 +66,7 @@ def create_encoder(
         ConfigError: for unknown names, or settings or weights that do not fit.
         DataError: for unreadable weights.
     """
-    _check_arguments(size, stem, attend, attend_options, kwargs)
+    _check_arguments(name, size, channels, stem, attend, attend_options, kwargs)
     backbone, classifier = build(name, size, channels, kwargs)
     used = _stem_in_use(name, backbone, stem, size)
     if used == "cifar":
@@ -85,8 +85,8 @@ def create_encoder(
         name=name,
         size=size,
         channels=channels,
-        mean=mean or initial.mean,
-        std=std or initial.std,
+        mean=initial.mean if mean is None else mean,
+        std=initial.std if std is None else std,
         stem=used,
         arguments=kwargs,
     )
@@ -120,9 +120,19 @@ class _Initial:
 
 
 def _check_arguments(
-    size: int, stem: str, attend: str | None, attend_options: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
+    name: str,
+    size: int,
+    channels: int,
+    stem: str,
+    attend: str | None,
+    attend_options: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Raise ConfigError for invalid arguments of `create_encoder`."""
+    if not isinstance(name, str):
+        raise ConfigError(f"the name of an encoder must be a text, not {name!r:.40}")
+    check_whole("channels", channels, least=1)
+    check_whole("size", size)
     if size not in range(1, MAX_SIDE + 1):
         raise ConfigError(f"an encoder takes images of 1 to {MAX_SIDE:,} pixels a side, not {size!r:.40}.")
     if stem not in ("auto", "cifar", "imagenet"):
