@@ -2,7 +2,7 @@
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,12 @@ class RankError(InbatchError):
 def many(count: int, noun: str) -> str:
     """Return a number with its noun: "1 image", "6,000 images"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def listed(words: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first words of a list, and the number of the others."""
+    more = len(words) - most
+    return separator.join(words[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def unreadable(count: int) -> str:

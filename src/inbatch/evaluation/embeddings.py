@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, type_name
+from inbatch.errors import ConfigError, DataError, listed, type_name
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ def matched_labels(train: Labelled, test: Labelled) -> Int[Tensor, "n"]:
     number = {name: i for i, name in enumerate(wanted)}
     used = [i for i in test.labels.unique().tolist() if i >= 0]
     if unknown := [names[i] for i in used if names[i] not in number]:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
-            f"{test.name} has other classes than {train.name}: {', '.join(unknown[:5])}{more}; pass test data with "
+            f"{test.name} has other classes than {train.name}: {listed(unknown)}; pass test data with "
             f"the same classes or some of them ({', '.join(wanted[:5])}{', ...' * (len(wanted) > 5)})."
         )
     table = torch.full((len(names) + 1,), -1)  # the last entry is for the label -1

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from inbatch.errors import ConfigError, InbatchError
+from inbatch.errors import ConfigError, InbatchError, listed
 from inbatch.runtime.files import replacing
-from inbatch.training.checkpoint_contents import listed, problems_in
+from inbatch.training.checkpoint_contents import problems_in
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
@@ -192,8 +192,8 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         )
     if problems := problems_in(parts, state):
         raise InbatchError(
-            f"The checkpoint does not fit this run {listed(problems)}. Resume with the recipe that it was saved with, "
-            "or start a new run."
+            f"The checkpoint does not fit this run {listed(problems, separator='; ')}. Resume with the recipe that it "
+            "was saved with, or start a new run."
         )
     for name, part in parts.items():
         try:

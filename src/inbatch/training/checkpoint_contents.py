@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 
 from inbatch.training.train_state import TrainState
 
-_SHOWN = 5
-
 
 def problems_in(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """Return a phrase for every entry of a saved state that these parts cannot be restored from.
@@ -36,12 +34,6 @@ def problems_in(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]
         if isinstance(part, Optimizer):
             problems += (f"in {name!r}: {problem}" for problem in _optimizer(part, parts, state, state[name]))
     return problems
-
-
-def listed(problems: list[str]) -> str:
-    """Return the first problems as text, with the number of the others."""
-    more = len(problems) - _SHOWN
-    return "; ".join(problems[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _module(module: nn.Module, saved: Mapping[str, Any]) -> Iterator[str]:

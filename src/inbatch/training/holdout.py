@@ -75,10 +75,7 @@ def evaluation_split(
         seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     bank = source if labelled else open_data(where, "train", **reading)
-    if not _has_classes(queries):
-        raise DataError(
-            f"{queries.name} has no labels{queries.why_unlabelled()}, which the evaluation needs: use class sub-folders"
-        )
+    _check_classes(queries)
     if recipe.classes is not None:
         queries = _of_classes(queries, bank.classes)
     matched_labels(bank, queries)
@@ -108,10 +105,7 @@ def columns_of_other(recipe: Recipe, data: Any) -> dict[str, Any]:
 
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation."""
-    if not _has_classes(source):
-        raise DataError(
-            f"{source.name} has no labels{source.why_unlabelled()}, which the evaluation needs: use class sub-folders"
-        )
+    _check_classes(source)
     order = permutation(0, 0, len(source))
     cut = max(1, len(source) // 10)
     bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
@@ -132,3 +126,11 @@ def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
 def _has_classes(source: Source) -> bool:
     """Return whether an image has a class; several labels per image, (N, L), are no classes."""
     return source.labels.ndim == 1 and bool((source.labels >= 0).any())
+
+
+def _check_classes(source: Source) -> None:
+    """Raise DataError if no image has a class."""
+    if not _has_classes(source):
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}, which the evaluation needs: use class sub-folders"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from inbatch.data.source import Source, Subset
-from inbatch.errors import DataError
+from inbatch.errors import DataError, listed
 from inbatch.runtime.paths import path_of
 
 
@@ -68,8 +68,7 @@ def _listed(file: str, source: Source) -> tuple[str, ...]:
             )
         found[name] = number
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise DataError(f"{source.name} lacks classes that {file!r} lists: {', '.join(unknown[:5])}{more}")
+        raise DataError(f"{source.name} lacks classes that {file!r} lists: {listed(unknown)}")
     if not found:
         raise DataError(f"the list of classes {file!r} is empty: write a class on each line")
     return tuple(found)

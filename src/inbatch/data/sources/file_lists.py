@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from inbatch.data.source import Reading, Source, path_text
+from inbatch.data.source import Reading, Source
 from inbatch.data.sources.folder_scan import EXTENSIONS
-from inbatch.data.sources.labels import NO_LABELS, Distinct, Labels, number
+from inbatch.data.sources.labels import NO_LABELS, Distinct, Labels, number, printable_name
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.data.sources.split_names import arranged
 from inbatch.errors import DataError
@@ -101,7 +101,7 @@ def _text(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
             if not match:
                 raise DataError(
                     f"{str(file)!r}, line {at}: no name of an image ({_ENDINGS.replace(chr(92), '')}) in "
-                    f"{_printable(line.strip())}; other names can be listed in a .csv file"
+                    f"'{printable_name(line.strip())}'; other names can be listed in a .csv file"
                 )
             yield Row(at, match[1], (match[2] or "").strip() if labelled else "", "")
 
@@ -172,7 +172,7 @@ def _no_column(file: Path, cells: list[str], reading: Reading) -> DataError:
     """Return the error for a list that lacks a column which the settings name."""
     requested = {"image_column": reading.image_column, "label_column": reading.label_column}
     settings = ", ".join(f"{key} = {name!r}" for key, name in requested.items() if name is not None)
-    columns = ", ".join(_printable(cell.strip()) for cell in cells)
+    columns = ", ".join(f"'{printable_name(cell.strip())}'" for cell in cells)
     return DataError(f"{str(file)!r} has no columns for {settings}; its first line has {columns}")
 
 
@@ -230,14 +230,9 @@ def _checked(row: Row, file: Path) -> str:
     elif os.pardir in row.path and _leaves(row.path):
         wrong = "outside the list's folder; give absolute paths to files elsewhere"
     if wrong:
-        raise DataError(f"{str(file)!r}, line {row.line}: {_printable(row.path)} is {wrong}")
+        raise DataError(f"{str(file)!r}, line {row.line}: '{printable_name(row.path)}' is {wrong}")
     return row.path
 
 
 def _leaves(path: str) -> bool:
     return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir
-
-
-def _printable(text: str, quote: str = "'") -> str:
-    """Return text for a message or a class name, printable for any bytes."""
-    return f"{quote}{path_text(text.encode('utf-8', 'surrogateescape'))[:200]}{quote}"

@@ -21,7 +21,7 @@ from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUNS, scan
 from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_layout
 from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.split_names import naming
-from inbatch.errors import DataError, many
+from inbatch.errors import DataError, listed, many
 from inbatch.runtime.paths import path_of
 
 
@@ -52,7 +52,7 @@ class FolderSource(Source):
         check_inner_splits(root, self.scan.folders)
         labels, names = label_by_folder(paths, classes)
         if unknown := sorted(set(names) - set(classes or names)):
-            raise DataError(f"{str(root)!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
+            raise DataError(f"{str(root)!r} holds classes that the train split lacks: {listed(unknown)}")
         super().__init__(str(root), channels, labels, (classes or names) if names else ())
 
     def open(self, i: int) -> ImageFile:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
 from inbatch.data.sources.split_names import arranged, split_of, split_within, word_within
-from inbatch.errors import DataError, many
+from inbatch.errors import DataError, listed, many
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def _divided(root: Path, folders: list[str]) -> Layout | None:
     training = [name for name in named if _split(name) == "train"]
     if len(training) > 1:
         raise DataError(
-            f"{str(root)!r} holds {_listed(training)}, which are all named as training images: pass one of them or "
-            f"several as the data (--data {root / training[0]}), and the test images with --set test=FOLDER"
+            f"{str(root)!r} holds {listed([*map(repr, training)], 3)}, which are all named as training images: "
+            f"pass one of them or several as the data (--data {root / training[0]}), and the test images with --set test=FOLDER"
         )
     one_kind = not training or named == training  # a class may have such a name
     if one_kind and (others or (loose and not (training and _has_folders_of_images(root / training[0])))):
@@ -69,7 +69,7 @@ def _undivided(root: Path, name: str, others: list[str], loose: int) -> Layout:
     """Return the folder as one split, with a class or photographs of trains; DataError for every other case."""
     if name.lower() == "train" and not _has_folders_of_images(root / name):
         return Layout(root, notes=(f"the folder {name!r} is not taken as a split",))
-    beside = _listed(others) if others else many(loose, "image")
+    beside = listed([*map(repr, others)], 3) if others else many(loose, "image")
     way = f"pass --data {root / name}" if _split(name) == "train" else f"move the other images into {root / 'train'}"
     raise DataError(
         f"{str(root)!r} holds the folder {name!r} next to {beside}: it may be a split or a class. If it is a split, "
@@ -142,8 +142,3 @@ def _only_with_images(root: Path, folders: list[str]) -> str | None:
 
 def _has_folders_of_images(folder: Path) -> bool:
     return any(holds_images(folder / name) for name in sub_folders(folder))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more

@@ -130,7 +130,7 @@ def number(
         ordered = like.values + tuple(value for value in ordered if value not in set(like.values))
     place: dict[int | str | None, int] = {value: i for i, value in enumerate(ordered)} | {None: -1}
     table = np.array([*(place[value] for value in meanings), -1])  # code -1 is the last entry
-    classes = names if names and ordered == tuple(range(len(names))) else [_printable(str(v)) for v in ordered]
+    classes = names if names and ordered == tuple(range(len(names))) else [printable_name(str(v)) for v in ordered]
     return Labels(torch.from_numpy(table[codes]), tuple(classes), ordered)
 
 
@@ -246,6 +246,6 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, list[Any]]:
     return np.array(labels.codes), labels.values
 
 
-def _printable(text: str) -> str:
-    """Return the name of a class, printable for any bytes."""
+def printable_name(text: str) -> str:
+    """Return the name of a class or of a file for a message, printable for any bytes, at most 200 characters."""
     return path_text(text.encode("utf-8", "surrogateescape"))[:200]

@@ -26,7 +26,7 @@ from inbatch.data.sources.path_source import PathsSource
 from inbatch.data.sources.shards import Shards, divided
 from inbatch.data.sources.split_names import arranged, split_of
 from inbatch.data.sources.webdataset import tar_splits
-from inbatch.errors import DataError, many
+from inbatch.errors import DataError, listed, many
 from inbatch.runtime.path_list import is_pattern, listed_paths
 from inbatch.runtime.picture_mark import is_marked
 
@@ -59,7 +59,7 @@ class Joined(Source):
         every = max((source.classes for source in sources), key=len)
         occurring = {one for source in sources for one in source.classes}
         if classes and (unknown := sorted(occurring - set(classes))):
-            raise DataError(f"{name!r} holds classes that the train split lacks: {', '.join(unknown[:5])}")
+            raise DataError(f"{name!r} holds classes that the train split lacks: {listed(unknown)}")
         ids = {name: id for source in sources for name, id in class_ids(source).items()}
         by_id = {} if set(ids) != occurring else ids
         together = tuple(sorted(occurring, key=lambda name: (by_id.get(name, 0), name)))

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inbatch.errors import listed
 from inbatch.training.monitors.reference import FLOORS, Curve, Reference
-from inbatch.training.monitors.reference_files import MEASURES, differing, listed
+from inbatch.training.monitors.reference_files import MEASURES, differing
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, listed
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.text import one_line
-from inbatch.training.monitors.reference_files import MEASURES, differing, listed, read_result
+from inbatch.training.monitors.reference_files import MEASURES, differing, read_result
 
 Entry = Mapping[str, float]
 Curve = Sequence[Entry]

@@ -1,6 +1,6 @@
 """Read the result of a reference run from a file, and list the differences of two recipes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,3 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in recipe.items():
         flat |= {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
     return flat | {"data": Path(str(flat.get("data"))).name}
-
-
-def listed(words: Sequence[str], most: int = 5) -> str:
-    """Return the first words of a list, and the number of the others."""
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, listed
 from inbatch.runtime.files import read_json, to_json
 from inbatch.training.monitors.reference import Reference
-from inbatch.training.monitors.reference_files import differing, listed, read_result
+from inbatch.training.monitors.reference_files import differing, read_result
 from inbatch.training.recipe import make
 from inbatch.training.settings_file import read_settings
 
