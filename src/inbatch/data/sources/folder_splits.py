@@ -51,7 +51,8 @@ def _divided(root: Path, folders: list[str]) -> Layout | None:
     if len(training) > 1:
         raise DataError(
             f"{str(root)!r} holds {listed([*map(repr, training)], 3)}, which are all named as training images: "
-            f"pass one of them or several as the data (--data {root / training[0]}), and the test images with --set test=FOLDER"
+            f"pass one of them or several as the data (--data {root / training[0]}), and the "
+            "test images with --set test=FOLDER"
         )
     one_kind = not training or named == training  # a class may have such a name
     if one_kind and (others or (loose and not (training and _has_folders_of_images(root / training[0])))):
