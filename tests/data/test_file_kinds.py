@@ -228,3 +228,7 @@ class TestNames:
                            (bytes(128) + b"DICM", "a DICOM file, "), (b"no image", "")):  # fmt: skip
             with pytest.raises(DataError, match=f"cannot be read: {name}not one of JPEG, PNG"):
                 opened(data)
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        for data, reason in ((b"", r"it is empty \(0 bytes\)"), (pointer, "it is a pointer of Git LFS")):
+            with pytest.raises(DataError, match=reason):
+                opened(data)

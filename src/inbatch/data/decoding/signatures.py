@@ -13,6 +13,7 @@ _STARTS = {
     b"v/1\x01": "OpenEXR", b"SIMPLE  =": "FITS", b"\x93NUMPY": "NumPy", b"\x89HDF": "HDF5", b"PK\x03\x04": "ZIP",
     b"\x1f\x8b": "gzip",
 }  # fmt: skip
+_POINTER = b"version https://git-lfs"
 _INSIDE = ((4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIF"), (4, b"ftypmif1", "HEIF"), (128, b"DICM", "DICOM"))
 
 
@@ -24,6 +25,10 @@ def kind(head: bytes) -> str | None:
 
 def why_not(head: bytes) -> str:
     """Return the reason why a file that starts with `head` is not read, for an error."""
+    if not head:
+        return "it is empty (0 bytes)"
+    if head.startswith(_POINTER):
+        return "it is a pointer of Git LFS in place of the file: fetch the files with git lfs pull"
     name = kind(head)
     if name == "JPEG" and (unusual := jpeg.unusual(head)):
         return f"it is {unusual}, which is not supported: save it as an 8-bit JPEG, or as a PNG or TIFF of 16 bits"
