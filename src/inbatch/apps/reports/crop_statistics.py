@@ -156,7 +156,7 @@ def _torchvision(name: str, size: tuple[int, int], pairs: int, seed: int) -> Ite
             yield torch.tensor(drawn).view(-1, 2, 4).transpose(0, 1)
 
 
-def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor, "length"]:
+def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor, " length"]:
     """Return +1, -1, -1, +1 at the corners of each box.
 
     Cumulative sums along y and x count the boxes over each pixel.

@@ -161,7 +161,7 @@ def _header(cells: list[str], reading: Reading) -> dict[str, int]:
 def _check_no_header(file: Path, first: list[str], second: list[str]) -> None:
     """Raise DataError if the first line of a list names columns: the next one has the name of an image, it has not."""
     if _LINE.fullmatch(second[0].strip()) and not _LINE.fullmatch(first[0].strip()):
-        columns = ", ".join(_printable(cell.strip()) for cell in first)
+        columns = ", ".join(f"'{printable_name(cell.strip())}'" for cell in first)
         raise DataError(
             f"{str(file)!r} has the columns {columns}, and none is called {', '.join(COLUMNS['path'])}: name that of "
             "the images with image_column (--image-column), or rename it"
