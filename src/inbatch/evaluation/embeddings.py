@@ -28,7 +28,7 @@ class Embeddings:
     """
 
     vectors: Float[Tensor, "n f"]
-    labels: Int[Tensor, "n *l"]
+    labels: Int[Tensor, "n ..."]
     identities: tuple[str, ...]
     name: str
     feature: str
