@@ -12,8 +12,10 @@ from inbatch.runtime.signals import SIGNALS, Stop, StopRequested, ending, stop_o
 from inbatch.runtime.thread_map import thread_map
 
 CHILD = """
-import sys, time
-from inbatch.runtime.signals import stop_on_signals
+import signal, sys, time
+from inbatch.runtime.signals import SIGNALS, stop_on_signals
+for number in SIGNALS:
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and an ignored signal stays ignored
 with stop_on_signals() as stop:
     print("ready", flush=True)
     seen = None
