@@ -12,6 +12,7 @@ from test_sources import fill, picture
 import inbatch
 from inbatch.apps.reports.view_grid import save_sheet
 from inbatch.data import open_data, splits
+from inbatch.data.sources import folder_contents, folder_splits
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime.picture_mark import MARK, is_marked, png_mark
 
@@ -112,3 +113,14 @@ def test_written_folders_are_data(tmp_path):
 
     write_folder(open_data(np.zeros((2, 8, 8, 3), np.uint8)), tmp_path / "out")
     assert len(open_data(tmp_path / "out")) == 2 and Image.open(tmp_path / "out" / "000000.png").size == (8, 8)
+
+
+def test_the_layout_of_a_flat_folder_is_found_by_its_first_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan opens every PNG once, to see its mark; finding the splits must not open them before."""
+    for i in range(5):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    opened: list[str] = []
+    monkeypatch.setattr(folder_contents, "is_marked", lambda path: bool(opened.append(path)))
+    assert folder_splits.find_layout(tmp_path).names == {} and len(opened) == 1

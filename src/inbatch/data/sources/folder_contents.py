@@ -25,6 +25,12 @@ def only_runs(folder: Path) -> bool:
     return not any(map(_is_image, _files(folder, runs))) and bool(runs)
 
 
+def has_loose_images(folder: Path) -> bool:
+    """Return whether there is an image directly in a folder; the first one decides."""
+    with os.scandir(folder) as entries:
+        return any(map(_is_image, entries))
+
+
 def loose_images(folder: Path) -> int:
     """Return the number of images directly in a folder."""
     with os.scandir(folder) as entries:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
+from inbatch.data.sources.folder_contents import has_loose_images, holds_images, loose_images, sub_folders
 from inbatch.data.sources.split_names import arranged, split_of, split_within, word_within
 from inbatch.errors import DataError, listed, many
 
@@ -32,7 +32,7 @@ def find_layout(root: Path) -> Layout:
     """
     place = root
     while (layout := _divided(place, folders := sub_folders(place))) is None:
-        only = None if loose_images(place) else _only_with_images(place, folders)
+        only = None if has_loose_images(place) else _only_with_images(place, folders)
         if only is None:
             return Layout(root)
         place /= only
@@ -125,7 +125,7 @@ def _named_within(root: Path, folders: list[str]) -> list[str]:
 def _without_doubling(root: Path, name: str) -> str:
     """Return the path of a split below `root`: of a folder that holds only one of the same name, the inner one."""
     folder = root / name
-    if _only_with_images(folder, sub_folders(folder)) == name and not loose_images(folder):
+    if _only_with_images(folder, sub_folders(folder)) == name and not has_loose_images(folder):
         return os.path.join(name, name)
     return name
 

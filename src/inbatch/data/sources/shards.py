@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inbatch.data.sources.folder_contents import holds_images, loose_images, sub_folders
+from inbatch.data.sources.folder_contents import has_loose_images, holds_images, sub_folders
 from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind
 from inbatch.data.sources.split_names import arranged, naming, split_of, split_within, word_within
 from inbatch.errors import DataError, many
@@ -62,7 +62,7 @@ def shards_in(folder: Path, suffix: str, beside_images: bool = True) -> list[Pat
 
 def without_images(root: Path) -> bool:
     """Return whether a folder holds no image, apart from pictures that inbatch wrote."""
-    return not loose_images(root) and not any(holds_images(root / name) for name in sub_folders(root))
+    return not has_loose_images(root) and not any(holds_images(root / name) for name in sub_folders(root))
 
 
 def shards_below(root: Path, suffix: str, nested: bool = True) -> Shards | None:
