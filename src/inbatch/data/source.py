@@ -88,6 +88,10 @@ class Source(ABC):
     def identity(self, i: int) -> str:
         """Return the name of image i for messages: its path or its number."""
 
+    def file_of(self, i: int) -> str | None:
+        """Return the absolute path of the file that holds only image i; None if there is no such file."""
+        return None
+
     def fingerprint(self) -> str | None:
         """Return a short string that changes with the decoded pixels of any image.
 
@@ -135,6 +139,9 @@ class Subset(Source):
 
     def identity(self, i: int) -> str:
         return self.source.identity(int(self.indices[i]))
+
+    def file_of(self, i: int) -> str | None:
+        return self.source.file_of(int(self.indices[i]))
 
     def fingerprint(self) -> str | None:
         if (whole := self.source.fingerprint()) is None:

@@ -224,6 +224,28 @@ def embed_run(
     elif loaded.note:
         warnings.warn(loaded.note, stacklevel=3)
     encoder = loaded.encoder.to(device_for(device))
+    sources = images_for(path, encoder, data, split, image_column, label_column)
+    chunks, count = embed_splits(encoder, sources, missing), sum(map(len, sources.values()))
+    if stage is not None:
+        stage["splits"] = {name: len(source) for name, source in sources.items()}
+    with encoder.plain() if plain else nullcontext():
+        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"))
+
+
+def images_for(
+    path: str | Path, encoder: Encoder, data: Any, split: str | None = None, image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Source]:  # fmt: skip
+    """Return the images of data by split, as the encoder of a run or of an encoder's folder reads them.
+
+    Args:
+        path: A run, or an encoder's folder.
+        encoder: Its encoder.
+        data: The images.
+        split: The only split; None for every image, without splits that unite others.
+        image_column: Column of the images; by default that of the run, if the data have it.
+        label_column: Column of the labels, likewise.
+    """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
         own = columns_of_other(recipe_of(path), data)
@@ -231,15 +253,10 @@ def embed_run(
     reading: dict[str, Any] = {"channels": encoder.channels, "levels": encoder.levels} | columns
     every = splits(data, **columns)
     names = distinct(every) if split is None else [find_split(split, every) or split]
-    sources = {name: open_data(data, name, **reading) for name in names}
-    chunks, count = _every(encoder, sources, missing), sum(map(len, sources.values()))
-    if stage is not None:
-        stage["splits"] = {name: len(source) for name, source in sources.items()}
-    with encoder.plain() if plain else nullcontext():
-        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"))
+    return {name: open_data(data, name, **reading) for name in names}
 
 
-def _every(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
+def embed_splits(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
     """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
     before = 0
     for name, source in sources.items():

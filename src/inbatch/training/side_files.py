@@ -12,7 +12,7 @@ from typing import Any
 from inbatch.errors import DataError, many
 from inbatch.runtime.files import cannot_write, read_json
 
-FOLDERS = ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", "nan_capture")
+FOLDERS = ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", "nan_capture", "features")
 FILES = (
     "recipe.json", "run.json", "data.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt",
     "evaluation.json", "quickstart.json", "neighbours.png",

@@ -61,6 +61,9 @@ class GreyAsRGB(Source):
     def identity(self, i: int) -> str:
         return self.source.identity(i)
 
+    def file_of(self, i: int) -> str | None:
+        return self.source.file_of(i)
+
 
 class ArraySource(Source):
     """Images (N, C, H, W) uint8 in memory."""

@@ -61,6 +61,9 @@ class FolderSource(Source):
     def identity(self, i: int) -> str:
         return path_text(self.scan.paths[i])
 
+    def file_of(self, i: int) -> str:
+        return os.path.abspath(self._path(i))
+
     def fingerprint(self) -> str | None:
         said = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
         for i, path in enumerate(self.scan.paths):

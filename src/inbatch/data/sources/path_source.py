@@ -43,6 +43,9 @@ class PathsSource(Source):
     def identity(self, i: int) -> str:
         return path_text(self._paths[i])
 
+    def file_of(self, i: int) -> str:
+        return os.path.abspath(self._path(i))
+
     def fingerprint(self) -> str | None:
         said = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
         for i in range(len(self)):

@@ -84,6 +84,10 @@ class Joined(Source):
         source, place, prefix = self._place(i)
         return os.path.join(prefix, source.identity(place))
 
+    def file_of(self, i: int) -> str | None:
+        source, place, _ = self._place(i)
+        return source.file_of(place)
+
     def fingerprint(self) -> str | None:
         parts = [source.fingerprint() for source in self.sources]
         return None if None in parts else hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

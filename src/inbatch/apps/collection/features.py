@@ -1,0 +1,260 @@
+"""Open the features of a collection of images, and its images, from a run or a file of `inbatch embed`.
+
+Features of a run are computed once and kept in its folder `features`, under a name that depends on the weights of the
+encoder and on the images, so that changed images or another encoder are never mixed up.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from inbatch.data import Source, find_split, open_data, splits
+from inbatch.data.sources.split_names import distinct
+from inbatch.errors import ConfigError, DataError, InbatchError, many
+from inbatch.evaluation import write_embeddings
+from inbatch.evaluation.feature_table import FeatureTable, read_features
+from inbatch.models import Encoder
+from inbatch.runtime.device import device_for
+from inbatch.runtime.files import check_writable, read_json, replacing, write_json
+from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
+from inbatch.runtime.terminal import counted
+from inbatch.training.data_places import located, opening
+from inbatch.training.run import embed_splits, images_for, recipe_of
+from inbatch.training.run_encoder import load_run_encoder
+
+ENDINGS = (".npz", ".parquet")
+"""File extensions of features."""
+
+
+@dataclass(frozen=True)
+class Collection(FeatureTable):
+    """Features of images, and the images if they are known.
+
+    Attributes:
+        name: The run or the file, for messages.
+        sources: Images of each split; empty if they are unknown.
+        origin: Where the features come from, for JSON.
+        unreadable: A message for each image that could not be read and is left out.
+        notes: Sentences for the user, on stderr.
+    """
+
+    name: str = ""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the pixels of the images are available."""
+        return bool(self.sources)
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        """Return the pixels of image i, in the channels that the encoder reads; DataError if they are unavailable."""
+        return self._source(i).image(int(self.index[i]))
+
+    def file_of(self, i: int) -> str | None:
+        """Return the absolute path of image i; None if it has no file of its own."""
+        return self._source(i).file_of(int(self.index[i]))
+
+    def class_of(self, i: int) -> str | None:
+        """Return the name of the class of image i; None if it is unknown."""
+        label = int(self.labels[i])
+        return self.classes[label] if label >= 0 else None
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Return the names of image i, for JSON."""
+        return {"path": self.paths[i], "split": self.splits[i], "index": int(self.index[i]), "class": self.class_of(i)}
+
+    def _source(self, i: int) -> Source:
+        if not self.has_images:
+            raise DataError(f"{self.name} holds features without their images: pass the images, too (DATA)")
+        return self.sources[self.splits[i]]
+
+
+def open_collection(
+    features: str | Path, data: Any = None, *, split: str | None = None, device: str = "auto", quiet: bool = True,
+    image_column: str | None = None, label_column: str | None = None,
+) -> Collection:  # fmt: skip
+    """Return the features of images, computed or read, and the images.
+
+    Args:
+        features: A run, finished or stopped; the folder of an encoder; or a .npz or .parquet file of `inbatch embed`.
+        data: The images. By default those of the run; with a file of features, none.
+        split: The only split to use; None for every image.
+        device: Device on which features are computed, or "auto".
+        quiet: Print no progress to stderr.
+        image_column: Column of the images; by default that of the run, if the data have it.
+        label_column: Column of the labels, likewise.
+
+    Raises:
+        ConfigError: If there are neither a run, an encoder nor features, or if an encoder's folder is given without
+            images.
+        DataError: If features or images cannot be read, or do not belong together.
+    """
+    path, data = path_of(features, "features"), joined_paths(data)
+    if path.suffix in ENDINGS and not path.is_dir():
+        return _from_file(path, data, split, image_column, label_column)
+    loaded = load_run_encoder(path)
+    encoder = loaded.encoder.to(device_for(device))
+    if data is None:
+        if not (path / "recipe.json").is_file():
+            raise ConfigError(f"{path} is the folder of an encoder, which has no images of its own: pass DATA")
+        own = located(path, recipe_of(path))
+        with opening(path, own):
+            sources = images_for(path, encoder, own.data, split, image_column, label_column)
+        data = own.data
+    else:
+        sources = images_for(path, encoder, data, split, image_column, label_column)
+    table, unreadable, kept = _embedded(path, encoder, sources, quiet)
+    origin = {"features": str(path), "data": str(data), **loaded.stage(), "file": kept and str(kept)}
+    notes = [loaded.note] if loaded.note else []
+    if unreadable:
+        notes.append(f"{many(len(unreadable), 'unreadable image')} left out: {'; '.join(unreadable[:3])}")
+    return Collection(
+        **vars(table), name=str(path), sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes)
+    )
+
+
+def _embedded(
+    path: Path, encoder: Encoder, sources: Mapping[str, Source], quiet: bool
+) -> tuple[FeatureTable, tuple[str, ...], Path | None]:
+    """Return the features of the images, their unreadable ones, and the file in which the features are kept."""
+    key = _key(encoder, sources)
+    file = None if key is None else path / "features" / f"{key}.npz"
+    if file is not None and file.is_file() and (known := _kept(file)) is not None:
+        return *known, file
+    if file is not None:
+        try:
+            check_writable(file)
+        except InbatchError:  # a run that may only be read
+            file = None
+    bad: dict[int, str] = {}
+    chunks = embed_splits(encoder, dict(sources), bad)
+    count = sum(map(len, sources.values()))
+    with TemporaryDirectory() as folder:
+        place = file or Path(folder) / "features.npz"
+        write_embeddings(place, chunks if quiet else counted(chunks, count, "embedded"))
+        if file is not None:
+            write_json(file.with_suffix(".json"), {"unreadable": list(bad.values())})
+        return read_features(place), tuple(bad.values()), file
+
+
+def _kept(file: Path) -> tuple[FeatureTable, tuple[str, ...]] | None:
+    """Return features that were kept, and messages on unreadable images; None if a file is damaged or missing."""
+    try:
+        unreadable = read_json(file.with_suffix(".json")).get("unreadable")
+        return read_features(file), tuple(map(str, unreadable if isinstance(unreadable, list) else ()))
+    except DataError:
+        return None
+
+
+def _key(encoder: Encoder, sources: Mapping[str, Source]) -> str | None:
+    """Return a name that depends on the encoder and the pixels and labels of the images; None if these are unknown."""
+    digest = hashlib.sha256(repr((encoder.name, encoder.size, encoder.mean, encoder.std, encoder.levels)).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for split, source in sources.items():
+        if (pixels := source.fingerprint()) is None:
+            return None
+        digest.update(f"{split}\0{source.channels}\0{pixels}\0{source.signature()}\0".encode())
+    return digest.hexdigest()[:24]
+
+
+def _from_file(
+    path: Path, data: Any, split: str | None, image_column: str | None, label_column: str | None
+) -> Collection:
+    table = read_features(path)
+    if split is not None:
+        table = _only(table, split, path)
+    sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
+    origin = {"features": str(path), "data": None if data is None else str(data), "file": str(path)}
+    return Collection(**vars(table), name=str(path), sources=sources, origin=origin)
+
+
+def _only(table: FeatureTable, split: str, path: Path) -> FeatureTable:
+    every = dict.fromkeys(table.splits)
+    name = find_split(split, every)
+    if name is None:
+        raise DataError(f"{path} has no split {split!r}, only {', '.join(every)}")
+    chosen = [i for i, one in enumerate(table.splits) if one == name]
+    return take(table, chosen)
+
+
+def take(table: FeatureTable, rows: Sequence[int]) -> FeatureTable:
+    """Return some images of a table, in this order."""
+    at = torch.tensor(rows, dtype=torch.long)
+    paths, names = (tuple(column[i] for i in rows) for column in (table.paths, table.splits))
+    return FeatureTable(table.vectors[at], table.labels[at], table.classes, paths, names, table.index[at])
+
+
+def _images_of(
+    table: FeatureTable, data: Any, path: Path, image_column: str | None, label_column: str | None
+) -> dict[str, Source]:
+    """Return the images of features; DataError unless every image has the name that is stored with its features."""
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    every = splits(data, **columns)
+    sources: dict[str, Source] = {}
+    for name in dict.fromkeys(table.splits):
+        known = (distinct(every)[0] if name == "" else find_split(name, every)) or name
+        sources[name] = open_data(data, known, **columns)
+    for name, split, i in zip(table.paths, table.splits, table.index.tolist(), strict=True):
+        source = sources[split]
+        if i >= len(source) or _stored(source.identity(i)) != name:
+            raise DataError(f"{path} holds features of other images than {data}: image {i:,} is not {name!r} there")
+    return sources
+
+
+def _stored(identity: str) -> str:
+    """Return a name as `write_embeddings` stores it."""
+    return identity.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def write_list(
+    path: str | Path, collection: Collection, rows: Sequence[int], columns: Mapping[str, Sequence[Any]] | None = None
+) -> int:
+    """Write images to a CSV file that `--data` reads: path, class (if any is known), split, and further columns.
+
+    Args:
+        path: File to write; replaced if it exists.
+        collection: The images.
+        rows: Positions of the images in the collection.
+        columns: Further columns, each with one value per row.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ConfigError: If the file does not end in .csv.
+        DataError: If images have no files of their own, because they are parts of an archive or an array.
+    """
+    path = path_of(path, "out")
+    if path.suffix.lower() != ".csv":
+        raise ConfigError(f"{path}: a list of images is written to a file that ends in .csv")
+    files = [collection.file_of(i) for i in rows]
+    if None in files:
+        raise DataError(f"the images of {collection.origin['data']} have no files of their own that a list could name")
+    classes = [collection.class_of(i) for i in rows]
+    table: dict[str, Sequence[Any]] = {"path": files}
+    if any(classes):
+        table["class"] = ["" if name is None else name for name in classes]
+    table["split"] = [collection.splits[i] or "train" for i in rows]
+    table |= columns or {}
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="", write_through=True)
+        writer = csv.writer(text)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+        text.detach()
+    return len(rows)
