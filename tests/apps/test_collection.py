@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +70,9 @@ def test_a_file_of_features_gives_the_same_collection(photos: Path, encoder: Pat
         for split in ("train", "test"):
             here = torch.tensor([one == split for one in computed.splits])
             at = here.nonzero()[:, 0]
-            parts.append(
-                Embeddings(
-                    computed.vectors[at],
-                    computed.labels[at],
-                    tuple(computed.paths[i] for i in at),
-                    "photos",
-                    "pooled",
-                    computed.index[at],
-                    split=split,
-                    classes=computed.classes,
-                )  # fmt: skip
-            )
+            names = tuple(computed.paths[i] for i in at)
+            part = Embeddings(computed.vectors[at], computed.labels[at], names, "photos", "pooled", computed.index[at])
+            parts.append(replace(part, split=split, classes=computed.classes))
         write_embeddings(file, parts)
         read = open_collection(file, photos)
         assert torch.equal(read.vectors, computed.vectors) and torch.equal(read.labels, computed.labels)
@@ -104,7 +96,7 @@ def test_a_list_of_images_is_read_by_data(photos: Path, encoder: Path, tmp_path:
     source = open_data(tmp_path / "list.csv", "test")
     assert len(source) == 1 and torch.equal(source.image(0), collection.image(11))
     assert source.classes[int(source.labels[0])] == collection.class_of(11)
-    with pytest.raises(ConfigError, match="ends in .csv"):
+    with pytest.raises(ConfigError, match=r"ends in \.csv"):
         write_list(tmp_path / "list.txt", collection, rows)
     array = tmp_path / "images.npy"
     np.save(array, np.zeros((3, 20, 20, 3), np.uint8))
@@ -115,7 +107,7 @@ def test_a_list_of_images_is_read_by_data(photos: Path, encoder: Path, tmp_path:
 def test_features_that_cannot_be_used_are_refused(photos: Path, encoder: Path, tmp_path: Path) -> None:
     for name, error, words in (
         ("missing.npz", DataError, "does not exist"), ("a.txt", ConfigError, "not the folder"),
-        ("empty", ConfigError, "neither recipe.json"),
+        ("empty", ConfigError, "neither recipe"),
     ):  # fmt: skip
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(error, match=words):
