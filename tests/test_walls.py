@@ -59,6 +59,7 @@ ONLY: dict[str, set[str]] = {
     "huggingface_hub": {"data.sources", "models"},
     "tifffile": {"data.decoding"},
     "triton": {"nn.triton_logsumexp"},
+    "faiss": {"evaluation.neighbour_index"},
 }
 """Library -> the packages or files that may name it."""
 

@@ -176,7 +176,7 @@ class _Search:
         self, similarity: Float[Tensor, "q n"], labels: Int[Tensor, "q n"], equal: Float[Tensor, "q 1"]
     ) -> Float[Tensor, "q c"]:
         """Return the scores of the k nearest; those equal to the k-th share the votes that the nearer ones leave."""
-        least = _largest(similarity, self.k)[0].amin(1, keepdim=True)
+        least = largest(similarity, self.k)[0].amin(1, keepdim=True)
         nearer, tied = similarity > least + equal, (similarity - least).abs() <= equal
         share = (self.k - nearer.sum(1)).double() / tied.sum(1)
         query, column = (nearer | tied).nonzero(as_tuple=True)
@@ -207,14 +207,14 @@ def _nearest(query: Tensor, bank: Tensor, bias: Tensor | None, k: int, memory: T
             torch.mm(query, tile.T, out=products)
         if bias is not None:
             products += bias[start : start + _BANK]
-        values, places = _largest(products, min(k, len(tile)))
+        values, places = largest(products, min(k, len(tile)))
         near.append(values)
         place.append(places + start)
     values, at = torch.cat(near, 1).topk(k, sorted=False) if len(near) > 1 else (near[0], None)
     return values, place[0] if at is None else torch.cat(place, 1).gather(1, at)
 
 
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest numbers of each row and their positions, in no order.
 
     They are in the k blocks with the largest maxima: a search for these and then within them is two short searches

@@ -1,8 +1,10 @@
 """Draw the nearest neighbours of images in an embedding."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -23,6 +25,14 @@ SIDE, FRAME = 96, 4
 GAP, NAME, HEAD = 8, 14, 48
 """Gap between images, height of the name above an image, and height of the header, in pixels."""
 _DPI = 100
+
+
+class Cell(NamedTuple):
+    """An image in a grid, the colour of its frame, and the text above it; None if the grid has no texts."""
+
+    image: UInt8[Tensor, "c h w"]
+    colour: str
+    name: str | None
 
 
 def save_neighbour_grid(
@@ -57,32 +67,55 @@ def save_neighbour_grid(
     nearest = [_nearest(rows, chosen, neighbours) for rows in sides.values()]
 
     named = bool((source.labels >= 0).any())
-    cell, line = SIDE + 2 * FRAME + GAP, SIDE + 2 * FRAME + GAP + NAME * named
-    starts = [cell + GAP + side * (neighbours * cell + 2 * GAP) for side in range(len(sides))]
-    width, height = starts[-1] + neighbours * cell + GAP, HEAD + queries * line
-    sheet = torch.full((height, width, 3), 255, dtype=torch.uint8)
-    texts, counts = list[tuple[int, int, str]](), list[str]()
-    for title, start, neighbour_indices in zip(sides, starts, nearest, strict=True):
-        texts.append((start, HEAD - 4, title))
-        right = known = 0
-        for row, query in enumerate(chosen.tolist()):
-            label, top = int(source.labels[query]), HEAD + row * line + NAME * named
-            for column, image in enumerate([query, *neighbour_indices[row].tolist()]):
-                other, colour = int(source.labels[image]), BLACK
-                if column:
-                    colour = UNKNOWN if label < 0 or other < 0 else RIGHT if label == other else WRONG
-                    right, known = right + (colour == RIGHT), known + (colour != UNKNOWN)
-                elif start != starts[0]:
-                    continue  # the query is drawn once
-                left = start + (column - 1) * cell if column else GAP
-                _place(sheet, top, left, source.image(image), colour)
-                if other >= 0:
-                    name = shorten(printable(source.classes[other]), 18, placeholder="…")
-                    texts.append((left, top - 3, name))
-        counts += [f"{title}: " * bool(title) + f"{right} of {known}"] if known else []
+    table, right, known = [], dict.fromkeys(sides, 0), dict.fromkeys(sides, 0)
+    for row, query in enumerate(chosen.tolist()):
+        table.append([[_cell(source, query, BLACK, named)]])
+        for title, indices in zip(sides, nearest, strict=True):
+            images, label = indices[row].tolist(), int(source.labels[query])
+            colours = [agreement(label, int(source.labels[image])) for image in images]
+            right[title] += colours.count(RIGHT)
+            known[title] += len(images) - colours.count(UNKNOWN)
+            table[-1].append([_cell(source, *pair, named) for pair in zip(images, colours, strict=True)])
+    counts = [f"{title}: " * bool(title) + f"{right[title]} of {known[title]}" for title in sides if known[title]]
     same_class = f"; of the query's class (blue): {', '.join(counts)}; others orange" if counts else ""
-    texts += [(GAP, HEAD - 4, "query"), (GAP, 20, f"Nearest neighbours by cosine similarity{same_class}")]
-    _write(png, sheet, texts)
+    draw_grid(png, f"Nearest neighbours by cosine similarity{same_class}", ["query", *sides], table)
+
+
+def agreement(label: int, other: int) -> str:
+    """Return the colour of the frame that shows whether two labels agree; -1 is unknown."""
+    return UNKNOWN if label < 0 or other < 0 else RIGHT if label == other else WRONG
+
+
+def _cell(source: Source, image: int, colour: str, named: bool) -> Cell:
+    label = int(source.labels[image])
+    return Cell(source.image(image), colour, source.classes[label] if label >= 0 else "" if named else None)
+
+
+def draw_grid(png: Path, title: str, headings: Sequence[str], table: Sequence[Sequence[Sequence[Cell]]]) -> None:
+    """Draw rows of images in groups: the query, then one or more groups of its neighbours.
+
+    Args:
+        png: File to write.
+        title: Line at the top.
+        headings: Name of each group.
+        table: Groups of cells of each row; the first group has one cell.
+    """
+    named = any(cell.name is not None for groups in table for group in groups for cell in group)
+    cell, line = SIDE + 2 * FRAME + GAP, SIDE + 2 * FRAME + GAP + NAME * named
+    columns = max((len(group) for groups in table for group in groups[1:]), default=0)
+    starts = [GAP, *(cell + GAP + side * (columns * cell + 2 * GAP) for side in range(len(headings) - 1))]
+    width, height = starts[-1] + columns * cell + GAP, HEAD + len(table) * line
+    sheet = torch.full((height, width, 3), 255, dtype=torch.uint8)
+    texts = [(start, HEAD - 4, heading) for start, heading in zip(starts, headings, strict=True)]
+    for row, groups in enumerate(table):
+        top = HEAD + row * line + NAME * named
+        for start, group in zip(starts, groups, strict=True):
+            for column, one in enumerate(group):
+                left = start + column * cell
+                _place(sheet, top, left, one.image, one.colour)
+                if one.name:
+                    texts.append((left, top - 3, shorten(printable(one.name), 18, placeholder="…")))
+    _write(png, sheet, [*texts, (GAP, 20, title)])
 
 
 def _nearest(vectors: Tensor, chosen: Int[Tensor, "q"], neighbours: int) -> Int[Tensor, "q k"]:
