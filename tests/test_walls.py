@@ -60,6 +60,10 @@ ONLY: dict[str, set[str]] = {
     "tifffile": {"data.decoding"},
     "triton": {"nn.triton_logsumexp"},
     "faiss": {"evaluation.neighbour_index"},
+    "torch.utils.tensorboard": {"training.trackers.tensorboard"},
+    "wandb": {"training.trackers.wandb"},
+    "mlflow": {"training.trackers.mlflow"},
+    "trackio": {"training.trackers.trackio"},
 }
 """Library -> the packages or files that may name it."""
 
@@ -71,8 +75,8 @@ LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
 LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
 """Package or file -> the libraries that it may import in addition to the standard library."""
 
-TORCHLESS = {"errors", "runtime.tuning", "apps.cli"}
-"""Modules that can be imported without torch, so that `--help` answers without delay."""
+TORCHLESS = {"errors", "runtime.tuning", "apps.cli", "training.trackers"}
+"""Modules that can be imported without torch, so that `--help` and the processes of trackers start without delay."""
 
 LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "triton"}
 """Libraries whose import takes a second in all: only functions import them, so that a run starts without them."""

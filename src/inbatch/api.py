@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from inbatch.training.run_encoder import kept_initial
 from inbatch.training.status import begin_run
 from inbatch.training.summary import describe, estimate
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
+from inbatch.training.trackers.selection import requested_trackers
 
 __all__ = [
     "Run",
@@ -65,6 +66,7 @@ def pretrain(
     quiet: bool = False,
     stop_on_collapse: bool = False,
     compare: str | Path | None = None,
+    track: str | Sequence[str] | None = None,
     **fields: Any,
 ) -> Run:
     """Pretrain an encoder on images and write the results to a run directory.
@@ -94,6 +96,9 @@ def pretrain(
         stop_on_collapse: save a checkpoint and raise TrainingError if the outputs collapse and do not recover.
         compare: a run directory or a folder of results; its curve is shown with that of this run during training and
             does not affect it. "auto": the shipped reference runs of the same recipe.
+        track: names of experiment trackers, such as "wandb,mlflow", besides TensorBoard, which is used if it is
+            installed; "none" for no tracker at all. They do not affect the run and are no part of its recipe. A resumed
+            run keeps its trackers, to which this adds.
         **fields: any setting of the recipe (epochs=100, batch_size=256, encoder="resnet18", seed=1, ...).
             budget="45m" (minutes, hours, days) ends the run, including its evaluation, within that time: encoder, image
             size, batch size and length are chosen by real steps on this data and machine. On a CPU, a budget of one
@@ -110,6 +115,7 @@ def pretrain(
     began = tuning.command_began()
     tuning.ready()
     data = joined_paths(data)
+    trackers = requested_trackers(track)
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
         out = None if out is None else path_of(out, "out")
@@ -147,7 +153,7 @@ def pretrain(
             result = train(
                 built, directory, split, resume=previous is not None, quiet=quiet, notes=notes,
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
-                calibration=plan.choice.json() if plan.choice else None,
+                calibration=plan.choice.json() if plan.choice else None, track=trackers,
             )  # fmt: skip
         return Run(directory, built.recipe, result)
 

@@ -14,6 +14,7 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from inbatch.errors import InbatchError
 from inbatch.training.metric_logger import Log
+from inbatch.training.trackers.tensorboard import TensorBoard
 
 
 def lines(folder):
@@ -134,6 +135,26 @@ def test_missing_tensorboard_is_said(tmp_path, monkeypatch):
         pass
     assert "No TensorBoard log" in console.file.getvalue()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_failure_of_tensorboard_does_not_stop_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoard, "log", fail)
+    console, untracked = plain(), {}
+    with Log(tmp_path, total_steps=20, untracked=untracked, interval=3600, console=console) as log:
+        steps(log, range(1, 21))
+    assert len(lines(tmp_path)) == 3
+    assert untracked == {"tensorboard": "OSError: [Errno 28] No space left on device"}
+    assert console.file.getvalue().count("tensorboard no longer records this run, which continues: OSError") == 1
+
+
+def test_a_run_can_do_without_tensorboard(tmp_path):
+    console = plain()
+    with Log(tmp_path, total_steps=20, tensorboard=False, console=console):
+        pass
+    assert console.file.getvalue() == "" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_folder_that_cannot_be_written(tmp_path):

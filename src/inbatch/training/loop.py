@@ -53,6 +53,8 @@ from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
 from inbatch.training.summary import describe
 from inbatch.training.timing import expectation, growth, step_seconds
+from inbatch.training.trackers.followers import Followers
+from inbatch.training.trackers.selection import Selection, select
 from inbatch.training.train_state import EvaluationSizes, TrainState
 
 JUDGED = 0.03
@@ -64,7 +66,7 @@ SAVE_EVERY = 600.0
 def train(
     built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
-    began: float | None = None, calibration: Mapping[str, Any] | None = None,
+    began: float | None = None, calibration: Mapping[str, Any] | None = None, track: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, or to a checkpoint if a signal requests it; return the written result.
 
@@ -79,6 +81,7 @@ def train(
         reference: Reference curve for comparison, on rank 0; it affects no decision.
         began: Start time of the command (`time.perf_counter`), from which a budget counts; now if None.
         calibration: How the recipe was chosen for its budget, for the result.
+        track: Requested trackers, as for `trackers.selection.select`.
 
     Raises:
         Preempted: After a request to terminate.
@@ -107,8 +110,8 @@ def train(
     where = machine(built.loader.device, built.network.precision)  # now: a checkout may change during the run
     notes = [*notes, *filter(None, [record(progress.machines, where)])]
     report = Report(out, built, progress, main)
-    report.status("running")
-    with Log(out if main else None, total_steps=built.total, quiet=quiet or not main, resume_step=progress.step) as log:
+    followers = Followers(out, select(out, track, resume) if main else Selection(), report.untracked)
+    with followers, report.running(), _log(built, out if main else None, followers, progress, quiet or not main) as log:
         log.note(describe(built))
         log.restore(progress.curve)
         with report.record_exit_status():
@@ -125,9 +128,10 @@ def train(
                         if sentence := threads.decide():
                             log.note(sentence)
                         plan = _plan_evaluations(built, split, progress)
+                        followers.start(progress.step, log.note)  # now: the steps before were timed
                         _Loop(
-                            built, progress, parts, out, log, stopping, plan.keeper(progress), threads, compared,
-                            plan.online, stop_on_collapse,
+                            built, progress, parts, out, log, followers, stopping, plan.keeper(progress), threads,
+                            compared, plan.online, stop_on_collapse,
                         ).run()  # fmt: skip
                     stop.release()  # everything is saved
                     result = distributed.broadcast_object(
@@ -135,8 +139,15 @@ def train(
                     )
         for sentence in _closing(built, result, compared):
             log.note(sentence)
-    report.status("finished")
     return result
+
+
+def _log(built: RunComponents, out: Path | None, followers: Followers, progress: TrainState, quiet: bool) -> Log:
+    """Return the log of a run, which writes files if `out` is not None."""
+    return Log(
+        out, total_steps=built.total, quiet=quiet, resume_step=progress.step,
+        tensorboard=followers.selection.tensorboard, untracked=followers.untracked,
+    )  # fmt: skip
 
 
 def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
@@ -247,6 +258,7 @@ class _Loop:
         parts: All components with state to checkpoint, including `progress`.
         out: Run directory.
         log: Log of the run.
+        followers: Processes of its trackers.
         stopping: Answers signals.
         keeper: Monitor of the run's clock.
         threads: Number of threads, chosen again for every epoch.
@@ -261,6 +273,7 @@ class _Loop:
     parts: dict[str, Any]
     out: Path
     log: Log
+    followers: Followers
     stopping: Stopping
     keeper: Keeper
     threads: Threads
@@ -366,6 +379,7 @@ class _Loop:
         """Evaluate the features, and compare them with the reference; return whether they are the best so far."""
         built, progress, split = self.built, self.progress, self.split
         began = time.perf_counter()
+        self.followers.check()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
         figures = self.stopping.on_rank_0(self.evaluator)

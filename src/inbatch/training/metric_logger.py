@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,8 @@ from inbatch.errors import many
 from inbatch.runtime.files import cannot_write, replacing, to_json
 from inbatch.runtime.terminal import Bar, Terminal, note
 from inbatch.training.side_files import damaged_lines, read_log
+from inbatch.training.trackers.tensorboard import TensorBoard
+from inbatch.training.trackers.tracker import TrackedRun
 
 _SLOW = 10.0
 """Seconds after which a step is recorded, regardless of the number of steps since the last record."""
@@ -28,6 +30,8 @@ class Log:
         total_steps: Number of steps of the whole run, resumed or not.
         quiet: Print nothing to stderr; the files are still written.
         resume_step: Step of the checkpoint; later lines are removed from an existing log, all lines if 0.
+        tensorboard: Write TensorBoard's files if it is installed.
+        untracked: Receives the reason if TensorBoard fails.
         every: Number of steps between two records in the files. In between, values are not read, so a tensor on a GPU
             can be passed at every step without synchronisation.
         interval: Seconds between two lines of progress if stderr is not a terminal.
@@ -41,6 +45,8 @@ class Log:
         total_steps: int,
         quiet: bool = False,
         resume_step: int = 0,
+        tensorboard: bool = True,
+        untracked: dict[str, str] | None = None,
         every: int = 10,
         interval: float = 10.0,
         console: Console | None = None,
@@ -57,14 +63,14 @@ class Log:
         if damaged:
             self.note(damaged_lines(self._path, damaged))
 
-        self._tensorboard = None
-        if directory is None:
+        self._untracked = {} if untracked is None else untracked
+        self._tensorboard: TensorBoard | None = None
+        if directory is None or not tensorboard:
             pass
         elif importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            # The same truncation: TensorBoard hides what an earlier writer logged from this step on.
-            self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resume_step + 1)
+            self._tensorboard = TensorBoard()
+            run = TrackedRun("", directory.name, directory / "tensorboard", {}, resume_step)
+            self._by_tensorboard(lambda board: board.start(run))
         else:
             self.note('No TensorBoard log: it is not installed (pip install "inbatch[tensorboard]").')
 
@@ -146,9 +152,7 @@ class Log:
         """Close the files and restore the terminal."""
         with suppress(OSError):  # every line was flushed: the rest could not be written, which has been reported
             self._file.close()
-        if self._tensorboard is not None:
-            with suppress(OSError):
-                self._tensorboard.close()
+        self._by_tensorboard(TensorBoard.close)
         if self._bar is not None:
             self._bar.close()
 
@@ -160,10 +164,18 @@ class Log:
 
     def _write(self, record: dict[str, float]) -> None:
         self._append(record)
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, record["step"])
+        self._by_tensorboard(lambda board: board.log([record]))
+
+    def _by_tensorboard(self, call: Callable[[TensorBoard], None]) -> None:
+        """Make a call of TensorBoard, if it is used; its failure ends its use, not the run."""
+        if self._tensorboard is None:
+            return
+        try:
+            call(self._tensorboard)
+        except Exception as error:
+            self._tensorboard = None
+            self._untracked["tensorboard"] = reason = f"{type(error).__name__}: {error}"
+            self.note(f"tensorboard no longer records this run, which continues: {reason}")
 
     def _append(self, record: dict[str, float]) -> None:
         try:

@@ -12,10 +12,20 @@ from typing import Any
 from inbatch.errors import DataError, many
 from inbatch.runtime.files import cannot_write, read_json
 
-FOLDERS = ("checkpoints", "initial", "encoder", "heads", "tensorboard", "inspect", "nan_capture", "features")
+FOLDERS = (
+    "checkpoints",
+    "initial",
+    "encoder",
+    "heads",
+    "tensorboard",
+    "trackers",
+    "inspect",
+    "nan_capture",
+    "features",
+)
 FILES = (
     "recipe.json", "run.json", "data.json", "metrics.jsonl", "curves.png", "result.json", "bad_images.txt",
-    "evaluation.json", "quickstart.json", "neighbours.png",
+    "evaluation.json", "quickstart.json", "neighbours.png", "trackers.json",
 )  # fmt: skip
 """Names of the folders and files of a run in its directory."""
 
@@ -68,11 +78,16 @@ def read_log(path: Path) -> Iterator[tuple[bytes, Record | None]]:
         OSError: If the file cannot be read.
     """
     for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            record = None
-        yield line, record if _is_record(record) else None
+        yield line, parse_record(line)
+
+
+def parse_record(line: bytes) -> Record | None:
+    """Return the record in a line of metrics.jsonl; None if the line is damaged or of another form."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if _is_record(record) else None
 
 
 def _is_record(record: Any) -> bool:

@@ -28,6 +28,14 @@ class Report:
         self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
         self.fixed: dict[str, Any] = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": distributed.world()}
+        self.untracked: dict[str, str] = {}  # trackers that failed, with the reason
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Write that the run is running and, after the context without an exception, that it is finished."""
+        self.status("running")
+        yield
+        self.status("finished")
 
     def status(self, status: str, reason: str | None = None) -> None:
         """Write the status, its reason, and the current step to run.json."""
@@ -40,7 +48,7 @@ class Report:
                 "threads": self.progress.threads,
                 "steps": self.built.total,  # a budget may change the length
             }
-            write_json(self.path, now | self.fixed)
+            write_json(self.path, now | self.fixed | ({"untracked": self.untracked} if self.untracked else {}))
 
     @contextlib.contextmanager
     def record_exit_status(self) -> Iterator[None]:

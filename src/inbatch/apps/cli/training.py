@@ -148,6 +148,12 @@ def pretrain(
         str | None,
         Option(metavar="RUN|auto", help="Compare the curve with a run's; auto: with shipped reference runs."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME,...", help="Also record the run with wandb, mlflow, trackio; none: no TensorBoard either."
+        ),
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes, memory and time; do not train.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -183,6 +189,7 @@ def pretrain(
             dry = api.dry_run(where, method, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
+        shared["track"] = track
         shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 
