@@ -49,6 +49,6 @@ class Tracker(Protocol):
         """Record the end of the run.
 
         Args:
-            status: finished, preempted, interrupted, failed, crashed or, without a word of the run, killed.
+            status: finished, preempted, interrupted, failed, crashed, or killed if the run recorded no end.
             result: Figures of a finished run, by names such as "result/evaluation/knn/top1"; empty for another status.
         """
