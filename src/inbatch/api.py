@@ -20,10 +20,10 @@ from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
 from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.loop import train
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
 from inbatch.training.plan import RunPlan, merged_settings, plan_run, plan_without_budget, with_context
+from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
 from inbatch.training.resume import barely_begun, finished_run, resumed_plan, run_to_resume
 from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run

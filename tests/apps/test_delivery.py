@@ -24,7 +24,7 @@ from inbatch.data import open_data, write_folder
 from inbatch.errors import DataError, Unwritten
 from inbatch.runtime import files
 from inbatch.runtime.text import one_line, printable
-from inbatch.training import loop
+from inbatch.training import run_result
 
 FOUND: dict[str, Any] = {"knn": {"top1": 0.515}, "initial": "untrained encoder", "untrained": None, "note": None}
 FOUND |= {"held_out": "a tenth", "test": {"labelled": 7, "per_class": {}}}
@@ -205,14 +205,14 @@ def test_pretrain_shows_the_figures_of_a_result_that_is_not_written(monkeypatch:
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_pretrain_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.write_json
+    real = run_result.write_json
 
     def write(path: Path, value: Any) -> None:
         if path.name == "result.json":
             raise files.cannot_write(path, OSError(errno.ENOSPC, "No space left on device"))
         real(path, value)
 
-    monkeypatch.setattr(loop, "write_json", write)
+    monkeypatch.setattr(run_result, "write_json", write)
     words = ["pretrain", "--data", "digits-canvas", "--batch", "20", "--epochs", "1", "--set", "subset=40", "--json"]
     told = run(*words, "--encoder", "tiny", "-o", str(tmp_path / "run"))
     found = json.loads(told.stdout)

@@ -10,7 +10,7 @@ import torch
 from small_methods import SMALL
 
 import inbatch
-from inbatch.training import checkpoint, loop
+from inbatch.training import checkpoint, evaluation_plan, run_result
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.online_evaluation import limited
 
@@ -39,8 +39,10 @@ def use_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluate runs on few images, during training and at its end."""
-    real = loop.choose_online_subsets
-    monkeypatch.setattr(loop, "choose_online_subsets", lambda built, split: real(built, limited(split, 60, 40)))
+    real = evaluation_plan.choose_online_subsets
+    monkeypatch.setattr(
+        evaluation_plan, "choose_online_subsets", lambda built, split: real(built, limited(split, 60, 40))
+    )
 
 
 def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +52,14 @@ def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     judge_by_few_images(monkeypatch)
     leave_out_comparison(monkeypatch)
-    monkeypatch.setattr(loop, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
+    monkeypatch.setattr(run_result, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
 
 
 def leave_out_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """End runs without pictures and the comparison with the untrained encoder."""
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_result, "plot_curves", lambda *_: None)
     left_out = {"initial": "untrained encoder", "untrained": None, "unlabelled": {}, "comparison_seconds": 0.0}
-    monkeypatch.setattr(loop, "compare_with_initial", lambda *_, **__: dict(left_out))
+    monkeypatch.setattr(run_result, "compare_with_initial", lambda *_, **__: dict(left_out))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:

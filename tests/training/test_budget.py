@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import inbatch
 from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
-from inbatch.training import budget, calibration, loop, plan
+from inbatch.training import budget, calibration, evaluation_plan, plan
 from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
 from inbatch.training.monitors.online_evaluation import limited
 from inbatch.training.recipe import make
@@ -235,7 +235,7 @@ def test_a_resumed_run_is_judged_by_as_many_images(
     labels = torch.arange(64) % 4
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        patch.setattr(loop, "affordable", lambda built, held, seconds: limited(held, 30, 4))
+        patch.setattr(evaluation_plan, "affordable", lambda built, held, seconds: limited(held, 30, 4))
         with pytest.raises(Preempted):
             inbatch.pretrain((IMAGES, labels), out=tmp_path / "run", budget="15s", batch_size=16, quiet=True)
     run = inbatch.pretrain((IMAGES, labels), resume=tmp_path / "run", quiet=True)

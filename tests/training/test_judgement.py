@@ -20,7 +20,7 @@ from inbatch.data import open_data
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
-from inbatch.training import judgement, loop
+from inbatch.training import judgement, run_result
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
@@ -32,7 +32,7 @@ MEASURES = {"same_image": "higher", "rankme": "higher", "feature_std": "higher",
 def uncurved() -> Iterator[None]:
     """Leave out the picture of the curves, which no test here looks at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_curves", lambda *_: None)
+        patch.setattr(run_result, "plot_curves", lambda *_: None)
         yield
 
 

@@ -37,10 +37,10 @@ EVERY = {"evaluate_every": 1}
 def unjudged() -> Iterator[None]:
     """Replace the final evaluation and the final picture, which no test here needs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inbatch.training.loop.evaluation", lambda *_: {})
+        patch.setattr("inbatch.training.run_result.evaluation", lambda *_: {})
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
-        patch.setattr("inbatch.training.loop.compare_with_initial", lambda *_: nothing)
-        patch.setattr("inbatch.training.loop.plot_curves", lambda *_: None)
+        patch.setattr("inbatch.training.run_result.compare_with_initial", lambda *_: nothing)
+        patch.setattr("inbatch.training.run_result.plot_curves", lambda *_: None)
         judge_by_few_images(patch)
         yield
 

@@ -20,7 +20,7 @@ from small_runs import TINY, assert_same_state, saved, tiny
 import inbatch
 from inbatch.data import open_data, write_folder
 from inbatch.errors import InbatchError, Interrupted, Preempted, TrainingError
-from inbatch.training import checkpoint, loop
+from inbatch.training import checkpoint, run_result
 from inbatch.training.metric_logger import Log
 
 
@@ -121,7 +121,7 @@ def test_a_second_signal_while_saving_changes_nothing(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "plot_curves", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr(run_result, "plot_curves", lambda *_: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted if number == signal.SIGINT else Preempted, match="step 10 of 10") as caught:
             tiny("simclr", tmp_path)
     assert caught.value.exit_code == (130 if number == signal.SIGINT else 75)

@@ -1,0 +1,74 @@
+"""Choose what a run is evaluated on, as large as a share of its time budget allows."""
+
+import time
+from dataclasses import dataclass, replace
+
+from inbatch.runtime import distributed
+from inbatch.training.budget import Keeper, Pace
+from inbatch.training.build import RunComponents
+from inbatch.training.holdout import EvaluationSplit
+from inbatch.training.judgement import IMAGES, images_within
+from inbatch.training.monitors.online_evaluation import (
+    affordable,
+    choose_online_subsets,
+    limited,
+    make_online_evaluator,
+)
+from inbatch.training.timing import growth
+from inbatch.training.train_state import EvaluationSizes, TrainState
+
+JUDGED = 0.03
+"""Share of a budget that embedding the images of one evaluation may take."""
+SAVE_EVERY = 600.0
+"""Seconds between two checkpoints within an epoch without a budget; with a budget, a twentieth of it."""
+
+
+@dataclass(frozen=True)
+class RunEvaluations:
+    """What a run is evaluated on, and the pace that leaves time for it.
+
+    Attributes:
+        online: Images of the online evaluation; None without labels.
+        final: Images of the evaluation at the end; None without labels.
+        compared: Number of images on which the encoder is compared with the one before training.
+        pace: Pace of a run with a budget, on rank 0.
+    """
+
+    online: EvaluationSplit | None
+    final: EvaluationSplit | None
+    compared: int = IMAGES
+    pace: Pace | None = None
+
+    def keeper(self, progress: TrainState) -> Keeper:
+        """Return the monitor of the run's clock."""
+        return Keeper(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+
+
+def plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:
+    """Return the images of the online and the final evaluation on rank 0, which evaluates."""
+    if distributed.rank():
+        return RunEvaluations(split, split)
+    plan = RunEvaluations(split, split) if built.recipe.budget is None else _within_budget(built, split, progress)
+    if plan.final is None:
+        return plan
+    online, final = choose_online_subsets(built, plan.final)
+    return replace(plan, online=online, final=final)
+
+
+def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:
+    """Return the evaluations of a run with a budget, as large as a share of it allows.
+
+    The duration of all this is measured in advance; the encoder before training is also evaluated.
+    """
+    budget, calibration, sizes = built.recipe.budget or 0.0, progress.calibration, progress.sizes
+    left = max(1.0, budget - progress.wall)
+    began = time.perf_counter()
+    if split is not None:
+        split = limited(split, sizes.bank, sizes.queries) if sizes else affordable(built, split, JUDGED * left)
+    make_online_evaluator(built, split)()
+    seconds = time.perf_counter() - began
+    images, comparison = images_within(built, JUDGED * left, sizes.compared if sizes else None)
+    progress.sizes = EvaluationSizes(len(split.bank) if split else 0, len(split.queries) if split else 0, images)
+    until = built.recipe.grow_until
+    costs = [(until, calibration["small"])] if calibration and until else growth(built)
+    return RunEvaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
