@@ -48,7 +48,7 @@ def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
     """End runs without protocols, pictures and the comparison with the untrained encoder.
 
-    Most of a tiny run's time is this; tests in test_judgement.py, test_loop.py and test_cli.py check it.
+    Most of a tiny run's time is this; tests in test_run_evaluation.py, test_loop.py and test_cli.py check it.
     """
     judge_by_few_images(monkeypatch)
     leave_out_comparison(monkeypatch)

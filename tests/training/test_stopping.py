@@ -345,7 +345,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["pretrain", *SMALL], "inbatch.training.evaluation_plan:choose_online_subsets"),
         (["pretrain", *SMALL], "inbatch.training.monitors.online_evaluation:knn"),
         (["pretrain", *SMALL], "inbatch.training.run_result:evaluation"),
-        (["evaluate", "RUN"], "inbatch.training.judgement:evaluate"),
+        (["evaluate", "RUN"], "inbatch.training.run_evaluation:evaluate"),
         (["embed", "RUN", "digits-canvas", "-o", "features.npz"], "inbatch.training.run:write_embeddings"),
         (["data", "digits-canvas"], "inbatch.apps.reports.dataset:chunks"),
     ],

@@ -7,13 +7,13 @@ from inbatch.runtime import distributed
 from inbatch.training.budget import Keeper, Pace
 from inbatch.training.build import RunComponents
 from inbatch.training.holdout import EvaluationSplit
-from inbatch.training.judgement import IMAGES, images_within
 from inbatch.training.monitors.online_evaluation import (
     affordable,
     choose_online_subsets,
     limited,
     make_online_evaluator,
 )
+from inbatch.training.run_evaluation import IMAGES, images_within
 from inbatch.training.timing import growth
 from inbatch.training.train_state import EvaluationSizes, TrainState
 

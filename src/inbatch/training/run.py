@@ -26,11 +26,11 @@ from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, columns_of_other, evaluation_split
-from inbatch.training.judgement import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
 from inbatch.training.machine import machine
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
+from inbatch.training.run_evaluation import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
 from inbatch.training.settings_file import read_file
 
 AnyImages = TypeVar("AnyImages", bound=Images)

@@ -11,10 +11,10 @@ from inbatch.runtime.memory import peak_memory
 from inbatch.training.build import RunComponents
 from inbatch.training.evaluation_plan import RunEvaluations
 from inbatch.training.head_evaluation import save_heads
-from inbatch.training.judgement import compare_with_initial
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.monitors.online_evaluation import evaluation
+from inbatch.training.run_evaluation import compare_with_initial
 from inbatch.training.train_state import TrainState
 
 

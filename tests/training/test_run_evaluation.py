@@ -20,7 +20,7 @@ from inbatch.data import open_data
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
-from inbatch.training import judgement, run_result
+from inbatch.training import run_evaluation, run_result
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
@@ -229,9 +229,9 @@ def test_a_run_with_labels_shows_every_column_untrained(tmp_path: Path) -> None:
 def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        judgement, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
+        run_evaluation, "evaluate", lambda encoder, *_, protocols, **__: asked.append((encoder, protocols)) or {}
     )
-    judge: Any = judgement.evaluate_labelled
+    judge: Any = run_evaluation.evaluate_labelled
     assert judge("before", "after", None, None, ["finetune"], {}) == {"untrained": None}
     assert judge("before", "after", None, None, ["knn", "few", "corruptions"], {}) == {"untrained": {}}
     assert asked == [("after", ["finetune"]), ("after", ["knn", "few", "corruptions"]), ("before", ["knn", "few"])]
@@ -285,21 +285,21 @@ def test_real_photographs(tmp_path: Path) -> None:
 def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)
-    found = judgement.compare_with_initial(built, None, tmp_path)
+    found = run_evaluation.compare_with_initial(built, None, tmp_path)
     for told in found["unlabelled"].values():
         assert told["untrained"] == told["trained"]
     assert_same_state(
-        dict(judgement.initial_encoder(built.recipe, tmp_path).state_dict()), dict(built.encoder.state_dict())
+        dict(run_evaluation.initial_encoder(built.recipe, tmp_path).state_dict()), dict(built.encoder.state_dict())
     )
 
 
 @pytest.mark.slow
 def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = inbatch.api.prepare("digits-canvas", batch_size=50)
-    assert judgement.images_within(built, 1e9)[0] == label_free.IMAGES
-    images, seconds = judgement.images_within(built, 0.0)
+    assert run_evaluation.images_within(built, 1e9)[0] == label_free.IMAGES
+    images, seconds = run_evaluation.images_within(built, 0.0)
     assert images == 64 and seconds > 1
-    found = judgement.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
+    found = run_evaluation.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
     assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
 
 
