@@ -22,9 +22,10 @@ from inbatch.training.claim import check_free, check_unchanged, claim, numbered,
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
-from inbatch.training.plan import RunPlan, merged_settings, plan_run, plan_without_budget, with_context
+from inbatch.training.plan import RunPlan, plan_run, plan_without_budget, with_context
 from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
+from inbatch.training.requested_settings import merged_settings
 from inbatch.training.resume import barely_begun, finished_run, resumed_plan, run_to_resume
 from inbatch.training.run import Run, embed_run, evaluate_run, export_run, load, load_run, replay_run
 from inbatch.training.run_encoder import kept_initial

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import inbatch
 from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
-from inbatch.training import budget, calibration, evaluation_plan, plan
+from inbatch.training import budget, calibration, evaluation_plan, plan, requested_settings
 from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
 from inbatch.training.monitors.online_evaluation import limited
 from inbatch.training.recipe import make
@@ -195,7 +195,7 @@ def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
     assert _plan(budget="15s", encoder__name="fast").recipe.optimizer.name == "adamw"
     for more in ({"epochs": 2}, {"steps": 3}, {"steps": 3, "encoder__name": "fast"}):
         asked = {key.replace("__", "."): value for key, value in ({"budget": "15s"} | more).items()}
-        assert plan.needs_plan(asked)
+        assert requested_settings.needs_plan(asked)
         with pytest.raises(ConfigError, match="both set the length"):
             _plan(**asked)
 
@@ -216,16 +216,16 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pyt
 def test_another_length_or_part_takes_the_place_of_a_files() -> None:
     planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "knn_k": 7}
     planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup_epochs": 0.1}
-    assert plan._over(planned, {"seed": 1}) == planned | {"seed": 1}
+    assert requested_settings._over(planned, {"seed": 1}) == planned | {"seed": 1}
     kept = {"knn_k": 7, "encoder.name": "fast", "encoder.width": 24}
     for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
-        assert plan._over(planned, asked) == kept | asked
+        assert requested_settings._over(planned, asked) == kept | asked
     with pytest.raises(ConfigError, match="replans end the run before its first step"):
         make({"data": "photos", "replans": [[0, 0]]})
     by_hand = {"epochs": 9, "evaluate_every": 3}
-    assert plan._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
-    assert plan._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
-    assert "encoder.width" not in plan._over(planned, {"encoder.name": "tiny"})
+    assert requested_settings._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
+    assert requested_settings._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
+    assert "encoder.width" not in requested_settings._over(planned, {"encoder.name": "tiny"})
 
 
 @pytest.mark.slow
@@ -246,10 +246,10 @@ def test_a_resumed_run_is_judged_by_as_many_images(
 
 def test_one_hour_is_the_default_on_a_processor_where_nothing_else_says_what_to_do() -> None:
     cpu = torch.device("cpu")
-    default = plan.with_default_budget({}, "photos", cpu, configured=False)
-    assert default["budget"] == "1h" and plan.needs_plan(default)
+    default = requested_settings.with_default_budget({}, "photos", cpu, configured=False)
+    assert default["budget"] == "1h" and requested_settings.needs_plan(default)
     for given in ({"epochs": 3}, {"preset": "cifar"}, {"encoder.name": "tiny"}, {"budget": "2h"}, {"steps": 5}):
-        assert plan.with_default_budget(given, "photos", cpu, configured=False) == given
-    assert plan.with_default_budget({}, "photos", cpu, configured=True) == {}
-    assert plan.with_default_budget({}, "digits-canvas", cpu, configured=False) == {}
-    assert plan.with_default_budget({}, "photos", torch.device("cuda"), configured=False) == {}
+        assert requested_settings.with_default_budget(given, "photos", cpu, configured=False) == given
+    assert requested_settings.with_default_budget({}, "photos", cpu, configured=True) == {}
+    assert requested_settings.with_default_budget({}, "digits-canvas", cpu, configured=False) == {}
+    assert requested_settings.with_default_budget({}, "photos", torch.device("cuda"), configured=False) == {}

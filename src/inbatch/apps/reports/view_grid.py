@@ -22,8 +22,9 @@ from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths, listed_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
-from inbatch.training.plan import merged_settings, requested_data, resolve_recipe
+from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Part
+from inbatch.training.requested_settings import merged_settings, requested_data
 
 _CELL = 96
 _GAP = 4
