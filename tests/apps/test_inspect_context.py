@@ -17,7 +17,7 @@ import inbatch
 import inbatch.apps.reports.batch_context as pictures
 from inbatch import api
 from inbatch.apps.cli import app
-from inbatch.apps.reports import view_grid
+from inbatch.apps.reports import attention_picture, picture_sheet, view_grid
 from inbatch.context.curation import pair_distances, violating
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError, DataError, Preempted
@@ -27,7 +27,7 @@ from inbatch.training.build import RunComponents, build
 from inbatch.training.run import source_of
 
 COUNT = 3
-CELL, GAP = pictures._CELL, pictures._GAP
+CELL, GAP = picture_sheet.CELL, picture_sheet.GAP
 
 
 def run(line: str) -> Result:
@@ -142,21 +142,21 @@ def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
     (block,) = found["attend"]["blocks"]
     assert block["mean"] == pytest.approx(1 / 20) and block["least"] < 1 / 20 < block["largest"]
     width = shown(tmp_path / "run/inspect/attention.png").shape[1]
-    assert width >= (CELL + GAP) * (1 + pictures.NEIGHBOURS)
+    assert width >= (CELL + GAP) * (1 + attention_picture.NEIGHBOURS)
     assert found["fuse"]["view"] == 0
 
 
 def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[pictures.Row] = []
-    monkeypatch.setattr(pictures, "sheet", lambda title, rows: lines.extend(rows))
+    lines: list[picture_sheet.Row] = []
+    monkeypatch.setattr(attention_picture, "sheet", lambda title, rows: lines.extend(rows))
     weights = torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.1, 0.7], [0.3, 0.6, 0.1]])
     tiles = [Image.new("RGB", (1, 1), colour) for colour in ("red", "green", "blue")]
-    pictures._neighbours(tiles, weights, 2)
+    attention_picture._neighbours(tiles, weights, 2)
     order = [[tiles.index(tile) for tile, _ in row.cells] for row in lines]
     assert order == [[0, 2, 1], [1, 2, 0]]
     assert [text for _, text in lines[1].cells] == ["itself 10.00%", "70.00%", "20.00%"]
     lines.clear()
-    pictures._weighed(tiles, {"a": torch.tensor([0.2, 1.7, 1.1])}, 8)
+    attention_picture._weighed(tiles, {"a": torch.tensor([0.2, 1.7, 1.1])}, 8)
     assert [(tiles.index(tile), text) for tile, text in lines[0].cells] == [(1, "1.700"), (2, "1.100"), (0, "0.200")]
 
 
@@ -177,7 +177,7 @@ def test_violators_and_their_redraws(
     if count:
         picture, strip = shown(png), 3 * (CELL + GAP) + GAP
         places = [(GAP, GAP), (GAP, GAP + strip + GAP)]
-        title = 3 * pictures._LINE + 2 * GAP
+        title = 3 * picture_sheet.LINE + 2 * GAP
         before, after = (picture[title : title + CELL, x : x + strip] for _, x in places)
         assert not np.array_equal(before[:, CELL + 2 * GAP :], after[:, CELL + 2 * GAP :]), "other views"
 

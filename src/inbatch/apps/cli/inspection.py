@@ -135,7 +135,8 @@ def inspect(
 ) -> None:
     """Draw and measure the effect of a run's plug-ins on a batch (fusion, curation, attention), without training."""
     with reported(as_json):
-        from inbatch.apps.reports.batch_context import inspect_run, report_rows
+        from inbatch.apps.reports.batch_context import inspect_run
+        from inbatch.apps.reports.batch_context_text import report_rows
 
         if out is None:
             default_output(path_of(run, "RUN") / "inspect")

@@ -1,24 +1,23 @@
 """Effects of a run's plug-ins on a batch: images and measurements."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
+from inbatch.apps.reports.attention_picture import attended
+from inbatch.apps.reports.picture_sheet import Row, column, pixels, sheet, tile
 from inbatch.apps.reports.view_grid import grid
 from inbatch.batch import Batch
-from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import violating
 from inbatch.context.grouped import as_group
 from inbatch.data.views import Drawn
 from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten
-from inbatch.models.attention_slots import blocks
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
 from inbatch.runtime.isolation import isolated
@@ -39,21 +38,6 @@ from inbatch.training.train_state import TrainState
 
 PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
 """Images that `draw_report` may write, named after their content."""
-
-NEIGHBOURS, BLOCKS = 5, 3
-"""Number of other samples shown per attending sample, and number of last blocks drawn."""
-
-_CELL, _GAP, _LINE = 96, 4, 14
-Cells = Sequence[tuple[Image.Image, str]]
-"""Images in one row, each with its caption."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Cells, with an optional heading above."""
-
-    cells: Cells
-    heading: str = ""
 
 
 def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> dict[str, Any]:
@@ -137,13 +121,13 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
         "common": float(added.mean(0).square().mean() / added.square().mean().clamp_min(1e-12)),
     }
 
-    shown = _pixels(built, mixed[:count])
+    shown = pixels(built, mixed[:count])
     low, high = float(shown.min()), float(shown.max())
-    rest = added[:count].cpu() * _column(built.views.std)
+    rest = added[:count].cpu() * column(built.views.std)
     most = float(np.quantile(rest.abs().numpy(), 0.99))
     times = float(f"{0.5 / most:.2g}") if most > 1e-6 else 1.0
     columns = (
-        ("plain", _pixels(built, plain[:count])),
+        ("plain", pixels(built, plain[:count])),
         ("fused", (shown - low) / max(high - low, 1e-6)),
         (f"added x {times:g}", 0.5 + times * rest),
     )
@@ -152,7 +136,7 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
         f"Fused: values from {low:.2f} to {high:.2f} ; plain pixels are from 0 (black) to 1 (white).",
         f"Added: fused - {own:.2f} x plain, amplified {times:g} times; grey is 0.",
     )
-    drawn = [Row([(_tile(column[i]), name) for name, column in columns]) for i in range(len(shown))]
+    drawn = [Row([(tile(column[i]), name) for name, column in columns]) for i in range(len(shown))]
     return told, sheet(title, drawn)
 
 
@@ -207,144 +191,6 @@ def redrawn(
     return images, told, sheet(title, lines)
 
 
-def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[dict[str, Any], Image.Image | None]:
-    """Measure the weights that the samples of a context group give each other in every attention block.
-
-    Returns:
-        Mean, smallest and largest weight of each block, and an image; no blocks and None if no block mixes samples.
-    """
-    network, encoder = built.network, built.encoder
-    online_views = list(built.method.online_views(len(group)))
-    number = next((v for v in online_views if v not in network.fused), online_views[0])
-    seen: dict[str, Tensor] = {}
-
-    def hook(slot: str) -> Callable[..., None]:
-        def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-            assert isinstance(block, BA2M | BatchFormer)
-            seen[slot] = block.weights(given[0]).float().cpu()
-
-        return note
-
-    pairs = list(zip(encoder.slots, blocks(encoder), strict=True))
-    handles = [b.register_forward_pre_hook(hook(slot)) for slot, b in pairs if isinstance(b, BA2M | BatchFormer)]
-    images = group[number]
-    try:
-        with network.evaluating(), as_group(network):
-            if number in network.fused and network.fuse is not None:
-                with network.autocast(images):
-                    images = network.fuse(images)
-            network.features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    measured = [
-        {"block": slot, "mean": float(w.mean()), "least": float(w.min()), "largest": float(w.max())}
-        for slot, w in seen.items()
-    ]
-    told = {"name": encoder.attend["name"] if encoder.attend else "", "view": number, "group": len(images)}
-    told["blocks"] = measured
-    if not seen:
-        return told, None
-    pictures = [_tile(image) for image in _pixels(built, group[number])]
-    if isinstance(pairs[0][1], BatchFormer):
-        return told, _neighbours(pictures, next(iter(seen.values())).mean(1), count)
-    return told, _weighed(pictures, {slot: w.flatten(1).mean(1) for slot, w in seen.items()}, count)
-
-
-def _weighed(pictures: Sequence[Image.Image], weights: dict[str, Tensor], count: int) -> Image.Image:
-    """Draw images of the group in the order of their BA2M weights, one row for each of the last blocks."""
-    lines = []
-    for slot, weight in list(weights.items())[-BLOCKS:]:
-        order = weight.argsort(descending=True)
-        places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
-        chosen = order[places].tolist()
-        lines.append(
-            Row([(pictures[i], f"{weight[i]:.3f}") for i in chosen], f"block {slot.removeprefix('backbone.')}")
-        )
-    title = (
-        f"Weights of the samples of a group of {len(pictures)} in the last blocks (mean 1), from the largest to the",
-        "smallest, at even steps.",
-    )
-    return sheet(title, lines)
-
-
-def _neighbours(pictures: Sequence[Image.Image], weights: Float[Tensor, "g n"], count: int) -> Image.Image:
-    """Draw images with the other samples that they attend to most in BatchFormer."""
-    others = weights.clone().fill_diagonal_(-1)
-    near = others.topk(min(NEIGHBOURS, len(pictures) - 1)).indices.tolist()
-    lines = [
-        Row([(pictures[i], f"itself {weights[i, i]:.2%}"), *((pictures[j], f"{weights[i, j]:.2%}") for j in near[i])])
-        for i in range(min(count, len(pictures)))
-    ]
-    title = (
-        f"Samples that each image (left) attends to most in a group of {len(pictures)}; mean over heads.",
-        f"Uniform weights would be {1 / len(pictures):.2%}.",
-    )
-    return sheet(title, lines)
-
-
-def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
-    """Draw rows of images under a title on a white background."""
-    font = ImageFont.load_default(11)
-    places: list[tuple[int, int, str]] = [(_GAP, _GAP + i * _LINE, text) for i, text in enumerate(title)]
-    pasted: list[tuple[Image.Image, tuple[int, int]]] = []
-    y, wide = _GAP + len(title) * _LINE + _GAP, 0
-    for line in lines:
-        if line.heading:
-            places.append((_GAP, y, line.heading))
-            y += _LINE
-        x = _GAP
-        for picture, text in line.cells:
-            pasted.append((picture, (x, y)))
-            places.append((x, y + picture.height, text))
-            x += max(picture.width, round(font.getlength(text))) + _GAP
-        y += max(picture.height for picture, _ in line.cells) + _LINE + _GAP
-        wide = max(wide, x)
-    wide = max(wide, *(round(x + font.getlength(text)) + _GAP for x, _, text in places))
-    made = Image.new("RGB", (wide, y), "white")
-    pen = ImageDraw.Draw(made)
-    for picture, place in pasted:
-        made.paste(picture, place)
-    for x, top, text in places:
-        pen.text((x, top), text, fill="black", font=font)
-    return made
-
-
-def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the rows of the table: plug-in, measurement, value."""
-    told, lines = found["leak"], []
-    if told is None:
-        lines.append(("groups", "identified from one embedding", "not measured: fewer than two groups of 4 samples"))
-    else:
-        share = f"{told['leak']:.1%} (chance {told['leak_chance']:.1%}, standard error {told['leak_error']:.1%})"
-        lines.append(("groups", "identified from one embedding", share))
-        lines.append(("", "verdict", told["told_apart"] or "the context groups cannot be distinguished."))
-    if fuse := found.get("fuse"):
-        name = f"fuse {fuse['name']}"
-        lines.append((name, f"mean change of a pixel, view {fuse['view']}", f"{fuse['change']:.3f} sd"))
-        lines.append(("", f"of it not {fuse['own']:.2f} x the image itself", f"{fuse['added']:.3f} sd"))
-        lines.append(("", "of that the same for all images", f"{fuse['common']:.1%}"))
-    if curate := found.get("curate"):
-        when = "" if curate["begun"] else f"; the run is before its first curated epoch, {found['epoch'] + 1}"
-        asked = f"samples that violate, as drawn ({curate['rule']})"
-        share = f"{curate['violating_before']:.1%} of {curate['samples']}{when}"
-        lines.append(("curate", asked, share))
-        if not curate["violating_before"]:
-            lines.append(("", "redrawn", "none: no sample violates the rule"))
-        else:
-            left = f"{curate['violating']:.1%} ({curate['redrawn']:.2f} redraws per sample)"
-            lines.append(("", f"left after {curate['rounds']:.0f} rounds", left))
-    if attend := found.get("attend"):
-        name = f"attend {attend['name']}"
-        for i, block in enumerate(attend["blocks"]):
-            values = f"{block['mean']:.4f} / {block['least']:.4f} / {block['largest']:.4f}"
-            slot = block["block"].removeprefix("backbone.")
-            lines.append(("" if i else name, f"weights in {slot}: mean / least / largest", values))
-        if not attend["blocks"]:
-            lines.append((name, "weights of samples", "none: attention within each sample only"))
-    return lines
-
-
 def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
     """Return the image of a sample at the size that its boxes refer to."""
     pictures = batch.take(slice(i, i + 1)).pictures()
@@ -361,24 +207,6 @@ def _grid(built: RunComponents, originals: Sequence[Tensor], drawn: Drawn, which
     """Draw images with their boxes and the selected views."""
     some = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
     return Image.fromarray(grid(originals, some, built.views.mean, built.views.std))
-
-
-def _pixels(built: RunComponents, images: Tensor) -> Float[Tensor, "n c h w"]:
-    """Undo the normalisation; views return to values from 0 to 1."""
-    return images.float().cpu() * _column(built.views.std) + _column(built.views.mean)
-
-
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values)[:, None, None]
-
-
-def _tile(image: Float[Tensor, "c h w"]) -> Image.Image:
-    """Convert values from 0 to 1 to an image: one channel in grey; of more than three channels, the first three."""
-    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    pixels = (shown.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().contiguous().numpy()
-    zoom = _CELL / max(pixels.shape[:2])
-    how = Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
-    return Image.fromarray(pixels).resize((round(pixels.shape[1] * zoom), round(pixels.shape[0] * zoom)), how)
 
 
 def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
