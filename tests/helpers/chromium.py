@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,15 @@ PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-gpu-compositing")
 """WebGL in software, and pages composed by the processor: what Chromium chooses by itself on a machine without a GPU."""
 WITHOUT_WEBGL = ("--disable-gpu", "--disable-3d-apis")
+
+_AS_3_AND_4 = """
+import os, sys
+import fcntl
+read, write = (fcntl.fcntl(int(word), fcntl.F_DUPFD, 10) for word in sys.argv[1:3])  # neither is 3 or 4
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -72,7 +82,7 @@ class Page:
         until = time.monotonic() + seconds
         while not (value := self.run(script)):
             if time.monotonic() > until:
-                raise TimeoutError(f"{script} is still {value!r}; errors: {self.errors}")
+                raise TimeoutError(f"{script} is still {value!r}; errors: {self.errors}; {self.run('explorer.selection.length')}")
             time.sleep(0.05)
         return value
 
@@ -142,7 +152,7 @@ def chromium(*options: str) -> Iterator[Page]:
     (read_to, to), (back, write_back) = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
-            "/bin/sh", "-c", f'exec "$@" 3<&{read_to} 4>&{write_back}', "sh", PROGRAM, "--headless=new", "--no-sandbox",
+            sys.executable, "-S", "-c", _AS_3_AND_4, str(read_to), str(write_back), PROGRAM, "--headless=new", "--no-sandbox",
             "--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars", "--mute-audio",
             "--disable-background-networking", "--disable-extensions", "--no-first-run", "--window-size=1400,900", *options,
         ]  # fmt: skip

@@ -41,12 +41,20 @@ export class WebGLMap {
     this.plot.subscribe('pointout', () => point(-1));
     this.plot.subscribe('lassoStart', () => { this.lassoing = true; });
     this.plot.subscribe('lassoEnd', () => { this.lassoing = false; });
-    this.plot.subscribe('select', ({ points }) => {
-      if (this.lassoing) events.lasso([...points]);
-      else if (this.over >= 0) events.click(this.over);
-    });
+    this.plot.subscribe('select', ({ points }) => { if (this.lassoing) events.lasso([...points]); });
     this.plot.subscribe('deselect', () => { if (this.lassoing) events.lasso([]); });
     this.plot.subscribe('view', () => events.view());
+    this.listenToClicks();
+  }
+
+  /** The library takes a click as a selection of one point, and reports nothing if that one is already selected. */
+  listenToClicks() {
+    let from = [0, 0];
+    this.canvas.addEventListener('mousedown', (event) => { from = [event.clientX, event.clientY]; });
+    this.canvas.addEventListener('click', (event) => {
+      const moved = Math.hypot(event.clientX - from[0], event.clientY - from[1]);
+      if (moved < 3 && this.over >= 0) this.events.click(this.over);
+    });
   }
 
   /** Draw the points in these colours, one per category; categories of the colour `rest` are drawn first and smaller. */
@@ -71,7 +79,7 @@ export class WebGLMap {
   }
 
   select(indices) {
-    if (indices.length) this.plot.select(indices, { preventEvent: true });
+    if (indices.length) this.plot.select([...indices], { preventEvent: true }); // it removes hidden points from the array
     else this.plot.deselect({ preventEvent: true });
   }
 
