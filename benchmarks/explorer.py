@@ -24,29 +24,34 @@ from chromium import SOFTWARE_GL, WITHOUT_WEBGL, Page, chromium
 from inbatch.apps.reports.explorer.explore import explore_features
 
 MOVE = """new Promise((done) => {
+  const map = explorer.views[0].map;
   const canvas = document.querySelector('canvas.map');
   const box = canvas.getBoundingClientRect();
   const [x, y] = [box.left + box.width / 2, box.top + box.height / 2];
-  const send = (target, kind, more) => target.dispatchEvent(new MouseEvent(kind, {bubbles: true, clientX: x, clientY: y, buttons: 1, ...more}));
+  const at = { bubbles: true, cancelable: true, clientX: x, clientY: y, button: 0, buttons: 1 };
+  const [Event, prefix, mover] = map.plot ? [MouseEvent, 'mouse', window] : [PointerEvent, 'pointer', canvas];
   const times = [];
   let drawn = 0;
-  explorer.views[0].map.plot?.subscribe('draw', () => drawn++);
-  if (KIND === 'pan') send(canvas, explorer.views[0].map.plot ? 'mousedown' : 'pointerdown', {});
+  map.plot?.subscribe('draw', () => drawn++);
+  if (KIND === 'pan') canvas.dispatchEvent(new Event(prefix + 'down', at));
   const began = performance.now();
   const step = (now) => {
     times.push(now);
     const t = (now - began) / 1000;
     if (t > SECONDS) {
-      if (KIND === 'pan') send(window, 'mouseup', {buttons: 0});
+      if (KIND === 'pan') mover.dispatchEvent(new Event(prefix + 'up', { ...at, buttons: 0 }));
       const gaps = times.slice(1).map((time, i) => time - times[i]).sort((a, b) => a - b);
-      return done({frames: (times.length - 1) / t, drawn: drawn / t, median: gaps[gaps.length >> 1], p95: gaps[Math.floor(gaps.length * 0.95)]});
+      const [median, p95] = [gaps[gaps.length >> 1], gaps[Math.floor(gaps.length * 0.95)]];
+      return done({ frames: (times.length - 1) / t, drawn: drawn / t, median, p95 });
     }
-    if (KIND === 'pan') send(window, 'mousemove', {clientX: x + 150 * Math.sin(3 * t), clientY: y + 100 * Math.cos(4 * t)});
-    else canvas.dispatchEvent(new WheelEvent('wheel', {bubbles: true, cancelable: true, clientX: x, clientY: y, deltaY: Math.sin(2 * t) > 0 ? -12 : 12}));
+    const moved = { ...at, clientX: x + 150 * Math.sin(3 * t), clientY: y + 100 * Math.cos(4 * t) };
+    if (KIND === 'pan') mover.dispatchEvent(new Event(prefix + 'move', moved));
+    else canvas.dispatchEvent(new WheelEvent('wheel', { ...at, deltaY: Math.sin(2 * t) > 0 ? -12 : 12 }));
     requestAnimationFrame(step);
   };
   requestAnimationFrame(step);
 })"""
+REDUCED = "explorer.thumbnails.copies.size && [...explorer.thumbnails.copies.values()].every((copy) => copy.picture)"
 
 
 def write_page(folder: Path, images: Path | None, count: int) -> Path:
@@ -95,7 +100,7 @@ def measure(file: Path, options: tuple[str, ...], size: tuple[int, int], seconds
         for pictures in (False, True):
             page.run(f"explorer.setPictures({json.dumps(pictures)})")
             if pictures:
-                page.wait("explorer.thumbnails.copies.size && [...explorer.thumbnails.copies.values()].every((copy) => copy.picture)")
+                page.wait(REDUCED)
             time.sleep(0.5)
             for kind in ("pan", "zoom"):
                 before = busy(page)
@@ -125,7 +130,9 @@ def main() -> None:
                 write_page(folder, given.images, count)
             found = measure(page, WITHOUT_WEBGL if given.canvas else SOFTWARE_GL, tuple(given.size), given.seconds)
             size = page.stat().st_size / 1e6
-            print(json.dumps({"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | found, indent=1))
+            print(
+                json.dumps({"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | found, indent=1)
+            )
 
 
 if __name__ == "__main__":

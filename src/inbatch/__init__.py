@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
-    from inbatch.apps.reports.view_grid import draw_views
     from inbatch.apps.reports.explorer.explore import explore_features
+    from inbatch.apps.reports.view_grid import draw_views
     from inbatch.methods import METHODS
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune

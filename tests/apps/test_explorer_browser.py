@@ -23,7 +23,15 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="drives Chromium over inherited pipes"),
 ]
 
-NAMES = ['a"b<c>.png', "comma, and 'quote.png", "ümläut 图.png", b"bytes\xff\xfe.png", "line\nend.png", " space.png", "%41#?.png"]
+NAMES = [
+    'a"b<c>.png',
+    "comma, and 'quote.png",
+    "ümläut 图.png",
+    b"bytes\xff\xfe.png",
+    "line\nend.png",
+    " space.png",
+    "%41#?.png",
+]
 COUNT = 60
 
 
@@ -122,6 +130,7 @@ def test_hover_click_search_and_keys(webgl: chromium.Page, photos: tuple[Path, P
     collection = open_collection(features, folder)
     i = next(i for i in range(COUNT) if collection.paths[i].endswith('a"b<c>.png'))
     x, y = place(webgl, i)
+    webgl.run(f"explorer.select([{i}])")  # a click on a selected image is a click all the same
     webgl.mouse("mouseMoved", x + 200, y)
     webgl.mouse("mouseMoved", x, y)
     webgl.wait(f"explorer.hovered === {i} || explorer.hovered >= 0")
@@ -174,7 +183,9 @@ def test_lasso_and_export(webgl: chromium.Page, photos: tuple[Path, Path, Path],
     webgl.wait(f"explorer.selection.length < {COUNT} && explorer.selection.length > 0")
     left = webgl.run("document.querySelector('figure').getBoundingClientRect().left") + 406
     selection = webgl.run("explorer.selection")
-    assert all((place(webgl, i)[0] > left) == (i in selection) for i in range(COUNT) if abs(place(webgl, i)[0] - left) > 3)
+    assert all(
+        (place(webgl, i)[0] > left) == (i in selection) for i in range(COUNT) if abs(place(webgl, i)[0] - left) > 3
+    )
     webgl.run("document.querySelectorAll('#legends button')[1].click()")  # only one class
     webgl.run("explorer.drawing")
     webgl.drag(around(webgl), shift=True)
@@ -266,7 +277,7 @@ def test_narrow_and_dark(webgl: chromium.Page, photos: tuple[Path, Path, Path], 
         assert webgl.run("document.documentElement.dataset.theme") == "dark"
         assert webgl.run("document.documentElement.scrollWidth") == 400  # nothing to scroll sideways
         left, width = webgl.run(
-            "(() => { const b = document.querySelector('figure').getBoundingClientRect(); return [b.left, b.width]; })()"
+            "(({ left, width }) => [left, width])(document.querySelector('figure').getBoundingClientRect())"
         )
         assert (left, width) == (0, 400)
         assert all(0 < place(webgl, i)[0] < 400 for i in range(COUNT))

@@ -23,7 +23,7 @@ from inbatch.apps.reports.explorer.page import data_text, packed, render_page, r
 from inbatch.apps.reports.explorer.projection import choose_projection, project
 from inbatch.errors import ConfigError, DataError
 
-ODD = 'a"b<c>&\'`é </script> .png'.replace("/", "")
+ODD = "a\"b<c>&'`é </script> .png".replace("/", "")
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 WEB = Path(__file__).parents[2] / "web" / "explorer"
 
@@ -118,7 +118,7 @@ def test_page_allows_no_request() -> None:
     assert policy[1].startswith("default-src &#39;none&#39;;")
     script = base64.b64encode(hashlib.sha256(resource("explorer.js").encode()).digest()).decode()
     assert f"sha256-{script}" in policy[1]
-    assert "http:" not in policy[1] and "https:" not in policy[1]
+    assert "http:" not in policy[1] and "https:" not in policy[1] and "file:" not in policy[1]
     assert "<b>run</b>" not in page and 'aria-label="a"b' not in page
 
 
@@ -286,7 +286,7 @@ def test_two_maps_of_the_same_images(photos: tuple[Path, Path], tmp_path: Path) 
     assert [entry["name"] for entry in data["maps"]] == ["features.npz", "random.npz"]
     assert shared[data["changed"]].tolist() == sorted(shared.tolist())
     np.savez(tmp_path / "fewer.npz", **{name: column[:20] for name, column in columns.items()})
-    with pytest.raises(DataError, match="20 images and .* 30, of which 10 are not"):
+    with pytest.raises(DataError, match=r"20 images and .* 30, of which 10 are not"):
         inbatch.explore_features(features, folder, other=tmp_path / "fewer.npz", **options)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-gpu-compositing")
-"""WebGL in software, and pages composed by the processor: what Chromium chooses by itself on a machine without a GPU."""
+"""WebGL in software, and pages composed by the processor: what Chromium itself chooses without a GPU."""
 WITHOUT_WEBGL = ("--disable-gpu", "--disable-3d-apis")
 
 _AS_3_AND_4 = """
@@ -82,7 +82,9 @@ class Page:
         until = time.monotonic() + seconds
         while not (value := self.run(script)):
             if time.monotonic() > until:
-                raise TimeoutError(f"{script} is still {value!r}; errors: {self.errors}; {self.run('explorer.selection.length')}")
+                raise TimeoutError(
+                    f"{script} is still {value!r}; errors: {self.errors}; {self.run('explorer.selection.length')}"
+                )
             time.sleep(0.05)
         return value
 
@@ -141,7 +143,9 @@ class Page:
     @property
     def errors(self) -> list[str]:
         thrown = [str(event["exceptionDetails"]) for event in self._params("Runtime.exceptionThrown")]
-        logged = [event["entry"]["text"] for event in self._params("Log.entryAdded") if event["entry"]["level"] == "error"]
+        logged = [
+            event["entry"]["text"] for event in self._params("Log.entryAdded") if event["entry"]["level"] == "error"
+        ]
         return thrown + logged
 
 
@@ -152,9 +156,10 @@ def chromium(*options: str) -> Iterator[Page]:
     (read_to, to), (back, write_back) = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
-            sys.executable, "-S", "-c", _AS_3_AND_4, str(read_to), str(write_back), PROGRAM, "--headless=new", "--no-sandbox",
-            "--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars", "--mute-audio",
-            "--disable-background-networking", "--disable-extensions", "--no-first-run", "--window-size=1400,900", *options,
+            sys.executable, "-S", "-c", _AS_3_AND_4, str(read_to), str(write_back), PROGRAM, "--headless=new",
+            "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars",
+            "--disable-background-networking", "--disable-extensions", "--no-first-run", "--window-size=1400,900",
+            *options,
         ]  # fmt: skip
         process = subprocess.Popen(
             command, pass_fds=(read_to, write_back), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

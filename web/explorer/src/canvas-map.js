@@ -31,7 +31,7 @@ export class CanvasMap {
     let from = null;
     canvas.addEventListener('pointerdown', (event) => {
       if (event.button !== 0) return;
-      canvas.setPointerCapture(event.pointerId);
+      if (event.isTrusted) canvas.setPointerCapture(event.pointerId);
       from = { at: this.at(event), last: this.at(event), moved: false };
       if (this.mode === 'lasso' || event.shiftKey) this.path = [this.at(event)];
     });

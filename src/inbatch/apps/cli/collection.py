@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from inbatch.apps.cli.app import (
@@ -30,7 +29,8 @@ from inbatch.errors import many
 )
 def explore(
     features: Annotated[
-        str, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a .npz or .parquet of inbatch embed.")
+        str,
+        Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed."),
     ],
     more: Annotated[
         list[str] | None,
@@ -66,8 +66,8 @@ def explore(
         def compute() -> dict[str, Any]:
             return explore_features(
                 features, data, other=other, out=path, projection=projection, thumbnails=thumbnails, inside=inside,
-                seed=seed, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column,
-                notify=(lambda text: None) if quiet else note,
+                seed=seed, split=split, device=device, quiet=quiet, image_column=image_column,
+                label_column=label_column, notify=(lambda text: None) if quiet else note,
             )  # fmt: skip
 
         deliver(compute, as_json, _show_map)

@@ -80,8 +80,8 @@ def explore_features(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a map of images as an HTML file that opens without a network, and return its description, ready for JSON.
 
-    The page shows images, nearest neighbours, classes, clusters, splits, outlier scores and near duplicates, and exports
-    selections as CSV files that can be passed as data.
+    The page shows images, nearest neighbours, classes, clusters, splits, outlier scores and near duplicates, and
+    exports selections as CSV files that can be passed as data.
 
     Args:
         features: A run, an encoder's folder, or a file of `embed_run`.
@@ -147,8 +147,8 @@ def _arranged(other: Collection, first: Collection) -> Collection:
     missing = sum(key not in place for key in keys[1])
     if missing or len(other) != len(first):
         raise DataError(
-            f"{other.name} has {many(len(other), 'image')} and {first.name} {len(first):,}, of which {missing:,} are not "
-            "in the other: two maps need features of the same images; pass DATA"
+            f"{other.name} has {many(len(other), 'image')} and {first.name} {len(first):,}, of which {missing:,} are "
+            "not in the other: two maps need features of the same images; pass DATA"
         )
     table = take(other, [place[key] for key in keys[1]])
     return Collection(
@@ -184,7 +184,9 @@ def _names(places: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else places
 
 
-def _write(out: Path, first: Collection, data: dict[str, Any], sprite: Sprite | None, pictures: Pictures) -> Path | None:
+def _write(
+    out: Path, first: Collection, data: dict[str, Any], sprite: Sprite | None, pictures: Pictures
+) -> Path | None:
     """Write the page and, if they are too large for it, its thumbnails; return their folder."""
     beside, addresses = None, None
     if sprite is not None and sprite.size > pictures.inside * 1e6:

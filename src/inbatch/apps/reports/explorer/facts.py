@@ -1,4 +1,4 @@
-"""What the page shows about the images of one set of features: map, neighbours, clusters, outlier scores, duplicates."""
+"""Facts about images, from one set of features: map, neighbours, clusters, outlier scores, near duplicates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ class Facts:
     groups: Int[Tensor, "n"]
 
 
-def gather_facts(collection: Collection, places: Tensor, *, k: int, clusters: int, threshold: float, seed: int) -> Facts:
+def gather_facts(
+    collection: Collection, places: Tensor, *, k: int, clusters: int, threshold: float, seed: int
+) -> Facts:
     """Compute the facts about a collection.
 
     Args:

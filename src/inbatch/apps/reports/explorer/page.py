@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -19,7 +18,10 @@ _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 def packed(values: np.ndarray) -> dict[str, str]:
     """Return an array as JSON: its type, and its little-endian bytes in base64."""
     small = np.ascontiguousarray(values)
-    return {"type": _TYPES[small.dtype], "values": base64.b64encode(small.astype(small.dtype.newbyteorder("<"))).decode()}
+    return {
+        "type": _TYPES[small.dtype],
+        "values": base64.b64encode(small.astype(small.dtype.newbyteorder("<"))).decode(),
+    }
 
 
 def smallest(values: np.ndarray) -> np.ndarray:
@@ -35,8 +37,9 @@ def data_text(data: dict[str, Any]) -> str:
 
 def split_root(paths: Sequence[str]) -> tuple[str, list[str]]:
     """Return the folder that all paths share, with its separator, and the rest of each path."""
-    folder = os.path.commonprefix(list(paths)) if len(paths) > 1 else (paths[0] if paths else "")
-    root = folder[: folder.rfind("/") + 1]
+    first, last = min(paths), max(paths)  # what these two share, all share
+    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    root = first[: first[:same].rfind("/") + 1]
     return root, [path[len(root) :] for path in paths]
 
 
@@ -61,10 +64,13 @@ def render_page(title: str, summary: str, data: dict[str, Any]) -> str:
     style, script = resource("page.css"), resource("explorer.js")
     if "</script" in script.lower() or "</style" in style.lower():
         raise ValueError("a resource of the page would end its own element: build web/explorer again")
+    sprite = data.get("sprite") or {"sheets": []}
+    beside = "" if all(sheet.startswith("data:") for sheet in sprite["sheets"]) else " 'self' file:"
     # regl compiles its drawing commands with `new Function`, which needs 'unsafe-eval'; no other script can run.
+    style_hash = _digest(style)
     policy = (
-        f"default-src 'none'; script-src 'sha256-{_digest(script)}' 'unsafe-eval'; style-src 'sha256-{_digest(style)}'; "
-        "img-src data: blob: 'self' file:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{_digest(script)}' 'unsafe-eval'; style-src 'sha256-{style_hash}'; "
+        f"img-src data: blob:{beside}; base-uri 'none'; form-action 'none'"
     )
     template = Environment(autoescape=True).from_string(resource("page.html"))
     return template.render(

@@ -112,7 +112,9 @@ def _pacmap(rows: np.ndarray, seed: int) -> Any:
     from pacmap import PaCMAP
 
     logging.getLogger("pacmap").setLevel(logging.ERROR)  # it warns that a seed was requested
-    return PaCMAP(n_neighbors=min(10, len(rows) - 1), random_state=seed, apply_pca=False).fit_transform(rows, init="pca")
+    return PaCMAP(n_neighbors=min(10, len(rows) - 1), random_state=seed, apply_pca=False).fit_transform(
+        rows, init="pca"
+    )
 
 
 def _pca(rows: np.ndarray, seed: int) -> Any:
