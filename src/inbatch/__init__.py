@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
+    from inbatch.apps.reports.explorer.explore import explore_features
     from inbatch.apps.reports.view_grid import draw_views
     from inbatch.methods import METHODS
     from inbatch.models import Encoder
@@ -25,6 +26,7 @@ _API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "p
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
+_WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
 
 __all__ = [
     "METHODS",
@@ -35,6 +37,7 @@ __all__ = [
     "dry_run",
     "embed_run",
     "evaluate_run",
+    "explore_features",
     "export_run",
     "inspect_run",
     "load",
