@@ -1,15 +1,15 @@
-"""Likely label errors from features: a cross-validated linear probe and the nearest neighbours against the labels.
+"""Likely label errors: a cross-validated linear probe and the nearest neighbours, compared with the labels.
 
-A sample is suspected by the rule of confident learning (Northcutt, Jiang and Chuang 2021, section 3.1).
+The number of suspects of each pair of classes is estimated by confident learning (Northcutt, Jiang and Chuang 2021).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, check_whole, many
+from inbatch.errors import DataError, check_whole, many
 from inbatch.evaluation.embeddings import Embeddings, check_one_label
 from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.neighbours import nearest, nearest_others
@@ -17,85 +17,199 @@ from inbatch.evaluation.probe_presets import Lbfgs
 from inbatch.rng import permutation
 from inbatch.runtime.isolation import usual_numerics
 
-FITTED = 50_000
-"""Images, at most, to which the probe of a fold is fitted."""
-BANK = 50_000
-"""Images, at most, among which neighbours are searched."""
+LARGEST = 50_000
+"""Images, at most, to which the probe of a fold is fitted, and among which neighbours are searched."""
+LEAST = 3
+"""Images of a class, at least, for its labels to be judged."""
 _TILE = 1 << 14
 _TEMPERATURE = 0.1
+_PROBE = Lbfgs(c=0.001)
+"""Strongly regularised: with C = 1, a probe fits the errors among its training labels, too."""
 
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Judgement of every image that could be judged.
+    """Judgement of the labels of `judged` images, m of them.
 
     Attributes:
-        rows: (m,) int64, positions of the suspects, the most likely error first.
-        judged: (n,) bool: rows with a label of a class that has enough images.
-        suggested: (n,) int64, most probable class; -1 if not judged.
-        scores: (n,) float32 in [0, 1]: probability of the given label less the largest other one, scaled; small values
-            are likely errors. 1 if not judged.
-        probe: (n, c) float32, out-of-fold probabilities of the probe.
-        votes: (n, c) float32, shares of the nearest neighbours.
-        neighbours: (n, k) int64, positions of the nearest judged images; -1 if not judged.
-        notes: Sentences about images that are left out, and about sub-samples.
+        judged: (m,) int64, positions of the images with a label of a class that has at least 3 images.
+        suspects: (s,) int64, places in `judged`, the most likely error first.
+        ranking: (m,) int64, all places in `judged`, the most likely error first.
+        given: (m,) int64, labels.
+        suggested: (m,) int64, the most probable other class.
+        margin: (m,) float32: how much more probable the given class is than the suggested one, each less the mean
+            probability that images with its label have for it. Small values are likely errors.
+        probe: (m, 2) float32, out-of-fold probabilities of the given and the suggested class.
+        votes: (m, 2) float32, their shares among the nearest neighbours.
+        neighbours: (m, k) int64, positions of the nearest judged images, nearest first.
+        agreement: Share of the labels that are predicted by the other images.
+        notes: Sentences about images left out and samples.
     """
 
-    rows: Int[Tensor, "m"]
-    judged: Bool[Tensor, "n"]
-    suggested: Int[Tensor, "n"]
-    scores: Float[Tensor, "n"]
-    probe: Float[Tensor, "n c"]
-    votes: Float[Tensor, "n c"]
-    neighbours: Int[Tensor, "n k"]
-    notes: tuple[str, ...] = field(default=())
+    judged: Int[Tensor, "m"]
+    suspects: Int[Tensor, "s"]
+    ranking: Int[Tensor, "m"]
+    given: Int[Tensor, "m"]
+    suggested: Int[Tensor, "m"]
+    margin: Float[Tensor, "m"]
+    probe: Float[Tensor, "m 2"]
+    votes: Float[Tensor, "m 2"]
+    neighbours: Int[Tensor, "m k"]
+    agreement: float
+    notes: tuple[str, ...] = ()
 
 
-def folds_of(labels: Int[Tensor, "n"], folds: int, seed: int) -> Int[Tensor, "n"]:
-    """Return the fold of each sample, 0 to `folds` - 1: every class is spread evenly, drawn by the seed."""
+@usual_numerics()
+@torch.no_grad()
+def judge_labels(
+    vectors: Float[Tensor, "n f"], labels: Int[Tensor, "n"], *, folds: int = 5, k: int = 30, seed: int = 0
+) -> LabelErrors:
+    """Return which labels are likely wrong, judged for each image by the labels of others only.
+
+    The probability of a class is the mean of that of a linear probe on the other folds, and of its share among the k
+    nearest other images. An image is suspected if probe and neighbours both prefer another class to its label, and if
+    its margin is among the smallest of the number that confident learning estimates for the pair of classes.
+
+    Args:
+        vectors: Features, for example memory-mapped.
+        labels: Classes; negative ones are unknown and left out.
+        folds: Number of parts of the cross-validation.
+        k: Number of neighbours.
+        seed: Seed of the folds and of samples.
+
+    Raises:
+        ConfigError: If there are fewer than 2 folds or no neighbour.
+        DataError: If features are not finite, if images have several labels, or if fewer than two classes have three
+            images or more.
+    """
+    check_whole("folds", folds, least=2)
+    check_whole("k", k, least=1)
+    check_one_label(labels, "the features")
+    judged, notes = _judged(labels)
+    rows = vectors if len(judged) == len(vectors) else vectors[judged]
+    present, given = labels[judged].unique(return_inverse=True)
+    classes = len(present)
+    chance = _out_of_fold(rows, given, classes, min(folds, len(rows)), seed)
+    by_probe = chance.argmax(1)
+    near, place = _neighbours(rows, min(k, len(rows) - 1), seed)
+    if len(rows) > LARGEST:
+        notes.append(
+            f"{len(rows):,} images are judged by samples: probes on {LARGEST:,} and neighbours among {LARGEST:,}"
+        )
+    by_neighbours = torch.empty_like(by_probe)
+    for at in torch.arange(len(rows)).split(_TILE):
+        votes = _votes(near[at], given[place[at]], classes)
+        by_neighbours[at] = votes.argmax(1)
+        chance[at] = chance[at].add_(votes).div_(2)
+    suggested, margin = _margins(chance, given)
+    suspected = _confident(chance, given) & (by_probe != given) & (by_neighbours != given)
+    ranking = margin.argsort(stable=True)
+    pair = torch.stack([given, suggested], 1)
+    shares = torch.cat([_votes(near[at], given[place[at]], classes).gather(1, pair[at]) for at in _tiles(len(rows))])
+    return LabelErrors(
+        judged, ranking[suspected[ranking]], ranking, present[given], present[suggested], margin,
+        2 * chance.gather(1, pair) - shares, shares, judged[place], (chance.argmax(1) == given).float().mean().item(),
+        tuple(notes),
+    )  # fmt: skip
+
+
+def _tiles(count: int) -> tuple[Tensor, ...]:
+    return torch.arange(count).split(_TILE)
+
+
+def _judged(labels: Int[Tensor, "n"]) -> tuple[Int[Tensor, "m"], list[str]]:
+    """Return the positions of images whose label can be judged, and notes on the others."""
+    known = labels >= 0
+    counts = labels[known].bincount()
+    enough = counts >= LEAST
+    if int(enough.sum()) < 2:
+        raise DataError(
+            f"labels are judged in classes of at least {LEAST} images, and there are {int(enough.sum())} such classes: "
+            "at least two are needed"
+        )
+    notes = []
+    if missing := int((~known).sum()):
+        notes.append(f"{many(missing, 'image')} without a label left out")
+    if few := int(counts[~enough].sum()):
+        of = many(int((counts[~enough] > 0).sum()), "class").replace("classs", "classes")
+        notes.append(f"{many(few, 'image')} of {of} with fewer than {LEAST} images left out: nothing to compare with")
+    return (known & enough[labels.clamp(min=0)]).nonzero()[:, 0], notes
+
+
+def _out_of_fold(rows: Tensor, labels: Tensor, classes: int, folds: int, seed: int) -> Float[Tensor, "m c"]:
+    """Return the probabilities of linear probes, each fitted to the other folds; every class is spread over all."""
     order = permutation(seed, 23, len(labels))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty(len(labels), dtype=torch.long)
     fold[order] = torch.arange(len(labels)) % folds
-    return fold
-
-
-def out_of_fold(
-    vectors: Float[Tensor, "n f"], labels: Int[Tensor, "n"], classes: int, folds: int, seed: int, c: float = 1.0
-) -> Float[Tensor, "n c"]:
-    """Return the probabilities of linear probes, each fitted to the samples of the other folds."""
-    fold = folds_of(labels, folds, seed)
     probabilities = torch.empty(len(labels), classes)
     for number in range(folds):
         rest = (fold != number).nonzero()[:, 0]
-        if len(rest) > FITTED:
-            rest = rest[permutation(seed, 24 + number, len(rest))[:FITTED].sort().values]
-        train = Embeddings(vectors[rest], labels[rest], ("",) * len(rest), "the other folds", "")
-        probe = fit(train, classes, Lbfgs(c=c))
+        if len(rest) > LARGEST:
+            rest = rest[permutation(seed, 24 + number, len(rest))[:LARGEST].sort().values]
+        train = Embeddings(rows[rest], labels[rest], ("",) * len(rest), "the other folds", "")
+        probe = fit(train, classes, _PROBE)
         for at in (fold == number).nonzero()[:, 0].split(_TILE):
-            probabilities[at] = probe.scores(vectors[at]).softmax(1)
+            probabilities[at] = probe.scores(rows[at]).softmax(1)
     return probabilities
 
 
-def neighbour_votes(
-    similarity: Float[Tensor, "n k"], neighbour_labels: Int[Tensor, "n k"], classes: int
-) -> Float[Tensor, "n c"]:
-    """Return the shares of the classes among the neighbours, weighted by exp(similarity / 0.1)."""
+def _neighbours(rows: Tensor, k: int, seed: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """Return the nearest other rows, of a sample if there are many."""
+    if len(rows) <= LARGEST:
+        return nearest_others(rows, k)
+    bank = permutation(seed, 22, len(rows))[:LARGEST].sort().values
+    near, place = nearest(rows, rows[bank], k + 1)
+    place = bank[place]
+    near[place == torch.arange(len(rows))[:, None]] = -torch.inf  # an image is not a neighbour of itself
+    near, order = near.sort(dim=1, descending=True, stable=True)
+    return near[:, :k], place.gather(1, order[:, :k])
+
+
+def _votes(similarity: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], classes: int) -> Float[Tensor, "m c"]:
+    """Return the shares of the classes among neighbours, weighted by exp(similarity / 0.1)."""
     weight = (similarity / _TEMPERATURE).softmax(1)
-    return torch.zeros(len(similarity), classes).scatter_add_(1, neighbour_labels, weight)
+    return torch.zeros(len(similarity), classes).scatter_add_(1, labels, weight)
 
 
-def confident_suspects(probabilities: Float[Tensor, "n c"], labels: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
-    """Return the samples that confidently belong to another class than their label.
+def _thresholds(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Float[Tensor, "c"]:
+    """Return the mean probability of a class for the images with its label (Northcutt et al. 2021, Eq. 2)."""
+    own = chance.gather(1, given[:, None])[:, 0]
+    return torch.zeros(chance.shape[1]).index_add_(0, given, own) / given.bincount(minlength=chance.shape[1])
 
-    A sample belongs confidently to a class if its probability reaches the mean of the probabilities that the samples
-    with this label have for it (Northcutt et al. 2021, Eq. 1 and 2); of several, to the most probable one.
+
+def _margins(chance: Tensor, given: Tensor) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
+    """Return the best other class and the margin of the given class, both by probabilities less thresholds."""
+    threshold = _thresholds(chance, given)
+    suggested, margin = torch.empty_like(given), torch.empty(len(given))
+    for at in _tiles(len(given)):
+        excess = chance[at] - threshold
+        own = excess.gather(1, given[at, None])[:, 0]
+        best = excess.scatter_(1, given[at, None], -torch.inf).max(1)
+        suggested[at], margin[at] = best.indices, own - best.values
+    return suggested, margin
+
+
+def _confident(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
+    """Return the suspects of "prune by noise rate": of each pair of classes, the estimated number with least margin.
+
+    An image counts as of a class if its probability reaches the threshold of the class; of several, of the most
+    probable. The rows of this table are scaled to the sizes of the classes (Northcutt et al. 2021, Eq. 1 to 3).
     """
-    classes = probabilities.shape[1]
-    counts = labels.bincount(minlength=classes)
-    own = probabilities.gather(1, labels[:, None])[:, 0]
-    threshold = torch.zeros(classes).index_add_(0, labels, own) / counts.clamp(min=1)
-    threshold[counts == 0] = torch.inf
-    confident = torch.where(probabilities >= threshold, probabilities, -1.0)
-    best = confident.max(1)
-    return (best.values >= 0) & (best.indices != labels)
+    classes, threshold = chance.shape[1], _thresholds(chance, given)
+    joint = torch.zeros(classes * classes, dtype=torch.float64)
+    for at in _tiles(len(given)):
+        best = chance[at].masked_fill(chance[at] < threshold, -1).max(1)
+        cell = (given[at] * classes + best.indices)[best.values >= 0]
+        joint += cell.bincount(minlength=len(joint))
+    table = joint.view(classes, classes)
+    table.diagonal().clamp_(min=1)
+    table *= (given.bincount(minlength=classes) / table.sum(1))[:, None]
+    suspected = torch.zeros(len(given), dtype=torch.bool)
+    for label, counts in enumerate(table.round().long()):
+        rows = (given == label).nonzero()[:, 0]
+        for other in counts.nonzero()[:, 0].tolist():
+            if other != label:
+                gain = chance[rows, other] - chance[rows, label]
+                suspected[rows[gain.topk(min(int(counts[other]), len(rows))).indices]] = True
+    return suspected
