@@ -82,7 +82,12 @@ def measure(file: Path, args: argparse.Namespace) -> dict[str, Any]:
                 every.setdefault(name, {}).setdefault(key, []).append(value)
         print(f"{file.name}: seed {seed} done", flush=True)
     shape = {"pool": len(pool[0]), "test": len(test[0]), "classes": classes, "width": train[0].shape[1]}
-    return {**shape, "budgets": budgets, "accuracy": every, "all": accuracy(train, torch.arange(len(train[0])), test, classes)}
+    return {
+        **shape,
+        "budgets": budgets,
+        "accuracy": every,
+        "all": accuracy(train, torch.arange(len(train[0])), test, classes),
+    }
 
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
@@ -92,7 +97,7 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(name: str, found: dict[str, Any]) -> str:
-    """Return a Markdown table: accuracy of random choice, and the difference of the others to it, paired by the seed."""
+    """Return a Markdown table: accuracy of random choice, and differences of the others to it, paired by the seed."""
     budgets = [str(budget) for budget in found["budgets"]]
     head = f"{name}: {found['pool']:,} images, {found['classes']} classes; all labels {found['all']:.1%}"
     lines = [f"| {head} | {' | '.join(budgets)} |", "| --- |" + " --- |" * len(budgets)]
@@ -113,7 +118,9 @@ def table(name: str, found: dict[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", metavar="NAME=FEATURES")
-    parser.add_argument("--pool", type=int, default=5000, help="images to choose from, at most 80 % of the training set")
+    parser.add_argument(
+        "--pool", type=int, default=5000, help="images to choose from, at most 80 % of the training set"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=20, help="use the first classes only")
     parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 50], help="budgets, in labels per class")

@@ -89,28 +89,62 @@ def judge_labels(
     rows = vectors if len(judged) == len(vectors) else vectors[judged]
     present, given = labels[judged].unique(return_inverse=True)
     classes = len(present)
-    chance = _out_of_fold(rows, given, classes, min(folds, len(rows)), seed)
-    by_probe = chance.argmax(1)
-    near, place = _neighbours(rows, min(k, len(rows) - 1), seed)
+    found = cross_validate(rows, given, classes, folds=folds, k=k, seed=seed)
     if len(rows) > LARGEST:
         notes.append(
             f"{len(rows):,} images are judged by samples: probes on {LARGEST:,} and neighbours among {LARGEST:,}"
         )
+    suggested, margin = _margins(found.chance, given)
+    disagree = (found.by_probe != given) & (found.by_neighbours != given)
+    suspected = confident_errors(found.chance, given) & disagree
+    ranking = margin.argsort(stable=True)
+    pair = torch.stack([given, suggested], 1)
+    shares = torch.cat([found.votes(at, given, classes).gather(1, pair[at]) for at in _tiles(len(rows))])
+    return LabelErrors(
+        judged, ranking[suspected[ranking]], ranking, present[given], present[suggested], margin,
+        2 * found.chance.gather(1, pair) - shares, shares, judged[found.place],
+        (found.chance.argmax(1) == given).float().mean().item(), tuple(notes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """Judgement of each sample by the others.
+
+    Attributes:
+        chance: (m, c) float32, mean of the probabilities of the probe and the shares among the neighbours.
+        by_probe: (m,) int64, most probable class of the probe.
+        by_neighbours: (m,) int64, class with the largest share among the neighbours.
+        similarity: (m, k) float32, similarities of the nearest other rows.
+        place: (m, k) int64, their places.
+    """
+
+    chance: Float[Tensor, "m c"]
+    by_probe: Int[Tensor, "m"]
+    by_neighbours: Int[Tensor, "m"]
+    similarity: Float[Tensor, "m k"]
+    place: Int[Tensor, "m k"]
+
+    def votes(self, at: Int[Tensor, "b"], given: Int[Tensor, "m"], classes: int) -> Float[Tensor, "b c"]:
+        """Return the shares of the classes among the neighbours of some rows."""
+        return _votes(self.similarity[at], given[self.place[at]], classes)
+
+
+@usual_numerics()
+@torch.no_grad()
+def cross_validate(
+    rows: Float[Tensor, "m f"], given: Int[Tensor, "m"], classes: int, *, folds: int = 5, k: int = 30, seed: int = 0
+) -> CrossValidated:
+    """Return the class probabilities of each row, by the labels of others only; labels are 0 to `classes` - 1."""
+    chance = _out_of_fold(rows, given, classes, min(folds, len(rows)), seed)
+    by_probe = chance.argmax(1)
+    near, place = _neighbours(rows, min(k, len(rows) - 1), seed)
     by_neighbours = torch.empty_like(by_probe)
-    for at in torch.arange(len(rows)).split(_TILE):
+    for at in _tiles(len(rows)):
         votes = _votes(near[at], given[place[at]], classes)
         by_neighbours[at] = votes.argmax(1)
         chance[at] = chance[at].add_(votes).div_(2)
-    suggested, margin = _margins(chance, given)
-    suspected = _confident(chance, given) & (by_probe != given) & (by_neighbours != given)
-    ranking = margin.argsort(stable=True)
-    pair = torch.stack([given, suggested], 1)
-    shares = torch.cat([_votes(near[at], given[place[at]], classes).gather(1, pair[at]) for at in _tiles(len(rows))])
-    return LabelErrors(
-        judged, ranking[suspected[ranking]], ranking, present[given], present[suggested], margin,
-        2 * chance.gather(1, pair) - shares, shares, judged[place], (chance.argmax(1) == given).float().mean().item(),
-        tuple(notes),
-    )  # fmt: skip
+    return CrossValidated(chance, by_probe, by_neighbours, near, place)
 
 
 def _tiles(count: int) -> tuple[Tensor, ...]:
@@ -190,7 +224,7 @@ def _margins(chance: Tensor, given: Tensor) -> tuple[Int[Tensor, "m"], Float[Ten
     return suggested, margin
 
 
-def _confident(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
+def confident_errors(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
     """Return the suspects of "prune by noise rate": of each pair of classes, the estimated number with least margin.
 
     An image counts as of a class if its probability reaches the threshold of the class; of several, of the most

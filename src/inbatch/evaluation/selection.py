@@ -19,6 +19,8 @@ from inbatch.nn.cpu_matmul import fast_products
 from inbatch.rng import fold
 from inbatch.runtime.isolation import usual_numerics
 
+DEFAULT = "diverse"
+"""Strategy if none is named."""
 _TILE = 1 << 14
 """Rows that are read at a time."""
 _ACTIVE = 1 << 14
@@ -89,7 +91,7 @@ class _Pool:
 def select(
     vectors: Float[Tensor, "n f"],
     count: int,
-    strategy: str = "diverse",
+    strategy: str = DEFAULT,
     *,
     labelled: Bool[Tensor, "n"] | None = None,
     labels: Int[Tensor, "n"] | None = None,
@@ -212,9 +214,8 @@ def _coverage(pool: _Pool, count: int) -> Selection:
 
 def _typical(pool: _Pool, count: int) -> Selection:
     rows, values, cluster, size = typical_rows(pool.vectors, pool.labelled, count, pool.seed)
-    reasons = tuple(
-        f"dense centre of cluster {c} ({many(n, 'image')})" for c, n in zip(cluster.tolist(), size.tolist(), strict=True)
-    )
+    pairs = zip(cluster.tolist(), size.tolist(), strict=True)
+    reasons = tuple(f"dense centre of cluster {number} ({many(images, 'image')})" for number, images in pairs)
     return Selection(rows, values, reasons, "mean similarity to the nearest images of its cluster")
 
 
@@ -230,7 +231,11 @@ def _uncertain(pool: _Pool, count: int) -> Selection:
     present, target = labels[known].unique(return_inverse=True)
     rows = Embeddings(pool.vectors[known], target, ("",) * len(known), "labelled", "")
     probe, free = fit(rows, len(present)), pool.free()
-    margin, pair, chance = torch.empty(len(free)), torch.empty(len(free), 2, dtype=torch.long), torch.empty(len(free), 2)
+    margin, pair, chance = (
+        torch.empty(len(free)),
+        torch.empty(len(free), 2, dtype=torch.long),
+        torch.empty(len(free), 2),
+    )
     for at in torch.arange(len(free)).split(_TILE):
         top = probe.scores(pool.vectors[free[at]]).softmax(1).topk(2, dim=1)
         chance[at], pair[at], margin[at] = top.values, top.indices, top.values[:, 0] - top.values[:, 1]
