@@ -86,7 +86,7 @@ def measure(file: Path, args: argparse.Namespace) -> dict[str, Any]:
         **shape,
         "budgets": budgets,
         "accuracy": every,
-        "all": accuracy(train, torch.arange(len(train[0])), test, classes),
+        "all": accuracy(pool, torch.arange(len(pool[0])), test, classes),
     }
 
 
@@ -99,7 +99,7 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 def table(name: str, found: dict[str, Any]) -> str:
     """Return a Markdown table: accuracy of random choice, and differences of the others to it, paired by the seed."""
     budgets = [str(budget) for budget in found["budgets"]]
-    head = f"{name}: {found['pool']:,} images, {found['classes']} classes; all labels {found['all']:.1%}"
+    head = f"{name}: {found['pool']:,} images, {found['classes']} classes; all of them {found['all']:.1%}"
     lines = [f"| {head} | {' | '.join(budgets)} |", "| --- |" + " --- |" * len(budgets)]
     for key, row in sorted(found["accuracy"].items(), key=lambda item: item[0] != "random"):
         cells = []

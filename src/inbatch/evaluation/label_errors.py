@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.errors import DataError, check_whole, many
-from inbatch.evaluation.embeddings import Embeddings, check_one_label
+from inbatch.evaluation.embeddings import Embeddings, check_finite, check_one_label
 from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.neighbours import nearest, nearest_others
 from inbatch.evaluation.probe_presets import Lbfgs
@@ -85,6 +85,7 @@ def judge_labels(
     check_whole("folds", folds, least=2)
     check_whole("k", k, least=1)
     check_one_label(labels, "the features")
+    check_finite(vectors)
     judged, notes = _judged(labels)
     rows = vectors if len(judged) == len(vectors) else vectors[judged]
     present, given = labels[judged].unique(return_inverse=True)

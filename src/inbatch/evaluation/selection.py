@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.errors import ConfigError, DataError, check_whole, many
-from inbatch.evaluation.embeddings import Embeddings
+from inbatch.evaluation.embeddings import Embeddings, check_finite
 from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.neighbours import unit_rows
 from inbatch.evaluation.typicality import typical_rows
@@ -27,6 +27,8 @@ _ACTIVE = 1 << 14
 """Farthest rows from which `diverse` chooses until another row may be farther."""
 _BATCH = 32
 """Candidates whose gain `coverage` computes at a time."""
+_KEPT = 10**8
+"""Similarities that `coverage` keeps in memory, 400 MB; with more, it computes them again for each gain."""
 WITNESSES, CANDIDATES = 10_000, 100_000
 """Largest numbers of images whose coverage is maximised, and of images that can be chosen for it."""
 _PROBE = 50_000
@@ -122,6 +124,7 @@ def select(
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
     check_whole("the number of images to choose", count, least=1)
+    check_finite(vectors)
     if labelled is None:
         labelled = torch.zeros(len(vectors), dtype=torch.bool)
     generator = torch.Generator().manual_seed(fold(seed, 20))
@@ -185,8 +188,11 @@ def _coverage(pool: _Pool, count: int) -> Selection:
     best = pool.most_similar(witnesses, pool.labelled.nonzero()[:, 0])
     covered = best.mean().item()
 
+    kept = x @ witnesses.T if len(x) * len(witnesses) <= _KEPT else None
+
     def gains(at: Tensor) -> Tensor:
-        return (x[at] @ witnesses.T).sub_(best).clamp_(min=0).mean(1)
+        similarity = x[at] @ witnesses.T if kept is None else kept[at]
+        return (similarity - best).clamp_(min=0).mean(1)
 
     bound = torch.cat([gains(at) for at in torch.arange(len(x)).split(1024)])
     step = torch.zeros(len(x), dtype=torch.long)  # number of chosen rows that the bound takes into account
@@ -194,7 +200,7 @@ def _coverage(pool: _Pool, count: int) -> Selection:
     while len(chosen) < count:
         top = bound.topk(min(_BATCH, len(bound))).indices
         if step[top[0]] < len(chosen):
-            old = top[step[top] < len(chosen)]
+            old = top[(step[top] < len(chosen)) & (bound[top] > -torch.inf)]  # chosen ones stay chosen
             bound[old], step[old] = gains(old), len(chosen)
             continue
         row = int(top[0])
