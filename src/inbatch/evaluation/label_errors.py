@@ -62,7 +62,7 @@ class LabelErrors:
 @usual_numerics()
 @torch.no_grad()
 def judge_labels(
-    vectors: Float[Tensor, "n f"], labels: Int[Tensor, "n"], *, folds: int = 5, k: int = 30, seed: int = 0
+    vectors: Float[Tensor, "n f"], labels: Int[Tensor, "n ..."], *, folds: int = 5, k: int = 30, seed: int = 0
 ) -> LabelErrors:
     """Return which labels are likely wrong, judged for each image by the labels of others only.
 
