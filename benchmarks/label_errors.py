@@ -3,7 +3,7 @@
 FEATURES is a file of `inbatch embed`, of which labelled images of the split train are used, or "pixels": the pixels of
 scikit-learn's digits. A share of the labels is flipped: uniform (to any other class) or pairwise (each class to one
 other). Of the suspects: their number, precision and recall; of the ranking: precision among the first n, n being the
-number of flipped labels. With cleanlab installed, its filters judge the same out-of-fold probabilities. Writes
+number of flipped labels. With cleanlab installed, its filters get the same out-of-fold probabilities. Writes
 results/label-errors.json after each data set, and prints Markdown tables.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inbatch.evaluation.feature_table import read_features
-from inbatch.evaluation.label_errors import cross_validate, judge_labels
+from inbatch.evaluation.label_errors import check_labels, cross_validate
 from inbatch.rng import permutation
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, write_json
@@ -58,26 +58,26 @@ def scored(suspected: Tensor, wrong: Tensor) -> dict[str, float]:
     return {"suspects": count, "precision": hits / max(count, 1), "recall": hits / int(wrong.sum())}
 
 
-def one(vectors: Tensor, labels: Tensor, given: Tensor, seed: int) -> dict[str, dict[str, float]]:
+def one(vectors: Tensor, labels: Tensor, observed: Tensor, seed: int) -> dict[str, dict[str, float]]:
     """Return the figures of this package, and of cleanlab if it is installed."""
-    wrong, began = given != labels, time.process_time()
-    found = judge_labels(vectors, given, seed=seed)
+    wrong, began = observed != labels, time.process_time()
+    errors = check_labels(vectors, observed, seed=seed)
     seconds = time.process_time() - began
     suspected = torch.zeros(len(labels), dtype=torch.bool)
-    suspected[found.judged[found.suspects]] = True
-    first = found.judged[found.ranking[: int(wrong.sum())]]
+    suspected[errors.checked[errors.suspects]] = True
+    first = errors.checked[errors.ranking[: int(wrong.sum())]]
     ours = scored(suspected, wrong) | {"first": wrong[first].double().mean().item(), "seconds": seconds}
-    figures = {"inbatch": ours | {"agreement": found.agreement}}
+    figures = {"inbatch": ours | {"agreement": errors.agreement}}
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
     except ImportError:
         return figures
-    chance = cross_validate(vectors, given, int(given.max()) + 1, seed=seed).chance.double()
+    chance = cross_validate(vectors, observed, int(observed.max()) + 1, seed=seed).chance.double()
     chance = (chance / chance.sum(1, keepdim=True)).numpy()
-    order = torch.from_numpy(get_label_quality_scores(given.numpy(), chance)).argsort()
+    order = torch.from_numpy(get_label_quality_scores(observed.numpy(), chance)).argsort()
     for name in FILTERS:
-        issues = torch.from_numpy(find_label_issues(given.numpy(), chance, filter_by=name, n_jobs=1))
+        issues = torch.from_numpy(find_label_issues(observed.numpy(), chance, filter_by=name, n_jobs=1))
         first = wrong[order[: int(wrong.sum())]].double().mean().item()
         figures[f"cleanlab {name}"] = scored(issues, wrong) | {"first": first}
     return figures
@@ -86,26 +86,26 @@ def one(vectors: Tensor, labels: Tensor, given: Tensor, seed: int) -> dict[str, 
 def measure(file: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the mean figures of a data set for each kind and share of errors."""
     vectors, labels = read(file, args.images, args.classes)
-    told: dict[str, Any] = {"images": len(labels), "classes": int(labels.max()) + 1, "width": vectors.shape[1]}
-    told["errors"] = {}
+    report: dict[str, Any] = {"images": len(labels), "classes": int(labels.max()) + 1, "width": vectors.shape[1]}
+    report["errors"] = {}
     for kind in ("uniform", "pairwise"):
         for share in (0.05, 0.1, 0.2):
             runs = [one(vectors, labels, flipped(labels, share, kind, seed), seed) for seed in range(args.seeds)]
-            told["errors"][f"{kind} {share:.0%}"] = {
+            report["errors"][f"{kind} {share:.0%}"] = {
                 name: {key: sum(run[name][key] for run in runs) / len(runs) for key in figures}
                 for name, figures in runs[0].items()
             } | {"each": [run["inbatch"] for run in runs]}
             print(f"{file}: {kind} {share:.0%} done", flush=True)
-    return told
+    return report
 
 
-def table(name: str, told: dict[str, Any]) -> str:
+def table(name: str, report: dict[str, Any]) -> str:
     """Return a Markdown table."""
     lines = [
-        f"| {name}: {told['images']:,} images, {told['classes']} classes | suspects | precision | recall | first n |",
+        f"| {name}: {report['images']:,} images, {report['classes']} classes | number | precision | recall | first n |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for errors, row in told["errors"].items():
+    for errors, row in report["errors"].items():
         for judge, f in row.items():
             if judge != "each":
                 cells = f"{f['suspects']:,.0f} | {f['precision']:.0%} | {f['recall']:.0%} | {f['first']:.0%}"
@@ -121,14 +121,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(words)
-    told = read_json(args.out) if args.out.exists() else {"sets": {}}
-    told["environment"] = environment(torch.device("cpu"))
+    report = read_json(args.out) if args.out.exists() else {"sets": {}}
+    report["environment"] = environment(torch.device("cpu"))
     for word in args.sets:
         name, _, file = word.partition("=")
-        told["sets"][name] = measure(file, args)
-        write_json(args.out, told)
-    for name, found in told["sets"].items():
-        print(table(name, found), "\n")
+        report["sets"][name] = measure(file, args)
+        write_json(args.out, report)
+    for name, errors in report["sets"].items():
+        print(table(name, errors), "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Strategies of `inbatch select`, compared by what their labels teach: python benchmarks/selection.py NAME=FEATURES...
+"""Strategies of `inbatch select`, compared by a probe: python benchmarks/selection.py NAME=FEATURES...
 
 FEATURES is a file of `inbatch embed` with a labelled train and test split. For every seed, a pool is drawn from the
 training images, each strategy chooses images of it, and a linear probe (the preset lbfgs) is fitted to the labels of
 the chosen images and evaluated on all test images. Two cases: nothing is labelled before ("none"), and half of the
 budget is labelled before, drawn by chance ("half"), which `uncertain` needs. A budget is a number of labels per class
 times the number of classes. Writes results/selection.json after each data set, and prints Markdown tables.
+
+--scale FILE.npy measures processor time and peak memory of each choice of 1,000 of the rows of a memory-mapped array.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from inbatch.evaluation.selection import STRATEGIES, select
 from inbatch.rng import permutation
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, write_json
+from inbatch.runtime.memory import forget_peak, peak
 
 OUT = Path(__file__).parents[1] / "results" / "selection.json"
 NESTED = {"random", "diverse", "coverage"}
@@ -47,12 +51,12 @@ def one_seed(pool: tuple[Tensor, Tensor], budgets: Sequence[int], seed: int, jud
     """Return the accuracy of each case, strategy and budget; seconds of all choices of a strategy as well."""
     vectors, labels = pool
     chance = select(vectors, max(budgets), "random", seed=seed).rows
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for case in ("none", "half"):
         for strategy in STRATEGIES:
             if strategy == "random" or (case == "none" and strategy == "uncertain"):
                 continue
-            row, seconds, chosen = found.setdefault(f"{case} {strategy}", {}), 0.0, None
+            row, seconds, chosen = figures.setdefault(f"{case} {strategy}", {}), 0.0, None
             for budget in sorted(budgets, reverse=True):
                 before = chance[: budget // 2] if case == "half" else chance[:0]
                 known = torch.zeros(len(vectors), dtype=torch.bool)
@@ -63,8 +67,8 @@ def one_seed(pool: tuple[Tensor, Tensor], budgets: Sequence[int], seed: int, jud
                     seconds += time.process_time() - began
                 row[str(budget)] = judge(torch.cat([before, chosen[: budget - len(before)]]))
             row["seconds"] = seconds
-    found["random"] = {str(budget): judge(chance[:budget]) for budget in budgets}
-    return found
+    figures["random"] = {str(budget): judge(chance[:budget]) for budget in budgets}
+    return figures
 
 
 def measure(file: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -90,21 +94,39 @@ def measure(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def scale(file: Path, rows: int, strategies: Sequence[str]) -> dict[str, Any]:
+    """Return processor seconds and peak memory of choices from mapped vectors; pages of the file count as memory."""
+    mapped = np.load(file, mmap_mode="c")
+    vectors, report = torch.from_numpy(mapped[:rows]), dict[str, Any]()
+    labels, known = torch.arange(len(vectors)) % 10, torch.arange(len(vectors)) < 200
+    for strategy in strategies:
+        forget_peak(torch.device("cpu"))
+        before, wall = time.process_time(), time.perf_counter()
+        chosen = select(vectors, 1000, strategy, labelled=known, labels=labels)
+        report[strategy] = {
+            "seconds": time.process_time() - before,
+            "wall": time.perf_counter() - wall,
+            "peak_bytes": peak(torch.device("cpu")),
+        }
+        print(f"{len(vectors):,} rows, {strategy}: {report[strategy]}, {chosen.notes}", flush=True)
+    return report
+
+
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and standard error."""
     x = torch.tensor(values, dtype=torch.float64)
     return x.mean().item(), x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
 
 
-def table(name: str, found: dict[str, Any]) -> str:
+def table(name: str, figures: dict[str, Any]) -> str:
     """Return a Markdown table: accuracy of random choice, and differences of the others to it, paired by the seed."""
-    budgets = [str(budget) for budget in found["budgets"]]
-    head = f"{name}: {found['pool']:,} images, {found['classes']} classes; all of them {found['all']:.1%}"
+    budgets = [str(budget) for budget in figures["budgets"]]
+    head = f"{name}: {figures['pool']:,} images, {figures['classes']} classes; all of them {figures['all']:.1%}"
     lines = [f"| {head} | {' | '.join(budgets)} |", "| --- |" + " --- |" * len(budgets)]
-    for key, row in sorted(found["accuracy"].items(), key=lambda item: item[0] != "random"):
+    for key, row in sorted(figures["accuracy"].items(), key=lambda item: item[0] != "random"):
         cells = []
         for budget in budgets:
-            base = found["accuracy"]["random"][budget]
+            base = figures["accuracy"]["random"][budget]
             if key == "random":
                 cells.append("{:.1f} ± {:.1f} %".format(*(100 * x for x in mean(base))))
             else:
@@ -125,15 +147,21 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=20, help="use the first classes only")
     parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 50], help="budgets, in labels per class")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--scale", type=Path, metavar="FILE.npy", help="measure time and memory instead")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of --scale")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="strategies of --scale")
     args = parser.parse_args(words)
-    told = read_json(args.out) if args.out.exists() else {"sets": {}}
-    told["environment"] = environment(torch.device("cpu"))
+    if args.scale:
+        scale(args.scale, args.rows, args.strategies)
+        return
+    report = read_json(args.out) if args.out.exists() else {"sets": {}}
+    report["environment"] = environment(torch.device("cpu"))
     for word in args.sets:
         name, _, file = word.partition("=")
-        told["sets"][name] = measure(Path(file), args)
-        write_json(args.out, told)
-    for name, found in told["sets"].items():
-        print(table(name, found), "\n")
+        report["sets"][name] = measure(Path(file), args)
+        write_json(args.out, report)
+    for name, figures in report["sets"].items():
+        print(table(name, figures), "\n")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_every_strategy_chooses_each_free_row_once(tmp_path: Path) -> None:
                 select(x, count, strategy, labelled=labelled, labels=labels)
         with pytest.raises(DataError, match="NaN"):
             select(x * float("nan"), 2, strategy)
-    assert "cannot be told" in select(torch.ones(30, 4), 20, "diverse").notes[0]
+    assert "equal those of another" in select(torch.ones(30, 4), 20, "diverse").notes[0]
     assert select(x[:1], 1, "diverse").rows.tolist() == select(x[:1], 1, "typical").rows.tolist() == [0]
     with pytest.raises(ConfigError, match="unknown strategy 'best'"):
         select(x, 2, "best")

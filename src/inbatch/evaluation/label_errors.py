@@ -20,7 +20,7 @@ from inbatch.runtime.isolation import usual_numerics
 LARGEST = 50_000
 """Images, at most, to which the probe of a fold is fitted, and among which neighbours are searched."""
 LEAST = 3
-"""Images of a class, at least, for its labels to be judged."""
+"""Images of a class, at least, for its labels to be checked."""
 _TILE = 1 << 14
 _TEMPERATURE = 0.1
 _PROBE = Lbfgs(c=0.001)
@@ -29,27 +29,27 @@ _PROBE = Lbfgs(c=0.001)
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Judgement of the labels of `judged` images, m of them.
+    """Comparison of the labels of the m `checked` images with the other images.
 
     Attributes:
-        judged: (m,) int64, positions of the images with a label of a class that has at least 3 images.
-        suspects: (s,) int64, places in `judged`, the most likely error first.
-        ranking: (m,) int64, all places in `judged`, the most likely error first.
-        given: (m,) int64, labels.
+        checked: (m,) int64, positions of the images with a label of a class that has at least 3 images.
+        suspects: (s,) int64, places in `checked`, the most likely error first.
+        ranking: (m,) int64, all places in `checked`, the most likely error first.
+        label: (m,) int64, labels.
         suggested: (m,) int64, the most probable other class.
-        margin: (m,) float32: how much more probable the given class is than the suggested one, each less the mean
-            probability that images with its label have for it. Small values are likely errors.
-        probe: (m, 2) float32, out-of-fold probabilities of the given and the suggested class.
+        margin: (m,) float32: how much more probable the class of the label is than the suggested one, each less the
+            mean probability that images with its label have for it. Small values are likely errors.
+        probe: (m, 2) float32, out-of-fold probabilities of the label and of the suggested class.
         votes: (m, 2) float32, their shares among the nearest neighbours.
-        neighbours: (m, k) int64, positions of the nearest judged images, nearest first.
+        neighbours: (m, k) int64, positions of the nearest checked images, nearest first.
         agreement: Share of the labels that are predicted by the other images.
         notes: Sentences about images left out and samples.
     """
 
-    judged: Int[Tensor, "m"]
+    checked: Int[Tensor, "m"]
     suspects: Int[Tensor, "s"]
     ranking: Int[Tensor, "m"]
-    given: Int[Tensor, "m"]
+    label: Int[Tensor, "m"]
     suggested: Int[Tensor, "m"]
     margin: Float[Tensor, "m"]
     probe: Float[Tensor, "m 2"]
@@ -61,10 +61,10 @@ class LabelErrors:
 
 @usual_numerics()
 @torch.no_grad()
-def judge_labels(
+def check_labels(
     vectors: Float[Tensor, "n f"], labels: Int[Tensor, "n ..."], *, folds: int = 5, k: int = 30, seed: int = 0
 ) -> LabelErrors:
-    """Return which labels are likely wrong, judged for each image by the labels of others only.
+    """Return which labels are likely wrong, checked for each image by the labels of others only.
 
     The probability of a class is the mean of that of a linear probe on the other folds, and of its share among the k
     nearest other images. An image is suspected if probe and neighbours both prefer another class to its label, and if
@@ -86,31 +86,31 @@ def judge_labels(
     check_whole("k", k, least=1)
     check_one_label(labels, "the features")
     check_finite(vectors)
-    judged, notes = _judged(labels)
-    rows = vectors if len(judged) == len(vectors) else vectors[judged]
-    present, given = labels[judged].unique(return_inverse=True)
+    checked, notes = _comparable(labels)
+    rows = vectors if len(checked) == len(vectors) else vectors[checked]
+    present, label = labels[checked].unique(return_inverse=True)
     classes = len(present)
-    found = cross_validate(rows, given, classes, folds=folds, k=k, seed=seed)
+    predictions = cross_validate(rows, label, classes, folds=folds, k=k, seed=seed)
     if len(rows) > LARGEST:
         notes.append(
-            f"{len(rows):,} images are judged by samples: probes on {LARGEST:,} and neighbours among {LARGEST:,}"
+            f"{len(rows):,} images are checked by samples: probes on {LARGEST:,} and neighbours among {LARGEST:,}"
         )
-    suggested, margin = _margins(found.chance, given)
-    disagree = (found.by_probe != given) & (found.by_neighbours != given)
-    suspected = confident_errors(found.chance, given) & disagree
+    suggested, margin = _margins(predictions.chance, label)
+    disagree = (predictions.by_probe != label) & (predictions.by_neighbours != label)
+    suspected = confident_errors(predictions.chance, label) & disagree
     ranking = margin.argsort(stable=True)
-    pair = torch.stack([given, suggested], 1)
-    shares = torch.cat([found.votes(at, given, classes).gather(1, pair[at]) for at in _tiles(len(rows))])
+    pair = torch.stack([label, suggested], 1)
+    shares = torch.cat([predictions.votes(at, label, classes).gather(1, pair[at]) for at in _tiles(len(rows))])
     return LabelErrors(
-        judged, ranking[suspected[ranking]], ranking, present[given], present[suggested], margin,
-        2 * found.chance.gather(1, pair) - shares, shares, judged[found.place],
-        (found.chance.argmax(1) == given).float().mean().item(), tuple(notes),
+        checked, ranking[suspected[ranking]], ranking, present[label], present[suggested], margin,
+        2 * predictions.chance.gather(1, pair) - shares, shares, checked[predictions.place],
+        (predictions.chance.argmax(1) == label).float().mean().item(), tuple(notes),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """Judgement of each sample by the others.
+    """Predictions for each sample from the others.
 
     Attributes:
         chance: (m, c) float32, mean of the probabilities of the probe and the shares among the neighbours.
@@ -126,23 +126,23 @@ class CrossValidated:
     similarity: Float[Tensor, "m k"]
     place: Int[Tensor, "m k"]
 
-    def votes(self, at: Int[Tensor, "b"], given: Int[Tensor, "m"], classes: int) -> Float[Tensor, "b c"]:
+    def votes(self, at: Int[Tensor, "b"], label: Int[Tensor, "m"], classes: int) -> Float[Tensor, "b c"]:
         """Return the shares of the classes among the neighbours of some rows."""
-        return _votes(self.similarity[at], given[self.place[at]], classes)
+        return _votes(self.similarity[at], label[self.place[at]], classes)
 
 
 @usual_numerics()
 @torch.no_grad()
 def cross_validate(
-    rows: Float[Tensor, "m f"], given: Int[Tensor, "m"], classes: int, *, folds: int = 5, k: int = 30, seed: int = 0
+    rows: Float[Tensor, "m f"], label: Int[Tensor, "m"], classes: int, *, folds: int = 5, k: int = 30, seed: int = 0
 ) -> CrossValidated:
     """Return the class probabilities of each row, by the labels of others only; labels are 0 to `classes` - 1."""
-    chance = _out_of_fold(rows, given, classes, min(folds, len(rows)), seed)
+    chance = _out_of_fold(rows, label, classes, min(folds, len(rows)), seed)
     by_probe = chance.argmax(1)
     near, place = _neighbours(rows, min(k, len(rows) - 1), seed)
     by_neighbours = torch.empty_like(by_probe)
     for at in _tiles(len(rows)):
-        votes = _votes(near[at], given[place[at]], classes)
+        votes = _votes(near[at], label[place[at]], classes)
         by_neighbours[at] = votes.argmax(1)
         chance[at] = chance[at].add_(votes).div_(2)
     return CrossValidated(chance, by_probe, by_neighbours, near, place)
@@ -152,15 +152,15 @@ def _tiles(count: int) -> tuple[Tensor, ...]:
     return torch.arange(count).split(_TILE)
 
 
-def _judged(labels: Int[Tensor, "n"]) -> tuple[Int[Tensor, "m"], list[str]]:
-    """Return the positions of images whose label can be judged, and notes on the others."""
+def _comparable(labels: Int[Tensor, "n"]) -> tuple[Int[Tensor, "m"], list[str]]:
+    """Return the positions of images whose label can be checked, and notes on the others."""
     known = labels >= 0
     counts = labels[known].bincount()
     enough = counts >= LEAST
     if int(enough.sum()) < 2:
         raise DataError(
-            f"labels are judged in classes of at least {LEAST} images, and there are {int(enough.sum())} such classes: "
-            "at least two are needed"
+            f"labels are checked in classes of at least {LEAST} images, and there are {int(enough.sum())} of these: at "
+            "least two are needed"
         )
     notes = []
     if missing := int((~known).sum()):
@@ -207,44 +207,44 @@ def _votes(similarity: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], classes
     return torch.zeros(len(similarity), classes).scatter_add_(1, labels, weight)
 
 
-def _thresholds(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Float[Tensor, "c"]:
+def _thresholds(chance: Float[Tensor, "m c"], label: Int[Tensor, "m"]) -> Float[Tensor, "c"]:
     """Return the mean probability of a class for the images with its label (Northcutt et al. 2021, Eq. 2)."""
-    own = chance.gather(1, given[:, None])[:, 0]
-    return torch.zeros(chance.shape[1]).index_add_(0, given, own) / given.bincount(minlength=chance.shape[1])
+    own = chance.gather(1, label[:, None])[:, 0]
+    return torch.zeros(chance.shape[1]).index_add_(0, label, own) / label.bincount(minlength=chance.shape[1])
 
 
-def _margins(chance: Tensor, given: Tensor) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
-    """Return the best other class and the margin of the given class, both by probabilities less thresholds."""
-    threshold = _thresholds(chance, given)
-    suggested, margin = torch.empty_like(given), torch.empty(len(given))
-    for at in _tiles(len(given)):
+def _margins(chance: Tensor, label: Tensor) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
+    """Return the best other class and the margin of the label, both by probabilities less thresholds."""
+    threshold = _thresholds(chance, label)
+    suggested, margin = torch.empty_like(label), torch.empty(len(label))
+    for at in _tiles(len(label)):
         excess = chance[at] - threshold
-        own = excess.gather(1, given[at, None])[:, 0]
-        best = excess.scatter_(1, given[at, None], -torch.inf).max(1)
+        own = excess.gather(1, label[at, None])[:, 0]
+        best = excess.scatter_(1, label[at, None], -torch.inf).max(1)
         suggested[at], margin[at] = best.indices, own - best.values
     return suggested, margin
 
 
-def confident_errors(chance: Float[Tensor, "m c"], given: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
+def confident_errors(chance: Float[Tensor, "m c"], label: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
     """Return the suspects of "prune by noise rate": of each pair of classes, the estimated number with least margin.
 
     An image counts as of a class if its probability reaches the threshold of the class; of several, of the most
     probable. The rows of this table are scaled to the sizes of the classes (Northcutt et al. 2021, Eq. 1 to 3).
     """
-    classes, threshold = chance.shape[1], _thresholds(chance, given)
+    classes, threshold = chance.shape[1], _thresholds(chance, label)
     joint = torch.zeros(classes * classes, dtype=torch.float64)
-    for at in _tiles(len(given)):
+    for at in _tiles(len(label)):
         best = chance[at].masked_fill(chance[at] < threshold, -1).max(1)
-        cell = (given[at] * classes + best.indices)[best.values >= 0]
+        cell = (label[at] * classes + best.indices)[best.values >= 0]
         joint += cell.bincount(minlength=len(joint))
     table = joint.view(classes, classes)
     table.diagonal().clamp_(min=1)
-    table *= (given.bincount(minlength=classes) / table.sum(1))[:, None]
-    suspected = torch.zeros(len(given), dtype=torch.bool)
-    for label, counts in enumerate(table.round().long()):
-        rows = (given == label).nonzero()[:, 0]
+    table *= (label.bincount(minlength=classes) / table.sum(1))[:, None]
+    suspected = torch.zeros(len(label), dtype=torch.bool)
+    for own, counts in enumerate(table.round().long()):
+        rows = (label == own).nonzero()[:, 0]
         for other in counts.nonzero()[:, 0].tolist():
-            if other != label:
-                gain = chance[rows, other] - chance[rows, label]
+            if other != own:
+                gain = chance[rows, other] - chance[rows, own]
                 suspected[rows[gain.topk(min(int(counts[other]), len(rows))).indices]] = True
     return suspected

@@ -41,7 +41,7 @@ class Selection:
 
     Attributes:
         rows: (n,) int64, positions.
-        values: (n,) float32, what the strategy compares; `measure` says what it is.
+        values: (n,) float32, the quantity that the strategy compares, described by `measure`.
         reasons: One sentence for each row.
         measure: Description of `values`.
         notes: Sentences about sub-samples and ties.
@@ -174,7 +174,7 @@ def _diverse(pool: _Pool, count: int) -> Selection:
     if not len(known):
         reasons[0] = "the first image, drawn by the seed"
     same = sum(value < 1e-6 for value in values)
-    notes = (f"{many(same, 'chosen image')} cannot be told from another one by the features",) if same else ()
+    notes = (f"the features of {many(same, 'chosen image')} equal those of another image",) if same else ()
     measure = "cosine distance to the nearest chosen or labelled image"
     return Selection(free[chosen], torch.tensor(values).nan_to_num(2.0), tuple(reasons), measure, notes)
 

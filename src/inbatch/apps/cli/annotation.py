@@ -83,7 +83,7 @@ def labels(
     k: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
     split: Split = None,
     write: Annotated[Path | None, Option("--write", metavar="SUSPECTS.csv", help="List of the suspects.")] = None,
-    picture: Annotated[Path | None, Option(help="Picture of the first 60, each beside a similar image.")] = None,
+    picture: Annotated[Path | None, Option(help="Picture of the first 60, each with a similar image.")] = None,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the folds.")] = 0,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -105,8 +105,8 @@ def labels(
             rows = [_suspect(one) for one in result["suspects"][:_SHOWN]]
             print_table(("image", "label", "suggested", "probe", "neighbours", "margin"), rows)
             _more(len(result["suspects"]), "suspect", result)
-            share = f"{result['found'] / result['judged']:.1%}"
-            say("", f"Suspected:  {result['found']:,} of {many(result['judged'], 'label')} ({share})")
+            share = f"{result['suspected'] / result['checked']:.1%}"
+            say("", f"Suspected:  {result['suspected']:,} of {many(result['checked'], 'label')} ({share})")
             say(f"Agreement:  the other images predict {result['agreement']:.1%} of the labels")
             _files(result)
 
@@ -115,13 +115,13 @@ def labels(
 
 def _suspect(one: dict[str, Any]) -> tuple[str, ...]:
     """Return a row of the table."""
-    judges = _percent(one["probe"]), _percent(one["neighbours"])
-    return one["path"], one["class"], one["suggested"], *judges, f"{one['margin']:.2f}"
+    predictions = _percent(one["probe"]), _percent(one["neighbours"])
+    return one["path"], one["class"], one["suggested"], *predictions, f"{one['margin']:.2f}"
 
 
 def _percent(pair: dict[str, float]) -> str:
     """Return the probabilities of label and suggestion as text."""
-    return f"{pair['given']:.0%} -> {pair['suggested']:.0%}"
+    return f"{pair['label']:.0%} -> {pair['suggested']:.0%}"
 
 
 def _more(count: int, noun: str, result: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def known_labels(collection: Collection, labelled: str | Path | None) -> KnownLa
 
 def _of_file(collection: Collection, path: Path) -> KnownLabels:
     if path.suffix.lower() not in LISTS + ENDINGS:
-        raise ConfigError(f"{path} is no list of labelled images: pass a .csv, .tsv or .txt file, features, or data")
+        raise ConfigError(f"{path} is not a list of labelled images: pass a .csv, .tsv or .txt file, features, or data")
     if not path.is_file():
         raise DataError(f"{path} does not exist: pass a list of the labelled images")
     places = _places(collection)
