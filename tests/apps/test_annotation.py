@@ -105,7 +105,7 @@ def test_labels_finds_images_in_the_wrong_folder(photos: Path, features: Path, t
     clean = tmp_path / "random.npz"
     table = clouds(60, classes=3, spread=30, seed=4)
     write_embeddings(clean, [table])
-    assert "predict only" in run(f"labels {clean}").stderr
+    assert "separate the classes badly" in run(f"labels {clean}").stderr
 
 
 def test_what_cannot_be_used_is_one_sentence(photos: Path, features: Path, tmp_path: Path) -> None:

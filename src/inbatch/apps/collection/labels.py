@@ -13,8 +13,8 @@ from inbatch.runtime.paths import path_of
 
 _DRAWN, _SHOWN = 60, 5
 """Suspects in a picture, and neighbours of each that are listed."""
-_RELIABLE = 0.8
-"""Share of predicted labels below which most suspects were right labels in docs/after/labels.md."""
+_RELIABLE = 0.7
+"""Share of predicted labels below which many suspects were right labels in docs/after/labels.md."""
 
 
 @isolated
@@ -84,8 +84,8 @@ def _result(collection: Collection, errors: LabelErrors, count: int | None) -> d
     notes = [*collection.notes, *errors.notes]
     if errors.agreement < _RELIABLE:
         notes.append(
-            f"the features predict only {errors.agreement:.0%} of the labels, and many of the suspects are labelled "
-            "correctly: check the first ones, or use a better encoder"
+            f"the other images predict only {errors.agreement:.0%} of the labels: unless many are wrong, the "
+            "features separate the classes badly, and most suspects are labelled correctly; check the first ones"
         )
     return {
         **collection.origin,
