@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inbatch import losses as losses
     from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
+    from inbatch.apps.collection.labels import find_label_errors
+    from inbatch.apps.collection.select import select_images
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.explorer.explore import explore_features
@@ -27,6 +29,7 @@ _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "En
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
+_WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 
 __all__ = [
     "METHODS",
@@ -39,11 +42,13 @@ __all__ = [
     "evaluate_run",
     "explore_features",
     "export_run",
+    "find_label_errors",
     "inspect_run",
     "load",
     "load_run",
     "losses",
     "pretrain",
+    "select_images",
     "survey_data",
     "tune",
 ]

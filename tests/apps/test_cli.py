@@ -29,7 +29,7 @@ from inbatch.training import checkpoint
 from inbatch.training.recipe import Recipe, make
 
 COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "export", "inspect", "views", "crops", "methods", "plugins")
-COMMANDS += ("bench", "doctor", "data", "table")
+COMMANDS += ("bench", "doctor", "data", "table", "select", "labels")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
 
@@ -134,6 +134,8 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
         raise Preempted("parsed")
 
     import inbatch.apps.bench.benchmark
+    import inbatch.apps.collection.labels
+    import inbatch.apps.collection.select
     import inbatch.apps.doctor
     import inbatch.apps.papers.command
     import inbatch.apps.quickstart
@@ -147,6 +149,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
         (inbatch.apps.reports.view_grid, "draw_views"), (inbatch.apps.reports.batch_context, "inspect_run"),
         (inbatch.apps.reports.crop_statistics, "count_configurations"), (inbatch.apps.quickstart, "quickstart"),
         (inbatch.apps.bench.benchmark, "bench"), (inbatch.apps.doctor, "examine"),
+        (inbatch.apps.collection.labels, "find_label_errors"), (inbatch.apps.collection.select, "select_images"),
         (inbatch.apps.reports.dataset, "survey_data"), (inbatch.apps.papers.command, "run_table_command"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, cut)

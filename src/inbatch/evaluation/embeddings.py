@@ -55,9 +55,7 @@ class Embeddings:
         known = self.labels >= 0
         if not known.any():
             raise DataError(f"{self.name} has no labels, and evaluation needs them: give labelled images.")
-        # A sum is much faster to check; it may overflow although the features are finite.
-        if not self.vectors.sum().isfinite() and not self.vectors.isfinite().all():
-            raise DataError(f"the features of {self.name} hold NaN or infinity: the encoder has diverged.")
+        check_finite(self.vectors, f"the features of {self.name}")
         return self if known.all() else self.take(known.nonzero()[:, 0])
 
     def take(self, places: Int[Tensor, "m"]) -> "Embeddings":
@@ -135,3 +133,11 @@ def check_one_label(labels: Tensor, name: str) -> None:
             f"the labels of {name} have the shape {tuple(labels.shape)}: k-NN, probes and clustering compare one class "
             "per image and take no images with several labels; pass one column, such as labels[:, 0], at a time."
         )
+
+
+def check_finite(vectors: Float[Tensor, "n f"], name: str = "the features") -> None:
+    """Raise DataError if a value is not finite; vectors that are memory-mapped are read in tiles."""
+    for rows in vectors.split(1 << 14):
+        # A sum is much faster to check; it may overflow although the features are finite.
+        if not rows.sum().isfinite() and not rows.isfinite().all():
+            raise DataError(f"{name} hold NaN or infinity: the encoder has diverged.")

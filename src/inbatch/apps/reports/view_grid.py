@@ -51,7 +51,7 @@ def grid(images: Tensor | Sequence[Tensor], drawn: Drawn, mean: Sequence[float],
         top = _GAP + row * (_CELL + _GAP)
         height, width = image.shape[-2:]
         zoom = _CELL / max(height, width)
-        original = _picture(image.cpu().numpy()).resize((round(width * zoom), round(height * zoom)), _how(zoom))
+        original = rgb_image(image.cpu().numpy()).resize((round(width * zoom), round(height * zoom)), resampling(zoom))
         pen = ImageDraw.Draw(original)
         for view in range(views):
             y, x, h, w = (zoom * side for side in drawn.boxes[view, row].tolist())
@@ -59,8 +59,8 @@ def grid(images: Tensor | Sequence[Tensor], drawn: Drawn, mean: Sequence[float],
         sheet.paste(original, (_GAP, top))
         for view, batch in enumerate(drawn.images):
             values = batch[row].float().cpu().numpy() * _column(std) + _column(mean)
-            tile = _picture((values * 255).round().clip(0, 255).astype(np.uint8))
-            tile = tile.resize((_CELL, _CELL), _how(_CELL / tile.width))
+            tile = rgb_image((values * 255).round().clip(0, 255).astype(np.uint8))
+            tile = tile.resize((_CELL, _CELL), resampling(_CELL / tile.width))
             colour = _COLOURS[view % len(_COLOURS)]
             ImageDraw.Draw(tile).rectangle((0, 0, _CELL - 1, _CELL - 1), outline=colour, width=2)
             sheet.paste(tile, (_GAP + (1 + view) * (_CELL + _GAP), top))
@@ -75,7 +75,7 @@ def save_grid(
     std: Sequence[float],
 ) -> None:
     """Write `grid` to an image file atomically; raise ConfigError for an unknown file extension."""
-    _save(path, Image.fromarray(grid(images, drawn, mean, std)))
+    save_picture(path, Image.fromarray(grid(images, drawn, mean, std)))
 
 
 def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
@@ -86,12 +86,12 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
         for column, image in enumerate(images):
             zoom = _CELL / max(image.shape[-2:])
             height, width = (max(1, round(side * zoom)) for side in image.shape[-2:])
-            tile = _picture(image.cpu().numpy()).resize((width, height), _how(zoom))
+            tile = rgb_image(image.cpu().numpy()).resize((width, height), resampling(zoom))
             sheet.paste(tile, (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP)))
-    _save(path, sheet)
+    save_picture(path, sheet)
 
 
-def _save(path: str | Path, picture: Image.Image) -> None:
+def save_picture(path: str | Path, picture: Image.Image) -> None:
     """Write a picture atomically."""
     kind = _format(path)
     with replacing(path_of(path, "out")) as file:
@@ -126,13 +126,13 @@ def _format(path: str | Path) -> str:
     return kind
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
+def rgb_image(pixels: np.ndarray) -> Image.Image:
     """Convert (C, h, w) uint8 to an RGB image."""
     shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 0)
     return Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
 
 
-def _how(zoom: float) -> Image.Resampling:
+def resampling(zoom: float) -> Image.Resampling:
     """Return the resampling filter; enlarged pixels stay visible."""
     return Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX
 

@@ -1,0 +1,140 @@
+"""Commands for labels: select (what to label next) and labels (what is probably labelled wrongly)."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import KINDS, SEEDS, Device, ImageColumn, Json, LabelColumn, app, deliver, reported
+from inbatch.apps.console import print_table, say, warn
+from inbatch.errors import many
+from inbatch.runtime.path_list import joined_paths
+
+Features = Annotated[
+    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
+]
+Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
+Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
+_SHOWN = 20
+"""Rows of a table in the terminal."""
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch select runs/simclr-photos-1 -n 500 --write chosen.csv --picture chosen.png\n\n"
+    "  inbatch select features.npz ~/photos -n 100 --labelled done.csv --write next.csv\n\n"
+    "  inbatch select runs/simclr-photos-1 ~/photos --strategy uncertain --labelled done.csv",
+)
+def select(
+    features: Features,
+    data: Images = None,
+    count: Annotated[int, Option("-n", "--count", min=1, help="Number of images to choose.")] = 100,
+    strategy: Annotated[
+        str | None, Option(metavar="NAME", help="diverse, coverage, typical, uncertain or random; see the docs.")
+    ] = None,
+    labelled: Annotated[
+        str | None,
+        Option(metavar="FILE|data|none", help="What is labelled already: a list, features, or the labels of the data."),
+    ] = None,
+    split: Split = None,
+    write: Annotated[Path | None, Option("--write", metavar="CHOSEN.csv", help="List for --data.")] = None,
+    picture: Annotated[Path | None, Option(help="Picture of the first 100.")] = None,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of draws and of k-means.")] = 0,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Choose the images to label next by their features; what is labelled already counts as chosen."""
+    with reported(as_json):
+        from inbatch.apps.collection.select import select_images
+        from inbatch.evaluation.selection import DEFAULT
+
+        def choose() -> dict[str, Any]:
+            return select_images(
+                features, joined_paths(data) or None, count=count, strategy=strategy or DEFAULT, labelled=labelled,
+                split=split, write=write, picture=picture, seed=seed, device=device, quiet=False,
+                image_column=image_column, label_column=label_column,
+            )  # fmt: skip
+
+        def show(result: dict[str, Any]) -> None:
+            rows = [
+                (str(one["rank"]), one["path"], one["split"], one["class"] or "", one["reason"])
+                for one in result["chosen"][:_SHOWN]
+            ]
+            print_table(("rank", "image", "split", "class", "reason"), rows)
+            _more(len(result["chosen"]), "image", result)
+            known = f", {result['labelled']:,} of them labelled" if result["labelled"] else ""
+            say("", f"Chosen:     {count:,} of {many(result['images'], 'image')}{known} ({result['strategy']})")
+            _files(result)
+
+        deliver(choose, as_json, show)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch labels runs/simclr-photos-1 ~/photos --picture suspects.png\n\n"
+    "  inbatch labels features.npz -n 50\n\n"
+    "  inbatch labels features.npz ~/photos --write suspects.csv",
+)
+def labels(
+    features: Features,
+    data: Images = None,
+    count: Annotated[int | None, Option("-n", "--count", min=1, help="Most suspects; default: all.")] = None,
+    folds: Annotated[int, Option(min=2, help="Parts of the cross-validation.")] = 5,
+    k: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
+    split: Split = None,
+    write: Annotated[Path | None, Option("--write", metavar="SUSPECTS.csv", help="List of the suspects.")] = None,
+    picture: Annotated[Path | None, Option(help="Picture of the first 60, each with a similar image.")] = None,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the folds.")] = 0,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find labels that are probably wrong: a probe on the other images and the neighbours both prefer another class."""
+    with reported(as_json):
+        from inbatch.apps.collection.labels import find_label_errors
+
+        def find() -> dict[str, Any]:
+            return find_label_errors(
+                features, joined_paths(data) or None, count=count, folds=folds, k=k, split=split, write=write,
+                picture=picture, seed=seed, device=device, quiet=False, image_column=image_column,
+                label_column=label_column,
+            )  # fmt: skip
+
+        def show(result: dict[str, Any]) -> None:
+            rows = [_suspect(one) for one in result["suspects"][:_SHOWN]]
+            print_table(("image", "label", "suggested", "probe", "neighbours", "margin"), rows)
+            _more(len(result["suspects"]), "suspect", result)
+            share = f"{result['suspected'] / result['checked']:.1%}"
+            say("", f"Suspected:  {result['suspected']:,} of {many(result['checked'], 'label')} ({share})")
+            say(f"Agreement:  the other images predict {result['agreement']:.1%} of the labels")
+            _files(result)
+
+        deliver(find, as_json, show)
+
+
+def _suspect(one: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row of the table."""
+    predictions = _percent(one["probe"]), _percent(one["neighbours"])
+    return one["path"], one["class"], one["suggested"], *predictions, f"{one['margin']:.2f}"
+
+
+def _percent(pair: dict[str, float]) -> str:
+    """Return the probabilities of label and suggestion as text."""
+    return f"{pair['label']:.0%} -> {pair['suggested']:.0%}"
+
+
+def _more(count: int, noun: str, result: dict[str, Any]) -> None:
+    if count > _SHOWN:
+        rest = "--write lists" if not result["written"] else f"{result['written']} lists"
+        say(f"and {many(count - _SHOWN, noun)} more ({rest} all, --json prints all)")
+
+
+def _files(result: dict[str, Any]) -> None:
+    """Print what was written, and the notes."""
+    say(*(f"{name}: {' ' * (10 - len(name))}{result[key]}" for name, key in _FILES if result[key]))
+    for note in result["notes"]:
+        warn(note)
+
+
+_FILES = (("List", "written"), ("Picture", "picture"))
