@@ -1,9 +1,11 @@
 """Encoders (a backbone with pooled features), and the online and target networks that train them."""
 
 from inbatch.models.attention_slots import ATTENDS, added, install, without
-from inbatch.models.encoder import MAX_SIDE, Encoder, Prepare
+from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.factory import create_encoder, load_encoder
 from inbatch.models.input_sizes import check_side
+from inbatch.models.prepare import Prepare
+from inbatch.models.transform import Transform
 from inbatch.models.weights import save_encoder
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "MAX_SIDE",
     "Encoder",
     "Prepare",
+    "Transform",
     "added",
     "check_side",
     "create_encoder",
