@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ _RANGE = (0.02, 50.0)
 """Smallest and largest temperature."""
 
 
-def calibration_error(confidence: Float[Tensor, "n"], correct: Float[Tensor, "n"], bins: int = BINS) -> float:
+def calibration_error(confidence: Float[Tensor, "n"], correct: Shaped[Tensor, "n"], bins: int = BINS) -> float:
     """Return the expected calibration error in [0, 1] (Guo et al. 2017, equation 3).
 
     It is the mean over the images of the difference between confidence and accuracy in a bin of similar confidence.

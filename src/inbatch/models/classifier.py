@@ -16,7 +16,7 @@ from inbatch.models.backbones import published_cfg
 from inbatch.models.encoder import Encoder
 from inbatch.models.factory import restored
 from inbatch.models.transform import Transform
-from inbatch.models.weights import IN_CLASSIFIER, as_saved, read_folder, timm_config, write
+from inbatch.models.weights import as_one, read_folder, timm_config, write
 from inbatch.nn.eval_mode import evaluating
 from inbatch.runtime.files import object_in
 from inbatch.runtime.isolation import briefly_isolated, usual_numerics
@@ -137,16 +137,13 @@ def save_classifier(classifier: Classifier, directory: str | Path) -> None:
     `timm.create_model("local-dir:DIRECTORY", pretrained=True)` returns the classifier with the same logits.
     """
     encoder, folder = classifier.encoder, path_of(directory, "directory")
-    module, ours = as_saved(encoder)
-    weights, others = dict(module.state_dict()), timm_config(encoder) if encoder.readout is None else {}
+    weights, ours = as_one(encoder)
+    others = timm_config(encoder) if encoder.readout is None else {}
     layer = LAYER
     if others and isinstance(named := published_cfg(encoder.backbone).get("classifier"), str):
         layer = named
         others |= {"num_classes": len(classifier.classes), "label_names": list(classifier.classes)}
     weights |= {f"{layer}.{k}": v for k, v in classifier.head.state_dict().items()}
-    if readout := encoder.readout:
-        weights |= {f"{IN_CLASSIFIER}.{k}": v for k, v in readout.state_dict().items()}
-        ours |= {"readout": {"grid": readout.grid, "eps": readout.eps}}
     ours["classifier"] = {
         "layer": layer,
         "classes": list(classifier.classes),

@@ -20,8 +20,8 @@ from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
-IN_CLASSIFIER = "readout"
-"""Prefix of these statistics in the single file of a classifier."""
+INSIDE = "readout"
+"""Prefix of these statistics in weights that hold everything, those of `as_one`."""
 STEMS = (
     "{name} has the {ours} stem, the weights have the {theirs} stem (another first convolution, with or "
     'without max-pool): choose the stem of the weights, stem="imagenet" or stem="cifar", or other weights.'
@@ -88,11 +88,16 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def encoder_weights(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights without those of a classifier's linear layer and readout."""
+    """Return the weights without those of the readout and of the linear layer of a classifier."""
     layer = object_in(config, "classifier", Path("config.json")).get("layer")
-    if layer is None:
-        return weights
-    return {k: v for k, v in weights.items() if not k.startswith((f"{layer}.", f"{IN_CLASSIFIER}."))}
+    others = [f"{name}." for name in (layer, INSIDE if _is_inside(config) else None) if name is not None]
+    return {k: v for k, v in weights.items() if not k.startswith(tuple(others))}
+
+
+def _is_inside(config: dict[str, Any]) -> bool:
+    """Return whether the readout is among the weights, instead of in a file with a checksum of its own."""
+    readout = config.get("readout")
+    return isinstance(readout, dict) and "sha256" not in readout
 
 
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
@@ -115,6 +120,16 @@ def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))
     return backbone, {k: getattr(encoder, k) for k in keys}
+
+
+def as_one(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all weights of an encoder, with its readout, and the inbatch part of config.json for them."""
+    module, ours = as_saved(encoder)
+    weights: dict[str, Tensor] = dict(module.state_dict())
+    if readout := encoder.readout:
+        weights |= {f"{INSIDE}.{k}": v for k, v in readout.state_dict().items()}
+        ours = ours | {"readout": {"grid": readout.grid, "eps": readout.eps}}
+    return weights, ours
 
 
 def packed(weights: Mapping[str, Tensor]) -> bytes:
@@ -140,7 +155,7 @@ def set_readout(encoder: Encoder, weights: dict[str, Tensor], config: dict[str, 
 
     Args:
         encoder: the encoder.
-        weights: the weights in `directory`; those of a classifier include the readout, which else has its own file.
+        weights: the weights in `directory`, which may include the readout (`as_one`).
         config: the inbatch part of config.json.
         directory: folder of the encoder, or of the classifier.
     """
@@ -149,8 +164,8 @@ def set_readout(encoder: Encoder, weights: dict[str, Tensor], config: dict[str, 
         return
     path = directory / READOUT
     try:
-        if config.get("classifier"):
-            begin = f"{IN_CLASSIFIER}."
+        if _is_inside(config):
+            begin = f"{INSIDE}."
             state = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
         else:
             data = path.read_bytes()
