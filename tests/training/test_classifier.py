@@ -13,7 +13,7 @@ from PIL import Image
 import inbatch
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.evaluation import Finetune, Lbfgs, embed, linear_probe
-from inbatch.models import load_classifier
+from inbatch.models import Classifier, create_encoder, load_classifier, save_classifier
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_its_encoder_loads_alone_and_initialises_others(trained):
     made, folder, _ = trained
     images = torch.stack(bars(5).images)
     assert np.array_equal(inbatch.load(folder).embed(images), inbatch.load(made).embed(images))
-    copy = inbatch.models.create_encoder("tiny", size=20, channels=1, init=folder, mean=[0.5], std=[0.25])
+    copy = create_encoder("tiny", size=20, channels=1, init=folder, mean=[0.5], std=[0.25])
     assert torch.equal(next(copy.parameters()), next(inbatch.load(made).parameters()))
 
 
@@ -94,6 +94,15 @@ def test_unreadable_images_are_listed_and_other_classes_left_out(trained, tmp_pa
         (photos / f"{name}.png").unlink()
     assert run(f"predict {folder} {photos} -o {tmp_path}/none.csv").exit_code == 3
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_the_strength_of_the_probe_is_chosen_on_held_out_training_images(trained, tmp_path):
+    made, _, _ = trained
+    few = inbatch.train_classifier(made, out=tmp_path / "few", label_fraction=0.01)  # one image of each class
+    assert few["train"]["images"] == 2 and few["train"]["c"] == 1
+    noise = torch.randint(0, 256, (60, 1, 20, 20), dtype=torch.uint8).numpy()
+    found = inbatch.train_classifier(made, (noise, np.arange(60) % 2), out=tmp_path / "noise")
+    assert found["train"]["c"] == 0.001 and found["train"]["images"] == 54
 
 
 def test_fine_tuning_and_few_labels(trained, tmp_path):
@@ -164,3 +173,39 @@ def test_identical_images_train_a_classifier_that_knows_nothing(trained, tmp_pat
     found = inbatch.train_classifier(made, (same, np.arange(40) % 2), out=tmp_path / "same")
     assert found["calibration"]["after"] is None and found["calibration"]["temperature"] == 1
     assert load_classifier(tmp_path / "same").predict_proba(same[:1]).tolist()[0] == pytest.approx([0.5, 0.5], abs=0.06)
+
+
+@pytest.mark.slow
+def test_timm_loads_a_classifier_of_one_of_its_architectures(tmp_path):
+    timm = pytest.importorskip("timm")
+    for name, options in (("resnet18", {"stem": "imagenet"}), ("vit_tiny_patch16_224", {}), ("convnext_atto", {})):
+        encoder = create_encoder(name, size=64, channels=3, **options).eval()
+        head = torch.nn.Linear(encoder.width, 3)
+        made = Classifier(encoder, head, ["a", "b", "c"])
+        save_classifier(made, tmp_path / name)
+        images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        model = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        prepared = encoder.preprocess(images)
+        with torch.no_grad():
+            expected = made.eval()(prepared)
+            assert torch.allclose(model(prepared), expected, atol=1e-5), name
+            assert torch.equal(load_classifier(tmp_path / name)(prepared), expected), name
+        assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+
+
+def test_a_whitened_encoder_and_one_with_attention_survive_the_folder(tmp_path):
+    images = torch.stack(bars(6).images)
+    for options in ({"whiten": True}, {"attend": "se"}):
+        encoder = create_encoder("tiny", size=20, channels=1, **options).eval()
+        if encoder.readout is not None:
+            encoder.readout.fit(torch.randn(50, encoder.readout.width))
+        encoder.levels = (0.0, 9.0)
+        made = Classifier(encoder, torch.nn.Linear(encoder.feature_width, 2), ["a", "b"], temperature=2.0).eval()
+        save_classifier(made, tmp_path / "made")
+        assert {file.name for file in (tmp_path / "made").iterdir()} == {"model.safetensors", "config.json"}
+        again = load_classifier(tmp_path / "made")
+        assert np.array_equal(again.predict_proba(images), made.predict_proba(images)) and again.temperature == 2
+        assert again.levels == (0.0, 9.0)
+        assert np.array_equal(inbatch.load(tmp_path / "made").embed(images), encoder.embed(images))
+    with pytest.raises(ConfigError, match="does not fit"):
+        Classifier(encoder, torch.nn.Linear(3, 2), ["a", "b"])

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError, listed
 from inbatch.evaluation import Embeddings, Finetune, Lbfgs, Sgd, embed, few_labels, tune
 from inbatch.evaluation.class_figures import ClassFigures
-from inbatch.evaluation.confidence import calibrate
+from inbatch.evaluation.confidence import calibrate, fit_temperature
 from inbatch.evaluation.embeddings import check_one_label, matched_labels
 from inbatch.evaluation.linear_probe import fit
 from inbatch.models import Classifier, Encoder, save_classifier
@@ -31,6 +33,8 @@ from inbatch.training.run import elsewhere, for_encoder, recipe_of, source_of
 from inbatch.training.run_encoder import load_run_encoder
 
 MODES = ("probe", "finetune")
+STRENGTHS = (1.0, 0.1, 0.01, 0.001)
+"""Values of C, from weak to strong regularisation, of which "auto" chooses."""
 
 
 @isolated
@@ -42,7 +46,7 @@ def train_classifier(
     test: Any = None,
     mode: str = "probe",
     label_fraction: float = 1.0,
-    probe: str | Lbfgs | Sgd = "lbfgs",
+    probe: str | Lbfgs | Sgd = "auto",
     tuning: str | Finetune = "small",
     seed: int = 0,
     device: str = "auto",
@@ -63,7 +67,8 @@ def train_classifier(
         test: Labelled images for the figures.
         mode: "probe": a linear layer on the features. "finetune": all weights are trained, too.
         label_fraction: Share of the labels of every class to train on, at least one image of each.
-        probe: See `evaluation.linear_probe`.
+        probe: See `evaluation.linear_probe`. "auto": logistic regression with the C of `STRENGTHS` that fits a fifth of
+            the training images best if it is trained on the others.
         tuning: See `evaluation.finetune`.
         seed: Seed of the choice of the labels, and of the training.
         device: Name of the device, or "auto".
@@ -151,13 +156,37 @@ def _probe(work: _Work, probe: str | Lbfgs | Sgd) -> _Trained:
     features = embed(work.encoder, work.train, workers=work.workers).labelled()
     chosen = features.take(few_labels(features.labels, work.share, work.seed))
     counts = _counts(chosen)
+    name = {"probe": "auto"} if probe == "auto" else {}
+    if probe == "auto":
+        probe = Lbfgs(_strength(chosen, work))
     fitted = fit(chosen, work.classes, probe, seed=work.seed, device=work.encoder.device)
 
     def layer(temperature: float) -> nn.Linear:
         return linear_layer(fitted.weight, fitted.bias, temperature, fitted.mean, fitted.std)
 
     used = {"share": work.share, "images": len(chosen), "of_a_class": counts, "unreadable": list(features.missing)}
-    return _Trained(work.encoder, lambda rows: fitted.scores(rows).cpu(), layer, fitted.protocol | used)
+    return _Trained(work.encoder, lambda rows: fitted.scores(rows).cpu(), layer, fitted.protocol | name | used)
+
+
+def _strength(chosen: Embeddings, work: _Work) -> float:
+    """Return the C with the lowest cross-entropy on held-out training images, after calibration; 1 without any.
+
+    A class with a single image has none to hold out.
+    """
+    labels = chosen.labels
+    several = torch.where(labels.bincount()[labels] > 1, labels, -1)
+    if not (several >= 0).any():
+        return STRENGTHS[0]
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[few_labels(several, 0.2, work.seed)] = True
+    train, rest = (chosen.take(part.nonzero()[:, 0]) for part in (~held_out, held_out))
+
+    def loss(c: float) -> float:
+        fitted = fit(train, work.classes, Lbfgs(c), seed=work.seed, device=work.encoder.device)
+        logits = fitted.scores(rest.vectors).cpu()
+        return F.cross_entropy(logits / fit_temperature(logits, rest.labels), rest.labels).item()
+
+    return min(STRENGTHS, key=loss)
 
 
 def _counts(chosen: Embeddings) -> list[int]:
