@@ -99,7 +99,7 @@ def print_classifier(found: dict[str, Any]) -> None:
     say(f"Judged by:  {many(found['test']['images'], 'image')}: {found['test']['held_out']}")
     before, after = calibration["before"], calibration["after"]
     if after is None:
-        say(f"Calibrated: no, {many(calibration['images'], 'held-out image')} are too few")
+        say(f"Calibrated: no, there are too few held-out images ({calibration['images']:,})")
     else:
         error = f"{before['calibration_error']:.1%} before, {after['calibration_error']:.1%} after"
         say(f"Calibrated: temperature {calibration['temperature']:.3g}; calibration error {error} (cross-fitted)")
