@@ -58,8 +58,8 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         levels: the two values of X that become 0 (black) and 255.
         seed: seed of weights, order and views.
         device: device of training and `transform`, or "auto".
-        run_dir: run directory, which remains, and which an earlier run must not occupy; None: a temporary one. The list
-            of paths is kept beside it, as RUN_DIR.csv.
+        run_dir: new run directory, which is kept; None: a temporary one. With it, the list
+            of paths is written to RUN_DIR.csv.
 
     Attributes:
         encoder_: the trained encoder.
