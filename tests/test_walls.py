@@ -26,7 +26,7 @@ ROOMS: list[set[str]] = [
     {"losses", "models", "evaluation"},
     {"training"},
     {"api"},
-    {"apps"},
+    {"apps", "sklearn"},
     {"__main__"},
 ]
 """Layers from the bottom to the top. A package imports packages of lower layers only, none of its own layer."""
@@ -80,8 +80,8 @@ TORCHLESS = {"errors", "runtime.tuning", "apps.cli", "training.trackers"}
 
 LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "triton"}
 """Libraries whose import takes a second in all: only functions import them, so that a run starts without them."""
-EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp"}
-"""Modules that are themselves imported in functions only."""
+EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
+"""Modules that are themselves imported in functions only, or by the user."""
 
 DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul"}
 """Modules that choose an algorithm by device; only they may read the type of the device."""
@@ -279,7 +279,7 @@ def what_reads_recipes() -> set[str]:
 
 
 def test_recipes_are_read_in_the_upper_rooms_only() -> None:
-    assert {room(name) for name in what_reads_recipes()} <= {"training", "api", "apps", "__main__"}
+    assert {room(name) for name in what_reads_recipes()} <= {"training", "api", "apps", "sklearn", "__main__"}
 
 
 @pytest.mark.slow

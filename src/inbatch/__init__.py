@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inbatch import losses as losses
-    from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
+    from inbatch.api import (
+        Run,
+        dry_run,
+        embed_run,
+        evaluate_run,
+        export_run,
+        load,
+        load_classifier,
+        load_run,
+        predict,
+        pretrain,
+        train_classifier,
+    )
     from inbatch.apps.collection.labels import find_label_errors
     from inbatch.apps.collection.select import select_images
     from inbatch.apps.reports.batch_context import inspect_run
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "dry_run")
+_API += ("load_classifier", "predict", "train_classifier")
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
@@ -45,11 +58,14 @@ __all__ = [
     "find_label_errors",
     "inspect_run",
     "load",
+    "load_classifier",
     "load_run",
     "losses",
+    "predict",
     "pretrain",
     "select_images",
     "survey_data",
+    "train_classifier",
     "tune",
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.data import Source
+from inbatch.models import load_classifier
 from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked
@@ -19,10 +20,12 @@ from inbatch.training.advice import advice
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
 from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
+from inbatch.training.classifier import train_classifier
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
 from inbatch.training.plan import RunPlan, plan_run, plan_without_budget, with_context
+from inbatch.training.predictions import predict
 from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
 from inbatch.training.requested_settings import merged_settings
@@ -41,10 +44,13 @@ __all__ = [
     "evaluate_run",
     "export_run",
     "load",
+    "load_classifier",
     "load_run",
+    "predict",
     "prepare",
     "pretrain",
     "replay_run",
+    "train_classifier",
 ]  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from inbatch.apps.cli.output import figures
 from inbatch.batch import Batch
 from inbatch.data.views import View, Views
 from inbatch.errors import ConfigError, DataError, TrainingError
-from inbatch.evaluation import TUNINGS, Finetune, evaluate, few_labels, finetune
+from inbatch.evaluation import TUNINGS, Finetune, evaluate, few_labels, finetune, tune
+from inbatch.models import create_encoder
 from inbatch.rng import fold, permutation
 
 SHORT = Finetune(epochs=2, batch=8, steps=0)
@@ -162,3 +163,16 @@ def test_the_command_line(tmp_path, monkeypatch):
     written = json.loads((made / "evaluation.json").read_text())["finetune"]
     assert (written["share"], written["seed"], written["classes"], written["images"]) == (0.2, 3, 2, 8)
     assert command(f"evaluate {made} --protocol finetune --tuning huge").exit_code == 2
+
+
+def test_the_tuned_model_gives_the_figures_and_leaves_out_a_fitted_whitening():
+    train, test = bars(24), bars(20, seed=1)
+    net = create_encoder("tiny", size=20, channels=1, whiten=True)
+    net.readout.fit(torch.randn(50, net.readout.width))
+    figures = finetune(net, train, test, SHORT, seed=5)
+    made = tune(net, train, SHORT, seed=5)
+    assert net.readout is not None and made.encoder.readout is None and not made.encoder.training
+    assert not any(p.requires_grad for p in (*made.encoder.parameters(), *made.head.parameters()))
+    scores = made.head(torch.from_numpy(made.encoder.embed(torch.stack(test.images))))
+    assert (scores.argmax(1) == test.labels).double().mean() == figures["top1"]
+    assert made.protocol.items() <= figures.items() and made.protocol["images"] == 24

@@ -8,7 +8,7 @@ from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
 from inbatch.evaluation.export import write_embeddings
 from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels, few_labels
-from inbatch.evaluation.finetune import TUNINGS, Finetune, finetune
+from inbatch.evaluation.finetune import TUNINGS, Finetune, Tuned, finetune, tune
 from inbatch.evaluation.knn import knn, knn_scores
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
@@ -26,6 +26,7 @@ __all__ = [
     "Kept",
     "Lbfgs",
     "Sgd",
+    "Tuned",
     "ari",
     "assigned",
     "clustering",
@@ -46,5 +47,6 @@ __all__ = [
     "rankme",
     "raw_pixels",
     "readable",
+    "tune",
     "write_embeddings",
 ]

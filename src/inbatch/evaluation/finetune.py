@@ -66,6 +66,21 @@ class Trainable(Encoder, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned copy of an encoder with a linear layer on the output of its `forward`.
+
+    Attributes:
+        encoder: the copy, in evaluation mode and without a readout.
+        head: the linear layer, (C, width).
+        protocol: settings in effect and the labels used, in JSON types.
+    """
+
+    encoder: Any
+    head: nn.Linear
+    protocol: dict[str, Any]
+
+
 @usual_state()
 def finetune(
     encoder: Encoder,
@@ -80,25 +95,65 @@ def finetune(
 ) -> dict[str, Any]:
     """Return the figures of `hits` on clean test images, with the protocol and the duration in seconds.
 
-    A copy of the encoder is trained, in its own precision; norm layers use batches of the labelled images. The same
-    seed, machine and number of threads give the same weights bit for bit.
-
     Args:
         encoder: a module; it is not changed.
         train: labelled training images.
         test: labelled test images.
         settings: a name in TUNINGS, or custom settings.
-        share: share of the labels of every class, drawn by `few_labels`.
-        seed: seed of the training.
+        share: see `tune`.
+        seed: see `tune`.
         batch: test images at a time.
         workers: processes that decode images.
 
     Raises:
-        ConfigError: for other names, or an encoder that is not a module.
-        DataError: if an image has several labels, or if the test images have other classes.
-        TrainingError: if the loss is not finite.
+        ConfigError: as `tune`.
+        DataError: as `tune`, or if the test images have other classes.
+        TrainingError: as `tune`.
     """
     began = time.perf_counter()
+    check_one_label(test.labels, test.name)
+    labels = matched_labels(train, test)
+    tuned = tune(
+        encoder, train, settings, classes=int(labels.max()) + 1, share=share, seed=seed, workers=workers
+    )  # fmt: skip
+    with torch.backends.cudnn.flags(deterministic=True):
+        embeddings = embed(tuned.encoder, test, batch=batch, workers=workers).labelled()
+        scores = tuned.head(embeddings.vectors.to(encoder.device)).detach()
+    figures = hits(scores, labels[embeddings.index], getattr(train, "classes", ()))
+    return {**figures, **tuned.protocol, "seconds": time.perf_counter() - began}
+
+
+@usual_state()
+def tune(
+    encoder: Encoder,
+    train: Source,
+    settings: str | Finetune = "small",
+    *,
+    classes: int = 0,
+    share: float = 1.0,
+    seed: int = 0,
+    workers: int = 0,
+) -> Tuned:
+    """Train a copy of an encoder and a linear layer on labelled images; return both, in evaluation mode.
+
+    The copy is trained in its own precision; norm layers use batches of the labelled images. The same seed, machine
+    and number of threads give the same weights bit for bit. A whitened readout was fitted to the weights before and is
+    left out.
+
+    Args:
+        encoder: a module; it is not changed.
+        train: labelled training images.
+        settings: a name in TUNINGS, or custom settings.
+        classes: least number of classes; there are as many as the labels need.
+        share: share of the labels of every class, drawn by `few_labels`.
+        seed: seed of the training.
+        workers: processes that decode images.
+
+    Raises:
+        ConfigError: for other names, or an encoder that is not a module.
+        DataError: if an image has several labels, or if there are fewer than two classes.
+        TrainingError: if the loss is not finite.
+    """
     name = settings if isinstance(settings, str) else "custom"
     if isinstance(settings, str):
         if settings not in TUNINGS:
@@ -106,41 +161,34 @@ def finetune(
         settings = TUNINGS[settings]
     if not isinstance(encoder, Trainable) or not isinstance(encoder, nn.Module):
         raise ConfigError("fine-tuning trains an encoder: give a module like inbatch.models.Encoder.")
-    for data in (train, test):
-        check_one_label(data.labels, data.name)
-    labels = matched_labels(train, test)
+    check_one_label(train.labels, train.name)
     chosen = few_labels(train.labels, share, seed)
     counts = train.labels[chosen].bincount()
     if (counts > 0).sum() < 2:
         raise DataError(f"{train.name} has labels of fewer than two classes: at least two are needed.")
-    classes = max(len(counts), int(labels.max()) + 1)
+    classes = max(len(counts), classes)
     devices = [encoder.device] if encoder.device.type == "cuda" else []
     # Randomness within the encoder (dropout) uses torch's generator, which is restored afterwards.
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.backends.cudnn.flags(deterministic=True):
         torch.manual_seed(fold(seed))
         tuned: Any = copy.deepcopy(encoder).requires_grad_(True)
+        tuned.readout = None
         head = nn.Linear(tuned.width, classes, device=encoder.device)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         used = _train(tuned, head, _Chosen(train, chosen, 2 * tuned.size), settings, seed, workers)
-        embeddings = embed(tuned, test, batch=batch, workers=workers).labelled()
-        scores = head(embeddings.vectors.to(encoder.device)).detach()
-    labels_used = {
-        "share": share,
-        "images": len(chosen),
-        "of_a_class": [int(counts[counts > 0].min()), int(counts.max())],
-    }
     protocol = {
         "settings": name,
         **asdict(settings),
         "nesterov": settings.momentum > 0,
         **used,
-        **labels_used,
+        "share": share,
+        "images": len(chosen),
+        "of_a_class": [int(counts[counts > 0].min()), int(counts.max())],
         "seed": seed,
         "classes": classes,
     }
-    names = getattr(train, "classes", ())
-    return {**hits(scores, labels[embeddings.index], names), **protocol, "seconds": time.perf_counter() - began}
+    return Tuned(tuned.eval().requires_grad_(False), head.requires_grad_(False), protocol)
 
 
 def _train(

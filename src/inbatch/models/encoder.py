@@ -3,21 +3,22 @@
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from inbatch.data.pixels import Levels, from_pillow, to_bytes
+from inbatch.data.pixels import Levels
 from inbatch.errors import ConfigError, DataError, type_name
 from inbatch.models.library_errors import explained
+from inbatch.models.prepare import Prepare
 from inbatch.models.readout import Readout
+from inbatch.models.transform import Transform
 from inbatch.nn.eval_mode import evaluating
 from inbatch.runtime.isolation import usual_numerics
 
@@ -30,48 +31,6 @@ RAW = (
 """Warning for images that are not normalised."""
 MAX_SIDE = 4096
 """Maximum side of an encoder's images in pixels: a folder of unknown origin must not request all memory."""
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Converts uint8 images of any size to the normalised float32 square that an encoder takes, without randomness."""
-
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
-        """Prepare images (N, C, H, W) uint8, or any iterable of (C, h, w) uint8, processed one at a time.
-
-        The shorter side is resized (bilinear, antialiased) to `size`, from 128 pixels on to size * 256 / 224,
-        then the centre is cropped; an image of the target size is unchanged. DataError for other input.
-        """
-        x = self.squares(images)
-        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
-        return (x / 255 - mean) / std
-
-    def squares(self, images: Tensor | Iterable[Tensor]) -> Float[Tensor, "n c s s"]:
-        """Return the images before normalisation, with values from 0 to 255."""
-        return self._fit(images) if isinstance(images, Tensor) else torch.stack([self._fit(i) for i in images])
-
-    def _fit(self, image: Tensor) -> Tensor:
-        if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != self.channels or 0 in image.shape[-2:]:
-            raise DataError(
-                f"the encoder takes uint8 images of {self.channels} channels, (C, H, W), but was given "
-                f"{image.dtype} of shape {tuple(image.shape)}: convert them, or create another encoder."
-            )
-        x, (h, w), size = image.float(), image.shape[-2:], self.size
-        if (h, w) == (size, size):
-            return x
-        short = round(size * 256 / 224) if size >= 128 else size
-        if min(h, w) != short:
-            h, w = (short, short * w // h) if h <= w else (short * h // w, short)
-            batch = x if x.ndim == 4 else x[None]
-            x = nn.functional.interpolate(batch, (h, w), mode="bilinear", antialias=True).view(*x.shape[:-2], h, w)
-        top, left = round((h - size) / 2), round((w - size) / 2)
-        return x[..., top : top + size, left : left + size]
 
 
 def _numbers(values: Sequence[float] | None, default: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -154,6 +113,11 @@ class Encoder(nn.Module):
         found = self(x) if maps is None else maps(x)
         return self.readout(found if found.ndim in (2, 4) else self(x))
 
+    @property
+    def transform(self) -> Transform:
+        """The preparation of one image, for data sets and loaders of PyTorch: (C, size, size) on the CPU."""
+        return Transform(self.prepare, self.levels)
+
     def plain(self) -> AbstractContextManager[None]:
         """Return features without whitening within the context."""
         return nullcontext() if self.readout is None else self.readout.paused()
@@ -175,7 +139,7 @@ class Encoder(nn.Module):
         Raises:
             DataError: if the images are of another form.
         """
-        images = self._sequence(images)
+        images = self.sequence(images)
         rows = []
         for start in range(0, len(images), batch):
             with self.evaluating():
@@ -195,13 +159,13 @@ class Encoder(nn.Module):
         Raises:
             DataError: if there is none, or if they are of another form.
         """
-        images = self._sequence(images)
+        images = self.sequence(images)
         if not len(images):
             raise DataError("there is no image: pass at least one")
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
             images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            images = [self._tensor(i) for i in images]
+            images = [self.transform.pixels(i) for i in images]
         return self.prepare(images).to(self.device)
 
     def _check_input(self, x: Tensor) -> None:
@@ -219,7 +183,7 @@ class Encoder(nn.Module):
                 self._warned = True
                 warnings.warn(RAW.format(low, high), UserWarning, stacklevel=5)
 
-    def _sequence(self, images: Any) -> Any:
+    def sequence(self, images: Any) -> Any:
         """Return images as a sequence: one alone as a list of one; raise DataError for what is none."""
         if self._is_one(images):
             return [images]
@@ -239,27 +203,6 @@ class Encoder(nn.Module):
             return images.ndim == 3 and images.shape[0] in (1, 3, self.channels)
         # (N, H, W) has the same number of sides; its last one is the width of the images.
         return images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4, self.channels))
-
-    def _tensor(self, image: Any) -> Tensor:
-        """Return one (C, h, w) uint8 image from a Pillow image, a (h, w[, C]) array or a (C, h, w) tensor."""
-        if isinstance(image, Tensor):
-            if image.dtype == torch.uint8:
-                return image
-            image = (
-                (image.float() if image.dtype == torch.bfloat16 else image.detach()).cpu().numpy().transpose(1, 2, 0)
-            )
-        if isinstance(image, str | bytes | os.PathLike):
-            raise DataError(f"An image cannot be embedded: {image!r} is a path; open it with PIL.Image.open")
-        try:
-            if isinstance(image, Image.Image):
-                image = from_pillow(ImageOps.exif_transpose(image), self.channels, self.levels)
-            image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
-        except ValueError as e:
-            text = str(e).replace("--set levels=[0,1]", "encoder.levels = (0, 1)")
-            raise DataError(f"An image cannot be embedded: {text}") from e
-        if image.ndim not in (2, 3):
-            raise DataError(f"An image cannot be embedded: it has the shape {tuple(image.shape)}, not (h, w[, C])")
-        return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
     def _measure(self) -> int:
         shape = self.channels, self.size, self.size

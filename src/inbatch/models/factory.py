@@ -21,7 +21,7 @@ from inbatch.models.backbones import build, cifar_stem, pretrained, published_cf
 from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.input_sizes import check_side
 from inbatch.models.readout import Readout
-from inbatch.models.weights import STEMS, fill, read, read_readout, split
+from inbatch.models.weights import STEMS, encoder_weights, fill, read, read_folder, set_readout, split
 from inbatch.runtime.paths import path_of
 
 
@@ -183,22 +183,31 @@ def _fill_blocks(encoder: Encoder, initial: _Initial) -> None:
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """Return an encoder written by `save_encoder`, in evaluation mode; DataError if it is damaged or foreign."""
+    """Return an encoder written by `save_encoder`, or that of a classifier, in evaluation mode.
+
+    Raises:
+        DataError: if it is damaged or foreign.
+    """
     directory = path_of(directory, "directory")
-    weights, config = read(directory)
+    weights, config = read_folder(directory)
+    return restored(weights, config, directory)
+
+
+def restored(weights: dict[str, Any], config: dict[str, Any], origin: Path) -> Encoder:
+    """Return the encoder of the weights and the inbatch part of config.json of a folder, in evaluation mode."""
     if config.get("arguments") is None:
-        raise DataError(f"{directory} holds no encoder created by name; build it yourself and load model.safetensors.")
-    weights, attended = split(weights)
+        raise DataError(f"{origin} holds no encoder created by name; build it yourself and load model.safetensors.")
+    own, attended = split(encoder_weights(weights, config))
     try:
         known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
         encoder = create_encoder(**known, stem=config["stem"] or "auto", check=False, **config["arguments"])
         if levels := config.get("levels"):
             encoder.levels = (float(levels[0]), float(levels[1]))
-        fill(encoder.backbone, weights, str(directory))
+        fill(encoder.backbone, own, str(origin))
         if saved := config.get("attend"):  # absent from encoders saved before this key existed
             install(encoder, saved["name"], saved["options"])
-            fill(blocks(encoder), attended, str(directory))
-        read_readout(encoder, directory, config)
+            fill(blocks(encoder), attended, str(origin))
+        set_readout(encoder, weights, config, origin)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise DataError(f"{directory}: config.json describes no encoder ({reason(e)}).") from e
+        raise DataError(f"{origin}: config.json describes no encoder ({reason(e)}).") from e
     return encoder.eval()

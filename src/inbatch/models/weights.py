@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
+INSIDE = "readout"
+"""Prefix of these statistics in weights that hold everything, those of `as_one`."""
 STEMS = (
     "{name} has the {ours} stem, the weights have the {theirs} stem (another first convolution, with or "
     'without max-pool): choose the stem of the weights, stem="imagenet" or stem="cifar", or other weights.'
@@ -47,32 +50,54 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights, and the inbatch part of config.json if any, from a folder, a file or an encoder.
 
-    No pickle code is executed. For an encoder, returns what `save_encoder` would write.
+    No pickle code is executed. For an encoder, returns what `save_encoder` would write; for the folder of a classifier,
+    the weights of its encoder.
     """
     if isinstance(path, Encoder):
         module, ours = as_saved(path)
         return dict(module.state_dict()), ours
-    config: dict[str, Any] = {}
+    if path.is_dir():
+        weights, config = read_folder(path)
+        return encoder_weights(weights, config), config
     try:
-        if path.is_dir():
-            data = (path / "model.safetensors").read_bytes()
-            config = object_in(read_json(path / "config.json"), "inbatch", path / "config.json")
-            if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
-                raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
-            return safetensors.torch.load(data), config
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path), config
+            return safetensors.torch.load_file(path), {}
         if path.suffix in (".pt", ".pth"):
             weights = torch.load(path, map_location="cpu", weights_only=True)
             if not all(isinstance(v, Tensor) for v in weights.values()):
                 raise TypeError("it holds more than tensors")
-            return {k.removeprefix("backbone."): v for k, v in weights.items()}, config
-    except DataError:
-        raise
+            return {k.removeprefix("backbone."): v for k, v in weights.items()}, {}
     except Exception as e:  # a crafted file makes torch's reader raise any exception
         raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
     kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
     raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all weights and the inbatch part of config.json of an encoder's or a classifier's folder."""
+    try:
+        data = (path / "model.safetensors").read_bytes()
+        config = object_in(read_json(path / "config.json"), "inbatch", path / "config.json")
+        if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
+            raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
+        return safetensors.torch.load(data), config
+    except DataError:
+        raise
+    except Exception as e:  # a crafted file makes the reader raise any exception
+        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
+
+
+def encoder_weights(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights without those of the readout and of the linear layer of a classifier."""
+    layer = object_in(config, "classifier", Path("config.json")).get("layer")
+    others = [f"{name}." for name in (layer, INSIDE if _is_inside(config) else None) if name is not None]
+    return {k: v for k, v in weights.items() if not k.startswith(tuple(others))}
+
+
+def _is_inside(config: dict[str, Any]) -> bool:
+    """Return whether the readout is among the weights, instead of in a file with a checksum of its own."""
+    readout = config.get("readout")
+    return isinstance(readout, dict) and "sha256" not in readout
 
 
 def save_encoder(encoder: Encoder, directory: str | Path) -> None:
@@ -84,7 +109,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """
     module, ours = as_saved(encoder)
     folder = path_of(directory, "directory")
-    write(folder, module, ours | write_readout(encoder, folder), _timm_config(encoder))
+    write(folder, module.state_dict(), ours | write_readout(encoder, folder), timm_config(encoder))
 
 
 def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
@@ -97,31 +122,58 @@ def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
     return backbone, {k: getattr(encoder, k) for k in keys}
 
 
+def as_one(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all weights of an encoder, with its readout, and the inbatch part of config.json for them."""
+    module, ours = as_saved(encoder)
+    weights: dict[str, Tensor] = dict(module.state_dict())
+    if readout := encoder.readout:
+        weights |= {f"{INSIDE}.{k}": v for k, v in readout.state_dict().items()}
+        ours = ours | {"readout": {"grid": readout.grid, "eps": readout.eps}}
+    return weights, ours
+
+
+def packed(weights: Mapping[str, Tensor]) -> bytes:
+    """Return weights as the bytes of a safetensors file."""
+    return safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()})
+
+
 def write_readout(encoder: Encoder, directory: Path) -> dict[str, Any]:
     """Write the readout's statistics next to the weights; return its entry of config.json."""
     readout = encoder.readout
     if readout is None:
         (directory / READOUT).unlink(missing_ok=True)
         return {}
-    data = safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in readout.state_dict().items()})
+    data = packed(readout.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / READOUT) as file:
         file.write(data)
     return {"readout": {"grid": readout.grid, "eps": readout.eps, "sha256": hashlib.sha256(data).hexdigest()}}
 
 
-def read_readout(encoder: Encoder, directory: Path, config: dict[str, Any]) -> None:
-    """Set the readout that was saved with an encoder; DataError if the file is damaged or missing."""
+def set_readout(encoder: Encoder, weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
+    """Set the readout that was saved with an encoder; DataError if the file is damaged or missing.
+
+    Args:
+        encoder: the encoder.
+        weights: the weights in `directory`, which may include the readout (`as_one`).
+        config: the inbatch part of config.json.
+        directory: folder of the encoder, or of the classifier.
+    """
     saved = config.get("readout")
     if not saved:
         return
     path = directory / READOUT
     try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != saved["sha256"]:
-            raise DataError(f"{path} is not the file config.json describes; it is damaged.")
+        if _is_inside(config):
+            begin = f"{INSIDE}."
+            state = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
+        else:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != saved["sha256"]:
+                raise DataError(f"{path} is not the file config.json describes; it is damaged.")
+            state = safetensors.torch.load(data)
         encoder.readout = Readout(encoder.width, int(saved["grid"]), float(saved["eps"]))
-        encoder.readout.load_state_dict(safetensors.torch.load(data))
+        encoder.readout.load_state_dict(state)
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
@@ -134,17 +186,16 @@ def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
     }
 
 
-def write(directory: Path, module: nn.Module, ours: dict[str, Any], others: dict[str, Any]) -> None:
-    """Write a module's weights with the inbatch part of config.json and the part that other libraries read."""
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    data = safetensors.torch.save(weights)
+def write(directory: Path, weights: Mapping[str, Tensor], ours: dict[str, Any], others: dict[str, Any]) -> None:
+    """Write weights with the inbatch part of config.json and the part that other libraries read."""
+    data = packed(weights)
     config = {**others, "inbatch": {**ours, "sha256": hashlib.sha256(data).hexdigest()}}
     for name, content in (("model.safetensors", data), ("config.json", json.dumps(config, indent=2).encode())):
         with replacing(directory / name) as file:
             file.write(content)
 
 
-def _timm_config(encoder: Encoder) -> dict[str, Any]:
+def timm_config(encoder: Encoder) -> dict[str, Any]:
     """Return timm's part of config.json; empty if timm alone cannot build the backbone."""
     known = published_cfg(encoder.backbone)
     if not known or encoder.arguments is None or encoder.stem == "cifar" or encoder.attend:

@@ -36,7 +36,8 @@ def save_heads(built: RunComponents, directory: Path) -> None:
     prepared = {"images": len(built.source), "classes": int(built.source.labels.max()) + 1}
     prepared |= {"batch": built.recipe.batch_size, "views": len(built.views)}
     method = built.recipe.method
-    write(directory, built.network.heads, {"method": method.name, "options": method.options, "told": prepared}, {})
+    ours = {"method": method.name, "options": method.options, "told": prepared}
+    write(directory, built.network.heads.state_dict(), ours, {})
 
 
 def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int = 0) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,7 +122,7 @@ def evaluate_run(
     named: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
     here = replace(own, **named)
     with opening(path, own) if data is None else nullcontext():
-        recipe, source = (here, source_of(here, None)) if data is None else _elsewhere(own, data, named)
+        recipe, source = (here, source_of(here, None)) if data is None else elsewhere(own, data, named)
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     encoder, stopped = loaded.encoder.to(device_for(device)), loaded.note is not None
     options = {"k": recipe.knn_k, "seed": recipe.seed} | options
@@ -138,13 +138,14 @@ def evaluate_run(
             )
         left_out = f"{source.label_note}: {SKIPPED}" if source.label_note else None
         origin["note"] = ". ".join(filter(None, (origin["note"], left_out))) or None
-        return evaluate_unlabelled(own, before, encoder, _for(encoder, source), options["seed"], stopped) | origin
-    bank, queries = (_for(encoder, part) for part in (split.bank, split.queries))
+        images = for_encoder(encoder, source)
+        return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin
+    bank, queries = (for_encoder(encoder, part) for part in (split.bank, split.queries))
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
     return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 
 
-def _for(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
+def for_encoder(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     """Return the source with as many channels as the encoder takes."""
     if isinstance(source, Source) and (source.channels, encoder.channels) == (1, 3):
         return GreyAsRGB(source)
@@ -233,13 +234,13 @@ def embed_run(
 
 
 def images_for(
-    path: str | Path, encoder: Encoder, data: Any, split: str | None = None, image_column: str | None = None,
+    path: str | Path | None, encoder: Encoder, data: Any, split: str | None = None, image_column: str | None = None,
     label_column: str | None = None,
 ) -> dict[str, Source]:  # fmt: skip
     """Return the images of data by split, as the encoder of a run or of an encoder's folder reads them.
 
     Args:
-        path: A run, or an encoder's folder.
+        path: A run, or an encoder's folder; None for neither.
         encoder: Its encoder.
         data: The images.
         split: The only split; None for every image, without splits that unite others.
@@ -247,13 +248,21 @@ def images_for(
         label_column: Column of the labels, likewise.
     """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    if (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
+    if path is not None and (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
         own = columns_of_other(recipe_of(path), data)
         columns = {key: own[key] if column is None else column for key, column in columns.items()}
     reading: dict[str, Any] = {"channels": encoder.channels, "levels": encoder.levels} | columns
     every = splits(data, **columns)
     names = distinct(every) if split is None else [find_split(split, every) or split]
-    return {name: open_data(data, name, **reading) for name in names}
+    return {name: _in_channels(encoder, data, name, reading) for name in names}
+
+
+def _in_channels(encoder: Encoder, data: Any, split: str, reading: dict[str, Any]) -> Source:
+    """Return the images of a split; grey arrays are read in three channels if the encoder takes three."""
+    for channels in (3, 1) if encoder.channels == 3 else (encoder.channels,):
+        with suppress(DataError):
+            return for_encoder(encoder, open_data(data, split, **reading | {"channels": channels}))
+    return open_data(data, split, **reading)  # raises the error of the encoder's own number of channels
 
 
 def embed_splits(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
@@ -275,7 +284,7 @@ def source_of(recipe: Recipe, data: Any) -> Source:
     return open_data(recipe.data, recipe.split, subset=recipe.subset, **recipe.reading)
 
 
-def _elsewhere(recipe: Recipe, data: Any, columns: dict[str, Any]) -> tuple[Recipe, Source]:
+def elsewhere(recipe: Recipe, data: Any, columns: dict[str, Any]) -> tuple[Recipe, Source]:
     """Return a run's recipe as far as it applies to the images of another data set, and these images."""
     recipe = replace(recipe, test=None, **(columns_of_other(recipe, data) | columns))
     recipe = replace(recipe, split=splits(data, **recipe.columns)[0])
