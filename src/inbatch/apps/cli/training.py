@@ -1,4 +1,4 @@
-"""Commands for training and evaluation: quickstart, pretrain, evaluate, embed, export."""
+"""Commands for training and evaluation: quickstart, pretrain, evaluate, embed."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,6 @@ from inbatch.apps.cli.app import (
 from inbatch.apps.cli.output import (
     print_dry_run,
     print_evaluation,
-    print_export,
     print_run,
     print_verdict,
 )
@@ -316,22 +315,3 @@ def embed(
         if missing:
             few = "; ".join(list(missing.values())[:3])
             warn(f"{unreadable(len(missing))} not in it: {few}")
-
-
-@app.command(
-    epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
-    "  inbatch export runs/simclr-photos-1 -o encoder --json",
-)
-def export(
-    run: RunFolder,
-    out: Annotated[
-        Path, Option("--out", "-o", metavar="FOLDER", help="Output folder, for model.safetensors and config.json.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Write the encoder of a run, finished or stopped, to a folder for inbatch.load and, if supported, timm."""
-    with reported(as_json):
-        from inbatch.api import export_run
-
-        found = export_run(run, out)
-        print_json(found) if as_json else print_export(found)
