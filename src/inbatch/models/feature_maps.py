@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,21 +32,35 @@ def stages(backbone: nn.Module, x: Float[Tensor, "n c s s"]) -> list[Tensor]:
     else:
         maps = _of_children(backbone, x)
     if not maps:
-        raise ConfigError(f"{type(backbone).__name__} gives no feature maps: choose a ResNet, a ViT, or another encoder")
+        raise ConfigError(
+            f"{type(backbone).__name__} gives no feature maps: choose a ResNet, a ViT, or another encoder"
+        )
     return maps
 
 
-def tokens(backbone: nn.Module, x: Float[Tensor, "n c s s"]) -> tuple[Float[Tensor, "n t d"], tuple[int, int]]:
-    """Return the last feature map as tokens, row by row, and its height and width.
+class TokenEncoder:
+    """An encoder whose features of an image are those of `Encoder.tokens`, in one row; for `embed_stream`.
 
-    For a ViT, these are its patch tokens after the final norm, without class and register tokens.
-
-    Args:
-        backbone: as in `stages`.
-        x: normalised images.
+    Attributes:
+        encoder: the encoder.
+        grid: height and width of the feature map.
+        width: numbers per token.
     """
-    last = stages(backbone, x)[-1]
-    return last.flatten(2).mT, (last.shape[2], last.shape[3])
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.prepare, self.evaluating = encoder, encoder.prepare, encoder.evaluating
+        self.channels, self.levels = encoder.channels, encoder.levels
+        black = torch.zeros(1, encoder.channels, encoder.size, encoder.size, dtype=torch.uint8)
+        last = encoder.features(black)[-1]
+        self.grid, self.width = (last.shape[2], last.shape[3]), last.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.encoder.device
+        return device
+
+    def __call__(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "n td"]:
+        return stages(self.encoder.backbone, x)[-1].flatten(2).mT.flatten(1)
 
 
 def _of_timm(backbone: Any, x: Tensor) -> list[Tensor]:

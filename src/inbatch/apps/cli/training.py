@@ -279,7 +279,8 @@ def evaluate(
 
 @app.command(
     epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
-    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test",
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test\n\n"
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o tokens.npz --tokens --float16",
 )
 def embed(
     run: RunFolder,
@@ -291,6 +292,10 @@ def embed(
     plain: Annotated[
         bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
     ] = False,
+    tokens: Annotated[
+        bool, Option("--tokens", help="Patch tokens, or the last feature map, instead of one vector per image.")
+    ] = False,
+    float16: Annotated[bool, Option("--float16", help="Write --tokens in half precision.")] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -301,7 +306,7 @@ def embed(
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
-        options |= {"image_column": image_column, "label_column": label_column}
+        options |= {"image_column": image_column, "label_column": label_column, "tokens": tokens, "float16": float16}
         count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}

@@ -39,9 +39,7 @@ def target_named(name: str) -> Target:
 
 
 @usual_numerics()
-def export_encoder(
-    encoder: Encoder, out: Path, target: str, facts: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def export_encoder(encoder: Encoder, out: Path, target: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write an encoder to a folder for another library, check its features there, and return what was written.
 
     The folder appears complete or not at all. An empty folder or a previous export is replaced.

@@ -1,15 +1,18 @@
 """The computation from uint8 images to features as one traced program, for ONNX, torch.export and Core ML."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from inbatch.errors import ConfigError, reason
 from inbatch.models.encoder import Encoder
 from inbatch.models.readout import Readout
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 class FixedReadout(nn.Module):
@@ -60,7 +63,7 @@ class Graph(nn.Module):
         return self.encoder.represent((images.float() / 255 - self.mean) / self.std)
 
 
-def traced(encoder: Encoder, dtype: torch.dtype = torch.uint8, batch: int | None = None) -> ExportedProgram:
+def traced(encoder: Encoder, dtype: torch.dtype = torch.uint8, batch: int | None = None) -> "ExportedProgram":
     """Return `Graph` as a program of torch.export.
 
     Args:
@@ -72,7 +75,7 @@ def traced(encoder: Encoder, dtype: torch.dtype = torch.uint8, batch: int | None
         ConfigError: if torch cannot trace the encoder.
     """
     images = torch.zeros(batch or 2, encoder.channels, encoder.size, encoder.size, dtype=dtype)
-    shapes = None if batch else ({0: Dim("batch", min=1)},)
+    shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     try:
         with torch.no_grad():
             return torch.export.export(Graph(encoder).eval(), (images,), dynamic_shapes=shapes)

@@ -5,7 +5,7 @@ from typing import Any
 
 from inbatch.models.encoder import Encoder
 
-_USE = '''```python
+_USE = """```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -17,7 +17,7 @@ with torch.no_grad():
 ```
 
 With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the name of the
-repository (with timm: `hf-hub:NAME`).'''
+repository (with timm: `hf-hub:NAME`)."""
 
 
 def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) -> str:
@@ -27,7 +27,7 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
         encoder: the encoder.
         architecture: its name in timm.
         facts: "licence" of the weights, if stated, and, of the run, as far as known: "data", "recipe" (name: value),
-            "figures" (rows of a table: name, value, value before training), "step", "steps", "weights_sha256".
+            "figures" (rows of a table: name, value, value before training), "step", "steps"; and "weights_sha256".
     """
     head = ["---", f"license: {facts.get('licence') or 'unknown'}", "library_name: timm"]
     head += ["pipeline_tag: image-feature-extraction", "tags:", "- timm", "- transformers", "- inbatch", "---", ""]
@@ -41,8 +41,8 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
     if encoder.readout is not None:
         text += [
             "",
-            f"`inbatch.load(FOLDER)` also whitens the features (`readout.safetensors`, {encoder.readout.width} numbers per "
-            "image). timm and transformers return the features before whitening.",
+            f"`inbatch.load(FOLDER)` also whitens the features (`readout.safetensors`, {encoder.readout.width} numbers "
+            "per image). timm and transformers return the features before whitening.",
         ]
     text += ["", "## Use", "", _USE.format(mode=mode, width=encoder.width), "", "## Training", ""]
     text += [f"- Data: {facts.get('data') or 'not stated'}"]
@@ -51,7 +51,7 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
     text += [f"- `{key}`: {value}" for key, value in facts.get("recipe", {}).items()]
     text += ["", "## Figures", "", *_figures(facts.get("figures", []))]
     text += ["", "## Licence and files", "", f"- Licence of the weights: {facts.get('licence') or 'not stated'}"]
-    text += [f"- SHA-256 of model.safetensors: `{facts['weights_sha256']}`"] if "weights_sha256" in facts else []
+    text += [f"- SHA-256 of model.safetensors: `{facts['weights_sha256']}`"]
     return "\n".join([*head, *text]) + "\n"
 
 

@@ -1,6 +1,7 @@
 """What all targets of an export share: the result of writing one, and the comparison of its features."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ def compare(encoder: Encoder, run: Callable[[Tensor], Any], what: str, whitened:
                 f"{what} gives features of shape {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was "
                 "written. Choose another target"
             )
-        difference = max(difference, float((found - expected).abs().max()))
+        gap = float((found - expected).abs().max())
+        difference = max(difference, gap if found.isfinite().all() else math.inf)  # max() would drop NaN
         largest = max(largest, float(expected.abs().max()))
     if not difference <= TOLERANCE * max(1.0, largest):
         raise InbatchError(

@@ -16,8 +16,8 @@ _LAYOUTS = {1: "GRAYSCALE", 3: "RGB"}
 
 _CODE = '''"""Convert encoder.pt2 to encoder.mlpackage: pip install coremltools torch, then run this script.
 
-The input is an image of {size} x {size} pixels ({layout}); the program contains the normalisation, so that scale is 1 and
-bias is 0. The output "features" has {width} numbers, in float16 by default.
+The input is an image of {size} x {size} pixels ({layout}). The program contains the normalisation, so that scale is 1
+and bias is 0. The output "features" has {width} numbers, in float16 by default.
 """
 
 from pathlib import Path
@@ -43,7 +43,8 @@ def write(encoder: Encoder, folder: Path, facts: Mapping[str, Any]) -> Written:
     """Write encoder.pt2 (one image with float values from 0 to 255 -> features) and the script of the conversion."""
     if encoder.channels not in _LAYOUTS:
         raise ConfigError(
-            f"Core ML takes images of 1 or 3 channels, and {encoder.name} takes {encoder.channels}: choose the target onnx"
+            f"Core ML takes images of 1 or 3 channels, and {encoder.name} takes {encoder.channels}: "
+            "choose the target onnx"
         )
     torch.export.save(traced(encoder, torch.float32, batch=1), folder / FILE)
     values = {"size": encoder.size, "channels": encoder.channels, "width": encoder.feature_width}

@@ -8,6 +8,7 @@ from typing import Any
 from inbatch.errors import ConfigError, InbatchError, reason
 from inbatch.models.encoder import Encoder
 from inbatch.models.export import to_timm
+from inbatch.models.export.folder import contents
 from inbatch.models.export.model_card import model_card
 from inbatch.models.export.target import Written
 
@@ -15,6 +16,7 @@ from inbatch.models.export.target import Written
 def write(encoder: Encoder, folder: Path, facts: Mapping[str, Any]) -> Written:
     """Write the files of `to_timm`, which transformers reads through its wrapper of timm's models, and README.md."""
     written = to_timm.write(encoder, folder, facts, "hf")  # transformers has no other models for most encoders
+    facts = dict(facts) | {"weights_sha256": contents(folder)["model.safetensors"]["sha256"]}
     (folder / "README.md").write_text(model_card(encoder, written.more["model"], facts), encoding="utf-8")
     return dataclasses.replace(written, load="transformers.AutoModel.from_pretrained(OUT)")
 

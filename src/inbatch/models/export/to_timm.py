@@ -16,8 +16,8 @@ from inbatch.models.weights import fill, save_encoder
 HINT = "--to onnx and --to torch take every encoder"
 OWN = "it is an encoder of inbatch, which no other library has"
 CIFAR = (
-    "it has the CIFAR stem (the default up to 64 pixels: a 3x3 convolution of stride 1, no max-pool), which no model of "
-    "{library} has; an encoder trained with --set encoder.stem=imagenet has the stem of {library}"
+    "it has the CIFAR stem (the default up to 64 pixels: a 3x3 convolution of stride 1, no max-pool), which no model "
+    "of {library} has; an encoder trained with --set encoder.stem=imagenet has the stem of {library}"
 )
 
 
