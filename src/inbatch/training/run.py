@@ -202,7 +202,7 @@ def embed_run(
     if stage is not None:
         stage["splits"] = {name: len(source) for name, source in sources.items()}
     with encoder.plain() if plain else nullcontext():
-        layout = dense and Tokens(dense.grid, dense.width, float16)
+        layout = None if dense is None else Tokens(dense.grid, dense.width, float16)
         return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"), layout)
 
 
