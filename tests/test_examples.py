@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+from PIL import Image
 from rank_pool import on_ranks
 from timm.models import _registry
 from torch import distributed
@@ -20,6 +22,7 @@ from torch import distributed
 import inbatch
 from inbatch.api import pretrain
 from inbatch.methods import METHODS
+from inbatch.models import create_encoder, save_encoder
 from inbatch.training import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -63,7 +66,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 def test_scripts_are_short_listed_and_state_their_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
     for script in SCRIPTS:
         text = script.read_text()
         assert len(text.splitlines()) < 60, script.name
@@ -138,6 +141,28 @@ def test_few_labels_are_worth_more_on_learned_features(search: tuple[str, str]) 
 
 
 @pytest.mark.slow
+def test_onnx_inference_gives_the_features_of_the_encoder(tmp_path: Path) -> None:
+    """Up to the rounding of resized pixels to whole numbers, which Pillow does and the encoder does not."""
+    pytest.importorskip("onnxruntime")
+    inbatch.export_run(untrained_encoder(tmp_path), tmp_path / "onnx", "onnx")
+    rng, files = np.random.default_rng(0), []
+    for i, sides in enumerate([(30, 50), (64, 48), (41, 41)]):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize(sides).save(files[-1])
+    rows = runpy.run_path(str(EXAMPLES / "onnx_inference.py"))["features"](str(tmp_path / "onnx"), files)
+    expected = inbatch.load(tmp_path / "encoder").embed([Image.open(file) for file in files])
+    assert np.linalg.norm(rows - expected) < 0.02 * np.linalg.norm(expected)
+    assert "(2, 96)" in run_script("onnx_inference.py")
+
+
+def untrained_encoder(folder: Path) -> Path:
+    """Return the folder of an untrained encoder."""
+    encoder = create_encoder("fast", size=32, width=8, check=False).eval()
+    save_encoder(encoder, folder / "encoder")
+    return folder / "encoder"
+
+
+@pytest.mark.slow
 def test_sklearn_pipeline_classifies(search: tuple[str, str]) -> None:
     assert number_after("accuracy", run_script("sklearn_pipeline.py", search[1])) > 0.6
 
@@ -145,6 +170,8 @@ def test_sklearn_pipeline_classifies(search: tuple[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_documented_command_runs(script: Path) -> None:
+    if script.stem == "onnx_inference":
+        pytest.importorskip("onnxruntime")
     words = shlex.split(re.search(r"^    (.*)$", script.read_text(), re.M)[1].removesuffix(" [RUN]"))  # type: ignore[index]
     program = [sys.executable]
     if words[0] == "torchrun":

@@ -64,6 +64,11 @@ ONLY: dict[str, set[str]] = {
     "wandb": {"training.trackers.wandb"},
     "mlflow": {"training.trackers.mlflow"},
     "trackio": {"training.trackers.trackio"},
+    "onnx": {"models.export.to_onnx"},
+    "onnxruntime": {"models.export.to_onnx"},
+    "onnxscript": {"models.export.to_onnx"},
+    "transformers": set(),
+    "coremltools": set(),
 }
 """Library -> the packages or files that may name it."""
 

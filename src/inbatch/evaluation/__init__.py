@@ -6,7 +6,7 @@ from inbatch.evaluation.corruptions import CORRUPTIONS, Chance, corruptions
 from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, raw_pixels, readable
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
-from inbatch.evaluation.export import write_embeddings
+from inbatch.evaluation.export import Tokens, write_embeddings
 from inbatch.evaluation.few_labels import SHARES, evaluate_few_labels, few_labels
 from inbatch.evaluation.finetune import TUNINGS, Finetune, Tuned, finetune, tune
 from inbatch.evaluation.knn import knn, knn_scores
@@ -26,6 +26,7 @@ __all__ = [
     "Kept",
     "Lbfgs",
     "Sgd",
+    "Tokens",
     "Tuned",
     "ari",
     "assigned",

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -15,28 +16,66 @@ from inbatch.runtime.files import replacing
 from inbatch.runtime.paths import path_of
 
 
-def write_embeddings(path: str | Path, stream: Iterable[Embeddings]) -> int:
+@dataclass(frozen=True)
+class Tokens:
+    """Layout of a file with several tokens per image, written as `tokens` instead of `vector`.
+
+    Attributes:
+        grid: height and width of the feature map; tokens are its positions, row by row.
+        width: numbers per token.
+        half: write float16 instead of float32.
+    """
+
+    grid: tuple[int, int]
+    width: int
+    half: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.grid[0] * self.grid[1], self.width
+
+
+def write_embeddings(path: str | Path, stream: Iterable[Embeddings], tokens: Tokens | None = None) -> int:
     """Write path, index, label (-1 unknown), vector and split to a .parquet or .npz file; return the number of rows.
 
     The index is the number of the image in its split. Labels are the integers of the data, `class` has the names of the
     classes, empty or null for unknown. Replaces an existing file.
 
+    Args:
+        path: the file.
+        stream: chunks of embeddings.
+        tokens: write `tokens` instead of `vector`: in .npz an array (N, T, D) and `grid` (height, width), in .parquet a
+            list of T * D numbers per row, with "grid" and "width" as JSON in the metadata "inbatch.tokens".
+
     Raises:
         ConfigError: for other endings, or .parquet without pyarrow.
-        DataError: if the stream is empty.
+        DataError: if the stream is empty, or a number does not fit into float16.
     """
     path = path_of(path, "out")
-    writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings]], int]] = {".parquet": _parquet, ".npz": _npz}
+    writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings], Tokens | None], int]] = {
+        ".parquet": _parquet,
+        ".npz": _npz,
+    }
     if path.suffix not in writers:
         raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
     with replacing(path) as file:
-        rows = writers[path.suffix](file, stream)
+        rows = writers[path.suffix](file, stream, tokens)
         if not rows:
             raise DataError(f"{path} was not written: there are no images to embed.")
     return rows
 
 
-def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
+def _numbers(chunk: Embeddings, tokens: Tokens | None) -> np.ndarray:
+    """Return the vectors of a chunk in the type of the file."""
+    vectors = np.ascontiguousarray(chunk.vectors.numpy(), np.float32)
+    if tokens is None or not tokens.half:
+        return vectors
+    if np.abs(vectors).max(initial=0) > np.finfo(np.float16).max:
+        raise DataError(f"tokens reach {np.abs(vectors).max():.3g}, which float16 does not hold: leave out --float16")
+    return vectors.astype(np.float16)
+
+
+def _parquet(file: IO[bytes], stream: Iterable[Embeddings], tokens: Tokens | None = None) -> int:
     """Write one row group per chunk."""
     try:
         import pyarrow as pa
@@ -47,17 +86,19 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     try:
         for chunk in stream:
             n, width = chunk.vectors.shape
+            values = pa.array(_numbers(chunk, tokens).ravel())
             ids, classes = _tables(chunk)
             numbers = chunk.labels.numpy()
             columns = {
                 "path": pa.array([_text(i) for i in chunk.identities], pa.string()),
                 "index": pa.array(chunk.index.numpy()),
                 "label": pa.array(ids[numbers]),
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(chunk.vectors.numpy().ravel()), width),
+                "vector" if tokens is None else "tokens": pa.FixedSizeListArray.from_arrays(values, width),
                 "split": pa.array([chunk.split] * n, pa.string()),
                 "class": pa.array(classes[numbers], pa.string(), mask=classes[numbers] == ""),
             }
-            table = pa.table(columns)
+            layout = tokens and {"inbatch.tokens": json.dumps({"grid": tokens.grid, "width": tokens.width})}
+            table = pa.table(columns, metadata=layout)
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
             rows += n
@@ -67,7 +108,7 @@ def _parquet(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
     return rows
 
 
-def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
+def _npz(file: IO[bytes], stream: Iterable[Embeddings], tokens: Tokens | None = None) -> int:
     """Write through unnamed files: the number of rows and the longest path are only known at the end."""
     folder = Path(file.name).parent
     with TemporaryFile(dir=folder) as vectors, TemporaryFile("w+", dir=folder) as names:
@@ -75,7 +116,7 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
         splits: list[tuple[str, int]] = []
         tables: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # of each split
         for chunk in stream:
-            vectors.write(np.ascontiguousarray(chunk.vectors.numpy(), np.float32).tobytes())
+            vectors.write(_numbers(chunk, tokens).tobytes())
             key = (chunk.classes, chunk.ids)
             tables[key] = _tables(chunk, tables.get(key))
             labels.append((key, chunk.labels.numpy()))
@@ -95,7 +136,12 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings]) -> int:
             _array(archive, "index", np.dtype("<i8"), (rows,), (x.astype("<i8").tobytes() for x in index))
             _array(archive, "label", np.dtype("<i8"), (rows,), (tables[key][0][x].tobytes() for key, x in labels))
             _array(archive, "split", word, (rows,), (np.full(count, name, word).tobytes() for name, count in splits))
-            _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
+            if tokens is None:
+                _array(archive, "vector", np.dtype("<f4"), (rows, width), _pieces(vectors))
+            else:
+                kind = np.dtype("<f2" if tokens.half else "<f4")
+                _array(archive, "tokens", kind, (rows, *tokens.shape), _pieces(vectors))
+                _array(archive, "grid", np.dtype("<i8"), (2,), iter([np.array(tokens.grid, "<i8").tobytes()]))
             word = max((classes.dtype for _, classes in tables.values()), key=lambda dtype: dtype.itemsize)
             parts = (tables[key][1].astype(word)[numbers].tobytes() for key, numbers in labels)
             _array(archive, "class", word, (rows,), parts)

@@ -110,7 +110,7 @@ def _torchvision(name: str, size: int, channels: int, kwargs: dict[str, Any]) ->
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise _unknown(f"torchvision/{name}", [f"torchvision/{n}" for n in names])
-    kwargs = _torchvision_defaults(name, size) | kwargs
+    kwargs = torchvision_defaults(name, size) | kwargs
     backbone = torchvision.models.get_model(name, weights=None, **kwargs)
     linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
@@ -126,7 +126,7 @@ def _torchvision(name: str, size: int, channels: int, kwargs: dict[str, Any]) ->
     return backbone, (linear[-1], *auxiliary)
 
 
-def _torchvision_defaults(name: str, size: int) -> dict[str, Any]:
+def torchvision_defaults(name: str, size: int) -> dict[str, Any]:
     """Return arguments that a torchvision model accepts: its image size, and no auxiliary classifiers.
 
     Auxiliary classifiers make a model return several outputs in training. `init_weights` repeats the default, which

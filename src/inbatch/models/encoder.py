@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inbatch.data.pixels import Levels
 from inbatch.errors import ConfigError, DataError, type_name
+from inbatch.models.feature_maps import stages
 from inbatch.models.library_errors import explained
 from inbatch.models.prepare import Prepare
 from inbatch.models.readout import Readout
@@ -149,6 +150,21 @@ class Encoder(nn.Module):
             if rows
             else np.empty((0, self.readout.width if self.readout else self.width), np.float32)
         )
+
+    @usual_numerics()
+    def features(self, images: Any) -> list[Tensor]:
+        """Return the feature maps (N, C, h, w) of clean images, in a form that `embed` takes, the finest first.
+
+        `feature_maps.stages` describes them, and computes them with gradient. ConfigError if the backbone has none.
+        """
+        x = self.preprocess(images)
+        with self.evaluating(), explained(self.name, "give feature maps", "Choose a ResNet or ViT", self.backbone):
+            return stages(self.backbone, x)
+
+    @usual_numerics()
+    def tokens(self, images: Any) -> Float[Tensor, "n t d"]:
+        """Return the patch tokens of clean images, or the last feature map row by row; see `features`."""
+        return self.features(images)[-1].flatten(2).mT
 
     def preprocess(self, images: Any) -> Float[Tensor, "n c s s"]:
         """Return clean images resized, cropped and normalised, on the encoder's device, as `forward` takes them.

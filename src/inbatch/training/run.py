@@ -1,4 +1,4 @@
-"""Operations on a run directory: load its encoder, evaluate, export, replay, and embed other images."""
+"""Operations on a run directory: load its encoder, evaluate, replay, and embed other images."""
 
 import shlex
 import warnings
@@ -13,10 +13,10 @@ import torch
 from inbatch.data import SKIPPED, GreyAsRGB, Source, find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluation import Embeddings, write_embeddings
+from inbatch.evaluation import Embeddings, Tokens, write_embeddings
 from inbatch.evaluation import embed_stream as stream
-from inbatch.models import Encoder, save_encoder
-from inbatch.models.weights import READOUT
+from inbatch.models import Encoder
+from inbatch.models.feature_maps import TokenEncoder
 from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
@@ -34,7 +34,6 @@ from inbatch.training.run_evaluation import PROTOCOLS, before_training, evaluate
 from inbatch.training.settings_file import read_file
 
 AnyImages = TypeVar("AnyImages", bound=Images)
-ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
 
 
 @dataclass(frozen=True)
@@ -152,40 +151,6 @@ def for_encoder(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
     return source
 
 
-@briefly_isolated
-def export_run(path: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the encoder of a run, finished or stopped, into its own folder, as `save_encoder` does.
-
-    `inbatch.load(out)` reads it, and so does timm (`local-dir:`) if it can build the backbone, as "timm" in the result
-    states.
-
-    Raises:
-        ConfigError: If the folder contains anything except a previously written encoder.
-    """
-    out = path_of(out, "out")
-    if out.exists() and not _is_free(out):
-        raise ConfigError(f"{out} exists and is not an exported encoder: choose another folder")
-    loaded = load_run_encoder(path)
-    save_encoder(loaded.encoder, out)
-    encoder, readable_by_timm = loaded.encoder, "architecture" in read_json(out / "config.json")
-    what = {"encoder": encoder.name, "size": encoder.size, "channels": encoder.channels}
-    what["width"] = encoder.feature_width
-    return {"run": str(path), "out": str(out), "timm": readable_by_timm} | what | loaded.stage()
-
-
-def _is_free(out: Path) -> bool:
-    """Return whether a folder is empty, or contains only an encoder written by this package."""
-    if not out.is_dir():
-        return False
-    inside = {entry.name for entry in out.iterdir()}
-    if not inside:
-        return True
-    try:
-        return inside <= ENCODER_FILES and "inbatch" in read_json(out / "config.json")
-    except DataError:
-        return False
-
-
 @isolated
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
@@ -197,7 +162,7 @@ def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
-    image_column: str | None = None, label_column: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, tokens: bool = False, float16: bool = False,
 ) -> int:  # fmt: skip
     """Write path, index, label, features and split of every image to a .parquet or .npz file; return their number.
 
@@ -218,7 +183,14 @@ def embed_run(
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
         image_column: Column of the images; by default that of the run, if the data have it.
         label_column: Column of the labels, likewise.
+        tokens: Write patch tokens, or the last feature map, instead of one vector per image (`write_embeddings`).
+        float16: Write tokens in half precision.
+
+    Raises:
+        ConfigError: If float16 is requested without tokens, or if the encoder has no feature map.
     """
+    if float16 and not tokens:
+        raise ConfigError("--float16 halves the files of --tokens: add it; vectors are written in float32")
     loaded = load_run_encoder(path)
     if stage is not None:
         stage |= loaded.stage()
@@ -226,11 +198,13 @@ def embed_run(
         warnings.warn(loaded.note, stacklevel=3)
     encoder = loaded.encoder.to(device_for(device))
     sources = images_for(path, encoder, data, split, image_column, label_column)
-    chunks, count = embed_splits(encoder, sources, missing), sum(map(len, sources.values()))
+    dense = TokenEncoder(encoder) if tokens else None
+    chunks, count = embed_splits(dense or encoder, sources, missing), sum(map(len, sources.values()))
     if stage is not None:
         stage["splits"] = {name: len(source) for name, source in sources.items()}
     with encoder.plain() if plain else nullcontext():
-        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"))
+        layout = None if dense is None else Tokens(dense.grid, dense.width, float16)
+        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"), layout)
 
 
 def images_for(
@@ -265,7 +239,9 @@ def _in_channels(encoder: Encoder, data: Any, split: str, reading: dict[str, Any
     return open_data(data, split, **reading)  # raises the error of the encoder's own number of channels
 
 
-def embed_splits(encoder: Encoder, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
+def embed_splits(
+    encoder: Encoder | TokenEncoder, sources: dict[str, Source], missing: dict[int, str] | None
+) -> Iterator[Embeddings]:
     """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
     before = 0
     for name, source in sources.items():

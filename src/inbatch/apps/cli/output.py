@@ -155,11 +155,21 @@ def print_run(result: Mapping[str, Any]) -> None:
 
 
 def print_export(found: Mapping[str, Any]) -> None:
-    """Print an exported encoder, its location, and how to load it."""
+    """Print an exported encoder, its location, the comparison in the other library, and how to load it."""
     shape = f"{found['channels']}x{found['size']}x{found['size']} -> {found['width']}"
     say(f"Encoder:    {found['encoder']}, {shape}", f"Written to: {found['out']}")
-    say(*([f"Note:       {found['note']}"] if found["note"] else []), "", "In Python:", "")
-    say(f"  inbatch.load({found['out']!r})")
+    if "check" in found:
+        check, features = found["check"], found["features"]
+        kind = f" (the largest is {check['largest_feature']:.2g})"
+        kind += "" if features["as"] == "embed" else f"; they are {features['number']}, {features['as']}"
+        say(*(f"            {name}, {_size(file['bytes'])}" for name, file in found["files"].items()))
+        say(f"Checked by: {check['library']}: features differ by at most {check['max_difference']:.1e}{kind}")
+    say(*([f"Pushed to:  {found['pushed']}"] if "pushed" in found else []))
+    say(*([f"Note:       {found['note']}"] if found["note"] else []))
+    if "load" in found:
+        say("", "To load it:", "", f"  {found['load']}")
+        return
+    say("", "In Python:", "", f"  inbatch.load({found['out']!r})")
     if found["timm"]:
         say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
 

@@ -1,4 +1,4 @@
-"""Commands for training and evaluation: quickstart, pretrain, evaluate, embed, export."""
+"""Commands for training and evaluation: quickstart, pretrain, evaluate, embed."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,6 @@ from inbatch.apps.cli.app import (
 from inbatch.apps.cli.output import (
     print_dry_run,
     print_evaluation,
-    print_export,
     print_run,
     print_verdict,
 )
@@ -280,7 +279,8 @@ def evaluate(
 
 @app.command(
     epilog="Examples:\n\n  inbatch embed runs/simclr-photos-1 ~/photos -o features.parquet\n\n"
-    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test",
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o features.npz --split test\n\n"
+    "  inbatch embed runs/simclr-photos-1 ~/photos -o tokens.npz --tokens --float16",
 )
 def embed(
     run: RunFolder,
@@ -292,6 +292,10 @@ def embed(
     plain: Annotated[
         bool, Option("--plain", help="Features before whitening (preset fast): for clustering with other tools.")
     ] = False,
+    tokens: Annotated[
+        bool, Option("--tokens", help="Patch tokens, or the last feature map, instead of one vector per image.")
+    ] = False,
+    float16: Annotated[bool, Option("--float16", help="Write --tokens in half precision.")] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -302,7 +306,7 @@ def embed(
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
-        options |= {"image_column": image_column, "label_column": label_column}
+        options |= {"image_column": image_column, "label_column": label_column, "tokens": tokens, "float16": float16}
         count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}
@@ -316,22 +320,3 @@ def embed(
         if missing:
             few = "; ".join(list(missing.values())[:3])
             warn(f"{unreadable(len(missing))} not in it: {few}")
-
-
-@app.command(
-    epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
-    "  inbatch export runs/simclr-photos-1 -o encoder --json",
-)
-def export(
-    run: RunFolder,
-    out: Annotated[
-        Path, Option("--out", "-o", metavar="FOLDER", help="Output folder, for model.safetensors and config.json.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Write the encoder of a run, finished or stopped, to a folder for inbatch.load and, if supported, timm."""
-    with reported(as_json):
-        from inbatch.api import export_run
-
-        found = export_run(run, out)
-        print_json(found) if as_json else print_export(found)

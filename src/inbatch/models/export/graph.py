@@ -1,0 +1,86 @@
+"""The computation from uint8 images to features as one traced program, for ONNX, torch.export and Core ML."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from inbatch.errors import ConfigError, reason
+from inbatch.models.encoder import Encoder
+from inbatch.models.readout import Readout
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+class FixedReadout(nn.Module):
+    """A readout whose steps do not depend on its state, which a traced program could not follow."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, readout: Readout) -> None:
+        super().__init__()
+        self.grid, self.width, self.fitted = readout.grid, readout.width, bool(int(readout.images))
+        self.register_buffer("mean", readout.mean.clone())
+        self.register_buffer("matrix", readout.matrix.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool and whiten as `Readout` does."""
+        pooled = self._pooled(x) if x.ndim == 4 else x.repeat(1, self.grid**2)
+        return (pooled - self.mean) @ self.matrix if self.fitted else pooled
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Average over the parts of the grid, by slices: ONNX has no adaptive pooling for every size."""
+        height, width = x.shape[2:]
+        rows = [
+            x[:, :, i * height // self.grid : -(-(i + 1) * height // self.grid)][
+                :, :, :, j * width // self.grid : -(-(j + 1) * width // self.grid)
+            ].mean((2, 3))
+            for i in range(self.grid)
+            for j in range(self.grid)
+        ]
+        return torch.stack(rows, 2).flatten(1)
+
+
+class Graph(nn.Module):
+    """Features (N, F) of images (N, C, size, size) with values from 0 to 255; normalisation and whitening included."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
+        if encoder.readout is not None:
+            self.encoder.readout = FixedReadout(encoder.readout)  # type: ignore[assignment]
+        self.register_buffer("mean", torch.tensor(encoder.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(encoder.std).view(-1, 1, 1))
+
+    def forward(self, images: Num[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
+        return self.encoder.represent((images.float() / 255 - self.mean) / self.std)
+
+
+def traced(encoder: Encoder, dtype: torch.dtype = torch.uint8, batch: int | None = None) -> "ExportedProgram":
+    """Return `Graph` as a program of torch.export.
+
+    Args:
+        encoder: the encoder.
+        dtype: type of the images.
+        batch: number of images of every call; None: any number.
+
+    Raises:
+        ConfigError: if torch cannot trace the encoder.
+    """
+    images = torch.zeros(batch or 2, encoder.channels, encoder.size, encoder.size, dtype=dtype)
+    shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(Graph(encoder).eval(), (images,), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises any exception for code that it cannot trace
+        raise ConfigError(
+            f"torch.export cannot trace {encoder.name} ({reason(error)[:300]}): choose the target timm or torchvision, "
+            "or another encoder"
+        ) from error

@@ -1,0 +1,47 @@
+"""Target `onnx`: a graph for onnxruntime and other runtimes, from uint8 images to features."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inbatch.errors import ConfigError, reason
+from inbatch.models.encoder import Encoder
+from inbatch.models.export.graph import traced
+from inbatch.models.export.target import Written, compare, library, required
+
+FILE = "encoder.onnx"
+OPSET = 18
+"""Version of the operators: that of torch's exporter, which every onnxruntime since 1.14 (2023) reads."""
+_ONE_FILE = 1_900_000_000
+"""Bytes of weights up to which they are in the same file: a file of protobuf ends at 2 GiB."""
+
+
+def write(encoder: Encoder, folder: Path, facts: Mapping[str, Any]) -> Written:
+    """Write encoder.onnx (uint8 images of any number -> features), and compare the features of onnxruntime."""
+    _, _, onnxruntime = required("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    program = traced(encoder)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the exporter's own dependencies
+            graph = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["features"],
+                verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # the exporter raises any exception for an operator without translation
+        raise ConfigError(
+            f"torch.onnx cannot export {encoder.name} ({reason(error)[:300]}): choose the target torch"
+        ) from error
+    assert graph is not None
+    graph.model.metadata_props.update({f"inbatch.{key}": json.dumps(value) for key, value in facts.items()})
+    size = sum(x.nbytes for x in (*encoder.parameters(), *encoder.buffers()))
+    graph.save(folder / FILE, external_data=size > _ONE_FILE)
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    difference, largest = compare(
+        encoder, lambda images: session.run(None, {"images": images.numpy()})[0], f"the ONNX file of {encoder.name}"
+    )
+    load = f"onnxruntime.InferenceSession(OUT + '/{FILE}').run(None, {{'images': images}})"
+    return Written(library("onnxruntime"), difference, largest, load, more={"opset": OPSET})
