@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inbatch import losses as losses
     from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
+    from inbatch.apps.collection.search import search_images
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.explorer.explore import explore_features
@@ -27,6 +28,7 @@ _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "En
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
+_WHERE |= {"search_images": "inbatch.apps.collection.search"}
 
 __all__ = [
     "METHODS",
@@ -44,6 +46,7 @@ __all__ = [
     "load_run",
     "losses",
     "pretrain",
+    "search_images",
     "survey_data",
     "tune",
 ]
