@@ -35,7 +35,7 @@ def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     return rows.div(length.float()).mul_(_GRID).round_().div_(_GRID)
 
 
-def check(k: int, most: int, query: Float[Tensor, "q f"], bank: Float[Tensor, "m f"]) -> None:
+def check(k: int, most: int, query: Float[Tensor, "q f"], bank: Float[Tensor, "m g"]) -> None:
     """Raise ConfigError unless k is in 1 to `most`, and DataError if the rows have different widths."""
     check_whole("k", k)
     if query.shape[1] != bank.shape[1]:

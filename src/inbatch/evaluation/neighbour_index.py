@@ -77,7 +77,7 @@ class NeighbourIndex:
 
     @usual_numerics()
     @torch.no_grad()
-    def nearest(self, query: Float[Tensor, "q f"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    def nearest(self, query: Float[Tensor, "q g"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
         """Return similarities and positions as `inbatch.evaluation.neighbours.nearest`. Raises as it does."""
         check(k, len(self.vectors), query, self.vectors)
         return self._search(query, k, None)

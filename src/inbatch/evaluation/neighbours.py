@@ -25,7 +25,7 @@ def check_index(index: str) -> str:
 @usual_numerics()
 @torch.no_grad()
 def nearest(
-    query: Float[Tensor, "q f"], bank: Float[Tensor, "m f"], k: int, *, index: str = "exact"
+    query: Float[Tensor, "q f"], bank: Float[Tensor, "m g"], k: int, *, index: str = "exact"
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
     """Return the similarities and positions of the k rows of the bank that are nearest to each query, nearest first.
 
