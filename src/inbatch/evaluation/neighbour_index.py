@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class NeighbourIndex:
             lists[start : start + _BLOCK] = torch.from_numpy(near[:, 0])
         return cls(vectors, torch.from_numpy(means.centroids), lists)
 
+    @cached_property
+    def _members(self) -> tuple[Int[Tensor, "m"], ...]:
+        """The rows of each list."""
+        return self.lists.argsort(stable=True).split(self.lists.bincount(minlength=len(self.centroids)).tolist())
+
     @usual_numerics()
     @torch.no_grad()
     def nearest(self, query: Float[Tensor, "q g"], k: int) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
@@ -91,10 +97,8 @@ class NeighbourIndex:
 
     def _search(self, query: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
         similarity, place = torch.empty(len(query), k), torch.empty(len(query), k, dtype=torch.long)
-        order = self.lists.argsort(stable=True)
-        members = order.split(self.lists.bincount(minlength=len(self.centroids)).tolist())
         for at in torch.arange(len(query)).split(_QUERIES):
-            places = self._candidates(unit_rows(query[at[0] : at[-1] + 1]), members, k + (own is not None))
+            places = self._candidates(unit_rows(query[at[0] : at[-1] + 1]), k + (own is not None))
             if own is not None:
                 places.masked_fill_(places == own[at, None], -1)
             similarity[at], place[at] = ordered(query[at[0] : at[-1] + 1], self.vectors, places, k)
@@ -103,9 +107,9 @@ class NeighbourIndex:
             similarity[few], place[few] = search(query[few], self.vectors, k, None if own is None else own[few])
         return similarity, place
 
-    def _candidates(self, rows: Tensor, members: tuple[Tensor, ...], count: int) -> Tensor:
+    def _candidates(self, rows: Tensor, count: int) -> Tensor:
         """Return the positions of the nearest rows in the lists that are nearest to each query, -1 if there are few."""
-        faiss = _library()
+        faiss, members = _library(), self._members
         heap = faiss.ResultHeap(len(rows), count, keep_max=True)
         for number, queries in self._queries_of_lists(rows):
             if not len(members[number]):
