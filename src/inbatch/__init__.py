@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         train_classifier,
     )
     from inbatch.apps.collection.labels import find_label_errors
+    from inbatch.apps.collection.search import search_images
     from inbatch.apps.collection.select import select_images
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
@@ -43,6 +44,7 @@ _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.report
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
+_WHERE |= {"search_images": "inbatch.apps.collection.search"}
 
 __all__ = [
     "METHODS",
@@ -63,6 +65,7 @@ __all__ = [
     "losses",
     "predict",
     "pretrain",
+    "search_images",
     "select_images",
     "survey_data",
     "train_classifier",

@@ -1,4 +1,4 @@
-"""Commands for a collection of images after training: explore."""
+"""Commands for a collection of images after training: explore, search."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from inbatch.apps.cli.app import (
     reported,
     requested_output,
 )
-from inbatch.apps.console import note, say
+from inbatch.apps.console import note, print_table, say, warn
 from inbatch.errors import many
 
 
@@ -86,3 +86,70 @@ def _show_map(result: dict[str, Any]) -> None:
     if "common_neighbours" in result:
         say(f"Neighbours:  {result['common_neighbours']:.0%} of the {result['neighbours']} nearest are common to both")
     say(f"Time:        {result['seconds']['total']:,.1f} s", "", f"Open {result['out']} in a browser.")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch search runs/simclr-photos-1 cat.jpg\n\n"
+    "  inbatch search runs/simclr-photos-1 new-photos --data ~/photos -k 5 -o hits.png\n\n"
+    "  inbatch search runs/simclr-photos-1 cat.jpg --features photos.npz --json\n\n"
+    "  inbatch search runs/simclr-photos-1 ~/photos/cat.jpg --exclude-self --index approximate",
+)
+def search(
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory or encoder's folder; it embeds the queries.")],
+    images: Annotated[list[str], Argument(metavar="IMAGE...", help="Images to search for, or folders of them.")],
+    data: Annotated[list[str] | None, Option(help="Images to search in; default: those of the run.")] = None,
+    k: Annotated[int, Option("-k", min=1, help="Nearest images of each query.")] = 20,
+    features: Annotated[
+        Path | None, Option(metavar="FILE", help="Features to search in, of inbatch embed RUN; --data: their images.")
+    ] = None,
+    index: Annotated[
+        str, Option(metavar="exact|approximate", help="Compare with all images, or by an index.")
+    ] = "exact",
+    exclude_self: Annotated[bool, Option("--exclude-self", help="Leave out the query if it is searched in.")] = False,
+    split: Annotated[str | None, Option(help="The only split to search in; default: every image.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="PNG", help="Also draw the nearest images.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """List the images that are nearest to given images, by the cosine similarity of features.
+
+    The features of RUN are kept in RUN/features and computed again only if images or encoder change.
+    """
+    with reported(as_json):
+        from inbatch.apps.collection.search import search_images
+        from inbatch.runtime.path_list import joined_paths
+
+        picture = None if out is None else requested_output(out)
+
+        def compute() -> dict[str, Any]:
+            result = search_images(
+                run, images, joined_paths(data) or None, k=k, features=features, index=index, exclude_self=exclude_self,
+                split=split, out=picture, device=device, quiet=quiet, image_column=image_column,
+                label_column=label_column,
+            )  # fmt: skip
+            for text in () if quiet else result["notes"]:
+                note(text)
+            for text in result["unreadable_queries"]:
+                warn(text)
+            return result
+
+        deliver(compute, as_json, _show_neighbours)
+
+
+def _show_neighbours(result: dict[str, Any]) -> None:
+    several, queries = len(result["queries"]) > 1, result["queries"]
+    rows = [
+        (query["path"] if near["rank"] == 1 else "", str(near["rank"]), f"{near['similarity']:.4f}", near["path"],
+         near["class"] or "", near["split"], "itself" if near["itself"] else "")
+        for query in queries
+        for near in query["neighbours"]
+    ]  # fmt: skip
+    headings = ("query", "rank", "similarity", "path", "class", "split", "")
+    kept = [i for i in range(len(headings)) if (i or several) and (headings[i] or any(row[i] for row in rows))]
+    print_table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    say("", f"Nearest of {many(result['images'], 'image')} by cosine similarity ({result['index']})")
+    if result["out"]:
+        say(f"Picture: {result['out']}")

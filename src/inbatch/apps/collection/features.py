@@ -124,8 +124,8 @@ def open_collection(
         data = own.data
     else:
         sources = images_for(path, encoder, data, split, image_column, label_column)
-    table, unreadable, kept = _embedded(path, encoder, sources, quiet)
-    origin = {"features": str(path), "data": str(data), **loaded.stage(), "file": kept and str(kept)}
+    table, unreadable, kept, reused = _embedded(path, encoder, sources, quiet)
+    origin = {"features": str(path), "data": str(data), **loaded.stage(), "file": kept and str(kept), "reused": reused}
     notes = [loaded.note] if loaded.note else []
     if unreadable:
         notes.append(f"{many(len(unreadable), 'unreadable image')} left out: {'; '.join(unreadable[:3])}")
@@ -136,12 +136,12 @@ def open_collection(
 
 def _embedded(
     path: Path, encoder: Encoder, sources: Mapping[str, Source], quiet: bool
-) -> tuple[FeatureTable, tuple[str, ...], Path | None]:
-    """Return the features of the images, their unreadable ones, and the file in which the features are kept."""
+) -> tuple[FeatureTable, tuple[str, ...], Path | None, bool]:
+    """Return the features, unreadable images, the file in which the features are kept, and whether it was there."""
     key = _key(encoder, sources)
     file = None if key is None else path / "features" / f"{key}.npz"
     if file is not None and file.is_file() and (known := _kept(file)) is not None:
-        return *known, file
+        return *known, file, True
     if file is not None:
         try:
             check_writable(file)
@@ -155,7 +155,7 @@ def _embedded(
         write_embeddings(place, chunks if quiet else counted(chunks, count, "embedded"))
         if file is not None:
             write_json(file.with_suffix(".json"), {"unreadable": list(bad.values())})
-        return read_features(place), tuple(bad.values()), file
+        return read_features(place), tuple(bad.values()), file, False
 
 
 def _kept(file: Path) -> tuple[FeatureTable, tuple[str, ...]] | None:
