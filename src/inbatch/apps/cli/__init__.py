@@ -1,6 +1,6 @@
 """The command line; torch is imported only when a command runs, so that help is fast."""
 
-from inbatch.apps.cli import inspection, papers, system, training
+from inbatch.apps.cli import inspection, papers, system, tidy, training
 from inbatch.apps.cli.app import app, main
 
-__all__ = ["app", "inspection", "main", "papers", "system", "training"]
+__all__ = ["app", "inspection", "main", "papers", "system", "tidy", "training"]

@@ -1,0 +1,74 @@
+"""Commands that tidy a collection of images: duplicates, outliers."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from inbatch.apps.cli.app import (
+    KINDS,
+    Data,
+    Device,
+    ImageColumn,
+    Json,
+    LabelColumn,
+    app,
+    deliver,
+    reported,
+)
+from inbatch.apps.console import print_table, say
+from inbatch.errors import ConfigError
+from inbatch.runtime.path_list import joined_paths
+
+Index = Annotated[str, Option(metavar="exact|approximate", help="How the nearest neighbours are searched.")]
+Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
+Features = Annotated[
+    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
+]
+Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
+Keep = Annotated[Path | None, Option("--write", metavar="KEEP.csv", help="List of the other images, for --data.")]
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch duplicates ~/photos\n\n"
+    "  inbatch duplicates ~/photos --run runs/simclr-photos-1 --picture pairs.png\n\n"
+    "  inbatch duplicates ~/photos --write keep.csv\n\n  inbatch pretrain --data keep.csv",
+)
+def duplicates(
+    data: Data,
+    run: Annotated[Path | None, Option(help="Run, or an encoder's folder, whose features name candidates.")] = None,
+    features: Annotated[Path | None, Option(help="File of inbatch embed whose features name candidates.")] = None,
+    threshold: Annotated[
+        float | None, Option(min=-1, max=1, help="Least value of the pixel check of a near duplicate.")
+    ] = None,
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image.")] = 10,
+    index: Index = "exact",
+    split: Split = None,
+    write: Keep = None,
+    picture: Annotated[
+        Path | None, Option(help="Picture of the pairs around the threshold, with their values.")
+    ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find identical and nearly identical images, leaks between splits first. Deletes nothing."""
+    with reported(as_json):
+        if run is not None and features is not None:
+            raise ConfigError("--run and --features both name features: give one of them")
+        from inbatch.apps.collection.duplicates import find_duplicates
+        from inbatch.apps.collection.tidy_text import duplicate_lines, duplicate_rows
+
+        def find() -> dict[str, Any]:
+            return find_duplicates(
+                joined_paths(data), run or features, threshold=threshold, neighbours=neighbours, index=index,
+                split=split, write=write, picture=picture, image_column=image_column, label_column=label_column,
+                device=device, quiet=False,
+            )  # fmt: skip
+
+        def show(result: dict[str, Any]) -> None:
+            print_table(("keep", "duplicate", "splits", "check"), duplicate_rows(result))
+            say("", *duplicate_lines(result))
+
+        deliver(find, as_json, show)
