@@ -41,7 +41,7 @@ def duplicates(
     threshold: Annotated[
         float | None, Option(min=-1, max=1, help="Least value of the pixel check of a near duplicate.")
     ] = None,
-    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image.")] = 10,
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image.")] = 5,
     index: Index = "exact",
     split: Split = None,
     write: Keep = None,
@@ -60,11 +60,12 @@ def duplicates(
         from inbatch.apps.collection.duplicates import find_duplicates
         from inbatch.apps.collection.tidy_text import duplicate_lines, duplicate_rows
 
+        columns = {"image_column": image_column, "label_column": label_column}
+
         def find() -> dict[str, Any]:
             return find_duplicates(
                 joined_paths(data), run or features, threshold=threshold, neighbours=neighbours, index=index,
-                split=split, write=write, picture=picture, image_column=image_column, label_column=label_column,
-                device=device, quiet=False,
+                split=split, write=write, picture=picture, settings=columns, device=device, quiet=False,
             )  # fmt: skip
 
         def show(result: dict[str, Any]) -> None:

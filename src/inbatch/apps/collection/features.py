@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from inbatch.data import Source, find_split, open_data, splits
+from inbatch.data.source import LazyImage
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError, InbatchError, many
 from inbatch.evaluation import write_embeddings
@@ -62,6 +63,10 @@ class Collection(FeatureTable):
     def image(self, i: int) -> UInt8[Tensor, "c h w"]:
         """Return the pixels of image i, in the channels that the encoder reads; DataError if they are unavailable."""
         return self._source(i).image(int(self.index[i]))
+
+    def open(self, i: int) -> LazyImage:
+        """Open image i without decoding it; DataError if it is unavailable."""
+        return self._source(i).open(int(self.index[i]))
 
     def file_of(self, i: int) -> str | None:
         """Return the absolute path of image i; None if it has no file of its own."""
