@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inbatch import losses as losses
     from inbatch.api import Run, dry_run, embed_run, evaluate_run, export_run, load, load_run, pretrain
+    from inbatch.apps.collection.duplicates import find_duplicates
+    from inbatch.apps.collection.outliers import find_outliers
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.view_grid import draw_views
@@ -25,6 +27,7 @@ _API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "p
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
+_WHERE |= {f"find_{name}": f"inbatch.apps.collection.{name}" for name in ("duplicates", "outliers")}
 
 __all__ = [
     "METHODS",
@@ -36,6 +39,8 @@ __all__ = [
     "embed_run",
     "evaluate_run",
     "export_run",
+    "find_duplicates",
+    "find_outliers",
     "inspect_run",
     "load",
     "load_run",

@@ -41,7 +41,10 @@ def duplicates(
     threshold: Annotated[
         float | None, Option(min=-1, max=1, help="Least value of the pixel check of a near duplicate.")
     ] = None,
-    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image.")] = 5,
+    candidates: Annotated[
+        str | None, Option(metavar="thumbnails|features|both", help="What names candidates; default: all there is.")
+    ] = None,
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image and search.")] = 5,
     index: Index = "exact",
     split: Split = None,
     write: Keep = None,
@@ -64,12 +67,55 @@ def duplicates(
 
         def find() -> dict[str, Any]:
             return find_duplicates(
-                joined_paths(data), run or features, threshold=threshold, neighbours=neighbours, index=index,
-                split=split, write=write, picture=picture, settings=columns, device=device, quiet=False,
+                joined_paths(data), run or features, candidates=candidates, threshold=threshold,
+                neighbours=neighbours, index=index, split=split, write=write, picture=picture, settings=columns,
+                device=device, quiet=False,
             )  # fmt: skip
 
         def show(result: dict[str, Any]) -> None:
             print_table(("keep", "duplicate", "splits", "check"), duplicate_rows(result))
             say("", *duplicate_lines(result))
+
+        deliver(find, as_json, show)
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch outliers runs/simclr-photos-1\n\n"
+    "  inbatch outliers runs/simclr-photos-1 -n 100 --picture outliers.png\n\n"
+    "  inbatch outliers features.npz ~/photos --write keep.csv",
+)
+def outliers(
+    features: Features,
+    data: Images = None,
+    count: Annotated[int, Option("-n", "--count", min=1, help="Number of outliers to list.")] = 50,
+    order: Annotated[
+        str, Option(metavar="distribution|distance|density", help="What the list is ordered by.")
+    ] = "distribution",
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Number of neighbours.")] = 20,
+    index: Index = "exact",
+    split: Split = None,
+    write: Keep = None,
+    picture: Annotated[Path | None, Option(help="Picture of the listed images, broken-looking ones first.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """List the images that are least like the others, and those that look broken. Deletes nothing."""
+    with reported(as_json):
+        from inbatch.apps.collection.outliers import find_outliers
+        from inbatch.apps.collection.tidy_text import outlier_lines, outlier_rows
+
+        columns = {"image_column": image_column, "label_column": label_column}
+
+        def find() -> dict[str, Any]:
+            return find_outliers(
+                features, joined_paths(data) or None, count=count, order=order, neighbours=neighbours, index=index,
+                split=split, write=write, picture=picture, settings=columns, device=device, quiet=False,
+            )  # fmt: skip
+
+        def show(result: dict[str, Any]) -> None:
+            print_table(("image", "why", "distribution", "distance", "density"), outlier_rows(result))
+            say("", *outlier_lines(result))
 
         deliver(find, as_json, show)

@@ -10,14 +10,20 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from inbatch.apps.collection.features import Collection
-from inbatch.apps.collection.images import attempted, by_threads, check_list, numbered, open_images, write_kept
+from inbatch.apps.collection.images import (
+    attempted,
+    by_threads,
+    check_index,
+    check_list,
+    numbered,
+    open_images,
+    write_kept,
+)
 from inbatch.apps.reports.image_statistics import chunks, repeated, total
 from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
 from inbatch.errors import ConfigError, DataError, Unwritten, check_whole
 from inbatch.evaluation.near_duplicates import (
     SIDE,
-    THRESHOLD,
-    compare,
     open_pairs,
     representatives,
     similar_pairs,
@@ -25,6 +31,7 @@ from inbatch.evaluation.near_duplicates import (
     unique_pairs,
 )
 from inbatch.evaluation.neighbours import nearest, nearest_others
+from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import one_line
@@ -64,21 +71,22 @@ class _Pairs:
 
 @isolated
 def find_duplicates(
-    data: Any, features: str | Path | None = None, *, threshold: float | None = None, neighbours: int = 5,
-    index: str = "exact", split: str | None = None, write: str | Path | None = None,
-    picture: str | Path | None = None, settings: Mapping[str, Any] | None = None, device: str = "auto",
-    quiet: bool = True,
+    data: Any, features: str | Path | None = None, *, candidates: str | None = None,
+    threshold: float | None = None, neighbours: int = 5, index: str = "exact", split: str | None = None,
+    write: str | Path | None = None, picture: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the groups of identical and nearly identical images, ready for JSON, those across splits first.
 
-    Near duplicates are confirmed by the pixels: `evaluation.near_duplicates.compare`. Candidates are the nearest images
+    Near duplicates are confirmed by the pixels: `evaluation.thumbnail_alignment`. Candidates are the nearest images
     by thumbnails, and by features if these are given. No image is changed or deleted.
 
     Args:
         data: The images, as in `open_data`; with a run, None for its own.
         features: A run, the folder of an encoder, or a file of `inbatch embed`.
+        candidates: What names candidates: "thumbnails", "features" or "both"; by default all there is.
         threshold: Least value of the check of near duplicates, -1 to 1; `THRESHOLD` by default.
-        neighbours: Candidates of each image by each way.
+        neighbours: Candidates of each image by each search.
         index: How neighbours are searched, "exact".
         split: The only split; all by default.
         write: CSV file to write with the images to keep, which `data` reads: of each group its representative.
@@ -96,8 +104,8 @@ def find_duplicates(
     if not -1 < limit <= 1:
         raise ConfigError(f"the threshold is {limit}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
     check_whole("neighbours", neighbours, 1)
-    if index != "exact":
-        raise ConfigError(f'the index is "exact", not {index!r}')
+    ways = _ways(candidates, features)
+    check_index(index)
     check_list(write)
     if picture is not None:
         check_picture(picture)
@@ -108,7 +116,7 @@ def find_duplicates(
     images = _read(collection, quiet)
     if not len(images.readable):
         raise DataError(f"{collection.name} has no readable image")
-    pairs = _compared(collection, images, neighbours, limit, features is not None)
+    pairs = _compared(collection, images, neighbours, limit, ways)
     groups = _groups(collection, images, pairs, limit)
     near = (pairs.check >= limit).nonzero()[:, 0].tolist()
     leaks = [group for group in groups if len(group["splits"]) > 1]
@@ -118,7 +126,7 @@ def find_duplicates(
         "splits": {name: collection.splits.count(name) for name in collection.sources},
         "unreadable": [one_line(why) for why in images.unreadable],
         "threshold": limit,
-        "candidates": {"by": ["thumbnails", *["features"] * (features is not None)], "neighbours": neighbours,
+        "candidates": {"by": ways, "neighbours": neighbours,
                        "index": index, "pairs": len(pairs.places)},
         "duplicates": sum(len(group["duplicates"]) for group in groups),
         "identical": sum(map(len, images.copies.values())),
@@ -128,6 +136,17 @@ def find_duplicates(
         "kept": None, "written": None, "picture": None,
     }  # fmt: skip
     return _written(result, collection, images, pairs, write, picture)
+
+
+def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
+    """Return what names candidates; ConfigError for an unknown name, or features that are missing."""
+    known = {None: ["thumbnails"] if features is None else ["thumbnails", "features"]}
+    known |= {"thumbnails": ["thumbnails"], "features": ["features"], "both": ["thumbnails", "features"]}
+    if candidates not in known:
+        raise ConfigError(f"candidates are named by thumbnails, features or both, not {candidates!r}")
+    if features is None and "features" in known[candidates]:
+        raise ConfigError(f"candidates = {candidates}: pass a run or a file of features that names them")
+    return known[candidates]
 
 
 def _read(collection: Collection, quiet: bool) -> _Images:
@@ -171,7 +190,7 @@ def _thumbnail(collection: Collection, i: int) -> Tensor | str:
         return str(error)
 
 
-def _compared(collection: Collection, images: _Images, neighbours: int, limit: float, by_features: bool) -> _Pairs:
+def _compared(collection: Collection, images: _Images, neighbours: int, limit: float, ways: list[str]) -> _Pairs:
     """Compare candidates, without the copies of identical images, and images that confirmed pairs connect."""
     copied = torch.zeros(len(images.readable), dtype=torch.bool)
     copied[[i for others in images.copies.values() for i in others]] = True
@@ -179,8 +198,10 @@ def _compared(collection: Collection, images: _Images, neighbours: int, limit: f
     if len(distinct) < 2:
         return _Pairs(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), torch.zeros(0), torch.zeros(0).bool())
     thumbnails, count = images.thumbnails[distinct], min(neighbours, len(distinct) - 1)
-    places, similarity = similar_pairs(thumbnails, count, nearest)
-    if by_features:
+    places, similarity = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
+    if "thumbnails" in ways:
+        places, similarity = similar_pairs(thumbnails, count, nearest)
+    if "features" in ways:
         near, place = nearest_others(collection.vectors[images.readable[distinct]], count)
         own = torch.arange(len(distinct))[:, None].expand_as(place)
         more = torch.stack([own, place], 2).view(-1, 2)

@@ -18,7 +18,8 @@ from inbatch.runtime.thread_map import thread_map
 Result = TypeVar("Result")
 
 _CHUNK = 64  # images per task of a thread
-_COLUMNS = ("image_column", "label_column")
+COLUMNS = ("image_column", "label_column")
+"""Settings that name columns."""
 
 
 def open_images(
@@ -31,12 +32,12 @@ def open_images(
         data: The images.
         features: A run, an encoder's folder, or a file of features.
         split: The only split; None for every image.
-        settings: Reading options; with features, only those of `_COLUMNS`.
+        settings: Reading options; with features, only those of `COLUMNS`.
         device: Device on which features are computed.
         quiet: Show no progress.
     """
     reading = {key: value for key, value in (settings or {}).items() if value is not None}
-    columns = {key: reading.get(key) for key in _COLUMNS}
+    columns = {key: reading.get(key) for key in COLUMNS}
     if features is not None:
         if other := sorted(reading.keys() - columns.keys()):
             raise ConfigError(f"{', '.join(other)}: the images are read as the encoder reads them; leave it out")
@@ -72,6 +73,12 @@ def by_threads(work: Callable[[int], Result], numbers: Sequence[int]) -> Iterato
     """Yield the results of `work` on all numbers, in chunks of (number, result); decoding releases the GIL."""
     starts = range(0, len(numbers), _CHUNK)
     return thread_map(lambda at: [(i, work(i)) for i in numbers[at : at + _CHUNK]], starts)
+
+
+def check_index(index: str) -> None:
+    """Raise ConfigError for an unknown way of searching neighbours."""
+    if index != "exact":
+        raise ConfigError(f'the index is "exact", not {index!r}')
 
 
 def check_list(path: str | Path | None) -> None:

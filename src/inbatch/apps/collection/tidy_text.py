@@ -44,6 +44,34 @@ def duplicate_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def outlier_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Iterate over the lines of the table: image, reason or rank, and its scores."""
+    rows = [(one, f"{one['reason']}: {one['measured']}") for one in (result["broken"] or ())[:_ROWS]]
+    rows += [(one, f"outlier {rank}") for rank, one in enumerate(result["outliers"][:_ROWS], 1)]
+    for one, why in rows:
+        yield one["path"], why, f"{one['distribution']:.2f}", f"{one['distance']:.3f}", f"{one['density']:.2f}"
+
+
+def outlier_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines below the table."""
+    lines = []
+    hidden = sum(max(0, len(result[name] or ()) - _ROWS) for name in ("broken", "outliers"))
+    if hidden:
+        lines.append(f"and {hidden:,} more: --json names all")
+    lines.append(f"{many(result['images'], 'image')}: {len(result['outliers']):,} outliers by {result['order']}")
+    if result["broken"] is None:
+        lines.append("The pixels were not examined: pass the images (DATA) to list broken ones")
+    else:
+        reasons = ", ".join(f"{count:,} {name}" for name, count in result["reasons"].items())
+        lines.append(f"Broken-looking: {reasons or 'none'}")
+    lines += _unreadable(result["unreadable"])
+    if result["written"]:
+        lines.append(f"Keep:    {result['written']}, {many(result['kept'], 'image')}; nothing was deleted")
+    if result["picture"]:
+        lines.append(f"Picture: {result['picture']}, broken-looking images first")
+    return lines
+
+
 def _unreadable(reasons: list[str]) -> list[str]:
     more = len(reasons) - _UNREADABLE
     return [f"Unreadable: {why}" for why in reasons[:_UNREADABLE]] + [f"and {more:,} more"] * (more > 0)
