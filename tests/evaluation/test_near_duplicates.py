@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scenes import scene
 from torch.nn import functional as F
 
 from inbatch.errors import DataError
@@ -12,16 +13,6 @@ from inbatch.evaluation.outliers import distribution_distance, outlier_scores
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 
 
-def scene(seed: int, size: int = 96) -> torch.Tensor:
-    """Return a picture (1, size, size) with detail at all scales, as photographs have."""
-    draw = torch.Generator().manual_seed(seed)
-    image = torch.zeros(1, 1, size, size)
-    for side in (3, 6, 12, 24):
-        noise = torch.randn(1, 1, side, side, generator=draw)
-        image += F.interpolate(noise, (size, size), mode="bicubic") * (24 / side) ** 0.5
-    return (image[0] - image.min()) / (image.max() - image.min()) * 255
-
-
 def small(image: torch.Tensor) -> torch.Tensor:
     values = F.interpolate(image[None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
     return thumbnail(values.round().clamp(0, 255).byte())
@@ -29,6 +20,8 @@ def small(image: torch.Tensor) -> torch.Tensor:
 
 def changed(image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return copies of an image as people make them."""
+    text = image.clone()
+    text[:, 84:92, 20:60] = 255
     turned = F.affine_grid(torch.tensor([[[0.9986, 0.0523, 0], [-0.0523, 0.9986, 0]]]), (1, 1, 96, 96), False)
     return {
         "brighter": image * 0.7 + 60,
@@ -37,9 +30,7 @@ def changed(image: torch.Tensor) -> dict[str, torch.Tensor]:
         "mirrored and cropped": image.flip(-1)[:, 8:90, 10:],
         "turned by 3 degrees": F.grid_sample(image[None], turned, padding_mode="border", align_corners=False)[0],
         "noisy": image + 4 * torch.randn(image.shape, generator=torch.Generator().manual_seed(1)),
-        "with a text": torch.cat([image[:, :80], torch.full((1, 16, 96), 255.0)], 1).where(
-            torch.arange(96) < 60, image
-        ),
+        "with a text": text,
     }
 
 

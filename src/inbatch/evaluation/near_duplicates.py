@@ -13,8 +13,6 @@ from torch import Tensor
 from inbatch.evaluation.neighbours import nearest
 from inbatch.runtime.isolation import usual_numerics
 
-Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
 SIDE = 32
 """Side of a thumbnail in pixels."""
 
@@ -27,7 +25,7 @@ CROP = 0.85
 NOISE = 1.0
 """Grey values: detail below it, such as that of JPEG in a sky, does not count."""
 
-ALIKE = 0.55
+ALIKE = 0.65
 """Least correlation of the descriptors of two images that are compared because of them."""
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -66,7 +64,7 @@ def descriptors(
 @usual_numerics()
 @torch.no_grad()
 def similar_pairs(
-    thumbnails: UInt8[Tensor, "n s s"], k: int, search: Search = nearest
+    thumbnails: UInt8[Tensor, "n s s"], k: int, index: str = "exact"
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p"]]:
     """Return pairs of images that may be near duplicates, the lower position first, and their correlation.
 
@@ -76,20 +74,33 @@ def similar_pairs(
     Args:
         thumbnails: (N, 32, 32) grey values.
         k: Number of candidates of each image, at most N - 1.
-        search: Returns similarities and positions of the nearest rows of a bank, as `neighbours.nearest`.
+        index: As in `neighbours.nearest`.
+
+    Raises:
+        ConfigError: For another index, or if the library of the index is not installed.
     """
     bank = descriptors(thumbnails)
+    search = _search(bank, index)
     pairs, values = [torch.zeros(0, 2, dtype=torch.long)], [torch.zeros(0)]
     for start in range(0, len(thumbnails), _QUERIES):
         some = thumbnails[start : start + _QUERIES]
         for window in _QUERIED:
             for mirrored in (False, True):
-                near, place = search(descriptors(some, window, mirrored), bank, min(k + 1, len(bank)))
+                near, place = search(descriptors(some, window, mirrored), min(k + 1, len(bank)))
                 own = torch.arange(start, start + len(some))[:, None].expand_as(place)
                 alike = (near >= ALIKE) & (own != place)
                 pairs.append(torch.stack([own[alike], place[alike]], 1))
                 values.append(near[alike])
     return unique_pairs(torch.cat(pairs), torch.cat(values))
+
+
+def _search(bank: Tensor, index: str) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """Return the function that searches neighbours in a bank; an approximate index is built once."""
+    if index == "approximate":
+        from inbatch.evaluation.neighbour_index import NeighbourIndex
+
+        return NeighbourIndex.build(bank).nearest
+    return lambda query, k: nearest(query, bank, k, index=index)
 
 
 def unique_pairs(

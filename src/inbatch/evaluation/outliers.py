@@ -5,7 +5,6 @@ blurred copy or a black image therefore has near neighbours: distances to neighb
 distribution in the leading principal components, by which scores are ordered unless another one is requested.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,23 +37,19 @@ class OutlierScores:
     density: Float[Tensor, "n"]
 
 
-def outlier_scores(
-    vectors: Float[Tensor, "n f"],
-    k: int,
-    search: Callable[[Tensor, int], tuple[Tensor, Tensor]] = nearest_others,
-) -> OutlierScores:
+def outlier_scores(vectors: Float[Tensor, "n f"], k: int, index: str = "exact") -> OutlierScores:
     """Return the outlier scores of features.
 
     Args:
         vectors: Features, for example memory-mapped.
         k: Number of neighbours, 1 to N - 1.
-        search: Returns the similarities and positions of the k nearest others of each row, as `nearest_others`.
+        index: As in `neighbours.nearest_others`.
 
     Raises:
-        ConfigError: If k is not in 1 to N - 1.
+        ConfigError: If k is not in 1 to N - 1, for another index, or if its library is not installed.
         DataError: If a value is not finite.
     """
-    similarity, place = search(vectors, k)
+    similarity, place = nearest_others(vectors, k, index=index)
     distance = (2 - 2 * similarity.double()).clamp_(min=0).sqrt_()
     return OutlierScores(
         distribution_distance(vectors), distance.mean(1).float(), _local_outlier_factor(distance, place)

@@ -1,39 +1,35 @@
 """Find identical and nearly identical images of a collection, and leaks between its splits (`inbatch duplicates`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from inbatch.apps.collection.contents import ImageContents, read_contents
 from inbatch.apps.collection.features import Collection
 from inbatch.apps.collection.images import (
     attempted,
-    by_threads,
     check_index,
     check_list,
     numbered,
     open_images,
     write_kept,
 )
-from inbatch.apps.reports.image_statistics import chunks, repeated, total
 from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
 from inbatch.errors import ConfigError, DataError, Unwritten, check_whole
 from inbatch.evaluation.near_duplicates import (
-    SIDE,
     open_pairs,
     representatives,
     similar_pairs,
-    thumbnail,
     unique_pairs,
 )
-from inbatch.evaluation.neighbours import nearest, nearest_others
+from inbatch.evaluation.neighbours import nearest_others
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 from inbatch.runtime.isolation import isolated
-from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import one_line
 
 _SHOWN = 24  # pairs above and as many below the threshold in the picture
@@ -41,27 +37,8 @@ _COLUMNS = 4  # pairs per row of the picture
 
 
 @dataclass
-class _Images:
-    """What was read of the images of a collection.
-
-    Attributes:
-        readable: Positions of the readable images in the collection.
-        pixels: Number of pixels of each of these.
-        thumbnails: Their grey values.
-        copies: Positions in `readable` of identical images, by the first of them.
-        unreadable: A message for each of the others.
-    """
-
-    readable: Int[Tensor, "m"]
-    pixels: Int[Tensor, "m"]
-    thumbnails: UInt8[Tensor, "m s s"]
-    copies: dict[int, list[int]] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
-
-
-@dataclass
 class _Pairs:
-    """Pairs of images that were compared: positions in `_Images.readable`, similarity, check, whether mirrored."""
+    """Pairs of images that were compared: positions in `ImageContents.readable`, values, and whether mirrored."""
 
     places: Int[Tensor, "p 2"]
     similarity: Float[Tensor, "p"]
@@ -87,7 +64,7 @@ def find_duplicates(
         candidates: What names candidates: "thumbnails", "features" or "both"; by default all there is.
         threshold: Least value of the check of near duplicates, -1 to 1; `THRESHOLD` by default.
         neighbours: Candidates of each image by each search.
-        index: How neighbours are searched, "exact".
+        index: How neighbours are searched, "exact" or "approximate".
         split: The only split; all by default.
         write: CSV file to write with the images to keep, which `data` reads: of each group its representative.
         picture: Image file to write with the pairs around the threshold.
@@ -113,10 +90,10 @@ def find_duplicates(
     collection = open_images(data, features, split, settings, device, quiet)
     if not collection.has_images:
         raise ConfigError(f"{collection.name} holds features without their images, which are compared: pass DATA")
-    images = _read(collection, quiet)
+    images = read_contents(collection, quiet)
     if not len(images.readable):
         raise DataError(f"{collection.name} has no readable image")
-    pairs = _compared(collection, images, neighbours, limit, ways)
+    pairs = _compared(collection, images, (neighbours, index), limit, ways)
     groups = _groups(collection, images, pairs, limit)
     near = (pairs.check >= limit).nonzero()[:, 0].tolist()
     leaks = [group for group in groups if len(group["splits"]) > 1]
@@ -149,60 +126,21 @@ def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
     return known[candidates]
 
 
-def _read(collection: Collection, quiet: bool) -> _Images:
-    """Read every image once for its digest and size, and once for its thumbnail."""
-    place = numbered(collection)
-    tallies, sizes, bad = [], {}, dict[int, str]()
-    for split, source in collection.sources.items():
-        indices = sorted(place[split])
-        tally = total(chunks(source, indices, pixels=False))
-        tallies.append(tally)
-        for i, number in enumerate(tally.numbers):
-            sizes[place[split][number]] = tally.sizes[2 * i] * tally.sizes[2 * i + 1]
-        bad |= {place[split][number]: why for number, why in tally.unreadable}
-    thumbnails = torch.zeros(len(collection), SIDE, SIDE, dtype=torch.uint8)
-    parts = by_threads(lambda i: _thumbnail(collection, i), sorted(sizes))
-    for part in parts if quiet else counted(parts, len(sizes), "read"):
-        for i, value in part:
-            if isinstance(value, str):
-                bad[i] = value
-            else:
-                thumbnails[i] = value
-    readable = torch.tensor(sorted(sizes.keys() - bad.keys()), dtype=torch.long)
-    where = {int(i): at for at, i in enumerate(readable.tolist())}
-    splits = list(collection.sources)
-    copies = {}
-    for group in repeated(*tallies):
-        rows = sorted(where[i] for which, number in group if (i := place[splits[which]][number]) in where)
-        if len(rows) > 1:
-            copies[rows[0]] = rows[1:]
-    pixels = torch.tensor([sizes[i] for i in readable.tolist()], dtype=torch.long)
-    unreadable = [*collection.unreadable, *(bad[i] for i in sorted(bad))]
-    return _Images(readable, pixels, thumbnails[readable], copies, unreadable)
-
-
-def _thumbnail(collection: Collection, i: int) -> Tensor | str:
-    try:
-        with collection.open(i) as picture:
-            height, width = picture.size
-            return thumbnail(picture.crops(torch.tensor([[0, 0, height, width]]), [(SIDE, "bilinear")])[0])
-    except DataError as error:
-        return str(error)
-
-
-def _compared(collection: Collection, images: _Images, neighbours: int, limit: float, ways: list[str]) -> _Pairs:
+def _compared(
+    collection: Collection, images: ImageContents, search: tuple[int, str], limit: float, ways: list[str]
+) -> _Pairs:
     """Compare candidates, without the copies of identical images, and images that confirmed pairs connect."""
     copied = torch.zeros(len(images.readable), dtype=torch.bool)
     copied[[i for others in images.copies.values() for i in others]] = True
     distinct = (~copied).nonzero()[:, 0]
     if len(distinct) < 2:
         return _Pairs(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), torch.zeros(0), torch.zeros(0).bool())
-    thumbnails, count = images.thumbnails[distinct], min(neighbours, len(distinct) - 1)
+    thumbnails, count = images.thumbnails[distinct], min(search[0], len(distinct) - 1)
     places, similarity = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
     if "thumbnails" in ways:
-        places, similarity = similar_pairs(thumbnails, count, nearest)
+        places, similarity = similar_pairs(thumbnails, count, search[1])
     if "features" in ways:
-        near, place = nearest_others(collection.vectors[images.readable[distinct]], count)
+        near, place = nearest_others(collection.vectors[images.readable[distinct]], count, index=search[1])
         own = torch.arange(len(distinct))[:, None].expand_as(place)
         more = torch.stack([own, place], 2).view(-1, 2)
         places, similarity = unique_pairs(torch.cat([places, more]), torch.cat([similarity, near.flatten()]))
@@ -220,7 +158,7 @@ def _compared(collection: Collection, images: _Images, neighbours: int, limit: f
     return _Pairs(distinct[places], similarity, check, mirrored)
 
 
-def _groups(collection: Collection, images: _Images, pairs: _Pairs, limit: float) -> list[dict[str, Any]]:
+def _groups(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float) -> list[dict[str, Any]]:
     """Return a representative with its duplicates each; groups across splits first, then in the order of the images."""
     near = pairs.check >= limit
     places, check = pairs.places[near], pairs.check[near]
@@ -243,12 +181,12 @@ def _groups(collection: Collection, images: _Images, pairs: _Pairs, limit: float
     return sorted(groups, key=lambda group: len(group["splits"]) < 2)
 
 
-def _row(collection: Collection, images: _Images, place: int) -> dict[str, Any]:
+def _row(collection: Collection, images: ImageContents, place: int) -> dict[str, Any]:
     row = collection.row(int(images.readable[place]))
     return row | {"path": one_line(row["path"]), "pixels": int(images.pixels[place])}
 
 
-def _pair(collection: Collection, images: _Images, pairs: _Pairs, i: int) -> dict[str, Any]:
+def _pair(collection: Collection, images: ImageContents, pairs: _Pairs, i: int) -> dict[str, Any]:
     first, second = (one_line(collection.paths[int(images.readable[at])]) for at in pairs.places[i].tolist())
     splits = [collection.splits[int(images.readable[at])] for at in pairs.places[i].tolist()]
     return {
@@ -262,7 +200,7 @@ def _pair(collection: Collection, images: _Images, pairs: _Pairs, i: int) -> dic
 
 
 def _written(
-    result: dict[str, Any], collection: Collection, images: _Images, pairs: _Pairs, write: Any, picture: Any
+    result: dict[str, Any], collection: Collection, images: ImageContents, pairs: _Pairs, write: Any, picture: Any
 ) -> dict[str, Any]:
     """Write the requested files and return the result with them; raise Unwritten for the first that fails."""
     numbers = numbered(collection)
@@ -281,7 +219,7 @@ def _written(
     return result
 
 
-def _draw(collection: Collection, images: _Images, pairs: _Pairs, limit: float, out: Any) -> None:
+def _draw(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float, out: Any) -> None:
     """Write a picture of the pairs around the threshold, by falling value of the check."""
     order = pairs.check.argsort(descending=True, stable=True)
     above = int((pairs.check >= limit).sum())

@@ -10,6 +10,7 @@ from inbatch.apps.collection.features import Collection, open_collection, write_
 from inbatch.data import find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, InbatchError
+from inbatch.evaluation.neighbours import INDEXES
 from inbatch.runtime.files import check_writable
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -77,8 +78,8 @@ def by_threads(work: Callable[[int], Result], numbers: Sequence[int]) -> Iterato
 
 def check_index(index: str) -> None:
     """Raise ConfigError for an unknown way of searching neighbours."""
-    if index != "exact":
-        raise ConfigError(f'the index is "exact", not {index!r}')
+    if index not in INDEXES:
+        raise ConfigError(f"the index is {' or '.join(INDEXES)}, not {index!r}")
 
 
 def check_list(path: str | Path | None) -> None:

@@ -44,7 +44,7 @@ def find_outliers(
         count: Number of outliers to list.
         order: What the list is ordered by, "distribution", "distance" or "density".
         neighbours: Number of neighbours.
-        index: How neighbours are searched, "exact".
+        index: How neighbours are searched, "exact" or "approximate".
         split: The only split; all by default.
         write: CSV file to write with all other images, which `data` reads.
         picture: Image file to write with the listed images, broken ones first.
@@ -73,7 +73,7 @@ def find_outliers(
     if len(collection) < 2:
         raise DataError(f"{collection.name} has one image: an outlier is unlike the others, so at least 2 are needed")
     broken, unreadable = _broken(collection, quiet) if collection.has_images else ({}, [])
-    scores = outlier_scores(collection.vectors, min(neighbours, len(collection) - 1))
+    scores = outlier_scores(collection.vectors, min(neighbours, len(collection) - 1), index)
     chosen = getattr(scores, order).argsort(descending=True, stable=True)[:count].tolist()
     result: dict[str, Any] = {
         **collection.origin,
