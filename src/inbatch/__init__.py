@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         pretrain,
         train_classifier,
     )
+    from inbatch.apps.collection.duplicates import find_duplicates
     from inbatch.apps.collection.labels import find_label_errors
+    from inbatch.apps.collection.outliers import find_outliers
     from inbatch.apps.collection.search import search_images
     from inbatch.apps.collection.select import select_images
     from inbatch.apps.reports.batch_context import inspect_run
@@ -45,6 +47,7 @@ _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbat
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 _WHERE |= {"search_images": "inbatch.apps.collection.search"}
+_WHERE |= {f"find_{name}": f"inbatch.apps.collection.{name}" for name in ("duplicates", "outliers")}
 
 __all__ = [
     "METHODS",
@@ -57,7 +60,9 @@ __all__ = [
     "evaluate_run",
     "explore_features",
     "export_run",
+    "find_duplicates",
     "find_label_errors",
+    "find_outliers",
     "inspect_run",
     "load",
     "load_classifier",

@@ -1,6 +1,16 @@
 """The command line; torch is imported only when a command runs, so that help is fast."""
 
-from inbatch.apps.cli import annotation, classification, collection, deployment, inspection, papers, system, training
+from inbatch.apps.cli import (
+    annotation,
+    classification,
+    collection,
+    deployment,
+    inspection,
+    papers,
+    system,
+    tidy,
+    training,
+)
 from inbatch.apps.cli.app import app, main
 
 __all__ = [
@@ -13,5 +23,6 @@ __all__ = [
     "main",
     "papers",
     "system",
+    "tidy",
     "training",
 ]

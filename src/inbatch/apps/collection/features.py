@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from inbatch.data import Source, find_split, open_data, splits
+from inbatch.data.source import LazyImage
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError, InbatchError, many
 from inbatch.evaluation import write_embeddings
@@ -65,11 +66,15 @@ class Collection(FeatureTable):
 
     def thumbnail(self, i: int, side: int) -> UInt8[Tensor, "c s s"]:
         """Return the central square of image i, decoded at this size; DataError if its pixels are unavailable."""
-        with self._source(i).open(int(self.index[i])) as picture:
+        with self.open(i) as picture:
             height, width = picture.size
             short = min(height, width)
             box = ((height - short) // 2, (width - short) // 2, short, short)
             return picture.crops(torch.tensor([box]), [(side, "bilinear")])[0]
+
+    def open(self, i: int) -> LazyImage:
+        """Open image i without decoding it; DataError if it is unavailable."""
+        return self._source(i).open(int(self.index[i]))
 
     def file_of(self, i: int) -> str | None:
         """Return the absolute path of image i; None if it has no file of its own."""

@@ -1,0 +1,238 @@
+"""Find identical and nearly identical images of a collection, and leaks between its splits (`inbatch duplicates`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inbatch.apps.collection.contents import ImageContents, read_contents
+from inbatch.apps.collection.features import Collection
+from inbatch.apps.collection.images import (
+    attempted,
+    check_index,
+    check_list,
+    numbered,
+    open_images,
+    write_kept,
+)
+from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
+from inbatch.errors import ConfigError, DataError, Unwritten, check_whole
+from inbatch.evaluation.near_duplicates import (
+    open_pairs,
+    representatives,
+    similar_pairs,
+    unique_pairs,
+)
+from inbatch.evaluation.neighbours import nearest_others
+from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
+from inbatch.runtime.isolation import isolated
+from inbatch.runtime.text import one_line
+
+_SHOWN = 24  # pairs above and as many below the threshold in the picture
+_COLUMNS = 4  # pairs per row of the picture
+
+
+@dataclass
+class _Pairs:
+    """Pairs of images that were compared: positions in `ImageContents.readable`, values, and whether mirrored."""
+
+    places: Int[Tensor, "p 2"]
+    similarity: Float[Tensor, "p"]
+    check: Float[Tensor, "p"]
+    mirrored: Tensor
+
+
+@isolated
+def find_duplicates(
+    data: Any, features: str | Path | None = None, *, candidates: str | None = None,
+    threshold: float | None = None, neighbours: int = 5, index: str = "exact", split: str | None = None,
+    write: str | Path | None = None, picture: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the groups of identical and nearly identical images, ready for JSON, those across splits first.
+
+    Near duplicates are confirmed by the pixels: `evaluation.thumbnail_alignment`. Candidates are the nearest images
+    by thumbnails, and by features if these are given. No image is changed or deleted.
+
+    Args:
+        data: The images, as in `open_data`; with a run, None for its own.
+        features: A run, the folder of an encoder, or a file of `inbatch embed`.
+        candidates: What names candidates: "thumbnails", "features" or "both"; by default all there is.
+        threshold: Least value of the check of near duplicates, -1 to 1; `THRESHOLD` by default.
+        neighbours: Candidates of each image by each search.
+        index: How neighbours are searched, "exact" or "approximate".
+        split: The only split; all by default.
+        write: CSV file to write with the images to keep, which `data` reads: of each group its representative.
+        picture: Image file to write with the pairs around the threshold.
+        settings: Reading options: image_column, label_column, channels, levels.
+        device: Device on which features are computed.
+        quiet: Show no progress on stderr.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+        DataError: If there are no readable images, or they cannot be listed in a file.
+        Unwritten: If a file cannot be written; the error holds the result.
+    """
+    limit = THRESHOLD if threshold is None else threshold
+    if not -1 < limit <= 1:
+        raise ConfigError(f"the threshold is {limit}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
+    check_whole("neighbours", neighbours, 1)
+    ways = _ways(candidates, features)
+    check_index(index)
+    check_list(write)
+    if picture is not None:
+        check_picture(picture)
+        check_place(picture, data)
+    collection = open_images(data, features, split, settings, device, quiet)
+    if not collection.has_images:
+        raise ConfigError(f"{collection.name} holds features without their images, which are compared: pass DATA")
+    images = read_contents(collection, quiet)
+    if not len(images.readable):
+        raise DataError(f"{collection.name} has no readable image")
+    pairs = _compared(collection, images, (neighbours, index), limit, ways)
+    groups = _groups(collection, images, pairs, limit)
+    near = (pairs.check >= limit).nonzero()[:, 0].tolist()
+    leaks = [group for group in groups if len(group["splits"]) > 1]
+    result: dict[str, Any] = {
+        **collection.origin,
+        "images": len(collection),
+        "splits": {name: collection.splits.count(name) for name in collection.sources},
+        "unreadable": [one_line(why) for why in images.unreadable],
+        "threshold": limit,
+        "candidates": {"by": ways, "neighbours": neighbours,
+                       "index": index, "pairs": len(pairs.places)},
+        "duplicates": sum(len(group["duplicates"]) for group in groups),
+        "identical": sum(map(len, images.copies.values())),
+        "leaks": len(leaks),
+        "groups": groups,
+        "pairs": [_pair(collection, images, pairs, i) for i in near],
+        "kept": None, "written": None, "picture": None,
+    }  # fmt: skip
+    return _written(result, collection, images, pairs, write, picture)
+
+
+def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
+    """Return what names candidates; ConfigError for an unknown name, or features that are missing."""
+    known = {None: ["thumbnails"] if features is None else ["thumbnails", "features"]}
+    known |= {"thumbnails": ["thumbnails"], "features": ["features"], "both": ["thumbnails", "features"]}
+    if candidates not in known:
+        raise ConfigError(f"candidates are named by thumbnails, features or both, not {candidates!r}")
+    if features is None and "features" in known[candidates]:
+        raise ConfigError(f"candidates = {candidates}: pass a run or a file of features that names them")
+    return known[candidates]
+
+
+def _compared(
+    collection: Collection, images: ImageContents, search: tuple[int, str], limit: float, ways: list[str]
+) -> _Pairs:
+    """Compare candidates, without the copies of identical images, and images that confirmed pairs connect."""
+    copied = torch.zeros(len(images.readable), dtype=torch.bool)
+    copied[[i for others in images.copies.values() for i in others]] = True
+    distinct = (~copied).nonzero()[:, 0]
+    if len(distinct) < 2:
+        return _Pairs(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), torch.zeros(0), torch.zeros(0).bool())
+    thumbnails, count = images.thumbnails[distinct], min(search[0], len(distinct) - 1)
+    places, similarity = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
+    if "thumbnails" in ways:
+        places, similarity = similar_pairs(thumbnails, count, search[1])
+    if "features" in ways:
+        near, place = nearest_others(collection.vectors[images.readable[distinct]], count, index=search[1])
+        own = torch.arange(len(distinct))[:, None].expand_as(place)
+        more = torch.stack([own, place], 2).view(-1, 2)
+        places, similarity = unique_pairs(torch.cat([places, more]), torch.cat([similarity, near.flatten()]))
+    found = compare(thumbnails, places)
+    check, mirrored = found.check, found.mirrored
+    more = open_pairs(len(distinct), places[check >= limit])
+    known = {tuple(pair) for pair in places.tolist()}
+    more = torch.tensor([pair for pair in more.tolist() if tuple(pair) not in known], dtype=torch.long).view(-1, 2)
+    if len(more):
+        found = compare(thumbnails, more)
+        places, check, mirrored = (
+            torch.cat(both) for both in ((places, more), (check, found.check), (mirrored, found.mirrored))
+        )
+        similarity = torch.cat([similarity, torch.full((len(more),), torch.nan)])
+    return _Pairs(distinct[places], similarity, check, mirrored)
+
+
+def _groups(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float) -> list[dict[str, Any]]:
+    """Return a representative with its duplicates each; groups across splits first, then in the order of the images."""
+    near = pairs.check >= limit
+    places, check = pairs.places[near], pairs.check[near]
+    chosen = representatives(len(images.readable), places, images.pixels.argsort(descending=True, stable=True))
+    value = {(min(pair), max(pair)): c for pair, c in zip(places.tolist(), check.tolist(), strict=True)}
+    copies = {other: first for first, others in images.copies.items() for other in others}
+    members: dict[int, list[dict[str, Any]]] = {}
+    for i in range(len(images.readable)):
+        first = copies.get(i, i)
+        keep = int(chosen[first])
+        if keep != i:
+            same = first == keep
+            known = 1.0 if same else value[min(first, keep), max(first, keep)]
+            members.setdefault(keep, []).append(_row(collection, images, i) | {"identical": same, "check": known})
+    order, groups = list(collection.sources), []
+    for keep in sorted(members):
+        row = _row(collection, images, keep)
+        named = {one["split"] for one in (row, *members[keep])}
+        groups.append({"splits": sorted(named, key=order.index), "keep": row, "duplicates": members[keep]})
+    return sorted(groups, key=lambda group: len(group["splits"]) < 2)
+
+
+def _row(collection: Collection, images: ImageContents, place: int) -> dict[str, Any]:
+    row = collection.row(int(images.readable[place]))
+    return row | {"path": one_line(row["path"]), "pixels": int(images.pixels[place])}
+
+
+def _pair(collection: Collection, images: ImageContents, pairs: _Pairs, i: int) -> dict[str, Any]:
+    first, second = (one_line(collection.paths[int(images.readable[at])]) for at in pairs.places[i].tolist())
+    splits = [collection.splits[int(images.readable[at])] for at in pairs.places[i].tolist()]
+    return {
+        "first": first,
+        "second": second,
+        "splits": splits,
+        "similarity": float(pairs.similarity[i]),
+        "check": float(pairs.check[i]),
+        "mirrored": bool(pairs.mirrored[i]),
+    }
+
+
+def _written(
+    result: dict[str, Any], collection: Collection, images: ImageContents, pairs: _Pairs, write: Any, picture: Any
+) -> dict[str, Any]:
+    """Write the requested files and return the result with them; raise Unwritten for the first that fails."""
+    numbers = numbered(collection)
+    left_out = {numbers[one["split"]][one["index"]] for group in result["groups"] for one in group["duplicates"]}
+    left_out |= set(range(len(collection))) - set(images.readable.tolist())
+    result["kept"] = len(collection) - len(left_out)
+    errors = []
+    if write is not None:
+        errors.append(attempted(lambda: write_kept(write, collection, left_out)))
+        result["written"] = None if errors[-1] else str(write)
+    if picture is not None and len(pairs.places):
+        errors.append(attempted(lambda: _draw(collection, images, pairs, result["threshold"], picture)))
+        result["picture"] = None if errors[-1] else str(picture)
+    if failed := [error for error in errors if error]:
+        raise Unwritten(str(failed[0]), result) from failed[0]
+    return result
+
+
+def _draw(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float, out: Any) -> None:
+    """Write a picture of the pairs around the threshold, by falling value of the check."""
+    order = pairs.check.argsort(descending=True, stable=True)
+    above = int((pairs.check >= limit).sum())
+    shown = order[max(0, above - _SHOWN) : above + _SHOWN].tolist()
+    tiles: list[Tensor] = []
+    captions: list[str] = []
+    for i in shown:
+        value = float(pairs.check[i])
+        for at in pairs.places[i].tolist():
+            with collection.open(int(images.readable[at])) as picture:
+                tiles.append(picture.tensor(192))
+        verdict = "duplicate" if value >= limit else "no"
+        captions += [f"check {value:.2f}", f"{verdict}{', mirrored' * bool(pairs.mirrored[i])}"]
+    width = 2 * _COLUMNS
+    starts = range(0, len(tiles), width)
+    save_sheet(out, [tiles[at : at + width] for at in starts], [captions[at : at + width] for at in starts])

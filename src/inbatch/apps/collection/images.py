@@ -1,0 +1,105 @@
+"""Open the images of a collection without features, read them by threads, and list those to keep."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from inbatch.apps.collection.features import Collection, open_collection, write_list
+from inbatch.data import find_split, open_data, splits
+from inbatch.data.sources.split_names import distinct
+from inbatch.errors import ConfigError, InbatchError
+from inbatch.evaluation.neighbours import INDEXES
+from inbatch.runtime.files import check_writable
+from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
+from inbatch.runtime.thread_map import thread_map
+
+Result = TypeVar("Result")
+
+_CHUNK = 64  # images per task of a thread
+COLUMNS = ("image_column", "label_column")
+"""Settings that name columns."""
+
+
+def open_images(
+    data: Any, features: str | Path | None, split: str | None, settings: Mapping[str, Any] | None, device: str,
+    quiet: bool,
+) -> Collection:  # fmt: skip
+    """Return images with their features, or with vectors of width 0 if `features` is None; as `open_collection`.
+
+    Args:
+        data: The images.
+        features: A run, an encoder's folder, or a file of features.
+        split: The only split; None for every image.
+        settings: Reading options; with features, only those of `COLUMNS`.
+        device: Device on which features are computed.
+        quiet: Show no progress.
+    """
+    reading = {key: value for key, value in (settings or {}).items() if value is not None}
+    columns = {key: reading.get(key) for key in COLUMNS}
+    if features is not None:
+        if other := sorted(reading.keys() - columns.keys()):
+            raise ConfigError(f"{', '.join(other)}: the images are read as the encoder reads them; leave it out")
+        return open_collection(features, data, split=split, device=device, quiet=quiet, **columns)
+    data = joined_paths(data)
+    every = splits(data, **columns)
+    names = distinct(every) if split is None else [find_split(split, every) or split]
+    sources = {name: open_data(data, name, **reading) for name in names}
+    classes = tuple(dict.fromkeys(name for source in sources.values() for name in source.classes))
+    labels = [classes.index(s.classes[i]) if i >= 0 else -1 for s in sources.values() for i in s.labels.tolist()]
+    return Collection(
+        vectors=torch.zeros(len(labels), 0),
+        labels=torch.tensor(labels, dtype=torch.long),
+        classes=classes,
+        paths=tuple(source.identity(i) for source in sources.values() for i in range(len(source))),
+        splits=tuple(name for name, source in sources.items() for _ in range(len(source))),
+        index=torch.cat([torch.arange(len(source)) for source in sources.values()]),
+        name=str(data) if isinstance(data, str | Path) else "the images",
+        sources=sources,
+        origin={"features": None, "data": str(data)},
+    )
+
+
+def numbered(collection: Collection) -> dict[str, dict[int, int]]:
+    """Return the position in the collection of each image, by its split and its number there."""
+    place: dict[str, dict[int, int]] = {name: {} for name in collection.sources}
+    for i, (split, number) in enumerate(zip(collection.splits, collection.index.tolist(), strict=True)):
+        place[split][number] = i
+    return place
+
+
+def by_threads(work: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[list[tuple[int, Result]]]:
+    """Yield the results of `work` on all numbers, in chunks of (number, result); decoding releases the GIL."""
+    starts = range(0, len(numbers), _CHUNK)
+    return thread_map(lambda at: [(i, work(i)) for i in numbers[at : at + _CHUNK]], starts)
+
+
+def check_index(index: str) -> None:
+    """Raise ConfigError for an unknown way of searching neighbours."""
+    if index not in INDEXES:
+        raise ConfigError(f"the index is {' or '.join(INDEXES)}, not {index!r}")
+
+
+def check_list(path: str | Path | None) -> None:
+    """Raise ConfigError unless the path ends in .csv, InbatchError if the file cannot be written; None is fine."""
+    if path is None:
+        return
+    if path_of(path, "write").suffix.lower() != ".csv":
+        raise ConfigError(f"{path}: a list of images is written to a file that ends in .csv")
+    check_writable(path_of(path, "write"))
+
+
+def write_kept(path: str | Path, collection: Collection, left_out: set[int]) -> int:
+    """Write the list of the images of a collection without some of them; return their number."""
+    return write_list(path, collection, [i for i in range(len(collection)) if i not in left_out])
+
+
+def attempted(work: Callable[[], Any]) -> InbatchError | None:
+    """Call a function that writes a file; return its error."""
+    try:
+        work()
+    except InbatchError as error:
+        return error
+    return None
