@@ -29,7 +29,7 @@ def select(
     data: Images = None,
     count: Annotated[int, Option("-n", "--count", min=1, help="Number of images to choose.")] = 100,
     strategy: Annotated[
-        str | None, Option(metavar="NAME", help="diverse, coverage, typical, uncertain or random; see the docs.")
+        str | None, Option(metavar="NAME", help="coverage (default), typical, diverse, uncertain or random.")
     ] = None,
     labelled: Annotated[
         str | None,
