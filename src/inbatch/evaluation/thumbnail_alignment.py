@@ -65,9 +65,9 @@ def compare(thumbnails: UInt8[Tensor, "n s s"], pairs: Int[Tensor, "p 2"]) -> Co
             continue
         first, second, maps = first[near], second[near], maps[near]
         second = torch.where(mirror[near, None, None], second.flip(-1), second)
-        small = [F.avg_pool2d(images[:, None], 2)[:, 0] for images in (first, second)]
-        maps = _aligned(*small, maps, _STEPS[0])
-        values = _checked(*small, maps)
+        half, other_half = (F.avg_pool2d(images[:, None], 2)[:, 0] for images in (first, second))
+        maps = _aligned(half, other_half, maps, _STEPS[0])
+        values = _checked(half, other_half, maps)
         near = values >= _HALF
         values[near] = _checked(first[near], second[near], _aligned(first[near], second[near], maps[near], _STEPS[1]))
         check[at[start >= _START]] = values

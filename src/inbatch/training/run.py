@@ -15,7 +15,7 @@ from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, Tokens, write_embeddings
 from inbatch.evaluation import embed_stream as stream
-from inbatch.models import Encoder
+from inbatch.models import Classifier, Encoder
 from inbatch.models.feature_maps import TokenEncoder
 from inbatch.runtime import tuning
 from inbatch.runtime.device import device_for
@@ -240,7 +240,7 @@ def _in_channels(encoder: Encoder, data: Any, split: str, reading: dict[str, Any
 
 
 def embed_splits(
-    encoder: Encoder | TokenEncoder, sources: dict[str, Source], missing: dict[int, str] | None
+    encoder: Encoder | TokenEncoder | Classifier, sources: dict[str, Source], missing: dict[int, str] | None
 ) -> Iterator[Embeddings]:
     """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
     before = 0

@@ -117,7 +117,7 @@ def find_duplicates(
 
 def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
     """Return what names candidates; ConfigError for an unknown name, or features that are missing."""
-    known = {None: ["thumbnails"] if features is None else ["thumbnails", "features"]}
+    known: dict[str | None, list[str]] = {None: ["thumbnails"] if features is None else ["thumbnails", "features"]}
     known |= {"thumbnails": ["thumbnails"], "features": ["features"], "both": ["thumbnails", "features"]}
     if candidates not in known:
         raise ConfigError(f"candidates are named by thumbnails, features or both, not {candidates!r}")

@@ -62,13 +62,13 @@ def find_label_errors(
         raise DataError(f"no image of {collection.name} has a label: pass labelled images")
     check_images(collection, write, picture)
     checked = check_labels(collection.vectors, collection.labels, folds=folds, k=k, seed=seed)
-    result = _result(collection, errors, count) | {"folds": folds, "k": k, "seed": seed}
+    result = _result(collection, checked, count) | {"folds": folds, "k": k, "seed": seed}
     places = checked.suspects[:count].tolist()
     rows = checked.checked[places].tolist()
     try:
         if write is not None:
-            rows = result["suspects"]
-            columns = {"suggested": [one["suggested"] for one in rows], "margin": [one["margin"] for one in rows]}
+            suspects = result["suspects"]
+            columns = {name: [one[name] for one in suspects] for name in ("suggested", "margin")}
             write_list(write, collection, rows, columns)
             result["written"] = str(path_of(write, "out"))
         if picture is not None and rows:

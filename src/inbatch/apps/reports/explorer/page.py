@@ -20,7 +20,7 @@ def packed(values: np.ndarray) -> dict[str, str]:
     small = np.ascontiguousarray(values)
     return {
         "type": _TYPES[small.dtype],
-        "values": base64.b64encode(small.astype(small.dtype.newbyteorder("<"))).decode(),
+        "values": base64.b64encode(small.astype(small.dtype.newbyteorder("<")).tobytes()).decode(),
     }
 
 
