@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _API = ("Run", "embed_run", "evaluate_run", "export_run", "load", "load_run", "pretrain", "dry_run")
-_API += ("load_classifier", "predict", "train_classifier")
-_WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
+_CLASSIFIERS = ("load_classifier", "predict", "train_classifier")
+_WHERE = dict.fromkeys(_API + _CLASSIFIERS, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}

@@ -239,9 +239,7 @@ def _in_channels(encoder: Encoder, data: Any, split: str, reading: dict[str, Any
     return open_data(data, split, **reading)  # raises the error of the encoder's own number of channels
 
 
-def embed_splits(
-    encoder: Encoder | TokenEncoder, sources: dict[str, Source], missing: dict[int, str] | None
-) -> Iterator[Embeddings]:
+def embed_splits(encoder: Any, sources: dict[str, Source], missing: dict[int, str] | None) -> Iterator[Embeddings]:
     """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
     before = 0
     for name, source in sources.items():
