@@ -62,7 +62,7 @@ def _clustered(vectors: Tensor, clusters: int, draw: torch.Generator, seed: int)
 def _ranked(vectors: Tensor, rows: Tensor, labelled: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the unlabelled rows of a cluster by falling density, and their densities."""
     free = rows[~labelled[rows]]
-    if len(rows) <= 1:
+    if len(rows) < 2:  # k-means of identical rows leaves clusters empty
         return free, torch.ones(len(free))
     others = rows if len(rows) <= _OTHERS else rows[torch.randperm(len(rows), generator=draw)[:_OTHERS]]
     bank, density = unit_rows(vectors[others]), torch.empty(len(free))

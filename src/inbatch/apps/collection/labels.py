@@ -61,18 +61,18 @@ def find_label_errors(
     if not (collection.labels >= 0).any():
         raise DataError(f"no image of {collection.name} has a label: pass labelled images")
     check_images(collection, write, picture)
-    checked = check_labels(collection.vectors, collection.labels, folds=folds, k=k, seed=seed)
-    result = _result(collection, checked, count) | {"folds": folds, "k": k, "seed": seed}
-    places = checked.suspects[:count].tolist()
-    rows = checked.checked[places].tolist()
+    errors = check_labels(collection.vectors, collection.labels, folds=folds, k=k, seed=seed)
+    result = _result(collection, errors, count) | {"folds": folds, "k": k, "seed": seed}
+    places = errors.suspects[:count].tolist()
+    rows = errors.checked[places].tolist()
     try:
         if write is not None:
             suspects = result["suspects"]
-            columns = {name: [one[name] for one in suspects] for name in ("suggested", "margin")}
+            columns = {key: [one[key] for one in suspects] for key in ("suggested", "margin")}
             write_list(write, collection, rows, columns)
             result["written"] = str(path_of(write, "out"))
         if picture is not None and rows:
-            _draw(path_of(picture, "out"), collection, checked, places[:_DRAWN])
+            _draw(path_of(picture, "out"), collection, errors, places[:_DRAWN])
             result["picture"] = str(path_of(picture, "out"))
     except InbatchError as error:
         raise Unwritten(str(error), result) from error
