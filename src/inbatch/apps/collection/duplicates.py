@@ -231,8 +231,9 @@ def _draw(collection: Collection, images: ImageContents, pairs: _Pairs, limit: f
         for at in pairs.places[i].tolist():
             with collection.open(int(images.readable[at])) as picture:
                 tiles.append(picture.tensor(192))
-        verdict = "duplicate" if value >= limit else "no"
-        captions += [f"check {value:.2f}", f"{verdict}{', mirrored' * bool(pairs.mirrored[i])}"]
+        mirrored = bool(pairs.mirrored[i])
+        verdict = ("mirrored copy" if mirrored else "duplicate") if value >= limit else "no" + ", mirrored" * mirrored
+        captions += [f"check {value:.2f}", verdict]
     width = 2 * _COLUMNS
     starts = range(0, len(tiles), width)
     save_sheet(out, [tiles[at : at + width] for at in starts], [captions[at : at + width] for at in starts])
