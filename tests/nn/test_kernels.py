@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _looks_at_a_case(item: pytest.Item) -> bool:
     return getattr(item, "originalname", "") == "test_values_and_gradients" and "case" in item.callspec.params
 
 
-@pytest.mark.grid(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
     found = told["cases"][case]
@@ -51,18 +52,22 @@ def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
     assert all(error <= 1 for error in found.values()), found  # fails for NaN
 
 
+@pytest.mark.slow
 def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
     assert sorted(told["cases"]) == sorted(told["wanted"] or CASES)
 
 
+@pytest.mark.slow
 def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:
     assert len(told["tiled"]) == 10 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
 
 
+@pytest.mark.slow
 def test_half_precision_and_strides(told: dict[str, Any]) -> None:
     assert told["types"] == {"torch.float32": 0, "torch.bfloat16": 0, "torch.float16": 0}
 
 
+@pytest.mark.slow
 def test_refusals(told: dict[str, Any]) -> None:
     assert told["refused"] == dict.fromkeys(["nothing", "float64", "wide", "no device"], False)
 
@@ -80,12 +85,11 @@ assert "triton" not in sys.modules
     )
 
 
-@pytest.mark.parametrize("products", ["float32", "tf32x3", "bf16"])
-@pytest.mark.parametrize("width", [3, 64, 128, 256])
-@pytest.mark.parametrize("rows", [1, 100, 4096, 100_000])
-def test_no_columns_are_lost_in_the_dealing(rows: int, width: int, products: triton_logsumexp.MatmulPrecision) -> None:
-    tile = triton_logsumexp._tile(products, width)
-    for columns in (0, 1, 511, 4096, 100_003):
+def test_no_columns_are_lost_in_the_dealing() -> None:
+    widths, rows_of = (3, 64, 128, 256), (1, 100, 4096, 100_000)
+    sizes = product(("float32", "tf32x3", "bf16"), widths, rows_of, (0, 1, 511, 4096, 100_003))
+    for products, width, rows, columns in sizes:
+        tile = triton_logsumexp._tile(products, width)
         parts, span = triton_logsumexp._deal(rows, columns, tile)
         assert span % tile["BLOCK_N"] == 0
         assert (parts - 1) * span < max(columns, 1) <= parts * span  # no empty program, no missing column

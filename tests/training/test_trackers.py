@@ -168,6 +168,7 @@ def test_follower_reports_the_end_of_the_run(tmp_path):
         assert [call[0] for call in memory.calls] == ["start", "close"] and memory.calls[1][1:] == (reported, {})
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_trackers_and_a_failure_does_not_stop_it(tmp_path, monkeypatch, capfd, offered, brief):
     out = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(Preempted):
