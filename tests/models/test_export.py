@@ -255,6 +255,11 @@ def test_a_card_states_figures_and_nothing_personal(tmp_path: Path) -> None:
     assert run_facts(tmp_path / "none") == {}
 
 
+def test_the_model_is_named_as_in_timm(tmp_path: Path) -> None:
+    result = export_model(settled("resnet10", 72), tmp_path / "out", "timm")
+    assert result["model"] == "resnet18" and result["check"]["max_difference"] == 0
+
+
 def test_timm_opens_a_small_vit(tmp_path: Path) -> None:
     import timm
 

@@ -14,6 +14,7 @@ from inbatch.models.encoder import Encoder
 from inbatch.models.export.target import Written, compare, library, refused
 from inbatch.models.factory import create_encoder
 from inbatch.models.weights import fill, save_encoder
+from inbatch.runtime.files import read_json
 
 HINT = "--to onnx and --to torch take every encoder"
 OWN = "it is an encoder of inbatch, which no other library has"
@@ -57,7 +58,8 @@ def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any], t
     difference, largest = compare(model, run, f"timm's {native.name}", whitened=False)
     load = "timm.create_model('local-dir:' + OUT, pretrained=True)"
     features = "before whitening" if encoder.readout is not None else "embed"
-    return Written(library("timm"), difference, largest, load, features, {"model": native.name.partition(".")[0]})
+    architecture = read_json(folder / "config.json")["architecture"]  # timm's name: resnet10 is its resnet18
+    return Written(library("timm"), difference, largest, load, features, {"model": architecture})
 
 
 def as_timm(encoder: Encoder, target: str = "timm") -> Encoder:
