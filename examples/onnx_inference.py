@@ -1,9 +1,9 @@
-"""Compute features of image files by onnxruntime, NumPy and Pillow alone, as on a server without torch.
+"""Compute features or classes of images by onnxruntime, NumPy and Pillow alone, as on a server without torch.
 
     python examples/onnx_inference.py
 
-With arguments, FOLDER IMAGE..., it uses a folder that `inbatch export RUN --to onnx -o FOLDER` wrote. Without, it
-exports an untrained encoder, which needs the extra `onnx`, and embeds two random images.
+With arguments, FOLDER IMAGE..., it uses a folder that `inbatch export RUN --to onnx -o FOLDER` wrote, of a run or of a
+classifier. Without, it exports an untrained encoder, which needs the extra `onnx`, and embeds two random images.
 """
 
 import json
@@ -15,8 +15,8 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def features(folder: str, files: list[str]) -> np.ndarray:
-    """Return the features (N, F) of image files."""
+def outputs(folder: str, files: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the features (N, F) of image files and no names, or their probabilities and the names of the classes."""
     inputs = json.loads((Path(folder) / "export.json").read_text())["input"]
     short, size, mode = inputs["resize_shorter_side"], inputs["crop_centre"], {1: "L", 3: "RGB"}[inputs["shape"][1]]
     images = []
@@ -26,8 +26,9 @@ def features(folder: str, files: list[str]) -> np.ndarray:
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
         images.append(np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1))
-    session = onnxruntime.InferenceSession(str(Path(folder) / "encoder.onnx"))
-    return session.run(None, {"images": np.stack(images)})[0]
+    session = onnxruntime.InferenceSession(str(next(Path(folder).glob("*.onnx"))))
+    names = json.loads(session.get_modelmeta().custom_metadata_map.get("inbatch.classes", "[]"))
+    return session.run(None, {"images": np.stack(images)})[0], names
 
 
 def main() -> None:
@@ -40,7 +41,11 @@ def main() -> None:
         export_run("encoder", folder, "onnx")
         for file in files:
             Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)).save(file)
-    print(features(folder, files).shape)
+    rows, names = outputs(folder, files)
+    print(rows.shape)
+    if names:
+        for file, row in zip(files, rows, strict=True):
+            print(file, *(f"{names[i]} {row[i]:.1%}" for i in row.argsort()[::-1][:3]), sep="\t")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ def test_onnx_inference_gives_the_features_of_the_encoder(tmp_path: Path) -> Non
     for i, sides in enumerate([(30, 50), (64, 48), (41, 41)]):
         files.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize(sides).save(files[-1])
-    rows = runpy.run_path(str(EXAMPLES / "onnx_inference.py"))["features"](str(tmp_path / "onnx"), files)
+    rows, names = runpy.run_path(str(EXAMPLES / "onnx_inference.py"))["outputs"](str(tmp_path / "onnx"), files)
+    assert names == []
     expected = inbatch.load(tmp_path / "encoder").embed([Image.open(file) for file in files])
     assert np.linalg.norm(rows - expected) < 0.02 * np.linalg.norm(expected)
     assert "(2, 96)" in run_script("onnx_inference.py")

@@ -16,7 +16,7 @@ from torch import Tensor
 import inbatch
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.models import Encoder, create_encoder, save_encoder
-from inbatch.models.export import TARGETS, export_encoder, folder, push
+from inbatch.models.export import TARGETS, export_model, folder, push
 from inbatch.models.export.model_card import model_card
 from inbatch.models.export.target import compare
 from inbatch.training.run_facts import run_facts
@@ -53,7 +53,7 @@ def inside(path: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_program_of_torch(small: Encoder, tmp_path: Path) -> None:
-    result = export_encoder(small, tmp_path / "out", "torch", {"recipe": {"seed": 1}})
+    result = export_model(small, tmp_path / "out", "torch", {"recipe": {"seed": 1}})
     assert inside(tmp_path / "out") == {"encoder.pt2", "export.json"} and inside(tmp_path) == {"out"}
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == result
     assert result["check"]["max_difference"] <= 1e-5 and result["files"]["encoder.pt2"]["bytes"] > 300_000
@@ -66,7 +66,7 @@ def test_a_program_of_torch(small: Encoder, tmp_path: Path) -> None:
         np.testing.assert_allclose(module(images).numpy(), small.embed(images), atol=1e-6)
     assert not small.training and all(p.requires_grad for p in small.parameters())
     before = (tmp_path / "out").stat().st_ino
-    assert export_encoder(small, tmp_path / "out", "torch") and (tmp_path / "out").stat().st_ino != before
+    assert export_model(small, tmp_path / "out", "torch") and (tmp_path / "out").stat().st_ino != before
 
 
 def test_what_cannot_be_built_elsewhere_is_refused(small: Encoder, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_cannot_be_built_elsewhere_is_refused(small: Encoder, tmp_path: Pat
         (small, "keras", "choose timm, torchvision, hf, onnx"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=why):
-            export_encoder(encoder, tmp_path / "out", target)
+            export_model(encoder, tmp_path / "out", target)
     assert not list(tmp_path.iterdir())
 
 
@@ -121,10 +121,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_foreign_folders_are_not_replaced(small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    first = export_encoder(small, out, "torch")  # empty
+    first = export_model(small, out, "torch")  # empty
     assert first["load"] == f"open({str(out)!r})" and oct(out.stat().st_mode)[-3:] == "755"
     save_encoder(small, tmp_path / "encoder")
-    export_encoder(small, tmp_path / "encoder", "torch")  # a folder of save_encoder
+    export_model(small, tmp_path / "encoder", "torch")  # a folder of save_encoder
     assert inside(tmp_path / "encoder") == {"encoder.pt2", "export.json"}
     (out / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -133,17 +133,17 @@ def test_foreign_folders_are_not_replaced(small: Encoder, tmp_path: Path, monkey
     (tmp_path / "theirs" / "export.json").write_text('{"files": {}}')
     for path in (out, tmp_path / "file", tmp_path / "link", tmp_path / "theirs"):
         with pytest.raises(ConfigError, match="is not an exported encoder: choose another folder"):
-            export_encoder(small, path, "torch")
+            export_model(small, path, "torch")
     assert inside(out) == {"encoder.pt2", "export.json", "notes.txt"}
     for name in (".txt", "export.json"):
         assert not (out / name).exists() or (out / name).read_text()
     with pytest.raises(InbatchError, match=r"Cannot write .*/file/out"):
-        export_encoder(small, tmp_path / "file" / "out", "torch")
+        export_model(small, tmp_path / "file" / "out", "torch")
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_failure_leaves_the_previous_export(small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_encoder(small, tmp_path / "out", "torch")
+    export_model(small, tmp_path / "out", "torch")
     before = {file: (tmp_path / "out" / file).read_bytes() for file in inside(tmp_path / "out")}
     real = os.rename
 
@@ -159,7 +159,7 @@ def test_a_failure_leaves_the_previous_export(small: Encoder, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(folder, name, function) if name else patch.setattr(os, "rename", fails)
             with pytest.raises(InbatchError, match=f"Cannot write .*{why}"):
-                export_encoder(small, tmp_path / "out", "torch")
+                export_model(small, tmp_path / "out", "torch")
         assert {file: (tmp_path / "out" / file).read_bytes() for file in inside(tmp_path / "out")} == before
         assert inside(tmp_path) == {"out"}
 
@@ -255,11 +255,16 @@ def test_a_card_states_figures_and_nothing_personal(tmp_path: Path) -> None:
     assert run_facts(tmp_path / "none") == {}
 
 
+def test_the_model_is_named_as_in_timm(tmp_path: Path) -> None:
+    result = export_model(settled("resnet10", 72), tmp_path / "out", "timm")
+    assert result["model"] == "resnet18" and result["check"]["max_difference"] == 0
+
+
 def test_timm_opens_a_small_vit(tmp_path: Path) -> None:
     import timm
 
     encoder = settled("vit_tiny_patch16_224", 32, depth=1)
-    result = export_encoder(encoder, tmp_path / "out", "timm")
+    result = export_model(encoder, tmp_path / "out", "timm")
     assert result["check"]["max_difference"] == 0 and result["model"] == "vit_tiny_patch16_224"
     images = pictures(3, encoder)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -328,9 +333,9 @@ def test_targets_open_with_the_same_features(target: str, kind: str, tmp_path: P
     encoder = settled(**KINDS[kind])
     if kind in REFUSED.get(target, ()):
         with pytest.raises(ConfigError, match="--to onnx and --to torch take every encoder"):
-            export_encoder(encoder, tmp_path / "out", target)
+            export_model(encoder, tmp_path / "out", target)
         return
-    result = export_encoder(encoder, tmp_path / "out", target)
+    result = export_model(encoder, tmp_path / "out", target)
     images = pictures(3, encoder)
     with torch.no_grad():
         features = opened(target, tmp_path / "out", encoder, result, images)
@@ -351,7 +356,7 @@ def test_detection_and_segmentation_models_train_on_the_torchvision_weights(tmp_
     from torchvision.models._utils import IntermediateLayerGetter
 
     encoder = settled("resnet18", 96)
-    export_encoder(encoder, tmp_path / "out", "torchvision")
+    export_model(encoder, tmp_path / "out", "torchvision")
     weights = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)
 
     def backbone() -> Any:
@@ -390,7 +395,7 @@ def test_coremltools_converts_the_program(kind: str, tmp_path: Path) -> None:
     """It runs on Linux up to the saved model; only macOS can compute with it."""
     coremltools = pytest.importorskip("coremltools")
     encoder = settled(**KINDS[kind])
-    export_encoder(encoder, tmp_path / "out", "coreml-ready")
+    export_model(encoder, tmp_path / "out", "coreml-ready")
     runpy.run_path(str(tmp_path / "out" / "convert_to_coreml.py"))
     spec = coremltools.utils.load_spec(str(tmp_path / "out" / "encoder.mlpackage"))
     image, features = spec.description.input[0], spec.description.output[0]
@@ -406,7 +411,7 @@ def test_transformers_prepares_images_as_the_encoder_does(tmp_path: Path) -> Non
     from PIL import Image
 
     encoder = settled("resnet10", 72)
-    export_encoder(encoder, tmp_path / "out", "hf")
+    export_model(encoder, tmp_path / "out", "hf")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)).resize((150, 120))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     prepared = processor(picture, return_tensors="pt")["pixel_values"]

@@ -18,7 +18,7 @@ from inbatch.models.factory import restored
 from inbatch.models.transform import Transform
 from inbatch.models.weights import as_one, read_folder, timm_config, write
 from inbatch.nn.eval_mode import evaluating
-from inbatch.runtime.files import object_in
+from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.isolation import briefly_isolated, usual_numerics
 from inbatch.runtime.paths import path_of
 
@@ -57,6 +57,10 @@ class Classifier(nn.Module):
             )
         self.encoder, self.head, self.classes = encoder, head, tuple(classes)
         self.temperature, self.figures = temperature, dict(figures or {})
+
+    @property
+    def name(self) -> str:
+        return self.encoder.name
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +155,15 @@ def save_classifier(classifier: Classifier, directory: str | Path) -> None:
         "figures": classifier.figures,
     }
     write(folder, weights, ours, others)
+
+
+def holds_classifier(folder: Path) -> bool:
+    """Return whether a folder is one of `save_classifier`, by its config.json."""
+    file = folder / "config.json"
+    try:
+        return bool(object_in(object_in(read_json(file), "inbatch", file), "classifier", file))
+    except DataError:
+        return False
 
 
 @briefly_isolated

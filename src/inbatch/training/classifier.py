@@ -19,9 +19,9 @@ from inbatch.evaluation.confidence import calibrate, fit_temperature
 from inbatch.evaluation.embeddings import check_one_label, matched_labels
 from inbatch.evaluation.linear_probe import fit
 from inbatch.models import Classifier, Encoder, save_classifier
-from inbatch.models.classifier import linear_layer
+from inbatch.models.classifier import holds_classifier, linear_layer
 from inbatch.runtime.device import device_for
-from inbatch.runtime.files import check_writable, object_in, read_json
+from inbatch.runtime.files import check_writable
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -249,14 +249,6 @@ def check_replaceable(out: Path) -> None:
     """Raise an error if a classifier must not or cannot be written to this folder."""
     if out.exists():
         inside = {entry.name for entry in out.iterdir()} if out.is_dir() else {""}
-        if inside - {"model.safetensors", "config.json"} or (inside and not _holds_classifier(out)):
+        if inside - {"model.safetensors", "config.json"} or (inside and not holds_classifier(out)):
             raise ConfigError(f"{out} exists and holds no classifier ({listed(sorted(inside))}): choose another folder")
     check_writable(out / "config.json" if out.is_dir() else out)
-
-
-def _holds_classifier(out: Path) -> bool:
-    try:
-        file = out / "config.json"
-        return bool(object_in(object_in(read_json(file), "inbatch", file), "classifier", file))
-    except DataError:
-        return False

@@ -1,11 +1,12 @@
-"""Export of a run's encoder: its own folder, or the files of another library."""
+"""Export of a run's encoder, or of a classifier: its own folder, or the files of another library."""
 
 from pathlib import Path
 from typing import Any
 
 from inbatch.errors import ConfigError, InbatchError, Unwritten
-from inbatch.models import save_encoder
-from inbatch.models.export import ENCODER_FILES, check_free, export_encoder, push, target_named
+from inbatch.models import load_classifier, save_encoder
+from inbatch.models.classifier import holds_classifier
+from inbatch.models.export import ENCODER_FILES, check_free, export_model, push, target_named
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated
 from inbatch.runtime.paths import path_of
@@ -26,10 +27,11 @@ def export_run(
 
     Without `to`, as `save_encoder` does: `inbatch.load(out)` reads it, and so does timm (`local-dir:`) if it can build
     the backbone, as "timm" in the result states. With `to`, the files are opened by the other library and compared with
-    the encoder before the folder appears; `docs/after/export.md` has a table of targets and encoders.
+    the encoder before the folder appears; `docs/after/export.md` has a table of targets and encoders. Of a classifier,
+    the encoder alone is written without `to`, and the classifier with its probabilities with `to`.
 
     Args:
-        path: run directory, or an encoder's folder.
+        path: run directory, or the folder of an encoder or of a classifier.
         out: folder to write; an empty folder or a previous export is replaced.
         to: "timm", "torchvision", "hf", "onnx", "torch" or "coreml-ready".
         push_to: with "hf": repository of the Hugging Face hub to which the folder is uploaded, "USER/NAME". It is
@@ -38,11 +40,11 @@ def export_run(
 
     Returns:
         The run, the folder, the encoder and its step; with `to` also the files with their sizes and SHA-256, the
-        largest difference of features, and how to load them.
+        largest difference of features or probabilities, the classes of a classifier, and how to load the files.
 
     Raises:
-        ConfigError: for an unknown target, one that cannot build the encoder, a missing library, or a folder that
-            contains anything except a previous export.
+        ConfigError: for an unknown target, one that cannot build the model, a missing library, the folder of the
+            model itself, or one that contains anything except a previous export.
         InbatchError: if the other library gives other features, or files cannot be written.
         Unwritten: if the upload fails; the folder is then complete.
     """
@@ -50,7 +52,9 @@ def export_run(
         raise ConfigError("--push and --license belong to --to hf: add it, or leave them out")
     if to is not None:
         target_named(to)
-    out = path_of(out, "out")
+    path, out = path_of(path), path_of(out, "out")
+    if out.resolve() == path.resolve():
+        raise ConfigError(f"{out} is the model to export, which must not be replaced: choose another folder")
     check_free(out, ENCODER_FILES if to is None else None)
     loaded = load_run_encoder(path)
     encoder = loaded.encoder
@@ -61,7 +65,7 @@ def export_run(
         save_encoder(encoder, out)
         readable_by_timm = "architecture" in read_json(out / "config.json")
         return result | {"timm": readable_by_timm} | what | loaded.stage()
-    result |= _exported(loaded, path_of(path), out, to, licence) | what | loaded.stage()
+    result |= _exported(loaded, path, out, to, licence) | what | loaded.stage()
     if push_to is not None:
         try:
             result["pushed"] = push(out, push_to)
@@ -74,5 +78,6 @@ def export_run(
 
 def _exported(loaded: RunEncoder, run: Path, out: Path, to: str, licence: str | None) -> dict[str, Any]:
     facts = run_facts(run) | {"step": loaded.step, "steps": loaded.steps, "licence": licence}
-    written = export_encoder(loaded.encoder, out, to, {key: value for key, value in facts.items() if value is not None})
+    model = load_classifier(run) if holds_classifier(run) else loaded.encoder
+    written = export_model(model, out, to, {key: value for key, value in facts.items() if value is not None})
     return {key: value for key, value in written.items() if key not in ("encoder", "inbatch")}

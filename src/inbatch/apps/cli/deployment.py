@@ -1,22 +1,28 @@
-"""Commands that hand an encoder over to other programs: export."""
+"""Commands that hand an encoder or a classifier over to other programs: export."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
-from inbatch.apps.cli.app import Json, RunFolder, app, deliver, reported
-from inbatch.apps.cli.output import print_export
+from inbatch.apps.cli.app import Json, app, deliver, reported
+from inbatch.apps.cli.output import size_text
+from inbatch.apps.console import say
 
 
 @app.command(
     epilog="Examples:\n\n  inbatch export runs/simclr-photos-1 -o encoder\n\n"
     "  inbatch export runs/simclr-photos-1 --to onnx -o encoder-onnx\n\n"
     "  inbatch export runs/simclr-photos-1 --to torchvision -o backbone --json\n\n"
+    "  inbatch export flower-classifier --to onnx -o flower-onnx\n\n"
     "  inbatch export runs/simclr-photos-1 --to hf -o card --license apache-2.0 --push USER/NAME",
 )
 def export(
-    run: RunFolder,
+    run: Annotated[
+        Path,
+        Argument(metavar="RUN", help="A run, finished or stopped, or the folder of an encoder or classifier."),
+    ],
     out: Annotated[
         Path, Option("--out", "-o", metavar="FOLDER", help="Output folder; a previous export in it is replaced.")
     ],
@@ -39,9 +45,39 @@ def export(
     """Write the encoder of a run, finished or stopped, to a folder for inbatch.load or another library.
 
     With --to, the other library opens the files, and its features are compared with the encoder's, before the folder
-    appears.
+    appears. A folder of train-classifier is exported with its probabilities to onnx, torch and timm.
     """
     with reported(as_json):
         from inbatch.api import export_run
 
         deliver(lambda: export_run(run, out, to, push_to=push, licence=license), as_json, print_export)
+
+
+def print_export(found: Mapping[str, Any]) -> None:
+    """Print what was exported, its location, the comparison in the other library, and how to load it."""
+    image = f"{found['encoder']}, {found['channels']}x{found['size']}x{found['size']}"
+    if "classes" in found:
+        say(f"Classifier: {image} -> {len(found['classes']):,} classes", f"Written to: {found['out']}")
+    else:
+        say(f"Encoder:    {image} -> {found['width']}", f"Written to: {found['out']}")
+    if "check" in found:
+        _print_check(found)
+    say(*([f"Pushed to:  {found['pushed']}"] if "pushed" in found else []))
+    say(*([f"Note:       {found['note']}"] if found["note"] else []))
+    if "load" in found:
+        say("", "To load it:", "", f"  {found['load']}")
+        return
+    say("", "In Python:", "", f"  inbatch.load({found['out']!r})")
+    if found["timm"]:
+        say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
+
+
+def _print_check(found: Mapping[str, Any]) -> None:
+    """Print the files of an export, and how much their features or probabilities differ."""
+    check, features = found["check"], found.get("features")
+    rows, largest = ("features", "feature") if features else ("probabilities", "probability")
+    kind = f" (the largest is {check[f'largest_{largest}']:.2g})"
+    if features and features["as"] != "embed":
+        kind += f"; they are {features['number']}, {features['as']}"
+    say(*(f"            {name}, {size_text(file['bytes'])}" for name, file in found["files"].items()))
+    say(f"Checked by: {check['library']}: {rows} differ by at most {check['max_difference']:.1e}{kind}")

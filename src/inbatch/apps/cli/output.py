@@ -154,26 +154,6 @@ def print_run(result: Mapping[str, Any]) -> None:
         say(f"  inbatch evaluate {folder} --k 20")
 
 
-def print_export(found: Mapping[str, Any]) -> None:
-    """Print an exported encoder, its location, the comparison in the other library, and how to load it."""
-    shape = f"{found['channels']}x{found['size']}x{found['size']} -> {found['width']}"
-    say(f"Encoder:    {found['encoder']}, {shape}", f"Written to: {found['out']}")
-    if "check" in found:
-        check, features = found["check"], found["features"]
-        kind = f" (the largest is {check['largest_feature']:.2g})"
-        kind += "" if features["as"] == "embed" else f"; they are {features['number']}, {features['as']}"
-        say(*(f"            {name}, {_size(file['bytes'])}" for name, file in found["files"].items()))
-        say(f"Checked by: {check['library']}: features differ by at most {check['max_difference']:.1e}{kind}")
-    say(*([f"Pushed to:  {found['pushed']}"] if "pushed" in found else []))
-    say(*([f"Note:       {found['note']}"] if found["note"] else []))
-    if "load" in found:
-        say("", "To load it:", "", f"  {found['load']}")
-        return
-    say("", "In Python:", "", f"  inbatch.load({found['out']!r})")
-    if found["timm"]:
-        say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
-
-
 def print_dry_run(found: Mapping[str, Any]) -> None:
     """Print a planned run as a YAML file for --config, with further information in comments."""
     import yaml
@@ -183,10 +163,10 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
     lines += [f"views:   {' + '.join('x'.join(map(str, v)) for v in found['views'])} (samples x channels x pixels)"]
     lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in found["rows"].items()]
     memory = found["memory_bytes_estimate"]
-    parts = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in memory.items() if n and name != "sum")
-    lines += [f"memory:  an estimate of {_size(memory['sum'])}, in addition to Python and torch: {parts}"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size_text(n)}" for name, n in memory.items() if n and name != "sum")
+    lines += [f"memory:  an estimate of {size_text(memory['sum'])}, in addition to Python and torch: {parts}"]
     if memory["sum"] > found["memory_bytes_free"]:
-        lines += [f"         MORE THAN THE FREE {_size(found['memory_bytes_free'])}: use a smaller --context"]
+        lines += [f"         MORE THAN THE FREE {size_text(found['memory_bytes_free'])}: use a smaller --context"]
     say(*(f"# {line}" for line in lines))
     say(*yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
 
@@ -295,5 +275,6 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Return a number of bytes with its unit."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Export of encoders for other libraries: one file per target, and their registry."""
+"""Export of encoders and classifiers for other libraries: one file per target, and their registry."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,23 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.errors import ConfigError, InbatchError, closest, reason
+from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export import to_coreml, to_hf, to_onnx, to_timm, to_torch, to_torchvision
 from inbatch.models.export.folder import ENCODER_FILES, MANIFEST, check_free, contents, replaced
-from inbatch.models.export.target import Target
+from inbatch.models.export.target import Target, Written
 from inbatch.models.export.to_hf import push
 from inbatch.runtime.files import write_json
 from inbatch.runtime.isolation import usual_numerics
 
-__all__ = ["ENCODER_FILES", "TARGETS", "check_free", "export_encoder", "push", "target_named"]
+__all__ = ["ENCODER_FILES", "TARGETS", "check_free", "export_model", "push", "target_named"]
 
 TARGETS: dict[str, Target] = {
     "timm": Target(to_timm.write, "folder for timm.create_model"),
-    "torchvision": Target(to_torchvision.write, "state dict for torchvision.models, also inside detection models"),
-    "hf": Target(to_hf.write, "folder for transformers and the Hugging Face hub, with a model card"),
+    "torchvision": Target(
+        to_torchvision.write,
+        "state dict for torchvision.models, also inside detection models",
+        no_classifier="its files are the weights of a backbone",
+    ),
+    "hf": Target(
+        to_hf.write,
+        "folder for transformers and the Hugging Face hub, with a model card",
+        no_classifier="its model card describes an encoder",
+    ),
     "onnx": Target(to_onnx.write, "ONNX graph from uint8 images to features, of any number of images"),
     "torch": Target(to_torch.write, "program of torch.export (.pt2), likewise"),
-    "coreml-ready": Target(to_coreml.write, "program with fixed shapes, and a script for coremltools"),
+    "coreml-ready": Target(
+        to_coreml.write,
+        "program with fixed shapes, and a script for coremltools",
+        no_classifier="its script converts features",
+    ),
 }
 """Targets by name."""
 
@@ -39,58 +52,77 @@ def target_named(name: str) -> Target:
 
 
 @usual_numerics()
-def export_encoder(encoder: Encoder, out: Path, target: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write an encoder to a folder for another library, check its features there, and return what was written.
+def export_model(
+    model: Encoder | Classifier, out: Path, target: str, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a model to a folder for another library, check it there, and return what was written.
 
     The folder appears complete or not at all. An empty folder or a previous export is replaced.
 
     Args:
-        encoder: the encoder; a copy of it on the CPU is exported, in evaluation mode.
+        model: the encoder, or the classifier with its head; it is exported on the CPU, in evaluation mode.
         out: the folder.
         target: a name of `TARGETS`.
         facts: facts on the training, for the model card and the metadata of files.
 
     Returns:
-        The content of export.json: "target", "encoder", "input", "features", "check" (library, largest difference of
-        features), "load" (a line of Python), "files" (bytes, sha256).
+        The content of export.json: "target", "encoder", "input", "features" (of a classifier "classes" and
+        "temperature"), "check" (library, largest difference of features or probabilities), "load" (a line of Python),
+        "files" (bytes, sha256).
 
     Raises:
-        ConfigError: for an unknown target, a target that cannot build the encoder, a missing library, or a folder that
+        ConfigError: for an unknown target, a target that cannot build the model, a missing library, or a folder that
             is not an export.
-        DataError: if features are not finite.
-        InbatchError: if the exported files give other features, or cannot be written.
+        DataError: if features or probabilities are not finite.
+        InbatchError: if the exported files give others, or cannot be written.
     """
-    write = target_named(target).write
+    chosen, facts = target_named(target), dict(facts or {})
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    if isinstance(model, Classifier):
+        if chosen.no_classifier is not None:
+            raise ConfigError(
+                f"a classifier cannot be exported to {target}: {chosen.no_classifier}. Choose --to onnx, torch or "
+                "timm, or export its encoder alone (inbatch export CLASSIFIER -o ENCODER) and then that folder"
+            )
+        facts |= {"classes": list(model.classes), "temperature": model.temperature}
     check_free(out)
-    own = encoder.device
+    own = model.device
     try:
-        encoder.cpu()
-        with replaced(out) as folder, encoder.evaluating():
+        model.cpu()
+        with replaced(out) as folder, model.evaluating():
             try:
-                written = write(encoder, folder, facts or {})
+                written = chosen.write(model, folder, facts)
             except (InbatchError, MemoryError, OSError):
                 raise
             except Exception as error:  # a foreign library raises any exception for a model that it does not expect
                 raise InbatchError(
-                    f"{encoder.name} cannot be exported to {target}: {reason(error)[:300]}. Choose another target"
+                    f"{model.name} cannot be exported to {target}: {reason(error)[:300]}. Choose another target"
                 ) from error
             result: dict[str, Any] = {
                 "inbatch": version("inbatch"),
                 "target": target,
                 "encoder": {"name": encoder.name, "width": encoder.width, "attend": encoder.attend},
                 "input": _input(encoder, target),
-                "features": {"number": encoder.feature_width if written.features == "embed" else encoder.width}
-                | {"as": written.features},
-                "check": {"library": written.opened_by, "max_difference": written.difference}
-                | {"largest_feature": written.largest},
+                **_output(model, written),
                 "load": written.load.replace("OUT/", shlex.quote(str(out)) + "/").replace("OUT", repr(str(out))),
                 **written.more,
                 "files": contents(folder),
             }
             write_json(folder / MANIFEST, result)
     finally:
-        encoder.to(own)
+        model.to(own)
     return result
+
+
+def _output(model: Encoder | Classifier, written: Written) -> dict[str, Any]:
+    """Return what the exported files compute, and how it was checked."""
+    check = {"library": written.opened_by, "max_difference": written.difference}
+    if isinstance(model, Classifier):
+        classes = {"classes": list(model.classes), "temperature": model.temperature}
+        return classes | {"check": check | {"largest_probability": written.largest}}
+    number = model.feature_width if written.features == "embed" else model.width
+    features = {"number": number, "as": written.features}
+    return {"features": features, "check": check | {"largest_feature": written.largest}}
 
 
 def _input(encoder: Encoder, target: str) -> dict[str, Any]:

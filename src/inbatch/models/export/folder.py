@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.errors import ConfigError, DataError
+from inbatch.models.classifier import holds_classifier
 from inbatch.models.weights import READOUT
 from inbatch.runtime.files import cannot_write, out_of_room, read_json
 
@@ -39,7 +40,7 @@ def _is_free(out: Path, what: set[str] | None) -> bool:
         return True
     try:
         if inside <= (what or ENCODER_FILES):
-            return "inbatch" in read_json(out / "config.json")
+            return "inbatch" in read_json(out / "config.json") and not holds_classifier(out)  # the only copy, perhaps
         manifest = read_json(out / MANIFEST) if what is None else {}
         return "inbatch" in manifest and inside <= {MANIFEST, *manifest.get("files", {})}
     except (DataError, TypeError):

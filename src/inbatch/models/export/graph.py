@@ -1,4 +1,4 @@
-"""The computation from uint8 images to features as one traced program, for ONNX, torch.export and Core ML."""
+"""The computation from uint8 images to features or probabilities as one traced program."""
 
 import copy
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, reason
+from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.readout import Readout
 
@@ -46,13 +47,20 @@ class FixedReadout(nn.Module):
 
 
 class Graph(nn.Module):
-    """Features (N, F) of images (N, C, size, size) with values from 0 to 255; normalisation and whitening included."""
+    """Features (N, F) of images (N, C, size, size) with values from 0 to 255; normalisation and whitening included.
+
+    Of a classifier: its calibrated probabilities (N, classes).
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, model: Encoder | Classifier) -> None:
         super().__init__()
+        encoder = model.encoder if isinstance(model, Classifier) else model
+        self.head = nn.Sequential()
+        if isinstance(model, Classifier):
+            self.head.extend([copy.deepcopy(model.head).cpu(), nn.Softmax(1)])
         self.encoder = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
         if encoder.readout is not None:
             self.encoder.readout = FixedReadout(encoder.readout)  # type: ignore[assignment]
@@ -60,27 +68,30 @@ class Graph(nn.Module):
         self.register_buffer("std", torch.tensor(encoder.std).view(-1, 1, 1))
 
     def forward(self, images: Num[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
-        return self.encoder.represent((images.float() / 255 - self.mean) / self.std)
+        rows: Tensor = self.head(self.encoder.represent((images.float() / 255 - self.mean) / self.std))
+        return rows
 
 
-def traced(encoder: Encoder, dtype: torch.dtype = torch.uint8, batch: int | None = None) -> "ExportedProgram":
+def traced(
+    model: Encoder | Classifier, dtype: torch.dtype = torch.uint8, batch: int | None = None
+) -> "ExportedProgram":
     """Return `Graph` as a program of torch.export.
 
     Args:
-        encoder: the encoder.
+        model: the encoder or classifier.
         dtype: type of the images.
         batch: number of images of every call; None: any number.
 
     Raises:
-        ConfigError: if torch cannot trace the encoder.
+        ConfigError: if torch cannot trace it.
     """
-    images = torch.zeros(batch or 2, encoder.channels, encoder.size, encoder.size, dtype=dtype)
+    images = torch.zeros(batch or 2, model.channels, model.size, model.size, dtype=dtype)
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     try:
         with torch.no_grad():
-            return torch.export.export(Graph(encoder).eval(), (images,), dynamic_shapes=shapes)
+            return torch.export.export(Graph(model).eval(), (images,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises any exception for code that it cannot trace
         raise ConfigError(
-            f"torch.export cannot trace {encoder.name} ({reason(error)[:300]}): choose the target timm or torchvision, "
+            f"torch.export cannot trace {model.name} ({reason(error)[:300]}): choose the target timm or torchvision, "
             "or another encoder"
         ) from error

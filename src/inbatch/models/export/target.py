@@ -1,4 +1,4 @@
-"""What all targets of an export share: the result of writing one, and the comparison of its features."""
+"""What all targets of an export share: the result of writing one, and the comparison of what it computes."""
 
 import importlib
 import math
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from inbatch.errors import ConfigError, DataError, InbatchError, reason
+from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 
 TOLERANCE = 1e-4
-"""Maximum difference of a feature after an export, as a share of the largest feature or of 1."""
+"""Maximum difference of a feature or probability after an export, as a share of the largest one or of 1."""
 _BATCHES = (2, 5)
 """Numbers of images in the two batches that are compared: the first is that of the traced graph."""
 
@@ -27,9 +28,11 @@ class Written:
 
     Attributes:
         opened_by: library and version that opened the files for the comparison.
-        difference: largest difference from the encoder's features, over 7 random images.
-        largest: largest feature of these images.
-        features: "embed" if they are those of `Encoder.embed`, "before whitening" for an encoder with `whiten`.
+        difference: largest difference from the encoder's features or the classifier's probabilities, over 7 random
+            images.
+        largest: largest feature, or probability, of these images.
+        features: "embed" if they are those of `Encoder.embed`, "before whitening" for an encoder with `whiten`. It does
+            not apply to a classifier.
         load: line that opens the files; OUT stands for the folder.
         more: further entries of the result and of export.json.
     """
@@ -47,41 +50,56 @@ class Target:
     """A target of an export.
 
     Attributes:
-        write: writes an encoder into an empty folder, with facts on its training, and checks the files.
+        write: writes an encoder into an empty folder, with facts on its training, and checks the files; a classifier,
+            too, unless there is a reason against it.
         summary: one line for help and documentation.
+        no_classifier: reason why a classifier cannot be written.
     """
 
-    write: Callable[[Encoder, Path, Mapping[str, Any]], Written]
+    write: Callable[[Any, Path, Mapping[str, Any]], Written]
     summary: str
+    no_classifier: str | None = None
 
 
-def compare(encoder: Encoder, run: Callable[[Tensor], Any], what: str, whitened: bool = True) -> tuple[float, float]:
-    """Return the largest difference of features after an export, and the largest feature.
+def rows_of(model: Encoder | Classifier) -> str:
+    """Return the name of what a model computes for an image: "features", or "probabilities" of a classifier."""
+    return "probabilities" if isinstance(model, Classifier) else "features"
+
+
+def file_of(model: Encoder | Classifier, suffix: str) -> str:
+    """Return the name of the file of a whole model, such as "encoder.onnx" or "classifier.onnx"."""
+    return ("classifier" if isinstance(model, Classifier) else "encoder") + suffix
+
+
+def compare(
+    model: Encoder | Classifier, run: Callable[[Tensor], Any], what: str, whitened: bool = True
+) -> tuple[float, float]:
+    """Return the largest difference of features or probabilities after an export, and the largest of them.
 
     Args:
-        encoder: the encoder, on the CPU.
-        run: returns the features (N, F) of uint8 images (N, C, size, size) as computed by the exported files.
+        model: the encoder or classifier, on the CPU.
+        run: returns the features (N, F) or probabilities (N, classes) of uint8 images (N, C, size, size), as computed
+            by the exported files.
         what: what was exported, for the message.
-        whitened: compare with the features of `embed`; False: with those of `forward`, before whitening.
+        whitened: compare with the features of `embed`; False: with those of `forward`, before whitening. It does not
+            apply to a classifier.
 
     Raises:
-        DataError: if features of the encoder are not finite.
-        InbatchError: if the difference is above `TOLERANCE`, or if the files give another number of features.
+        DataError: if the features or probabilities of the model are not finite.
+        InbatchError: if the difference is above `TOLERANCE`, or if the files give another number of them.
     """
     generator = torch.Generator().manual_seed(0)
-    difference = largest = 0.0
+    difference, largest, rows = 0.0, 0.0, rows_of(model)
     for count in _BATCHES:
-        shape = count, encoder.channels, encoder.size, encoder.size
+        shape = count, model.channels, model.size, model.size
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        with encoder.evaluating():
-            prepared = encoder.preprocess(images)
-            expected = (encoder.represent(prepared) if whitened else encoder(prepared)).float()
+        expected = _expected(model, images, whitened)
         if not expected.isfinite().all():
-            raise DataError(f"the encoder {encoder.name} gives features that are not finite: its training has diverged")
+            raise DataError(f"{model.name} gives {rows} that are not finite: its training has diverged")
         found = torch.as_tensor(run(images)).detach().float()
         if found.shape != expected.shape:
             raise InbatchError(
-                f"{what} gives features of shape {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was "
+                f"{what} gives {rows} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was "
                 "written. Choose another target"
             )
         gap = float((found - expected).abs().max())
@@ -89,10 +107,19 @@ def compare(encoder: Encoder, run: Callable[[Tensor], Any], what: str, whitened:
         largest = max(largest, float(expected.abs().max()))
     if not difference <= TOLERANCE * max(1.0, largest):
         raise InbatchError(
-            f"{what} gives other features: they differ by up to {difference:.2g}, the largest is {largest:.2g}; "
+            f"{what} gives other {rows}: they differ by up to {difference:.2g}, the largest is {largest:.2g}; "
             f"nothing was written. Choose another target"
         )
     return difference, largest
+
+
+def _expected(model: Encoder | Classifier, images: Tensor, whitened: bool) -> Tensor:
+    """Return the features or probabilities that the model itself computes."""
+    if isinstance(model, Classifier):
+        return torch.from_numpy(model.predict_proba(images))
+    with model.evaluating():
+        prepared = model.preprocess(images)
+        return (model.represent(prepared) if whitened else model(prepared)).float()
 
 
 def library(name: str) -> str:

@@ -1,17 +1,20 @@
-"""Target `timm`: a folder for `timm.create_model("local-dir:FOLDER")`, for encoders that timm can build."""
+"""Target `timm`: a folder for `timm.create_model("local-dir:FOLDER")`, for what timm can build."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inbatch.errors import ConfigError
 from inbatch.models.attention_slots import meets_in_training_only, without
+from inbatch.models.classifier import Classifier, save_classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.target import Written, compare, library, refused
 from inbatch.models.factory import create_encoder
 from inbatch.models.weights import fill, save_encoder
+from inbatch.runtime.files import read_json
 
 HINT = "--to onnx and --to torch take every encoder"
 OWN = "it is an encoder of inbatch, which no other library has"
@@ -21,24 +24,42 @@ CIFAR = (
 )
 
 
-def write(encoder: Encoder, folder: Path, facts: Mapping[str, Any], target: str = "timm") -> Written:
+WHITENED = (
+    "its linear layer takes whitened features, which no model of timm has; train-classifier --mode finetune leaves the "
+    "whitening out"
+)
+
+
+def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any], target: str = "timm") -> Written:
     """Write model.safetensors and config.json in timm's layout, and compare the features of the model that timm opens.
 
     If the encoder whitens its features, the statistics are written as readout.safetensors, which `inbatch.load` uses
-    and timm does not: its features are those before whitening.
+    and timm does not: its features are those before whitening. The output of a classifier in timm is logits.
     """
     import timm
 
+    encoder = model.encoder if isinstance(model, Classifier) else model
     native = as_timm(encoder, target)
-    save_encoder(native, folder)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    with torch.no_grad():
-        difference, largest = compare(
-            encoder, lambda images: model(encoder.preprocess(images)), f"timm's {native.name}", whitened=False
-        )
+    if not isinstance(model, Classifier):
+        save_encoder(native, folder)
+    elif encoder.readout is None:
+        classes, temperature = model.classes, model.temperature
+        save_classifier(Classifier(native, model.head, classes, temperature=temperature, figures=model.figures), folder)
+    else:
+        with refused(encoder, target, HINT):
+            raise ConfigError(WHITENED)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows: Tensor = theirs(encoder.preprocess(images))
+        return rows.softmax(1) if isinstance(model, Classifier) else rows
+
+    difference, largest = compare(model, run, f"timm's {native.name}", whitened=False)
     load = "timm.create_model('local-dir:' + OUT, pretrained=True)"
     features = "before whitening" if encoder.readout is not None else "embed"
-    return Written(library("timm"), difference, largest, load, features, {"model": native.name.partition(".")[0]})
+    architecture = read_json(folder / "config.json")["architecture"]  # timm's name: resnet10 is its resnet18
+    return Written(library("timm"), difference, largest, load, features, {"model": architecture})
 
 
 def as_timm(encoder: Encoder, target: str = "timm") -> Encoder:

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 
+from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.graph import traced
-from inbatch.models.export.target import Written, compare, library
-
-FILE = "encoder.pt2"
+from inbatch.models.export.target import Written, compare, file_of, library
 
 
-def write(encoder: Encoder, folder: Path, facts: Mapping[str, Any]) -> Written:
-    """Write encoder.pt2 (uint8 images of any number -> features), and compare its features."""
-    program = traced(encoder)
-    torch.export.save(program, folder / FILE, extra_files={"inbatch.json": json.dumps(dict(facts))})
-    module = torch.export.load(folder / FILE).module()
+def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any]) -> Written:
+    """Write encoder.pt2 (uint8 images of any number -> features), and compare its features.
+
+    Of a classifier, classifier.pt2, with probabilities.
+    """
+    program, file = traced(model), file_of(model, ".pt2")
+    torch.export.save(program, folder / file, extra_files={"inbatch.json": json.dumps(dict(facts))})
+    module = torch.export.load(folder / file).module()
     with torch.no_grad():
-        difference, largest = compare(encoder, module, f"the exported program of {encoder.name}")
-    load = f"torch.export.load(OUT + '/{FILE}').module()(images)"
+        difference, largest = compare(model, module, f"the exported program of {model.name}")
+    load = f"torch.export.load(OUT + '/{file}').module()(images)"
     return Written(library("torch"), difference, largest, load)
