@@ -28,6 +28,8 @@ def trained(name: str, size: int, channels: int = 3, **options: Any) -> Classifi
         encoder.readout.fit(torch.rand(4 * encoder.readout.width, encoder.readout.width))
     head = nn.Linear(encoder.feature_width, len(CLASSES)).requires_grad_(False)
     head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():  # logits of about 1: certain predictions would hide differences
+        head.weight /= head(encoder.represent(encoder.preprocess(pictures(8, encoder)))).std()
     return Classifier(encoder, head, CLASSES, temperature=1.5).eval()
 
 
@@ -146,16 +148,14 @@ REFUSED = {"fast": "encoder of inbatch", "whitened": "linear layer takes whitene
 def test_onnxruntime_computes_the_probabilities(kind: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     classifier = trained(**KINDS[kind])
-    result = export_model(classifier, tmp_path / "out", "onnx")
+    export_model(classifier, tmp_path / "out", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "classifier.onnx")
     assert [output.name for output in session.get_outputs()] == ["probabilities"]
     assert json.loads(session.get_modelmeta().custom_metadata_map["inbatch.classes"]) == list(CLASSES)
     images = pictures(5, classifier)
     expected = classifier.predict_proba(images)
     found = session.run(["probabilities"], {"images": images.numpy()})[0]
-    print(
-        kind, f"onnx: largest difference {np.abs(found - expected).max():.1e}, {result['check']['max_difference']:.1e}"
-    )
+    print(kind, f"onnx: largest difference {np.abs(found - expected).max():.1e}")
     assert np.abs(found - expected).max() <= 1e-4 and np.ptp(expected, axis=1).max() > 0.1
 
 
