@@ -3,18 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
-from inbatch.apps.cli.app import KINDS, SEEDS, Device, ImageColumn, Json, LabelColumn, app, deliver, reported
+from inbatch.apps.cli.app import (
+    SEEDS,
+    Device,
+    Features,
+    ImageColumn,
+    Images,
+    Json,
+    LabelColumn,
+    Split,
+    app,
+    deliver,
+    reported,
+)
 from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import many
 from inbatch.runtime.path_list import joined_paths
 
-Features = Annotated[
-    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
-]
-Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
-Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
 _SHOWN = 20
 """Rows of a table in the terminal."""
 
