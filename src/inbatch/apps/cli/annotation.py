@@ -87,7 +87,7 @@ def labels(
     data: Images = None,
     count: Annotated[int | None, Option("-n", "--count", min=1, help="Most suspects; default: all.")] = None,
     folds: Annotated[int, Option(min=2, help="Parts of the cross-validation.")] = 5,
-    k: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
     split: Split = None,
     write: Annotated[Path | None, Option("--write", metavar="SUSPECTS.csv", help="List of the suspects.")] = None,
     picture: Annotated[Path | None, Option(help="Picture of the first 60, each with a similar image.")] = None,
@@ -103,7 +103,8 @@ def labels(
 
         def find() -> dict[str, Any]:
             return find_label_errors(
-                features, joined_paths(data) or None, count=count, folds=folds, k=k, split=split, write=write,
+                features, joined_paths(data) or None, count=count, folds=folds, neighbours=neighbours,
+                split=split, write=write,
                 picture=picture, seed=seed, device=device, quiet=False, image_column=image_column,
                 label_column=label_column,
             )  # fmt: skip

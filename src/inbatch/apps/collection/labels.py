@@ -18,7 +18,7 @@ _RELIABLE = 0.7
 
 @isolated
 def find_label_errors(
-    features: str | Path, data: Any = None, *, count: int | None = None, folds: int = 5, k: int = 30,
+    features: str | Path, data: Any = None, *, count: int | None = None, folds: int = 5, neighbours: int = 30,
     split: str | None = None, write: str | Path | None = None, picture: str | Path | None = None, seed: int = 0,
     device: str = "auto", quiet: bool = True, image_column: str | None = None, label_column: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -31,7 +31,7 @@ def find_label_errors(
         data: The images; by default those of the run, and none with a file of features.
         count: Largest number of suspects; None for all.
         folds: Parts of the cross-validation.
-        k: Number of neighbours.
+        neighbours: Number of neighbours.
         split: The only split to check; None for every image.
         write: A CSV file for path, class, split, suggested class and margin of the suspects.
         picture: An image file for the first 60 suspects with a neighbour of the suggested class each.
@@ -60,8 +60,8 @@ def find_label_errors(
     if not (collection.labels >= 0).any():
         raise DataError(f"no image of {collection.name} has a label: pass labelled images")
     check_images(collection, write, picture)
-    errors = check_labels(collection.vectors, collection.labels, folds=folds, k=k, seed=seed)
-    result = _result(collection, errors, count) | {"folds": folds, "k": k, "seed": seed}
+    errors = check_labels(collection.vectors, collection.labels, folds=folds, k=neighbours, seed=seed)
+    result = _result(collection, errors, count) | {"folds": folds, "neighbours": neighbours, "seed": seed}
     places = errors.suspects[:count].tolist()
     rows = errors.checked[places].tolist()
     columns = {key: [one[key] for one in result["suspects"]] for key in ("suggested", "margin")}
