@@ -60,7 +60,7 @@ def duplicates(
         from inbatch.apps.collection.duplicates import find_duplicates
         from inbatch.apps.collection.tidy_text import duplicate_lines, duplicate_rows
 
-        columns = {"image_column": image_column, "label_column": label_column}
+        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
         def find() -> dict[str, Any]:
             return find_duplicates(
@@ -103,7 +103,7 @@ def outliers(
         from inbatch.apps.collection.outliers import find_outliers
         from inbatch.apps.collection.tidy_text import outlier_lines, outlier_rows
 
-        columns = {"image_column": image_column, "label_column": label_column}
+        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
         def find() -> dict[str, Any]:
             return find_outliers(
