@@ -8,7 +8,6 @@ model = make_pipeline(BatchEncoder(epochs=20), LogisticRegression(max_iter=1000)
 model.fit(images, labels)
 """
 
-import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,9 @@ from inbatch.models import Encoder
 from inbatch.models.factory import restored
 from inbatch.models.weights import as_one, packed
 from inbatch.runtime.device import device_for
+from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.table_file import write_table
 
 
 class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -118,7 +119,9 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         with self._run_folder() as run:
             if isinstance(images, list):
                 self.channels_ = 3
-                data: Any = _write_list(run.with_suffix(".csv"), images, y if learns else None)
+                table = {"path": images} | ({"label": list(y)} if learns else {})
+                write_table(paths := run.with_name(f"{run.name}.csv"), [table])
+                data: Any = str(paths)
             else:
                 source = open_arrays(images, None, Reading(levels=self._levels(images)))
                 self.channels_, pixels = source.channels, source.images
@@ -225,16 +228,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "encoder_" in state:
             saved = state["encoder_"]
-            encoder = restored(safetensors.torch.load(saved["weights"]), saved["config"], Path("encoder_"))
+            with usual_state():
+                encoder = restored(safetensors.torch.load(saved["weights"]), saved["config"], Path("encoder_"))
             state = state | {"encoder_": encoder}
         super().__setstate__(state)
-
-
-def _write_list(file: Path, paths: Sequence[str], labels: Any) -> str:
-    """Write paths, and labels if there are any, to a CSV file, and return its path."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as text:
-        writer = csv.writer(text)
-        writer.writerow(["path"] if labels is None else ["path", "label"])
-        writer.writerows(zip(paths, *([] if labels is None else [labels]), strict=True))
-    return str(file)

@@ -122,7 +122,7 @@ def test_what_cannot_be_used_is_one_sentence(photos: Path, features: Path, tmp_p
         (f"select {features} -n 61", 2, "at most 60"),
         (f"select {features} --strategy best", 2, "choose one of diverse"),
         (f"select {features} --strategy uncertain -n 2", 3, "needs labelled images"),
-        (f"select {features} -n 2 --write {tmp_path / 'a.csv'}", 3, "pass DATA"),
+        (f"select {features} -n 2 --write {tmp_path / 'a.csv'}", 2, "pass DATA"),
         (f"select {features} {photos} -n 2 --write {tmp_path / 'a.txt'}", 2, "ends in .csv"),
         (f"select {features} {photos} -n 2 --write {tmp_path / 'file' / 'a.csv'}", 1, "Cannot write"),
         (f"select {features} {photos} -n 2 --picture {tmp_path / 'a.tex'}", 2, "unknown file extension"),
@@ -133,7 +133,9 @@ def test_what_cannot_be_used_is_one_sentence(photos: Path, features: Path, tmp_p
         (f"labels {none}", 3, "no image of"),
         (f"labels {one}", 3, "least two are needed"),
         (f"labels {features} --split val", 3, "no split 'val'"),
-        (f"labels {features} --picture {tmp_path / 'a.png'}", 3, "pass DATA"),
+        (f"labels {features} --picture {tmp_path / 'a.png'}", 2, "pass DATA"),
+        (f"labels {features} {photos} --picture {photos / 'a.jpg'}", 2, "would become an image of the data"),
+        (f"select {features} {photos} -n 2 --picture {photos / 'a.jpg'}", 2, "would become an image of the data"),
     ):
         shown = run(line)
         assert shown.exit_code == code and words in shown.stderr and "Traceback" not in shown.output, line

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch.apps.collection.features import open_collection, write_list
+from inbatch.apps.collection.features import open_collection
+from inbatch.apps.collection.output_files import write_list
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings

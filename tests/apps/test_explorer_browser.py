@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import inbatch
-from inbatch.apps.collection.features import open_collection, write_list
+from inbatch.apps.collection.features import open_collection
+from inbatch.apps.collection.output_files import write_list
 from inbatch.data import open_data
 
 pytestmark = [

@@ -79,6 +79,7 @@ def test_what_cannot_be_searched_is_refused(photos: Path, encoder: Path, tmp_pat
     search = inbatch.search_images
     file = Path(search(encoder, query, photos)["origin"]["file"])
     other = tmp_path / "other"
+    torch.manual_seed(9)
     save_encoder(create_encoder("tiny", size=20), other)
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()

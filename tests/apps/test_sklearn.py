@@ -50,6 +50,7 @@ def untrained(monkeypatch):
 
 
 def test_a_fit_trains_and_survives_pickle(brief, tmp_path):
+    state = torch.get_rng_state()
     made = BatchEncoder(run_dir=tmp_path / "run", **FAST).fit(RGB)
     assert made.channels_ == 3 and made.encoder_.size == 12
     features = made.transform(RGB)
@@ -58,6 +59,7 @@ def test_a_fit_trains_and_survives_pickle(brief, tmp_path):
     assert np.array_equal(inbatch.load(tmp_path / "run").embed(RGB), features)
     again = pickle.loads(pickle.dumps(made))
     assert np.array_equal(again.transform(RGB), features) and again.get_params() == made.get_params()
+    assert torch.equal(torch.get_rng_state(), state), "the random generator of the caller"
     assert b"torch" not in pickle.dumps(made)
 
 

@@ -86,6 +86,17 @@ def test_outlier_scores_agree_with_scikit_learn() -> None:
     assert (distribution_distance(torch.ones(5, 3)) == 0).all(), "identical rows"
 
 
+def test_distribution_distance_of_similar_directions() -> None:
+    """Features of an encoder that has hardly trained differ by 1e-5: their differences outweigh rounding."""
+    rows = torch.ones(300, 32) + 1e-4 * torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    rows[7, :16] += 1e-2
+    unit = F.normalize(rows.double())
+    centred = unit - unit.mean(0)
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(rows))
+    expected = (centred @ axes[:, -8:] / variance[-8:].sqrt()).square().mean(1).sqrt()
+    assert torch.allclose(distribution_distance(rows, 8).double(), expected, rtol=0.02) and expected.argmax() == 7
+
+
 def test_broken_images_are_listed_with_a_reason() -> None:
     image = scene(5)
     frame = torch.full((3, 96, 96), 255.0)

@@ -224,3 +224,10 @@ def test_short_calls_of_several_threads_wait_for_each_other() -> None:
     for thread in threads:
         thread.join()
     assert sorted(results) == [0, 1, 2, 3] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_public_function_is_isolated() -> None:
+    functions = {name: value for name in inbatch.__all__ if callable(value := getattr(inbatch, name))}
+    computing = {name: value for name, value in functions.items() if not isinstance(value, type)}
+    bare = {name for name, value in computing.items() if not hasattr(value, "__wrapped__")}
+    assert bare == {"tune"}, "tune sets the process up for the caller"

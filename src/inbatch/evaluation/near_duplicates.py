@@ -83,11 +83,11 @@ def similar_pairs(
     search = _search(bank, index)
     pairs, values = [torch.zeros(0, 2, dtype=torch.long)], [torch.zeros(0)]
     for start in range(0, len(thumbnails), _QUERIES):
-        some = thumbnails[start : start + _QUERIES]
+        queries = thumbnails[start : start + _QUERIES]
         for window in _QUERIED:
             for mirrored in (False, True):
-                near, place = search(descriptors(some, window, mirrored), min(k + 1, len(bank)))
-                own = torch.arange(start, start + len(some))[:, None].expand_as(place)
+                near, place = search(descriptors(queries, window, mirrored), min(k + 1, len(bank)))
+                own = torch.arange(start, start + len(queries))[:, None].expand_as(place)
                 alike = (near >= ALIKE) & (own != place)
                 pairs.append(torch.stack([own[alike], place[alike]], 1))
                 values.append(near[alike])

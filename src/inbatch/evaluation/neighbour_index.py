@@ -143,10 +143,10 @@ class NeighbourIndex:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(file, "pt") as found:
-                if (found.metadata() or {}).get("key") != key:
+            with safe_open(file, "pt") as saved:
+                if (saved.metadata() or {}).get("key") != key:
                     return None
-                centroids, lists = found.get_tensor("centroids"), found.get_tensor("lists")
+                centroids, lists = saved.get_tensor("centroids"), saved.get_tensor("lists")
         except (OSError, SafetensorError):
             return None
         fits = centroids.ndim == 2 and centroids.shape[1] == vectors.shape[1] and lists.shape == (len(vectors),)

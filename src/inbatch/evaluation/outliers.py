@@ -69,18 +69,18 @@ def distribution_distance(vectors: Float[Tensor, "n f"], components: int = COMPO
         DataError: If a value is not finite.
     """
     rows, width = len(vectors), vectors.shape[1]
-    total, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    mean, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     for part in vectors.split(_ROWS):
-        unit = unit_rows(part)
-        total += unit.sum(0, dtype=torch.float64)
-        squares += (unit.T @ unit).double()
-    mean = total / rows
-    variance, axes = torch.linalg.eigh(squares / rows - torch.outer(mean, mean))
+        mean += unit_rows(part).sum(0, dtype=torch.float64) / rows
+    for part in vectors.split(_ROWS):
+        centred = (unit_rows(part) - mean).float()  # before the products: features of similar direction cancel
+        squares += (centred.T @ centred).double()
+    variance, axes = torch.linalg.eigh(squares / rows)
     count = max(1, min(components, rows // 2, width))
     variance, axes = variance[-count:].clamp(min=0), axes[:, -count:]
     scale = torch.where(variance > 1e-12, variance, torch.inf).rsqrt().float()  # identical rows have no axis
     distances = [
-        ((unit_rows(part) - mean.float()) @ axes.float() * scale).square().mean(1).sqrt()
+        ((unit_rows(part) - mean).float() @ axes.float() * scale).square().mean(1).sqrt()
         for part in vectors.split(_ROWS)
     ]
     return torch.cat(distances)

@@ -50,10 +50,10 @@ def typical_rows(
 
 def _clustered(vectors: Tensor, clusters: int, draw: torch.Generator, seed: int) -> Int[Tensor, "n"]:
     """Return the cluster of each row."""
-    some = torch.randperm(len(vectors), generator=draw)[:_FITTED].sort().values
-    fitted = unit_rows(vectors[some])
+    sample = torch.randperm(len(vectors), generator=draw)[:_FITTED].sort().values
+    fitted = unit_rows(vectors[sample])
     centres, assignment, _ = k_means(fitted, clusters, 1, 50, fold(seed, 22))
-    if len(some) == len(vectors):
+    if len(sample) == len(vectors):
         return assignment
     shift = centres.square().sum(1) / 2
     return torch.cat([(unit_rows(rows) @ centres.T - shift).argmax(1) for rows in vectors.split(_TILE)])

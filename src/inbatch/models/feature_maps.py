@@ -74,11 +74,11 @@ def _of_timm(backbone: Any, x: Tensor) -> list[Tensor]:
 
 
 def _of_encoder(backbone: Any, x: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-    with backbone.encoder.register_forward_hook(lambda _, __, output: found.append(output)):
+    outputs: list[Tensor] = []
+    with backbone.encoder.register_forward_hook(lambda _, __, output: outputs.append(output)):
         backbone(x)
     side = x.shape[-1] // backbone.patch_size
-    return [found[0][:, 1:].mT.unflatten(2, (side, side))]
+    return [outputs[0][:, 1:].mT.unflatten(2, (side, side))]
 
 
 def _of_children(backbone: nn.Module, x: Tensor) -> list[Tensor]:

@@ -15,9 +15,9 @@ Table = Mapping[str, Sequence[Any]]
 
 def check_table_file(path: Path) -> None:
     """Raise ConfigError unless a table can be written to a file of this name."""
-    if path.suffix not in _WRITERS:
+    if path.suffix.lower() not in _WRITERS:
         raise ConfigError(f"{path}: a table is written to a file that ends in {', '.join(_WRITERS)}")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
@@ -35,7 +35,7 @@ def write_table(path: Path, parts: Iterable[Table]) -> int:
     """
     check_table_file(path)
     with replacing(path) as file:
-        return _WRITERS[path.suffix](file, parts)
+        return _WRITERS[path.suffix.lower()](file, parts)
 
 
 def _csv(file: IO[bytes], parts: Iterable[Table]) -> int:

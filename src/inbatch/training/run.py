@@ -45,6 +45,7 @@ class Run:
     result: dict[str, Any]
 
     @property
+    @briefly_isolated
     def encoder(self) -> Encoder:
         """The trained encoder, in evaluation mode."""
         return load_run_encoder(self.directory).encoder

@@ -3,18 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
-from inbatch.apps.cli.app import KINDS, SEEDS, Device, ImageColumn, Json, LabelColumn, app, deliver, reported
+from inbatch.apps.cli.app import (
+    SEEDS,
+    Device,
+    Features,
+    ImageColumn,
+    Images,
+    Json,
+    LabelColumn,
+    Split,
+    app,
+    deliver,
+    reported,
+)
 from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import many
 from inbatch.runtime.path_list import joined_paths
 
-Features = Annotated[
-    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
-]
-Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
-Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
 _SHOWN = 20
 """Rows of a table in the terminal."""
 
@@ -80,7 +87,7 @@ def labels(
     data: Images = None,
     count: Annotated[int | None, Option("-n", "--count", min=1, help="Most suspects; default: all.")] = None,
     folds: Annotated[int, Option(min=2, help="Parts of the cross-validation.")] = 5,
-    k: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
+    neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
     split: Split = None,
     write: Annotated[Path | None, Option("--write", metavar="SUSPECTS.csv", help="List of the suspects.")] = None,
     picture: Annotated[Path | None, Option(help="Picture of the first 60, each with a similar image.")] = None,
@@ -96,7 +103,8 @@ def labels(
 
         def find() -> dict[str, Any]:
             return find_label_errors(
-                features, joined_paths(data) or None, count=count, folds=folds, k=k, split=split, write=write,
+                features, joined_paths(data) or None, count=count, folds=folds, neighbours=neighbours,
+                split=split, write=write,
                 picture=picture, seed=seed, device=device, quiet=False, image_column=image_column,
                 label_column=label_column,
             )  # fmt: skip

@@ -125,6 +125,12 @@ Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="Run directory, finished or stopped.")]
 KINDS = "A folder, a Parquet file, a list of paths, an .npz, torchvision/STL10, digits-canvas, ...; or several paths."
 Data = Annotated[list[str], Argument(metavar="DATA...", help=KINDS)]
+Features = Annotated[
+    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
+]
+Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
+Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
+Index = Annotated[str, Option(metavar="exact|approximate", help="Compare with all images, or by an index.")]
 ImageColumn = Annotated[
     str | None, Option("--image-column", metavar="NAME", help="Column of the images; in tar files their extension.")
 ]

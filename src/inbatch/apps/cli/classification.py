@@ -14,6 +14,7 @@ from inbatch.apps.cli.app import (
     Json,
     LabelColumn,
     Quiet,
+    Split,
     app,
     deliver,
     reported,
@@ -73,7 +74,7 @@ def predict(
     data: Data,
     out: Annotated[Path, Option("--out", "-o", help="Output file, .csv, .jsonl or .parquet; replaced if it exists.")],
     top: Annotated[int, Option("--top-k", min=1, help="Number of classes per image.")] = 5,
-    split: Annotated[str | None, Option(help="Only this split: train, val, test, ...; default: all.")] = None,
+    split: Split = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
@@ -90,50 +91,50 @@ def predict(
         deliver(lambda: classify(classifier, joined_paths(data), file, **options), as_json, print_predictions)
 
 
-def print_classifier(found: dict[str, Any]) -> None:
+def print_classifier(result: dict[str, Any]) -> None:
     """Print the figures of a new classifier."""
-    train, calibration = found["train"], found["calibration"]
-    print_class_figures(found["test"])
-    say("", f"Classifier: {found['classifier']} ({found['mode']}, {len(found['classes']):,} classes)")
+    train, calibration = result["train"], result["calibration"]
+    print_class_figures(result["test"])
+    say("", f"Classifier: {result['classifier']} ({result['mode']}, {len(result['classes']):,} classes)")
     say(f"Trained on: {many(train['images'], 'image')} of {train['name']}")
-    say(f"Judged by:  {many(found['test']['images'], 'image')}: {found['test']['held_out']}")
+    say(f"Judged by:  {many(result['test']['images'], 'image')}: {result['test']['held_out']}")
     before, after = calibration["before"], calibration["after"]
     if after is None:
         say(f"Calibrated: no, there are too few held-out images ({calibration['images']:,})")
     else:
         error = f"{before['calibration_error']:.1%} before, {after['calibration_error']:.1%} after"
         say(f"Calibrated: temperature {calibration['temperature']:.3g}; calibration error {error} (cross-fitted)")
-    if found["note"]:
-        say(f"Note:       {found['note']}")
+    if result["note"]:
+        say(f"Note:       {result['note']}")
     for part in ("train", "test"):
-        _warn_unreadable(found[part].get("unreadable", []), f"left out ({part})")
+        _warn_unreadable(result[part].get("unreadable", []), f"left out ({part})")
 
 
-def print_predictions(found: dict[str, Any]) -> None:
+def print_predictions(result: dict[str, Any]) -> None:
     """Print the number of images by predicted class, and the figures if the images are labelled."""
-    if found["figures"] is None:
-        counts = sorted(found["predicted"].items(), key=lambda item: -item[1])
+    if result["figures"] is None:
+        counts = sorted(result["predicted"].items(), key=lambda item: -item[1])
         print_table(["class", "predicted"], [[name, f"{count:,}"] for name, count in counts[:MOST]], numbers=True)
         if len(counts) > MOST:
             say(f"and {len(counts) - MOST:,} more classes (--json prints all)")
     else:
-        print_class_figures(found["figures"])
-    say("", f"{many(found['images'], 'image')} classified into {found['out']}")
-    if unknown := found["unknown_classes"]:
+        print_class_figures(result["figures"])
+    say("", f"{many(result['images'], 'image')} classified into {result['out']}")
+    if unknown := result["unknown_classes"]:
         say(
             f"Note: {many(sum(unknown.values()), 'image')} of classes that the classifier does not know, left out of "
             f"the figures: {listed(list(unknown))}"
         )
-    _warn_unreadable(found["unreadable"], "left out")
+    _warn_unreadable(result["unreadable"], "left out")
 
 
 MOST = 20
 """Largest number of classes in a table."""
 
 
-def print_class_figures(found: dict[str, Any]) -> None:
+def print_class_figures(result: dict[str, Any]) -> None:
     """Print accuracy, the classes with the lowest recall, and the pairs of classes that are confused most often."""
-    classes = [(name, one) for name, one in found["per_class"].items() if one["images"]]
+    classes = [(name, one) for name, one in result["per_class"].items() if one["images"]]
     classes.sort(key=lambda item: item[1]["recall"])
 
     def cell(value: float | None) -> str:
@@ -143,14 +144,14 @@ def print_class_figures(found: dict[str, Any]) -> None:
     print_table(["class", "images", "recall", "precision"], rows, numbers=True)
     if len(classes) > MOST:
         say(f"and {len(classes) - MOST:,} more classes, none with a lower recall (--json prints all)")
-    if found["confusions"]:
+    if result["confusions"]:
         say("")
-        pairs = [[c["class"], c["predicted"], f"{c['images']:,}", f"{c['share']:.1%}"] for c in found["confusions"][:5]]
+        pairs = [
+            [c["class"], c["predicted"], f"{c['images']:,}", f"{c['share']:.1%}"] for c in result["confusions"][:5]
+        ]
         print_table(["class", "predicted as", "images", "of the class"], pairs)
-    say(
-        "",
-        f"Accuracy:   {found['top1']:.1%} (top 5: {found['top5']:.1%}), mean over the classes {found['balanced']:.1%}",
-    )
+    accuracy = f"{result['top1']:.1%} (top 5: {result['top5']:.1%})"
+    say("", f"Accuracy:   {accuracy}, mean over the classes {result['balanced']:.1%}")
 
 
 def _warn_unreadable(messages: list[str], what: str) -> None:

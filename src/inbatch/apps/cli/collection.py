@@ -9,9 +9,11 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Device,
     ImageColumn,
+    Index,
     Json,
     LabelColumn,
     Quiet,
+    Split,
     app,
     deliver,
     reported,
@@ -46,7 +48,7 @@ def explore(
     inside: Annotated[
         float, Option(metavar="MB", min=0, help="Thumbnails of more megabytes are written to a folder beside the file.")
     ] = 30.0,
-    split: Annotated[str | None, Option(help="The only split to show; default: every image.")] = None,
+    split: Split = None,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the projection and of the clusters.")] = 0,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -102,11 +104,9 @@ def search(
     features: Annotated[
         Path | None, Option(metavar="FILE", help="Features to search in, of inbatch embed RUN; --data: their images.")
     ] = None,
-    index: Annotated[
-        str, Option(metavar="exact|approximate", help="Compare with all images, or by an index.")
-    ] = "exact",
+    index: Index = "exact",
     exclude_self: Annotated[bool, Option("--exclude-self", help="Leave out the query if it is searched in.")] = False,
-    split: Annotated[str | None, Option(help="The only split to search in; default: every image.")] = None,
+    split: Split = None,
     out: Annotated[Path | None, Option("--out", "-o", metavar="PNG", help="Also draw the nearest images.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,

@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from inbatch.apps.cli.app import (
-    KINDS,
     Data,
     Device,
+    Features,
     ImageColumn,
+    Images,
+    Index,
     Json,
     LabelColumn,
+    Split,
     app,
     deliver,
     reported,
@@ -20,12 +23,6 @@ from inbatch.apps.console import print_table, say
 from inbatch.errors import ConfigError
 from inbatch.runtime.path_list import joined_paths
 
-Index = Annotated[str, Option(metavar="exact|approximate", help="How the nearest neighbours are searched.")]
-Split = Annotated[str | None, Option(help="Only this split: train, val or test; default: all of them.")]
-Features = Annotated[
-    Path, Argument(metavar="RUN|FEATURES", help="A run, an encoder's folder, or a file of inbatch embed.")
-]
-Images = Annotated[list[str] | None, Argument(metavar="[DATA]...", help=f"{KINDS} Default: the images of the run.")]
 Keep = Annotated[Path | None, Option("--write", metavar="KEEP.csv", help="List of the other images, for --data.")]
 
 
@@ -63,12 +60,12 @@ def duplicates(
         from inbatch.apps.collection.duplicates import find_duplicates
         from inbatch.apps.collection.tidy_text import duplicate_lines, duplicate_rows
 
-        columns = {"image_column": image_column, "label_column": label_column}
+        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
         def find() -> dict[str, Any]:
             return find_duplicates(
                 joined_paths(data), run or features, candidates=candidates, threshold=threshold,
-                neighbours=neighbours, index=index, split=split, write=write, picture=picture, settings=columns,
+                neighbours=neighbours, index=index, split=split, write=write, picture=picture, **columns,
                 device=device, quiet=False,
             )  # fmt: skip
 
@@ -106,12 +103,12 @@ def outliers(
         from inbatch.apps.collection.outliers import find_outliers
         from inbatch.apps.collection.tidy_text import outlier_lines, outlier_rows
 
-        columns = {"image_column": image_column, "label_column": label_column}
+        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
         def find() -> dict[str, Any]:
             return find_outliers(
                 features, joined_paths(data) or None, count=count, order=order, neighbours=neighbours, index=index,
-                split=split, write=write, picture=picture, settings=columns, device=device, quiet=False,
+                split=split, write=write, picture=picture, **columns, device=device, quiet=False,
             )  # fmt: skip
 
         def show(result: dict[str, Any]) -> None:

@@ -11,23 +11,17 @@ from torch import Tensor
 
 from inbatch.apps.collection.contents import ImageContents, read_contents
 from inbatch.apps.collection.features import Collection
-from inbatch.apps.collection.images import (
-    attempted,
-    check_index,
-    check_list,
-    numbered,
-    open_images,
-    write_kept,
-)
-from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
-from inbatch.errors import ConfigError, DataError, Unwritten, check_whole
+from inbatch.apps.collection.images import numbered, open_images
+from inbatch.apps.collection.output_files import check_images, check_outputs, with_files, write_list
+from inbatch.apps.reports.captioned_grid import Tile, save_captioned
+from inbatch.errors import ConfigError, DataError, check_whole
 from inbatch.evaluation.near_duplicates import (
     open_pairs,
     representatives,
     similar_pairs,
     unique_pairs,
 )
-from inbatch.evaluation.neighbours import nearest_others
+from inbatch.evaluation.neighbours import check_index, nearest_others
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.text import one_line
@@ -52,6 +46,7 @@ def find_duplicates(
     threshold: float | None = None, neighbours: int = 5, index: str = "exact", split: str | None = None,
     write: str | Path | None = None, picture: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", quiet: bool = True,
+    image_column: str | None = None, label_column: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the groups of identical and nearly identical images, ready for JSON, those across splits first.
 
@@ -68,9 +63,11 @@ def find_duplicates(
         split: The only split; all by default.
         write: CSV file to write with the images to keep, which `data` reads: of each group its representative.
         picture: Image file to write with the pairs around the threshold.
-        settings: Reading options: image_column, label_column, channels, levels.
+        settings: Further reading options, without features: channels, levels.
         device: Device on which features are computed.
         quiet: Show no progress on stderr.
+        image_column: Column of the images; with features, by default that of the run.
+        label_column: Column of the labels, likewise.
 
     Raises:
         ConfigError: If a setting is invalid.
@@ -83,13 +80,12 @@ def find_duplicates(
     check_whole("neighbours", neighbours, 1)
     ways = _ways(candidates, features)
     check_index(index)
-    check_list(write)
-    if picture is not None:
-        check_picture(picture)
-        check_place(picture, data)
-    collection = open_images(data, features, split, settings, device, quiet)
+    check_outputs(write, picture, data)
+    reading = dict(settings or {}) | {"image_column": image_column, "label_column": label_column}
+    collection = open_images(data, features, split, reading, device, quiet)
     if not collection.has_images:
         raise ConfigError(f"{collection.name} holds features without their images, which are compared: pass DATA")
+    check_images(collection, write, picture)
     images = read_contents(collection, quiet)
     if not len(images.readable):
         raise DataError(f"{collection.name} has no readable image")
@@ -110,9 +106,12 @@ def find_duplicates(
         "leaks": len(leaks),
         "groups": groups,
         "pairs": [_pair(collection, images, pairs, i) for i in near],
-        "kept": None, "written": None, "picture": None,
     }  # fmt: skip
-    return _written(result, collection, images, pairs, write, picture)
+    kept = _kept(collection, images, groups)
+    return with_files(result | {"kept": len(kept)}, {
+        "written": (write, lambda path: write_list(path, collection, kept)),
+        "picture": (picture if len(pairs.places) else None, lambda path: _draw(path, collection, images, pairs, limit)),
+    })  # fmt: skip
 
 
 def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
@@ -144,15 +143,15 @@ def _compared(
         own = torch.arange(len(distinct))[:, None].expand_as(place)
         more = torch.stack([own, place], 2).view(-1, 2)
         places, similarity = unique_pairs(torch.cat([places, more]), torch.cat([similarity, near.flatten()]))
-    found = compare(thumbnails, places)
-    check, mirrored = found.check, found.mirrored
+    compared = compare(thumbnails, places)
+    check, mirrored = compared.check, compared.mirrored
     more = open_pairs(len(distinct), places[check >= limit])
     known = {tuple(pair) for pair in places.tolist()}
     more = torch.tensor([pair for pair in more.tolist() if tuple(pair) not in known], dtype=torch.long).view(-1, 2)
     if len(more):
-        found = compare(thumbnails, more)
+        compared = compare(thumbnails, more)
         places, check, mirrored = (
-            torch.cat(both) for both in ((places, more), (check, found.check), (mirrored, found.mirrored))
+            torch.cat(both) for both in ((places, more), (check, compared.check), (mirrored, compared.mirrored))
         )
         similarity = torch.cat([similarity, torch.full((len(more),), torch.nan)])
     return _Pairs(distinct[places], similarity, check, mirrored)
@@ -199,41 +198,23 @@ def _pair(collection: Collection, images: ImageContents, pairs: _Pairs, i: int) 
     }
 
 
-def _written(
-    result: dict[str, Any], collection: Collection, images: ImageContents, pairs: _Pairs, write: Any, picture: Any
-) -> dict[str, Any]:
-    """Write the requested files and return the result with them; raise Unwritten for the first that fails."""
+def _kept(collection: Collection, images: ImageContents, groups: list[dict[str, Any]]) -> list[int]:
+    """Return the positions in the collection of the readable images that are no duplicates."""
     numbers = numbered(collection)
-    left_out = {numbers[one["split"]][one["index"]] for group in result["groups"] for one in group["duplicates"]}
-    left_out |= set(range(len(collection))) - set(images.readable.tolist())
-    result["kept"] = len(collection) - len(left_out)
-    errors = []
-    if write is not None:
-        errors.append(attempted(lambda: write_kept(write, collection, left_out)))
-        result["written"] = None if errors[-1] else str(write)
-    if picture is not None and len(pairs.places):
-        errors.append(attempted(lambda: _draw(collection, images, pairs, result["threshold"], picture)))
-        result["picture"] = None if errors[-1] else str(picture)
-    if failed := [error for error in errors if error]:
-        raise Unwritten(str(failed[0]), result) from failed[0]
-    return result
+    duplicates = {numbers[one["split"]][one["index"]] for group in groups for one in group["duplicates"]}
+    return [i for i in images.readable.tolist() if i not in duplicates]
 
 
-def _draw(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float, out: Any) -> None:
-    """Write a picture of the pairs around the threshold, by falling value of the check."""
+def _draw(path: Path, collection: Collection, images: ImageContents, pairs: _Pairs, limit: float) -> None:
+    """Draw the pairs around the threshold, by falling value of the check."""
     order = pairs.check.argsort(descending=True, stable=True)
     above = int((pairs.check >= limit).sum())
-    shown = order[max(0, above - _SHOWN) : above + _SHOWN].tolist()
-    tiles: list[Tensor] = []
-    captions: list[str] = []
-    for i in shown:
-        value = float(pairs.check[i])
-        for at in pairs.places[i].tolist():
-            with collection.open(int(images.readable[at])) as picture:
-                tiles.append(picture.tensor(192))
-        mirrored = bool(pairs.mirrored[i])
+    tiles = []
+    for i in order[max(0, above - _SHOWN) : above + _SHOWN].tolist():
+        value, mirrored = float(pairs.check[i]), bool(pairs.mirrored[i])
         verdict = ("mirrored copy" if mirrored else "duplicate") if value >= limit else "no" + ", mirrored" * mirrored
-        captions += [f"check {value:.2f}", verdict]
+        for at, caption in zip(pairs.places[i].tolist(), (f"check {value:.2f}", verdict), strict=True):
+            with collection.open(int(images.readable[at])) as picture:
+                tiles.append(Tile(picture.tensor(192), (caption,)))
     width = 2 * _COLUMNS
-    starts = range(0, len(tiles), width)
-    save_sheet(out, [tiles[at : at + width] for at in starts], [captions[at : at + width] for at in starts])
+    save_captioned(path, [tiles[at : at + width] for at in range(0, len(tiles), width)], gap_every=2)

@@ -4,9 +4,7 @@ Features of a run are computed once and kept in its folder `features`, under a n
 encoder and on the images, so that changed images or another encoder are never mixed up.
 """
 
-import csv
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from inbatch.evaluation import write_embeddings
 from inbatch.evaluation.feature_table import FeatureTable, read_features
 from inbatch.models import Encoder
 from inbatch.runtime.device import device_for
-from inbatch.runtime.files import check_writable, read_json, replacing, write_json
+from inbatch.runtime.files import check_writable, read_json, write_json
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
@@ -232,42 +230,3 @@ def _images_of(
 def _stored(identity: str) -> str:
     """Return a name as `write_embeddings` stores it."""
     return identity.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def write_list(
-    path: str | Path, collection: Collection, rows: Sequence[int], columns: Mapping[str, Sequence[Any]] | None = None
-) -> int:
-    """Write images to a CSV file that `--data` reads: path, class (if any is known), split, and further columns.
-
-    Args:
-        path: File to write; replaced if it exists.
-        collection: The images.
-        rows: Positions of the images in the collection.
-        columns: Further columns, each with one value per row.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        ConfigError: If the file does not end in .csv.
-        DataError: If images have no files of their own, because they are parts of an archive or an array.
-    """
-    path = path_of(path, "out")
-    if path.suffix.lower() != ".csv":
-        raise ConfigError(f"{path}: a list of images is written to a file that ends in .csv")
-    files = [collection.file_of(i) for i in rows]
-    if None in files:
-        raise DataError(f"the images of {collection.origin['data']} have no files of their own that a list could name")
-    classes = [collection.class_of(i) for i in rows]
-    table: dict[str, Sequence[Any]] = {"path": files}
-    if any(classes):
-        table["class"] = ["" if name is None else name for name in classes]
-    table["split"] = [collection.splits[i] or "train" for i in rows]
-    table |= columns or {}
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="", write_through=True)
-        writer = csv.writer(text)
-        writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
-        text.detach()
-    return len(rows)

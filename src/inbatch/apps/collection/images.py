@@ -1,4 +1,4 @@
-"""Open the images of a collection without features, read them by threads, and list those to keep."""
+"""Open the images of a collection without features, and read them by threads."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from inbatch.apps.collection.features import Collection, open_collection, write_list
+from inbatch.apps.collection.features import Collection, open_collection
 from inbatch.data import find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
-from inbatch.errors import ConfigError, InbatchError
-from inbatch.evaluation.neighbours import INDEXES
-from inbatch.runtime.files import check_writable
+from inbatch.errors import ConfigError
 from inbatch.runtime.path_list import joined_paths
-from inbatch.runtime.paths import path_of
 from inbatch.runtime.thread_map import thread_map
 
 Result = TypeVar("Result")
@@ -74,32 +71,3 @@ def by_threads(work: Callable[[int], Result], numbers: Sequence[int]) -> Iterato
     """Yield the results of `work` on all numbers, in chunks of (number, result); decoding releases the GIL."""
     starts = range(0, len(numbers), _CHUNK)
     return thread_map(lambda at: [(i, work(i)) for i in numbers[at : at + _CHUNK]], starts)
-
-
-def check_index(index: str) -> None:
-    """Raise ConfigError for an unknown way of searching neighbours."""
-    if index not in INDEXES:
-        raise ConfigError(f"the index is {' or '.join(INDEXES)}, not {index!r}")
-
-
-def check_list(path: str | Path | None) -> None:
-    """Raise ConfigError unless the path ends in .csv, InbatchError if the file cannot be written; None is fine."""
-    if path is None:
-        return
-    if path_of(path, "write").suffix.lower() != ".csv":
-        raise ConfigError(f"{path}: a list of images is written to a file that ends in .csv")
-    check_writable(path_of(path, "write"))
-
-
-def write_kept(path: str | Path, collection: Collection, left_out: set[int]) -> int:
-    """Write the list of the images of a collection without some of them; return their number."""
-    return write_list(path, collection, [i for i in range(len(collection)) if i not in left_out])
-
-
-def attempted(work: Callable[[], Any]) -> InbatchError | None:
-    """Call a function that writes a file; return its error."""
-    try:
-        work()
-    except InbatchError as error:
-        return error
-    return None

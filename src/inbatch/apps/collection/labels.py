@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from inbatch.apps.collection.features import Collection, open_collection, write_list
-from inbatch.apps.collection.select import check_images, check_outputs
+from inbatch.apps.collection.features import Collection, open_collection
+from inbatch.apps.collection.output_files import check_images, check_outputs, with_files, write_list
 from inbatch.apps.reports.captioned_grid import Tile, save_captioned
-from inbatch.errors import DataError, InbatchError, Unwritten, check_whole
+from inbatch.errors import DataError, check_whole
 from inbatch.evaluation.label_errors import LabelErrors, check_labels
 from inbatch.runtime.isolation import isolated
-from inbatch.runtime.paths import path_of
 
 _DRAWN, _SHOWN = 60, 5
 """Suspects in a picture, and neighbours of each that are listed."""
@@ -19,7 +18,7 @@ _RELIABLE = 0.7
 
 @isolated
 def find_label_errors(
-    features: str | Path, data: Any = None, *, count: int | None = None, folds: int = 5, k: int = 30,
+    features: str | Path, data: Any = None, *, count: int | None = None, folds: int = 5, neighbours: int = 30,
     split: str | None = None, write: str | Path | None = None, picture: str | Path | None = None, seed: int = 0,
     device: str = "auto", quiet: bool = True, image_column: str | None = None, label_column: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -32,7 +31,7 @@ def find_label_errors(
         data: The images; by default those of the run, and none with a file of features.
         count: Largest number of suspects; None for all.
         folds: Parts of the cross-validation.
-        k: Number of neighbours.
+        neighbours: Number of neighbours.
         split: The only split to check; None for every image.
         write: A CSV file for path, class, split, suggested class and margin of the suspects.
         picture: An image file for the first 60 suspects with a neighbour of the suggested class each.
@@ -54,29 +53,22 @@ def find_label_errors(
     """
     if count is not None:
         check_whole("the number of suspects", count, least=1)
-    check_outputs(write, picture)
+    check_outputs(write, picture, data)
     collection = open_collection(
         features, data, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column
     )
     if not (collection.labels >= 0).any():
         raise DataError(f"no image of {collection.name} has a label: pass labelled images")
     check_images(collection, write, picture)
-    errors = check_labels(collection.vectors, collection.labels, folds=folds, k=k, seed=seed)
-    result = _result(collection, errors, count) | {"folds": folds, "k": k, "seed": seed}
+    errors = check_labels(collection.vectors, collection.labels, folds=folds, k=neighbours, seed=seed)
+    result = _result(collection, errors, count) | {"folds": folds, "neighbours": neighbours, "seed": seed}
     places = errors.suspects[:count].tolist()
     rows = errors.checked[places].tolist()
-    try:
-        if write is not None:
-            suspects = result["suspects"]
-            columns = {key: [one[key] for one in suspects] for key in ("suggested", "margin")}
-            write_list(write, collection, rows, columns)
-            result["written"] = str(path_of(write, "out"))
-        if picture is not None and rows:
-            _draw(path_of(picture, "out"), collection, errors, places[:_DRAWN])
-            result["picture"] = str(path_of(picture, "out"))
-    except InbatchError as error:
-        raise Unwritten(str(error), result) from error
-    return result
+    columns = {key: [one[key] for one in result["suspects"]] for key in ("suggested", "margin")}
+    return with_files(result, {
+        "written": (write, lambda path: write_list(path, collection, rows, columns)),
+        "picture": (picture if rows else None, lambda path: _draw(path, collection, errors, places[:_DRAWN])),
+    })  # fmt: skip
 
 
 def _result(collection: Collection, errors: LabelErrors, count: int | None) -> dict[str, Any]:
@@ -96,8 +88,6 @@ def _result(collection: Collection, errors: LabelErrors, count: int | None) -> d
         "suspected": len(errors.suspects),
         "suspects": [_suspect(collection, errors, place) for place in errors.suspects[:count].tolist()],
         "notes": notes,
-        "written": None,
-        "picture": None,
     }
 
 

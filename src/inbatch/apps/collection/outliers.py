@@ -2,17 +2,18 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inbatch.apps.collection.features import Collection, open_collection
-from inbatch.apps.collection.images import COLUMNS, attempted, by_threads, check_index, check_list, write_kept
-from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
-from inbatch.errors import ConfigError, DataError, Unwritten, check_whole
+from inbatch.apps.collection.images import by_threads
+from inbatch.apps.collection.output_files import check_images, check_outputs, with_files, write_list
+from inbatch.apps.reports.captioned_grid import Tile, save_captioned
+from inbatch.errors import ConfigError, DataError, check_whole
 from inbatch.evaluation.image_defects import LIMITS, LONGEST, measures, reason
+from inbatch.evaluation.neighbours import check_index
 from inbatch.evaluation.outliers import OutlierScores, outlier_scores
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.terminal import counted
@@ -28,8 +29,8 @@ _WIDTH = 10  # images per row of the picture
 def find_outliers(
     features: str | Path, data: Any = None, *, count: int = 50, order: str = "distribution", neighbours: int = 20,
     index: str = "exact", split: str | None = None, write: str | Path | None = None,
-    picture: str | Path | None = None, settings: Mapping[str, Any] | None = None, device: str = "auto",
-    quiet: bool = True,
+    picture: str | Path | None = None, device: str = "auto", quiet: bool = True, image_column: str | None = None,
+    label_column: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the images that are least like the others, and those that look broken, ready for JSON.
 
@@ -48,9 +49,10 @@ def find_outliers(
         split: The only split; all by default.
         write: CSV file to write with all other images, which `data` reads.
         picture: Image file to write with the listed images, broken ones first.
-        settings: image_column and label_column of the images.
         device: Device on which features are computed.
         quiet: Show no progress on stderr.
+        image_column: Column of the images; by default that of the run.
+        label_column: Column of the labels, likewise.
 
     Raises:
         ConfigError: If a setting is invalid.
@@ -62,14 +64,11 @@ def find_outliers(
     if order not in ORDERS:
         raise ConfigError(f"outliers are ordered by {', '.join(ORDERS)}, not {order!r}")
     check_index(index)
-    check_list(write)
-    if picture is not None:
-        check_picture(picture)
-        check_place(picture, data)
-    columns = {key: (settings or {}).get(key) for key in COLUMNS}
-    collection = open_collection(features, data, split=split, device=device, quiet=quiet, **columns)
-    if (write or picture) and not collection.has_images:
-        raise ConfigError(f"{collection.name} holds features without their images, which are to be written: pass DATA")
+    check_outputs(write, picture, data)
+    collection = open_collection(
+        features, data, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column
+    )
+    check_images(collection, write, picture)
     if len(collection) < 2:
         raise DataError(f"{collection.name} has one image: an outlier is unlike the others, so at least 2 are needed")
     broken, unreadable = _broken(collection, quiet) if collection.has_images else ({}, [])
@@ -86,9 +85,12 @@ def find_outliers(
         "broken": [_row(collection, scores, i) | {"reason": name, "measured": text}
                    for i, (name, text) in broken.items()] if collection.has_images else None,
         "unreadable": [one_line(why) for why in (*collection.unreadable, *unreadable)],
-        "kept": None, "written": None, "picture": None,
     }  # fmt: skip
-    return _written(result, collection, [*broken], chosen, write, picture)
+    kept = [i for i in range(len(collection)) if i not in {*broken, *chosen}]
+    return with_files(result | {"kept": None if write is None else len(kept)}, {
+        "written": (write, lambda path: write_list(path, collection, kept)),
+        "picture": (picture, lambda path: _draw(path, collection, result, [*broken, *chosen])),
+    })  # fmt: skip
 
 
 def _broken(collection: Collection, quiet: bool) -> tuple[dict[int, tuple[str, str]], list[str]]:
@@ -115,13 +117,13 @@ def _measured(collection: Collection, i: int) -> dict[str, float] | str:
     try:
         with collection.open(i) as picture:
             height, width = picture.size
-            found = measures(picture.tensor(LONGEST))
+            values = measures(picture.tensor(LONGEST))
     except DataError as error:
         return str(error)
-    found["side"] = min(height, width)
+    values["side"] = min(height, width)
     if (file := collection.file_of(i)) is not None:
-        found["bytes_per_pixel"] = os.path.getsize(file) / (height * width)
-    return found
+        values["bytes_per_pixel"] = os.path.getsize(file) / (height * width)
+    return values
 
 
 def _row(collection: Collection, scores: OutlierScores, i: int) -> dict[str, Any]:
@@ -130,29 +132,13 @@ def _row(collection: Collection, scores: OutlierScores, i: int) -> dict[str, Any
     return row | {name: float(getattr(scores, name)[i]) for name in ORDERS}
 
 
-def _written(
-    result: dict[str, Any], collection: Collection, broken: list[int], chosen: list[int], write: Any, picture: Any
-) -> dict[str, Any]:
-    """Write the requested files and return the result with them; raise Unwritten for the first that fails."""
-    errors = []
-    if write is not None:
-        errors.append(attempted(lambda: write_kept(write, collection, {*broken, *chosen})))
-        result["kept"] = len(collection) - len({*broken, *chosen})
-        result["written"] = None if errors[-1] else str(write)
-    if picture is not None:
-        captions = [one["reason"] for one in result["broken"]]
-        captions += [f"{result['order']} {one[result['order']]:.2f}" for one in result["outliers"]]
-        errors.append(attempted(lambda: _draw(collection, [*broken, *chosen], captions, picture)))
-        result["picture"] = None if errors[-1] else str(picture)
-    if failed := [error for error in errors if error]:
-        raise Unwritten(str(failed[0]), result) from failed[0]
-    return result
-
-
-def _draw(collection: Collection, numbers: list[int], captions: list[str], out: Any) -> None:
+def _draw(path: Path, collection: Collection, result: dict[str, Any], numbers: list[int]) -> None:
+    """Draw images with the reason why they are listed."""
+    order = result["order"]
+    captions = [one["reason"] for one in result["broken"]]
+    captions += [f"{order} {one[order]:.2f}" for one in result["outliers"]]
     tiles = []
-    for i in numbers:
+    for i, caption in zip(numbers, captions, strict=True):
         with collection.open(i) as picture:
-            tiles.append(picture.tensor(192))
-    starts = range(0, len(tiles), _WIDTH)
-    save_sheet(out, [tiles[at : at + _WIDTH] for at in starts], [captions[at : at + _WIDTH] for at in starts])
+            tiles.append(Tile(picture.tensor(192), (caption,)))
+    save_captioned(path, [tiles[at : at + _WIDTH] for at in range(0, len(tiles), _WIDTH)])

@@ -23,6 +23,7 @@ from inbatch.evaluation.neighbours import NeighbourIndex, check_index, nearest
 from inbatch.models import Encoder
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable
+from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
 from inbatch.training.monitors.neighbour_grid import BLACK, RIGHT, UNKNOWN, Cell, draw_grid
 from inbatch.training.run import images_for
@@ -49,6 +50,7 @@ class _Query:
         return other is not None and os.path.realpath(mine or "") == os.path.realpath(other)
 
 
+@isolated
 def search_images(
     run: str | Path, images: Any, data: Any = None, *, k: int = 20, features: str | Path | None = None,
     index: str = "exact", exclude_self: bool = False, split: str | None = None, out: str | Path | None = None,
@@ -138,14 +140,14 @@ def _index(collection: Collection, notes: list[str]) -> NeighbourIndex:
     if file is not None and (known := NeighbourIndex.load(file, key, collection.vectors)) is not None:
         notes.append(f"index read from {file}")
         return known
-    made = NeighbourIndex.build(collection.vectors)
+    built = NeighbourIndex.build(collection.vectors)
     if file is not None:
         try:
-            made.save(file, key)
+            built.save(file, key)
             notes.append(f"index written to {file}")
         except InbatchError as error:  # a folder that may only be read
             notes.append(f"the index is not kept: {error}")
-    return made
+    return built
 
 
 def _png(out: str | Path) -> Path:

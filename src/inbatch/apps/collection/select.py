@@ -4,15 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inbatch.apps.collection.features import Collection, open_collection, write_list
+from inbatch.apps.collection.features import Collection, open_collection
 from inbatch.apps.collection.known_labels import KnownLabels, known_labels
+from inbatch.apps.collection.output_files import check_images, check_outputs, with_files, write_list
 from inbatch.apps.reports.captioned_grid import Tile, save_captioned
-from inbatch.apps.reports.view_grid import check_picture
-from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten, check_whole
+from inbatch.errors import ConfigError, check_whole
 from inbatch.evaluation.selection import DEFAULT, STRATEGIES, Selection, select
-from inbatch.runtime.files import check_writable
 from inbatch.runtime.isolation import isolated
-from inbatch.runtime.paths import path_of
 
 _DRAWN, _COLUMNS = 100, 10
 
@@ -54,7 +52,7 @@ def select_images(
     check_whole("the number of images to choose", count, least=1)
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    check_outputs(write, picture)
+    check_outputs(write, picture, data)
     collection = open_collection(
         features, data, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column
     )
@@ -66,41 +64,12 @@ def select_images(
     )  # fmt: skip
     result = _result(collection, known, chosen)
     result |= {"strategy": strategy, "count": count, "seed": seed, "measure": chosen.measure}
-    try:
-        if write is not None:
-            columns = {"rank": list(range(1, count + 1)), "reason": chosen.reasons}
-            write_list(write, _named(collection, known), chosen.rows.tolist(), columns)
-            result["written"] = str(path_of(write, "out"))
-        if picture is not None:
-            _draw(path_of(picture, "out"), collection, chosen)
-            result["picture"] = str(path_of(picture, "out"))
-    except InbatchError as error:
-        raise Unwritten(str(error), result) from error
-    return result
-
-
-def check_outputs(write: str | Path | None, picture: str | Path | None) -> None:
-    """Raise ConfigError for a file extension that is not written, InbatchError if a file cannot be written."""
-    if write is not None:
-        if (path := path_of(write, "out")).suffix.lower() != ".csv":
-            raise ConfigError(f"{path}: a list of images is written to a file that ends in .csv")
-        check_writable(path)
-    if picture is not None:
-        check_picture(picture)
-
-
-def check_images(collection: Collection, write: str | Path | None, picture: str | Path | None) -> None:
-    """Raise DataError, before any computation, if a list or a picture needs images and there are features only."""
-    if not collection.has_images and (write is not None or picture is not None):
-        what = "a list of their files" if write is not None else "a picture"
-        raise DataError(f"{collection.name} holds features without their images, and {what} needs them: pass DATA")
-    if write is not None and collection.file_of(0) is None:
-        raise DataError(f"the images of {collection.origin['data']} have no files of their own that a list could name")
-
-
-def _named(collection: Collection, known: KnownLabels) -> Collection:
-    """Return the collection with the labels of a list."""
-    return replace(collection, labels=known.labels, classes=known.classes)
+    columns = {"rank": list(range(1, count + 1)), "reason": chosen.reasons}
+    named = replace(collection, labels=known.labels, classes=known.classes)  # with the labels of a list
+    return with_files(result, {
+        "written": (write, lambda path: write_list(path, named, chosen.rows.tolist(), columns)),
+        "picture": (picture, lambda path: _draw(path, collection, chosen)),
+    })  # fmt: skip
 
 
 def _result(collection: Collection, known: KnownLabels, chosen: Selection) -> dict[str, Any]:
@@ -119,8 +88,6 @@ def _result(collection: Collection, known: KnownLabels, chosen: Selection) -> di
         "candidates": len(collection) - labelled,
         "chosen": rows,
         "notes": [*collection.notes, *known.notes, *chosen.notes],
-        "written": None,
-        "picture": None,
     }
 
 

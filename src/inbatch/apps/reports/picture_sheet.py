@@ -41,13 +41,13 @@ def sheet(title: Sequence[str], lines: Sequence[Row]) -> Image.Image:
         y += max(picture.height for picture, _ in line.cells) + LINE + GAP
         wide = max(wide, x)
     wide = max(wide, *(round(x + font.getlength(text)) + GAP for x, _, text in places))
-    made = Image.new("RGB", (wide, y), "white")
-    pen = ImageDraw.Draw(made)
+    drawing = Image.new("RGB", (wide, y), "white")
+    pen = ImageDraw.Draw(drawing)
     for picture, place in pasted:
-        made.paste(picture, place)
+        drawing.paste(picture, place)
     for x, top, text in places:
         pen.text((x, top), text, fill="black", font=font)
-    return made
+    return drawing
 
 
 def pixels(built: RunComponents, images: Tensor) -> Float[Tensor, "n c h w"]:

@@ -22,14 +22,12 @@ from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths, listed_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
-from inbatch.runtime.text import printable
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Part
 from inbatch.training.requested_settings import merged_settings, requested_data
 
 _CELL = 96
 _GAP = 4
-_CAPTION = 12
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#9a6324")
 
 
@@ -80,29 +78,16 @@ def save_grid(
     save_picture(path, Image.fromarray(grid(images, drawn, mean, std)))
 
 
-def save_sheet(
-    path: str | Path, rows: Sequence[Sequence[Tensor]], captions: Sequence[Sequence[str]] | None = None
-) -> None:
-    """Write rows of images to a file; ConfigError for an unknown file extension.
-
-    Args:
-        path: File to write.
-        rows: Images (C, h, w) uint8 of any sizes.
-        captions: A text above each image, at most 16 characters of it.
-    """
-    columns, line = max(map(len, rows)), _CELL + _GAP + _CAPTION * (captions is not None)
-    sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, line * len(rows) + _GAP), "white")
-    pen = ImageDraw.Draw(sheet)
+def save_sheet(path: str | Path, rows: Sequence[Sequence[Tensor]]) -> None:
+    """Write rows of images, (C, h, w) uint8 of any sizes, to a file; ConfigError for an unknown file extension."""
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", ((_CELL + _GAP) * columns + _GAP, (_CELL + _GAP) * len(rows) + _GAP), "white")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             zoom = _CELL / max(image.shape[-2:])
             height, width = (max(1, round(side * zoom)) for side in image.shape[-2:])
             tile = rgb_image(image.cpu().numpy()).resize((width, height), resampling(zoom))
-            left, top = _GAP + column * (_CELL + _GAP), _GAP + row * line
-            if captions is not None:
-                pen.text((left, top), printable(captions[row][column])[:16], fill="black")
-                top += _CAPTION
-            sheet.paste(tile, (left, top))
+            sheet.paste(tile, (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP)))
     save_picture(path, sheet)
 
 
