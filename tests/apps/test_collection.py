@@ -131,6 +131,18 @@ def test_features_that_cannot_be_used_are_refused(photos: Path, encoder: Path, t
     assert read_features(tmp_path / "packed.npz").vectors.tolist() == [[1.0, 1.0]]
 
 
+def test_unreadable_images_are_named_if_no_other_is_there(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 1 image can be read: .*a\.png"):
+        open_collection(encoder, tmp_path / "photos")
+    assert not [*(encoder / "features").glob("*.npz.*")]
+
+
+def test_messages_name_the_data(photos: Path, encoder: Path) -> None:
+    assert open_collection(encoder, photos).name == str(photos)
+
+
 def test_neighbours_are_those_of_a_sort() -> None:
     rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize(rows, dim=1)

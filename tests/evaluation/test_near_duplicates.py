@@ -34,6 +34,12 @@ def changed(image: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def test_pairs_that_all_fail_on_half_the_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inbatch.evaluation.thumbnail_alignment._HALF", 2.0)
+    image = small(scene(0))
+    assert compare(torch.stack([image, image]), torch.tensor([[0, 1]])).check.item() <= 1
+
+
 def test_copies_are_confirmed_and_other_images_are_not() -> None:
     originals = [scene(seed) for seed in range(12)]
     copies = changed(originals[0])

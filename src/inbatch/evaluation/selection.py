@@ -165,7 +165,7 @@ def _diverse(pool: _Pool, count: int) -> Selection:
             i = int(near.argmin())
             if len(chosen) > begin and near[i] > limit:
                 break
-            values.append(1 - near[i].item())
+            values.append(max(0.0, 1 - near[i].item()))
             chosen.append(int(active[i]))
             near = torch.maximum(near, x @ x[i])
             near[i] = nearest[active[i]] = torch.inf

@@ -69,7 +69,10 @@ def compare(thumbnails: UInt8[Tensor, "n s s"], pairs: Int[Tensor, "p 2"]) -> Co
         maps = _aligned(half, other_half, maps, _STEPS[0])
         values = _checked(half, other_half, maps)
         near = values >= _HALF
-        values[near] = _checked(first[near], second[near], _aligned(first[near], second[near], maps[near], _STEPS[1]))
+        if near.any():
+            values[near] = _checked(
+                first[near], second[near], _aligned(first[near], second[near], maps[near], _STEPS[1])
+            )
         check[at[start >= _START]] = values
     return Comparison(check, mirrored)
 

@@ -19,7 +19,7 @@ from inbatch.apps.cli.app import (
     deliver,
     reported,
 )
-from inbatch.apps.console import print_table, say
+from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import ConfigError
 from inbatch.runtime.path_list import joined_paths
 
@@ -72,6 +72,7 @@ def duplicates(
         def show(result: dict[str, Any]) -> None:
             print_table(("keep", "duplicate", "splits", "check"), duplicate_rows(result))
             say("", *duplicate_lines(result))
+            _warn_of_stage(result)
 
         deliver(find, as_json, show)
 
@@ -114,5 +115,12 @@ def outliers(
         def show(result: dict[str, Any]) -> None:
             print_table(("image", "why", "distribution", "distance", "density"), outlier_rows(result))
             say("", *outlier_lines(result))
+            _warn_of_stage(result)
 
         deliver(find, as_json, show)
+
+
+def _warn_of_stage(result: dict[str, Any]) -> None:
+    """Warn if the features are those of an unfinished run."""
+    if result.get("note"):
+        warn(result["note"])

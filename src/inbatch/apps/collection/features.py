@@ -40,7 +40,7 @@ class Collection(FeatureTable):
     """Features of images, and the images if they are known.
 
     Attributes:
-        name: The run or the file, for messages.
+        name: The run, the data if they are not those of the run, or the file of features, for messages.
         sources: Images of each split; empty if they are unknown.
         origin: Where the features come from, for JSON.
         unreadable: A message for each image that could not be read and is left out.
@@ -116,6 +116,7 @@ def open_collection(
     path, data = path_of(features, "features"), joined_paths(data)
     if path.suffix in ENDINGS and not path.is_dir():
         return _from_file(path, data, split, image_column, label_column)
+    name = str(path if data is None else data)
     loaded = load_run_encoder(path)
     encoder = loaded.encoder.to(device_for(device))
     if data is None:
@@ -133,7 +134,7 @@ def open_collection(
     if unreadable:
         notes.append(f"{many(len(unreadable), 'unreadable image')} left out: {'; '.join(unreadable[:3])}")
     return Collection(
-        **vars(table), name=str(path), sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes)
+        **vars(table), name=name, sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes)
     )
 
 
@@ -155,7 +156,13 @@ def _embedded(
     count = sum(map(len, sources.values()))
     with TemporaryDirectory() as folder:
         place = file or Path(folder) / "features.npz"
-        write_embeddings(place, chunks if quiet else counted(chunks, count, "embedded"))
+        try:
+            write_embeddings(place, chunks if quiet else counted(chunks, count, "embedded"))
+        except DataError as error:
+            if len(bad) < count:
+                raise
+            reasons = "; ".join(list(bad.values())[:3])
+            raise DataError(f"none of {many(count, 'image')} can be read: {reasons}") from error
         if file is not None:
             write_json(file.with_suffix(".json"), {"unreadable": list(bad.values())})
         return read_features(place), tuple(bad.values()), file, False
