@@ -61,6 +61,7 @@ def test_predictions_of_every_kind_of_file_agree(trained, tmp_path):
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     columns = ["path", "split", "class", "probability", "margin", "class_2", "probability_2", "true_class"]
     assert list(rows[0]) == columns and len(rows) == found["images"] == 60
+    assert found["trained_on"] == ["train"]
     assert found["splits"] == {"train": 40, "test": 20} and sum(found["predicted"].values()) == 60
     right = sum(row["class"] == row["true_class"] for row in rows)
     assert found["figures"]["top1"] == pytest.approx(right / 60) and found["unknown_classes"] == {}
@@ -84,6 +85,7 @@ def test_unreadable_images_are_listed_and_other_classes_left_out(trained, tmp_pa
         Image.fromarray(draw.integers(0, 255, (20, 20), np.uint8)).save(photos / f"{name}.png")
     (photos / "0/b.png").write_bytes(b"\x89PNG broken")
     found = one_object(run(f"predict {folder} {photos} -o {tmp_path}/p.csv --json --top-k 9").stdout)
+    assert found["trained_on"] == []
     assert found["images"] == 3 and len(found["unreadable"]) == 1 and "b.png" in found["unreadable"][0]
     assert found["figures"]["images"] == 2 and found["unknown_classes"] == {"cat": 1}
     text = run(f"predict {folder} {photos} -o {tmp_path}/p.csv")

@@ -113,7 +113,7 @@ def train_classifier(
         "mode": mode,
         "run": str(run),
         "classes": list(classes),
-        "train": {"name": train.name, **trained.protocol},
+        "train": {"name": train.name, "signatures": _signatures(train), **trained.protocol},
         "test": test_figures | figures.figures(),
         "calibration": calibration | {"on": f"{len(labels):,} held-out images; after: cross-fitted over two halves"},
         **loaded.stage(),
@@ -121,6 +121,16 @@ def train_classifier(
     temperature = calibration["temperature"]
     save_classifier(Classifier(trained.encoder, head, classes, temperature=temperature, figures=result), out)
     return {"classifier": str(out)} | result | {"seconds": time.perf_counter() - began}
+
+
+def _signatures(source: Any) -> list[str]:
+    """Return the signatures of the training images and of the data that they are a part of."""
+    parts = []
+    while source is not None:
+        if isinstance(source, Source):
+            parts.append(source.signature())
+        source = getattr(source, "source", None)
+    return list(dict.fromkeys(parts))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Predictions of a classifier for the images of a data set, written to a file."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from inbatch.data import Source
 from inbatch.errors import DataError, check_whole
 from inbatch.evaluation import Embeddings
 from inbatch.evaluation.class_figures import ClassFigures
@@ -46,7 +47,8 @@ def predict(
     Returns:
         "images", "predicted" (number of images by predicted class), "unreadable" (a message for each image that cannot
         be read and is left out), and, if the data are labelled with classes of the classifier, "figures" (see
-        `ClassFigures`); "unknown_classes" counts images with labels of other classes, which the figures leave out.
+        `ClassFigures`); "unknown_classes" counts images with labels of other classes, which the figures leave out, and
+        "trained_on" lists the splits that have the names and labels of the training images.
 
     Raises:
         ConfigError: For another ending of `out`, a folder without a classifier, or `top` below 1.
@@ -73,9 +75,16 @@ def predict(
         "splits": {name: len(source) for name, source in sources.items()},
         "predicted": {name: count for name, count in zip(model.classes, seen.predicted.tolist(), strict=True) if count},
         "unreadable": list(bad.values()),
+        "trained_on": _trained_on(model, sources),
         "figures": seen.figures.figures() if seen.known else None,
         "unknown_classes": seen.unknown,
     }
+
+
+def _trained_on(model: Classifier, sources: Mapping[str, Source]) -> list[str]:
+    """Return the splits that have the names and labels of the images with which the classifier was trained."""
+    known = model.figures.get("train", {}).get("signatures", [])
+    return [name for name, source in sources.items() if source.signature() in known]
 
 
 class _Seen:

@@ -119,6 +119,11 @@ def print_predictions(result: dict[str, Any]) -> None:
             say(f"and {len(counts) - MOST:,} more classes (--json prints all)")
     else:
         print_class_figures(result["figures"])
+        if result["trained_on"]:
+            warn(
+                f"the split {listed(result['trained_on'])} has the names and labels of the training images: if these "
+                "are the same images, the figures are too high"
+            )
     say("", f"{many(result['images'], 'image')} classified into {result['out']}")
     if unknown := result["unknown_classes"]:
         say(

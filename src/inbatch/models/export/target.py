@@ -1,6 +1,5 @@
 """What all targets of an export share: the result of writing one, and the comparison of what it computes."""
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, InbatchError, reason
+from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 
@@ -125,16 +124,6 @@ def _expected(model: Encoder | Classifier, images: Tensor, whitened: bool) -> Te
 def library(name: str) -> str:
     """Return the name of a distribution with its version."""
     return f"{name} {version(name)}"
-
-
-def required(*names: str, extra: str) -> list[Any]:
-    """Import libraries of an extra; ConfigError with its name if one is missing."""
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        raise ConfigError(
-            f'this export needs {" and ".join(names)} ({reason(error)}): pip install "inbatch[{extra}]"'
-        ) from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from inbatch.errors import ConfigError, reason
 from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.graph import traced
-from inbatch.models.export.target import Written, compare, file_of, library, required, rows_of
+from inbatch.models.export.target import Written, compare, file_of, library, rows_of
 
 OPSET = 18
 """Version of the operators: that of torch's exporter, which every onnxruntime since 1.14 (2023) reads."""
@@ -25,7 +25,12 @@ def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any]) -
 
     Of a classifier, classifier.onnx, with probabilities. The facts are metadata: JSON texts under "inbatch.NAME".
     """
-    _, _, onnxruntime = required("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    try:
+        import onnx  # noqa: F401 - the exporter needs both, and says so only after tracing
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'this export needs more libraries ({reason(error)}): pip install "inbatch[onnx]"') from None
     program, file = traced(model), file_of(model, ".onnx")
     try:
         with warnings.catch_warnings(), torch.no_grad():
