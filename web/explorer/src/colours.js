@@ -58,7 +58,7 @@ const outlierSteps = (scores) => {
   return Uint8Array.from(scores, (score) => bounds.filter((bound) => score > bound).length);
 };
 const OUTLIERS = ['most usual half', '50 to 80%', '80 to 95%', '95 to 99%', 'least usual 1%'];
-const SHARES = ['no common neighbour', '1 to 25% common', '26 to 50%', '51 to 75%', 'over 75% common'];
+const SHARES = ['none', '1 to 25%', '26 to 50%', '51 to 75%', 'over 75%'];
 
 /** Return the colourings that the data of this map allow; `shared` is for two maps. */
 export function colourings(data, number) {

@@ -48,9 +48,7 @@ def explore(
     inside: Annotated[
         float, Option(metavar="MB", min=0, help="Thumbnails of more megabytes are written to a folder beside the file.")
     ] = 30.0,
-    index: Annotated[
-        str, Option(metavar="exact|approximate", help="Search neighbours among all images, or by an index.")
-    ] = "exact",
+    index: Index = "exact",
     split: Split = None,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the projection and of the clusters.")] = 0,
     image_column: ImageColumn = None,

@@ -1,4 +1,4 @@
-"""Facts about images, from one set of features: map, neighbours, clusters, outlier scores; groups of near duplicates."""
+"""Facts about images from one set of features: map, neighbours, clusters, outlier scores; groups of near duplicates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
