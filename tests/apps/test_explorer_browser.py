@@ -34,6 +34,8 @@ NAMES = [
     "%41#?.png",
 ]
 COUNT = 60
+COLOURED = """(canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data
+  .filter((value, at) => at % 4 === 3 && value).length"""
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,9 @@ def test_two_runs(webgl: chromium.Page, photos: tuple[Path, Path, Path], tmp_pat
     open_map(webgl, out, renderer)
     assert webgl.run("document.querySelectorAll('figure').length") == 2
     assert webgl.run("explorer.key") == "shared"
+    webgl.key("p")  # the images are drawn on both maps, whose sheet is loaded once
+    webgl.wait(f"[0, 1].every((view) => ({COLOURED})(explorer.views[view].overlay.canvas) > 500)")
+    webgl.key("p")
     webgl.drag(around(webgl, number=1), shift=True)
     webgl.wait(f"explorer.selection.length === {COUNT}")
     for view in (0, 1):
