@@ -18,10 +18,11 @@ import inbatch
 from inbatch.apps.collection.features import open_collection
 from inbatch.apps.reports.explorer import explore, sprite
 from inbatch.apps.reports.explorer.explore import is_features
-from inbatch.apps.reports.explorer.facts import common_neighbours, gather_facts
+from inbatch.apps.reports.explorer.facts import common_neighbours, gather_facts, near_duplicates
 from inbatch.apps.reports.explorer.page import data_text, packed, render_page, resource, smallest, split_root
 from inbatch.apps.reports.explorer.projection import choose_projection, project
 from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation.outliers import distribution_distance
 
 ODD = "a\"b<c>&'`é </script> .png".replace("/", "")
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
@@ -208,12 +209,28 @@ def test_projection_keeps_neighbourhoods(name: str) -> None:
 def test_facts_about_images(photos: tuple[Path, Path]) -> None:
     collection = open_collection(photos[0])
     places = torch.zeros(30, 2)
-    facts = gather_facts(collection, places, k=5, clusters=3, threshold=0.999, seed=0)
+    facts = gather_facts(collection, places, k=5, clusters=3, index="exact", seed=0)
     assert facts.neighbours.shape == (30, 5)
-    assert facts.groups.tolist() == [1, 1] + [0] * 28
     assert facts.neighbours[0, 0] == 1 and facts.similarities[0, 0] > 0.999
     assert {re.sub(r"cluster \d \(\d+% (\w+)\)", r"\1", name) for name in facts.cluster_names} == set(COLOURS)
-    assert torch.allclose(facts.outliers, 1 - facts.similarities.mean(1))
+    assert torch.equal(facts.outliers, distribution_distance(collection.vectors))
+
+
+def test_groups_of_near_duplicates(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    scenes = [Image.fromarray(generator.integers(0, 255, (6, 6, 3), np.uint8)).resize((90, 60)) for _ in range(4)]
+    pictures = [scenes[0], scenes[1], scenes[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT), scenes[2]]
+    pictures += [scenes[1].resize((45, 30)), scenes[3], scenes[3], Image.new("RGB", (9, 9)), Image.new("RGB", (9, 9))]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    names = np.array([f"{i}.png" for i in range(10)])
+    np.savez(tmp_path / "f.npz", path=names, vector=generator.normal(size=(10, 4)).astype(np.float32))
+    collection = open_collection(tmp_path / "f.npz", tmp_path)
+    drawn = sprite.draw_sprite(collection, 16)
+    assert drawn.missing == 1
+    others = torch.tensor([[2, 9], [4, 3], [9, 3], [0, 1], [2, 3], [0, 1], [0, 1], [0, 1], [1, 2], [0, 1]])
+    assert near_duplicates(drawn, [others]).tolist() == [1, 2, 1, 0, 2, 3, 3, 4, 4, 0]
 
 
 def test_common_neighbours_in_any_order() -> None:
@@ -296,7 +313,7 @@ def test_one_image_and_equal_images(photos: tuple[Path, Path], tmp_path: Path) -
         np.savez(tmp_path / "f.npz", path=np.array([f"{i}.png" for i in range(count)]), vector=rows)
         result = inbatch.explore_features(tmp_path / "f.npz", out=tmp_path / "map.html")
         assert result["neighbours"] == min(12, count - 1)
-        assert result["near_duplicates"]["images"] == (count if count > 1 else 0)
+        assert result["near_duplicates"] is None  # there are no pixels
         assert data_of(tmp_path / "map.html")["sprite"] is None
 
 
@@ -315,6 +332,7 @@ def test_command(photos: tuple[Path, Path], tmp_path: Path) -> None:
         (f"{features} -o {tmp_path}/map.html/map.html", 1, "Cannot write"),
         (f"{features} {folder} -o {out} --thumbnails 7", 2, "choose 16 to 256"),
         (f"{features} -o {out} --projection mds", 2, "choose one of"),
+        (f"{features} -o {out} --index tree", 2, "exact or approximate"),
     ):
         done = run(f"explore {words}")
         assert done.exit_code == code, done.stderr

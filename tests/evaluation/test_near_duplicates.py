@@ -7,6 +7,7 @@ from scenes import scene
 from torch.nn import functional as F
 
 from inbatch.errors import DataError
+from inbatch.evaluation import thumbnail_alignment
 from inbatch.evaluation.image_defects import LIMITS, measures, reason
 from inbatch.evaluation.near_duplicates import SIDE, open_pairs, representatives, similar_pairs, thumbnail
 from inbatch.evaluation.outliers import distribution_distance, outlier_scores
@@ -62,6 +63,12 @@ def test_images_without_detail_and_inverted_ones_are_no_duplicates() -> None:
     assert compare(thumbnails, torch.zeros(0, 2, dtype=torch.long)).check.shape == (0,)
     with pytest.raises(DataError, match="32 x 32 pixels, not 16 x 16"):
         compare(torch.zeros(2, 16, 16, dtype=torch.uint8), torch.tensor([[0, 1]]))
+
+
+def test_no_pair_is_aligned_on_all_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    thumbnails = torch.stack([small(scene(3))] * 2)
+    monkeypatch.setattr(thumbnail_alignment, "_HALF", 2.0)
+    assert compare(thumbnails, torch.tensor([[0, 1]])).check.tolist() == pytest.approx([1.0], abs=0.05)
 
 
 def test_every_image_is_a_duplicate_of_the_one_that_is_kept_for_it() -> None:

@@ -46,23 +46,29 @@ export class App {
       lasso: (indices) => this.lassoed(indices),
       view: () => overlay?.draw(),
     };
-    let drawn;
-    let renderer = 'webgl';
-    try {
-      drawn = new WebGLMap(canvas, map, events);
-    } catch (error) {
-      renderer = 'canvas';
-      const fresh = canvas.cloneNode(false); // a context of the first canvas may exist
-      canvas.replaceWith(fresh);
-      drawn = new CanvasMap(fresh, map, events);
-      byId('notice').textContent = 'This browser has no WebGL: the map is drawn more slowly.';
-    }
-    document.documentElement.dataset.renderer = renderer;
+    const drawn = this.draw(canvas, map, events);
     for (const kind of ['mousedown', 'pointerdown']) figure.addEventListener(kind, () => this.drag(true));
     for (const kind of ['mouseup', 'pointerup', 'blur']) window.addEventListener(kind, () => this.drag(false));
     overlay = new Overlay(above, drawn, this.thumbnails);
     overlay.visible = (i) => this.visible(i);
     return { figure, map: drawn, overlay };
+  }
+
+  /** A map drawn with WebGL by a GPU, or else by the processor; #webgl or #canvas at the end of the address decides. */
+  draw(canvas, map, events) {
+    const requested = window.location.hash;
+    try {
+      if (requested === '#canvas') throw new Error('as requested');
+      const drawn = new WebGLMap(canvas, map, events, requested === '#webgl');
+      document.documentElement.dataset.renderer = 'webgl';
+      return drawn;
+    } catch (error) {
+      console.info(`The map is drawn without WebGL: ${error.message}`);
+      document.documentElement.dataset.renderer = 'canvas';
+      const fresh = canvas.cloneNode(false); // a context of the first canvas may exist
+      canvas.replaceWith(fresh);
+      return new CanvasMap(fresh, map, events);
+    }
   }
 
   visible(i) {

@@ -1,8 +1,10 @@
-// A map drawn with Canvas 2D, for browsers without WebGL; the same interface as WebGLMap.
+// A map drawn by the processor, for browsers without a GPU; the same interface as WebGLMap.
 
-import { pointSize, wholeMap } from './webgl-map.js';
+import { byRank, pointSize, wholeMap } from './points.js';
+import { packColour, Raster } from './raster.js';
 
 const CELLS = 64;
+const FADED = 0.3; // opacity of other images while some are selected
 
 export class CanvasMap {
   constructor(canvas, { x, y }, events) {
@@ -13,8 +15,9 @@ export class CanvasMap {
     this.distance = wholeMap(canvas);
     this.mode = 'pan';
     this.hovered = -1;
-    this.selected = new Set();
-    this.shown = null;
+    this.raster = new Raster();
+    this.selected = null; // one number per image, 1 for those that are selected
+    this.shown = null; // likewise for those of the chosen categories
     this.path = null;
     this.cells = Array.from({ length: CELLS * CELLS }, () => []);
     for (let i = 0; i < x.length; i++) this.cells[this.cell(x[i]) + CELLS * this.cell(y[i])].push(i);
@@ -47,11 +50,11 @@ export class CanvasMap {
       from.last = at;
       this.draw();
     });
-    canvas.addEventListener('pointerup', () => {
+    canvas.addEventListener('pointerup', (event) => {
       if (from && this.path && from.moved) {
         const polygon = this.path;
         this.path = null;
-        this.events.lasso(this.inside(polygon));
+        this.events.lasso(this.merged(this.inside(polygon), event));
       } else if (from && !from.moved && this.hovered >= 0) this.events.click(this.hovered);
       this.path = from = null;
       this.draw();
@@ -60,7 +63,7 @@ export class CanvasMap {
     canvas.addEventListener('wheel', (event) => {
       event.preventDefault();
       const before = this.place(this.at(event));
-      this.distance *= Math.exp(event.deltaY / 500);
+      this.distance = Math.min(10, Math.max(1e-3, this.distance * Math.exp(event.deltaY / 500)));
       const after = this.place(this.at(event));
       this.centre = [this.centre[0] + before[0] - after[0], this.centre[1] + before[1] - after[1]];
       this.draw();
@@ -109,7 +112,7 @@ export class CanvasMap {
       for (let column = this.cell(x - reach); column <= this.cell(x + reach); column++) {
         for (const i of this.cells[column + CELLS * row]) {
           const distance = Math.hypot(this.points.x[i] - x, this.points.y[i] - y);
-          if (distance < least && (!this.shown || this.shown.has(i))) [best, least] = [i, distance];
+          if (distance < least && (!this.shown || this.shown[i])) [best, least] = [i, distance];
         }
       }
     }
@@ -119,7 +122,7 @@ export class CanvasMap {
   inside(polygon) {
     const chosen = [];
     for (let i = 0; i < this.points.x.length; i++) {
-      if (this.shown && !this.shown.has(i)) continue;
+      if (this.shown && !this.shown[i]) continue;
       const [x, y] = this.position(i);
       let within = false;
       for (let a = 0, b = polygon.length - 1; a < polygon.length; b = a++) {
@@ -131,10 +134,21 @@ export class CanvasMap {
     return chosen;
   }
 
+  /** The selection after a lasso: with Ctrl these images are added to it, with Alt removed. */
+  merged(indices, { ctrlKey, metaKey, altKey }) {
+    const add = ctrlKey || metaKey;
+    if (!this.selected || (!add && !altKey)) return indices;
+    const marked = this.selected.slice();
+    for (const i of indices) marked[i] = add ? 1 : 0;
+    return Array.from(marked.keys()).filter((i) => marked[i]);
+  }
+
   async colour(values, colours, rest) {
+    const size = pointSize(values.length);
     this.values = values;
-    this.colours = colours;
-    this.rest = rest;
+    this.colours = Uint32Array.from(colours, packColour);
+    this.sizes = colours.map((colour) => (colour === rest && colours.length > 1 ? Math.max(1.5, size - 1.5) : size));
+    this.order = byRank(values, colours, rest);
     this.paint();
   }
 
@@ -148,56 +162,56 @@ export class CanvasMap {
     this.waiting = false;
     const { canvas } = this;
     const ratio = window.devicePixelRatio || 1;
-    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
-    if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
-    const context = canvas.getContext('2d');
+    const [width, height] = [Math.round(canvas.clientWidth * ratio), Math.round(canvas.clientHeight * ratio)];
+    if (!this.values || !width || !height) return;
+    if (canvas.width !== width) canvas.width = width;
+    if (canvas.height !== height) canvas.height = height;
+    const context = canvas.getContext('2d', { alpha: false });
+    this.raster.clear(width, height, packColour(this.theming.background));
+    this.paintPoints(width, height, ratio);
+    this.raster.copyTo(context);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = this.colour2d?.background ?? '#fff';
-    context.fillRect(0, 0, width, height);
-    if (this.values) this.dots(context, width, height);
+    context.strokeStyle = this.theming.accent;
+    context.lineWidth = 2;
+    context.beginPath();
     if (this.path) {
-      context.strokeStyle = this.colour2d?.accent ?? '#00f';
-      context.lineWidth = 2;
-      context.beginPath();
       for (const [left, top] of this.path) context.lineTo(left, top);
       context.closePath();
-      context.stroke();
-    }
+    } else if (this.hovered >= 0) context.arc(...this.position(this.hovered), 7, 0, 2 * Math.PI);
+    context.stroke();
     this.events.view();
   }
 
-  dots(context, width, height) {
-    const size = Math.max(1.5, pointSize(this.values.length) - 1);
-    const scale = this.scalePerUnit();
-    const { x, y } = this.points;
-    const [left, top] = [width / 2 - this.centre[0] * scale, height / 2 + this.centre[1] * scale];
-    const paths = this.colours.map(() => new Path2D());
-    const marked = new Path2D();
-    for (let i = 0; i < x.length; i++) {
-      const [a, b] = [left + x[i] * scale, top - y[i] * scale];
-      if (a < -9 || b < -9 || a > width + 9 || b > height + 9 || (this.shown && !this.shown.has(i))) continue;
-      paths[this.values[i]].rect(a - size / 2, b - size / 2, size, size);
-      if (this.selected.has(i) || i === this.hovered) marked.rect(a - size / 2 - 1, b - size / 2 - 1, size + 2, size + 2);
-    }
-    for (const first of [true, false]) {
-      this.colours.forEach((colour, category) => {
-        if ((colour === this.rest) !== first) return;
-        context.fillStyle = colour;
-        context.fill(paths[category]);
-      });
-    }
-    context.strokeStyle = this.colour2d?.accent ?? '#00f';
-    context.stroke(marked);
+  paintPoints(width, height, ratio) {
+    const scale = this.scalePerUnit() * ratio;
+    const zoom = Math.max(1, wholeMap(this.canvas) / this.distance);
+    const growth = (ratio * Math.asinh(zoom)) / Math.asinh(1); // as regl-scatterplot
+    const common = {
+      ...this.points, order: this.order, values: this.values, scale, colours: this.colours,
+      left: width / 2 - this.centre[0] * scale, top: height / 2 + this.centre[1] * scale,
+    };
+    this.raster.points({
+      ...common, diameters: this.sizes.map((size) => size * growth), opacity: this.selected ? FADED : 0.9, accept: this.shown,
+    });
+    if (!this.selected) return;
+    const accept = this.shown ? this.selected.map((one, i) => one & this.shown[i]) : this.selected;
+    this.raster.points({ ...common, diameters: this.sizes.map((size) => size * growth + 2 * ratio), opacity: 1, accept });
+  }
+
+  /** One number per image, 1 for these. */
+  marked(indices) {
+    const marked = new Uint8Array(this.points.x.length);
+    for (const i of indices) marked[i] = 1;
+    return marked;
   }
 
   show(indices) {
-    this.shown = indices ? new Set(indices) : null;
+    this.shown = indices && this.marked(indices);
     this.draw();
   }
 
   select(indices) {
-    this.selected = new Set(indices);
+    this.selected = indices.length ? this.marked(indices) : null;
     this.draw();
   }
 
@@ -238,7 +252,7 @@ export class CanvasMap {
   }
 
   theme(colours) {
-    this.colour2d = colours;
+    this.theming = colours;
     this.draw();
   }
 }

@@ -57,8 +57,8 @@ const outlierSteps = (scores) => {
   const bounds = quantiles(scores, [0.5, 0.8, 0.95, 0.99]);
   return Uint8Array.from(scores, (score) => bounds.filter((bound) => score > bound).length);
 };
-const OUTLIERS = ['nearest half', '50 to 80%', '80 to 95%', '95 to 99%', 'farthest 1%'];
-const SHARES = ['no common neighbour', '1 to 25% common', '26 to 50%', '51 to 75%', 'over 75% common'];
+const OUTLIERS = ['most usual half', '50 to 80%', '80 to 95%', '95 to 99%', 'least usual 1%'];
+const SHARES = ['none', '1 to 25%', '26 to 50%', '51 to 75%', 'over 75%'];
 
 /** Return the colourings that the data of this map allow; `shared` is for two maps. */
 export function colourings(data, number) {
@@ -68,8 +68,8 @@ export function colourings(data, number) {
   if (map.clusters) list.push(named('cluster', 'Cluster', map.clusters, map.clusterNames));
   if (data.split && data.splits.length > 1) list.push(named('split', 'Split', data.split, data.splits));
   if (map.outliers) list.push(ordered('outlier', 'Outlier score', outlierSteps(map.outliers), OUTLIERS));
-  if (map.groups) {
-    const values = Uint8Array.from(map.groups, (group) => (group ? 1 : 0));
+  if (data.groups) {
+    const values = Uint8Array.from(data.groups, (group) => (group ? 1 : 0));
     const counts = count(values, 2);
     list.push({
       key: 'duplicate', label: 'Near duplicates', values, counts, order: [1, 0],

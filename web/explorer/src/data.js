@@ -4,6 +4,7 @@ const TYPES = { f32: Float32Array, u8: Uint8Array, u16: Uint16Array, u32: Uint32
 
 /** Return the typed array of {"type", "values"}; values are base64. */
 export function decodeNumbers(packed) {
+  if (Uint8Array.fromBase64) return new TYPES[packed.type](Uint8Array.fromBase64(packed.values).buffer);
   const text = atob(packed.values);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
@@ -17,8 +18,9 @@ export function readData(text) {
   data.labels = unpack(data.labels);
   data.split = unpack(data.split);
   data.shared = unpack(data.shared);
+  data.groups = unpack(data.groups);
   for (const map of data.maps) {
-    for (const key of ['x', 'y', 'neighbours', 'similarities', 'clusters', 'outliers', 'groups']) map[key] = unpack(map[key]);
+    for (const key of ['x', 'y', 'neighbours', 'similarities', 'clusters', 'outliers']) map[key] = unpack(map[key]);
   }
   data.path = (i) => data.root + data.paths[i];
   data.file = (i) => data.paths[i].slice(data.paths[i].lastIndexOf('/') + 1);

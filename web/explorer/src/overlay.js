@@ -4,6 +4,7 @@ export class Overlay {
   constructor(canvas, map, thumbnails) {
     Object.assign(this, { canvas, map, thumbnails, pictures: false, side: 28, focus: -1, neighbours: [], hovered: -1 });
     this.visible = () => true;
+    this.again = () => this.draw();
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
@@ -50,10 +51,9 @@ export class Overlay {
       const cell = Math.floor(a / side) + columns * Math.floor(b / side);
       if (taken[cell] < 0 && this.visible(i)) taken[cell] = i;
     }
-    const again = () => this.draw();
     taken.forEach((i, cell) => {
       if (i < 0) return;
-      this.thumbnails.drawSmall(context, i, (cell % columns) * side + 1, Math.floor(cell / columns) * side + 1, side - 2, again);
+      this.thumbnails.drawSmall(context, i, (cell % columns) * side + 1, Math.floor(cell / columns) * side + 1, side - 2, this.again);
     });
   }
 

@@ -63,9 +63,9 @@ export class Panel {
       const which = data.maps.length > 1 ? ` (${map.name})` : '';
       if (map.clusters) rows.push([`Cluster${which}`, map.clusterNames[map.clusters[i]]]);
       if (map.outliers) rows.push([`Outlier score${which}`, map.outliers[i].toPrecision(3)]);
-      const group = map.groups?.[i];
-      if (group) rows.push([`Near duplicates${which}`, `${map.groups.filter((other) => other === group).length} images`]);
     });
+    const group = data.groups?.[i];
+    if (group) rows.push(['Near duplicates', `group of ${data.groups.filter((other) => other === group).length} images`]);
     if (data.shared) rows.push(['Common neighbours', `${data.shared[i]} of ${data.k}`]);
     const list = element('dl');
     for (const [name, value] of rows) if (value !== '' && value !== undefined) list.append(element('dt', '', name), element('dd', '', printable(String(value))));

@@ -6,12 +6,17 @@
 
 import createRegl from 'regl';
 
+const UNMASKED_RENDERER = 0x9246; // of WEBGL_debug_renderer_info
+// The attribute failIfMajorPerformanceCaveat does not notice SwiftShader if Chromium is started with it.
+const SOFTWARE = /swiftshader|llvmpipe|softpipe|software|basic render/i;
 const EMPTY = { color: [0, 0, 0, 0], depth: 1 };
 
-/** Throws if the browser has no WebGL, or none with textures of floating-point numbers. */
-export function directRenderer(canvas) {
+/** Throws if the browser has no WebGL, or none with textures of floating-point numbers; `software`: even without a GPU. */
+export function directRenderer(canvas, software) {
   const gl = canvas.getContext('webgl', { antialias: false, depth: false, stencil: false });
   if (!gl) throw new Error('no WebGL');
+  const name = gl.getExtension('WEBGL_debug_renderer_info') && gl.getParameter(UNMASKED_RENDERER);
+  if (!software && SOFTWARE.test(name ?? '')) throw new Error(`WebGL without a GPU: ${name}`);
   const regl = createRegl({
     gl, extensions: ['OES_texture_float', 'OES_element_index_uint'], optionalExtensions: ['WEBGL_color_buffer_float', 'EXT_float_blend'],
   });

@@ -36,12 +36,16 @@ export class Thumbnails {
     const { tile, columns, perSheet } = this.sprite;
     const number = Math.floor(i / perSheet);
     const small = Math.min(tile, Math.ceil(side * Math.min(2, window.devicePixelRatio || 1)));
-    const copy = this.copies.get(number);
+    let copy = this.copies.get(number);
     if (!copy) {
-      this.copies.set(number, { picture: null });
-      this.queue = this.queue.then(() => this.reduce(number, small / tile)).then(later);
+      copy = { picture: null, waiting: new Set() };
+      this.copies.set(number, copy);
+      this.queue = this.queue.then(() => this.reduce(number, small / tile)).then(() => copy.waiting.forEach((draw) => draw()));
     }
-    if (!copy?.picture) return;
+    if (!copy.picture) {
+      copy.waiting.add(later); // of two maps, each is drawn again
+      return;
+    }
     const at = i % perSheet;
     context.drawImage(
       copy.picture, (at % columns) * small, Math.floor(at / columns) * small, small, small, left, top, side, side,

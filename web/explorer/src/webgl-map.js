@@ -2,6 +2,7 @@
 
 import createScatterplot from 'regl-scatterplot';
 
+import { byRank, pointSize, wholeMap } from './points.js';
 import { directRenderer } from './renderer.js';
 
 /** A linear scale with the part of d3's interface that regl-scatterplot keeps up to date. */
@@ -13,21 +14,16 @@ function linear(domain) {
   return scale;
 }
 
-/** The distance of the camera, in half heights of the window, from which coordinates of [-1, 1] are visible. */
-export const wholeMap = (canvas) => 1.1 * Math.max(1, canvas.clientHeight / Math.max(1, canvas.clientWidth));
-
-export const pointSize = (count) => (count <= 1000 ? 8 : count <= 12000 ? 5 : count <= 50000 ? 3 : 2);
-
 export class WebGLMap {
-  /** Throws if the browser has no WebGL. */
-  constructor(canvas, { x, y }, events) {
+  /** Throws if the browser has no WebGL or, unless `software`, computes it without a GPU. */
+  constructor(canvas, { x, y }, events, software) {
     this.canvas = canvas;
     this.points = { x, y };
     this.events = events;
     this.lassoing = false;
     this.xScale = linear([-1, 1]);
     this.yScale = linear([-1, 1]);
-    const renderer = directRenderer(canvas);
+    const renderer = directRenderer(canvas, software);
     this.plot = createScatterplot({
       renderer, canvas, syncEvents: true, spatialIndexUseWorker: false, xScale: this.xScale, yScale: this.yScale,
       pointSize: pointSize(x.length), pointScaleMode: 'asinh', pointOutlineWidth: 1, pointSizeSelected: 2,
@@ -67,10 +63,7 @@ export class WebGLMap {
     const options = { zDataType: 'categorical', spatialIndex: this.index };
     await this.plot.draw({ ...this.points, valueA: values }, options);
     this.index = this.plot.get('spatialIndex');
-    // Neutral points first, then category by category: what a colour marks is on top.
-    const rank = colours.map((colour, category) => (colour === rest ? -1 : category));
-    const order = Uint32Array.from(values.keys()).sort((a, b) => rank[values[a]] - rank[values[b]] || a - b);
-    this.plot.set({ pointOrder: Array.from(order) });
+    this.plot.set({ pointOrder: Array.from(byRank(values, colours, rest)) });
   }
 
   show(indices) {

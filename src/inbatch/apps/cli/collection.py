@@ -48,6 +48,7 @@ def explore(
     inside: Annotated[
         float, Option(metavar="MB", min=0, help="Thumbnails of more megabytes are written to a folder beside the file.")
     ] = 30.0,
+    index: Index = "exact",
     split: Split = None,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the projection and of the clusters.")] = 0,
     image_column: ImageColumn = None,
@@ -68,7 +69,7 @@ def explore(
         def compute() -> dict[str, Any]:
             return explore_features(
                 features, data, other=other, out=path, projection=projection, thumbnails=thumbnails, inside=inside,
-                seed=seed, split=split, device=device, quiet=quiet, image_column=image_column,
+                index=index, seed=seed, split=split, device=device, quiet=quiet, image_column=image_column,
                 label_column=label_column, notify=(lambda text: None) if quiet else note,
             )  # fmt: skip
 
@@ -83,7 +84,7 @@ def _show_map(result: dict[str, Any]) -> None:
     elif not pictures:
         say("Thumbnails:  none" + ("" if result["features"][0].get("data") else ": pass DATA to show the images"))
     say(f"Images:      {result['images']:,}, {many(result['clusters'], 'cluster')}, by {result['projection']}")
-    if duplicates["groups"]:
+    if duplicates and duplicates["groups"]:
         say(f"Duplicates:  {many(duplicates['images'], 'image')} in {many(duplicates['groups'], 'group')}")
     if "common_neighbours" in result:
         say(f"Neighbours:  {result['common_neighbours']:.0%} of the {result['neighbours']} nearest are common to both")

@@ -62,14 +62,6 @@ class Collection(FeatureTable):
         """Return the pixels of image i, in the channels that the encoder reads; DataError if they are unavailable."""
         return self._source(i).image(int(self.index[i]))
 
-    def thumbnail(self, i: int, side: int) -> UInt8[Tensor, "c s s"]:
-        """Return the central square of image i, decoded at this size; DataError if its pixels are unavailable."""
-        with self.open(i) as picture:
-            height, width = picture.size
-            short = min(height, width)
-            box = ((height - short) // 2, (width - short) // 2, short, short)
-            return picture.crops(torch.tensor([box]), [(side, "bilinear")])[0]
-
     def open(self, i: int) -> LazyImage:
         """Open image i without decoding it; DataError if it is unavailable."""
         return self._source(i).open(int(self.index[i]))

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from inbatch.apps.collection.features import Collection
 from inbatch.apps.reports.explorer.facts import Facts, common_neighbours
@@ -13,7 +15,9 @@ _CHANGED = 200
 """Images that the list of the most changed neighbours holds."""
 
 
-def page_data(first: Collection, facts: list[Facts], names: list[str], projection: str) -> dict[str, Any]:
+def page_data(
+    first: Collection, facts: list[Facts], names: list[str], projection: str, groups: Int[Tensor, "n"] | None
+) -> dict[str, Any]:
     """Return what the script of the page reads, without the thumbnails.
 
     Args:
@@ -21,6 +25,7 @@ def page_data(first: Collection, facts: list[Facts], names: list[str], projectio
         facts: One or two sets of facts about them.
         names: Name of each set.
         projection: Name of the projection.
+        groups: Group of near duplicates of each image, 0 without one; None if they are unknown.
     """
     files = [first.file_of(i) for i in range(len(first))] if first.has_images else [None]
     paths = list(first.paths) if None in files else [str(file) for file in files]
@@ -37,6 +42,7 @@ def page_data(first: Collection, facts: list[Facts], names: list[str], projectio
         "labels": packed(smallest((first.labels + 1).numpy())) if labelled else None,
         "splits": splits,
         "split": packed(smallest(np.array([place[name] for name in first.splits]))),
+        "groups": None if groups is None else packed(smallest(groups.numpy())),
         "maps": [_map_data(one, name, projection) for one, name in zip(facts, names, strict=True)],
     }
     if len(facts) == 2:
@@ -58,5 +64,4 @@ def _map_data(facts: Facts, name: str, projection: str) -> dict[str, Any]:
         "clusters": packed(smallest(facts.clusters.numpy())),
         "clusterNames": list(facts.cluster_names),
         "outliers": packed(facts.outliers.float().numpy()),
-        "groups": packed(smallest(facts.groups.numpy())),
     }

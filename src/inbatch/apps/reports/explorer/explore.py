@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from torch import Tensor
+
 from inbatch.apps.collection.features import ENDINGS, Collection, open_collection, take
 from inbatch.apps.reports.explorer.contents import page_data
-from inbatch.apps.reports.explorer.facts import Facts, common_neighbours, gather_facts
+from inbatch.apps.reports.explorer.facts import Facts, common_neighbours, gather_facts, near_duplicates
 from inbatch.apps.reports.explorer.page import render_page, sprite_json
 from inbatch.apps.reports.explorer.projection import choose_projection, project
 from inbatch.apps.reports.explorer.sprite import Sprite, draw_sprite
 from inbatch.apps.reports.view_grid import check_place
 from inbatch.errors import ConfigError, DataError, check_whole, many
+from inbatch.evaluation.neighbours import check_index
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
@@ -26,7 +29,6 @@ from inbatch.runtime.text import one_line
 
 NEIGHBOURS = 12
 CLUSTERS = 10
-NEAR_DUPLICATES = 0.97
 LARGEST = 200_000
 """Images above which a page is refused: browsers take minutes to open it."""
 _TILES = ((10_000, 64), (LARGEST, 32))
@@ -74,7 +76,7 @@ def is_features(path: str | Path) -> bool:
 @isolated
 def explore_features(
     features: str | Path, data: Any = None, *, other: str | Path | None = None, out: str | Path = "map.html",
-    projection: str = "auto", thumbnails: int | None = None, inside: float = 30.0, seed: int = 0,
+    projection: str = "auto", thumbnails: int | None = None, inside: float = 30.0, index: str = "exact", seed: int = 0,
     split: str | None = None, device: str = "auto", quiet: bool = True, image_column: str | None = None,
     label_column: str | None = None, notify: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -91,6 +93,7 @@ def explore_features(
         projection: auto, pca, tsne, umap or pacmap.
         thumbnails: Side of the thumbnails in pixels, 0 for none; by default 64 for up to 10,000 images, else 32.
         inside: Megabytes of thumbnails that may be part of the HTML file.
+        index: How neighbours are searched, "exact" or "approximate" (extra `index`).
         seed: Seed of the projection and of k-means.
         split: The only split to show; None for every image.
         device: Device on which features are computed, or "auto".
@@ -107,6 +110,7 @@ def explore_features(
     began = time.perf_counter()
     pictures, out = Pictures(thumbnails, inside), _checked_out(out)
     choose_projection(projection, 0)
+    check_index(index)
     options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet}
     options |= {"image_column": image_column, "label_column": label_column}
     collections = [open_collection(features, data, **options)]
@@ -120,14 +124,15 @@ def explore_features(
         raise DataError(f"{many(len(first), 'image')} are too many for a page of at most {LARGEST:,}: choose a --split")
     name, why = choose_projection(projection, len(first))
     notify(f"projection: {name}, because {why}" if projection == "auto" else f"projection: {name}")
-    facts = [_facts(collection, name, seed, seconds) for collection in collections]
+    facts = [_facts(collection, name, (index, seed), seconds) for collection in collections]
     sprite = _sprite(first, pictures, quiet, seconds)
+    groups = None if sprite is None else _groups(sprite, facts, seconds)
     names = _names([str(features), *([str(other)] if other is not None else [])])
-    shown = page_data(first, facts, names, name)
+    shown = page_data(first, facts, names, name, groups)
     beside = _write(out, first, shown, sprite, pictures)
     seconds["total"] = time.perf_counter() - began
-    return _described(out, collections, facts, sprite, beside) | {
-        "projection": name, "projection_reason": why, "seed": seed,
+    return _described(out, collections, facts, sprite, groups, beside) | {
+        "projection": name, "projection_reason": why, "index": index, "seed": seed,
         "seconds": {what: round(value, 2) for what, value in seconds.items()},
     }  # fmt: skip
 
@@ -157,12 +162,12 @@ def _arranged(other: Collection, first: Collection) -> Collection:
     )  # fmt: skip
 
 
-def _facts(collection: Collection, name: str, seed: int, seconds: dict[str, float]) -> Facts:
-    began = time.perf_counter()
+def _facts(collection: Collection, name: str, how: tuple[str, int], seconds: dict[str, float]) -> Facts:
+    (index, seed), began = how, time.perf_counter()
     places = project(collection.vectors, name, seed)
     drawn = time.perf_counter()
     k, clusters = min(NEIGHBOURS, len(collection) - 1), min(CLUSTERS, len(collection))
-    facts = gather_facts(collection, places, k=k, clusters=clusters, threshold=NEAR_DUPLICATES, seed=seed)
+    facts = gather_facts(collection, places, k=k, clusters=clusters, index=index, seed=seed)
     seconds["projection"] = seconds.get("projection", 0.0) + drawn - began
     seconds["neighbours_and_clusters"] = seconds.get("neighbours_and_clusters", 0.0) + time.perf_counter() - drawn
     return facts
@@ -176,6 +181,13 @@ def _sprite(first: Collection, pictures: Pictures, quiet: bool, seconds: dict[st
     sprite = draw_sprite(first, side, quiet) if first.has_images and side else None
     seconds["thumbnails"] = time.perf_counter() - began
     return sprite
+
+
+def _groups(sprite: Sprite, facts: list[Facts], seconds: dict[str, float]) -> Tensor:
+    began = time.perf_counter()
+    groups = near_duplicates(sprite, [one.neighbours for one in facts])
+    seconds["near_duplicates"] = time.perf_counter() - began
+    return groups
 
 
 def _names(places: list[str]) -> list[str]:
@@ -211,8 +223,9 @@ def _check_place(folder: Path, first: Collection) -> None:
 
 
 def _described(
-    out: Path, collections: list[Collection], facts: list[Facts], sprite: Sprite | None, beside: Path | None
-) -> dict[str, Any]:
+    out: Path, collections: list[Collection], facts: list[Facts], sprite: Sprite | None, groups: Tensor | None,
+    beside: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Return the description of the page for JSON."""
     first = collections[0]
     described: dict[str, Any] = {
@@ -222,10 +235,8 @@ def _described(
         "classes": len(first.classes),
         "neighbours": facts[0].neighbours.shape[1],
         "clusters": len(facts[0].cluster_names),
-        "near_duplicates": {
-            "threshold": NEAR_DUPLICATES,
-            "images": int((facts[0].groups > 0).sum()),
-            "groups": int(facts[0].groups.max()),
+        "near_duplicates": None if groups is None else {
+            "images": int((groups > 0).sum()), "groups": int(groups.max()),
         },
         "thumbnails": sprite and {
             "side": sprite.tile, "sheets": len(sprite.sheets), "bytes": sprite.size, "unreadable": sprite.missing,

@@ -1,17 +1,22 @@
-"""Facts about images, from one set of features: map, neighbours, clusters, outlier scores, near duplicates."""
+"""Facts about images from one set of features: map, neighbours, clusters, outlier scores; groups of near duplicates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.apps.collection.features import Collection
+from inbatch.apps.reports.explorer.sprite import Sprite
+from inbatch.evaluation.near_duplicates import representatives, unique_pairs
 from inbatch.evaluation.neighbours import nearest_others, unit_rows
+from inbatch.evaluation.outliers import distribution_distance
+from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 from inbatch.nn.clustering import k_means
 
+_CANDIDATES = 5
+"""Nearest neighbours of an image that are compared with it, as many as `inbatch duplicates` compares."""
 _CLUSTERED = 20_000
 """Images of which k-means computes the centroids; the others are assigned to them."""
 
@@ -26,8 +31,7 @@ class Facts:
         similarities: (N, k) their cosine similarities.
         clusters: (N,) cluster of k-means.
         cluster_names: Name of each cluster.
-        outliers: (N,) mean cosine distance to the k neighbours; zeros for one image.
-        groups: (N,) number of the group of near duplicates from 1, 0 without one.
+        outliers: (N,) distance from the distribution of all images, as `inbatch outliers` orders them.
     """
 
     places: Float[Tensor, "n 2"]
@@ -36,12 +40,9 @@ class Facts:
     clusters: Int[Tensor, "n"]
     cluster_names: tuple[str, ...]
     outliers: Float[Tensor, "n"]
-    groups: Int[Tensor, "n"]
 
 
-def gather_facts(
-    collection: Collection, places: Tensor, *, k: int, clusters: int, threshold: float, seed: int
-) -> Facts:
+def gather_facts(collection: Collection, places: Tensor, *, k: int, clusters: int, index: str, seed: int) -> Facts:
     """Compute the facts about a collection.
 
     Args:
@@ -49,11 +50,11 @@ def gather_facts(
         places: (N, 2) their coordinates.
         k: Number of neighbours, at most N - 1.
         clusters: Number of clusters, at most N.
-        threshold: Cosine similarity from which two images are near duplicates.
+        index: How neighbours are searched, "exact" or "approximate".
         seed: Seed of k-means.
     """
     if k:
-        similarities, neighbours = nearest_others(collection.vectors, k)
+        similarities, neighbours = nearest_others(collection.vectors, k, index=index)
     else:
         similarities, neighbours = torch.empty(len(collection), 0), torch.empty(len(collection), 0, dtype=torch.long)
     assigned = _clusters(collection.vectors, clusters, seed)
@@ -63,8 +64,7 @@ def gather_facts(
         similarities=similarities,
         clusters=assigned,
         cluster_names=_cluster_names(assigned, clusters, collection.labels, collection.classes),
-        outliers=1 - similarities.mean(1) if k else torch.zeros(len(collection)),
-        groups=_groups(neighbours, similarities >= threshold),
+        outliers=distribution_distance(collection.vectors),
     )
 
 
@@ -99,16 +99,30 @@ def _cluster_names(
     return tuple(names)
 
 
-def _groups(neighbours: Int[Tensor, "n k"], same: Tensor) -> Int[Tensor, "n"]:
-    """Return the connected components of the pairs that are near duplicates, numbered from 1 by their first image."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+def near_duplicates(sprite: Sprite, neighbours: Sequence[Int[Tensor, "n k"]]) -> Int[Tensor, "n"]:
+    """Return the number of the group of near duplicates of each image from 1, 0 without one.
 
-    first, rank = same.nonzero(as_tuple=True)
-    pairs = (np.ones(len(first), bool), (first.numpy(), neighbours[first, rank].numpy()))
-    _, component = connected_components(coo_array(pairs, shape=(len(neighbours),) * 2), directed=False)
-    members = np.bincount(component)
-    numbers = np.zeros(len(members), np.int64)
-    several = dict.fromkeys(component[members[component] > 1].tolist())
-    numbers[list(several)] = np.arange(1, len(several) + 1)
-    return torch.from_numpy(numbers[component])
+    Images with the same thumbnail, and the nearest neighbours whose thumbnails agree after an alignment, are near
+    duplicates; of each group, all images are near duplicates of its first one.
+
+    Args:
+        sprite: What was drawn of the images.
+        neighbours: Neighbours of each image, nearest first, by one or several sets of features.
+    """
+    readable = torch.tensor([digest is not None for digest in sprite.digests])
+    own = torch.arange(len(readable))
+    near = [
+        torch.stack([own.repeat(k), some.T[:k].flatten()], 1)
+        for some in neighbours
+        if (k := min(_CANDIDATES, some.shape[1]))
+    ]
+    pairs = torch.cat([torch.zeros(0, 2, dtype=torch.long), *near])
+    pairs, _ = unique_pairs(pairs[readable[pairs].all(1)], torch.zeros(int(readable[pairs].all(1).sum())))
+    pairs = pairs[compare(sprite.grey, pairs).check >= THRESHOLD]
+    first: dict[bytes, int] = {}
+    copies = [(first.setdefault(digest, i), i) for i, digest in enumerate(sprite.digests) if digest is not None]
+    copies = [(one, other) for one, other in copies if one != other]
+    pairs = torch.cat([pairs, torch.tensor(copies, dtype=torch.long).view(-1, 2)])
+    chosen = representatives(len(readable), unique_pairs(pairs, torch.zeros(len(pairs)))[0], own)
+    several = (chosen.bincount(minlength=len(own)) > 1).long()
+    return (several.cumsum(0) * several)[chosen]

@@ -46,7 +46,7 @@ def choose_projection(name: str, count: int) -> tuple[str, str]:
     if find_spec("pacmap"):
         return "pacmap", "it is installed and the fastest that keeps neighbourhoods"
     if count <= TSNE_LIMIT:
-        return "tsne", f"PaCMAP is not installed, and t-SNE takes a minute for up to {TSNE_LIMIT:,} images"
+        return "tsne", f"PaCMAP is not installed, and t-SNE takes minutes for up to {TSNE_LIMIT:,} images"
     if find_spec("umap"):
         return "umap", f"PaCMAP is not installed, and t-SNE takes too long for more than {TSNE_LIMIT:,} images"
     return "pca", (
