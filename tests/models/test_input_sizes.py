@@ -11,7 +11,7 @@ from torch import nn
 
 from inbatch.errors import ConfigError, reason
 from inbatch.models import Encoder, check_side, create_encoder, load_encoder, save_encoder
-from inbatch.models.backbones import _torchvision_defaults
+from inbatch.models.backbones import torchvision_defaults
 from inbatch.training.build import build
 from inbatch.training.recipe import make
 from inbatch.training.run_encoder import make_encoder, view_sides
@@ -105,9 +105,9 @@ def test_weights_of_auxiliary_heads_are_left_out(tmp_path):
 
 
 def test_torchvision_models_of_fixed_size_get_the_size():
-    assert _torchvision_defaults("vit_b_32", 32) == {"image_size": 32}
-    assert _torchvision_defaults("maxvit_t", 32) == {"input_size": (32, 32)}
-    assert _torchvision_defaults("resnet18", 32) == {}
+    assert torchvision_defaults("vit_b_32", 32) == {"image_size": 32}
+    assert torchvision_defaults("maxvit_t", 32) == {"input_size": (32, 32)}
+    assert torchvision_defaults("resnet18", 32) == {}
 
 
 def test_the_check_changes_neither_buffers_nor_the_random_state():

@@ -192,12 +192,12 @@ def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     drawn, real = [], source.image
     monkeypatch.setattr(source, "image", lambda i: drawn.append(i) or real(i))
     save_neighbour_grid(source, after, tmp_path / "n.png", 2, 3, before=before)
-    left, right = drawn[: 2 * 4], drawn[2 * 4 :]
+    assert len(drawn) == 2 * 7
     for row in range(2):
-        query, *near = left[4 * row : 4 * row + 4]
+        query, *near = drawn[7 * row : 7 * row + 4]
         similar = F.normalize(before, dim=1) @ F.normalize(before[query], dim=0)
         assert near == [i for i in similar.argsort(descending=True).tolist() if i != query][:3]
-        assert all(source.labels[i] == source.labels[query] for i in right[3 * row : 3 * row + 3])
+        assert all(source.labels[i] == source.labels[query] for i in drawn[7 * row + 4 : 7 * row + 7])
     with pytest.raises(DataError, match="29 vectors"):
         save_neighbour_grid(source, after, tmp_path / "n.png", before=before[:29])
 

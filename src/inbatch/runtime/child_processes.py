@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import IO, Any
 
 # Only the standard library: `apps/bench/worker.py` loads this file in a Python that may lack inbatch.
 
@@ -33,6 +33,19 @@ def start(words: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
     """
     env = {**options.pop("env", os.environ), PARENT: str(os.getpid())}
     return subprocess.Popen(words, text=True, env=env, **options)
+
+
+def start_reader(words: Sequence[str], log: IO[str]) -> "subprocess.Popen[str]":
+    """Start a program that ends by itself after its standard input has ended, which a kill of this process ends, too.
+
+    It is in a session of its own, so that signals to the job of this process do not reach it.
+
+    Args:
+        words: Command line.
+        log: Open file that receives its standard error; its standard output is a pipe.
+    """
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True)
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from inbatch.runtime import child_processes
 from inbatch.training.trackers.selection import Selection
 
 _WAIT = {True: 60.0, False: 5.0}
@@ -41,10 +42,7 @@ class Followers:
             try:
                 (self.folder / "trackers").mkdir(exist_ok=True)
                 with open(self.folder / "trackers" / f"{name}.log", "w") as log:
-                    self._processes[name] = subprocess.Popen(
-                        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                        start_new_session=True,
-                    )  # fmt: skip
+                    self._processes[name] = child_processes.start_reader(words, log)
             except OSError as error:
                 self._fail(name, str(error))
 
