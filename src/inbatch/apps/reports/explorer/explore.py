@@ -41,7 +41,7 @@ class Pictures:
 
     Attributes:
         side: Side of a thumbnail in pixels; None for 64 up to 10,000 images, else 32; 0 for no thumbnails.
-        inside: Megabytes of thumbnails up to which they are part of the HTML file; more are written beside it.
+        inside: Megabytes of thumbnails up to which they are part of the HTML file; more go to a folder.
     """
 
     side: int | None = None
@@ -88,8 +88,8 @@ def explore_features(
     Args:
         features: A run, an encoder's folder, or a file of `embed_run`.
         data: The images; by default those of the run. With a file of features they are needed for thumbnails.
-        other: Another run or file with features of the same images, which is shown beside the first.
-        out: File to write. Thumbnails of more than `inside` megabytes are written to the folder NAME_files beside it.
+        other: Another run or file with features of the same images, which is shown next to the first.
+        out: File to write. Thumbnails of more than `inside` megabytes are written to the folder NAME_files next to it.
         projection: auto, pca, tsne, umap or pacmap.
         thumbnails: Side of the thumbnails in pixels, 0 for none; by default 64 for up to 10,000 images, else 32.
         inside: Megabytes of thumbnails that may be part of the HTML file.
@@ -191,7 +191,7 @@ def _groups(sprite: Sprite, facts: list[Facts], seconds: dict[str, float]) -> Te
 
 
 def _names(places: list[str]) -> list[str]:
-    """Return a short name for each run: the last part of its path, or the whole path if both end alike."""
+    """Return a short name for each run: the last part of its path, or the whole path if the last parts are equal."""
     short = [Path(place).resolve().name or place for place in places]
     return short if len(set(short)) == len(short) else places
 

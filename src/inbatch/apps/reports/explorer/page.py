@@ -31,7 +31,7 @@ def smallest(values: np.ndarray) -> np.ndarray:
 
 
 def data_text(data: dict[str, Any]) -> str:
-    """Return JSON in ASCII without <, > and &: nothing in it can end the element, whatever the names of the images."""
+    """Return JSON in ASCII without <, > and &: nothing in it can end the element, for any names of the images."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
@@ -44,7 +44,7 @@ def split_root(paths: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def sprite_json(sprite: Sprite, places: Sequence[str] | None) -> dict[str, Any]:
-    """Return where the page gets the sheets from: relative addresses, or the content itself if there are none."""
+    """Return where the page gets the sprites from: relative addresses, or the content itself if there are none."""
     inside = (f"data:image/webp;base64,{base64.b64encode(sheet).decode()}" for sheet in sprite.sheets)
     sheets = list(inside if places is None else places)
     return {"tile": sprite.tile, "columns": sprite.columns, "perSheet": sprite.per_sheet, "sheets": sheets}

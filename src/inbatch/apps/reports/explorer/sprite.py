@@ -1,4 +1,4 @@
-"""Thumbnails of a collection as sheets of square tiles in WebP."""
+"""Thumbnails of a collection as sprites, which are images of square tiles, in WebP."""
 
 import hashlib
 import io
@@ -17,19 +17,19 @@ from inbatch.evaluation.near_duplicates import SIDE, thumbnail
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.thread_map import thread_map
 
-_SIDE = 1024  # pixels of a sheet: a browser decodes the whole sheet to draw one tile, 15 ms at this size
+_SIDE = 1024  # pixels of a sprite: a browser decodes all of it to draw one tile, 15 ms at this size
 _QUALITY = 75
 _GREY = 128
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """Tiles in rows, sheet by sheet, in the order of the images.
+    """Tiles in rows, sprite by sprite, in the order of the images.
 
     Attributes:
         tile: Side of a tile in pixels.
         columns: Tiles per row.
-        per_sheet: Tiles per sheet; the last one may have fewer.
+        per_sheet: Tiles per sprite; the last one may have fewer.
         sheets: WebP files.
         grey: (N, 32, 32) the whole images for `evaluation.near_duplicates`.
         digests: For each image, the same bytes as for images with the same thumbnail; None if it cannot be read: its
@@ -45,7 +45,7 @@ class Sprite:
 
     @property
     def size(self) -> int:
-        """Bytes of all sheets."""
+        """Bytes of all sprites."""
         return sum(map(len, self.sheets))
 
     @property
@@ -64,7 +64,7 @@ class _Drawn:
 
 
 def draw_sprite(collection: Collection, tile: int, quiet: bool = True) -> Sprite:
-    """Return the sheets with the central square of every image, decoded at reduced size on all cores.
+    """Return the sprites with the central square of every image, decoded at reduced size on all cores.
 
     Args:
         collection: Images, which must be available.
