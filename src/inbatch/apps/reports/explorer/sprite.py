@@ -92,7 +92,7 @@ def draw_sprite(collection: Collection, tile: int, quiet: bool = True) -> Sprite
                 if drawn is not None:
                     sheet[top : top + tile, left : left + tile] = drawn.tile
                     grey[len(digests)] = drawn.grey
-                digests.append(drawn and drawn.digest)
+                digests.append(None if drawn is None else drawn.digest)
                 at += 1
         file = io.BytesIO()
         Image.fromarray(sheet).save(file, "WEBP", quality=_QUALITY, method=4)
