@@ -163,3 +163,13 @@ def test_neighbours_are_those_of_a_sort() -> None:
 
 def test_origin_is_json(photos: Path, encoder: Path) -> None:
     assert json.loads(json.dumps(dict(open_collection(encoder, photos).origin)))["data"] == str(photos)
+
+
+def test_features_that_cannot_be_kept_are_reported(photos: Path, encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder, ignore=shutil.ignore_patterns("features"))
+    (folder / "features").write_text("a file in place of the folder")
+    collection = open_collection(folder, photos)
+    assert collection.origin["file"] is None and "cannot be kept" in collection.notes[0]
+    assert "1 unreadable image left out" in collection.sentences[1]
+    assert not open_collection(encoder, photos).notes

@@ -104,7 +104,8 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         folder.mkdir()
     picture = Image.new("RGB", (20, 20), (200, 10, 10))
     picture.save(same / "0.png")
-    assert inbatch.find_duplicates(same)["duplicates"] == 0, "one image"
+    alone = inbatch.find_duplicates(same, picture=tmp_path / "pairs.png")
+    assert alone["duplicates"] == 0 and alone["picture"] is None and "no picture" in alone["notes"][0], "one image"
     picture.save(same / "1.png")
     picture.save(same / "2.bmp")
     found = inbatch.find_duplicates(same)

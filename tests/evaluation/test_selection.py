@@ -64,6 +64,8 @@ def test_coverage_is_the_greedy_maximum(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(selection, "CANDIDATES", 50)
     sampled = select(x, 15, "coverage", labelled=labelled)
     assert "50 candidates and 40 images" in sampled.notes[0] and len(sampled.rows.unique()) == 15
+    first, second = select(x, 2, "coverage").reasons
+    assert first.startswith("the image most similar to all others") and second.startswith("raises the mean similarity")
 
 
 def test_typical_takes_dense_rows_of_clusters_without_labels_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ _SMALL = 2**26  # multiplications of a step that ends before a second thread has
 
 
 @dataclass(frozen=True)
-class Classifier:
+class FittedProbe:
     """A fitted linear classifier: scores are W x + b of the vectors, standardised if there are a mean and a std.
 
     weight: (C, D). bias: (C,). mean, std: (D,). protocol: how it was fitted, in JSON types.
@@ -83,7 +83,7 @@ def fit(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Classifier:
+) -> FittedProbe:
     """Return the classifier of a probe; labels of `train` are known and below `classes`. Raises as `linear_probe`."""
     name = probe if isinstance(probe, str) else "custom"
     if isinstance(probe, str):
@@ -104,7 +104,7 @@ def fit(
             weight, bias, extra = _sgd(x, y, classes, probe, seed)
             normalisation = "none"
     protocol = {"probe": name, **asdict(probe), **extra, "seed": seed, "classes": classes}
-    return Classifier(weight, bias, mean, std, {**protocol, "normalisation": normalisation})
+    return FittedProbe(weight, bias, mean, std, {**protocol, "normalisation": normalisation})
 
 
 Fitted = tuple[Float[Tensor, "c d"], Float[Tensor, "c"], dict[str, object]]

@@ -209,6 +209,9 @@ def _coverage(pool: _Pool, count: int) -> Selection:
         bound[row] = -torch.inf
         best = torch.maximum(best, witnesses @ x[row])
         before, covered = covered, best.mean().item()
+        if before == -1:  # nothing was chosen or labelled
+            reasons.append(f"the image most similar to all others, {covered:.4f} on average")
+            continue
         reasons.append(f"raises the mean similarity to the nearest chosen image from {before:.4f} to {covered:.4f}")
     notes = []
     if len(witnesses) < len(free):

@@ -92,6 +92,8 @@ def _sync_folder(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> InbatchError:
     """Return the error for a file that could not be written."""
+    if error.errno in (errno.EISDIR, errno.EINVAL):
+        return InbatchError(f"Cannot write {path}: {error.strerror or error}. Name another file.")
     try:
         space = f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there"
     except OSError:

@@ -18,6 +18,7 @@ from inbatch.evaluation.class_figures import ClassFigures
 from inbatch.evaluation.confidence import calibrate, fit_temperature
 from inbatch.evaluation.embeddings import check_one_label, matched_labels
 from inbatch.evaluation.linear_probe import fit
+from inbatch.evaluation.probe_presets import PROBES
 from inbatch.models import Classifier, Encoder, save_classifier
 from inbatch.models.classifier import holds_classifier, linear_layer
 from inbatch.runtime.device import device_for
@@ -85,6 +86,8 @@ def train_classifier(
         DataError: If the images have no labels, several labels each, or fewer than two classes.
         TrainingError: If fine-tuning diverges.
     """
+    if isinstance(probe, str) and probe not in ("auto", *PROBES):
+        raise ConfigError(f"there is no probe called {probe!r}: choose one of {', '.join(('auto', *PROBES))}")
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: choose {' or '.join(MODES)}")
     out, run, began = path_of(out, "out"), path_of(run, "run"), time.perf_counter()

@@ -27,11 +27,11 @@ def run_facts(run: Path) -> dict[str, Any]:
     data = str(recipe.get("data"))
     known = data == "digits-canvas" or data.startswith("torchvision/")
     facts["data"] = f"{data} ({count})" if known else f"{count} of the user's own collection"
-    found, before = (object_in(result, key, run / "result.json") for key in ("evaluation", "untrained"))
+    trained, untrained = (object_in(result, key, run / "result.json") for key in ("evaluation", "untrained"))
     rows = [
-        [name, *(_figure(part, protocol, key) for part in (found, before))]
+        [name, *(_figure(part, protocol, key) for part in (trained, untrained))]
         for (protocol, key), name in _FIGURES.items()
-        if isinstance(found.get(protocol), dict)
+        if isinstance(trained.get(protocol), dict)
     ]
     if rows:
         facts["figures"] = rows
@@ -47,8 +47,9 @@ def _settings(recipe: dict[str, Any], file: Path) -> dict[str, Any]:
     return {key: value for key, value in every.items() if value is not None}
 
 
-def _figure(found: dict[str, Any], protocol: str, key: str) -> str:
-    value = found.get(protocol, {}).get(key) if isinstance(found.get(protocol), dict) else None
+def _figure(evaluation: dict[str, Any], protocol: str, key: str) -> str:
+    figures = evaluation.get(protocol)
+    value = figures.get(key) if isinstance(figures, dict) else None
     return f"{value:.3f}" if isinstance(value, float) else "not measured"
 
 

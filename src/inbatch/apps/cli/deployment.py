@@ -53,31 +53,31 @@ def export(
         deliver(lambda: export_run(run, out, to, push_to=push, licence=license), as_json, print_export)
 
 
-def print_export(found: Mapping[str, Any]) -> None:
+def print_export(result: Mapping[str, Any]) -> None:
     """Print what was exported, its location, the comparison in the other library, and how to load it."""
-    image = f"{found['encoder']}, {found['channels']}x{found['size']}x{found['size']}"
-    if "classes" in found:
-        say(f"Classifier: {image} -> {len(found['classes']):,} classes", f"Written to: {found['out']}")
+    image = f"{result['encoder']}, {result['channels']}x{result['size']}x{result['size']}"
+    if "classes" in result:
+        say(f"Classifier: {image} -> {len(result['classes']):,} classes", f"Written to: {result['out']}")
     else:
-        say(f"Encoder:    {image} -> {found['width']}", f"Written to: {found['out']}")
-    if "check" in found:
-        _print_check(found)
-    say(*([f"Pushed to:  {found['pushed']}"] if "pushed" in found else []))
-    say(*([f"Note:       {found['note']}"] if found["note"] else []))
-    if "load" in found:
-        say("", "To load it:", "", f"  {found['load']}")
+        say(f"Encoder:    {image} -> {result['width']}", f"Written to: {result['out']}")
+    if "check" in result:
+        _print_check(result)
+    say(*([f"Pushed to:  {result['pushed']}"] if "pushed" in result else []))
+    say(*([f"Note:       {result['note']}"] if result["note"] else []))
+    if "load" in result:
+        say("", "To load it:", "", f"  {result['load']}")
         return
-    say("", "In Python:", "", f"  inbatch.load({found['out']!r})")
-    if found["timm"]:
-        say(f"  timm.create_model({'local-dir:' + found['out']!r}, pretrained=True)")
+    say("", "In Python:", "", f"  inbatch.load({result['out']!r})")
+    if result["timm"]:
+        say(f"  timm.create_model({'local-dir:' + result['out']!r}, pretrained=True)")
 
 
-def _print_check(found: Mapping[str, Any]) -> None:
+def _print_check(result: Mapping[str, Any]) -> None:
     """Print the files of an export, and how much their features or probabilities differ."""
-    check, features = found["check"], found.get("features")
+    check, features = result["check"], result.get("features")
     rows, largest = ("features", "feature") if features else ("probabilities", "probability")
     kind = f" (the largest is {check[f'largest_{largest}']:.2g})"
     if features and features["as"] != "embed":
         kind += f"; they are {features['number']}, {features['as']}"
-    say(*(f"            {name}, {size_text(file['bytes'])}" for name, file in found["files"].items()))
+    say(*(f"            {name}, {size_text(file['bytes'])}" for name, file in result["files"].items()))
     say(f"Checked by: {check['library']}: {rows} differ by at most {check['max_difference']:.1e}{kind}")

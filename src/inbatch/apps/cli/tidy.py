@@ -72,7 +72,7 @@ def duplicates(
         def show(result: dict[str, Any]) -> None:
             print_table(("keep", "duplicate", "splits", "check"), duplicate_rows(result))
             say("", *duplicate_lines(result))
-            _warn_of_stage(result)
+            _warn(result)
 
         deliver(find, as_json, show)
 
@@ -115,12 +115,12 @@ def outliers(
         def show(result: dict[str, Any]) -> None:
             print_table(("image", "why", "distribution", "distance", "density"), outlier_rows(result))
             say("", *outlier_lines(result))
-            _warn_of_stage(result)
+            _warn(result)
 
         deliver(find, as_json, show)
 
 
-def _warn_of_stage(result: dict[str, Any]) -> None:
-    """Warn if the features are those of an unfinished run."""
-    if result.get("note"):
-        warn(result["note"])
+def _warn(result: dict[str, Any]) -> None:
+    """Print the notes, such as that the features are those of an unfinished run."""
+    for text in result["notes"]:
+        warn(text)

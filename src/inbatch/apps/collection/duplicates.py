@@ -107,8 +107,10 @@ def find_duplicates(
         "groups": groups,
         "pairs": [_pair(collection, images, pairs, i) for i in near],
     }  # fmt: skip
-    kept = _kept(collection, images, groups)
-    return with_files(result | {"kept": len(kept)}, {
+    kept, notes = _kept(collection, images, groups), list(collection.notes)
+    if picture is not None and not len(pairs.places):
+        notes.append("there is no picture, because no two images are similar enough to be compared")
+    return with_files(result | {"kept": len(kept), "notes": notes}, {
         "written": (write, lambda path: write_list(path, collection, kept)),
         "picture": (picture if len(pairs.places) else None, lambda path: _draw(path, collection, images, pairs, limit)),
     })  # fmt: skip

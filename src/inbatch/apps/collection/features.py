@@ -44,7 +44,8 @@ class Collection(FeatureTable):
         sources: Images of each split; empty if they are unknown.
         origin: Where the features come from, for JSON.
         unreadable: A message for each image that could not be read and is left out.
-        notes: Sentences for the user, on stderr.
+        notes: Sentences about the features, for the user.
+        encoder: The encoder of a run or folder; None for a file of features.
     """
 
     name: str = ""
@@ -52,6 +53,15 @@ class Collection(FeatureTable):
     origin: Mapping[str, Any] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    encoder: Encoder | None = None
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The notes, and a sentence on unreadable images if there are any."""
+        if not self.unreadable:
+            return self.notes
+        few = "; ".join(self.unreadable[:3])
+        return *self.notes, f"{many(len(self.unreadable), 'unreadable image')} left out: {few}"
 
     @property
     def has_images(self) -> bool:
@@ -123,11 +133,12 @@ def open_collection(
     table, unreadable, kept, reused = _embedded(path, encoder, sources, quiet)
     origin = {"features": str(path), "data": str(data), **loaded.stage(), "file": kept and str(kept), "reused": reused}
     notes = [loaded.note] if loaded.note else []
-    if unreadable:
-        notes.append(f"{many(len(unreadable), 'unreadable image')} left out: {'; '.join(unreadable[:3])}")
+    if kept is None:
+        notes.append(f"the features are computed again by every command: they cannot be kept in {path / 'features'}")
     return Collection(
-        **vars(table), name=name, sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes)
-    )
+        **vars(table), name=name, sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes),
+        encoder=encoder,
+    )  # fmt: skip
 
 
 def _embedded(

@@ -73,7 +73,7 @@ def find_label_errors(
 
 def _result(collection: Collection, errors: LabelErrors, count: int | None) -> dict[str, Any]:
     """Return the suspects for JSON."""
-    notes = [*collection.notes, *errors.notes]
+    notes = [*collection.sentences, *errors.notes]
     if errors.agreement < _RELIABLE:
         notes.append(
             f"the other images predict only {errors.agreement:.0%} of the labels: unless many are wrong, the "

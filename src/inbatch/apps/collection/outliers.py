@@ -85,6 +85,7 @@ def find_outliers(
         "broken": [_row(collection, scores, i) | {"reason": name, "measured": text}
                    for i, (name, text) in broken.items()] if collection.has_images else None,
         "unreadable": [one_line(why) for why in (*collection.unreadable, *unreadable)],
+        "notes": list(collection.notes),
     }  # fmt: skip
     kept = [i for i in range(len(collection)) if i not in {*broken, *chosen}]
     return with_files(result | {"kept": None if write is None else len(kept)}, {

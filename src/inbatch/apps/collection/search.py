@@ -93,14 +93,14 @@ def search_images(
     )
     if exclude_self and not collection.has_images:
         raise ConfigError("--exclude-self compares files: pass the images of the features, too (--data)")
-    encoder = load_run_encoder(run).encoder.to(device_for(device))
+    encoder = collection.encoder or load_run_encoder(run).encoder.to(device_for(device))
     if features is not None:
         _check_encoder(encoder, collection, run)
     if picture is not None and not collection.has_images:
         raise ConfigError(f"a picture needs the images of {collection.name}: pass them, too (--data)")
     queries, unreadable = _queries(run, encoder, images)
     rows, wanted = torch.stack([query.vector for query in queries]), min(k + exclude_self, len(collection))
-    notes = [*collection.notes, *_reused(collection)]
+    notes = [*collection.sentences, *_reused(collection)]
     if index == "exact":
         similarity, place = nearest(rows, collection.vectors, wanted)
     else:

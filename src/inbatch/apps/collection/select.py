@@ -87,7 +87,7 @@ def _result(collection: Collection, known: KnownLabels, chosen: Selection) -> di
         "labelled": labelled,
         "candidates": len(collection) - labelled,
         "chosen": rows,
-        "notes": [*collection.notes, *known.notes, *chosen.notes],
+        "notes": [*collection.sentences, *known.notes, *chosen.notes],
     }
 
 

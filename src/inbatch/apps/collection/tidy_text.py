@@ -28,11 +28,14 @@ def duplicate_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if result["duplicates"] > _ROWS:
         lines.append(f"and {result['duplicates'] - _ROWS:,} more: --json names all")
-    lines.append(
-        f"{many(result['images'], 'image')}: {result['duplicates']:,} are duplicates of {len(result['groups']):,} "
-        f"others, {result['identical']:,} of them identical and {near:,} nearly (check of {result['threshold']:g} or "
-        "more)"
-    )
+    if result["duplicates"]:
+        lines.append(
+            f"{many(result['images'], 'image')}: {many(result['duplicates'], 'duplicate')} of "
+            f"{many(len(result['groups']), 'other')}, {result['identical']:,} identical and {near:,} nearly (check of "
+            f"{result['threshold']:g} or more)"
+        )
+    else:
+        lines.append(f"{many(result['images'], 'image')}: no duplicates (no check of {result['threshold']:g} or more)")
     if len(result["splits"]) > 1:
         leaks = result["leaks"]
         lines.append(f"Leaks: {many(leaks, 'group')} across splits, listed first" if leaks else "Leaks: none")
@@ -58,7 +61,7 @@ def outlier_lines(result: Mapping[str, Any]) -> list[str]:
     hidden = sum(max(0, len(result[name] or ()) - _ROWS) for name in ("broken", "outliers"))
     if hidden:
         lines.append(f"and {hidden:,} more: --json names all")
-    lines.append(f"{many(result['images'], 'image')}: {len(result['outliers']):,} outliers by {result['order']}")
+    lines.append(f"{many(result['images'], 'image')}: {many(len(result['outliers']), 'outlier')} by {result['order']}")
     if result["broken"] is None:
         lines.append("The pixels were not examined: pass the images (DATA) to list broken ones")
     else:

@@ -52,14 +52,14 @@ def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple
         {"block": slot, "mean": float(w.mean()), "least": float(w.min()), "largest": float(w.max())}
         for slot, w in seen.items()
     ]
-    told = {"name": encoder.attend["name"] if encoder.attend else "", "view": number, "group": len(images)}
-    told["blocks"] = measured
+    described = {"name": encoder.attend["name"] if encoder.attend else "", "view": number, "group": len(images)}
+    described["blocks"] = measured
     if not seen:
-        return told, None
+        return described, None
     pictures = [tile(image) for image in pixels(built, group[number])]
     if isinstance(pairs[0][1], BatchFormer):
-        return told, _neighbours(pictures, next(iter(seen.values())).mean(1), count)
-    return told, _weighed(pictures, {slot: w.flatten(1).mean(1) for slot, w in seen.items()}, count)
+        return described, _neighbours(pictures, next(iter(seen.values())).mean(1), count)
+    return described, _weighed(pictures, {slot: w.flatten(1).mean(1) for slot, w in seen.items()}, count)
 
 
 def _weighed(pictures: Sequence[Image.Image], weights: dict[str, Tensor], count: int) -> Image.Image:

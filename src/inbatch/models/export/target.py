@@ -95,14 +95,14 @@ def compare(
         expected = _expected(model, images, whitened)
         if not expected.isfinite().all():
             raise DataError(f"{model.name} gives {rows} that are not finite: its training has diverged")
-        found = torch.as_tensor(run(images)).detach().float()
-        if found.shape != expected.shape:
+        computed = torch.as_tensor(run(images)).detach().float()
+        if computed.shape != expected.shape:
             raise InbatchError(
-                f"{what} gives {rows} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was "
+                f"{what} gives {rows} of shape {tuple(computed.shape)} instead of {tuple(expected.shape)}; nothing was "
                 "written. Choose another target"
             )
-        gap = float((found - expected).abs().max())
-        difference = max(difference, gap if found.isfinite().all() else math.inf)  # max() would drop NaN
+        gap = float((computed - expected).abs().max())
+        difference = max(difference, gap if computed.isfinite().all() else math.inf)  # max() would drop NaN
         largest = max(largest, float(expected.abs().max()))
     if not difference <= TOLERANCE * max(1.0, largest):
         raise InbatchError(

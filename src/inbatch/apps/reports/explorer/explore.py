@@ -117,7 +117,7 @@ def explore_features(
     if other is not None:
         where = data if data is not None or path_of(other).suffix in ENDINGS else collections[0].origin["data"]
         collections.append(_arranged(open_collection(other, where, **options), collections[0]))
-    for text in (note for collection in collections for note in collection.notes):
+    for text in (note for collection in collections for note in collection.sentences):
         notify(text)
     first, seconds = collections[0], {"features": time.perf_counter() - began}
     if len(first) > LARGEST:
@@ -158,7 +158,7 @@ def _arranged(other: Collection, first: Collection) -> Collection:
     table = take(other, [place[key] for key in keys[1]])
     return Collection(
         **vars(table), name=other.name, sources=other.sources, origin=other.origin, unreadable=other.unreadable,
-        notes=other.notes,
+        notes=other.notes, encoder=other.encoder,
     )  # fmt: skip
 
 
