@@ -27,9 +27,9 @@ _ACTIVE = 1 << 14
 """Farthest rows from which `diverse` chooses until another row may be farther."""
 _BATCH = 32
 """Candidates whose gain `coverage` computes at a time."""
-_KEPT = 10**8
-"""Similarities that `coverage` keeps in memory, 400 MB; with more, it computes them again for each gain."""
-WITNESSES, CANDIDATES = 10_000, 100_000
+_KEPT = 2 * 10**8
+"""Similarities that `coverage` keeps in memory: 800 MB."""
+WITNESSES, CANDIDATES = 10_000, 20_000
 """Largest numbers of images whose coverage is maximised, and of images that can be chosen for it."""
 _PROBE = 50_000
 """Labelled images, at most, to which the probe of `uncertain` is fitted."""
@@ -182,17 +182,14 @@ def _diverse(pool: _Pool, count: int) -> Selection:
 def _coverage(pool: _Pool, count: int) -> Selection:
     """Maximise the facility location function of a sample, by lazy greedy: gains only fall, so old ones are bounds."""
     free = pool.free()
-    witnesses = unit_rows(pool.vectors[pool.sample(free, WITNESSES)])
     candidates = pool.sample(free, max(CANDIDATES, 2 * count))
+    witnesses = unit_rows(pool.vectors[pool.sample(free, min(WITNESSES, _KEPT // len(candidates)))])
     x = unit_rows(pool.vectors[candidates])
     best = pool.most_similar(witnesses, pool.labelled.nonzero()[:, 0])
-    covered = best.mean().item()
-
-    kept = x @ witnesses.T if len(x) * len(witnesses) <= _KEPT else None
+    covered, similarity = best.mean().item(), x @ witnesses.T
 
     def gains(at: Tensor) -> Tensor:
-        similarity = x[at] @ witnesses.T if kept is None else kept[at]
-        return (similarity - best).clamp_(min=0).mean(1)
+        return (similarity[at] - best).clamp_(min=0).mean(1)
 
     bound = torch.cat([gains(at) for at in torch.arange(len(x)).split(1024)])
     step = torch.zeros(len(x), dtype=torch.long)  # number of chosen rows that the bound takes into account
@@ -207,7 +204,7 @@ def _coverage(pool: _Pool, count: int) -> Selection:
         chosen.append(row)
         values.append(bound[row].item())
         bound[row] = -torch.inf
-        best = torch.maximum(best, witnesses @ x[row])
+        best = torch.maximum(best, similarity[row])
         before, covered = covered, best.mean().item()
         if before == -1:  # nothing was chosen or labelled
             reasons.append(f"the image most similar to all others, {covered:.4f} on average")
