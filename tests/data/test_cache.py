@@ -15,6 +15,7 @@ from rank_pool import on_ranks
 from inbatch.data import Subset, cache, open_data
 from inbatch.data.resident import decode_all, hold
 from inbatch.errors import ConfigError, DataError
+from inbatch.runtime import unfinished as unfinished_module
 from inbatch.runtime.unfinished import unfinished_folder
 
 
@@ -357,6 +358,16 @@ class TestTogether:
         monkeypatch.setattr(cache.os, "rename", late)
         assert hold(source).notes == (f"cached in {root} by another process",)
         assert (path / "first").is_dir() and not half_written(root)
+
+    def test_another_takes_the_folder_before_it_is_locked(self, root, photos, monkeypatch):
+        def taken(path, wait, locked=unfinished_module._locked):
+            if wait:
+                path.rmdir()
+            return locked(path, wait)
+
+        monkeypatch.setattr(unfinished_module, "_locked", taken)
+        assert hold(open_data(photos)).notes == (f"being cached in {root} by another process",)
+        assert not half_written(root)
 
     @pytest.mark.skipif(os.name != "posix", reason="Windows keeps mapped files")
     def test_what_is_mapped_outlives_its_entry(self, root, photos):

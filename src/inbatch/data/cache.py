@@ -209,6 +209,8 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
     except OSError as error:
         if error.errno in _TAKEN and path.is_dir():
             return f"cached in {root} by another process"
+        if error.errno == errno.ENOENT and root.is_dir():  # another process took the folder before it was locked
+            return f"being cached in {root} by another process"
         return f"not cached: {root} cannot be written ({error.strerror or error})"
     return f"cached in {path}"
 
