@@ -1,6 +1,7 @@
 """Shared fixtures: shapes in signatures are checked, torch uses one thread, the network is blocked."""
 
 import gc
+import importlib
 import os
 import sys
 from functools import cache
@@ -63,7 +64,7 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
 def seeded() -> None:
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack trace for each kind of accelerator
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -96,8 +97,18 @@ def brief(few: None, unjudged: None) -> None:
     """As `few` and `unjudged`: for tests that compare the states of runs."""
 
 
-def pytest_collection_finish() -> None:
-    """Let the garbage collector skip everything imported so far: every small run collects once."""
+LATE = ("matplotlib.pyplot", "sklearn.cluster", "sklearn.datasets", "timm", "torch._dynamo")
+"""Libraries that the package imports when it needs them."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector skip everything imported: each small run collects once, for 0.3 s with these libraries.
+
+    A selection of few tests does not import them here, because it may not need them.
+    """
+    if len(session.items) > 500 and "torch" in sys.modules:
+        for name in LATE:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
