@@ -18,9 +18,10 @@ from inbatch import api
 from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError
 from inbatch.runtime import memory
-from inbatch.training import auto_context
-from inbatch.training.auto_context import MemoryProbe, candidates, predict
+from inbatch.training import auto_context, memory_bench
+from inbatch.training.auto_context import candidates
 from inbatch.training.build import build
+from inbatch.training.memory_bench import MemoryProbe, predict
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, make
 
@@ -35,7 +36,7 @@ def planned(**settings: Any) -> tuple[Recipe, Source]:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Return a function that sets the free memory in MB."""
-    return lambda size: monkeypatch.setattr(auto_context, "free_bytes", lambda *_: int(size * MB))
+    return lambda size: monkeypatch.setattr(memory_bench, "free_bytes", lambda *_: int(size * MB))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             kept = round((needed(context) - needed(0)) / 2)
             return MemoryProbe(round(needed(context)), kept, seconds * context if dry else None)
 
-        monkeypatch.setattr(auto_context._Bench, "trial", trial)
+        monkeypatch.setattr(memory_bench.MemoryBench, "trial", trial)
         return made
 
     return given
@@ -93,7 +94,7 @@ def test_a_line_through_the_last_two_points() -> None:
     assert predict(one, 8) == 1000 and predict(one, 16) == 1000 + 8 * 15  # as counted, with a margin
     two = one | {16: MemoryProbe(2000, 160)}
     assert predict(two, 32) == 2000 + 16 * 125 and predict(two | {16: MemoryProbe(1001, 160)}, 32) == 1001 + 160
-    assert predict(two | {64: MemoryProbe(auto_context._FULL, 0)}, 128) == auto_context._FULL
+    assert predict(two | {64: MemoryProbe(memory_bench.FULL, 0)}, 128) == memory_bench.FULL
 
 
 def test_a_group_that_would_take_too_long_is_predicted(
@@ -138,17 +139,17 @@ def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
 
 def dry_and_real() -> tuple[int, int, int]:
     """Return the context, the memory predicted for it, and the memory of a step of the run."""
-    auto_context.free_bytes = lambda *_: 140 * MB  # this process ends with the test
+    memory_bench.free_bytes = lambda *_: 140 * MB  # this process ends with the test
     recipe, found = auto_context.resolve(*planned(subset=600, batch_size=512), CPU)
     assert found is not None
     built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
     batch = next(iter(built.loader.epoch(0)))
     steps = []
     for step in range(3):  # libraries and allocator may add memory in one of them that is not a step's
-        auto_context.settle(CPU)
-        before = auto_context.held(CPU)
+        memory_bench.settle(CPU)
+        before = memory_bench.held(CPU)
         built.step(batch, step)
-        steps.append(auto_context.peak(CPU) - before)
+        steps.append(memory_bench.peak(CPU) - before)
     return found.context, found.needed, min(steps)
 
 
@@ -158,7 +159,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
 
     The test runs in a new process, because a process that has run for long reuses memory that it already holds.
     """
-    if auto_context.held(CPU) is None:
+    if memory_bench.held(CPU) is None:
         pytest.skip("this system does not tell the peak of a process")
     ((context, needed, taken),) = on_ranks(1, dry_and_real)
     assert context < 512
@@ -168,7 +169,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
 @pytest.mark.slow
 def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """With their group's size; a plug-in whose weights depend on the group is measured, too."""
-    seen, real = [], auto_context._dry_step
+    seen, real = [], memory_bench.dry_step
 
     def step(built: Any, samples: int, side: int, plain: bool = False) -> None:
         real(built, samples, side, plain)
@@ -179,7 +180,7 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
             assert built.network.fuse.layers[0].steps[0].in_channels == samples == built.context
             seen.append(samples)
 
-    monkeypatch.setattr(auto_context, "_dry_step", step)
+    monkeypatch.setattr(memory_bench, "dry_step", step)
     monkeypatch.setattr(auto_context, "PATIENCE", 0.0)
     free(1000)
     recipe, source = planned(fuse__name="conv", attend__name="batchformer", curate__name="redraw", method__name="byol")
@@ -189,19 +190,19 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
 
 @pytest.mark.slow
 def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = auto_context._dry_step
+    real = memory_bench.dry_step
 
     def step(built: Any, samples: int, *rest: Any, **more: Any) -> None:
         if samples > 16:
             raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
         real(built, samples, *rest, **more)
 
-    monkeypatch.setattr(auto_context, "_dry_step", step)
+    monkeypatch.setattr(memory_bench, "dry_step", step)
     free(1000)
     found = auto_context.fit(*planned(), CPU)
     assert found.context == 16 and found.larger == (32, None)
     assert "32 would run out of memory" in found.sentence()
-    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(memory_bench, "dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         auto_context.fit(*planned(), CPU)
 
@@ -210,8 +211,8 @@ def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pyte
 def test_where_the_system_tells_nothing_bytes_are_counted(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto_context, "held", lambda device: None)
-    monkeypatch.setattr(auto_context, "_dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
+    monkeypatch.setattr(memory_bench, "held", lambda device: None)
+    monkeypatch.setattr(memory_bench, "dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
     free(20)
     found = auto_context.fit(*planned(), CPU)
     assert 2 <= found.context < 128 and "counted with a margin of 50 %" in found.sentence()
@@ -234,7 +235,7 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
         "streamed": {"cache_on_device": False},
     }.items():
         recipe, source = planned(**settings)
-        bench = auto_context._Bench(recipe, source, CPU, workers=3)
+        bench = memory_bench.MemoryBench(recipe, source, CPU, workers=3)
         bench.trial(8, dry=False)
         found[name] = bench.batch
     per = 128 * 2 * 20 * 20  # the crops of a batch, one channel
@@ -375,7 +376,7 @@ def found_on_a_rank() -> list[dict[str, Any]]:
     """Return the contexts found on ranks with unequal memory, without and with synchronised norm."""
     from inbatch.runtime import distributed
 
-    auto_context.free_bytes = lambda *_: (
+    memory_bench.free_bytes = lambda *_: (
         (1000 if distributed.rank() == 0 else 40) * MB
     )  # this process ends with the test
     return [

@@ -340,7 +340,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["pretrain", *SMALL], "inbatch.training.plan:resolve_recipe"),
         (["pretrain", *SMALL], "inbatch.data.loader:hold"),
-        (["pretrain", "--context", "auto", *SMALL], "inbatch.training.auto_context:_dry_step"),
+        (["pretrain", "--context", "auto", *SMALL], "inbatch.training.memory_bench:dry_step"),
         (["pretrain", *SMALL], "inbatch.training.pretraining:step_seconds"),
         (["pretrain", *SMALL], "inbatch.training.evaluation_plan:choose_online_subsets"),
         (["pretrain", *SMALL], "inbatch.training.monitors.online_evaluation:knn"),

@@ -8,7 +8,7 @@ import torch
 import inbatch
 from inbatch.api import dry_run
 from inbatch.errors import ConfigError
-from inbatch.training import auto_context
+from inbatch.training import auto_context, memory_bench
 from inbatch.training.build import build
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
@@ -67,7 +67,7 @@ def test_a_dry_run_says_how_long_the_run_takes() -> None:
 def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 64, "epochs": 1, "image_size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
-    needed = auto_context._Bench(recipe, source, CPU, None).trial(64, dry=False).needed
+    needed = memory_bench.MemoryBench(recipe, source, CPU, None).trial(64, dry=False).needed
     monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
     smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
