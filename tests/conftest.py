@@ -76,6 +76,14 @@ def digits_made_once() -> None:
         digits._MAKERS[name] = cache(make)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_views_for_lidar() -> None:
+    """Let every run of the tests compute LiDAR from few views: it takes most of the time of a small evaluation."""
+    from inbatch.training.monitors import label_free
+
+    label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runs of this test learn from few images, and be evaluated on few."""

@@ -1,6 +1,8 @@
 """Collapse is detected in methods with a part removed, and not in the same methods unchanged."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,16 @@ import torch
 from torch import nn
 
 import inbatch
+from inbatch.api import prepare
+from inbatch.batch import Batch
+from inbatch.data.views import Views, make_views
+from inbatch.evaluation import lidar
 from inbatch.models.network import Network
 from inbatch.nn.heads import Head, mlp
+from inbatch.training.build import RunComponents
+from inbatch.training.monitors import label_free
 from inbatch.training.monitors.collapse import signs, spread
+from inbatch.training.monitors.online_evaluation import OnlineEvaluator, make_online_evaluator
 
 BROKEN = {
     "byol without predictor": ("byol", {"method.predictor": False, "method.norm": False}),
@@ -79,3 +88,46 @@ def test_signs() -> None:
         "projection_std",
         "features_rank",
     }
+
+
+# Measures without labels at every online evaluation
+
+
+def evaluator() -> tuple[RunComponents, OnlineEvaluator]:
+    built = prepare("digits-canvas", "simclr", subset=40, batch_size=20, encoder="tiny", device="cpu")
+    return built, make_online_evaluator(built, None)
+
+
+def test_an_online_evaluation_measures_views_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiDAR is of `LIDAR_VIEWS` keyed views of `LIDAR_IMAGES` images; weights, buffers and random state stay."""
+    monkeypatch.setattr(label_free, "LIDAR_IMAGES", 12)
+    monkeypatch.setattr(label_free, "LIDAR_VIEWS", 5)
+    built, evaluate = evaluator()
+    state = {key: value.clone() for key, value in built.network.state_dict().items()}
+    random, mode = torch.get_rng_state(), built.network.training
+    first = evaluate()
+    assert set(first) == {"feature_std", "rankme", "alpha", "lidar"} and evaluate() == first
+    assert torch.equal(torch.get_rng_state(), random) and built.network.training == mode
+    assert all(torch.equal(value, state[key]) for key, value in built.network.state_dict().items())
+
+    chosen = label_free.Chosen(built.loader.source, built.loader.held, built.recipe.seed)
+    options: dict[str, Any] = {"precision": built.network.precision}
+    viewed = label_free.embed_views({"it": built.encoder}, built.views, chosen, built.recipe.seed, **options)["it"]
+    assert viewed.shape == (12, 5, 96) and first["lidar"] == float(lidar(viewed))
+    other = label_free.embed_views({"it": built.encoder}, built.views, chosen, 1, **options)["it"]
+    assert not torch.equal(viewed, other)  # keyed by the seed
+    assert len({tuple(row.tolist()) for row in viewed.flatten(0, 1)}) == 60  # no view is drawn twice
+
+
+def test_views_for_lidar_have_the_size_of_the_first() -> None:
+    large, small = (make_views("digits", {"size": size}, 1)[:1] for size in (20, 12))
+    views = Views([*large, *large, *small, *small], [0.5], [0.5])
+    batch = Batch(torch.arange(3), torch.zeros(3).long(), images=torch.randint(0, 255, (3, 1, 40, 40)).byte())
+    drawn = label_free.several_views(views, batch, 5)
+    assert [x.shape[-1] for x in drawn] == [20] * 5 and not torch.equal(drawn[0], drawn[2])
+    for number, alone in enumerate((0, 0, 2, 2, 4)):  # two of a call are of the size: those of epochs 0, 2 and 4
+        assert torch.equal(drawn[number], views(replace(batch, epoch=alone)).images[number % 2])
+
+
+def test_lidar_of_too_few_images_is_undefined() -> None:
+    assert all(map(math.isnan, (label_free.lidar_of(None), label_free.lidar_of(torch.ones(1, 5, 3)))))

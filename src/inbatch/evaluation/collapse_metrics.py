@@ -43,8 +43,8 @@ def lidar(views: Float[Tensor, "n q d"], delta: float = 1e-4, eps: float = 1e-8)
         LiDAR = exp(-sum_k p_k log p_k),  p = (lambda + eps) / sum(lambda + eps),
 
     where lambda are the D eigenvalues of S_w^-1/2 S_b S_w^-1/2, at most n - 1 of them not 0. The paper has n = 1000,
-    q = 50 and delta = 1e-4. The value depends on n, on q (the mean of q views has a q-th of the variance of a view) and,
-    because of delta, on the scale of the features.
+    q = 50 and delta = 1e-4. The value depends on n, on q (a mean of q views has a q-th of the variance of one view)
+    and, because of delta, on the scale of the features.
 
     Args:
         views: Features of q views of each of n images, in any precision; computed in float64 on their device.

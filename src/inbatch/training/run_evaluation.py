@@ -70,7 +70,7 @@ def images_within(built: RunComponents, seconds: float, images: int | None = Non
     each = 0.0
     for _ in range(2):  # the first pass is a warm-up
         began = time.perf_counter()
-        number = embed_all({"it": built.encoder}, built.views, sample, built.recipe.seed)["it"].number
+        number = embed_all({"it": built.encoder}, built.views, sample, built.recipe.seed, False)["it"].number
         each = 2 * (time.perf_counter() - began) / len(number)
     most = min(IMAGES, len(built.loader.source))
     if images is None:

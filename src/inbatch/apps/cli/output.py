@@ -57,10 +57,11 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
 
 def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> None:
     """Print a table of the measures without labels: before and after training, and which direction is better."""
-    names = {"same_image": "same image found", "rankme": "RankMe", "feature_std": "feature std"}
+    names = {"same_image": "same image found", "rankme": "RankMe", "lidar": "LiDAR", "alpha": "alpha-ReQ"}
+    names |= {"feature_std": "feature std"}
 
     def cell(name: str, value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
+        return "" if value is None or value != value else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
 
     rows = [
         (names.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])

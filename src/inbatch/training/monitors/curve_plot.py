@@ -22,6 +22,8 @@ PANELS = {
     "knn": "online k-NN accuracy",
     "feature_std": "feature std",
     "rankme": "effective rank",
+    "lidar": "LiDAR",
+    "alpha": "alpha-ReQ",
     "leak": "context group from\none embedding",
     "curate_rounds": "redraw rounds",
     "curate_redrawn": "redraws / sample",

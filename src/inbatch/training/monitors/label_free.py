@@ -4,6 +4,7 @@ Alignment and uniformity: Wang and Isola 2020 (arXiv 2005.10242), equations 1 an
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from inbatch.data.source import LazyImage
 from inbatch.data.sources.arrays import Pixels
 from inbatch.data.views import Views
 from inbatch.errors import DataError
-from inbatch.evaluation import feature_std, rankme
+from inbatch.evaluation import alpha_req, feature_std, lidar, rankme
 from inbatch.evaluation.embed import encode
 from inbatch.models import Encoder
 from inbatch.models.readout import Readout
@@ -28,9 +29,12 @@ from inbatch.training.monitors.neighbour_grid import SIDE
 
 IMAGES = 2_000
 """Number of images that are embedded without augmentation; for half of them, two views are embedded as well."""
+LIDAR_IMAGES, LIDAR_VIEWS = 100, 10
+"""Numbers of images and of views of each for LiDAR; the paper's 1000 and 50 would take longer than an epoch of it."""
 _CHUNK = 128
 
 Rows = Float[Tensor, "n f"]
+Viewed = Float[Tensor, "n q f"]
 
 
 class Chosen(Subset):
@@ -75,6 +79,7 @@ class Embedded:
         first, second: Features of two views of some of the images.
         number: Indices of the readable images.
         readout: Whitening of the returned features; None without whitening.
+        viewed: Features of several views of some of the images, for LiDAR; None if they were not computed.
     """
 
     clean: Rows
@@ -82,6 +87,7 @@ class Embedded:
     second: Rows
     number: Tensor
     readout: Readout | None = None
+    viewed: Viewed | None = None
 
     def handed_out(self, rows: Rows) -> Rows:
         """Return the features in which nearest neighbours are searched."""
@@ -90,11 +96,20 @@ class Embedded:
         return self.readout.whitened(rows.to(self.readout.mean.device)).cpu()
 
 
-def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int) -> dict[str, Embedded]:
-    """Embed images, and two views of the first of them, with several encoders; decode each image once.
+def embed_all(
+    encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int, viewed: bool = True
+) -> dict[str, Embedded]:
+    """Embed images, and views of some of them, with several encoders.
 
     All computation is on the device of the encoders. The views are the same for each encoder and determined by the
-    seed. Unreadable images are omitted.
+    seed. Unreadable images are omitted. An image is decoded once for all encoders.
+
+    Args:
+        encoders: The encoders by name.
+        views: The views: two of the first half of the images, and `LIDAR_VIEWS` of `LIDAR_IMAGES` images.
+        source: The images.
+        seed: Seed of the views.
+        viewed: Whether to embed the views for LiDAR.
 
     Raises:
         DataError: If fewer than two images are readable.
@@ -118,10 +133,46 @@ def embed_all(encoders: Mapping[str, Encoder], views: Views, source: Chosen, see
     if len(number) < 2:
         raise DataError(f"{source.name} has {len(number)} images that can be read: two are needed to compare features")
     whole = {name: [torch.cat(x) for x in zip(*parts, strict=True)] for name, parts in rows.items()}
+    several = embed_views(encoders, views, source, seed) if viewed else {}
     return {
-        name: Embedded(clean, first, second, number, encoders[name].readout)
+        name: Embedded(clean, first, second, number, encoders[name].readout, several.get(name))
         for name, (clean, first, second) in whole.items()
     }
+
+
+def embed_views(
+    encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int, images: int | None = None,
+    count: int | None = None, precision: torch.dtype = torch.float32,
+) -> dict[str, Viewed]:  # fmt: skip
+    """Return the features, before whitening, of several views of some of a source's images that can be read.
+
+    The views are the same for each encoder and determined by the seed; no random state is changed.
+
+    Args:
+        encoders: The encoders by name.
+        views: The views; those with the size of the first are used.
+        source: The images.
+        seed: Seed of the views.
+        images: Number of images; `LIDAR_IMAGES` if None.
+        count: Number of views of each; `LIDAR_VIEWS` if None.
+        precision: torch.float32, or torch.bfloat16 / float16 for autocast.
+    """
+    images, count = images or LIDAR_IMAGES, count or LIDAR_VIEWS
+    rows: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    device = next(iter(encoders.values())).device
+    spaced = torch.linspace(0, len(source) - 1, min(images, len(source))).long()  # the source may be sorted by class
+    for _, batch in _decoded(source.only(spaced), 2 * max(view.size for view in views.views), seed):
+        drawn = several_views(views, batch.to(device), count)
+        for name, encoder in encoders.items():
+            with encoder.plain():
+                parts = [encode(encoder, x, precision).float().cpu() for x in drawn]
+            rows[name].append(torch.stack(parts, 1))
+    return {name: torch.cat(parts) if parts else torch.zeros(0, count, 1) for name, parts in rows.items()}
+
+
+def lidar_of(viewed: Viewed | None) -> float:
+    """Return LiDAR of the features of views; nan if there are fewer than two images or two views."""
+    return math.nan if viewed is None or min(viewed.shape[:2]) < 2 else float(lidar(viewed))
 
 
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
@@ -145,6 +196,15 @@ def two_views(views: Views, batch: Batch) -> tuple[Tensor, Tensor]:
     return drawn[0], views(replace(batch, epoch=1)).images[0]
 
 
+def several_views(views: Views, batch: Batch, count: int) -> list[Tensor]:
+    """Return this many views of a batch that have the size of the first: those of successive epochs."""
+    drawn: list[Tensor] = []
+    while len(drawn) < count:
+        images = views(replace(batch, epoch=batch.epoch + len(drawn))).images
+        drawn += [x for x in images if x.shape == images[0].shape]
+    return drawn[:count]
+
+
 def measures(embedded: Embedded) -> dict[str, float]:
     """Return every measure by name."""
     first, second = (F.normalize(rows, dim=1) for rows in (embedded.first, embedded.second))
@@ -153,6 +213,8 @@ def measures(embedded: Embedded) -> dict[str, float]:
             *(F.normalize(embedded.handed_out(x), dim=1) for x in (embedded.first, embedded.second))
         ),
         "rankme": float(rankme(embedded.clean)),
+        "lidar": lidar_of(embedded.viewed),
+        "alpha": float(alpha_req(embedded.clean)),
         "feature_std": float(feature_std(embedded.clean)),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
         "alignment": alignment(first, second),
@@ -174,13 +236,18 @@ def uniformity(rows: Rows) -> float:
     return float(torch.pdist(rows.double()).square().mul(-2).exp().mean().log())
 
 
-def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]]:
-    """Return measure -> (whether higher or lower is better, description)."""
+def described(images: int, viewed: int, several: int, width: int) -> dict[str, tuple[str, str]]:
+    """Return measure -> (which values are better, description)."""
     return {
         "same_image": (
             "higher", f"share of {viewed:,} images whose second view is the nearest of all {viewed:,} to the first",
         ),
         "rankme": ("higher", f"effective rank (RankMe) of the features of {images:,} images, at most {width:,}"),
+        "lidar": (
+            "higher", f"effective rank of the variance between {several:,} images over that within their "
+            f"{LIDAR_VIEWS} views (LiDAR), at most {width:,}",
+        ),
+        "alpha": ("near 1", f"exponent of the decay of the spectrum of {images:,} images (alpha-ReQ)"),
         "feature_std": ("higher", f"spread of the features of {images:,} images: 1 uniform on the sphere, 0 all equal"),
         "uniformity": ("lower", "log mean exp(-2 d^2) of pairs of images at distance d; 0: all equal"),
         "alignment": ("lower", "mean squared distance of two views of an image; 0 also if all features are equal"),
@@ -189,10 +256,12 @@ def described(images: int, viewed: int, width: int) -> dict[str, tuple[str, str]
 
 def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
     """Return every measure with its direction, before and after training; "untrained" is None without that encoder."""
-    descriptions = described(len(after.clean), len(after.first), after.clean.shape[1])
+    several = 0 if after.viewed is None else len(after.viewed)
+    descriptions = described(len(after.clean), len(after.first), several, after.clean.shape[1])
+    counts = {"rankme": len(after.clean), "feature_std": len(after.clean), "alpha": len(after.clean), "lidar": several}
     old, new = None if before is None else measures(before), measures(after)
     return {
         name: {"untrained": old and old[name], "trained": new[name], "better": better, "what": what}
-        | {"images": len(after.clean if name in ("rankme", "feature_std") else after.first)}
+        | {"images": counts.get(name, len(after.first))}
         for name, (better, what) in descriptions.items()
     }

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from inbatch.data import Source, Subset
-from inbatch.evaluation import Embeddings, Kept, embed, evaluate, feature_std, hold_in_memory, knn, rankme, readable
+from inbatch.evaluation import (
+    Embeddings,
+    Kept,
+    alpha_req,
+    embed,
+    evaluate,
+    feature_std,
+    hold_in_memory,
+    knn,
+    rankme,
+    readable,
+)
 from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed
@@ -23,6 +34,7 @@ from inbatch.training.monitors.collapse import SETTLED, signs, spread
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.context_leak import leak, meets, sign
 from inbatch.training.monitors.curve_plot import plot_curves
+from inbatch.training.monitors.label_free import Chosen, embed_views, lidar_of
 from inbatch.training.recipe import Recipe
 from inbatch.training.train_state import TrainState
 
@@ -170,15 +182,26 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
 
 
 def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> OnlineEvaluator:
-    """Return a function that evaluates the features of clean images: k-NN with labels, and measures of collapse."""
+    """Return a function that evaluates features: k-NN with labels, and the measures that need none.
+
+    LiDAR is that of views of some of the training images, everything else that of clean images.
+    """
+    seed = built.recipe.seed
+    sample = Chosen(built.loader.source, built.loader.held, seed)
 
     def evaluate_features() -> dict[str, float]:
+        figures = evaluate_clean()
+        precision = built.network.precision
+        viewed = embed_views({"it": built.encoder}, built.views, sample, seed, precision=precision)["it"]
+        return figures | {"lidar": lidar_of(viewed)}
+
+    def evaluate_clean() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
         if split is None:
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
             indices = torch.arange(min(most, len(built.loader.source)))
-            sample = Subset(built.loader.source, indices, "to watch the features")
-            return _spread(built.encoder, embed_bank(built.encoder, sample, **options).vectors[:2048])
+            watched = Subset(built.loader.source, indices, "to watch the features")
+            return _spread(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
         measures = _spread(built.encoder, queries.vectors)
         bank = bank.labelled()
@@ -189,9 +212,12 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
-    """Return how different features are, before whitening if there is any."""
+    """Return how different features are, and how their spectrum decays, before whitening if there is any."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
-    return {"feature_std": float(feature_std(plain)), "rankme": float(rankme(plain[:2048]))}
+    some = plain[:2048]
+    return {
+        "feature_std": float(feature_std(plain)), "rankme": float(rankme(some)), "alpha": float(alpha_req(some)),
+    }  # fmt: skip
 
 
 def record_online(figures: dict[str, float], progress: TrainState, epoch: int, log: Log, steps: int) -> bool:
