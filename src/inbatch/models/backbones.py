@@ -69,7 +69,7 @@ def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> n
         raise
     except Exception as e:  # timm and its hub client raise any exception of their transport
         raise ConfigError(
-            f"the published weights of {name} could not be had through timm ({reason(e)}). {_INSTEAD}"
+            f"the published weights of {name} cannot be loaded through timm ({reason(e)}). {_INSTEAD}"
         ) from e
 
 
@@ -82,7 +82,7 @@ def _cached(name: str) -> dict[str, Any]:
     from huggingface_hub import constants, try_to_load_from_cache
 
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id or _reached(constants.ENDPOINT):
+    if cfg is None or not cfg.hf_hub_id or reached(constants.ENDPOINT):
         return {}
     file = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
     if not isinstance(file, str):
@@ -92,7 +92,7 @@ def _cached(name: str) -> dict[str, Any]:
     return {"pretrained_cfg_overlay": {"file": file}}
 
 
-def _reached(endpoint: str) -> bool:
+def reached(endpoint: str) -> bool:
     """Return whether the endpoint accepts connections; True behind a proxy, which only the client can test."""
     where = urlsplit(endpoint)
     if getproxies().get(where.scheme):

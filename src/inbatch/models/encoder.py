@@ -59,6 +59,7 @@ class Encoder(nn.Module):
         slots: names of the attention's blocks.
         pooled: the block after the pooling (`attention_slots.install` sets these three).
         readout: pools and whitens the output of `represent`; None: the features are unchanged.
+        init_notes: sentences about its initial weights, if they come from another program or were adapted.
         levels: the two values that become 0 and 255 in images of more than 8 bits, as in the training images.
     """
 
@@ -88,6 +89,7 @@ class Encoder(nn.Module):
         self.levels: Levels | None = None
         self.pooled: nn.Module | None = None
         self.readout: Readout | None = None
+        self.init_notes: tuple[str, ...] = ()
         self._warned = False
         self.width = self._measure()
 

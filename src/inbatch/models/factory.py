@@ -9,7 +9,6 @@ At 64 pixels or less a ResNet gets the CIFAR stem: a 3x3 convolution of stride 1
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import nn
 
 from inbatch.errors import ConfigError, DataError, check_whole, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
-from inbatch.models.backbones import build, cifar_stem, pretrained, published_cfg
+from inbatch.models.backbones import build, cifar_stem
 from inbatch.models.encoder import MAX_SIDE, Encoder
+from inbatch.models.initial_weights import Initial, fill_backbone, read_initial, stem_of
 from inbatch.models.input_sizes import check_side
 from inbatch.models.readout import Readout
-from inbatch.models.weights import STEMS, encoder_weights, fill, read, read_folder, set_readout, split
+from inbatch.models.weights import encoder_weights, fill, read_folder, set_readout, split
 from inbatch.runtime.paths import path_of
 
 
@@ -32,6 +32,7 @@ def create_encoder(
     channels: int = 3,
     stem: str = "auto",
     init: str | Path | Encoder | None = None,
+    init_min_match: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     attend: str | None = None,
@@ -46,10 +47,14 @@ def create_encoder(
         name: name of the backbone.
         size: side of the images in pixels.
         channels: channels of the images.
-        stem: "auto" (CIFAR stem for ResNets at 64 pixels or less), "cifar" or "imagenet".
-        init: None, "timm" (pretrained weights through timm, from the network or its cache), a folder written by
-            `save_encoder`, a state dict in a .safetensors, .pt or .pth file, or another encoder, of which the weights
-            are copied.
+        stem: "auto" (that of the initial weights; without any, the CIFAR stem for ResNets at 64 pixels or less),
+            "cifar" or "imagenet".
+        init: None, "timm" (pretrained weights through timm, from the network or its cache), "hub:NAME" (a repository
+            of the Hugging Face hub, from the network or its cache), a folder written by `save_encoder`, a file of
+            weights of this or another program in a layout of docs/init.md, or another encoder, of which the weights are
+            copied.
+        init_min_match: smallest share of the encoder's tensors that must fit; by default 0.95, and 1 for weights that
+            this library saved. The others are initialised.
         mean: one number per channel; by default that of the weights, else ImageNet's for 3 channels, else 0.5.
         std: one number per channel; by default that of the weights, else ImageNet's for 3 channels, else 0.25.
         attend: None, or the name of an attention of `ATTENDS`.
@@ -68,25 +73,24 @@ def create_encoder(
     """
     _check_arguments(name, size, channels, stem, attend, attend_options, kwargs)
     backbone, classifier = build(name, size, channels, kwargs)
-    used = _stem_in_use(name, backbone, stem, size)
+    initial = read_initial(init, classifier)
+    used = _stem_in_use(name, backbone, stem, size, initial, channels)
     if used == "cifar":
         cifar_stem(backbone, channels)
-    initial = _Initial()
-    if init == "timm":
-        if used == "cifar":
-            raise ConfigError(STEMS.format(name=name, ours="3x3 (CIFAR)", theirs="ImageNet's"))
-        backbone = pretrained(name, size, channels, kwargs)
-        config = published_cfg(backbone)
-        initial = _Initial(mean=config["mean"], std=config["std"])
-    elif init is not None:
-        initial = _fill_backbone(backbone, classifier, name, init)
+    notes: list[str] = []
+    if initial is not None:
+        backbone, weights_mean, weights_std, notes = fill_backbone(
+            initial, backbone, name, size, channels, kwargs, used == "cifar", init_min_match
+        )
+        mean, std = weights_mean if mean is None else mean, weights_std if std is None else std
+        notes += _stem_note(stem, used, size)
     encoder = Encoder(
         backbone,
         name=name,
         size=size,
         channels=channels,
-        mean=initial.mean if mean is None else mean,
-        std=initial.std if std is None else std,
+        mean=mean,
+        std=std,
         stem=used,
         arguments=kwargs,
     )
@@ -96,27 +100,10 @@ def create_encoder(
         encoder.readout = Readout(encoder.width)
     if attend is not None:
         install(encoder, attend, attend_options)
-    _fill_blocks(encoder, initial)
+    if initial is not None:
+        _fill_blocks(encoder, initial)
+    encoder.init_notes = tuple(notes)
     return encoder
-
-
-@dataclass(frozen=True)
-class _Initial:
-    """What comes with the initial weights of a backbone.
-
-    Attributes:
-        origin: Origin of the weights, for messages.
-        mean: One number per channel; None if the weights state none.
-        std: As `mean`.
-        blocks: Weights of attention blocks.
-        attend: Name and options of these blocks; None without blocks.
-    """
-
-    origin: str = ""
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    blocks: dict[str, Any] = field(default_factory=dict)
-    attend: dict[str, Any] | None = None
 
 
 def _check_arguments(
@@ -145,32 +132,38 @@ def _check_arguments(
         raise ConfigError(f"an encoder's arguments must fit into JSON, to be saved with it: {e}") from e
 
 
-def _stem_in_use(name: str, backbone: nn.Module, stem: str, size: int) -> str | None:
+def _stem_in_use(
+    name: str, backbone: nn.Module, stem: str, size: int, initial: Initial | None, channels: int
+) -> str | None:
     """Return "cifar" or "imagenet" for a ResNet, else None; raise ConfigError for a CIFAR stem of another backbone."""
     resnet = {"conv1", "bn1", "maxpool", "layer1"} <= dict(backbone.named_children()).keys()
     if stem == "cifar" and not resnet:
         raise ConfigError(f'{name} is not a ResNet, so it has no CIFAR stem: use stem="auto".')
     if not resnet:
         return None
-    if stem == "auto":
-        return "cifar" if size <= 64 else "imagenet"
-    return stem
+    if stem != "auto":
+        return stem
+    own = stem_of(initial, backbone, channels) if initial is not None else None
+    return own or _stem_by_size(size)
 
 
-def _fill_backbone(backbone: nn.Module, classifier: Sequence[str], name: str, init: str | Path | Encoder) -> _Initial:
-    """Load saved weights into a backbone, except those of its classifier, and return what came with them."""
-    origin = f"the encoder {init.name}" if isinstance(init, Encoder) else str(init)
-    weights, config = read(init if isinstance(init, Encoder) else path_of(init, "init"))
-    weights, attended = split(weights)
-    saved = config.get("attend")
-    if attended and not saved:
-        raise ConfigError(f"{origin} contains attention blocks: pass its folder, whose config.json defines them.")
-    weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
-    fill(backbone, weights, f"{name} ({origin})")
-    return _Initial(origin, config.get("mean"), config.get("std"), attended, saved)
+def _stem_by_size(size: int) -> str:
+    return "cifar" if size <= 64 else "imagenet"
 
 
-def _fill_blocks(encoder: Encoder, initial: _Initial) -> None:
+def _stem_note(stem: str, used: str | None, size: int) -> list[str]:
+    """Return a sentence if the stem of the weights is not the one that images of this size get without weights."""
+    if used is None or stem != "auto" or used == _stem_by_size(size):
+        return []
+    other = "cifar" if used == "imagenet" else "imagenet"
+    kinds = {"imagenet": "ImageNet (7x7, stride 2, max-pool)", "cifar": "CIFAR (3x3, stride 1)"}
+    return [
+        f"The encoder gets the stem of its weights, {kinds[used]}, not that for images of {size} pixels; "
+        f"encoder.stem={other} takes the other one, with a new first convolution"
+    ]
+
+
+def _fill_blocks(encoder: Encoder, initial: Initial) -> None:
     """Load saved attention blocks; raise ConfigError if the encoder needs but does not have them."""
     saved = initial.attend
     if saved and encoder.attend == saved:

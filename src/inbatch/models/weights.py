@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, DataError, reason
@@ -22,20 +21,11 @@ READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
 INSIDE = "readout"
 """Prefix of these statistics in weights that hold everything, those of `as_one`."""
-STEMS = (
-    "{name} has the {ours} stem, the weights have the {theirs} stem (another first convolution, with or "
-    'without max-pool): choose the stem of the weights, stem="imagenet" or stem="cifar", or other weights.'
-)
 
 
 def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     """Load weights that fit exactly; else ConfigError lists those that are missing, unexpected or of another shape."""
     own = backbone.state_dict()
-    if "conv1.weight" in own:
-        theirs = weights.get("conv1.weight", weights.get("conv1.0.weight"))
-        if theirs is not None and theirs.shape[-1] != own["conv1.weight"].shape[-1]:
-            sides = [f"{k}x{k}" for k in (own["conv1.weight"].shape[-1], theirs.shape[-1])]
-            raise ConfigError(STEMS.format(name=what, ours=sides[0], theirs=sides[1]))
     problems = {
         "missing": [k for k in own if k not in weights],
         "unexpected": [k for k in weights if k not in own],
@@ -48,29 +38,15 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 
 
 def read(path: Path | Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights, and the inbatch part of config.json if any, from a folder, a file or an encoder.
+    """Return weights, and the inbatch part of config.json if any, from a folder or an encoder.
 
-    No pickle code is executed. For an encoder, returns what `save_encoder` would write; for the folder of a classifier,
-    the weights of its encoder.
+    For an encoder, returns what `save_encoder` would write; for the folder of a classifier, the weights of its encoder.
     """
     if isinstance(path, Encoder):
         module, ours = as_saved(path)
         return dict(module.state_dict()), ours
-    if path.is_dir():
-        weights, config = read_folder(path)
-        return encoder_weights(weights, config), config
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path), {}
-        if path.suffix in (".pt", ".pth"):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            if not all(isinstance(v, Tensor) for v in weights.values()):
-                raise TypeError("it holds more than tensors")
-            return {k.removeprefix("backbone."): v for k, v in weights.items()}, {}
-    except Exception as e:  # a crafted file makes torch's reader raise any exception
-        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
-    kinds = 'a run, "timm", an encoder\'s folder, or a .safetensors, .pt or .pth file'
-    raise ConfigError(f"{path} {'holds no weights' if path.exists() else 'does not exist'}: weights come from {kinds}.")
+    weights, config = read_folder(path)
+    return encoder_weights(weights, config), config
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -159,6 +159,7 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         with _settings_of("method", recipe.method.name):
             method = METHODS[recipe.method.name](**recipe.method.options)
         encoder = make_encoder(recipe, start)
+        notes += encoder.init_notes
         for side, setting in view_sides(recipe).items():
             check_side(encoder, side, setting)
         if start is None:

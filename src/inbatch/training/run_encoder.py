@@ -16,6 +16,7 @@ from inbatch.data.views import make_views
 from inbatch.errors import ConfigError, DataError, InbatchError, reason
 from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
+from inbatch.models.initial_weights import is_named
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
@@ -103,7 +104,7 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
         notes: Receives a sentence if that run has not finished.
     """
     init = recipe.encoder.options.get("init")
-    if init is None or init == "timm":
+    if init is None or is_named(init):
         return init
     init = path_of(init, "encoder.init")
     if not (init / "recipe.json").is_file():
@@ -157,7 +158,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     encoder.init: a run, or a folder that `save_encoder` wrote; other weight files do not identify their encoder.
     """
     init = settings.get("encoder.init")
-    if init in (None, "timm") or settings.get("encoder.name") is not None or not isinstance(init, str | Path):
+    if settings.get("encoder.name") is not None or not isinstance(init, str | Path) or is_named(init):
         return settings
     folder = path_of(init, "encoder.init")
     if (folder / "recipe.json").is_file():
@@ -174,7 +175,9 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     if arguments["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
         arguments.setdefault("whiten_patches", False)
     saved_settings = {
-        f"encoder.{key}": value for key, value in arguments.items() if key != "init" and value is not None
+        f"encoder.{key}": value
+        for key, value in arguments.items()
+        if key not in ("init", "init_min_match") and value is not None
     }
     return saved_settings | settings
 

@@ -88,7 +88,12 @@ def pretrain(
         str | None,
         Option("--encoder", "--backbone", "--model", help="fast, tiny, resnet10, any timm model, torchvision/NAME."),
     ] = None,
-    init: Annotated[str | None, Option(metavar="RUN|PATH|timm", help="Initial weights.")] = None,
+    init: Annotated[
+        str | None, Option(metavar="RUN|FILE|timm|hub:NAME", help="Initial weights, also of other programs.")
+    ] = None,
+    init_min_match: Annotated[
+        float | None, Option(min=0, max=1, help="Share of the encoder's tensors that --init must fit; default 0.95.")
+    ] = None,
     image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side of the encoder's images, in pixels.")
     ] = None,
@@ -174,7 +179,7 @@ def pretrain(
         chosen |= {"image_column": image_column, "label_column": label_column}
         chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
         fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        own = {"encoder.init": init, "optimizer.lr": lr}
+        own = {"encoder.init": init, "encoder.init_min_match": init_min_match, "optimizer.lr": lr}
         settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         shared["download"] = download

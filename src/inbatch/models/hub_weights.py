@@ -1,0 +1,83 @@
+"""Weights of a repository of the Hugging Face hub, `hub:NAME` or `hub:NAME@REVISION`, from its cache or the network."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from inbatch.errors import ConfigError, DataError, reason
+from inbatch.models.backbones import reached
+from inbatch.models.weight_files import Contents, read_contents
+from inbatch.runtime.files import read_json
+
+PREFIX = "hub:"
+_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def is_hub(init: Any) -> bool:
+    """Return whether a value of `init` names a repository of the hub."""
+    return isinstance(init, str) and init.startswith(PREFIX)
+
+
+def read_hub(name: str) -> tuple[Contents, dict[str, Any]]:
+    """Return the weights of a repository, and mean and std of its config.json, if it states them.
+
+    Args:
+        name: `hub:OWNER/NAME`, with `@REVISION` if it is not the main one.
+
+    Raises:
+        ConfigError: If the repository or its weights are not in the cache and cannot be downloaded.
+        DataError: If the weights cannot be read.
+    """
+    config = hub_config(name)
+    file = next((path for path in (_file(name, one) for one in _FILES) if path is not None), None)
+    if file is None:
+        raise ConfigError(f"{name} has none of the files {', '.join(_FILES)}: choose another repository")
+    cfg = config.get("pretrained_cfg")
+    return read_contents(file), cfg if isinstance(cfg, dict) else {}
+
+
+def hub_config(name: str) -> dict[str, Any]:
+    """Return config.json of a repository; empty if it has none."""
+    file = _file(name, "config.json")
+    try:
+        content = read_json(file) if file is not None else {}
+    except DataError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _file(name: str, file: str) -> Path | None:
+    """Return the path of a file of a repository, from the cache or the network; None if it has no such file."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    try:
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+        if cached is not None:
+            return None  # known not to exist
+        if constants.HF_HUB_OFFLINE or not reached(constants.ENDPOINT):
+            if file == "config.json" or _any_cached(repository, revision):
+                return None
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+            raise ConfigError(
+                f"the weights of {name} are in no cache, and {why}. Without a network, give init the path of a "
+                "downloaded .safetensors file"
+            )
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except EntryNotFoundError:
+        return None
+    except (HFValidationError, RepositoryNotFoundError):
+        raise ConfigError(f"{name}: there is no such repository; write {PREFIX}OWNER/NAME, as on the hub") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ConfigError(f"the weights of {name} cannot be downloaded: {reason(error)}") from None
+
+
+def _any_cached(repository: str, revision: str) -> bool:
+    """Return whether the cache holds any file of weights of a repository."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(repository, one, revision=revision or None), str | os.PathLike)
+               for one in _FILES)  # fmt: skip
