@@ -32,15 +32,34 @@ def read_hub(name: str) -> tuple[Contents, dict[str, Any]]:
     file = next((path for path in (_file(name, one) for one in _FILES) if path is not None), None)
     if file is None:
         raise ConfigError(f"{name} has none of the files {', '.join(_FILES)}: choose another repository")
+    return read_contents(file), _published(config)
+
+
+def folder_weights(folder: Path) -> tuple[Contents, dict[str, Any]] | None:
+    """Return the weights of a folder in the layout of the hub; None if this library wrote it, or it has none."""
+    file = next((folder / one for one in _FILES if (folder / one).is_file()), None)
+    config = _read(folder / "config.json")
+    if file is None or "inbatch" in config or ((folder / "config.json").exists() and not config):
+        return None
+    return read_contents(file), _published(config)
+
+
+def _published(config: dict[str, Any]) -> dict[str, Any]:
+    """Return mean and std of a config.json, if they are lists of numbers."""
     cfg = config.get("pretrained_cfg")
-    return read_contents(file), cfg if isinstance(cfg, dict) else {}
+    known = {key: cfg.get(key) for key in ("mean", "std")} if isinstance(cfg, dict) else {}
+    return {key: value for key, value in known.items() if isinstance(value, list) and value}
 
 
 def hub_config(name: str) -> dict[str, Any]:
     """Return config.json of a repository; empty if it has none."""
     file = _file(name, "config.json")
+    return {} if file is None else _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        content = read_json(file) if file is not None else {}
+        content = read_json(file)
     except DataError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from inbatch.errors import ConfigError
 from inbatch.models.backbones import cifar_stem, pretrained, published_cfg
 from inbatch.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from inbatch.models.hub_weights import is_hub, read_hub
+from inbatch.models.hub_weights import folder_weights, is_hub, read_hub
+from inbatch.models.likely_encoder import likely_encoder
 from inbatch.models.published_weights import MIN_MATCH, Match, load, match
-from inbatch.models.weight_files import SUFFIXES, Contents, read_contents
+from inbatch.models.weight_files import Contents, read_contents
 from inbatch.models.weights import read, split
 from inbatch.runtime.paths import path_of
 
@@ -69,14 +70,15 @@ def read_initial(init: str | Path | Encoder | None, classifier: Sequence[str]) -
         if any(name.startswith("attend.") for name in contents.tensors):
             raise ConfigError(f"{origin} contains attention blocks: pass its folder, whose config.json defines them.")
         return Initial(contents, origin)
+    if isinstance(init, Path) and (foreign := folder_weights(init)):
+        return Initial(foreign[0], origin, mean=foreign[1].get("mean"), std=foreign[1].get("std"))
     weights, config = read(init)
     weights, attended = split(weights)
     if attended and not config.get("attend"):
         raise ConfigError(f"{origin} contains attention blocks: pass its folder, whose config.json defines them.")
-    if config:
-        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
+    weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
     return Initial(
-        Contents(weights, {}), origin, bool(config), config.get("stem"), config.get("mean"), config.get("std"),
+        Contents(weights, {}), origin, True, config.get("stem"), config.get("mean"), config.get("std"),
         attended, config.get("attend"),
     )  # fmt: skip
 
@@ -123,7 +125,11 @@ def fill_backbone(
     best = match(backbone, initial.contents, channels)
     if least is None:
         least = 1.0 if initial.exact else MIN_MATCH
-    sentence = load(backbone, best, name, initial.origin, least, strict=initial.exact)
+    try:
+        sentence = load(backbone, best, name, initial.origin, least, strict=initial.exact)
+    except ConfigError as error:
+        other = None if initial.exact else likely_encoder(initial.contents)
+        raise error if other in (None, name) else ConfigError(f"{error}. They are weights of {other}") from None
     if initial.exact and not best.adapted:
         return backbone, per_channel(initial.mean, channels), per_channel(initial.std, channels), []
     return backbone, *_normalisation(initial, best, channels, sentence)
@@ -165,6 +171,3 @@ def _of_timm(config: dict[str, Any], size: int, channels: int, cifar: bool) -> s
     if size != side and config.get("fixed_input_size"):
         parts.append(f"Adapted by timm: position embeddings from {side} to {size} pixels")
     return ". ".join(parts)
-
-
-__all__ = ["SUFFIXES", "Initial", "fill_backbone", "is_named", "per_channel", "read_initial", "stem_of"]

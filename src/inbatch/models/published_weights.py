@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,12 +139,13 @@ def _filtered(tensors: Tensors, backbone: nn.Module) -> tuple[Tensors, list[str]
     if convert is None:
         return tensors, []
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # timm prints exceptions there
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # timm prints exceptions
+            warnings.simplefilter("ignore")
             converted = dict(convert(dict(tensors), backbone))
     except Exception:  # timm's conversion assumes weights of this architecture; others are compared as they are
         return tensors, []
     adapted = [
-        f"{name} {_shape(tensors[name])} to {_shape(value)} (bicubic, as timm)"
+        f"{name} {_shape(tensors[name])} to {_shape(value)} (timm's rule)"
         for name, value in converted.items()
         if name in tensors and isinstance(value, Tensor) and value.shape != tensors[name].shape
     ]
@@ -157,13 +159,13 @@ def _adapted(key: str, value: Tensor, wanted: Tensor, backbone: nn.Module, chann
     if key == f"{first}.weight" and same and value.shape[1] == 3 and wanted.shape[1] == channels:
         from timm.models import adapt_input_conv
 
-        adapted.append(f"{key} from 3 to {many(channels, 'channel')} (as timm)")
+        adapted.append(f"{key} from 3 to {many(channels, 'channel')} (timm's rule)")
         return adapt_input_conv(channels, value)
     if key == "encoder.pos_embedding" and value.ndim == 3 and value.shape[2] == wanted.shape[2]:
         from timm.layers import resample_abs_pos_embed
 
         side = round((wanted.shape[1] - 1) ** 0.5)
-        adapted.append(f"{key} {_shape(value)} to {_shape(wanted)} (bicubic, as timm)")
+        adapted.append(f"{key} {_shape(value)} to {_shape(wanted)} (timm's rule)")
         return resample_abs_pos_embed(value, new_size=[side, side], num_prefix_tokens=1)
     return value
 

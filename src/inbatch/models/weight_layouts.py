@@ -191,7 +191,8 @@ _NOUNS = (
     (rf"{_SECOND}|student.*|teacher.*|.*ema.*|online_\w+|encoder_state_dict|state_dict|model|net|encoder|backbone",
      "another copy of the network"),
     (r".*(queue|memory|bank).*", "memory bank"),
-    (r"decoder.*|mask_token|.*periods", "pretraining only"),
+    (r"decoder.*|mask_token", "for pretraining only"),
+    (r"blocks|rope.*", "without a place in timm's model"),
     (r"fc|fc_norm|.*(head|classifier|proj|predict|prototype|loss).*|linear|mlp|neck|g|bn|pooler|\d+", "head"),
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from inbatch.errors import ConfigError, DataError, InbatchError, reason
 from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.initial_weights import is_named
+from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
@@ -155,11 +156,14 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
 def with_encoder_of_init(settings: Settings) -> Settings:
     """Return the settings with the encoder and options that `encoder.init` was saved with, if they name no encoder.
 
-    encoder.init: a run, or a folder that `save_encoder` wrote; other weight files do not identify their encoder.
+    A run, or a folder that `save_encoder` wrote, states them. Of other weights, usual encoders are recognised; for
+    others the settings are returned unchanged.
     """
     init = settings.get("encoder.init")
-    if settings.get("encoder.name") is not None or not isinstance(init, str | Path) or is_named(init):
+    if settings.get("encoder.name") is not None or not isinstance(init, str | Path) or init == "timm":
         return settings
+    if is_named(init):
+        return _with_name(settings, encoder_of_weights(init))
     folder = path_of(init, "encoder.init")
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
@@ -171,7 +175,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
         if "readout" in saved:
             arguments["whiten"] = True
     else:
-        return settings
+        return _with_name(settings, encoder_of_weights(folder) if folder.is_file() else None)
     if arguments["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
         arguments.setdefault("whiten_patches", False)
     saved_settings = {
@@ -180,6 +184,10 @@ def with_encoder_of_init(settings: Settings) -> Settings:
         if key not in ("init", "init_min_match") and value is not None
     }
     return saved_settings | settings
+
+
+def _with_name(settings: Settings, name: str | None) -> Settings:
+    return settings if name is None else {"encoder.name": name} | settings
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
