@@ -59,6 +59,11 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return safetensors.torch.load(data), config
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} cannot be read as weights: a folder needs model.safetensors and config.json; of another one, pass "
+            "the file of weights in it"
+        ) from None
     except Exception as e:  # a crafted file makes the reader raise any exception
         raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
 
