@@ -200,7 +200,7 @@ def dry_run(
         split = evaluation_split(plan.recipe, plan.source, plan.data, download=download)
         seconds = plan.choice.chosen.seconds if plan.choice else step_seconds(built)
         smaller = smaller_choices(built) if built.total * seconds > 3600 and plan.recipe.budget is None else []
-        lines = [describe(built)]
+        lines = [describe(built), *built.encoder.init_notes]
         lines += [plan.context.sentence()] if plan.context else []
         lines += [*(plan.choice.sentences() if plan.choice else ()), expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]

@@ -152,6 +152,22 @@ def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
     assert found["untrained"] is None and "the encoder before training cannot be created" in found["note"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_a_run_from_weights_of_another_program_resumes_without_them(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pth.tar"
+    weights = create_encoder("tiny", size=20, channels=1).backbone.state_dict()
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v + 0.01 for k, v in weights.items()}}, file)
+    settings = {"encoder.init": str(file), "encoder.init_min_match": 0.9}
+    whole = tiny("simclr", tmp_path / "whole", settings=settings)
+    out = stop(tmp_path / "run", settings=settings)
+    file.unlink()
+    began = inbatch.load(tmp_path / "whole" / "initial").backbone.state_dict()
+    assert all(torch.equal(began[k], v + 0.01) for k, v in weights.items() if v.is_floating_point())
+    resumed = tiny("simclr", out, resume=True, settings=settings)
+    assert_same_state(dict(resumed.encoder.state_dict()), dict(whole.encoder.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("method", "fields"),
     [("simclr", {}), ("moco", {"encoder": "resnet10"}), ("swav", {"attend": "ba2m"}), ("cc", {"seed": 5})],
