@@ -15,7 +15,7 @@ from inbatch.models.weight_layouts import Tensors, namings
 _BLOCK = re.compile(r"(?:^|\.)(?:layer)?(\d)\.(\d+)\.conv\d\.weight$")
 """Name of a convolution in a block of a ResNet, also within an `nn.Sequential`."""
 
-_BLOCKS = {
+_BLOCKS: dict[tuple[int, ...], str] = {
     (2, 2, 2, 2): "resnet18", (1, 1, 1, 1): "resnet10", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101",
     (3, 8, 36, 3): "resnet152",
 }  # fmt: skip

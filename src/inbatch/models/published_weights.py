@@ -239,14 +239,13 @@ def _problems(best: Match, own: Mapping[str, Tensor], strict: bool) -> str:
 
 def _remedy(best: Match, own: Mapping[str, Tensor]) -> str:
     """Return what to do if too few weights fit: if little more than the first convolution differs, name the stem."""
-    stem = next((key for key in ("conv1.weight", "conv1.0.weight") if key in own), None)
-    if stem in own and stem not in best.tensors and len(best.tensors) > len(own) / 2:
-        theirs = best.others.get(stem)
-        here, there = f"{own[stem].shape[-1]}x{own[stem].shape[-1]}", theirs and f"{theirs[-1]}x{theirs[-1]}"
-        if there and there != here:
+    stem = next((key for key in ("conv1.weight", "conv1.0.weight") if key in own and key not in best.tensors), None)
+    if stem is not None and len(best.tensors) > len(own) / 2:
+        ours, theirs = own[stem].shape[-1], best.others.get(stem, (0,))[-1]
+        if theirs not in (0, ours):
             return (
-                f"The first convolution is {there} in the weights, but {here} in the {here} stem of this encoder: "
-                f'choose stem="{"cifar" if theirs[-1] == 3 else "imagenet"}"'
+                f"The first convolution is {theirs}x{theirs} in the weights, but {ours}x{ours} in the stem of this "
+                f'encoder: choose stem="{"cifar" if theirs == 3 else "imagenet"}"'
             )
         return "The stem differs (its first convolutions): choose the encoder of the weights, with the same stem"
     return "Choose the encoder of the weights (--encoder), or accept fewer tensors with encoder.init_min_match"
