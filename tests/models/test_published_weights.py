@@ -117,7 +117,7 @@ def test_layouts_are_recognised_by_content_and_loaded_bit_for_bit(tmp_path: Path
     w, k = state(resnet()), state(resnet())
     path = tmp_path / "a name without meaning"
     for name, (content, sentence) in layouts(w, k).items():
-        for old in (False, True):
+        for old in (False, True) if name in ("moco", "dino") else (False,):
             torch.save(content, path, _use_new_zipfile_serialization=not old)
             backbone = resnet()
             notes = loaded(path, backbone)
@@ -254,13 +254,13 @@ def test_near_misses_are_refused_and_can_be_accepted(tmp_path: Path) -> None:
 
 
 class Harmful:
-    """An object whose pickle calls a function."""
+    """An object whose pickle calls a function that writes a file."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
+        return self.call
 
 
 class Settings:
@@ -270,14 +270,15 @@ class Settings:
 def test_no_code_of_a_file_is_run_and_its_objects_are_named(tmp_path: Path) -> None:
     marker, path = tmp_path / "executed", tmp_path / "w.pth.tar"
     for old in (False, True):
-        # `Path.touch` has the name of a stand-in: it is read as one, and does nothing.
-        torch.save({"net": {"a": torch.ones(2)}, "args": Harmful(marker)}, path, _use_new_zipfile_serialization=not old)
-        for _ in range(2):
-            try:
-                assert list(read_contents(path).tensors) == ["net.a"]
-            except DataError as error:
-                assert "getattr" in str(error)
-        assert not marker.exists()
+        # NumPy's names are among the stand-ins: the file is read, and nothing is called.
+        weights: dict[str, Any] = {"net": {"a": torch.ones(2)}, "args": Harmful(np.save, str(marker), 1)}
+        torch.save(weights, path, _use_new_zipfile_serialization=not old)
+        assert list(read_contents(path).tensors) == ["net.a"]
+        weights["args"] = Harmful(Path.touch, marker)
+        torch.save(weights, path, _use_new_zipfile_serialization=not old)
+        with pytest.raises(DataError, match=r"without running code of others: builtins\.getattr"):
+            read_contents(path)
+        assert not marker.exists() and not marker.with_suffix(".npy").exists()
         for content, kind in (
             (Settings(), "Settings"),
             (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
@@ -334,8 +335,6 @@ def test_the_stem_is_that_of_the_weights(tmp_path: Path) -> None:
     assert encoder.stem == "imagenet" and encoder.mean == ((0.485 + 0.456 + 0.406) / 3,)
     notes = " ".join(encoder.init_notes)
     assert "MoCo" in notes and "ImageNet (7x7" in notes and "conv1.weight from 3 to 1 channel" in notes
-    with pytest.raises(ConfigError, match=r"resnet18.*40 missing.*They are weights of resnet10"):
-        create_encoder("resnet18", size=32, init=tmp_path / "w.pth.tar")
     encoder = create_encoder("resnet10", size=32, stem="cifar", init=tmp_path / "w.pth.tar")
     assert encoder.stem == "cifar" and "59 of 60 tensors fit" in encoder.init_notes[0]
 
@@ -352,7 +351,7 @@ def test_the_encoder_of_a_file_is_recognised() -> None:
 
 
 @pytest.mark.slow
-def test_usual_encoders_are_recognised() -> None:
+def test_usual_encoders_are_recognised(tmp_path: Path) -> None:
     for name in (
         "resnet18", "resnet50", "resnet101", "wide_resnet50_2", "vit_tiny_patch16_224", "vit_small_patch8_224",
         "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3",
@@ -363,6 +362,9 @@ def test_usual_encoders_are_recognised() -> None:
     with torch.device("meta"):
         weights = timm.create_model("resnet26", num_classes=0).state_dict()
     assert likely_encoder(Contents(dict(weights), {})) is None
+    torch.save(create_encoder("resnet10", size=224).backbone.state_dict(), tmp_path / "w.pth.tar")
+    with pytest.raises(ConfigError, match=r"resnet18.*40 missing.*They are weights of resnet10"):
+        create_encoder("resnet18", size=32, init=tmp_path / "w.pth.tar")
 
 
 def hub_cache(folder: Path, name: str, files: dict[str, Any]) -> None:
