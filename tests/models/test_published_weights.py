@@ -339,6 +339,19 @@ def test_the_stem_is_that_of_the_weights(tmp_path: Path) -> None:
     assert encoder.stem == "cifar" and "59 of 60 tensors fit" in encoder.init_notes[0]
 
 
+def test_weights_of_timm_choose_the_stem_of_small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def published(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
+        return timm.create_model("resnet18", layers=[1, 1, 1, 1], in_chans=channels, num_classes=0)
+
+    monkeypatch.setattr(initial_weights, "pretrained", published)
+    encoder = create_encoder("resnet10", size=32, channels=1, init="timm")
+    assert encoder.stem == "imagenet" and len(encoder.mean) == 1
+    notes = " ".join(encoder.init_notes)
+    assert "timm's resnet18" in notes and "first convolution from 3 to 1 channels" in notes and "ImageNet (7x7" in notes
+    encoder = create_encoder("resnet10", size=32, stem="cifar", init="timm")
+    assert encoder.stem == "cifar" and "Initialised: conv1, because the CIFAR stem" in encoder.init_notes[0]
+
+
 def test_the_encoder_of_a_file_is_recognised() -> None:
     def of(module: nn.Module) -> str | None:
         return likely_encoder(Contents(under("x.", module.state_dict()), {}))
