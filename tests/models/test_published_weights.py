@@ -202,10 +202,23 @@ def test_dinov2_with_registers_and_layer_scale(tmp_path: Path) -> None:
     theirs = {k: v for k, v in w.items() if k not in ("reg_token", "cls_token", "pos_embed")}
     theirs |= {"register_tokens": w["reg_token"], "cls_token": token, "mask_token": torch.zeros(1, 16)}
     theirs["pos_embed"] = torch.cat([position, w["pos_embed"]], 1)
-    torch.save(theirs, tmp_path / "w.pth")
-    backbone = vit(**options)
-    assert "DINOv2, backbone): 35 of 35" in loaded(tmp_path / "w.pth", backbone)
-    assert_holds(backbone, w | {"cls_token": token + position})
+    pairs = (("blocks", "encoder.layer"), ("attn.proj", "attention.output.dense"),
+             ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"),
+             ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+             ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"),
+             ("mask_token", "embeddings.mask_token"), ("register_tokens", "embeddings.register_tokens"))  # fmt: skip
+    transformers: Tensors = {}
+    for name, value in theirs.items():
+        new = re.sub("^norm", "layernorm", name)
+        for old, other in pairs:
+            new = new.replace(old, other)
+        parts = dict(zip(("query", "key", "value"), value.chunk(3), strict=True)) if "qkv" in name else {"": value}
+        transformers |= {new.replace("attn.qkv", f"attention.attention.{part}"): v for part, v in parts.items()}
+    for file, sentence in ((theirs, "DINOv2, backbone): 35 of 35"), (transformers, "35 of 35")):
+        torch.save(file, tmp_path / "w.pth")
+        backbone = vit(**options)
+        assert sentence in loaded(tmp_path / "w.pth", backbone)
+        assert_holds(backbone, w | {"cls_token": token + position})
 
 
 def test_sizes_and_channels_are_adapted_by_timms_rules(tmp_path: Path) -> None:
