@@ -248,7 +248,7 @@ def _remedy(best: Match, own: Mapping[str, Tensor]) -> str:
                 f'encoder: choose stem="{"cifar" if theirs == 3 else "imagenet"}"'
             )
         return "The stem differs (its first convolutions): choose the encoder of the weights, with the same stem"
-    return "Choose the encoder of the weights (--encoder), or accept fewer tensors with encoder.init_min_match"
+    return "Choose the encoder of the weights (--encoder), or accept fewer tensors (--init-min-match)"
 
 
 def _unused(groups: Mapping[str, int]) -> str:

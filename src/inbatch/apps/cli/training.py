@@ -91,9 +91,7 @@ def pretrain(
     init: Annotated[
         str | None, Option(metavar="RUN|FILE|timm|hub:NAME", help="Initial weights, also of other programs.")
     ] = None,
-    init_min_match: Annotated[
-        float | None, Option(min=0, max=1, help="Share of the encoder's tensors that --init must fit; default 0.95.")
-    ] = None,
+    init_min_match: Annotated[float | None, Option(min=0, max=1, hidden=True)] = None,  # named where --init fails
     image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side of the encoder's images, in pixels.")
     ] = None,
