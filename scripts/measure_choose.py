@@ -25,8 +25,10 @@ from inbatch.training.monitors.label_free import Chosen, embed_views, lidar_of, 
 from inbatch.training.monitors.online_evaluation import choose_online_subsets, make_online_evaluator
 
 FILE = Path(__file__).resolve().parents[1] / "results" / "choose.json"
-RUNS = 10
+RUNS = 6
 """Number of runs of a method."""
+DRAWN = 10
+"""Number of runs over which the values of a setting are equally frequent."""
 COMMON: dict[str, list[Any]] = {
     "optimizer.lr": [2e-4, 6e-4, 2e-3, 6e-3, 2e-2],
     "views.strength": [0.0, 0.5, 1.0, 2.0],
@@ -46,10 +48,10 @@ SIZES = [(100, 20), (100, 10), (100, 5), (100, 2), (50, 20), (50, 10), (50, 5), 
 
 
 def settings(method: str, number: int) -> dict[str, Any]:
-    """Return the settings of a run; the values of a setting are equally frequent over the runs of a method."""
+    """Return the settings of a run; the values of a setting are about equally frequent over the runs of a method."""
     chosen = {}
     for place, (name, values) in enumerate((COMMON | OWN[method]).items()):
-        order = permutation(sorted(OWN).index(method), place, RUNS)
+        order = permutation(sorted(OWN).index(method), place, DRAWN)
         chosen[name] = values[int(order[number]) % len(values)]
     return chosen
 

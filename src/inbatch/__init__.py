@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from inbatch.apps.collection.search import search_images
     from inbatch.apps.collection.select import select_images
     from inbatch.apps.reports.batch_context import inspect_run
+    from inbatch.apps.reports.choose import choose_run
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.explorer.explore import explore_features
     from inbatch.apps.reports.view_grid import draw_views
@@ -46,6 +47,7 @@ _API = (
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
+_WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 _WHERE |= {"search_images": "inbatch.apps.collection.search"}
@@ -56,6 +58,7 @@ __all__ = [
     "Encoder",
     "Run",
     "__version__",
+    "choose_run",
     "draw_views",
     "dry_run",
     "embed_run",

@@ -2,6 +2,7 @@
 
 from inbatch.apps.cli import (
     annotation,
+    choosing,
     classification,
     collection,
     deployment,
@@ -16,6 +17,7 @@ from inbatch.apps.cli.app import app, main
 __all__ = [
     "annotation",
     "app",
+    "choosing",
     "classification",
     "collection",
     "deployment",

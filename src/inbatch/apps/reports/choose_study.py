@@ -1,0 +1,107 @@
+"""What the study in docs/choose.md found: how well measures without labels order runs by k-NN."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Kendall's tau-b with k-NN between runs of one method, its 95 % interval and the number of runs. Written by
+# scripts/choose_tables.py; a test compares it with the records.
+BETWEEN: dict[str, dict[str, tuple[float, float, float, int]]] = {
+    "rankme": {
+        "simclr": (-0.03, -0.15, 0.14, 156),
+        "moco": (0.58, 0.4, 0.68, 66),
+        "byol": (0.08, -0.34, 0.26, 36),
+        "simsiam": (0.15, -0.25, 0.3, 36),
+        "barlow": (0.2, -0.67, 1.0, 6),
+        "vicreg": (-0.07, -1.0, 1.0, 6),
+        "supervised": (-0.07, -0.36, 0.2, 58),
+        "all": (0.06, -0.04, 0.17, 368),
+    },
+    "lidar": {
+        "simclr": (-0.6, -1.0, 0.33, 6),
+        "moco": (0.47, -0.64, 1.0, 6),
+        "byol": (0.47, -0.23, 1.0, 6),
+        "simsiam": (0.07, -1.0, 1.0, 6),
+        "barlow": (0.2, -1.0, 1.0, 6),
+        "vicreg": (-0.2, -1.0, 0.64, 6),
+        "all": (0.07, -0.25, 0.4, 36),
+    },
+    "alpha": {
+        "simclr": (-0.33, -1.0, 0.64, 6),
+        "moco": (0.07, -1.0, 1.0, 6),
+        "byol": (-0.73, -1.0, 0.0, 6),
+        "simsiam": (-0.2, -0.64, 0.23, 6),
+        "barlow": (0.33, -0.54, 1.0, 6),
+        "vicreg": (-0.2, -1.0, 0.67, 6),
+        "all": (-0.18, -0.5, 0.12, 36),
+    },
+    "std": {
+        "simclr": (-0.34, -0.46, -0.19, 156),
+        "moco": (0.0, -0.29, 0.22, 66),
+        "byol": (-0.5, -0.73, -0.4, 36),
+        "simsiam": (-0.49, -0.68, -0.25, 36),
+        "barlow": (-0.07, -1.0, 1.0, 6),
+        "vicreg": (0.2, -0.64, 1.0, 6),
+        "supervised": (-0.24, -0.48, 0.1, 58),
+        "all": (-0.29, -0.38, -0.18, 368),
+    },
+    "loss": {
+        "simclr": (0.53, 0.35, 0.67, 78),
+        "moco": (0.19, -0.05, 0.51, 48),
+        "byol": (-0.11, -0.49, 0.35, 18),
+        "simsiam": (0.02, -0.33, 0.26, 18),
+        "barlow": (-0.2, -1.0, 0.64, 6),
+        "vicreg": (0.07, -1.0, 1.0, 6),
+        "supervised": (0.33, -0.11, 0.55, 28),
+        "all": (0.41, 0.26, 0.52, 202),
+    },
+    "same_image": {
+        "simclr": (0.41, -0.34, 1.0, 6),
+        "moco": (0.55, -0.09, 1.0, 6),
+        "byol": (0.41, -0.38, 1.0, 6),
+        "simsiam": (0.41, -0.3, 1.0, 6),
+        "barlow": (0.54, -0.43, 1.0, 6),
+        "vicreg": (0.64, -0.11, 1.0, 6),
+        "all": (0.5, 0.22, 0.75, 36),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well a measure ordered the runs of the study.
+
+    Attributes:
+        sentence: The figures for the user.
+        supported: Whether the interval over all methods lies above 0.
+    """
+
+    sentence: str
+    supported: bool
+
+
+NAMES = {"rankme": "RankMe", "lidar": "LiDAR", "alpha": "alpha-ReQ", "std": "feature std", "loss": "the loss"}
+NAMES["same_image"] = "finding the second view of an image (same_image)"
+"""Measure -> its name in a sentence."""
+
+
+def reliability(by: str, methods: Sequence[str] = ()) -> Reliability:
+    """Return how reliable a measure was between runs of one method: over all methods, and for those of the user's runs.
+
+    Args:
+        by: The measure.
+        methods: Methods of the runs to choose from.
+    """
+    tau, low, high, runs = BETWEEN[by]["all"]
+    how = "cannot be relied on" if low <= 0 else "is a weak guide" if tau < 0.5 else "is a fair guide"
+    parts = [f"{NAMES[by]} {how}: in our study Kendall's tau with k-NN is {_text(tau, low, high)} between {runs} runs"]
+    for method in methods:
+        if method in BETWEEN[by]:
+            tau_of, low_of, high_of, count = BETWEEN[by][method]
+            parts.append(f"{method}: {_text(tau_of, low_of, high_of)}, {count} runs")
+        else:
+            parts.append(f"{method}: not studied")
+    return Reliability("; ".join(parts) + " (1: same order, 0: none, -1: reverse; docs/choose.md)", low > 0)
+
+
+def _text(tau: float, low: float, high: float) -> str:
+    return f"{tau:+.2f} ({low:+.2f} to {high:+.2f})"

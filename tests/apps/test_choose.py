@@ -1,0 +1,168 @@
+"""`inbatch choose`: recorded measures, measures on images, bad input, and the study behind its sentence."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from command_line import one_object, run
+
+import inbatch
+from inbatch.apps.reports import choose, choose_study
+from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation import rankme
+from inbatch.models import create_encoder, save_encoder
+from inbatch.runtime.files import write_json
+from inbatch.training import checkpoint
+from inbatch.training.monitors import label_free
+from inbatch.training.recipe import make
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def entry(**values: Any) -> dict[str, Any]:
+    usual = {"step": 9, "epoch": 3, "loss": 2.0, "rankme": 10.0, "lidar": 5.0, "alpha": 1.5, "feature_std": 0.5}
+    return usual | values
+
+
+def recorded_run(folder: Path, last: dict[str, Any], method: str = "simclr", **settings: Any) -> Path:
+    """Write the recipe and the result of a run that never was."""
+    recipe = make({"data": "digits-canvas", "method.name": method, "encoder.name": "tiny"} | settings)
+    write_json(folder / "recipe.json", recipe.nested())
+    write_json(folder / "result.json", {"curve": [entry(rankme=99.0, lidar=99.0), last], "steps": 9})
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Return three runs; each measure but std and loss prefers another one."""
+    lasts = {
+        "a": entry(rankme=30.0, knn=0.2), "b": entry(lidar=50.0, loss=1.0, knn=0.9),
+        "c": entry(alpha=0.9, feature_std=0.9, knn=0.5),
+    }  # fmt: skip
+    for name in lasts:
+        (tmp_path / name).mkdir()
+    return [recorded_run(tmp_path / name, last) for name, last in lasts.items()]
+
+
+def test_runs_are_ranked_by_their_last_evaluation(runs: list[Path]) -> None:
+    for by, expected in {"rankme": "a", "lidar": "b", "alpha": "c", "std": "c", "loss": "b"}.items():
+        result = inbatch.choose_run(runs, by=by)
+        assert Path(result["recommended"]).name == expected and [one["rank"] for one in result["runs"]] == [1, 2, 3]
+        scores = [one["score"] for one in result["runs"]]
+        assert scores == sorted(scores, reverse=True) and result["notes"][:1] == study_note(by)
+        assert choose_study.NAMES[by] in result["reliability"]
+    assert result["kendall_tau"]["loss"] == pytest.approx(2 / 6**0.5) and result["kendall_tau"]["rankme"] < 0
+    assert inbatch.choose_run(runs)["by"] == "loss" and not choose_study.reliability("rankme").supported
+
+
+def study_note(by: str) -> list[str]:
+    if choose_study.reliability(by).supported:
+        return []
+    return [f"the study does not support choosing by this measure: its interval includes 0; see {choose.PAGE}"]
+
+
+def test_the_command_prints_table_reliability_and_json(runs: list[Path], tmp_path: Path) -> None:
+    words = " ".join(map(str, runs))
+    shown = run(f"choose {words} --by lidar").stdout
+    assert f"Recommended: {runs[1]}, by lidar" in shown and "Reliability: LiDAR" in shown
+    assert "k-NN" in shown and "90.0%" in shown and "Kendall's tau with k-NN here" in shown
+    result = one_object(run(f"choose {words} --json -o {tmp_path / 'choice.json'}").stdout)
+    assert json.loads((tmp_path / "choice.json").read_text()) == result
+    assert {one["run"] for one in result["runs"]} == set(map(str, runs))
+
+
+def test_what_limits_a_comparison_is_said(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    other = recorded_run(tmp_path / "d", entry(), "vicreg", subset=50)
+    result = inbatch.choose_run([*runs, other])
+    notes = " ".join(result["notes"])
+    assert result["by"] == "rankme" and "different methods (simclr, vicreg)" in notes and "different images" in notes
+    assert result["kendall_tau"] is None  # one run has no k-NN
+    same = recorded_run(tmp_path / "d", entry(), **{"method.temperature": 0.9})
+    assert "scale of the loss" in " ".join(inbatch.choose_run([runs[0], same], by="loss")["notes"])
+    assert "scale of the loss" not in " ".join(inbatch.choose_run(runs, by="loss")["notes"])
+
+
+def test_a_stopped_run_is_read_from_its_checkpoint(runs: list[Path]) -> None:
+    (runs[0] / "result.json").unlink()
+    with pytest.raises(ConfigError, match="No checkpoint"):
+        inbatch.choose_run(runs)
+    checkpoint.save(runs[0] / "checkpoints", {"progress": {"curve": [entry(rankme=77.0, step=4)]}}, step=5)
+    first = inbatch.choose_run(runs, by="rankme")["runs"][0]
+    assert (first["run"], first["rankme"], first["step"]) == (str(runs[0]), 77.0, 4)
+    assert "has not finished" in first["note"]
+    checkpoint.save(runs[0] / "checkpoints", {"progress": {"curve": []}}, step=1)
+    with pytest.raises(ConfigError, match="before its first evaluation"):
+        inbatch.choose_run(runs)
+
+
+def test_bad_input_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("empty", "old", "broken"):
+        (tmp_path / name).mkdir()
+    old = recorded_run(tmp_path / "old", {"step": 9, "rankme": 3.0, "feature_std": 0.1})
+    broken = recorded_run(tmp_path / "broken", entry(rankme="high"))
+    wrong = {
+        f"{runs[0]}": (2, "at least two runs, not 1"),
+        f"{runs[0]} {runs[0]}": (2, "only 1 differ"),
+        f"{runs[0]} {runs[1]} --by knn": (2, "unknown measure 'knn'"),
+        f"{runs[0]} {tmp_path / 'nowhere'}": (2, "is not the folder of a run"),
+        f"{runs[0]} {tmp_path / 'empty'}": (2, "it has no recipe.json"),
+        f"{runs[0]} {old} --by lidar": (2, "an older version made it; pass --data"),
+        f"{runs[0]} {broken}": (3, "rankme is not a number"),
+        f"{runs[0]} {runs[1]} --by loss --data x": (2, "training data only"),
+        f"{runs[0]} {runs[1]} --by same_image": (2, "the same views for all runs: pass --data"),
+        f"{runs[0]} {runs[1]} -o {tmp_path}": (1, "Name another file"),
+        "": (2, "Missing argument"),
+    }
+    for words, (code, sentence) in wrong.items():
+        result = run(f"choose {words}")
+        assert result.exit_code == code and sentence in result.stderr, (words, result.stderr)
+        assert "Traceback" not in result.output
+    (runs[0] / "result.json").write_text("{")
+    assert run(f"choose {runs[0]} {runs[1]}").exit_code == 3
+
+
+def test_encoders_of_different_sizes_are_measured_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randint(0, 255, (30, 3, 24, 24), dtype=torch.uint8)
+    for name, size in {"small": 20, "large": 32}.items():
+        save_encoder(create_encoder("tiny", size=size).eval(), tmp_path / name)
+    with pytest.raises(ConfigError, match="encoder's folder, which has no record of a run: pass --data"):
+        inbatch.choose_run([tmp_path / "small", tmp_path / "large"])
+    data, labels = (images, [i % 2 for i in range(30)]), []
+    monkeypatch.setattr(choose, "IMAGES", 25)
+    result = inbatch.choose_run([tmp_path / "small", tmp_path / "large"], data=data)
+    assert result["by"] == "same_image" and all(0 <= one["score"] == one["same_image"] <= 1 for one in result["runs"])
+    for one in result["runs"]:
+        encoder = inbatch.load(one["run"])
+        chosen = label_free.Chosen(choose.images_for(None, encoder, data)["train"], None, 0, 25)
+        expected = rankme(torch.from_numpy(encoder.embed([chosen.source.image(int(i)) for i in chosen.indices])))
+        assert one["rankme"] == pytest.approx(float(expected), rel=1e-3) and one["images"] == 25
+        assert 0 <= one["knn"] <= 1 and one["loss"] is None and one["lidar"] > 1
+        labels.append(one["encoder"])
+    assert result["kendall_tau"]["loss"] is None and labels == ["tiny", "tiny"]
+    with pytest.raises(DataError):
+        inbatch.choose_run([tmp_path / "small", tmp_path / "large"], data=tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("choose_tables", ROOT / "scripts" / "choose_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["choose_tables"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_and_quoted_figures_are_what_the_records_give(study: ModuleType) -> None:
+    runs = study.read_runs()
+    again = "python scripts/choose_tables.py writes them again"
+    assert study.PAGE.read_text() == study.page(runs), again
+    assert study.QUOTING.read_text() == study.source(runs), again
