@@ -63,7 +63,7 @@ def test_runs_are_ranked_by_their_last_evaluation(runs: list[Path]) -> None:
 def study_note(by: str) -> list[str]:
     if choose_study.reliability(by).supported:
         return []
-    return [f"the study does not support choosing by this measure: its interval includes 0; see {choose.PAGE}"]
+    return [f"the study does not support choosing by this measure: its interval is not above 0; see {choose.PAGE}"]
 
 
 def test_the_command_prints_table_reliability_and_json(runs: list[Path], tmp_path: Path) -> None:

@@ -234,5 +234,5 @@ def _notes(by: str, ranked: Sequence[Mapping[str, Any]], study: Reliability, dat
             "the runs have different settings of the method, batch or views, which change the scale of the loss"
         )
     if not study.supported:
-        notes.append(f"the study does not support choosing by this measure: its interval includes 0; see {PAGE}")
+        notes.append(f"the study does not support choosing by this measure: its interval is not above 0; see {PAGE}")
     return notes
