@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from inbatch.apps.collection.outliers import find_outliers
     from inbatch.apps.collection.search import search_images
     from inbatch.apps.collection.select import select_images
+    from inbatch.apps.comparisons.compare import compare
     from inbatch.apps.reports.batch_context import inspect_run
     from inbatch.apps.reports.choose import choose_run
     from inbatch.apps.reports.dataset import survey_data
@@ -49,6 +50,7 @@ _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.report
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
 _WHERE |= {"explore_features": "inbatch.apps.reports.explorer.explore"}
+_WHERE |= {"compare": "inbatch.apps.comparisons.compare"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 _WHERE |= {"search_images": "inbatch.apps.collection.search"}
 _WHERE |= {f"find_{name}": f"inbatch.apps.collection.{name}" for name in ("duplicates", "outliers")}
@@ -59,6 +61,7 @@ __all__ = [
     "Run",
     "__version__",
     "choose_run",
+    "compare",
     "draw_views",
     "dry_run",
     "embed_run",

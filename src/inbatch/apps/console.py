@@ -1,12 +1,13 @@
 """Terminal output of the first process: sentences, tables and JSON."""
 
+import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 from inbatch.runtime.text import one_line, printable
 
@@ -60,14 +61,26 @@ def width(numbers: bool = False) -> int:
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
     """Print a table to stdout; if `numbers`, align every column except the first to the right."""
-    if not first():
-        return
+    if first():
+        _draw_table(sys.stdout, width(numbers), headings, rows, numbers)
+
+
+def table_text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of numbers as text, as `print_table` prints it to a file."""
+    text = io.StringIO()
+    _draw_table(text, 100_000, headings, rows, True)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _draw_table(
+    file: IO[str], columns: int, headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout, width=width(numbers))
+    console = Console(file=file, width=columns)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, heading in enumerate(headings):
         table.add_column(Text(heading), justify="right" if numbers and i else "left")

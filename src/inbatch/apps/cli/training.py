@@ -19,7 +19,6 @@ from inbatch.apps.cli.app import (
     RunFolder,
     Set,
     app,
-    assignments,
     default_output,
     deliver,
     reported,
@@ -31,6 +30,7 @@ from inbatch.apps.cli.output import (
     print_run,
     print_verdict,
 )
+from inbatch.apps.cli.pretrain_options import pretrain_settings
 from inbatch.apps.console import complain, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
 from inbatch.runtime.path_list import joined_paths
@@ -161,6 +161,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Pretrain an encoder on images and write a run directory: recipe, log, curves, checkpoints, encoder, result."""
+    options = dict(locals())
     with reported(as_json):
         if data and method is not None and os.path.exists(method):
             raise ConfigError(
@@ -171,14 +172,7 @@ def pretrain(
             parse_budget(budget)  # before the import of torch, which takes seconds
         from inbatch import api
 
-        chosen = {"preset": preset, "encoder": encoder, "batch_size": batch_size, "context": context, "epochs": epochs}
-        chosen |= {"budget": budget, "image_size": image_size, "optimizer": optimizer, "precision": precision}
-        chosen |= {"seed": seed, "compile": compile or None, "fuse": fuse, "attend": attend, "crops": crops}
-        chosen |= {"image_column": image_column, "label_column": label_column}
-        chosen |= {"curate": "redraw" if curate else None, "shuffle_groups": shuffle_groups or None}
-        fields: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        own = {"encoder.init": init, "encoder.init_min_match": init_min_match, "optimizer.lr": lr}
-        settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
+        fields, settings = pretrain_settings(options)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         shared["download"] = download
         if dry_run:

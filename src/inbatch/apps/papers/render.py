@@ -141,30 +141,31 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
     """
     table = sheet.table
     headings, rows = grid(sheet)
-    parts = [f"# {table.name}: {_md(table.title)}", _md(table.asks), _md_table(headings, rows)]
+    parts = [f"# {table.name}: {markdown_text(table.title)}", markdown_text(table.asks), markdown_table(headings, rows)]
     if picture is not None:
         parts.append(f"![Curves]({picture})")
     if told := table.holds.get(sheet.scale):
         parts.append(f"**Findings.** {told}")
-    parts.append("\n".join(f"- {_md(note, code=False)}" for note in notes(sheet)))
+    parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in notes(sheet)))
     parts.append(
         "## The runs\n\n"
-        + _md(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
+        + markdown_text(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
     )
     listed = []
     for cell, record in first_seeds(sheet):
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
-        listed.append(f"- {_md(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
+        listed.append(f"- {markdown_text(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
     return printable("\n\n".join([*parts, *listed]) + "\n")
 
 
-def _md(text: str, code: bool = True) -> str:
+def markdown_text(text: str, code: bool = True) -> str:
     """Return text with the characters escaped that mean something in Markdown, except code between two `."""
     parts = re.split(r"(`[^`]*`)", text) if code else [text]
     return "".join(part if i % 2 else re.sub(r"([|<>*_\[\]`])", r"\\\1", part) for i, part in enumerate(parts))
 
 
-def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, with every column except the first aligned to the right."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(_md_cell, line))} |" for line in lines)
 

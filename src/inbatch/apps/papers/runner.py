@@ -22,7 +22,7 @@ from inbatch.apps.papers.results import Failure, Record, find_record, read_recor
 from inbatch.apps.papers.scales import WHERE
 from inbatch.apps.papers.spec import Cell, key
 from inbatch.apps.reports.crop_statistics import count_configurations
-from inbatch.errors import DataError, InbatchError, Preempted, TrainingError
+from inbatch.errors import ConfigError, DataError, InbatchError, Preempted, TrainingError
 from inbatch.runtime import child_processes
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import locked, read_json, write_json
@@ -182,6 +182,7 @@ class Runner:
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
             return self._failed(cell, place, result, log, began)
+        result = self._completed(cell, result, log)
         for protocol in cell.protocols:
             other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
             words = ["evaluate", str(folder), "--out", str(folder / f"{protocol}.json")]
@@ -197,10 +198,15 @@ class Runner:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _record(cell, place, result)
 
+    def _completed(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
+        """Return the result of a finished run with everything that its record needs; for subclasses."""
+        return result
+
     def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
         """Return the JSON object of an inbatch command; it has an "exit_code" if the run diverged.
 
         Raises:
+            ConfigError: If its settings are invalid on this machine.
             DataError: If the images are missing or invalid.
             InbatchError: If the process was stopped or crashed.
         """
@@ -224,8 +230,9 @@ class Runner:
             found: dict[str, Any] = json.loads(out)
             if child.returncode == TrainingError.exit_code:
                 return found
-            if child.returncode == DataError.exit_code:
-                raise DataError(found["error"])
+            for kind in (ConfigError, DataError):
+                if child.returncode == kind.exit_code:
+                    raise kind(found["error"])
             if child.returncode == 0:
                 return found
             raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")

@@ -12,8 +12,9 @@ from inbatch.training.registry import Part, make_part
 
 Settings = Mapping[str, Any]
 SCALES = ("smoke", "cpu", "gpu", "paper")
-LEFT_OUT = ("data", "test", "seed", "preset", "cache_on_device")
-"""Settings that do not distinguish two runs: where images are and are held, and the origin of other settings."""
+LEFT_OUT = ("data", "test", "seed", "preset", "cache_on_device", "replans")
+"""Settings that do not distinguish two runs: where images are and are held, the origin of other settings, and changes
+of the length by which a run keeps its budget."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Parse the command line of a variant of a comparison with the options of `inbatch pretrain` itself."""
+
+import shlex
+from typing import Any
+
+import typer
+
+from inbatch.apps.cli.app import USUAL
+from inbatch.apps.cli.pretrain_options import pretrain_settings
+from inbatch.apps.cli.training import pretrain
+from inbatch.errors import ConfigError
+
+_OF_COMPARISON = {
+    "data": "--data of the comparison", "image_column": "--set image_column=NAME of the comparison",
+    "label_column": "--set label_column=NAME of the comparison", "seed": "--seeds of the comparison",
+    "budget": "--budget of the comparison, which is divided over its runs", "out": "--out of the comparison",
+    "device": "--device of the comparison", "download": "--download of the comparison",
+}  # fmt: skip
+"""Option that all variants share -> where it is set."""
+_SETTINGS = ("method", "preset", "encoder", "init", "init_min_match", "image_size", "batch_size", "context", "epochs", "optimizer", "lr",
+    "precision", "fuse", "attend", "curate", "crops", "shuffle_groups", "compile", "config", "set_")  # fmt: skip
+"""Options that a variant may set."""
+
+
+def parse_variant(text: str) -> tuple[str | None, Any, dict[str, Any], dict[str, Any]]:
+    """Return method, settings file, settings by name and dotted settings of "pretrain simclr --fuse conv".
+
+    Raises:
+        ConfigError: If the text is not a command line of `inbatch pretrain`, or sets what all variants share.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"variant {text!r}: {error}") from None
+    words = words[1:] if words[:1] == ["inbatch"] else words
+    if words[:1] != ["pretrain"]:
+        raise ConfigError(f'variant {text!r}: write the command of a run in quotes, such as "pretrain simclr"')
+    single = typer.Typer(add_completion=False)
+    single.command(context_settings={"help_option_names": []})(pretrain)
+    try:
+        context = typer.main.get_command(single).make_context("pretrain", words[1:])
+    except Exception as error:  # of typer's copy of click, or of click
+        if not hasattr(error, "format_message"):
+            raise
+        usual = USUAL.get(getattr(error, "option_name", None) or "")
+        text_of = f"No such option: {error.option_name}; use {usual}" if usual else error.format_message()
+        raise ConfigError(f"variant {text!r}: {text_of}") from None
+    options = context.params
+    for name in options:
+        source = context.get_parameter_source(name)
+        if name not in _SETTINGS and source is not None and source.name == "COMMANDLINE":
+            flag = next(p.opts[0] for p in context.command.params if p.name == name)
+            where = _OF_COMPARISON.get(name)
+            raise ConfigError(
+                f"variant {text!r}: {flag} is not part of a variant; "
+                + (f"use {where}" if where else "leave it out, it does not change what is learned")
+            )
+    try:
+        fields, settings = pretrain_settings(options)
+    except ConfigError as error:
+        raise ConfigError(f"variant {text!r}: {error}") from None
+    return options["method"], options["config"], fields, settings

@@ -1,0 +1,287 @@
+"""Plan a comparison: the recipe of every variant, the same images, evaluation and seeds for all, and the time."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from inbatch.apps.comparisons.metrics import Metric
+from inbatch.apps.comparisons.runner import ComparisonRunner
+from inbatch.apps.comparisons.variants import Variant, named
+from inbatch.apps.papers.spec import Cell, Column, Row, Scale, Table, cells
+from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.methods import METHODS
+from inbatch.runtime.files import read_json, to_json, write_json
+from inbatch.training.budget import LEAST, duration
+from inbatch.training.holdout import evaluation_split
+from inbatch.training.plan import resolve_recipe
+from inbatch.training.recipe import Recipe, Settings, make
+from inbatch.training.requested_settings import check_one_length, with_default_budget
+from inbatch.training.run_encoder import with_encoder_of_init
+from inbatch.training.settings_file import read_settings
+
+SCALE = "own"
+KEPT = 0.1
+"""Share of a budget that is kept for planning and for the evaluation on all images."""
+DEFAULT = 3600.0
+"""Seconds of a run on a CPU if nothing determines its length, as of `inbatch pretrain`."""
+_TIMED = 6
+"""Variants of which real steps are timed for the expected duration; others are counted as the mean of these."""
+_OF_FIRST = ("image_size", "subset")
+"""Settings that a budget chooses for the first variant and that then apply to all, with its encoder."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks to compare.
+
+    Attributes:
+        variants: The variants.
+        place: Location of the images, or the name of a data set.
+        seeds: Seeds of every variant.
+        common: Settings of all variants, which a variant may override.
+        budget: Seconds for all runs together; None without a budget.
+        download: Download a torchvision data set that is missing.
+    """
+
+    variants: tuple[Variant, ...]
+    place: str
+    seeds: tuple[int, ...]
+    common: Settings = field(default_factory=dict)
+    budget: float | None = None
+    download: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the images in the names of files: the last part of their location."""
+        first = self.place.split(os.pathsep)[0].rstrip("/")
+        return re.sub(r"[^\w.-]+", "-", Path(first).name or first).strip("-.") or "data"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison with all its recipes.
+
+    Attributes:
+        table: The variants as rows of a table with one column, the tested figure.
+        recipes: Recipe of each variant, with seed 0.
+        images: Number of images to learn from.
+        held_out: Origin of the labelled images for the evaluation; None without labels.
+        notes: Sentences about unequal conditions.
+        share: Seconds of one run with a budget.
+    """
+
+    table: Table
+    recipes: tuple[Recipe, ...]
+    images: int
+    held_out: str | None
+    notes: tuple[str, ...]
+    share: float | None = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every run, the first seed of all variants first."""
+        return list(cells(self.table, SCALE))
+
+
+def with_length(request: Request, device: Any, jobs: int) -> Request:
+    """Return the request, on a CPU with a budget of an hour a run if no variant sets length or encoder.
+
+    Raises:
+        ConfigError: If some variants set a length and others do not.
+    """
+    if request.budget is not None:
+        return request
+    own = [{**request.common, **variant.settings} for variant in request.variants]
+    lacking = [with_default_budget(one, request.place, device, configured=False) is not one for one in own]
+    if any(lacking) and not all(lacking):
+        name = request.variants[lacking.index(True)].name
+        raise ConfigError(f"variant {name!r} sets no length and others do: add --epochs or --budget for all")
+    rounds = -(-len(own) * len(request.seeds) // jobs)
+    return replace(request, budget=DEFAULT * rounds / (1 - KEPT)) if all(lacking) else request
+
+
+def resolved(request: Request) -> tuple[list[Settings], list[Recipe], Any]:
+    """Return requested settings and recipe of every variant, and the images; errors name the variant.
+
+    All variants get the number of neighbours of the first one's preset, so that they are evaluated alike.
+    """
+    settings, recipes, source = [], [], None
+    for variant in request.variants:
+        own = {**request.common, **variant.settings}
+        try:
+            own = with_encoder_of_init(own)
+            if request.budget is not None:
+                check_one_length(own | {"budget": request.budget})
+            recipe, opened = resolve_recipe(request.place, own, request.download)
+            if recipes and "knn_k" not in own and recipe.knn_k != recipes[0].knn_k:
+                own = own | {"knn_k": recipes[0].knn_k}
+                recipe, _ = resolve_recipe(request.place, own, request.download)
+        except (ConfigError, DataError) as error:
+            raise type(error)(named(f"pretrain {variant.name}", error)) from None
+        source = source or opened
+        settings.append(own)
+        recipes.append(recipe)
+    return settings, recipes, source
+
+
+def plan_comparison(request: Request, metric: Metric, runner: ComparisonRunner) -> Plan:
+    """Return the plan of a comparison; with a budget, the length of every variant is planned by real steps.
+
+    The plan is stored in the folder of the runs, so that a repeated command continues the same runs.
+
+    Raises:
+        ConfigError: For invalid settings, equal variants, or a folder that holds runs on other images.
+        DataError: If the images cannot be read, or the metric needs labels that they lack.
+    """
+    settings, recipes, source = resolved(request)
+    facts = {
+        "data": request.place, "test": recipes[0].test, "images": len(source), "signature": source.signature(),
+    }  # fmt: skip
+    stored = _stored(runner.work, facts)
+    split = evaluation_split(recipes[0], source, request.place, download=request.download)
+    if split is None and metric.labels:
+        raise DataError(
+            f"{source.name} has no labels{source.why_unlabelled()}, which the metric needs: use --metric same_image or "
+            "rankme, which are no accuracy, or labelled --set test=FOLDER"
+        )
+    share = None
+    if request.budget is not None:
+        share = run_share(request.budget, len(recipes) * len(request.seeds), runner.jobs or 1)
+        recipes = _within_budget(request, settings, recipes, share, runner, stored)
+    write_json(runner.work / "plan.json", facts | {"schema": 1, "planned": stored})
+    _check_different(request.variants, recipes)
+    held_out = None if split is None else split.description
+    table = _table(request, recipes, metric)
+    return Plan(table, tuple(recipes), len(source), held_out, tuple(_unequal(request, recipes, held_out)), share)
+
+
+def run_share(budget: float, runs: int, jobs: int) -> float:
+    """Return the seconds of one run, if `jobs` of them run at a time; ConfigError if they are too few."""
+    rounds = -(-runs // jobs)
+    share = (1 - KEPT) * budget / rounds
+    if share < LEAST:
+        raise ConfigError(
+            f"a budget of {duration(budget)} for {runs} runs, {jobs} at a time, leaves {share:.0f} s for a run, which "
+            f"needs at least {LEAST:.0f} s: give at least {duration(LEAST * rounds / (1 - KEPT))}, or fewer variants or seeds"
+        )
+    return share
+
+
+def _within_budget(
+    request: Request, settings: Sequence[Settings], recipes: Sequence[Recipe], share: float,
+    runner: ComparisonRunner, stored: dict[str, Any],
+) -> list[Recipe]:  # fmt: skip
+    """Return recipes of equal duration, by timed steps of every variant, with the encoder of the first one."""
+    planned: list[Recipe] = []
+    for variant, own, recipe in zip(request.variants, settings, recipes, strict=True):
+        own = own | {"budget": share, "knn_k": recipes[0].knn_k}
+        if planned:
+            chosen = planned[0].flat()
+            named_encoder = any(key.startswith("encoder.") or key == "preset" for key in own)
+            first = () if named_encoder else [key for key in chosen if key.startswith("encoder.")]
+            own = {key: chosen[key] for key in (*first, *_OF_FIRST) if chosen[key] is not None} | own
+        identity = hashlib.sha256(to_json(own | {"seeds": len(request.seeds)}).encode()).hexdigest()[:16]
+        if identity not in stored:
+            runner.tell(f"Planning {variant.name}: timing real steps for {duration(share)} a run.")
+            cell = Cell(variant.name, request.name, 0, recipe.flat() | {"data": request.name})
+            try:
+                dry = runner.dry_run(cell, own, request.place)
+            except InbatchError as error:
+                raise type(error)(named(f"pretrain {variant.name}", error)) from None
+            stored[identity] = dry["recipe"] | {"seed": 0}
+        planned.append(make(read_settings(stored[identity] | {"data": request.place})))
+    return planned
+
+
+def _stored(work: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored plans of a folder; ConfigError if its runs are of other images."""
+    file = work / "plan.json"
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    for key, what in (("data", "images"), ("test", "test images"), ("images", "number of images"), ("signature", "")):
+        if content.get(key) != facts[key]:
+            now = f"{what}: {content.get(key)}, now {facts[key]}" if what else "other names or labels"
+            raise ConfigError(f"{work} holds runs on other images ({now}): choose another --out")
+    planned = content.get("planned")
+    return planned if isinstance(planned, dict) else {}
+
+
+def _table(request: Request, recipes: Sequence[Recipe], metric: Metric) -> Table:
+    """Return the comparison as a table, whose rows are compared with the first."""
+    name, rows = request.name, list[Row]()
+    for variant, recipe in zip(request.variants, recipes, strict=True):
+        own = {key: value for key, value in recipe.flat().items() if key != "seed"} | {"data": name}
+        rows.append(Row(variant.name, own, against=request.variants[0].name if rows else None))
+    scale = Scale(
+        (Column(metric.heading, name, metric.path),), {name: {}}, seeds=request.seeds,
+        protocols=() if metric.protocol is None else (metric.protocol,),
+    )  # fmt: skip
+    return Table("comparison", "Comparison", "inbatch compare", "", tuple(rows), {SCALE: scale})
+
+
+def _check_different(variants: Sequence[Variant], recipes: Sequence[Recipe]) -> None:
+    """Raise ConfigError if two variants are the same recipe: they would share every run."""
+    seen: dict[str, str] = {}
+    for variant, recipe in zip(variants, recipes, strict=True):
+        text = to_json({key: value for key, value in recipe.flat().items() if key != "preset"})
+        if text in seen:
+            raise ConfigError(
+                f"the variants {seen[text]!r} and {variant.name!r} are the same recipe and would share every run: "
+                "leave one out"
+            )
+        seen[text] = variant.name
+
+
+def differing(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """Return, for each recipe, the settings in which recipes differ, with their values; None without the setting."""
+    flat = [json.loads(to_json(recipe.flat())) for recipe in recipes]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    unequal = [key for key in keys if key != "preset" and any(one.get(key) != flat[0].get(key) for one in flat)]
+    return [{key: one.get(key) for key in unequal} for one in flat]
+
+
+def _unequal(request: Request, recipes: Sequence[Recipe], held_out: str | None) -> list[str]:
+    """Return sentences about conditions that are not the same for all variants."""
+    notes = []
+    differences = differing(recipes)
+    if request.budget is not None:
+        lengths = ", ".join(f"{v.name}: {r.steps:,}" for v, r in zip(request.variants, recipes, strict=True))
+        notes.append(
+            "Equal time, not equal steps: every run has the same wall time, so a variant with slower steps makes fewer "
+            f"({lengths}). For equal steps use --epochs."
+        )
+    else:
+        keys = [key for key in ("epochs", "steps", "batch_size", "image_size") if key in differences[0]]
+        notes += [f"The variants differ in {key}, which may explain a difference." for key in keys]
+    labelled = [v.name for v, r in zip(request.variants, recipes, strict=True) if METHODS[r.method.name].labels]
+    if labelled and len(labelled) < len(recipes):
+        seen = held_out is not None and held_out.startswith("a tenth")
+        notes.append(
+            f"{', '.join(labelled)}: learns from the labels, the others do not"
+            + (", and also from those of the images that evaluate it: pass test images." if seen else ".")
+        )
+    return notes
+
+
+def expected_seconds(plan: Plan, missing: Sequence[Cell], place: str, runner: ComparisonRunner) -> tuple[float, int]:
+    """Return the expected seconds of training the missing runs, and the number of variants that were timed."""
+    counts: dict[str, int] = {}
+    first: dict[str, Cell] = {}
+    for cell in missing:
+        counts[cell.key] = counts.get(cell.key, 0) + 1
+        first.setdefault(cell.key, cell)
+    timed = {}
+    for key, cell in list(first.items())[:_TIMED]:
+        settings = {name: value for name, value in cell.recipe().nested().items() if name != "budget"}
+        try:
+            timed[key] = float(runner.dry_run(cell, settings, place)["seconds_estimate"]["training"])
+        except InbatchError as error:
+            raise type(error)(named(f"pretrain {cell.row}", error)) from None
+    mean = sum(timed.values()) / max(1, len(timed))
+    return sum(timed.get(key, mean) * count for key, count in counts.items()), len(timed)
