@@ -7,8 +7,8 @@ import typer
 from typer import Argument, Option
 
 from inbatch.apps.cli.app import Device, Json, Quiet, app, assignments, deliver, reported
-from inbatch.apps.console import complain, print_table, say, width
-from inbatch.errors import ConfigError
+from inbatch.apps.console import complain, print_table, say, warn, width
+from inbatch.errors import ConfigError, listed, many
 
 
 @app.command(
@@ -106,3 +106,27 @@ def _show_comparison(result: dict[str, Any]) -> None:
             print_table([headings[i] for i in chosen], [[row[i] for i in chosen] for row in rows], numbers=True)
             say("")
     say(*render.sentences(result), "", *render.notes(result), "", f"Written to: {result['out']}/comparison.md")
+
+
+@app.command(
+    epilog="Examples:\n\n  inbatch runs runs -o runs.html\n\n"
+    "  inbatch runs runs/compare-photos runs/simclr-photos-1 -o runs.html\n\n"
+    "  inbatch runs results/records -o records.html",
+)
+def runs(
+    folders: Annotated[
+        list[Path], Argument(metavar="DIR...", help="Run folders, folders that hold some, or folders of records.")
+    ],
+    out: Annotated[Path, Option("--out", "-o", help="HTML file to write; replaced if it exists.")] = Path("runs.html"),
+    as_json: Json = False,
+) -> None:
+    """Write a page of many runs as one HTML file that works offline: table, curves, differences of recipes."""
+    with reported(as_json):
+        from inbatch.apps.reports.runs_page.page import write_runs_page
+
+        def show(result: dict[str, Any]) -> None:
+            say(f"Page: {result['out']} ({many(result['runs'], 'run')}, {result['bytes'] / 1e6:,.1f} MB)")
+            if result["unreadable"]:
+                warn(f"not on the page: {listed(result['unreadable'], 3, '; ')}")
+
+        deliver(lambda: write_runs_page(folders, out), as_json, show)

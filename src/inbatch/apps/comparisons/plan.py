@@ -165,9 +165,10 @@ def run_share(budget: float, runs: int, jobs: int) -> float:
     rounds = -(-runs // jobs)
     share = (1 - KEPT) * budget / rounds
     if share < LEAST:
+        least = duration(LEAST * rounds / (1 - KEPT))
         raise ConfigError(
             f"a budget of {duration(budget)} for {runs} runs, {jobs} at a time, leaves {share:.0f} s for a run, which "
-            f"needs at least {LEAST:.0f} s: give at least {duration(LEAST * rounds / (1 - KEPT))}, or fewer variants or seeds"
+            f"needs at least {LEAST:.0f} s: give at least {least}, or fewer variants or seeds"
         )
     return share
 

@@ -260,7 +260,8 @@ def _notes(rows: Sequence[Variation], metric: Metric) -> list[str]:
         notes.insert(0, f"{metric.heading} needs no labels and is not an accuracy: a better value can come with worse "
                         "features.")  # fmt: skip
     if lost := sum(row.failed for row in rows):
-        notes.append(f"{many(lost, 'run')} failed and not in the means, which may be too good for that variant.")
+        verb = "is" if lost == 1 else "are"
+        notes.append(f"{many(lost, 'run')} failed and {verb} not in the means, which may be too good for that variant.")
     sizes = {
         (part["train"]["labelled"], part["test"]["labelled"])
         for row in rows

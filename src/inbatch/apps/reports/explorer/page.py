@@ -67,9 +67,9 @@ def render_page(title: str, summary: str, data: dict[str, Any]) -> str:
     sprite = data.get("sprite") or {"sheets": []}
     beside = "" if all(sheet.startswith("data:") for sheet in sprite["sheets"]) else " 'self' file:"
     # regl compiles its drawing commands with `new Function`, which needs 'unsafe-eval'; no other script can run.
-    style_hash = _digest(style)
+    style_hash = digest(style)
     policy = (
-        f"default-src 'none'; script-src 'sha256-{_digest(script)}' 'unsafe-eval'; style-src 'sha256-{style_hash}'; "
+        f"default-src 'none'; script-src 'sha256-{digest(script)}' 'unsafe-eval'; style-src 'sha256-{style_hash}'; "
         f"img-src data: blob:{beside}; base-uri 'none'; form-action 'none'"
     )
     template = Environment(autoescape=True).from_string(resource("page.html"))
@@ -84,5 +84,6 @@ def resource(name: str) -> str:
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return the SHA-256 of a script or style in base64, as a content security policy names it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
