@@ -29,7 +29,7 @@ from inbatch.training import checkpoint
 from inbatch.training.recipe import Recipe, make
 
 COMMANDS = ("quickstart", "pretrain", "evaluate", "embed", "export", "inspect", "views", "crops", "methods", "plugins")
-COMMANDS += ("bench", "doctor", "data", "table", "select", "labels")
+COMMANDS += ("bench", "doctor", "data", "table", "select", "labels", "compare", "runs")
 TINY = "--data digits-canvas --set subset=200 --batch 40 --epochs 1"  # 5 steps
 
 
@@ -91,7 +91,7 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     second = {"--out", "--backbone", "--model", "--size", "--batch", "--learning-rate", "--num-workers", "--share"}
     second |= {"--draws", "--most", "--on", "--work", "--again"}  # further names of an option
     assert "--json" in flags and len(flags - second) <= (37 if command == "pretrain" else 20), sorted(flags)
-    shows = ("quickstart", "pretrain", "embed", "table")
+    shows = ("quickstart", "pretrain", "embed", "table", "compare")
     assert ("--quiet" in flags) == (command in shows), "--quiet only applies to commands that show progress"
 
 
@@ -136,12 +136,14 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
     import inbatch.apps.bench.benchmark
     import inbatch.apps.collection.labels
     import inbatch.apps.collection.select
+    import inbatch.apps.comparisons.compare
     import inbatch.apps.doctor
     import inbatch.apps.papers.command
     import inbatch.apps.quickstart
     import inbatch.apps.reports.batch_context
     import inbatch.apps.reports.crop_statistics
     import inbatch.apps.reports.dataset
+    import inbatch.apps.reports.runs_page.page
     import inbatch.apps.reports.view_grid
 
     for module, name in (
@@ -151,6 +153,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
         (inbatch.apps.bench.benchmark, "bench"), (inbatch.apps.doctor, "examine"),
         (inbatch.apps.collection.labels, "find_label_errors"), (inbatch.apps.collection.select, "select_images"),
         (inbatch.apps.reports.dataset, "survey_data"), (inbatch.apps.papers.command, "run_table_command"),
+        (inbatch.apps.comparisons.compare, "compare"), (inbatch.apps.reports.runs_page.page, "write_runs_page"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, cut)
     examples = [part.strip() for part in run(f"{command} --help").stdout.partition("Examples:")[2].splitlines()]

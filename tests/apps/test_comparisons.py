@@ -309,11 +309,13 @@ def test_images_without_labels_are_compared_without_accuracy(trained: list[list[
         (f"'{SIMCLR}' '{BYOL}' --data nowhere", 3, "nowhere"),
     ],
 )
-def test_a_wrong_comparison_runs_nothing(words: str, code: int, says: str, trained: list[list[str]]) -> None:
+def test_a_wrong_comparison_writes_nothing(
+    words: str, code: int, says: str, trained: list[list[str]], tmp_path: Path
+) -> None:
     base = FAST[2:] if "--data" in words else FAST
     done = run(f"compare {words} {' '.join(base)} --quiet")
     assert done.exit_code == code and says in done.output, done.output
-    assert trained == []
+    assert trained == [] and list(tmp_path.iterdir()) == []
 
 
 def test_runs_as_an_array_of_slurm_jobs(trained: list[list[str]], tmp_path: Path) -> None:

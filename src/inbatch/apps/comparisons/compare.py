@@ -7,7 +7,7 @@ from typing import Any
 
 from inbatch.apps.comparisons import render
 from inbatch.apps.comparisons.array_script import array_script
-from inbatch.apps.comparisons.metrics import METRICS, Metric, metric_named
+from inbatch.apps.comparisons.metrics import metric_named
 from inbatch.apps.comparisons.plan import Plan, Request, expected_seconds, plan_comparison, with_length
 from inbatch.apps.comparisons.report import report
 from inbatch.apps.comparisons.runner import ComparisonRunner
@@ -71,12 +71,10 @@ def compare(
     """
     request = _request(variants, data, seeds, epochs, budget, settings, grid, download)
     folder = path_of(f"runs/compare-{request.name}" if out is None else out, "out")
-    tested = metric_named("knn" if metric is None else metric)
+    tested = None if metric is None else metric_named(metric)
     script = None if slurm is None else path_of(slurm, "slurm")
     if detect is not None and not detect > 0:
         raise ConfigError(f"detect = {detect}: give a difference above 0, in the unit of the metric")
-    for name in FILES:
-        check_writable(folder / name)
     with progress(quiet) as (tell, show):
         runner = ComparisonRunner(
             folder / "results", folder, {request.name: request.place}, jobs=jobs, device=device, download=download,
@@ -85,13 +83,15 @@ def compare(
         request = with_length(request, device_for(device), runner.jobs or 1)
         if script is not None:
             _check_script(script, request)
-        plan, tested = _planned(request, metric, tested, runner)
+        plan = plan_comparison(request, tested, runner)
+        for name in FILES:
+            check_writable(folder / name)
         words = _command(variants, request, folder, metric, grid, (all_pairs, detect, epochs))
         if script is not None:
             return _write_script(script, plan, runner, words)
         problems = _run(plan, request, runner, run)
     result = {"command": render.command(words), "out": str(folder)}
-    result |= report(plan, read_records(runner.results), tested, all_pairs=all_pairs, detect=detect)
+    result |= report(plan, read_records(runner.results), all_pairs=all_pairs, detect=detect)
     result["problems"] = {name: str(problem) for name, problem in problems.items()}
     _write(folder, result)
     if problems:
@@ -129,16 +129,6 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if seeds > 1000:
         raise ConfigError(f"seeds = {seeds} is the number of seeds, at most 1000; one seed is 0,")
     return tuple(range(seeds))
-
-
-def _planned(request: Request, name: str | None, metric: Metric, runner: ComparisonRunner) -> tuple[Plan, Metric]:
-    """Return the plan and the tested figure; without labels and without a requested metric, the one without labels."""
-    if name is None:
-        other = METRICS["same_image"]
-        plan = plan_comparison(request, other, runner)
-        if plan.held_out is None:
-            return plan, other
-    return plan_comparison(request, metric, runner), metric
 
 
 def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> dict[str, InbatchError]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from inbatch.apps.comparisons.metrics import Metric
+from inbatch.apps.comparisons.metrics import METRICS, Metric
 from inbatch.apps.comparisons.runner import ComparisonRunner
 from inbatch.apps.comparisons.variants import Variant, named
 from inbatch.apps.papers.spec import Cell, Column, Row, Scale, Table, cells
-from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
-from inbatch.runtime.files import read_json, to_json, write_json
+from inbatch.runtime.files import check_writable, read_json, to_json, write_json
 from inbatch.training.budget import LEAST, duration
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.plan import resolve_recipe
@@ -67,7 +67,8 @@ class Plan:
     """A comparison with all its recipes.
 
     Attributes:
-        table: The variants as rows of a table with one column, the tested figure.
+        table: The variants as rows of a table with one column.
+        metric: The tested figure.
         recipes: Recipe of each variant, with seed 0.
         images: Number of images to learn from.
         held_out: Origin of the labelled images for the evaluation; None without labels.
@@ -76,6 +77,7 @@ class Plan:
     """
 
     table: Table
+    metric: Metric
     recipes: tuple[Recipe, ...]
     images: int
     held_out: str | None
@@ -121,43 +123,49 @@ def resolved(request: Request) -> tuple[list[Settings], list[Recipe], Any]:
             if recipes and "knn_k" not in own and recipe.knn_k != recipes[0].knn_k:
                 own = own | {"knn_k": recipes[0].knn_k}
                 recipe, _ = resolve_recipe(request.place, own, request.download)
-        except (ConfigError, DataError) as error:
-            raise type(error)(named(f"pretrain {variant.name}", error)) from None
+        except ConfigError as error:  # an error of the images is not the variant's
+            raise ConfigError(named(f"pretrain {variant.name}", error)) from None
         source = source or opened
         settings.append(own)
         recipes.append(recipe)
     return settings, recipes, source
 
 
-def plan_comparison(request: Request, metric: Metric, runner: ComparisonRunner) -> Plan:
+def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonRunner) -> Plan:
     """Return the plan of a comparison; with a budget, the length of every variant is planned by real steps.
+
+    Without a metric it is k-NN, or for images without labels the share of images that are found again.
 
     The plan is stored in the folder of the runs, so that a repeated command continues the same runs.
 
     Raises:
         ConfigError: For invalid settings, equal variants, or a folder that holds runs on other images.
         DataError: If the images cannot be read, or the metric needs labels that they lack.
+        InbatchError: If the folder cannot be written.
     """
     settings, recipes, source = resolved(request)
+    _check_different(request.variants, recipes)
     facts = {
         "data": request.place, "test": recipes[0].test, "images": len(source), "signature": source.signature(),
     }  # fmt: skip
     stored = _stored(runner.work, facts)
     split = evaluation_split(recipes[0], source, request.place, download=request.download)
+    metric = metric or METRICS["same_image" if split is None else "knn"]
     if split is None and metric.labels:
         raise DataError(
             f"{source.name} has no labels{source.why_unlabelled()}, which the metric needs: use --metric same_image or "
             "rankme, which are no accuracy, or labelled --set test=FOLDER"
         )
-    share = None
+    share, plans = None, runner.work / "plan.json"
+    check_writable(plans)
     if request.budget is not None:
         share = run_share(request.budget, len(recipes) * len(request.seeds), runner.jobs or 1)
         recipes = _within_budget(request, settings, recipes, share, runner, stored)
-    write_json(runner.work / "plan.json", facts | {"schema": 1, "planned": stored})
-    _check_different(request.variants, recipes)
+    write_json(plans, facts | {"schema": 1, "planned": stored})
     held_out = None if split is None else split.description
     table = _table(request, recipes, metric)
-    return Plan(table, tuple(recipes), len(source), held_out, tuple(_unequal(request, recipes, held_out)), share)
+    notes = tuple(_unequal(request, recipes, held_out))
+    return Plan(table, metric, tuple(recipes), len(source), held_out, notes, share)
 
 
 def run_share(budget: float, runs: int, jobs: int) -> float:
@@ -192,8 +200,8 @@ def _within_budget(
             cell = Cell(variant.name, request.name, 0, recipe.flat() | {"data": request.name})
             try:
                 dry = runner.dry_run(cell, own, request.place)
-            except InbatchError as error:
-                raise type(error)(named(f"pretrain {variant.name}", error)) from None
+            except ConfigError as error:
+                raise ConfigError(named(f"pretrain {variant.name}", error)) from None
             stored[identity] = dry["recipe"] | {"seed": 0}
         planned.append(make(read_settings(stored[identity] | {"data": request.place})))
     return planned
@@ -282,7 +290,7 @@ def expected_seconds(plan: Plan, missing: Sequence[Cell], place: str, runner: Co
         settings = {name: value for name, value in cell.recipe().nested().items() if name != "budget"}
         try:
             timed[key] = float(runner.dry_run(cell, settings, place)["seconds_estimate"]["training"])
-        except InbatchError as error:
-            raise type(error)(named(f"pretrain {cell.row}", error)) from None
+        except ConfigError as error:
+            raise ConfigError(named(f"pretrain {cell.row}", error)) from None
     mean = sum(timed.values()) / max(1, len(timed))
     return sum(timed.get(key, mean) * count for key, count in counts.items()), len(timed)

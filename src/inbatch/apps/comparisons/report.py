@@ -45,7 +45,7 @@ class Variation:
         return sum(r is not None and c.seed not in self.values for c, r in zip(self.cells, self.records, strict=True))
 
 
-def variations(plan: Plan, records: Records, metric: Metric) -> list[Variation]:
+def variations(plan: Plan, records: Records) -> list[Variation]:
     """Return the runs of every variant."""
     rows = []
     for row in plan.table.rows:
@@ -54,23 +54,23 @@ def variations(plan: Plan, records: Records, metric: Metric) -> list[Variation]:
         values = {
             cell.seed: value
             for cell, record in zip(own, found, strict=True)
-            if record is not None and (value := metric.value(record)) is not None
+            if record is not None and (value := plan.metric.value(record)) is not None
         }
         rows.append(Variation(row.name, own, found, values))
     return rows
 
 
-def report(plan: Plan, records: Records, metric: Metric, *, all_pairs: bool, detect: float | None) -> dict[str, Any]:
+def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | None) -> dict[str, Any]:
     """Return the result of a comparison, ready for JSON.
 
     Args:
         plan: The comparison.
         records: Records of its runs; missing ones are counted.
-        metric: The tested figure.
         all_pairs: Compare all pairs, not only every variant with the first.
         detect: A difference for which the number of seeds is stated, in the unit of the metric.
     """
-    rows = variations(plan, records, metric)
+    metric = plan.metric
+    rows = variations(plan, records)
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if all_pairs or i == 0]
     tested = [(a, b, difference([b.values[s] - a.values[s] for s in a.values if s in b.values])) for a, b in pairs]
     known = [one.p for _, _, one in tested if one.p is not None]
