@@ -72,6 +72,7 @@ def test_a_variant_is_parsed_by_the_real_command() -> None:
     assert two.settings == {"method.temperature": 0.2}
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -293,6 +294,7 @@ def test_images_without_labels_are_compared_without_accuracy(trained: list[list[
         inbatch.compare([SIMCLR, BYOL], tmp_path / "plain", **options)
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

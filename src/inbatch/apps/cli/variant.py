@@ -42,9 +42,9 @@ def parse_variant(text: str) -> tuple[str | None, Any, dict[str, Any], dict[str,
     except Exception as error:  # of typer's copy of click, or of click
         if not hasattr(error, "format_message"):
             raise
-        usual = USUAL.get(getattr(error, "option_name", None) or "")
-        text_of = f"No such option: {error.option_name}; use {usual}" if usual else error.format_message()
-        raise ConfigError(f"variant {text!r}: {text_of}") from None
+        option = getattr(error, "option_name", None) or ""
+        problem = f"No such option: {option}; use {USUAL[option]}" if option in USUAL else error.format_message()
+        raise ConfigError(f"variant {text!r}: {problem}") from None
     options = context.params
     for name in options:
         source = context.get_parameter_source(name)

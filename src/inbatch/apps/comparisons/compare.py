@@ -23,6 +23,7 @@ from inbatch.runtime.terminal import progress
 from inbatch.training.budget import duration, parse_budget
 
 FILES = ("comparison.md", "comparison.csv", "comparison.txt", "comparison.json")
+MOST_SEEDS = 1000
 _NOT_COMMON = {"seed": "use --seeds", "budget": "use --budget", "data": "use --data", "replans": "leave it out"}
 
 
@@ -90,7 +91,7 @@ def compare(
         if script is not None:
             return _write_script(script, plan, runner, words)
         problems = _run(plan, request, runner, run)
-    result = {"command": render.command(words), "out": str(folder)}
+    result: dict[str, Any] = {"command": render.command(words), "out": str(folder)}
     result |= report(plan, read_records(runner.results), all_pairs=all_pairs, detect=detect)
     result["problems"] = {name: str(problem) for name, problem in problems.items()}
     _write(folder, result)
@@ -126,9 +127,12 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
             raise ConfigError(f"seeds = {list(seeds)}: give different seeds, such as 0,1,2")
         return tuple(seeds)
     check_whole("seeds", seeds, 1)
-    if seeds > 1000:
-        raise ConfigError(f"seeds = {seeds} is the number of seeds, at most 1000; one seed is 0,")
-    return tuple(range(seeds))
+    count = int(seeds)  # type: ignore[arg-type] # checked above
+    if count > MOST_SEEDS:
+        raise ConfigError(
+            f"seeds = {count} is the number of seeds, at most {MOST_SEEDS}; a list such as 7, is the seeds"
+        )
+    return tuple(range(count))
 
 
 def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> dict[str, InbatchError]:

@@ -112,7 +112,7 @@ def resolved(request: Request) -> tuple[list[Settings], list[Recipe], Any]:
 
     All variants get the number of neighbours of the first one's preset, so that they are evaluated alike.
     """
-    settings, recipes, source = [], [], None
+    settings, recipes, source = list[Settings](), list[Recipe](), None
     for variant in request.variants:
         own = {**request.common, **variant.settings}
         try:
