@@ -50,7 +50,7 @@ def array_script(file: Path, folders: Sequence[Path], table: Sequence[str], *, p
 
     Args:
         file: Where the script is written.
-        folders: Run folders, each with its recipe beside it as FOLDER.json.
+        folders: Run folders, each with its recipe in FOLDER.json.
         table: Command that writes the table.
         python: Interpreter for tasks without SLURM.
         download: Tasks may download a torchvision data set.

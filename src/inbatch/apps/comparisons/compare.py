@@ -129,9 +129,7 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     check_whole("seeds", seeds, 1)
     count = int(seeds)  # type: ignore[arg-type] # checked above
     if count > MOST_SEEDS:
-        raise ConfigError(
-            f"seeds = {count} is the number of seeds, at most {MOST_SEEDS}; a list such as 7, is the seeds"
-        )
+        raise ConfigError(f"seeds = {count} is a number of seeds, at most {MOST_SEEDS}; a list such as 7,8 names them")
     return tuple(range(count))
 
 

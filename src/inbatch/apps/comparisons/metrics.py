@@ -70,7 +70,7 @@ METRICS = {
 }  # fmt: skip
 """Name of --metric -> figure."""
 SHOWN = ("knn", "probe", "clustering", "same_image", "rankme")
-"""Figures of which the table shows mean and deviation, without a test, beside the tested one."""
+"""Figures of which the table shows mean and deviation, without a test, in addition to the tested one."""
 
 
 def metric_named(name: str) -> Metric:

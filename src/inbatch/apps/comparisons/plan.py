@@ -37,7 +37,7 @@ _OF_FIRST = ("image_size", "subset")
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks to compare.
+    """A requested comparison.
 
     Attributes:
         variants: The variants.
@@ -110,7 +110,7 @@ def with_length(request: Request, device: Any, jobs: int) -> Request:
 def resolved(request: Request) -> tuple[list[Settings], list[Recipe], Any]:
     """Return requested settings and recipe of every variant, and the images; errors name the variant.
 
-    All variants get the number of neighbours of the first one's preset, so that they are evaluated alike.
+    All variants get the number of neighbours of the first one's preset, so that their evaluation is the same.
     """
     settings, recipes, source = list[Settings](), list[Recipe](), None
     for variant in request.variants:

@@ -34,7 +34,7 @@ class ComparisonRunner(Runner):
         return result | {"evaluation": (evaluation or {}) | {UNLABELLED: figures}}
 
     def dry_run(self, cell: Cell, settings: dict[str, Any], place: str) -> dict[str, Any]:
-        """Return what `inbatch pretrain --dry-run` says of settings, in a process with the threads of a run.
+        """Return the result of `inbatch pretrain --dry-run` for settings, in a process with the threads of a run.
 
         Args:
             cell: The cell whose name the files get.
