@@ -135,7 +135,7 @@ def test_the_page_in_chromium(folder: Path, tmp_path: Path) -> None:
         assert page.run("document.querySelector('#runs label').textContent") == f"deep/{EVIL}"
         assert page.run(curves) == 4 and page.run("document.querySelectorAll('svg[role=img]').length") == 4
         first = page.run("document.querySelector('svg[data-measure=knn] .curve').getAttribute('d')")
-        assert first == "M46.0 187.5L228.0 103.0L410.0 18.5"  # 0, 40 and 80 % between -4 and 84
+        assert first == "M46.0 187.5L188.0 103.0L330.0 18.5"  # 0, 40 and 80 % between -4 and 84
         settings = "[...document.querySelectorAll('#differences tbody th')].map((cell) => cell.textContent)"
         assert page.run(settings) == ["batch_size", "method.name", "seed"]
         dashes = "[...document.querySelectorAll('.swatch path')].map((path) => path.getAttribute('stroke-dasharray'))"

@@ -268,7 +268,11 @@ def _unequal(request: Request, recipes: Sequence[Recipe], held_out: str | None) 
     else:
         keys = [key for key in ("epochs", "steps", "batch_size", "image_size") if key in differences[0]]
         notes += [f"The variants differ in {key}, which may explain a difference." for key in keys]
-    labelled = [v.name for v, r in zip(request.variants, recipes, strict=True) if METHODS[r.method.name].labels]
+    labelled = [
+        v.name
+        for v, r in zip(request.variants, recipes, strict=True)
+        if getattr(METHODS.get(r.method.name), "labels", False)
+    ]
     if labelled and len(labelled) < len(recipes):
         seen = held_out is not None and held_out.startswith("a tenth")
         notes.append(

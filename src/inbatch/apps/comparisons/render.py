@@ -52,7 +52,7 @@ def comparison_grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def setting_grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

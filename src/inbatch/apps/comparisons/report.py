@@ -72,7 +72,7 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
     metric = plan.metric
     rows = variations(plan, records)
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if all_pairs or i == 0]
-    tested = [(a, b, difference([b.values[s] - a.values[s] for s in a.values if s in b.values])) for a, b in pairs]
+    tested = [(a, b, difference([round(b.values[s] - a.values[s], 9) for s in a.values if s in b.values])) for a, b in pairs]
     known = [one.p for _, _, one in tested if one.p is not None]
     corrected = iter(holm(known))
     comparisons = [
@@ -200,10 +200,10 @@ def _more(one: dict[str, Any], metric: Metric) -> list[str]:
     plan = one["planning"]
     if plan is None:
         return []
-    power, digits = f"{plan['power']:.0%}".replace("%", " %"), metric.digits + 1
+    power, digits = f"{100 * plan['power']:.0f} %", metric.digits + 1
     sentences = [
-        f"With {many(len(one['values']), 'seed')} and this spread ({plan['deviation']:.{digits}f}), {power} of "
-        f"comparisons show a true difference of {plan['detectable']:.{digits}f}{metric.unit}."
+        f"With {many(len(one['values']), 'seed')} and this spread ({plan['deviation']:.{digits}f}), only a true "
+        f"difference of {plan['detectable']:.{digits}f}{metric.unit} or more is shown with a power of {power}."
     ]
     if one["mean"]:
         sentences.append(f"A true difference of the observed size needs {_seeds(plan['observed'])}.")

@@ -135,7 +135,7 @@
     return found;
   }
 
-  const W = 420, H = 230, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 34;
+  const W = 340, H = 230, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 34;
 
   function chart([key, title, scale, unit]) {
     const series = state.drawn.map((run) => ({ run, points: run.curve.filter((p) => p[key] !== null && p[state.axis] !== null)
