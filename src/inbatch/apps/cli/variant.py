@@ -17,8 +17,10 @@ _OF_COMPARISON = {
     "device": "--device of the comparison", "download": "--download of the comparison",
 }  # fmt: skip
 """Option that all variants share -> where it is set."""
-_SETTINGS = ("method", "preset", "encoder", "init", "init_min_match", "image_size", "batch_size", "context", "epochs", "optimizer", "lr",
-    "precision", "fuse", "attend", "curate", "crops", "shuffle_groups", "compile", "config", "set_")  # fmt: skip
+_SETTINGS = (
+    "method", "preset", "encoder", "init", "init_min_match", "image_size", "batch_size", "context", "epochs",
+    "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups", "compile", "config", "set_",
+)  # fmt: skip
 """Options that a variant may set."""
 
 

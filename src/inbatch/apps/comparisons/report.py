@@ -72,7 +72,10 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
     metric = plan.metric
     rows = variations(plan, records)
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if all_pairs or i == 0]
-    tested = [(a, b, difference([round(b.values[s] - a.values[s], 9) for s in a.values if s in b.values])) for a, b in pairs]
+    tested = [
+        (a, b, difference([round(b.values[seed] - a.values[seed], 9) for seed in a.values if seed in b.values]))
+        for a, b in pairs
+    ]
     known = [one.p for _, _, one in tested if one.p is not None]
     corrected = iter(holm(known))
     comparisons = [
