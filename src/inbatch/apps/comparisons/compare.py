@@ -1,6 +1,7 @@
 """Compare variants of a run over seeds (`inbatch compare`): run, resume, test, and write the table."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def compare(
         InbatchError: If the folder cannot be written.
         Preempted, Interrupted: After a signal; the same call continues.
     """
+    began = time.perf_counter()
     request = _request(variants, data, seeds, epochs, budget, settings, grid, download)
     folder = path_of(f"runs/compare-{request.name}" if out is None else out, "out")
     tested = None if metric is None else metric_named(metric)
@@ -91,6 +93,9 @@ def compare(
         if script is not None:
             return _write_script(script, plan, runner, words)
         problems = _run(plan, request, runner, run)
+        if request.budget is not None and run:
+            used = duration(time.perf_counter() - began)
+            tell(f"Budget of {duration(request.budget)}: this command took {used}.")
     result: dict[str, Any] = {"command": render.command(words), "out": str(folder)}
     result |= report(plan, read_records(runner.results), all_pairs=all_pairs, detect=detect)
     result["problems"] = {name: str(problem) for name, problem in problems.items()}
