@@ -350,7 +350,7 @@ def test_runs_as_an_array_of_slurm_jobs(trained: list[list[str]], tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_tasks_of_the_array_and_the_table_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task trains its run without SLURM; the table is that of runs that the command makes itself."""
     monkeypatch.chdir(tmp_path)
