@@ -22,10 +22,10 @@ PACKAGES = {name for name, file in FILES.items() if file.name == "__init__.py"}
 ROOMS: list[set[str]] = [
     {"batch", "errors", "rng"},
     {"nn", "context", "runtime"},
-    {"methods", "data"},
+    {"methods", "data", "distributed"},
     {"losses", "models", "evaluation"},
     {"training"},
-    {"api"},
+    {"api", "testing"},
     {"apps", "sklearn"},
     {"__main__"},
 ]
@@ -35,7 +35,8 @@ MAY: dict[str, set[str]] = {
     "nn": {"batch", "errors", "rng", "nn"},
     "context": {"batch", "errors", "context"},
     "methods": {"batch", "errors", "rng", "nn", "methods.base"},
-    "losses": {"nn", "methods"},
+    "losses": {"distributed", "nn", "methods"},
+    "distributed": {"errors", "nn.logsumexp", "runtime.distributed"},
     "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
     | {"training.grad_cache"},
     "training.grad_cache": {"batch", "models"},
@@ -48,8 +49,8 @@ NEVER: dict[str, set[str]] = {"evaluation": {"methods", "models", "training"}}
 """Room -> rooms that it must not import."""
 
 ONLY: dict[str, set[str]] = {
-    "torch.distributed": {"runtime.distributed"},
-    "torch.nn.parallel": {"runtime.distributed"},
+    "torch.distributed": {"distributed", "runtime.distributed"},
+    "torch.nn.parallel": {"runtime.distributed", "training.cached_step"},
     "pydantic": {"training.recipe", "training.registry", "apps.cli", "apps.papers"},
     "typer": {"apps.cli"},
     "numba": {"data.views"},
@@ -73,7 +74,7 @@ ONLY: dict[str, set[str]] = {
 """Library -> the packages or files that may name it."""
 
 FEW = {"torch", "jaxtyping"}
-LIBRARIES: dict[str, set[str]] = {"nn": FEW, "context": FEW, "methods": FEW, "losses": FEW}
+LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "losses", "distributed"), FEW)
 LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
@@ -299,7 +300,7 @@ def test_help_needs_no_torch() -> None:
 def test_no_module_takes_the_place_of_a_public_name() -> None:
     """An imported module becomes an attribute of the package and would hide a function of the same name."""
     modules = {name.removeprefix("inbatch.") for name in FILES if name.count(".") == 1}
-    assert modules & set(inbatch.__all__) == {"losses"}, "which is public as a module"
+    assert modules & set(inbatch.__all__) == {"distributed", "losses", "testing"}, "public as modules"
 
 
 def test_importing_the_package_costs_nothing() -> None:

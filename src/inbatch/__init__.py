@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inbatch import distributed as distributed
     from inbatch import losses as losses
+    from inbatch import testing as testing
     from inbatch.api import (
         Run,
         dry_run,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         load_classifier,
         load_run,
         predict,
+        prepare,
         pretrain,
         train_classifier,
     )
@@ -38,12 +41,14 @@ if TYPE_CHECKING:
     from inbatch.methods import METHODS
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
+    from inbatch.training.cached_step import grad_cache
+    from inbatch.training.optim import OPTIMIZERS
 
     __version__: str
 
 _API = (
     "Run", "dry_run", "embed_run", "evaluate_run", "export_run", "load", "load_classifier", "load_run", "predict",
-    "pretrain", "train_classifier",
+    "prepare", "pretrain", "train_classifier",
 )  # fmt: skip
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
@@ -54,14 +59,18 @@ _WHERE |= {"compare": "inbatch.apps.comparisons.compare"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 _WHERE |= {"search_images": "inbatch.apps.collection.search"}
 _WHERE |= {f"find_{name}": f"inbatch.apps.collection.{name}" for name in ("duplicates", "outliers")}
+_WHERE |= {"OPTIMIZERS": "inbatch.training.optim", "grad_cache": "inbatch.training.cached_step"}
+_MODULES = ("distributed", "losses", "testing")
 
 __all__ = [
     "METHODS",
+    "OPTIMIZERS",
     "Encoder",
     "Run",
     "__version__",
     "choose_run",
     "compare",
+    "distributed",
     "draw_views",
     "dry_run",
     "embed_run",
@@ -71,24 +80,27 @@ __all__ = [
     "find_duplicates",
     "find_label_errors",
     "find_outliers",
+    "grad_cache",
     "inspect_run",
     "load",
     "load_classifier",
     "load_run",
     "losses",
     "predict",
+    "prepare",
     "pretrain",
     "search_images",
     "select_images",
     "survey_data",
+    "testing",
     "train_classifier",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return import_module("inbatch.losses")
+    if name in _MODULES:
+        return import_module(f"inbatch.{name}")
     if name == "__version__":  # of the installed distribution: pyproject.toml is the only place that states it
         from importlib.metadata import version
 

@@ -1,21 +1,36 @@
-"""All losses as plain functions of tensors, under their usual names."""
+"""All losses as plain functions of tensors, under their usual names.
 
-from inbatch.methods.barlow import barlow_twins
+A loss is computed from the rows of the whole batch. In a training loop of several processes, pass
+`inbatch.distributed.gather_rows(rows)`; a loss that compares the samples of a batch warns once if it gets rows that one
+process computed alone.
+"""
+
+from inbatch.distributed import compares_samples
+from inbatch.methods import barlow, cc, mocov3, pcl, simclr
+from inbatch.methods import dcl as _dcl
+from inbatch.methods import nnclr as _nnclr
+from inbatch.methods import supcon as _supcon
+from inbatch.methods import vicreg as _vicreg
+from inbatch.methods import wmse as _wmse
 from inbatch.methods.byol import byol
-from inbatch.methods.cc import cluster_contrast
-from inbatch.methods.dcl import dcl
 from inbatch.methods.dino import dino
-from inbatch.methods.mocov3 import ctr
-from inbatch.methods.nnclr import nnclr
-from inbatch.methods.pcl import proto_nce
-from inbatch.methods.simclr import nt_xent
 from inbatch.methods.simsiam import simsiam
-from inbatch.methods.supcon import supcon
 from inbatch.methods.supervised import cross_entropy
 from inbatch.methods.swav import swapped_prediction
-from inbatch.methods.vicreg import vicreg
-from inbatch.methods.wmse import wmse
-from inbatch.nn.functional import info_nce, sinkhorn
+from inbatch.nn import functional
+from inbatch.nn.functional import info_nce
+
+barlow_twins = compares_samples(barlow.barlow_twins)
+cluster_contrast = compares_samples(cc.cluster_contrast)
+ctr = compares_samples(mocov3.ctr)
+dcl = compares_samples(_dcl.dcl)
+nnclr = compares_samples(_nnclr.nnclr)
+nt_xent = compares_samples(simclr.nt_xent)
+proto_nce = compares_samples(pcl.proto_nce)
+sinkhorn = compares_samples(functional.sinkhorn)
+supcon = compares_samples(_supcon.supcon)
+vicreg = compares_samples(_vicreg.vicreg)
+wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
     "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",

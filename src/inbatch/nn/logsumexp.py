@@ -83,6 +83,11 @@ def using(**changes: Any) -> Iterator[LogSumExpConfig]:
         _PLAN.reset(token)
 
 
+def shared_by() -> int:
+    """Return the number of ranks that share the products of a log-sum-exp: above 1 in a step on several ranks."""
+    return _PLAN.get().world
+
+
 def check_temperature(*temperatures: float) -> None:
     """Raise ValueError unless each is a finite number above 0: at 0 a loss is nan, below 0 its sign is reversed."""
     for temperature in temperatures:

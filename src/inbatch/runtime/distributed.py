@@ -1,4 +1,4 @@
-"""Distributed training. The only module that uses torch.distributed; the engine is PyTorch's own."""
+"""Distributed training of a run, by PyTorch's engine; `inbatch.distributed` is for loops of the user's own."""
 
 import datetime
 import inspect

@@ -1,0 +1,205 @@
+"""The check of a method: all tests, and their report."""
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.errors import ConfigError, InbatchError, check_whole, listed, reason
+from inbatch.methods.base import Method
+from inbatch.nn.heads import Head
+from inbatch.runtime.isolation import usual_state
+from inbatch.testing import equation, training
+from inbatch.testing.memory import trainable
+from inbatch.testing.ranks import ranks as two_ranks
+from inbatch.testing.report import Finding, MethodError, Report
+from inbatch.testing.trial import Trial
+
+Test = Callable[[Trial], Finding]
+_ALONE: tuple[Test, ...] = (
+    equation.purity, equation.randomness, equation.rank_free, equation.labels, equation.order, equation.finite,
+    equation.derivative,
+)  # fmt: skip
+_STEPS: tuple[Test, ...] = (
+    training.memory, training.saved_state, training.resume, training.repeat, training.groups, two_ranks,
+)  # fmt: skip
+_IMPLIED: dict[Test, set[Test]] = {
+    equation.purity: {training.memory},
+    equation.randomness: {equation.order, training.resume, training.repeat, training.groups, two_ranks},
+}
+"""Test -> tests that would fail for the same reason."""
+_KIND = {"made": "heads", "randomness": "random", "rank_free": "ranks", "derivative": "gradient",
+    "saved_state": "state", "ranks": "two ranks"}  # fmt: skip
+
+
+def check_method(
+    method: type[Method], *, batch_size: int = 16, num_views: int | None = None, any_order: bool = True,
+    processes: bool = True, raise_errors: bool = True, **options: Any,
+) -> Report:  # fmt: skip
+    """Test whether a method keeps the rules that make ranks, context groups and resumed runs exact.
+
+    The tests train a small network on noise, in seconds: the loss is pure, memory changes after the optimiser only and
+    is saved, context groups and ranks give the step of plain autograd, gradients are right and finite. They do not test
+    whether the method learns. Options that keep the method small (a short queue) keep the check fast.
+
+    Args:
+        method: the class.
+        batch_size: samples of the batch; raise it for a method that needs more.
+        num_views: views of a sample; by default the smallest number of at least 2 that the method allows.
+        any_order: whether the loss is to be independent of the order of the samples.
+        processes: whether to run two ranks in processes of their own, too.
+        raise_errors: raise MethodError, with a sentence for every failure, unless all tests pass.
+        **options: options of the method's constructor.
+
+    Returns:
+        The report.
+
+    Raises:
+        MethodError: an AssertionError, if a test fails and `raise_errors` is True.
+        ConfigError: if `method` is no subclass of inbatch.methods.base.Method.
+    """
+    if not (inspect.isclass(method) and issubclass(method, Method)):
+        raise ConfigError(f"check_method takes a subclass of inbatch.methods.base.Method, not {method!r:.80}")
+    check_whole("batch_size", batch_size, 4)
+    if num_views is not None:
+        check_whole("num_views", num_views, 1)
+    if batch_size % 2:
+        raise ConfigError(f"batch_size = {batch_size}: two ranks and two context groups need an even number")
+    report = _report(method, options, batch_size, num_views or 0, any_order, processes)
+    if raise_errors and not report.passed:
+        raise MethodError(report)
+    return report
+
+
+@usual_state()
+def _report(
+    method: type[Method], options: dict[str, Any], batch: int, views: int, any_order: bool, processes: bool
+) -> Report:
+    trial, skipped = Trial(method, options, batch, views), set[Test]()
+    skipped |= {equation.order} if not any_order else set()
+    skipped |= {two_ranks} if not processes else set()
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # extreme rows and small batches
+        findings = list(_findings(trial, skipped))
+    return Report(method.__name__, options, findings)
+
+
+def _findings(trial: Trial, skipped: set[Test]) -> Iterator[Finding]:
+    """Yield all findings; end early if the method cannot be made, or its loss cannot be computed."""
+    yield _options(trial)
+    first = _attempt(_made, trial)
+    yield first
+    if not first.passed:
+        return
+    yield _attempt(_parameters, trial)
+    for test in (_loss, equation.rows):
+        yield (finding := _attempt(test, trial))
+        if not finding.passed:
+            return
+    for test in (*_ALONE, *_STEPS):
+        if test not in skipped:
+            yield (finding := _attempt(test, trial))
+            if finding.passed is False:
+                skipped |= _IMPLIED.get(test, set())
+
+
+def _attempt(test: Test, trial: Trial) -> Finding:
+    """Return the finding of a test; an exception of the method is a failure."""
+    name = test.__name__.lstrip("_")
+    try:
+        return test(trial)
+    except Exception as error:
+        text = str(error) if isinstance(error, InbatchError) else reason(error)
+        return Finding(_KIND.get(name, name), False, f"the method raises an error in this test: {text}")
+
+
+def _options(trial: Trial) -> Finding:
+    """Test that options have defaults and are values of JSON, because a recipe stores them."""
+
+    def fails(sentence: str) -> Finding:
+        return Finding("options", False, sentence)
+
+    known = list(inspect.signature(trial.make).parameters.values())
+    if free := [p.name for p in known if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
+        return fails(f"the constructor takes any options ({listed(free)}): name them, so that typos are errors")
+    if unset := [p.name for p in known if p.default is p.empty and p.name not in trial.options]:
+        return fails(f"the options {listed(unset)} have no default: give them one, or pass them to the check")
+    for name, value in ({p.name: p.default for p in known if p.default is not p.empty} | trial.options).items():
+        try:
+            same = _plain(json.loads(json.dumps(value, allow_nan=False))) == _plain(value)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            return fails(f"{name} = {value!r:.60} is no value of JSON, and a recipe cannot store it: use numbers, "
+                         "text, booleans, None or lists, and make objects of them in the constructor")  # fmt: skip
+    return Finding("options", True, "options have defaults and can be stored as JSON")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _made(trial: Trial) -> Finding:
+    """Test that the method is made, that its heads fit each other, and that it says which views it uses."""
+
+    def fails(sentence: str) -> Finding:
+        return Finding("heads", False, sentence)
+
+    method, heads = trial.method()
+    views, known = trial.views(method), {"features"}
+    for name, head in heads.items():
+        if not isinstance(head, Head):
+            return fails(f"heads() returns {type(head).__name__} for {name!r}: wrap networks in inbatch.nn.heads.Head")
+        if head.source not in known:
+            return fails(f"the head {name!r} reads {head.source!r}, which is neither 'features' nor an earlier head")
+        known.add(name)
+    shared = {name for name, head in heads.items() if not head.online_only}
+    if not method.online or not set(method.online) <= set(heads):
+        return fails(f"online = {method.online} must name heads that the loss reads; heads() returns {sorted(heads)}")
+    if not set(method.target) <= shared:
+        return fails(f"target = {method.target} must name heads that are not online_only; these are {sorted(shared)}")
+    used = {"online_views": method.online_views(views)} | ({"target_views": method.target_views(views)} if method.target
+                                                          else {})  # fmt: skip
+    for hook, numbers in used.items():
+        if not list(numbers) or not set(numbers) <= set(range(views)):
+            return fails(f"{hook}({views}) returns {list(numbers)}: the views are numbered 0 to {views - 1}")
+    if method.target:
+        momenta = [method.target_momentum(progress / 4) for progress in range(5)]
+        if not all(0 <= momentum <= 1 for momentum in momenta):
+            return fails(f"target_momentum returns {momenta}: the momentum of the target network is from 0 to 1")
+    trial.parts()
+    return Finding("heads", True, "heads and views fit each other")
+
+
+def _parameters(trial: Trial) -> Finding:
+    """Test that no trainable parameter is in the method."""
+    if names := trainable(trial.method()[0]):
+        return Finding("parameters", False, f"the method holds trainable parameters ({listed(names)}): no optimiser "
+                       "reaches them, and gradient caching passes gradients to rows only. Move them to a head: "
+                       "heads() returns {name: Head(module, source)}, and the loss reads its rows")  # fmt: skip
+    return Finding("parameters", True, "all trainable parameters are in heads")
+
+
+def _loss(trial: Trial) -> Finding:
+    """Test that the loss is a dict of scalars with a finite "loss"."""
+    method, online, target, batch = trial.rows()
+    leaves = {name: x.clone().requires_grad_() for name, x in online.items()}
+    try:
+        losses: Any = method.loss(leaves, target, batch)
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        return equation.rows(trial)
+    if not isinstance(losses, dict) or "loss" not in losses:
+        return Finding("loss", False, f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'")
+    for name, x in losses.items():
+        if not isinstance(x, Tensor) or x.shape != ():
+            kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            return Finding("loss", False, f"loss returns {kind} for {name!r}: return scalar tensors, for example means")
+    if not bool(losses["loss"].isfinite()):
+        return Finding("loss", False, f"the loss of random rows is {float(losses['loss']):.4g}")
+    return Finding("loss", True, "the loss is a finite scalar")

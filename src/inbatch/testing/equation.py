@@ -1,0 +1,278 @@
+"""Tests of the loss alone, on rows of a small network."""
+
+import copy
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from inbatch.batch import Batch, Rows
+from inbatch.distributed import LocalRowsWarning
+from inbatch.errors import listed
+from inbatch.methods.base import Method
+from inbatch.testing.memory import attributes, buffers, changed
+from inbatch.testing.report import Finding
+from inbatch.testing.trial import Trial
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows that are all zero": torch.zeros_like,
+    "rows that are all equal": torch.ones_like,
+    "rows of which one is zero": lambda x: x * (torch.arange(x.shape[1]) > 0)[:, None],
+    "rows of length 10,000": lambda x: x * 1e4,
+    "rows of length 1e-8": lambda x: x * 1e-8,
+}
+COMMUNICATION = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast",
+    "broadcast_object_list", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter", "send", "all_to_all", "all_to_all_single",
+)  # fmt: skip
+
+
+class Call:
+    """One call of a loss on copies of rows: its value, the gradients of the rows, and what it changed."""
+
+    def __init__(self, method: Method, online: Rows, target: Rows, batch: Batch, seed: int = 0) -> None:
+        self.leaves = {name: x.detach().clone().requires_grad_() for name, x in online.items()}
+        inputs = self.leaves, {name: x.clone() for name, x in target.items()}, copy.deepcopy(batch)
+        saved, plain = buffers(method), attributes(method)
+        with seeded(seed):
+            self.losses = method.loss(*inputs)
+        self.value = self.losses["loss"].detach().clone()
+        if self.losses["loss"].requires_grad:
+            self.losses["loss"].backward()
+        self.gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in self.leaves.items()}
+        self.buffers, self.attributes = changed(saved, buffers(method)), changed(plain, attributes(method))
+        given = [*online.values(), *target.values(), batch.index, batch.label]
+        after = [*self.leaves.values(), *inputs[1].values(), inputs[2].index, inputs[2].label]
+        self.overwritten = any(not torch.equal(a, b) for a, b in zip(given, after, strict=True))
+
+    def equals(self, other: "Call") -> bool:
+        """Return whether value and gradients have the same bits."""
+        pairs = [(self.value, other.value), *((x, other.gradients[n]) for n, x in self.gradients.items())]
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+    def finite(self) -> bool:
+        """Return whether value and gradients are finite."""
+        return bool(self.value.isfinite()) and all(bool(x.isfinite().all()) for x in self.gradients.values())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python, and restore them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def purity(trial: Trial) -> Finding:
+    """Test that a second call gives the same value and that a call changes no state."""
+    method, *inputs = trial.rows()
+    first, second = Call(method, *inputs), Call(method, *inputs)
+    if first.buffers:
+        return Finding("purity", False, f"loss changes the buffers {listed(first.buffers)}: move that to after_step, "
+                       "which runs after the optimiser. A queue that is filled before the look-up finds the sample "
+                       "itself, and a step in several context groups would count it twice")  # fmt: skip
+    if first.attributes:
+        return Finding("purity", False, f"loss changes the attributes {listed(first.attributes)}: keep state in "
+                       "buffers (register_buffer) and change it in after_step")  # fmt: skip
+    if not first.equals(second):
+        return Finding("purity", False, f"a second call of loss gives another value or gradient ({first.value:.6g}, "
+                       f"then {second.value:.6g}): it must depend on its arguments, "
+                       "on options and on buffers only")  # fmt: skip
+    return Finding("purity", True, "a second call of loss gives the same value and gradient, and changes nothing")
+
+
+def rows(trial: Trial) -> Finding:
+    """Test that the loss does not overwrite its arguments."""
+    wrong = ("loss overwrites its arguments: rows and labels are used after it, so replace operations in place "
+             "(x /= y, x.add_(y), x[i] = y) by others (x = x / y)")  # fmt: skip
+    try:
+        overwritten = Call(*trial.rows()).overwritten
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        overwritten = True
+    return Finding("rows", not overwritten, wrong if overwritten else "loss leaves rows, indices and labels unchanged")
+
+
+def randomness(trial: Trial) -> Finding:
+    """Test that neither the loss nor after_step depends on the state of global random generators."""
+    method, online, target, batch = trial.rows()
+    calls = [Call(copy.deepcopy(method), online, target, batch, seed) for seed in (0, 1)]
+    states = []
+    for seed in (0, 1):
+        again = copy.deepcopy(method)
+        with seeded(seed), torch.no_grad():
+            again.after_step(online, target, batch, 0.0)
+        states.append(buffers(again))
+    for name, different in (("loss", not calls[0].equals(calls[1])), ("after_step", bool(changed(*states)))):
+        if different:
+            return Finding("random", False, f"{name} draws random numbers from a global generator: a resumed run and "
+                           "other ranks draw others. Draw them from a key, for example "
+                           "inbatch.rng.uniform(batch.seed, batch.epoch, batch.index, -1, 1)")  # fmt: skip
+    return Finding("random", True, "loss and after_step do not depend on the state of random generators")
+
+
+def labels(trial: Trial) -> Finding:
+    """Test that labels are read by a method that says so only, and may be unknown."""
+    method, online, target, batch = trial.rows()
+    unknown = Call(copy.deepcopy(method), online, target, Batch(batch.index, torch.full_like(batch.label, -1)))
+    if not unknown.finite():
+        return Finding("labels", False, f"without any known label (-1) the loss is {unknown.value:.4g} or its gradient "
+                       "is not finite: divide by max(1, number of labelled samples)")  # fmt: skip
+    if not method.labels and not unknown.equals(Call(method, online, target, batch)):
+        return Finding("labels", False, "loss reads batch.label, but the class does not say so: set labels = True, or "
+                       "use no labels")  # fmt: skip
+    what = "learns from labels" if method.labels else "does not read labels"
+    return Finding("labels", True, f"the method {what}, as declared, and is finite if none is known")
+
+
+def order(trial: Trial) -> Finding:
+    """Test that the loss does not depend on the order of the samples."""
+    method, online, target, batch = trial.rows()
+    moved = torch.randperm(trial.batch, generator=torch.Generator().manual_seed(4))
+    plain = Call(copy.deepcopy(method), online, target, batch).value
+    there = ({name: x[:, moved] for name, x in rows.items()} for rows in (online, target))
+    shuffled = Call(method, *there, batch.take(moved)).value
+    gap = float((plain - shuffled).abs() / plain.abs().clamp(min=1))
+    if not gap < 1e-10:
+        return Finding("order", False, f"the loss depends on the order of the samples in the batch ({plain:.6g} and "
+                       f"{shuffled:.6g}): the order is that of ranks and workers. Key choices by batch.index, or pass "
+                       "any_order=False if the equation means it")  # fmt: skip
+    return Finding("order", True, "the loss does not depend on the order of the samples")
+
+
+def finite(trial: Trial) -> Finding:
+    """Test that extreme rows have a finite loss and gradient, in the precisions of training."""
+    method, online, target, batch = trial.rows()
+    cases = [(kind, make, torch.float32) for kind, make in KINDS.items()]
+    cases += [(f"rows in {str(half)[6:]}", lambda x: x, half) for half in (torch.bfloat16, torch.float16)]
+    for kind, make, precision in cases:
+        parts = [{name: make(x).to(precision) for name, x in rows.items()} for rows in (online, target)]
+        call = Call(copy.deepcopy(method).float(), *parts, batch)
+        if not call.finite():
+            what = "the gradient" if call.value.isfinite() else "the loss"
+            return Finding("finite", False, f"{what} is not finite for {kind}: guard divisions and logarithms; "
+                           "inbatch.nn.functional has normalize, logsumexp_rows and moments, computed in float32 "
+                           "or wider")  # fmt: skip
+    return Finding("finite", True, "the loss and its gradient are finite for extreme rows and in half precision")
+
+
+class _Constants(TorchFunctionMode):
+    """Record what the loss detaches, or return what another call has recorded, as a derivative requires."""
+
+    def __init__(self, recorded: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.values = recorded or []
+        self.replay, self.at, self.hidden = recorded is not None, 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            self.hidden = True
+        if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
+            if self.replay:
+                self.at += 1
+                return self.values[self.at - 1]
+            self.values.append(result.clone())
+        return result
+
+
+def derivative(trial: Trial) -> Finding:
+    """Compare the gradient with differences of the loss, in float64; what the loss detaches is constant."""
+    method, online, target, batch = trial.rows()
+    base = _Constants()
+    leaves = {name: x.clone().requires_grad_() for name, x in online.items()}
+    again = [copy.deepcopy(method) for _ in range(7)]
+    with base:
+        value = again[0].loss(leaves, target, batch)["loss"]
+    if not value.requires_grad:
+        return Finding("gradient", False, "the loss carries no gradient: it must be computed from the rows of the "
+                       "online network without detach or no_grad")  # fmt: skip
+    if base.hidden:
+        return Finding("gradient", None, "the loss uses rows under no_grad, so that its gradient is not its derivative")
+    value.backward()
+    gaps = []
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        along = {name: torch.randn(x.shape, generator=g, dtype=x.dtype) for name, x in online.items()}
+        ends = []
+        for h in (1e-6, -1e-6):
+            moved = {name: (x + h * along[name]).requires_grad_() for name, x in online.items()}
+            with _Constants(base.values):
+                end = again.pop().loss(moved, target, batch)["loss"]
+            ends.append(float(end.detach()))
+        slope = (ends[0] - ends[1]) / 2e-6
+        exact = sum(float((x.grad * along[name]).sum()) for name, x in leaves.items() if x.grad is not None)
+        gaps.append(abs(slope - exact) / max(abs(slope), abs(exact), 1e-3))
+    if min(gaps) > 1e-4:
+        return Finding("gradient", False, f"the gradient is not the derivative of the loss (it differs by "
+                       f"{min(gaps):.1%}): look for item(), numpy(), or a wrong backward of an autograd function; use "
+                       "detach() for what is constant by intention")  # fmt: skip
+    return Finding("gradient", True, "the gradient equals differences of the loss, in float64")
+
+
+class Communication(RuntimeError):
+    """The method communicates between processes."""
+
+
+@contextmanager
+def as_rank(rank: int, world: int = 2) -> Iterator[None]:
+    """Let torch.distributed and the environment answer as on this rank; communication raises an error."""
+
+    def refuse(name: str) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            raise Communication(name)
+
+        return call
+
+    answers = {"is_available": True, "is_initialized": True, "get_rank": rank, "get_world_size": world}
+    patched: dict[str, Any] = {name: (lambda *a, value=value, **k: value) for name, value in answers.items()}
+    patched |= {name: refuse(name) for name in COMMUNICATION}
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    with patch.multiple(dist, **patched), patch.dict(os.environ, names), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LocalRowsWarning)
+        yield
+
+
+def rank_free(trial: Trial) -> Finding:
+    """Test that loss and after_step do the same on every rank, and do not communicate."""
+    method, online, target, batch = trial.rows()
+    calls, states = [Call(copy.deepcopy(method), online, target, batch)], []
+    try:
+        for rank in (0, 1):
+            there = copy.deepcopy(method)
+            with as_rank(rank):
+                calls.append(Call(there, online, target, batch))
+                with torch.no_grad():
+                    there.after_step(online, target, batch, 0.0)
+            states.append(buffers(there))
+    except Communication as error:
+        return Finding("ranks", False, f"the method calls torch.distributed.{error}: its rows are those of the whole "
+                       "batch on every rank already, so that a sum over ranks counts every sample several times. "
+                       "Remove the communication")  # fmt: skip
+    if not (calls[0].equals(calls[1]) and calls[0].equals(calls[2])):
+        values = ", ".join(f"{call.value:.6g}" for call in calls)
+        return Finding("ranks", False, f"loss depends on the rank ({values} in one process, on rank 0 and on rank 1 of "
+                       "2): its rows are those of the whole batch on every rank, so it must not take a rank's part of "
+                       "them, or read the rank")  # fmt: skip
+    if names := changed(*states):
+        return Finding("ranks", False, f"after_step depends on the rank: {listed(names)} would differ between ranks, "
+                       "and only those of rank 0 are saved")  # fmt: skip
+    return Finding("ranks", True, "loss and after_step do not depend on the rank and do not communicate")
