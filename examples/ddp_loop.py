@@ -2,17 +2,17 @@
 
     torchrun --nproc-per-node 2 examples/ddp_loop.py
 
-The loss sees the batch of all processes, so every number of processes takes the same steps. Two conditions make that
-true: random draws are keyed by the step, not by the process, and the network has no batch norm.
+`gather_rows` passes the rows of all processes to the loss, so every number of processes takes the same steps. Two more
+conditions make that true: random draws are keyed by the step, not by the process, and the network has no batch norm.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from inbatch.data import open_data
+from inbatch.distributed import gather_rows
 from inbatch.losses import nt_xent
 
 STEPS, BATCH = 12, 128  # BATCH: the global batch, in samples
@@ -45,10 +45,9 @@ def main() -> None:
         views = torch.stack([draw_view(batch, generator) for _ in range(2)])
         local = views.chunk(world, dim=1)[rank]  # this process's samples, in all views
         projections = model(local.flatten(0, 1)).unflatten(0, local.shape[:2])
-        gathered = torch.cat(all_gather(projections), dim=1)  # (views, BATCH, width); its gradient flows back
-        loss = nt_xent(gathered, temperature=0.2)
+        loss = nt_xent(gather_rows(projections), temperature=0.2)  # of (views, BATCH, width) on every process
         optimizer.zero_grad()
-        loss.backward()  # the sum over processes in all_gather and the mean in DDP cancel: no factor is needed
+        loss.backward()  # the sum over processes in gather_rows and the mean in DDP cancel: no factor is needed
         optimizer.step()
         if rank == 0:
             print(f"step {step} of {STEPS}, {world} processes: loss {loss.item():.5f}")

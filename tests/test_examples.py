@@ -66,7 +66,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 def test_scripts_are_short_listed_and_state_their_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 10
     for script in SCRIPTS:
         text = script.read_text()
         assert len(text.splitlines()) < 60, script.name
@@ -75,21 +75,35 @@ def test_scripts_are_short_listed_and_state_their_command() -> None:
         assert f"`{command}`" in table
 
 
-def ddp_output() -> str:
-    """Return what ddp_loop.py prints on this rank, whose process group exists already."""
+def rank_output(script: str) -> str:
+    """Return what a script prints on this rank, whose process group exists already."""
     with patch.object(distributed, "init_process_group"), patch.object(distributed, "destroy_process_group"):
-        return run_script("ddp_loop.py")
+        return run_script(script)
 
 
 @pytest.mark.slow
-def test_ddp_loop_takes_the_same_steps_on_one_and_two_processes() -> None:
+@pytest.mark.parametrize(("script", "gain"), [("ddp_loop.py", 0.5), ("grad_cache.py", 0.05)])
+def test_loops_take_the_same_steps_on_one_and_two_processes(script: str, gain: float) -> None:
     losses = []
     for world in (1, 2):
-        first, *others = on_ranks(world, ddp_output)
+        first, *others = on_ranks(world, rank_output, script)
         assert not any(others)
         losses.append([float(loss) for loss in re.findall(r"loss ([\d.]+)", first)])
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
-    assert losses[0][-1] < losses[0][0] - 0.5
+    assert losses[0][-1] < losses[0][0] - gain
+
+
+@pytest.mark.slow
+def test_own_loop_saves_an_encoder_that_loads() -> None:
+    output = run_script("own_loop.py")
+    assert number_after("epoch 1: loss", output) < number_after("epoch 0: loss", output)
+    assert "saved and loaded: features (4, " in output and output.startswith("20 steps")
+
+
+@pytest.mark.slow
+def test_monitor_tells_collapse_from_learning() -> None:
+    spread = [float(x) for x in re.findall(r"feature std ([\d.]+)", run_script("monitor.py"))]
+    assert len(spread) == 6 and max(spread[:3]) < 0.5 * min(spread[3:])
 
 
 def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:

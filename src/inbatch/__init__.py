@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from inbatch.apps.reports.dataset import survey_data
     from inbatch.apps.reports.explorer.explore import explore_features
     from inbatch.apps.reports.view_grid import draw_views
+    from inbatch.data.views.module import views
     from inbatch.methods import METHODS
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
@@ -59,7 +60,11 @@ _WHERE |= {"compare": "inbatch.apps.comparisons.compare"}
 _WHERE |= {"find_label_errors": "inbatch.apps.collection.labels", "select_images": "inbatch.apps.collection.select"}
 _WHERE |= {"search_images": "inbatch.apps.collection.search"}
 _WHERE |= {f"find_{name}": f"inbatch.apps.collection.{name}" for name in ("duplicates", "outliers")}
-_WHERE |= {"OPTIMIZERS": "inbatch.training.optim", "grad_cache": "inbatch.training.cached_step"}
+_WHERE |= {
+    "OPTIMIZERS": "inbatch.training.optim",
+    "views": "inbatch.data.views.module",
+    "grad_cache": "inbatch.training.cached_step",
+}
 _MODULES = ("distributed", "losses", "testing")
 
 __all__ = [
@@ -95,6 +100,7 @@ __all__ = [
     "testing",
     "train_classifier",
     "tune",
+    "views",
 ]
 
 

@@ -95,11 +95,12 @@ def test_mistakes_of_the_caller() -> None:
         (lambda: check_method("simclr"), "subclass of inbatch.methods.base.Method, not 'simclr'"),  # type: ignore[arg-type]
         (lambda: check_method(wrong.Right, batch_size=7), "even number"),
         (lambda: check_method(wrong.Right, batch_size=2), "at least 4"),
+        (lambda: check_method(wrong.Right, temprature=1.0), "no option 'temprature'; there are temperature"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()
-    report = check_method(wrong.Right, raise_errors=False, temprature=1.0)
-    assert report.failures[0].kind == "heads" and "temprature" in report.failures[0].sentence
+    report = check_method(wrong.Right, raise_errors=False, temperature=-1.0)
+    assert [finding.kind for finding in report.failures] == ["heads"] and "-1" in report.failures[0].sentence
     assert inbatch.testing.check_method is check_method
 
 

@@ -60,7 +60,7 @@ def check_method(
 
     Raises:
         MethodError: an AssertionError, if a test fails and `raise_errors` is True.
-        ConfigError: if `method` is no subclass of inbatch.methods.base.Method.
+        ConfigError: if `method` is no subclass of inbatch.methods.base.Method, or has no such option.
     """
     if not (inspect.isclass(method) and issubclass(method, Method)):
         raise ConfigError(f"check_method takes a subclass of inbatch.methods.base.Method, not {method!r:.80}")
@@ -69,6 +69,10 @@ def check_method(
         check_whole("num_views", num_views, 1)
     if batch_size % 2:
         raise ConfigError(f"batch_size = {batch_size}: two ranks and two context groups need an even number")
+    known = inspect.signature(method).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in known) and (unknown := sorted(set(options) - {p.name for p in known})):
+        names = ", ".join(p.name for p in known) or "none"
+        raise ConfigError(f"{method.__name__} has no option {unknown[0]!r}; there are {names}")
     report = _report(method, options, batch_size, num_views or 0, any_order, processes)
     if raise_errors and not report.passed:
         raise MethodError(report)

@@ -2,6 +2,7 @@
 
 from inbatch.apps.cli import (
     annotation,
+    checking,
     choosing,
     classification,
     collection,
@@ -18,6 +19,7 @@ from inbatch.apps.cli.app import app, main
 __all__ = [
     "annotation",
     "app",
+    "checking",
     "choosing",
     "classification",
     "collection",
