@@ -93,6 +93,15 @@ def test_every_option_of_a_plug_in_is_told() -> None:
         assert not silent, plugin["name"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["parts-alone", "check-method"])
+def test_pages_on_parts_run(name: str) -> None:
+    codes = blocks(DOCS / f"{name}.md", "python")
+    assert len(codes) >= 2
+    for code in codes:
+        exec(code, {"projections": torch.randn(2, 8, 4, requires_grad=True)})
+
+
 @PAGES
 def test_code_runs_and_commands_are_recipes(name: str) -> None:
     page = DOCS / "methods" / f"{name}.md"

@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def _made(trial: Trial) -> Finding:
-    """Test that the method is made, that its heads fit each other, and that it says which views it uses."""
+    """Test that the method can be made, and that its heads and views fit each other."""
 
     def fails(sentence: str) -> Finding:
         return Finding("heads", False, sentence)

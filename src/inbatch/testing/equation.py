@@ -130,7 +130,7 @@ def randomness(trial: Trial) -> Finding:
 
 
 def labels(trial: Trial) -> Finding:
-    """Test that labels are read by a method that says so only, and may be unknown."""
+    """Test that only a method with `labels` reads labels, and that they may be unknown."""
     method, online, target, batch = trial.rows()
     unknown = Call(copy.deepcopy(method), online, target, Batch(batch.index, torch.full_like(batch.label, -1)))
     if not unknown.finite():
@@ -234,7 +234,7 @@ class Communication(RuntimeError):
 
 @contextmanager
 def as_rank(rank: int, world: int = 2) -> Iterator[None]:
-    """Let torch.distributed and the environment answer as on this rank; communication raises an error."""
+    """Make torch.distributed and the environment those of this rank; communication raises an error."""
 
     def refuse(name: str) -> Callable[..., None]:
         def call(*args: Any, **options: Any) -> None:

@@ -92,7 +92,7 @@ def _importable(make: Callable[..., Any]) -> bool:
 
 
 def _imported(trial: Trial, rank: int, folder: str, stack: contextlib.ExitStack) -> Callable[[], bool]:
-    """Start a new interpreter for a rank; return a function that says whether it runs."""
+    """Start a new interpreter for a rank; return a function that returns whether it runs."""
     tuples = [name for name, value in trial.options.items() if isinstance(value, tuple)]
     facts = {
         "path": sys.path, "module": trial.make.__module__, "name": trial.make.__qualname__, "options": trial.options,

@@ -31,8 +31,8 @@ def memory(trial: Trial) -> Finding:
         object.__setattr__(method, name, watched(name, getattr(method, name)))
     trial.train(parts)
     if culprits:
-        return Finding("memory", False, f"{culprits[0]}: only after_step, on_weights and survey may change what a "
-                       "method remembers, so that a step uses the memory of the step before")  # fmt: skip
+        return Finding("memory", False, f"{culprits[0]}: only after_step, on_weights and survey may change the "
+                       "memory of a method, so that a step uses the memory of the step before")  # fmt: skip
     return Finding("memory", True, "memory changes after the optimiser only")
 
 
