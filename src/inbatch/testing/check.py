@@ -100,7 +100,8 @@ def _findings(trial: Trial, skipped: set[Test]) -> Iterator[Finding]:
     if not first.passed:
         return
     yield _attempt(_parameters, trial)
-    for test in (_loss, equation.rows):
+    first_tests: tuple[Test, ...] = (_loss, equation.rows)
+    for test in first_tests:
         yield (finding := _attempt(test, trial))
         if not finding.passed:
             return

@@ -82,8 +82,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def purity(trial: Trial) -> Finding:
     """Test that a second call gives the same value and that a call changes no state."""
-    method, *inputs = trial.rows()
-    first, second = Call(method, *inputs), Call(method, *inputs)
+    method, online, target, batch = trial.rows()
+    first, second = (Call(method, online, target, batch) for _ in range(2))
     if first.buffers:
         return Finding("purity", False, f"loss changes the buffers {listed(first.buffers)}: move that to after_step, "
                        "which runs after the optimiser. A queue that is filled before the look-up finds the sample "
@@ -103,7 +103,8 @@ def rows(trial: Trial) -> Finding:
     wrong = ("loss overwrites its arguments: rows and labels are used after it, so replace operations in place "
              "(x /= y, x.add_(y), x[i] = y) by others (x = x / y)")  # fmt: skip
     try:
-        overwritten = Call(*trial.rows()).overwritten
+        method, online, target, batch = trial.rows()
+        overwritten = Call(method, online, target, batch).overwritten
     except RuntimeError as error:
         if "in-place operation" not in str(error):
             raise
@@ -148,8 +149,8 @@ def order(trial: Trial) -> Finding:
     method, online, target, batch = trial.rows()
     moved = torch.randperm(trial.batch, generator=torch.Generator().manual_seed(4))
     plain = Call(copy.deepcopy(method), online, target, batch).value
-    there = ({name: x[:, moved] for name, x in rows.items()} for rows in (online, target))
-    shuffled = Call(method, *there, batch.take(moved)).value
+    there = [{name: x[:, moved] for name, x in rows.items()} for rows in (online, target)]
+    shuffled = Call(method, there[0], there[1], batch.take(moved)).value
     gap = float((plain - shuffled).abs() / plain.abs().clamp(min=1))
     if not gap < 1e-10:
         return Finding("order", False, f"the loss depends on the order of the samples in the batch ({plain:.6g} and "
@@ -165,7 +166,7 @@ def finite(trial: Trial) -> Finding:
     cases += [(f"rows in {str(half)[6:]}", lambda x: x, half) for half in (torch.bfloat16, torch.float16)]
     for kind, make, precision in cases:
         parts = [{name: make(x).to(precision) for name, x in rows.items()} for rows in (online, target)]
-        call = Call(copy.deepcopy(method).float(), *parts, batch)
+        call = Call(copy.deepcopy(method).float(), parts[0], parts[1], batch)
         if not call.finite():
             what = "the gradient" if call.value.isfinite() else "the loss"
             return Finding("finite", False, f"{what} is not finite for {kind}: guard divisions and logarithms; "

@@ -105,7 +105,7 @@ class Trial:
             network = Network(_encoder(), heads, method.online)
             target = make_target_network(network, heads, method.target) if method.target else None
             for parameter in target.parameters() if target is not None else ():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
         network, target = network.double(), target and target.double()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         return Parts(method, network, target, optimizer)

@@ -75,7 +75,7 @@ class CachedStep:
                 is no scalar or does not depend on the rows.
         """
         several = not isinstance(views, Tensor)
-        images = list(views) if several else [views]
+        images: list[Tensor] = [views] if isinstance(views, Tensor) else list(views)
         _check_views(images, self.chunks)
         call = _Rows(self.model, several)
         groups = [partial(tuple, group) for group in cut(images, self.chunks)]
