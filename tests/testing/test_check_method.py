@@ -57,6 +57,7 @@ def test_a_right_method_passes_and_the_report_is_plain() -> None:
     assert "purity (ok): a second call" in str(report)
 
 
+@pytest.mark.slow
 def test_tests_of_the_loss_pass_for_methods_with_memory_and_a_stop_gradient() -> None:
     for name in ("moco", "simsiam"):
         trial = Trial(METHODS[name], dict(SMALL[name]))
