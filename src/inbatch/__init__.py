@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
     from inbatch.training.cached_step import grad_cache
+    from inbatch.training.callbacks import Callback
     from inbatch.training.optim import OPTIMIZERS
 
     __version__: str
@@ -52,6 +53,7 @@ _API = (
     "prepare", "pretrain", "train_classifier",
 )  # fmt: skip
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
+_WHERE |= {"Callback": "inbatch.training.callbacks"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
@@ -70,6 +72,7 @@ _MODULES = ("distributed", "losses", "testing")
 __all__ = [
     "METHODS",
     "OPTIMIZERS",
+    "Callback",
     "Encoder",
     "Run",
     "__version__",

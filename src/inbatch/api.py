@@ -9,7 +9,7 @@ from typing import Any
 
 from inbatch.data import Source
 from inbatch.models import load_classifier
-from inbatch.runtime import distributed, tuning
+from inbatch.runtime import distributed, own_parts, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import locked
 from inbatch.runtime.isolation import isolated
@@ -24,6 +24,7 @@ from inbatch.training.classifier import train_classifier
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
+from inbatch.training.own_requests import with_own_parts
 from inbatch.training.plan import RunPlan, plan_run, plan_without_budget, with_context
 from inbatch.training.predictions import predict
 from inbatch.training.pretraining import train
@@ -56,9 +57,10 @@ __all__ = [
 
 
 @isolated
+@with_own_parts
 def pretrain(
     data: Any = None,
-    method: str | None = None,
+    method: Any = None,
     *,
     out: str | Path | None = None,
     config: str | Path | None = None,
@@ -75,6 +77,7 @@ def pretrain(
     stop_on_collapse: bool = False,
     compare: str | Path | None = None,
     track: str | Sequence[str] | None = None,
+    callbacks: Sequence[Any] = (),
     **fields: Any,
 ) -> Run:
     """Pretrain an encoder on images and write the results to a run directory.
@@ -85,7 +88,8 @@ def pretrain(
         data: a folder, a file that holds or lists images, the name of a data set ("torchvision/STL10",
             "digits-canvas"), a pattern ("photos/*/*.jpg"), a list of paths, or uint8 images (N, C, H, W), alone or with
             labels.
-        method: a name of `METHODS`; simclr by default.
+        method: a name of `METHODS`, simclr by default; or a `Method` of your own, or its class. `encoder`, `views` and
+            `optimizer` among the fields may be objects too (docs/own-parts.md).
         out: run directory, runs/METHOD-DATA-NUMBER by default; a directory that holds a run is refused unless
             `overwrite`.
         config: a YAML or JSON file of settings.
@@ -107,6 +111,7 @@ def pretrain(
         track: names of experiment trackers, such as "wandb,mlflow", besides TensorBoard, which is used if it is
             installed; "none" for no tracker at all. They do not affect the run and are no part of its recipe. A resumed
             run keeps its trackers, to which this adds.
+        callbacks: `Callback` objects or classes, called after steps, epochs and evaluations.
         **fields: any setting of the recipe (epochs=100, batch_size=256, encoder="resnet18", seed=1, ...).
             budget="45m" (minutes, hours, days) ends the run, including its evaluation, within that time: encoder, image
             size, batch size and length are chosen by real steps on this data and machine. On a CPU, a budget of one
@@ -161,14 +166,15 @@ def pretrain(
             result = train(
                 built, directory, split, resume=previous is not None, quiet=quiet, notes=notes,
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
-                calibration=plan.choice.json() if plan.choice else None, track=trackers,
+                calibration=plan.choice.json() if plan.choice else None, track=trackers, callbacks=callbacks,
             )  # fmt: skip
-        return Run(directory, built.recipe, result)
+        return Run(directory, built.recipe, result, own_parts.current())
 
 
 @isolated
+@with_own_parts
 def prepare(
-    data: Any, method: str | None = None, *, config: str | Path | None = None,
+    data: Any, method: Any = None, *, config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None, device: str = "auto", workers: int | None = None,
     download: bool = False, **fields: Any,
 ) -> RunComponents:  # fmt: skip
@@ -179,8 +185,9 @@ def prepare(
 
 
 @isolated
+@with_own_parts
 def dry_run(
-    data: Any, method: str | None = None, *, expect_world_size: int | None = None, device: str = "auto",
+    data: Any, method: Any = None, *, expect_world_size: int | None = None, device: str = "auto",
     config: str | Path | None = None, settings: Mapping[str, Any] | None = None, workers: int | None = None,
     download: bool = False, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -218,6 +225,7 @@ def _notes(plan: RunPlan, built: RunComponents, stale: str | None) -> list[str]:
     """Return the sentences for the start of a run: how its recipe was chosen, and advice."""
     context = plan.context.sentence() if plan.context else ""
     notes = [note for note in (stale, plan.memory, context, _advice(built)) if note]
+    notes = [own.sentence() for own in own_parts.current().values()] + notes
     return [*(plan.choice.sentences() if plan.choice else ()), *notes, *built.notes]
 
 
@@ -251,5 +259,6 @@ def _claimed(out: Path | None, recipe: Recipe) -> Path:
     if out is not None:
         return out
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(recipe.data).name).strip("-") or "data"
-    names = numbered(Path("runs") / f"{recipe.method.name}-{name}")
+    method = recipe.method.name.rpartition(":")[2].rpartition(".")[2]
+    names = numbered(Path("runs") / f"{method}-{name}")
     return Path(distributed.broadcast_object(str(claim(names)) if distributed.rank() == 0 else None))

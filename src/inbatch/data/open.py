@@ -13,6 +13,7 @@ from inbatch.data.sources import (
     folder,
     huggingface,
     numpy_files,
+    own_data,
     parquet,
     several,
     torchvision_sets,
@@ -23,6 +24,7 @@ from inbatch.data.sources.columns import check_no_columns
 from inbatch.data.sources.labels import NO_LABELS
 from inbatch.data.sources.split_names import find_split
 from inbatch.errors import DataError, type_name
+from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
 
 
@@ -32,6 +34,7 @@ def _find_several(data: object, reading: Reading) -> dict[str, Callable[[], Sour
 
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
     "an array (NumPy, PyTorch, h5py, zarr), or a pair (images, labels)": arrays.find_arrays,
+    "a data set of PyTorch, a list of images, or another object with items": own_data.find_own_data,
     "digits-canvas or digits-canvas-colour": digits.find_digits,
     "torchvision/NAME, a set by its name": torchvision_sets.find_torchvision,
     "several paths, or a pattern in quotes": _find_several,
@@ -59,6 +62,7 @@ _WITH_COLUMNS = (
     numpy_files.find_numpy,
     huggingface.find_huggingface,
     webdataset.find_webdataset,
+    own_data.find_own_data,
 )
 """Finders of data whose images and labels are in columns, or have names of their own."""
 
@@ -128,9 +132,19 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
             if find not in _WITH_COLUMNS:
                 check_no_columns(reading, _name(data))
             return found
+    for name, part in _of_packages().items():
+        if (found := part.maker(data, reading)) is not None:
+            if not isinstance(found, dict) or not all(map(callable, found.values())):
+                raise DataError(f"the source {name} must return {{split: function that opens it}} or None")
+            return found
     if isinstance(data, str | os.PathLike) and not os.path.exists(data):
         raise DataError(f"{_name(data)} does not exist; data can be {'; '.join(OPENERS)}")
     raise DataError(f"{_name(data)} cannot be opened; {_advice(data)}data can be {'; '.join(OPENERS)}")
+
+
+def _of_packages() -> dict[str, own_parts.OwnPart]:
+    """Return the finders of installed packages, entry points of `inbatch.sources`; broken ones are left out."""
+    return own_parts.every_installed("source")[0]
 
 
 def _advice(data: object) -> str:

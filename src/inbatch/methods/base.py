@@ -1,7 +1,7 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -33,6 +33,12 @@ class Method(nn.Module):
     assigns: ClassVar[str | None] = None
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Keep the arguments of the constructor, by which a run makes methods of its own that are equal to this one."""
+        method = super().__new__(cls)
+        method.__dict__["_arguments"] = (args, options)
+        return method
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuse a method called `momentum`: the hook is `target_momentum`, and `self.momentum` is a number."""

@@ -1,5 +1,6 @@
 """Backbones by name, without their classifier: own ones, timm's and torchvision's (imported only if requested)."""
 
+import copy
 import inspect
 import socket
 import typing
@@ -12,6 +13,8 @@ from torch import nn
 from inbatch.errors import ConfigError, closest, reason
 from inbatch.models.fast import Fast
 from inbatch.models.library_errors import described, explained
+from inbatch.runtime import own_parts
+from inbatch.runtime.own_parts import OwnPart
 
 # timm's own options for weights and files, one of them through pickle: `init` replaces them.
 _REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -31,6 +34,62 @@ def build(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> tuple[
         backbone = _timm(name, size, channels, kwargs)
     classifier = published_cfg(backbone).get("classifier") or ()
     return backbone, (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+OURS = ("tiny", "fast", "resnet10")
+"""Names of the backbones of this library."""
+
+
+def own_encoder(name: str) -> OwnPart | None:
+    """Return the user's own part of a name, or that of an installed package; None for names of ours, timm's, ...
+
+    Raises:
+        ConfigError: If it is the user's own, and not in use.
+    """
+    if name in OURS or name.startswith("torchvision/"):
+        return None
+    own = own_parts.find("encoder", name)
+    if own is None and own_parts.is_own(name):
+        raise own_parts.demand("encoder", name)
+    if own is not None and not own_parts.is_own(name):
+        import timm
+
+        return None if timm.is_model(name) else own
+    return own
+
+
+def own_backbone(own: OwnPart, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
+    """Return a new backbone of the user: a copy of a module, or what a class or function makes.
+
+    Args:
+        own: The module, class or function; its parameters `size` and `channels` are set by the run.
+        size: Side of the images in pixels.
+        channels: Channels of the images.
+        kwargs: Other arguments of the class or function.
+
+    Raises:
+        ConfigError: If it cannot be built so, or is no module.
+    """
+    maker = own.maker
+    if isinstance(maker, nn.Module):
+        if kwargs:
+            raise ConfigError(f"encoder.{next(iter(kwargs))}: {own.name} is a module that exists, without settings")
+        return copy.deepcopy(maker).cpu()
+    known = inspect.signature(maker).parameters
+    given = {key: value for key, value in (("size", size), ("channels", channels)) if key in known}
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for key in kwargs if not any_name else ():
+        if key not in known:
+            near = closest(key, set(known) - set(given))
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"the encoder {own.name} has no setting {key!r}{hint}")
+    try:
+        backbone = maker(**given | kwargs)
+    except Exception as error:  # of any code
+        raise ConfigError(f"the encoder {own.name} cannot be made with these settings: {reason(error)}") from error
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"the encoder {own.name} must make an nn.Module, not {type(backbone).__name__}")
+    return backbone
 
 
 def _timm(name: str, size: int, channels: int, kwargs: dict[str, Any], published: bool = False) -> nn.Module:
@@ -61,7 +120,7 @@ def published_cfg(backbone: nn.Module) -> dict[str, Any]:
 
 def pretrained(name: str, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
     """Return the same timm model with its published weights."""
-    if name in ("tiny", "fast", "resnet10") or name.startswith("torchvision/"):
+    if name in OURS or name.startswith("torchvision/"):
         raise ConfigError(f'timm has no weights for {name}: init="timm" needs a timm model with published weights.')
     try:
         return _timm(name, size, channels, kwargs | _cached(name), published=True)

@@ -16,12 +16,13 @@ from torch import nn
 
 from inbatch.errors import ConfigError, DataError, check_whole, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
-from inbatch.models.backbones import build, cifar_stem
+from inbatch.models.backbones import build, cifar_stem, own_backbone, own_encoder
 from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.initial_weights import Initial, fill_backbone, read_initial, stem_of
 from inbatch.models.input_sizes import check_side
 from inbatch.models.readout import Readout
 from inbatch.models.weights import encoder_weights, fill, read_folder, set_readout, split
+from inbatch.runtime import own_parts
 from inbatch.runtime.paths import path_of
 
 
@@ -72,9 +73,13 @@ def create_encoder(
         DataError: for unreadable weights.
     """
     _check_arguments(name, size, channels, stem, attend, attend_options, kwargs)
-    backbone, classifier = build(name, size, channels, kwargs)
+    own = own_encoder(name)
+    if own is not None:
+        backbone, classifier = own_backbone(own, size, channels, kwargs), ()
+    else:
+        backbone, classifier = build(name, size, channels, kwargs)
     initial = read_initial(init, classifier)
-    used = _stem_in_use(name, backbone, stem, size, initial, channels)
+    used = None if own is not None else _stem_in_use(name, backbone, stem, size, initial, channels)
     if used == "cifar":
         cifar_stem(backbone, channels)
     notes: list[str] = []
@@ -94,6 +99,7 @@ def create_encoder(
         stem=used,
         arguments=kwargs,
     )
+    encoder.own = None if own is None else own.facts()
     if check:
         check_side(encoder, size)
     if whiten:
@@ -192,6 +198,8 @@ def restored(weights: dict[str, Any], config: dict[str, Any], origin: Path) -> E
         raise DataError(f"{origin} holds no encoder created by name; build it yourself and load model.safetensors.")
     own, attended = split(encoder_weights(weights, config))
     try:
+        if saved := config.get("own"):
+            own_parts.check_same("encoder", str(config["name"]), saved)
         known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
         encoder = create_encoder(**known, stem=config["stem"] or "auto", check=False, **config["arguments"])
         if levels := config.get("levels"):

@@ -100,7 +100,8 @@ def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
     if encoder.attend:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))
-    return backbone, {k: getattr(encoder, k) for k in keys}
+    own = {} if encoder.own is None else {"own": encoder.own}
+    return backbone, {k: getattr(encoder, k) for k in keys} | own
 
 
 def as_one(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:

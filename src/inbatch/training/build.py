@@ -15,10 +15,9 @@ from inbatch.batch import Batch
 from inbatch.context.curation import CURATORS, Curator
 from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.data import Loader, Source
-from inbatch.data.views import Views, make_views
+from inbatch.data.views import PRESETS, AnyViews, TransformedViews, View, Views, make_views, own_views
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, DataError, reason
-from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
@@ -26,11 +25,12 @@ from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
 from inbatch.nn import triton_logsumexp
 from inbatch.nn.heads import Head
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, own_parts
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
 from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
+from inbatch.training.presets import method_named
 from inbatch.training.rates import set_rates
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
@@ -44,7 +44,7 @@ class RunComponents:
     recipe: Recipe
     source: Source
     loader: Loader
-    views: Views
+    views: AnyViews
     encoder: Encoder
     method: Method
     network: Network
@@ -125,7 +125,7 @@ class _Parts:
 
     method: Method
     encoder: Encoder
-    views: Views
+    views: AnyViews
     heads: dict[str, Head]
     fuse: Fusion | None
     fused: Sequence[int]
@@ -140,7 +140,7 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
-    if METHODS[recipe.method.name].labels and not bool((source.labels >= 0).any()):
+    if method_named(recipe.method.name).labels and not bool((source.labels >= 0).any()):
         raise DataError(
             f"{recipe.method.name} learns from labels, but {source.name} has none{source.why_unlabelled()}: "
             "use class sub-folders, or name the column of labels (--label-column)"
@@ -157,14 +157,14 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
     start = init or starting_weights(recipe, notes)
     with seeded(recipe, device):
         with _settings_of("method", recipe.method.name):
-            method = METHODS[recipe.method.name](**recipe.method.options)
+            method = method_named(recipe.method.name)(**recipe.method.options)
         encoder = make_encoder(recipe, start)
         notes += encoder.init_notes
         for side, setting in view_sides(recipe).items():
             check_side(encoder, side, setting)
         if start is None:
             fit_first_layer(encoder, source)
-        views = views_of(recipe, encoder)
+        views = views_of(recipe, encoder.mean, encoder.std)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
             classes = int(source.labels.max()) + 1
@@ -174,12 +174,14 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
 
 
-def _make_loader(recipe: Recipe, source: Source, views: Views, device: torch.device, workers: int | None) -> Loader:
+def _make_loader(
+    recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None
+) -> Loader:
     """Return the loader of this rank's part of every batch."""
     return Loader(
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
-        world=distributed.world(), resident=recipe.cache_on_device, workers=workers, whole=recipe.curate is not None,
-        max_bad=recipe.max_unreadable,
+        world=distributed.world(), resident=recipe.cache_on_device, workers=workers,
+        whole=recipe.curate is not None or views.whole, max_bad=recipe.max_unreadable,
     )  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple
     return network, target
 
 
-def _compile(views: Views, *networks: Network | None) -> None:
+def _compile(views: AnyViews, *networks: Network | None) -> None:
     """Compile views (for accelerators; a CPU uses its own kernel) and networks."""
     views.compile()
     for network in filter(None, networks):
@@ -212,26 +214,34 @@ def _compile(views: Views, *networks: Network | None) -> None:
 
 def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Optimizer, float]:
     """Return the optimiser of the online network, and its learning rate for the recipe's batch."""
-    options = dict(recipe.optimizer.options)
-    lr = scaled_lr(options.pop("lr"), recipe.batch_size, recipe.schedule.scaling)
+    options, name = dict(recipe.optimizer.options), recipe.optimizer.name
+    has_rate = "lr" in options
+    lr = scaled_lr(options.pop("lr", 1.0), recipe.batch_size, recipe.schedule.scaling)
     vector_lr = options.pop("vector_lr", None)
     groups = parameter_groups(
         {"encoder": parts.encoder, **network.heads} | ({} if parts.fuse is None else {"fuse": parts.fuse}),
-        lr=lr, weight_decay=options.pop("weight_decay"),
+        lr=lr, weight_decay=options.pop("weight_decay", 0.0),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch_size, recipe.schedule.scaling),
         own={name: {"constant": True} for name in parts.method.constant_lr()},
     )  # fmt: skip
-    with _settings_of("optimizer", recipe.optimizer.name):
-        return build_optimizer(recipe.optimizer.name, groups, **options), lr
+    with _settings_of("optimizer", name):
+        optimizer = build_optimizer(name, groups, **options)
+    return optimizer, lr if has_rate else optimizer.param_groups[0]["lr"]
 
 
-def views_of(recipe: Recipe, encoder: Encoder) -> Views:
-    """Return the views of a recipe, normalised with the encoder's mean and standard deviation."""
-    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, recipe.channels))
-    return Views(crops, encoder.mean, encoder.std, pairs)
+def views_of(recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> AnyViews:
+    """Return the views of a recipe, normalised with this mean and standard deviation per channel."""
+    name, options = recipe.views.name, recipe.views.options
+    crops, pairs = arrange(recipe.crops, make_views(name, options, recipe.channels))
+    if name not in PRESETS:
+        if own_parts.find("views", name) is None:
+            raise own_parts.demand("views", name)
+        if not isinstance((own := own_views(name, options))[0], View):
+            return TransformedViews(own, options["sizes"], mean, std, name)
+    return Views(crops, mean, std, pairs)
 
 
-def drawn(views: Views, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+def drawn(views: AnyViews, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """Return the images of the views of a batch; its pixels may still be in host memory."""
     return views(batch.to(device)).images
 
@@ -287,7 +297,7 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
 
 
 def fusion(
-    recipe: Recipe, method: Method, views: Views, encoder: Encoder, context: int
+    recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int
 ) -> tuple[Fusion | None, Sequence[int]]:
     """Return the batch fusion of a recipe and the indices of the views that it fuses."""
     if recipe.fuse is None:
@@ -309,7 +319,9 @@ def fusion(
     return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
-def curator_of(recipe: Recipe, views: Views, network: Network, piece: int, device: torch.device) -> Curator | None:
+def curator_of(
+    recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device
+) -> Curator | None:
     """Return the curator of a recipe; it embeds `piece` images at a time."""
     if recipe.curate is None:
         return None

@@ -14,6 +14,7 @@ from inbatch.models.network import Network
 from inbatch.models.weights import fill, read, write
 from inbatch.training.build import RunComponents
 from inbatch.training.holdout import Images
+from inbatch.training.presets import method_named
 
 
 class HeadRows:
@@ -57,7 +58,7 @@ def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int =
         raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
     weights, config = read(run / "heads")
     try:
-        kind, options, prepared = METHODS[config["method"]], dict(config["options"]), dict(config["told"])
+        kind, options, prepared = method_named(config["method"]), dict(config["options"]), dict(config["told"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
     name = kind.assigns

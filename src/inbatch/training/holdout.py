@@ -12,6 +12,8 @@ from inbatch.evaluation import Kept
 from inbatch.evaluation.embeddings import matched_labels
 from inbatch.methods import METHODS
 from inbatch.rng import permutation
+from inbatch.runtime import own_parts
+from inbatch.training.presets import method_named
 from inbatch.training.recipe import Recipe
 
 Images = Source | Kept
@@ -72,7 +74,7 @@ def evaluation_split(
         queries = None if split is None else open_data(where, split, **any_class)
     if queries is None:
         whole = source if test is None else open_data(test, names[0], **reading)
-        seen = "; their labels were trained on" if test is None and METHODS[recipe.method.name].labels else ""
+        seen = "; their labels were trained on" if test is None and _learns_labels(recipe) else ""
         return _tenth(whole, f"a tenth of {whole.name}, held out from the bank{seen}")
     bank = source if labelled else open_data(where, "train", **reading)
     _check_classes(queries)
@@ -101,6 +103,11 @@ def columns_of_other(recipe: Recipe, data: Any) -> dict[str, Any]:
     except DataError:
         return usual
     return own
+
+
+def _learns_labels(recipe: Recipe) -> bool:
+    name = recipe.method.name
+    return (name in METHODS or own_parts.find("method", name) is not None) and method_named(name).labels
 
 
 def _tenth(source: Source, how: str) -> EvaluationSplit:

@@ -1,9 +1,10 @@
 """The training loop: epochs, steps, online evaluation and checkpoints."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from inbatch.runtime.files import write_json
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import Keeper
 from inbatch.training.build import RunComponents
+from inbatch.training.callbacks import Callback, Callbacks
 from inbatch.training.checkpoint import save
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.metric_logger import Log
@@ -53,7 +55,10 @@ class Loop:
         compared: Comparison with a reference; None without one.
         split: Images of the online evaluation; None without labels.
         stop_on_collapse: Stop if outputs are collapsed at two successive evaluations.
+        callbacks: Callbacks by name.
         unreadable: Number of unreadable images already reported.
+        stopped: Why a callback has ended the run.
+        values: Losses of the last step.
     """
 
     built: RunComponents
@@ -68,12 +73,16 @@ class Loop:
     compared: Comparison | None
     split: EvaluationSplit | None
     stop_on_collapse: bool
+    callbacks: Mapping[str, Callback]
     unreadable: int = 0
+    stopped: str | None = None
+    values: Mapping[str, SupportsFloat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         source = self.built.loader.source
         spaced = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
         self.watched = Subset(source, spaced, "watched for collapse")
+        self.call = Callbacks(self.callbacks, self.built, self.out, self.log, lambda: self.save(best=False))
         self.evaluator = make_online_evaluator(self.built, self.split)
 
     def run(self) -> None:
@@ -83,6 +92,8 @@ class Loop:
         if progress.step == 0:
             check_collapse(built, self.watched, progress, 0, self.log)
             self.evaluate(0)
+            if asked := self.call("on_evaluation", 0, 0, progress.curve[-1]):
+                raise TrainingError(f"a callback asked to stop before the first step ({asked})")
         elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
             self.end_epoch()  # stopped by a signal at the last step of an epoch
         self.keeper.start(progress.step, built.total)
@@ -111,12 +122,16 @@ class Loop:
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
             progress.images += built.recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
+            self.values = losses
             state = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
+            asked = self.call("on_step", progress.step, epoch + 1, losses | state)
             if self.answer_and_keep_time():
                 self.save(best=False)
                 self.keeper.paused(time.perf_counter() - now)
                 began, used = time.perf_counter(), time.process_time()
+            if asked:
+                self.end_here(asked)
             self.stopping.finished()
             if progress.step >= built.total:
                 break
@@ -150,9 +165,14 @@ class Loop:
         if self.stop_on_collapse:
             stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys()))
         best, last = False, progress.step >= built.total
-        if epoch % recipe.evaluate_every == 0 or last:
+        evaluated = epoch % recipe.evaluate_every == 0 or last
+        if evaluated:
             best = self.evaluate(epoch)
         self.stopping.stop.hold()
+        asked = self.call("on_evaluation", progress.step, epoch, progress.curve[-1]) if evaluated else None
+        if asked := self.call("on_epoch", progress.step, epoch, self.values) or asked:
+            self.end_here(asked)
+            best, last = best if evaluated else self.evaluate(epoch), True
         progress.ended = progress.step // built.loader.steps
         if best or epoch % recipe.checkpoint_every == 0 or last or stays:
             self.save(best)
@@ -162,6 +182,14 @@ class Loop:
                 f"the next evaluation; a checkpoint is saved, curves are in {self.out / 'metrics.jsonl'}"
             )
         self.stopping.finished()
+
+    def end_here(self, why: str) -> None:
+        """Make the current step the last one of the run, as a callback asks."""
+        step, built = self.progress.step, self.built
+        if step < built.total:
+            self.log.note(f"Stopped at step {step:,} of {built.total:,} by {why}")
+            self.stopped = why
+            self._set_length(step, 0)
 
     def evaluate(self, epoch: int) -> bool:
         """Evaluate the features, and compare them with the reference; return whether they are the best so far."""
@@ -187,11 +215,7 @@ class Loop:
             keeper.check(step, built.timeline, evaluations) if distributed.rank() == 0 else None
         )
         if left is not None:
-            built.timeline.change(step, left)
-            built.recipe = replace(recipe, replans=tuple(built.timeline.changes))
-            if distributed.rank() == 0:  # before the steps that follow: a resumed run repeats them
-                write_json(self.out / "recipe.json", built.recipe.nested())
-            self.log.length(built.total)
+            self._set_length(step, left)
             if abs(built.total - keeper.reported_total) > 0.25 * keeper.reported_total:
                 why = "longer" if built.total < keeper.reported_total else "less time"
                 self.log.note(
@@ -200,6 +224,15 @@ class Loop:
                 )
                 keeper.reported_total = built.total
         return save_now
+
+    def _set_length(self, step: int, left: int) -> None:
+        """Set the number of steps that remain from a step on, and write it to the recipe."""
+        built = self.built
+        built.timeline.change(step, left)
+        built.recipe = replace(built.recipe, replans=tuple(built.timeline.changes))
+        if distributed.rank() == 0:  # before the steps that follow: a resumed run repeats them
+            write_json(self.out / "recipe.json", built.recipe.nested())
+        self.log.length(built.total)
 
     def save(self, best: bool) -> None:
         """Write a checkpoint on rank 0; an error there ends every rank."""

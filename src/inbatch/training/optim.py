@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, closest
+from inbatch.runtime import own_parts
 
 
 class LARS(torch.optim.Optimizer):
@@ -159,6 +160,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
         ConfigError: If the name or an option is unknown; with a suggestion.
     """
     if name not in OPTIMIZERS:
+        if (own := own_parts.find("optimizer", name)) is not None:
+            return _own_optimizer(name, own.maker, groups, options)
+        if own_parts.is_own(name):
+            raise own_parts.demand("optimizer", name)
         raise ConfigError(f"Unknown optimiser {name!r}.{_suggest(name, OPTIMIZERS)}")
     known = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"params", "lr", "weight_decay"}
     for option in options:
@@ -169,6 +174,33 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
         options["fused"] = True  # one kernel for all parameters; no gain on a CPU
     # The groups contain the rates; torch requires a default nevertheless, which no group uses.
     return OPTIMIZERS[name](groups, lr=groups[0]["lr"], **options)
+
+
+def _own_optimizer(
+    name: str, maker: Callable[..., Any], groups: list[dict[str, Any]], options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return the optimiser of the user's class or function over the groups of `parameter_groups`.
+
+    A maker without a parameter `lr` (`weight_decay`) sets it itself; the schedule multiplies what it sets.
+
+    Raises:
+        ConfigError: If it makes something else than an optimiser of these parameters.
+    """
+    known = inspect.signature(maker).parameters
+    own = [key for key in ("lr", "weight_decay") if key not in known]
+    passed = [{key: value for key, value in group.items() if key not in own} for group in groups]
+    rate = {} if "lr" in own else {"lr": groups[0]["lr"]}
+    optimizer = maker(passed, **rate, **options)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"the optimizer {name} must make a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    wanted = [[id(p) for p in group["params"]] for group in groups]
+    if [[id(p) for p in group["params"]] for group in optimizer.param_groups] != wanted:
+        raise ConfigError(f"the optimizer {name} must keep the parameter groups that it gets, in their order")
+    for group in optimizer.param_groups:
+        for key in own:
+            group.setdefault(key, 0.0)
+            group[f"base_{key}"] = group[key]
+    return optimizer
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

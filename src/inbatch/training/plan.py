@@ -1,16 +1,20 @@
 """Decide the recipe of a run from settings, images, time budget and machine."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inbatch.data import Loader, Source, open_data
-from inbatch.errors import ConfigError
-from inbatch.runtime import distributed
+from inbatch.data.views import own_views, sizes_of
+from inbatch.errors import ConfigError, DataError
+from inbatch.runtime import distributed, own_parts
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
@@ -158,6 +162,7 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
     )
     settings["data"] = str(data) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
+    _set_sizes(settings, source)
     if settings.get("image_size") is None:
         method, preset = method_named(settings.get("method.name", "simclr")), settings.get("preset")
         own = method.presets.get(preset, {}) if isinstance(preset, str) else {}
@@ -168,6 +173,30 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
         # rate scales with it.
         recipe = make(settings | {"batch_size": max(2, min(recipe.batch_size, 256, 1 << len(source).bit_length() - 1))})
     return recipe, source
+
+
+def _set_sizes(settings: Settings, source: Source) -> None:
+    """Set the sides of the user's own views, and the image size to the largest of them if it is not set."""
+    name = settings.get("views.name")
+    own = own_parts.find("views", name)
+    if own is None or settings.get("views.sizes") is not None:
+        return
+    options = {key.removeprefix("views."): value for key, value in settings.items() if key.startswith("views.")}
+    del options["name"]
+    if own_parts.is_maker("views", own.maker) and "size" in inspect.signature(own.maker).parameters:
+        settings["image_size"] = settings.get("image_size") or natural_size(source)
+        options.setdefault("size", settings["image_size"])
+    views = own_views(str(name), options)
+    settings["views.sizes"] = sizes_of(views, _first_image(source), str(name))
+    settings["image_size"] = settings.get("image_size") or max(settings["views.sizes"])
+
+
+def _first_image(source: Source) -> Tensor:
+    """Return the first image that can be read; DataError if none can."""
+    for i in range(len(source)):
+        with suppress(DataError):
+            return source.image(i)
+    return source.image(0)
 
 
 def _levels(value: Any) -> tuple[float, float] | None:

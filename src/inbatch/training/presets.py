@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from inbatch.methods import METHODS
 from inbatch.methods.base import Method
-from inbatch.training.registry import PARTS, Settings, check_known
+from inbatch.runtime import own_parts
+from inbatch.training.registry import PARTS, Settings, check_known, maker_of, without_rates
 
 _CANVAS = {
     "encoder.name": "tiny", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
@@ -42,8 +42,15 @@ A method's own "digits" overrides them. knn_k is 20 there, because 130 images pe
 
 def method_named(name: str) -> type[Method]:
     """Return a method by name; raise ConfigError with a suggestion if it is unknown."""
-    check_known("method", name, METHODS)
-    return METHODS[name]
+    method: type[Method] = maker_of("method", name, "method")
+    return method
+
+
+def presets_of(method: Any) -> dict[str, dict[str, Any]]:
+    """Return the presets of a method; none for a user's own one that is not in use, whose recipe is complete."""
+    if own_parts.is_own(method) and own_parts.find("method", method) is None:
+        return {}
+    return method_named(method).presets
 
 
 def natural_preset(data: str, size: float) -> str:
@@ -59,13 +66,15 @@ WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "c
 def with_preset(settings: Mapping[str, Any]) -> Settings:
     """Return the settings, completed by those of their preset and by the names of the parts."""
     method = settings.get("method.name", "simclr")
-    own = method_named(method).presets
+    own = presets_of(method)
     size = finite_number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)
     preset = settings.get("preset", natural if natural in SHARED_PRESETS | own else "none")
     check_known("preset", preset, SHARED_PRESETS | own)
     base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
+    for rate in without_rates(settings.get("optimizer.name")):
+        del base[f"optimizer.{rate}"]
     values = SHARED_PRESETS.get(preset, {}) | own.get("digits" if preset.startswith("digits") else preset, {})
     values.pop("source", None)  # for the user only
     if preset == "fast" and "fast" not in own:  # the method's own options are those for small images

@@ -13,6 +13,7 @@ from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents
+from inbatch.training.callbacks import Callback, named, with_state
 from inbatch.training.checkpoint import Checkpoint, load, restore, set_aside
 from inbatch.training.checkpoint_recipe import EARLIER, check_recipe
 from inbatch.training.data_places import check_same_images, images_signature
@@ -39,6 +40,7 @@ def train(
     built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None, track: tuple[str, ...] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, or to a checkpoint if a signal requests it; return the written result.
 
@@ -53,6 +55,7 @@ def train(
         reference: Reference curve for comparison, on rank 0; it affects no decision.
         began: Start time of the command (`time.perf_counter`), from which a budget counts; now if None.
         calibration: How the recipe was chosen for its budget, for the result.
+        callbacks: Callbacks, the same on every rank.
         track: Requested trackers, as for `trackers.selection.select`.
 
     Raises:
@@ -62,7 +65,8 @@ def train(
             stops on collapse.
     """
     progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
-    parts, data = built.parts() | {"progress": progress}, images_signature(built.loader.source)
+    called = named(callbacks)
+    parts, data = built.parts() | {"progress": progress} | with_state(called), images_signature(built.loader.source)
     saved = None
     if resume:
         saved = _restore(built, parts, progress, out, data)
@@ -71,7 +75,12 @@ def train(
     else:
         progress.calibration = dict(calibration) if calibration else None
     distributed.assert_equal_across_ranks(
-        {"checkpoint": f"step {progress.step}", "images that can be read": data, "context": built.context}
+        {
+            "checkpoint": f"step {progress.step}",
+            "images that can be read": data,
+            "context": built.context,
+            "callbacks": list(called),
+        }
     )
     if saved is not None and main:  # every rank has read it
         set_aside(saved)
@@ -101,13 +110,14 @@ def train(
                             log.note(sentence)
                         plan = plan_evaluations(built, split, progress)
                         followers.start(progress.step, log.note)  # now: the steps before were timed
-                        Loop(
+                        loop = Loop(
                             built, progress, parts, out, log, followers, stopping, plan.keeper(progress), threads,
-                            compared, plan.online, stop_on_collapse,
-                        ).run()  # fmt: skip
+                            compared, plan.online, stop_on_collapse, called,
+                        )  # fmt: skip
+                        loop.run()
                     stop.release()  # everything is saved
                     result = distributed.broadcast_object(
-                        finish(built, progress, plan, out, where, compared) if main else None
+                        finish(built, progress, plan, out, where, compared, loop.stopped) if main else None
                     )
         for sentence in _closing(built, result, compared):
             log.note(sentence)

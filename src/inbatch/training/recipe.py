@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError
 from inbatch.models import MAX_SIDE
+from inbatch.runtime import own_parts
 from inbatch.training.budget import parse_budget
 from inbatch.training.presets import finite_number, with_preset
 from inbatch.training.registry import (
@@ -121,6 +122,8 @@ class Recipe:
             length.
         budget: Time budget in seconds for the whole run, from the start of the command to the written result.
         replans: (step, steps left from there) for each change of the length to keep the budget; written by the run.
+        own: Version and SHA-256 of the source of every part that is code of the user (`runtime.own_parts`), by part;
+            written by the run.
     """
 
     data: str
@@ -165,6 +168,7 @@ class Recipe:
     budget: Seconds = None
     replans: tuple[Replan, ...] = ()
     preset: str = "imagenet"
+    own: dict[str, dict[str, str | None]] = dataclasses.field(default_factory=dict)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class Recipe:
                 settings |= {f"{f.name}.{k}": v for k, v in value.options.items()}
             elif isinstance(value, Schedule):
                 settings |= {f"{f.name}.{k}": v for k, v in dataclasses.asdict(value).items()}
-            elif f.name not in OPTIONAL:
+            elif f.name not in OPTIONAL and (f.name != "own" or value):
                 settings[f.name] = value
         return settings
 
@@ -203,14 +207,21 @@ class Recipe:
         mine = self.flat()
         # A part with another name than in the preset starts without the preset's options; the same holds here.
         names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
-        given = {key: mine[key] for key in ("data", "preset", "image_size", "channels")} | names
-        named = make(given).flat()
-        preset = make({key: given[key] for key in ("data", "preset", "image_size", "channels", "method.name")}).flat()
+        own = {key: value for key, value in mine.items() if key.split(".")[0] in self.own}
+        given = {key: mine[key] for key in ("data", "preset", "image_size", "channels")} | own | names
+        named = {key: value for key, value in make(given).flat().items() if key not in own or key in names}
+        less = {key: given[key] for key in ("data", "preset", "image_size", "channels", "method.name")} | {
+            key: value for key, value in own.items() if key.startswith("method.")
+        }
+        preset = make(less).flat()
         words = ["inbatch", "pretrain", self.method.name, "--data", self.data, "--preset", self.preset]
         for key, value in mine.items():
+            if key.endswith(".name") and own_parts.is_own(value) and key != "method.name":
+                words += [f"--{key.removesuffix('.name')}", value]
+                continue
             known = preset if key in names else named
             followed = key in known and known[key] == value and key not in ("image_size", "channels")
-            if key not in ("data", "method.name", "preset") and not followed:
+            if key not in ("data", "method.name", "preset", "own") and not followed:
                 words += ["--set", f"{key}={_one_line(list(value) if isinstance(value, tuple) else value)}"]
         return shlex.join(words)
 

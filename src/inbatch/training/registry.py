@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
@@ -15,6 +16,7 @@ from inbatch.errors import ConfigError, closest
 from inbatch.methods import METHODS
 from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
+from inbatch.runtime import own_parts
 from inbatch.training.optim import OPTIMIZERS
 from inbatch.training.renamed_keys import RENAMED
 
@@ -61,8 +63,9 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
             raise ConfigError(f"{part}.{key} is set, but there is no {part}.name: {', '.join(PARTS[part] or ())}")
         return None
     name = str(options.pop("name"))
-    makers = PARTS[part]
-    if makers is None:
+    if own_parts.is_own(name) and own_parts.find(part, name) is None:
+        return Part(name, options)  # of a finished run, which may be read without its code; `build` needs it
+    if PARTS[part] is None:
         allowed = set(inspect.signature(create_encoder).parameters) - {"check", "kwargs"}
         of_recipe = {
             "size": "image_size",
@@ -74,20 +77,64 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         for key in of_recipe.keys() & options.keys():
             raise ConfigError(f"{part}.{key} follows from another setting: set {of_recipe[key]}")
         return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
-    check_known(f"{part}.name", name, makers)
-    maker = makers[name]
-    signature = inspect.signature(maker)
-    if part == "views" and "size" in signature.parameters:
+    maker = maker_of(part, name)
+    if not own_parts.is_maker(part, maker):
+        for key in options.keys() - {"sizes", "object"}:
+            raise ConfigError(f"{part}.{key}: {name} is an object that exists, without settings")
+        return Part(name, options)
+    if part == "views" and "size" in inspect.signature(maker).parameters:
         options.setdefault("size", size)
-    adapter, known = _schema(part, name)
+    adapter, known = _schema(part, name, maker)
     for key in options:
         if key not in known:
             if RENAMED.get(f"{part}.{key}", ".").split(".")[1] in known:
                 check_not_renamed(f"{part}.{key}")
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
+    if part != "optimizer" and own_parts.find(part, name) is not None:
+        # Defaults that are no plain values stay those of the constructor.
+        return Part(name, {k: v for k, v in checked.items() if k in options or is_plain(v)})
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
+
+
+def maker_of(part: str, name: Any, key: str | None = None) -> Any:
+    """Return the class or function of a part's name: ours, one that is passed or typed, or that of a package.
+
+    Args:
+        part: The part.
+        name: Its name.
+        key: Setting for messages, PART.name by default.
+
+    Raises:
+        ConfigError: If the name is unknown, or code of the user that is neither passed nor typed.
+    """
+    makers = PARTS[part] or {}
+    if isinstance(name, str) and name in makers:
+        return makers[name]
+    if (own := own_parts.find(part, name)) is not None:
+        return own.maker
+    if own_parts.is_own(name):
+        raise own_parts.demand(part, name)
+    check_known(key or f"{part}.name", name, (*makers, *own_parts.installed_names(part)))
+    raise AssertionError(name)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value can be written to a recipe."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def without_rates(optimizer: Any) -> set[str]:
+    """Return which of the rates `optimizer.lr` and `optimizer.weight_decay` the user's own optimiser does not take."""
+    own = own_parts.current().get("optimizer")
+    if own is None or own.name != optimizer:
+        return set()
+    return {"lr", "weight_decay"} - set(inspect.signature(own.maker).parameters)
 
 
 def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
@@ -95,32 +142,40 @@ def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
     found = {}
     for part in OPTIONAL:
         for name, maker in (PARTS[part] or {}).items():
-            defaults = {key: field.default for key, field in _model(part, name).model_fields.items()}
+            defaults = {key: field.default for key, field in _model(part, name, maker).model_fields.items()}
             found[name] = (part, inspect.getdoc(maker) or "", defaults)
     return found
 
 
 @functools.cache
-def _schema(part: str, name: str) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
-    model = _model(part, name)
+def _schema(part: str, name: str, maker: Callable[..., Any]) -> tuple[pydantic.TypeAdapter, tuple[str, ...]]:
+    model = _model(part, name, maker)
     return pydantic.TypeAdapter(model), tuple(model.model_fields)
 
 
-def _model(part: str, name: str) -> type[pydantic.BaseModel]:
+def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.BaseModel]:
     """Return the settings of a part: its constructor's signature without the arguments that the run supplies."""
-    maker = (PARTS[part] or {})[name]
     target = maker.func if isinstance(maker, functools.partial) else maker
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # of the user, with names that only type checkers know
+        hints = {}
     fields: dict[str, Any] = {}
     for p in inspect.signature(maker).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name.startswith("_"):
+            continue
         if p.name not in _GIVEN.get(part, ()):
             required = p.default is inspect.Parameter.empty
             hint = hints.get(p.name, Any)
             if part == "method" and p.name in _ABOVE_0:
                 hint = Annotated[hint, pydantic.Field(gt=0)]
             fields[p.name] = (hint, ... if required else p.default)
+    if part == "views" and ":" in name:
+        fields |= {"sizes": (tuple[int, ...] | None, None)}
     if part == "optimizer":
-        fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        rates = {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        left = without_rates(name)
+        fields |= {key: field for key, field in rates.items() if key.removeprefix("vector_") not in left}
     if part == "attend" and "channels" in inspect.signature(maker).parameters:
         fields |= {"stages": (tuple[int, ...] | None, None)}
     rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from inbatch.errors import ConfigError
+from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
 from inbatch.training.recipe import PARTS, Settings
 from inbatch.training.settings_file import read_file
@@ -36,7 +37,26 @@ def merged_settings(
     requested |= dict(settings or {})
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
         check_one_length(requested)
-    return requested if config is None else _over(read_file(config), requested)
+    requested = requested if config is None else _over(read_file(config), requested)
+    return _with_own_parts(requested)
+
+
+def _with_own_parts(settings: Settings) -> Settings:
+    """Return the settings with the facts on the parts that are the user's code; raise ConfigError if one is not passed.
+
+    Facts in a file are those of the run that wrote it.
+    """
+    facts = {}
+    for part in PARTS:
+        name = settings.get(f"{part}.name")
+        if name is None or (isinstance(name, str) and name in (PARTS[part] or ())):
+            continue
+        if (own := own_parts.find(part, name)) is not None:
+            facts[part] = own.facts()
+        elif own_parts.is_own(name):
+            raise own_parts.demand(part, name)
+    facts |= {part: own.facts() for part, own in own_parts.current().items() if part not in PARTS and own.lasting}
+    return {key: value for key, value in settings.items() if key != "own"} | ({"own": facts} if facts else {})
 
 
 _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup_epochs")

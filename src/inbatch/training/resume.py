@@ -17,6 +17,7 @@ from inbatch.training import checkpoint
 from inbatch.training.build import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.data_places import check_same_images, images_signature, located, opening
+from inbatch.training.own_requests import check_own_parts
 from inbatch.training.plan import RunPlan
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.run import Run, load_run
@@ -107,7 +108,9 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
 
 def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings) -> Any:
     """Return the current place of a run's images, None for the known one; check that other settings are the run's."""
+    check_own_parts(recipe)
     requested = dict(requested)
+    requested.pop("own", None)
     place = requested.pop("data", None)
     data = joined_paths(place if data is None else data)
     saved, flat, changed = recipe.nested(), recipe.flat(), {}

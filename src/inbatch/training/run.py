@@ -2,9 +2,9 @@
 
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +17,18 @@ from inbatch.evaluation import Embeddings, Tokens, write_embeddings
 from inbatch.evaluation import embed_stream as stream
 from inbatch.models import Classifier, Encoder
 from inbatch.models.feature_maps import TokenEncoder
-from inbatch.runtime import tuning
+from inbatch.runtime import own_parts, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
+from inbatch.runtime.own_parts import OwnPart
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, columns_of_other, evaluation_split
 from inbatch.training.machine import machine
+from inbatch.training.own_requests import with_own_encoder
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
@@ -38,24 +40,32 @@ AnyImages = TypeVar("AnyImages", bound=Images)
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, recipe and result."""
+    """A finished run: its directory, recipe and result, and the parts that are code of the user."""
 
     directory: Path
     recipe: Recipe
     result: dict[str, Any]
+    own: Mapping[str, OwnPart] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     @briefly_isolated
     def encoder(self) -> Encoder:
         """The trained encoder, in evaluation mode."""
-        return load_run_encoder(self.directory).encoder
+        with own_parts.using(self.own):
+            return load_run_encoder(self.directory).encoder
 
 
 @briefly_isolated
+@with_own_encoder
 def load(path: str | Path) -> Encoder:
     """Return the encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
 
     Warns, with the step of the encoder, if the run has not finished.
+
+    Args:
+        path: Run directory, or the folder.
+        encoder: Your own module, or a class or function that makes it, if the run learned with one (docs/own-parts.md);
+            its weights are replaced.
     """
     loaded = load_run_encoder(path)
     if loaded.note:
@@ -85,6 +95,7 @@ def recipe_of(path: str | Path) -> Recipe:
 
 
 @isolated
+@with_own_encoder
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", image_column: str | None = None, label_column: str | None = None,
@@ -153,6 +164,7 @@ def for_encoder(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:
 
 
 @isolated
+@with_own_encoder
 def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
@@ -160,6 +172,7 @@ def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
 
 
 @isolated
+@with_own_encoder
 def embed_run(
     path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
     missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,

@@ -14,7 +14,6 @@ from torch import Tensor
 from inbatch.data import Source
 from inbatch.data.views import make_views
 from inbatch.errors import ConfigError, DataError, InbatchError, reason
-from inbatch.methods import METHODS
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
@@ -26,6 +25,7 @@ from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
 from inbatch.training.checkpoint_recipe import check_recipe
+from inbatch.training.presets import method_named
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.settings_file import read_file
 from inbatch.training.side_files import report_of
@@ -191,9 +191,9 @@ def _with_name(settings: Settings, name: str | None) -> Settings:
 
 
 def save_initial(recipe: Recipe, encoder: Encoder, run: Path) -> None:
-    """Save the initial weights of a run if they come from a file or from the images, not from its seed alone."""
+    """Save the initial weights of a run if they come from a file, the images or the user's code, not its seed alone."""
     of_images = any(isinstance(module, WhitenedPatches) for module in encoder.modules())
-    if of_images or recipe.encoder.options.get("init") is not None:
+    if recipe.own or of_images or recipe.encoder.options.get("init") is not None:
         save_encoder(encoder, run / "initial")
 
 
@@ -209,7 +209,7 @@ def initial_encoder(recipe: Recipe, run: Path, device: torch.device = CPU) -> En
     else:
         start = starting_weights(recipe, [])
         with seeded(recipe, device):
-            METHODS[recipe.method.name](**recipe.method.options)  # created first, and may draw random numbers
+            method_named(recipe.method.name)(**recipe.method.options)  # created first, and may draw random numbers
             encoder = make_encoder(recipe, start)
     if recipe.channels_last:
         encoder.to(memory_format=torch.channels_last)

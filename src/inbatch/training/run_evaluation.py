@@ -134,5 +134,5 @@ def evaluate_unlabelled(
     encoders = {"after": encoder} | ({} if before is None else {"before": before})
     for one in encoders.values():
         fit_readout(one, source, again=stopped and one is encoder)
-    embedded = embed_all(encoders, views_of(recipe, encoder), Chosen(source, None, seed), seed)
+    embedded = embed_all(encoders, views_of(recipe, encoder.mean, encoder.std), Chosen(source, None, seed), seed)
     return {"unlabelled": compared(embedded.get("before"), embedded["after"]), "images": len(embedded["after"].clean)}

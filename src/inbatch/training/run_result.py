@@ -20,7 +20,7 @@ from inbatch.training.train_state import TrainState
 
 def finish(
     built: RunComponents, progress: TrainState, plan: RunEvaluations, out: Path, where: dict[str, Any],
-    compared: Comparison | None,
+    compared: Comparison | None, stopped: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
     split = plan.final
@@ -50,6 +50,8 @@ def finish(
         "held_out": split and split.description,
         "evaluation": None if split is None else evaluation(built, split, out),
     }
+    if stopped:
+        result["stopped"] = stopped
     if built.source.label_note:
         result["label_note"] = built.source.label_note
     result |= compare_with_initial(built, split, out, plan.compared)

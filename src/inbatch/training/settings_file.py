@@ -31,7 +31,7 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
     """Return a nested recipe as settings."""
     settings: Settings = {}
     for key, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "own":
             settings |= {f"{key}.{name}": option for name, option in value.items()}
         elif key in (*PARTS, "schedule"):
             settings[f"{key}.name"] = value  # short for `method: {name: moco}`

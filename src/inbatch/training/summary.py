@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inbatch.data.views import PRESETS
+from inbatch.data.views import make_views
 from inbatch.errors import many
 from inbatch.models import Encoder, added
 from inbatch.models.network import Network
@@ -61,7 +61,7 @@ def _length(built: RunComponents) -> str:
 
 def _colourless(r: Recipe) -> str:
     """Return which transforms are omitted from the views of images that are not RGB."""
-    needed = r.channels != 3 and any(view.needs_colour for view in PRESETS[r.views.name](**r.views.options))
+    needed = r.channels != 3 and any(view.needs_colour for view in make_views(r.views.name, r.views.options, 3))
     return f", without saturation, hue and greyscale ({r.channels} channels)" if needed else ""
 
 
@@ -236,7 +236,8 @@ def _state_per_number(built: RunComponents) -> float:
     """Return the numbers that the optimiser keeps per parameter, measured in one step of a small layer."""
     options = dict(built.recipe.optimizer.options)
     small = nn.Linear(64, 64, bias=False)
-    groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))
+    rates = {"lr": options.pop("lr", 1e-3), "weight_decay": options.pop("weight_decay", 0.0)}
+    groups = parameter_groups({"small": small}, **rates)
     options.pop("vector_lr", None)
     optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
     small.weight.grad = torch.ones_like(small.weight)

@@ -18,6 +18,7 @@ from inbatch.apps.cli.app import (
     deliver,
     reported,
 )
+from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import many
 from inbatch.runtime.path_list import joined_paths
@@ -49,6 +50,7 @@ def select(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Choose the images to label next by their features; what is labelled already counts as chosen."""
@@ -95,6 +97,7 @@ def labels(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Find labels that are probably wrong: a probe on the other images and the neighbours both prefer another class."""

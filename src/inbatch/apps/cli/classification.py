@@ -20,6 +20,7 @@ from inbatch.apps.cli.app import (
     reported,
     requested_output,
 )
+from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import listed, many, unreadable
 from inbatch.runtime.path_list import joined_paths
@@ -53,6 +54,7 @@ def train_classifier(
     label_column: LabelColumn = None,
     workers: Annotated[int, Option("--workers", "--num-workers", min=0, help="Processes that decode images.")] = 0,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Train a classifier on labelled images and write it with calibrated probabilities and figures per class."""
@@ -78,6 +80,7 @@ def predict(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -19,6 +19,7 @@ from inbatch.apps.cli.app import (
     reported,
     requested_output,
 )
+from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import note, print_table, say, warn
 from inbatch.errors import many
 
@@ -55,6 +56,7 @@ def explore(
     label_column: LabelColumn = None,
     device: Device = "auto",
     quiet: Quiet = False,
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Write a map of the images as one HTML file that works offline: neighbours, clusters, outliers, duplicates."""
@@ -113,6 +115,7 @@ def search(
     label_column: LabelColumn = None,
     device: Device = "auto",
     quiet: Quiet = False,
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """List the images that are nearest to given images, by the cosine similarity of features.

@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from inbatch.apps.cli.app import Json, app, deliver, reported
 from inbatch.apps.cli.output import size_text
+from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import say
 
 
@@ -40,6 +41,7 @@ def export(
     license: Annotated[
         str | None, Option("--license", help="With hf: licence of the weights in the model card, such as apache-2.0.")
     ] = None,
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Write the encoder of a run, finished or stopped, to a folder for inbatch.load or another library.

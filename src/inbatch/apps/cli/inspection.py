@@ -23,7 +23,8 @@ from inbatch.apps.cli.app import (
     requested_output,
 )
 from inbatch.apps.cli.output import (
-    explain,
+    explain_method,
+    explain_methods,
     explain_plugins,
     print_method,
     print_methods,
@@ -31,7 +32,8 @@ from inbatch.apps.cli.output import (
     print_plugins,
     print_replay,
 )
-from inbatch.apps.console import complain, print_json, print_table, say
+from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnOptimizer, OwnViews, typed
+from inbatch.apps.console import complain, print_json, print_table, say, warn
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -47,7 +49,7 @@ def views(
     data: Data,
     out: Annotated[Path, Option("--out", "-o", help="Output image; replaced if it exists.")] = Path("views.png"),
     views: Annotated[
-        str | None, Option(help="simclr, mocov2, swav, ...; those for the images' size by default.")
+        str | None, Option(help="simclr, mocov2, ..., or MODULE:NAME; those for the images' size by default.")
     ] = None,
     preset: Annotated[str | None, Option(help="Use the views of this preset of the method.")] = None,
     crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
@@ -64,7 +66,7 @@ def views(
     with reported(as_json):
         from inbatch.apps.reports.view_grid import draw_views
 
-        fields = {"views": views, "preset": preset, "crops": crops, "image_size": size}
+        fields = {"views": typed("views", views), "preset": preset, "crops": crops, "image_size": size}
         fields |= {"image_column": image_column, "label_column": label_column}
         chosen = {key: value for key, value in fields.items() if value is not None}
         part = draw_views(joined_paths(data), out, method, count=count, seed=seed, settings=assignments(set_), **chosen)
@@ -131,6 +133,7 @@ def inspect(
     count: Annotated[int, Option(min=1, help="Images per picture.")] = 8,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Draw and measure the effect of a run's plug-ins on a batch (fusion, curation, attention), without training."""
@@ -162,6 +165,10 @@ def inspect(
 def replay(
     run: Annotated[Path, Argument(metavar="RUN", help="Run directory of a run that ended with a non-finite number.")],
     device: Device = "auto",
+    encoder: OwnEncoder = None,
+    method: OwnMethod = None,
+    optimizer: OwnOptimizer = None,
+    views: OwnViews = None,
     as_json: Json = False,
 ) -> None:
     """Repeat the step with a non-finite loss or gradient and report where it began. Exits with 4 if finite now."""
@@ -223,20 +230,24 @@ def crops(
 
 @app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
 def methods(
-    name: Annotated[str | None, Argument(metavar="NAME", help="One method: its options, presets, sources.")] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="One method, or MODULE:NAME: its options, presets, sources.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the available methods; with a NAME, show its options and presets."""
     with reported(as_json):
-        from inbatch.methods import METHODS
-        from inbatch.training.presets import method_named
-
         if name is not None:
-            told = explain(name, method_named(name))
+            told = explain_method(typed("method", name))
             print_json(told) if as_json else print_method(told)
             return
-        every = [explain(name, kind) for name, kind in METHODS.items()]
-        print_json({"methods": every}) if as_json else print_methods(every)
+        every, broken = explain_methods()
+        if as_json:
+            print_json({"methods": every} | ({"broken": broken} if broken else {}))
+            return
+        print_methods(every)
+        for sentence in broken.values():
+            warn(sentence)
 
 
 @app.command(epilog="Examples:\n\n  inbatch plugins\n\n  inbatch plugins conv")

@@ -189,7 +189,36 @@ def print_replay(found: Mapping[str, Any]) -> None:
         say("", "In float32 the step is finite: --set precision=float32.")
 
 
-def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
+def explain_method(named: Any) -> dict[str, Any]:
+    """Return one method for --json and the tables: by name, or the user's own part."""
+    from inbatch.methods import METHODS
+    from inbatch.runtime.own_parts import OwnPart, find
+    from inbatch.training.presets import method_named
+
+    own = named if isinstance(named, OwnPart) else None if named in METHODS else find("method", named)
+    if own is None:
+        return explain(named, method_named(named))
+    return explain(own.name, own.maker, f"{own.file or 'memory'}{f', version {own.version}' if own.version else ''}")
+
+
+def explain_methods() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return every method, ours and those of installed packages, and sentences on those that are left out."""
+    from inbatch.methods import METHODS
+    from inbatch.runtime.own_parts import every_installed
+
+    every = [explain(name, kind) for name, kind in METHODS.items()]
+    found, broken = every_installed("method")
+    for name, own in found.items():
+        if name in METHODS:
+            broken[name] = f"a method {name} of a package ({own.file}) is not used: the name is one of inbatch"
+        else:
+            every.append(explain_method(own))
+    for part in ("encoder", "source"):
+        broken |= every_installed(part)[1]
+    return every, broken
+
+
+def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[str, Any]:
     """Return a method for --json and the tables, with default and description of each option by name."""
     told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
     options = _told(told[1:], parameters)
@@ -200,18 +229,25 @@ def explain(name: str, kind: "type[Method]") -> dict[str, Any]:
         "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
         "labels": kind.labels,
         "target_network": bool(kind.target),
-        "options": {p.name: {"default": p.default, "what": options.get(p.name, "")} for p in parameters.values()},
+        "options": {
+            p.name: {"default": "required" if p.default is p.empty else p.default, "what": options.get(p.name, "")}
+            for p in parameters.values()
+        },
         "presets": kind.presets,
+        "origin": origin,
     }
 
 
 def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row per method."""
+    """Print a row per method, with its origin if some are not of inbatch."""
+    others = any(m["origin"] != "inbatch" for m in every)
     rows = [
         (m["name"], m["what"], m["views"], _yes(m["target_network"]), _yes(m["labels"]), ", ".join(m["presets"]))
+        + ((m["origin"],) if others else ())
         for m in every
     ]
-    print_table(("method", "what it is", "views", "target network", "labels", "presets"), rows)
+    columns = ("method", "what it is", "views", "target network", "labels", "presets")
+    print_table(columns + (("origin",) if others else ()), rows)
     say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
     say("and digits-colour.")
     say("One method in detail: inbatch methods NAME")
@@ -220,6 +256,8 @@ def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
 def print_method(m: Mapping[str, Any]) -> None:
     """Print a method's options, and its presets with their sources."""
     say(f"{m['name']}: {m['what']}")
+    if m["origin"] != "inbatch":
+        say(f"from {m['origin']}")
     say(f"{m['views']} views; target network: {_yes(m['target_network'])}; learns from labels: {_yes(m['labels'])}", "")
     rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
     print_table(("--set", "default", "what it is"), rows)

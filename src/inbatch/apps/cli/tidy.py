@@ -19,6 +19,7 @@ from inbatch.apps.cli.app import (
     deliver,
     reported,
 )
+from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import print_table, say, warn
 from inbatch.errors import ConfigError
 from inbatch.runtime.path_list import joined_paths
@@ -51,6 +52,7 @@ def duplicates(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """Find identical and nearly identical images, leaks between splits first. Deletes nothing."""
@@ -97,6 +99,7 @@ def outliers(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     device: Device = "auto",
+    encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
     """List the images that are least like the others, and those that look broken. Deletes nothing."""

@@ -30,9 +30,11 @@ from inbatch.apps.cli.output import (
     print_run,
     print_verdict,
 )
+from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnViews, typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
 from inbatch.apps.console import complain, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
+from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.training.budget import parse_budget
@@ -84,10 +86,19 @@ def pretrain(
         Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
     ] = None,
     preset: Annotated[str | None, Option(help="Preset of the method; default: chosen by image size.")] = None,
+    own_method: Annotated[
+        str | None, Option("--method", metavar="MODULE:NAME", help="As METHOD; also a Method of your own.")
+    ] = None,
     encoder: Annotated[
         str | None,
-        Option("--encoder", "--backbone", "--model", help="fast, tiny, resnet10, any timm model, torchvision/NAME."),
+        Option(
+            "--encoder",
+            "--backbone",
+            "--model",
+            help="fast, tiny, resnet10, any timm model, torchvision/NAME, or MODULE:NAME.",
+        ),
     ] = None,
+    views: Annotated[str | None, Option(help="simclr, mocov2, ..., or MODULE:NAME.")] = None,
     init: Annotated[
         str | None, Option(metavar="RUN|FILE|timm|hub:NAME", help="Initial weights, also of other programs.")
     ] = None,
@@ -107,7 +118,7 @@ def pretrain(
         Option(metavar="TIME", help="Wall time of the whole run: 45m, 1h30m, 2d. Default on a CPU: 1h."),
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
-    optimizer: Annotated[str | None, Option(help="lars, sgd, adamw, ...")] = None,
+    optimizer: Annotated[str | None, Option(help="lars, sgd, adamw, ..., or MODULE:NAME.")] = None,
     lr: Annotated[float | None, Option("--lr", "--learning-rate", help="Learning rate.")] = None,
     precision: Annotated[str | None, Option(metavar="auto|bf16|float32", help="Precision of the networks.")] = None,
     seed: Annotated[int | None, Option(help="Seed of weights, order and views.")] = None,
@@ -156,6 +167,9 @@ def pretrain(
             metavar="NAME,...", help="Also record the run with wandb, mlflow, trackio; none: no TensorBoard either."
         ),
     ] = None,
+    callback: Annotated[
+        list[str] | None, Option("--callback", metavar="MODULE:NAME", help="An inbatch.Callback of yours; repeatable.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print recipe, shapes, memory and time; do not train.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -167,12 +181,16 @@ def pretrain(
             raise ConfigError(
                 f"{method!r} is a path, not a method: write a pattern in quotes, and --data before each path"
             )
+        if method is not None and own_method is not None:
+            raise ConfigError(f"two methods, {method} and --method {own_method}: leave out one of them")
         where = joined_paths(data) or None
         if budget is not None:
             parse_budget(budget)  # before the import of torch, which takes seconds
         from inbatch import api
 
-        fields, settings = pretrain_settings(options)
+        kind = typed("method", own_method or method)
+        own = {part: typed(part, options[part]) for part in ("encoder", "views", "optimizer")}
+        fields, settings = pretrain_settings(options | own)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         shared["download"] = download
         if dry_run:
@@ -182,15 +200,15 @@ def pretrain(
                 )
             if compare is not None:
                 raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
-            dry = api.dry_run(where, method, expect_world_size=expect_world_size, **shared, **fields)
+            dry = api.dry_run(where, kind, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
-        shared["track"] = track
+        shared |= {"track": track, "callbacks": [own_parts.imported("callback", text) for text in callback or ()]}
         shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 
         def train() -> dict[str, Any]:
-            run = api.pretrain(where, method, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            run = api.pretrain(where, kind, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
             return {"run": str(run.directory)} | run.result
 
         deliver(train, as_json, print_run)
@@ -247,6 +265,9 @@ def evaluate(
     ] = None,
     seed: Annotated[int | None, Option(min=0, max=SEEDS, help="Random seed; default: the recipe's.")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Output file; default RUN/evaluation.json.")] = None,
+    encoder: OwnEncoder = None,
+    method: OwnMethod = None,
+    views: OwnViews = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -293,6 +314,7 @@ def embed(
         bool, Option("--tokens", help="Patch tokens, or the last feature map, instead of one vector per image.")
     ] = False,
     float16: Annotated[bool, Option("--float16", help="Write --tokens in half precision.")] = False,
+    encoder: OwnEncoder = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

@@ -9,6 +9,7 @@ from inbatch.apps.cli.app import USUAL
 from inbatch.apps.cli.pretrain_options import pretrain_settings
 from inbatch.apps.cli.training import pretrain
 from inbatch.errors import ConfigError
+from inbatch.runtime import own_parts
 
 _OF_COMPARISON = {
     "data": "--data of the comparison", "image_column": "--set image_column=NAME of the comparison",
@@ -18,7 +19,7 @@ _OF_COMPARISON = {
 }  # fmt: skip
 """Option that all variants share -> where it is set."""
 _SETTINGS = (
-    "method", "preset", "encoder", "init", "init_min_match", "image_size", "batch_size", "context", "epochs",
+    "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size", "context", "epochs",
     "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups", "compile", "config", "set_",
 )  # fmt: skip
 """Options that a variant may set."""
@@ -57,8 +58,17 @@ def parse_variant(text: str) -> tuple[str | None, Any, dict[str, Any], dict[str,
                 f"variant {text!r}: {flag} is not part of a variant; "
                 + (f"use {where}" if where else "leave it out, it does not change what is learned")
             )
+    if options["method"] is not None and options["own_method"] is not None:
+        raise ConfigError(f"variant {text!r}: it names two methods; leave out one of them")
+    method = options["own_method"] or options["method"]
+    for value in (method, options["encoder"], options["views"], options["optimizer"]):
+        if own_parts.is_own(value):
+            raise ConfigError(
+                f"variant {text!r}: {value} is code of yours, and the runs of a comparison take names of inbatch or of "
+                "an installed package's entry point only (docs/own-parts.md)"
+            )
     try:
         fields, settings = pretrain_settings(options)
     except ConfigError as error:
         raise ConfigError(f"variant {text!r}: {error}") from None
-    return options["method"], options["config"], fields, settings
+    return method, options["config"], fields, settings

@@ -16,7 +16,7 @@ from inbatch.apps.reports.view_grid import check_picture, check_place, save_shee
 from inbatch.data import Source, find_split, open_data, splits
 from inbatch.data.loader import resides
 from inbatch.data.resident import estimate
-from inbatch.data.views import PRESETS
+from inbatch.data.views import make_views
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, InbatchError, Unwritten
 from inbatch.runtime.device import device_for
@@ -208,7 +208,7 @@ def _leak(
 
 def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
     """Return where a run on these data would hold its images, by the size of its largest view."""
-    views, _ = arrange(recipe.crops, PRESETS[recipe.views.name](**recipe.views.options))
+    views, _ = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, 3))
     canvas = 2 * max(view.size for view in views)
     needed, free = estimate(source, canvas), free_bytes(device_for(device))
     return {"decoded_bytes": needed, "free_bytes": free, "resident": resides(needed, free, None), "canvas": canvas}

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data import Subset, decode_all
-from inbatch.data.views import Views, make_views
-from inbatch.data.views.crop_pairs import arrange
 from inbatch.data.views.pipeline import Drawn
 from inbatch.errors import ConfigError
 from inbatch.rng import permutation
@@ -22,6 +20,8 @@ from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths, listed_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
+from inbatch.training.build import views_of
+from inbatch.training.own_requests import with_own_parts
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Part
 from inbatch.training.requested_settings import merged_settings, requested_data
@@ -142,6 +142,7 @@ def _column(values: Sequence[float]) -> np.ndarray:
 
 
 @isolated
+@with_own_parts
 def draw_views(
     data: Any, out: str | Path, method: str | None = None, *, count: int = 8, seed: int = 0,
     settings: Mapping[str, Any] | None = None, **fields: Any,
@@ -154,8 +155,7 @@ def draw_views(
     recipe, source = resolve_recipe(data, given)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
-    crops, pairs = arrange(recipe.crops, make_views(recipe.views.name, recipe.views.options, source.channels))
-    views = Views(crops, mean, std, pairs)
+    views = views_of(recipe, mean, std)
     held = decode_all(chosen, canvas=2 * max(view.size for view in views.views))
     number, label = torch.arange(len(held.source)), held.source.labels
     drawn = views(Batch(number, label, seed, 0, images=held.images, size=held.size))

@@ -88,6 +88,9 @@ class Views:
         self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
         self._compiled: Callable[..., Drawn] | None = None
 
+    whole = False
+    """Whether the loader must deliver whole images, because the views crop by themselves."""
+
     def __len__(self) -> int:
         return len(self.views)
 

@@ -8,6 +8,7 @@ code of SimCLR resizes bicubically; MoCo and SwAV blur with Pillow's approximati
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from inbatch.data.views.own_views import own_views, placeholders
 from inbatch.data.views.view import View
 
 
@@ -217,6 +218,15 @@ PRESETS: dict[str, Callable[..., tuple[View, ...]]] = {
 
 
 def make_views(name: str, options: Mapping[str, Any], channels: int) -> tuple[View, ...]:
-    """Create a preset's views; without saturation, hue and greyscale unless `channels` is three."""
-    made = PRESETS[name](**options)
+    """Create the views of a name; without saturation, hue and greyscale unless `channels` is three.
+
+    Of views by the user's own transforms only the sides are of use (`own_views.TransformedViews` draws them).
+    """
+    if name in PRESETS:
+        made = PRESETS[name](**options)
+    else:
+        own = own_views(name, options)
+        if not all(isinstance(view, View) for view in own):
+            return placeholders(options["sizes"])
+        made = own
     return made if channels == 3 else tuple(view.without_colour() for view in made)

@@ -18,7 +18,7 @@ from inbatch.batch import Batch
 from inbatch.data import Resident, Source, Subset, decode_all
 from inbatch.data.source import LazyImage
 from inbatch.data.sources.arrays import Pixels
-from inbatch.data.views import Views
+from inbatch.data.views import AnyViews
 from inbatch.errors import DataError
 from inbatch.evaluation import alpha_req, feature_std, lidar, rankme
 from inbatch.evaluation.embed import encode
@@ -97,7 +97,7 @@ class Embedded:
 
 
 def embed_all(
-    encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int, viewed: bool = True
+    encoders: Mapping[str, Encoder], views: AnyViews, source: Chosen, seed: int, viewed: bool = True
 ) -> dict[str, Embedded]:
     """Embed images, and views of some of them, with several encoders.
 
@@ -188,7 +188,7 @@ def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, B
         yield number, Batch(number, left.labels, seed, 0, images=decoded.images, size=decoded.size)
 
 
-def two_views(views: Views, batch: Batch) -> tuple[Tensor, Tensor]:
+def two_views(views: AnyViews, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the first two views of a batch if they have one size, else two draws of the first view."""
     drawn = views(batch).images
     if len(drawn) > 1 and drawn[0].shape == drawn[1].shape:
