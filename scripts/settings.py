@@ -122,7 +122,7 @@ def show(value: Any) -> str:
 
 def settings_of(maker: Callable[..., Any], part: str, name: str, fallback: dict[str, str]) -> list[Setting]:
     """Return the settings of one method, plug-in, optimiser or preset of views."""
-    fields = _model(part, name).model_fields
+    fields = _model(part, name, maker).model_fields
     target = maker.func if isinstance(maker, functools.partial) else maker
     if target.__module__.startswith("torch."):  # whose options differ from version to version
         fields = {key: fields[key] for key in ("lr", "weight_decay", "vector_lr")}
@@ -145,6 +145,8 @@ def dataclass_settings(cls: type, prefix: str = "") -> list[Setting]:
     rows = []
     for name, field in fields.items():
         if name not in (*PARTS, "schedule"):
+            if field.default_factory is not dataclasses.MISSING:
+                field.default = field.default_factory()
             default = "required" if field.default is dataclasses.MISSING else f"`{show(field.default)}`"
             rows.append(Setting(prefix + name, default, describe_type(hints[name]), meanings.get(name, "")))
     return rows

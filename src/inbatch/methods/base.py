@@ -1,7 +1,7 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class Method(nn.Module):
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
+    def __new__(cls, *args: Any, **options: Any) -> Any:
         """Keep the arguments of the constructor, by which a run makes methods of its own that are equal to this one."""
         method = super().__new__(cls)
         method.__dict__["_arguments"] = (args, options)

@@ -228,10 +228,15 @@ def _loaded(part: str, point: metadata.EntryPoint) -> OwnPart:
 
 
 def _version(module: str) -> str | None:
-    """Return the version of the installed package that contains a module, None for a script."""
+    """Return the version of the package that contains a module: its own, else that of the distribution of its name."""
     top = module.split(".")[0]
-    names = metadata.packages_distributions().get(top, ())
-    return metadata.version(names[0]) if names else None
+    own = getattr(sys.modules.get(top), "__version__", None)
+    if isinstance(own, str):
+        return own
+    try:
+        return metadata.version(top)
+    except metadata.PackageNotFoundError:  # a script, or a module of the current folder
+        return None
 
 
 def _file(definition: Any) -> str | None:

@@ -230,12 +230,21 @@ def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[st
         "labels": kind.labels,
         "target_network": bool(kind.target),
         "options": {
-            p.name: {"default": "required" if p.default is p.empty else p.default, "what": options.get(p.name, "")}
+            p.name: {"default": _default(p.default), "what": options.get(p.name, "")}
             for p in parameters.values()
         },
         "presets": kind.presets,
         "origin": origin,
     }
+
+
+def _default(value: Any) -> Any:
+    """Return the default of an option for JSON; a user's own method may have one that is no plain value."""
+    from inbatch.training.registry import is_plain
+
+    if value is inspect.Parameter.empty:
+        return "required"
+    return value if is_plain(value) else str(value)
 
 
 def print_methods(every: Sequence[Mapping[str, Any]]) -> None:

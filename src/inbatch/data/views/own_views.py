@@ -180,7 +180,9 @@ def sizes_of(views: Sequence[Any], picture: UInt8[Tensor, "c h w"], name: str) -
 
 def seed_generators(key: int) -> None:
     """Seed the generators that transforms draw from."""
-    torch.manual_seed(key)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed would take a millisecond for GPUs that are not in use
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(key)
     np.random.seed(key % 2**32)
     random.seed(key)
 
