@@ -2,13 +2,12 @@
 
     python examples/own_backbone.py
 
-`Encoder` wraps any module that returns one row of features per image. To train it with `inbatch.pretrain`, register
-a function that builds it in timm: the name then works as every other encoder name does. A program that loads the run
-must import the module that registers the name first.
+Any module that maps images (N, C, H, W) to rows (N, F) is an encoder. Pass it, or the class or function that makes it:
+`channels` and `size` are then set by the run. Whoever loads the run passes the module again, or types its name:
+`inbatch evaluate RUN --encoder own_backbone:PatchMLP`, in the folder of this file.
 """
 
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 
 import inbatch
@@ -31,22 +30,19 @@ class PatchMLP(nn.Module):
         return self.layers(self.patches(images)).amax((2, 3))
 
 
-@register_model
-def patch_mlp(pretrained: bool = False, in_chans: int = 3, **kwargs: object) -> PatchMLP:
-    """Build the backbone as timm asks for it; `kwargs` holds num_classes, which is 0."""
-    return PatchMLP(in_chans)
-
-
 def main() -> None:
     train, test = open_data("digits-canvas", "train"), open_data("digits-canvas", "test")
 
     torch.manual_seed(0)
-    encoder = Encoder(PatchMLP(1), name="patch_mlp", size=20, channels=1)
+    module = PatchMLP(1)
+    encoder = Encoder(module, name="patch_mlp", size=20, channels=1)
     result = evaluate(encoder, train, test, protocols=["knn"], k=20)
     print(f"random weights: k-NN accuracy {result['knn']['top1']:.3f}")
 
-    run = inbatch.pretrain("digits-canvas", encoder="patch_mlp", epochs=1, quiet=True)
-    print(f"trained: k-NN accuracy {run.result['evaluation']['knn']['top1']:.3f}, width {run.encoder.width}")
+    run = inbatch.pretrain("digits-canvas", encoder=module, epochs=1, quiet=True)
+    print(f"trained: k-NN accuracy {run.result['evaluation']['knn']['top1']:.3f}")
+    loaded = inbatch.load(run.directory, encoder=PatchMLP)
+    print(f"loaded: {loaded.name}, width {loaded.width}")
 
 
 if __name__ == "__main__":

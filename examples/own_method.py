@@ -3,7 +3,8 @@
     python examples/own_method.py
 
 A method is a loss over the projections of the whole batch, and the heads that compute them. Ranks, context groups,
-schedules, checkpoints and evaluation come with the library: `docs/add-a-method.md` lists what a method can define.
+schedules, checkpoints and evaluation come with the library: `docs/add-a-method.md` lists what a method can define. On
+the command line: `inbatch pretrain --method own_method:AlignUniform --data FOLDER`, in the folder of this file.
 """
 
 import torch
@@ -40,8 +41,7 @@ class AlignUniform(Method):
 
 
 if __name__ == "__main__":
-    inbatch.METHODS["align"] = AlignUniform
-    run = inbatch.pretrain("digits-canvas", "align", settings={"method.weight": 0.5}, epochs=1, quiet=True)
+    run = inbatch.pretrain("digits-canvas", method=AlignUniform(weight=0.5), epochs=1, quiet=True)
     for name in ("untrained", "evaluation"):
         print(f"{name}: k-NN accuracy {run.result[name]['knn']['top1']:.3f}")
     print(f"run directory: {run.directory}")

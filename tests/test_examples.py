@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from rank_pool import on_ranks
-from timm.models import _registry
 from torch import distributed
 
 import inbatch
 from inbatch.api import pretrain
 from inbatch.methods import METHODS
 from inbatch.models import create_encoder, save_encoder
-from inbatch.training import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -66,7 +64,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 def test_scripts_are_short_listed_and_state_their_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert len(SCRIPTS) == 10
+    assert len(SCRIPTS) == 11
     for script in SCRIPTS:
         text = script.read_text()
         assert len(text.splitlines()) < 60, script.name
@@ -108,21 +106,19 @@ def test_monitor_tells_collapse_from_learning() -> None:
 
 def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few images; what it learns from all of them is checked by the slow test below."""
-    monkeypatch.setitem(METHODS, "align", METHODS["simclr"])  # removed again afterwards
-    monkeypatch.delitem(METHODS, "align")
-    registry._schema.cache_clear()  # of another method of this name, in test_docs.py
     small = {"subset": 64, "encoder": "tiny"}
     monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
-    try:
-        output = run_script("own_method.py")
-    finally:
-        registry._schema.cache_clear()
+    before = dict(METHODS)
+    output = run_script("own_method.py")
+    assert before == METHODS
     assert 0 < number_after("evaluation: k-NN accuracy", output) < 1
     assert 0 < number_after("untrained: k-NN accuracy", output) < 1
     written = Path(re.search(r"run directory: (.*)", output)[1])  # type: ignore[index]
     logged = (written / "metrics.jsonl").read_text()
     assert '"alignment"' in logged and '"uniformity"' in logged
-    assert json.loads((written / "recipe.json").read_text())["method"]["weight"] == 0.5
+    recipe = json.loads((written / "recipe.json").read_text())
+    assert recipe["method"] == {"name": "own_method:AlignUniform", "t": 2.0, "weight": 0.5, "width": 64}
+    assert len(recipe["own"]["method"]["sha256"]) == 64
 
 
 @pytest.mark.slow
@@ -132,11 +128,19 @@ def test_own_method_learns() -> None:
 
 
 @pytest.mark.slow
-def test_own_backbone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_model_entrypoints", dict(_registry._model_entrypoints))
+def test_own_backbone_learns() -> None:
     output = run_script("own_backbone.py")
     assert number_after("trained: k-NN accuracy", output) > number_after("random weights: k-NN accuracy", output) + 0.03
-    assert output.strip().endswith("width 96")
+    assert output.strip().endswith("loaded: own_backbone:PatchMLP, width 96")
+
+
+@pytest.mark.slow
+def test_own_data_learns_and_logs() -> None:
+    output = run_script("own_data.py")
+    assert 0.1 < number_after("k-NN accuracy", output) < 1
+    assert "data: Digits, views: own_data:shifted" in output
+    (log,) = Path("runs").glob("simclr-Digits*/metrics.jsonl")
+    assert '"StopWhenFlat/fall"' in log.read_text()
 
 
 @pytest.mark.slow

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from inbatch.models import Encoder
     from inbatch.runtime.tuning import tune
     from inbatch.training.cached_step import grad_cache
-    from inbatch.training.callbacks import Callback
+    from inbatch.training.callbacks import Callback, Moment
     from inbatch.training.optim import OPTIMIZERS
+    from inbatch.training.own_requests import use_parts
 
     __version__: str
 
@@ -53,7 +54,8 @@ _API = (
     "prepare", "pretrain", "train_classifier",
 )  # fmt: skip
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
-_WHERE |= {"Callback": "inbatch.training.callbacks"}
+_WHERE |= dict.fromkeys(("Callback", "Moment"), "inbatch.training.callbacks")
+_WHERE |= {"use_parts": "inbatch.training.own_requests"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
@@ -74,6 +76,7 @@ __all__ = [
     "OPTIMIZERS",
     "Callback",
     "Encoder",
+    "Moment",
     "Run",
     "__version__",
     "choose_run",
@@ -103,6 +106,7 @@ __all__ = [
     "testing",
     "train_classifier",
     "tune",
+    "use_parts",
     "views",
 ]
 

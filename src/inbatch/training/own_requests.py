@@ -3,7 +3,8 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -62,6 +63,24 @@ def with_own_encoder(function: Callable[P, R]) -> Callable[..., R]:
             return function(*args, **options)
 
     return call
+
+
+@contextmanager
+def use_parts(*, method: Any = None, encoder: Any = None, views: Any = None, optimizer: Any = None) -> Iterator[None]:
+    """Let every function use parts of your own within the context, for runs that learned with them.
+
+    Args:
+        method: Your method, or its class.
+        encoder: Your module, or what makes it; its weights are replaced by those of a run.
+        views: Your views.
+        optimizer: Your optimizer.
+
+    Raises:
+        ConfigError: If an object cannot be such a part.
+    """
+    passed = {"method": method, "encoder": encoder, "views": views, "optimizer": optimizer}
+    with own_parts.using(parts_of(passed)):
+        yield
 
 
 def requested_callbacks(values: Sequence[Any]) -> tuple[list[Callback], dict[str, OwnPart]]:

@@ -6,8 +6,8 @@ from typing import Any
 from inbatch.apps.cli.app import assignments
 
 _FIELDS = (
-    "preset", "encoder", "views", "batch_size", "context", "epochs", "budget", "image_size", "optimizer", "precision", "seed",
-    "fuse", "attend", "crops", "image_column", "label_column",
+    "preset", "encoder", "views", "batch_size", "context", "epochs", "budget", "image_size", "optimizer", "precision",
+    "seed", "fuse", "attend", "crops", "image_column", "label_column",
 )  # fmt: skip
 """Options that are settings of the same name."""
 

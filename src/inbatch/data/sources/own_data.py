@@ -39,11 +39,11 @@ class ItemSource(Source):
     """
 
     def __init__(self, items: Any, name: str, reading: Reading, labels: Any = None):
-        self.items, self.levels = items, reading.levels
-        count, first = len(items), None
-        if not count:
+        self.items, self.levels, self.name = items, reading.levels, name
+        if not (count := len(items)):
             raise DataError(f"The {name} holds no image (its length is 0)")
-        self.name, self.keys = name, _keys(first := self._item(0), reading, name)
+        first = self._item(0)
+        self.keys = _keys(first, reading, name)
         picture = self._picture(first)
         own = _channels(picture)
         super().__init__(name, reading.channels or own, unlabelled(count), ())
@@ -101,7 +101,7 @@ class ItemSource(Source):
         targets = getattr(self.items, "targets", None)
         if targets is None or not hasattr(targets, "__len__") or len(targets) != count:
             targets = [self._item(i)[self.keys[1]] for i in range(count)]
-            targets = [one.item() if isinstance(one, Tensor | np.ndarray) and one.size == 1 else one for one in targets]
+            targets = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one for one in targets]
         if any(isinstance(one, Tensor | np.ndarray) for one in targets):
             return Labels(unlabelled(count), note=f"{what} are arrays, several for each image")
         return from_array(targets, count, what, names)
@@ -167,9 +167,9 @@ def pixels_of(picture: Any, channels: int, levels: Levels | None) -> UInt8[Tenso
 
 def find_own_data(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """Find the split of an object of images, or of a pair (list of images, labels); return None for anything else."""
-    pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], list) and not isinstance(data[1], list)
-    pair = pair or (isinstance(data, tuple) and len(data) == 2 and _is_images(data[0]))
-    items, labels = data if pair and isinstance(data, tuple) else (data, None)
+    items, labels = data, None
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], list) and _is_images(data[0]):
+        items, labels = data
     if isinstance(items, str | bytes | Mapping) or is_array(items) or hasattr(items, "__fspath__"):
         return None
     if isinstance(items, list | tuple):

@@ -1,0 +1,85 @@
+"""Callbacks: what they receive, may do and may not do, and what a run does if they fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+from own_code import Count, Ends, Evaluates, Fails, Meddle, Meddles
+from rank_pool import on_ranks
+from small_runs import assert_same_state, leave_out_judgement, saved, tiny, use_few_images
+
+import inbatch
+from inbatch.errors import ConfigError, TrainingError
+from inbatch.training.callbacks import Callback, named
+
+
+def test_callbacks_are_called_log_and_stop(brief: None, tmp_path: Path) -> None:
+    count = Count()
+    run = tiny("simclr", tmp_path / "called", callbacks=[count, Ends], epochs=1)
+    assert (count.steps, count.evaluations) == (3, 2)
+    assert run.result["steps"] == 3 and run.result["stopped"] == "Ends: it is enough"
+    assert run.result["curve"][-1]["step"] == 3 and (tmp_path / "called" / "encoder").is_dir()
+    records = [json.loads(line) for line in (tmp_path / "called" / "metrics.jsonl").read_text().splitlines()]
+    assert [one["Count/count"] for one in records if "Count/count" in one] == [1, 2, 3]
+    assert saved(tmp_path / "called")["callback Count"] == {"steps": 3}
+    assert run.recipe.replans == ((3, 0),) and not run.recipe.own
+
+
+@pytest.mark.slow
+def test_callback_that_fails_or_changes_weights_is_named(brief: None, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"callback Fails \(on_step, step 2\) failed: KeyError: 'gone'; a checkpoint"
+    ):
+        tiny("simclr", tmp_path / "fails", callbacks=[Fails])
+    assert saved(tmp_path / "fails")["progress"]["step"] == 2
+    resumed = tiny("simclr", tmp_path / "fails", resume=True)
+    whole = tiny("simclr", tmp_path / "whole", callbacks=[])
+    assert resumed.result["steps"] == whole.result["steps"]
+    assert_same_state(saved(tmp_path / "fails"), saved(tmp_path / "whole"))
+    with pytest.raises(
+        TrainingError, match=r"callback Meddle \(on_step, step 1\) changed weights.*changes_weights = True"
+    ):
+        tiny("simclr", tmp_path / "meddle", callbacks=[Meddle])
+    with pytest.raises(TrainingError, match=r"callback Evaluates \(on_epoch, step 5\) changed the mode of layers"):
+        tiny("simclr", tmp_path / "mode", callbacks=[Evaluates])
+    run = tiny("simclr", tmp_path / "meddles", callbacks=[Meddles()], epochs=1)
+    assert list(run.recipe.own) == ["callback own_code:Meddles"]
+    with pytest.raises(ConfigError, match="--callback own_code:Meddles"):
+        tiny("simclr", tmp_path / "meddles", epochs=1, resume=True)
+    with pytest.raises(ConfigError, match="changes weights, and the run began without it"):
+        tiny("simclr", tmp_path / "whole", resume=True, callbacks=[Meddles])
+
+
+def called_on_rank(out: str) -> str:
+    patch = pytest.MonkeyPatch()
+    use_few_images(patch)
+    leave_out_judgement(patch)
+    try:
+        tiny("simclr", Path(out), callbacks=[FailsOnRank1], context=8, precision="float32")
+    except TrainingError as error:
+        return str(error)
+    finally:
+        patch.undo()
+    return ""
+
+
+class FailsOnRank1(Callback):
+    """Fails on one rank only."""
+
+    def on_step(self, moment: inbatch.training.callbacks.Moment) -> None:
+        if moment.rank == 1 and moment.step == 2:
+            raise ValueError("only here")
+
+
+@pytest.mark.slow
+def test_callback_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
+    first, second = on_ranks(2, called_on_rank, str(tmp_path / "run"))
+    assert "a callback failed on another rank; a checkpoint is saved" in first
+    assert "ValueError: only here; a checkpoint is saved" in second
+    assert saved(tmp_path / "run")["progress"]["step"] == 2
+
+
+def test_callbacks_have_names() -> None:
+    assert list(named([Count(), Ends(), Count()])) == ["Count", "Ends", "Count-2"]
+    with pytest.raises(ConfigError, match="derive its class from it"):
+        named([len])  # type: ignore[list-item]
