@@ -16,6 +16,7 @@ from small_runs import assert_same_state, leave_out_judgement, saved, stop_after
 from torchvision.transforms import v2
 
 import inbatch
+from inbatch.api import prepare
 from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
@@ -60,7 +61,7 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         assert recipe["own"][part] == {"version": None, "sha256": source_hash(text, name)}
     assert set(METHODS) == before
     assert "own_code:OwnMethod" in run.result["command"] and "--encoder own_code:OwnNet" in run.result["command"]
-    assert run.encoder.width == 4
+    run_weights = run.encoder.backbone.conv.weight
     assert torch.equal(inbatch.load(tmp_path / "whole", encoder=OwnNet(1, 4)).backbone.conv.weight,
                        run.encoder.backbone.conv.weight)  # fmt: skip
     with pytest.raises(ConfigError, match="type --encoder own_code:OwnNet"):
@@ -75,6 +76,8 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         then = recipe["own"][part]["sha256"]
         with pytest.raises(ConfigError, match=f"has changed since the run began: SHA-256 {then} then, 0000.*Restore"):
             call()
+    built = prepare("digits-canvas", encoder=OwnNet, settings={"encoder.init": tmp_path / "whole", "encoder.width": 4})
+    assert torch.equal(built.encoder.backbone.conv.weight.cpu(), run_weights)
 
 
 def run_on_rank(out: str, world: int) -> None:
@@ -151,7 +154,7 @@ def test_our_own_objects_keep_their_names() -> None:
 
 
 def test_optimizer_function_sets_its_own_rate() -> None:
-    built = inbatch.api.prepare(
+    built = prepare(
         "digits-canvas", optimizer=lambda params: torch.optim.Adagrad(params, lr=0.5), epochs=1, encoder=OwnNet(1)
     )
     assert built.recipe.optimizer.options == {}

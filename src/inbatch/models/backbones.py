@@ -58,6 +58,19 @@ def own_encoder(name: str) -> OwnPart | None:
     return own
 
 
+def arguments_for_own(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved arguments of an encoder that what the user passes for it can take; all if it is one of ours."""
+    own = own_encoder(name)
+    if own is None:
+        return arguments
+    if isinstance(own.maker, nn.Module):
+        return {}
+    known = inspect.signature(own.maker).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return arguments
+    return {key: value for key, value in arguments.items() if key in known}
+
+
 def own_backbone(own: OwnPart, size: int, channels: int, kwargs: dict[str, Any]) -> nn.Module:
     """Return a new backbone of the user: a copy of a module, or what a class or function makes.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from inbatch.errors import ConfigError, DataError, check_whole, reason
 from inbatch.models.attention_slots import blocks, install, meets_in_training_only
-from inbatch.models.backbones import build, cifar_stem, own_backbone, own_encoder
+from inbatch.models.backbones import arguments_for_own, build, cifar_stem, own_backbone, own_encoder
 from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.initial_weights import Initial, fill_backbone, read_initial, stem_of
 from inbatch.models.input_sizes import check_side
@@ -201,7 +201,9 @@ def restored(weights: dict[str, Any], config: dict[str, Any], origin: Path) -> E
         if saved := config.get("own"):
             own_parts.check_same("encoder", str(config["name"]), saved)
         known = {k: config[k] for k in ("name", "size", "channels", "mean", "std")}
-        encoder = create_encoder(**known, stem=config["stem"] or "auto", check=False, **config["arguments"])
+        arguments = arguments_for_own(str(config["name"]), config["arguments"])
+        encoder = create_encoder(**known, stem=config["stem"] or "auto", check=False, **arguments)
+        encoder.arguments = config["arguments"]
         if levels := config.get("levels"):
             encoder.levels = (float(levels[0]), float(levels[1]))
         fill(encoder.backbone, own, str(origin))

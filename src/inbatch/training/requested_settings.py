@@ -37,6 +37,8 @@ def merged_settings(
     requested |= dict(settings or {})
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
         check_one_length(requested)
+    if "own" in requested:
+        raise ConfigError("the setting own is written by the run: leave it out")
     requested = requested if config is None else _over(read_file(config), requested)
     return _with_own_parts(requested)
 

@@ -20,7 +20,7 @@ from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, own_parts
 from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
@@ -110,7 +110,8 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
     init = path_of(init, "encoder.init")
     if not (init / "recipe.json").is_file():
         return init
-    loaded = load_run_encoder(init)
+    with own_parts.any_source():
+        loaded = load_run_encoder(init)
     notes += [loaded.note] if loaded.note else []
     return loaded.encoder
 

@@ -230,8 +230,7 @@ def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[st
         "labels": kind.labels,
         "target_network": bool(kind.target),
         "options": {
-            p.name: {"default": _default(p.default), "what": options.get(p.name, "")}
-            for p in parameters.values()
+            p.name: {"default": _default(p.default), "what": options.get(p.name, "")} for p in parameters.values()
         },
         "presets": kind.presets,
         "origin": origin,

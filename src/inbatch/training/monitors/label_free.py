@@ -141,7 +141,7 @@ def embed_all(
 
 
 def embed_views(
-    encoders: Mapping[str, Encoder], views: Views, source: Chosen, seed: int, images: int | None = None,
+    encoders: Mapping[str, Encoder], views: AnyViews, source: Chosen, seed: int, images: int | None = None,
     count: int | None = None, precision: torch.dtype = torch.float32,
 ) -> dict[str, Viewed]:  # fmt: skip
     """Return the features, before whitening, of several views of some of a source's images that can be read.
@@ -196,7 +196,7 @@ def two_views(views: AnyViews, batch: Batch) -> tuple[Tensor, Tensor]:
     return drawn[0], views(replace(batch, epoch=1)).images[0]
 
 
-def several_views(views: Views, batch: Batch, count: int) -> list[Tensor]:
+def several_views(views: AnyViews, batch: Batch, count: int) -> list[Tensor]:
     """Return this many views of a batch that have the size of the first: those of successive epochs."""
     drawn: list[Tensor] = []
     while len(drawn) < count:
