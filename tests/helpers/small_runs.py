@@ -87,7 +87,7 @@ def assert_same_state(a: Any, b: Any, where: str = "") -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same_state(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert a == b or (a != a and b != b), where  # a measure may be NaN
 
 
 def saved(out: Path) -> dict[str, Any]:

@@ -74,10 +74,11 @@ def create_encoder(
     """
     _check_arguments(name, size, channels, stem, attend, attend_options, kwargs)
     own = own_encoder(name)
-    if own is not None:
-        backbone, classifier = own_backbone(own, size, channels, kwargs), ()
-    else:
+    classifier: tuple[str, ...] = ()
+    if own is None:
         backbone, classifier = build(name, size, channels, kwargs)
+    else:
+        backbone = own_backbone(own, size, channels, kwargs)
     initial = read_initial(init, classifier)
     used = None if own is not None else _stem_in_use(name, backbone, stem, size, initial, channels)
     if used == "cifar":

@@ -174,9 +174,7 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
 
 
-def _make_loader(
-    recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None
-) -> Loader:
+def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:
     """Return the loader of this rank's part of every batch."""
     return Loader(
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
@@ -319,9 +317,7 @@ def fusion(
     return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
-def curator_of(
-    recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device
-) -> Curator | None:
+def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device) -> Curator | None:
     """Return the curator of a recipe; it embeds `piece` images at a time."""
     if recipe.curate is None:
         return None

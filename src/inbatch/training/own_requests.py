@@ -95,9 +95,7 @@ def requested_callbacks(values: Sequence[Any]) -> tuple[list[Callback], dict[str
             try:
                 one = one()
             except Exception as error:  # of any code
-                raise ConfigError(
-                    f"the callback {one!r:.80} cannot be made by a call: {reason(error)}"
-                ) from error
+                raise ConfigError(f"the callback {one!r:.80} cannot be made by a call: {reason(error)}") from error
         named([one])
         own = typed or own_parts.described("callback", one)
         callbacks.append(one)

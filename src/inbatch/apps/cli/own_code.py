@@ -12,7 +12,7 @@ from inbatch.runtime import own_parts
 
 def typed(part: str, text: str | None, option: str | None = None) -> Any:
     """Return what is typed for a part: a name of ours, or the user's own part, imported."""
-    return own_parts.imported(part, text, option) if own_parts.is_own(text) else text
+    return own_parts.imported(part, text, option) if text is not None and own_parts.is_own(text) else text
 
 
 def _used(part: str) -> Callable[[typer.Context, str | None], str | None]:
