@@ -21,7 +21,7 @@ class Digits(Dataset):
         self.source = open_data("digits-canvas")
 
     def __len__(self) -> int:
-        return 256
+        return 1000
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.source.image(i), int(self.source.labels[i])  # uint8 (C, h, w); Pillow and NumPy work too
@@ -50,7 +50,7 @@ class StopWhenFlat(inbatch.Callback):
 if __name__ == "__main__":
     run = inbatch.pretrain(
         Digits(), views=shifted, callbacks=[StopWhenFlat()], encoder="tiny", optimizer=torch.optim.NAdam,
-        settings={"optimizer.lr": 2e-3}, batch_size=64, epochs=3, quiet=True,
+        settings={"optimizer.lr": 2e-3}, batch_size=64, epochs=3, knn_k=20, quiet=True,
     )  # fmt: skip
     print(f"k-NN accuracy {run.result['evaluation']['knn']['top1']:.3f} after {run.result['steps']} steps")
     print(f"data: {run.recipe.data}, views: {run.recipe.views.name}")
