@@ -28,18 +28,15 @@ def _used(part: str) -> Callable[[typer.Context, str | None], str | None]:
     return use
 
 
-_HELP = "Your own {}, of a run that learned with it; imported from the current folder or a package."
+# The error that needs another one than --encoder says what to type; hidden options keep the help short.
+_HELP = "Your own encoder, of a run that learned with it; imported from the current folder or a package."
 OwnEncoder = Annotated[
     str | None,
-    Option("--encoder", metavar="MODULE:NAME", callback=_used("encoder"), help=_HELP.format("encoder")),
+    Option("--encoder", metavar="MODULE:NAME", callback=_used("encoder"), help=_HELP),
 ]
-OwnMethod = Annotated[
-    str | None, Option("--method", metavar="MODULE:NAME", callback=_used("method"), help=_HELP.format("method"))
-]
-OwnViews = Annotated[
-    str | None, Option("--views", metavar="MODULE:NAME", callback=_used("views"), help=_HELP.format("views"))
-]
+OwnMethod = Annotated[str | None, Option("--method", metavar="MODULE:NAME", callback=_used("method"), hidden=True)]
+OwnViews = Annotated[str | None, Option("--views", metavar="MODULE:NAME", callback=_used("views"), hidden=True)]
 OwnOptimizer = Annotated[
     str | None,
-    Option("--optimizer", metavar="MODULE:NAME", callback=_used("optimizer"), help=_HELP.format("optimizer")),
+    Option("--optimizer", metavar="MODULE:NAME", callback=_used("optimizer"), hidden=True),
 ]

@@ -78,7 +78,9 @@ def quickstart(
     "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch-size 4096",
 )
 def pretrain(
-    method: Annotated[str | None, Argument(metavar="METHOD", help="simclr, moco, ...: see inbatch methods.")] = None,
+    method: Annotated[
+        str | None, Argument(metavar="METHOD", help="simclr, moco, ... (inbatch methods), or MODULE:NAME.")
+    ] = None,
     data: Annotated[list[str] | None, Option(help=f"{KINDS[:-1]}, each with --data, or a pattern in quotes.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -86,9 +88,7 @@ def pretrain(
         Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
     ] = None,
     preset: Annotated[str | None, Option(help="Preset of the method; default: chosen by image size.")] = None,
-    own_method: Annotated[
-        str | None, Option("--method", metavar="MODULE:NAME", help="As METHOD; also a Method of your own.")
-    ] = None,
+    own_method: Annotated[str | None, Option("--method", hidden=True)] = None,  # as METHOD
     encoder: Annotated[
         str | None,
         Option(

@@ -19,9 +19,9 @@ _OF_COMPARISON = {
 }  # fmt: skip
 """Option that all variants share -> where it is set."""
 _SETTINGS = (
-    "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size", "context",
-    "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups", "compile", "config",
-    "set_",
+    "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size",
+    "context", "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups",
+    "compile", "config", "set_",
 )  # fmt: skip
 """Options that a variant may set."""
 
