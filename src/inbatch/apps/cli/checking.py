@@ -1,15 +1,13 @@
 """Command for parts that users write: check-method."""
 
-import importlib
-import os
-import sys
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from inbatch.apps.cli.app import Json, app, assignments, deliver, reported
 from inbatch.apps.console import say
-from inbatch.errors import ConfigError, TrainingError, reason
+from inbatch.errors import ConfigError, TrainingError
+from inbatch.runtime import own_parts
 
 
 @app.command(
@@ -68,22 +66,13 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _imported(name: str) -> Any:
-    """Return the class that was typed; modules of the current directory can be imported, too."""
+    """Return the class that was typed: MODULE:CLASS, one of `METHODS`, or of an installed package's entry point."""
     from inbatch.methods import METHODS
 
-    if name in METHODS:
-        return METHODS[name]
-    module, _, path = name.partition(":")
-    if not module or not path:
+    if own_parts.is_own(name):
+        return own_parts.imported("method", name, "METHOD").maker
+    if name not in METHODS and (own := own_parts.find("method", name)) is not None:
+        return own.maker
+    if name not in METHODS:
         raise ConfigError(f"{name!r} is no method: give MODULE:CLASS, or one of {', '.join(METHODS)}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # also of the module's own code
-        raise ConfigError(f"the module {module} cannot be imported: {reason(error)}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"the module {module} has no {path}")
-        found = getattr(found, part)
-    return found
+    return METHODS[name]
