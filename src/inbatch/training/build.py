@@ -30,8 +30,8 @@ from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
 from inbatch.training.checkpoint_recipe import run_facts
-from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
-from inbatch.training.rates import set_rates
+from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
+from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
 from inbatch.training.step import Step
@@ -102,13 +102,16 @@ def build(
     optimizer, lr = _make_optimizer(recipe, parts, network)
     timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
     set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
+    frozen = frozen_steps(recipe, loader.steps, timeline.planned)
+    if frozen and not any(p.requires_grad for p in network.heads.parameters()):
+        raise ConfigError(f"schedule.freeze_encoder_epochs: {recipe.method.name} has no heads that could learn alone")
     step = Step(
         method=parts.method, network=network, call=distributed.wrap(network), target=target,
         views=lambda batch: drawn(parts.views, batch, device), count=len(parts.views), optimizer=optimizer,
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe),
+        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe), frozen=frozen,
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
@@ -214,12 +217,13 @@ def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Op
     """Return the optimiser of the online network, and its learning rate for the recipe's batch."""
     options = dict(recipe.optimizer.options)
     lr = scaled_lr(options.pop("lr"), recipe.batch_size, recipe.schedule.scaling)
-    vector_lr = options.pop("vector_lr", None)
+    vector_lr, decay = options.pop("vector_lr", None), options.pop("layer_decay", 1.0)
     groups = parameter_groups(
         {"encoder": parts.encoder, **network.heads} | ({} if parts.fuse is None else {"fuse": parts.fuse}),
         lr=lr, weight_decay=options.pop("weight_decay"),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch_size, recipe.schedule.scaling),
         own={name: {"constant": True} for name in parts.method.constant_lr()},
+        scales=layer_scales(parts.encoder.backbone, decay) if decay < 1 else None,
     )  # fmt: skip
     with _settings_of("optimizer", recipe.optimizer.name):
         return build_optimizer(recipe.optimizer.name, groups, **options), lr

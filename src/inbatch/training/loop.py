@@ -28,6 +28,7 @@ from inbatch.training.monitors.online_evaluation import (
     report_comparison,
     survey,
 )
+from inbatch.training.rates import logged_rate
 from inbatch.training.replay import capture
 from inbatch.training.status import report_unreadable
 from inbatch.training.step import NonFiniteError
@@ -111,7 +112,7 @@ class Loop:
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
             progress.images += built.recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
-            state = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
+            state = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
             if self.answer_and_keep_time():
                 self.save(best=False)
@@ -184,7 +185,7 @@ class Loop:
         between = recipe.evaluate_every * built.loader.steps
         evaluations = -(-built.total // between) - step // between
         left, save_now = distributed.broadcast_object(
-            keeper.check(step, built.timeline, evaluations) if distributed.rank() == 0 else None
+            keeper.check(step, built.timeline, evaluations, built.step.frozen) if distributed.rank() == 0 else None
         )
         if left is not None:
             built.timeline.change(step, left)

@@ -68,6 +68,8 @@ class Schedule:
         warmup_epochs: Epochs of linear increase from 0.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
+        freeze_encoder_epochs: Epochs at the start in which only the heads learn: the encoder gets no gradient and keeps
+            its norm statistics. If the length is in steps, at most a tenth of the run.
         scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or unscaled ("none").
     """
 
@@ -76,6 +78,7 @@ class Schedule:
     end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     milestones: tuple[float, ...] = (0.6, 0.8)
     scaling: Literal["linear", "sqrt", "none"] = "linear"
+    freeze_encoder_epochs: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def _model(part: str, name: str) -> type[pydantic.BaseModel]:
             fields[p.name] = (hint, ... if required else p.default)
     if part == "optimizer":
         fields |= {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        fields |= {"layer_decay": (Annotated[float, pydantic.Field(gt=0, le=1)], 1.0)}
     if part == "attend" and "channels" in inspect.signature(maker).parameters:
         fields |= {"stages": (tuple[int, ...] | None, None)}
     rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)

@@ -237,7 +237,8 @@ def _state_per_number(built: RunComponents) -> float:
     options = dict(built.recipe.optimizer.options)
     small = nn.Linear(64, 64, bias=False)
     groups = parameter_groups({"small": small}, lr=options.pop("lr"), weight_decay=options.pop("weight_decay"))
-    options.pop("vector_lr", None)
+    for name in ("vector_lr", "layer_decay"):
+        options.pop(name, None)
     optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
     small.weight.grad = torch.ones_like(small.weight)
     optimizer.step()
@@ -252,7 +253,10 @@ def _bytes(tensors: Any) -> int:
 def _rate(built: RunComponents) -> str:
     lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch_size
     rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
-    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
+    slowest = min(group["base_lr"] for group in built.optimizer.param_groups)
+    decay = built.recipe.optimizer.options.get("layer_decay", 1.0)
+    layers = f", layer decay {decay:g} down to {slowest:.3g}" if decay < 1 else ""
+    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}{layers}"
 
 
 def _schedule(built: RunComponents) -> str:
@@ -262,9 +266,12 @@ def _schedule(built: RunComponents) -> str:
         "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
         "constant": "constant",
     }
+    steps = many(built.step.frozen, "step")
     return (
-        f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else ""
-    ) + shapes[s.name]
+        (f"encoder frozen for {steps}; " if built.step.frozen else "")
+        + (f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else "")
+        + shapes[s.name]
+    )
 
 
 def _precision(network: Network) -> str:
