@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         pretrain,
         train_classifier,
     )
+    from inbatch.apps.adaptation.adapt import adapt
     from inbatch.apps.collection.duplicates import find_duplicates
     from inbatch.apps.collection.labels import find_label_errors
     from inbatch.apps.collection.outliers import find_outliers
@@ -52,6 +53,7 @@ _API = (
     "prepare", "pretrain", "train_classifier",
 )  # fmt: skip
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
+_WHERE |= {"adapt": "inbatch.apps.adaptation.adapt"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
@@ -73,6 +75,7 @@ __all__ = [
     "Encoder",
     "Run",
     "__version__",
+    "adapt",
     "choose_run",
     "compare",
     "distributed",
