@@ -48,6 +48,7 @@ SMALL: dict[str, dict[str, object]] = {
     "barlow": {"hidden_dim": 8, "out_dim": 8},
     "vicreg": {"hidden_dim": 8, "out_dim": 8},
     "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
+    "relation": {"queue_size": 40},
     "supcon": {"out_dim": 8},
     "supervised": {"num_classes": 3},
 }
@@ -76,6 +77,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "cc-3": ("cc", SMALL["cc"]),
     "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
+    "relation-own": ("relation", SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
@@ -130,6 +132,7 @@ def create(variant: str, **more: object) -> Method:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         method = METHODS[name](**options | more)
+        method.teacher_width = 12
         method.prepare(images=IMAGES, classes=3, batch=16, views=views_of(variant))
         method.heads(12)  # may fill the method's record of its weights
         if method.surveys(0):

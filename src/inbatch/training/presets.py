@@ -46,6 +46,11 @@ def method_named(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def default_method(settings: Mapping[str, Any]) -> Any:
+    """Return the name of the method of these settings; without one, that for a teacher if there is a teacher."""
+    return settings.get("method.name", "simclr" if settings.get("teacher") is None else "relation")
+
+
 def natural_preset(data: str, size: float) -> str:
     """Return the default preset: by the name of an embedded data set, else by the size of the images."""
     embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
@@ -58,7 +63,7 @@ WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "c
 
 def with_preset(settings: Mapping[str, Any]) -> Settings:
     """Return the settings, completed by those of their preset and by the names of the parts."""
-    method = settings.get("method.name", "simclr")
+    method = default_method(settings)
     own = method_named(method).presets
     size = finite_number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)

@@ -96,6 +96,8 @@ class Recipe:
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
             batch. "auto" is the largest divisor of it that fits in memory (`auto_context`); the resulting number
             replaces it before anything is written.
+        teacher: Frozen encoder from whose relations the method `relation` learns: a run, an encoder's folder, or
+            timm/NAME. A copy of it is kept in the run.
         fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
         crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
         shuffle_groups: The target network's context groups (without one: those of every view except the first) are
@@ -135,6 +137,7 @@ class Recipe:
     fuse: Part | None = None
     curate: Part | None = None
     attend: Part | None = None
+    teacher: str | None = None
     crops: str = "default"
     shuffle_groups: bool = False
     split: str = "train"

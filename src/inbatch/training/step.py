@@ -137,7 +137,7 @@ class Step:
         self.optimizer.step()
         self.method.on_weights(self.network.heads)
 
-        if self.target is not None:
+        if self.target is not None and not self.method.teacher:
             ema_update(self.target, self.network, self.method.target_momentum(progress))
         with torch.no_grad():
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)

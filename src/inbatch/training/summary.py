@@ -12,6 +12,7 @@ from inbatch.data.views import PRESETS
 from inbatch.errors import many
 from inbatch.models import Encoder, added
 from inbatch.models.network import Network
+from inbatch.models.teacher import TeacherNetwork
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.text import printable
@@ -43,6 +44,7 @@ def describe(built: RunComponents) -> str:
         "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}{_colourless(r)}",
         "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
+        **_teacher(built),
         **_plugins(built),
         "batch": f"{r.batch_size:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
@@ -57,6 +59,15 @@ def _length(built: RunComponents) -> str:
     if r.steps is not None:
         return f"{many(built.total, 'step')}, {built.total / each:.3g} passes over the images"
     return f"{many(r.epochs, 'epoch')} x {many(each, 'step')} = {built.total:,}"
+
+
+def _teacher(built: RunComponents) -> dict[str, str]:
+    """Return the line of the frozen teacher, if the run has one."""
+    if not isinstance(built.target, TeacherNetwork):
+        return {}
+    encoder = built.target.encoder.encoder
+    size = f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.feature_width}"
+    return {"teacher": f"{encoder.name}, {parameters(encoder):,} parameters, frozen, {size}: {built.recipe.teacher}"}
 
 
 def _colourless(r: Recipe) -> str:

@@ -36,6 +36,8 @@ def starting_settings(weights: Any) -> Settings:
             f"--from {text}: there are no such weights. Name a run, an encoder's folder, a file of weights "
             "(.safetensors, .pt or .pth), or timm/NAME"
         )
+    if not (path / "recipe.json").is_file() and (path / "encoder" / "config.json").is_file():
+        path /= "encoder"  # the result of another adaptation
     settings: Settings = {"encoder.init": str(path)}
     if (path / "recipe.json").is_file():
         recipe = make(read_file(path / "recipe.json"))

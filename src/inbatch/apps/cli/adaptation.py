@@ -39,6 +39,10 @@ def adapt(
         str, Option("--from", metavar="RUN|PATH|timm/NAME", help="A run, an encoder's folder, a file, or timm/NAME.")
     ],
     method: Annotated[str | None, Option(help="simclr by default; see inbatch methods.")] = None,
+    teacher: Annotated[
+        str | None,
+        Option(metavar="RUN|PATH|timm/NAME", help="Frozen encoder to learn from; the method is then relation."),
+    ] = None,
     out: Annotated[
         Path | None, Option("--output-dir", "--out", "-o", help="Directory of the result; default runs/adapt-DATA-N.")
     ] = None,
@@ -83,7 +87,7 @@ def adapt(
         from inbatch.apps.adaptation.adapt import adapt as run
 
         fields = {"epochs": epochs, "encoder": encoder, "batch_size": batch_size, "image_size": image_size}
-        fields |= {"image_column": image_column, "label_column": label_column}
+        fields |= {"teacher": teacher, "image_column": image_column, "label_column": label_column}
         own = {"optimizer.lr": lr, "optimizer.layer_decay": layer_decay}
         own |= {"schedule.freeze_encoder_epochs": freeze_epochs}
         settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
