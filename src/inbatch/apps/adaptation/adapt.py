@@ -54,7 +54,7 @@ def adapt(
 
     Args:
         data: Images, as for `pretrain`.
-        weights: Weights to start from: a run, an encoder's folder, a file of weights, or timm/NAME.
+        weights: Weights to start from: a run, an encoder's folder, a file of weights, hub:OWNER/NAME, or timm/NAME.
         method: A name of `METHODS`; simclr by default.
         out: Directory of the result, runs/adapt-DATA-NUMBER by default.
         seeds: Number of runs, with the seeds 0, 1, ...; one seed has no spread, and its verdict is never "helped".

@@ -22,7 +22,7 @@ def starting_settings(weights: Any) -> Settings:
     """Return the settings that follow from the weights: encoder, image size, channels and levels.
 
     Args:
-        weights: A run, an encoder's folder, a file of weights, or timm/NAME.
+        weights: A run, an encoder's folder, a file of weights, hub:OWNER/NAME, or timm/NAME.
 
     Raises:
         ConfigError: If there is nothing at a path, or timm has no such model.
@@ -30,11 +30,13 @@ def starting_settings(weights: Any) -> Settings:
     text = str(weights)
     if text.startswith("timm/"):
         return _of_timm(text.removeprefix("timm/"))
+    if text.startswith("hub:"):
+        return {"encoder.init": text}
     path = path_of(weights, "--from")
     if not path.exists():
         raise ConfigError(
-            f"--from {text}: there are no such weights. Name a run, an encoder's folder, a file of weights "
-            "(.safetensors, .pt or .pth), or timm/NAME"
+            f"--from {text}: there are no such weights. Name a run, an encoder's folder, a file of weights, "
+            "hub:OWNER/NAME, or timm/NAME"
         )
     if not (path / "recipe.json").is_file() and (path / "encoder" / "config.json").is_file():
         path /= "encoder"  # the result of another adaptation

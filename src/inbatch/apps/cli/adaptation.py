@@ -36,7 +36,10 @@ from inbatch.runtime.path_list import joined_paths
 def adapt(
     data: Data,
     weights: Annotated[
-        str, Option("--from", metavar="RUN|PATH|timm/NAME", help="A run, an encoder's folder, a file, or timm/NAME.")
+        str,
+        Option(
+            "--from", metavar="RUN|PATH|timm/NAME|hub:NAME", help="A run, an encoder's folder, a file, ...: see --init."
+        ),
     ],
     method: Annotated[str | None, Option(help="simclr by default; see inbatch methods.")] = None,
     teacher: Annotated[
@@ -52,7 +55,8 @@ def adapt(
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images; default 10 without a budget.")] = None,
     encoder: Annotated[
-        str | None, Option("--encoder", "--backbone", "--model", help="For a file of weights: their encoder.")
+        str | None,
+        Option("--encoder", "--backbone", "--model", help="Encoder of a file of weights that does not name it."),
     ] = None,
     lr: Annotated[float | None, Option("--lr", "--learning-rate", help="Rate of the heads; default 0.0003.")] = None,
     layer_decay: Annotated[
