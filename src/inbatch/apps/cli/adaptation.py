@@ -62,9 +62,6 @@ def adapt(
     layer_decay: Annotated[
         float | None, Option(help="Ratio of the rates of successive layers, from the heads down; default 0.75.")
     ] = None,
-    freeze_epochs: Annotated[
-        float | None, Option(help="Epochs in which only the heads learn; default 1, at most a tenth of the run.")
-    ] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "--batch", help="Samples per step.")] = None,
     image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side in pixels; default: that of the weights.")
@@ -93,7 +90,6 @@ def adapt(
         fields = {"epochs": epochs, "encoder": encoder, "batch_size": batch_size, "image_size": image_size}
         fields |= {"teacher": teacher, "image_column": image_column, "label_column": label_column}
         own = {"optimizer.lr": lr, "optimizer.layer_decay": layer_decay}
-        own |= {"schedule.freeze_encoder_epochs": freeze_epochs}
         settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
         named: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
         code = [0]
