@@ -179,11 +179,11 @@ def test_wrong_use_is_refused_before_training(folders: tuple[Path, Path], traini
         (f"--from {start} --set seed=3", "leave out seed"),
         (f"--from {start} --method simcrl", "did you mean 'simclr'"),
         (f"--from {start} -o {tmp_path / 'run'}", "holds recipe.json, which an adaptation would replace"),
-        (f"--from {start} --layer-decay 2", "optimizer.layer_decay"),
+        (f"--from {start} -o {tmp_path / 'new'} --layer-decay 2", "optimizer.layer_decay"),
     ):
         done = run(f"adapt digits-canvas -q {more}")
         assert done.exit_code == 2 and words in done.stderr, (more, done.stderr)
-    assert not training.seeds
+    assert not training.seeds and not list(tmp_path.glob("*/adapt.json"))
     with pytest.raises(ConfigError, match="seeds must be a whole number"):
         inbatch.adapt("digits-canvas", start, seeds=1.5)
 

@@ -1,7 +1,9 @@
 """Continue the training of existing weights on other images, and judge whether it has helped."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,13 @@ def adapt(
             with progress(quiet) as (notify, _):
                 if distributed.rank() == 0:
                     notify(f"Seed {seed + 1} of {seeds}: {folder / f'seed-{seed}'}")
-            runs.append(_trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet))
+            try:
+                runs.append(
+                    _trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet)
+                )
+            except InbatchError:
+                _forget(folder)
+                raise
         result = None
         if distributed.rank() == 0:
             result = _judged(folder, runs, split, plan.source, device_for(device))
@@ -153,10 +161,16 @@ def _begin(folder: Path, facts: dict[str, Any]) -> str | None:
     return f"{folder} holds another adaptation: {what}. Repeat its settings, or choose another --output-dir"
 
 
+def _forget(folder: Path) -> None:
+    """Remove the request of an adaptation of which no run has begun, so that other settings can be tried."""
+    if distributed.rank() == 0 and not list(folder.glob("seed-*/recipe.json")):
+        (folder / REQUEST).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     """Return values as a JSON file holds them."""
-    import json
-
     plain: dict[str, Any] = json.loads(to_json(facts))
     return plain
 

@@ -66,13 +66,13 @@ def accuracy_gain(before: Float[Tensor, "s n"], after: Float[Tensor, "s n"]) -> 
     """
     difference = (after - before).double()
     seeds, images = difference.shape
-    means = tuple(x.double().mean(1).tolist() for x in (before, after))
+    old, new = (tuple(x.double().mean(1).tolist()) for x in (before, after))
     if seeds < 2 or images < 2:
-        return Gain(*map(tuple, means), None, None)
+        return Gain(old, new, None, None)
     parts = [(difference.mean(1).var() / seeds, seeds - 1), (difference.mean(0).var() / images, images - 1)]
     variance = float(sum(part for part, _ in parts))
     freedom = variance**2 / max(float(sum(part**2 / number for part, number in parts)), 1e-300)
-    return Gain(*map(tuple, means), *_interval(float(difference.mean()), variance, max(freedom, 1.0)))
+    return Gain(old, new, *_interval(float(difference.mean()), variance, max(freedom, 1.0)))
 
 
 def measure_gain(before: list[float], after: list[float], better: str) -> Gain:
