@@ -94,13 +94,7 @@ def adapt(
             with progress(quiet) as (notify, _):
                 if distributed.rank() == 0:
                     notify(f"Seed {seed + 1} of {seeds}: {folder / f'seed-{seed}'}")
-            try:
-                runs.append(
-                    _trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet)
-                )
-            except InbatchError:
-                _forget(folder)
-                raise
+            runs.append(_trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet))
         result = None
         if distributed.rank() == 0:
             result = _judged(folder, runs, split, plan.source, device_for(device))
@@ -187,6 +181,9 @@ def _trained(
         )
     except (Preempted, Interrupted) as error:
         raise type(error)(f"{error}. Repeat the command to continue the adaptation in {folder.parent}") from None
+    except InbatchError:
+        _forget(folder.parent)
+        raise
 
 
 @dataclass(frozen=True)
