@@ -1,5 +1,7 @@
 """A frozen encoder in the place of the target network: it takes the views of another encoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -24,6 +26,7 @@ class Teacher(nn.Module):
         ConfigError: if the teacher takes another number of channels.
     """
 
+    encoder: Encoder
     factor: Tensor
     offset: Tensor
 
@@ -67,6 +70,13 @@ class TeacherNetwork(Network):
 
     def __init__(self, teacher: Teacher, precision: torch.dtype, channels_last: bool) -> None:
         super().__init__(teacher, {}, ("features",), precision, channels_last)
+
+    @property
+    def frozen_encoder(self) -> Encoder:
+        """The encoder of the teacher."""
+        teacher: Any = self.encoder
+        encoder: Encoder = teacher.encoder
+        return encoder
 
     def freeze_encoder(self, frozen: bool) -> None:
         """Do nothing: it is always frozen."""

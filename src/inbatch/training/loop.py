@@ -112,7 +112,7 @@ class Loop:
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
             progress.images += built.recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
-            state = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
+            state: dict[str, Tensor | float] = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
             if self.answer_and_keep_time():
                 self.save(best=False)

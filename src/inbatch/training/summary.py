@@ -65,7 +65,7 @@ def _teacher(built: RunComponents) -> dict[str, str]:
     """Return the line of the frozen teacher, if the run has one."""
     if not isinstance(built.target, TeacherNetwork):
         return {}
-    encoder = built.target.encoder.encoder
+    encoder = built.target.frozen_encoder
     size = f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.feature_width}"
     return {"teacher": f"{encoder.name}, {parameters(encoder):,} parameters, frozen, {size}: {built.recipe.teacher}"}
 

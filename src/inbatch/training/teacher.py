@@ -53,7 +53,15 @@ def _of_timm(name: str) -> Encoder:
 
     if not timm.is_model(name):
         raise ConfigError(f"teacher = timm/{name}: timm has no such model; timm.list_models() lists them")
-    return create_encoder(name, size=timm.get_pretrained_cfg(name).input_size[-1], init="timm").eval()
+    return create_encoder(name, size=published_size(name), init="timm").eval()
+
+
+def published_size(name: str) -> int:
+    """Return the side of the images of a timm model's published weights, in pixels."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return 224 if config is None else int(config.input_size[-1])
 
 
 def teacher_network(teacher: Encoder, student: Encoder, precision: torch.dtype, channels_last: bool) -> Network:
@@ -64,7 +72,7 @@ def teacher_network(teacher: Encoder, student: Encoder, precision: torch.dtype, 
 def save_teacher(target: Network | None, run: Path) -> None:
     """Save the teacher in a run directory: a resumed run needs no other file, and no checkpoint holds it."""
     if isinstance(target, TeacherNetwork):
-        save_encoder(target.encoder.encoder, run / FOLDER)
+        save_encoder(target.frozen_encoder, run / FOLDER)
 
 
 def kept_teacher(run: Path) -> Path | None:

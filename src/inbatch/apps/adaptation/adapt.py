@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inbatch.api import Run, load, load_run, pretrain
-from inbatch.apps.adaptation.gain import accuracy_gain, measure_gain
+from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
 from inbatch.apps.adaptation.start import starting_settings, training_settings
 from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, Verdict
 from inbatch.data import Source
@@ -208,10 +208,7 @@ def _judged(
         for name in ("knn", "linear"):
             old, new = getattr(before, name), torch.stack([getattr(one, name) for one in after])
             accuracy[name] = accuracy_gain(old.expand_as(new), new)
-    measures = {
-        name: measure_gain(*([run.result["unlabelled"][name][when] for run in runs] for when in _WHEN), told["better"])
-        for name, told in runs[0].result["unlabelled"].items()
-    }
+    measures = {name: _measure(runs, name) for name in runs[0].result["unlabelled"]}
     collapsed = [i for i, run in enumerate(runs) if run.result["collapsed"]]
     verdict = Verdict(accuracy, measures, collapsed, len(runs), images)
     helped, chosen = verdict.kind == HELPED, runs[verdict.best].directory
@@ -233,7 +230,10 @@ def _judged(
     }
 
 
-_WHEN = ("untrained", "trained")
+def _measure(runs: Sequence[Run], name: str) -> Gain:
+    """Return the gain in a measure without labels."""
+    told = [run.result["unlabelled"][name] for run in runs]
+    return measure_gain([one["untrained"] for one in told], [one["trained"] for one in told], told[0]["better"])
 
 
 def _as_judged(split: EvaluationSplit, runs: Sequence[Run]) -> EvaluationSplit:

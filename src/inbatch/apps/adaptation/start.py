@@ -8,6 +8,7 @@ from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training.recipe import Settings, make
 from inbatch.training.settings_file import read_file
+from inbatch.training.teacher import published_size
 
 EPOCHS = 10
 """Passes over the images if no length is set."""
@@ -63,8 +64,7 @@ def _of_timm(name: str) -> Settings:
         close = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
         raise ConfigError(f"--from timm/{name}: timm has no such model; {hint}")
-    size = timm.get_pretrained_cfg(name).input_size[-1]
-    return {"encoder.name": name, "encoder.init": "timm", "image_size": size}
+    return {"encoder.name": name, "encoder.init": "timm", "image_size": published_size(name)}
 
 
 def training_settings(requested: Mapping[str, Any], start: Mapping[str, Any]) -> Settings:
