@@ -14,9 +14,13 @@ import inbatch
 from inbatch.apps.adaptation import adapt as adaptation
 from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
 from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, NOT_SHOWN, Verdict
+from inbatch.data import open_data
 from inbatch.errors import ConfigError, Preempted
+from inbatch.evaluation import evaluate
 from inbatch.models import create_encoder, load_encoder, save_encoder
 from inbatch.runtime.files import write_json
+from inbatch.training.holdout import evaluation_split
+from inbatch.training.monitors.online_evaluation import limited
 from inbatch.training.recipe import make
 
 UNLABELLED = {"rankme": {"untrained": 2.0, "trained": 3.0, "better": "higher"}}
@@ -202,6 +206,9 @@ def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monk
     parts = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **given)
     assert parts["accuracy"] == whole["accuracy"] and parts["verdict"] == whole["verdict"]
     run = inbatch.load_run(tmp_path / "parts" / "seed-1")
-    assert parts["accuracy"]["knn"]["after"][1] == pytest.approx(run.result["evaluation"]["knn"]["top1"])
-    assert parts["accuracy"]["linear"]["before"][1] == pytest.approx(run.result["untrained"]["linear"]["top1"])
+    source = open_data("digits-canvas", subset=80)
+    split = limited(evaluation_split(run.recipe, source, "digits-canvas"), 60, 40)
+    figures = evaluate(run.encoder, split.bank, split.queries, k=run.recipe.knn_k, protocols=("knn", "linear"))
+    for name in ("knn", "linear"):
+        assert parts["accuracy"][name]["after"][1] == pytest.approx(figures[name]["top1"])
     assert inbatch.load(tmp_path / "parts").name == "tiny"
