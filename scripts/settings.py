@@ -53,6 +53,8 @@ OPTIMIZER_MEANINGS = {
     "lr": "learning rate, scaled by `schedule.scaling`",
     "weight_decay": "weight decay; biases and norm parameters have none",
     "vector_lr": "learning rate of biases and norm parameters; null: `lr`",
+    "layer_decay": "ratio of the learning rates of successive layers of the encoder, from its output to its input; the "
+    "heads have the full rate",
     "momentum": "momentum of the gradient's running mean",
     "eta": "trust coefficient: the norm of an update is at most this share of the norm of the weights",
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         pretrain,
         train_classifier,
     )
+    from inbatch.apps.adaptation.adapt import adapt
     from inbatch.apps.collection.duplicates import find_duplicates
     from inbatch.apps.collection.labels import find_label_errors
     from inbatch.apps.collection.outliers import find_outliers
@@ -56,6 +57,7 @@ _API = (
 _WHERE = dict.fromkeys(_API, "inbatch.api") | {"METHODS": "inbatch.methods", "Encoder": "inbatch.models"}
 _WHERE |= dict.fromkeys(("Callback", "Moment"), "inbatch.training.callbacks")
 _WHERE |= {"use_parts": "inbatch.training.own_requests"}
+_WHERE |= {"adapt": "inbatch.apps.adaptation.adapt"}
 _WHERE |= {"tune": "inbatch.runtime.tuning", "survey_data": "inbatch.apps.reports.dataset"}
 _WHERE |= {"draw_views": "inbatch.apps.reports.view_grid", "inspect_run": "inbatch.apps.reports.batch_context"}
 _WHERE |= {"choose_run": "inbatch.apps.reports.choose"}
@@ -79,6 +81,7 @@ __all__ = [
     "Moment",
     "Run",
     "__version__",
+    "adapt",
     "choose_run",
     "compare",
     "distributed",

@@ -36,6 +36,7 @@ from inbatch.training.run_encoder import kept_initial
 from inbatch.training.run_export import export_run
 from inbatch.training.status import begin_run
 from inbatch.training.summary import describe, estimate
+from inbatch.training.teacher import kept_teacher
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
 from inbatch.training.trackers.selection import requested_trackers
 
@@ -151,7 +152,7 @@ def pretrain(
         reference = _reference(compare, plan.recipe) if distributed.rank() == 0 else None
         built = build(
             plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader,
-            init=previous and kept_initial(previous),
+            init=previous and kept_initial(previous), teacher=previous and kept_teacher(previous),
         )  # fmt: skip
         here = plan.here or plan.recipe
         split = evaluation_split(here, built.loader.source, plan.data, test, download)

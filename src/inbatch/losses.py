@@ -9,6 +9,7 @@ from inbatch.distributed import compares_samples
 from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
 from inbatch.methods import nnclr as _nnclr
+from inbatch.methods import relation as _relation
 from inbatch.methods import supcon as _supcon
 from inbatch.methods import vicreg as _vicreg
 from inbatch.methods import wmse as _wmse
@@ -27,6 +28,7 @@ dcl = compares_samples(_dcl.dcl)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
 proto_nce = compares_samples(pcl.proto_nce)
+relation = compares_samples(_relation.relation)
 sinkhorn = compares_samples(functional.sinkhorn)
 supcon = compares_samples(_supcon.supcon)
 vicreg = compares_samples(_vicreg.vicreg)
@@ -34,5 +36,5 @@ wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
     "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",
-    "proto_nce", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
+    "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
 ]  # fmt: skip

@@ -48,6 +48,7 @@ SMALL: dict[str, dict[str, object]] = {
     "barlow": {"hidden_dim": 8, "out_dim": 8},
     "vicreg": {"hidden_dim": 8, "out_dim": 8},
     "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
+    "relation": {"queue_size": 40},
     "supcon": {"out_dim": 8},
     "supervised": {"num_classes": 3},
 }
@@ -76,6 +77,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "cc-3": ("cc", SMALL["cc"]),
     "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
+    "relation-own": ("relation", SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
@@ -130,6 +132,7 @@ def create(variant: str, **more: object) -> Method:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         method = METHODS[name](**options | more)
+        method.teacher_width = 12
         method.prepare(images=IMAGES, classes=3, batch=16, views=views_of(variant))
         method.heads(12)  # may fill the method's record of its weights
         if method.surveys(0):
@@ -195,7 +198,13 @@ def curator(
 
 
 def train(
-    variant: str, n: int, groups: int, steps: int = 2, synced: bool = False, plugs: Collection[str] = ()
+    variant: str,
+    n: int,
+    groups: int,
+    steps: int = 2,
+    synced: bool = False,
+    plugs: Collection[str] = (),
+    frozen: int = 0,
 ) -> dict[str, list]:
     """Run some steps of training on this rank's part of the batches; return the whole state as nested lists."""
     method, network, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
@@ -221,7 +230,7 @@ def train(
         method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
-        curator=curator(plugs, network, drawn, views),
+        curator=curator(plugs, network, drawn, views), frozen=frozen,
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
@@ -237,8 +246,13 @@ def state(method: Method, network: Network, target: Network | None) -> dict[str,
     return {f"{m}.{k}": v.double().tolist() for m, module in modules.items() for k, v in module.state_dict().items()}
 
 
-def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection[str] = ()) -> dict[str, list]:
-    """Compute the same steps by plain autograd: forward of every group in turn, one graph, one backward."""
+def literal(
+    variant: str, n: int, groups: int, steps: int = 2, plugs: Collection[str] = (), frozen: int = 0
+) -> dict[str, list]:
+    """Compute the same steps by plain autograd: forward of every group in turn, one graph, one backward.
+
+    In the first `frozen` steps, encoders are restored afterwards, and their gradients are discarded.
+    """
     method, network, target = parts(variant, plugs, n // groups)
     snapshot = copy.deepcopy(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -248,16 +262,19 @@ def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection
             images = _curated(plugs, network if "strict" in plugs else snapshot, batch, images)
         online_views, target_views = list(method.online_views(len(images))), list(method.target_views(len(images)))
         moved = "shuffle" in plugs
+        kept = [copy.deepcopy(module.encoder.state_dict()) for module in (network, target) if module and s < frozen]
         rows = _forward(network, images, online_views, groups, s, 1, moved and target is None)
         target_rows: Rows = {}
         if target is not None:
             with torch.no_grad():
                 target_rows = _forward(target, images, target_views, groups, s, 0, moved)
-        before = copy.deepcopy(method.state_dict())
+        remembered = copy.deepcopy(method.state_dict())
         loss = method.loss(rows, target_rows, batch)["loss"]
-        assert all(torch.equal(x, before[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
+        assert all(torch.equal(x, remembered[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
         loss.backward()
+        if s < frozen:
+            network.encoder.zero_grad()
         method.on_gradients(network.heads, batch, s / 10)
         optimizer.step()
         method.on_weights(network.heads)
@@ -268,6 +285,8 @@ def literal(variant: str, n: int, groups: int, steps: int = 2, plugs: Collection
                 for name, slow in target.named_parameters():
                     shared = name.startswith("fuse.") and "conv" in plugs
                     slow.copy_(fast[name] if shared else m * slow + (1 - m) * fast[name])
+        for module, before in zip((network, target), kept, strict=False):
+            module.encoder.load_state_dict(before)
         method.after_step({k: x.detach() for k, x in rows.items()}, target_rows, batch, s / 10)
         losses.append(loss.item())
     return state(method, network, target) | {"loss": losses}

@@ -27,6 +27,7 @@ from inbatch.losses import (
     nnclr,
     nt_xent,
     proto_nce,
+    relation,
     simsiam,
     sinkhorn,
     supcon,
@@ -84,6 +85,8 @@ EQUATIONS: dict[str, Equation] = {
     "dino": lambda z, y, t: dino(z, z, torch.linspace(0, 0.1, z.shape[2]), t, t),
     "cluster_contrast": lambda z, y, t: assignments(z, t),
     "proto_nce": lambda z, y, t: proto_nce(z[0], torch.cat([z[-1].to(bank(z)), bank(z)]), torch.full((len(y) + 7,), t)),
+    "relation": lambda z, y, t: relation(z[0], z[-1], bank(z), t, t),
+    "relation, own": lambda z, y, t: relation(z[0], z[-1], bank(z), t, 2 * t, "own"),
     "supcon": lambda z, y, t: supcon(z, y, t),
     "supcon, one": lambda z, y, t: supcon(z, y, t, contrast_mode="one"),
     "supcon, mask": lambda z, y, t: supcon(z, temperature=t, mask=(y[:, None] == y).logical_or(torch.eye(len(y)) > 0)),
@@ -93,9 +96,9 @@ EQUATIONS: dict[str, Equation] = {
 """Every equation for rows (V, N, D), labels (N) and a temperature, if it has one."""
 
 EVERY = pytest.mark.parametrize("name", EQUATIONS)
-PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "cluster", "proto_nce", "supcon")
+PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "relation", "cluster", "proto_nce", "supcon")
 """Equations with a log-sum-exp over pairs, plain or tiled."""
-NORMALISED = (*PAIRS[:5], "byol", "simsiam, bare", "proto_nce", "supcon")
+NORMALISED = (*PAIRS[:6], "byol", "simsiam, bare", "proto_nce", "supcon")
 """Equations that do not depend on the length of a row."""
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -21,6 +21,7 @@ from inbatch.losses import (
     nnclr,
     nt_xent,
     proto_nce,
+    relation,
     simsiam,
     sinkhorn,
     supcon,
@@ -54,6 +55,7 @@ EQUATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "dino": lambda z, t: dino(z, z, torch.linspace(0, 0.1, z.shape[2]), t, t),
     "cluster_contrast": lambda z, t: sum(cluster_contrast(wide(z).softmax(-1), t)),
     "proto_nce": lambda z, t: proto_nce(z[0], torch.cat([z[1], queue(z.shape[2])]), torch.full((13,), t)),
+    "relation": lambda z, t: relation(z[0], z[1], queue(z.shape[2]), t, t),
     "supcon": lambda z, t: supcon(z, LABEL, t),
     "cross_entropy": lambda z, t: cross_entropy(z, LABEL),
 }

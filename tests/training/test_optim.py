@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from inbatch import api
 from inbatch.errors import ConfigError
-from inbatch.training import optim
+from inbatch.models import create_encoder
+from inbatch.training import optim, summary
+from inbatch.training.rates import logged_rate
 
 
 def network():
@@ -129,3 +132,33 @@ def test_scaled_lr():
 def test_mistakes_are_explained(call, sentence):
     with pytest.raises(ConfigError, match=sentence):
         call()
+
+
+def test_layer_decay_of_timm_and_of_other_backbones():
+    """A ResNet of timm by blocks, a ViT by blocks, others by their parts; the last layer has the decay itself."""
+    for name, size, first, last, count in (
+        ("resnet10", 64, "conv1.weight", "layer4.0.conv2.weight", 5),
+        ("test_vit", 160, "patch_embed.proj.weight", "blocks.5.mlp.fc2.weight", 7),
+        ("tiny", 20, "0.weight", "7.bias", 3),
+        ("fast", 32, "stages.0.0.weight", "stages.4.body.1.0.weight", 5),
+        ("torchvision/resnet18", 64, "conv1.weight", "layer4.1.bn2.bias", 5),
+    ):
+        backbone = create_encoder(name, size=size).backbone
+        scales = optim.layer_scales(backbone, 0.5)
+        parameters = dict(backbone.named_parameters())
+        assert len(scales) == len(parameters)
+        assert scales[parameters[first]] == 0.5**count and scales[parameters[last]] == 0.5, name
+
+
+def test_layer_decay_of_the_optimiser_and_the_heads():
+    given = {"settings": {"optimizer.layer_decay": 0.5}, "subset": 80, "batch_size": 40, "epochs": 1}
+    decayed = api.prepare("digits-canvas", "simclr", device="cpu", **given)
+    rates = {p: group["lr"] for group in decayed.optimizer.param_groups for p in group["params"]}
+    base = {group["base_lr"] for group in decayed.optimizer.param_groups}
+    assert base == {decayed.lr * 0.5**n for n in range(4)}
+    heads = [p for p in decayed.network.heads.parameters() if p.requires_grad]
+    assert {rates[p] for p in heads} == {logged_rate(decayed.optimizer, decayed.lr)}
+    assert "layer decay 0.5 down to 0.00025" in summary.describe(decayed)
+    for wrong in (0, 1.5, "a"):
+        with pytest.raises(ConfigError, match=r"optimizer\.layer_decay"):
+            api.prepare("digits-canvas", settings={"optimizer.layer_decay": wrong})

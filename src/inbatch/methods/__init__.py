@@ -10,6 +10,7 @@ from inbatch.methods.moco import MoCo
 from inbatch.methods.mocov3 import MoCoV3
 from inbatch.methods.nnclr import NNCLR
 from inbatch.methods.pcl import PCL
+from inbatch.methods.relation import Relation
 from inbatch.methods.simclr import SimCLR
 from inbatch.methods.simsiam import SimSiam
 from inbatch.methods.supcon import SupCon
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "dino": DINO,
     "cc": CC,
     "pcl": PCL,
+    "relation": Relation,
     "supcon": SupCon,
     "supervised": Supervised,
 }

@@ -22,6 +22,8 @@ class Method(nn.Module):
     views: minimum and maximum number of views that the equation allows (None: no maximum).
     labels: whether the method learns from labels and needs a labelled data set.
     momentum: momentum of the target network, if its momentum is constant.
+    teacher: whether the rows of `target`, "features", are those of a frozen encoder (the recipe's `teacher`).
+    teacher_width: width of these rows, set before `prepare`.
     assigns: the head of which the largest output is the cluster or class of a sample, if any.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
@@ -31,6 +33,8 @@ class Method(nn.Module):
     views: ClassVar[tuple[int, int | None]] = (2, 2)
     labels: ClassVar[bool] = False
     assigns: ClassVar[str | None] = None
+    teacher: ClassVar[bool] = False
+    teacher_width: int = 0
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -54,6 +54,7 @@ class Network(nn.Module):
         self.joined, self.together = joined, joined or not mixes(encoder)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale = 1.0  # scale of the images' side, for runs with growing images; set by `Step`
+        self.frozen = False  # whether the encoder does not learn; set by `freeze_encoder`
 
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
         """Return {head: (V, G, D)} for V views (G, C, H, W) of one group. Each view has its own norm statistics.
@@ -104,7 +105,20 @@ class Network(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         if self.scale != 1:
             images = adaptive_avg_pool2d(images, round(images.shape[-1] * self.scale))
-        return self.encoder(images.contiguous(memory_format=self.memory_format))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.encoder(images.contiguous(memory_format=self.memory_format))
+
+    def freeze_encoder(self, frozen: bool) -> None:
+        """Set whether the encoder learns nothing: it gets no gradient, and keeps its running statistics.
+
+        Its norm layers then still use the statistics of their batch in training, so that the heads receive the features
+        that they receive afterwards.
+        """
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        for norm in norms(self.encoder):
+            norm.track_running_stats = not frozen
 
     def _heads(self, features: Tensor) -> Rows:
         made = {"features": features}
@@ -141,7 +155,9 @@ def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     Norm statistics are the target's own, from its own images. A shared fusion is copied from the online network.
     """
     new = dict(online.named_parameters())
-    pairs = [(own, new[name]) for name, own in target.named_parameters()]
+    # The mean of two equal weights differs from them by rounding.
+    frozen = "encoder." if getattr(online, "frozen", False) else None
+    pairs = [(own, new[name]) for name, own in target.named_parameters() if not (frozen and name.startswith(frozen))]
     slow: list[Tensor] = [pair[0] for pair in pairs]
     torch._foreach_mul_(slow, momentum)
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
@@ -169,8 +185,9 @@ def norms(module: nn.Module) -> list[Any]:
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of those layers."""
-    return [statistic for norm in norms(module) for statistic in (norm.running_mean, norm.running_var)]
+    """Return the running means and variances that the next training step updates."""
+    layers = [norm for norm in norms(module) if norm.track_running_stats]
+    return [statistic for norm in layers for statistic in (norm.running_mean, norm.running_var)]
 
 
 @contextmanager

@@ -22,6 +22,8 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
+        if size < 1:
+            raise ValueError(f"a memory bank keeps at least one row, not {size}")
         self.size = size
         self.register_buffer("rows", normalize(torch.randn(size, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))

@@ -188,11 +188,20 @@ class Keeper:
         """Record that a checkpoint has been written."""
         self._saved = self.clock()
 
-    def check(self, step: int, timeline: Timeline, evaluations_left: int) -> tuple[int | None, bool]:
-        """Return how many steps must remain (None: as planned), and whether to save a checkpoint."""
+    def check(self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0) -> tuple[int | None, bool]:
+        """Return how many steps must remain (None: as planned), and whether to save a checkpoint.
+
+        Args:
+            step: Number of completed steps.
+            timeline: Length of the run.
+            evaluations_left: Number of evaluations that follow.
+            frozen: Number of steps at the start in which the encoder does not learn; they do not predict the others.
+        """
         now = self.clock()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
-        if cost != self._cost:  # the image size has changed: earlier steps do not predict the next ones
+        if self._step < frozen:
+            self.per_step = None
+        elif cost != self._cost:  # the image size has changed: earlier steps do not predict the next ones
             self.per_step, self._cost = None, cost
         elif step > self._step:
             recent = max(1e-9, now - self._checked - self._idle) / (step - self._step)

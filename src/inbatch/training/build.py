@@ -29,12 +29,13 @@ from inbatch.runtime import distributed, own_parts
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
 from inbatch.training.checkpoint_recipe import run_facts
-from inbatch.training.optim import build_optimizer, parameter_groups, scaled_lr
+from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
 from inbatch.training.presets import method_named
-from inbatch.training.rates import set_rates
+from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
 from inbatch.training.step import Step
+from inbatch.training.teacher import load_teacher, teacher_network
 
 
 @dataclass
@@ -68,13 +69,13 @@ class RunComponents:
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""
         parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
-        optional = {"target": self.target, "curator": self.step.curator}
+        optional = {"target": None if self.method.teacher else self.target, "curator": self.step.curator}
         return parts | {name: part for name, part in optional.items() if part is not None}
 
 
 def build(
     recipe: Recipe, source: Source, *, device: torch.device, workers: int | None = None, loader: Loader | None = None,
-    init: Path | None = None,
+    init: Path | None = None, teacher: Path | None = None,
 ) -> RunComponents:  # fmt: skip
     """Build every component of a run; invalid combinations raise an error here, not at a later step.
 
@@ -87,10 +88,11 @@ def build(
         workers: Number of processes that decode images; None chooses it.
         loader: A loader to reuse, made for the same images, batch, seed and views.
         init: Directory of the run's initial weights (`run_encoder.kept_initial`).
+        teacher: Directory of the run's copy of its teacher (`teacher.kept_teacher`).
     """
     context, groups = _context(recipe, distributed.world())
     _check(recipe, source, device, context)
-    parts = _draw_weights(recipe, source, device, context, init)
+    parts = _draw_weights(recipe, source, device, context, (init, teacher))
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     # Chosen by the free memory if the recipe leaves it open; it decides pixels, so a resumed run must not choose again.
     recipe = replace(recipe, cache_on_device=loader.held is not None)
@@ -102,13 +104,16 @@ def build(
     optimizer, lr = _make_optimizer(recipe, parts, network)
     timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
     set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
+    frozen = frozen_steps(recipe, loader.steps, timeline.planned)
+    if frozen and not any(p.requires_grad for p in network.heads.parameters()):
+        raise ConfigError(f"schedule.freeze_encoder_epochs: {recipe.method.name} has no heads that could learn alone")
     step = Step(
         method=parts.method, network=network, call=distributed.wrap(network), target=target,
         views=lambda batch: drawn(parts.views, batch, device), count=len(parts.views), optimizer=optimizer,
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe),
+        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe), frozen=frozen,
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
@@ -120,7 +125,7 @@ def build(
 class _Parts:
     """What draws random weights, in the order in which it draws them, and the views.
 
-    fused: numbers of the views that `fuse` mixes. notes: sentences for the user.
+    fused: numbers of the views that `fuse` mixes. notes: sentences for the user. teacher: frozen encoder, if any.
     """
 
     method: Method
@@ -130,6 +135,7 @@ class _Parts:
     fuse: Fusion | None
     fused: Sequence[int]
     notes: list[str]
+    teacher: Encoder | None
 
 
 def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -> None:
@@ -151,10 +157,12 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         )
 
 
-def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context: int, init: Path | None) -> _Parts:
-    """Create method, encoder, heads and fusion with weights from the recipe's seed, or from `init`."""
+def _draw_weights(
+    recipe: Recipe, source: Source, device: torch.device, context: int, kept: tuple[Path | None, Path | None]
+) -> _Parts:
+    """Create method, encoder, heads and fusion with weights from the recipe's seed, or from the copies in a run."""
     notes: list[str] = []
-    start = init or starting_weights(recipe, notes)
+    start, teacher = kept[0] or starting_weights(recipe, notes), load_teacher(recipe, kept[1], notes)
     with seeded(recipe, device):
         with _settings_of("method", recipe.method.name):
             method = method_named(recipe.method.name)(**recipe.method.options)
@@ -167,11 +175,12 @@ def _draw_weights(recipe: Recipe, source: Source, device: torch.device, context:
         views = views_of(recipe, encoder.mean, encoder.std)
         _check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
+            method.teacher_width = teacher.feature_width if teacher else 0
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
         notes += method.notes(len(source))
-        return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes)
+        return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes, teacher)
 
 
 def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:
@@ -191,13 +200,17 @@ def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple
     )  # fmt: skip
     if device.type == "cpu" and network.precision == torch.bfloat16 and slow_weight_gradients():
         by_product(parts.encoder)
-    target = make_target_network(network, parts.heads, parts.method.target) if parts.method.target else None
+    target = None
+    if parts.teacher is not None:
+        target = teacher_network(parts.teacher, parts.encoder, network.precision, recipe.channels_last)
+    elif parts.method.target:
+        target = make_target_network(network, parts.heads, parts.method.target)
     parts.method.to(device)
     for module in filter(None, (network, target)):
         module.to(device)
         if recipe.channels_last:
             module.to(memory_format=torch.channels_last)
-        if recipe.sync_norm:
+        if recipe.sync_norm and not (parts.teacher and module is target):
             synchronise_norm(module)
             distributed.make_context_global(module)
     return network, target
@@ -215,12 +228,13 @@ def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Op
     options, name = dict(recipe.optimizer.options), recipe.optimizer.name
     has_rate = "lr" in options
     lr = scaled_lr(options.pop("lr", 1.0), recipe.batch_size, recipe.schedule.scaling)
-    vector_lr = options.pop("vector_lr", None)
+    vector_lr, decay = options.pop("vector_lr", None), options.pop("layer_decay", 1.0)
     groups = parameter_groups(
         {"encoder": parts.encoder, **network.heads} | ({} if parts.fuse is None else {"fuse": parts.fuse}),
         lr=lr, weight_decay=options.pop("weight_decay", 0.0),
         vector_lr=None if vector_lr is None else scaled_lr(vector_lr, recipe.batch_size, recipe.schedule.scaling),
         own={name: {"constant": True} for name in parts.method.constant_lr()},
+        scales=layer_scales(parts.encoder.backbone, decay) if decay < 1 else None,
     )  # fmt: skip
     with _settings_of("optimizer", name):
         optimizer = build_optimizer(name, groups, **options)

@@ -182,7 +182,7 @@ def _both(built: RunComponents, limit: float) -> tuple[float, float]:
         if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of the budget
             return rough, growth(built, _SLICE)[0][1] if until else 1.0
     full = _timed(built, built.total - 1, limit)
-    small = min(full, _timed(built, 0, limit)) if until else full
+    small = min(full, _timed(built, built.step.frozen, limit)) if until else full
     return full * (1 - until) + small * until, small / full
 
 

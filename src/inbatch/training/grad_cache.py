@@ -104,7 +104,7 @@ def backward_groups(forward: GroupForward, network: Network, call: Callable[...,
         gradients: Gradients of the rows, by head.
     """
     if forward.live is not None:
-        torch.autograd.backward(list(forward.live.values()), [gradients[name] for name in forward.live])
+        _backward(forward.live, gradients)
         return
     last = len(forward.groups) - 1
     slices = [dict(zip(gradients, part, strict=True))
@@ -114,5 +114,10 @@ def backward_groups(forward: GroupForward, network: Network, call: Callable[...,
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
             images = group()
             with alone, seeded_rng(key, images[0].device):
-                rows = call(images, forward.numbers)
-                torch.autograd.backward(list(rows.values()), [gradient[name] for name in rows])
+                _backward(call(images, forward.numbers), gradient)
+
+
+def _backward(rows: Rows, gradients: Rows) -> None:
+    """Propagate the gradients of rows; rows that no trainable parameter has produced are left out."""
+    names = [name for name, x in rows.items() if x.requires_grad]
+    torch.autograd.backward([rows[name] for name in names], [gradients[name] for name in names])

@@ -30,6 +30,7 @@ from inbatch.training.monitors.online_evaluation import (
     report_comparison,
     survey,
 )
+from inbatch.training.rates import logged_rate
 from inbatch.training.replay import capture
 from inbatch.training.status import report_unreadable
 from inbatch.training.step import NonFiniteError
@@ -123,7 +124,7 @@ class Loop:
             progress.images += built.recipe.batch_size
             progress.loss = progress.loss + losses["loss"]  # out of place: the sum moves to the loss's device
             self.values = losses
-            state = {"lr": built.optimizer.param_groups[0]["lr"], "elapsed": progress.wall}
+            state: dict[str, Tensor | float] = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
             asked = self.call("on_step", progress.step, epoch + 1, losses | state)
             if self.answer_and_keep_time():
@@ -212,7 +213,7 @@ class Loop:
         between = recipe.evaluate_every * built.loader.steps
         evaluations = -(-built.total // between) - step // between
         left, save_now = distributed.broadcast_object(
-            keeper.check(step, built.timeline, evaluations) if distributed.rank() == 0 else None
+            keeper.check(step, built.timeline, evaluations, built.step.frozen) if distributed.rank() == 0 else None
         )
         if left is not None:
             self._set_length(step, left)

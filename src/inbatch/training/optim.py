@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, closest
+from inbatch.models.layers import layer_numbers
 from inbatch.runtime import own_parts
 
 
@@ -101,6 +102,7 @@ def parameter_groups(
     exclude_norm_and_bias: bool = True,
     vector_lr: float | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
+    scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters of named modules in as few groups as their settings allow.
 
@@ -115,11 +117,12 @@ def parameter_groups(
         vector_lr: Another learning rate for those parameters (Barlow Twins); None uses `lr`.
         own: Settings of a module by its name: "lr", "weight_decay", or "constant": True for a learning rate that no
             schedule changes (the predictor of SimSiam).
+        scales: Factors of the learning rates of single parameters; 1 for the others (`layer_scales`).
 
     Raises:
         ConfigError: If a module or setting is unknown, or no parameter is trainable.
     """
-    own = own or {}
+    own, scales = own or {}, scales or {}
     settings = {"lr", "weight_decay", "constant"}
     if unknown := [name for name in own if name not in modules]:
         raise ConfigError(f"No part is called {', '.join(unknown)}: the parts are {', '.join(modules)}.")
@@ -136,6 +139,7 @@ def parameter_groups(
             seen.add(p)
             vector = p.ndim <= 1
             rate = chosen.get("lr", vector_lr if vector and vector_lr is not None else lr)
+            rate *= scales.get(p, 1.0)
             decay = 0.0 if vector and exclude_norm_and_bias else chosen.get("weight_decay", weight_decay)
             groups.setdefault((rate, decay, chosen.get("constant", False)), []).append(p)
     if not groups:
@@ -151,6 +155,21 @@ def parameter_groups(
         }
         for (rate, decay, constant), params in groups.items()
     ]
+
+
+def layer_scales(backbone: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of every parameter of a backbone: layer-wise learning-rate decay.
+
+    The layer before the heads, which have the factor 1, has `decay`, the one before it decay^2 (Clark et al. 2020,
+    arXiv 2003.10555; Bao et al. 2022, arXiv 2106.08254).
+
+    Args:
+        backbone: The backbone; `models.layers.layer_numbers` defines its layers.
+        decay: Ratio of the learning rates of successive layers, from 0 to 1.
+    """
+    numbers = layer_numbers(backbone)
+    count = max(numbers.values(), default=-1) + 1
+    return {p: decay ** (count - numbers[name]) for name, p in backbone.named_parameters()}
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

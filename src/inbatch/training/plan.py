@@ -19,7 +19,7 @@ from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
 from inbatch.training.image_size import natural_size, small_size
-from inbatch.training.presets import method_named
+from inbatch.training.presets import default_method, method_named
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.registry import shown
 from inbatch.training.requested_settings import check_one_length, needs_plan, requested_data, with_default_budget
@@ -164,7 +164,7 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
     settings["channels"] = source.channels
     _set_sizes(settings, source)
     if settings.get("image_size") is None:
-        method, preset = method_named(settings.get("method.name", "simclr")), settings.get("preset")
+        method, preset = method_named(default_method(settings)), settings.get("preset")
         own = method.presets.get(preset, {}) if isinstance(preset, str) else {}
         settings["image_size"] = own.get("image_size") or natural_size(source)
     recipe = make(settings)

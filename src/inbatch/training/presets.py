@@ -53,6 +53,11 @@ def presets_of(method: Any) -> dict[str, dict[str, Any]]:
     return method_named(method).presets
 
 
+def default_method(settings: Mapping[str, Any]) -> Any:
+    """Return the name of the method of these settings; without one, that for a teacher if there is a teacher."""
+    return settings.get("method.name", "simclr" if settings.get("teacher") is None else "relation")
+
+
 def natural_preset(data: str, size: float) -> str:
     """Return the default preset: by the name of an embedded data set, else by the size of the images."""
     embedded = {"digits-canvas": "digits", "digits-canvas-colour": "digits-colour"}
@@ -65,7 +70,7 @@ WRITTEN = {"encoder.name", "method.name", "optimizer.name", "seed", "epochs", "c
 
 def with_preset(settings: Mapping[str, Any]) -> Settings:
     """Return the settings, completed by those of their preset and by the names of the parts."""
-    method = settings.get("method.name", "simclr")
+    method = default_method(settings)
     own = presets_of(method)
     size = finite_number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)

@@ -69,6 +69,8 @@ class Schedule:
         warmup_epochs: Epochs of linear increase from 0.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
+        freeze_encoder_epochs: Epochs at the start in which only the heads learn: the encoder gets no gradient and keeps
+            its norm statistics. If the length is in steps, at most a tenth of the run.
         scaling: optimizer.lr is for 256 images per batch ("linear"), for 1 ("sqrt"), or unscaled ("none").
     """
 
@@ -77,6 +79,7 @@ class Schedule:
     end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
     milestones: tuple[float, ...] = (0.6, 0.8)
     scaling: Literal["linear", "sqrt", "none"] = "linear"
+    freeze_encoder_epochs: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Recipe:
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
             batch. "auto" is the largest divisor of it that fits in memory (`auto_context`); the resulting number
             replaces it before anything is written.
+        teacher: Frozen encoder from whose relations the method `relation` learns: a run, an encoder's folder, or
+            timm/NAME. A copy of it is kept in the run.
         fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
         crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
         shuffle_groups: The target network's context groups (without one: those of every view except the first) are
@@ -135,6 +140,7 @@ class Recipe:
     fuse: Part | None = None
     curate: Part | None = None
     attend: Part | None = None
+    teacher: str | None = None
     crops: str = "default"
     shuffle_groups: bool = False
     split: str = "train"

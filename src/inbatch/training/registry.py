@@ -173,9 +173,11 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
     if part == "views" and ":" in name:
         fields |= {"sizes": (tuple[int, ...] | None, None)}
     if part == "optimizer":
-        rates = {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        rates: dict[str, Any] = {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        rates["layer_decay"] = (Annotated[float, pydantic.Field(gt=0, le=1)], 1.0)
         left = without_rates(name)
-        fields |= {key: field for key, field in rates.items() if key.removeprefix("vector_") not in left}
+        left |= {"vector_lr", "layer_decay"} if "lr" in left else set()
+        fields |= {key: field for key, field in rates.items() if key not in left}
     if part == "attend" and "channels" in inspect.signature(maker).parameters:
         fields |= {"stages": (tuple[int, ...] | None, None)}
     rules = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)

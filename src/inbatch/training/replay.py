@@ -25,6 +25,7 @@ from inbatch.training.recipe import make
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.settings_file import read_file
 from inbatch.training.step import NonFiniteError
+from inbatch.training.teacher import kept_teacher
 
 FOLDER = "nan_capture"
 _OPTIONAL = ("size", "attempt", "boxes")
@@ -123,8 +124,8 @@ def _again(
     recipe = replace(recipe, context=record["context"], sync_norm=False, compile=False, cache_on_device=False)
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
-    source, init = _Empty(record, saved["labels"], recipe.channels), kept_initial(folder.parent)
-    built = build(recipe, source, device=device, workers=0, init=init)
+    source, run = _Empty(record, saved["labels"], recipe.channels), folder.parent
+    built = build(recipe, source, device=device, workers=0, init=kept_initial(run), teacher=kept_teacher(run))
     checkpoint.restore(built.parts(), saved["parts"])
     step, batch = built.step, _batch(folder, record).to(device)
     step.curator = None  # its redraws are stored in the batch

@@ -15,6 +15,7 @@ from inbatch.runtime.files import cannot_write, read_json
 FOLDERS = (
     "checkpoints",
     "initial",
+    "teacher",
     "encoder",
     "heads",
     "tensorboard",

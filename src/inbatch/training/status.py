@@ -18,6 +18,7 @@ from inbatch.training.metric_logger import Log
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import save_initial
 from inbatch.training.side_files import FILES, FOLDERS, damaged, move_aside
+from inbatch.training.teacher import save_teacher
 from inbatch.training.train_state import TrainState
 
 
@@ -123,6 +124,7 @@ def begin_run(out: Path, built: RunComponents, here: Recipe, resumed: bool) -> l
         clear(out)
         write_json(out / "recipe.json", built.recipe.nested())
         save_initial(built.recipe, built.encoder, out)
+        save_teacher(built.target, out)
     save_places(out, built.recipe, here)
     return sentences
 

@@ -59,6 +59,7 @@ class Step:
         products: Precision of the products in the loss's log-sum-exps (`nn.logsumexp`).
         variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
         scale: Return the scale of the image side at a share of the run, for progressive resizing.
+        frozen: Number of steps at the start in which the encoder does not learn.
         commit: Called before anything except buffers of the networks and the curator changes; the step then completes.
     """
 
@@ -79,6 +80,7 @@ class Step:
     products: logsumexp.MatmulPrecision = "float32"
     variance: float = 0.0
     scale: Callable[[float], float] = lambda progress: 1.0
+    frozen: int = 0
     commit: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
@@ -87,6 +89,9 @@ class Step:
         for network in (self.network, self.target):
             if network is not None:
                 network.scale = self.scale(progress)
+                network.freeze_encoder(step < self.frozen)
+        # The wrapper would wait for the gradients of a frozen encoder.
+        call = self.network if step < self.frozen else self.call
         curated: dict[str, float] = {}
         if self.curator is not None:
             batch, curated = self.curator(batch, distributed.gather, distributed.rank() * len(batch))
@@ -95,11 +100,11 @@ class Step:
             list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
         )
         held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
-        online, orders = self._forward(self.network, batch, held, online_views, step, grad=True)
+        online, orders = self._forward(self.network, call, batch, held, online_views, step, grad=True)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         target_rows: Rows = {}
         if self.target is not None:
-            target_rows = _whole(*self._forward(self.target, batch, held, target_views, step, grad=False))
+            target_rows = _whole(*self._forward(self.target, call, batch, held, target_views, step, grad=False))
         whole = Batch(distributed.gather(batch.index), distributed.gather(batch.label), batch.seed, batch.epoch)
 
         with logsumexp.using(
@@ -117,7 +122,9 @@ class Step:
             name: distributed.local_shard(_rearranged(_gradient(x), orders), 1) * distributed.world()
             for name, x in rows.items()
         }
-        grad_cache.backward_groups(online, self.network, self.call, back)
+        grad_cache.backward_groups(online, self.network, call, back)
+        if step < self.frozen:
+            distributed.average_([p.grad for p in self.network.parameters() if p.grad is not None])
         distributed.average_(
             [s for network in (self.network, self.target) if network for s in running_statistics(network)]
         )
@@ -130,15 +137,16 @@ class Step:
         self.optimizer.step()
         self.method.on_weights(self.network.heads)
 
-        if self.target is not None:
+        if self.target is not None and not self.method.teacher:
             ema_update(self.target, self.network, self.method.target_momentum(progress))
         with torch.no_grad():
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
 
     def _forward(
-        self, network: Network, batch: Batch, held: Sequence[Tensor] | None, views: list[int], step: int, grad: bool
-    ) -> tuple[grad_cache.GroupForward, Orders]:
+        self, network: Network, call: nn.Module, batch: Batch, held: Sequence[Tensor] | None, views: list[int],
+        step: int, grad: bool,
+    ) -> tuple[grad_cache.GroupForward, Orders]:  # fmt: skip
         """Return the rows of this rank's groups; a group's random numbers do not depend on the rank that runs it."""
         moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
         n, device = len(batch) * distributed.world(), batch.index.device
@@ -150,7 +158,7 @@ class Step:
         part = distributed.rank() if self.synced else 0
         keys = [fold(self.seed, step, int(grad), first + g, part) for g in range(self.groups)]
         return grad_cache.forward_groups(
-            network, self.call, self._groups(batch, held, views, orders), views, keys, grad
+            network, call, self._groups(batch, held, views, orders), views, keys, grad
         ), orders
 
     def _groups(

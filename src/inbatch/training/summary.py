@@ -12,6 +12,7 @@ from inbatch.data.views import make_views
 from inbatch.errors import many
 from inbatch.models import Encoder, added
 from inbatch.models.network import Network
+from inbatch.models.teacher import TeacherNetwork
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.text import printable
@@ -43,6 +44,7 @@ def describe(built: RunComponents) -> str:
         "method": f"{r.method.name}, preset {r.preset}; views {r.views.name}: {sides}{_colourless(r)}",
         "encoder": f"{encoder.name}{stem.get(encoder.stem or '', '')}, {parameters(encoder):,} parameters, "
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
+        **_teacher(built),
         **_plugins(built),
         "batch": f"{r.batch_size:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
@@ -57,6 +59,15 @@ def _length(built: RunComponents) -> str:
     if r.steps is not None:
         return f"{many(built.total, 'step')}, {built.total / each:.3g} passes over the images"
     return f"{many(r.epochs, 'epoch')} x {many(each, 'step')} = {built.total:,}"
+
+
+def _teacher(built: RunComponents) -> dict[str, str]:
+    """Return the line of the frozen teacher, if the run has one."""
+    if not isinstance(built.target, TeacherNetwork):
+        return {}
+    encoder = built.target.frozen_encoder
+    size = f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.feature_width}"
+    return {"teacher": f"{encoder.name}, {parameters(encoder):,} parameters, frozen, {size}: {built.recipe.teacher}"}
 
 
 def _colourless(r: Recipe) -> str:
@@ -238,7 +249,8 @@ def _state_per_number(built: RunComponents) -> float:
     small = nn.Linear(64, 64, bias=False)
     rates = {"lr": options.pop("lr", 1e-3), "weight_decay": options.pop("weight_decay", 0.0)}
     groups = parameter_groups({"small": small}, **rates)
-    options.pop("vector_lr", None)
+    for name in ("vector_lr", "layer_decay"):
+        options.pop(name, None)
     optimizer = build_optimizer(built.recipe.optimizer.name, groups, **options)
     small.weight.grad = torch.ones_like(small.weight)
     optimizer.step()
@@ -253,7 +265,10 @@ def _bytes(tensors: Any) -> int:
 def _rate(built: RunComponents) -> str:
     lr, batch = built.recipe.optimizer.options["lr"], built.recipe.batch_size
     rule = {"linear": f" = {lr:g} x {batch}/256", "sqrt": f" = {lr:g} x sqrt({batch})", "none": ""}
-    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}"
+    slowest = min(group["base_lr"] for group in built.optimizer.param_groups)
+    decay = built.recipe.optimizer.options.get("layer_decay", 1.0)
+    layers = f", layer decay {decay:g} down to {slowest:.3g}" if decay < 1 else ""
+    return f"lr {built.lr:.4g}{rule[built.recipe.schedule.scaling]}{layers}"
 
 
 def _schedule(built: RunComponents) -> str:
@@ -263,9 +278,12 @@ def _schedule(built: RunComponents) -> str:
         "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
         "constant": "constant",
     }
+    steps = many(built.step.frozen, "step")
     return (
-        f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else ""
-    ) + shapes[s.name]
+        (f"encoder frozen for {steps}; " if built.step.frozen else "")
+        + (f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else "")
+        + shapes[s.name]
+    )
 
 
 def _precision(network: Network) -> str:

@@ -1,6 +1,7 @@
 """The command line; torch is imported only when a command runs, so that help is fast."""
 
 from inbatch.apps.cli import (
+    adaptation,
     annotation,
     checking,
     choosing,
@@ -17,6 +18,7 @@ from inbatch.apps.cli import (
 from inbatch.apps.cli.app import app, main
 
 __all__ = [
+    "adaptation",
     "annotation",
     "app",
     "checking",

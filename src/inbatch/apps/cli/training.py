@@ -74,6 +74,7 @@ def quickstart(
 @app.command(
     epilog="Examples:\n\n  inbatch pretrain --data ~/photos\n\n  inbatch pretrain --data ~/photos --budget 45m\n\n"
     "  inbatch pretrain moco --data ~/photos --encoder resnet50 --set method.queue_size=16384\n\n"
+    "  inbatch pretrain --data ~/photos --encoder resnet10 --teacher runs/simclr-photos-1\n\n"
     "  inbatch pretrain --data ~/photos --dry-run\n\n"
     "  torchrun --nproc-per-node 4 -m inbatch pretrain --data ~/photos --batch-size 4096",
 )
@@ -103,6 +104,10 @@ def pretrain(
         str | None, Option(metavar="RUN|FILE|timm|hub:NAME", help="Initial weights, also of other programs.")
     ] = None,
     init_min_match: Annotated[float | None, Option(min=0, max=1, hidden=True)] = None,  # named where --init fails
+    teacher: Annotated[
+        str | None,
+        Option(metavar="RUN|PATH|timm/NAME", help="Frozen encoder to learn from; the method is then relation."),
+    ] = None,
     image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side of the encoder's images, in pixels.")
     ] = None,

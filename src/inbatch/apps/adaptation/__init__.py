@@ -1,0 +1,1 @@
+"""Continued training of existing weights on other images, with a verdict."""

@@ -1,0 +1,261 @@
+"""Continue the training of existing weights on other images, and judge whether it has helped."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.api import Run, load, load_run, pretrain
+from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
+from inbatch.apps.adaptation.start import starting_settings, training_settings
+from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, Verdict
+from inbatch.data import Source
+from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, TrainingError, Unwritten, check_whole
+from inbatch.evaluation import embed, knn_scores
+from inbatch.evaluation.accuracy import credit
+from inbatch.evaluation.embeddings import matched
+from inbatch.evaluation.knn import equal_scores
+from inbatch.evaluation.linear_probe import fit
+from inbatch.models import Encoder, load_encoder, save_encoder
+from inbatch.runtime import distributed
+from inbatch.runtime.device import device_for
+from inbatch.runtime.files import read_json, to_json, write_json
+from inbatch.runtime.isolation import isolated
+from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
+from inbatch.runtime.terminal import progress
+from inbatch.training.budget import LEAST, duration, parse_budget
+from inbatch.training.claim import claim, numbered
+from inbatch.training.holdout import EvaluationSplit, evaluation_split
+from inbatch.training.monitors.online_evaluation import fit_readout, limited
+from inbatch.training.plan import plan_without_budget
+from inbatch.training.requested_settings import check_one_length, merged_settings
+
+REQUEST, VERDICT = "adapt.json", "verdict.json"
+TEMPERATURE = 0.1
+"""Temperature of k-NN, that of `evaluate`."""
+
+
+@isolated
+def adapt(
+    data: Any, weights: Any, method: str | None = None, *, out: str | Path | None = None, seeds: int = 3,
+    budget: Any = None, settings: Mapping[str, Any] | None = None, test: Any = None, device: str = "auto",
+    workers: int | None = None, quiet: bool = False, **fields: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Continue the training of existing weights on other images with several seeds, and judge whether it has helped.
+
+    The encoder learns with a low rate that decreases from layer to layer, after an epoch in which only the heads learn
+    (`adaptation.start`). Every setting of a recipe can be set. A repeated call continues an interrupted adaptation:
+    seeds that are finished are not trained again, and `seeds` may be larger.
+
+    Args:
+        data: Images, as for `pretrain`.
+        weights: Weights to start from: a run, an encoder's folder, a file of weights, hub:OWNER/NAME, or timm/NAME.
+        method: A name of `METHODS`; simclr by default.
+        out: Directory of the result, runs/adapt-DATA-NUMBER by default.
+        seeds: Number of runs, with the seeds 0, 1, ...; one seed has no spread, and its verdict is never "helped".
+        budget: Wall time of all runs together ("30m"), without the verdict; each run gets an equal share.
+        settings: Settings with a dotted name.
+        test: Labelled images for the verdict, if the data have no test split.
+        device: Device of the runs, or "auto".
+        workers: Number of data workers.
+        quiet: Print no progress.
+        **fields: Any setting of the recipe (epochs=5, batch_size=64, ...).
+
+    Returns:
+        The content of verdict.json: "verdict" (helped, not shown, did not help), "sentence", the gains of k-NN, linear
+        probe and measures without labels, and "recommended": the weights to use, which DIR/encoder holds.
+
+    Raises:
+        ConfigError, DataError, TrainingError, Preempted, Interrupted, Unwritten: See `inbatch.errors`.
+    """
+    check_whole("seeds", seeds, least=1)
+    data, began = joined_paths(data), time.perf_counter()
+    requested = merged_settings(method, None, settings, fields)
+    if "seed" in requested:
+        raise ConfigError("an adaptation trains with the seeds 0, 1, ...: leave out seed, and set their number (seeds)")
+    if budget is not None:
+        requested["budget"] = _share(parse_budget(budget), seeds)
+    chosen = training_settings(requested, starting_settings(weights))
+    check_one_length(chosen)
+    with distributed.process_group(None, device_for(device).type):
+        plan = plan_without_budget(data, {key: x for key, x in chosen.items() if key != "budget"})
+        split = evaluation_split(plan.recipe, plan.source, plan.data, test)
+        facts = {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
+        folder = _prepared(out, plan.recipe.data, facts)
+        runs = []
+        for seed in range(seeds):
+            with progress(quiet) as (notify, _):
+                if distributed.rank() == 0:
+                    notify(f"Seed {seed + 1} of {seeds}: {folder / f'seed-{seed}'}")
+            runs.append(_trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet))
+        result = None
+        if distributed.rank() == 0:
+            result = _judged(folder, runs, split, plan.source, device_for(device))
+            result |= {"from": str(weights), "seconds": time.perf_counter() - began}
+            try:
+                write_json(folder / VERDICT, result)
+            except InbatchError as error:
+                raise Unwritten(str(error), result) from error
+        return distributed.broadcast_object(result)
+
+
+def _share(budget: float, seeds: int) -> float:
+    """Return the seconds of each run."""
+    if budget / seeds < LEAST:
+        raise ConfigError(
+            f"a budget of {duration(budget)} leaves {budget / seeds:.0f} s for each of {seeds} seeds, and a run needs "
+            f"at least {LEAST:.0f} s: give at least {duration(LEAST * seeds)}, or fewer seeds"
+        )
+    return budget / seeds
+
+
+def _prepared(out: str | Path | None, data: str, facts: dict[str, Any]) -> Path:
+    """Return the directory of an adaptation, with its request; refuse the directory of another one.
+
+    Args:
+        out: Requested directory; None for a new one in runs/.
+        data: Name of the data.
+        facts: What the adaptation does.
+    """
+    folder = None if out is None else path_of(out, "out")
+    problem = None
+    if distributed.rank() == 0:
+        if folder is None:
+            name = "".join(c if c.isalnum() or c in ".-" else "-" for c in Path(data).name).strip("-") or "data"
+            folder = claim(numbered(Path("runs") / f"adapt-{name}"))
+        problem = _begin(folder, facts)
+    folder, problem = distributed.broadcast_object((str(folder), problem))
+    if problem:
+        raise ConfigError(problem)
+    return Path(folder)
+
+
+def _begin(folder: Path, facts: dict[str, Any]) -> str | None:
+    """Write the request of a new adaptation; return a sentence if the directory holds something else."""
+    if not (folder / REQUEST).exists():
+        for name in ("recipe.json", "encoder", VERDICT):
+            if (folder / name).exists():
+                return f"{folder} holds {name}, which an adaptation would replace: choose another --output-dir"
+        write_json(folder / REQUEST, facts)
+        return None
+    then = read_json(folder / REQUEST)
+    now = _plain(facts)
+    if then == now:
+        return None
+    before, after = ({**one.pop("settings", {}), **one} for one in (dict(then), dict(now)))
+    keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    what = ", ".join(f"{key} = {after.get(key)!r:.80} (it has {before.get(key)!r:.80})" for key in keys)
+    return f"{folder} holds another adaptation: {what}. Repeat its settings, or choose another --output-dir"
+
+
+def _forget(folder: Path) -> None:
+    """Remove the request of an adaptation of which no run has begun, so that other settings can be tried."""
+    if distributed.rank() == 0 and not list(folder.glob("seed-*/recipe.json")):
+        (folder / REQUEST).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return values as a JSON file holds them."""
+    plain: dict[str, Any] = json.loads(to_json(facts))
+    return plain
+
+
+def _trained(
+    folder: Path, data: Any, settings: dict[str, Any], test: Any, device: str, workers: int | None, quiet: bool
+) -> Run:
+    """Return a finished run, trained now as far as it is not."""
+    if (folder / "result.json").is_file():
+        return load_run(folder)
+    try:
+        return pretrain(
+            data, out=folder, settings=settings, test=test, resume=True, device=device, workers=workers, quiet=quiet
+        )
+    except (Preempted, Interrupted) as error:
+        raise type(error)(f"{error}. Repeat the command to continue the adaptation in {folder.parent}") from None
+    except InbatchError:
+        _forget(folder.parent)
+        raise
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """Hits of an encoder on every test image, (N,) from 0 to 1."""
+
+    knn: Tensor
+    linear: Tensor
+
+
+def _judged(
+    folder: Path, runs: Sequence[Run], split: EvaluationSplit | None, source: Source, device: torch.device
+) -> dict[str, Any]:
+    """Write the recommended encoder; return the content of verdict.json."""
+    start = load_encoder(runs[0].directory / "initial")
+    accuracy, images = {}, 0
+    if split is not None:
+        split = _as_judged(split, runs)
+        before = _hits(start, split, runs[0], device)
+        after = [_hits(load(run.directory), split, run, device) for run in runs]
+        images = len(before.knn)
+        for name in ("knn", "linear"):
+            old, new = getattr(before, name), torch.stack([getattr(one, name) for one in after])
+            accuracy[name] = accuracy_gain(old.expand_as(new), new)
+    measures = {name: _measure(runs, name) for name in runs[0].result["unlabelled"]}
+    collapsed = [i for i, run in enumerate(runs) if run.result["collapsed"]]
+    verdict = Verdict(accuracy, measures, collapsed, len(runs), images)
+    helped, chosen = verdict.kind == HELPED, runs[verdict.best].directory
+    fit_readout(start, source if split is None else split.bank)
+    save_encoder(load(chosen) if helped else start, folder / "encoder")
+    use = f"the weights of {chosen}" if helped else "those that it started from"
+    sentence = f"{verdict.sentence()}. Use {use}: {folder / 'encoder'}"
+    return verdict.json() | {
+        "sentence": sentence,
+        "exit_code": TrainingError.exit_code if verdict.kind == NO_HELP else 0,
+        "recommended": {
+            "weights": "adapted" if helped else "initial",
+            "encoder": str(folder / "encoder"),
+            "run": str(chosen) if helped else None,
+        },
+        "held_out": split and split.description,
+        "runs": [str(run.directory) for run in runs],
+        "recipe": runs[0].recipe.nested(),
+    }
+
+
+def _measure(runs: Sequence[Run], name: str) -> Gain:
+    """Return the gain in a measure without labels."""
+    told = [run.result["unlabelled"][name] for run in runs]
+    return measure_gain([one["untrained"] for one in told], [one["trained"] for one in told], told[0]["better"])
+
+
+def _as_judged(split: EvaluationSplit, runs: Sequence[Run]) -> EvaluationSplit:
+    """Return as many images as every run was evaluated on: fewer if its budget was short."""
+    sizes = [[run.result["evaluation"][part]["images"] for part in ("train", "test")] for run in runs]
+    unread = [[run.result["evaluation"][part].get("unreadable", 0) for part in ("train", "test")] for run in runs]
+    bank, queries = (
+        min(a + b for a, b in zip(x, y, strict=True))
+        for x, y in zip(zip(*sizes, strict=True), zip(*unread, strict=True), strict=True)
+    )
+    return limited(split, bank, queries)
+
+
+def _hits(encoder: Encoder, split: EvaluationSplit, run: Run, device: torch.device) -> _Hits:
+    """Return the hits of k-NN and of the linear probe, by the protocol of `evaluate`."""
+    encoder = encoder.to(device)
+    fit_readout(encoder, split.bank)
+    bank, queries, classes = matched(embed(encoder, split.bank, batch=512), embed(encoder, split.queries, batch=512))
+    vectors, near = bank.vectors.to(device), min(run.recipe.knn_k, len(bank))
+    scores = knn_scores(queries.vectors.to(device), vectors, bank.labels, classes, k=near, temperature=TEMPERATURE)
+    probe = fit(bank, classes, seed=run.recipe.seed, device=device)
+    return _Hits(
+        credit(scores, queries.labels, equal=equal_scores(TEMPERATURE, "cosine")),
+        credit(probe.scores(queries.vectors), queries.labels),
+    )

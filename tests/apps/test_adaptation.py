@@ -1,0 +1,214 @@
+"""inbatch adapt: the interval of the gain, the verdict, and the weights that it recommends."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import one_object, run
+from scipy.stats import t as student
+from small_runs import judge_by_few_images, stop_after
+
+import inbatch
+from inbatch.apps.adaptation import adapt as adaptation
+from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
+from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, NOT_SHOWN, Verdict
+from inbatch.data import open_data
+from inbatch.errors import ConfigError, Preempted
+from inbatch.evaluation import evaluate
+from inbatch.models import create_encoder, load_encoder, save_encoder
+from inbatch.runtime.files import write_json
+from inbatch.training.holdout import evaluation_split
+from inbatch.training.monitors.online_evaluation import limited
+from inbatch.training.recipe import make
+
+UNLABELLED = {"rankme": {"untrained": 2.0, "trained": 3.0, "better": "higher"}}
+
+
+def test_the_interval_counts_seeds_and_images() -> None:
+    """Student's interval if only the seeds differ or only the images do; wider if both do; none for one seed."""
+    images = torch.ones(3, 50)
+    seeds = accuracy_gain(0 * images, images * torch.tensor([[0.1], [0.2], [0.3]]))
+    assert (seeds.mean, seeds.spread) == (pytest.approx(0.2), pytest.approx(0.1))
+    half = 4.302653 * 0.1 / 3**0.5
+    assert (seeds.low, seeds.high) == (pytest.approx(0.2 - half, rel=1e-5), pytest.approx(0.2 + half, rel=1e-5))
+    scalars = measure_gain([0.0] * 3, [0.1, 0.2, 0.3], "higher")
+    assert (scalars.low, scalars.high) == (pytest.approx(seeds.low), pytest.approx(seeds.high))
+    hits = (torch.arange(50) < 10).double().expand(3, -1)
+    alone = accuracy_gain(0 * hits, hits)
+    assert alone.high - alone.mean == pytest.approx(2.009575 * float(hits[0].std()) / 50**0.5, rel=1e-5)
+    both = accuracy_gain(0 * hits, hits + images * torch.tensor([[0.1], [0.2], [0.3]]))
+    parts = 0.01 / 3, float(hits[0].var()) / 50
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 49)
+    assert both.high - both.mean == pytest.approx(sum(parts) ** 0.5 * student.ppf(0.975, freedom), rel=1e-5)
+    one = accuracy_gain(0 * hits[:1], hits[:1])
+    assert (one.low, one.high, one.spread, one.shows(1)) == (None, None, None, False)
+    assert measure_gain([1.0], [2.0], "lower").low is None
+    equal = accuracy_gain(hits, hits)
+    assert (equal.mean, equal.low, equal.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seeds", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+def test_the_interval_covers_the_gain_as_often_as_it_says(seeds: int) -> None:
+    """Seeds and images both random, few of either: at least 95 % of the intervals cover the true gain of 0."""
+    g = torch.Generator().manual_seed(0)
+    covered, times = 0, 250
+    for _ in range(times):
+        chance = 0.5 + 0.05 * torch.randn(seeds, 1, generator=g) + 0.2 * torch.randn(1, 60, generator=g)
+        before, after = ((torch.rand(seeds, 60, generator=g) < p).double() for p in (torch.full((1, 60), 0.5), chance))
+        gain = accuracy_gain(before, after)
+        covered += gain.low <= 0 <= gain.high
+    assert covered >= 0.94 * times
+
+
+def gain(mean: float, half: float | None) -> Gain:
+    bounds = (None, None) if half is None else (mean - half, mean + half)
+    return Gain((0.5, 0.5), (0.5 + mean, 0.5 + mean), *bounds)
+
+
+@pytest.mark.parametrize(
+    ("knn", "linear", "kind", "words"),
+    [
+        ((0.03, 0.02), (0.01, 0.02), HELPED, "Adaptation helped: k-NN changed from 50.0% to 53.0% (+3.0 points"),
+        ((0.03, 0.04), (0.01, 0.02), NOT_SHOWN, "the interval contains 0: more seeds"),
+        ((0.03, None), (0.01, None), NOT_SHOWN, "one seed has no spread: more seeds"),
+        ((0.03, 0.02), (-0.03, 0.02), NOT_SHOWN, "but the linear probe became worse (-3.0 points"),
+        ((0.0, 0.02), (0.05, 0.02), NO_HELP, "Adaptation did not help: k-NN changed from 50.0% to 50.0%"),
+        ((-0.03, 0.02), (0.05, 0.02), NO_HELP, "-3.0 points, 95 % interval -5.0 to -1.0; 2 seeds, 60 test images"),
+    ],
+)
+def test_verdicts(knn: tuple, linear: tuple, kind: str, words: str) -> None:
+    verdict = Verdict({"knn": gain(*knn), "linear": gain(*linear)}, {}, [], 2, 60)
+    assert verdict.kind == kind
+    assert words in verdict.sentence()
+
+
+def test_without_labels_nothing_is_shown_but_a_collapse() -> None:
+    assert Verdict({}, {"rankme": gain(5.0, 1.0)}, [], 3).kind == NOT_SHOWN
+    collapsed = Verdict({"knn": gain(0.03, 0.02), "linear": gain(0.03, 0.02)}, {}, [0, 2], 3, 60)
+    assert collapsed.kind == NO_HELP and "the outputs of seed 0, seed 2 collapsed" in collapsed.sentence()
+
+
+class Training:
+    """Takes the place of `pretrain`: a run ends with the encoder of a folder."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+        self.settings: dict[str, Any] = {}
+        self.end = Path()
+
+    def __call__(self, data: Any, *, out: Path, settings: dict[str, Any], **options: Any) -> inbatch.Run:
+        self.seeds.append(settings["seed"])
+        self.settings = settings
+        recipe = make(settings | {"data": str(data), "channels": 1, "knn_k": 20, "encoder.name": "tiny"})
+        save_encoder(load_encoder(settings["encoder.init"]), out / "initial")
+        save_encoder(load_encoder(self.end), out / "encoder")
+        sizes = {"train": {"images": 400}, "test": {"images": 300}}
+        result = {"evaluation": sizes, "unlabelled": copy.deepcopy(UNLABELLED), "collapsed": []}
+        write_json(out / "recipe.json", recipe.nested())
+        write_json(out / "result.json", result)
+        return inbatch.Run(out, recipe, result)
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Training:
+    training = Training()
+    monkeypatch.setattr(adaptation, "pretrain", training)
+    return training
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of an encoder of which all features are equal, and of one with random weights, which are better."""
+    torch.manual_seed(0)
+    useful = create_encoder("tiny", size=20, channels=1)
+    useless = copy.deepcopy(useful)
+    with torch.no_grad():
+        for p in useless.parameters():
+            p.zero_()
+    place = tmp_path_factory.mktemp("encoders")
+    save_encoder(useless, place / "useless")
+    save_encoder(useful, place / "useful")
+    return place / "useless", place / "useful"
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(inbatch.load(folder).parameters())
+
+
+def test_better_weights_are_recommended_and_seeds_can_be_added(
+    folders: tuple[Path, Path], training: Training, tmp_path: Path
+) -> None:
+    useless, training.end = folders
+    out = tmp_path / "adapted"
+    call = f"adapt digits-canvas --from {useless} -o {out} --set subset=400 --epochs 5 -q --json"
+    done = run(f"{call} --seeds 2")
+    found = one_object(done.stdout)
+    assert (done.exit_code, found["verdict"], found["exit_code"]) == (0, "helped", 0), found["sentence"]
+    assert found["recommended"] == {"weights": "adapted", "encoder": str(out / "encoder"), "run": str(out / "seed-0")}
+    assert torch.equal(weights_of(out), weights_of(training.end))
+    knn = found["accuracy"]["knn"]
+    assert knn["low"] > 0 and knn["gain"] == pytest.approx(knn["after"][0] - knn["before"][0])
+    assert found["unlabelled"]["rankme"]["gain"] == 1 and found["test_images"] == 300
+    expected = {"schedule.freeze_encoder_epochs": 0.5, "schedule.warmup_epochs": 1.0, "optimizer.layer_decay": 0.75}
+    assert training.settings.items() >= (expected | {"image_size": 20, "channels": 1, "optimizer.lr": 3e-4}).items()
+    assert run(f"{call} --seeds 3").exit_code == 0 and training.seeds == [0, 1, 2]
+    other = run(f"{call} --seeds 3 --lr 0.1")
+    assert other.exit_code == 2 and "holds another adaptation: optimizer.lr = 0.1 (it has 0.0003)" in other.stderr
+    assert training.seeds == [0, 1, 2]
+
+
+def test_worse_weights_are_not_recommended(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
+    training.end, useful = folders
+    out = tmp_path / "adapted"
+    done = run(f"adapt digits-canvas --from {useful} -o {out} --set subset=400 --seeds 2 -q")
+    assert done.exit_code == 4
+    assert "Adaptation did not help" in done.stdout and "Use those that it started from" in done.stdout
+    assert torch.equal(weights_of(out), weights_of(useful))
+    found = one_object((out / "verdict.json").read_text())
+    assert (found["verdict"], found["recommended"]["weights"]) == ("did not help", "initial")
+
+
+def test_wrong_use_is_refused_before_training(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
+    start = folders[0]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    for more, words in (
+        ("--from missing", "there are no such weights"),
+        ("--from timm/resnet_unknown", "timm has no such model"),
+        (f"--from {start} --budget 2m", "leaves 40 s for each of 3 seeds"),
+        (f"--from {start} --budget soon", "is not a time"),
+        (f"--from {start} --budget 30m --epochs 2", "both set the length"),
+        (f"--from {start} --set seed=3", "leave out seed"),
+        (f"--from {start} --method simcrl", "did you mean 'simclr'"),
+        (f"--from {start} -o {tmp_path / 'run'}", "holds recipe.json, which an adaptation would replace"),
+        (f"--from {start} -o {tmp_path / 'new'} --layer-decay 2", "optimizer.layer_decay"),
+    ):
+        done = run(f"adapt digits-canvas -q {more}")
+        assert done.exit_code == 2 and words in done.stderr, (more, done.stderr)
+    assert not training.seeds and not list(tmp_path.glob("*/adapt.json"))
+    with pytest.raises(ConfigError, match="seeds must be a whole number"):
+        inbatch.adapt("digits-canvas", start, seeds=1.5)
+
+
+@pytest.mark.slow
+def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_by_few_images(monkeypatch)
+    small: dict[str, Any] = {"subset": 80, "batch_size": 40, "quiet": True, "device": "cpu"}
+    inbatch.pretrain("digits-canvas", out=tmp_path / "start", epochs=1, **small)
+    given: dict[str, Any] = small | {"epochs": 2, "seeds": 2, "evaluate_every": 2}
+    whole = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "whole", **given)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Preempted, match="Repeat the command"):
+            inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **given)
+    parts = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **given)
+    assert parts["accuracy"] == whole["accuracy"] and parts["verdict"] == whole["verdict"]
+    run = inbatch.load_run(tmp_path / "parts" / "seed-1")
+    source = open_data("digits-canvas", subset=80)
+    split = limited(evaluation_split(run.recipe, source, "digits-canvas"), 60, 40)
+    figures = evaluate(run.encoder, split.bank, split.queries, k=run.recipe.knn_k, protocols=("knn", "linear"))
+    for name in ("knn", "linear"):
+        assert parts["accuracy"][name]["after"][1] == pytest.approx(figures[name]["top1"])
+    assert inbatch.load(tmp_path / "parts").name == "tiny"
