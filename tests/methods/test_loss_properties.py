@@ -279,7 +279,7 @@ def test_methods_refuse_temperatures_that_are_not_above_0() -> None:
                 with pytest.raises(ValueError, match="above 0"):
                     method(**{option: t})
             refused += 1
-    assert refused == 16
+    assert refused == 18
 
 
 def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:

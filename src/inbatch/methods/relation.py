@@ -33,7 +33,7 @@ def relation(s: Float[Tensor, "n d"], t: Float[Tensor, "n d"], queue: Float[Tens
         sums = logsumexp_rows(x, keys, temperature)
         return sums if candidates == "batch" else torch.logaddexp((x * t).sum(-1) / temperature, sums)
 
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(t.device.type, enabled=False):  # of the products in the gradient, too
         leaf = t.clone().requires_grad_()
         (slope,) = torch.autograd.grad(log_sum(leaf, teacher_temperature).sum(), leaf)
     return (log_sum(s, temperature) - (s * slope).sum(-1) * (teacher_temperature / temperature)).mean()
