@@ -52,7 +52,7 @@ def runs(tmp_path: Path) -> list[Path]:
 def test_runs_are_ranked_by_their_last_evaluation(runs: list[Path]) -> None:
     for by, expected in {"rankme": "a", "lidar": "b", "alpha": "c", "std": "c", "loss": "b"}.items():
         result = inbatch.choose_run(runs, by=by)
-        assert Path(result["recommended"]).name == expected and [one["rank"] for one in result["runs"]] == [1, 2, 3]
+        assert Path(result["recommended"]).name == expected and [one["rank"] for one in result["runs"]] == [1, 2, 2]
         scores = [one["score"] for one in result["runs"]]
         assert scores == sorted(scores, reverse=True) and result["notes"][:1] == study_note(by)
         assert choose_study.NAMES[by] in result["reliability"]
@@ -64,6 +64,14 @@ def study_note(by: str) -> list[str]:
     if choose_study.reliability(by).supported:
         return []
     return [f"the study does not support choosing by this measure: its interval is not above 0; see {choose.PAGE}"]
+
+
+def test_runs_of_equal_value_are_not_ordered(runs: list[Path]) -> None:
+    result = inbatch.choose_run(runs[::-1], by="rankme")  # "b" and "c" recorded 10
+    assert [one["rank"] for one in result["runs"]] == [1, 2, 2] and not any("same value" in n for n in result["notes"])
+    result = inbatch.choose_run(runs[1:], by="rankme")
+    assert [one["rank"] for one in result["runs"]] == [1, 1]
+    assert any(f"{runs[1]}, {runs[2]} have the same value of rankme" in n for n in result["notes"])
 
 
 def test_the_command_prints_table_reliability_and_json(runs: list[Path], tmp_path: Path) -> None:
@@ -123,6 +131,10 @@ def test_bad_input_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
         result = run(f"choose {words}")
         assert result.exit_code == code and sentence in result.stderr, (words, result.stderr)
         assert "Traceback" not in result.output
+    with pytest.raises(ConfigError, match="seed must be a whole number"):
+        inbatch.choose_run(runs, seed=1.5)  # type: ignore[arg-type]
+    write_json(runs[0] / "result.json", {"curve": [entry()], "evaluation": "none"})
+    assert inbatch.choose_run(runs[:2])["by"] == "loss"
     (runs[0] / "result.json").write_text("{")
     assert run(f"choose {runs[0]} {runs[1]}").exit_code == 3
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from inbatch.apps.reports.choose_study import Reliability, reliability
 from inbatch.data.views import Views, make_views
-from inbatch.errors import ConfigError, DataError, listed, many, type_name
+from inbatch.errors import ConfigError, DataError, check_whole, listed, many, type_name
 from inbatch.evaluation import alpha_req, embed, feature_std, knn, rankme
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.rank_correlation import kendall_tau
@@ -68,7 +68,8 @@ def choose_run(
         quiet: Report no progress.
 
     Returns:
-        "recommended": the first run. "runs": all runs, best first, each with "rank", "score" and the measures.
+        "recommended": the first run. "runs": all runs, best first, each with "rank" (equal for equal scores),
+        "score" and the measures.
         "reliability": how well the measure ordered runs in the study. "kendall_tau": of every measure with k-NN, None
         without labels. "notes": what limits the comparison.
 
@@ -79,6 +80,7 @@ def choose_run(
     """
     if by is not None and by not in SCORES:
         raise ConfigError(f"unknown measure {by!r}: choose {', '.join(SCORES)}")
+    check_whole("seed", seed, 0)
     paths = [path_of(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if len(paths) < 2:
         raise ConfigError(f"choosing needs at least two runs, not {len(paths)}: pass their directories")
@@ -95,7 +97,9 @@ def choose_run(
         if not math.isfinite(score_of(by, one)):
             raise ConfigError(f"{one['run']} has no value of {by}: {_missing(by, data is not None)}")
     ranked = sorted(measured, key=lambda one: -score_of(by, one))
-    ranked = [{"rank": rank} | one | {"score": score_of(by, one)} for rank, one in enumerate(ranked, 1)]
+    scores = [score_of(by, one) for one in ranked]
+    ranked = [{"rank": 1 + scores.index(score)} | one | {"score": score}
+              for one, score in zip(ranked, scores, strict=True)]  # fmt: skip
     study = reliability(by, sorted({one["method"] for one in ranked if one["method"]}))
     return {
         "by": by, "recommended": ranked[0]["run"], "reliability": study.sentence, "runs": ranked,
@@ -141,7 +145,8 @@ def recorded(path: Path) -> dict[str, Any]:
     if file.is_file():
         result = read_json(file)
         curve, steps = result.get("curve"), result.get("steps")
-        width = (result.get("evaluation") or {}).get("width")
+        figures = result.get("evaluation")
+        width = figures.get("width") if isinstance(figures, dict) else None
     else:
         saved = checkpoint.load(path / "checkpoints", mapped=True)
         file, note, width = saved.path, f"{path} has not finished; its last evaluation is used", None
@@ -223,6 +228,8 @@ def _missing(by: str, on_data: bool) -> str:
 def _notes(by: str, ranked: Sequence[Mapping[str, Any]], study: Reliability, data: Any) -> list[str]:
     """Return sentences on what limits the comparison of these runs."""
     notes = [str(one["note"]) for one in ranked if one["note"]]
+    if len(first := [one["run"] for one in ranked if one["score"] == ranked[0]["score"]]) > 1:
+        notes.append(f"{listed(first)} have the same value of {by}, which does not order them")
     for key, what in (("method", "methods"), ("encoder", "encoders"), ("width", "widths")):
         names = sorted({str(one[key]) for one in ranked if one[key] is not None})
         if len(names) > 1:
