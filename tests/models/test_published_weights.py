@@ -1,6 +1,7 @@
 """Weights of other programs: layouts are recognised by content, adapted by timm's rules, and read without code."""
 
 import argparse
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -195,6 +196,12 @@ def test_vision_transformers(tmp_path: Path) -> None:
         assert_holds(backbone, w)
 
 
+def test_shapes_of_a_file_are_named_as_they_are_in_it(tmp_path: Path) -> None:
+    torch.save(state(vit(embed_dim=8)), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"patch_embed.proj.weight \(8x3x8x8 in the file, 16x3x4x4 here\)"):
+        loaded(tmp_path / "w.pth", vit(patch_size=4))
+
+
 def test_dinov2_with_registers_and_layer_scale(tmp_path: Path) -> None:
     options = {"init_values": 1.0, "reg_tokens": 4, "no_embed_class": True}
     w = state(vit(**options))
@@ -247,6 +254,9 @@ def test_near_misses_are_refused_and_can_be_accepted(tmp_path: Path) -> None:
         ConfigError, match=r"state dict\): 57 of 65 tensors fit; 8 missing \(layer4.0.bn1.weight.*--enc"
     ):
         loaded(path, resnet())
+    for least in (-0.1, 2, math.nan, "most"):
+        with pytest.raises(ConfigError, match="init_min_match must be a number from 0 to 1, not"):
+            create_encoder("resnet10t", size=32, init=path, init_min_match=least)  # type: ignore[arg-type]
     backbone = resnet()
     assert "57 of 65 tensors fit. Initialised or left out: 8 missing" in loaded(path, backbone, least=0.8)
     own = backbone.state_dict()
@@ -260,6 +270,9 @@ def test_near_misses_are_refused_and_can_be_accepted(tmp_path: Path) -> None:
     w["layer1.0.conv1.weight"][0] = torch.inf
     torch.save(w, path)
     with pytest.raises(DataError, match=r"layer1.0.conv1.weight holds values that are not finite"):
+        loaded(path, resnet())
+    torch.save({k: (100 * v).to(torch.int8) for k, v in state(resnet()).items()}, path)
+    with pytest.raises(DataError, match=r"conv1.weight, .* holds whole numbers \(int8\), as quantised weights do"):
         loaded(path, resnet())
 
 

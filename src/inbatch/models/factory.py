@@ -73,6 +73,9 @@ def create_encoder(
         DataError: for unreadable weights.
     """
     _check_arguments(name, size, channels, stem, attend, attend_options, kwargs)
+    number = isinstance(init_min_match, int | float) and not isinstance(init_min_match, bool)
+    if init_min_match is not None and not (number and 0 <= init_min_match <= 1):
+        raise ConfigError(f"init_min_match must be a number from 0 to 1, not {init_min_match!r:.40}")
     own = own_encoder(name)
     classifier: tuple[str, ...] = ()
     if own is None:

@@ -53,6 +53,7 @@ class _Part:
 
     def loaded(self, backbone: nn.Module, channels: int) -> Match:
         """Return the tensors that fit the backbone, adapted by the rules of timm."""
+        under: Tensors = {}
         if self.plain:
             under = {k[len(self.prefix) :]: v for k, v in self.tensors.items() if k.startswith(self.prefix)}
             named, adapted = _filtered(under, backbone)
@@ -64,7 +65,7 @@ class _Part:
             if value.shape != wanted[key].shape:
                 named[key] = _adapted(key, value, wanted[key], backbone, channels, adapted)
         fit = {k: v for k, v in named.items() if v.shape == wanted[k].shape}
-        others = {k: tuple(v.shape) for k, v in named.items() if k not in fit}
+        others = {k: tuple(under.get(k, v).shape) for k, v in named.items() if k not in fit}
         return Match("", fit, others, tuple(adapted))
 
 
@@ -198,7 +199,7 @@ def load(backbone: nn.Module, best: Match, name: str, origin: str, least: float,
 
     Raises:
         ConfigError: If fewer tensors fit.
-        DataError: If a tensor has values that are not finite.
+        DataError: If a tensor has values that are not finite, or whole numbers instead of floating-point numbers.
     """
     own = backbone.state_dict()
     every = counted(own)
@@ -209,6 +210,12 @@ def load(backbone: nn.Module, best: Match, name: str, origin: str, least: float,
     if len(fit) < least * (len(every) + beyond):
         where = origin if strict else f"{origin}; {best.layout}"
         raise ConfigError(f"the weights do not fit {name} ({where}): {share}; {problems}. {_remedy(best, own)}")
+    if whole := [key for key in fit if own[key].is_floating_point() and not best.tensors[key].is_floating_point()]:
+        kind = str(best.tensors[whole[0]].dtype).removeprefix("torch.")
+        raise DataError(
+            f"{origin}: {listed(whole, 3)} holds whole numbers ({kind}), as quantised weights do, which are not the "
+            "weights themselves; choose a file of floating-point numbers"
+        )
     if bad := [key for key in fit if not bool(torch.isfinite(best.tensors[key]).all())]:
         raise DataError(f"{origin}: {listed(bad, 3)} holds values that are not finite; the weights are damaged")
     backbone.load_state_dict(best.tensors, strict=False)
