@@ -196,6 +196,7 @@ def test_mistakes_are_explained() -> None:
         (r"\[11, 12\] samples", [x[0], x[1][:11]], loss_of),
         ("scalar tensor", x, lambda z: z),
         ("carries no gradient", x, lambda z: z.detach().sum()),
+        ("scalar 'loss', not NoneType", x, lambda z: {"value": z.sum()}),
         ("does not depend on the rows", x, lambda z: next(network.parameters()).sum()),
         ("sequence of tensors", [], loss_of),
     ]
@@ -209,3 +210,28 @@ def test_mistakes_are_explained() -> None:
         step(x, loss_of)
     with pytest.raises(ConfigError, match="chunks"), inbatch.grad_cache(network, 0):
         pass
+
+
+class Detached(nn.Module):
+    """A linear layer that also returns features without a gradient, and remembers the sizes of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.sizes = nn.Linear(3, 2), list[int]()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.sizes.append(len(x))
+        rows = self.linear(x)
+        return {"rows": rows, "features": rows.detach()}
+
+
+@pytest.mark.parametrize(("chunks", "sizes"), [(1, [13]), (4, [4, 3, 3, 3]), (6, [3, 2, 2, 2, 2, 2])])
+def test_chunks_are_as_many_as_asked_and_detached_outputs_are_allowed(chunks: int, sizes: list[int]) -> None:
+    network, x = Detached(), torch.randn(13, 3, generator=torch.Generator().manual_seed(0))
+    with inbatch.grad_cache(network, chunks) as step:
+        step(x, lambda z: z["rows"].square().sum())
+    assert network.sizes[: len(sizes)] == sizes
+    found = network.linear.weight.grad
+    network.zero_grad()
+    network(x)["rows"].square().sum().backward()
+    torch.testing.assert_close(found, network.linear.weight.grad)

@@ -40,7 +40,7 @@ class GroupForward:
 
 def cut(images: Sequence[Tensor], groups: int) -> list[Sequence[Tensor]]:
     """Split V views (B, C, H, W) into the views of each group, in the order of the batch."""
-    return list(zip(*(view.chunk(groups) for view in images), strict=True))
+    return list(zip(*(view.tensor_split(groups) for view in images), strict=True))
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def backward_groups(forward: GroupForward, network: Network, call: Callable[...,
         return
     last = len(forward.groups) - 1
     slices = [dict(zip(gradients, part, strict=True))
-              for part in zip(*(g.chunk(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
+              for part in zip(*(g.tensor_split(last + 1, dim=1) for g in gradients.values()), strict=True)]  # fmt: skip
     with frozen_statistics(network):
         for i, (group, key, gradient) in enumerate(zip(forward.groups, forward.keys, slices, strict=True)):
             alone = contextlib.nullcontext() if i == last or not hasattr(call, "no_sync") else call.no_sync()
