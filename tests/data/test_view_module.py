@@ -1,5 +1,6 @@
 """Views as a module: any images in, the views of a preset out, reproducible by key."""
 
+import math
 import pickle
 
 import numpy as np
@@ -44,11 +45,19 @@ def test_images_of_every_kind() -> None:
     assert inbatch.views("digits", size=8, channels=1)(grey)[0].shape == (1, 8, 8)
 
 
+def test_numbers_may_be_arrays_or_lists() -> None:
+    usual = inbatch.views("simclr_cifar", size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    array = inbatch.views("simclr_cifar", size=8, mean=np.full(3, 0.5), std=torch.full((3,), 0.25))  # type: ignore[arg-type]
+    assert all(map(torch.equal, usual(IMAGES, key=1), array(IMAGES, key=1, index=[0, 1, 2, 3])))  # type: ignore[arg-type]
+
+
 def test_mistakes_are_explained() -> None:
     for make, message in (
         (lambda: inbatch.views("simcrl"), "did you mean 'simclr'"),
         (lambda: inbatch.views("simclr", sise=3), "no option 'sise'; there are size"),
         (lambda: inbatch.views(channels=2, mean=(1.0,)), "a number per channel, 2"),
+        (lambda: inbatch.views(mean=0.5), "a number per channel, not 0.5"),  # type: ignore[arg-type]
+        (lambda: inbatch.views(mean=[math.nan] * 3), "a number per channel, 3"),
         (lambda: inbatch.views([3]), "View of each"),  # type: ignore[list-item]
     ):
         with pytest.raises(ConfigError, match=message):

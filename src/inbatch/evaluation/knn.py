@@ -72,7 +72,13 @@ def knn_scores(
         DataError: for labels that are not in 0 to `classes` - 1.
     """
     check_neighbours(k, len(bank), temperature, distance)
-    if labels.shape != bank.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if query.shape[1:] != bank.shape[1:]:
+        raise DataError(f"queries of shape {tuple(query.shape)} do not have the width of the bank, {tuple(bank.shape)}")
+    if (
+        labels.shape != bank.shape[:1]
+        or labels.is_floating_point()
+        or not 0 <= int(labels.min()) <= int(labels.max()) < classes
+    ):
         raise DataError(f"the labels of the bank must be {len(bank):,} numbers from 0 to {classes - 1}")
     if query.device.type == "mps":  # it has no float64
         query, bank = query.cpu(), bank.cpu()

@@ -63,8 +63,7 @@ class ViewTransform(nn.Module):
         if key is not None:
             check_whole("key", key)
         seed = int(torch.randint(2**62, ())) if key is None else int(key)
-        if index is None:
-            index = torch.arange(len(pixels), device=pixels.device)
+        index = torch.arange(len(pixels)) if index is None else torch.as_tensor(index)
         if index.shape != (len(pixels),) or index.is_floating_point():
             raise DataError(f"index holds a whole number for each of {len(pixels)} images, not {tuple(index.shape)}")
         index = index.to(pixels.device, torch.int64)
@@ -124,10 +123,10 @@ def views(
     """
     check_whole("channels", channels, 1)
     mean, std = (
-        given or (usual if channels == 3 else (other,) * channels)
+        (usual if channels == 3 else (other,) * channels) if given is None else _numbers(given)
         for given, usual, other in zip((mean, std), _COLOUR, (0.5, 0.25), strict=True)
     )
-    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+    if not len(mean) == len(std) == channels or not np.isfinite([mean, std]).all() or not min(std) > 0:
         raise ConfigError(f"mean and std hold a number per channel, {channels}, std above 0; got {mean} and {std}")
     if not isinstance(name, str):
         if options or not all(isinstance(view, View) for view in name):
@@ -137,6 +136,14 @@ def views(
         return ViewTransform(Views(tuple(name), mean, std))
     _check_options(name, options)
     return ViewTransform(Views(make_views(name, options, channels), mean, std))
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Return a sequence or array of numbers as a tuple."""
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ConfigError(f"mean and std hold a number per channel, not {values!r:.40}") from None
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
