@@ -1,5 +1,6 @@
 """Methods that break one rule each."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.losses import nt_xent
 from inbatch.methods import SimCLR
+from inbatch.methods.base import Method
 from inbatch.nn.functional import info_nce, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.memory_bank import MemoryBank
@@ -210,3 +212,50 @@ class ReturnsTensor(Right):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return nt_xent(online["projection"])  # type: ignore[return-value]
+
+
+class DrawsWithoutSeed(Right):
+    """Draws from a generator of its own that has no seed."""
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": nt_xent(online["projection"], 0.2 + float(np.random.default_rng().random()))}
+
+
+class PerturbsWeights(Right):
+    """Adds noise from the global generator to the weights of its heads."""
+
+    def on_weights(self, heads: nn.ModuleDict) -> None:
+        with torch.no_grad():
+            for parameter in heads.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+
+
+class RegistersLate(Right):
+    """Registers its buffer after the first step."""
+
+    def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
+        self.register_buffer("centre", online["projection"].mean((0, 1)))
+
+
+class StopsGradient(Right):
+    """Detaches all rows."""
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": nt_xent(online["projection"].detach(), 0.2)}
+
+
+class HasNoConstructor(Method):
+    """Inherits a constructor that takes anything."""
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, 8))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return {"loss": nt_xent(online["projection"], 0.2)}
+
+
+class FailsInHook(Right):
+    """Raises an error in every step."""
+
+    def on_weights(self, heads: nn.ModuleDict) -> None:
+        raise RuntimeError("broken")

@@ -9,6 +9,7 @@ import pytest
 import wrong_methods as wrong
 from rank_pool import on_ranks
 from small_methods import SMALL
+from unusual_methods import UNUSUAL, OwnBackward
 
 import inbatch
 from inbatch.errors import ConfigError
@@ -37,6 +38,11 @@ WRONG: dict[type[Method], tuple[Callable[[Trial], Finding], str]] = {
     wrong.Divides: (equation.finite, "is not finite for rows that are all zero: guard divisions"),
     wrong.RemembersEarly: (training.memory, "on_gradients changes queue.filled.*only after_step"),
     wrong.NeedsObject: (check._options, "kernel = <.*cosine_similarity.*no value of JSON"),
+    wrong.DrawsWithoutSeed: (equation.constancy, "a second call of loss gives another value"),
+    wrong.PerturbsWeights: (equation.randomness, "another hook, a head or the constructor draws random numbers"),
+    wrong.RegistersLate: (training.resume, 'cannot be loaded .*"centre".*: make every buffer'),
+    wrong.StopsGradient: (check._loss, "the loss carries no gradient"),
+    wrong.HasNoConstructor: (check._options, r"define __init__\(self\)"),
     wrong.ReturnsTensor: (check._loss, "loss returns Tensor: return a dict"),
 }
 TESTS = (check._made, check._parameters, check._loss, equation.rows, *check._ALONE, *check._STEPS[:-1])
@@ -52,9 +58,9 @@ def test_each_fault_is_named() -> None:
 def test_a_right_method_passes_and_the_report_is_plain() -> None:
     report = check_method(wrong.Right, processes=False, temperature=0.3)
     assert report.passed and not report.failures and report.options == {"temperature": 0.3}
-    assert len({finding.kind for finding in report.findings}) == len(report.findings) == 17
+    assert len({finding.kind for finding in report.findings}) == len(report.findings) == 18
     assert json.loads(json.dumps(report.json()))["passed"] is True
-    assert "purity (ok): a second call" in str(report)
+    assert "value (ok): a second call" in str(report)
 
 
 @pytest.mark.slow
@@ -63,6 +69,27 @@ def test_tests_of_the_loss_pass_for_methods_with_memory_and_a_stop_gradient() ->
         trial = Trial(METHODS[name], dict(SMALL[name]))
         for test in (check._made, check._parameters, check._loss, equation.rows, *check._ALONE):
             assert (finding := test(trial)).passed, (name, finding)
+
+
+def test_unusual_methods_pass_the_tests_of_the_loss() -> None:
+    for method in UNUSUAL:
+        for test in (check._loss, equation.order, equation.derivative):
+            assert (finding := test(Trial(method))).passed, (method.__name__, finding)
+
+
+def test_a_wrong_backward_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnBackward.length, "backward", lambda ctx, g: ctx.saved_tensors[0] * g[..., None])
+    finding = equation.derivative(Trial(OwnBackward))
+    assert finding.passed is False and "not the derivative of the loss" in finding.sentence
+
+
+def test_one_fault_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_ALONE", (equation.constancy, equation.labels, equation.rank_free))
+    report = check_method(wrong.DrawsWithoutSeed, processes=False, raise_errors=False)
+    assert [finding.kind for finding in report.failures] == ["value"]
+    monkeypatch.setattr(check, "_ALONE", ())
+    report = check_method(wrong.FailsInHook, processes=False, raise_errors=False)
+    assert len(report.failures) == 1 and "RuntimeError: broken" in report.failures[0].sentence
 
 
 def test_failures_raise_an_assertion_with_all_sentences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,18 +21,29 @@ from inbatch.testing.trial import Trial
 
 Test = Callable[[Trial], Finding]
 _ALONE: tuple[Test, ...] = (
-    equation.purity, equation.randomness, equation.rank_free, equation.labels, equation.order, equation.finite,
-    equation.derivative,
+    equation.purity, equation.constancy, equation.randomness, equation.rank_free, equation.labels, equation.order,
+    equation.finite, equation.derivative,
 )  # fmt: skip
 _STEPS: tuple[Test, ...] = (
     training.memory, training.saved_state, training.resume, training.repeat, training.groups, two_ranks,
 )  # fmt: skip
 _IMPLIED: dict[Test, set[Test]] = {
-    equation.purity: {training.memory},
+    equation.purity: {equation.constancy, training.memory},
+    equation.constancy: {
+        equation.randomness,
+        equation.rank_free,
+        equation.labels,
+        equation.order,
+        equation.derivative,
+        training.resume,
+        training.repeat,
+        training.groups,
+        two_ranks,
+    },
     equation.randomness: {equation.order, training.resume, training.repeat, training.groups, two_ranks},
 }
 """Test -> tests that would fail for the same reason."""
-_KIND = {"made": "heads", "randomness": "random", "rank_free": "ranks", "derivative": "gradient",
+_KIND = {"made": "heads", "constancy": "value", "randomness": "random", "rank_free": "ranks", "derivative": "gradient",
     "saved_state": "state", "ranks": "two ranks"}  # fmt: skip
 
 
@@ -105,10 +116,14 @@ def _findings(trial: Trial, skipped: set[Test]) -> Iterator[Finding]:
         yield (finding := _attempt(test, trial))
         if not finding.passed:
             return
+    failures = set[str]()
     for test in (*_ALONE, *_STEPS):
         if test not in skipped:
-            yield (finding := _attempt(test, trial))
+            finding = _attempt(test, trial)
+            if finding.sentence not in failures:  # an exception of a hook ends several tests
+                yield finding
             if finding.passed is False:
+                failures.add(finding.sentence)
                 skipped |= _IMPLIED.get(test, set())
 
 
@@ -129,6 +144,10 @@ def _options(trial: Trial) -> Finding:
         return Finding("options", False, sentence)
 
     known = list(inspect.signature(trial.make).parameters.values())
+    if trial.make.__init__ is torch.nn.Module.__init__:
+        return fails(
+            "the class has no constructor, and that of torch.nn.Module takes any options: define __init__(self)"
+        )
     if free := [p.name for p in known if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
         return fails(f"the constructor takes any options ({listed(free)}): name them, so that typos are errors")
     if unset := [p.name for p in known if p.default is p.empty and p.name not in trial.options]:
@@ -205,6 +224,9 @@ def _loss(trial: Trial) -> Finding:
         if not isinstance(x, Tensor) or x.shape != ():
             kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             return Finding("loss", False, f"loss returns {kind} for {name!r}: return scalar tensors, for example means")
+    if not losses["loss"].requires_grad:
+        return Finding("loss", False, "the loss carries no gradient: compute it from the rows of the online network, "
+                       "without detach or no_grad")  # fmt: skip
     if not bool(losses["loss"].isfinite()):
         return Finding("loss", False, f"the loss of random rows is {float(losses['loss']):.4g}")
     return Finding("loss", True, "the loss is a finite scalar")

@@ -42,7 +42,8 @@ def ranks(trial: Trial) -> Finding:
         if not gap < TOLERANCE:
             return Finding("two ranks", False, f"rank {rank} of 2 differs from one process by {gap:.2g} in {where}: a "
                            "statistic of a rank's own rows must not be kept without the other ranks'. The loss and "
-                           "after_step get the rows of the whole batch; compute it there, into a buffer")  # fmt: skip
+                           "after_step get the rows of the whole batch; compute it there, into a buffer. The "
+                           "constructor must also give the same weights and values in every process")  # fmt: skip
     return Finding("two ranks", True, "two ranks end with the state of one process")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from inbatch.errors import listed
+from inbatch.errors import listed, reason
 from inbatch.testing.memory import attributes, buffers, changed
 from inbatch.testing.report import Finding
 from inbatch.testing.trial import Trial, difference
@@ -59,7 +59,11 @@ def resume(trial: Trial) -> Finding:
     trial.train(whole)
     saved = whole.saved()
     resumed = trial.parts()
-    resumed.load(saved)
+    try:
+        resumed.load(saved)
+    except RuntimeError as error:
+        return Finding("resume", False, f"a checkpoint cannot be loaded ({reason(error)}): make every buffer, with its "
+                       "final shape, in the constructor or in prepare")  # fmt: skip
     expected, found = (trial.train(parts, first=2) for parts in (whole, resumed))
     gap, where = difference(found, expected)
     if gap:
