@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from command_line import one_object, run
 
 import inbatch
 from inbatch.apps.comparisons import statistics as st
+from inbatch.apps.comparisons.compare import budget_sentence
 from inbatch.apps.comparisons.metrics import METRICS
-from inbatch.apps.comparisons.plan import KEPT, run_share
+from inbatch.apps.comparisons.plan import KEPT, Plan, run_share
 from inbatch.apps.comparisons.report import Variation, _best, _comparison, _notes
 from inbatch.apps.comparisons.runner import ComparisonRunner
 from inbatch.apps.comparisons.variants import parse_grid, variants_of
 from inbatch.apps.papers.results import Record, read_records
-from inbatch.apps.papers.spec import Cell
+from inbatch.apps.papers.spec import Cell, Table
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.runtime.environment import environment
 
@@ -122,6 +124,17 @@ def test_a_budget_is_divided_over_rounds_of_runs() -> None:
     assert run_share(7200, 6, 1) == (1 - KEPT) * 1200 and run_share(7200, 6, 4) == (1 - KEPT) * 3600
     with pytest.raises(ConfigError, match=r"6 runs, 1 at a time, leaves 45 s for a run.*give at least 7 min"):
         run_share(300, 6, 1)
+
+
+def test_the_expected_time_contains_start_and_evaluation_of_each_run() -> None:
+    """4 minutes for two runs, whose planning took 55 s a variant."""
+    plan = Plan(Table("", "", "", "", (), {}), METRICS["knn"], (), 0, None, (), share=108.0, process=55.0)
+    text = budget_sentence(plan, 2, 1, 240.0)
+    assert "about 7 min from now, 108 s for each run and about 110 s to start and evaluate it" in text
+    assert "exceeds the budget of 4 min, which is too short for 2 runs here" in text
+    assert budget_sentence(replace(plan, process=None), 2, 1, 240.0).endswith(
+        "about 4 min from now, 108 s for each run."
+    )
 
 
 FAILED = Record.model_validate(

@@ -9,7 +9,14 @@ from typing import Any
 from inbatch.apps.comparisons import render
 from inbatch.apps.comparisons.array_script import array_script
 from inbatch.apps.comparisons.metrics import metric_named
-from inbatch.apps.comparisons.plan import Plan, Request, expected_seconds, plan_comparison, with_length
+from inbatch.apps.comparisons.plan import (
+    Plan,
+    Request,
+    expected_by_budget,
+    expected_seconds,
+    plan_comparison,
+    with_length,
+)
 from inbatch.apps.comparisons.report import report
 from inbatch.apps.comparisons.runner import ComparisonRunner
 from inbatch.apps.comparisons.variants import variants_of
@@ -150,8 +157,7 @@ def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> d
         finished = f", {done} are finished" if done else ""
         runner.tell(f"{many(len(missing), 'run')} to make{finished}, {runner.jobs} at a time.")
         if plan.share is not None:
-            rounds = -(-len(missing) // (runner.jobs or 1))
-            runner.tell(f"Expected: about {duration(rounds * plan.share)}, {duration(plan.share)} for each run.")
+            runner.tell(budget_sentence(plan, len(missing), runner.jobs or 1, request.budget or 0.0))
         else:
             seconds, timed = expected_seconds(plan, missing, request.place, runner)
             runner.tell(
@@ -159,6 +165,16 @@ def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> d
                 f"steps of {many(timed, 'variant')}; the start and the evaluation of each run are not counted."
             )
     return runner.run(plan.cells)
+
+
+def budget_sentence(plan: Plan, runs: int, jobs: int, budget: float) -> str:
+    """Return the expected duration of runs with a budget, with the time that their shares do not contain."""
+    seconds, extra = expected_by_budget(plan, runs, jobs)
+    text = f"Expected: about {duration(seconds)} from now, {duration(plan.share or 0.0)} for each run"
+    text += f" and about {duration(extra)} to start and evaluate it, by the time that planning took." if extra else "."
+    if seconds > budget:
+        text += f" This exceeds the budget of {duration(budget)}, which is too short for {many(runs, 'run')} here."
+    return text
 
 
 def _check_script(file: Path, request: Request) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ class Plan:
         held_out: Origin of the labelled images for the evaluation; None without labels.
         notes: Sentences about unequal conditions.
         share: Seconds of one run with a budget.
+        process: Seconds that a process of a comparison with a budget needs for its start and for a few steps, measured
+            when the runs were planned; None if that is unknown.
     """
 
     table: Table
@@ -83,6 +86,7 @@ class Plan:
     held_out: str | None
     notes: tuple[str, ...]
     share: float | None = None
+    process: float | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -148,7 +152,7 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     facts = {
         "data": request.place, "test": recipes[0].test, "images": len(source), "signature": source.signature(),
     }  # fmt: skip
-    stored = _stored(runner.work, facts)
+    planned, process = _stored(runner.work, facts)
     split = evaluation_split(recipes[0], source, request.place, download=request.download)
     metric = metric or METRICS["same_image" if split is None else "knn"]
     if split is None and metric.labels:
@@ -160,12 +164,13 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     check_writable(plans)
     if request.budget is not None:
         share = run_share(request.budget, len(recipes) * len(request.seeds), runner.jobs or 1)
-        recipes = _within_budget(request, settings, recipes, share, runner, stored)
-    write_json(plans, facts | {"schema": 1, "planned": stored})
+        recipes, seconds = _within_budget(request, settings, recipes, share, runner, planned)
+        process = sum(seconds) / len(seconds) if seconds else process
+    write_json(plans, facts | {"schema": 1, "planned": planned, "process_seconds": process})
     held_out = None if split is None else split.description
     table = _table(request, recipes, metric)
     notes = tuple(_unequal(request, recipes, held_out))
-    return Plan(table, metric, tuple(recipes), len(source), held_out, notes, share)
+    return Plan(table, metric, tuple(recipes), len(source), held_out, notes, share, process)
 
 
 def run_share(budget: float, runs: int, jobs: int) -> float:
@@ -184,9 +189,12 @@ def run_share(budget: float, runs: int, jobs: int) -> float:
 def _within_budget(
     request: Request, settings: Sequence[Settings], recipes: Sequence[Recipe], share: float,
     runner: ComparisonRunner, stored: dict[str, Any],
-) -> list[Recipe]:  # fmt: skip
-    """Return recipes of equal duration, by timed steps of every variant, with the encoder of the first one."""
-    planned: list[Recipe] = []
+) -> tuple[list[Recipe], list[float]]:  # fmt: skip
+    """Return recipes of equal duration, by timed steps of every variant, with the encoder of the first one.
+
+    The second value is the duration of each process that timed steps.
+    """
+    planned, seconds = list[Recipe](), list[float]()
     for variant, own, recipe in zip(request.variants, settings, recipes, strict=True):
         own = own | {"budget": share, "knn_k": recipes[0].knn_k}
         if planned:
@@ -198,27 +206,38 @@ def _within_budget(
         if identity not in stored:
             runner.tell(f"Planning {variant.name}: timing real steps for {duration(share)} a run.")
             cell = Cell(variant.name, request.name, 0, recipe.flat() | {"data": request.name})
+            began = time.perf_counter()
             try:
                 dry = runner.dry_run(cell, own, request.place)
             except ConfigError as error:
                 raise ConfigError(named(f"pretrain {variant.name}", error)) from None
+            seconds.append(time.perf_counter() - began)
             stored[identity] = dry["recipe"] | {"seed": 0}
         planned.append(make(read_settings(stored[identity] | {"data": request.place})))
-    return planned
+    return planned, seconds
 
 
-def _stored(work: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored plans of a folder; ConfigError if its runs are of other images."""
+def expected_by_budget(plan: Plan, runs: int, jobs: int) -> tuple[float, float]:
+    """Return the seconds that runs with a budget will take in all, and those of them outside of one run's share.
+
+    Each run starts two processes, for the training and for the evaluation on all images.
+    """
+    extra = 2 * (plan.process or 0.0)
+    return -(-runs // jobs) * ((plan.share or 0.0) + extra), extra
+
+
+def _stored(work: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """Return the stored plans of a folder, and the duration of a process; ConfigError for runs on other images."""
     file = work / "plan.json"
     if not file.exists():
-        return {}
+        return {}, None
     content = read_json(file)
     for key, what in (("data", "images"), ("test", "test images"), ("images", "number of images"), ("signature", "")):
         if content.get(key) != facts[key]:
             now = f"{what}: {content.get(key)}, now {facts[key]}" if what else "other names or labels"
             raise ConfigError(f"{work} holds runs on other images ({now}): choose another --out")
-    planned = content.get("planned")
-    return planned if isinstance(planned, dict) else {}
+    planned, process = content.get("planned"), content.get("process_seconds")
+    return planned if isinstance(planned, dict) else {}, process if isinstance(process, float) else None
 
 
 def _table(request: Request, recipes: Sequence[Recipe], metric: Metric) -> Table:
