@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from command_line import one_object, run
 
 import inbatch
 from inbatch.apps.comparisons import statistics as st
-from inbatch.apps.comparisons.compare import budget_sentence
+from inbatch.apps.comparisons.compare import _command, budget_sentence
 from inbatch.apps.comparisons.metrics import METRICS
-from inbatch.apps.comparisons.plan import KEPT, Plan, run_share
+from inbatch.apps.comparisons.plan import KEPT, Plan, Request, _unequal, resolved, run_share
 from inbatch.apps.comparisons.report import Variation, _best, _comparison, _notes
 from inbatch.apps.comparisons.runner import ComparisonRunner
 from inbatch.apps.comparisons.variants import parse_grid, variants_of
@@ -25,6 +26,7 @@ from inbatch.apps.papers.results import Record, read_records
 from inbatch.apps.papers.spec import Cell, Table
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.runtime.environment import environment
+from inbatch.training.budget import parse_budget
 
 FAST = ["--data", "digits-canvas", "--set", "subset=64", "--epochs", "1"]
 SIMCLR, BYOL = "pretrain simclr", "pretrain byol"
@@ -124,6 +126,31 @@ def test_a_budget_is_divided_over_rounds_of_runs() -> None:
     assert run_share(7200, 6, 1) == (1 - KEPT) * 1200 and run_share(7200, 6, 4) == (1 - KEPT) * 3600
     with pytest.raises(ConfigError, match=r"6 runs, 1 at a time, leaves 45 s for a run.*give at least 7 min"):
         run_share(300, 6, 1)
+
+
+def test_variants_of_equal_steps_have_the_same_length() -> None:
+    variants = variants_of([SIMCLR, BYOL])
+    request = Request(tuple(variants), "digits-canvas", (0,), {"steps": 4, "batch_size": 16, "image_size": 32})
+    recipes = resolved(request)[1]
+    recipes[1] = replace(recipes[1], epochs=recipes[0].epochs + 1)
+    assert not any("differ in" in note for note in _unequal(request, recipes, None))
+    longer = [recipes[0], replace(recipes[1], steps=5)]
+    assert "The variants differ in steps, which may explain a difference." in _unequal(request, longer, None)
+
+
+def test_mistakes_in_python() -> None:
+    for options, message in (
+        ({"jobs": 0}, "jobs must be at least 1"), ({"detect": "1"}, "detect = '1': give a difference"),
+        ({"grid": ["method.temperature=0.1,0.2"]}, "grid is a dict of lists"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            inbatch.compare([SIMCLR, BYOL], "digits-canvas", epochs=1, run=False, **options)  # type: ignore[arg-type]
+
+
+def test_the_command_of_a_long_budget_can_be_typed() -> None:
+    request = Request((), "photos", (0,), budget=parse_budget("15d"))
+    words = _command([SIMCLR], request, Path("own"), None, None, (False, None, None))
+    assert parse_budget(words[words.index("--budget") + 1]) == 15 * 86400
 
 
 def test_the_expected_time_contains_start_and_evaluation_of_each_run() -> None:
@@ -357,6 +384,9 @@ def test_runs_as_an_array_of_slurm_jobs(trained: list[list[str]], tmp_path: Path
     folder = words[words.index("--out") + 1]
     assert words[words.index("--config") + 1] == f"{folder}.json" and folder.startswith("my own/simclr-")
     assert json.loads(Path(f"{folder}.json").read_text())["seed"] == 1
+    (tmp_path / "bin" / "inbatch").unlink()  # not in PATH: the interpreter that wrote the script
+    ended = subprocess.run(["bash", "-x", "jobs.sh", "4"], env=paths, capture_output=True, text=True)
+    assert f"{sys.executable} -m" in ended.stderr
     wrong = subprocess.run(["bash", "jobs.sh", "4"], env=paths, capture_output=True, text=True)
     assert wrong.returncode != 0 and "no run has this number" in wrong.stderr
     assert run(f"{line.replace('--epochs 1', '')} --budget 2h --slurm jobs.sh").exit_code == 2

@@ -71,6 +71,12 @@ def test_runs_are_read_at_any_depth(folder: Path) -> None:
     assert contents._time(3, [], 6, 10.0) == 5.0 and contents._time(3, [], None, None) is None
 
 
+def test_epochs_of_a_length_in_steps_are_those_made(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "simclr", 0, 0.5, epochs=1000)
+    write_run(tmp_path / "b", "simclr", 1, 0.5, epochs=1000, steps=10)
+    assert [run["epochs"] for run in collect_runs([tmp_path])[0]] == [1000, 2.0]
+
+
 def test_records_and_single_runs(folder: Path, tmp_path: Path) -> None:
     records = tmp_path / "records"
     records.mkdir()

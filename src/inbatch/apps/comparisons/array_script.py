@@ -26,6 +26,7 @@ runs=(
 {runs}
 )
 table=({table})
+command -v inbatch > /dev/null || table=({python} -m "${{table[@]}}")
 
 case ${{SLURM_ARRAY_TASK_ID:-${{1:-submit}}}} in
 submit)

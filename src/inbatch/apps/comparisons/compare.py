@@ -83,8 +83,10 @@ def compare(
     folder = path_of(f"runs/compare-{request.name}" if out is None else out, "out")
     tested = None if metric is None else metric_named(metric)
     script = None if slurm is None else path_of(slurm, "slurm")
-    if detect is not None and not detect > 0:
-        raise ConfigError(f"detect = {detect}: give a difference above 0, in the unit of the metric")
+    if jobs is not None:
+        check_whole("jobs", jobs, 1)
+    if detect is not None and not (isinstance(detect, int | float) and detect > 0):
+        raise ConfigError(f"detect = {detect!r}: give a difference above 0, in the unit of the metric")
     with progress(quiet) as (tell, show):
         runner = ComparisonRunner(
             folder / "results", folder, {request.name: request.place}, jobs=jobs, device=device, download=download,
@@ -214,7 +216,7 @@ def _command(
     words = ["inbatch", "compare", *variants, "--data", request.place, "--out", str(folder)]
     words += ["--seeds", str(len(seeds)) if plain else ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")]
     words += [] if epochs is None else ["--epochs", str(epochs)]
-    words += [] if request.budget is None else ["--budget", f"{request.budget:g}s"]
+    words += [] if request.budget is None else ["--budget", f"{request.budget:.12g}s"]
     words += [] if metric is None else ["--metric", metric]
     for key, values in (grid or {}).items():
         words += ["--grid", f"{key}={','.join(map(_plain, values))}"]

@@ -285,7 +285,8 @@ def _unequal(request: Request, recipes: Sequence[Recipe], held_out: str | None) 
             f"({lengths}). For equal steps use --epochs."
         )
     else:
-        keys = [key for key in ("epochs", "steps", "batch_size", "image_size") if key in differences[0]]
+        length = ["epochs", "steps"] if any(recipe.steps is None for recipe in recipes) else ["steps"]
+        keys = [key for key in (*length, "batch_size", "image_size") if key in differences[0]]
         notes += [f"The variants differ in {key}, which may explain a difference." for key in keys]
     labelled = [
         v.name

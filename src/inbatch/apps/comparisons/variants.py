@@ -44,7 +44,9 @@ def variants_of(texts: Sequence[str], grid: Mapping[str, Sequence[Any]] | None =
     Raises:
         ConfigError: For a command line that is invalid, a shared setting, or too many combinations.
     """
-    grid = dict(grid or {})
+    grid = {} if grid is None else grid
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f'grid is a dict of lists, such as {{"method.temperature": [0.1, 0.2]}}, not {grid!r:.60}')
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ConfigError('variants are a list of command lines, such as ["pretrain simclr", "pretrain byol"]')
     if not texts:

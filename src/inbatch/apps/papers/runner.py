@@ -153,7 +153,7 @@ class Runner:
     def _report(self, began: float, done: int, total: int) -> None:
         """Report progress and the remaining time, estimated from all runs so far."""
         share = done + sum(_progress(self.work / stem) for stem in list(self._children))
-        left = (time.perf_counter() - began) * (total - share) / share if share > 0 else None
+        left = (time.perf_counter() - began) * (total - share) / share if 0 < share < total else None
         ready, words = f"{done} of {total} runs", "" if left is None else f"about {timedelta(seconds=round(left))} left"
         if self.show is not None:
             self.show(share, total, ready, words)

@@ -109,9 +109,13 @@ def _described(
         for entry in _thinned(curve)
     ]
     wall = _finite(result.get("wall_seconds"))
+    epochs = (
+        recipe.get("epochs") if recipe.get("steps") is None else last.get("epoch")
+    )  # of a length in steps: those made
     return {
         "path": path, "status": str(status), "settings": settings, "figures": figures, "curve": points,
         "seconds": wall if wall is not None else (times[-1][1] if times else None), "steps": steps,
+        "epochs": None if (number := _finite(epochs)) is None else round(number, 2),
         "collapsed": [str(text) for text in _list(result.get("collapsed"))],
     }  # fmt: skip
 

@@ -16,7 +16,7 @@
     ["name", "run", (run) => run.name], ["status", "status", (run) => run.status],
     ["method", "method", setting("method.name")], ["data", "data", setting("data")],
     ["encoder", "encoder", setting("encoder.name")],
-    ["seed", "seed", (run) => number(run.settings.seed), String], ["epochs", "epochs", (run) => number(run.settings.epochs), String],
+    ["seed", "seed", (run) => number(run.settings.seed), String], ["epochs", "epochs", (run) => run.epochs, String],
     ["knn", "k-NN", figure("knn"), percent], ["linear", "linear", figure("linear"), percent],
     ["nmi", "NMI", figure("nmi"), percent], ["loss", "loss", figure("loss"), short],
     ["feature_std", "feature std", figure("feature_std"), short], ["rankme", "RankMe", figure("rankme"), short],
