@@ -3,7 +3,7 @@
     python examples/monitor.py
 
 The views, `knn_scores`, `feature_std` and `rankme` are plain functions of tensors. The model, the loss (SimSiam
-without a predictor, which collapses) and the loop are the user's own; the second run uses VICReg's loss and does not.
+without a predictor, which collapses) and the loop are the user's own; the second run uses NT-Xent and does not.
 """
 
 from collections.abc import Callable
@@ -53,4 +53,4 @@ def train(name: str, loss_of: Callable[[tuple[Tensor, Tensor]], Tensor]) -> None
 
 if __name__ == "__main__":
     train("agreement alone", agreement)
-    train("vicreg", lambda z: inbatch.losses.vicreg(torch.stack(z))["loss"])
+    train("nt_xent", lambda z: inbatch.losses.nt_xent(torch.stack(z), 0.2))

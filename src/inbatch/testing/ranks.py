@@ -21,7 +21,7 @@ from inbatch.testing.report import Finding
 from inbatch.testing.training import TOLERANCE
 from inbatch.testing.trial import State, Trial, difference
 
-WORLD, TIMEOUT = 2, 180.0
+WORLD, TIMEOUT = 2, 600.0
 
 
 class RanksUnavailable(Exception):

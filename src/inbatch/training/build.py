@@ -146,14 +146,19 @@ def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
+    check_labels(recipe, source)
+    if recipe.shuffle_groups and recipe.batch_size == context:
+        raise ConfigError(
+            f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
+        )
+
+
+def check_labels(recipe: Recipe, source: Source) -> None:
+    """Raise DataError if the method learns from labels and the images have none."""
     if method_named(recipe.method.name).labels and not bool((source.labels >= 0).any()):
         raise DataError(
             f"{recipe.method.name} learns from labels, but {source.name} has none{source.why_unlabelled()}: "
             "use class sub-folders, or name the column of labels (--label-column)"
-        )
-    if recipe.shuffle_groups and recipe.batch_size == context:
-        raise ConfigError(
-            f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
         )
 
 

@@ -85,7 +85,7 @@ class CachedStep:
         forward = forward_groups(plain, call, groups, range(len(images)), keys, grad=True)  # type: ignore[arg-type]
         leaves = {name: x.requires_grad_() for name, x in forward.rows.items()}
         result = loss(_rebuilt(plain if len(groups) > 1 else call, {name: x.view_as(x) for name, x in leaves.items()}))
-        value = result.get("loss") if isinstance(result, dict) else result
+        value: Any = result.get("loss") if isinstance(result, dict) else result
         _check_loss(value)
         (value if scaler is None else scaler.scale(value)).backward()
         if all(x.grad is None for x in leaves.values()):

@@ -18,6 +18,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.runtime.files import check_writable, read_json, to_json, write_json
 from inbatch.training.budget import LEAST, duration
+from inbatch.training.build import check_labels
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, Settings, make
@@ -149,6 +150,11 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     """
     settings, recipes, source = resolved(request)
     _check_different(request.variants, recipes)
+    for variant, recipe in zip(request.variants, recipes, strict=True):
+        try:
+            check_labels(recipe, source)
+        except DataError as error:  # before the runs of the other variants
+            raise DataError(f"variant {variant.name}: {error}") from None
     facts = {
         "data": request.place, "test": recipes[0].test, "images": len(source), "signature": source.signature(),
     }  # fmt: skip
