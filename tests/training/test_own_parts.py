@@ -111,12 +111,37 @@ def test_source_hash_covers_what_a_definition_uses() -> None:
         assert source_hash(text.replace(*change), "A") != whole, change
     assert source_hash(text.replace("import math", "import cmath"), "A") == whole  # not used
     assert source_hash("%cell magic\n", "A") == source_hash("%cell magic\n", "B")
+    for more in ("A.f = min\n", "K.options['depth'] = 3\n"):
+        assert source_hash(text + more, "A") != whole, more
+
+
+def test_source_is_that_of_the_user_not_of_a_decorator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "\nclass Net:\n    @torch.no_grad()\n    def __init__(self): pass\n@torch.no_grad()\ndef build(): pass\n"
+    code += "@dataclasses.dataclass\nclass Crop:\n    size: int = 3\n"
+    (tmp_path / "decorated.py").write_text("import dataclasses\nimport torch\n" + code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("Net", "build", "Crop"):
+        own = own_parts.imported("encoder", f"decorated:{name}")
+        assert own.file == str(tmp_path / "decorated.py"), name
+        assert own.sha256 == source_hash("import dataclasses\nimport torch\n" + code, name)
+
+
+def test_a_typed_script_that_exits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exiting.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"exiting:build: .* when it is imported \(3\); .* if __name__"):
+        own_parts.imported("encoder", "exiting:build")
 
 
 def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
     class Takes(OwnMethod):
         def __init__(self, *layers: int) -> None:
             super().__init__()
+
+    class Returning(torch.nn.Module):
+        def __init__(self, forward: Any) -> None:
+            super().__init__()
+            self.forward = forward
 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": OwnMethod(act=torch.nn.GELU)}, "holds only numbers, texts"),
@@ -131,9 +156,15 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"encoder": OwnNet, "settings": {"encoder.widt": 3}}, "no setting 'widt': did you mean 'width'"),
         ({"encoder": OwnNet(1), "settings": {"encoder.width": 3}}, "a module that exists, without settings"),
         ({"encoder": torch.nn.Identity()}, "instead of one row of pooled features"),
+        ({"encoder": Returning(lambda x: (x, x))}, "gives tuple for one image"),
+        ({"encoder": Returning(lambda x: x.flatten(1).long())}, "of torch.int64 for one image"),
         ({"optimizer": lambda params: params}, "must make a torch.optim.Optimizer"),
         ({"views": v2.Resize((12, 10))}, "not a square"),
         ({"views": lambda image: image.float()}, "leave out Normalize"),
+        ({"views": lambda image: (image, image)}, r"return tuple for an image, not one image: .*\[A, B\]"),
+        ({"views": lambda image: None}, "return NoneType for an image"),
+        ({"views": lambda image: image[0]}, "not uint8 or float"),
+        ({"views": lambda image: image * float("nan")}, "from nan to nan, not from 0 to 1"),
         ({"views": lambda image: 1 / 0}, "ZeroDivisionError.*Leave out steps for Pillow images"),
         ({"views": [v2.CenterCrop(12), 3]}, "pass a name, a View or several"),
         ({"views": v2.CenterCrop(12), "crops": "adjacent"}, "need views that are cut at random"),

@@ -228,7 +228,12 @@ class Encoder(nn.Module):
         shape = self.channels, self.size, self.size
         what = f"take images of {'x'.join(map(str, shape))}"
         with explained(self.name, what, backbone=self.backbone), self.evaluating():
-            shape = tuple(self(torch.zeros(1, *shape, device=self.device)).shape)
-        if len(shape) != 2:
-            raise ConfigError(f"{self.name} gives {shape} for one image instead of one row of pooled features.")
-        return shape[1]
+            rows = self(torch.zeros(1, *shape, device=self.device))
+        if not isinstance(rows, Tensor):
+            raise ConfigError(f"{self.name} gives {type_name(rows)} for one image instead of one row of features.")
+        if rows.ndim != 2 or not rows.is_floating_point():
+            kind = "" if rows.is_floating_point() else f" of {rows.dtype}"
+            raise ConfigError(
+                f"{self.name} gives {tuple(rows.shape)}{kind} for one image instead of one row of pooled features."
+            )
+        return rows.shape[1]

@@ -168,6 +168,11 @@ def imported(part: str, text: str, option: str | None = None) -> OwnPart:
             where = "the current folder or among the installed packages"
             raise ConfigError(f"{option} {text}: there is no module {error.name!r} in {where}") from None
         raise ConfigError(f"{option} {text}: the module cannot be imported: {error}") from error
+    except SystemExit as error:
+        raise ConfigError(
+            f"{option} {text}: the module ends the program when it is imported ({error.code}); put what a script runs "
+            "under if __name__ == '__main__':"
+        ) from error
     except Exception as error:  # of any code
         raise ConfigError(f"{option} {text}: the module cannot be imported: {reason(error)}") from error
     for name in path.split("."):
@@ -255,11 +260,16 @@ def _version(module: str) -> str | None:
 
 
 def _file(definition: Any) -> str | None:
-    """Return the file of a class or function; a cell of a notebook has the name under which Python knows it."""
+    """Return the file of a class or function; a cell of a notebook has the name under which Python knows it.
+
+    The file is that of the user's function, not of its decorator, and not "<string>", as of a dataclass's constructor.
+    """
     functions = [definition] if inspect.isfunction(definition) else list(vars(definition).values())
     for function in functions:
         if inspect.isfunction(function) and function.__module__ == definition.__module__:
-            return function.__code__.co_filename
+            file = inspect.unwrap(function).__code__.co_filename
+            if linecache.getlines(file):
+                return file
     return getattr(sys.modules.get(definition.__module__), "__file__", None)
 
 
@@ -307,8 +317,12 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
         yield from (alias.asname or alias.name.split(".")[0] for alias in statement.names)
     elif not (isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)):
         for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                yield node.id
+            if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
+                target: ast.expr = node
+                while isinstance(target, ast.Attribute | ast.Subscript):  # MyMethod.loss = ..., OPTIONS["depth"] = ...
+                    target = target.value
+                if isinstance(target, ast.Name):
+                    yield target.id
             elif node is not statement and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ImportFrom):
                 yield from _defined(node)
 

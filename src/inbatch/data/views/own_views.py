@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data.views.pipeline import Drawn, Views
 from inbatch.data.views.view import View
-from inbatch.errors import ConfigError, reason
+from inbatch.errors import ConfigError, reason, type_name
 from inbatch.rng import fold
 from inbatch.runtime import own_parts
 
@@ -107,14 +108,16 @@ def applied(transform: Transform, picture: UInt8[Tensor, "c h w"], name: str) ->
             f"views {name} failed on an image, a uint8 tensor of {'x'.join(map(str, picture.shape))}: {reason(error)}. "
             "Leave out steps for Pillow images, such as ToTensor"
         ) from error
+    if isinstance(view, Image.Image | np.ndarray):
+        pixels = np.asarray(view)
+        view = torch.from_numpy(np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)))
     if not isinstance(view, Tensor):
-        view = np.asarray(view)
-        view = torch.from_numpy(np.ascontiguousarray(view[None] if view.ndim == 2 else view.transpose(2, 0, 1)))
-    if view.dtype == torch.uint8:
-        return view.to(torch.float32) / 255
-    if not view.is_floating_point() or view.ndim != 3:
+        raise ConfigError(
+            f"views {name} return {type_name(view)} for an image, not one image: two transforms make two views, [A, B]"
+        )
+    if not (view.dtype == torch.uint8 or view.is_floating_point()) or view.ndim != 3:
         raise ConfigError(f"views {name} return {view.dtype} {tuple(view.shape)}, not uint8 or float (C, s, s)")
-    return view.to(torch.float32)
+    return view.to(torch.float32) / 255 if view.dtype == torch.uint8 else view.to(torch.float32)
 
 
 def resolved(value: Any, is_maker: bool, options: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -169,7 +172,7 @@ def sizes_of(views: Sequence[Any], picture: UInt8[Tensor, "c h w"], name: str) -
                     f"views {name} give {shape}, not a square of {picture.shape[0]} channels: end with a crop of one "
                     "size, such as RandomResizedCrop(96)"
                 )
-            if float(drawn.min()) < -1e-3 or float(drawn.max()) > 1 + 1e-3:
+            if not bool(((drawn >= -1e-3) & (drawn <= 1 + 1e-3)).all()):
                 raise ConfigError(
                     f"views {name} give values from {float(drawn.min()):.3g} to {float(drawn.max()):.3g}, not from 0 "
                     "to 1: leave out Normalize, the run normalises with the mean and std of its encoder"
