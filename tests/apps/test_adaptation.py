@@ -159,6 +159,17 @@ def test_better_weights_are_recommended_and_seeds_can_be_added(
     assert training.seeds == [0, 1, 2]
 
 
+def test_own_method_can_be_typed(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
+    """It was refused with the advice to type it."""
+    start, training.end = folders
+    own = "--method own_code:OwnMethod --set method.t=0.3"
+    done = run(f"adapt digits-canvas --from {start} -o {tmp_path / 'a'} --set subset=400 --seeds 1 -q {own}")
+    assert done.exit_code == 0, done.stderr
+    assert training.settings.items() >= {"method.name": "own_code:OwnMethod", "method.t": 0.3}.items()
+    assert "own" not in training.settings  # which `pretrain` refuses
+    assert one_object((tmp_path / "a" / "adapt.json").read_text())["settings"]["own"]["method"]["sha256"]
+
+
 def test_worse_weights_are_not_recommended(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
     training.end, useful = folders
     out = tmp_path / "adapted"

@@ -22,6 +22,8 @@ from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
 from inbatch.runtime import own_parts
 from inbatch.runtime.own_parts import OwnPart, source_hash
+from inbatch.training.recipe import make
+from inbatch.training.settings_file import read_settings
 
 NO_WARMUP = {"schedule.warmup_epochs": 0}
 OWN: dict[str, Any] = {"encoder": OwnNet, "views": OwnViews, "optimizer": Momentum, "settings": {"encoder.width": 4}}
@@ -78,6 +80,19 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
             call()
     built = prepare("digits-canvas", encoder=OwnNet, settings={"encoder.init": tmp_path / "whole", "encoder.width": 4})
     assert torch.equal(built.encoder.backbone.conv.weight.cpu(), run_weights)
+
+
+def test_recipe_with_the_preset_of_an_own_method_is_read_without_it() -> None:
+    class Subclass(SimCLR):
+        pass
+
+    with inbatch.use_parts(method=Subclass):
+        name = own_parts.current()["method"].name
+        written = make({"data": "x", "image_size": 32, "method.name": name})
+        with pytest.raises(ConfigError, match="preset = 'cifra' is unknown"):
+            make({"data": "x", "method.name": name, "preset": "cifra"})
+    assert written.preset == "cifar"
+    assert make(read_settings(written.nested())).nested() == written.nested()
 
 
 def run_on_rank(out: str, world: int) -> None:

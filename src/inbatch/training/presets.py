@@ -48,9 +48,12 @@ def method_named(name: str) -> type[Method]:
 
 def presets_of(method: Any) -> dict[str, dict[str, Any]]:
     """Return the presets of a method; none for a user's own one that is not in use, whose recipe is complete."""
-    if own_parts.is_own(method) and own_parts.find("method", method) is None:
-        return {}
-    return method_named(method).presets
+    return {} if _is_absent(method) else method_named(method).presets
+
+
+def _is_absent(method: Any) -> bool:
+    """Return whether a method is code of the user that is not in use."""
+    return own_parts.is_own(method) and own_parts.find("method", method) is None
 
 
 def default_method(settings: Mapping[str, Any]) -> Any:
@@ -75,7 +78,8 @@ def with_preset(settings: Mapping[str, Any]) -> Settings:
     size = finite_number(settings.get("image_size", 224))
     natural = natural_preset(str(settings.get("data")), size)
     preset = settings.get("preset", natural if natural in SHARED_PRESETS | own else "none")
-    check_known("preset", preset, SHARED_PRESETS | own)
+    if not _is_absent(method):  # the preset can be the method's own
+        check_known("preset", preset, SHARED_PRESETS | own)
     base = {"method.name": method, "views.name": "simclr_cifar" if size <= 64 else "simclr", "encoder.name": "resnet18"}
     base |= {"optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}
     for rate in without_rates(settings.get("optimizer.name")):

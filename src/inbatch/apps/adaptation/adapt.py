@@ -34,6 +34,7 @@ from inbatch.training.budget import LEAST, duration, parse_budget
 from inbatch.training.claim import claim, numbered
 from inbatch.training.holdout import EvaluationSplit, evaluation_split
 from inbatch.training.monitors.online_evaluation import fit_readout, limited
+from inbatch.training.own_requests import with_own_parts
 from inbatch.training.plan import plan_without_budget
 from inbatch.training.requested_settings import check_one_length, merged_settings
 
@@ -43,8 +44,9 @@ TEMPERATURE = 0.1
 
 
 @isolated
+@with_own_parts
 def adapt(
-    data: Any, weights: Any, method: str | None = None, *, out: str | Path | None = None, seeds: int = 3,
+    data: Any, weights: Any, method: Any = None, *, out: str | Path | None = None, seeds: int = 3,
     budget: Any = None, settings: Mapping[str, Any] | None = None, test: Any = None, device: str = "auto",
     workers: int | None = None, quiet: bool = False, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -57,7 +59,7 @@ def adapt(
     Args:
         data: Images, as for `pretrain`.
         weights: Weights to start from: a run, an encoder's folder, a file of weights, hub:OWNER/NAME, or timm/NAME.
-        method: A name of `METHODS`; simclr by default.
+        method: A name of `METHODS`, or your own (`pretrain`); simclr by default.
         out: Directory of the result, runs/adapt-DATA-NUMBER by default.
         seeds: Number of runs, with the seeds 0, 1, ...; one seed has no spread, and its verdict is never "helped".
         budget: Wall time of all runs together ("30m"), without the verdict; each run gets an equal share.
@@ -89,12 +91,13 @@ def adapt(
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
         facts = {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
         folder = _prepared(out, plan.recipe.data, facts)
+        each = {key: value for key, value in chosen.items() if key != "own"}  # every run writes it itself
         runs = []
         for seed in range(seeds):
             with progress(quiet) as (notify, _):
                 if distributed.rank() == 0:
                     notify(f"Seed {seed + 1} of {seeds}: {folder / f'seed-{seed}'}")
-            runs.append(_trained(folder / f"seed-{seed}", data, chosen | {"seed": seed}, test, device, workers, quiet))
+            runs.append(_trained(folder / f"seed-{seed}", data, each | {"seed": seed}, test, device, workers, quiet))
         result = None
         if distributed.rank() == 0:
             result = _judged(folder, runs, split, plan.source, device_for(device))

@@ -20,6 +20,8 @@ from inbatch.apps.cli.app import (
     deliver,
     reported,
 )
+from inbatch.apps.cli.output import MEASURES
+from inbatch.apps.cli.own_code import typed
 from inbatch.apps.console import complain, print_table, say
 from inbatch.errors import many
 from inbatch.runtime.path_list import joined_paths
@@ -41,7 +43,7 @@ def adapt(
             "--from", metavar="RUN|PATH|timm/NAME|hub:NAME", help="A run, an encoder's folder, a file, ...: see --init."
         ),
     ],
-    method: Annotated[str | None, Option(help="simclr by default; see inbatch methods.")] = None,
+    method: Annotated[str | None, Option(help="simclr by default; see inbatch methods. Your own: MODULE:NAME.")] = None,
     teacher: Annotated[
         str | None,
         Option(metavar="RUN|PATH|timm/NAME", help="Frozen encoder to learn from; the method is then relation."),
@@ -56,7 +58,12 @@ def adapt(
     epochs: Annotated[int | None, Option(help="Passes over the images; default 10 without a budget.")] = None,
     encoder: Annotated[
         str | None,
-        Option("--encoder", "--backbone", "--model", help="Encoder of a file of weights that does not name it."),
+        Option(
+            "--encoder",
+            "--backbone",
+            "--model",
+            help="Encoder of weights that do not name it, or your own.",
+        ),
     ] = None,
     lr: Annotated[float | None, Option("--lr", "--learning-rate", help="Rate of the heads; default 0.0003.")] = None,
     layer_decay: Annotated[
@@ -87,7 +94,12 @@ def adapt(
     with reported(as_json):
         from inbatch.apps.adaptation.adapt import adapt as run
 
-        fields = {"epochs": epochs, "encoder": encoder, "batch_size": batch_size, "image_size": image_size}
+        fields = {
+            "epochs": epochs,
+            "encoder": typed("encoder", encoder),
+            "batch_size": batch_size,
+            "image_size": image_size,
+        }
         fields |= {"teacher": teacher, "image_column": image_column, "label_column": label_column}
         own = {"optimizer.lr": lr, "optimizer.layer_decay": layer_decay}
         settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
@@ -96,8 +108,9 @@ def adapt(
 
         def compute() -> dict[str, Any]:
             result = run(
-                joined_paths(data), weights, method, out=out, seeds=seeds, budget=budget, settings=settings,
-                test=joined_paths(test) or None, device=device, workers=workers, quiet=quiet, **named,
+                joined_paths(data), weights, typed("method", method), out=out, seeds=seeds, budget=budget,
+                settings=settings, test=joined_paths(test) or None, device=device, workers=workers, quiet=quiet,
+                **named,
             )  # fmt: skip
             code[0] = result["exit_code"]
             return result | ({"error": result["sentence"]} if code[0] else {})
@@ -111,7 +124,7 @@ def adapt(
 
 def _show_verdict(result: Mapping[str, Any]) -> None:
     """Print the figures before and after, and the verdict."""
-    names = {"knn": "k-NN", "linear": "linear", "same_image": "same image found", "rankme": "RankMe"}
+    names = {"knn": "k-NN", "linear": "linear", **MEASURES}
     shares = {*result["accuracy"], "same_image"}
     rows = []
     for name, gain in (result["accuracy"] | result["unlabelled"]).items():

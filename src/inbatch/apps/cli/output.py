@@ -55,16 +55,21 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
     print_table(["", *columns], cells, numbers=True)
 
 
+MEASURES = {
+    "same_image": "same image found", "rankme": "RankMe", "lidar": "LiDAR", "alpha": "alpha-ReQ",
+    "feature_std": "feature std",
+}  # fmt: skip
+"""Titles of the measures without labels."""
+
+
 def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after: str) -> None:
     """Print a table of the measures without labels: before and after training, and which direction is better."""
-    names = {"same_image": "same image found", "rankme": "RankMe", "lidar": "LiDAR", "alpha": "alpha-ReQ"}
-    names |= {"feature_std": "feature std"}
 
     def cell(name: str, value: float | None) -> str:
         return "" if value is None or value != value else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
 
     rows = [
-        (names.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
+        (MEASURES.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
         for name, told in measures.items()
     ]
     count = max((told.get("images", 0) for told in measures.values()), default=0)
