@@ -1,6 +1,7 @@
 """inbatch adapt: the interval of the gain, the verdict, and the weights that it recommends."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,18 @@ def test_better_weights_are_recommended_and_seeds_can_be_added(
     other = run(f"{call} --seeds 3 --lr 0.1")
     assert other.exit_code == 2 and "holds another adaptation: optimizer.lr = 0.1 (it has 0.0003)" in other.stderr
     assert training.seeds == [0, 1, 2]
+
+
+def test_each_seed_is_compared_with_its_own_start(
+    folders: tuple[Path, Path], training: Training, tmp_path: Path
+) -> None:
+    useless, training.end = folders
+    shutil.copytree(useless, tmp_path / "start")
+    call = f"adapt digits-canvas --from {tmp_path / 'start'} -o {tmp_path / 'a'} --set subset=400 -q --json"
+    assert run(f"{call} --seeds 1").exit_code == 0
+    shutil.copytree(training.end, tmp_path / "start", dirs_exist_ok=True)
+    knn = one_object(run(f"{call} --seeds 2").stdout)["accuracy"]["knn"]
+    assert knn["before"][0] < 0.2 < knn["before"][1] == knn["after"][1]
 
 
 def test_own_method_can_be_typed(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:

@@ -205,12 +205,14 @@ def _judged(
     accuracy, images = {}, 0
     if split is not None:
         split = _as_judged(split, runs)
-        before = _hits(start, split, runs[0], device)
+        before = [_hits(start, split, runs[0], device)]
+        for run in runs[1:]:  # the weights at --from can have changed between two calls
+            own = load_encoder(run.directory / "initial")
+            before.append(before[0] if _equal_weights(own, start) else _hits(own, split, run, device))
         after = [_hits(load(run.directory), split, run, device) for run in runs]
-        images = len(before.knn)
+        images = len(after[0].knn)
         for name in ("knn", "linear"):
-            old, new = getattr(before, name), torch.stack([getattr(one, name) for one in after])
-            accuracy[name] = accuracy_gain(old.expand_as(new), new)
+            accuracy[name] = accuracy_gain(*(torch.stack([getattr(one, name) for one in x]) for x in (before, after)))
     measures = {name: _measure(runs, name) for name in runs[0].result["unlabelled"]}
     collapsed = [i for i, run in enumerate(runs) if run.result["collapsed"]]
     verdict = Verdict(accuracy, measures, collapsed, len(runs), images)
@@ -248,6 +250,12 @@ def _as_judged(split: EvaluationSplit, runs: Sequence[Run]) -> EvaluationSplit:
         for x, y in zip(zip(*sizes, strict=True), zip(*unread, strict=True), strict=True)
     )
     return limited(split, bank, queries)
+
+
+def _equal_weights(a: Encoder, b: Encoder) -> bool:
+    """Return whether two encoders of the same kind have the same weights in their backbones."""
+    pairs = zip(a.backbone.state_dict().values(), b.backbone.state_dict().values(), strict=True)
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)
 
 
 def _hits(encoder: Encoder, split: EvaluationSplit, run: Run, device: torch.device) -> _Hits:
