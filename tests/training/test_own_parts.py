@@ -173,6 +173,7 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"encoder": torch.nn.Identity()}, "instead of one row of pooled features"),
         ({"encoder": Returning(lambda x: (x, x))}, "gives tuple for one image"),
         ({"encoder": Returning(lambda x: x.flatten(1).long())}, "of torch.int64 for one image"),
+        ({"optimizer": lambda params: torch.optim.LBFGS(params[:1])}, "needs a closure in its step"),
         ({"optimizer": lambda params: params}, "must make a torch.optim.Optimizer"),
         ({"views": v2.Resize((12, 10))}, "not a square"),
         ({"views": lambda image: image.float()}, "leave out Normalize"),

@@ -212,6 +212,11 @@ def _own_optimizer(
     optimizer = maker(passed, **rate, **options)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"the optimizer {name} must make a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"the optimizer {name} needs a closure in its step, which a run does not have: choose another"
+        )
     wanted = [[id(p) for p in group["params"]] for group in groups]
     if [[id(p) for p in group["params"]] for group in optimizer.param_groups] != wanted:
         raise ConfigError(f"the optimizer {name} must keep the parameter groups that it gets, in their order")
