@@ -329,7 +329,7 @@ def test_images_without_labels_are_compared_without_accuracy(trained: list[list[
     assert "is not an accuracy" in " ".join(result["notes"]) and result["out"] == "runs/compare-plain"
     with pytest.raises(DataError, match="has no labels"):
         inbatch.compare([SIMCLR, BYOL], tmp_path / "plain", metric="knn", **options)
-    with pytest.raises(DataError, match="variant .*: supervised learns from labels"):
+    with pytest.raises(DataError, match=r"variant .*: supervised learns from labels"):
         inbatch.compare([SIMCLR, "pretrain supervised"], tmp_path / "plain", **options)
     Image.new("RGB", (24, 24)).save(tmp_path / "plain" / "more.png")
     with pytest.raises(ConfigError, match=r"runs on other images.*number of images: 4, now 5"):
