@@ -34,8 +34,8 @@ def test_a_typed_class_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = run("check-method typed_methods:Learns --set method.start=1.0")
     assert result.exit_code == 4 and "FAILED  parameters" in result.stdout and "Learns fails 1 of" in result.stderr
     for words, message in (
-        ("typed_methods:Absent", "the module typed_methods has no Absent"),
-        ("no_such_module:X", "the module no_such_module cannot be imported"),
+        ("typed_methods:Absent", "typed_methods has no 'Absent'"),
+        ("no_such_module:X", "there is no module 'no_such_module'"),
         ("simcrl", "give MODULE:CLASS, or one of simclr"),
         ("typed_methods:torch", "takes a subclass of inbatch.methods.base.Method"),
         ("simclr --set batch_size=8", "is an option of the check"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.util import Finalize
 from typing import IO, Any
 
@@ -46,6 +46,20 @@ def start_reader(words: Sequence[str], log: IO[str]) -> "subprocess.Popen[str]":
     """
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True)
+
+
+def start_fork(task: Callable[..., None], *arguments: Any) -> "multiprocessing.process.BaseProcess":
+    """Call a function in a fork of this process, which ends with it; only where the start method "fork" exists."""
+    child = multiprocessing.get_context("fork").Process(
+        target=_in_fork, args=(os.getpid(), task, arguments), daemon=True
+    )
+    child.start()
+    return child
+
+
+def _in_fork(parent: int, task: Callable[..., None], arguments: Sequence[Any]) -> None:
+    end_with_parent(parent)
+    task(*arguments)
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from inbatch.errors import reason
+from inbatch.runtime import child_processes
 from inbatch.testing.report import Finding
 from inbatch.testing.training import TOLERANCE
 from inbatch.testing.trial import State, Trial, difference
@@ -100,10 +101,11 @@ def _imported(trial: Trial, rank: int, folder: str, stack: contextlib.ExitStack)
         "tuples": tuples, "batch": trial.batch, "count": trial.count, "rank": rank, "folder": folder,
     }  # fmt: skip
     code = "import json, sys; facts = json.load(sys.stdin); sys.path[:] = facts['path']; "
+    code += "from inbatch.runtime.child_processes import end_with_parent; end_with_parent(); "
     code += "from inbatch.testing.ranks import main; main(facts)"
-    process = subprocess.Popen(
+    process = child_processes.start(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     stack.callback(process.wait)
     stack.callback(process.kill)
@@ -124,8 +126,7 @@ def _forked(trial: Trial, rank: int, folder: str, stack: contextlib.ExitStack) -
     """Fork this process for a rank of a method that was defined in a script, a notebook or a function."""
     if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin" or torch.cuda.is_initialized():
         raise RanksUnavailable(f"other processes cannot import {trial.make.__qualname__}: define it in a module")
-    process = multiprocessing.get_context("fork").Process(target=_write, args=(trial, rank, folder), daemon=True)
-    process.start()
+    process = child_processes.start_fork(_write, trial, rank, folder)
     stack.callback(process.join)
     stack.callback(process.kill)
     return process.is_alive

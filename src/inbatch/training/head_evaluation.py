@@ -12,6 +12,7 @@ from inbatch.methods import METHODS
 from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.models.weights import fill, read, write
+from inbatch.runtime import own_parts
 from inbatch.training.build import RunComponents
 from inbatch.training.holdout import Images
 from inbatch.training.presets import method_named
@@ -59,7 +60,9 @@ def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int =
     weights, config = read(run / "heads")
     try:
         kind, options, prepared = method_named(config["method"]), dict(config["options"]), dict(config["told"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        if isinstance(error, ConfigError) and own_parts.is_own(config["method"]):
+            raise  # it says what to type
         raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
     name = kind.assigns
     if name is None:

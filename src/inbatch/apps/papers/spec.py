@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -159,7 +159,8 @@ def _told(recipe: Recipe) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for each in fields(Recipe):
         value = getattr(recipe, each.name)
-        if each.name in LEFT_OUT or value == each.default:
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.name in LEFT_OUT or value == default:
             continue
         if isinstance(value, Part):
             bare = each.name in ("optimizer", "encoder")  # external parts: a recipe holds only the given options

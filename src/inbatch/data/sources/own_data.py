@@ -172,6 +172,8 @@ def find_own_data(data: object, reading: Reading) -> dict[str, Callable[[], Sour
         items, labels = data
     if isinstance(items, str | bytes | Mapping) or is_array(items) or hasattr(items, "__fspath__"):
         return None
+    if type(items).__module__.partition(".")[0] == "datasets":  # of Hugging Face, with columns and splits
+        return None
     if isinstance(items, list | tuple):
         if not _is_images(items):
             return None
