@@ -68,6 +68,7 @@ ONLY: dict[str, set[str]] = {
     "onnx": {"models.export.to_onnx"},
     "onnxruntime": {"models.export.to_onnx"},
     "onnxscript": {"models.export.to_onnx"},
+    "peft": {"models.lora"},
     "transformers": set(),
     "coremltools": set(),
 }

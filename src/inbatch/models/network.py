@@ -55,6 +55,9 @@ class Network(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale = 1.0  # scale of the images' side, for runs with growing images; set by `Step`
         self.frozen = False  # whether the encoder does not learn; set by `freeze_encoder`
+        self.adapted = getattr(encoder, "lora", None) is not None  # only LoRA's matrices of the encoder learn
+        for norm in norms(encoder) if self.adapted else ():
+            norm.eval().track_running_stats = False
 
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
         """Return {head: (V, G, D)} for V views (G, C, H, W) of one group. Each view has its own norm statistics.
@@ -108,6 +111,13 @@ class Network(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encoder(images.contiguous(memory_format=self.memory_format))
 
+    def train(self, mode: bool = True) -> "Network":
+        """Set the mode; with LoRA, norm layers of the encoder keep and use their running statistics."""
+        super().train(mode)
+        for norm in norms(self.encoder) if self.adapted else ():
+            norm.eval()
+        return self
+
     def freeze_encoder(self, frozen: bool) -> None:
         """Set whether the encoder learns nothing: it gets no gradient, and keeps its running statistics.
 
@@ -118,7 +128,7 @@ class Network(nn.Module):
             return
         self.frozen = frozen
         for norm in norms(self.encoder):
-            norm.track_running_stats = not frozen
+            norm.track_running_stats = not (frozen or self.adapted)
 
     def _heads(self, features: Tensor) -> Rows:
         made = {"features": features}
@@ -156,8 +166,12 @@ def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """
     new = dict(online.named_parameters())
     # The mean of two equal weights differs from them by rounding.
-    frozen = "encoder." if getattr(online, "frozen", False) else None
-    pairs = [(own, new[name]) for name, own in target.named_parameters() if not (frozen and name.startswith(frozen))]
+    frozen, adapted = getattr(online, "frozen", False), getattr(online, "adapted", False)
+
+    def learns(name: str) -> bool:
+        return not name.startswith("encoder.") or not (frozen or (adapted and not new[name].requires_grad))
+
+    pairs = [(own, new[name]) for name, own in target.named_parameters() if learns(name)]
     slow: list[Tensor] = [pair[0] for pair in pairs]
     torch._foreach_mul_(slow, momentum)
     torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)

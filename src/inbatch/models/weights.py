@@ -13,6 +13,7 @@ from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.attention_slots import blocks, without
 from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
+from inbatch.models.lora import plain_backbone
 from inbatch.models.readout import Readout
 from inbatch.runtime.files import object_in, read_json, replacing
 from inbatch.runtime.paths import path_of
@@ -96,7 +97,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
 def as_saved(encoder: Encoder) -> tuple[nn.Module, dict[str, Any]]:
     """Return the module that is saved, and the inbatch part of config.json."""
     keys = ("name", "size", "channels", "width", "mean", "std", "stem", "arguments", "attend", "levels")
-    backbone = encoder.backbone
+    backbone = plain_backbone(encoder)
     if encoder.attend:
         backbone = without(encoder).backbone
         backbone.add_module("attend", blocks(encoder))

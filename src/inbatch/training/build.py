@@ -21,6 +21,7 @@ from inbatch.errors import ConfigError, DataError, reason
 from inbatch.methods.base import Method
 from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
+from inbatch.models.lora import add_lora
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
 from inbatch.nn import triton_logsumexp
@@ -184,8 +185,20 @@ def _draw_weights(
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
+        if recipe.lora:
+            notes.append(_adapted(recipe, encoder))
         notes += method.notes(len(source))
         return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes, teacher)
+
+
+def _adapted(recipe: Recipe, encoder: Encoder) -> str:
+    """Let only matrices of low rank learn in the encoder; return a sentence about them."""
+    if recipe.encoder.options.get("init") is None and "encoder" not in recipe.own:
+        raise ConfigError(
+            "encoder.lora freezes the weights of the encoder, and these are random: name weights to start from "
+            "(--init), or leave out encoder.lora"
+        )
+    return add_lora(encoder, recipe.lora or 0)
 
 
 def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:

@@ -186,6 +186,12 @@ class Recipe:
         """Arguments of `data.open_data` and `data.splits` that name columns."""
         return {"image_column": self.image_column, "label_column": self.label_column}
 
+    @property
+    def lora(self) -> int | None:
+        """Rank of the matrices that learn beside the frozen weights of the encoder; None: all weights learn."""
+        rank: int | None = self.encoder.options.get("lora")
+        return rank
+
     def flat(self) -> Settings:
         """Return the recipe as settings, which `make` turns into the same recipe."""
         settings: Settings = {}

@@ -12,7 +12,7 @@ import pydantic
 from inbatch.context.curation import CURATORS
 from inbatch.context.fusion import FUSIONS
 from inbatch.data.views import PRESETS
-from inbatch.errors import ConfigError, closest
+from inbatch.errors import ConfigError, check_whole, closest
 from inbatch.methods import METHODS
 from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
@@ -76,6 +76,8 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         }
         for key in of_recipe.keys() & options.keys():
             raise ConfigError(f"{part}.{key} follows from another setting: set {of_recipe[key]}")
+        if options.get("lora") is not None:
+            _check_lora(options)
         return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
     maker = maker_of(part, name)
     if not own_parts.is_maker(part, maker):
@@ -96,6 +98,11 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         return Part(name, {k: v for k, v in checked.items() if k in options or is_plain(v)})
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
+
+
+def _check_lora(options: Settings) -> None:
+    """Raise ConfigError for a rank of LoRA that is no whole number of at least 1."""
+    check_whole("encoder.lora", options["lora"], least=1)
 
 
 def maker_of(part: str, name: Any, key: str | None = None) -> Any:

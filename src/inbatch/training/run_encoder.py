@@ -17,6 +17,7 @@ from inbatch.errors import ConfigError, DataError, InbatchError, reason
 from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
+from inbatch.models.lora import merged
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
@@ -66,9 +67,10 @@ def seeded(recipe: Recipe, device: torch.device = CPU) -> Iterator[None]:
 def make_encoder(recipe: Recipe, init: str | Path | Encoder | None) -> Encoder:
     """Create the encoder of a recipe, with weights from torch's random numbers or from `init`.
 
-    It takes images of all sizes of the recipe's views, if its library can build it so.
+    It takes images of all sizes of the recipe's views, if its library can build it so, and has no LoRA yet.
     """
-    attend, options = recipe.attend, recipe.encoder.options | {"init": init}
+    attend = recipe.attend
+    options = {k: v for k, v in recipe.encoder.options.items() if k != "lora"} | {"init": init}
     blocks = {k: v for k, v in attend.options.items() if v is not None} if attend else {}
     state = torch.get_rng_state()
 
@@ -182,7 +184,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     saved_settings = {
         f"encoder.{key}": value
         for key, value in arguments.items()
-        if key not in ("init", "init_min_match") and value is not None
+        if key not in ("init", "init_min_match", "lora") and value is not None
     }
     return saved_settings | settings
 
@@ -263,7 +265,7 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
     network = saved.state.get("average") or saved.state.get("tower")
     try:
         weights = {k.removeprefix("encoder."): v for k, v in dict(network or {}).items() if k.startswith("encoder.")}
-        fill(encoder, weights, f"the encoder {recipe.encoder.name}")
+        fill(encoder, merged(weights) if recipe.lora else weights, f"the encoder {recipe.encoder.name}")
     except (ConfigError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{saved.path} is not a checkpoint of {path / 'recipe.json'}: {str(error) or reason(error)}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from inbatch.errors import InbatchError, Unwritten
 from inbatch.models import save_encoder
+from inbatch.models.lora import merge_
 from inbatch.runtime import distributed
 from inbatch.runtime.files import write_json
 from inbatch.runtime.memory import peak_memory
@@ -24,6 +25,7 @@ def finish(
 ) -> dict[str, Any]:  # fmt: skip
     """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
     split = plan.final
+    merge_(built.encoder)  # what is judged is what is saved
     save_encoder(built.encoder, out / "encoder")
     save_heads(built, out / "heads")
     plot_curves(out / "metrics.jsonl", out / "curves.png", compared)

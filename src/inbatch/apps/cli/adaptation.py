@@ -69,6 +69,10 @@ def adapt(
     layer_decay: Annotated[
         float | None, Option(help="Ratio of the rates of successive layers, from the heads down; default 0.75.")
     ] = None,
+    lora: Annotated[
+        int | None,
+        Option(min=1, metavar="RANK", help="Train only matrices of this rank beside the encoder's linear layers."),
+    ] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "--batch", help="Samples per step.")] = None,
     image_size: Annotated[
         int | None, Option("--image-size", "--size", min=1, help="Side in pixels; default: that of the weights.")
@@ -101,7 +105,7 @@ def adapt(
             "image_size": image_size,
         }
         fields |= {"teacher": teacher, "image_column": image_column, "label_column": label_column}
-        own = {"optimizer.lr": lr, "optimizer.layer_decay": layer_decay}
+        own = {"optimizer.lr": lr, "optimizer.layer_decay": layer_decay, "encoder.lora": lora}
         settings = {key: value for key, value in own.items() if value is not None} | assignments(set_)
         named: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
         code = [0]
