@@ -115,7 +115,7 @@ def test_what_cannot_learn_so_is_refused(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_layers_whose_weights_are_read_elsewhere_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The projection of torch's multi-head attention is not called: matrices beside it would not learn."""
+    """The projection of torch's multi-head attention is not called: matrices added to it would not learn."""
     monkeypatch.setitem(sys.modules, "peft", None)
 
     class Attending(nn.Module):
@@ -137,7 +137,7 @@ def test_features_start_unchanged_and_merge_to_a_plain_encoder(tmp_path: Path) -
     encoder, plain = vit(), vit()
     images = torch.randn(3, 3, 20, 20)
     note = add_lora(encoder.eval(), 2)
-    assert "rank 2 beside 8 linear layers (qkv, proj, fc1, fc2): 768 parameters learn" in note
+    assert "rank 2 in 8 linear layers (qkv, proj, fc1, fc2): 768 parameters learn" in note
     torch.testing.assert_close(encoder(images), plain.eval()(images), rtol=0, atol=0)
     for parameter in (p for p in encoder.parameters() if p.requires_grad):
         parameter.data.normal_(0, 0.3)

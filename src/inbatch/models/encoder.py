@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         pooled: the block after the pooling (`attention_slots.install` sets these three).
         readout: pools and whitens the output of `represent`; None: the features are unchanged.
         init_notes: sentences about its initial weights, if they come from another program or were adapted.
-        lora: rank of the matrices that learn beside its frozen linear layers (`lora.add_lora`), None without.
+        lora: rank of LoRA in its frozen linear layers (`lora.add_lora`); None without.
         own: version and source hash of a backbone that is the user's code, None for others.
         levels: the two values that become 0 and 255 in images of more than 8 bits, as in the training images.
     """

@@ -1,6 +1,6 @@
-"""LoRA: matrices of low rank learn beside the frozen linear layers of an encoder (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: train low-rank matrices that are added to the frozen linear layers of an encoder (Hu et al. 2021).
 
-The library peft adds them. What is saved is a plain encoder, which contains the sums W + B A.
+arXiv 2106.09685. The library peft adds them. What is saved is a plain encoder, which contains the sums W + B A.
 """
 
 import copy
@@ -40,8 +40,8 @@ def add_lora(encoder: Encoder, rank: int) -> str:
     names = _linear_layers(encoder)
     if not names:
         raise ConfigError(
-            f"encoder.lora: {encoder.name} has no linear layers, beside which matrices could learn: choose a ViT, or "
-            "leave out encoder.lora to train all weights"
+            f"encoder.lora: {encoder.name} has no linear layers, to which LoRA could be added: choose a ViT, or leave "
+            "out encoder.lora to train all weights"
         )
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -56,7 +56,7 @@ def add_lora(encoder: Encoder, rank: int) -> str:
     learning = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     total = sum(p.numel() for p in encoder.parameters()) - learning
     return (
-        f"LoRA of rank {rank} beside {many(len(names), 'linear layer')} ({kinds}): {learning:,} parameters learn, and "
+        f"LoRA of rank {rank} in {many(len(names), 'linear layer')} ({kinds}): {learning:,} parameters learn, and "
         f"the {total:,} of {encoder.name} are frozen"
     )
 

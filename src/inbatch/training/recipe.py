@@ -188,7 +188,7 @@ class Recipe:
 
     @property
     def lora(self) -> int | None:
-        """Rank of the matrices that learn beside the frozen weights of the encoder; None: all weights learn."""
+        """Rank of LoRA in the encoder; None: all weights are trained."""
         rank: int | None = self.encoder.options.get("lora")
         return rank
 

@@ -71,7 +71,7 @@ def adapt(
     ] = None,
     lora: Annotated[
         int | None,
-        Option(min=1, metavar="RANK", help="Train only matrices of this rank beside the encoder's linear layers."),
+        Option(min=1, metavar="RANK", help="Train only low-rank matrices (LoRA) in the encoder's linear layers."),
     ] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "--batch", help="Samples per step.")] = None,
     image_size: Annotated[
