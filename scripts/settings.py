@@ -166,7 +166,7 @@ def encoder_settings() -> list[Setting]:
             kind = describe_type(hints[key]).replace("Sequence", "list of number").replace(" or Encoder", "")
             default = f"`{show(signature.parameters[key].default)}`"
             rows.append(Setting(f"encoder.{key}", default, kind.replace("Path", "path"), meanings.get(key, "")))
-    lora = "rank of low-rank matrices that are trained in frozen linear layers ([LoRA](adapt.md#lora)); null: all weights are trained"
+    lora = "rank of [LoRA](adapt.md#lora) in frozen linear layers; null: all weights are trained"
     return [*rows, Setting("encoder.lora", "`null`", "integer or null, ≥ 1", lora)]
 
 
