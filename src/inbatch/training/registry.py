@@ -101,7 +101,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
 
 
 def _check_lora(options: Settings) -> None:
-    """Raise ConfigError for a rank of LoRA that is no whole number of at least 1."""
+    """Raise ConfigError for a rank of LoRA that is not a whole number of at least 1."""
     check_whole("encoder.lora", options["lora"], least=1)
 
 

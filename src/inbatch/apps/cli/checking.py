@@ -74,5 +74,5 @@ def _imported(name: str) -> Any:
     if name not in METHODS and (own := own_parts.find("method", name)) is not None:
         return own.maker
     if name not in METHODS:
-        raise ConfigError(f"{name!r} is no method: give MODULE:CLASS, or one of {', '.join(METHODS)}")
+        raise ConfigError(f"{name!r} is not a method: give MODULE:CLASS, or one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -243,7 +243,7 @@ def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[st
 
 
 def _default(value: Any) -> Any:
-    """Return the default of an option for JSON; a user's own method may have one that is no plain value."""
+    """Return the default of an option for JSON; a user's own method may have one that is not a plain value."""
     from inbatch.training.registry import is_plain
 
     if value is inspect.Parameter.empty:

@@ -122,7 +122,7 @@ def _request(
     common = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
     for key, how in _NOT_COMMON.items():
         if key in common:
-            raise ConfigError(f"{key} is no setting of the variants of a comparison: {how}")
+            raise ConfigError(f"{key} is not a setting of the variants of a comparison: {how}")
     place = joined_paths(data)
     if not isinstance(place, str | Path):
         raise ConfigError("a comparison needs data on the disk or the name of a data set, because runs are processes")

@@ -164,7 +164,7 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     if split is None and metric.labels:
         raise DataError(
             f"{source.name} has no labels{source.why_unlabelled()}, which the metric needs: use --metric same_image or "
-            "rankme, which are no accuracy, or labelled --set test=FOLDER"
+            "rankme, which are not accuracies, or labelled --set test=FOLDER"
         )
     share, plans = None, runner.work / "plan.json"
     check_writable(plans)
