@@ -14,7 +14,7 @@ from inbatch.data import Source
 from inbatch.errors import ConfigError
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import settle
-from inbatch.training.build import local_batch_size
+from inbatch.training.build_checks import local_batch_size
 from inbatch.training.memory_bench import FULL, MARGIN, MemoryBench, MemoryProbe, predict, room
 from inbatch.training.recipe import Recipe
 

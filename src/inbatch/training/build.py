@@ -8,33 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from inbatch.batch import Batch
-from inbatch.context.curation import CURATORS, Curator
-from inbatch.context.fusion import FUSIONS, Fusion
+from inbatch.context.fusion import Fusion
 from inbatch.data import Loader, Source
-from inbatch.data.views import PRESETS, AnyViews, TransformedViews, View, Views, make_views, own_views
-from inbatch.data.views.crop_pairs import arrange
-from inbatch.errors import ConfigError, DataError, reason
+from inbatch.data.views import AnyViews
+from inbatch.errors import ConfigError, reason
 from inbatch.methods.base import Method
 from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
 from inbatch.models.lora import add_lora
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
-from inbatch.nn import triton_logsumexp
 from inbatch.nn.heads import Head
-from inbatch.runtime import distributed, own_parts
+from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
+from inbatch.training.build_checks import check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
+from inbatch.training.plug_ins import curator_of, fusion
 from inbatch.training.presets import method_named
 from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
+from inbatch.training.run_views import drawn, image_scale, views_of
 from inbatch.training.step import Step
 from inbatch.training.teacher import load_teacher, teacher_network
 
@@ -91,8 +89,8 @@ def build(
         init: Directory of the run's initial weights (`run_encoder.kept_initial`).
         teacher: Directory of the run's copy of its teacher (`teacher.kept_teacher`).
     """
-    context, groups = _context(recipe, distributed.world())
-    _check(recipe, source, device, context)
+    context, groups = context_and_groups(recipe, distributed.world())
+    check_recipe(recipe, source, device, context)
     parts = _draw_weights(recipe, source, device, context, (init, teacher))
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     # Chosen by the free memory if the recipe leaves it open; it decides pixels, so a resumed run must not choose again.
@@ -139,30 +137,6 @@ class _Parts:
     teacher: Encoder | None
 
 
-def _check(recipe: Recipe, source: Source, device: torch.device, context: int) -> None:
-    """Raise ConfigError or DataError for a recipe that this device or these images do not allow."""
-    if recipe.loss_precision == "tf32x3" and device.type != "cuda":
-        raise ConfigError("loss_precision = tf32x3 is a GPU's: here take float32, or bf16")
-    if distributed.world() > 1:  # ranks that reduce results must compute them in the same way
-        kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
-        facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
-        distributed.assert_equal_across_ranks(facts)
-    check_labels(recipe, source)
-    if recipe.shuffle_groups and recipe.batch_size == context:
-        raise ConfigError(
-            f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
-        )
-
-
-def check_labels(recipe: Recipe, source: Source) -> None:
-    """Raise DataError if the method learns from labels and the images have none."""
-    if method_named(recipe.method.name).labels and not bool((source.labels >= 0).any()):
-        raise DataError(
-            f"{recipe.method.name} learns from labels, but {source.name} has none{source.why_unlabelled()}: "
-            "use class sub-folders, or name the column of labels (--label-column)"
-        )
-
-
 def _draw_weights(
     recipe: Recipe, source: Source, device: torch.device, context: int, kept: tuple[Path | None, Path | None]
 ) -> _Parts:
@@ -179,7 +153,7 @@ def _draw_weights(
         if start is None:
             fit_first_layer(encoder, source)
         views = views_of(recipe, encoder.mean, encoder.std)
-        _check_views(recipe, method, len(views))
+        check_views(recipe, method, len(views))
         with _settings_of("method", recipe.method.name):
             method.teacher_width = teacher.feature_width if teacher else 0
             classes = int(source.labels.max()) + 1
@@ -259,64 +233,6 @@ def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Op
     return optimizer, lr if has_rate else optimizer.param_groups[0]["lr"]
 
 
-def views_of(recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> AnyViews:
-    """Return the views of a recipe, normalised with this mean and standard deviation per channel."""
-    name, options = recipe.views.name, recipe.views.options
-    crops, pairs = arrange(recipe.crops, make_views(name, options, recipe.channels))
-    if name not in PRESETS:
-        if own_parts.find("views", name) is None:
-            raise own_parts.demand("views", name)
-        if not isinstance((own := own_views(name, options))[0], View):
-            return TransformedViews(own, options["sizes"], mean, std, name)
-    return Views(crops, mean, std, pairs)
-
-
-def drawn(views: AnyViews, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-    """Return the images of the views of a batch; its pixels may still be in host memory."""
-    return views(batch.to(device)).images
-
-
-def image_scale(recipe: Recipe, progress: float) -> float:
-    """Return the share of the image side that the encoder uses at a share of the run."""
-    return recipe.grow_from if progress < recipe.grow_until else 1.0
-
-
-def local_batch_size(recipe: Recipe, world: int) -> int:
-    """Return the number of samples to split into context groups: the local batch, with sync_norm the global batch."""
-    if recipe.batch_size % world:
-        raise ConfigError(
-            f"a batch of {recipe.batch_size} cannot be shared by {world} processes: use a multiple of {world}"
-        )
-    return recipe.batch_size if recipe.sync_norm else recipe.batch_size // world
-
-
-def _context(recipe: Recipe, world: int) -> tuple[int, int]:
-    """Return the number of samples in a context group, and the number of groups per rank."""
-    if recipe.context == "auto":
-        raise ConfigError(
-            "context = auto must be resolved before build: training.auto_context.resolve puts in a number"
-        )
-    share = local_batch_size(recipe, world)
-    context = recipe.context or share
-    if context > share or share % context or (recipe.sync_norm and context % world):
-        whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
-        raise ConfigError(f"a context of {context} does not divide {whose}, {share}: choose a divisor of it")
-    if context // (world if recipe.sync_norm else 1) < 2:
-        raise ConfigError("a context group needs at least 2 samples on every rank: one sample has no statistics")
-    return context, share // context
-
-
-def _check_views(recipe: Recipe, method: Method, views: int) -> None:
-    least, most = method.views
-    if views < least or (most is not None and views > most):
-        wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-        raise ConfigError(
-            f"{recipe.method.name} learns from {wanted} views, but views {recipe.views.name} draws {views}: "
-            "choose other views (--set views.name=...)"
-            + (" or views.num_views" if "num_views" in recipe.views.options else "")
-        )
-
-
 @contextlib.contextmanager
 def _settings_of(part: str, name: str) -> Iterator[None]:
     """Turn errors of a constructor (a negative width, a rate below 0) into a ConfigError that names the setting."""
@@ -324,49 +240,3 @@ def _settings_of(part: str, name: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as e:
         raise ConfigError(f"{part} {name} cannot be made with these settings: {str(e) or reason(e)}") from e
-
-
-def fusion(
-    recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int
-) -> tuple[Fusion | None, Sequence[int]]:
-    """Return the batch fusion of a recipe and the indices of the views that it fuses."""
-    if recipe.fuse is None:
-        return None, ()
-    learned, requested = set(method.online_views(len(views))), recipe.fuse.options["views"]
-    if requested is not None and (not requested or not set(requested) <= set(range(len(views)))):
-        raise ConfigError(f"fuse.views = {list(requested)}: the views are numbered 0 to {len(views) - 1}")
-    if requested is not None and not learned & set(requested):
-        raise ConfigError(
-            f"fuse.views = {list(requested)}: {recipe.method.name} learns from view "
-            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained"
-        )
-    fused = requested or ((1,) if 1 in learned else (max(learned),))
-    sizes = {views.views[v].size for v in fused}
-    if len(sizes) > 1:
-        raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
-    arguments: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
-    make_fusion: Any = FUSIONS[recipe.fuse.name]
-    return make_fusion(**arguments, **recipe.fuse.options), fused
-
-
-def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device) -> Curator | None:
-    """Return the curator of a recipe; it embeds `piece` images at a time."""
-    if recipe.curate is None:
-        return None
-    if len(views) < 2:
-        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
-    where = recipe.curate.options["where"]
-    if where == "projection" and "projection" not in network.heads:
-        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
-
-    def embed(model: Network, batch: Batch) -> Tensor:
-        def rows(image: Tensor) -> Tensor:
-            return model.features(image) if where == "features" else model.outputs(image)[where]
-
-        with model.evaluating():
-            parts = (views(part.to(device)).images for part in batch.split(piece))  # sequentially
-            return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
-
-    curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(network, embed, recipe.epochs)
-    return curator.to(device)

@@ -14,7 +14,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
-from inbatch.training.build import local_batch_size
+from inbatch.training.build_checks import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
 from inbatch.training.data_places import check_same_images, images_signature, located, opening
 from inbatch.training.own_requests import check_own_parts

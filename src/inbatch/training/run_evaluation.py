@@ -11,13 +11,14 @@ from inbatch.data import Source
 from inbatch.errors import InbatchError
 from inbatch.evaluation import evaluate
 from inbatch.models import Encoder
-from inbatch.training.build import RunComponents, views_of
+from inbatch.training.build import RunComponents
 from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 from inbatch.training.monitors.online_evaluation import fit_readout
 from inbatch.training.recipe import Recipe
 from inbatch.training.run_encoder import initial_encoder, initial_name
+from inbatch.training.run_views import views_of
 
 PROTOCOLS = ("knn", "linear", "clustering")
 COSTLY = ("finetune", "corruptions")

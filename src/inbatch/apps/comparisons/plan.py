@@ -18,7 +18,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.runtime.files import check_writable, read_json, to_json, write_json
 from inbatch.training.budget import LEAST, duration
-from inbatch.training.build import check_labels
+from inbatch.training.build_checks import check_labels
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, Settings, make

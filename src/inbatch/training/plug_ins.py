@@ -1,0 +1,63 @@
+"""Batch fusion and batch curation of a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.context.curation import CURATORS, Curator
+from inbatch.context.fusion import FUSIONS, Fusion
+from inbatch.data.views import AnyViews
+from inbatch.errors import ConfigError
+from inbatch.methods.base import Method
+from inbatch.models import Encoder
+from inbatch.models.network import Network
+from inbatch.training.recipe import Recipe
+
+
+def fusion(
+    recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int
+) -> tuple[Fusion | None, Sequence[int]]:
+    """Return the batch fusion of a recipe and the indices of the views that it fuses."""
+    if recipe.fuse is None:
+        return None, ()
+    learned, requested = set(method.online_views(len(views))), recipe.fuse.options["views"]
+    if requested is not None and (not requested or not set(requested) <= set(range(len(views)))):
+        raise ConfigError(f"fuse.views = {list(requested)}: the views are numbered 0 to {len(views) - 1}")
+    if requested is not None and not learned & set(requested):
+        raise ConfigError(
+            f"fuse.views = {list(requested)}: {recipe.method.name} learns from view "
+            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained"
+        )
+    fused = requested or ((1,) if 1 in learned else (max(learned),))
+    sizes = {views.views[v].size for v in fused}
+    if len(sizes) > 1:
+        raise ConfigError(f"fuse.views = {list(fused)} are of {sorted(sizes)} pixels: fuse views of one size")
+    arguments: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
+    make_fusion: Any = FUSIONS[recipe.fuse.name]
+    return make_fusion(**arguments, **recipe.fuse.options), fused
+
+
+def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device) -> Curator | None:
+    """Return the curator of a recipe; it embeds `piece` images at a time."""
+    if recipe.curate is None:
+        return None
+    if len(views) < 2:
+        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
+    where = recipe.curate.options["where"]
+    if where == "projection" and "projection" not in network.heads:
+        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
+
+    def embed(model: Network, batch: Batch) -> Tensor:
+        def rows(image: Tensor) -> Tensor:
+            return model.features(image) if where == "features" else model.outputs(image)[where]
+
+        with model.evaluating():
+            parts = (views(part.to(device)).images for part in batch.split(piece))  # sequentially
+            return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
+
+    curator = CURATORS[recipe.curate.name](**recipe.curate.options)
+    curator.prepare(network, embed, recipe.epochs)
+    return curator.to(device)
