@@ -203,7 +203,7 @@ def test_numba_waits_for_the_first_view():
 def test_without_a_place_for_the_cache_it_is_compiled_all_the_same(monkeypatch):
     from inbatch.data.views import numba_kernel
 
-    def njit(signature, cache=False, **rest):
+    def njit(signature=None, cache=False, **rest):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function

@@ -205,6 +205,21 @@ def _lock(file: Any, folder: Path) -> str | None:
     return f"{folder} was last written by {last}, which ended without finishing; its lock is void." if last else None
 
 
+@contextmanager
+def one_process_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of this file, and hold it; without locks on this disk, do not wait.
+
+    Raises:
+        OSError: if the file cannot be created.
+    """
+    with open(path, "a") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading; OSError for a pipe or a device, where a plain open() would block."""
     wait_not = getattr(os, "O_NONBLOCK", 0)

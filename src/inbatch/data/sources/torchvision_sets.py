@@ -7,7 +7,7 @@ by torchvision, and only if it has the checksum of the archive. CIFAR files, whi
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from inbatch.data.sources.arrays import ArraySource
 from inbatch.data.sources.labels import from_array
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.errors import DataError, closest
+from inbatch.runtime.files import one_process_at_a_time
 from inbatch.runtime.paths import path_of, variable
 
 PREFIX = "torchvision/"
@@ -140,23 +141,13 @@ def _fetch(name: str, split: str, root: Path) -> None:
     """Download a data set through torchvision; processes that need the same one wait for each other."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root), contextlib.redirect_stdout(sys.stderr):
+        with one_process_at_a_time(root / ".inbatch.lock"), contextlib.redirect_stdout(sys.stderr):
             try:
                 _made(name, split, root)  # another process may have finished first
             except Exception:
                 _made(name, split, root, download=True)
     except Exception as e:
         raise DataError(f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}") from e
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    with open(root / ".inbatch.lock", "a") as file:
-        with contextlib.suppress(ImportError, OSError):  # no file locks on this system or disk
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:

@@ -8,6 +8,7 @@ and use float32 constants. Only the horizontal half of resizing has no such loop
 vectors.
 """
 
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numba
@@ -16,6 +17,8 @@ from llvmlite import ir
 from numba import boolean, float32, int64, uint8
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from inbatch.runtime.files import one_process_at_a_time
 
 _OPTIONS: dict[str, Any] = dict(
     nogil=True,
@@ -462,7 +465,13 @@ def _compiled():
         float32[::1], float32[::1], float32[::1], float32, int64, boolean, int64, int64, float32[:, :, :, ::1],
     )  # fmt: skip
     try:
-        return numba.njit(signature, cache=True, **_OPTIONS)(_draw)
+        cached = numba.njit(cache=True, **_OPTIONS)(_draw)
+        place = Path(cached.stats.cache_path)
+        place.mkdir(parents=True, exist_ok=True)
+        with one_process_at_a_time(place / "views.lock"):  # the others load what the first one compiles
+            cached.compile(signature)
+        cached.disable_compile()
+        return cached
     except Exception:  # cache directory not writable, full disk or damaged cache: compile in every process
         return numba.njit(signature, **_OPTIONS)(_draw)
 
