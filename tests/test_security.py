@@ -101,13 +101,13 @@ TEXTS = {"shell": "True", "allow_pickle": "True"}
 def test_the_source_names_no_way_in() -> None:
     found, used = [], set()
     for file in sorted(ROOT.rglob("*.py")):
-        name, tree = str(file.relative_to(ROOT)), ast.parse(file.read_text())
+        name, nodes = str(file.relative_to(ROOT)), list(ast.walk(ast.parse(file.read_text())))
         # A name from `from ... import` counts as the same call.
         full = {
             alias.asname or alias.name: f"{node.module}.{alias.name}"
-            for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+            for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
         }  # fmt: skip
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "pickle.Unpickler" for base in node.bases):
                 # Allowed only if the class restricts the names that a pickle may use and has no other way of reading.
                 own = {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)}

@@ -100,6 +100,13 @@ def tree(module: str) -> ast.Module:
 
 
 @functools.cache
+def nodes(module: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call | ast.keyword | ast.FunctionDef, ...]:
+    """Return the nodes of the kinds that tests look at."""
+    kinds = ast.Import | ast.ImportFrom | ast.Call | ast.keyword | ast.FunctionDef
+    return tuple(node for node in ast.walk(tree(module)) if isinstance(node, kinds))
+
+
+@functools.cache
 def imports(module: str, lazy: bool = True, hints: bool = True) -> tuple[str, ...]:
     return tuple(_imports(module, lazy, hints))
 
@@ -200,14 +207,21 @@ def test_imports_go_in_no_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+@functools.cache
+def outside(name: str) -> list[str]:
+    """Return the libraries of ONLY that a dotted name is part of."""
+    parts = name.split(".")
+    return [library for n in range(1, len(parts) + 1) if (library := ".".join(parts[:n])) in ONLY]
+
+
 def test_libraries_stay_where_they_belong() -> None:
     def check(module: str) -> Iterator[str]:
-        for name in imports(module):
-            for library, places in ONLY.items():
-                if (name == library or name.startswith(f"{library}.")) and not inside(module, places):
+        for name in set(imports(module)):
+            for library in outside(name):
+                if not inside(module, ONLY[library]):
                     yield f"{module} names {library}"
         known = where(module, LIBRARIES)
-        roots = {name.split(".")[0] for node in ast.walk(tree(module)) for name in _roots(node)}
+        roots = {name.split(".")[0] for node in nodes(module) for name in _roots(node)}
         if known is not None and (more := roots - sys.stdlib_module_names - known - {"inbatch"}):
             yield f"{module} imports {sorted(more)}"
 
@@ -226,7 +240,7 @@ def test_nothing_is_unpickled() -> None:
         # CIFAR's files are pickles; the unpickler resolves only names that run no code.
         inert = {"pickle.Unpickler"} if module == "inbatch.data.sources.cifar" else set()
         yield from (f"{module} names {name}" for name in used - {"pickle", "pickle.UnpicklingError"} - inert)
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 if "weights_only=True" not in ast.unparse(node):
                     yield f"{module}: torch.load without weights_only=True"
@@ -241,7 +255,7 @@ def test_the_library_never_prints() -> None:
 
     def check(module: str) -> Iterator[str]:
         if room(module) not in ("apps", "__main__"):
-            calls = (node for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
+            calls = (node for node in nodes(module) if isinstance(node, ast.Call))
             yield from (f"{module}: print" for call in calls if ast.unparse(call.func) == "print")
 
     assert not problems(check)
@@ -250,9 +264,9 @@ def test_the_library_never_prints() -> None:
 def test_a_loss_names_no_device() -> None:
     def check(module: str) -> Iterator[str]:
         if inside(module, {"nn", "methods", "losses"}) and not inside(module, DEVICES):
-            nodes = list(ast.walk(tree(module)))
-            words = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-            words |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            every = list(ast.walk(tree(module)))
+            words = {node.attr for node in every if isinstance(node, ast.Attribute)}
+            words |= {node.value for node in every if isinstance(node, ast.Constant) and isinstance(node.value, str)}
             yield from (f"{module} names {word}" for word in words & {"cuda", "cpu", "mps", "xpu"})
 
     assert not problems(check)
