@@ -136,20 +136,19 @@ def _compared(
     distinct = (~copied).nonzero()[:, 0]
     if len(distinct) < 2:
         return _Pairs(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), torch.zeros(0), torch.zeros(0).bool())
-    thumbnails, count = images.thumbnails[distinct], min(search[0], len(distinct) - 1)
+    thumbnails, count = _rows(images.thumbnails, distinct), min(search[0], len(distinct) - 1)
     places, similarity = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
     if "thumbnails" in ways:
         places, similarity = similar_pairs(thumbnails, count, search[1])
     if "features" in ways:
-        near, place = nearest_others(collection.vectors[images.readable[distinct]], count, index=search[1])
+        near, place = nearest_others(_rows(collection.vectors, images.readable[distinct]), count, index=search[1])
         own = torch.arange(len(distinct))[:, None].expand_as(place)
         more = torch.stack([own, place], 2).view(-1, 2)
         places, similarity = unique_pairs(torch.cat([places, more]), torch.cat([similarity, near.flatten()]))
     compared = compare(thumbnails, places)
     check, mirrored = compared.check, compared.mirrored
     more = open_pairs(len(distinct), places[check >= limit])
-    known = {tuple(pair) for pair in places.tolist()}
-    more = torch.tensor([pair for pair in more.tolist() if tuple(pair) not in known], dtype=torch.long).view(-1, 2)
+    more = more[~torch.isin(*(pairs[:, 0] * len(distinct) + pairs[:, 1] for pairs in (more, places)))]
     if len(more):
         compared = compare(thumbnails, more)
         places, check, mirrored = (
@@ -157,6 +156,11 @@ def _compared(
         )
         similarity = torch.cat([similarity, torch.full((len(more),), torch.nan)])
     return _Pairs(distinct[places], similarity, check, mirrored)
+
+
+def _rows(rows: Tensor, places: Tensor) -> Tensor:
+    """Return the rows at places that are in order, without a copy if these are all rows: features may be mapped."""
+    return rows if len(places) == len(rows) else rows[places]
 
 
 def _groups(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float) -> list[dict[str, Any]]:
