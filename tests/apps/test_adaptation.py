@@ -149,6 +149,7 @@ def test_better_weights_are_recommended_and_seeds_can_be_added(
     assert (done.exit_code, found["verdict"], found["exit_code"]) == (0, "helped", 0), found["sentence"]
     assert found["recommended"] == {"weights": "adapted", "encoder": str(out / "encoder"), "run": str(out / "seed-0")}
     assert torch.equal(weights_of(out), weights_of(training.end))
+    assert len(found["initial_sha256"]) == 2 and "different weights" not in found["sentence"]
     knn = found["accuracy"]["knn"]
     assert knn["low"] > 0 and knn["gain"] == pytest.approx(knn["after"][0] - knn["before"][0])
     assert found["unlabelled"]["rankme"]["gain"] == 1 and found["test_images"] == 300
@@ -168,7 +169,9 @@ def test_each_seed_is_compared_with_its_own_start(
     call = f"adapt digits-canvas --from {tmp_path / 'start'} -o {tmp_path / 'a'} --set subset=400 -q --json"
     assert run(f"{call} --seeds 1").exit_code == 0
     shutil.copytree(training.end, tmp_path / "start", dirs_exist_ok=True)
-    knn = one_object(run(f"{call} --seeds 2").stdout)["accuracy"]["knn"]
+    both = one_object(run(f"{call} --seeds 2").stdout)
+    assert len(set(both["initial_sha256"])) == 2 and "started from different weights" in both["sentence"]
+    knn = both["accuracy"]["knn"]
     assert knn["before"][0] < 0.2 < knn["before"][1] == knn["after"][1]
 
 

@@ -1,5 +1,6 @@
 """Continue the training of existing weights on other images, and judge whether it has helped."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -189,6 +190,12 @@ def _trained(
         raise
 
 
+def _hash(folder: Path) -> str:
+    """Return the SHA-256 of the weights of an encoder's folder."""
+    with open(folder / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class _Hits:
     """Hits of an encoder on every test image, (N,) from 0 to 1."""
@@ -221,6 +228,9 @@ def _judged(
     save_encoder(load(chosen) if helped else start, folder / "encoder")
     use = f"the weights of {chosen}" if helped else "those that it started from"
     sentence = f"{verdict.sentence()}. Use {use}: {folder / 'encoder'}"
+    begun = [_hash(run.directory / "initial") for run in runs]
+    if len(set(begun)) > 1:
+        sentence += ". The seeds started from different weights: those at --from have changed between two calls"
     return verdict.json() | {
         "sentence": sentence,
         "exit_code": TrainingError.exit_code if verdict.kind == NO_HELP else 0,
@@ -231,6 +241,7 @@ def _judged(
         },
         "held_out": split and split.description,
         "runs": [str(run.directory) for run in runs],
+        "initial_sha256": begun,
         "recipe": runs[0].recipe.nested(),
     }
 
