@@ -95,6 +95,25 @@ def test_recipe_with_the_preset_of_an_own_method_is_read_without_it() -> None:
     assert make(read_settings(written.nested())).nested() == written.nested()
 
 
+def test_options_of_an_inherited_preset_must_be_arguments_of_the_constructor() -> None:
+    class OneOption(SimCLR):
+        def __init__(self, temperature: float = 0.3) -> None:
+            super().__init__(temperature)
+
+    class WithoutPresets(OneOption):
+        presets = {}
+
+    for kind, preset, fits in ((OneOption, "cifar", True), (OneOption, "fast", False), (OneOption, "none", True),
+                               (WithoutPresets, "fast", True)):  # fmt: skip
+        with inbatch.use_parts(method=kind):
+            settings = {"data": "x", "method.name": own_parts.current()["method"].name, "preset": preset}
+            if fits:
+                make(settings)
+                continue
+            with pytest.raises(ConfigError, match="preset fast, which .* inherits, sets method.hidden_dim"):
+                make(settings)
+
+
 def run_on_rank(out: str, world: int) -> None:
     patch = pytest.MonkeyPatch()
     use_few_images(patch)

@@ -1,9 +1,11 @@
 """Presets: named settings of a method, and those for every method."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from inbatch.errors import ConfigError
 from inbatch.methods.base import Method
 from inbatch.runtime import own_parts
 from inbatch.training.registry import PARTS, Settings, check_known, maker_of, without_rates
@@ -95,7 +97,22 @@ def with_preset(settings: Mapping[str, Any]) -> Settings:
             values = {key: value for key, value in values.items() if not key.startswith(f"{part}.")}
     if settings.keys() >= WRITTEN:  # the recipe of a run is complete: a later preset adds no option to its encoder
         values = {key: value for key, value in values.items() if not key.startswith("encoder.")}
+    if own_parts.is_own(method) and not _is_absent(method):
+        _check_options(method, preset, values.keys() - settings.keys())
     return base | values | {"preset": preset} | dict(settings)
+
+
+def _check_options(method: str, preset: str, keys: Iterable[str]) -> None:
+    """Raise ConfigError if a preset that a user's own method inherits sets options that its constructor lacks."""
+    arguments = inspect.signature(method_named(method)).parameters
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return
+    for key in sorted(keys):
+        if key.startswith("method.") and key not in ("method.name", *(f"method.{name}" for name in arguments)):
+            raise ConfigError(
+                f"preset {preset}, which {method} inherits, sets {key}, and its constructor has no such argument: "
+                "define `presets` in the class (presets = {} for none), or choose preset none"
+            )
 
 
 def finite_number(value: Any) -> float:
