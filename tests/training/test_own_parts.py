@@ -110,7 +110,7 @@ def test_options_of_an_inherited_preset_must_be_arguments_of_the_constructor() -
             if fits:
                 make(settings)
                 continue
-            with pytest.raises(ConfigError, match="preset fast, which .* inherits, sets method.hidden_dim"):
+            with pytest.raises(ConfigError, match=r"preset fast, which .* inherits, sets method.hidden_dim"):
                 make(settings)
 
 
