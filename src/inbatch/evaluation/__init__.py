@@ -12,6 +12,7 @@ from inbatch.evaluation.finetune import TUNINGS, Finetune, Tuned, finetune, tune
 from inbatch.evaluation.knn import knn, knn_scores
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
+from inbatch.evaluation.retrieval import retrieval
 
 __all__ = [
     "CORRUPTIONS",
@@ -50,6 +51,7 @@ __all__ = [
     "rankme",
     "raw_pixels",
     "readable",
+    "retrieval",
     "tune",
     "write_embeddings",
 ]

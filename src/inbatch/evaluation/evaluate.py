@@ -18,12 +18,13 @@ from inbatch.evaluation.finetune import Finetune, finetune
 from inbatch.evaluation.knn import check_neighbours, knn
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import Lbfgs, Sgd
+from inbatch.evaluation.retrieval import retrieval
 from inbatch.runtime.isolation import isolated
 
 PROTOCOL_VERSION = 3
 """Incremented if the same encoder and images give other figures than before."""
 
-PROTOCOLS = ("knn", "linear", "clustering", "few", "finetune", "corruptions")
+PROTOCOLS = ("knn", "linear", "clustering", "retrieval", "few", "finetune", "corruptions")
 """All protocols; the first three are the default."""
 
 
@@ -51,7 +52,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the figures of each protocol with all settings needed to compare them, in JSON types.
 
-    Clustering uses `test`. k is at most the number of labelled training images; the result states the k in use.
+    Clustering and retrieval use `test`. k is at most the number of labelled training images; the result states it.
     Classes are matched by their names if train and test have names; test images of some of the classes are enough.
     k-NN, linear probe and fine-tuning have "balanced" and "per_class" accuracy in addition to top1 and top5.
 
@@ -106,6 +107,8 @@ def evaluate(
         plain = queries if isinstance(test, Embeddings) else _plain(encoder, queries)
         unwhitened = {} if plain is queries else {"features": "before whitening"}
         result["clustering"] = clustering(plain, clusters, seed=seed) | {"split": "test"} | unwhitened
+    if "retrieval" in protocols:
+        result["retrieval"] = retrieval(queries) | {"split": "test"}
     if "few" in protocols:
         result["few"] = evaluate_few_labels(
             *labelled, shares=shares, draws=draws, probe=probe, seed=seed, device=device, **neighbours

@@ -20,6 +20,7 @@ FIGURES = {
     "NMI": ("clustering", "nmi"),
     "ACC": ("clustering", "acc"),
     "ARI": ("clustering", "ari"),
+    "mAP": ("retrieval", "map"),
     "fine-tuned": ("finetune", "top1"),
     "head NMI": ("head", "nmi"),
     "head ACC": ("head", "acc"),

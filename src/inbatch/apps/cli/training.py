@@ -242,7 +242,7 @@ def evaluate(
         Option(
             "--protocol",
             "--protocols",
-            help="knn, linear, clustering (by default these three), few, finetune, corruptions.",
+            help="knn, linear, clustering (by default these three), retrieval, few, finetune, corruptions.",
         ),
     ] = None,
     from_: Annotated[

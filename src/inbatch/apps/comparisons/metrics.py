@@ -60,6 +60,7 @@ METRICS = {
     "ari": Metric("clustering, ARI", "clustering.ari"),
     "balanced": Metric("k-NN, balanced", "knn.balanced"),
     "few": Metric("linear probe, 1 % of labels", "few.shares.1%.linear.top1", protocol="few"),
+    "map": Metric("retrieval, mAP", "retrieval.map", protocol="retrieval"),
     "finetune": Metric("fine-tuned", "finetune.top1", protocol="finetune"),
     "corruptions": Metric("linear probe, corrupted", "corruptions.linear.top1", protocol="corruptions"),
     "same_image": Metric("same image found", f"{UNLABELLED}.same_image", labels=False),
