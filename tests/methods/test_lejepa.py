@@ -141,11 +141,11 @@ def test_every_step_has_its_directions_and_a_resumed_run_the_same() -> None:
 
 
 def test_the_statistic_recognises_normal_rows() -> None:
-    """1.06 on average for any number of normal rows; more for rows that are narrow, collapsed or of another shape."""
+    """1.05 on average for any number of normal rows; more for rows that are narrow, collapsed or of another shape."""
     for n in (50, 200):
         directions = random_directions(8, 40)
         normal = torch.randn(30, n, 8, generator=torch.Generator().manual_seed(n))
-        assert float(sigreg(normal, directions)) == pytest.approx(1.059, abs=0.12)
+        assert float(sigreg(normal, directions)) == pytest.approx(1.0526, abs=0.12)
         for other in (0.3 * normal, 0 * normal, normal.sign()[..., :1].expand(-1, -1, 8), normal + 1):
             assert float(sigreg(other, directions)) > 2
 

@@ -38,8 +38,8 @@ class LeJEPA(Method):
     _minimal = {"source": "rbalestr-lab/lejepa, MINIMAL.md: Imagenette, ViT-S/8 at 128 pixels, 800 epochs",
         "encoder.name": "vit_small_patch8_224", "encoder.drop_path_rate": 0.1, "image_size": 128,
         "views.name": "simclr", "views.num_views": 4, "joint_norm": True, "optimizer.name": "adamw",
-        "optimizer.lr": 2e-3, "optimizer.weight_decay": 0.05, "batch_size": 256, "epochs": 800, "schedule.warmup_epochs": 1,
-        "schedule.end": 0.5, "schedule.scaling": "none"}  # fmt: skip
+        "optimizer.lr": 2e-3, "optimizer.weight_decay": 0.05, "batch_size": 256, "epochs": 800,
+        "schedule.warmup_epochs": 1, "schedule.end": 0.5, "schedule.scaling": "none"}  # fmt: skip
     _imagenet = {"source": "rbalestr-lab/lejepa, README: ResNet, 2 large and 6 small crops", "views.name": "dino",
         "views.cut": 0.3, "views.small_size": 98, "views.num_small_crops": 6, "optimizer.name": "adamw",
         "optimizer.lr": 5e-4, "optimizer.weight_decay": 5e-4, "schedule.scaling": "none", "schedule.end": 0.001,
