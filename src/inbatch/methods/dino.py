@@ -26,9 +26,8 @@ class DINO(Method):
 
     temperature: the student's. teacher_temperature, warmup_temperature: the teacher's final and initial one.
     warmup_epochs: from initial to final. momentum: the teacher's momentum, rising to 1. center_momentum: of the centre.
-    num_prototypes: outputs. freeze_prototypes_epochs: epochs before outputs learn.
-    hidden_dim, bottleneck_dim: widths. layers, norm: of the head. koleo_weight: of KoLeo of the
-    features, added over the two large views (0.1 in DINOv2).
+    num_prototypes: outputs. freeze_prototypes_epochs: epochs before outputs learn. hidden_dim, bottleneck_dim: widths.
+    layers, norm: of the head. koleo_weight: of KoLeo of the features, added over the two large views.
     """
 
     online, target, views = ("prototypes",), ("prototypes",), (2, None)
@@ -51,16 +50,15 @@ class DINO(Method):
     def __init__(self, temperature: float = 0.1, teacher_temperature: float = 0.07, warmup_temperature: float = 0.04,
                  warmup_epochs: int = 30, momentum: float = 0.996, center_momentum: float = 0.9,
                  num_prototypes: int = 65536, freeze_prototypes_epochs: int = 1, hidden_dim: int = 2048,
-                 bottleneck_dim: int = 256, layers: int = 3, norm: bool = False,
-                 koleo_weight: float = 0.0) -> None:  # fmt: skip
+                 bottleneck_dim: int = 256, layers: int = 3, norm: bool = False, koleo_weight: float = 0.0
+                 ) -> None:  # fmt: skip
         super().__init__()
         check_temperature(temperature, teacher_temperature, warmup_temperature)
         self.temperature, self.momentum, self.center_momentum = temperature, momentum, center_momentum
         self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
         self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
-        self.koleo_weight = koleo_weight
-        self.online = ("prototypes", "features") if koleo_weight else ("prototypes",)
+        self.koleo_weight, self.online = koleo_weight, ("prototypes", "features")[: 2 if koleo_weight else 1]
         self.register_buffer("center", torch.zeros(num_prototypes))
 
     def heads(self, width: int) -> dict[str, Head]:
