@@ -30,7 +30,8 @@ class DINO(Method):
     layers, norm: of the head. koleo_weight: of KoLeo of the features, added over the two large views.
     """
 
-    online, target, views = ("prototypes",), ("prototypes",), (2, None)
+    online: tuple[str, ...] = ("prototypes",)
+    target, views = ("prototypes",), (2, None)
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
@@ -58,7 +59,8 @@ class DINO(Method):
         self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
         self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
-        self.koleo_weight, self.online = koleo_weight, ("prototypes", "features")[: 2 if koleo_weight else 1]
+        self.koleo_weight = koleo_weight
+        self.online = ("prototypes", "features") if koleo_weight else ("prototypes",)
         self.register_buffer("center", torch.zeros(num_prototypes))
 
     def heads(self, width: int) -> dict[str, Head]:
@@ -72,10 +74,8 @@ class DINO(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
         loss = dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)
-        if not self.koleo_weight:
-            return {"loss": loss}
-        spread = koleo(online["features"][:2])
-        return {"loss": loss + self.koleo_weight * 2 * spread, "dino": loss, "koleo": spread}
+        more = {"dino": loss, "koleo": koleo(online["features"][:2])} if self.koleo_weight else {}
+        return {"loss": loss + self.koleo_weight * 2 * more["koleo"] if more else loss, **more}
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)
