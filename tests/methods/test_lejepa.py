@@ -87,7 +87,7 @@ def test_sigreg_as_loops_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     leaf = z.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(sigreg(leaf, directions), leaf)
-    monkeypatch.setitem(slicing.CHUNK, "cpu", 20)
+    monkeypatch.setattr(slicing, "CHUNK", 20)
     value = sigreg(leaf, directions)
     torch.testing.assert_close(value.detach(), sum(literal(view, directions) for view in z) / 2, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], gradient, rtol=1e-12, atol=1e-15)
@@ -100,7 +100,7 @@ def test_sigreg_as_loops_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_array_of_all_projections_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest array is that of the rows, or of a chunk."""
-    monkeypatch.setitem(slicing.CHUNK, "cpu", 2**10)
+    monkeypatch.setattr(slicing, "CHUNK", 2**10)
     largest = []
 
     class Watch(torch.overrides.TorchFunctionMode):

@@ -61,7 +61,7 @@ def test_vectors(golden: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 def test_the_equation_as_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of directions."""
-    monkeypatch.setitem(slicing.CHUNK, "cpu", 30)
+    monkeypatch.setattr(slicing, "CHUNK", 30)
     z, directions = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     found, expected = z.clone().requires_grad_(), z.clone().requires_grad_()
     losses, slow = visreg(found, directions, 0.7, 2), literal(expected, directions, 2, 1e-6, 1e-6)

@@ -19,8 +19,8 @@ from inbatch.rng import head, spread
 
 VIEW = -2
 """View in the key of the directions; views are 0, 1, ..., and -1 is that of W-MSE's sub-batches."""
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Projections of one chunk: on a CPU they stay in its cache, on a GPU their complex exponentials use 128 MB."""
+CHUNK = 2**18
+"""Projections of one chunk on a CPU, where their complex exponentials stay in its cache; 64 times as many on a GPU."""
 _PHASE = 2.0**10
 """From this number over the relative precision on, the phase of a projection is arbitrary: the result is nan."""
 
@@ -139,7 +139,7 @@ class _Sliced(torch.autograd.Function):
         rows, total = z.flatten(0, 1), z.new_zeros(())
         gradient = torch.zeros_like(rows)
         with using() as plan:  # ranks share the chunks
-            most = CHUNK.get(z.device.type, CHUNK["cpu"]) // len(rows)
+            most = (CHUNK if z.device.type == "cpu" else 64 * CHUNK) // len(rows)
             size = max(1, min(most, -(-directions.shape[1] // plan.world)))
             for number, part in enumerate(directions.split(size, 1)):
                 if number % plan.world == plan.rank:
