@@ -215,7 +215,7 @@ def measures(embedded: Embedded) -> dict[str, float]:
         "rankme": float(rankme(embedded.clean)),
         "lidar": lidar_of(embedded.viewed),
         "alpha": float(alpha_req(embedded.clean)),
-        "sigreg": float(sigreg_distance(embedded.clean)),
+        "sigreg_distance": float(sigreg_distance(embedded.clean)),
         "feature_std": float(feature_std(embedded.clean)),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
         "alignment": alignment(first, second),
@@ -249,7 +249,7 @@ def described(images: int, viewed: int, several: int, width: int) -> dict[str, t
             f"{LIDAR_VIEWS} views (LiDAR), at most {width:,}",
         ),
         "alpha": ("near 1", f"exponent of the decay of the spectrum of {images:,} images (alpha-ReQ)"),
-        "sigreg": (
+        "sigreg_distance": (
             "lower", f"distance of the features of {images:,} images from an isotropic normal distribution (SIGReg)",
         ),
         "feature_std": ("higher", f"spread of the features of {images:,} images: 1 uniform on the sphere, 0 all equal"),
@@ -263,7 +263,7 @@ def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
     several = 0 if after.viewed is None else len(after.viewed)
     descriptions = described(len(after.clean), len(after.first), several, after.clean.shape[1])
     counts = {"rankme": len(after.clean), "feature_std": len(after.clean), "alpha": len(after.clean),
-              "sigreg": len(after.clean), "lidar": several}  # fmt: skip
+              "sigreg_distance": len(after.clean), "lidar": several}  # fmt: skip
     old, new = None if before is None else measures(before), measures(after)
     return {
         name: {"untrained": old and old[name], "trained": new[name], "better": better, "what": what}

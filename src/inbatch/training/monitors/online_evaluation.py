@@ -218,7 +218,7 @@ def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     some = plain[:2048]
     return {
         "feature_std": float(feature_std(plain)), "rankme": float(rankme(some)), "alpha": float(alpha_req(some)),
-        "sigreg": float(sigreg_distance(some)),
+        "sigreg_distance": float(sigreg_distance(some)),
     }  # fmt: skip
 
 
