@@ -17,6 +17,7 @@ from inbatch.batch import Batch
 from inbatch.distributed import LocalRowsWarning, gather_rows
 from inbatch.errors import ConfigError
 from inbatch.nn.functional import normalize
+from inbatch.nn.slicing import random_directions
 
 N = 12
 Loss = Callable[[Tensor, Tensor], Any]
@@ -29,6 +30,10 @@ LOSSES: dict[str, Loss] = {
     "supcon": lambda z, y: losses.supcon(z, y, 0.2),
     "barlow_twins": lambda z, y: losses.barlow_twins(z)["loss"],
     "vicreg": lambda z, y: losses.vicreg(z)["loss"],
+    "sigreg": lambda z, y: losses.sigreg(z, random_directions(6, 5)),
+    "lejepa": lambda z, y: losses.lejepa(z, random_directions(6, 5), 0.2)["loss"],
+    "visreg": lambda z, y: losses.visreg(z, random_directions(6, 5))["loss"],
+    "koleo": lambda z, y: losses.koleo(z),
     "wmse": lambda z, y: losses.wmse(z[..., :4], torch.arange(len(y))[None], len(y))["loss"],
     "cluster_contrast": lambda z, y: sum(losses.cluster_contrast(z.softmax(-1), 1.0)),
     "proto_nce": lambda z, y: losses.proto_nce(z[0], z[1], torch.full((len(y),), 0.2)),

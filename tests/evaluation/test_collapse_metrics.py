@@ -10,7 +10,8 @@ from golden_vectors import Case
 from torch import Tensor
 
 from inbatch.errors import DataError
-from inbatch.evaluation import alpha_req, lidar, rankme
+from inbatch.evaluation import alpha_req, lidar, rankme, sigreg_distance
+from inbatch.nn.slicing import random_directions
 
 
 def literal_lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-8) -> float:
@@ -99,3 +100,23 @@ def test_values_equal_those_of_public_code(golden: Path) -> None:
     for name in ("rankme__1", "rankme__2"):
         case = Case(golden, name, torch.float32)  # the precision in which it is computed
         case.check(rankme(case["z"]), "rankme")
+
+
+def test_sigreg_is_a_distance_from_isotropic_normal_features() -> None:
+    """Position and scale have no effect; 0 for normal features, more for others and for collapsed ones."""
+    normal = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    size = (normal.double() - normal.double().mean(0)).square().mean().sqrt()
+    directions = random_directions(6, 256)
+    x = (normal.double() - normal.double().mean(0)) / size @ directions
+    t = np.linspace(-3, 3, 33)
+    gap = np.abs(np.exp(1j * t[:, None, None] * x.numpy()).mean(1) - np.exp(-(t[:, None] ** 2) / 2)) ** 2
+    literal = np.trapezoid(gap * np.exp(-(t[:, None] ** 2) / 2), t, axis=0).mean()
+    found = sigreg_distance(normal)
+    assert float(found) == pytest.approx(literal, rel=1e-9) and found.dtype == torch.float64
+    assert float(sigreg_distance(1e-3 * normal + 5)) == pytest.approx(float(found), rel=1e-3)
+    assert float(found) < 0.006
+    for other, least in ((normal.exp(), 0.02), (normal * torch.tensor([9.0, 1, 1, 1, 1, 1]), 0.02), (normal.sign(), 0)):
+        assert float(sigreg_distance(other)) > least and float(sigreg_distance(other)) > 1.5 * float(found)
+    for constant in (torch.zeros(5, 3), torch.full((50, 8), 0.1)):
+        assert float(sigreg_distance(constant)) == pytest.approx(0.4020, abs=1e-4)
+    assert math.isnan(sigreg_distance(normal * torch.nan)) and sigreg_distance(normal.half()).isfinite()

@@ -47,6 +47,8 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "barlow": {"hidden_dim": 8, "out_dim": 8},
     "vicreg": {"hidden_dim": 8, "out_dim": 8},
+    "lejepa": {"hidden_dim": 8, "out_dim": 8, "slices": 6, "layers": 2},
+    "visreg": {"hidden_dim": 8, "out_dim": 8, "slices": 6, "layers": 2},
     "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
     "relation": {"queue_size": 40},
     "supcon": {"out_dim": 8},
@@ -70,6 +72,8 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "swav-frozen": ("swav", SMALL["swav"] | {"freeze_prototypes_epochs": 1}),
     "swav-joined": ("swav", SMALL["swav"]),
     "dino-4": ("dino", SMALL["dino"] | {"freeze_prototypes_epochs": 1, "layers": 2, "norm": True}),
+    "dino-koleo": ("dino", SMALL["dino"] | {"koleo_weight": 0.1}),
+    "lejepa-4": ("lejepa", SMALL["lejepa"] | {"samples": "all", "global_views": 2, "weights": "sum"}),
     "barlow-3": ("barlow", SMALL["barlow"] | {"scale": 0.1, "layers": 2}),
     "vicreg-3": ("vicreg", SMALL["vicreg"] | {"variance": "sum"}),
     "vicreg-bare": ("vicreg", SMALL["vicreg"] | {"std_coeff": 0.0}),
@@ -83,7 +87,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
 
 VIEWS: dict[str, int] = {
     "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
-    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4,
+    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
 

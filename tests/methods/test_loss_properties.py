@@ -24,21 +24,26 @@ from inbatch.losses import (
     dcl,
     dino,
     info_nce,
+    koleo,
+    lejepa,
     nnclr,
     nt_xent,
     proto_nce,
     relation,
+    sigreg,
     simsiam,
     sinkhorn,
     supcon,
     swapped_prediction,
     vicreg,
+    visreg,
     wmse,
 )
 from inbatch.methods import METHODS
 from inbatch.nn import logsumexp
 from inbatch.nn.clustering import concentration
 from inbatch.nn.functional import normalize, wide
+from inbatch.nn.slicing import random_directions
 
 pytestmark = pytest.mark.filterwarnings("ignore:features depend on each other")
 
@@ -76,6 +81,13 @@ EQUATIONS: dict[str, Equation] = {
     "simsiam, bare": lambda z, y, t: simsiam(z, z, stop_gradient=False),
     "barlow_twins": lambda z, y, t: barlow_twins(z)["loss"],
     "vicreg": lambda z, y, t: vicreg(z)["loss"],
+    "sigreg": lambda z, y, t: sigreg(z, random_directions(z.shape[2], 5)),
+    "sigreg, all": lambda z, y, t: sigreg(z, random_directions(z.shape[2], 3), "all", "one", 9, 2.0),
+    "lejepa": lambda z, y, t: lejepa(z, random_directions(z.shape[2], 5))["loss"],
+    "lejepa, global": lambda z, y, t: lejepa(z, random_directions(z.shape[2], 3), 0.1, 1, weights="sum")["loss"],
+    "visreg": lambda z, y, t: visreg(z, random_directions(z.shape[2], 5))["loss"],
+    "koleo": lambda z, y, t: koleo(z),
+    "koleo, 2": lambda z, y, t: koleo(z, 2),
     "wmse": lambda z, y, t: whitened(z),
     "wmse, plain": lambda z, y, t: whitened(z, norm=False),
     "dcl": lambda z, y, t: dcl(z, t),
@@ -307,9 +319,8 @@ def test_the_order_of_samples_does_not_matter(name: str, problem: Given, seed: i
 
 
 SYMMETRIC = ("nt_xent", "nt_xent, sum", "byol", "simsiam", "fastsiam", "simsiam, bare", "barlow_twins", "vicreg",
-    "wmse", "wmse, plain", "dcl", "dclw", "swapped_prediction", "sinkhorn", "cluster_contrast", "supcon",
-    "supcon, mask",
-    "supcon, alone", "cross_entropy", "dino")  # fmt: skip
+    "wmse", "wmse, plain", "sigreg", "sigreg, all", "lejepa", "visreg", "koleo", "dcl", "dclw", "swapped_prediction",
+    "sinkhorn", "cluster_contrast", "supcon", "supcon, mask", "supcon, alone", "cross_entropy", "dino")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -435,7 +446,8 @@ def test_every_method(
     heated = {"temperature": t} if "temperature" in inspect.signature(METHODS[name]).parameters else {}
     method, views, n = small.create(variant, **heated), small.views_of(variant), 8
     heads = method.heads(12)
-    width = {"classifier": 3, "clusters": 3, "prototypes": 6, "projection": 8, "prediction": 8}
+    width = {"classifier": 3, "clusters": 3, "prototypes": 6, "projection": 8, "prediction": 8,
+             "features": 12}  # fmt: skip
     width["projection"] = 2 if name == "wmse" else 8
     assert set(method.online) <= set(width) and heads
 

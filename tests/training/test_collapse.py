@@ -106,7 +106,7 @@ def test_an_online_evaluation_measures_views_without_a_trace(monkeypatch: pytest
     state = {key: value.clone() for key, value in built.network.state_dict().items()}
     random, mode = torch.get_rng_state(), built.network.training
     first = evaluate()
-    assert set(first) == {"feature_std", "rankme", "alpha", "lidar"} and evaluate() == first
+    assert set(first) == {"feature_std", "rankme", "alpha", "sigreg_distance", "lidar"} and evaluate() == first
     assert torch.equal(torch.get_rng_state(), random) and built.network.training == mode
     assert all(torch.equal(value, state[key]) for key, value in built.network.state_dict().items())
 

@@ -24,8 +24,9 @@ from inbatch.training import run_evaluation, run_result
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 
-MEASURES = {"same_image": "higher", "rankme": "higher", "lidar": "higher", "alpha": "near 1", "feature_std": "higher",
-            "uniformity": "lower", "alignment": "lower"}  # fmt: skip
+MEASURES = {"same_image": "higher", "rankme": "higher", "lidar": "higher", "alpha": "near 1",
+            "sigreg_distance": "lower", "feature_std": "higher", "uniformity": "lower",
+            "alignment": "lower"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

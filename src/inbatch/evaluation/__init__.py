@@ -1,7 +1,7 @@
 """Evaluation of an encoder on two data sets: figures with their protocol, independent of the method."""
 
 from inbatch.evaluation.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
-from inbatch.evaluation.collapse_metrics import alpha_req, feature_std, lidar, rankme
+from inbatch.evaluation.collapse_metrics import alpha_req, feature_std, lidar, rankme, sigreg_distance
 from inbatch.evaluation.corruptions import CORRUPTIONS, Chance, corruptions
 from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, raw_pixels, readable
 from inbatch.evaluation.embeddings import Embeddings
@@ -52,6 +52,7 @@ __all__ = [
     "raw_pixels",
     "readable",
     "retrieval",
+    "sigreg_distance",
     "tune",
     "write_embeddings",
 ]

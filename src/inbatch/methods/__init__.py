@@ -6,6 +6,7 @@ from inbatch.methods.byol import BYOL
 from inbatch.methods.cc import CC
 from inbatch.methods.dcl import DCL
 from inbatch.methods.dino import DINO
+from inbatch.methods.lejepa import LeJEPA
 from inbatch.methods.moco import MoCo
 from inbatch.methods.mocov3 import MoCoV3
 from inbatch.methods.nnclr import NNCLR
@@ -17,6 +18,7 @@ from inbatch.methods.supcon import SupCon
 from inbatch.methods.supervised import Supervised
 from inbatch.methods.swav import SwAV
 from inbatch.methods.vicreg import VICReg
+from inbatch.methods.visreg import VISReg
 from inbatch.methods.wmse import WMSE
 
 METHODS: dict[str, type[Method]] = {
@@ -29,6 +31,8 @@ METHODS: dict[str, type[Method]] = {
     "simsiam": SimSiam,
     "barlow": BarlowTwins,
     "vicreg": VICReg,
+    "lejepa": LeJEPA,
+    "visreg": VISReg,
     "wmse": WMSE,
     "swav": SwAV,
     "dino": DINO,

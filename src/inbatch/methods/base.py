@@ -28,7 +28,7 @@ class Method(nn.Module):
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
-    online: ClassVar[tuple[str, ...]] = ("projection",)
+    online: tuple[str, ...] = ("projection",)
     target: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[tuple[int, int | None]] = (2, 2)
     labels: ClassVar[bool] = False

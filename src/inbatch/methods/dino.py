@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import cross_prediction, scale_by_temperature, wide
+from inbatch.nn.functional import cross_prediction, koleo, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.schedules import cosine, linear, progress
@@ -26,11 +26,12 @@ class DINO(Method):
 
     temperature: the student's. teacher_temperature, warmup_temperature: the teacher's final and initial one.
     warmup_epochs: from initial to final. momentum: the teacher's momentum, rising to 1. center_momentum: of the centre.
-    num_prototypes: outputs. freeze_prototypes_epochs: epochs before outputs learn.
-    hidden_dim, bottleneck_dim: widths. layers, norm: of the head.
+    num_prototypes: outputs. freeze_prototypes_epochs: epochs before outputs learn. hidden_dim, bottleneck_dim: widths.
+    layers, norm: of the head. koleo_weight: of KoLeo of the features, added over the two large views.
     """
 
-    online, target, views = ("prototypes",), ("prototypes",), (2, None)
+    online: tuple[str, ...] = ("prototypes",)
+    target, views = ("prototypes",), (2, None)
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
@@ -50,13 +51,16 @@ class DINO(Method):
     def __init__(self, temperature: float = 0.1, teacher_temperature: float = 0.07, warmup_temperature: float = 0.04,
                  warmup_epochs: int = 30, momentum: float = 0.996, center_momentum: float = 0.9,
                  num_prototypes: int = 65536, freeze_prototypes_epochs: int = 1, hidden_dim: int = 2048,
-                 bottleneck_dim: int = 256, layers: int = 3, norm: bool = False) -> None:  # fmt: skip
+                 bottleneck_dim: int = 256, layers: int = 3, norm: bool = False, koleo_weight: float = 0.0
+                 ) -> None:  # fmt: skip
         super().__init__()
         check_temperature(temperature, teacher_temperature, warmup_temperature)
         self.temperature, self.momentum, self.center_momentum = temperature, momentum, center_momentum
         self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
         self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
+        self.koleo_weight = koleo_weight
+        self.online = ("prototypes", "features") if koleo_weight else ("prototypes",)
         self.register_buffer("center", torch.zeros(num_prototypes))
 
     def heads(self, width: int) -> dict[str, Head]:
@@ -69,7 +73,9 @@ class DINO(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
-        return {"loss": dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)}
+        loss = dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)
+        more = {"dino": loss, "koleo": koleo(online["features"][:2])} if self.koleo_weight else {}
+        return {"loss": loss + self.koleo_weight * 2 * more["koleo"] if more else loss, **more}
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

@@ -153,6 +153,41 @@ def mean_other_views(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
     return (x.sum(0) - x) / (len(x) - 1)
 
 
+def invariance(z: Float[Tensor, "v n d"], global_views: int | None = None) -> Float[Tensor, ""]:
+    """Return the mean of (z_v - c)^2 over views, samples and features.
+
+    c is the mean of a sample's first `global_views` rows (None: of all of them); it carries gradient.
+    """
+    if z.shape[0] < 2 or not 1 <= (len(z) if global_views is None else global_views) <= len(z):
+        raise ValueError(f"needs at least 2 views, and 1 to {len(z)} global views, got {len(z)} and {global_views}")
+    z = wide(z)
+    return (z - z[:global_views].mean(0)).square().mean()
+
+
+def koleo(z: Float[Tensor, "v n d"], neighbours: int = 1, eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Compute KoLeo, -mean log of the distance to the nearest other row of the view (Sablayrolles et al. 2019).
+
+    Rows are normalised inside. The gradient reaches a row and its neighbours; their choice has none. As in the code of
+    DINOv2, eps is added to each component of the difference and to the distance.
+
+    Args:
+        z: rows of the whole batch; views do not see each other.
+        neighbours: number of nearest rows per row, over which the logarithms are averaged.
+        eps: the constant.
+    """
+    n = z.shape[1]
+    if not (len(z) and 1 <= neighbours < n):
+        raise ValueError(f"KoLeo needs a view, and 1 to {n - 1} neighbours of {n} rows, got {len(z)}, {neighbours}")
+    logs = []
+    for u in normalize(z):
+        # The row itself is one of the nearest, or as near as the others: then the last is left out.
+        near = nearest(u, u, count=neighbours + 1)
+        own = near == torch.arange(n, device=u.device)[:, None]
+        near = near.gather(1, own.long().argsort(dim=1, stable=True)[:, :neighbours])
+        logs.append((torch.linalg.vector_norm(u[:, None] - u[near] + eps, dim=-1) + eps).log())
+    return -torch.stack(logs).mean()
+
+
 def sinkhorn(
     scores: Float[Tensor, "*views n k"], epsilon: float = 0.05, iterations: int = 3
 ) -> Float[Tensor, "*views n k"]:

@@ -182,7 +182,7 @@ def _made(trial: Trial) -> Finding:
             return fails(f"the head {name!r} reads {head.source!r}, which is neither 'features' nor an earlier head")
         known.add(name)
     shared = {name for name, head in heads.items() if not head.online_only}
-    if not method.online or not set(method.online) <= set(heads):
+    if not method.online or not set(method.online) - {"features"} <= set(heads):
         return fails(f"online = {method.online} must name heads that the loss reads; heads() returns {sorted(heads)}")
     if not set(method.target) <= shared:
         return fails(f"target = {method.target} must name heads that are not online_only; these are {sorted(shared)}")

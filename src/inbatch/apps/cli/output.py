@@ -58,7 +58,7 @@ def print_figures(evaluations: Mapping[str, Mapping[str, Any] | None]) -> None:
 
 MEASURES = {
     "same_image": "same image found", "rankme": "RankMe", "lidar": "LiDAR", "alpha": "alpha-ReQ",
-    "feature_std": "feature std",
+    "sigreg_distance": "SIGReg distance", "feature_std": "feature std",
 }  # fmt: skip
 """Titles of the measures without labels."""
 

@@ -24,6 +24,7 @@ PANELS = {
     "rankme": "effective rank",
     "lidar": "LiDAR",
     "alpha": "alpha-ReQ",
+    "sigreg_distance": "SIGReg distance",
     "leak": "context group from\none embedding",
     "curate_rounds": "redraw rounds",
     "curate_redrawn": "redraws / sample",

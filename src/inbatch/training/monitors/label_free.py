@@ -20,7 +20,7 @@ from inbatch.data.source import LazyImage
 from inbatch.data.sources.arrays import Pixels
 from inbatch.data.views import AnyViews
 from inbatch.errors import DataError
-from inbatch.evaluation import alpha_req, feature_std, lidar, rankme
+from inbatch.evaluation import alpha_req, feature_std, lidar, rankme, sigreg_distance
 from inbatch.evaluation.embed import encode
 from inbatch.models import Encoder
 from inbatch.models.readout import Readout
@@ -215,6 +215,7 @@ def measures(embedded: Embedded) -> dict[str, float]:
         "rankme": float(rankme(embedded.clean)),
         "lidar": lidar_of(embedded.viewed),
         "alpha": float(alpha_req(embedded.clean)),
+        "sigreg_distance": float(sigreg_distance(embedded.clean)),
         "feature_std": float(feature_std(embedded.clean)),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
         "alignment": alignment(first, second),
@@ -248,6 +249,9 @@ def described(images: int, viewed: int, several: int, width: int) -> dict[str, t
             f"{LIDAR_VIEWS} views (LiDAR), at most {width:,}",
         ),
         "alpha": ("near 1", f"exponent of the decay of the spectrum of {images:,} images (alpha-ReQ)"),
+        "sigreg_distance": (
+            "lower", f"distance of the features of {images:,} images from an isotropic normal distribution (SIGReg)",
+        ),
         "feature_std": ("higher", f"spread of the features of {images:,} images: 1 uniform on the sphere, 0 all equal"),
         "uniformity": ("lower", "log mean exp(-2 d^2) of pairs of images at distance d; 0: all equal"),
         "alignment": ("lower", "mean squared distance of two views of an image; 0 also if all features are equal"),
@@ -258,7 +262,8 @@ def compared(before: Embedded | None, after: Embedded) -> dict[str, Any]:
     """Return every measure with its direction, before and after training; "untrained" is None without that encoder."""
     several = 0 if after.viewed is None else len(after.viewed)
     descriptions = described(len(after.clean), len(after.first), several, after.clean.shape[1])
-    counts = {"rankme": len(after.clean), "feature_std": len(after.clean), "alpha": len(after.clean), "lidar": several}
+    counts = {"rankme": len(after.clean), "feature_std": len(after.clean), "alpha": len(after.clean),
+              "sigreg_distance": len(after.clean), "lidar": several}  # fmt: skip
     old, new = None if before is None else measures(before), measures(after)
     return {
         name: {"untrained": old and old[name], "trained": new[name], "better": better, "what": what}

@@ -22,6 +22,7 @@ from inbatch.evaluation import (
     knn,
     rankme,
     readable,
+    sigreg_distance,
 )
 from inbatch.models import Encoder
 from inbatch.rng import permutation
@@ -212,11 +213,12 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 
 
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
-    """Return how different features are, and how their spectrum decays, before whitening if there is any."""
+    """Return how different and how normal features are, and how their spectrum decays, before any whitening."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
     some = plain[:2048]
     return {
         "feature_std": float(feature_std(plain)), "rankme": float(rankme(some)), "alpha": float(alpha_req(some)),
+        "sigreg_distance": float(sigreg_distance(some)),
     }  # fmt: skip
 
 
