@@ -8,6 +8,7 @@ process computed alone.
 from inbatch.distributed import compares_samples
 from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
+from inbatch.methods import hcl as _hcl
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
 from inbatch.methods import supcon as _supcon
@@ -25,6 +26,7 @@ barlow_twins = compares_samples(barlow.barlow_twins)
 cluster_contrast = compares_samples(cc.cluster_contrast)
 ctr = compares_samples(mocov3.ctr)
 dcl = compares_samples(_dcl.dcl)
+hcl = compares_samples(_hcl.hcl)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
 proto_nce = compares_samples(pcl.proto_nce)
@@ -35,6 +37,6 @@ vicreg = compares_samples(_vicreg.vicreg)
 wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
-    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",
-    "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
+    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "hcl", "info_nce", "nnclr",
+    "nt_xent", "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from inbatch.training.step import Step
 SMALL: dict[str, dict[str, object]] = {
     "simclr": {"out_dim": 8},
     "dcl": {"out_dim": 8},
+    "hcl": {"out_dim": 8},
     "moco": {"out_dim": 8, "queue_size": 40, "momentum": 0.9},
     "mocov3": {"hidden_dim": 8, "out_dim": 8, "momentum": 0.9},
     "nnclr": {"hidden_dim": 8, "pred_hidden_dim": 8, "out_dim": 8, "queue_size": 40},
@@ -64,6 +65,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "byol-bare": ("byol", SMALL["byol"] | {"predictor": False}),
     "fastsiam": ("simsiam", SMALL["simsiam"] | {"targets": "mean"}),
     "simsiam-bare": ("simsiam", SMALL["simsiam"] | {"predictor": False, "stop_gradient": False}),
+    "hcl-3": ("hcl", SMALL["hcl"] | {"beta": 0.0}),
     "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
     "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
     "swav-4": ("swav", SMALL["swav"] | {"queue_size": 0}),
@@ -82,7 +84,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
 }
 
 VIEWS: dict[str, int] = {
-    "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
+    "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3, "hcl-3": 3,
     "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
