@@ -51,7 +51,7 @@ class HCL(Method):
         "schedule.name": "constant", "schedule.warmup_epochs": 0, "schedule.scaling": "none", "batch_size": 256,
         "epochs": 400, "method.hidden_dim": 512}  # fmt: skip
     _debiased = _hcl | {"source": "chingyaoc/DCL, main.py: the same with beta 0", "epochs": 500, "method.beta": 0.0}
-    _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2, "method.tau_plus": 0.1}
+    _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _hcl, "hcl": _hcl, "debiased": _debiased, "digits": _digits}
 
     def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0,
