@@ -25,6 +25,7 @@ Loss = Callable[[Tensor, Tensor], Any]
 LOSSES: dict[str, Loss] = {
     "nt_xent": lambda z, y: losses.nt_xent(z, 0.2),
     "dcl": lambda z, y: losses.dcl(z, 0.2),
+    "hcl": lambda z, y: losses.hcl(z, 0.2),
     "ctr": lambda z, y: losses.ctr(z[0], z[1].detach(), 0.2),
     "nnclr": lambda z, y: losses.nnclr(z[0], z[1], 0.2),
     "supcon": lambda z, y: losses.supcon(z, y, 0.2),

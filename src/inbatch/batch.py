@@ -30,6 +30,10 @@ class Batch:
         size: (B, 2) int64, height and width of each image in pixels.
         crops: one (B, C, h, w) uint8 tensor per view if the workers cropped the images; `boxes` holds the positions.
         boxes: (V, B, 4) int64, top, left, height, width of each crop in pixels of its image.
+        group: (B,) int64, known group of each sample (frames of one video), -1 if it has none. None: the data have no
+            groups.
+        same: (B,) int64; samples with equal numbers are never negatives of each other (the recipe's `negatives`). None:
+            every other sample is a negative.
         attempt: (B,) int64, number of the draw of each sample's views. None: 0, the first draw, for all samples.
     """
 
@@ -43,6 +47,8 @@ class Batch:
     crops: tuple[Tensor, ...] | None = None
     boxes: Tensor | None = None
     attempt: Tensor | None = None
+    group: Tensor | None = None
+    same: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,6 +72,8 @@ class Batch:
             crops=None if self.crops is None else tuple(crop[where(crop)] for crop in self.crops),
             boxes=None if self.boxes is None else self.boxes[:, places],
             attempt=pick(self.attempt),
+            group=pick(self.group),
+            same=pick(self.same),
         )
 
     def pictures(self) -> Tensor | None:
@@ -92,4 +100,6 @@ class Batch:
             crops=tuple(c.to(device, non_blocking=True) for c in self.crops) if self.crops and pixels else self.crops,
             boxes=move(self.boxes),
             attempt=move(self.attempt),
+            group=move(self.group),
+            same=move(self.same),
         )

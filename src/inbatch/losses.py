@@ -8,6 +8,7 @@ process computed alone.
 from inbatch.distributed import compares_samples
 from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
+from inbatch.methods import hcl as _hcl
 from inbatch.methods import lejepa as _lejepa
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
@@ -29,6 +30,7 @@ ctr = compares_samples(mocov3.ctr)
 dcl = compares_samples(_dcl.dcl)
 koleo = compares_samples(functional.koleo)
 lejepa = compares_samples(_lejepa.lejepa)
+hcl = compares_samples(_hcl.hcl)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
 proto_nce = compares_samples(pcl.proto_nce)
@@ -41,7 +43,7 @@ visreg = compares_samples(_visreg.visreg)
 wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
-    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "koleo", "lejepa",
-    "nnclr", "nt_xent", "proto_nce", "relation", "sigreg", "simsiam", "sinkhorn", "supcon", "swapped_prediction",
-    "vicreg", "visreg", "wmse",
+    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "hcl", "info_nce", "koleo",
+    "lejepa", "nnclr", "nt_xent", "proto_nce", "relation", "sigreg", "simsiam", "sinkhorn", "supcon",
+    "swapped_prediction", "vicreg", "visreg", "wmse",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from inbatch.batch import Batch, Rows
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
+from inbatch.context.negatives import DropSimilar
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.sync_batchnorm import synchronise_norm
+from inbatch.nn.negatives import Negatives
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed
 from inbatch.training import grad_cache
@@ -22,6 +25,7 @@ from inbatch.training.step import Step
 SMALL: dict[str, dict[str, object]] = {
     "simclr": {"out_dim": 8},
     "dcl": {"out_dim": 8},
+    "hcl": {"out_dim": 8},
     "moco": {"out_dim": 8, "queue_size": 40, "momentum": 0.9},
     "mocov3": {"hidden_dim": 8, "out_dim": 8, "momentum": 0.9},
     "nnclr": {"hidden_dim": 8, "pred_hidden_dim": 8, "out_dim": 8, "queue_size": 40},
@@ -66,6 +70,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "byol-bare": ("byol", SMALL["byol"] | {"predictor": False}),
     "fastsiam": ("simsiam", SMALL["simsiam"] | {"targets": "mean"}),
     "simsiam-bare": ("simsiam", SMALL["simsiam"] | {"predictor": False, "stop_gradient": False}),
+    "hcl-3": ("hcl", SMALL["hcl"] | {"beta": 0.0}),
     "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
     "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
     "swav-4": ("swav", SMALL["swav"] | {"queue_size": 0}),
@@ -86,10 +91,13 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
 }
 
 VIEWS: dict[str, int] = {
-    "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
-    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4,
+    "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3, "swav-4": 4,
+    "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4, "hcl-3": 3,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
+
+NEGATIVES = {"group": Negatives(), "similar": Negatives(), "hard": Negatives(tau_plus=0.1, beta=1.0)}
+"""Weighting of the negatives by the name of a plug."""
 
 SIZE = 6
 IMAGES = 64  # of the data set
@@ -149,6 +157,7 @@ def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[M
     """Return method, network and target network in float64, the same on every call. group: context size."""
     torch.manual_seed(1)
     method = create(variant)
+    method.weighting = next((NEGATIVES[name] for name in NEGATIVES if name in plugs), None)
     heads = method.heads(12)
     fuse, fused = fusion(variant, plugs, group)
     joined = variant.endswith("-joined")
@@ -201,6 +210,27 @@ def curator(
     return made.double()
 
 
+def similar(
+    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]]
+) -> DropSimilar | None:
+    """Return what finds samples that are no negatives, if a plug needs it: by groups of three, or by features."""
+    if not {"group", "similar"} & set(plugs):
+        return None
+
+    def embed(batch: Batch) -> Tensor:
+        with network.evaluating():
+            return network.features(images(batch)[0])
+
+    drop = DropSimilar(threshold=0.5)
+    drop.prepare(embed if "similar" in plugs else None)
+    return drop
+
+
+def groups_of(batch: Batch) -> Tensor:
+    """Return known groups of samples; every fourth has none."""
+    return torch.where(batch.index % 4 == 0, -1, batch.index // 3)
+
+
 def train(
     variant: str,
     n: int,
@@ -235,13 +265,13 @@ def train(
         optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
         curator=curator(plugs, network, drawn, views), frozen=frozen,
+        similar=similar(plugs, network, drawn),
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
         given.append(images)
-        losses.append(
-            step(Batch(distributed.local_shard(batch.index), distributed.local_shard(batch.label)), s)["loss"].item()
-        )
+        own = Batch(distributed.local_shard(batch.index), distributed.local_shard(batch.label))
+        losses.append(step(replace(own, group=groups_of(own)), s)["loss"].item())
     return state(method, network, target) | {"loss": losses}
 
 
@@ -267,11 +297,13 @@ def literal(
         online_views, target_views = list(method.online_views(len(images))), list(method.target_views(len(images)))
         moved = "shuffle" in plugs
         kept = [copy.deepcopy(module.encoder.state_dict()) for module in (network, target) if module and s < frozen]
+        start = copy.deepcopy(network)
         rows = _forward(network, images, online_views, groups, s, 1, moved and target is None)
         target_rows: Rows = {}
         if target is not None:
             with torch.no_grad():
                 target_rows = _forward(target, images, target_views, groups, s, 0, moved)
+        batch = replace(batch, same=_same(plugs, start, batch, images))
         remembered = copy.deepcopy(method.state_dict())
         loss = method.loss(rows, target_rows, batch)["loss"]
         assert all(torch.equal(x, remembered[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
@@ -324,6 +356,26 @@ def _curated(plugs: Collection[str], model: Network, batch: Batch, images: Seque
             break
         now[:, bad] = torch.stack(redraw(batch.take(torch.tensor(bad)), attempt, views))
     return tuple(now)
+
+
+def _same(plugs: Collection[str], network: Network, batch: Batch, images: Sequence[Tensor]) -> Tensor | None:
+    """Return numbers that samples share if they are no negatives of each other, pair by pair."""
+    n = len(batch)
+    if "group" in plugs:
+        group = groups_of(batch).tolist()
+        pairs = [(i, j) for i in range(n) for j in range(i) if group[i] == group[j] >= 0]
+    elif "similar" in plugs:
+        with torch.no_grad():
+            z = network.eval().features(images[0])
+        z = z - z.mean(0)
+        pairs = [(i, j) for i in range(n) for j in range(i) if z[i] @ z[j] >= 0.5 * z[i].norm() * z[j].norm()]
+    else:
+        return None
+    same = list(range(n))
+    for i, j in pairs * n:
+        same[i] = same[j] = min(same[i], same[j])
+    assert 0 < len(set(same)) < n, "the plug does nothing"
+    return torch.tensor(same)
 
 
 def _forward(

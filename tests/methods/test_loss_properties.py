@@ -23,6 +23,7 @@ from inbatch.losses import (
     ctr,
     dcl,
     dino,
+    hcl,
     info_nce,
     koleo,
     lejepa,
@@ -92,6 +93,8 @@ EQUATIONS: dict[str, Equation] = {
     "wmse, plain": lambda z, y, t: whitened(z, norm=False),
     "dcl": lambda z, y, t: dcl(z, t),
     "dclw": lambda z, y, t: dcl(z, t, sigma=0.5),
+    "hcl": lambda z, y, t: hcl(z, t),
+    "hcl, debiased": lambda z, y, t: hcl(z, t, 0.3, 0.0),
     "swapped_prediction": lambda z, y, t: swapped_prediction(z, sinkhorn(z, t), t),
     "sinkhorn": lambda z, y, t: (wide(z) * sinkhorn(z, t)).mean(),
     "dino": lambda z, y, t: dino(z, z, torch.linspace(0, 0.1, z.shape[2]), t, t),
@@ -108,9 +111,9 @@ EQUATIONS: dict[str, Equation] = {
 """Every equation for rows (V, N, D), labels (N) and a temperature, if it has one."""
 
 EVERY = pytest.mark.parametrize("name", EQUATIONS)
-PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "relation", "cluster", "proto_nce", "supcon")
+PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "relation", "hcl", "cluster", "proto_nce", "supcon")
 """Equations with a log-sum-exp over pairs, plain or tiled."""
-NORMALISED = (*PAIRS[:6], "byol", "simsiam, bare", "proto_nce", "supcon")
+NORMALISED = (*PAIRS[:7], "byol", "simsiam, bare", "proto_nce", "supcon")
 """Equations that do not depend on the length of a row."""
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -291,7 +294,7 @@ def test_methods_refuse_temperatures_that_are_not_above_0() -> None:
                 with pytest.raises(ValueError, match="above 0"):
                     method(**{option: t})
             refused += 1
-    assert refused == 18
+    assert refused == 19
 
 
 def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:

@@ -95,6 +95,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "info_nce, smooth": lambda z: losses.info_nce(z[0], z[1], rows(50, z.shape[2], seed=3).to(z), 0.07, 0.3, 5),
     "dcl": lambda z: losses.dcl(z, 0.1),
     "dclw": lambda z: losses.dcl(z, 0.1, sigma=0.5),
+    "hcl": lambda z: losses.hcl(z, 0.2),
     "nnclr": lambda z: losses.nnclr(z[0], z[1], 0.1),
     "nnclr, nt_xent": lambda z: losses.nnclr(z[0], z[1], 0.1, "nt_xent"),
     "ctr": lambda z: losses.ctr(z[0], z[1], 0.2),

@@ -111,6 +111,7 @@ class Loader:
                 f"use a batch of at most {len(source):,}, or more images"
             )
         self._labels = source.labels.to(self.device)
+        self._groups = None if source.groups is None else source.groups.to(self.device)
         self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
             "" if resident == fits else f", cache_on_device = {str(resident).lower()}"
         )
@@ -193,6 +194,7 @@ class Loader:
                 images=self.held.images,
                 at=index,
                 size=self.held.size[index],
+                group=None if self._groups is None else self._groups[index],
             )
 
     def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
@@ -210,7 +212,9 @@ class Loader:
                 self.add_remarks(piece.remarks)
                 whole = share <= PIECE
                 made = piece.made if whole else _put(piece.made, cut.start, made, share, self._pin)
-            batch = Batch(**made, label=self.source.labels[made["index"]], seed=self.seed, epoch=epoch)
+            index, groups = made["index"], self.source.groups
+            group = None if groups is None else groups[index]
+            batch = Batch(**made, label=self.source.labels[index], group=group, seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
 
 

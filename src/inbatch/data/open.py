@@ -86,6 +86,7 @@ def open_data(
     download: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
 ) -> Source:
     """Open one split of a path, a named data set or an in-memory array (`OPENERS` lists the kinds).
 
@@ -101,15 +102,21 @@ def open_data(
         download: See `Reading`.
         image_column: See `Reading`.
         label_column: See `Reading`; images of any kind are unlabelled with "none".
+        group_column: See `Reading`.
 
     Raises:
         DataError: If the data or the split does not exist, or if `subset` exceeds the number of images.
     """
-    found = _find(data, Reading(channels, levels, download, image_column, label_column))
+    found = _find(data, Reading(channels, levels, download, image_column, label_column, group_column))
     if (name := find_split(split, found)) is None:
         way = "" if split != "train" else f": to learn from another one, pass --set split={next(iter(found))}"
         raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}{way}")
     source = found[name]()
+    if group_column is not None and source.groups is None:
+        raise DataError(
+            f"group_column = {group_column!r}: groups cannot be read from {source.name}; they are columns of lists, "
+            "Parquet files and Hugging Face data, arrays of .npz files, or keys of items"
+        )
     if label_column == NO_LABELS:
         source.labels, source.classes, source.ids = unlabelled(len(source)), (), None
         source.label_note = "label_column = none"

@@ -34,6 +34,7 @@ class Reading:
         download: Download a named data set that is not on the disk.
         image_column: Column with the images, or their paths, in data with columns; None for the usual names.
         label_column: Column with the labels; None for the usual names, "none" for images without labels.
+        group_column: Column with known groups of images, such as the video of a frame; None for no groups.
     """
 
     channels: int | None = None
@@ -41,6 +42,7 @@ class Reading:
     download: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
 
 
 @runtime_checkable
@@ -66,12 +68,14 @@ class Source(ABC):
         classes: Names of the labels; empty if all images are unlabelled.
         note: Sentence part for the report, on what was taken as which split and what was left out.
         ids: The integers of the classes in the data, if these are not 0, 1, 2, ...
+        groups: (N,) int64, known group of each image, -1 for none; None if no groups were requested.
         label_note: A sentence if the data have labels that cannot be used as classes, else empty.
     """
 
     levels: Levels | None = None
     note: str = ""
     ids: tuple[int, ...] | None = None
+    groups: Int[Tensor, "n"] | None = None
     label_note: str = ""
 
     def __init__(self, name: str, channels: int, labels: Int[Tensor, "n"], classes: tuple[str, ...]):
@@ -100,7 +104,7 @@ class Source(ABC):
         return None
 
     def signature(self) -> str:
-        """Return 64 hex digits that depend on the number, order, names and labels of the images, not on their place."""
+        """Return 64 hex digits for the number, order, names, labels and groups of the images, not for their place."""
         return signed(self, "\0".join(map(self.identity, range(len(self)))).encode(errors="surrogatepass"))
 
     def skipped(self) -> dict[str, int]:
@@ -133,6 +137,7 @@ class Subset(Source):
         super().__init__(source.name, source.channels, source.labels[indices], source.classes)
         self.source, self.indices, self.why, self.levels = source, indices, why, source.levels
         self.ids, self.label_note = source.ids, source.label_note
+        self.groups = None if source.groups is None else source.groups[indices]
 
     def open(self, i: int) -> LazyImage:
         return self.source.open(int(self.indices[i]))
@@ -174,8 +179,10 @@ def stat_fingerprint(name: bytes, status: os.stat_result) -> bytes:
 
 
 def signed(source: Source, names: bytes) -> str:
-    """Compute the signature of a source from its classes, its labels and the concatenated names of its images."""
+    """Compute the signature of a source from its classes, labels and groups and the joined names of its images."""
     said = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
     said.update(source.labels.long().cpu().numpy().tobytes())
+    if source.groups is not None:
+        said.update(b"groups" + source.groups.long().cpu().numpy().tobytes())
     said.update(names)
     return said.hexdigest()

@@ -6,6 +6,7 @@ from inbatch.methods.byol import BYOL
 from inbatch.methods.cc import CC
 from inbatch.methods.dcl import DCL
 from inbatch.methods.dino import DINO
+from inbatch.methods.hcl import HCL
 from inbatch.methods.lejepa import LeJEPA
 from inbatch.methods.moco import MoCo
 from inbatch.methods.mocov3 import MoCoV3
@@ -24,6 +25,7 @@ from inbatch.methods.wmse import WMSE
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "dcl": DCL,
+    "hcl": HCL,
     "moco": MoCo,
     "mocov3": MoCoV3,
     "nnclr": NNCLR,

@@ -1,6 +1,7 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.errors import many
 from inbatch.nn.heads import Head
 from inbatch.nn.memory_bank import MemoryBank
+from inbatch.nn.negatives import Negatives
 
 
 class Method(nn.Module):
@@ -25,6 +27,8 @@ class Method(nn.Module):
     teacher: whether the rows of `target`, "features", are those of a frozen encoder (the recipe's `teacher`).
     teacher_width: width of these rows, set before `prepare`.
     assigns: the head of which the largest output is the cluster or class of a sample, if any.
+    negatives: values of the recipe's `negatives` that fit the equation, which then reads `negatives_of(batch)`.
+    weighting: what the recipe's `negatives` sets for the equation, once for the run.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
@@ -35,6 +39,8 @@ class Method(nn.Module):
     assigns: ClassVar[str | None] = None
     teacher: ClassVar[bool] = False
     teacher_width: int = 0
+    negatives: ClassVar[tuple[str, ...]] = ()
+    weighting: Negatives | None = None
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -55,6 +61,10 @@ class Method(nn.Module):
 
         Create here the parts that depend on them; raise ValueError here, not in a later step, if they are not allowed.
         """
+
+    def negatives_of(self, batch: Batch) -> Negatives | None:
+        """Return which samples of a batch are negatives, and how they count; None: all other samples alike."""
+        return None if self.weighting is None else replace(self.weighting, same=batch.same)
 
     def notes(self, images: int) -> list[str]:
         """Return sentences for the user about settings that do not suit this number of images."""

@@ -8,21 +8,23 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize, wide
+from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.negatives import Negatives, log_in_batch
 
 
-def contrast(x: Float[Tensor, "v n d"], temperature: float) -> Float[Tensor, ""]:
+def contrast(x: Float[Tensor, "v n d"], temperature: float, negatives: Negatives | None = None) -> Float[Tensor, ""]:
     """Return -log( exp(u_i . u'_i / T) / sum_{k != i} exp(u_i . u_k / T) ), averaged over all V N normalised vectors.
 
     Li et al. 2021: Eq. 2 and 3 for samples, Eq. 5 for clusters. Also averaged over the V - 1 positives of each.
+    negatives: which vectors are negatives, and how they count; None: all others alike.
     """
     if x.shape[0] < 2 or x.shape[1] < 2:
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
     u = normalize(x)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    return (logsumexp_excluding_self(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+    return (log_in_batch(u, temperature, negatives) - positive).mean()
 
 
 def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ class CC(Method):
     """
 
     online = ("projection", "clusters")
-    views = (2, None)
+    views, negatives = (2, None), ("drop-similar", "debias", "hard")
     assigns = "clusters"
     _adam = {
         "optimizer.name": "adam", "optimizer.lr": 3e-4, "optimizer.weight_decay": 0.0, "schedule.name": "constant",
@@ -79,7 +81,7 @@ class CC(Method):
         return {name: Head(mlp(width, width, end, norm=False)) for name, end in ends.items()}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        instance = contrast(online["projection"], self.temperature)
+        instance = contrast(online["projection"], self.temperature, self.negatives_of(batch))
         cluster, entropy = cluster_contrast(wide(online["clusters"]).softmax(-1), self.cluster_temperature)
         loss = instance + cluster + self.entropy_weight * entropy
         return {"loss": loss, "instance": instance, "cluster": cluster, "entropy": entropy}

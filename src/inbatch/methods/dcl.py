@@ -11,15 +11,17 @@ from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.negatives import Negatives
 
 
 def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None = None, symmetric: bool = True,
-        detach: bool = False) -> Float[Tensor, ""]:  # fmt: skip
+        detach: bool = False, negatives: Negatives | None = None) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the decoupled contrastive loss (Yeh et al. 2021, Eq. 6), rows normalised inside.
 
     l_i = -w_i u_i . v_i / T + log( sum_{k != i} exp(u_i . u_k / T) + sum_{k != i} exp(u_i . v_k / T) ), averaged over
     pairs of views u, v. sigma: None is DCL, w_i = 1; else DCLW (Eq. 7), w_i = 2 - N softmax_i(u_i . v_i / sigma).
     symmetric: all ordered pairs, else view 0 with every other. detach: no gradient through w.
+    negatives: which samples count in the sum, and how; without any, the sum's logarithm is left out.
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"DCL needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
@@ -30,9 +32,12 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
             positive = (u[i] * u[j]).sum(-1)
             one = torch.ones_like(positive)
             weight = one if sigma is None else 2 - len(one) * scale_by_temperature(positive, sigma).softmax(0)
-            negative = torch.logaddexp(
-                logsumexp_excluding_self(u[i], temperature), logsumexp_excluding_self(u[i], temperature, u[j])
-            )
+            if negatives is None:
+                pairs = [logsumexp_excluding_self(u[i], temperature, *keys) for keys in ((), (u[j],))]
+                negative = torch.logaddexp(*pairs)
+            else:
+                negative = negatives.log_sum(u[i, None], u[[i, j]], positive[None, None], temperature)[0]
+                negative = negative.masked_fill(negative == -torch.inf, 0)
             losses.append((negative - (weight.detach() if detach else weight) * positive / temperature).mean())
     return torch.stack(losses).mean()
 
@@ -45,7 +50,7 @@ class DCL(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views = (2, None)
+    views, negatives = (2, None), ("drop-similar", "debias", "hard")
     _imagenet = {
         "source": "SimCLR's, with the batch and the length of arXiv 2110.06848; no code of its authors was found",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
@@ -70,4 +75,5 @@ class DCL(Method):
         return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        return {"loss": dcl(online["projection"], self.temperature, self.sigma, self.symmetric, self.detach)}
+        options = self.temperature, self.sigma, self.symmetric, self.detach, self.negatives_of(batch)
+        return {"loss": dcl(online["projection"], *options)}

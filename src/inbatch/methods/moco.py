@@ -22,7 +22,7 @@ class MoCo(Method):
     smooth, neighbours: share of the target given to a query's nearest keys of the queue, and their number (Light-MoCo).
     """
 
-    target = ("projection",)
+    target, negatives = ("projection",), ("debias", "hard")
     _v1 = {
         "source": "moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs",
         "views.name": "mocov1", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
@@ -68,7 +68,7 @@ class MoCo(Method):
         return (1, 0) if self.symmetric else (1,)
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        how = self.queue.rows, self.temperature, self.smooth, self.neighbours
+        how = self.queue.rows, self.temperature, self.smooth, self.neighbours, self.negatives_of(batch)
         pairs = zip(online["projection"], target["projection"], strict=True)
         return {"loss": torch.stack([info_nce(q, k, *how) for q, k in pairs]).sum()}
 

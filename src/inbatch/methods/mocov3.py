@@ -8,23 +8,26 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_rows, normalize
+from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.negatives import Negatives, log_across
 from inbatch.nn.schedules import cosine
 
 
-def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1.0) -> Float[Tensor, ""]:
+def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1.0,
+        negatives: Negatives | None = None) -> Float[Tensor, ""]:  # fmt: skip
     """Compute in-batch contrast of one view's queries with another view's keys (Chen, Xie and He 2021, Algorithm 1).
 
     l_i = -2T log( exp(q_i . k_i / T) / sum_j exp(q_i . k_j / T) ), averaged; rows are normalised inside, keys carry no
     gradient. Two views: ctr(q_1, k_2) + ctr(q_2, k_1); more: twice the mean over ordered pairs of views.
+    negatives: whose keys are negatives, and how they count; None: those of all other samples alike.
     """
     if q.shape != k.shape or not len(q):
         raise ValueError(f"MoCo v3 needs a key for every query, got queries {tuple(q.shape)}, keys {tuple(k.shape)}")
     q, k = normalize(q), normalize(k.detach())
     positive = (q * k).sum(-1) / temperature
-    return 2 * temperature * (logsumexp_rows(q, k, temperature) - positive).mean()
+    return 2 * temperature * (log_across(q, k, temperature, negatives) - positive).mean()
 
 
 class MoCoV3(Method):
@@ -38,7 +41,7 @@ class MoCoV3(Method):
 
     online = ("prediction",)
     target = ("projection",)
-    views = (2, None)
+    views, negatives = (2, None), ("drop-similar", "debias", "hard")
     presets = {
         "imagenet": {
             "source": "moco-v3, CONFIG.md, ResNet-50, for 100 epochs (300: lr 0.3; 1000: lr 0.3, wd 1.5e-6, m 0.996)",
@@ -74,7 +77,8 @@ class MoCoV3(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         q, k = online["prediction"], target["projection"]
-        losses = [ctr(q[i], k[j], self.temperature) for i, j in permutations(range(len(q)), 2)]
+        options = self.temperature, self.negatives_of(batch)
+        losses = [ctr(q[i], k[j], *options) for i, j in permutations(range(len(q)), 2)]
         return {"loss": 2 * torch.stack(losses).mean()}
 
     def target_momentum(self, progress: float) -> float:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_excluding_self, logsumexp_rows, nearest, normalize
+from inbatch.nn.functional import nearest, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
+from inbatch.nn.negatives import Negatives, log_across, log_in_batch
 
 Contrast = Literal["one_way", "nt_xent"]
 
@@ -26,20 +27,22 @@ def neighbours(z: Float[Tensor, "n d"], support: Float[Tensor, "k d"], filled: I
 
 
 def nnclr(
-    near: Float[Tensor, "n d"], p: Float[Tensor, "n d"], temperature: float = 0.1, contrast: Contrast = "one_way"
-) -> Float[Tensor, ""]:
+    near: Float[Tensor, "n d"], p: Float[Tensor, "n d"], temperature: float = 0.1, contrast: Contrast = "one_way",
+    negatives: Negatives | None = None,
+) -> Float[Tensor, ""]:  # fmt: skip
     """Contrast of one view's neighbours with another view's predictions (Dwibedi et al. 2021, Eq. 3, Algorithm 1).
 
     l_i = -log( exp(near_i . p_i / T) / sum_k exp(near_i . p_k / T) ), averaged; rows are normalised inside, neighbours
     carry no gradient. contrast: "nt_xent" (lightly) is NT-Xent of the pair: both ways, with negatives of the same side.
+    negatives: which samples are negatives, and how they count; None: all other samples alike.
     """
     if near.shape != p.shape or len(p) < 2:
         raise ValueError(f"NNCLR needs a neighbour for each of 2 rows, got {tuple(near.shape)} and {tuple(p.shape)}")
     near, p = normalize(near.detach()), normalize(p)
     positive = (near * p).sum(-1).mean() / temperature
     if contrast == "one_way":
-        return logsumexp_rows(near, p, temperature).mean() - positive
-    return logsumexp_excluding_self(torch.cat([near, p]), temperature).mean() - positive
+        return log_across(near, p, temperature, negatives).mean() - positive
+    return log_in_batch(torch.stack([near, p]), temperature, negatives).mean() - positive
 
 
 class NNCLR(Method):
@@ -51,7 +54,7 @@ class NNCLR(Method):
     """
 
     online = ("projection", "prediction")
-    views = (2, None)
+    views, negatives = (2, None), ("drop-similar", "debias", "hard")
     _imagenet = {"source": "arXiv 2104.14548, section 4.1 (from memory; its authors have released no code)",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6,
         "batch_size": 4096, "epochs": 1000, "schedule.warmup_epochs": 10}  # fmt: skip
@@ -77,7 +80,8 @@ class NNCLR(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         near = [neighbours(z, self.queue.rows, self.queue.filled) for z in online["projection"]]
         pairs = permutations(zip(near, online["prediction"], strict=True), 2)
-        return {"loss": torch.stack([nnclr(a[0], b[1], self.temperature, self.contrast) for a, b in pairs]).mean()}
+        options = self.temperature, self.contrast, self.negatives_of(batch)
+        return {"loss": torch.stack([nnclr(a[0], b[1], *options) for a, b in pairs]).mean()}
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(online["projection"][0]))

@@ -7,25 +7,28 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_excluding_self, mean_other_views, normalize
+from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.negatives import Negatives, log_in_batch
 
 
 def nt_xent(
-    z: Float[Tensor, "v n d"], temperature: float = 0.1, views: Literal["mean", "sum"] = "mean"
-) -> Float[Tensor, ""]:
+    z: Float[Tensor, "v n d"], temperature: float = 0.1, views: Literal["mean", "sum"] = "mean",
+    negatives: Negatives | None = None,
+) -> Float[Tensor, ""]:  # fmt: skip
     """Compute NT-Xent of V views of N samples (Chen et al. 2020, Eq. 1), rows normalised inside.
 
     l_i = log sum_{k != i} exp(u_i . u_k / T) - mean over the sample's other views j of u_i . u_j / T,
     averaged over all V N rows. With V > 2, the log-probabilities of the positives are averaged, as in SupCon.
     views: "sum" adds the means of the views instead, as in google-research/simclr (V times the value).
+    negatives: which samples are negatives, and how they count; None: all other samples alike.
     """
     if z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    loss = (logsumexp_excluding_self(u.flatten(0, 1), temperature) - positive.flatten()).mean()
+    loss = (log_in_batch(u, temperature, negatives) - positive).mean()
     return loss * len(u) if views == "sum" else loss
 
 
@@ -39,7 +42,7 @@ class SimCLR(Method):
     scale: "sum" doubles the loss, as in the authors' TensorFlow code.
     """
 
-    views = (2, None)
+    views, negatives = (2, None), ("drop-similar", "debias", "hard")
     presets = {
         "imagenet": {
             "source": "google-research/simclr, run.py and README: ResNet-50, 4096 images a batch",
@@ -67,4 +70,5 @@ class SimCLR(Method):
         return {"projection": Head(mlp(width, *hidden, self.out_dim, last="norm_scale"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        return {"loss": nt_xent(online["projection"], self.temperature, self.scale)}
+        options = self.temperature, self.scale, self.negatives_of(batch)
+        return {"loss": nt_xent(online["projection"], *options)}

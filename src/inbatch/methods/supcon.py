@@ -8,15 +8,16 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import logsumexp_excluding_self, normalize, product, scale_by_temperature
+from inbatch.nn.functional import normalize, product, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
-from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.logsumexp import check_temperature, logsumexp
+from inbatch.nn.negatives import Negatives, SimilarOfOtherClass
 
 
 def supcon(
     z: Float[Tensor, "v n d"], label: Int[Tensor, "n"] | None = None, temperature: float = 0.07,
     base_temperature: float = 0.07, contrast_mode: Literal["all", "one"] = "all",
-    mask: Shaped[Tensor, "n n"] | None = None,
+    mask: Shaped[Tensor, "n n"] | None = None, negatives: Negatives | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the supervised contrastive loss (Khosla et al. 2020, Eq. 2: the sum over positives outside the log).
 
@@ -24,27 +25,30 @@ def supcon(
     averaged over the anchors; 0 for an anchor without positive. Rows are normalised inside.
     label: positives share it (-1: unlabelled, a class of its own); without labels they are views of the same sample.
     mask: in place of labels, mask[i, j] != 0 if j is a positive of i. contrast_mode: rows of all views,
-    or of view 0 ("one").
+    or of view 0 ("one"). negatives: samples in one group of its `same` count only if they are positives.
     """
     u, (v, n, _) = normalize(z), z.shape
     if v * n < 2 or (label is not None and mask is not None):
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
+    weights = None
     if mask is None:  # rows of a class are summed, without a matrix of pairs
         alone = -1 - torch.arange(n, device=z.device)
         group = (alone if label is None else label.where(label >= 0, alone)).unique(return_inverse=True)[1]
         total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0)).index_select(0, group)
         itself, members = u.new_ones(n), v * group.bincount()[group]
+        if negatives is not None and negatives.same is not None:
+            weights = SimilarOfOtherClass(negatives.same.repeat(v), group.repeat(v))
     else:
         near = (mask != 0).to(u.dtype)
         total, itself, members = product(near, u.sum(0)), near.diagonal(), v * near.sum(1)
     count, every = members - itself, u.flatten(0, 1)
     a, rows = (u, every) if contrast_mode == "all" else (u[:1], u[0])
     positive = (a * (total - itself[:, None] * a)).sum(-1) / temperature
-    mean = (positive - count * logsumexp_excluding_self(rows, temperature, every).view_as(positive)) / count.clamp(
-        min=1
-    )
+    total = logsumexp(rows, every, temperature, exclude_self=True, weights=weights).view_as(positive)
+    total = total.masked_fill(total == -torch.inf, 0)  # of an anchor without any candidate, whose count is 0, too
+    mean = (positive - count * total) / count.clamp(min=1)
     return -scale_by_temperature(mean.mean(), base_temperature / temperature)
 
 
@@ -56,7 +60,7 @@ class SupCon(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views = (1, None)
+    views, negatives = (1, None), ("drop-similar",)
     labels = True
     presets = {
         "imagenet": {
@@ -81,4 +85,4 @@ class SupCon(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.base_temperature, self.contrast_mode
-        return {"loss": supcon(online["projection"], batch.label, *options)}
+        return {"loss": supcon(online["projection"], batch.label, *options, None, self.negatives_of(batch))}

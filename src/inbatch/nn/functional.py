@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from inbatch.nn import logsumexp
+from inbatch.nn.negatives import Negatives
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -116,7 +117,7 @@ def nearest(
 
 def info_nce(
     q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], queue: Float[Tensor, "m d"], temperature: float = 0.07,
-    smooth: float = 0.0, neighbours: int = 10,
+    smooth: float = 0.0, neighbours: int = 10, negatives: Negatives | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute InfoNCE of queries with their own key and a queue of unit rows (He et al. 2020, Eq. 1).
 
@@ -131,6 +132,7 @@ def info_nce(
         smooth: share of the target that is moved from the own key, in equal parts, to the nearest `neighbours` of the
             query in the queue (Lin et al. 2023, arXiv 2212.07158).
         neighbours: number of nearest rows of the queue.
+        negatives: the correction of the sum over the queue, of which every row is a negative; None: no correction.
     """
     if q.shape != k.shape or not len(q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -140,8 +142,9 @@ def info_nce(
         )
     q, k = normalize(q), normalize(k.detach())
     queue = queue.to(q.dtype)
-    positive = (q * k).sum(-1) / temperature
-    loss = torch.logaddexp(positive, logsumexp_rows(q, queue, temperature)) - positive
+    own, chosen = (q * k).sum(-1), Negatives() if negatives is None else negatives
+    positive = own / temperature
+    loss = torch.logaddexp(positive, chosen.log_keys(q, queue, own, temperature)) - positive
     if smooth:
         near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
         loss = loss + smooth * (positive - (q * near).sum(-1) / temperature)

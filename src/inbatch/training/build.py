@@ -26,6 +26,7 @@ from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
 from inbatch.training.build_checks import check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
+from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
 from inbatch.training.plug_ins import curator_of, fusion
 from inbatch.training.presets import method_named
@@ -98,6 +99,7 @@ def build(
     network, target = _make_networks(recipe, parts, device)
     piece = recipe.batch_size // distributed.world() // groups
     curator = curator_of(recipe, parts.views, network, piece, device)
+    similar = plug_in_negatives(recipe, source, parts.method, network, parts.encoder, piece, device)
     if recipe.compile:
         _compile(parts.views, network, target)
     optimizer, lr = _make_optimizer(recipe, parts, network)
@@ -113,6 +115,7 @@ def build(
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
         variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe), frozen=frozen,
+        similar=similar,
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
@@ -180,7 +183,7 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
     return Loader(
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
         world=distributed.world(), resident=recipe.cache_on_device, workers=workers,
-        whole=recipe.curate is not None or views.whole, max_bad=recipe.max_unreadable,
+        whole=recipe.curate is not None or views.whole or embeds(recipe, source), max_bad=recipe.max_unreadable,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from inbatch.methods.base import Method
 from inbatch.nn import triton_logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for
+from inbatch.training.negatives import check_negatives
 from inbatch.training.presets import method_named
 from inbatch.training.recipe import Recipe
 
@@ -21,6 +22,7 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
     check_labels(recipe, source)
+    check_negatives(recipe, source)
     if recipe.shuffle_groups and recipe.batch_size == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"

@@ -21,6 +21,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
 from inbatch.runtime.resources import launched
 from inbatch.training.build import RunComponents, build
+from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 from inbatch.training.summary import estimate as count
 
@@ -108,7 +109,7 @@ class MemoryBench:
             pixels = decoded
         elif self.device.type == "cpu":
             workers = processes(self.workers, self.world)
-            size = each if self.recipe.curate else crops
+            size = each if self.recipe.curate or embeds(self.recipe, self.source) else crops
             pixels = size * (share + 2 * workers * min(share, PIECE))  # two pieces wait in each worker
             self.next = size * share
         else:

@@ -155,7 +155,7 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
         channels=None if settings.get("channels") is None else _whole("channels", settings["channels"]),
         **{
             key: None if settings.get(key) is None else str(settings[key])
-            for key in ("classes", "image_column", "label_column")
+            for key in ("classes", "image_column", "label_column", "group_column")
         },
         levels=_levels(settings.get("levels")),
         download=download,

@@ -92,6 +92,7 @@ class Recipe:
         channels, classes, levels: How the images are read (`data.open_data`).
         image_column: Column of the images, in tar files their extension; None for the usual names.
         label_column: Column of the labels; None for the usual names, "none" for no labels.
+        group_column: Column of known groups of the images, such as the video of a frame; None for no groups.
         image_size: Side in pixels of the encoder's input images.
         batch_size: Global batch: samples per step over all ranks.
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local
@@ -100,6 +101,7 @@ class Recipe:
         teacher: Frozen encoder from whose relations the method `relation` learns: a run, an encoder's folder, or
             timm/NAME. A copy of it is kept in the run.
         fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
+        negatives: Which samples are negatives of a contrastive method, and how they count; None: all others alike.
         crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
         shuffle_groups: The target network's context groups (without one: those of every view except the first) are
             other permutations of the batch, so that common properties of a group do not solve the task.
@@ -140,6 +142,7 @@ class Recipe:
     fuse: Part | None = None
     curate: Part | None = None
     attend: Part | None = None
+    negatives: Part | None = None
     teacher: str | None = None
     crops: str = "default"
     shuffle_groups: bool = False
@@ -151,6 +154,7 @@ class Recipe:
     levels: tuple[float, float] | None = None
     image_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
     image_size: Annotated[int, pydantic.Field(ge=1, le=MAX_SIDE)] = 224
     epochs: Positive = 100
     batch_size: Annotated[int, pydantic.Field(ge=2, le=_MOST)] = 256
@@ -180,6 +184,11 @@ class Recipe:
     def reading(self) -> dict[str, Any]:
         """Arguments of `data.open_data` by which the images of the run are read."""
         return {"channels": self.channels, "classes": self.classes, "levels": self.levels} | self.columns
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Arguments of `data.open_data` by which the images to learn from are read: with their groups."""
+        return self.reading | {"group_column": self.group_column}
 
     @property
     def columns(self) -> dict[str, str | None]:

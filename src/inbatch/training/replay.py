@@ -28,7 +28,7 @@ from inbatch.training.step import NonFiniteError
 from inbatch.training.teacher import kept_teacher
 
 FOLDER = "nan_capture"
-_OPTIONAL = ("size", "attempt", "boxes")
+_OPTIONAL = ("size", "attempt", "boxes", "group", "same")
 
 
 def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
@@ -125,10 +125,12 @@ def _again(
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
     source, run = _Empty(record, saved["labels"], recipe.channels), folder.parent
+    if recipe.group_column is not None:  # those of the step are stored in the batch
+        source.groups = torch.full_like(source.labels, -1)
     built = build(recipe, source, device=device, workers=0, init=kept_initial(run), teacher=kept_teacher(run))
     checkpoint.restore(built.parts(), saved["parts"])
     step, batch = built.step, _batch(folder, record).to(device)
-    step.curator = None  # its redraws are stored in the batch
+    step.curator = step.similar = None  # what they have done is stored in the batch
     places = [f"the weight {name}" for name, p in built.network.named_parameters() if not p.isfinite().all()]
     step.views = _checked(step.views, places)
     with _watched(built.network, places):
@@ -197,6 +199,8 @@ def _batch(folder: Path, record: dict[str, Any]) -> Batch:
         crops=tuple(crop for crop in crops if crop is not None) or None,
         boxes=joined("boxes", 1),
         attempt=joined("attempt"),
+        group=joined("group"),
+        same=joined("same"),
     )
 
 

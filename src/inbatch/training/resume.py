@@ -73,7 +73,7 @@ def finished_run(
         return None
     data = _check_settings(folder, recipe, data, requested)
     if data is not None and not (isinstance(data, str) and data == recipe.data):
-        source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.reading)
+        source = open_data(data, recipe.split, subset=recipe.subset, download=download, **recipe.learning)
         then = checkpoint.load(folder / "checkpoints", mapped=True).state.get("progress", {}).get("data")
         check_same_images(then, images_signature(source))
     notify(f"The run in {folder} is finished; inbatch evaluate {folder} evaluates it again.")
@@ -102,7 +102,7 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
         here = replace(here, data=data)
     opened = here.data if data is None else data
     with opening(folder, here) if data is None else nullcontext():
-        source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.reading)
+        source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.learning)
     return RunPlan(recipe, source, opened, here=here)
 
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from inbatch.batch import Batch, Rows
 from inbatch.context.curation import Curator
+from inbatch.context.negatives import DropSimilar
 from inbatch.errors import TrainingError
 from inbatch.methods.base import Method
 from inbatch.models.network import Network, ema_update, running_statistics
@@ -60,6 +61,7 @@ class Step:
         variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
         scale: Return the scale of the image side at a share of the run, for progressive resizing.
         frozen: Number of steps at the start in which the encoder does not learn.
+        similar: Find the samples that are near duplicates, which are no negatives.
         commit: Called before anything except buffers of the networks and the curator changes; the step then completes.
     """
 
@@ -81,6 +83,7 @@ class Step:
     variance: float = 0.0
     scale: Callable[[float], float] = lambda progress: 1.0
     frozen: int = 0
+    similar: DropSimilar | None = None
     commit: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
@@ -92,9 +95,12 @@ class Step:
                 network.freeze_encoder(step < self.frozen)
         # The wrapper would wait for the gradients of a frozen encoder.
         call = self.network if step < self.frozen else self.call
-        curated: dict[str, float] = {}
+        figures: dict[str, float] = {}
         if self.curator is not None:
-            batch, curated = self.curator(batch, distributed.gather, distributed.rank() * len(batch))
+            batch, figures = self.curator(batch, distributed.gather, distributed.rank() * len(batch))
+        if self.similar is not None:
+            batch, dropped = self.similar(batch, distributed.gather, distributed.rank() * len(batch))
+            figures |= dropped
 
         online_views, target_views = (
             list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
@@ -105,7 +111,7 @@ class Step:
         target_rows: Rows = {}
         if self.target is not None:
             target_rows = _whole(*self._forward(self.target, call, batch, held, target_views, step, grad=False))
-        whole = Batch(distributed.gather(batch.index), distributed.gather(batch.label), batch.seed, batch.epoch)
+        whole = _without_pixels(batch)
 
         with logsumexp.using(
             products=self.products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
@@ -141,7 +147,7 @@ class Step:
             ema_update(self.target, self.network, self.method.target_momentum(progress))
         with torch.no_grad():
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
-        return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | curated
+        return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | figures
 
     def _forward(
         self, network: Network, call: nn.Module, batch: Batch, held: Sequence[Tensor] | None, views: list[int],
@@ -200,12 +206,19 @@ def _everyone(batch: Batch) -> Batch | None:
     if batch.crops is not None or (batch.images is not None and batch.at is None):
         return None
 
-    def every(x: Tensor | None) -> Tensor | None:
-        return None if x is None else distributed.gather(x)
+    whole = _without_pixels(batch)
+    return replace(whole, images=batch.images, at=_every(batch.at), size=_every(batch.size),
+                   attempt=_every(batch.attempt))  # fmt: skip
 
+
+def _every(x: Tensor | None) -> Tensor | None:
+    return None if x is None else distributed.gather(x)
+
+
+def _without_pixels(batch: Batch) -> Batch:
+    """Return the samples of all ranks, without their images."""
     index, label = distributed.gather(batch.index), distributed.gather(batch.label)
-    return replace(batch, index=index, label=label, at=every(batch.at), size=every(batch.size),
-                   attempt=every(batch.attempt))  # fmt: skip
+    return Batch(index, label, batch.seed, batch.epoch, group=_every(batch.group), same=_every(batch.same))
 
 
 def _whole(forward: grad_cache.GroupForward, orders: Orders) -> Rows:

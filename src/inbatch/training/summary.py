@@ -17,6 +17,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.text import printable
 from inbatch.training.build import RunComponents
+from inbatch.training.negatives import embeds
 from inbatch.training.optim import build_optimizer, parameter_groups
 from inbatch.training.recipe import Recipe
 
@@ -94,6 +95,8 @@ def _plugins(built: RunComponents) -> dict[str, str]:
         )
     if r.attend is not None:
         lines["attend"] = attention(built.encoder, built.context)
+    if r.negatives is not None:
+        lines["negatives"] = _negatives(built)
     if r.crops != "default":
         lines["crops"] = r.crops
     if r.variance_weight:
@@ -102,6 +105,17 @@ def _plugins(built: RunComponents) -> dict[str, str]:
         whose = "the target network's" if built.target else "those of every view but the first"
         lines["groups"] = f"shuffled: {whose}"
     return lines
+
+
+def _negatives(built: RunComponents) -> str:
+    """Return how the negatives of a run are chosen or weighted."""
+    chosen, similar = built.recipe.negatives, built.step.similar
+    assert chosen is not None
+    if similar is None:
+        return ", ".join([chosen.name, *(f"{key} {value:g}" for key, value in chosen.options.items())])
+    if embeds(built.recipe, built.source):
+        return f"{chosen.name}, from a cosine of {similar.threshold:g} of the features of whole images on"
+    return f"{chosen.name}, by the groups of {built.recipe.group_column}"
 
 
 def attention(encoder: Encoder, context: int) -> str:
@@ -207,7 +221,7 @@ def _pixels(built: RunComponents) -> int:
     if built.loader.held is not None or built.loader.device.type != "cpu":
         return 0  # part of the resident images, or in host memory until the group is processed
     sizes = [view.size for view in built.views.views]
-    if built.recipe.curate is not None:  # whole canvases arrive, for redraws
+    if built.recipe.curate is not None or embeds(built.recipe, built.source):  # whole canvases arrive
         return built.recipe.channels * (2 * max(sizes)) ** 2
     return built.recipe.channels * sum(size**2 for size in sizes)
 

@@ -109,7 +109,7 @@ def smaller_choices(built: RunComponents) -> list[tuple[str, float]]:
     now, choices = step_seconds(built) * built.total, []
     after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
     for name in SMALLER[after:]:
-        recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None)
+        recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None, negatives=None)
         other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
         if other * built.total < 0.8 * now:
             choices.append((f"--encoder {name}", other * built.total))

@@ -137,6 +137,9 @@ ImageColumn = Annotated[
 LabelColumn = Annotated[
     str | None, Option("--label-column", metavar="NAME|none", help="Column of the labels; none: use no labels.")
 ]
+GroupColumn = Annotated[
+    str | None, Option("--group-column", metavar="NAME", help="Column of known groups, such as the video of a frame.")
+]
 
 SEEDS = 2**32 - 1
 """Largest seed; scikit-learn accepts no larger one."""

@@ -12,6 +12,7 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Data,
     Device,
+    GroupColumn,
     ImageColumn,
     Json,
     LabelColumn,
@@ -85,6 +86,7 @@ def pretrain(
     data: Annotated[list[str] | None, Option(help=f"{KINDS[:-1]}, each with --data, or a pattern in quotes.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
     out: Annotated[
         Path | None, Option("--output-dir", "--out", "-o", help="Run directory; default runs/METHOD-DATA-NUMBER.")
     ] = None,
@@ -136,6 +138,10 @@ def pretrain(
     curate: Annotated[
         bool, Option("--curate", help="Batch curation: redraw views that do not match their sample.")
     ] = False,
+    negatives: Annotated[
+        str | None,
+        Option(metavar="drop-similar|debias|hard", help="Negatives: leave out near duplicates, or weight them."),
+    ] = None,
     crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
     shuffle_groups: Annotated[
         bool, Option("--shuffle-groups", help="Use other context groups for the target network.")

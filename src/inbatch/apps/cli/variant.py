@@ -13,7 +13,8 @@ from inbatch.runtime import own_parts
 
 _OF_COMPARISON = {
     "data": "--data of the comparison", "image_column": "--set image_column=NAME of the comparison",
-    "label_column": "--set label_column=NAME of the comparison", "seed": "--seeds of the comparison",
+    "label_column": "--set label_column=NAME of the comparison",
+    "group_column": "--set group_column=NAME of the comparison", "seed": "--seeds of the comparison",
     "budget": "--budget of the comparison, which is divided over its runs", "out": "--out of the comparison",
     "device": "--device of the comparison", "download": "--download of the comparison",
 }  # fmt: skip
@@ -21,7 +22,7 @@ _OF_COMPARISON = {
 _SETTINGS = (
     "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size",
     "context", "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups",
-    "compile", "config", "set_", "teacher",
+    "compile", "config", "set_", "teacher", "negatives",
 )  # fmt: skip
 """Options that a variant may set."""
 

@@ -13,8 +13,8 @@ from inbatch.training.requested_settings import merged_settings
 from inbatch.training.settings_file import parse_assignment
 
 SHARED = frozenset({
-    "data", "test", "split", "subset", "channels", "classes", "levels", "image_column", "label_column", "seed",
-    "knn_k", "max_unreadable", "budget", "replans",
+    "data", "test", "split", "subset", "channels", "classes", "levels", "image_column", "label_column", "group_column",
+    "seed", "knn_k", "max_unreadable", "budget", "replans",
 })  # fmt: skip
 """Settings that all variants share: images, evaluation, seeds, time."""
 MOST = 200

@@ -69,6 +69,6 @@ def label_column(
 
 def check_no_columns(reading: Reading, name: str) -> None:
     """Raise DataError if the settings name a column of data that have none."""
-    for key in ("image_column", "label_column"):
+    for key in ("image_column", "label_column", "group_column"):
         if (column := getattr(reading, key)) is not None and (key, column) != ("label_column", NO_LABELS):
             raise DataError(f"{key} = {column!r}: {name} has no columns; leave it out")

@@ -16,6 +16,7 @@ from typing import NamedTuple, TextIO
 
 from inbatch.data.source import Reading, Source
 from inbatch.data.sources.folder_scan import EXTENSIONS
+from inbatch.data.sources.groups import groups_of_values
 from inbatch.data.sources.labels import NO_LABELS, Distinct, Labels, number, printable_name
 from inbatch.data.sources.path_source import PathsSource
 from inbatch.data.sources.split_names import arranged
@@ -25,8 +26,9 @@ COLUMNS = {
     "path": ("path", "image", "file", "filename", "filepath", "file_name", "file_path", "image_path"),
     "label": ("label", "class", "target"),
     "split": ("split",),
+    "group": (),
 }
-"""Accepted column names, not case-sensitive."""
+"""Accepted column names, not case-sensitive; a column of groups is used only if a setting names it."""
 
 _ENDINGS = "|".join(re.escape(extension.decode()) for extension in EXTENSIONS)
 # the longest prefix with an image file extension
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     path: str
     label: str
     split: str
+    group: str = ""
 
 
 def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
@@ -69,6 +72,8 @@ def _open(file: Path, split: str | None, reading: Reading) -> Source:
     name, paths = str(file) if split is None else f"{file} ({split})", (_checked(rows[i], file) for i in mine)
     source = PathsSource(name, file.parent, paths, labels.numbers[mine], labels.classes if known else (), reading)
     source.ids, source.label_note = labels.ids if known else None, labels.note
+    if reading.group_column is not None:
+        source.groups = groups_of_values([row.group for row in rows], f"The groups in {str(file)!r}")[mine]
     return source
 
 
@@ -92,8 +97,10 @@ def _opened(file: Path) -> TextIO:
 
 
 def _text(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
-    if reading.image_column or reading.label_column not in (None, NO_LABELS):
-        raise DataError(f"{str(file)!r} has no columns with names: leave out image_column and label_column")
+    if _names_columns(reading):
+        raise DataError(
+            f"{str(file)!r} has no columns with names: leave out image_column, label_column and group_column"
+        )
     labelled = reading.label_column is None
     for at, line in enumerate(lines, 1):
         if line.strip():
@@ -120,7 +127,7 @@ def _table(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
                 place, width = _header(cells, reading), len(cells)
                 if place:
                     continue
-                if reading.image_column or reading.label_column not in (None, NO_LABELS):
+                if _names_columns(reading):
                     raise _no_column(file, cells, reading)
                 if width > 2:
                     raise DataError(
@@ -138,15 +145,21 @@ def _table(lines: Iterator[str], file: Path, reading: Reading) -> Iterator[Row]:
                 first = []
             values = {what: cells[at] for what, at in place.items()}
             label, split = values.get("label", "").strip(), values.get("split", "").strip()
-            yield Row(reader.line_num, values["path"], label, split)
+            yield Row(reader.line_num, values["path"], label, split, values.get("group", ""))
     except csv.Error as e:
         raise DataError(f"{str(file)!r}, line {reader.line_num}: {e}") from e
+
+
+def _names_columns(reading: Reading) -> bool:
+    """Return whether the settings name a column."""
+    named = reading.image_column or reading.group_column or reading.label_column not in (None, NO_LABELS)
+    return bool(named)
 
 
 def _header(cells: list[str], reading: Reading) -> dict[str, int]:
     """Return the positions of the columns that are used, empty if this is not a header that has them."""
     names = [cell.strip().lower() for cell in cells]
-    requested = {"path": reading.image_column, "label": reading.label_column}
+    requested = {"path": reading.image_column, "label": reading.label_column, "group": reading.group_column}
     found: dict[str, int] = {}
     for what, usual in COLUMNS.items():
         column = requested.get(what)
@@ -170,7 +183,7 @@ def _check_no_header(file: Path, first: list[str], second: list[str]) -> None:
 
 def _no_column(file: Path, cells: list[str], reading: Reading) -> DataError:
     """Return the error for a list that lacks a column which the settings name."""
-    requested = {"image_column": reading.image_column, "label_column": reading.label_column}
+    requested = {key: getattr(reading, key) for key in ("image_column", "label_column", "group_column")}
     settings = ", ".join(f"{key} = {name!r}" for key, name in requested.items() if name is not None)
     columns = ", ".join(f"'{printable_name(cell.strip())}'" for cell in cells)
     return DataError(f"{str(file)!r} has no columns for {settings}; its first line has {columns}")

@@ -17,7 +17,8 @@ from typing import Any
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed, stat_fingerprint, unlabelled
 from inbatch.data.sources.columns import image_column, label_column
-from inbatch.data.sources.labels import Labels, from_arrow
+from inbatch.data.sources.groups import check_group_column, group_numbers
+from inbatch.data.sources.labels import Labels, arrow_codes, from_arrow
 from inbatch.data.sources.split_names import arranged, split_of
 from inbatch.errors import ConfigError, DataError, type_name
 
@@ -45,7 +46,8 @@ class HubSource(Source):
         self.column = _image_column(dataset.features, reading.image_column, name)
         self.levels, self.folder = reading.levels, folder
         label = _label_column(dataset.features, reading.label_column, self.column, name)
-        wanted = [self.column] if label is None else [self.column, label]
+        check_group_column([*dataset.features], group := reading.group_column, name)
+        wanted = [*dict.fromkeys(filter(None, (self.column, label, group)))]
         rows = dataset.with_format(None).select_columns(wanted)
         # rows are read by table position, which differs from the row number after a selection
         if rows._indices is not None:
@@ -59,6 +61,9 @@ class HubSource(Source):
             labels = _labels(rows, label, f"The labels {label!r} of {name!r}", like)
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
+        if group is not None:
+            codes, values = arrow_codes(rows.data.column(group))
+            self.groups = group_numbers(codes, values, f"The groups {group!r} of {name!r}")
 
     def open(self, i: int) -> ImageFile:
         found = self._row(i)

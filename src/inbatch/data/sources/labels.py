@@ -108,8 +108,8 @@ def number(
     codes = np.asarray(codes, np.int64)
     used = {*np.unique(codes).tolist()}
     try:
-        meanings = _joined([_meaning(value) if i in used else None for i, value in enumerate(values)])
-    except _NotClassesError as error:
+        meanings = _joined([meaning(value) if i in used else None for i, value in enumerate(values)])
+    except NotClassesError as error:
         return Labels(unlabelled(len(codes)), note=f"{what} are {error}, neither whole numbers nor names")
     known = {value for value in meanings if value is not None}
     lowest = min((value for value in known if isinstance(value, int)), default=0)
@@ -146,13 +146,13 @@ def from_array(
     """
     if isinstance(labels, Set | Mapping):
         raise DataError(f"{what} are a {type(labels).__name__}: pass a list or an array, in the order of the images")
-    values = _as_array(labels)
+    values = as_array(labels)
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if values.shape[:1] != (n,):
         raise DataError(f"{what} have shape {values.shape}, but there are {n:,} images: one label each")
     if values.ndim > 1:
         return Labels(unlabelled(n), note=f"{what} have shape {values.shape}, several for each image")
-    return number(*_distinct(values), what, names, like)
+    return number(*distinct(values), what, names, like)
 
 
 def from_arrow(column: Any, what: str, names: Sequence[str] = (), like: Labels | None = None) -> Labels:
@@ -180,14 +180,14 @@ def arrow_codes(column: Any) -> tuple[np.ndarray, list[Any]]:
     return encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
-class _NotClassesError(Exception):
+class NotClassesError(Exception):
     """A label is neither a whole number nor a name; the message describes it."""
 
 
-def _meaning(value: Any) -> int | str | None:
-    """Return the class that a label means, None for unknown; raise _NotClassesError for labels that are no classes."""
+def meaning(value: Any) -> int | str | None:
+    """Return the class that a label means, None for unknown; raise NotClassesError for labels that are no classes."""
     if isinstance(value, Unusable):
-        raise _NotClassesError(value.kind)
+        raise NotClassesError(value.kind)
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # of pandas
         return None
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or PyTorch
@@ -202,10 +202,10 @@ def _meaning(value: Any) -> int | str | None:
         if value != value:
             return None
         if value in (float("inf"), float("-inf")) or value != int(value):
-            raise _NotClassesError(f"numbers such as {float(value):g}")
+            raise NotClassesError(f"numbers such as {float(value):g}")
         value = int(value)
     if not isinstance(value, int):
-        raise _NotClassesError(type(value).__name__)
+        raise NotClassesError(type(value).__name__)
     return None if value == -1 else value
 
 
@@ -224,7 +224,8 @@ def _whole(text: str) -> int:
     return int(match[1])
 
 
-def _as_array(labels: Any) -> np.ndarray:
+def as_array(labels: Any) -> np.ndarray:
+    """Return labels of any kind as an array."""
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
         return (labels.float() if labels.dtype == torch.bfloat16 else labels).numpy()
@@ -233,11 +234,11 @@ def _as_array(labels: Any) -> np.ndarray:
     return np.asarray(list(labels), object)  # NumPy would turn integers of 64 bits to floats if their signs differ
 
 
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, list[Any]]:
+def distinct(values: np.ndarray) -> tuple[np.ndarray, list[Any]]:
     """Return codes and values of an array (N,)."""
     if values.dtype.kind in "iufbUS":
-        distinct, codes = np.unique(values, return_inverse=True)
-        return codes, distinct.tolist()
+        every, codes = np.unique(values, return_inverse=True)
+        return codes, every.tolist()
     if values.dtype.kind not in "OT":
         return np.zeros(len(values), np.int64), [Unusable(str(values.dtype))]
     labels = Distinct()

@@ -12,6 +12,7 @@ import torch
 
 from inbatch.data.source import Reading, Source, unlabelled
 from inbatch.data.sources.arrays import ArraySource, Pixels, open_arrays
+from inbatch.data.sources.groups import groups_of_array
 from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError
 from inbatch.runtime.memory import free_bytes
@@ -62,8 +63,10 @@ def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]
         return None
     file, kind = os.fspath(data), Path(data).suffix.lower()
     if kind == ".npy":
-        if reading.image_column or reading.label_column not in (None, NO_LABELS):
-            raise DataError(f"{file!r} is one array without names: leave out image_column and label_column")
+        if reading.image_column or reading.group_column or reading.label_column not in (None, NO_LABELS):
+            raise DataError(
+                f"{file!r} is one array without names: leave out image_column, label_column and group_column"
+            )
         return {"train": lambda: NpySource(file, reading)}
     if kind != ".npz":
         return None
@@ -84,7 +87,7 @@ def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]
 def _names(file: str, split: str, sizes: dict[str, int], reading: Reading) -> list[str]:
     """Return the name of a split's images and, if there are any, of its labels; the settings name those of train."""
     own = [reading.image_column, reading.label_column] if split == "train" else [None, None]
-    for name in own:
+    for name in (*own, reading.group_column):
         if name not in (None, NO_LABELS, *sizes):
             raise DataError(f"{file!r} has no array {name!r}, only {', '.join(sizes)}")
     images = own[0] or next((name for name in NAMES[split] if name in sizes), None)
@@ -107,12 +110,15 @@ def _open(
     with _load(file) as opened:
         try:
             images, *labels = (np.asarray(opened[name]) for name in names)
+            group = None if reading.group_column is None else np.asarray(opened[reading.group_column])
             shared = np.asarray(opened[train[1]]) if split != "train" and labels and len(train) > 1 else None
         except Exception as e:  # a damaged file can raise any exception
             raise DataError(f"{file!r} cannot be read: {e}") from e
     like = None if shared is None else from_array(shared, len(shared), f"The labels of the train split of {file!r}")
     source = _converted(images, reading, file, labels[0] if labels else None, like)
     source.name = file if split == "train" else f"{file} ({split})"
+    if group is not None:
+        source.groups = groups_of_array(group, len(source), f"The groups {reading.group_column!r} of {file!r}")
     return source
 
 

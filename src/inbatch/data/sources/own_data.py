@@ -18,6 +18,7 @@ from inbatch.data.pixels import Levels, from_pillow, to_bytes
 from inbatch.data.source import Reading, Source, signed, unlabelled
 from inbatch.data.sources.arrays import Pixels, is_array
 from inbatch.data.sources.columns import image_column, label_column
+from inbatch.data.sources.groups import check_group_column, groups_of_values
 from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError, reason, type_name
 
@@ -55,6 +56,8 @@ class ItemSource(Source):
             )
         known = self._labels(labels, first, reading)
         self.labels, self.classes, self.ids, self.label_note = known.numbers, known.classes, known.ids, known.note
+        if reading.group_column is not None:
+            self.groups = self._groups(reading.group_column, first)
 
     def open(self, i: int) -> Pixels:
         return Pixels(self._pixels(self._picture(self._item(i)), self.identity(i)))
@@ -106,6 +109,13 @@ class ItemSource(Source):
             return Labels(unlabelled(count), note=f"{what} are arrays, several for each image")
         return from_array(targets, count, what, names)
 
+    def _groups(self, key: str, first: Mapping[Any, Any]) -> Tensor:
+        """Return the groups under a key of the items, which are all read."""
+        check_group_column(list(map(str, first)), key, self.name)
+        values = [self._item(i)[key] for i in range(len(self.items))]
+        values = [one.item() if getattr(one, "ndim", None) == 0 else one for one in values]
+        return groups_of_values(values, f"The groups of the {self.name}")
+
 
 def _keys(item: Any, reading: Reading, name: str) -> tuple[Any, Any] | None:
     """Return the keys of image and label in an item, None for no label; None if the items are images themselves."""
@@ -113,8 +123,10 @@ def _keys(item: Any, reading: Reading, name: str) -> tuple[Any, Any] | None:
         types = {str(key): type_name(value) for key, value in item.items()}
         image = image_column([key for key in types if _is_image(item[key])], types, reading.image_column, name)
         return image, label_column(list(types), [], reading.label_column, image, name)
-    if reading.image_column is not None or reading.label_column not in (None, NO_LABELS):
-        raise DataError(f"image_column and label_column: the items of the {name} are no dicts; leave them out")
+    if (reading.image_column or reading.group_column) or reading.label_column not in (None, NO_LABELS):
+        raise DataError(
+            f"image_column, label_column and group_column: the items of the {name} are no dicts; leave them out"
+        )
     if isinstance(item, tuple | list):
         if not item or not _is_image(item[0]):
             raise DataError(

@@ -20,6 +20,7 @@ import numpy as np
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed, stat_fingerprint
 from inbatch.data.sources.columns import image_column, label_column
+from inbatch.data.sources.groups import check_group_column, group_numbers
 from inbatch.data.sources.labels import Labels, arrow_codes, number
 from inbatch.data.sources.shards import Shards, divided, named, shards_below, shards_in, without_images
 from inbatch.errors import ConfigError, DataError
@@ -53,6 +54,9 @@ class ParquetSource(Source):
         labels = _number(tables, name, like)
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
+        if reading.group_column is not None:
+            found = _together([table.groups for table in tables if table.groups is not None])
+            self.groups = group_numbers(*found, f"The groups of {name!r}")
         self._starts, self._groups = starts, groups
         self._forget()
 
@@ -162,6 +166,7 @@ class _Table(NamedTuple):
     """What is read of a file before its images: `rows` are the numbers of rows of its groups.
 
     image: name of the column. codes, values: labels, as `labels.number` takes them. names: of the classes.
+    groups: codes and values of the groups, if a column of them is requested.
     """
 
     image: str
@@ -169,6 +174,7 @@ class _Table(NamedTuple):
     codes: np.ndarray
     values: list[Any]
     names: tuple[str, ...]
+    groups: tuple[np.ndarray, list[Any]] | None = None
 
 
 def _read_table(file: str, reading: Reading) -> _Table:
@@ -185,20 +191,28 @@ def _read_table(file: str, reading: Reading) -> _Table:
             codes, values = np.full(meta.num_rows, -1), list[Any]()
             if label is not None:
                 codes, values = arrow_codes(opened.read([label])[label])
+            check_group_column([*kinds], column := reading.group_column, file)
+            grouped = None if column is None else arrow_codes(opened.read([column])[column])
     except _UNREADABLE as e:
         raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
     rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-    return _Table(image, rows, codes, values, named.get(label or "", ()))
+    return _Table(image, rows, codes, values, named.get(label or "", ()), grouped)
 
 
 def _number(tables: Sequence[_Table], name: str, like: Labels | None) -> Labels:
     """Return the labels of all files together."""
-    codes, values = [], list[Any]()
-    for table in tables:
-        codes.append(np.where(table.codes < 0, -1, table.codes + len(values)))
-        values += table.values
+    codes, values = _together([(table.codes, table.values) for table in tables])
     names = next((table.names for table in reversed(tables) if table.names), ())
-    return number(np.concatenate(codes), values, f"The labels of {name!r}", names, like)
+    return number(codes, values, f"The labels of {name!r}", names, like)
+
+
+def _together(parts: Sequence[tuple[np.ndarray, list[Any]]]) -> tuple[np.ndarray, list[Any]]:
+    """Return codes and values of all files together."""
+    codes, values = [], list[Any]()
+    for own, meanings in parts:
+        codes.append(np.where(own < 0, -1, own + len(values)))
+        values += meanings
+    return np.concatenate(codes), values
 
 
 def _holds_images(kind: Any) -> bool:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from inbatch.data.source import LazyImage, Reading, Source, signed
 from inbatch.data.sources.class_lists import class_ids
@@ -73,6 +74,7 @@ class Joined(Source):
         self.sources, self.prefixes, self.levels = tuple(sources), tuple(prefixes), sources[0].levels
         known = tuple(ids[one] for one in order if one in ids)
         self.ids = known if len(known) == len(order) and known != tuple(range(len(order))) else None
+        self.groups = _joined_groups(sources)
         self.label_note = "; ".join(dict.fromkeys(filter(None, (source.label_note for source in sources))))
         self._ends = [*accumulate(map(len, sources))]
 
@@ -145,6 +147,18 @@ def find_several(data: object, reading: Reading, find: Finder) -> Splits | None:
             parts.append(_Part(path, find(path, reading), is_folder=os.path.isdir(path)))
     _check_disjoint(parts, text)
     return parts[0].splits if len(parts) == 1 else _joined(parts, text)
+
+
+def _joined_groups(sources: Sequence[Source]) -> Tensor | None:
+    """Return the groups of all sources, if any has some; groups of different sources are different."""
+    if all(source.groups is None for source in sources):
+        return None
+    parts, first = [], 0
+    for source in sources:
+        own = torch.full((len(source),), -1) if source.groups is None else source.groups
+        parts.append(torch.where(own >= 0, own + first, own))
+        first += int(own.max()) + 1
+    return torch.cat(parts)
 
 
 def _joined(parts: Sequence[_Part], text: str) -> Splits:

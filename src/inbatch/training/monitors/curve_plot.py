@@ -30,6 +30,7 @@ PANELS = {
     "curate_redrawn": "redraws / sample",
     "curate_violating_before": "share violating,\nas drawn",
     "curate_violating": "share violating,\nleft",
+    "dropped_pairs": "pairs that are\nno negatives",
 }
 
 

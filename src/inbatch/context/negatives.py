@@ -1,0 +1,120 @@
+"""Negatives of contrastive methods: near duplicates are left out, or false and hard ones are weighted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inbatch.batch import Batch
+from inbatch.errors import ConfigError
+
+Gather = Callable[[Tensor, int], Tensor]
+"""Join every rank's part of a tensor along a dimension."""
+
+_HELD = 2**22
+"""Maximum number of similarities in memory at once, for batches of any size."""
+
+
+def similar_groups(rows: Float[Tensor, "n d"], threshold: float) -> tuple[Int[Tensor, "n"], int]:
+    """Return the group of each sample, and the number of pairs with a similarity of at least the threshold.
+
+    The similarity is the cosine of the rows after their mean is subtracted. Groups are the connected components of the
+    similar pairs, each numbered by its first sample: if A ~ B and B ~ C, all three are one group, so that no similar
+    pair is divided. No N x N matrix is held; the result does not depend on the size of the pieces.
+    """
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+        n = len(unit)
+        group, pairs, piece = torch.arange(n, device=rows.device), 0, max(1, _HELD // max(1, n))
+        for first in range(0, n, piece):
+            near = (unit[first : first + piece] @ unit[first:].T >= threshold).triu(1)
+            a, b = near.nonzero().add_(first).unbind(1)
+            pairs += len(a)
+            group = _joined(group, a, b)
+        return group, pairs
+
+
+def _joined(group: Int[Tensor, "n"], a: Int[Tensor, "p"], b: Int[Tensor, "p"]) -> Int[Tensor, "n"]:
+    """Return the groups after those of each pair (a, b) are united; a group is the number of its first sample."""
+    while not torch.equal(one := group[a], other := group[b]):
+        group = group.scatter_reduce(0, one.maximum(other), one.minimum(other), "amin")
+        while not torch.equal(root := group[group], group):
+            group = root
+    return group
+
+
+def pairs_within(group: Int[Tensor, "n"]) -> int:
+    """Return the number of pairs of samples with the same group."""
+    sizes = group.unique(return_counts=True)[1]
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+class DropSimilar:
+    """Near duplicates within a batch (frames of a video, copies of a photograph) are never negatives of each other.
+
+    by: "group" uses the known groups of the data (`group_column`), "features" the encoder's features of the whole,
+        unchanged images; "auto" the known groups if the data have them.
+    threshold: cosine of two samples' features, centred over the batch, from which on they are near duplicates.
+    """
+
+    tau_plus: float | None = None
+    beta = 0.0
+
+    def __init__(self, by: Literal["auto", "group", "features"] = "auto", threshold: float = 0.95) -> None:
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"negatives.threshold = {threshold} is a cosine above 0, at most 1")
+        self.by, self.threshold = by, threshold
+
+    def prepare(self, embed: Callable[[Batch], Tensor] | None) -> None:
+        """Set the function that returns the features (B, F) of the samples; None to use known groups."""
+        self._embed = embed
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, gather: Gather, first: int) -> tuple[Batch, dict[str, float]]:
+        """Return this rank's samples with `same`, and statistics; `first` is their position in the whole batch.
+
+        The statistics are dropped_pairs, the pairs of samples that are no negatives, and with features similar_pairs,
+        those of them that are near duplicates themselves, not only by others between them.
+        """
+        figures: dict[str, float] = {}
+        if self._embed is None:
+            assert batch.group is not None
+            group = gather(batch.group, 0)
+            same = group.where(group >= 0, -1 - torch.arange(len(group), device=group.device))
+        else:
+            same, similar = similar_groups(gather(self._embed(batch), 0), self.threshold)
+            figures["similar_pairs"] = float(similar)
+        figures["dropped_pairs"] = float(pairs_within(same))
+        return replace(batch, same=same[first : first + len(batch)]), figures
+
+
+class Hard:
+    """Hard negatives count more, and the sum over negatives is corrected for false ones (Robinson et al. 2021).
+
+    tau_plus: probability that another sample is of the same class.
+    beta: weight of hard negatives; 0 is `debias`.
+    """
+
+    def __init__(self, tau_plus: float = 0.1, beta: float = 1.0) -> None:
+        if not 0 <= tau_plus < 1:
+            raise ConfigError(f"negatives.tau_plus = {tau_plus} is a probability of at least 0 and below 1")
+        if not 0 <= beta < float("inf"):
+            raise ConfigError(f"negatives.beta = {beta} is at least 0, and finite")
+        self.tau_plus, self.beta = tau_plus, beta
+
+
+class Debias(Hard):
+    """The sum over negatives is corrected for those of the same class (Chuang et al. 2020).
+
+    tau_plus: probability that another sample is of the same class.
+    """
+
+    def __init__(self, tau_plus: float = 0.1) -> None:
+        super().__init__(tau_plus, 0.0)
+
+
+NEGATIVES: dict[str, Any] = {"drop-similar": DropSimilar, "debias": Debias, "hard": Hard}
+"""Name -> plug-in."""
