@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Rows
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
@@ -269,7 +269,8 @@ def literal(
             with torch.no_grad():
                 target_rows = _forward(target, images, target_views, groups, s, 0, moved)
         remembered = copy.deepcopy(method.state_dict())
-        loss = method.loss(rows, target_rows, batch)["loss"]
+        terms, next_state = split_state(method.loss(rows, target_rows, batch))
+        loss = terms["loss"]
         assert all(torch.equal(x, remembered[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
         loss.backward()
@@ -287,6 +288,7 @@ def literal(
                     slow.copy_(fast[name] if shared else m * slow + (1 - m) * fast[name])
         for module, before in zip((network, target), kept, strict=False):
             module.encoder.load_state_dict(before)
+        method.store(next_state)
         method.after_step({k: x.detach() for k, x in rows.items()}, target_rows, batch, s / 10)
         losses.append(loss.item())
     return state(method, network, target) | {"loss": losses}
