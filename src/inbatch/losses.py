@@ -6,11 +6,16 @@ process computed alone.
 """
 
 from inbatch.distributed import compares_samples
+from inbatch.methods import align_uniform as _align_uniform
 from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
+from inbatch.methods import isogclr as _isogclr
+from inbatch.methods import mmcr as _mmcr
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
+from inbatch.methods import sogclr as _sogclr
 from inbatch.methods import supcon as _supcon
+from inbatch.methods import tico as _tico
 from inbatch.methods import vicreg as _vicreg
 from inbatch.methods import wmse as _wmse
 from inbatch.methods.byol import byol
@@ -21,20 +26,26 @@ from inbatch.methods.swav import swapped_prediction
 from inbatch.nn import functional
 from inbatch.nn.functional import info_nce
 
+align_uniform = compares_samples(_align_uniform.align_uniform)
 barlow_twins = compares_samples(barlow.barlow_twins)
 cluster_contrast = compares_samples(cc.cluster_contrast)
 ctr = compares_samples(mocov3.ctr)
 dcl = compares_samples(_dcl.dcl)
+isogclr = compares_samples(_isogclr.isogclr)
+mmcr = compares_samples(_mmcr.mmcr)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
 proto_nce = compares_samples(pcl.proto_nce)
 relation = compares_samples(_relation.relation)
 sinkhorn = compares_samples(functional.sinkhorn)
+sogclr = compares_samples(_sogclr.sogclr)
 supcon = compares_samples(_supcon.supcon)
+tico = compares_samples(_tico.tico)
 vicreg = compares_samples(_vicreg.vicreg)
 wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
-    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",
-    "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
+    "align_uniform", "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce",
+    "isogclr", "mmcr", "nnclr", "nt_xent", "proto_nce", "relation", "simsiam", "sinkhorn", "sogclr", "supcon",
+    "swapped_prediction", "tico", "vicreg", "wmse",
 ]  # fmt: skip

@@ -1,11 +1,14 @@
 """Registry of the methods."""
 
+from inbatch.methods.align_uniform import AlignUniform
 from inbatch.methods.barlow import BarlowTwins
 from inbatch.methods.base import Method
 from inbatch.methods.byol import BYOL
 from inbatch.methods.cc import CC
 from inbatch.methods.dcl import DCL
 from inbatch.methods.dino import DINO
+from inbatch.methods.isogclr import ISogCLR
+from inbatch.methods.mmcr import MMCR
 from inbatch.methods.moco import MoCo
 from inbatch.methods.mocov3 import MoCoV3
 from inbatch.methods.nnclr import NNCLR
@@ -13,15 +16,20 @@ from inbatch.methods.pcl import PCL
 from inbatch.methods.relation import Relation
 from inbatch.methods.simclr import SimCLR
 from inbatch.methods.simsiam import SimSiam
+from inbatch.methods.sogclr import SogCLR
 from inbatch.methods.supcon import SupCon
 from inbatch.methods.supervised import Supervised
 from inbatch.methods.swav import SwAV
+from inbatch.methods.tico import TiCo
 from inbatch.methods.vicreg import VICReg
 from inbatch.methods.wmse import WMSE
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "dcl": DCL,
+    "sogclr": SogCLR,
+    "isogclr": ISogCLR,
+    "align_uniform": AlignUniform,
     "moco": MoCo,
     "mocov3": MoCoV3,
     "nnclr": NNCLR,
@@ -30,6 +38,8 @@ METHODS: dict[str, type[Method]] = {
     "barlow": BarlowTwins,
     "vicreg": VICReg,
     "wmse": WMSE,
+    "tico": TiCo,
+    "mmcr": MMCR,
     "swav": SwAV,
     "dino": DINO,
     "cc": CC,
