@@ -141,28 +141,28 @@ def test_the_presets_are_the_method_s(name: str) -> None:
 
 
 @pytest.fixture
-def align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
+def spectral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     """Write the method of the page on adding a method to a file and register it as the page describes."""
     page = DOCS / "add-a-method.md"
     (code,) = blocks(page, "python")
-    file = tmp_path / "align.py"
+    file = tmp_path / "spectral.py"
     file.write_text(code)
-    spec = importlib.util.spec_from_file_location("align", file)
+    spec = importlib.util.spec_from_file_location("spectral", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(METHODS, "align", module.AlignUniform)
-    monkeypatch.setitem(small.VARIANTS, "align", ("align", {"out_dim": 8}))
-    return module.AlignUniform
+    monkeypatch.setitem(METHODS, "spectral", module.Spectral)
+    monkeypatch.setitem(small.VARIANTS, "spectral", ("spectral", {"out_dim": 8}))
+    return module.Spectral
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_method_of_the_page_trains(align: type[Method], groups: int) -> None:
-    found = small.train("align", 16, groups)
-    assert_same(found, small.literal("align", 16, groups))
+def test_the_method_of_the_page_trains(spectral: type[Method], groups: int) -> None:
+    found = small.train("spectral", 16, groups)
+    assert_same(found, small.literal("spectral", 16, groups))
     assert found["loss"][0] != found["loss"][1]
 
 
-def test_the_method_of_the_page_keeps_every_promise(align: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_of_the_page_keeps_every_promise(spectral: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
     promises = [
         promise for name, promise in vars(test_methods).items()
         if name.startswith("test_") and "variant" in inspect.signature(promise).parameters
@@ -172,17 +172,17 @@ def test_the_method_of_the_page_keeps_every_promise(align: type[Method], monkeyp
         given = inspect.signature(promise).parameters
         if "kind" in given:
             for kind in test_methods.KINDS:
-                promise("align", kind, torch.float16)
+                promise("spectral", kind, torch.float16)
         else:
             with monkeypatch.context() as patch:
-                promise("align", patch) if "monkeypatch" in given else promise("align")
+                promise("spectral", patch) if "monkeypatch" in given else promise("spectral")
 
 
-def test_the_method_of_the_page_is_known_to_recipes(align: type[Method]) -> None:
+def test_the_method_of_the_page_is_known_to_recipes(spectral: type[Method]) -> None:
     for command in blocks(DOCS / "add-a-method.md", "bash"):
         recipe(command.strip())
     with pytest.raises(ConfigError, match="weight"):
-        make({"data": "digits-canvas", "method.name": "align", "method.wieght": 0.5})
+        make({"data": "digits-canvas", "method.name": "spectral", "method.wieght": 0.5})
 
 
 def test_line_counts_are_counted() -> None:
@@ -190,5 +190,5 @@ def test_line_counts_are_counted() -> None:
     stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}
     assert stated == {f"{name}.py": len((methods / f"{name}.py").read_text().splitlines()) for name in METHODS}
     assert max(stated.values()) < 90, "a method is one small file"
-    (smallest,) = [code for code in blocks(page, "python") if "class AlignUniform" in code]
+    (smallest,) = [code for code in blocks(page, "python") if "class Spectral" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()

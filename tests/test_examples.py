@@ -115,9 +115,9 @@ def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < number_after("untrained: k-NN accuracy", output) < 1
     written = Path(re.search(r"run directory: (.*)", output)[1])  # type: ignore[index]
     logged = (written / "metrics.jsonl").read_text()
-    assert '"alignment"' in logged and '"uniformity"' in logged
+    assert '"attraction"' in logged and '"repulsion"' in logged
     recipe = json.loads((written / "recipe.json").read_text())
-    assert recipe["method"] == {"name": "own_method:AlignUniform", "t": 2.0, "weight": 0.5, "width": 64}
+    assert recipe["method"] == {"name": "own_method:Spectral", "weight": 5.0, "width": 64}
     assert len(recipe["own"]["method"]["sha256"]) == 64
 
 

@@ -9,7 +9,19 @@ Rows = dict[str, Tensor]
 """Head name -> (V, N, D): one row per view per sample."""
 
 Losses = dict[str, Tensor]
-"""Scalars by name: "loss" is minimised, the others are its terms, for the log."""
+"""Scalars by name: "loss" is minimised, the others are its terms, for the log.
+
+"state.NAME" is the next value of the method's buffer NAME, of its shape and without gradient: for a loss that uses the
+updated value. The step stores it after the optimiser and does not log it.
+"""
+
+STATE = "state."
+
+
+def split_state(losses: Losses) -> tuple[Losses, dict[str, Tensor]]:
+    """Return the scalars of a loss, and the next values of the method's buffers by the names of the buffers."""
+    scalars = {name: x for name, x in losses.items() if not name.startswith(STATE)}
+    return scalars, {name.removeprefix(STATE): x for name, x in losses.items() if name.startswith(STATE)}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,18 @@ process computed alone.
 """
 
 from inbatch.distributed import compares_samples
+from inbatch.methods import align_uniform as _align_uniform
 from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
 from inbatch.methods import hcl as _hcl
+from inbatch.methods import isogclr as _isogclr
 from inbatch.methods import lejepa as _lejepa
+from inbatch.methods import mmcr as _mmcr
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
+from inbatch.methods import sogclr as _sogclr
 from inbatch.methods import supcon as _supcon
+from inbatch.methods import tico as _tico
 from inbatch.methods import vicreg as _vicreg
 from inbatch.methods import visreg as _visreg
 from inbatch.methods import wmse as _wmse
@@ -24,6 +29,7 @@ from inbatch.methods.swav import swapped_prediction
 from inbatch.nn import functional, slicing
 from inbatch.nn.functional import info_nce
 
+align_uniform = compares_samples(_align_uniform.align_uniform)
 barlow_twins = compares_samples(barlow.barlow_twins)
 cluster_contrast = compares_samples(cc.cluster_contrast)
 ctr = compares_samples(mocov3.ctr)
@@ -31,19 +37,23 @@ dcl = compares_samples(_dcl.dcl)
 koleo = compares_samples(functional.koleo)
 lejepa = compares_samples(_lejepa.lejepa)
 hcl = compares_samples(_hcl.hcl)
+isogclr = compares_samples(_isogclr.isogclr)
+mmcr = compares_samples(_mmcr.mmcr)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
 proto_nce = compares_samples(pcl.proto_nce)
 relation = compares_samples(_relation.relation)
 sigreg = compares_samples(slicing.sigreg)
 sinkhorn = compares_samples(functional.sinkhorn)
+sogclr = compares_samples(_sogclr.sogclr)
 supcon = compares_samples(_supcon.supcon)
+tico = compares_samples(_tico.tico)
 vicreg = compares_samples(_vicreg.vicreg)
 visreg = compares_samples(_visreg.visreg)
 wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
-    "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "hcl", "info_nce", "koleo",
-    "lejepa", "nnclr", "nt_xent", "proto_nce", "relation", "sigreg", "simsiam", "sinkhorn", "supcon",
-    "swapped_prediction", "vicreg", "visreg", "wmse",
+    "align_uniform", "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "hcl",
+    "info_nce", "isogclr", "koleo", "lejepa", "mmcr", "nnclr", "nt_xent", "proto_nce", "relation", "sigreg",
+    "simsiam", "sinkhorn", "sogclr", "supcon", "swapped_prediction", "tico", "vicreg", "visreg", "wmse",
 ]  # fmt: skip

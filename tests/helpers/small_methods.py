@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Rows
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
@@ -55,6 +55,11 @@ SMALL: dict[str, dict[str, object]] = {
     "visreg": {"hidden_dim": 8, "out_dim": 8, "slices": 6, "layers": 2},
     "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
     "relation": {"queue_size": 40},
+    "sogclr": {"out_dim": 8},
+    "isogclr": {"out_dim": 8, "eta": 0.03},
+    "align_uniform": {"out_dim": 8},
+    "tico": {"hidden_dim": 8, "out_dim": 8},
+    "mmcr": {"hidden_dim": 8, "layers": 2, "out_dim": 8},
     "supcon": {"out_dim": 8},
     "supervised": {"num_classes": 3},
 }
@@ -87,12 +92,17 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
     "relation-own": ("relation", SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1}),
+    "sogclr-epoch": ("sogclr", SMALL["sogclr"] | {"first": "epoch", "gamma": 0.5}),
+    "tico-batch": ("tico", SMALL["tico"] | {"detach": False}),
+    "mmcr-3": ("mmcr", SMALL["mmcr"] | {"lmbda": 0.01}),
+    "mmcr-momentum": ("mmcr", SMALL["mmcr"] | {"lmbda": 0.01, "momentum": 0.9}),
+    "align_uniform-1": ("align_uniform", SMALL["align_uniform"] | {"alpha": 1.0, "weight": 0.5}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
 VIEWS: dict[str, int] = {
     "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3, "swav-4": 4,
-    "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4, "hcl-3": 3,
+    "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4, "hcl-3": 3, "mmcr-3": 3,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
 
@@ -305,7 +315,8 @@ def literal(
                 target_rows = _forward(target, images, target_views, groups, s, 0, moved)
         batch = replace(batch, same=_same(plugs, start, batch, images))
         remembered = copy.deepcopy(method.state_dict())
-        loss = method.loss(rows, target_rows, batch)["loss"]
+        terms, next_state = split_state(method.loss(rows, target_rows, batch))
+        loss = terms["loss"]
         assert all(torch.equal(x, remembered[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
         loss.backward()
@@ -323,6 +334,7 @@ def literal(
                     slow.copy_(fast[name] if shared else m * slow + (1 - m) * fast[name])
         for module, before in zip((network, target), kept, strict=False):
             module.encoder.load_state_dict(before)
+        method.store(next_state)
         method.after_step({k: x.detach() for k, x in rows.items()}, target_rows, batch, s / 10)
         losses.append(loss.item())
     return state(method, network, target) | {"loss": losses}

@@ -244,6 +244,33 @@ class StopsGradient(Right):
         return {"loss": nt_xent(online["projection"].detach(), 0.2)}
 
 
+class MisnamesState(Right):
+    """Returns the next value of a buffer that it does not have."""
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return super().loss(online, target, batch) | {"state.center": online["projection"].detach().mean((0, 1))}
+
+
+class StatePerPlace(Right):
+    """Writes a number of each sample at its place in the batch, not at its index in the data set."""
+
+    def prepare(self, *, images: int, **sizes: int) -> None:
+        self.register_buffer("lengths", torch.zeros(images))
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        lengths = self.lengths.clone()
+        lengths[: len(batch)] = online["projection"][0].detach().norm(dim=-1)
+        return super().loss(online, target, batch) | {"state.lengths": lengths}
+
+
+class StateWithGraph(StatePerPlace):
+    """Returns the next value of a buffer with its graph."""
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        lengths = self.lengths.index_put((batch.index,), online["projection"][0].norm(dim=-1))
+        return Right.loss(self, online, target, batch) | {"state.lengths": lengths}
+
+
 class HasNoConstructor(Method):
     """Inherits a constructor that takes anything."""
 

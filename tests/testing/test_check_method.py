@@ -42,6 +42,9 @@ WRONG: dict[type[Method], tuple[Callable[[Trial], Finding], str]] = {
     wrong.PerturbsWeights: (equation.randomness, "another hook, a head or the constructor draws random numbers"),
     wrong.RegistersLate: (training.resume, 'cannot be loaded .*"centre".*: make every buffer'),
     wrong.StopsGradient: (check._loss, "the loss carries no gradient"),
+    wrong.MisnamesState: (check._loss, "'state.center', which is not the next value of a buffer"),
+    wrong.StateWithGraph: (check._loss, "'state.lengths' with its graph"),
+    wrong.StatePerPlace: (equation.order, "next value of lengths depends on the order"),
     wrong.HasNoConstructor: (check._options, r"define __init__\(self\)"),
     wrong.ReturnsTensor: (check._loss, "loss returns Tensor: return a dict"),
 }

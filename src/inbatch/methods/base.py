@@ -83,7 +83,8 @@ class Method(nn.Module):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         """Return "loss" and its terms for rows (V, N, D) by head name, and the index and label of the N samples.
 
-        Pure: a second call returns the same value and changes nothing.
+        Pure: a second call returns the same value and changes nothing. If the equation uses the updated value of a
+        buffer, compute it here and return it, without graph, as "state.NAME" (`batch.Losses`): the step stores it.
         """
         raise TypeError(f"{type(self).__name__} must define `loss`")
 
@@ -108,6 +109,11 @@ class Method(nn.Module):
 
     def on_weights(self, heads: nn.ModuleDict) -> None:
         """Inspect or change the weights of the heads, between the optimiser step and the target network's update."""
+
+    def store(self, state: dict[str, Tensor]) -> None:
+        """Copy the next values that the loss returned into the buffers of these names; runs before `after_step`."""
+        for name, value in state.items():
+            self.get_buffer(name).copy_(value)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         """Update the memory of the method. No other hook may change it; rows carry no gradient."""

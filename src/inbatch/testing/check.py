@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inbatch.batch import split_state
 from inbatch.errors import ConfigError, InbatchError, check_whole, listed, reason
 from inbatch.methods.base import Method
 from inbatch.nn.heads import Head
@@ -220,6 +221,19 @@ def _loss(trial: Trial) -> Finding:
         return equation.rows(trial)
     if not isinstance(losses, dict) or "loss" not in losses:
         return Finding("loss", False, f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'")
+    losses, state = split_state(losses)
+    known = dict(method.named_buffers())
+    for name, x in state.items():
+        if (
+            name not in known
+            or not isinstance(x, Tensor)
+            or (x.shape, x.dtype) != (known[name].shape, known[name].dtype)
+        ):
+            return Finding("loss", False, f"loss returns 'state.{name}', which is not the next value of a buffer: it "
+                           "must have the name, shape and type of a buffer of the method")  # fmt: skip
+        if x.requires_grad:
+            return Finding("loss", False, f"loss returns 'state.{name}' with its graph, which a buffer would keep: "
+                           "return it with detach()")  # fmt: skip
     for name, x in losses.items():
         if not isinstance(x, Tensor) or x.shape != ():
             kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

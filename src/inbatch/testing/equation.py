@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from inbatch.batch import Batch, Rows
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.distributed import LocalRowsWarning
 from inbatch.errors import listed
 from inbatch.methods.base import Method
@@ -38,14 +38,15 @@ COMMUNICATION = (
 
 
 class Call:
-    """One call of a loss on copies of rows: its value, the gradients of the rows, and what it changed."""
+    """One call of a loss on copies of rows: value, next state, gradients of the rows, and what it changed."""
 
     def __init__(self, method: Method, online: Rows, target: Rows, batch: Batch, seed: int = 0) -> None:
         self.leaves = {name: x.detach().clone().requires_grad_() for name, x in online.items()}
         inputs = self.leaves, {name: x.clone() for name, x in target.items()}, copy.deepcopy(batch)
         saved, plain = buffers(method), attributes(method)
         with seeded(seed):
-            self.losses = method.loss(*inputs)
+            self.losses, state = split_state(method.loss(*inputs))
+        self.state = {name: x.detach().clone() for name, x in state.items()}
         self.value = self.losses["loss"].detach().clone()
         if self.losses["loss"].requires_grad:
             self.losses["loss"].backward()
@@ -56,9 +57,10 @@ class Call:
         self.overwritten = any(not torch.equal(a, b) for a, b in zip(given, after, strict=True))
 
     def equals(self, other: "Call") -> bool:
-        """Return whether value and gradients have the same bits."""
+        """Return whether value, gradients and next state have the same bits."""
         pairs = [(self.value, other.value), *((x, other.gradients[n]) for n, x in self.gradients.items())]
-        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+        return same and not changed(self.state, other.state)
 
     def finite(self) -> bool:
         """Return whether value and gradients are finite."""
@@ -163,11 +165,16 @@ def order(trial: Trial) -> Finding:
     method, online, target, batch = trial.rows()
     moved = torch.randperm(trial.batch, generator=torch.Generator().manual_seed(4))
     with _Constants() as watched:
-        plain = Call(copy.deepcopy(method), online, target, batch).value
+        first = Call(copy.deepcopy(method), online, target, batch)
     there = [{name: x[:, moved] for name, x in rows.items()} for rows in (online, target)]
-    shuffled = Call(method, there[0], there[1], batch.take(moved)).value
+    second = Call(method, there[0], there[1], batch.take(moved))
+    plain, shuffled, least = first.value, second.value, 1e-4 if watched.narrow else 1e-10
+    gap, where = difference(second.state, first.state)
+    if not gap < least:
+        return Finding("order", False, f"the next value of {where} depends on the order of the samples in the batch, "
+                       "which is that of ranks and workers: write a sample's value at batch.index")  # fmt: skip
     gap = float((plain - shuffled).abs() / plain.abs().clamp(min=1))
-    if not gap < (1e-4 if watched.narrow else 1e-10):
+    if not gap < least:
         return Finding("order", False, f"the loss depends on the order of the samples in the batch ({plain:.6g} and "
                        f"{shuffled:.6g}): the order is that of ranks and workers. Key choices by batch.index, or pass "
                        "any_order=False if the equation means it")  # fmt: skip
@@ -306,6 +313,7 @@ def rank_free(trial: Trial) -> Finding:
             with as_rank(rank):
                 calls.append(Call(there, online, target, batch))
                 with torch.no_grad():
+                    there.store(calls[-1].state)
                     there.after_step(online, target, batch, 0.0)
             states.append(buffers(there))
     except Communication as error:

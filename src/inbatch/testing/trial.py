@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Rows
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.methods.base import Method
 from inbatch.models.network import Network, ema_update, make_target_network, norms
 from inbatch.nn.heads import Head
@@ -159,7 +159,8 @@ class Trial:
             if target is not None:
                 with torch.no_grad():
                     target_rows = _in_groups(target, images, method.target_views(views), groups, number, 0)
-            loss = method.loss(online, target_rows, batch)["loss"]
+            terms, state = split_state(method.loss(online, target_rows, batch))
+            loss = terms["loss"]
             parts.optimizer.zero_grad()
             loss.backward()
             method.on_gradients(network.heads, batch, number / 10)
@@ -168,6 +169,7 @@ class Trial:
             if target is not None:
                 ema_update(target, network, method.target_momentum(number / 10))
             with torch.no_grad():
+                method.store(state)
                 method.after_step({k: x.detach() for k, x in online.items()}, target_rows, batch, number / 10)
             losses.append(loss.detach().double())
         return parts.state() | {"loss": torch.stack(losses)}
@@ -216,8 +218,8 @@ def difference(a: State, b: State) -> tuple[float, str]:
             return float("inf"), key
         if not torch.equal(x, y) and x.numel():
             x, y = x.double(), y.double()
-            size = max(1.0, float(y.abs().max()))
-            gap = float((x - y).abs().nan_to_num(torch.inf).max()) / size
+            size = max(1.0, float(y.abs().masked_fill(y.isinf(), 0).max()))
+            gap = float((x - y).abs().masked_fill(x == y, 0).nan_to_num(torch.inf).max()) / size  # inf - inf is nan
             if gap > worst:
                 worst, where = gap, key
     return worst, where

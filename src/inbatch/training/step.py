@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch.batch import Batch, Rows
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.context.curation import Curator
 from inbatch.context.negatives import DropSimilar
 from inbatch.errors import TrainingError
@@ -116,7 +116,7 @@ class Step:
         with logsumexp.using(
             products=self.products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
         ):
-            losses = self.method.loss(rows, target_rows, whole)
+            losses, state = split_state(self.method.loss(rows, target_rows, whole))
             if self.variance:
                 narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
                 losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
@@ -146,6 +146,7 @@ class Step:
         if self.target is not None and not self.method.teacher:
             ema_update(self.target, self.network, self.method.target_momentum(progress))
         with torch.no_grad():
+            self.method.store(state)
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | figures
 

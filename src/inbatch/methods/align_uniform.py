@@ -1,0 +1,68 @@
+"""Alignment and uniformity: a sample's two views close together, all samples spread over the sphere."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from inbatch.batch import Batch, Losses, Rows
+from inbatch.methods.base import Method
+from inbatch.nn.functional import logsumexp_excluding_self, normalize
+from inbatch.nn.heads import Head, mlp
+from inbatch.nn.logsumexp import check_temperature
+
+
+def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0, alpha: float = 2.0) -> Losses:
+    """Compute alignment and uniformity (Wang and Isola 2020, Section 4.1), rows normalised inside.
+
+    l = mean_i |u_i - u'_i|^alpha + weight (U + U') / 2, with U = log mean_{i != j} exp(-t |u_i - u_j|^2) of one view's
+    rows. Because |u_i - u_j|^2 = 2 - 2 u_i . u_j for unit rows, U is a log-sum-exp of products at the temperature
+    1 / 2t, and no matrix is held.
+    """
+    if z.shape[0] != 2 or z.shape[1] < 2:
+        raise ValueError(f"uniformity needs 2 views of at least 2 samples, got {tuple(z.shape)}")
+    u = normalize(z)
+    n = u.shape[1]
+    pairs = torch.stack([logsumexp_excluding_self(view, 1 / (2 * t)).logsumexp(0) for view in u])
+    uniformity = pairs.mean() - math.log(n * (n - 1)) - 2 * t
+    squares = (u[0] - u[1]).square().sum(-1)
+    alignment = (squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha).mean()
+    return {"loss": alignment + weight * uniformity, "alignment": alignment, "uniformity": uniformity}
+
+
+class AlignUniform(Method):
+    """Understanding Contrastive Representation Learning through Alignment and Uniformity, arXiv 2005.10242.
+
+    t: sharpness of the uniformity's kernel. weight: of the uniformity. alpha: power of the distances of two views.
+    hidden_dim: width of the projection's hidden layers; None is the width of the features.
+    out_dim: width of the projection. layers: its linear layers.
+    """
+
+    presets = {
+        "imagenet": {
+            "source": "inbatch, not tuned: the losses of the STL-10 code, SimCLR's training", "views.name": "simclr",
+            "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4, "batch_size": 256,
+            "epochs": 100, "schedule.warmup_epochs": 10,
+        },
+        "cifar": {
+            "source": "ssnl/align_uniform, examples/stl10/main.py: steps at 155, 170 and 185 of 200 epochs",
+            "views.name": "mocov1", "views.min_scale": 0.08, "optimizer.name": "sgd", "optimizer.lr": 0.12,
+            "optimizer.weight_decay": 1e-4, "batch_size": 768, "epochs": 200, "schedule.name": "step",
+            "schedule.milestones": [0.775, 0.85, 0.925], "schedule.warmup_epochs": 0, "method.layers": 1,
+        },
+        "digits": {"source": "inbatch, embedded data"},
+    }  # fmt: skip
+
+    def __init__(self, t: float = 2.0, weight: float = 1.0, alpha: float = 2.0, hidden_dim: int | None = None,
+                 out_dim: int = 128, layers: int = 2) -> None:  # fmt: skip
+        super().__init__()
+        check_temperature(1 / (2 * t) if t > 0 else t)
+        self.t, self.weight, self.alpha = t, weight, alpha
+        self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
+
+    def heads(self, width: int) -> dict[str, Head]:
+        return {"projection": Head(mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim))}
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        return align_uniform(online["projection"], self.t, self.weight, self.alpha)
