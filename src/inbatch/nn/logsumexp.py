@@ -27,6 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from inbatch.nn import triton_logsumexp
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.nn.pair_weights import PairWeights, SameGroup
+
+__all__ = ["LogSumExpConfig", "PairWeights", "SameGroup", "check_temperature", "logsumexp", "nearest", "shared_by",
+           "using"]  # fmt: skip
 
 Mode = Literal["auto", "never", "always"]
 MatmulPrecision = triton_logsumexp.MatmulPrecision
@@ -96,30 +100,36 @@ def check_temperature(*temperatures: float) -> None:
 
 
 def logsumexp(
-    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, exclude_self: bool = False
-) -> Float[Tensor, "n"]:
-    """Return log sum_j exp(q_i . k_j / T) for every row i, over all rows j of k.
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], temperature: float, exclude_self: bool = False,
+    weights: PairWeights | None = None,
+) -> Float[Tensor, "n"]:  # fmt: skip
+    """Return log sum_j w_ij exp(q_i . k_j / T) for every row i, over all rows j of k.
 
-    Rows may have any length; if k is q, only half of the tiles are computed.
+    Rows may have any length; if k is q (and the weights are symmetric), only half of the tiles are computed. A row of
+    which every pair has weight 0 returns -inf, and gives no gradient to any row.
 
     Args:
         q: queries.
         k: keys.
         temperature: T.
         exclude_self: leave out j = i (k may have more rows than q).
+        weights: w_ij, a function of the indices without gradient; None is 1 for all pairs.
 
     Raises:
-        ValueError: unless T is a finite number above 0.
+        ValueError: unless T is a finite number above 0, and the weights are those of as many rows.
     """
     check_temperature(temperature)
-    plan = _PLAN.get()
+    if isinstance(weights, SameGroup):
+        weights.check_rows(len(q), len(k))
+    plan, scale = _PLAN.get(), 1 / temperature
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
-        return _whole(q, k, 1 / temperature, exclude_self)
-    if triton_logsumexp.usable(q, k) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
-        return _Tiled.apply(q, None if k is q else k, 1 / temperature, exclude_self, plan)
+        return _whole(q, k, scale, exclude_self, weights)
+    if _on_kernels(q, k, weights) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
+        symmetric = k is q and (weights is None or (isinstance(weights, SameGroup) and weights.symmetric))
+        return _Tiled.apply(q, None if symmetric else k, scale, exclude_self, weights, plan)
     # Logits too large for exponentials without a running maximum, which would double the cost of a tile.
     size = max(1, _BLOCK // max(1, len(k)))
-    parts = [checkpoint(_whole, some, k, 1 / temperature, exclude_self, i * size, use_reentrant=False)
+    parts = [checkpoint(_whole, some, k, scale, exclude_self, weights, i * size, use_reentrant=False)
              for i, some in enumerate(q.split(size))]  # fmt: skip
     return torch.cat(parts)
 
@@ -143,13 +153,23 @@ def nearest(
     return place
 
 
-def _whole(q: Tensor, k: Tensor, scale: float, exclude_self: bool, first: int = 0) -> Tensor:
+def _on_kernels(q: Tensor, k: Tensor, weights: PairWeights | None) -> bool:
+    """Return whether the Triton kernels compute this log-sum-exp; they know no weights."""
+    return weights is None and triton_logsumexp.usable(q, k)
+
+
+def _whole(
+    q: Tensor, k: Tensor, scale: float, exclude_self: bool, weights: PairWeights | None, first: int = 0
+) -> Tensor:
     """Compute it from the materialised matrix; q holds rows first, first + 1, ... of all queries."""
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.T) * scale
     if exclude_self:
         itself = torch.arange(first, first + len(q), device=q.device)[:, None] == torch.arange(len(k), device=q.device)
         logits = logits.masked_fill(itself, -torch.inf)
+    if weights is not None:
+        w = weights.tile(slice(first, first + len(q)), slice(0, len(k))).detach().to(logits.dtype)
+        logits = (logits + w.masked_fill(w == 0, 1).log()).masked_fill(w == 0, -torch.inf)
     return logits.logsumexp(1)
 
 
@@ -164,15 +184,19 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weights: PairWeights | None,
+        plan: LogSumExpConfig,
+    ) -> Tensor:  # fmt: skip
         # If the keys need no gradient, the backward pass only needs their mean weighted by each query's softmax.
         weighs = ctx.needs_input_grad[0] and k is not None and not ctx.needs_input_grad[1]
-        ctx.kernels = triton_logsumexp.usable(q, q if k is None else k)
+        ctx.kernels = _on_kernels(q, q if k is None else k, weights)
         with torch.autocast(q.device.type, enabled=False):
-            lse, mean = (_kernel_sums if ctx.kernels else _sums)(q, k, scale, exclude_self, weighs, plan)
+            if ctx.kernels:
+                lse, mean = _kernel_sums(q, k, scale, exclude_self, weighs, plan)
+            else:
+                lse, mean = _sums(_Tiles(q, k, scale, exclude_self, plan, weights), weighs)
         ctx.save_for_backward(q, k, lse, mean)
-        ctx.scale, ctx.exclude_self, ctx.plan = scale, exclude_self, plan
+        ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan = scale, exclude_self, weights, plan
         return lse
 
     @staticmethod
@@ -180,18 +204,24 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, mean = ctx.saved_tensors
         if mean is not None:
-            return (ctx.scale * gradient)[:, None] * mean, None, None, None, None
-        way, needs = _kernel_gradients if ctx.kernels else _gradients, ctx.needs_input_grad[:2]
+            return (ctx.scale * gradient)[:, None] * mean, None, None, None, None, None
+        needs = ctx.needs_input_grad[:2]
         with torch.autocast(q.device.type, enabled=False):
-            return *way(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan), None, None, None
+            if ctx.kernels:
+                both = _kernel_gradients(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan)
+            else:
+                tiles = _Tiles(q, k, ctx.scale, ctx.exclude_self, ctx.plan, ctx.weights)
+                both = _gradients(tiles, lse, gradient, needs)
+        return *both, None, None, None, None
 
 
 Found = tuple[Tensor, Tensor | None]
 
 
-def _sums(q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig) -> Found:
+def _sums(tiles: "_Tiles", weighs: bool) -> Found:
     """Return the log-sum-exps (n) and, if requested, the rows of k averaged with each query's weights (n, D)."""
-    tiles, right = _Tiles(q, k, scale, exclude_self, plan), q if k is None else k
+    q, k, plan = tiles.q, tiles.k, tiles.plan
+    right = q if k is None else k
 
     def work(part: int) -> Found:
         sums, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
@@ -208,18 +238,20 @@ def _sums(q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs:
     plan.add(sums)
     if mean is not None:
         plan.add(mean)
-        mean /= sums[:, None]
+        mean /= sums.masked_fill(sums == 0, 1)[:, None]
     return sums.log_(), mean
 
 
 def _gradients(
-    q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
-    needs: tuple[bool, bool], plan: LogSumExpConfig,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T, W_ij = g_i exp(S_ij - lse_i); summed if k = q."""
-    tiles = _Tiles(q, k, scale, exclude_self, plan)
+    tiles: "_Tiles", lse: Tensor, gradient: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T; if k = q, their sum.
+
+    W_ij = g_i w_ij exp(S_ij - lse_i), and 0 if row i has no pair of positive weight.
+    """
+    q, k, scale, plan = tiles.q, tiles.k, tiles.scale, tiles.plan
     top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # prevents underflow of small gradients
-    weight = (gradient / top) * (-lse).exp()
+    weight = (gradient / top) * (-lse).exp().masked_fill(lse == -torch.inf, 0)
     narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
     left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
 
@@ -255,14 +287,24 @@ def _gradients(
 
 
 class _Tiles:
-    """Tiles of exp(S) (if k = q, those on and above the diagonal), shared over ranks and over the cores of this rank.
+    """Tiles of w exp(S) (if k = q, those on and above the diagonal), shared over ranks and the cores of this rank.
 
     Each core has its own tiles and sums: no operation is split over cores, which would synchronise thousands of times
     (and wait long if another process uses one of the cores).
     """
 
-    def __init__(self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig) -> None:
-        self.q, self.k, self.scale, self.exclude_self, self.plan = q, k, scale, exclude_self, plan
+    def __init__(
+        self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig,
+        weights: PairWeights | None = None,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.scale, self.exclude_self, self.weights, self.plan = (
+            q,
+            k,
+            scale,
+            exclude_self,
+            weights,
+            plan,
+        )
         n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
@@ -290,6 +332,10 @@ class _Tiles:
                 torch.mm(left, right[columns].T, out=e).exp2_()
                 if self.exclude_self and i == j:
                     e.diagonal().zero_()
+                if isinstance(self.weights, SameGroup):
+                    self.weights.scale_(e, rows, columns)
+                elif self.weights is not None:
+                    e *= self.weights.tile(rows, columns)
                 yield rows, columns, e
 
     def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:

@@ -1,0 +1,63 @@
+"""Weights of pairs of rows, as functions of the indices of a tile: no matrix of all weights is held."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class PairWeights(Protocol):
+    """Weight w_ij >= 0 of every pair of a query i and a key j; 0 leaves the pair out."""
+
+    def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+        """Return the weights of some queries and keys, the same on every call and on every rank.
+
+        Non-zero weights should lie between 1e-6 and 1e6: logits are checked for overflow without them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SameGroup:
+    """Weights of `weight` for pairs of the same group (frames of one video, crops of one slide) and of 1 for others.
+
+    Attributes:
+        q_ids: group of every query.
+        k_ids: group of every key; the object `q_ids` itself if the keys are the queries, which halves the work.
+        weight: of pairs in one group; 0 leaves them out.
+    """
+
+    q_ids: Int[Tensor, "n"]
+    k_ids: Int[Tensor, "m"]
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a weight below 0 or ids that are not integers."""
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"a weight of {self.weight:g} has no logarithm: it must be finite and at least 0")
+        if any(x.is_floating_point() or x.is_complex() or x.ndim != 1 for x in (self.q_ids, self.k_ids)):
+            raise ValueError("the ids of groups must be one integer per row")
+
+    def check_rows(self, n: int, m: int) -> None:
+        """Raise ValueError unless there is an id for each of n queries and m keys."""
+        if (len(self.q_ids), len(self.k_ids)) != (n, m):
+            raise ValueError(f"{n} queries and {m} keys need as many ids, got {len(self.q_ids)} and {len(self.k_ids)}")
+
+    @property
+    def symmetric(self) -> bool:
+        """Return whether w_ij = w_ji by construction."""
+        return self.k_ids is self.q_ids
+
+    def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+        """Return the weights of these queries and keys, in float32."""
+        same = self.q_ids[rows, None] == self.k_ids[columns]
+        return same.float().mul_(self.weight - 1).add_(1)
+
+    def scale_(self, e: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+        """Multiply a tile by its weights in place, faster than by `tile`."""
+        same = self.q_ids[rows, None] == self.k_ids[columns]
+        if self.weight == 0:
+            e.masked_fill_(same, 0)
+        else:
+            e.mul_(same.to(e.dtype).mul_(self.weight - 1).add_(1))
