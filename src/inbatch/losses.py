@@ -10,6 +10,7 @@ from inbatch.methods import barlow, cc, mocov3, pcl, simclr
 from inbatch.methods import dcl as _dcl
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
+from inbatch.methods import sigmoid as _sigmoid
 from inbatch.methods import supcon as _supcon
 from inbatch.methods import vicreg as _vicreg
 from inbatch.methods import wmse as _wmse
@@ -27,6 +28,7 @@ ctr = compares_samples(mocov3.ctr)
 dcl = compares_samples(_dcl.dcl)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
+pairwise_sigmoid = compares_samples(_sigmoid.pairwise_sigmoid)
 proto_nce = compares_samples(pcl.proto_nce)
 relation = compares_samples(_relation.relation)
 sinkhorn = compares_samples(functional.sinkhorn)
@@ -36,5 +38,6 @@ wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
     "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "info_nce", "nnclr", "nt_xent",
-    "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg", "wmse",
+    "pairwise_sigmoid", "proto_nce", "relation", "simsiam", "sinkhorn", "supcon", "swapped_prediction", "vicreg",
+    "wmse",
 ]  # fmt: skip

@@ -49,6 +49,7 @@ SMALL: dict[str, dict[str, object]] = {
     "vicreg": {"hidden_dim": 8, "out_dim": 8},
     "wmse": {"hidden_dim": 8, "out_dim": 2, "w_size": 4},
     "relation": {"queue_size": 40},
+    "sigmoid": {"out_dim": 8, "layers": 2},
     "supcon": {"out_dim": 8},
     "supervised": {"num_classes": 3},
 }
@@ -78,12 +79,13 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
     "relation-own": ("relation", SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1}),
+    "sigmoid-3": ("sigmoid", SMALL["sigmoid"] | {"scale": 3.0, "bias": -1.0}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
 VIEWS: dict[str, int] = {
     "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3,
-    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4,
+    "swav-4": 4, "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "sigmoid-3": 3,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
 
