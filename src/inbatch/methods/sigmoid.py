@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import normalize, wide
+from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.pair_weights import SameGroup
 from inbatch.nn.sigmoid_sums import sigmoid_sum
@@ -42,8 +42,7 @@ class ScaledRows(nn.Module):
         self.log_scale, self.bias = nn.Parameter(torch.tensor(scale).log()), nn.Parameter(torch.tensor(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = wide(self.projection(x))
-        return torch.cat([rows, torch.stack([self.log_scale.exp(), self.bias]).to(rows).expand(len(rows), 2)], 1)
+        return torch.cat([self.projection(x), torch.stack([self.log_scale.exp(), self.bias]).expand(len(x), 2)], 1)
 
 
 class Sigmoid(Method):
@@ -54,11 +53,11 @@ class Sigmoid(Method):
     """
 
     views = (2, None)
-    _ours = {"source": "inbatch; t and b are the paper's", "optimizer.name": "adamw", "optimizer.lr": 1e-3,
-        "optimizer.weight_decay": 1e-4, "batch_size": 512, "schedule.warmup_epochs": 10}  # fmt: skip
+    _coco = {"source": "google-research/big_vision, for COCO: rate, decay, batch", "batch_size": 512, "optimizer.lr": 1e-3,
+        "optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "schedule.scaling": "none"}  # fmt: skip
     presets = {
-        "imagenet": _ours | {"views.name": "simclr", "epochs": 100},
-        "cifar": _ours | {"views.name": "simclr_cifar", "epochs": 500},
+        "imagenet": _coco | {"views.name": "simclr", "epochs": 100, "schedule.warmup_epochs": 10},
+        "cifar": _coco | {"views.name": "simclr_cifar", "epochs": 500, "schedule.warmup_epochs": 10},
         "digits": {"source": "inbatch, embedded data", "method.layers": 2},
     }
 
