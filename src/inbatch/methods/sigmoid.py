@@ -53,7 +53,7 @@ class Sigmoid(Method):
     """
 
     views = (2, None)
-    _coco = {"source": "google-research/big_vision, for COCO: rate, decay, batch", "batch_size": 512, "optimizer.lr": 1e-3,
+    _coco = {"source": "google-research/big_vision, COCO: rate, decay, batch", "batch_size": 512, "optimizer.lr": 1e-3,
         "optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "schedule.scaling": "none"}  # fmt: skip
     presets = {
         "imagenet": _coco | {"views.name": "simclr", "epochs": 100, "schedule.warmup_epochs": 10},
