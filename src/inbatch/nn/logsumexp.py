@@ -260,7 +260,7 @@ def _kernel_sums(
 ) -> Found:
     """Compute `_sums` with the Triton kernels; each rank computes its share of the rows."""
     start, stop = share(len(q), plan)
-    lse, mean = q.newzeros(len(q)), zeros(q) if weighs else None
+    lse, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
     keys = q if k is None else k
     lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, weighs, plan.products)
     plan.add(lse)
