@@ -343,6 +343,30 @@ def million(page: Path) -> str:
     return filled(page.read_text(), "million", "\n".join(lines) + "\n")
 
 
+def pairwise(page: Path) -> str:
+    """Return a page with the table of benchmarks/pairs.py between its markers, <!-- pairs -->."""
+    found = json.loads((HERE / "pairs.json").read_text())
+    heads = ("", "rows", "ms", "processor ms", "of the ceiling", "MB", "times the processor time of the first")
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 6]
+    for workload, blocks in found["workloads"].items():
+        for rows, block in blocks.items():
+            first, *_ = timings = {who: row for who, row in block.items() if isinstance(row, dict)}
+            for who, row in timings.items():
+                ratio = row["processor_seconds"] / timings[first]["processor_seconds"]
+                cells = [f"{workload}, {who}", f"{int(rows):,}"]
+                cells += [
+                    f"{1e3 * row[key]:,.{1 if row[key] < 0.1 else 0}f}" for key in ("seconds", "processor_seconds")
+                ]
+                held = f"{row['memory_bytes'] / 1e6:,.0f}" if int(rows) > 1024 else ""
+                cells += [f"{row['share']:.0%}", held, f"{ratio:.2f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    env, loads = found["environment"], found["loads"]
+    machine = f"{env['processor']} ({env['instructions']}), {env['cores']} cores, {env['threads']} thread"
+    lines += ["", f"{machine}, torch {env['versions']['torch']}, load {min(loads):.0f} to {max(loads):.0f}."]
+    lines += ["Least of the rounds, by " + ", ".join(f"`{command}`" for command in found["commands"]) + "."]
+    return filled(page.read_text(), "pairs", "\n".join(lines) + "\n")
+
+
 LARGE = HERE.parent / "docs" / "large-batches.md"
 DATA = HERE.parent / "docs" / "data.md"
 SPEED = HERE.parent / "docs" / "speed.md"
@@ -350,6 +374,8 @@ SPEED = HERE.parent / "docs" / "speed.md"
 if __name__ == "__main__":
     LARGE.write_text(timed(LARGE))
     LARGE.write_text(fitted(LARGE))
+    SIGMOID = INDEX.parent / "sigmoid.md"
+    SIGMOID.write_text(pairwise(SIGMOID))
     SPEED.write_text(measured(SPEED))
     DATA.write_text(million(DATA))
     (HERE / "README.md").write_text(page())

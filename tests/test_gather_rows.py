@@ -43,6 +43,7 @@ LOSSES: dict[str, Loss] = {
     "simsiam": lambda z, y: losses.simsiam(z, z),
     "dino": lambda z, y: losses.dino(z, z, torch.zeros(6), 0.1, 0.07),
     "cross_entropy": lambda z, y: losses.cross_entropy(z, y, 0.1),
+    "pairwise_sigmoid": lambda z, y: losses.pairwise_sigmoid(z),
     "relation": lambda z, y: losses.relation(z[0], z[1], normalize(torch.ones(3, 6)), 0.2, 0.2),
     "info_nce": lambda z, y: losses.info_nce(z[0], z[1], normalize(torch.ones(3, 6)), 0.2),
 }

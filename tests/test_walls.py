@@ -90,7 +90,7 @@ LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "trit
 EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
 """Modules that are themselves imported in functions only, or by the user."""
 
-DEVICES = {"nn.logsumexp", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}
+DEVICES = {"nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}
 """Modules that choose an algorithm or the size of its parts by device; only they may read the type of the device."""
 
 

@@ -15,6 +15,7 @@ from inbatch.methods import lejepa as _lejepa
 from inbatch.methods import mmcr as _mmcr
 from inbatch.methods import nnclr as _nnclr
 from inbatch.methods import relation as _relation
+from inbatch.methods import sigmoid as _sigmoid
 from inbatch.methods import sogclr as _sogclr
 from inbatch.methods import supcon as _supcon
 from inbatch.methods import tico as _tico
@@ -41,6 +42,7 @@ isogclr = compares_samples(_isogclr.isogclr)
 mmcr = compares_samples(_mmcr.mmcr)
 nnclr = compares_samples(_nnclr.nnclr)
 nt_xent = compares_samples(simclr.nt_xent)
+pairwise_sigmoid = compares_samples(_sigmoid.pairwise_sigmoid)
 proto_nce = compares_samples(pcl.proto_nce)
 relation = compares_samples(_relation.relation)
 sigreg = compares_samples(slicing.sigreg)
@@ -54,6 +56,7 @@ wmse = compares_samples(_wmse.wmse)
 
 __all__ = [
     "align_uniform", "barlow_twins", "byol", "cluster_contrast", "cross_entropy", "ctr", "dcl", "dino", "hcl",
-    "info_nce", "isogclr", "koleo", "lejepa", "mmcr", "nnclr", "nt_xent", "proto_nce", "relation", "sigreg",
-    "simsiam", "sinkhorn", "sogclr", "supcon", "swapped_prediction", "tico", "vicreg", "visreg", "wmse",
+    "info_nce", "isogclr", "koleo", "lejepa", "mmcr", "nnclr", "nt_xent", "pairwise_sigmoid", "proto_nce",
+    "relation", "sigreg", "simsiam", "sinkhorn", "sogclr", "supcon", "swapped_prediction", "tico", "vicreg",
+    "visreg", "wmse",
 ]  # fmt: skip

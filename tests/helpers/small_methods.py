@@ -60,6 +60,7 @@ SMALL: dict[str, dict[str, object]] = {
     "align_uniform": {"out_dim": 8},
     "tico": {"hidden_dim": 8, "out_dim": 8},
     "mmcr": {"hidden_dim": 8, "layers": 2, "out_dim": 8},
+    "sigmoid": {"out_dim": 8, "layers": 2},
     "supcon": {"out_dim": 8},
     "supervised": {"num_classes": 3},
 }
@@ -97,12 +98,13 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "mmcr-3": ("mmcr", SMALL["mmcr"] | {"lmbda": 0.01}),
     "mmcr-momentum": ("mmcr", SMALL["mmcr"] | {"lmbda": 0.01, "momentum": 0.9}),
     "align_uniform-1": ("align_uniform", SMALL["align_uniform"] | {"alpha": 1.0, "weight": 0.5}),
+    "sigmoid-3": ("sigmoid", SMALL["sigmoid"] | {"scale": 3.0, "bias": -1.0}),
     "supcon-one": ("supcon", SMALL["supcon"] | {"contrast_mode": "one"}),
 }
 
 VIEWS: dict[str, int] = {
     "simclr-3": 3, "mocov3-3": 3, "nnclr-3": 3, "byol-3": 3, "fastsiam": 4, "cc-3": 3, "dcl-3": 3, "swav-4": 4,
-    "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4, "hcl-3": 3, "mmcr-3": 3,
+    "dino-4": 4, "barlow-3": 3, "vicreg-3": 3, "wmse-4": 4, "lejepa-4": 4, "hcl-3": 3, "mmcr-3": 3, "sigmoid-3": 3,
 }  # fmt: skip
 """Number of views of a variant, if it is not two."""
 

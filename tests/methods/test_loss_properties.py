@@ -32,6 +32,7 @@ from inbatch.losses import (
     mmcr,
     nnclr,
     nt_xent,
+    pairwise_sigmoid,
     proto_nce,
     relation,
     sigreg,
@@ -46,7 +47,7 @@ from inbatch.losses import (
     wmse,
 )
 from inbatch.methods import METHODS
-from inbatch.nn import logsumexp
+from inbatch.nn import logsumexp, tiles
 from inbatch.nn.clustering import concentration
 from inbatch.nn.functional import normalize, wide
 from inbatch.nn.slicing import random_directions
@@ -132,6 +133,8 @@ EQUATIONS: dict[str, Equation] = {
     "proto_nce": lambda z, y, t: proto_nce(z[0], torch.cat([z[-1].to(bank(z)), bank(z)]), torch.full((len(y) + 7,), t)),
     "relation": lambda z, y, t: relation(z[0], z[-1], bank(z), t, t),
     "relation, own": lambda z, y, t: relation(z[0], z[-1], bank(z), t, 2 * t, "own"),
+    "pairwise_sigmoid": lambda z, y, t: pairwise_sigmoid(z, 1 / t, -5.0),
+    "pairwise_sigmoid, groups": lambda z, y, t: pairwise_sigmoid(z, 1 / t, 0.5, y),
     "supcon": lambda z, y, t: supcon(z, y, t),
     "supcon, one": lambda z, y, t: supcon(z, y, t, contrast_mode="one"),
     "supcon, mask": lambda z, y, t: supcon(z, temperature=t, mask=(y[:, None] == y).logical_or(torch.eye(len(y)) > 0)),
@@ -149,9 +152,12 @@ EQUATIONS: dict[str, Equation] = {
 """Every equation for rows (V, N, D), labels (N) and a temperature, if it has one."""
 
 EVERY = pytest.mark.parametrize("name", EQUATIONS)
-PAIRS = ("nt_xent", "info_nce", "ctr", "nnclr", "dcl", "relation", "hcl", "cluster", "proto_nce", "supcon", "sogclr")
-"""Equations with a log-sum-exp over pairs, plain or tiled."""
-NORMALISED = (*PAIRS[:7], "byol", "simsiam, bare", "proto_nce", "supcon", "sogclr", "isogclr", "tico", "mmcr")
+PAIRS = (
+    "nt_xent", "info_nce", "ctr", "nnclr", "dcl", "relation", "hcl", "pairwise_sigmoid", "cluster", "proto_nce",
+    "supcon", "sogclr",
+)  # fmt: skip
+"""Equations with sums over pairs, plain or tiled."""
+NORMALISED = (*PAIRS[:8], "byol", "simsiam, bare", "proto_nce", "supcon", "sogclr", "isogclr", "tico", "mmcr")
 """Equations that do not depend on the length of a row."""
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -227,8 +233,8 @@ def answered(compute: Callable[[], Tensor]) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, also partial ones, in small matrices."""
-    monkeypatch.setattr(logsumexp, "TILE", 5)
-    monkeypatch.setattr(logsumexp, "APART", 2**40)
+    monkeypatch.setattr(tiles, "TILE", 5)
+    monkeypatch.setattr(tiles, "APART", 2**40)
     monkeypatch.setattr(logsumexp, "_BLOCK", 40)
 
 
@@ -295,7 +301,9 @@ def test_rows_too_large_to_be_squared_give_no_wrong_number(name: str, problem: G
 
 
 HEATED = [
-    name for name in EQUATIONS if name.startswith((*PAIRS, "sinkhorn", "swapped", "dino")) and name != "proto_nce"
+    name
+    for name in EQUATIONS
+    if name.startswith((*PAIRS, "sinkhorn", "swapped", "dino")) and not name.startswith(("proto_nce", "pairwise"))
 ]
 
 

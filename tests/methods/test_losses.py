@@ -23,6 +23,7 @@ from inbatch.losses import (
     lejepa,
     nnclr,
     nt_xent,
+    pairwise_sigmoid,
     proto_nce,
     relation,
     sigreg,
@@ -67,6 +68,7 @@ EQUATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "cluster_contrast": lambda z, t: sum(cluster_contrast(wide(z).softmax(-1), t)),
     "proto_nce": lambda z, t: proto_nce(z[0], torch.cat([z[1], queue(z.shape[2])]), torch.full((13,), t)),
     "relation": lambda z, t: relation(z[0], z[1], queue(z.shape[2]), t, t),
+    "pairwise_sigmoid": lambda z, t: pairwise_sigmoid(z, 1 / t),
     "supcon": lambda z, t: supcon(z, LABEL, t),
     "cross_entropy": lambda z, t: cross_entropy(z, LABEL),
 }

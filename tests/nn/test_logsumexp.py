@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inbatch import api, losses
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
-from inbatch.nn import cpu_matmul, logsumexp
+from inbatch.nn import cpu_matmul, logsumexp, tiles
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, also partial ones, in small matrices."""
-    monkeypatch.setattr(logsumexp, "TILE", 7)
-    monkeypatch.setattr(logsumexp, "APART", 0)
+    monkeypatch.setattr(tiles, "TILE", 7)
+    monkeypatch.setattr(tiles, "APART", 0)
     monkeypatch.setattr(logsumexp, "_BLOCK", 100)
 
 
@@ -144,7 +144,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
 def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(logsumexp, "TILE", 32)
+    monkeypatch.setattr(tiles, "TILE", 32)
     monkeypatch.setattr(logsumexp, "_BLOCK", 2**12)
     z = rows(2, 600, 8, dtype=torch.float32).requires_grad_()
     compute = LOSSES[name]
@@ -230,7 +230,7 @@ def test_nearest() -> None:
 
 
 def train_one(variant: str, groups: int) -> dict:
-    logsumexp.LEAST, logsumexp.TILE, logsumexp.APART = 0, 5, 0
+    logsumexp.LEAST, tiles.TILE, tiles.APART = 0, 5, 0
     return train(variant, N, groups)
 
 
@@ -249,21 +249,31 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
     torch.set_num_threads(threads)
     u, counts = rows(112, 4), []
     for rank in range(3):
-        made = [logsumexp._Tiles(u, k, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3)) for k in (None, u)]
-        assert [tiles.parts for tiles in made] == [threads, threads]
-        counts += [[sum(1 for _ in tiles(part)) for tiles in made] for part in range(threads)]
-    assert [sum(c) for c in zip(*counts, strict=True)] == [16 * 17 / 2, 16 * 16]
+        cut = [tiles.Tiles(u, k, 1.0, tiles.LogSumExpConfig(rank=rank, world=3)) for k in (None, u)]
+        assert [own.parts for own in cut] == [threads, threads]
+        counts += [[sum(1 for _ in own(part)) for own in cut] for part in range(threads)]
+    # 16 strips: of a symmetric matrix a square tile, and one for every two of the other squares.
+    assert [sum(c) for c in zip(*counts, strict=True)] == [sum(1 + -(-(15 - i) // 2) for i in range(16)), 16 * 8]
     assert all(max(c) - min(c) <= 1 for c in zip(*counts, strict=True))
 
 
 def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
-    """Every tile is computed once, for any number of cores of a rank."""
-    u, made = rows(112, 4), []
-    for rank, threads in enumerate((1, 3, 8)):
-        torch.set_num_threads(threads)
-        tiles = logsumexp._Tiles(u, None, 1.0, False, logsumexp.LogSumExpConfig(rank=rank, world=3))
-        made += [(r.start, c.start) for part in range(tiles.parts) for r, c, _ in tiles(part)]
-    assert sorted(made) == [(7 * i, 7 * j) for i in range(16) for j in range(i, 16)]
+    """Every pair is in one tile, or in one on or above the diagonal, for any number of cores of a rank."""
+    u = rows(108, 4)
+    for k, expected in ((None, torch.ones(108, 108).triu()), (rows(95, 4), torch.ones(108, 95))):
+        times = torch.zeros_like(expected)
+        for rank, threads in enumerate((1, 3, 8)):
+            torch.set_num_threads(threads)
+            own = tiles.Tiles(u, k, 1.0, tiles.LogSumExpConfig(rank=rank, world=3))
+            for part in range(own.parts):
+                for r, c, e in own(part):
+                    assert e.shape == times[r, c].shape
+                    times[r, c] += 1
+        if k is None:
+            squares = times.tril(-1)
+            assert squares.sum() < 108 * 7 / 2, "only the squares on the diagonal are computed twice"
+            times = times.triu()
+        assert torch.equal(times, expected)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
@@ -288,6 +298,6 @@ def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
     given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
     built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
     compute = built.method.loss
-    built.method.loss = lambda *rows: plans.append(logsumexp._PLAN.get()) or compute(*rows)
+    built.method.loss = lambda *rows: plans.append(tiles.PLAN.get()) or compute(*rows)
     built.step(next(iter(built.loader.epoch(0))), 0)
-    assert plans[0].products == "bf16" and logsumexp._PLAN.get() == logsumexp.LogSumExpConfig()
+    assert plans[0].products == "bf16" and tiles.PLAN.get() == logsumexp.LogSumExpConfig()

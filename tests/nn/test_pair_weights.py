@@ -9,7 +9,7 @@ import torch
 from rank_pool import on_ranks
 from torch import Tensor
 
-from inbatch.nn import logsumexp
+from inbatch.nn import logsumexp, tiles
 from inbatch.nn.functional import normalize
 from inbatch.nn.logsumexp import SameGroup
 
@@ -20,8 +20,8 @@ IDS, KEY_IDS = torch.arange(N) % 6, torch.arange(M) % 6
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, also partial ones, in small matrices."""
-    monkeypatch.setattr(logsumexp, "TILE", 7)
-    monkeypatch.setattr(logsumexp, "APART", 0)
+    monkeypatch.setattr(tiles, "TILE", 7)
+    monkeypatch.setattr(tiles, "APART", 0)
     monkeypatch.setattr(logsumexp, "_BLOCK", 100)
 
 
@@ -118,7 +118,7 @@ def test_rows_without_a_pair_are_minus_infinity_and_give_no_gradient(mode: logsu
 
 
 def on_a_rank() -> list[list[float]]:
-    logsumexp.LEAST, logsumexp.TILE, logsumexp.APART = 0, 5, 0
+    logsumexp.LEAST, tiles.TILE, tiles.APART = 0, 5, 0
     import torch.distributed as dist
 
     def add(x: Tensor) -> None:

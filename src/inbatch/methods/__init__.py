@@ -16,6 +16,7 @@ from inbatch.methods.mocov3 import MoCoV3
 from inbatch.methods.nnclr import NNCLR
 from inbatch.methods.pcl import PCL
 from inbatch.methods.relation import Relation
+from inbatch.methods.sigmoid import Sigmoid
 from inbatch.methods.simclr import SimCLR
 from inbatch.methods.simsiam import SimSiam
 from inbatch.methods.sogclr import SogCLR
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
     "cc": CC,
     "pcl": PCL,
     "relation": Relation,
+    "sigmoid": Sigmoid,
     "supcon": SupCon,
     "supervised": Supervised,
 }

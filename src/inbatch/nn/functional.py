@@ -5,6 +5,7 @@ are here so that methods do not decide how they are computed: `nn.logsumexp` doe
 """
 
 import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,9 +38,28 @@ def normalize(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     A row shorter than 1e-12 is left unchanged, so that its gradient does not grow by 1e12; a row too long to be squared
     (1e19 in float32) becomes nan.
     """
-    x = wide(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / nan_if_overflow(length.masked_fill(length < 1e-12, 1))
+    return _Normalize.apply(wide(x))
+
+
+class _Normalize(torch.autograd.Function):
+    """Autograd function of `normalize`: half the time of its parts, which keep eight tensors of the size of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        short = length < 1e-12
+        u = x / nan_if_overflow(length.masked_fill(short, 1))
+        ctx.save_for_backward(x, u, length, short)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, u, length, short = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative: operations that autograd can follow
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).masked_fill(short, 1)
+            u = x / length
+        along = (gradient * u).sum(-1, keepdim=True).masked_fill(short, 0)
+        return torch.addcmul(gradient, u, along, value=-1).div_(nan_if_overflow(length.masked_fill(short, 1)))
 
 
 def product(a: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:

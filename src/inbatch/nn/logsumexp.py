@@ -4,20 +4,12 @@ Each tile of S = q k^T / T is computed, exponentiated, summed and discarded; the
 Memory is O((N + M) D), not O(N M). If q and k are the same rows, S is symmetric and half of the tiles suffice. GPUs use
 the Triton kernels (`triton_logsumexp`), other devices products of PyTorch on tiles that fit into the processor's cache.
 
-Ranks share the tiles and add up their results: time decreases with their number, and every rank has the whole result,
-as in a run on one rank.
+Ranks and cores share the tiles (`tiles`).
 """
 
-import contextlib
-import functools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,69 +19,33 @@ from torch.utils.checkpoint import checkpoint
 
 from inbatch.nn import triton_logsumexp
 from inbatch.nn.cpu_matmul import fast_products
-from inbatch.nn.pair_weights import PairWeights, SameGroup
+from inbatch.nn.pair_weights import PairWeights, SameGroup, multiplier
+from inbatch.nn.tiles import (
+    PLAN,
+    LogSumExpConfig,
+    MatmulPrecision,
+    Mode,
+    Tiles,
+    add_product,
+    diagonal,
+    rounded,
+    share,
+    shared_by,
+    using,
+    zeros,
+)  # fmt: skip
 
-__all__ = ["LogSumExpConfig", "PairWeights", "SameGroup", "check_temperature", "logsumexp", "nearest", "shared_by",
-           "using"]  # fmt: skip
-
-Mode = Literal["auto", "never", "always"]
-MatmulPrecision = triton_logsumexp.MatmulPrecision
+__all__ = [
+    "LogSumExpConfig", "MatmulPrecision", "Mode", "PairWeights", "SameGroup", "check_temperature", "logsumexp",
+    "nearest", "shared_by", "using",
+]  # fmt: skip
 
 LEAST = 2**17
 """Matrices with fewer pairs (362 by 362) are materialised: half a megabyte, and faster than tiles."""
-TILE = 512
-"""Rows and columns of a tile for one core: with its operands it stays in the level-2 cache."""
-APART = 2**19
-"""From this number of pairs on, cores work in parallel, each on its own tiles."""
-PARTS = 4
-"""Maximum number of parallel parts, each with its own sums; additional cores share the operations of each part."""
 _BLOCK = 2**22
 """Pairs in memory at once if neither tiles nor a whole matrix can be used."""
 _REACH = {torch.float32: 60.0, torch.float64: 600.0}
 """Largest absolute logit of which the exponential, and sums of billions of them, are still finite and not 0."""
-
-
-def _alone(x: Tensor) -> None:
-    """Sum over a single rank: do nothing."""
-
-
-@dataclass(frozen=True)
-class LogSumExpConfig:
-    """Configuration of the log-sum-exps.
-
-    Attributes:
-        mode: "auto" uses tiles if the matrix would be large, "never" materialises it, "always" uses tiles.
-        products: "float32"; "bf16" rounds the operands to bfloat16 (on a CPU only in the backward pass, because its
-            products are rounded, too); "tf32x3" replaces one product by three in TF32, nearly float32, in the GPU
-            kernels only. Materialised matrices are float32.
-        rank: index of this rank; it computes every world-th tile.
-        world: number of ranks that share the tiles.
-        add: sums a tensor over ranks in place.
-    """
-
-    mode: Mode = "auto"
-    products: MatmulPrecision = "float32"
-    rank: int = 0
-    world: int = 1
-    add: Callable[[Tensor], None] = _alone
-
-
-_PLAN: ContextVar[LogSumExpConfig] = ContextVar("plan", default=LogSumExpConfig())  # noqa: B039 (it is frozen)
-
-
-@contextlib.contextmanager
-def using(**changes: Any) -> Iterator[LogSumExpConfig]:
-    """Compute log-sum-exps with these fields of `LogSumExpConfig` within the context."""
-    token = _PLAN.set(replace(_PLAN.get(), **changes))
-    try:
-        yield _PLAN.get()
-    finally:
-        _PLAN.reset(token)
-
-
-def shared_by() -> int:
-    """Return the number of ranks that share the products of a log-sum-exp: above 1 in a step on several ranks."""
-    return _PLAN.get().world
 
 
 def check_temperature(*temperatures: float) -> None:
@@ -121,10 +77,10 @@ def logsumexp(
     check_temperature(temperature)
     if isinstance(weights, SameGroup):
         weights.check_rows(len(q), len(k))
-    plan, scale = _PLAN.get(), 1 / temperature
+    plan, scale = PLAN.get(), 1 / temperature
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST):
         return _whole(q, k, scale, exclude_self, weights)
-    if _on_kernels(q, k, weights) or _reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
+    if _on_kernels(q, k, weights) or reach(q, k) <= temperature * _REACH.get(q.dtype, 0):
         symmetric = k is q and (weights is None or (isinstance(weights, SameGroup) and weights.symmetric))
         return _Tiled.apply(q, None if symmetric else k, scale, exclude_self, weights, plan)
     # Logits too large for exponentials without a running maximum, which would double the cost of a tile.
@@ -144,8 +100,8 @@ def nearest(
         products = products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)
         return products.argmax(1, keepdim=True) if count == 1 else products.topk(count).indices
 
-    plan, place = _PLAN.get(), torch.zeros(len(q), count, dtype=torch.long, device=q.device)
-    start, stop = _share(len(q), plan)
+    plan, place = PLAN.get(), torch.zeros(len(q), count, dtype=torch.long, device=q.device)
+    start, stop = share(len(q), plan)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), fast_products():
         for first in range(start, stop, size := max(1, _BLOCK // len(k))):
             place[first : min(first + size, stop)] = best(q[first : min(first + size, stop)])
@@ -173,7 +129,7 @@ def _whole(
     return logits.logsumexp(1)
 
 
-def _reach(q: Tensor, k: Tensor) -> float:
+def reach(q: Tensor, k: Tensor) -> float:
     """Return an upper bound of the products of a row of q and a row of k."""
     longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
     return float(longest[0] * longest[-1])
@@ -194,7 +150,7 @@ class _Tiled(torch.autograd.Function):
             if ctx.kernels:
                 lse, mean = _kernel_sums(q, k, scale, exclude_self, weighs, plan)
             else:
-                lse, mean = _sums(_Tiles(q, k, scale, exclude_self, plan, weights), weighs)
+                lse, mean = _sums(_Exponentials(q, k, scale, exclude_self, weights, plan), weighs)
         ctx.save_for_backward(q, k, lse, mean)
         ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan = scale, exclude_self, weights, plan
         return lse
@@ -210,7 +166,7 @@ class _Tiled(torch.autograd.Function):
             if ctx.kernels:
                 both = _kernel_gradients(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan)
             else:
-                tiles = _Tiles(q, k, ctx.scale, ctx.exclude_self, ctx.plan, ctx.weights)
+                tiles = _Exponentials(q, k, ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan)
                 both = _gradients(tiles, lse, gradient, needs)
         return *both, None, None, None, None
 
@@ -218,19 +174,39 @@ class _Tiled(torch.autograd.Function):
 Found = tuple[Tensor, Tensor | None]
 
 
-def _sums(tiles: "_Tiles", weighs: bool) -> Found:
+class _Exponentials(Tiles):
+    """Tiles of w exp(S), 0 for pairs that are left out."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weights: PairWeights | None,
+        plan: LogSumExpConfig,
+    ) -> None:  # fmt: skip
+        super().__init__(q, k, scale, plan)
+        self.exclude_self, self.weigh = exclude_self, weights and multiplier(weights, q.dtype)
+
+    def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        spare = self.buffer() if self.weigh else None
+        for rows, columns, e in super().__call__(part):
+            e.exp2_()
+            if self.exclude_self:
+                diagonal(e, rows, columns).zero_()
+            if self.weigh and spare is not None:
+                self.weigh(e, rows, columns, self.view(spare, rows, columns))
+            yield rows, columns, e
+
+
+def _sums(tiles: _Exponentials, weighs: bool) -> Found:
     """Return the log-sum-exps (n) and, if requested, the rows of k averaged with each query's weights (n, D)."""
     q, k, plan = tiles.q, tiles.k, tiles.plan
-    right = q if k is None else k
 
     def work(part: int) -> Found:
-        sums, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
+        sums, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
         for rows, columns, e in tiles(part):
-            sums[rows] += e.sum(1)
-            if k is None and rows != columns:
-                sums[columns] += e.sum(0)
+            sums[rows].add_(e.sum(1))
+            if tiles.symmetric and rows != columns:
+                sums[columns].add_(e.sum(0))
             if mean is not None:
-                mean[rows].addmm_(e, right[columns])
+                mean[rows].addmm_(e, k[columns])
         return sums, mean
 
     sums, mean = tiles.spread(work)
@@ -243,136 +219,48 @@ def _sums(tiles: "_Tiles", weighs: bool) -> Found:
 
 
 def _gradients(
-    tiles: "_Tiles", lse: Tensor, gradient: Tensor, needs: tuple[bool, bool]
+    tiles: _Exponentials, lse: Tensor, gradient: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dq_i = sum_j W_ij k_j / T, dk_j = sum_i W_ij q_i / T; if k = q, their sum.
 
     W_ij = g_i w_ij exp(S_ij - lse_i), and 0 if row i has no pair of positive weight.
     """
-    q, k, scale, plan = tiles.q, tiles.k, tiles.scale, tiles.plan
+    q, k, scale, plan, symmetric = tiles.q, tiles.k, tiles.scale, tiles.plan, tiles.symmetric
     top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # prevents underflow of small gradients
     weight = (gradient / top) * (-lse).exp().masked_fill(lse == -torch.inf, 0)
-    narrow: Callable[[Tensor], Tensor] = Tensor.bfloat16 if plan.products == "bf16" else lambda x: x
-    left, right = narrow(q if k is None else weight[:, None] * q), narrow(q if k is None else k)
-
-    def add(to: Tensor, e: Tensor, x: Tensor) -> None:
-        if plan.products == "bf16":
-            to += e.bfloat16() @ x
-        else:
-            to.addmm_(e, x)
+    left, right = rounded(q if symmetric else weight[:, None] * q, plan), rounded(k, plan)
 
     def work(part: int) -> tuple[Tensor | None, Tensor | None]:
-        dq = _zeros(q) if needs[0] else None
-        dk = _zeros(k) if k is not None and needs[1] else None
-        both = q.new_empty(tiles.numbers if k is None else 0)
+        dq = zeros(q) if needs[0] else None
+        dk = zeros(k) if not symmetric and needs[1] else None
+        both = tiles.buffer() if symmetric else None
         for rows, columns, e in tiles(part):
-            if k is None:
-                e *= torch.add(weight[rows, None], weight[columns], out=both[: e.numel()].view_as(e))
+            if both is not None:
+                e *= torch.add(weight[rows, None], weight[columns], out=tiles.view(both, rows, columns))
             if dq is not None:
-                add(dq[rows], e, right[columns])
-                if k is None and rows != columns:
-                    add(dq[columns], e.T, left[rows])
+                add_product(dq[rows], e, right[columns])
+                if symmetric and rows != columns:
+                    add_product(dq[columns], e.T, left[rows])
             if dk is not None:
-                add(dk[columns], e.T, left[rows])
+                add_product(dk[columns], e.T, left[rows])
         return dq, dk
 
     dq, dk = tiles.spread(work)
     if dq is not None:
         plan.add(dq)
-        dq *= scale * top if k is None else (scale * top * weight)[:, None]
+        dq *= scale * top if symmetric else (scale * top * weight)[:, None]
     if dk is not None:
         plan.add(dk)
         dk *= scale * top
     return dq, dk
 
 
-class _Tiles:
-    """Tiles of w exp(S) (if k = q, those on and above the diagonal), shared over ranks and the cores of this rank.
-
-    Each core has its own tiles and sums: no operation is split over cores, which would synchronise thousands of times
-    (and wait long if another process uses one of the cores).
-    """
-
-    def __init__(
-        self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, plan: LogSumExpConfig,
-        weights: PairWeights | None = None,
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.scale, self.exclude_self, self.weights, self.plan = (
-            q,
-            k,
-            scale,
-            exclude_self,
-            weights,
-            plan,
-        )
-        n, m, self.threads = len(q), len(q if k is None else k), torch.get_num_threads()
-        here = q.device.type == "cpu"
-        self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
-        self.side = TILE if here else 8 * TILE
-        if plan.world == 1 and here:  # all ranks must use the same tiles with any number of threads
-            self.side *= math.isqrt(self.threads // self.parts)
-            if self.parts > 1 and n * m < 8 * self.parts * self.side**2:
-                self.side = -(-self.side // 2)  # smaller tiles, so that every part has work
-        self.numbers = min(self.side, n) * min(self.side, m)
-
-    def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield the tiles of one part, all in the same memory."""
-        q, right, number = self.q, self.q if self.k is None else self.k, -1
-        memory, plan = q.new_empty(self.numbers), self.plan
-        for i in range(0, len(q), self.side):
-            rows, left = slice(i, min(i + self.side, len(q))), None
-            for j in range(i if self.k is None else 0, len(right), self.side):
-                number += 1
-                if number % plan.world != plan.rank or number // plan.world % self.parts != part:
-                    continue
-                if left is None:
-                    left = q[rows] * (self.scale / math.log(2))  # exp2 is faster than exp
-                columns = slice(j, min(j + self.side, len(right)))
-                e = memory[: len(left) * (columns.stop - j)].view(len(left), -1)
-                torch.mm(left, right[columns].T, out=e).exp2_()
-                if self.exclude_self and i == j:
-                    e.diagonal().zero_()
-                if isinstance(self.weights, SameGroup):
-                    self.weights.scale_(e, rows, columns)
-                elif self.weights is not None:
-                    e *= self.weights.tile(rows, columns)
-                yield rows, columns, e
-
-    def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """Compute the tensors of all parts in parallel and add them up in a fixed order."""
-
-        @torch.no_grad()  # gradient mode is per thread
-        def alone(part: int) -> Sequence[Tensor | None]:
-            return work(part)
-
-        with fast_products():
-            if self.parts == 1:
-                return list(work(0))
-            found = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
-        total = list(found[0])
-        for more in found[1:]:
-            for summed, x in zip(total, more, strict=True):
-                if summed is not None and x is not None:
-                    summed += x
-        return total
-
-
-@functools.lru_cache(maxsize=2)
-def _pool(process: int, parts: int, threads: int) -> ThreadPoolExecutor:
-    """Return threads of this process (a fork has none) that each use `threads` cores; unused pools end."""
-    before, all_started = torch.get_num_threads(), threading.Barrier(parts)
-    pool = ThreadPoolExecutor(parts, "tiles", torch.set_num_threads, (threads,))
-    list(pool.map(lambda part: all_started.wait(), range(parts)))
-    torch.set_num_threads(before)  # new threads take the value that was set last, by any thread
-    return pool
-
-
 def _kernel_sums(
     q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig
 ) -> Found:
     """Compute `_sums` with the Triton kernels; each rank computes its share of the rows."""
-    start, stop = _share(len(q), plan)
-    lse, mean = q.new_zeros(len(q)), _zeros(q) if weighs else None
+    start, stop = share(len(q), plan)
+    lse, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
     keys = q if k is None else k
     lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, weighs, plan.products)
     plan.add(lse)
@@ -390,8 +278,8 @@ def _kernel_gradients(
     its, none, keys = (lse, gradient), (None, None), q if k is None else k
 
     def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
-        start, stop = _share(len(a), plan)
-        out = _zeros(a)
+        start, stop = share(len(a), plan)
+        out = zeros(a)
         out[start:stop] = triton_logsumexp.backward(
             a, b, scale, exclude_self, start, stop, *own, *other, products=plan.products
         )
@@ -400,13 +288,3 @@ def _kernel_gradients(
 
     dq = whole(q, keys, its, its if k is None else none) if needs[0] else None
     return dq, whole(keys, q, none, its) if k is not None and needs[1] else None
-
-
-def _zeros(x: Tensor) -> Tensor:
-    """Return contiguous zeros for x of any layout, because ranks add these up."""
-    return torch.zeros_like(x, memory_format=torch.contiguous_format)
-
-
-def _share(rows: int, plan: LogSumExpConfig) -> tuple[int, int]:
-    """Return the first row of this rank's share and that of the next rank's."""
-    return plan.rank * rows // plan.world, (plan.rank + 1) * rows // plan.world

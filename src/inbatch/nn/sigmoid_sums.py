@@ -1,0 +1,141 @@
+"""Sum of pairwise sigmoid losses over all pairs of rows, and its gradients, without the matrix of pairs ("tiled").
+
+Each tile of logits is computed once, for the sum and for both gradients, because the gradient of a pair does not depend
+on other pairs. Tiles, ranks, weights and modes are those of the log-sum-exp (`logsumexp`).
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
+
+from inbatch.nn.logsumexp import LEAST, reach
+from inbatch.nn.pair_weights import PairWeights, SameGroup, group_multiplier, multiplier
+from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, zeros
+
+CAP = {torch.float32: 80.0, torch.float64: 600.0}
+"""Largest logit of which the exponential is computed; the loss of a larger one is the logit, its slope 1."""
+
+
+def sigmoid_sum(
+    q: Float[Tensor, "n d"], k: Float[Tensor, "m d"], bias: Float[Tensor, "n"] | None = None,
+    positive: SameGroup | None = None, weights: PairWeights | None = None,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Return sum_ij w_ij log(1 + exp(-y_ij (q_i . k_j + b_i))), with y = 1 for positives and -1 for other pairs.
+
+    Args:
+        q: queries, of any length.
+        k: keys.
+        bias: b_i, one number per query; None is 0.
+        positive: pairs of one group are the positives; None: the pairs i = j.
+        weights: w_ij, a function of the indices without gradient; None is 1 for all pairs.
+
+    Raises:
+        ValueError: if groups are not those of as many rows.
+    """
+    for groups in (positive, weights):
+        if isinstance(groups, SameGroup):
+            groups.check_rows(len(q), len(k))
+    plan, bias = PLAN.get(), q.new_zeros(len(q)) if bias is None else bias
+    if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST) or q.dtype not in CAP:
+        return _whole(q, k, bias, positive, weights)
+    return _Tiled.apply(q, k, bias, positive, weights, plan)
+
+
+def _whole(q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None) -> Tensor:
+    """Compute it from the materialised matrix."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ k.T + bias[:, None]
+    everything = slice(0, len(q)), slice(0, len(k))
+    if positive is None:
+        same = torch.eye(len(q), len(k), dtype=torch.bool, device=q.device)
+    else:
+        same = positive.q_ids[:, None] == positive.k_ids
+    losses = -logsigmoid(torch.where(same, logits, -logits))
+    return (losses if weights is None else losses * weights.tile(*everything).detach().to(losses.dtype)).sum()
+
+
+class _Tiled(torch.autograd.Function):
+    """Autograd function of `sigmoid_sum`; its forward pass computes the gradients, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None,
+        plan: LogSumExpConfig,
+    ) -> Tensor:  # fmt: skip
+        with torch.autocast(q.device.type, enabled=False):
+            sums = _LogisticTiles(q, k, bias, positive, weights, plan).sums(ctx.needs_input_grad[:3])
+        for x in sums:
+            if x is not None:
+                plan.add(x)
+        ctx.save_for_backward(*sums[1:])
+        assert sums[0] is not None
+        return sums[0].sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else gradient * x for x in ctx.saved_tensors), None, None, None
+
+
+class _LogisticTiles(Tiles):
+    """Losses of the pairs of a tile, and their slopes."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None,
+        plan: LogSumExpConfig,
+    ) -> None:  # fmt: skip
+        super().__init__(q, k, 1.0, plan)
+        self.bias, self.cap = bias / math.log(2), CAP[q.dtype] / math.log(2)
+        self.large = reach(q, k) + float(bias.detach().abs().max()) > CAP[q.dtype] if self.numbers else False
+        self.weigh = None if weights is None else multiplier(weights, q.dtype)
+        self.flip = _flip_diagonal if positive is None else group_multiplier(positive, -1.0, q.dtype)
+
+    def sums(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """Return the losses (n), summed over keys, and the gradients of queries, keys and biases that are needed."""
+        q, k = self.q, self.k
+        left, right = rounded(q, self.plan), rounded(k, self.plan)
+
+        def work(part: int) -> list[Tensor | None]:
+            losses, spare = q.new_zeros(len(q)), self.buffer()
+            gradients = [zeros(x) if need else None for x, need in zip((q, k, self.bias), needs, strict=True)]
+            dq, dk, db = gradients
+            for rows, columns, x in self(part):
+                other = self.view(spare, rows, columns)
+                slope = self._slopes(x, rows, columns, other, losses[rows], any(needs))
+                if dq is not None:
+                    add_product(dq[rows], slope, right[columns])
+                if dk is not None:
+                    add_product(dk[columns], slope.T, left[rows])
+                if db is not None:
+                    db[rows].add_(slope.sum(1))
+            return [losses, *gradients]
+
+        return self.spread(work)
+
+    def _slopes(self, x: Tensor, rows: slice, columns: slice, spare: Tensor, losses: Tensor, needed: bool) -> Tensor:
+        """Replace products / log 2 by the slopes of the losses of their pairs; add the losses to those of the rows."""
+        self.flip(x.add_(self.bias[rows, None]), rows, columns, spare)
+        over = None
+        if self.large:
+            over = (x - self.cap).relu_().mul_(math.log(2))
+            x.clamp_(max=self.cap)
+        torch.log1p(x.exp2_(), out=spare)
+        spare = spare if over is None else spare.add_(over)
+        if self.weigh is not None:
+            self.weigh(spare, rows, columns, torch.empty_like(spare))
+        losses.add_(spare.sum(1))
+        if needed:
+            x.div_(torch.add(x, 1, out=spare))
+            self.flip(x, rows, columns, spare)
+            if self.weigh is not None:
+                self.weigh(x, rows, columns, spare)
+        return x
+
+
+def _flip_diagonal(x: Tensor, rows: slice, columns: slice, spare: Tensor) -> Tensor:
+    return diagonal(x, rows, columns).neg_()
