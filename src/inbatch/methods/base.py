@@ -1,14 +1,16 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.errors import many
 from inbatch.nn.heads import Head
 from inbatch.nn.memory_bank import MemoryBank
+
+MixedKeys = Literal["other", "same", "none"]
 
 
 class Method(nn.Module):
@@ -25,6 +27,8 @@ class Method(nn.Module):
     teacher: whether the rows of `target`, "features", are those of a frozen encoder (the recipe's `teacher`).
     teacher_width: width of these rows, set before `prepare`.
     assigns: the head of which the largest output is the cluster or class of a sample, if any.
+    mixed_keys: views with which `mixed_loss` compares a mixed view: the "other" views of its samples, the "same" view,
+        or "none" (labels are the target). None: the equation has no soft targets, so that images cannot be mixed.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
@@ -35,6 +39,7 @@ class Method(nn.Module):
     assigns: ClassVar[str | None] = None
     teacher: ClassVar[bool] = False
     teacher_width: int = 0
+    mixed_keys: MixedKeys | None = None
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -76,6 +81,15 @@ class Method(nn.Module):
         Pure: a second call returns the same value and changes nothing.
         """
         raise TypeError(f"{type(self).__name__} must define `loss`")
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        """Return the loss of M images that are mixed of two samples each, on the scale of `loss`.
+
+        query: rows (M, D) of the mixed images of one view, by head of the online network.
+        keys: rows (V, N, D) of plain images of the whole batch, of the views that `mixed_keys` names: by head of the
+            target network, or of the online network if there is none.
+        """
+        raise TypeError(f"{type(self).__name__} must define `mixed_loss`")
 
     def online_views(self, views: int) -> Sequence[int]:
         """Return which views pass through the online network."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import cross_prediction, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, mlp
@@ -30,7 +30,7 @@ class DINO(Method):
     hidden_dim, bottleneck_dim: widths. layers, norm: of the head.
     """
 
-    online, target, views = ("prototypes",), ("prototypes",), (2, None)
+    online, target, views, mixed_keys = ("prototypes",), ("prototypes",), (2, None), "other"
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
@@ -70,6 +70,12 @@ class DINO(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
         return {"loss": dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
+        p = scale_by_temperature(wide(keys["prototypes"].detach()) - self.center, heat).softmax(-1).mean(0)
+        log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
+        return -(mixture.blend(p) * log).sum(-1).mean()
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

@@ -11,6 +11,7 @@ import pydantic
 
 from inbatch.context.curation import CURATORS
 from inbatch.context.fusion import FUSIONS
+from inbatch.context.mixing import MIXERS
 from inbatch.data.views import PRESETS
 from inbatch.errors import ConfigError, check_whole, closest
 from inbatch.methods import METHODS
@@ -40,9 +41,10 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
     "fuse": FUSIONS,
     "curate": CURATORS,
     "attend": ATTENDS,
+    "mix": MIXERS,
 }
 """Part -> its implementations by name."""
-OPTIONAL = ("fuse", "curate", "attend")
+OPTIONAL = ("fuse", "curate", "attend", "mix")
 """Parts that a run may omit."""
 _GIVEN = {
     "optimizer": {"params"},
