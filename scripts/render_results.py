@@ -120,6 +120,7 @@ def baseline(question: str, name: str) -> tuple[str, str]:
         "crops": ("crops", "default"),
         "curation": ("crops", "default"),
         "attention": ("attention", "none"),
+        "mixing": ("mixing", "off"),
     }[question]
 
 

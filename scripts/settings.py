@@ -243,7 +243,8 @@ def page() -> str:
         *textwrap.wrap(", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100),
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
-        "`schedule.name`, and, if samples interact before the loss, `fuse.name`, `curate.name`, `attend.name` and `mix.name`.",
+        "`schedule.name`, and, if samples interact before the loss, `fuse.name`, `curate.name`, "
+        "`attend.name` and `mix.name`.",
         "",
         "Presets for every method:",
         "",

@@ -104,7 +104,7 @@ class CutMix(Mixer):
         self.alpha = _positive("mix.alpha", alpha)
 
     def draw(self, key: int, places: Int[Tensor, "groups g"], side: tuple[int, int]) -> Draw:
-        box, share = _boxes(_beta(_uniform(key, 1, places), self.alpha), _uniform(key, 2, places, 2), side)
+        box, share = _boxes(_beta(_uniform(key, 1, places), self.alpha), _centres(key, places), side)
         return Draw(_permuted(key, places), share, box)
 
 
@@ -158,7 +158,7 @@ class UnMix(Mixer):
         share = _beta(_uniform(key, 1, one), self.alpha)
         if not bool(_uniform(key, 3, one) < self.region):
             return Draw(partner, share.expand(groups, size))
-        box, share = _boxes(share, _uniform(key, 2, one, 2), side)
+        box, share = _boxes(share, _centres(key, one), side)
         return Draw(partner, share.expand(groups, size), box.expand(groups, size, 4))
 
 
@@ -172,10 +172,14 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _uniform(key: int, use: int, places: Int[Tensor, "*shape"], count: int = 1) -> Float[Tensor, "*shape"]:
-    """Return a number in [0, 1) in float64 for every place, or `count` of them in a last dimension."""
-    numbers = spread(fold(key, use), places, count).double()
-    return numbers[..., 0] if count == 1 else numbers
+def _uniform(key: int, use: int, places: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return a number in [0, 1) for every place."""
+    return spread(fold(key, use), places, 1)[..., 0].double()
+
+
+def _centres(key: int, places: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape 2"]:
+    """Return a point of the unit square for every place."""
+    return spread(fold(key, 2), places, 2).double()
 
 
 def _permuted(key: int, places: Int[Tensor, "groups g"]) -> Int[Tensor, "groups g"]:
