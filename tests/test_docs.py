@@ -53,9 +53,10 @@ def recipe(command: str) -> None:
     make(settings)
 
 
-PLUGS = {"--fuse": "fuse.name", "--attend": "attend.name", "--crops": "crops"}
+PLUGS = {"--fuse": "fuse.name", "--attend": "attend.name", "--mix": "mix.name", "--crops": "crops"}
 SWITCHES = {"--curate": {"curate.name": "redraw"}, "--shuffle-groups": {"shuffle_groups": True}}
-CONTEXT = {"fuse": ("conv", "set"), "curate": ("redraw",), "attend": ("ba2m", "batchformer"), "crops": (), "README": ()}
+CONTEXT = {"fuse": ("conv", "set"), "curate": ("redraw",), "attend": ("ba2m", "batchformer"), "crops": (), "README": (),
+    "mix": ("imix", "cutmix", "mixco", "unmix")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONTEXT)
@@ -74,7 +75,7 @@ def test_pages_of_plug_ins_run(name: str) -> None:
     assert commands
 
 
-@pytest.mark.parametrize("name", ["curate", "fuse"])
+@pytest.mark.parametrize("name", ["curate", "fuse", "mix"])
 def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
     found = table(DOCS / "context" / f"{name}.md", "option")
     said = {option.strip("`"): cells for row, cells in list(found.items())[2:] for option in row.split(", ")}
