@@ -22,7 +22,9 @@ from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.training.mixing import StepMixing
+from inbatch.rng import fold
+from inbatch.training.mixing import MIXING, StepMixing
+from inbatch.training.summary import estimate
 
 MIXABLE = [variant for variant in VARIANTS if create(variant).mixed_keys]
 
@@ -309,32 +311,31 @@ def test_draws_are_pure_functions_of_key_and_place(name: str) -> None:
     assert (len(found.share.unique()) == 1) == (name == "unmix")
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.3, 4.0])
 def test_shares_are_of_the_beta_distribution(alpha: float) -> None:
     """Beta(a, a) has the mean 1/2 and the variance 1 / (8 a + 4); folding keeps the distance to 1/2."""
-    shares = MIXERS["cutmix"](alpha).draw(1, torch.arange(20000).view(1, -1), (1000, 1000)).share
     folded = IMix(alpha).draw(1, torch.arange(20000).view(1, -1), (1, 1)).share
-    variance = (folded - 0.5).square().mean()
-    assert variance == pytest.approx(1 / (8 * alpha + 4), rel=0.03) and shares.min() >= 0
-    share = UnMix(alpha, region=0.0)
-    drawn = torch.stack([share.draw(key, torch.arange(2).view(1, 2), (1, 1)).share[0, 0] for key in range(2000)])
-    assert drawn.mean() == pytest.approx(0.5, abs=0.03)
-    assert drawn.var() == pytest.approx(1 / (8 * alpha + 4), rel=0.1)
+    assert (folded - 0.5).square().mean() == pytest.approx(1 / (8 * alpha + 4), rel=0.03) and folded.min() >= 0.5
+    kept = MIXERS["cutmix"](alpha).draw(1, torch.arange(20000).view(1, -1), (1000, 1000)).share
+    assert kept.min() >= 0 and kept.mean() > 0.5, "boxes are cut at the border"
+    mixer, pair = UnMix(alpha, region=0.0), torch.arange(2).view(1, 2)
+    drawn = torch.stack([mixer.draw(key, pair, (1, 1)).share[0, 0] for key in range(200)])
+    assert drawn.mean() == pytest.approx(0.5, abs=0.1)
+    assert drawn.var() == pytest.approx(1 / (8 * alpha + 4), rel=0.25)
 
 
 def test_the_share_of_a_box_is_the_kept_area() -> None:
     """Counted in pixels, cut at the border; Un-Mix draws a box with its probability, one for the batch."""
-    ones, places = torch.ones(8, 1, 6, 9), torch.arange(8).view(1, 8)
-    x = torch.cat([ones * i for i in range(8)], 1)[:, :8] * 0 + torch.arange(8.0)[:, None, None, None]
-    for key in range(20):
+    places, x = torch.arange(8).view(1, 8), torch.arange(8.0)[:, None, None, None].expand(8, 1, 6, 9)
+    for key in range(5):
         draw = MIXERS["cutmix"]().draw(key, places, (6, 9))
-        images = draw.images(0, x[:, :1])
+        images = draw.images(0, x)
         for i, image in enumerate(images):
             partner = int(draw.partner[0, i])
             kept = (image == i).double().mean() if partner != i else draw.share[0, i]
             assert kept == pytest.approx(float(draw.share[0, i])) and set(image.unique().tolist()) <= {i, partner}
-    boxes = [UnMix(region=0.25).draw(key, places, (6, 9)).box for key in range(400)]
-    assert 0.17 < sum(box is not None for box in boxes) / 400 < 0.33
+    boxes = [UnMix(region=0.25).draw(key, places, (6, 9)).box for key in range(100)]
+    assert 0.15 < sum(box is not None for box in boxes) / 100 < 0.35
     assert UnMix(region=0.0).draw(0, places, (6, 9)).box is None
     assert all((box == box[0, 0]).all() for box in boxes if box is not None)
 
@@ -353,7 +354,7 @@ PAIRS += [(variant, f"{name} {more}") for name in MIXERS for more in ("set", "ba
           for variant in ("simclr", "byol", "moco", "supervised")]  # fmt: skip
 
 
-@pytest.mark.grid(10)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_equal_plain_autograd(variant: str, plugs: str, groups: int) -> None:
@@ -394,21 +395,18 @@ def test_resuming_is_bit_exact(method: str, name: str, tmp_path: Path, monkeypat
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
-def test_a_step_depends_on_its_number_only() -> None:
-    """Two runs built from one recipe make the same second step, whether or not the first one has made others before."""
-    losses = []
-    for before in (0, 2):
-        built = prepared("simclr", "cutmix")
-        batch = next(iter(built.loader.epoch(0)))
-        state = {name: part.state_dict() for name, part in built.parts().items()}
-        state = {name: {k: v.clone() if torch.is_tensor(v) else v for k, v in x.items()} for name, x in state.items()}
-        for step in range(before):
-            built.step(batch, step)
-        for name, part in built.parts().items():
-            if name != "optimizer":
-                part.load_state_dict(state[name])
-        losses.append(float(built.step(batch, 7)["loss"]))
-    assert losses[0] == losses[1]
+def test_a_step_mixes_by_its_number_only() -> None:
+    """Mixed images and targets are the same, whichever steps were made before, and others at another step."""
+    method, x = create("simclr"), torch.randn(8, 3, 5, 5, dtype=torch.float64)
+
+    def mixed(step: int) -> list[Tensor]:
+        made = StepMixing(IMix(), method, 2, fold(3, step, MIXING), 2, 8, False)
+        images = [made.images(0, g, x[4 * g : 4 * g + 4]) for g in (1, 0)]
+        return [*images, made.mixture(0, x).positive, made.mixture(0, x).weight]
+
+    one, _, again, other = (mixed(step) for step in (7, 8, 7, 9))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one[:2], other[:2], strict=True))
 
 
 def prepared(method: str, name: str, **fields: object) -> api.RunComponents:
@@ -417,7 +415,7 @@ def prepared(method: str, name: str, **fields: object) -> api.RunComponents:
     return api.prepare("digits-canvas", method, settings=options | given.pop("settings", {}), **given)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("method", [name for name, made in METHODS.items() if made.mixed_keys and not made.teacher])
 @pytest.mark.parametrize("more", [{}, {"fuse": "set"}, {"attend": "batchformer"}, {"shuffle_groups": True},
@@ -458,11 +456,9 @@ def test_what_cannot_be_mixed_is_refused(message: str) -> None:
 
 
 def test_mixed_images_are_counted_as_views_of_the_step() -> None:
-    """Memory and rows of a dry run include the additional forward pass: half a view for each view with MixCo."""
-    plain, halves = (api.dry_run("digits-canvas", "simclr", subset=40, batch_size=16, context=8, mix=mix)
-                     for mix in (None, "mixco"))  # fmt: skip
-    assert halves["rows"]["mixed.projection"][:2] == [2, 8] and halves["rows"]["projection"][:2] == [2, 16]
+    """Memory and rows include the additional forward pass: half a view for each view with MixCo."""
+    plain, halves = (estimate(prepared("simclr", mix, context=8)) for mix in (None, "mixco"))
+    assert halves["rows"]["mixed.projection"][:2] == [2, 4] and halves["rows"]["projection"][:2] == [2, 8]
     ratio = (halves["memory_bytes_estimate"]["activations_of_a_group"]
              / plain["memory_bytes_estimate"]["activations_of_a_group"])  # fmt: skip
     assert 1.4 < ratio < 1.6
-    assert "mixco of view 0, 1 in groups of 8; plain: 0, 1" in halves["description"]
