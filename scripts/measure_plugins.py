@@ -2,8 +2,8 @@
 
     python scripts/measure_plugins.py digits|cifar [QUESTION ...] [--data FOLDER]
 
-Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M), mixing;
-on the digits also defaults (fusion's, as in fusion-defaults.json).
+Questions: fusion (Table 3 of BA-SSL), crops and curation (Tables 1 and 2 of batch curation), attention (BA2M); on
+the digits also defaults (fusion's, as in fusion-defaults.json).
 Uses the runs of `measure_methods.py`, with three seeds each; writes results/plugins/digits.json or cifar.json, entry by
 entry, and skips existing entries. `python scripts/render_results.py` makes the tables.
 """
@@ -28,7 +28,6 @@ CURATED = {"pairwise, budget 0.5": ["curate.name=redraw"], "strict, no budget": 
 DEFAULTS = ("conv relu", "conv where=before", "conv where=before relu", "conv bottleneck=1", "conv layers=2",
             "conv remember=all")  # fmt: skip
 RESNET = ["encoder.name=resnet10", "encoder.stem=imagenet", "views.name=supervised"]
-MIXED = ("off", "imix", "cutmix", "mixco", "unmix")
 ATTENDS = ("none", "se", "cbam", "ba2m")
 
 
@@ -44,7 +43,6 @@ def questions(kind: str) -> dict[str, dict[str, list[str]]]:
             name: ["supervised", *encoder, *([] if name == "none" else [f"attend.name={name}"])]
             for name in (*ATTENDS, *more)
         },
-        "mixing": {name: ["simclr", *([] if name == "off" else [f"mix.name={name}"])] for name in MIXED},
     }  # fmt: skip
     if kind == "digits":
         asked["defaults"] = {name: ["simclr", *_fusion(*name.split())] for name in DEFAULTS}
