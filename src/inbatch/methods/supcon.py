@@ -52,7 +52,7 @@ def supcon(
 class SupCon(Method):
     """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels, if any.
 
-    temperature: T. base_temperature: the loss is multiplied by T / T_base. contrast_mode: "one" uses rows of view 0.
+    temperature: T. base_temperature: the loss is multiplied by T / T_base. contrast_mode: "one": rows of view 0 only.
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
