@@ -181,12 +181,28 @@ def defaults(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mixing(found: dict[str, Any]) -> str:
+    """Return k-NN and linear accuracy for each rule of mixing, and the differences at the same seeds."""
+    lines = ["| | k-NN | against without, same seeds | linear | against without | processor seconds |"]
+    lines.append("| --- |" + " --- |" * 5)
+    plain = found["entries"]["off"]["runs"]
+    for name, entry in found["entries"].items():
+        cells = []
+        for key in ("knn", "linear"):
+            own, base = ([100 * run[key] for run in runs] for runs in (entry["runs"], plain))
+            against = spread([a - b for a, b in zip(own, base, strict=True)]) if entry["runs"] is not plain else ""
+            cells += [spread(own), against]
+        cells.append(f"{mean(run['cpu_seconds'] for run in entry['runs']):.0f}")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def answered(page: Path) -> str:
     """Return a page of docs/context with new tables between its markers, such as <!-- cifar fusion -->."""
     text = page.read_text()
     for file in sorted(HERE.glob("context-cost-*.json")):
         text = filled(text, file.stem, costs(json.loads(file.read_text())))
-    for name, make in (("fusion-defaults", defaults), ("leak", leaks)):
+    for name, make in (("fusion-defaults", defaults), ("leak", leaks), ("mixing-digits", mixing)):
         text = filled(text, name, make(json.loads((HERE / f"{name}.json").read_text())))
     for file in sorted((HERE / "plugins").glob("*.json")):
         found = json.loads(file.read_text())

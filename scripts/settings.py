@@ -71,6 +71,7 @@ TITLES = {
     "curate": "Batch curation",
     "attend": "Attention",
     "negatives": "Negatives",
+    "mix": "Mixing",
 }
 
 
@@ -243,8 +244,8 @@ def page() -> str:
         *textwrap.wrap(", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100),
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
-        "`schedule.name`, and, if they are used, the plug-ins `fuse.name`, `curate.name`, `attend.name` and",
-        "`negatives.name`.",
+        "`schedule.name`, and, if they are used, the plug-ins `fuse.name`, `curate.name`, `attend.name`,",
+        "`negatives.name` and `mix.name`.",
         "",
         "Presets for every method:",
         "",

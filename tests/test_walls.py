@@ -33,12 +33,12 @@ ROOMS: list[set[str]] = [
 
 MAY: dict[str, set[str]] = {
     "nn": {"batch", "errors", "rng", "nn"},
-    "context": {"batch", "errors", "context"},
+    "context": {"batch", "errors", "rng", "context"},
     "methods": {"batch", "errors", "rng", "nn", "methods.base"},
     "losses": {"distributed", "nn", "methods"},
     "distributed": {"errors", "nn.logsumexp", "runtime.distributed"},
     "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
-    | {"training.grad_cache"},
+    | {"training.grad_cache", "training.mixing"},
     "training.grad_cache": {"batch", "models"},
     "models": {"batch", "context", "data.pixels", "errors", "models", "nn", "rng", "runtime"},
     "__main__": {"apps.cli"},
@@ -77,6 +77,7 @@ ONLY: dict[str, set[str]] = {
 FEW = {"torch", "jaxtyping"}
 LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "losses", "distributed"), FEW)
 LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
+LIBRARIES |= {"context.mixing": FEW | {"scipy"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
 LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}

@@ -1,12 +1,15 @@
 """Data that passes between stages: a batch of images, the rows computed from it, and the losses of the rows."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Rows = dict[str, Tensor]
-"""Head name -> (V, N, D): one row per view per sample."""
+"""Head name -> (V, N, D): one row per view per sample; MIXED + head name -> rows of mixed images."""
+MIXED = "mixed."
+"""Start of the names of rows of mixed images."""
 
 Losses = dict[str, Tensor]
 """Scalars by name: "loss" is minimised, the others are its terms, for the log.
@@ -115,3 +118,29 @@ class Batch:
             group=move(self.group),
             same=move(self.same),
         )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The contents of M mixed images: each contains two samples of the batch.
+
+    Attributes:
+        positive: (2, M) int64, positions of the two samples in the batch.
+        weight: (2, M), the share of each of them; the two sum to 1.
+        candidates: "batch": a mixed row is compared with the keys of the whole batch; "own": with the key of one of its
+            two samples at a time. Only a method with negatives from earlier batches knows the difference.
+        temperature: that of the similarities of mixed rows; None is the method's.
+    """
+
+    positive: Tensor
+    weight: Tensor
+    candidates: Literal["batch", "own"] = "batch"
+    temperature: float | None = None
+
+    def blend(self, rows: Tensor) -> Tensor:
+        """Return the weighted sum (M, D) of the rows of the two samples, for rows (N, D) of the batch."""
+        return (self.weight[..., None] * rows[self.positive]).sum(0)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean over the mixed images of losses (2, M), one for each of the two samples, by their shares."""
+        return (self.weight * losses).sum(0).mean()

@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from mixed_batches import MixedBatch, mixer_of
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Rows, split_state
+from inbatch.batch import MIXED, Batch, Rows, split_state
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
@@ -276,7 +277,7 @@ def train(
         method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
-        curator=curator(plugs, network, drawn, views), frozen=frozen,
+        curator=curator(plugs, network, drawn, views), frozen=frozen, mixer=mixer_of(plugs),
         similar=similar(plugs, network, drawn),
     )  # fmt: skip
     losses = []
@@ -307,17 +308,22 @@ def literal(
         if {"curate", "strict"} & set(plugs) and len(images) > 1:
             images = _curated(plugs, network if "strict" in plugs else snapshot, batch, images)
         online_views, target_views = list(method.online_views(len(images))), list(method.target_views(len(images)))
-        moved = "shuffle" in plugs
+        moved, mixer = "shuffle" in plugs, mixer_of(plugs)
+        mixed = None if mixer is None else MixedBatch(mixer, method, images, groups, s)
         kept = [copy.deepcopy(module.encoder.state_dict()) for module in (network, target) if module and s < frozen]
         start = copy.deepcopy(network)
-        rows = _forward(network, images, online_views, groups, s, 1, moved and target is None)
+        online_views = online_views if mixed is None else mixed.numbers
+        seen = [images[v] for v in online_views] if mixed is None else mixed.images()
+        rows = _forward(network, seen, online_views, groups, s, 1, moved and target is None)
         target_rows: Rows = {}
         if target is not None:
             with torch.no_grad():
-                target_rows = _forward(target, images, target_views, groups, s, 0, moved)
+                seen = [images[v] for v in target_views]
+                target_rows = _forward(target, seen, target_views, groups, s, 0, moved)
         batch = replace(batch, same=_same(plugs, start, batch, images))
         remembered = copy.deepcopy(method.state_dict())
-        terms, next_state = split_state(method.loss(rows, target_rows, batch))
+        inputs = rows, target_rows, batch
+        terms, next_state = split_state({"loss": mixed.loss(*inputs)} if mixed else method.loss(*inputs))
         loss = terms["loss"]
         assert all(torch.equal(x, remembered[k]) for k, x in method.state_dict().items()), "the loss changed its memory"
         optimizer.zero_grad()
@@ -395,13 +401,18 @@ def _same(plugs: Collection[str], network: Network, batch: Batch, images: Sequen
 def _forward(
     network: Network, images: Sequence[Tensor], views: list[int], groups: int, step: int, grad: int, moved: bool
 ) -> Rows:
-    n = len(images[0])
+    n = max(map(len, images))
     # With a target network its groups are permuted; otherwise those of every view but the first.
-    orders = [permutation(fold(3, step), v, n) if moved and (v or not grad) else torch.arange(n) for v in views]
-    dealt = [images[v][order] for v, order in zip(views, orders, strict=True)]
+    orders = [permutation(fold(3, step), v, n) if moved and (v > 0 or not grad) else None for v in views]
+    dealt = [x if order is None else x[order] for x, order in zip(images, orders, strict=True)]
     rows = _in_groups(network, dealt, views, groups, step, grad)
-    back = [order.argsort() for order in orders]
-    return {k: torch.stack([view[order] for view, order in zip(x, back, strict=True)]) for k, x in rows.items()}
+    back = [order for v, order in zip(views, orders, strict=True) if v >= 0]
+
+    def in_order(view: Tensor, order: Tensor | None) -> Tensor:
+        return view if order is None else view[order.argsort()]
+
+    return {k: x if k.startswith(MIXED) else torch.stack([in_order(*each) for each in zip(x, back, strict=True)])
+            for k, x in rows.items()}  # fmt: skip
 
 
 def _in_groups(network: Network, images: list[Tensor], views: list[int], groups: int, step: int, grad: int) -> Rows:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.errors import many
 from inbatch.nn.heads import Head
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.negatives import Negatives
+
+MixedKeys = Literal["other", "same", "none"]
 
 
 class Method(nn.Module):
@@ -29,6 +31,8 @@ class Method(nn.Module):
     assigns: the head of which the largest output is the cluster or class of a sample, if any.
     negatives: values of the recipe's `negatives` that fit the equation, which then reads `negatives_of(batch)`.
     weighting: what the recipe's `negatives` sets for the equation, once for the run.
+    mixed_keys: views with which `mixed_loss` compares a mixed view: the "other" views of its samples, the "same" view,
+        or "none" (labels are the target). None: the equation has no soft targets, so that images cannot be mixed.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
@@ -41,6 +45,7 @@ class Method(nn.Module):
     teacher_width: int = 0
     negatives: ClassVar[tuple[str, ...]] = ()
     weighting: Negatives | None = None
+    mixed_keys: MixedKeys | None = None
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -87,6 +92,15 @@ class Method(nn.Module):
         buffer, compute it here and return it, without graph, as "state.NAME" (`batch.Losses`): the step stores it.
         """
         raise TypeError(f"{type(self).__name__} must define `loss`")
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        """Return the loss of M images that are mixed of two samples each, on the scale of `loss`.
+
+        query: rows (M, D) of the mixed images of one view, by head of the online network.
+        keys: rows (V, N, D) of plain images of the whole batch, of the views that `mixed_keys` names: by head of the
+            target network, or of the online network if there is none.
+        """
+        raise TypeError(f"{type(self).__name__} must define `mixed_loss`")
 
     def online_views(self, views: int) -> Sequence[int]:
         """Return which views pass through the online network."""

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
@@ -40,7 +40,7 @@ class BYOL(Method):
 
     online = ("prediction",)
     target = ("projection",)
-    views = (2, None)
+    views, mixed_keys = (2, None), "other"
     presets = {
         "imagenet": {
             "source": "deepmind-research, byol/configs/byol.py, for 100 epochs (300: lr 0.3; 1000: lr 0.2, m 0.996)",
@@ -74,6 +74,11 @@ class BYOL(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": byol(online["prediction"], target["projection"], self.scale)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        t = mixture.blend(normalize(keys["projection"].detach()).mean(0))
+        cos = (normalize(query["prediction"]) * t).sum(-1).mean()
+        return 4 - 4 * cos if self.scale == "distance" else -cos
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.mixed_contrast import mixed_dcl
 from inbatch.nn.negatives import Negatives
 
 
@@ -50,7 +51,7 @@ class DCL(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views, negatives = (2, None), ("drop-similar", "debias", "hard")
+    views, negatives, mixed_keys = (2, None), ("drop-similar", "debias", "hard"), "other"
     _imagenet = {
         "source": "SimCLR's, with the batch and the length of arXiv 2110.06848; no code of its authors was found",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
@@ -77,3 +78,7 @@ class DCL(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.sigma, self.symmetric, self.detach, self.negatives_of(batch)
         return {"loss": dcl(online["projection"], *options)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q, how = query["projection"], (mixture.temperature or self.temperature, self.sigma, self.detach)
+        return torch.stack([mixed_dcl(q, k, mixture, *how) for k in keys["projection"]]).mean()

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
-from inbatch.methods.base import Method
+from inbatch.batch import Batch, Losses, Mixture, Rows
+from inbatch.methods.base import Method, MixedKeys
 from inbatch.nn.functional import cross_prediction, koleo, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -32,6 +32,7 @@ class DINO(Method):
 
     online: tuple[str, ...] = ("prototypes",)
     target, views = ("prototypes",), (2, None)
+    mixed_keys: MixedKeys | None = "other"
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",
@@ -60,7 +61,8 @@ class DINO(Method):
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
         self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
         self.koleo_weight = koleo_weight
-        self.online = ("prototypes", "features") if koleo_weight else ("prototypes",)
+        if koleo_weight:  # of plain images: mixed ones would have no such term
+            self.online, self.mixed_keys = ("prototypes", "features"), None
         self.register_buffer("center", torch.zeros(num_prototypes))
 
     def heads(self, width: int) -> dict[str, Head]:
@@ -76,6 +78,12 @@ class DINO(Method):
         loss = dino(online["prototypes"], target["prototypes"], self.center, self.temperature, heat)
         more = {"dino": loss, "koleo": koleo(online["features"][:2])} if self.koleo_weight else {}
         return {"loss": loss + self.koleo_weight * 2 * more["koleo"] if more else loss, **more}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
+        p = scale_by_temperature(wide(keys["prototypes"].detach()) - self.center, heat).softmax(-1).mean(0)
+        log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
+        return -(mixture.blend(p) * log).sum(-1).mean()
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

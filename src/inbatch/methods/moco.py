@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import info_nce, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
+from inbatch.nn.mixed_contrast import mixed_contrast
 
 
 class MoCo(Method):
@@ -22,7 +24,7 @@ class MoCo(Method):
     smooth, neighbours: share of the target given to a query's nearest keys of the queue, and their number (Light-MoCo).
     """
 
-    target, negatives = ("projection",), ("debias", "hard")
+    target, negatives, mixed_keys = ("projection",), ("debias", "hard"), "other"
     _v1 = {
         "source": "moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs",
         "views.name": "mocov1", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
@@ -71,6 +73,11 @@ class MoCo(Method):
         how = self.queue.rows, self.temperature, self.smooth, self.neighbours, self.negatives_of(batch)
         pairs = zip(online["projection"], target["projection"], strict=True)
         return {"loss": torch.stack([info_nce(q, k, *how) for q, k in pairs]).sum()}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q, every, how = query["projection"], keys["projection"].detach(), (self.smooth, self.neighbours)
+        losses = [mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, *how) for k in every]
+        return torch.stack(losses).mean() * (2 if self.symmetric else 1)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(target["projection"].flatten(0, 1)))

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.mixed_contrast import mixed_contrast
 from inbatch.nn.negatives import Negatives, log_across
 from inbatch.nn.schedules import cosine
 
@@ -41,7 +42,7 @@ class MoCoV3(Method):
 
     online = ("prediction",)
     target = ("projection",)
-    views, negatives = (2, None), ("drop-similar", "debias", "hard")
+    views, negatives, mixed_keys = (2, None), ("drop-similar", "debias", "hard"), "other"
     presets = {
         "imagenet": {
             "source": "moco-v3, CONFIG.md, ResNet-50, for 100 epochs (300: lr 0.3; 1000: lr 0.3, wd 1.5e-6, m 0.996)",
@@ -80,6 +81,10 @@ class MoCoV3(Method):
         options = self.temperature, self.negatives_of(batch)
         losses = [ctr(q[i], k[j], *options) for i, j in permutations(range(len(q)), 2)]
         return {"loss": 2 * torch.stack(losses).mean()}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q, every, t = query["prediction"], keys["projection"].detach(), mixture.temperature or self.temperature
+        return 4 * t * torch.stack([mixed_contrast(q, k, mixture, t) for k in every]).mean()
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_rows, normalize
 from inbatch.nn.heads import Head, mlp
@@ -14,29 +14,32 @@ from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 
 
-def relation(s: Float[Tensor, "n d"], t: Float[Tensor, "n d"], queue: Float[Tensor, "k d"], temperature: float = 0.04,
-             teacher_temperature: float = 0.04,
-             candidates: Literal["batch", "own"] = "batch") -> Float[Tensor, ""]:  # fmt: skip
+def relation(s: Float[Tensor, "m d"], t: Float[Tensor, "n d"], queue: Float[Tensor, "k d"], temperature: float = 0.04,
+             teacher_temperature: float = 0.04, candidates: Literal["batch", "own"] = "batch",
+             mixture: Mixture | None = None) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the cross-entropy of the student's similarities with the teacher's (SEED, Fang et al. 2021).
 
     With the teacher's rows r_j of batch and queue, and p_i = softmax_j(t_i . r_j / T'), the mean over i of
     l_i = -sum_j p_ij log softmax_j(s_i . r_j / T) = log sum_j exp(s_i . r_j / T) - s_i . c_i / T. Rows are normalised
     inside, only s carries gradient. c_i = sum_j p_ij r_j is T' times the gradient of the teacher's log-sum-exp, so that
     no matrix is held. candidates: "own" leaves out the other rows of the batch, as in the authors' code.
+    mixture: s are rows of mixed images; the loss is that of their two samples i, by share.
     """
-    if s.shape != t.shape or not len(s):
+    if (mixture is None and s.shape != t.shape) or not len(s):
         raise ValueError(f"every row needs a row of the teacher, got {tuple(s.shape)} and {tuple(t.shape)}")
     s, t = normalize(s), normalize(t.detach())
     keys = torch.cat([*([t] if candidates == "batch" else []), queue.to(s.dtype)])
 
-    def log_sum(x: Tensor, temperature: float) -> Tensor:
+    def log_sum(x: Tensor, own: Tensor, temperature: float) -> Tensor:
         sums = logsumexp_rows(x, keys, temperature)
-        return sums if candidates == "batch" else torch.logaddexp((x * t).sum(-1) / temperature, sums)
+        return sums if candidates == "batch" else torch.logaddexp((x * own).sum(-1) / temperature, sums)
 
     with torch.enable_grad(), torch.autocast(t.device.type, enabled=False):  # of the products in the gradient, too
         leaf = t.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(log_sum(leaf, teacher_temperature).sum(), leaf)
-    return (log_sum(s, temperature) - (s * slope).sum(-1) * (teacher_temperature / temperature)).mean()
+        (slope,) = torch.autograd.grad(log_sum(leaf, t, teacher_temperature).sum(), leaf)
+    own, slope = (t, slope) if mixture is None else (t[mixture.positive], slope[mixture.positive])
+    losses = log_sum(s, own, temperature) - (s * slope).sum(-1) * (teacher_temperature / temperature)
+    return losses.mean() if mixture is None else mixture.mean(losses)
 
 
 class Relation(Method):
@@ -47,7 +50,7 @@ class Relation(Method):
     that of the features. candidates: see `relation`.
     """
 
-    target, views, teacher, momentum = ("features",), (1, None), True, 1.0
+    target, views, teacher, momentum, mixed_keys = ("features",), (1, None), True, 1.0, "same"
     _ours = {"source": "inbatch", "optimizer.name": "adamw", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-4,
         "batch_size": 256, "epochs": 100, "schedule.warmup_epochs": 5, "schedule.scaling": "none"}  # fmt: skip
     _seed = {"source": "jacobswan1/SEED, its script and seed/builder.py", "views.name": "mocov2", "optimizer.lr": 0.03,
@@ -73,6 +76,11 @@ class Relation(Method):
         how = self.queue.rows, self.temperature, self.teacher_temperature, self.candidates
         pairs = zip(online["projection"], target["features"], strict=True)
         return {"loss": torch.stack([relation(s, t, *how) for s, t in pairs]).mean()}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        t = mixture.temperature or self.temperature
+        how = self.queue.rows, t, self.teacher_temperature, self.candidates, mixture
+        return relation(query["projection"], keys["features"][0], *how)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(target["features"][0]))

@@ -2,14 +2,16 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.mixed_contrast import mixed_contrast
 from inbatch.nn.negatives import Negatives, log_in_batch
 
 
@@ -42,7 +44,7 @@ class SimCLR(Method):
     scale: "sum" doubles the loss, as in the authors' TensorFlow code.
     """
 
-    views, negatives = (2, None), ("drop-similar", "debias", "hard")
+    views, negatives, mixed_keys = (2, None), ("drop-similar", "debias", "hard"), "other"
     presets = {
         "imagenet": {
             "source": "google-research/simclr, run.py and README: ResNet-50, 4096 images a batch",
@@ -72,3 +74,8 @@ class SimCLR(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.scale, self.negatives_of(batch)
         return {"loss": nt_xent(online["projection"], *options)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q, every = query["projection"], keys["projection"]
+        losses = torch.stack([mixed_contrast(q, k, mixture, self.temperature) for k in every])
+        return losses.mean() * (2 if self.scale == "sum" else 1)

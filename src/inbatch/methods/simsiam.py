@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
@@ -41,7 +41,7 @@ class SimSiam(Method):
     """
 
     online = ("prediction", "projection")
-    views = (2, None)
+    views, mixed_keys = (2, None), "other"
     presets = {
         "imagenet": {
             "source": "simsiam, main_simsiam.py --fix-pred-lr: lr 0.05 for 256 images",
@@ -77,6 +77,11 @@ class SimSiam(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": simsiam(online["prediction"], online["projection"], self.stop_gradient, self.targets)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        z = wide(keys["projection"].detach() if self.stop_gradient else keys["projection"])
+        z = normalize(z).mean(0) if self.targets == "each" else normalize(z.mean(0))
+        return -(normalize(query["prediction"]) * mixture.blend(z)).sum(-1).mean()
 
     def constant_lr(self) -> Sequence[str]:
         return ("prediction",) if self.fix_pred_lr else ()

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
-from inbatch.methods.base import Method
+from inbatch.batch import Batch, Losses, Mixture, Rows
+from inbatch.methods.base import Method, MixedKeys
 from inbatch.nn.functional import normalize, product, scale_by_temperature
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature, logsumexp
+from inbatch.nn.mixed_contrast import mixed_supcon
 from inbatch.nn.negatives import Negatives, SimilarOfOtherClass
 
 
@@ -55,13 +56,12 @@ def supcon(
 class SupCon(Method):
     """Supervised Contrastive Learning, arXiv 2004.11362; learns from labels, if any.
 
-    temperature: T. base_temperature: the loss is multiplied by T / T_base. contrast_mode: "one" uses rows
-    of view 0 only.
+    temperature: T. base_temperature: the loss is multiplied by T / T_base. contrast_mode: "one": rows of view 0 only.
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views, negatives = (1, None), ("drop-similar",)
-    labels = True
+    views, labels, negatives = (1, None), True, ("drop-similar",)
+    mixed_keys: MixedKeys | None = "other"
     presets = {
         "imagenet": {
             "source": "arXiv 2004.11362, section 4: LARS and T 0.1; rate, decay and batch are SimCLR's",
@@ -79,6 +79,7 @@ class SupCon(Method):
         check_temperature(temperature, base_temperature)
         self.temperature, self.base_temperature, self.contrast_mode = temperature, base_temperature, contrast_mode
         self.hidden_dim, self.out_dim = hidden_dim, out_dim
+        self.mixed_keys = "other" if contrast_mode == "all" else None
 
     def heads(self, width: int) -> dict[str, Head]:
         return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim, norm=False))}
@@ -86,3 +87,7 @@ class SupCon(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.base_temperature, self.contrast_mode
         return {"loss": supcon(online["projection"], batch.label, *options, None, self.negatives_of(batch))}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        how = mixture, mixture.temperature or self.temperature, self.base_temperature
+        return mixed_supcon(query["projection"], keys["projection"], batch.label, *how)

@@ -1,10 +1,13 @@
 """Supervised: cross-entropy, the baseline that learns from labels alone."""
 
+from typing import Any
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import wide
 from inbatch.nn.heads import Head, mlp
@@ -31,6 +34,7 @@ class Supervised(Method):
     online = ("classifier",)
     views = (1, None)
     labels = True
+    mixed_keys = "none"
     assigns = "classifier"
     presets = {
         "imagenet": {
@@ -64,3 +68,10 @@ class Supervised(Method):
         hits = (logits.argmax(-1) == batch.label).float().sum() / len(logits)
         accuracy = hits / (batch.label >= 0).sum().clamp(min=1)
         return {"loss": cross_entropy(logits, batch.label, self.label_smoothing), "accuracy": accuracy}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        logits, labels = wide(query["classifier"]), batch.label[mixture.positive]
+        how: dict[str, Any] = {"ignore_index": -1, "label_smoothing": self.label_smoothing, "reduction": "none"}
+        each = torch.stack([torch_cross_entropy(logits, label, **how) for label in labels])
+        labelled = (mixture.weight * (labels >= 0)).sum()
+        return (mixture.weight * each).sum() / labelled.masked_fill(labelled == 0, 1)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from inbatch.batch import Rows
+from inbatch.batch import MIXED, Rows
 from inbatch.context.fusion import Fusion
 from inbatch.context.grouped import Grouped
 from inbatch.nn.eval_mode import evaluating
 from inbatch.nn.heads import Head
+
+NEVER_FUSED = 2**30
+"""Number of a view that is never fused."""
 
 
 class Network(nn.Module):
@@ -62,34 +65,40 @@ class Network(nn.Module):
     def forward(self, views: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Rows:
         """Return {head: (V, G, D)} for V views (G, C, H, W) of one group. Each view has its own norm statistics.
 
-        numbers: numbers of these views of a sample; by default all, in order.
+        numbers: numbers of these views of a sample, by default all, in order; a number below 0 is that of mixed images,
+            whose rows (V, M, D) are named MIXED + head.
         """
-        mixed = [n in self.fused for n in (range(len(views)) if numbers is None else numbers)]
+        numbers = range(len(views)) if numbers is None else numbers
         fuse = nn.Identity() if self.fuse is None else self.fuse
         with self.autocast(views[0]):
-            views = [fuse(view) if mix else view for view, mix in zip(views, mixed, strict=True)]
-        # Fused images differ from those of evaluation: norm layers use the plain ones for statistics, if there are any.
-        forget = self.fuse is not None and self.fuse.remember == "plain" and not all(mixed)
+            views = [fuse(view) if n in self.fused else view for view, n in zip(views, numbers, strict=True)]
+        # Fused and mixed images differ from those of evaluation: norm layers use the plain ones for statistics, if
+        # there are any.
+        forget = self.fuse is not None and self.fuse.remember == "plain"
+        altered = [n < 0 or (forget and n in self.fused) for n in numbers]
 
-        def remembered(mix: bool) -> AbstractContextManager[None]:
-            return frozen_statistics(self) if mix and forget else nullcontext()
+        def remembered(changed: bool) -> AbstractContextManager[None]:
+            return frozen_statistics(self) if changed and not all(altered) else nullcontext()
 
         # Autocast caches its bfloat16 weights within a context; one context per run sums their gradients in float32.
-        group, features = len(views[0]), list[Tensor]()
+        features, sizes = list[Tensor](), [len(view) for view in views]
         alike = [view.shape if self.together else n for n, view in enumerate(views)]
-        for (_, mix), run in groupby(zip(alike, mixed, views, strict=True), key=lambda at: at[:2]):
+        for (_, changed), run in groupby(zip(alike, altered, views, strict=True), key=lambda at: at[:2]):
             images = [view for _, _, view in run]
-            with remembered(mix), self.autocast(views[0]):
-                features += self._features(torch.cat(images) if len(images) > 1 else images[0]).split(group)
+            with remembered(changed), self.autocast(views[0]):
+                passed = self._features(torch.cat(images) if len(images) > 1 else images[0])
+            features += passed.split(len(images[0]))
         if self.joined:
             with self.autocast(views[0]):
                 rows = self._heads(torch.cat(features))
-            return {name: rows[name].unflatten(0, (len(views), group)) for name in self.reads}
-        made = []
-        for feature, mix in zip(features, mixed, strict=True):
-            with remembered(mix), self.autocast(views[0]):
-                made.append(self._heads(feature))
-        return {name: torch.stack([rows[name] for rows in made]) for name in self.reads}
+            split = {name: rows[name].split(sizes) for name in self.reads}
+            made = [{name: x[i] for name, x in split.items()} for i in range(len(views))]
+        else:
+            made = []
+            for feature, changed in zip(features, altered, strict=True):
+                with remembered(changed), self.autocast(views[0]):
+                    made.append(self._heads(feature))
+        return _by_name(made, numbers, self.reads)
 
     def outputs(self, images: Tensor) -> Rows:
         """Return the "features" (G, F) and the rows (G, D) of all heads for images (G, C, H, W)."""
@@ -139,6 +148,15 @@ class Network(nn.Module):
     def evaluating(self) -> AbstractContextManager[None]:
         """Set evaluation mode without gradient within the context."""
         return evaluating(self)
+
+
+def _by_name(made: Sequence[Rows], numbers: Sequence[int], names: Sequence[str]) -> Rows:
+    """Return the rows of the plain views by head, and those of mixed images by MIXED + head."""
+    rows: Rows = {}
+    for start, below in (("", False), (MIXED, True)):
+        chosen = [view for view, n in zip(made, numbers, strict=True) if (n < 0) == below]
+        rows |= {start + name: torch.stack([view[name] for view in chosen]) for name in names if chosen}
+    return rows
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from inbatch.context.fusion import Fusion
+from inbatch.context.mixing import Mixer
 from inbatch.data import Loader, Source
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError, reason
@@ -28,7 +29,7 @@ from inbatch.training.build_checks import check_recipe, check_views, context_and
 from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
-from inbatch.training.plug_ins import curator_of, fusion
+from inbatch.training.plug_ins import curator_of, fusion, mixer_of
 from inbatch.training.presets import method_named
 from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
@@ -114,7 +115,7 @@ def build(
         schedule=functools.partial(set_rates, recipe, loader.steps, timeline), groups=groups,
         progress=timeline.progress, seed=recipe.seed,
         synced=recipe.sync_norm, curator=curator, shuffle=recipe.shuffle_groups, products=recipe.loss_precision,
-        variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe), frozen=frozen,
+        mixer=parts.mixer, variance=recipe.variance_weight, scale=functools.partial(image_scale, recipe), frozen=frozen,
         similar=similar,
     )  # fmt: skip
     return RunComponents(
@@ -127,7 +128,8 @@ def build(
 class _Parts:
     """What draws random weights, in the order in which it draws them, and the views.
 
-    fused: numbers of the views that `fuse` mixes. notes: sentences for the user. teacher: frozen encoder, if any.
+    fused: numbers of the views that `fuse` fuses. mixer: mixing of images, if any.
+    notes: sentences for the user. teacher: frozen encoder, if any.
     """
 
     method: Method
@@ -136,6 +138,7 @@ class _Parts:
     heads: dict[str, Head]
     fuse: Fusion | None
     fused: Sequence[int]
+    mixer: Mixer | None
     notes: list[str]
     teacher: Encoder | None
 
@@ -165,7 +168,11 @@ def _draw_weights(
         if recipe.lora:
             notes.append(_adapted(recipe, encoder))
         notes += method.notes(len(source))
-        return _Parts(method, encoder, views, heads, *fusion(recipe, method, views, encoder, context), notes, teacher)
+        mixer = mixer_of(recipe, method, len(views), context)
+        fuse, fused = fusion(recipe, method, views, encoder, context)
+        if mixer is not None and mixer.replaces:  # the mixed images of a view are fused as its plain ones would be
+            fused = [*fused, *(~v for v in fused)]
+        return _Parts(method, encoder, views, heads, fuse, fused, mixer, notes, teacher)
 
 
 def _adapted(recipe: Recipe, encoder: Encoder) -> str:

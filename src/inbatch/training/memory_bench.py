@@ -21,6 +21,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
 from inbatch.runtime.resources import launched
 from inbatch.training.build import RunComponents, build
+from inbatch.training.mixing import stand_ins
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 from inbatch.training.summary import estimate as count
@@ -150,17 +151,15 @@ def dry_step(built: RunComponents, samples: int, side: int, plain: bool = False)
     pixels = torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8, device=device)
     index = torch.arange(samples, device=device)
     views = built.views(Batch(index, torch.zeros_like(index), images=pixels)).images
-    online_views, target_views = (
-        list(pick(len(views))) for pick in (built.method.online_views, built.method.target_views)
-    )
 
     def rows(network: Any, numbers: list[int]) -> list[Tensor]:
-        return list(network.forward([views[v] for v in numbers], [-1] * len(numbers) if plain else numbers).values())
+        images, unfused = stand_ins(built.step.mixer, views, numbers)
+        return list(network.forward(images, unfused if plain else numbers).values())
 
-    learned = rows(built.network, online_views)
+    learned = rows(built.network, built.step.online_views())
     if built.target is not None:
         with torch.no_grad():
-            rows(built.target, target_views)
+            rows(built.target, list(built.method.target_views(len(views))))
     built.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
     built.optimizer.step()

@@ -1,4 +1,4 @@
-"""Batch fusion and batch curation of a recipe."""
+"""Batch fusion, batch curation and mixing of a recipe."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,15 @@ from torch import Tensor
 from inbatch.batch import Batch
 from inbatch.context.curation import CURATORS, Curator
 from inbatch.context.fusion import FUSIONS, Fusion
+from inbatch.context.mixing import MIXERS, Mixer
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError
+from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models import Encoder
 from inbatch.models.network import Network
+from inbatch.runtime import distributed
+from inbatch.training.mixing import compared_views
 from inbatch.training.recipe import Recipe
 
 
@@ -61,3 +65,31 @@ def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, de
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)
     curator.prepare(network, embed, recipe.epochs)
     return curator.to(device)
+
+
+def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer | None:
+    """Return the mixing of a recipe; ConfigError if its method, views or context do not allow it."""
+    if recipe.mix is None:
+        return None
+    mixer: Mixer = MIXERS[recipe.mix.name](**recipe.mix.options)
+    name, flag = recipe.method.name, f"mix {recipe.mix.name}"
+    if method.mixed_keys is None:
+        fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys)
+        whose = " with these options" if type(method).mixed_keys else ""
+        raise ConfigError(f"{flag}: {name}{whose} has no soft targets; images can be mixed with {fitting}")
+    if recipe.negatives is not None:
+        raise ConfigError(
+            f"{flag} and negatives {recipe.negatives.name} exclude each other: all other samples are negatives of a "
+            "mixed one; leave one of the two out"
+        )
+    if mixer.temperature is not None and not hasattr(method, "temperature"):
+        raise ConfigError(f"mix.temperature = {mixer.temperature:g}: {name} has no temperature; leave it out")
+    if method.mixed_keys != "none" and not all(compared_views(mixer, method, views).values()):
+        raise ConfigError(
+            f"{flag}: {name} compares a mixed view with another plain view of the sample, but views "
+            f"{recipe.views.name} draws {views}: choose other views (--set views.name=simclr)"
+        )
+    ranks = distributed.world() if recipe.sync_norm else 1
+    if mixer.size(context) != context and context % (2 * ranks):
+        raise ConfigError(f"{flag} divides a context into halves: {context} is not a multiple of {2 * ranks}")
+    return mixer

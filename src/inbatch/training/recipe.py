@@ -102,6 +102,7 @@ class Recipe:
             timm/NAME. A copy of it is kept in the run.
         fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
         negatives: Which samples are negatives of a contrastive method, and how they count; None: all others alike.
+        mix: Rule by which images are mixed with others of their context group, and their targets with them.
         crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
         shuffle_groups: The target network's context groups (without one: those of every view except the first) are
             other permutations of the batch, so that common properties of a group do not solve the task.
@@ -143,6 +144,7 @@ class Recipe:
     curate: Part | None = None
     attend: Part | None = None
     negatives: Part | None = None
+    mix: Part | None = None
     teacher: str | None = None
     crops: str = "default"
     shuffle_groups: bool = False

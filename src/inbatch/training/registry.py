@@ -11,6 +11,7 @@ import pydantic
 
 from inbatch.context.curation import CURATORS
 from inbatch.context.fusion import FUSIONS
+from inbatch.context.mixing import MIXERS
 from inbatch.context.negatives import NEGATIVES
 from inbatch.data.views import PRESETS
 from inbatch.errors import ConfigError, check_whole, closest
@@ -42,9 +43,10 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
     "curate": CURATORS,
     "attend": ATTENDS,
     "negatives": NEGATIVES,
+    "mix": MIXERS,
 }
 """Part -> its implementations by name."""
-OPTIONAL = ("fuse", "curate", "attend", "negatives")
+OPTIONAL = ("fuse", "curate", "attend", "negatives", "mix")
 """Parts that a run may omit."""
 _GIVEN = {
     "optimizer": {"params"},

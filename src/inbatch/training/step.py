@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch.batch import Batch, Rows, split_state
+from inbatch.batch import MIXED, Batch, Rows, split_state
 from inbatch.context.curation import Curator
+from inbatch.context.mixing import Mixer
 from inbatch.context.negatives import DropSimilar
 from inbatch.errors import TrainingError
 from inbatch.methods.base import Method
@@ -19,6 +20,7 @@ from inbatch.nn.functional import variance_hinge
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed
 from inbatch.training import grad_cache
+from inbatch.training.mixing import MIXING, StepMixing, mixed_views
 
 Orders = Sequence[Tensor | None]
 """For each view, the permutation of the batch while its groups run; None is the batch's own order."""
@@ -57,6 +59,7 @@ class Step:
         curator: Redraw some of the views before the step.
         shuffle: The target network's context groups are other permutations of the batch, redrawn for every step and
             view; without a target network, those of every view except the first.
+        mixer: Mixes the images of a context group, of the online network only.
         products: Precision of the products in the loss's log-sum-exps (`nn.logsumexp`).
         variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
         scale: Return the scale of the image side at a share of the run, for progressive resizing.
@@ -79,6 +82,7 @@ class Step:
     synced: bool = False
     curator: Curator | None = None
     shuffle: bool = False
+    mixer: Mixer | None = None
     products: logsumexp.MatmulPrecision = "float32"
     variance: float = 0.0
     scale: Callable[[float], float] = lambda progress: 1.0
@@ -102,11 +106,10 @@ class Step:
             batch, dropped = self.similar(batch, distributed.gather, distributed.rank() * len(batch))
             figures |= dropped
 
-        online_views, target_views = (
-            list(pick(self.count)) for pick in (self.method.online_views, self.method.target_views)
-        )
+        mixing = self._mixing(batch, step)
+        target_views = list(self.method.target_views(self.count))
         held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
-        online, orders = self._forward(self.network, call, batch, held, online_views, step, grad=True)
+        online, orders = self._forward(self.network, call, batch, held, self.online_views(), step, mixing)
         rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
         target_rows: Rows = {}
         if self.target is not None:
@@ -116,7 +119,8 @@ class Step:
         with logsumexp.using(
             products=self.products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
         ):
-            losses, state = split_state(self.method.loss(rows, target_rows, whole))
+            terms = (self.method if mixing is None else mixing).loss(rows, target_rows, whole)
+            losses, state = split_state(terms)
             if self.variance:
                 narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
                 losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
@@ -125,7 +129,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         # The wrapper averages over ranks, but the gradient of the whole batch is the sum: hence the factor.
         back = {
-            name: distributed.local_shard(_rearranged(_gradient(x), orders), 1) * distributed.world()
+            name: distributed.local_shard(_rearranged(_gradient(x), _orders_of(name, orders)), 1) * distributed.world()
             for name, x in rows.items()
         }
         grad_cache.backward_groups(online, self.network, call, back)
@@ -152,7 +156,7 @@ class Step:
 
     def _forward(
         self, network: Network, call: nn.Module, batch: Batch, held: Sequence[Tensor] | None, views: list[int],
-        step: int, grad: bool,
+        step: int, mixing: StepMixing | None = None, grad: bool = True,
     ) -> tuple[grad_cache.GroupForward, Orders]:  # fmt: skip
         """Return the rows of this rank's groups; a group's random numbers do not depend on the rank that runs it."""
         moved = [self.shuffle and (v > 0 if self.target is None else not grad) for v in views]
@@ -164,9 +168,32 @@ class Step:
         first = 0 if self.synced else distributed.rank() * self.groups
         part = distributed.rank() if self.synced else 0
         keys = [fold(self.seed, step, int(grad), first + g, part) for g in range(self.groups)]
-        return grad_cache.forward_groups(
-            network, call, self._groups(batch, held, views, orders), views, keys, grad
-        ), orders
+        images = self._mixed(self._groups(batch, held, views, orders), views, mixing)
+        # Mixed images are of the batch's own groups.
+        plain = [order for v, order in zip(views, orders, strict=True) if v >= 0]
+        return grad_cache.forward_groups(network, call, images, views, keys, grad), plain
+
+    def online_views(self) -> list[int]:
+        """Return the numbers of the online network's views, ~v for the mixture of view v."""
+        return mixed_views(self.mixer, self.method, list(self.method.online_views(self.count)))
+
+    def _mixing(self, batch: Batch, step: int) -> StepMixing | None:
+        """Return the mixtures of a step."""
+        if self.mixer is None:
+            return None
+        key = fold(self.seed, step, MIXING)
+        return StepMixing(self.mixer, self.method, self.count, key, self.groups, len(batch), self.synced)
+
+    @staticmethod
+    def _mixed(groups: list[grad_cache.Group], views: list[int], mixing: StepMixing | None) -> list[grad_cache.Group]:
+        """Return the groups with mixed images where a view's number is below 0."""
+        if mixing is None:
+            return groups
+
+        def mix(g: int) -> list[Tensor]:
+            return [x if v >= 0 else mixing.images(~v, g, x) for v, x in zip(views, groups[g](), strict=True)]
+
+        return [functools.partial(mix, g) for g in range(len(groups))]
 
     def _groups(
         self, batch: Batch, held: Sequence[Tensor] | None, views: list[int], orders: Orders
@@ -179,7 +206,7 @@ class Step:
             # holds all.
             images = held if held is not None else self.views(batch)
             dealt = [
-                images[v] if order is None else distributed.gather(images[v])[distributed.local_shard(order)]
+                images[_of(v)] if order is None else distributed.gather(images[v])[distributed.local_shard(order)]
                 for v, order in zip(views, orders, strict=True)
             ]
             return [functools.partial(tuple, group) for group in grad_cache.cut(dealt, self.groups)]
@@ -191,7 +218,7 @@ class Step:
             images = []
             for v, order in zip(views, orders, strict=True):
                 if order is None or everyone is None:
-                    images.append(plain[v])
+                    images.append(plain[_of(v)])
                 else:
                     images.append(self.views(everyone.take(distributed.local_shard(order)[places]))[v])
             return images
@@ -225,7 +252,17 @@ def _without_pixels(batch: Batch) -> Batch:
 def _whole(forward: grad_cache.GroupForward, orders: Orders) -> Rows:
     """Return the rows of the whole batch, in the order of the batch."""
     back = [None if order is None else order.argsort() for order in orders]
-    return {name: _rearranged(distributed.gather(x, dim=1), back) for name, x in forward.rows.items()}
+    return {name: _rearranged(distributed.gather(x, dim=1), _orders_of(name, back)) for name, x in forward.rows.items()}
+
+
+def _of(number: int) -> int:
+    """Return the view of a number: ~v is the mixture of view v."""
+    return number if number >= 0 else ~number
+
+
+def _orders_of(name: str, orders: Orders) -> Orders:
+    """Return the permutations of the views of these rows; the rows of mixed images have none."""
+    return [] if name.startswith(MIXED) else orders
 
 
 def _rearranged(x: Tensor, orders: Orders) -> Tensor:

@@ -17,6 +17,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.text import printable
 from inbatch.training.build import RunComponents
+from inbatch.training.mixing import stand_ins
 from inbatch.training.negatives import embeds
 from inbatch.training.optim import build_optimizer, parameter_groups
 from inbatch.training.recipe import Recipe
@@ -82,7 +83,7 @@ def _plugins(built: RunComponents) -> dict[str, str]:
     r, fuse, curator = built.recipe, built.network.fuse, built.step.curator
     lines = {}
     if r.fuse is not None and fuse is not None:
-        views = ", ".join(map(str, sorted(built.network.fused)))
+        views = ", ".join(map(str, sorted(v for v in built.network.fused if v >= 0)))
         lines["fuse"] = (
             f"{r.fuse.name}, {parameters(fuse):,} parameters, patches of {fuse.patch} px in groups of {built.context}; "
             f"view {views} of 0 to {len(built.views) - 1}"
@@ -97,6 +98,12 @@ def _plugins(built: RunComponents) -> dict[str, str]:
         lines["attend"] = attention(built.encoder, built.context)
     if r.negatives is not None:
         lines["negatives"] = _negatives(built)
+    if r.mix is not None and built.step.mixer is not None:
+        numbers = built.step.online_views()
+        mixed, plain = (
+            ", ".join(map(str, views)) for views in ([~v for v in numbers if v < 0], [v for v in numbers if v >= 0])
+        )
+        lines["mix"] = f"{r.mix.name} of view {mixed} in groups of {built.context}; plain: {plain or 'none'}"
     if r.crops != "default":
         lines["crops"] = r.crops
     if r.variance_weight:
@@ -167,7 +174,10 @@ def estimate(built: RunComponents) -> dict[str, Any]:
         | {name: parameters(head) for name, head in built.network.heads.items()}
         | ({"fuse": parameters(built.network.fuse)} if built.network.fuse else {}),
         "views": [[share, *shape[1:]] for shape in images],
-        "rows": {name: [shape[0], built.recipe.batch_size, *shape[2:]] for name, shape in rows.items()},
+        "rows": {
+            name: [shape[0], built.recipe.batch_size * shape[1] // images[0][0], *shape[2:]]
+            for name, shape in rows.items()
+        },
         "context": built.context,
         "lr": built.lr,
         "precision": _precision(built.network),
@@ -209,10 +219,10 @@ def _forward(built: RunComponents, samples: int) -> _ForwardPass:
     """Run random images through the online network."""
     sizes = [view.size for view in built.views.views]
     views = [_images(built, samples, size) for size in sizes]
-    learning = list(built.method.online_views(len(views)))
-    plain = [-1] * len(learning)  # indices that are never fused: a group of so few samples may not fit
+    # Never fused: a group of so few samples may not fit.
+    images, plain = stand_ins(built.step.mixer, views, built.step.online_views())
     network = built.network.forward  # not through the call, which may compile first
-    rows, kept = _kept(built, lambda: network([views[v] for v in learning], plain))
+    rows, kept = _kept(built, lambda: network(images, plain))
     return _ForwardPass([tuple(v.shape) for v in views], {name: tuple(x.shape) for name, x in rows.items()}, kept)
 
 

@@ -14,6 +14,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.threads import beside_others
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
+from inbatch.training.mixing import stand_ins
 from inbatch.training.registry import Part
 
 _SAMPLES = 16
@@ -53,22 +54,20 @@ def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -
     share = built.recipe.batch_size // distributed.world()
     count = min(samples, share)
     sizes = [view.size for view in built.views.views]
-    online_views, target_views = (
-        list(pick(len(sizes))) for pick in (built.method.online_views, built.method.target_views)
-    )
     device = built.loader.device
     devices = [device] if device.type == "cuda" else []
 
     def rows(network: Network, numbers: list[int], grad: bool) -> list[Tensor]:
-        images = [torch.randn(count, built.recipe.channels, sizes[v], sizes[v], device=device) for v in numbers]
+        views = [torch.randn(count, built.recipe.channels, size, size, device=device) for size in sizes]
+        images, unfused = stand_ins(built.step.mixer, views, numbers)
         with frozen_statistics(network), scaled(network, scale), torch.set_grad_enabled(grad):
-            return list(network.forward(images, [-1] * len(numbers)).values())  # indices that are never fused
+            return list(network.forward(images, unfused).values())
 
     def work() -> float:
         began = time.perf_counter()
-        learned = rows(built.network, online_views, grad=True)
+        learned = rows(built.network, built.step.online_views(), grad=True)
         if built.target is not None:
-            rows(built.target, target_views, grad=False)
+            rows(built.target, list(built.method.target_views(len(sizes))), grad=False)
         torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
         built.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -109,7 +108,9 @@ def smaller_choices(built: RunComponents) -> list[tuple[str, float]]:
     now, choices = step_seconds(built) * built.total, []
     after = SMALLER.index(built.encoder.name) + 1 if built.encoder.name in SMALLER else 0
     for name in SMALLER[after:]:
-        recipe = replace(built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None, negatives=None)
+        recipe = replace(
+            built.recipe, encoder=Part(name), attend=None, fuse=None, curate=None, negatives=None, mix=None
+        )
         other = step_seconds(build(recipe, built.source, device=built.loader.device, loader=built.loader))
         if other * built.total < 0.8 * now:
             choices.append((f"--encoder {name}", other * built.total))

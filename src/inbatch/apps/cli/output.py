@@ -302,8 +302,11 @@ def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
     flags = {"curate": "--curate"}
     rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
     print_table(("flag", "what it is", "options"), rows)
-    say("", "All can be combined, with every method. See also --crops (inbatch crops --crops all) and")
-    say("--shuffle-groups. One plug-in in detail: inbatch plugins NAME")
+    say(
+        "",
+        "All can be combined, and fit every method; --mix needs one with soft targets. See also --shuffle-groups and",
+    )
+    say("--crops (inbatch crops --crops all). One plug-in in detail: inbatch plugins NAME")
 
 
 def print_plugin(p: Mapping[str, Any]) -> None:

@@ -7,8 +7,7 @@ from inbatch.apps.cli.app import assignments
 
 _FIELDS = (
     "preset", "encoder", "views", "batch_size", "context", "epochs", "budget", "image_size", "optimizer", "precision",
-    "seed", "fuse", "attend", "crops", "image_column", "label_column", "group_column", "negatives",
-    "teacher",
+    "seed", "fuse", "attend", "mix", "crops", "image_column", "label_column", "group_column", "negatives", "teacher",
 )  # fmt: skip
 """Options that are settings of the same name."""
 

@@ -135,6 +135,9 @@ def pretrain(
     attend: Annotated[
         str | None, Option(help="Attention over samples: ba2m, batchformer; per sample: se, eca, cbam.")
     ] = None,
+    mix: Annotated[
+        str | None, Option(metavar="imix|mixco|unmix|cutmix", help="Mix images of a context group, and their targets.")
+    ] = None,
     curate: Annotated[
         bool, Option("--curate", help="Batch curation: redraw views that do not match their sample.")
     ] = False,

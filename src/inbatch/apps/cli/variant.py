@@ -21,8 +21,8 @@ _OF_COMPARISON = {
 """Option that all variants share -> where it is set."""
 _SETTINGS = (
     "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size",
-    "context", "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "crops", "shuffle_groups",
-    "compile", "config", "set_", "teacher", "negatives",
+    "context", "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "mix", "crops",
+    "shuffle_groups", "compile", "config", "set_", "teacher", "negatives",
 )  # fmt: skip
 """Options that a variant may set."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from inbatch.apps.reports.attention_picture import attended
+from inbatch.apps.reports.mixed_picture import mixed
 from inbatch.apps.reports.picture_sheet import Row, column, pixels, sheet, tile
 from inbatch.apps.reports.view_grid import grid
 from inbatch.batch import Batch
@@ -36,7 +37,7 @@ from inbatch.training.settings_file import read_file
 from inbatch.training.side_files import report_of
 from inbatch.training.train_state import TrainState
 
-PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png")
+PICTURES = ("views.png", "fused.png", "redrawn.png", "attention.png", "mixed.png")
 """Images that `draw_report` may write, named after their content."""
 
 
@@ -71,6 +72,8 @@ def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> 
     group = [view[: built.context] for view in images]
     if built.network.fuse is not None:
         found["fuse"], pictures["fused.png"] = fused(built, group, count)
+    if built.step.mixer is not None:
+        found["mix"], pictures["mixed.png"] = mixed(built, group, found["epoch"] * built.loader.steps, count)
     if built.recipe.attend is not None:
         found["attend"], attention = attended(built, group, count)
         if attention is not None:

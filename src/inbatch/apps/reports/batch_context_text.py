@@ -27,6 +27,10 @@ def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         else:
             left = f"{curate['violating']:.1%} ({curate['redrawn']:.2f} redraws per sample)"
             lines.append(("", f"left after {curate['rounds']:.0f} rounds", left))
+    if mix := found.get("mix"):
+        lines.append(
+            (f"mix {mix['name']}", f"mean share of the first image, view {mix['view']}", f"{mix['share']:.3f}")
+        )
     if attend := found.get("attend"):
         name = f"attend {attend['name']}"
         for i, block in enumerate(attend["blocks"]):
