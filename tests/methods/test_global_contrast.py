@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
+import small_methods as small
 import torch
 from golden_vectors import DTYPES, Case
+from rank_pool import on_ranks
+from step_states import N, assert_same
 from torch import Tensor
 
 from inbatch.batch import Batch, split_state
@@ -203,6 +206,16 @@ def test_no_matrix_is_held() -> None:
         sogclr(z, torch.zeros(300), 0.2)[0].backward()
     assert max(kept) <= 2 * 300 * 4
     assert z.grad.isfinite().all()
+
+
+def test_every_rank_holds_the_numbers_of_all_samples() -> None:
+    """After two steps on two ranks the state is that of one process, and only of the samples of these steps."""
+    for variant, key in (("isogclr", "method.log_s"), ("tico", "method.covariance")):
+        expected = small.train(variant, N, 2)
+        for found in on_ranks(2, small.train, variant, N, 1):
+            assert_same({key: found[key]}, {key: expected[key]})
+            assert variant == "tico" or sum(math.isfinite(x) for x in found[key]) == 2 * N
+            assert found.keys() == expected.keys()
 
 
 def test_wrong_options_and_batches_are_refused() -> None:
