@@ -72,6 +72,7 @@ TITLES = {
     "attend": "Attention",
     "negatives": "Negatives",
     "mix": "Mixing",
+    "sampler": "Sampler",
 }
 
 
@@ -245,7 +246,7 @@ def page() -> str:
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
         "`schedule.name`, and, if they are used, the plug-ins `fuse.name`, `curate.name`, `attend.name`,",
-        "`negatives.name` and `mix.name`.",
+        "`negatives.name`, `mix.name` and `sampler.name`.",
         "",
         "Presets for every method:",
         "",

@@ -54,10 +54,11 @@ def recipe(command: str) -> None:
 
 
 PLUGS = {"--fuse": "fuse.name", "--attend": "attend.name", "--crops": "crops", "--negatives": "negatives.name"}
-PLUGS |= {"--group-column": "group_column", "--mix": "mix.name"}
+PLUGS |= {"--group-column": "group_column", "--mix": "mix.name", "--sampler": "sampler.name"}
 SWITCHES = {"--curate": {"curate.name": "redraw"}, "--shuffle-groups": {"shuffle_groups": True}}
 CONTEXT = {"fuse": ("conv", "set"), "curate": ("redraw",), "attend": ("ba2m", "batchformer"), "crops": (), "README": ()}
 CONTEXT |= {"negatives": ("drop-similar", "debias", "hard"), "mix": ("imix", "cutmix", "mixco", "unmix")}
+CONTEXT |= {"sampler": ("balanced", "apart", "hard")}
 
 
 @pytest.mark.parametrize("name", CONTEXT)
@@ -76,7 +77,7 @@ def test_pages_of_plug_ins_run(name: str) -> None:
     assert commands
 
 
-@pytest.mark.parametrize("name", ["curate", "fuse", "negatives", "mix"])
+@pytest.mark.parametrize("name", ["curate", "fuse", "negatives", "mix", "sampler"])
 def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
     found = table(DOCS / "context" / f"{name}.md", "option")
     said = {option.strip("`"): cells for row, cells in list(found.items())[2:] for option in row.split(", ")}

@@ -21,8 +21,8 @@ from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.monitors.online_evaluation import survey
 from inbatch.training.plan import resolve_recipe
+from inbatch.training.survey import survey
 
 
 def surveyed(images: int) -> dict[str, Any]:

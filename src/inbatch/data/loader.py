@@ -10,6 +10,7 @@ from torch import Tensor
 from inbatch import rng
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold, remark
+from inbatch.data.samplers import Sampler
 from inbatch.data.source import Source
 from inbatch.data.workers import (
     Boxes,
@@ -32,10 +33,10 @@ PIECE = 256  # images per message from a worker; larger batches are assembled fr
 class Loader:
     """Iterate over this rank's local batches of every global batch.
 
-    An epoch visits the samples in the order `rng.permutation(seed, epoch, n)`. The tail that does not fill a global
-    batch is dropped, so a sample never occurs twice in a batch. Rank r takes the r-th slice of each global batch.
-    Batches depend only on (seed, epoch, step, world), not on the number of workers or on the step at which an epoch
-    starts.
+    An epoch visits the samples in the order `rng.permutation(seed, epoch, n)`, or in that of a sampler. The tail that
+    does not fill a global batch is dropped, so a sample never occurs twice in a batch. Rank r takes the r-th slice of
+    each global batch. Batches depend only on (seed, epoch, step, world), not on the number of workers or on the step at
+    which an epoch starts.
 
     The pixels of streamed batches stay in host memory; the consumer copies the part that it needs to the device.
 
@@ -55,6 +56,7 @@ class Loader:
         whole: Also deliver streamed images uncropped on such a canvas, so that views can be drawn again.
         max_bad: Maximum fraction of unreadable images. Resident images that are unreadable are left out from the start.
             A streamed image that is unreadable is replaced by the image at the same position of the next batch.
+        sampler: Composes the batches; None for a random order.
 
     Attributes:
         source: Images that are loaded, without the images left out.
@@ -83,6 +85,7 @@ class Loader:
         canvas: int | None = None,
         whole: bool = False,
         max_bad: float = 0.01,
+        sampler: Sampler | None = None,
     ):
         if batch < 1 or batch % world:
             raise DataError(f"A batch of {batch} cannot be shared by {world} processes: use a multiple of {world}")
@@ -110,6 +113,10 @@ class Loader:
                 f"{source.name} has {len(source):,} images, fewer than one batch of {batch:,}: "
                 f"use a batch of at most {len(source):,}, or more images"
             )
+        self.sampler, shared = sampler, None
+        if sampler is not None:
+            sampler.prepare(source, batch, seed)
+            self.steps = sampler.steps
         self._labels = source.labels.to(self.device)
         self._groups = None if source.groups is None else source.groups.to(self.device)
         self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
@@ -119,7 +126,10 @@ class Loader:
         if self.held is None:
             self.workers = processes(workers, world)
             self._order = Order()
-            order = SampleReader(source, seed, batch)
+            if sampler is not None:
+                shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
+            self._shared = shared
+            order = SampleReader(source, seed, batch, shared)
             made = CanvasDataset(order, canvas) if whole else CropDataset(order, views)
             self._pin = self.device.type == "cuda"
             pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
@@ -174,6 +184,12 @@ class Loader:
             lines.append(f"streamed by {many(self.workers, 'worker')} ({self._why})")
         return "\n".join(lines)
 
+    def _images(self, epoch: int) -> Tensor:
+        """Return the numbers of the images of an epoch, batch by batch."""
+        if self.sampler is not None:
+            return self.sampler.order(epoch)
+        return rng.permutation(self.seed, epoch, len(self.source))
+
     def _share(self, step: int) -> range:
         """Return the positions in the epoch's order that form this rank's local batch."""
         share = self.batch // self.world
@@ -182,7 +198,7 @@ class Loader:
 
     def _resident(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self.held is not None
-        order = rng.permutation(self.seed, epoch, len(self.source)).to(self.device)
+        order = self._images(epoch).to(self.device)
         for step in steps:
             places = self._share(step)
             index = order[places.start : places.stop]
@@ -200,6 +216,8 @@ class Loader:
     def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
         share = self.batch // self.world
         cuts = [slice(first, first + PIECE) for first in range(0, share, PIECE)]
+        if self._shared is not None:
+            self._shared.copy_(self._images(epoch))
         self._order.keys = [(epoch, self._share(step)[cut]) for step in steps for cut in cuts]
         pieces = iter(self._stream)
         for _ in steps:

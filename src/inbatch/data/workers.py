@@ -71,13 +71,15 @@ class Piece(NamedTuple):
 class SampleReader:
     """Read the samples at the positions of an epoch's order and replace unreadable images.
 
+    order: Image numbers of the current epoch, in memory that the workers share; None for a random order.
+
     An unreadable image is replaced by the image at the same position of the next batch, or of the first later batch
     with a readable one. A replacement never comes from the same batch and depends neither on workers nor on ranks nor
     on a resume.
     """
 
-    def __init__(self, source: Source, seed: int, batch: int):
-        self.source, self.seed, self.batch = source, seed, batch
+    def __init__(self, source: Source, seed: int, batch: int, order: Int[Tensor, "m"] | None = None):
+        self.source, self.seed, self.batch, self.order = source, seed, batch, order
         self.bad: dict[int, str] = {}
         self.remarks: dict[str, set[int]] = {}
         self._epoch = -1
@@ -87,17 +89,22 @@ class SampleReader:
 
         Images for which `make` raises DataError are recorded in `bad`.
         """
-        if self._epoch != epoch:
-            self._epoch, self._order = epoch, rng.permutation(self.seed, epoch, len(self.source))
-        used = len(self.source) // self.batch * self.batch
+        order = self._random(epoch) if self.order is None else self.order
+        used = len(order) // self.batch * self.batch
         why = ""
         for at in range(place, place + used, self.batch):
-            i = int(self._order[at % used])
+            i = int(order[at % used])
             try:
                 return i, make(i)
             except DataError as error:
                 self.bad[i] = why = str(error)
         raise DataError(f"{why}; nor can any other image that could take its place in the batch")
+
+    def _random(self, epoch: int) -> Tensor:
+        """Return the random order of an epoch."""
+        if self._epoch != epoch:
+            self._epoch, self._permutation = epoch, rng.permutation(self.seed, epoch, len(self.source))
+        return self._permutation
 
     def heed(self, i: int, picture: LazyImage) -> None:
         """Record the remarks about an image that was read."""

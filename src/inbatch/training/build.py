@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from inbatch.context.fusion import Fusion
 from inbatch.context.mixing import Mixer
 from inbatch.data import Loader, Source
+from inbatch.data.samplers import SAMPLERS
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError, reason
 from inbatch.methods.base import Method
@@ -70,7 +71,11 @@ class RunComponents:
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""
         parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
-        optional = {"target": None if self.method.teacher else self.target, "curator": self.step.curator}
+        optional = {
+            "target": None if self.method.teacher else self.target,
+            "curator": self.step.curator,
+            "sampler": self.loader.sampler,
+        }
         return parts | {name: part for name, part in optional.items() if part is not None}
 
 
@@ -120,7 +125,7 @@ def build(
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
-        timeline, tuple(parts.notes),
+        timeline, (*parts.notes, *(loader.sampler.notes() if loader.sampler else ())),
     )  # fmt: skip
 
 
@@ -191,6 +196,7 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
         world=distributed.world(), resident=recipe.cache_on_device, workers=workers,
         whole=recipe.curate is not None or views.whole or embeds(recipe, source), max_bad=recipe.max_unreadable,
+        sampler=None if recipe.sampler is None else SAMPLERS[recipe.sampler.name](**recipe.sampler.options),
     )  # fmt: skip
 
 

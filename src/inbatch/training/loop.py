@@ -28,13 +28,13 @@ from inbatch.training.monitors.online_evaluation import (
     make_online_evaluator,
     record_online,
     report_comparison,
-    survey,
 )
 from inbatch.training.rates import logged_rate
 from inbatch.training.replay import capture
 from inbatch.training.status import report_unreadable
 from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
+from inbatch.training.survey import survey
 from inbatch.training.trackers.followers import Followers
 from inbatch.training.train_state import TrainState
 
@@ -112,7 +112,7 @@ class Loop:
         built, progress, steps = self.built, self.progress, self.built.loader.steps
         epoch, first = divmod(progress.step, steps)
         began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
-        if first == 0 and built.method.surveys(epoch) and (values := survey(built, epoch)):
+        if first == 0 and (values := survey(built, epoch)):
             self.log.evaluation(progress.step, values)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
             self.stopping.begin()

@@ -101,6 +101,7 @@ class Recipe:
         teacher: Frozen encoder from whose relations the method `relation` learns: a run, an encoder's folder, or
             timm/NAME. A copy of it is kept in the run.
         fuse, curate, attend: The plug-ins by which samples interact before the loss; None disables a plug-in.
+        sampler: Which samples form a batch; None: a random order.
         negatives: Which samples are negatives of a contrastive method, and how they count; None: all others alike.
         mix: Rule by which images are mixed with others of their context group, and their targets with them.
         crops: Geometry of the crops of a sample's two views relative to each other (`inbatch crops`).
@@ -145,6 +146,7 @@ class Recipe:
     attend: Part | None = None
     negatives: Part | None = None
     mix: Part | None = None
+    sampler: Part | None = None
     teacher: str | None = None
     crops: str = "default"
     shuffle_groups: bool = False

@@ -13,6 +13,7 @@ from inbatch.context.curation import CURATORS
 from inbatch.context.fusion import FUSIONS
 from inbatch.context.mixing import MIXERS
 from inbatch.context.negatives import NEGATIVES
+from inbatch.data.samplers import SAMPLERS
 from inbatch.data.views import PRESETS
 from inbatch.errors import ConfigError, check_whole, closest
 from inbatch.methods import METHODS
@@ -44,9 +45,10 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
     "attend": ATTENDS,
     "negatives": NEGATIVES,
     "mix": MIXERS,
+    "sampler": SAMPLERS,
 }
 """Part -> its implementations by name."""
-OPTIONAL = ("fuse", "curate", "attend", "negatives", "mix")
+OPTIONAL = ("fuse", "curate", "attend", "negatives", "mix", "sampler")
 """Parts that a run may omit."""
 _GIVEN = {
     "optimizer": {"params"},

@@ -42,7 +42,7 @@ def _settings(recipe: dict[str, Any], file: Path) -> dict[str, Any]:
     named = {f"{key}.name": object_in(recipe, key, file).get("name") for key in ("method", "encoder", "views")}
     optimizer = object_in(recipe, "optimizer", file)
     named |= {"optimizer.name": optimizer.get("name"), "optimizer.lr": optimizer.get("lr")}
-    parts = ("fuse", "attend", "curate", "negatives", "mix")
+    parts = ("fuse", "attend", "curate", "negatives", "mix", "sampler")
     plugins = {key: object_in(recipe, key, file).get("name") for key in parts}
     every = named | {key: recipe.get(key) for key in _SETTINGS} | plugins
     return {key: value for key, value in every.items() if value is not None}

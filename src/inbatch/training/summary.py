@@ -104,6 +104,9 @@ def _plugins(built: RunComponents) -> dict[str, str]:
             ", ".join(map(str, views)) for views in ([~v for v in numbers if v < 0], [v for v in numbers if v >= 0])
         )
         lines["mix"] = f"{r.mix.name} of view {mixed} in groups of {built.context}; plain: {plain or 'none'}"
+    if r.sampler is not None:
+        options = "".join(f", {key} {value}" for key, value in r.sampler.options.items())
+        lines["sampler"] = f"{r.sampler.name}{options}; {built.loader.steps:,} batches in an epoch"
     if r.crops != "default":
         lines["crops"] = r.crops
     if r.variance_weight:

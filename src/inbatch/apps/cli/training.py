@@ -145,6 +145,10 @@ def pretrain(
         str | None,
         Option(metavar="drop-similar|debias|hard", help="Negatives: leave out near duplicates, or weight them."),
     ] = None,
+    sampler: Annotated[
+        str | None,
+        Option(metavar="balanced|apart|hard", help="Batches with equal classes, without images of one group, or hard."),
+    ] = None,
     crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
     shuffle_groups: Annotated[
         bool, Option("--shuffle-groups", help="Use other context groups for the target network.")

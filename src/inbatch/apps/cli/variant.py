@@ -22,7 +22,7 @@ _OF_COMPARISON = {
 _SETTINGS = (
     "method", "own_method", "preset", "encoder", "views", "init", "init_min_match", "image_size", "batch_size",
     "context", "epochs", "optimizer", "lr", "precision", "fuse", "attend", "curate", "mix", "crops",
-    "shuffle_groups", "compile", "config", "set_", "teacher", "negatives",
+    "shuffle_groups", "compile", "config", "set_", "teacher", "negatives", "sampler",
 )  # fmt: skip
 """Options that a variant may set."""
 

@@ -28,7 +28,7 @@ from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed
 from inbatch.training.build import RunComponents
-from inbatch.training.head_evaluation import HeadRows, evaluate_head
+from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.metric_logger import Log
 from inbatch.training.monitors.collapse import SETTLED, signs, spread
@@ -161,25 +161,6 @@ def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log)
         log.record(progress.step, figures)
         if sentence := sign(figures, built.recipe.shuffle_groups):
             log.note(f"epoch {epoch}: {sentence}")
-
-
-def survey(built: RunComponents, epoch: int) -> dict[str, float]:
-    """Pass the rows of the whole data set to the method: clean images, in evaluation mode, split over the ranks."""
-    network, source, world = built.target or built.network, built.loader.source, distributed.world()
-    label, n = source.labels, len(source)
-    numbers = torch.arange(distributed.rank(), n + -n % world, world) % n  # the same number on every rank
-    seen = Subset(source, numbers, "this rank's share")
-    rows = {}
-    for name in network.reads:
-        embeddings = embed(HeadRows(network, built.encoder, name), seen, workers=built.loader.workers)
-        # An unreadable image is never used for learning, so its row is arbitrary; here it is that of the following
-        # image.
-        share = embeddings.vectors[
-            torch.searchsorted(embeddings.index, torch.arange(len(seen))).clamp(max=len(embeddings) - 1)
-        ]
-        whole = distributed.gather(share.to(built.loader.device)[:, None], dim=1).flatten(0, 1)
-        rows[name] = whole[:n].cpu()
-    return built.method.survey(rows, label.cpu(), epoch, distributed.distribute_tasks)
 
 
 def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -> OnlineEvaluator:

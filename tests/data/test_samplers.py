@@ -1,0 +1,133 @@
+"""Samplers: batches with equal classes, without two images of a group, or of nearest neighbours."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from test_loader import VIEWS, photos, same  # noqa: F401 - a fixture
+
+from inbatch.data import Loader, open_data
+from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Hard, Sampler
+from inbatch.errors import DataError
+
+
+class Source:
+    name = "it"
+
+    def __init__(self, labels: list[int], groups: list[int] | None = None) -> None:
+        self.labels, self.groups = torch.tensor(labels), None if groups is None else torch.tensor(groups)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def why_unlabelled(self) -> str:
+        return ""
+
+
+def prepared(sampler: Sampler, source: Any, batch: int) -> Sampler:
+    sampler.prepare(source, batch, seed=3)
+    return sampler
+
+
+def batches(sampler: Sampler, epoch: int = 0) -> list[list[int]]:
+    """Return the batches of an epoch, after what holds for every sampler has been checked."""
+    order = sampler.order(epoch)
+    assert len(order) == sampler.steps * sampler.batch and torch.equal(order, sampler.order(epoch))
+    assert not torch.equal(order, sampler.order(epoch + 1))
+    found = order.view(sampler.steps, sampler.batch).tolist()
+    assert all(len(set(batch)) == len(batch) for batch in found), "a sample occurs twice in a batch"
+    return found
+
+
+def test_classes_are_balanced_in_batches_and_context_groups() -> None:
+    labels = [0] * 60 + [1] * 25 + [2] * 3 + [-1] * 9
+    sampler = prepared(Balanced(), Source(labels), 16)
+    assert sampler.steps == 97 // 16
+    counts = torch.zeros(97, dtype=torch.long)
+    for batch in batches(sampler):
+        counts[batch] += 1
+        parts = Counter(labels[i] for i in batch)
+        assert parts[2] == 3 and sorted(parts[c] for c in (0, 1, -1)) == [4, 4, 5]
+        for half in (batch[:8], batch[8:]):
+            assert all(abs(Counter(labels[i] for i in half)[c] - parts[c] / 2) <= 1.5 for c in parts)
+    for label in set(labels):  # each image of a class as often as another, give or take one
+        mine = counts[torch.tensor(labels) == label]
+        assert int(mine.max() - mine.min()) <= 1
+
+
+def test_more_classes_than_samples_and_classes_of_one_image() -> None:
+    labels = list(range(12)) * 3 + [12]
+    found = batches(prepared(Balanced(), Source(labels), 6))
+    assert all(len({labels[i] for i in batch}) == 6 for batch in found)
+    assert len(batches(prepared(Balanced(), Source([0] * 20), 20))[0]) == 20
+    with pytest.raises(DataError, match=r"has no labels; set sampler\.by=cluster"):
+        prepared(Balanced(), Source([-1] * 20), 4)
+
+
+def test_clusters_are_balanced_after_the_first_epoch() -> None:
+    sampler = prepared(Balanced(by="cluster", num_clusters=100, every=2), Source([-1] * 40), 8)
+    assert sampler.clusters == 40 and [sampler.observes(e) for e in range(5)] == [False, True, False, True, False]
+    assert sorted(i for batch in batches(sampler) for i in batch) == list(range(40))
+    clusters = torch.tensor([0] * 30 + [1] * 10)
+    sampler.observe(clusters)
+    again = prepared(Balanced(by="cluster", num_clusters=100, every=2), Source([-1] * 40), 8)
+    again.load_state_dict(sampler.state_dict())
+    assert batches(again, 1) == batches(sampler, 1)
+    assert all(sum(int(clusters[i]) for i in batch) == 4 for batch in batches(sampler, 1))
+
+
+def test_groups_are_apart() -> None:
+    groups = [0] * 9 + [1] * 4 + [2] * 2 + [-1] * 25
+    sampler = prepared(Apart(), Source([-1] * 40, groups), 8)
+    assert isinstance(sampler, Apart) and sampler.steps == 4 and sampler.unused == 8
+    used: Counter[int] = Counter()
+    for epoch in range(6):
+        for batch in batches(sampler, epoch):
+            used.update(batch)
+            known = [groups[i] for i in batch if groups[i] >= 0]
+            assert len(set(known)) == len(known)
+    assert len(used) == 40 and "leaves out 8 images, other ones in every epoch" in sampler.notes()[0]
+    every = prepared(Apart(), Source([-1] * 12, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]), 4)
+    assert sorted(i for batch in batches(every) for i in batch) == list(range(12)) and every.notes() == []
+    with pytest.raises(DataError, match="are of 2 groups, and a batch of 3 needs as many"):
+        prepared(Apart(), Source([-1] * 6, [0, 0, 0, 1, 1, 1]), 3)
+    with pytest.raises(DataError, match="--group-column"):
+        prepared(Apart(), Source([-1] * 6), 3)
+
+
+def test_neighbours_are_together() -> None:
+    sampler = prepared(Hard(size=4, candidates=6), Source([-1] * 48), 12)
+    assert isinstance(sampler, Hard) and sampler.neighbours == 6
+    batches(sampler)
+    family = torch.arange(48) // 4  # images 4 i to 4 i + 3 are neighbours of each other
+    others = torch.stack([torch.arange(4) + 4 * family[i] for i in range(48)])
+    near = torch.stack([torch.cat([row[row != i], torch.tensor([(i + 7) % 48, (i + 9) % 48, (i + 11) % 48])])
+                        for i, row in enumerate(others)])  # fmt: skip
+    sampler.observe(near)
+    for batch in batches(sampler, 1):
+        assert set(Counter(family[batch].tolist()).values()) == {4}
+    again = prepared(Hard(size=4, candidates=6), Source([-1] * 48), 12)
+    again.load_state_dict(sampler.state_dict())
+    assert batches(again, 1) == batches(sampler, 1)
+
+
+def test_resident_streamed_ranks_and_resumed_batches_are_those_of_the_sampler(photos: Any) -> None:  # noqa: F811
+    def loader(rank: int = 0, world: int = 1, **options: Any) -> Loader:
+        data = open_data(str(photos))
+        data.groups = torch.arange(len(data)) // 3
+        return Loader(data, batch=8, views=VIEWS, seed=3, sampler=SAMPLERS["apart"](), rank=rank, world=world,
+                      canvas=128, **options)  # fmt: skip
+
+    held, streamed = loader(resident=True), loader(resident=False, workers=2)
+    for epoch in (0, 1):
+        expected = held.sampler and held.sampler.order(epoch).view(-1, 8)
+        assert expected is not None
+        for found in (held, streamed):
+            assert torch.equal(torch.stack([batch.index for batch in found.epoch(epoch)]), expected)
+    for whole, late in zip([*streamed.epoch(1)][2:], streamed.epoch(1, start=2), strict=True):
+        same(whole, late)
+    parts = [loader(rank, 2, resident=False, workers=0) for rank in range(2)]
+    for whole, *shares in zip(held.epoch(1), *(part.epoch(1) for part in parts), strict=True):
+        assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
+    streamed.close()
