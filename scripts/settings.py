@@ -150,9 +150,9 @@ def dataclass_settings(cls: type, prefix: str = "") -> list[Setting]:
     rows = []
     for name, field in fields.items():
         if name not in (*PARTS, "schedule"):
-            if field.default_factory is not dataclasses.MISSING:
-                field.default = field.default_factory()
-            default = "required" if field.default is dataclasses.MISSING else f"`{show(field.default)}`"
+            makes = field.default_factory is not dataclasses.MISSING
+            value = field.default_factory() if makes else field.default
+            default = "required" if value is dataclasses.MISSING else f"`{show(value)}`"
             rows.append(Setting(prefix + name, default, describe_type(hints[name]), meanings.get(name, "")))
     return rows
 

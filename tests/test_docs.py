@@ -58,7 +58,7 @@ PLUGS |= {"--group-column": "group_column", "--mix": "mix.name", "--sampler": "s
 SWITCHES = {"--curate": {"curate.name": "redraw"}, "--shuffle-groups": {"shuffle_groups": True}}
 CONTEXT = {"fuse": ("conv", "set"), "curate": ("redraw",), "attend": ("ba2m", "batchformer"), "crops": (), "README": ()}
 CONTEXT |= {"negatives": ("drop-similar", "debias", "hard"), "mix": ("imix", "cutmix", "mixco", "unmix")}
-CONTEXT |= {"sampler": ("balanced", "apart", "hard")}
+CONTEXT |= {"sampler": ("balanced", "apart", "neighbours")}
 
 
 @pytest.mark.parametrize("name", CONTEXT)
@@ -190,6 +190,6 @@ def test_line_counts_are_counted() -> None:
     page, methods = DOCS / "add-a-method.md", DOCS.parent / "src" / "inbatch" / "methods"
     stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}
     assert stated == {f"{name}.py": len((methods / f"{name}.py").read_text().splitlines()) for name in METHODS}
-    assert max(stated.values()) < 90, "a method is one small file"
+    assert max(stated.values()) < 100, "a method is one small file"
     (smallest,) = [code for code in blocks(page, "python") if "class Spectral" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()

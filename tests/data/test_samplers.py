@@ -8,7 +8,7 @@ import torch
 from test_loader import VIEWS, photos, same  # noqa: F401 - a fixture
 
 from inbatch.data import Loader, open_data
-from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Hard, Sampler
+from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Neighbours, Sampler
 from inbatch.errors import DataError
 
 
@@ -97,8 +97,8 @@ def test_groups_are_apart() -> None:
 
 
 def test_neighbours_are_together() -> None:
-    sampler = prepared(Hard(size=4, candidates=6), Source([-1] * 48), 12)
-    assert isinstance(sampler, Hard) and sampler.neighbours == 6
+    sampler = prepared(Neighbours(size=4, candidates=6), Source([-1] * 48), 12)
+    assert isinstance(sampler, Neighbours) and sampler.neighbours == 6
     batches(sampler)
     family = torch.arange(48) // 4  # images 4 i to 4 i + 3 are neighbours of each other
     others = torch.stack([torch.arange(4) + 4 * family[i] for i in range(48)])
@@ -107,7 +107,7 @@ def test_neighbours_are_together() -> None:
     sampler.observe(near)
     for batch in batches(sampler, 1):
         assert set(Counter(family[batch].tolist()).values()) == {4}
-    again = prepared(Hard(size=4, candidates=6), Source([-1] * 48), 12)
+    again = prepared(Neighbours(size=4, candidates=6), Source([-1] * 48), 12)
     again.load_state_dict(sampler.state_dict())
     assert batches(again, 1) == batches(sampler, 1)
 

@@ -198,7 +198,7 @@ class Apart(Sampler):
         ]
 
 
-class Hard(Sampler):
+class Neighbours(Sampler):
     """Put images that are nearest neighbours by the features of the last epoch into the same batch.
 
     An image that is in no batch yet is drawn, and its nearest neighbours that are in none join it, until all images
@@ -242,5 +242,5 @@ class Hard(Sampler):
         return drawn[: self.steps * self.batch]
 
 
-SAMPLERS: dict[str, type[Sampler]] = {"balanced": Balanced, "apart": Apart, "hard": Hard}
+SAMPLERS: dict[str, type[Sampler]] = {"balanced": Balanced, "apart": Apart, "neighbours": Neighbours}
 """Samplers by name."""

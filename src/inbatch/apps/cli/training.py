@@ -147,7 +147,10 @@ def pretrain(
     ] = None,
     sampler: Annotated[
         str | None,
-        Option(metavar="balanced|apart|hard", help="Batches with equal classes, without images of one group, or hard."),
+        Option(
+            metavar="balanced|apart|neighbours",
+            help="Batches of equal classes, without two images of a group, or of neighbours.",
+        ),
     ] = None,
     crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
     shuffle_groups: Annotated[
