@@ -6,7 +6,7 @@ from torch import Tensor
 
 from inbatch.losses import align_uniform
 from inbatch.methods.align_uniform import AlignUniform
-from inbatch.nn import logsumexp
+from inbatch.nn import logsumexp, tiles
 
 
 def draw(*shape: int) -> Tensor:
@@ -27,7 +27,7 @@ def literal(z: Tensor, t: float, weight: float, alpha: float) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["never", "always"])
 def test_the_equation_as_loops(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logsumexp, "TILE", 3)
+    monkeypatch.setattr(tiles, "TILE", 3)
     for t, weight, alpha in ((2.0, 1.0, 2.0), (0.5, 0.3, 1.0)):
         ours, plain = draw(2, 7, 4).requires_grad_(), draw(2, 7, 4).requires_grad_()
         with logsumexp.using(mode=mode):

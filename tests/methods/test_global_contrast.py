@@ -15,7 +15,7 @@ from inbatch.batch import Batch, split_state
 from inbatch.losses import dcl, isogclr, sogclr
 from inbatch.methods.isogclr import ISogCLR
 from inbatch.methods.sogclr import SogCLR
-from inbatch.nn import logsumexp
+from inbatch.nn import logsumexp, tiles
 from inbatch.nn.functional import normalize
 
 
@@ -90,7 +90,7 @@ def test_vectors_of_isogclr(golden: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", ["never", "always"])
 def test_the_equation_as_loops(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one temperature and with one per sample, with and without average, plain and in tiles of 2 rows."""
-    monkeypatch.setattr(logsumexp, "TILE", 2)
+    monkeypatch.setattr(tiles, "TILE", 2)
     z, u = draw(2, 5, 3), draw(5, seed=1).exp()
     for tau, gamma in ((torch.full((5,), 0.3, dtype=torch.float64), 0.7), (0.2 + 0.1 * torch.arange(5).double(), 1.0)):
         ours, plain = z.clone().requires_grad_(), z.clone().requires_grad_()

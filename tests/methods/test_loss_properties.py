@@ -340,7 +340,7 @@ def test_methods_refuse_temperatures_that_are_not_above_0() -> None:
                 with pytest.raises(ValueError, match="above 0"):
                     method(**{option: t})
             refused += 1
-    assert refused == 19
+    assert refused == 21
 
 
 def moved(name: str, problem: Given, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:
