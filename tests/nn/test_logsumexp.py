@@ -157,6 +157,28 @@ def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPa
     assert largest.numbers >= literal, "the test can see a matrix"
 
 
+def test_kept_tiles_change_no_bit_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tile, some or all are kept for the backward pass: of one or two sets of rows, plain and weighted."""
+    monkeypatch.setattr(tiles, "TILE", 7)
+    found: dict[int, list[torch.Tensor]] = {}
+    for most in (0, 500, 10**6):
+        monkeypatch.setattr(logsumexp, "KEPT", most)
+        found[most], u, k = [], rows(40, 4).requires_grad_(), rows(30, 4, seed=1).requires_grad_()
+        same = torch.arange(40) // 2
+        for keys, options in ((u, {"exclude_self": True}), (k, {}), (u, {"weights": logsumexp.SameGroup(same, same)})):
+            with logsumexp.using(mode="always"):
+                value = logsumexp.logsumexp(u, keys, 0.1, **options)
+            kept = value.grad_fn.kept  # type: ignore[union-attr]
+            pairs = sum(x.numel() for x in kept.values())
+            assert pairs <= most and (len(kept) > 2 or not most)
+            found[most] += [value.detach(), *torch.autograd.grad(value.sum(), [u] if keys is u else [u, keys])]
+            assert not kept
+        with torch.no_grad(), logsumexp.using(mode="always"):
+            logsumexp.logsumexp(u, u, 0.1)
+    for most in (500, 10**6):
+        assert all(torch.equal(x, y) for x, y in zip(found[0], found[most], strict=True))
+
+
 def test_it_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))

@@ -1,8 +1,9 @@
 """Log-sum-exps of products of rows, and their gradients, without materialising the matrix of products ("tiled").
 
-Each tile of S = q k^T / T is computed, exponentiated, summed and discarded; the backward pass computes the tiles again.
-Memory is O((N + M) D), not O(N M). If q and k are the same rows, S is symmetric and half of the tiles suffice. GPUs use
-the Triton kernels (`triton_logsumexp`), other devices products of PyTorch on tiles that fit into the processor's cache.
+Each tile of S = q k^T / T is computed, exponentiated, summed and discarded; the backward pass computes the tiles again,
+except, on a CPU, the first 64 MB of them. Memory is O((N + M) D), not O(N M). If q and k are the same rows, S is
+symmetric and half of the tiles suffice. GPUs use the Triton kernels (`triton_logsumexp`), other devices products of
+PyTorch on tiles that fit into the processor's cache.
 
 Ranks and cores share the tiles (`tiles`).
 """
@@ -42,6 +43,8 @@ __all__ = [
 
 LEAST = 2**17
 """Matrices with fewer pairs (362 by 362) are materialised: half a megabyte, and faster than tiles."""
+KEPT = 2**24
+"""Numbers of tiles that are kept from the forward to the backward pass on a CPU: 64 MB in float32."""
 _BLOCK = 2**22
 """Pairs in memory at once if neither tiles nor a whole matrix can be used."""
 _REACH = {torch.float32: 60.0, torch.float64: 600.0}
@@ -150,7 +153,10 @@ class _Tiled(torch.autograd.Function):
             if ctx.kernels:
                 lse, mean = _kernel_sums(q, k, scale, exclude_self, weighs, plan)
             else:
-                lse, mean = _sums(_Exponentials(q, k, scale, exclude_self, weights, plan), weighs)
+                tiles = _Exponentials(q, k, scale, exclude_self, weights, plan)
+                tiles.keeps = any(ctx.needs_input_grad[:2]) and not weighs
+                lse, mean = _sums(tiles, weighs)
+                ctx.kept = tiles.kept
         ctx.save_for_backward(q, k, lse, mean)
         ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan = scale, exclude_self, weights, plan
         return lse
@@ -167,6 +173,7 @@ class _Tiled(torch.autograd.Function):
                 both = _kernel_gradients(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan)
             else:
                 tiles = _Exponentials(q, k, ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan)
+                tiles.kept = ctx.kept
                 both = _gradients(tiles, lse, gradient, needs)
         return *both, None, None, None, None
 
@@ -175,7 +182,11 @@ Found = tuple[Tensor, Tensor | None]
 
 
 class _Exponentials(Tiles):
-    """Tiles of w exp(S), 0 for pairs that are left out."""
+    """Tiles of w exp(S), 0 for pairs that are left out.
+
+    Attributes:
+        keeps: on a CPU, keep the first tiles, up to `KEPT` numbers, so that the backward pass need not compute them.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weights: PairWeights | None,
@@ -183,15 +194,20 @@ class _Exponentials(Tiles):
     ) -> None:  # fmt: skip
         super().__init__(q, k, scale, plan)
         self.exclude_self, self.weigh = exclude_self, weights and multiplier(weights, q.dtype)
+        self.keeps = False
 
     def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        spare = self.buffer() if self.weigh else None
+        spare, room = self.buffer() if self.weigh else None, KEPT // self.parts if self.keeps else 0
         for rows, columns, e in super().__call__(part):
-            e.exp2_()
-            if self.exclude_self:
-                diagonal(e, rows, columns).zero_()
-            if self.weigh and spare is not None:
-                self.weigh(e, rows, columns, self.view(spare, rows, columns))
+            place = rows.start, columns.start
+            if self.kept.pop(place, None) is None:  # a kept tile may be changed by the pass that gets it
+                e.exp2_()
+                if self.exclude_self:
+                    diagonal(e, rows, columns).zero_()
+                if self.weigh and spare is not None:
+                    self.weigh(e, rows, columns, self.view(spare, rows, columns))
+                if self.q.device.type == "cpu" and (room := room - e.numel()) >= 0:
+                    self.kept[place] = e.clone()
             yield rows, columns, e
 
 

@@ -85,11 +85,14 @@ class Tiles:
         k: keys; None if they are the queries.
         scale: factor of the products.
         plan: precision of products, and ranks.
+
+    Attributes:
+        kept: tiles of an earlier pass, by first row and column.
     """
 
     def __init__(self, q: Tensor, k: Tensor | None, scale: float, plan: LogSumExpConfig) -> None:
         self.q, self.symmetric, self.scale, self.plan = q, k is None, scale, plan
-        self.k = q if k is None else k
+        self.k, self.kept = q if k is None else k, dict[tuple[int, int], Tensor]()
         n, m, self.threads = len(q), len(self.k), torch.get_num_threads()
         here = q.device.type == "cpu"
         self.parts = min(self.threads, PARTS) if here and n * m >= APART else 1
@@ -102,19 +105,28 @@ class Tiles:
         self.numbers = min(self.side, n) * min(2 * self.side, m)
 
     def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield the tiles of one part, all in the same memory: their rows, columns and S / log 2."""
-        n, m, number, memory = len(self.q), len(self.k), -1, self.buffer()
+        """Yield the tiles of one part: their rows, columns and S / log 2, in the same memory, or what is kept."""
+        memory, strip, left = self.buffer(), None, self.q
+        for rows, columns in self.places(part):
+            tile = self.kept.get((rows.start, columns.start))
+            if tile is None:
+                if strip != rows:
+                    strip, left = rows, self.q[rows] * (self.scale / math.log(2))
+                tile = torch.mm(left, self.k[columns].T, out=self.view(memory, rows, columns))
+            yield rows, columns, tile
+
+    def places(self, part: int) -> Iterator[tuple[slice, slice]]:
+        """Yield rows and columns of the tiles of one part, strip by strip."""
+        n, m, number = len(self.q), len(self.k), -1
         for i in range(0, n, max(1, self.side)):
-            rows, left, j = slice(i, min(i + self.side, n)), None, i if self.symmetric else 0
+            rows, j = slice(i, min(i + self.side, n)), i if self.symmetric else 0
             while j < m:
                 # The first tile of a strip of a symmetric matrix is square, because half of it is computed twice.
                 columns = slice(j, rows.stop if self.symmetric and i == j else min(j + 2 * self.side, m))
                 j, number = columns.stop, number + 1
                 if number % self.plan.world != self.plan.rank or number // self.plan.world % self.parts != part:
                     continue
-                if left is None:
-                    left = self.q[rows] * (self.scale / math.log(2))
-                yield rows, columns, torch.mm(left, self.k[columns].T, out=self.view(memory, rows, columns))
+                yield rows, columns
 
     def buffer(self) -> Tensor:
         """Return memory for a tile of any size."""
