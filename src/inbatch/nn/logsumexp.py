@@ -131,6 +131,8 @@ def _whole(
 
 def reach(q: Tensor, k: Tensor) -> float:
     """Return an upper bound of the products of a row of q and a row of k."""
+    if not (len(q) and len(k)):
+        return 0.0
     longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
     return float(longest[0] * longest[-1])
 
