@@ -186,6 +186,15 @@ def test_the_method_of_the_page_is_known_to_recipes(spectral: type[Method]) -> N
         make({"data": "digits-canvas", "method.name": "spectral", "method.wieght": 0.5})
 
 
+def test_the_number_of_methods_is_counted() -> None:
+    """MoCo v1 to v3 are two methods."""
+    for page in (DOCS.parent / "README.md", DOCS.parent / "llms.txt", DOCS / "index.md"):
+        assert re.findall(r"(\w+) methods\b", page.read_text())[0] == str(len(METHODS)), page
+    pages = {page.stem for page in (DOCS / "methods").glob("*.md")} - {"README"}
+    listed = set(re.findall(r"\]\((\w+)\.md\) \|", (DOCS / "methods" / "README.md").read_text()))
+    assert pages == listed == set(METHODS)
+
+
 def test_line_counts_are_counted() -> None:
     page, methods = DOCS / "add-a-method.md", DOCS.parent / "src" / "inbatch" / "methods"
     stated = {name: int(lines) for name, (lines,) in list(table(page, "file").items())[2:]}

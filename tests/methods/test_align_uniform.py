@@ -64,3 +64,8 @@ def test_wrong_rows_and_options_are_refused() -> None:
     for t in (0.0, -1.0):
         with pytest.raises(ValueError, match="temperature"):
             AlignUniform(t=t)
+    for alpha in (0.0, 0.5, -1.0, float("inf"), float("nan")):  # at 0.5, equal views have an infinite gradient
+        with pytest.raises(ValueError, match="alpha"):
+            AlignUniform(alpha=alpha)
+        with pytest.raises(ValueError, match="alpha"):
+            align_uniform(torch.ones(2, 3, 3), alpha=alpha)

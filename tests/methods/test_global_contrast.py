@@ -17,6 +17,9 @@ from inbatch.methods.isogclr import ISogCLR
 from inbatch.methods.sogclr import SogCLR
 from inbatch.nn import logsumexp, tiles
 from inbatch.nn.functional import normalize
+from inbatch.nn.global_contrast import global_contrast
+from inbatch.training.optim import scaled_lr
+from inbatch.training.recipe import make
 
 
 def literal(z: Tensor, u: Tensor, tau: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +225,34 @@ def test_wrong_options_and_batches_are_refused() -> None:
     for method in (SogCLR, ISogCLR):
         with pytest.raises(ValueError, match="at most 1"):
             method(gamma=0.0)
-    with pytest.raises(ValueError, match="temperature"):
-        ISogCLR(tau_min=0.0)
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        sogclr(torch.ones(2, 1, 3), torch.zeros(1))
+    for wrong in ({"tau_min": 0.0}, {"temperature": 2.0}, {"tau_min": 1.0, "tau_max": 0.05}, {"temperature": 0.01}):
+        with pytest.raises(ValueError, match="temperature"):
+            ISogCLR(**wrong)
+    for wrong in ({"clip": 0.0}, {"clip": -1.0}, {"eta": -1.0}):
+        with pytest.raises(ValueError, match="eta"):
+            ISogCLR(**wrong)
+    for shape in ((2, 1, 3), (1, 4, 3), (3, 4, 3)):
+        with pytest.raises(ValueError, match="2 views of at least 2 samples"):  # a third view was left out
+            global_contrast(torch.ones(shape), torch.zeros(shape[1]), 0.1, 0.9)
+
+
+def test_a_sample_twice_in_a_batch_has_one_number_in_any_order() -> None:
+    """An unreadable image can be replaced by one that a sampler has put into the batch already."""
+    rows, index = draw(2, 5, 3), torch.tensor([3, 1, 3, 0, 3])
+    for method in (SogCLR(0.5), ISogCLR(0.5)):
+        method.prepare(images=6)
+        method.double()
+        states = [
+            split_state(method.loss({"projection": rows[:, order]}, {}, batch_of(index[order])))[1]
+            for order in (torch.arange(5), torch.tensor([4, 2, 1, 3, 0]), torch.tensor([2, 0, 4, 3, 1]))
+        ]
+        for name, numbers in states[0].items():
+            for other in states[1:]:
+                torch.testing.assert_close(other[name], numbers, rtol=1e-12, atol=0)
+
+
+def test_the_rate_of_the_cifar_preset_follows_the_batch() -> None:
+    """0.8 for 128 images, as published; a folder of 50 photographs has smaller batches."""
+    recipe = make({"data": "digits-canvas", "method.name": "isogclr", "preset": "cifar"})
+    rates = [scaled_lr(recipe.optimizer.options["lr"], batch, recipe.schedule.scaling) for batch in (128, 16)]
+    assert recipe.batch_size == 128 and rates == pytest.approx([0.8, 0.1])

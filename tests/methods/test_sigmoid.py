@@ -11,8 +11,10 @@ from torch.nn.functional import logsigmoid
 
 from inbatch.losses import pairwise_sigmoid
 from inbatch.methods.sigmoid import ScaledRows, Sigmoid
+from inbatch.models.network import Network
 from inbatch.nn import logsumexp
 from inbatch.nn.sigmoid_sums import sigmoid_sum
+from inbatch.training.monitors.collapse import signs, spread
 
 
 @DTYPES
@@ -32,11 +34,11 @@ def test_vectors_of_big_vision(golden: Path, name: str, dtype: torch.dtype) -> N
             case.check(gradient, key)
 
     method = Sigmoid(math.exp(float(case["t_prime"])), float(case["bias"]))
-    head = ScaledRows(nn.Identity(), method.scale, method.bias).to(dtype)
+    head = ScaledRows(method.scale, method.bias).to(dtype)
     with torch.no_grad():
         head.log_scale.copy_(case["t_prime"])  # the option is rounded to float32
     x0, x1 = case.leaf("x0"), case.leaf("x1")
-    loss = method.loss({"projection": torch.stack([head(x0), head(x1)])}, {}, unlabelled(n))["loss"]
+    loss = method.loss({"scaled": torch.stack([head(x0), head(x1)])}, {}, unlabelled(n))["loss"]
     gradients = torch.autograd.grad(loss, (x0, x1, head.log_scale, head.bias))
     # Without the 1e-8 in the norm: a relative change of the rows, of lengths above 1, by less than 1e-8.
     tolerance = {key: max(value, 1e-8) for key, value in case.tolerance.items()}
@@ -72,14 +74,27 @@ def test_the_equation_as_loops() -> None:
 
 def test_temperature_and_bias_start_as_set_and_learn_in_the_head() -> None:
     method = Sigmoid(scale=5.0, bias=-3.0, out_dim=6)
-    (head,) = method.heads(7).values()
-    rows = head.network(torch.randn(4, 7))
+    projection, head = method.heads(7).values()
+    rows = head.network(projection.network(torch.randn(4, 7)))
     assert rows.shape == (4, 8) and not list(method.parameters())
     torch.testing.assert_close(rows[:, 6:], torch.tensor([[5.0, -3.0]]).expand(4, 2))
-    losses = method.loss({"projection": torch.stack([rows, rows.flip(0)])}, {}, unlabelled(4))
+    losses = method.loss({"scaled": torch.stack([rows, rows.flip(0)])}, {}, unlabelled(4))
     losses["loss"].backward()
     assert head.network.log_scale.grad != 0 and head.network.bias.grad != 0
     assert float(losses["scale"]) == pytest.approx(5) and float(losses["bias"]) == pytest.approx(-3)
+
+
+def test_a_large_scale_is_no_collapse() -> None:
+    """Scale and bias are the same in all rows; the monitor of collapse does not see them."""
+    torch.manual_seed(0)
+    encoder, method = nn.Sequential(nn.Flatten(), nn.Linear(48, 16)), Sigmoid(scale=100.0, bias=-50.0, layers=2)
+    network = Network(encoder, method.heads(16), method.online)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm1d)):
+        norm.momentum = 1.0  # running statistics are those of the images
+    network([images := torch.randn(64, 3, 4, 4)])
+    now = spread(network, images)
+    assert now.keys() == {"features_std", "features_rank", "projection_std", "projection_rank"}
+    assert not signs(now, now) and now["projection_std"] > 0.9
 
 
 def test_wrong_options_and_rows_are_refused() -> None:

@@ -89,3 +89,8 @@ def test_the_projection_is_the_authors() -> None:
         visreg(torch.randn(1, 4, 3), torch.randn(3, 2))
     with pytest.raises(ValueError, match="rows and directions"):
         visreg(torch.randn(2, 4, 3), torch.randn(3, 0))
+    for eps in (0.0, -1.0, float("nan")):  # at 0, a constant feature makes the loss nan
+        with pytest.raises(ValueError, match="eps"):
+            VISReg(eps=eps)
+        with pytest.raises(ValueError, match="eps"):
+            visreg(torch.ones(2, 4, 3), torch.randn(3, 2), eps=eps)

@@ -33,3 +33,6 @@ def test_the_last_normalisation_learns_scale_and_shift_or_does_not() -> None:
 def test_one_width_is_no_network() -> None:
     with pytest.raises(ValueError, match="input and an output"):
         mlp(8)
+    for widths in ((8, 0), (8, -2, 3)):
+        with pytest.raises(ValueError, match="at least 1"):
+            mlp(*widths)

@@ -79,6 +79,16 @@ def test_rows_meet_themselves(n: int, dtype: torch.dtype, tolerance: float, temp
     same(lambda u, k: logsumexp.logsumexp(u, k, temperature, exclude_self=True), u, more, tolerance=tolerance)
 
 
+def test_no_queries_and_no_keys() -> None:
+    """A sum over no keys is 0, also in tiles."""
+    for n, m in ((0, 5), (4, 0), (0, 0)):
+        q, k = torch.ones(n, 3, requires_grad=True), torch.ones(m, 3, requires_grad=True)
+        with logsumexp.using(mode="always"):
+            found = logsumexp.logsumexp(q, k, 0.5)
+        assert torch.equal(found, torch.full((n,), -torch.inf))
+        assert not any(x.any() for x in torch.autograd.grad(found.sum(), (q, k)))
+
+
 def test_rows_of_any_length_and_a_row_without_gradient() -> None:
     q, k = 40 * rows(12, 5, unit=False), rows(30, 5, seed=1, unit=False)
     same(lambda q, k: logsumexp.logsumexp(q, k, 0.1), q, k)

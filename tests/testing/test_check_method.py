@@ -80,6 +80,12 @@ def test_unusual_methods_pass_the_tests_of_the_loss() -> None:
             assert (finding := test(Trial(method))).passed, (method.__name__, finding)
 
 
+def test_two_computations_without_gradient_are_held_constant_in_turn() -> None:
+    """KoLeo looks for the nearest rows of each view: the second search was given what the first had computed."""
+    finding = equation.derivative(Trial(METHODS["dino"], SMALL["dino"] | {"koleo_weight": 0.5}))
+    assert finding.passed, finding
+
+
 def test_a_wrong_backward_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OwnBackward.length, "backward", lambda ctx, g: ctx.saved_tensors[0] * g[..., None])
     finding = equation.derivative(Trial(OwnBackward))

@@ -137,6 +137,9 @@ BAD = {
         "method": "supervised",
         "settings": {"views.name": "plain", "curate.name": "redraw"},
     },
+    "momentum of the target network is 2": {"method": "byol", "settings": {"method.momentum": 2.0}},
+    "momentum of the target network is -1": {"method": "mmcr", "settings": {"method.momentum": -1.0}},
+    "widths of a head must be at least 1": {"method": "visreg", "settings": {"method.out_dim": 0}},
     "attend.name = 'ba3m'": {"attend": "ba3m"},
     "set attend": {"settings": {"encoder.attend": "ba2m"}},
 }

@@ -22,6 +22,7 @@ def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0
     """
     if z.shape[0] != 2 or z.shape[1] < 2:
         raise ValueError(f"uniformity needs 2 views of at least 2 samples, got {tuple(z.shape)}")
+    check_power(alpha)
     u = normalize(z)
     n = u.shape[1]
     pairs = torch.stack([logsumexp_excluding_self(view, 1 / (2 * t)).logsumexp(0) for view in u])
@@ -29,6 +30,12 @@ def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0
     squares = (u[0] - u[1]).square().sum(-1)
     alignment = (squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha).mean()
     return {"loss": alignment + weight * uniformity, "alignment": alignment, "uniformity": uniformity}
+
+
+def check_power(alpha: float) -> None:
+    """Raise ValueError for a power below 1, whose gradient is infinite where two views are equal."""
+    if not 1 <= alpha < math.inf:
+        raise ValueError(f"alpha {alpha:g} must be finite and at least 1")
 
 
 class AlignUniform(Method):
@@ -58,6 +65,7 @@ class AlignUniform(Method):
                  out_dim: int = 128, layers: int = 2) -> None:  # fmt: skip
         super().__init__()
         check_temperature(1 / (2 * t) if t > 0 else t)
+        check_power(alpha)
         self.t, self.weight, self.alpha = t, weight, alpha
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.global_contrast import global_contrast
+from inbatch.nn.global_contrast import global_contrast, updated
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
 
@@ -42,8 +42,8 @@ class ISogCLR(Method):
     slope: Tensor
     _cifar = {
         "source": "zhqiu/contrastive-learning-iSogCLR, README: CIFAR-100, ResNet-50, lr 0.8 for 128 images",
-        "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.8, "optimizer.weight_decay": 1e-4,
-        "schedule.scaling": "none", "batch_size": 128, "epochs": 400, "schedule.warmup_epochs": 10,
+        "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 1.6, "optimizer.weight_decay": 1e-4,
+        "batch_size": 128, "epochs": 400, "schedule.warmup_epochs": 10,
         "method.rho": 0.4, "method.beta": 0.5, "method.eta": 0.03}  # fmt: skip
     _imagenet = _cifar | {
         "source": "inbatch, not tuned: SogCLR's training with the constants of the iSogCLR README",
@@ -59,8 +59,12 @@ class ISogCLR(Method):
         check_temperature(temperature, tau_min, tau_max)
         if not (0 < gamma <= 1 and 0 < beta <= 1):
             raise ValueError(f"gamma {gamma:g} and beta {beta:g} are shares, above 0 and at most 1")
-        self.temperature, self.tau_min, self.tau_max, self.clip = temperature, tau_min, tau_max, clip or math.inf
-        self.rho, self.eta, self.beta, self.gamma = rho, eta, beta, gamma
+        if not tau_min <= temperature <= tau_max:
+            raise ValueError(f"temperature {temperature:g} must be within tau_min {tau_min:g} and tau_max {tau_max:g}")
+        if eta < 0 or (clip is not None and clip <= 0):
+            raise ValueError(f"eta {eta:g} must be at least 0, and clip {clip} above 0 (null for no bound)")
+        self.temperature, self.tau_min, self.tau_max = temperature, tau_min, tau_max
+        self.rho, self.eta, self.beta, self.gamma, self.clip = rho, eta, beta, gamma, math.inf if clip is None else clip
         self.hidden_dim, self.out_dim = hidden_dim, out_dim
 
     def prepare(self, *, images: int, **sizes: int) -> None:
@@ -75,5 +79,5 @@ class ISogCLR(Method):
         loss, log_s, slope = isogclr(online["projection"], self.log_s[batch.index], tau, gamma, self.rho)
         slope = self.slope[batch.index].lerp(slope.clamp(-self.clip, self.clip).to(tau.dtype), self.beta)
         new = {"log_s": log_s, "tau": (tau - self.eta * slope).clamp(self.tau_min, self.tau_max), "slope": slope}
-        state = {f"state.{k}": getattr(self, k).index_put((batch.index,), x.to(tau.dtype)) for k, x in new.items()}
+        state = {f"state.{k}": updated(getattr(self, k), batch.index, x) for k, x in new.items()}
         return {"loss": loss, "temperature": tau.mean(), **state}

@@ -34,24 +34,24 @@ def pairwise_sigmoid(
 
 
 class ScaledRows(nn.Module):
-    """Projection, followed by its scale exp(t') and bias b in every row: (N, F) -> (N, D + 2)."""
+    """Rows followed by their scale exp(t') and bias b: (N, D) -> (N, D + 2)."""
 
-    def __init__(self, projection: nn.Module, scale: float, bias: float) -> None:
+    def __init__(self, scale: float, bias: float) -> None:
         super().__init__()
-        self.projection = projection
         self.log_scale, self.bias = nn.Parameter(torch.tensor(scale).log()), nn.Parameter(torch.tensor(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.projection(x), torch.stack([self.log_scale.exp(), self.bias]).expand(len(x), 2)], 1)
+        return torch.cat([x, torch.stack([self.log_scale.exp(), self.bias]).expand(len(x), 2)], 1)
 
 
 class Sigmoid(Method):
     """Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, between views of images.
 
-    scale, bias: t and b at the start; both learn, in the head. hidden_dim: width of the projection's hidden layers, by
-    default that of the features. out_dim: width of its output. layers: its linear layers.
+    scale, bias: t and b at the start; both learn, in the head "scaled". hidden_dim: width of the projection's hidden
+        layers, by default that of the features. out_dim: width of its output. layers: its linear layers.
     """
 
+    online = ("scaled",)
     views = (2, None)
     _coco = {"source": "google-research/big_vision, COCO: rate, decay, batch", "batch_size": 512, "optimizer.lr": 1e-3,
         "optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "schedule.scaling": "none"}  # fmt: skip
@@ -71,9 +71,9 @@ class Sigmoid(Method):
 
     def heads(self, width: int) -> dict[str, Head]:
         projection = mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim, last="norm_scale")
-        return {"projection": Head(ScaledRows(projection, self.scale, self.bias))}
+        return {"projection": Head(projection), "scaled": Head(ScaledRows(self.scale, self.bias), "projection")}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        z, t, b = online["projection"].tensor_split((-2, -1), -1)
+        z, t, b = online["scaled"].tensor_split((-2, -1), -1)
         loss = pairwise_sigmoid(z, t[..., 0], b[..., 0])
         return {"loss": loss, "scale": t.detach().mean(), "bias": b.detach().mean()}

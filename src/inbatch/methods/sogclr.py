@@ -10,7 +10,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.global_contrast import global_contrast
+from inbatch.nn.global_contrast import global_contrast, updated
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
 
@@ -72,4 +72,4 @@ class SogCLR(Method):
         new = old.isneginf().all() if self.first == "batch" else torch.as_tensor(batch.epoch == 0, device=old.device)
         gamma = torch.where(new, old.new_ones(()), self.gamma)
         loss, log_u = sogclr(online["projection"], old, self.temperature, gamma)
-        return {"loss": loss, "state.log_u": self.log_u.index_put((batch.index,), log_u.to(old.dtype))}
+        return {"loss": loss, "state.log_u": updated(self.log_u, batch.index, log_u)}

@@ -22,6 +22,7 @@ def visreg(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"], lamb: fl
     invariance: mean of (z_v - c)^2, with c the mean of a sample's first `global_views` rows (None: of all).
     directions: one per column, see `inbatch.nn.slicing.random_directions`.
     """
+    check_eps(eps)
     away = invariance(z, global_views)
     z = wide(z)
     mean = z.mean(1, keepdim=True)
@@ -30,6 +31,12 @@ def visreg(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"], lamb: fl
     shape = wasserstein((z - mean) / deviation.detach(), directions)
     loss = lamb * (center + scale + shape) + (1 - lamb) * away
     return {"loss": loss, "invariance": away, "center": center, "scale": scale, "shape": shape}
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless eps is finite and above 0: a constant feature is divided by it."""
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps {eps:g} must be finite and above 0")
 
 
 class VISReg(Method):
@@ -56,6 +63,7 @@ class VISReg(Method):
     def __init__(self, lamb: float = 0.9, slices: int = 256, global_views: int | None = None, eps: float = 1e-6,
                  hidden_dim: int = 2048, out_dim: int | None = None, layers: int = 3) -> None:  # fmt: skip
         super().__init__()
+        check_eps(eps)
         self.lamb, self.slices, self.global_views, self.eps = lamb, slices, global_views, eps
         self.hidden, self.out_dim = [hidden_dim] * (layers - 1), out_dim
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -64,7 +72,8 @@ class VISReg(Method):
         check_options(self.lamb, self.slices, self.global_views, views)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *self.hidden, self.out_dim or width // 3, activation=nn.GELU))}
+        out = width // 3 if self.out_dim is None else self.out_dim
+        return {"projection": Head(mlp(width, *self.hidden, out, activation=nn.GELU))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         z = online["projection"]

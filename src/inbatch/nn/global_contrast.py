@@ -3,14 +3,14 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.nn.functional import logsumexp_excluding_self
 
 
 def global_contrast(
-    u: Float[Tensor, "2 n d"], log_estimate: Float[Tensor, "n"], temperature: Float[Tensor, "n"] | float,
+    u: Float[Tensor, "v n d"], log_estimate: Float[Tensor, "n"], temperature: Float[Tensor, "n"] | float,
     gamma: Float[Tensor, ""] | float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "2 n"], Float[Tensor, "2 n"]]:  # fmt: skip
     """Return the surrogate loss of two views (Yuan et al. 2022, Eq. 3 and 5), and per row log e and the sum w.
@@ -24,14 +24,14 @@ def global_contrast(
     constant, too: it is computed here from the log-sum-exps of the negatives, and the loss is linear in G.
 
     Args:
-        u: unit rows.
+        u: unit rows of V = 2 views.
         log_estimate: log of each sample's estimate before this step; -inf is an estimate of 0.
         temperature: T.
         gamma: share of this batch in the new estimate.
     """
     n = u.shape[1]
-    if n < 2:
-        raise ValueError(f"global contrast needs at least 2 samples, got {n}")
+    if len(u) != 2 or n < 2:
+        raise ValueError(f"global contrast needs 2 views of at least 2 samples, got {tuple(u.shape)}")
     t = torch.as_tensor(temperature, dtype=u.dtype, device=u.device).expand(n)
     share = torch.as_tensor(gamma, dtype=u.dtype, device=u.device)
     with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
@@ -48,3 +48,11 @@ def global_contrast(
     linear = (u * (of_queries / t[:, None] + of_keys)).sum()
     negatives = linear - (linear - weighted.sum()).detach()
     return (negatives - 2 * (u[0] * u[1]).sum()) / n, log_new, weighted
+
+
+def updated(numbers: Float[Tensor, "m"], index: Int[Tensor, "n"], new: Float[Tensor, "n"]) -> Float[Tensor, "m"]:
+    """Return the numbers of all samples, with new ones for those of a batch.
+
+    A sample that is in the batch more than once gets its largest number, in any order of the batch and on any device.
+    """
+    return numbers.scatter_reduce(0, index, new.detach().to(numbers.dtype), "amax", include_self=False)

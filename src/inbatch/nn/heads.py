@@ -40,6 +40,8 @@ def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type
     """
     if len(widths) < 2:
         raise ValueError(f"mlp needs at least an input and an output width, got {widths}")
+    if min(widths) < 1:
+        raise ValueError(f"the widths of a head must be at least 1, not {min(widths)}")
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
         hidden = i < len(widths) - 2

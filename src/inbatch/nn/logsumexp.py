@@ -134,6 +134,8 @@ def _whole(
 
 def reach(q: Tensor, k: Tensor) -> float:
     """Return an upper bound of the products of a row of q and a row of k."""
+    if not (len(q) and len(k)):
+        return 0.0
     longest = [torch.linalg.vector_norm(x.detach(), dim=1).max() for x in ([q] if k is q else [q, k])]
     return float(longest[0] * longest[-1])
 
@@ -242,6 +244,8 @@ def _gradients(
     W_ij = g_i w_ij exp(S_ij - lse_i), and 0 if row i has no pair of positive weight.
     """
     q, k, scale, plan, symmetric = tiles.q, tiles.k, tiles.scale, tiles.plan, tiles.symmetric
+    if not len(q):
+        return (zeros(q) if needs[0] else None), (zeros(k) if needs[1] and not symmetric else None)
     top = gradient.abs().max().clamp(min=torch.finfo(q.dtype).tiny)  # prevents underflow of small gradients
     weight = (gradient / top) * (-lse).exp().masked_fill(lse == -torch.inf, 0)
     left, right = rounded(q if symmetric else weight[:, None] * q, plan), rounded(k, plan)

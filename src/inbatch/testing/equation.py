@@ -231,8 +231,9 @@ class _Constants(TorchFunctionMode):
             return value
         if self._replay:
             self._next += 1
-            return self.values[self._next - 1].clone()
-        self.values.append(value.clone())
+            kept = self.values[self._next - 1]
+            return kept.clone().requires_grad_(kept.requires_grad)  # so that the same operations are recognised
+        self.values.append(value.detach().clone().requires_grad_(value.requires_grad))
         return value
 
 

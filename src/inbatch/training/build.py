@@ -26,7 +26,7 @@ from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.training.budget import Timeline
-from inbatch.training.build_checks import check_recipe, check_views, context_and_groups
+from inbatch.training.build_checks import check_momentum, check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
@@ -170,6 +170,7 @@ def _draw_weights(
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
+            check_momentum(method)
         if recipe.lora:
             notes.append(_adapted(recipe, encoder))
         notes += method.notes(len(source))

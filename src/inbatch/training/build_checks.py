@@ -50,6 +50,14 @@ def check_views(recipe: Recipe, method: Method, views: int) -> None:
         )
 
 
+def check_momentum(method: Method) -> None:
+    """Raise ValueError if the target network of a method would not be a mean of past weights."""
+    for progress in (0.0, 1.0) if method.target and not method.teacher else ():
+        momentum = method.target_momentum(progress)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"the momentum of the target network is {momentum:g}: choose a number from 0 to 1")
+
+
 def context_and_groups(recipe: Recipe, world: int) -> tuple[int, int]:
     """Return the number of samples in a context group, and the number of groups per rank."""
     if recipe.context == "auto":
