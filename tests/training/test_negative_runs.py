@@ -77,7 +77,8 @@ def test_recipe_command_and_description(kind: str, videos: Path) -> None:
 @pytest.mark.parametrize("by", ["group", "features"])
 def test_resuming_is_bit_exact(by: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = TINY | {"epochs": 3, "quiet": True, "negatives": "drop-similar"}
-    fields["settings"] = {"group_column": "video", "negatives.by": by, "negatives.threshold": 0.6}
+    fields["settings"] = {"group_column": "video", "negatives.by": by}
+    fields["settings"] |= {"negatives.threshold": 0.6} if by == "features" else {}
     inbatch.pretrain(videos, "simclr", out=tmp_path / "whole", **fields)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 4)
@@ -96,6 +97,8 @@ BAD = {
     "negatives hard has no setting 'threshold'": {"negatives": "hard", "settings": {"negatives.threshold": 0.9}},
     "there is no negatives.name": {"settings": {"negatives.threshold": 0.9}},
     "negatives.threshold = 1.5 is a cosine": {"negatives": "drop-similar", "settings": {"negatives.threshold": 1.5}},
+    "negatives.threshold = 0.6 is a cosine of features, and near duplicates are those of the groups of video": {
+        "negatives": "drop-similar", "settings": {"negatives.threshold": 0.6, "group_column": "video"}},
     "negatives.tau_plus = 1": {"negatives": "debias", "settings": {"negatives.tau_plus": 1.0}},
 }  # fmt: skip
 

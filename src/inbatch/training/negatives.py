@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from inbatch.batch import Batch
-from inbatch.context.negatives import NEGATIVES, DropSimilar
+from inbatch.context.negatives import NEGATIVES, THRESHOLD, DropSimilar
 from inbatch.data import Source
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError
@@ -29,6 +29,11 @@ def check_negatives(recipe: Recipe, source: Source) -> None:
         raise DataError(
             f"negatives.by = group: {source.name} has no groups; name their column (--group-column), or use the "
             "features (negatives.by = features)"
+        )
+    if (threshold := recipe.negatives.options.get("threshold", THRESHOLD)) != THRESHOLD and not embeds(recipe, source):
+        raise ConfigError(
+            f"negatives.threshold = {threshold:g} is a cosine of features, and near duplicates are those of the groups "
+            f"of {recipe.group_column}: leave it out, or set negatives.by=features"
         )
 
 
