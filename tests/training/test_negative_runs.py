@@ -24,7 +24,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write 48 images of 12 groups to a file."""
     file = tmp_path_factory.mktemp("data") / "v.npz"
     images = np.random.default_rng(0).integers(256, size=(48, 12, 12, 3), dtype=np.uint8)
-    np.savez(file, images=images, labels=np.arange(48) % 3, video=np.arange(48) // 4)
+    np.savez(file, images=images, labels=np.arange(48) % 3, video=np.arange(48) // 4, one=np.zeros(48, int))
     return file
 
 
@@ -109,5 +109,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(videos: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             api.prepare(videos, given.pop("method", "simclr"), **TINY, **given)
         assert message in str(refused.value)
+    with pytest.raises(DataError, match=r"all 48 images of .* are of one group of one, so that none is a negative"):
+        api.prepare(videos, "simclr", **TINY, negatives="drop-similar", settings={"group_column": "one"})
     with pytest.raises(DataError, match=r"has no groups; name their column \(--group-column\)"):
         api.prepare(videos, "simclr", **TINY, negatives="drop-similar", settings={"negatives.by": "group"})

@@ -30,7 +30,19 @@ def check_negatives(recipe: Recipe, source: Source) -> None:
             f"negatives.by = group: {source.name} has no groups; name their column (--group-column), or use the "
             "features (negatives.by = features)"
         )
-    if (threshold := recipe.negatives.options.get("threshold", THRESHOLD)) != THRESHOLD and not embeds(recipe, source):
+    if name == "drop-similar" and not embeds(recipe, source):
+        _check_groups(recipe, source)
+
+
+def _check_groups(recipe: Recipe, source: Source) -> None:
+    """Raise an error if an option is of features while known groups are used, or if these leave no negative."""
+    assert recipe.negatives is not None and source.groups is not None
+    if bool((source.groups == source.groups[0]).all()) and int(source.groups[0]) >= 0:
+        raise DataError(
+            f"all {len(source):,} images of {source.name} are of one group of {recipe.group_column}, so that none is a "
+            "negative of another: name another column, or leave out negatives drop-similar"
+        )
+    if (threshold := recipe.negatives.options.get("threshold", THRESHOLD)) != THRESHOLD:
         raise ConfigError(
             f"negatives.threshold = {threshold:g} is a cosine of features, and near duplicates are those of the groups "
             f"of {recipe.group_column}: leave it out, or set negatives.by=features"

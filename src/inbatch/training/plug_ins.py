@@ -52,8 +52,8 @@ def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -
     grouped = recipe.negatives is not None and recipe.negatives.name == "drop-similar" and not embeds(recipe, source)
     if source.groups is not None and not grouped and (recipe.sampler is None or recipe.sampler.name != "apart"):
         notes.append(
-            f"group_column = {recipe.group_column}: this run does not use the groups; --sampler apart and --negatives "
-            "drop-similar do"
+            f"group_column = {recipe.group_column}: this run does not use the groups; --sampler apart does, and "
+            "--negatives drop-similar, unless negatives.by=features"
         )
     if sampler is not None and (sampler.neighbours or sampler.clusters) and steps <= loader.steps:
         notes.append(
