@@ -24,6 +24,8 @@ def test_resuming_is_bit_exact(brief: None, tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 7)
         tiny("simclr", tmp_path / "cut", sampler="neighbours", settings=HARD, epochs=2)
+    with pytest.raises(ConfigError, match=r"keeps its recipe: sampler\.name = 'apart' \(the run has 'neighbours'\)"):
+        tiny("simclr", tmp_path / "cut", sampler="apart", resume=True)
     tiny("simclr", tmp_path / "cut", resume=True)
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
     near = saved(tmp_path / "whole")["sampler"]["near"]
