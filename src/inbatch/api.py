@@ -210,7 +210,7 @@ def dry_run(
         smaller = smaller_choices(built) if built.total * seconds > 3600 and plan.recipe.budget is None else []
         lines = [describe(built), *built.encoder.init_notes]
         lines += [plan.context.sentence()] if plan.context else []
-        lines += [*(plan.choice.sentences() if plan.choice else ()), expectation(built, seconds)]
+        lines += [*(plan.choice.sentences() if plan.choice else ()), *built.notes, expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
         return {
             "recipe": built.recipe.nested(),

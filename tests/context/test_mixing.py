@@ -172,7 +172,8 @@ BAD = {
     "mix.region = 1.5 is a probability": ("simclr", "unmix", {"mix.region": 1.5}),
     "mix.weight = -1 must be a finite": ("simclr", "mixco", {"mix.weight": -1}),
     "mix.temperature = 0.1: byol has no temperature": ("byol", "mixco", {"mix.temperature": 0.1}),
-    "into halves: 5 is not a multiple of 2": ("simclr", "mixco", {"context": 5, "batch_size": 10}),
+    "choose a multiple of 2 from 4 on, not 5": ("simclr", "mixco", {"context": 5, "batch_size": 10}),
+    "choose a multiple of 2 from 4 on, not 2": ("simclr", "mixco", {"context": 2, "batch_size": 10}),
     "supcon compares a mixed view with another plain view": ("supcon", "imix", {"views.name": "plain"}),
     "mix.alpha is set, but there is no mix.name: imix": ("simclr", None, {"mix.alpha": 1}),
 }

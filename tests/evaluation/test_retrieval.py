@@ -10,6 +10,7 @@ import torch
 from golden_vectors import Case
 from torch import Tensor
 
+from inbatch.apps.cli.output import judged_by
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, evaluate, retrieval
 
@@ -74,3 +75,14 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
         retrieval(embeddings(rows, [0, 0, 1, 1]), (0,))
     bank = embeddings(rows, [0, 0, 1, 1])
     assert evaluate(None, bank, bank, protocols=["retrieval"])["retrieval"]["split"] == "test"
+
+
+def test_the_user_reads_recall_and_how_many_images_count() -> None:
+    """Under the table, which has the mean average precision: an image alone in its class is no query."""
+    rows = torch.eye(5)[:, :4] + 1
+    found = {"test": {"labelled": 5}, "retrieval": retrieval(embeddings(rows, [0, 0, 1, 1, 2]), (1, 5))}
+    assert any(
+        line.startswith("Retrieval:  recall ")
+        and line.endswith("% at 5; 4 images as queries; 1 of classes with one image")
+        for line in judged_by(found, "held out")
+    )

@@ -113,6 +113,7 @@ def test_what_groups_there_are() -> None:
     assert candidates(planned(batch_size=24, sync_norm=True)[0], 2) == [4, 6, 8, 12, 24]  # at least two on every rank
     assert candidates(planned(batch_size=24, shuffle_groups=True)[0], 1) == [2, 3, 4, 6, 8, 12]
     assert candidates(planned(batch_size=24, fuse__name="conv")[0], 1) == [4, 6, 8, 12, 24]  # its bottleneck is 4
+    assert candidates(planned(batch_size=24, mix__name="mixco")[0], 1) == [4, 6, 8, 12, 24]  # has halves of two
     with pytest.raises(ConfigError, match="cannot be shared by 5"):
         candidates(recipe, 5)
     with pytest.raises(ConfigError, match="use another batch"):
@@ -120,6 +121,13 @@ def test_what_groups_there_are() -> None:
 
 
 # Real dry steps
+
+
+def test_a_group_that_is_halved_has_dry_steps() -> None:
+    """Half of two samples has no norm statistics."""
+    recipe, source = planned(batch_size=14, mix__name="mixco", encoder__name="tiny", image_size=12)
+    found = auto_context.fit(recipe, source, CPU)
+    assert found.context == 14 and found.meets
 
 
 @pytest.mark.slow

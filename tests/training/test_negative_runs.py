@@ -24,7 +24,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write 48 images of 12 groups to a file."""
     file = tmp_path_factory.mktemp("data") / "v.npz"
     images = np.random.default_rng(0).integers(256, size=(48, 12, 12, 3), dtype=np.uint8)
-    np.savez(file, images=images, labels=np.arange(48) % 3, video=np.arange(48) // 4)
+    np.savez(file, images=images, labels=np.arange(48) % 3, video=np.arange(48) // 4, one=np.zeros(48, int))
     return file
 
 
@@ -77,7 +77,8 @@ def test_recipe_command_and_description(kind: str, videos: Path) -> None:
 @pytest.mark.parametrize("by", ["group", "features"])
 def test_resuming_is_bit_exact(by: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = TINY | {"epochs": 3, "quiet": True, "negatives": "drop-similar"}
-    fields["settings"] = {"group_column": "video", "negatives.by": by, "negatives.threshold": 0.6}
+    fields["settings"] = {"group_column": "video", "negatives.by": by}
+    fields["settings"] |= {"negatives.threshold": 0.6} if by == "features" else {}
     inbatch.pretrain(videos, "simclr", out=tmp_path / "whole", **fields)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 4)
@@ -96,6 +97,8 @@ BAD = {
     "negatives hard has no setting 'threshold'": {"negatives": "hard", "settings": {"negatives.threshold": 0.9}},
     "there is no negatives.name": {"settings": {"negatives.threshold": 0.9}},
     "negatives.threshold = 1.5 is a cosine": {"negatives": "drop-similar", "settings": {"negatives.threshold": 1.5}},
+    "negatives.threshold = 0.6 is a cosine of features, and near duplicates are those of the groups of video": {
+        "negatives": "drop-similar", "settings": {"negatives.threshold": 0.6, "group_column": "video"}},
     "negatives.tau_plus = 1": {"negatives": "debias", "settings": {"negatives.tau_plus": 1.0}},
 }  # fmt: skip
 
@@ -106,5 +109,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(videos: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             api.prepare(videos, given.pop("method", "simclr"), **TINY, **given)
         assert message in str(refused.value)
+    with pytest.raises(DataError, match=r"all 48 images of .* are of one group of one, so that none is a negative"):
+        api.prepare(videos, "simclr", **TINY, negatives="drop-similar", settings={"group_column": "one"})
     with pytest.raises(DataError, match=r"has no groups; name their column \(--group-column\)"):
         api.prepare(videos, "simclr", **TINY, negatives="drop-similar", settings={"negatives.by": "group"})

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run as run_line
@@ -23,6 +24,8 @@ def test_resuming_is_bit_exact(brief: None, tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 7)
         tiny("simclr", tmp_path / "cut", sampler="neighbours", settings=HARD, epochs=2)
+    with pytest.raises(ConfigError, match=r"keeps its recipe: sampler\.name = 'apart' \(the run has 'neighbours'\)"):
+        tiny("simclr", tmp_path / "cut", sampler="apart", resume=True)
     tiny("simclr", tmp_path / "cut", resume=True)
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
     near = saved(tmp_path / "whole")["sampler"]["near"]
@@ -51,6 +54,33 @@ def composed_at_random() -> list[int]:
     return torch.cat([batch.index for batch in built.loader.epoch(1)]).tolist()
 
 
+def test_the_user_reads_what_has_no_effect(tmp_path: Path) -> None:
+    """Neighbours in the only epoch, and groups that no plug-in uses; a dry run has all sentences of a run."""
+    file = tmp_path / "v.npz"
+    np.savez(file, images=np.random.default_rng(0).integers(256, size=(16, 8, 8, 3), dtype=np.uint8),
+             video=[0] * 6 + list(range(10)))  # fmt: skip
+    fields: dict[str, Any] = {
+        "encoder": "tiny",
+        "batch_size": 4,
+        "image_size": 8,
+        "settings": {"group_column": "video"},
+    }
+
+    def said(**more: Any) -> str:
+        dry = api.dry_run(file, "simclr", **fields | more)["description"]
+        return " ".join(dry.split())
+
+    idle, unused = "The sampler has no effect", "group_column = video: this run does not use the groups"
+    alone = said(epochs=1, sampler="neighbours")
+    assert idle in alone and unused in alone
+    assert idle not in said(epochs=2, sampler="neighbours") and unused in said(epochs=1)
+    apart = said(epochs=1, sampler="apart")
+    assert unused not in apart and idle not in apart and "leaves out 4 images" in apart
+    assert unused not in said(epochs=1, negatives="drop-similar")
+    by_features = fields["settings"] | {"negatives.by": "features"}
+    assert unused in said(epochs=1, negatives="drop-similar", settings=by_features)
+
+
 def test_what_cannot_be_composed_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'balanced'"):
         api.prepare("digits-canvas", sampler="balance")
@@ -58,6 +88,14 @@ def test_what_cannot_be_composed_is_refused() -> None:
         api.prepare("digits-canvas", sampler="neighbours", settings={"sampler.size": 1})
     with pytest.raises(DataError, match="keeps groups apart, but digits-canvas has none"):
         api.prepare("digits-canvas", sampler="apart")
+    with pytest.raises(ConfigError, match=r"sampler\.by = class balances classes: leave them out"):
+        api.prepare("digits-canvas", sampler="balanced", settings={"sampler.every": 2})
+    with pytest.raises(ConfigError, match=r"at most sampler\.candidates = 16 neighbours of it; choose at least 19"):
+        api.prepare("digits-canvas", sampler="neighbours", settings={"sampler.size": 20})
+    with pytest.raises(ConfigError, match=r"sampler apart has no setting 'by'; there are none"):
+        api.prepare("digits-canvas", sampler="apart", settings={"sampler.by": "class"})
+    with pytest.raises(ConfigError, match=r"sampler\.name = 'mine:Sampler' is unknown"):
+        api.prepare("digits-canvas", sampler="mine:Sampler")
     assert set(SAMPLERS) == {"balanced", "apart", "neighbours"}
     done = run_line("pretrain --data digits-canvas --sampler balanced --epochs 1 --dry-run")
-    assert done.exit_code == 0 and "balanced, by class, num_clusters 100, every 1; 10 batches" in done.stdout
+    assert done.exit_code == 0 and "balanced, by class; 10 batches" in done.stdout

@@ -50,6 +50,7 @@ class Mixer:
     first_only: of the views that the online network learns from, only the first is mixed.
     every_key: a mixed view is compared with the keys of all views, also with those of its own view.
     candidates: see `batch.Mixture`.
+    parts: number of parts of equal size that a group is divided into.
     weight: of the loss of mixed images, if it is added.
     temperature: of the similarities of mixed rows; None is the method's.
     """
@@ -58,12 +59,13 @@ class Mixer:
     first_only: ClassVar[bool] = False
     every_key: ClassVar[bool] = False
     candidates: ClassVar[Literal["batch", "own"]] = "batch"
+    parts: ClassVar[int] = 1
     weight: float = 1.0
     temperature: float | None = None
 
     def size(self, group: int) -> int:
         """Return the number of mixed images of a group."""
-        return group
+        return group // self.parts
 
     def draw(self, key: int, places: Int[Tensor, "groups g"], side: tuple[int, int]) -> Draw:
         """Return the pairs of a view.
@@ -117,14 +119,11 @@ class MixCo(Mixer):
     temperature: of the similarities of mixed rows; null is that of the method.
     """
 
-    replaces = False
+    replaces, parts = False, 2
 
     def __init__(self, weight: float = 1.0, temperature: float | None = None) -> None:
         self.weight = _positive("mix.weight", weight)
         self.temperature = None if temperature is None else _positive("mix.temperature", temperature)
-
-    def size(self, group: int) -> int:
-        return group // 2
 
     def draw(self, key: int, places: Int[Tensor, "groups g"], side: tuple[int, int]) -> Draw:
         half = self.size(places.shape[1])

@@ -14,6 +14,8 @@ from inbatch.errors import ConfigError
 Gather = Callable[[Tensor, int], Tensor]
 """Join every rank's part of a tensor along a dimension."""
 
+THRESHOLD = 0.95
+"""Default cosine from which on samples are near duplicates."""
 _HELD = 2**22
 """Maximum number of similarities in memory at once, for batches of any size."""
 
@@ -63,9 +65,9 @@ class DropSimilar:
     tau_plus: float | None = None
     beta = 0.0
 
-    def __init__(self, by: Literal["auto", "group", "features"] = "auto", threshold: float = 0.95) -> None:
+    def __init__(self, by: Literal["auto", "group", "features"] = "auto", threshold: float = THRESHOLD) -> None:
         if not 0 < threshold <= 1:
-            raise ConfigError(f"negatives.threshold = {threshold} is a cosine above 0, at most 1")
+            raise ConfigError(f"negatives.threshold = {threshold:g} is a cosine: choose a number above 0, at most 1")
         self.by, self.threshold = by, threshold
 
     def prepare(self, embed: Callable[[Batch], Tensor] | None) -> None:
@@ -100,9 +102,9 @@ class Hard:
 
     def __init__(self, tau_plus: float = 0.1, beta: float = 1.0) -> None:
         if not 0 <= tau_plus < 1:
-            raise ConfigError(f"negatives.tau_plus = {tau_plus} is a probability of at least 0 and below 1")
+            raise ConfigError(f"negatives.tau_plus = {tau_plus:g} is a probability: choose a number from 0 to below 1")
         if not 0 <= beta < float("inf"):
-            raise ConfigError(f"negatives.beta = {beta} is at least 0, and finite")
+            raise ConfigError(f"negatives.beta = {beta:g} must be finite and at least 0")
         self.tau_plus, self.beta = tau_plus, beta
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inbatch import rng
 from inbatch.data.source import Source
-from inbatch.errors import DataError, check_whole, many
+from inbatch.errors import ConfigError, DataError, check_whole, many
 
 
 class Sampler(nn.Module):
@@ -75,8 +75,13 @@ class Balanced(Sampler):
 
     def __init__(self, by: Literal["class", "cluster"] = "class", num_clusters: int = 100, every: int = 1) -> None:
         super().__init__()
-        check_whole("sampler.num_clusters", num_clusters, 1)
+        check_whole("sampler.num_clusters", num_clusters, 2)
         check_whole("sampler.every", every, 1)
+        if by == "class" and (num_clusters, every) != (100, 1):
+            raise ConfigError(
+                "sampler.num_clusters and sampler.every are of clusters, and sampler.by = class balances classes: "
+                "leave them out, or set sampler.by=cluster"
+            )
         self.by, self.num_clusters, self.every = by, num_clusters, every
         self.register_buffer("group", torch.zeros(0, dtype=torch.int32), persistent=by == "cluster")
 
@@ -215,6 +220,11 @@ class Neighbours(Sampler):
         check_whole("sampler.size", size, 2)
         check_whole("sampler.candidates", candidates, 1)
         check_whole("sampler.every", every, 1)
+        if size > candidates + 1:
+            raise ConfigError(
+                f"sampler.size = {size}: a set is an image and at most sampler.candidates = {candidates} neighbours of "
+                f"it; choose at least {size - 1} candidates, or a size of at most {candidates + 1}"
+            )
         self.size, self.candidates, self.every = size, candidates, every
         self.register_buffer("near", torch.zeros(0, dtype=torch.int32))
 

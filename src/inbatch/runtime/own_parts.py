@@ -27,6 +27,8 @@ from inbatch.errors import ConfigError, closest, reason
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*")
 _GROUPS = {"method": "inbatch.methods", "encoder": "inbatch.encoders", "source": "inbatch.sources"}
 """Part -> group of the entry points of installed packages."""
+_OWN = ("method", "encoder", "views", "optimizer", "source", "callback")
+"""Parts that can be code of the user."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ def find(part: str, name: object) -> OwnPart | None:
 
 
 def demand(part: str, name: object) -> ConfigError:
-    """Return the error for a part of the user that is not in use."""
+    """Return the error for a part of the user that is not in use, or that cannot be code of the user."""
     part = part.split()[0]
+    if part not in _OWN:
+        return ConfigError(f"{part}.name = {name!r} is unknown: code of your own can be {', '.join(_OWN)}")
     keyword = "callbacks" if part == "callback" else part
     return ConfigError(
         f"the {part} {name} is code of your own, which is never imported because a file or a setting names it: type "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from inbatch.context.mixing import MIXERS
 from inbatch.data import Source
 from inbatch.errors import ConfigError
 from inbatch.runtime import distributed
@@ -145,6 +146,7 @@ def candidates(recipe: Recipe, world: int) -> list[int]:
         ConfigError: If there is none.
     """
     share, apart = local_batch_size(recipe, world), world if recipe.sync_norm else 1
+    apart *= MIXERS[recipe.mix.name].parts if recipe.mix else 1
     least = max(2 * apart, recipe.fuse.options.get("bottleneck", 0) if recipe.fuse else 0)
     sizes = [c for c in range(least, share + 1) if share % c == 0 and c % apart == 0]
     if recipe.shuffle_groups:  # a single group cannot be shuffled
@@ -223,7 +225,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         context=best, share=local_batch_size(recipe, distributed.world()), needed=predict(tried, best), free=free,
         how=how,
         larger=(larger, more if more < FULL else None) if larger else None, noisy=trial.norm and best < SMALL,
-        meets=trial.norm or recipe.fuse is not None or recipe.attend is not None,
+        meets=trial.norm or any(part is not None for part in (recipe.fuse, recipe.attend, recipe.mix)),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from inbatch.training.build_checks import check_momentum, check_recipe, check_vi
 from inbatch.training.checkpoint_recipe import run_facts
 from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
-from inbatch.training.plug_ins import curator_of, fusion, mixer_of
+from inbatch.training.plug_ins import curator_of, fusion, mixer_of, without_effect
 from inbatch.training.presets import method_named
 from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
@@ -125,7 +125,8 @@ def build(
     )  # fmt: skip
     return RunComponents(
         recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
-        timeline, (*parts.notes, *(loader.sampler.notes() if loader.sampler else ())),
+        timeline, (*parts.notes, *(loader.sampler.notes() if loader.sampler else ()),
+                   *without_effect(recipe, source, loader, timeline.total)),
     )  # fmt: skip
 
 

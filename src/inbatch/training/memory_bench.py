@@ -90,7 +90,8 @@ class MemoryBench:
             counted = memory["sum"] - memory["pixels_of_a_batch"] - memory["rows_of_a_batch"]
             if dry and before is not None:
                 samples = context // (self.world if self.recipe.sync_norm else 1)
-                dry_step(built, 2, side, plain=True)  # from here on, gradients and optimiser state are allocated
+                # From here on, gradients and optimiser state are allocated. Halves of 4 samples have norm statistics.
+                dry_step(built, min(samples, 4), side, plain=True)
                 forget_peak(self.device)
                 began = time.perf_counter()
                 dry_step(built, samples, side)

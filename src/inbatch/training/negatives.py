@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from inbatch.batch import Batch
-from inbatch.context.negatives import NEGATIVES, DropSimilar
+from inbatch.context.negatives import NEGATIVES, THRESHOLD, DropSimilar
 from inbatch.data import Source
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError
@@ -29,6 +29,23 @@ def check_negatives(recipe: Recipe, source: Source) -> None:
         raise DataError(
             f"negatives.by = group: {source.name} has no groups; name their column (--group-column), or use the "
             "features (negatives.by = features)"
+        )
+    if name == "drop-similar" and not embeds(recipe, source):
+        _check_groups(recipe, source)
+
+
+def _check_groups(recipe: Recipe, source: Source) -> None:
+    """Raise an error if an option is of features while known groups are used, or if these leave no negative."""
+    assert recipe.negatives is not None and source.groups is not None
+    if bool((source.groups == source.groups[0]).all()) and int(source.groups[0]) >= 0:
+        raise DataError(
+            f"all {len(source):,} images of {source.name} are of one group of {recipe.group_column}, so that none is a "
+            "negative of another: name another column, or leave out negatives drop-similar"
+        )
+    if (threshold := recipe.negatives.options.get("threshold", THRESHOLD)) != THRESHOLD:
+        raise ConfigError(
+            f"negatives.threshold = {threshold:g} is a cosine of features, and near duplicates are those of the groups "
+            f"of {recipe.group_column}: leave it out, or set negatives.by=features"
         )
 
 

@@ -10,6 +10,7 @@ from inbatch.batch import Batch
 from inbatch.context.curation import CURATORS, Curator
 from inbatch.context.fusion import FUSIONS, Fusion
 from inbatch.context.mixing import MIXERS, Mixer
+from inbatch.data import Loader, Source
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
@@ -18,6 +19,7 @@ from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.runtime import distributed
 from inbatch.training.mixing import compared_views
+from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 
 
@@ -42,6 +44,23 @@ def fusion(
     arguments: dict[str, Any] = {"group": context, "size": sizes.pop(), "mean": encoder.mean, "std": encoder.std}
     make_fusion: Any = FUSIONS[recipe.fuse.name]
     return make_fusion(**arguments, **recipe.fuse.options), fused
+
+
+def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -> list[str]:
+    """Return a sentence for the user for every plug-in or column that this run of so many steps does not use."""
+    notes, sampler = [], loader.sampler
+    grouped = recipe.negatives is not None and recipe.negatives.name == "drop-similar" and not embeds(recipe, source)
+    if source.groups is not None and not grouped and (recipe.sampler is None or recipe.sampler.name != "apart"):
+        notes.append(
+            f"group_column = {recipe.group_column}: this run does not use the groups; --sampler apart does, and "
+            "--negatives drop-similar, unless negatives.by=features"
+        )
+    if sampler is not None and (sampler.neighbours or sampler.clusters) and steps <= loader.steps:
+        notes.append(
+            "The sampler has no effect: the first epoch has a random order, and the run has no other one. Train for "
+            "more epochs"
+        )
+    return notes
 
 
 def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device) -> Curator | None:
@@ -90,6 +109,9 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
             f"{recipe.views.name} draws {views}: choose other views (--set views.name=simclr)"
         )
     ranks = distributed.world() if recipe.sync_norm else 1
-    if mixer.size(context) != context and context % (2 * ranks):
-        raise ConfigError(f"{flag} divides a context into halves: {context} is not a multiple of {2 * ranks}")
+    if mixer.parts > 1 and (context % (mixer.parts * ranks) or mixer.size(context) < 2 * ranks):
+        raise ConfigError(
+            f"{flag} divides a context into halves of at least 2 samples on every rank: choose a multiple of "
+            f"{mixer.parts * ranks} from {2 * mixer.parts * ranks} on, not {context}"
+        )
     return mixer

@@ -253,4 +253,4 @@ def nearest(word: Any, known: Iterable[str], usual: bool = True) -> str:
     if usual and isinstance(word, str) and word in USUAL:
         return f": did you mean {USUAL[word]!r}?"
     close = closest(shown(word).strip("'"), known)
-    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}"

@@ -20,6 +20,7 @@ from inbatch.training.data_places import check_same_images, images_signature, lo
 from inbatch.training.own_requests import check_own_parts
 from inbatch.training.plan import RunPlan
 from inbatch.training.recipe import Recipe, Settings, make
+from inbatch.training.registry import OPTIONAL
 from inbatch.training.run import Run, load_run
 from inbatch.training.settings_file import read_file, read_settings
 from inbatch.training.side_files import FILES, FOLDERS, report_of
@@ -106,6 +107,14 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
     return RunPlan(recipe, source, opened, here=here)
 
 
+def _with(settings: Settings, key: str, value: Any) -> Settings:
+    """Return the settings with another value; a part with another name loses its options, which are of the former."""
+    part, _, option = key.partition(".")
+    if option == "name" and part in OPTIONAL:
+        settings = {name: x for name, x in settings.items() if not name.startswith(f"{part}.")}
+    return settings | {key: value}
+
+
 def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings) -> Any:
     """Return the current place of a run's images, None for the known one; check that other settings are the run's."""
     check_own_parts(recipe)
@@ -117,7 +126,7 @@ def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings
     for key, value in requested.items():
         if (key, value) in (("context", "auto"), ("cache_on_device", None)):
             continue  # these were chosen when the run started; another value would make it a different run
-        if flat.get(key) != value and make(read_settings(saved) | {key: value}).flat() != flat:
+        if flat.get(key) != value and make(_with(read_settings(saved), key, value)).flat() != flat:
             changed[key] = value
     if changed:
         what = ", ".join(f"{k} = {v!r} (the run has {flat.get(k)!r})" for k, v in changed.items())

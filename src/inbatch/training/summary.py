@@ -105,7 +105,8 @@ def _plugins(built: RunComponents) -> dict[str, str]:
         )
         lines["mix"] = f"{r.mix.name} of view {mixed} in groups of {built.context}; plain: {plain or 'none'}"
     if r.sampler is not None:
-        options = "".join(f", {key} {value}" for key, value in r.sampler.options.items())
+        used = {"by"} if r.sampler.options.get("by") == "class" else set(r.sampler.options)
+        options = "".join(f", {key} {value}" for key, value in r.sampler.options.items() if key in used)
         lines["sampler"] = f"{r.sampler.name}{options}; {built.loader.steps:,} batches in an epoch"
     if r.crops != "default":
         lines["crops"] = r.crops

@@ -84,6 +84,10 @@ def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
     lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
     if balanced := [f"{name} {one['balanced']:.1%}" for name, one in _per_class(found).items()]:
         lines.append(f"Balanced:   {', '.join(balanced)} (mean over the classes: {classes:,})")
+    if one := found.get("retrieval"):
+        recall = ", ".join(f"{value:.1%} at {k}" for k, value in one["recall"].items())
+        alone = f"; {one['left_out']:,} of classes with one image" if one["left_out"] else ""
+        lines.append(f"Retrieval:  recall {recall}; {many(one['queries'], 'image')} as queries{alone}")
     for name, one in (("clustering", found.get("clustering", {})), ("the head", found.get("head", {}))):
         if one.get("used", 0) < one.get("clusters", 0):
             lines.append(f"Note:       {name} found {one['used']:,} of {one['clusters']:,} clusters; others are empty")
