@@ -498,11 +498,12 @@ def test_every_method(
 ) -> None:
     """Finite loss and gradient through the registry; rows with nan or infinity never give a number."""
     name = small.VARIANTS[variant][0]
-    heated = {"temperature": t} if "temperature" in inspect.signature(METHODS[name]).parameters else {}
+    options = inspect.signature(METHODS[name]).parameters
+    heated = {option: t for option in ("temperature", "tau_min", "tau_max") if option in options}
     method, views, n = small.create(variant, **heated), small.views_of(variant), 8
     heads = method.heads(12)
     width = {"classifier": 3, "clusters": 3, "prototypes": 6, "projection": 8, "prediction": 8,
-             "features": 12}  # fmt: skip
+             "features": 12, "scaled": 10}  # fmt: skip
     width["projection"] = 2 if name == "wmse" else 8
     assert set(method.online) <= set(width) and heads
 

@@ -178,7 +178,7 @@ def test_extreme_rows_have_finite_loss_and_gradient(variant: str, kind: str, dty
     online, target, batch = rows(variant)
     online, target = ({name: KINDS[kind](x).to(dtype) for name, x in some.items()} for some in (online, target))
     options = inspect.signature(METHODS[VARIANTS[variant][0]]).parameters
-    coldest = {"temperature": 0.01} if "temperature" in options else {}
+    coldest = {name: 0.01 for name in ("temperature", "tau_min") if name in options}
     if variant.startswith("vicreg") and kind == "large":
         online = {name: x.float() for name, x in online.items()}  # its gradient grows with the cube of the rows
     method, leaves = create(variant, **coldest), learnable(online)
