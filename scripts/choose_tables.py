@@ -4,7 +4,8 @@
 
 Reads every committed record that has a curve with k-NN and measures without labels: results/records (the papers'
 tables), results/methods, results/plugins, single runs in results, and results/choose.json (measure_choose.py). Older
-records have no LiDAR and alpha-ReQ. A test compares the page, and the figures that `inbatch choose` quotes, with the records.
+records have no LiDAR and alpha-ReQ. A test compares the page, and the figures that `inbatch choose` quotes, with the
+records.
 """
 
 import json
