@@ -4,6 +4,7 @@ The order of an epoch is a pure function of (seed, epoch), the data and the feat
 same on every rank and after a resume.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -104,18 +105,18 @@ class Balanced(Sampler):
     def order(self, epoch: int) -> Int[Tensor, "m"]:
         places, sizes = self.group.argsort(stable=True), self.group.bincount()
         members = [part.tolist() for part in places.split(sizes.tolist()) if len(part)]
-        decks = [_Deck(images, partial(self.generator, epoch, 0, i)) for i, images in enumerate(members)]
+        cycles = [_Cycle(images, partial(self.generator, epoch, 0, i)) for i, images in enumerate(members)]
         shares, batches = _shares([len(images) for images in members], self.batch), []
         for step in range(self.steps):
-            drawn = [deck.draw(count) for deck, count in zip(decks, shares(step), strict=True)]
-            images = torch.tensor([image for hand in drawn for image in hand])
-            turn = torch.tensor([place for hand in drawn for place in range(len(hand))])
+            drawn = [cycle.draw(count) for cycle, count in zip(cycles, shares(step), strict=True)]
+            images = torch.tensor([image for part in drawn for image in part])
+            turn = torch.tensor([place for part in drawn for place in range(len(part))])
             mixed = torch.randperm(len(images), generator=self.generator(epoch, 1, step))
             batches.append(images[mixed][turn[mixed].argsort(stable=True)])  # context groups are balanced, too
         return torch.cat(batches)
 
 
-class _Deck:
+class _Cycle:
     """The images of a class: each is drawn once in random order, then all again; one draw repeats no image."""
 
     def __init__(self, images: list[int], generator: Callable[[int], torch.Generator]) -> None:
@@ -139,11 +140,8 @@ class _Deck:
 
 def _shares(sizes: list[int], batch: int) -> Callable[[int], list[int]]:
     """Return the function of the step that gives the samples of each class in its batch: as equal as possible."""
-    least, most = 0, batch
-    while least < most:  # the largest number that every class, if it is large enough, can have
-        middle = (least + most + 1) // 2
-        fits = sum(min(size, middle) for size in sizes) <= batch
-        least, most = (middle, most) if fits else (least, middle - 1)
+    # The largest number that every class, if it has so many images, can have: bisect counts the numbers that fit.
+    least = bisect_left(range(1, batch + 1), True, key=lambda n: sum(min(size, n) for size in sizes) > batch)
     equal = [min(size, least) for size in sizes]
     larger, rest = [i for i, size in enumerate(sizes) if size > least], batch - sum(equal)
 
@@ -172,11 +170,8 @@ class Apart(Sampler):
         alone = group.max() + 1 + torch.arange(len(group))
         self.group = group.where(group >= 0, alone).unique(return_inverse=True)[1]
         sizes = self.group.bincount()
-        least, most = 0, self.steps
-        while least < most:  # the largest number of full batches
-            middle = (least + most + 1) // 2
-            fits = int(sizes.clamp(max=middle).sum()) >= middle * batch
-            least, most = (middle, most) if fits else (least, middle - 1)
+        # The largest number of full batches.
+        least = bisect_left(range(1, self.steps + 1), True, key=lambda n: int(sizes.clamp(max=n).sum()) < n * batch)
         if not least:
             raise DataError(
                 f"the {self.images:,} images of {source.name} are of {many(len(sizes), 'group')}, and a batch of "
@@ -191,7 +186,7 @@ class Apart(Sampler):
         sizes = self.group[drawn].unique_consecutive(return_counts=True)[1]
         first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         drawn = drawn[torch.arange(self.images) - first < self.steps][: self.steps * self.batch]
-        # As cards are dealt: the next image of a group goes to the next batch.
+        # The next image of a group goes to the next batch.
         return drawn.view(self.batch, self.steps).T.flatten()
 
     def notes(self) -> list[str]:
