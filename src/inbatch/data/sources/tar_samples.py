@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,9 +22,12 @@ from inbatch.data.source import Reading
 from inbatch.data.sources.folder import EXTENSIONS
 from inbatch.data.sources.labels import NO_LABELS, Distinct, Unusable
 from inbatch.data.sources.packed_names import Names
+from inbatch.data.sources.shard_files import open_shard, place_of, reached, shard_key
+from inbatch.data.sources.shard_index import Entry, cached_entries
 from inbatch.data.sources.split_names import split_of
-from inbatch.errors import DataError
-from inbatch.runtime.files import open_regular
+from inbatch.errors import DataError, InbatchError
+from inbatch.runtime.remote import Url
+from inbatch.runtime.thread_map import thread_map
 
 _IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
 _LABEL_BYTES = 2**20  # maximum size of a label; a longer one is not read
@@ -40,6 +44,7 @@ class Members:
         extensions: Position of their extension, behind the first dot of the name, in `kinds`.
         labels: Position of their label in `distinct.values`; -1 for unknown.
         first: Position of the first member of every shard, and the number of all members.
+        keys_of_shards: What identifies the content of every shard (`shard_files.shard_key`).
         kinds: Extensions of images.
         folders: Folders of the images, without those below the third level.
         distinct: The labels that occur.
@@ -53,6 +58,7 @@ class Members:
     extensions: array = field(default_factory=lambda: array("q"))
     labels: array = field(default_factory=lambda: array("q"))
     first: list[int] = field(default_factory=lambda: [0])
+    keys_of_shards: list[str] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     distinct: Distinct = field(default_factory=Distinct)
@@ -134,9 +140,12 @@ def _check_clear(
 
 def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Reading) -> Members:
     """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
-    members = Members()
-    for shard in shards:
-        _read_shard(os.fspath(shard), members, reading)
+    members, places = Members(), [*map(place_of, shards)]
+    remote = any(isinstance(place, Url) for place in places)  # threads wait for the network
+    parts = (thread_map if remote else map)(partial(_contents, column=reading.label_column), places)
+    for key, entries in parts:
+        members.keys_of_shards.append(key)
+        _add(entries, members, reading)
     _check_one_split(members.folders, name)
     column = reading.label_column
     if column not in (None, NO_LABELS) and not members.distinct.values:
@@ -177,45 +186,66 @@ def _parts(name: str) -> _Name:
     return _Name(f"{folder}/{key}", f"{folder}/{stem}", extension.lower(), kind.lower())
 
 
-def _read_shard(shard: str, members: Members, reading: Reading) -> None:
+def _contents(place: str, column: str | None) -> tuple[str, Iterable[Entry]]:
+    """Return the key of a shard and its members; those of a URL are kept in the cache."""
+    key = shard_key(place)
+    if isinstance(place, Url):
+        return key, cached_entries(place, key, column, lambda: _entries(place, column))
+    return key, _entries(place, column)
+
+
+def _entries(place: str, column: str | None) -> Iterator[Entry]:
+    """Iterate over the plain members of a shard; DataError if it is damaged."""
+    try:
+        with reached(place), open_shard(place) as file:
+            _check_plain(file)
+            for name, member in _plain_members(file):
+                parts = _parts(name)
+                how = None if parts.kind in _IMAGES else _labelled_by(parts, column)
+                yield Entry(name, member.offset_data, member.size, None if how is None else _label(file, member, *how))
+    except InbatchError:
+        raise
+    except Exception as e:  # tarfile can raise any exception on damaged headers
+        raise DataError(f"{str(place)!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
     """Add the images of a shard."""
     keys: dict[str, int] = {}
     labels: dict[str, int] = {}
     images: list[_Name] = []
     before = max(members.keys, default=-1) + 1
-    try:
-        with open_regular(shard) as file:
-            _check_plain(file)
-            for name, member in _plain_members(file, members.skipped):
-                parts = _parts(name)
-                if parts.kind in _IMAGES:
-                    images.append(parts)
-                    members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
-                    members.names.append(name.encode("utf-8", "surrogateescape"))
-                    members.starts.append(member.offset_data)
-                    members.sizes.append(member.size)
-                    members.keys.append(before + keys.setdefault(parts.key, len(keys)))
-                    members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
-                elif (how := _labelled_by(parts, reading.label_column)) is not None:
-                    if (label := _label(file, member, *how)) is not None:
-                        labels[parts.key if parts.extension == reading.label_column else parts.stem] = (
-                            members.distinct.code(label)
-                        )
-                elif parts.kind not in ("cls", "json"):
-                    members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
-    except Exception as e:  # tarfile can raise any exception on damaged headers
-        raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
+    for entry in entries:
+        parts = _parts(entry.name)
+        if any(part.startswith(".") for part in entry.name.split("/")):
+            members.skipped["hidden"] += 1
+        elif parts.kind in _IMAGES:
+            images.append(parts)
+            members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
+            members.names.append(entry.name.encode("utf-8", "surrogateescape"))
+            members.starts.append(entry.start)
+            members.sizes.append(entry.size)
+            members.keys.append(before + keys.setdefault(parts.key, len(keys)))
+            members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
+        elif _labelled_by(parts, reading.label_column) is not None:
+            if entry.label is not None:
+                labels[parts.key if parts.extension == reading.label_column else parts.stem] = members.distinct.code(
+                    entry.label
+                )
+        elif parts.kind not in ("cls", "json"):
+            members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
     members.labels.extend(labels.get(image.stem, labels.get(image.key, -1)) for image in images)
     members.first.append(len(members.names))
 
 
-def _plain_members(file: BinaryIO, skipped: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def _plain_members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Iterate over the names and headers of the files in a shard; raise ValueError if it is damaged."""
-    length = os.fstat(file.fileno()).st_size
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as opened:
         while (member := opened.next()) is not None:
             opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
-            if (name := _allowed(member, skipped)) is None:
+            if (name := _allowed(member)) is None:
                 continue
             if member.offset_data + member.size > length:
                 raise ValueError(f"it is truncated within {name!r}")
@@ -233,8 +263,8 @@ def _check_plain(file: BinaryIO) -> None:
         raise ValueError("it is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar")
 
 
-def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
-    """Return the name of a readable member, None if it is left out; raise ValueError for members that are unsafe."""
+def _allowed(member: tarfile.TarInfo) -> str | None:
+    """Return the name of a plain file, None for a folder; raise ValueError for members that are unsafe."""
     name = member.name.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
@@ -243,9 +273,6 @@ def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
         return None
     if not member.isreg() or member.issparse():
         raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
-    if any(part.startswith(".") for part in parts):
-        skipped["hidden"] += 1
-        return None
     return name
 
 
