@@ -73,7 +73,7 @@ class _Stream:
         self._data: Iterator[Any] = iter(())
 
     def take(self, turn: int) -> tuple[int, Any]:
-        """Return the number and the encoded image that leaves the buffer at a turn; each is read once if all are taken."""
+        """Return the number and the encoded image that leaves the buffer at a turn; turns in order read each once."""
         if turn != self._next:
             self._held = {}
             places = after(self.order, turn)

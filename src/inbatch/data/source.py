@@ -115,9 +115,9 @@ class Source(ABC):
         """
         return None
 
-    def shard_keys(self) -> list[str]:
-        """Return a text for every file with shards that changes with the file."""
-        return []
+    def shard_layout(self) -> str:
+        """Return a text for the places of the images in their shards, if `signature` does not cover them."""
+        return ""
 
     def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
         """Yield the encoded bytes of images, which `unpack` opens; fast if they follow each other in their shards.
@@ -186,8 +186,8 @@ class Subset(Source):
             return None
         return np.diff(np.searchsorted(numbers, np.cumsum([0, *sizes]))).tolist()
 
-    def shard_keys(self) -> list[str]:
-        return self.source.shard_keys()
+    def shard_layout(self) -> str:
+        return self.source.shard_layout()
 
     def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
         return self.source.scan(int(self.indices[i]) for i in numbers)

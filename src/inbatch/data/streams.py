@@ -19,6 +19,9 @@ from inbatch.errors import ConfigError, DataError, many
 PER_RANK = 16
 """Default number of streams of a rank: the largest default number of its workers, so that each has streams."""
 
+READ_BUFFER = 256
+"""Default number of samples in the buffer of a stream."""
+
 _SHARDS, _BUFFER = 31, 32  # keys of the random numbers
 _MASK = 2**64 - 1
 

@@ -71,9 +71,6 @@ class ParquetSource(Source):
     def shard_sizes(self) -> list[int]:
         return np.diff(self._starts).tolist()
 
-    def shard_keys(self) -> list[str]:
-        return self._keys
-
     def scan(self, numbers: Iterable[int]) -> Iterator[bytes | None]:
         for which, part in groupby(numbers, self._group):
             file = self._groups[which][0]

@@ -103,8 +103,8 @@ class Joined(Source):
         parts = [source.shard_sizes() for source in self.sources]
         return None if None in parts else [size for part in parts for size in part or ()]
 
-    def shard_keys(self) -> list[str]:
-        return [key for source in self.sources for key in source.shard_keys()]
+    def shard_layout(self) -> str:
+        return " ".join(source.shard_layout() for source in self.sources)
 
     def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
         for source, part in groupby(map(self._place, numbers), lambda place: place[0]):

@@ -68,8 +68,8 @@ class TarSource(Source):
     def shard_sizes(self) -> list[int]:
         return np.diff(self._first).tolist()
 
-    def shard_keys(self) -> list[str]:
-        return self._keys
+    def shard_layout(self) -> str:
+        return hashlib.sha256(self._starts.tobytes() + self._sizes.tobytes()).hexdigest()
 
     def scan(self, numbers: Iterable[int]) -> Iterator[bytes]:
         for which, part in groupby(numbers, self._which):
