@@ -111,7 +111,7 @@ def figures(parts: Sequence[dict[str, Any]], report: str) -> dict[str, Any]:
             "images": len(every), "different_images": len(np.unique(every)), "seconds": slowest,
             "images_per_second": len(every) / slowest, "checked": all(part["ended"][way] for part in parts),
             "workers_mb_per_100000_images": [
-                slope(part["points"], lambda point, way=way, w=w: point[way][w]) for part in parts for w in range(WORKERS)
+                slope(part["points"], lambda p, way=way, w=w: p[way][w]) for part in parts for w in range(WORKERS)
             ],
         }  # fmt: skip
     told["ratio"] = told["sequential"]["images_per_second"] / told["random"]["images_per_second"]

@@ -78,7 +78,7 @@ class _Stream:
             self._held = {}
             places = after(self.order, turn)
             self._places = iter(places.tolist())
-            self._data = self.source.scan(self.numbers[places].tolist())
+            self._data = self.source.read_shards(self.numbers[places].tolist())
         place = int(self.order[turn])
         while place not in self._held:
             self._held[next(self._places)] = next(self._data)

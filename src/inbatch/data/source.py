@@ -111,7 +111,7 @@ class Source(ABC):
     def shard_sizes(self) -> list[int] | None:
         """Return the numbers of images in the shards that the images are in, in order; None if they are in none.
 
-        A shard (a tar file, a row group of a Parquet file) is read from its beginning to its end by `scan`.
+        A shard (a tar file, a row group of a Parquet file) is read from its beginning to its end by `read_shards`.
         """
         return None
 
@@ -119,7 +119,7 @@ class Source(ABC):
         """Return a text for the places of the images in their shards, if `signature` does not cover them."""
         return ""
 
-    def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
         """Yield the encoded bytes of images, which `unpack` opens; fast if they follow each other in their shards.
 
         Raises:
@@ -128,7 +128,7 @@ class Source(ABC):
         raise NotImplementedError
 
     def unpack(self, i: int, data: Any) -> LazyImage:
-        """Open image i with the bytes from `scan`; raise DataError with its name on failure."""
+        """Open image i with the bytes from `read_shards`; raise DataError with its name on failure."""
         raise NotImplementedError
 
     def skipped(self) -> dict[str, int]:
@@ -189,8 +189,8 @@ class Subset(Source):
     def shard_layout(self) -> str:
         return self.source.shard_layout()
 
-    def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
-        return self.source.scan(int(self.indices[i]) for i in numbers)
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
+        return self.source.read_shards(int(self.indices[i]) for i in numbers)
 
     def unpack(self, i: int, data: Any) -> LazyImage:
         return self.source.unpack(int(self.indices[i]), data)

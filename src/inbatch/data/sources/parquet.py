@@ -42,7 +42,7 @@ class ParquetSource(Source):
     _last: "_Rows | None"
 
     def __init__(
-        self, files: Sequence[Path], name: str, reading: Reading, note: str = "", train: Sequence[Path] = ()
+        self, files: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "", train: Sequence[str | os.PathLike] = ()
     ):  # fmt: skip
         self.levels, self.note, self.files = reading.levels, note, [*map(place_of, files)]
         self._keys = [*map(shard_key, self.files)]
@@ -71,7 +71,7 @@ class ParquetSource(Source):
     def shard_sizes(self) -> list[int]:
         return np.diff(self._starts).tolist()
 
-    def scan(self, numbers: Iterable[int]) -> Iterator[bytes | None]:
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[bytes | None]:
         for which, part in groupby(numbers, self._group):
             file = self._groups[which][0]
             with unchanged(self.files[file], self._keys[file]) as opened, self._reading(which):

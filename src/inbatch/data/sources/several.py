@@ -106,9 +106,9 @@ class Joined(Source):
     def shard_layout(self) -> str:
         return " ".join(source.shard_layout() for source in self.sources)
 
-    def scan(self, numbers: Iterable[int]) -> Iterator[Any]:
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
         for source, part in groupby(map(self._place, numbers), lambda place: place[0]):
-            yield from source.scan(number for _, number, _ in part)
+            yield from source.read_shards(number for _, number, _ in part)
 
     def unpack(self, i: int, data: Any) -> LazyImage:
         source, place, _ = self._place(i)

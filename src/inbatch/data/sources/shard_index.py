@@ -6,6 +6,7 @@ An entry of the cache is one shard: a JSON file with the names, places and label
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +18,8 @@ from inbatch.data.sources.labels import Unusable
 from inbatch.runtime.files import to_json
 
 _FORMAT = 1
+_WRITING = threading.Lock()
+"""Held while an entry is written: the locks of the cache keep processes apart, not threads."""
 
 
 class Entry(NamedTuple):
@@ -55,7 +58,8 @@ def _store(place: Path, entries: list[Entry], name: str) -> None:
         note = {"name": name, "members": zlib.crc32(text)}
         (folder / "entry.json").write_text(to_json(note), "utf-8", errors="backslashreplace")
 
-    cache.write_entry(place, len(text), write)
+    with _WRITING:
+        cache.write_entry(place, len(text), write)
 
 
 def _load(place: Path) -> list[Entry] | None:

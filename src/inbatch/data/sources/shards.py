@@ -7,7 +7,7 @@ lie in a sub-folder, as in a data set that was downloaded from a hub ("data", "p
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,12 @@ class Shards:
     """Files by split.
 
     Attributes:
-        files: Files of each split, in order.
+        files: Files of each split, in order: paths or URLs.
         names: The word that named each split; empty if the files are not divided.
         unused: Number of files that name no split.
     """
 
-    files: dict[str, list[Path]]
+    files: Mapping[str, Sequence[str | os.PathLike]]
     names: dict[str, str]
     unused: int = 0
 

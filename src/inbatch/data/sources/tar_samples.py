@@ -6,31 +6,26 @@ that is a number, or that occurs under one key only, belongs to the key: `IMG.00
 samples.
 """
 
-import json
 import os
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from inbatch.data.source import Reading
-from inbatch.data.sources.folder import EXTENSIONS
-from inbatch.data.sources.labels import NO_LABELS, Distinct, Unusable
+from inbatch.data.sources.labels import NO_LABELS, Distinct
 from inbatch.data.sources.packed_names import Names
-from inbatch.data.sources.shard_files import open_shard, place_of, reached, shard_key
-from inbatch.data.sources.shard_index import Entry, cached_entries
+from inbatch.data.sources.shard_files import place_of
+from inbatch.data.sources.shard_index import Entry
 from inbatch.data.sources.split_names import split_of
-from inbatch.errors import DataError, InbatchError
+from inbatch.data.sources.tar_members import IMAGES, MemberName, labelled_by, parts_of, read_contents
+from inbatch.errors import DataError
 from inbatch.runtime.remote import Url
 from inbatch.runtime.thread_map import thread_map
-
-_IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
-_LABEL_BYTES = 2**20  # maximum size of a label; a longer one is not read
 
 
 @dataclass
@@ -117,7 +112,7 @@ def _ranks(kinds: list[str], kind: np.ndarray, key: np.ndarray) -> tuple[np.ndar
         "." in one and (count == 1 or any(part.isdigit() for part in one.split(".")))
         for one, count in zip(kinds, keys.tolist(), strict=True)
     ], bool)  # fmt: skip
-    rank = [_IMAGES.index(one) if one in _IMAGES else len(_IMAGES) for one in kinds]
+    rank = [IMAGES.index(one) if one in IMAGES else len(IMAGES) for one in kinds]
     return np.array(rank, np.int64), alone
 
 
@@ -142,7 +137,7 @@ def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Readin
     """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
     members, places = Members(), [*map(place_of, shards)]
     remote = any(isinstance(place, Url) for place in places)  # threads wait for the network
-    parts = (thread_map if remote else map)(partial(_contents, column=reading.label_column), places)
+    parts = (thread_map if remote else map)(partial(read_contents, column=reading.label_column), places)
     for key, entries in parts:
         members.keys_of_shards.append(key)
         _add(entries, members, reading)
@@ -169,57 +164,17 @@ def _check_one_split(folders: Iterable[str], name: str) -> None:
             )
 
 
-class _Name(NamedTuple):
-    """Parts of a member's name: `stem` is all but the last extension, `key` ends at the first dot of the last part."""
-
-    key: str
-    stem: str
-    extension: str
-    kind: str
-
-
-def _parts(name: str) -> _Name:
-    """Split a name: "a/x.input.jpg" has the key "a/x", the extension "input.jpg" and the kind "jpg"."""
-    folder, _, last = name.rpartition("/")
-    key, _, extension = last.partition(".")
-    stem, _, kind = last.rpartition(".") if extension else (last, "", "")
-    return _Name(f"{folder}/{key}", f"{folder}/{stem}", extension.lower(), kind.lower())
-
-
-def _contents(place: str, column: str | None) -> tuple[str, Iterable[Entry]]:
-    """Return the key of a shard and its members; those of a URL are kept in the cache."""
-    key = shard_key(place)
-    if isinstance(place, Url):
-        return key, cached_entries(place, key, column, lambda: _entries(place, column))
-    return key, _entries(place, column)
-
-
-def _entries(place: str, column: str | None) -> Iterator[Entry]:
-    """Iterate over the plain members of a shard; DataError if it is damaged."""
-    try:
-        with reached(place), open_shard(place) as file:
-            _check_plain(file)
-            for name, member in _plain_members(file):
-                parts = _parts(name)
-                how = None if parts.kind in _IMAGES else _labelled_by(parts, column)
-                yield Entry(name, member.offset_data, member.size, None if how is None else _label(file, member, *how))
-    except InbatchError:
-        raise
-    except Exception as e:  # tarfile can raise any exception on damaged headers
-        raise DataError(f"{str(place)!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
-
-
 def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
     """Add the images of a shard."""
     keys: dict[str, int] = {}
     labels: dict[str, int] = {}
-    images: list[_Name] = []
+    images: list[MemberName] = []
     before = max(members.keys, default=-1) + 1
     for entry in entries:
-        parts = _parts(entry.name)
+        parts = parts_of(entry.name)
         if any(part.startswith(".") for part in entry.name.split("/")):
             members.skipped["hidden"] += 1
-        elif parts.kind in _IMAGES:
+        elif parts.kind in IMAGES:
             images.append(parts)
             members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
             members.names.append(entry.name.encode("utf-8", "surrogateescape"))
@@ -227,7 +182,7 @@ def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
             members.sizes.append(entry.size)
             members.keys.append(before + keys.setdefault(parts.key, len(keys)))
             members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
-        elif _labelled_by(parts, reading.label_column) is not None:
+        elif labelled_by(parts, reading.label_column) is not None:
             if entry.label is not None:
                 labels[parts.key if parts.extension == reading.label_column else parts.stem] = members.distinct.code(
                     entry.label
@@ -236,70 +191,3 @@ def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
             members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
     members.labels.extend(labels.get(image.stem, labels.get(image.key, -1)) for image in images)
     members.first.append(len(members.names))
-
-
-def _plain_members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Iterate over the names and headers of the files in a shard; raise ValueError if it is damaged."""
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as opened:
-        while (member := opened.next()) is not None:
-            opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
-            if (name := _allowed(member)) is None:
-                continue
-            if member.offset_data + member.size > length:
-                raise ValueError(f"it is truncated within {name!r}")
-            yield name, member
-        file.seek(opened.offset)
-        if file.read(512) != bytes(512):  # tarfile treats data that it cannot read as the end of the archive
-            raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
-
-
-def _check_plain(file: BinaryIO) -> None:
-    """Raise ValueError if the file is compressed, for any name."""
-    head = file.read(6)
-    file.seek(0)
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise ValueError("it is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar")
-
-
-def _allowed(member: tarfile.TarInfo) -> str | None:
-    """Return the name of a plain file, None for a folder; raise ValueError for members that are unsafe."""
-    name = member.name.removeprefix("./")
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts:
-        raise ValueError(f"its member {member.name!r} points out of the folder that it is unpacked in")
-    if member.isdir():
-        return None
-    if not member.isreg() or member.issparse():
-        raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
-    return name
-
-
-def _labelled_by(parts: _Name, column: str | None) -> tuple[str | None] | None:
-    """Return the field of the JSON that a member's label is in, None for its whole text; None if it has no label.
-
-    column: Setting `label_column`: an extension, or a field of KEY.json.
-    """
-    if column == NO_LABELS:
-        return None
-    if column is None:
-        return {"cls": (None,), "json": ("label",)}.get(parts.kind)
-    if parts.extension == column.lower().lstrip("."):
-        return (None,)
-    return (column,) if parts.kind == "json" else None
-
-
-def _label(file: BinaryIO, member: tarfile.TarInfo, field: str | None) -> Any:
-    """Return the label in a member, None if there is none."""
-    if member.size > _LABEL_BYTES:
-        return Unusable(f"such as {member.name!r} of {member.size / 1e6:,.0f} MB")
-    file.seek(member.offset_data)
-    text = file.read(member.size)
-    if field is None:
-        return text
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return Unusable(f"such as {member.name!r}, which cannot be read as JSON")
-    return content.get(field) if isinstance(content, dict) else None

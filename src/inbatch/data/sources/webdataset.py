@@ -41,7 +41,7 @@ class TarSource(Source):
     """
 
     def __init__(
-        self, shards: Sequence[Path], name: str, reading: Reading, note: str = "", train: Sequence[Path] = ()
+        self, shards: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "", train: Sequence[str | os.PathLike] = ()
     ):  # fmt: skip
         self.shards, self.levels, self.note = [*map(place_of, shards)], reading.levels, note
         every = read_members(self.shards, name, reading)
@@ -71,7 +71,7 @@ class TarSource(Source):
     def shard_layout(self) -> str:
         return hashlib.sha256(self._starts.tobytes() + self._sizes.tobytes()).hexdigest()
 
-    def scan(self, numbers: Iterable[int]) -> Iterator[bytes]:
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[bytes]:
         for which, part in groupby(numbers, self._which):
             with unchanged(self.shards[which], self._keys[which]) as file:
                 for i in part:
