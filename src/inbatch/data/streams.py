@@ -177,12 +177,13 @@ class StreamPlan:
     def report(self, world: int) -> str:
         """Return a text report of the order."""
         shards, left = sum(size > 0 for size in self.sizes), sum(self.sizes) - self.steps * self.batch
+        held = min(self.buffer, self.steps * self.width(self.streams - 1))
         few = "" if shards >= 2 * self.streams else "; more and smaller shards would mix the images better"
         rest = f"; the last {many(left, 'image')} of an epoch are left out, other ones in every epoch" if left else ""
         return (
             f"read one after the other (read = sequential): {many(shards, 'shard')} in {many(self.streams, 'stream')}, "
-            f"shuffled in buffers of {many(min(self.buffer, self.steps * self.width(0)), 'image')}, up to "
-            f"{self.buffer * -(-self.streams // world):,} encoded images on a rank{few}{rest}"
+            f"shuffled in buffers of {many(held, 'image')}, up to {held * -(-self.streams // world):,} encoded images on "
+            f"a rank{few}{rest}"
         )
 
 

@@ -42,7 +42,8 @@ class ParquetSource(Source):
     _last: "_Rows | None"
 
     def __init__(
-        self, files: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "", train: Sequence[str | os.PathLike] = ()
+        self, files: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "",
+        train: Sequence[str | os.PathLike] = (),
     ):  # fmt: skip
         self.levels, self.note, self.files = reading.levels, note, [*map(place_of, files)]
         self._keys = [*map(shard_key, self.files)]

@@ -41,7 +41,8 @@ class TarSource(Source):
     """
 
     def __init__(
-        self, shards: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "", train: Sequence[str | os.PathLike] = ()
+        self, shards: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "",
+        train: Sequence[str | os.PathLike] = (),
     ):  # fmt: skip
         self.shards, self.levels, self.note = [*map(place_of, shards)], reading.levels, note
         every = read_members(self.shards, name, reading)
