@@ -182,8 +182,8 @@ class StreamPlan:
         rest = f"; the last {many(left, 'image')} of an epoch are left out, other ones in every epoch" if left else ""
         return (
             f"read one after the other (read = sequential): {many(shards, 'shard')} in {many(self.streams, 'stream')}, "
-            f"shuffled in buffers of {many(held, 'image')}, up to {held * -(-self.streams // world):,} encoded images on "
-            f"a rank{few}{rest}"
+            f"shuffled in buffers of {many(held, 'image')}, up to {held * -(-self.streams // world):,} encoded images "
+            f"on a rank{few}{rest}"
         )
 
 
