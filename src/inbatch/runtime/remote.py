@@ -102,13 +102,13 @@ def reaching(url: Url) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{str(url)!r} does not exist: correct the URL, or restore the file") from None
     except ImportError as error:
-        raise ConfigError(f"{str(url)!r} needs a package that is not installed: {_hidden(error, url)}") from None
+        raise ConfigError(f"{str(url)!r} needs a package that is not installed: {_hidden(str(error), url)}") from None
     except Exception as error:  # each file system has its own errors; their texts may hold the whole address
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ConfigError(
                 f"{str(url)!r}: fsspec knows no file system {url.partition('://')[0]!r}; correct the URL"
             ) from None
-        raise DataError(f"{str(url)!r} cannot be read: {_hidden(error, url)}") from None
+        raise DataError(f"{str(url)!r} cannot be read: {_hidden(reason(error), url)}") from None
 
 
 def _file_system(url: Url) -> tuple[Any, str]:
@@ -130,9 +130,9 @@ def _without_query(url: str) -> str:
     return start if "=" in query else url
 
 
-def _hidden(error: Exception, url: Url) -> str:
-    """Return the text of an error in one line, with everything removed that `public` removes from the URL."""
-    text, place = reason(error).replace(url.base, str(url)), urlsplit(url.base)
+def _hidden(text: str, url: Url) -> str:
+    """Return the text of an error without everything that `public` removes from the URL."""
+    text, place = text.replace(url.base, str(url)), urlsplit(url.base)
     query = url.base.removeprefix(_without_query(url.base))
     for secret in filter(None, (query, query[1:], place.netloc.rpartition("@")[0], place.password)):
         text = text.replace(secret, "...")
