@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ class TestUrls:
         ],
     )
     def test_credentials_are_not_shown(self, url: str, shown: str) -> None:
-        assert public(url) == shown == str(Url(url)) and Url(url).base == url
+        assert public(url) == shown == str(Url(url)) and repr(Url(url)) == repr(shown)
+        away = pickle.loads(pickle.dumps(Url(url, "/a.tar")))  # as for workers that are not forked
+        assert (away, away.base, away.path) == (shown, url, "/a.tar")
 
     def test_errors_hide_credentials(self) -> None:
         url = "https://me:hunter2@host/a.tar?sig=deadbeef"
