@@ -78,21 +78,21 @@ def rank(data: str, out: Path) -> None:
             way: prepare(data, settings=settings | {"read": way}, device="cpu", workers=WORKERS).loader for way in WAYS
         }
         batches = {way: iter(loader.epoch(0)) for way, loader in loaders.items()}
-        seconds, seen = dict.fromkeys(WAYS, 0.0), {way: list[torch.Tensor]() for way in WAYS}
-        steps, points = loaders["random"].steps, []
+        seconds, steps, points = dict.fromkeys(WAYS, 0.0), loaders["random"].steps, []
+        numbers = {way: np.full((steps, BATCH // WORLD), -1) for way in WAYS}
         marks = {round(x) for x in np.linspace(TURN, steps, POINTS)}
         for first in range(0, steps, TURN):
             turn = range(first, min(first + TURN, steps))
             for way in WAYS if first // TURN % 2 else WAYS[::-1]:
                 distributed.all_reduce_max(0)  # the ranks begin together
                 began = time.perf_counter()
-                seen[way] += [next(batches[way]).index for _ in turn]
+                for step in turn:
+                    numbers[way][step] = next(batches[way]).index.numpy()
                 seconds[way] += time.perf_counter() - began
             if marks & set(range(turn.start + 1, turn.stop + 1)):
                 used = {way: list(map(private, worker_ids(loader))) for way, loader in loaders.items()}
                 points.append({"images": turn.stop * BATCH, "rank": private(os.getpid())} | used)
         ended = {way: next(batches[way], None) is None for way in WAYS}  # the check at the end of an epoch has passed
-        numbers = {way: torch.cat(some).numpy() for way, some in seen.items()}
         own = {"seconds": seconds, "points": points, "ended": ended, "numbers": numbers, "steps": steps}
         parts = distributed.distribute_tasks(lambda _: own, WORLD)
         for loader in loaders.values():
@@ -105,7 +105,7 @@ def figures(parts: Sequence[dict[str, Any]], report: str) -> dict[str, Any]:
     """Return the figures of all ranks."""
     told: dict[str, Any] = {"report": report.splitlines()[-1], "steps": parts[0]["steps"]}
     for way in WAYS:
-        every = np.concatenate([part["numbers"][way] for part in parts])
+        every = np.concatenate([part["numbers"][way] for part in parts]).ravel()
         slowest = max(part["seconds"][way] for part in parts)
         told[way] = {
             "images": len(every), "different_images": len(np.unique(every)), "seconds": slowest,

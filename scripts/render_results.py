@@ -373,11 +373,11 @@ def sharded(page: Path) -> str:
     used = [size for points in found["points"] for size in points[-1]["sequential"]]
     lines += [
         "",
-        f"{found['images']:,} JPEG files of 32x32 pixels in {found['shards']} tar files of {low:,} to {high:,} images, in "
-        f"the page cache; {found['ranks']} ranks (gloo, torchrun) with {found['workers']} workers each, the two ways in "
-        f"turn. A worker that reads sequentially has {min(used) / 1e6:.0f} to {max(used) / 1e6:.0f} MB of its own at the "
-        f"end; growth is measured from a tenth of the epoch on. {env['processor']}, {env['cores']} cores, load "
-        f"{found['load']:.0f}. `python benchmarks/shards.py`.",
+        f"{found['images']:,} JPEG files of 32x32 pixels in {found['shards']} tar files of {low:,} to {high:,} "
+        f"images, in the page cache; {found['ranks']} ranks (gloo, torchrun) with {found['workers']} workers each, the "
+        f"two ways in turn. A worker that reads sequentially has {min(used) / 1e6:.0f} to {max(used) / 1e6:.0f} MB of "
+        f"its own at the end; growth is measured from a tenth of the epoch on. {env['processor']}, {env['cores']} "
+        f"cores, load {found['load']:.0f}. `python benchmarks/shards.py`.",
     ]
     return filled(page.read_text(), "shards", "\n".join(lines) + "\n")
 
