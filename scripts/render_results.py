@@ -359,6 +359,29 @@ def million(page: Path) -> str:
     return filled(page.read_text(), "million", "\n".join(lines) + "\n")
 
 
+def sharded(page: Path) -> str:
+    """Return a page with the results of benchmarks/shards.py between <!-- shards --> and <!-- end -->."""
+    found = json.loads((HERE / "shards.json").read_text())
+    env, (low, high) = found["environment"], found["sizes"]
+    lines = ["| read | images of an epoch | different ones | images/s | MB more per 100,000 images, each worker |"]
+    lines += ["| --- |" + " --- |" * 4]
+    for way in ("sequential", "random"):
+        row = found[way]
+        growth = ", ".join(f"{slope:.2f}" for slope in row["workers_mb_per_100000_images"])
+        cells = (way, f"{row['images']:,}", f"{row['different_images']:,}", f"{row['images_per_second']:,.0f}", growth)
+        lines.append(f"| {' | '.join(cells)} |")
+    used = [size for points in found["points"] for size in points[-1]["sequential"]]
+    lines += [
+        "",
+        f"{found['images']:,} JPEG files of 32x32 pixels in {found['shards']} tar files of {low:,} to {high:,} "
+        f"images, in the page cache; {found['ranks']} ranks (gloo, torchrun) with {found['workers']} workers each, the "
+        f"two ways in turn. A worker that reads sequentially has {min(used) / 1e6:.0f} to {max(used) / 1e6:.0f} MB of "
+        f"its own at the end; growth is measured from a tenth of the epoch on. {env['processor']}, {env['cores']} "
+        f"cores, load {found['load']:.0f}. `python benchmarks/shards.py`.",
+    ]
+    return filled(page.read_text(), "shards", "\n".join(lines) + "\n")
+
+
 def pairwise(page: Path) -> str:
     """Return a page with the table of benchmarks/pairs.py between its markers, <!-- pairs -->."""
     found = json.loads((HERE / "pairs.json").read_text())
@@ -394,6 +417,7 @@ if __name__ == "__main__":
     SIGMOID.write_text(pairwise(SIGMOID))
     SPEED.write_text(measured(SPEED))
     DATA.write_text(million(DATA))
+    DATA.write_text(sharded(DATA))
     (HERE / "README.md").write_text(page())
     for page_of_plugin in PLUGINS.glob("*.md"):
         page_of_plugin.write_text(answered(page_of_plugin))

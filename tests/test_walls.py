@@ -59,6 +59,7 @@ ONLY: dict[str, set[str]] = {
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
     "tifffile": {"data.decoding"},
+    "fsspec": {"runtime.remote"},
     "triton": {"nn.triton_logsumexp"},
     "faiss": {"evaluation.neighbour_index"},
     "torch.utils.tensorboard": {"training.trackers.tensorboard"},

@@ -234,7 +234,8 @@ def _facts(recipe: Recipe, source: Source) -> dict[str, object]:
     """Return the values that must be equal on all ranks before anything is built."""
     versions: dict[str, object] = {f"version of {name}": version(name) for name in ("inbatch", "torch")}
     data = {"number of images": f"{len(source):,}", "names or labels of the images": source.signature()}
-    return versions | recipe.flat() | data
+    shards = {"places of the images in their files": source.shard_layout()} if recipe.read == "sequential" else {}
+    return versions | recipe.flat() | data | shards
 
 
 def _advice(built: RunComponents) -> str:

@@ -76,6 +76,14 @@ def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: Modu
     assert page.read_text() == render.answered(page), "python scripts/render_results.py writes it again"
 
 
+def test_the_table_of_shards_is_what_the_file_makes(render: ModuleType) -> None:
+    assert render.DATA.read_text() == render.sharded(render.DATA), "python scripts/render_results.py writes it again"
+    found = render.json.loads((ROOT / "results" / "shards.json").read_text())
+    for way in ("sequential", "random"):
+        assert found[way]["different_images"] == found[way]["images"] > found["images"] - found["batch"]
+        assert found[way]["checked"]
+
+
 def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
     assert render.DATA.read_text() == render.million(render.DATA), "python scripts/render_results.py writes it again"
     found = render.json.loads((ROOT / "results" / "million.json").read_text())

@@ -11,7 +11,9 @@ from inbatch import rng
 from inbatch.batch import Batch
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold, remark
 from inbatch.data.samplers import Sampler
+from inbatch.data.sequential import StreamReader
 from inbatch.data.source import Source
+from inbatch.data.streams import Sequential, Tally, check_epoch, plan_streams
 from inbatch.data.workers import (
     Boxes,
     CanvasDataset,
@@ -57,6 +59,8 @@ class Loader:
         max_bad: Maximum fraction of unreadable images. Resident images that are unreadable are left out from the start.
             A streamed image that is unreadable is replaced by the image at the same position of the next batch.
         sampler: Composes the batches; None for a random order.
+        read: Read tar or Parquet files from beginning to end, in the order of a `StreamPlan`; images are then streamed,
+            and not by a sampler. None reads images by their index.
 
     Attributes:
         source: Images that are loaded, without the images left out.
@@ -64,6 +68,7 @@ class Loader:
         workers: Number of decoding processes, 0 if resident.
         bad: Unreadable images encountered so far: {image number: reason}.
         remarks: Numbers of the streamed images so far with a remark, by its key in `image_file.REMARKS`.
+        plan: Order in which shards are read; None if images are read by their index.
 
     Raises:
         DataError: If `batch` is not divisible by `world`, if the source has fewer images than one batch or if too many
@@ -86,6 +91,7 @@ class Loader:
         whole: bool = False,
         max_bad: float = 0.01,
         sampler: Sampler | None = None,
+        read: Sequential | None = None,
     ):
         if batch < 1 or batch % world:
             raise DataError(f"A batch of {batch} cannot be shared by {world} processes: use a multiple of {world}")
@@ -98,6 +104,8 @@ class Loader:
         self.bad: dict[int, str] = {}
         self.remarks: dict[str, set[int]] = {}
         self._told: set[str] = set()
+        self.plan = None if read is None else plan_streams(source, batch, seed, world, read)
+        resident = False if self.plan else resident
         fits = resides(needed, free, None)
         if resident is None:
             resident = not distributed.all_reduce_max(int(not fits)) if world > 1 else fits
@@ -125,16 +133,18 @@ class Loader:
         self.workers = 0
         if self.held is None:
             self.workers = processes(workers, world)
-            self._order = Order()
+            if self.plan is not None:
+                self.workers = min(self.workers, self.plan.parts(rank, world))
+            self._order, self._cuts = Order(), self._pieces()
             if sampler is not None:
                 shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
             self._shared = shared
-            order = SampleReader(source, seed, batch, shared)
+            order = SampleReader(source, seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
             made = CanvasDataset(order, canvas) if whole else CropDataset(order, views)
             self._pin = self.device.type == "cuda"
             pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
             room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)
-            pinned = self._pin and batch // world <= PIECE  # larger batches are pinned when they are assembled
+            pinned = self._pin and len(self._cuts) == 1  # other batches are pinned when they are assembled
             self._stream = stream(made, self._order, self.workers, self.device, pinned)
             self._ended = Finalize(self, end_workers, (self._stream,), exitpriority=10)
 
@@ -182,6 +192,7 @@ class Loader:
             lines.extend(f"left out: {reason}" for reason in self.held.dropped)
         else:
             lines.append(f"streamed by {many(self.workers, 'worker')} ({self._why})")
+            lines += [] if self.plan is None else [self.plan.report(self.world)]
         return "\n".join(lines)
 
     def _images(self, epoch: int) -> Tensor:
@@ -213,9 +224,15 @@ class Loader:
                 group=None if self._groups is None else self._groups[index],
             )
 
-    def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
+    def _pieces(self) -> list[slice]:
+        """Return the parts of a local batch that are one message of a worker each."""
         share = self.batch // self.world
-        cuts = [slice(first, first + PIECE) for first in range(0, share, PIECE)]
+        if self.plan is not None:
+            return self.plan.cuts(self.rank, self.world, max(1, self.workers), PIECE)
+        return [slice(first, first + PIECE) for first in range(0, share, PIECE)]
+
+    def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
+        share, cuts, tally = self.batch // self.world, self._cuts, Tally()
         if self._shared is not None:
             self._shared.copy_(self._images(epoch))
         self._order.keys = [(epoch, self._share(step)[cut]) for step in steps for cut in cuts]
@@ -228,12 +245,14 @@ class Loader:
                     raise DataError(piece)
                 self.note(piece.bad)
                 self.add_remarks(piece.remarks)
-                whole = share <= PIECE
-                made = piece.made if whole else _put(piece.made, cut.start, made, share, self._pin)
+                tally += piece.read
+                made = piece.made if len(cuts) == 1 else _put(piece.made, cut.start, made, share, self._pin)
             index, groups = made["index"], self.source.groups
             group = None if groups is None else groups[index]
             batch = Batch(**made, label=self.source.labels[index], group=group, seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
+        if self.plan is not None and steps.stop == self.steps:
+            check_epoch(tally, self.plan.expected(epoch, self.rank, self.world, steps.start), self.rank, epoch)
 
 
 def resides(needed: int, free: int, resident: bool | None) -> bool:

@@ -15,6 +15,7 @@ from inbatch.data.sources import (
     numpy_files,
     own_data,
     parquet,
+    remote_shards,
     several,
     torchvision_sets,
     webdataset,
@@ -26,6 +27,7 @@ from inbatch.data.sources.split_names import find_split
 from inbatch.errors import DataError, type_name
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.remote import public
 
 
 def _find_several(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
@@ -33,6 +35,7 @@ def _find_several(data: object, reading: Reading) -> dict[str, Callable[[], Sour
 
 
 OPENERS: dict[str, Callable[[object, Reading], dict[str, Callable[[], Source]] | None]] = {
+    "a URL of .tar or .parquet files (s3://..., https://...)": remote_shards.find_remote,
     "an array (NumPy, PyTorch, h5py, zarr), or a pair (images, labels)": arrays.find_arrays,
     "a data set of PyTorch, a list of images, or another object with items": own_data.find_own_data,
     "digits-canvas or digits-canvas-colour": digits.find_digits,
@@ -57,6 +60,7 @@ _SUBSET_SEED = 0  # independent of the run's seed: every run on "10,000 images" 
 
 _WITH_COLUMNS = (
     _find_several,  # of which each part is opened by a finder
+    remote_shards.find_remote,
     parquet.find_parquet,
     file_lists.find_file_list,
     numpy_files.find_numpy,
@@ -169,7 +173,7 @@ def _advice(data: object) -> str:
 
 def _name(data: object) -> str:
     if isinstance(data, str | os.PathLike):
-        return repr(os.fspath(data))
+        return repr(public(os.fspath(data)))
     if isinstance(data, tuple | list) and data:
         return f"A {type(data).__name__} of {' and '.join(dict.fromkeys(map(type_name, data[:2])))}"
     return f"A {type_name(data)}"

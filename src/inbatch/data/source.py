@@ -3,10 +3,11 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -107,6 +108,29 @@ class Source(ABC):
         """Return 64 hex digits for the number, order, names, labels and groups of the images, not for their place."""
         return signed(self, "\0".join(map(self.identity, range(len(self)))).encode(errors="surrogatepass"))
 
+    def shard_sizes(self) -> list[int] | None:
+        """Return the numbers of images in the shards that the images are in, in order; None if they are in none.
+
+        A shard (a tar file, a row group of a Parquet file) is read from its beginning to its end by `read_shards`.
+        """
+        return None
+
+    def shard_layout(self) -> str:
+        """Return a text for the places of the images in their shards, if `signature` does not cover them."""
+        return ""
+
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
+        """Yield the encoded bytes of images, which `unpack` opens; fast if they follow each other in their shards.
+
+        Raises:
+            DataError: If a file cannot be read, or has changed since the source was opened.
+        """
+        raise NotImplementedError
+
+    def unpack(self, i: int, data: Any) -> LazyImage:
+        """Open image i with the bytes from `read_shards`; raise DataError with its name on failure."""
+        raise NotImplementedError
+
     def skipped(self) -> dict[str, int]:
         """Return the number of files that were not taken as images, by file extension."""
         return {}
@@ -155,6 +179,21 @@ class Subset(Source):
 
     def signature(self) -> str:
         return signed(self, self.source.signature().encode() + self.indices.long().cpu().numpy().tobytes())
+
+    def shard_sizes(self) -> list[int] | None:
+        sizes, numbers = self.source.shard_sizes(), self.indices.cpu().numpy()
+        if sizes is None or (np.diff(numbers) <= 0).any():
+            return None
+        return np.diff(np.searchsorted(numbers, np.cumsum([0, *sizes]))).tolist()
+
+    def shard_layout(self) -> str:
+        return self.source.shard_layout()
+
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
+        return self.source.read_shards(int(self.indices[i]) for i in numbers)
+
+    def unpack(self, i: int, data: Any) -> LazyImage:
+        return self.source.unpack(int(self.indices[i]), data)
 
     def skipped(self) -> dict[str, int]:
         return self.source.skipped()

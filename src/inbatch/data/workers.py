@@ -17,6 +17,7 @@ from inbatch import rng
 from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.resident import stack
 from inbatch.data.source import CropSpec, LazyImage, Source
+from inbatch.data.streams import Tally
 from inbatch.errors import DataError, InbatchError
 from inbatch.runtime import child_processes
 
@@ -61,11 +62,13 @@ class Piece(NamedTuple):
         made: Parts of a batch, by field name.
         bad: Unreadable images encountered: {image number: reason}.
         remarks: Numbers of the images with a remark, by its key in `image_file.REMARKS`.
+        read: Samples that were read from shards in their order.
     """
 
     made: dict[str, Any]
     bad: dict[int, str]
     remarks: dict[str, set[int]]
+    read: Tally = Tally()
 
 
 class SampleReader:
@@ -89,22 +92,31 @@ class SampleReader:
 
         Images for which `make` raises DataError are recorded in `bad`.
         """
-        order = self._random(epoch) if self.order is None else self.order
-        used = len(order) // self.batch * self.batch
+        used = len(self.source if self.order is None else self.order) // self.batch * self.batch
         why = ""
         for at in range(place, place + used, self.batch):
-            i = int(order[at % used])
+            i = self.number_at(epoch, at % used)
             try:
                 return i, make(i)
             except DataError as error:
                 self.bad[i] = why = str(error)
         raise DataError(f"{why}; nor can any other image that could take its place in the batch")
 
-    def _random(self, epoch: int) -> Tensor:
-        """Return the random order of an epoch."""
+    def again(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
+        """Do what `read` does, for a position that was read before."""
+        return SampleReader.read(self, epoch, place, make)
+
+    def number_at(self, epoch: int, place: int) -> int:
+        """Return the number of the image at a position of the epoch's order."""
+        if self.order is not None:
+            return int(self.order[place])
         if self._epoch != epoch:
             self._epoch, self._permutation = epoch, rng.permutation(self.seed, epoch, len(self.source))
-        return self._permutation
+        return int(self._permutation[place])
+
+    def open(self, i: int) -> LazyImage:
+        """Open an image."""
+        return self.source.open(i)
 
     def heed(self, i: int, picture: LazyImage) -> None:
         """Record the remarks about an image that was read."""
@@ -132,7 +144,7 @@ class CropDataset(Dataset[Any]):
         try:
             for first in range(0, len(places), _OPEN):
                 some = places[first : first + _OPEN]
-                numbers, pictures = zip(*(self.places.read(epoch, at, self.source.open) for at in some), strict=True)
+                numbers, pictures = zip(*(self.places.read(epoch, at, self.places.open) for at in some), strict=True)
                 index.append(torch.tensor(numbers))
                 size.append(torch.tensor([p.size for p in pictures]))
                 boxes.append(self.views.boxes(index[-1], size[-1], self.places.seed, epoch))
@@ -142,7 +154,7 @@ class CropDataset(Dataset[Any]):
                             cut = picture.crops(boxes[-1][:, slot], self.wanted)
                         self.places.heed(numbers[slot], picture)
                     except DataError:  # the header is readable, the pixels are not
-                        index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.places.read(
+                        index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.places.again(
                             epoch, some[slot], lambda i: self._cut(i, epoch)
                         )
                     for out, crop in zip(crops, cut, strict=True):
@@ -154,7 +166,7 @@ class CropDataset(Dataset[Any]):
 
     def _cut(self, i: int, epoch: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Return the size, the boxes and the crops of one image."""
-        with self.source.open(i) as picture:
+        with self.places.open(i) as picture:
             size = torch.tensor([picture.size])
             box = self.views.boxes(torch.tensor([i]), size, self.places.seed, epoch)[:, 0]
             crops = picture.crops(box, self.wanted)
@@ -177,7 +189,7 @@ class CanvasDataset(Dataset[Any]):
         return self.places.piece({"index": torch.tensor(index), "size": size, "images": images})
 
     def _decode(self, i: int) -> Tensor:
-        with self.places.source.open(i) as picture:
+        with self.places.open(i) as picture:
             pixels = picture.tensor(self.canvas)
             self.places.heed(i, picture)
             return pixels

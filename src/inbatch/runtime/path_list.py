@@ -7,6 +7,7 @@ from typing import Any
 
 from inbatch.errors import ConfigError
 from inbatch.runtime.paths import expanded
+from inbatch.runtime.remote import is_url, public
 
 
 def joined_paths(data: Any) -> Any:
@@ -23,6 +24,11 @@ def joined_paths(data: Any) -> Any:
     if len(texts) == 1:
         return texts[0]
     for text in texts:
+        if is_url(text):
+            raise ConfigError(
+                f"{public(text)!r} cannot be one of several paths: name the files behind URLs by one range or pattern, "
+                "such as s3://bucket/train-{000..099}.tar"
+            )
         if not text or os.pathsep in text:
             raise ConfigError(
                 f"{text!r} cannot be one of several paths, which are separated by {os.pathsep!r}: rename it, or list "

@@ -14,6 +14,7 @@ from inbatch.context.fusion import Fusion
 from inbatch.context.mixing import Mixer
 from inbatch.data import Loader, Source
 from inbatch.data.samplers import SAMPLERS
+from inbatch.data.streams import Sequential
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError, reason
 from inbatch.methods.base import Method
@@ -102,6 +103,8 @@ def build(
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     # Chosen by the free memory if the recipe leaves it open; it decides pixels, so a resumed run must not choose again.
     recipe = replace(recipe, cache_on_device=loader.held is not None)
+    if loader.plan is not None:
+        recipe = replace(recipe, read_streams=loader.plan.streams)
     network, target = _make_networks(recipe, parts, device)
     piece = recipe.batch_size // distributed.world() // groups
     curator = curator_of(recipe, parts.views, network, piece, device)
@@ -199,6 +202,7 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
         world=distributed.world(), resident=recipe.cache_on_device, workers=workers,
         whole=recipe.curate is not None or views.whole or embeds(recipe, source), max_bad=recipe.max_unreadable,
         sampler=None if recipe.sampler is None else SAMPLERS[recipe.sampler.name](**recipe.sampler.options),
+        read=Sequential(recipe.read_buffer, recipe.read_streams) if recipe.read == "sequential" else None,
     )  # fmt: skip
 
 

@@ -21,11 +21,28 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
+    check_reading(recipe)
     check_labels(recipe, source)
     check_negatives(recipe, source)
     if recipe.shuffle_groups and recipe.batch_size == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
+        )
+
+
+def check_reading(recipe: Recipe) -> None:
+    """Raise ConfigError if the recipe needs images by their index, or in memory, and reads them one after the other."""
+    if recipe.read != "sequential":
+        return
+    if recipe.sampler is not None:
+        raise ConfigError(
+            f"read = sequential and sampler = {recipe.sampler.name} exclude each other: a sampler draws images by "
+            "their index; leave out the sampler, or use --read random"
+        )
+    if recipe.cache_on_device:
+        raise ConfigError(
+            "read = sequential and cache_on_device = true exclude each other: images that are kept in memory are read "
+            "once; leave out one of the two"
         )
 
 

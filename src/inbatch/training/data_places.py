@@ -15,6 +15,7 @@ from inbatch.data import Source
 from inbatch.errors import DataError
 from inbatch.runtime.files import read_json, write_json
 from inbatch.runtime.path_list import listed_paths
+from inbatch.runtime.remote import is_url
 from inbatch.training.recipe import Recipe
 
 FILE = "data.json"
@@ -76,7 +77,7 @@ def opening(run: Path, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if recipe.data.startswith(_NAMED) or _is_path(recipe.data):
+        if recipe.data.startswith(_NAMED) or is_url(recipe.data) or _is_path(recipe.data):
             raise
         raise DataError(
             f"Cannot read the images of the run in {run}: {_last_place(run, recipe.data)} does not exist. Pass their "

@@ -15,6 +15,7 @@ from inbatch.data import Loader, Source, open_data
 from inbatch.data.views import own_views, sizes_of
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed, own_parts
+from inbatch.runtime.remote import public
 from inbatch.training.auto_context import ContextSize, resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.calibration import SHORTEST, Candidate, calibrate, decode_seconds, limit_seconds
@@ -22,7 +23,13 @@ from inbatch.training.image_size import natural_size, small_size
 from inbatch.training.presets import default_method, method_named
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.registry import shown
-from inbatch.training.requested_settings import check_one_length, needs_plan, requested_data, with_default_budget
+from inbatch.training.requested_settings import (
+    check_one_length,
+    chosen_reading,
+    needs_plan,
+    requested_data,
+    with_default_budget,
+)
 from inbatch.training.run_encoder import with_encoder_of_init
 
 DECODED = 0.15
@@ -160,7 +167,8 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
         levels=_levels(settings.get("levels")),
         download=download,
     )
-    settings["data"] = str(data) if isinstance(data, str | Path) else source.name
+    settings |= chosen_reading(settings, data)
+    settings["data"] = public(str(data)) if isinstance(data, str | Path) else source.name
     settings["channels"] = source.channels
     _set_sizes(settings, source)
     if settings.get("image_size") is None:

@@ -18,6 +18,7 @@ from inbatch.methods.base import Method
 from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.runtime import distributed
+from inbatch.runtime.remote import is_url
 from inbatch.training.mixing import compared_views
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
@@ -54,6 +55,11 @@ def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -
         notes.append(
             f"group_column = {recipe.group_column}: this run does not use the groups; --sampler apart does, and "
             "--negatives drop-similar, unless negatives.by=features"
+        )
+    if loader.plan is not None and is_url(recipe.data):
+        notes.append(
+            "The images are remote and are read one after the other (read = sequential). --read random reads each by "
+            "its index, and cache_on_device = true keeps a small data set in memory"
         )
     if sampler is not None and (sampler.neighbours or sampler.clusters) and steps <= loader.steps:
         notes.append(

@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic_core import PydanticCustomError
 
+from inbatch.data.streams import READ_BUFFER
 from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError
 from inbatch.models import MAX_SIDE
@@ -118,6 +119,11 @@ class Recipe:
             statistics, as in the code of SwAV and DINO.
         cache_on_device: Keep the decoded images on the device. None decides by the free memory when the run starts; its
             recipe then states the choice, because the two resize crops by other code and differ in the last digits.
+        read: How streamed images are read: "random" by their index, "sequential" from tar and Parquet files that are
+            read from beginning to end, in random order (`data.streams`). A new run on remote files chooses sequential.
+        read_buffer: With "sequential": samples that each stream of files holds, to draw the next one from.
+        read_streams: With "sequential": streams that fill the batch together. None is 16 for each rank; the recipe
+            then states their number, on which the order depends.
         max_unreadable: Largest share of unreadable images.
         knn_k: Number of neighbours in k-NN evaluation.
         evaluate_every, checkpoint_every: Intervals in epochs.
@@ -174,6 +180,9 @@ class Recipe:
     joint_norm: bool = False
     compile: bool = False
     cache_on_device: bool | None = None
+    read: Literal["random", "sequential"] = "random"
+    read_buffer: Positive = READ_BUFFER
+    read_streams: Positive | None = None
     max_unreadable: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
     knn_k: Positive = 200
     evaluate_every: Positive = 10

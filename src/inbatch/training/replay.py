@@ -121,7 +121,8 @@ def _again(
 ) -> dict[str, Any]:
     """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""
     recipe = make(read_file(folder / "recipe.json"))
-    recipe = replace(recipe, context=record["context"], sync_norm=False, compile=False, cache_on_device=False)
+    recipe = replace(recipe, context=record["context"], sync_norm=False, compile=False, cache_on_device=False,
+                     read="random")  # fmt: skip
     if precision is not None:
         recipe = replace(recipe, precision=precision)  # type: ignore[arg-type] # a precision's name
     source, run = _Empty(record, saved["labels"], recipe.channels), folder.parent

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from inbatch.data.streams import READ_BUFFER
 from inbatch.errors import ConfigError
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.remote import is_url, public
 from inbatch.training.recipe import PARTS, Settings
 from inbatch.training.settings_file import read_file
 
@@ -37,6 +39,11 @@ def merged_settings(
     requested |= dict(settings or {})
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
         check_one_length(requested)
+    if isinstance(test := requested.get("test"), str) and public(test) != test:
+        raise ConfigError(
+            f"test = {public(test)!r} was given with credentials in its URL, which a recipe does not keep: pass them "
+            "by the settings of the file system's package, such as environment variables"
+        )
     if "own" in requested:
         raise ConfigError("the setting own is written by the run: leave it out")
     requested = requested if config is None else _over(read_file(config), requested)
@@ -118,3 +125,23 @@ def check_one_length(settings: Settings) -> None:
                 f"budget = {settings['budget']} and {key} = {settings[key]} both set the length of the run: "
                 f"leave out {other}, or --budget"
             )
+
+
+def chosen_reading(settings: Settings, data: Any) -> Settings:
+    """Return how the images of a new run are read: as requested, else one after the other if they are remote.
+
+    Raises:
+        ConfigError: If options of sequential reading are set that would have no effect.
+    """
+    requested = settings.get("read")
+    if requested in (None, "auto"):
+        by_index = settings.get("sampler.name") is not None or settings.get("cache_on_device") is True
+        requested = "sequential" if is_url(data) and not by_index else "random"
+    if requested == "random":
+        for key in ("read_buffer", "read_streams"):
+            if settings.get(key) is not None and (key, settings[key]) != ("read_buffer", READ_BUFFER):
+                raise ConfigError(
+                    f"{key} = {settings[key]} has no effect: images are read by their index (read = random); leave it "
+                    "out, or use --read sequential"
+                )
+    return {"read": requested}

@@ -124,7 +124,7 @@ def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings
     data = joined_paths(place if data is None else data)
     saved, flat, changed = recipe.nested(), recipe.flat(), {}
     for key, value in requested.items():
-        if (key, value) in (("context", "auto"), ("cache_on_device", None)):
+        if (key, value) in (("context", "auto"), ("cache_on_device", None), ("read", "auto"), ("read", None)):
             continue  # these were chosen when the run started; another value would make it a different run
         if flat.get(key) != value and make(_with(read_settings(saved), key, value)).flat() != flat:
             changed[key] = value

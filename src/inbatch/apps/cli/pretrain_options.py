@@ -8,7 +8,7 @@ from inbatch.apps.cli.app import assignments
 _FIELDS = (
     "preset", "encoder", "views", "batch_size", "context", "epochs", "budget", "image_size", "optimizer", "precision",
     "seed", "fuse", "attend", "mix", "crops", "image_column", "label_column", "group_column", "negatives", "sampler",
-    "teacher",
+    "teacher", "read",
 )  # fmt: skip
 """Options that are settings of the same name."""
 

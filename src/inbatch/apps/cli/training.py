@@ -163,6 +163,10 @@ def pretrain(
     workers: Annotated[
         int | None, Option("--workers", "--num-workers", min=0, help="Processes that decode images.")
     ] = None,
+    read: Annotated[
+        str | None,
+        Option(metavar="auto|random|sequential", help="Images by index, or shards one after the other; auto: URLs."),
+    ] = None,
     download: Annotated[bool, Option("--download", help="Download a torchvision/NAME that is missing.")] = False,
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
     set_: Set = None,

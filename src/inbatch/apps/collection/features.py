@@ -26,6 +26,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable, read_json, write_json
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.remote import public
 from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located, opening
 from inbatch.training.run import embed_splits, images_for, recipe_of
@@ -131,7 +132,13 @@ def open_collection(
     else:
         sources = images_for(path, encoder, data, split, image_column, label_column)
     table, unreadable, kept, reused = _embedded(path, encoder, sources, quiet)
-    origin = {"features": str(path), "data": str(data), **loaded.stage(), "file": kept and str(kept), "reused": reused}
+    origin = {
+        "features": str(path),
+        "data": public(str(data)),
+        **loaded.stage(),
+        "file": kept and str(kept),
+        "reused": reused,
+    }
     notes = [loaded.note] if loaded.note else []
     if kept is None:
         notes.append(f"the features are computed again by every command: they cannot be kept in {path / 'features'}")
@@ -200,7 +207,7 @@ def _from_file(
     if split is not None:
         table = _only(table, split, path)
     sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
-    origin = {"features": str(path), "data": None if data is None else str(data), "file": str(path)}
+    origin = {"features": str(path), "data": None if data is None else public(str(data)), "file": str(path)}
     return Collection(**vars(table), name=str(path), sources=sources, origin=origin)
 
 

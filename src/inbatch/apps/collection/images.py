@@ -11,6 +11,7 @@ from inbatch.data import find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.remote import public
 from inbatch.runtime.thread_map import thread_map
 
 Result = TypeVar("Result")
@@ -53,9 +54,9 @@ def open_images(
         paths=tuple(source.identity(i) for source in sources.values() for i in range(len(source))),
         splits=tuple(name for name, source in sources.items() for _ in range(len(source))),
         index=torch.cat([torch.arange(len(source)) for source in sources.values()]),
-        name=str(data) if isinstance(data, str | Path) else "the images",
+        name=public(str(data)) if isinstance(data, str | Path) else "the images",
         sources=sources,
-        origin={"features": None, "data": str(data)},
+        origin={"features": None, "data": public(str(data))},
     )
 
 

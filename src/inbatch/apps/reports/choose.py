@@ -22,6 +22,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.remote import public
 from inbatch.training import checkpoint
 from inbatch.training.monitors.label_free import Chosen, embed_views, lidar_of, same_image
 from inbatch.training.run import images_for, recipe_of
@@ -103,7 +104,7 @@ def choose_run(
     study = reliability(by, sorted({one["method"] for one in ranked if one["method"]}))
     return {
         "by": by, "recommended": ranked[0]["run"], "reliability": study.sentence, "runs": ranked,
-        "data": str(data) if isinstance(data, str | Path) else None if data is None else type_name(data),
+        "data": public(str(data)) if isinstance(data, str | Path) else None if data is None else type_name(data),
         "kendall_tau": _taus(ranked), "notes": _notes(by, ranked, study, data),
     }  # fmt: skip
 

@@ -10,20 +10,24 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.source import Reading, Source, signed, stat_fingerprint
+from inbatch.data.source import Reading, Source, signed
 from inbatch.data.sources.columns import image_column, label_column
 from inbatch.data.sources.groups import check_group_column, group_numbers
 from inbatch.data.sources.labels import Labels, arrow_codes, number
+from inbatch.data.sources.shard_files import open_shard, place_of, reached, shard_key, shard_state, unchanged
 from inbatch.data.sources.shards import Shards, divided, named, shards_below, shards_in, without_images
 from inbatch.errors import ConfigError, DataError
+from inbatch.runtime.remote import Url
 
 CACHE_BYTES = 512 * 2**20
 """Encoded row groups cached per process, in bytes; a larger set is read from disk repeatedly when shuffled."""
@@ -38,9 +42,11 @@ class ParquetSource(Source):
     _last: "_Rows | None"
 
     def __init__(
-        self, files: Sequence[Path], name: str, reading: Reading, note: str = "", train: Sequence[Path] = ()
+        self, files: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "",
+        train: Sequence[str | os.PathLike] = (),
     ):  # fmt: skip
-        self.levels, self.note, self.files = reading.levels, note, [str(file) for file in files]
+        self.levels, self.note, self.files = reading.levels, note, [*map(place_of, files)]
+        self._keys = [*map(shard_key, self.files)]
         tables = [_read_table(file, reading) for file in self.files]
         self._columns = [table.image for table in tables]
         starts, groups = [0], []
@@ -50,7 +56,7 @@ class ParquetSource(Source):
                 starts.append(starts[-1] + rows)
         if not starts[-1]:
             raise DataError(f"{name!r} holds no image: its Parquet files have no rows")
-        like = _number([_read_table(str(file), reading) for file in train], name, None) if train else None
+        like = _number([_read_table(place_of(file), reading) for file in train], name, None) if train else None
         labels = _number(tables, name, like)
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
@@ -61,11 +67,22 @@ class ParquetSource(Source):
         self._forget()
 
     def open(self, i: int) -> ImageFile:
-        rows = self._rows(i)
-        data = rows[i]
+        return self.unpack(i, self._rows(i)[i])
+
+    def shard_sizes(self) -> list[int]:
+        return np.diff(self._starts).tolist()
+
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[bytes | None]:
+        for which, part in groupby(numbers, self._group):
+            file = self._groups[which][0]
+            with unchanged(self.files[file], self._keys[file]) as opened, self._reading(which):
+                rows = self._rows_of(which, _pyarrow().ParquetFile(opened))
+            yield from (rows[i] for i in part)
+
+    def unpack(self, i: int, data: bytes | None) -> ImageFile:
         if data is None:
             raise DataError(f"{self.identity(i)!r} has no bytes in the Parquet file: images must lie inside it")
-        return ImageFile(data, lambda: rows.path(i), self.channels, self.levels)
+        return ImageFile(data, lambda: self.identity(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return self._rows(i).path(i)
@@ -74,10 +91,10 @@ class ParquetSource(Source):
         said = hashlib.sha256("".join(column for column in self._columns if column != "image").encode())
         try:
             for name in self.files:
-                with open(name, "rb") as file:
-                    said.update(stat_fingerprint(os.path.realpath(name).encode(), os.fstat(file.fileno())))
+                said.update(shard_state(name))
+                with open_shard(name) as file, reached(name):
                     said.update(_footer(file))
-        except (OSError, ValueError):  # reading a row reports the problem
+        except (OSError, ValueError, DataError):  # reading a row reports the problem
             return None
         return said.hexdigest()
 
@@ -88,7 +105,7 @@ class ParquetSource(Source):
         """
         footers = []
         for name in self.files:
-            with open(name, "rb") as file:
+            with open_shard(name) as file, reached(name):
                 footers.append(_footer(file))
         return signed(self, b"".join(footers))
 
@@ -97,7 +114,7 @@ class ParquetSource(Source):
         last = self._last
         if last is not None and last.first <= i < last.stop:  # the most frequent case, without a lock
             return last
-        which = bisect_right(self._starts, i) - 1
+        which = self._group(i)
         if self._process != os.getpid():  # a forked worker must not share the parent's open files
             self._forget()
         with self._lock:
@@ -110,19 +127,35 @@ class ParquetSource(Source):
             self._last = rows = self._cache[which]
             return rows
 
+    def _group(self, i: int) -> int:
+        """Return the number of the row group of row i."""
+        return bisect_right(self._starts, i) - 1
+
     def _read(self, which: int) -> "_Rows":
-        file, group = self._groups[which]
-        try:
+        file, _ = self._groups[which]
+        with self._reading(which):
             if file not in self._opened:
-                self._opened[file] = _pyarrow().ParquetFile(self.files[file])
-            column = self._columns[file]
-            table = self._opened[file].read_row_group(group, columns=[column], use_threads=False)
-            rows = _Rows(table[column].combine_chunks(), self._starts[which])
-            if rows.stop != (stop := self._starts[which + 1]):
-                raise ValueError(f"it holds {rows.stop - rows.first:,} rows, not {stop - rows.first:,}")
-        except _UNREADABLE as e:
-            raise DataError(f"Row group {group} of {self.files[file]!r} cannot be read: {e}") from e
+                self._opened[file] = _parquet_file(self.files[file])
+            return self._rows_of(which, self._opened[file])
+
+    def _rows_of(self, which: int, opened: Any) -> "_Rows":
+        """Read a row group from its opened file; raise ValueError if it has another number of rows."""
+        file, group = self._groups[which]
+        table = opened.read_row_group(group, columns=[self._columns[file]], use_threads=False)
+        rows = _Rows(table[self._columns[file]].combine_chunks(), self._starts[which])
+        if rows.stop != (stop := self._starts[which + 1]):
+            raise ValueError(f"it holds {rows.stop - rows.first:,} rows, not {stop - rows.first:,}")
         return rows
+
+    @contextmanager
+    def _reading(self, which: int) -> Iterator[None]:
+        """Raise DataError with the name of a row group if it cannot be read."""
+        file, group = self._groups[which]
+        with reached(self.files[file]):
+            try:
+                yield
+            except _UNREADABLE as e:
+                raise DataError(f"Row group {group} of {str(self.files[file])!r} cannot be read: {e}") from e
 
     def _forget(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()
@@ -179,9 +212,8 @@ class _Table(NamedTuple):
 
 def _read_table(file: str, reading: Reading) -> _Table:
     """Return the description and the labels of a file; raise DataError if it cannot be read or has no images."""
-    parquet = _pyarrow()
     try:
-        with parquet.ParquetFile(file) as opened:
+        with reached(file), _parquet_file(file) as opened:
             schema, meta = opened.schema_arrow, opened.metadata
             kinds = {field.name: field.type for field in schema}
             usable = [name for name, kind in kinds.items() if _holds_images(kind)]
@@ -194,7 +226,7 @@ def _read_table(file: str, reading: Reading) -> _Table:
             check_group_column([*kinds], column := reading.group_column, file)
             grouped = None if column is None else arrow_codes(opened.read([column])[column])
     except _UNREADABLE as e:
-        raise DataError(f"{file!r} cannot be read as Parquet: {e}") from e
+        raise DataError(f"{str(file)!r} cannot be read as Parquet: {e}") from e
     rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
     return _Table(image, rows, codes, values, named.get(label or "", ()), grouped)
 
@@ -269,6 +301,11 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, tuple[str, ..
     except (AttributeError, KeyError, TypeError, ValueError):
         return {}
     return {name: tuple(map(str, names)) for name, names in kinds.items() if isinstance(names, list)}
+
+
+def _parquet_file(file: str) -> Any:
+    """Open a Parquet file on a disk or behind a URL."""
+    return _pyarrow().ParquetFile(open_shard(file) if isinstance(file, Url) else file)
 
 
 def _pyarrow() -> Any:

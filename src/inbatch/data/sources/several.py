@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,21 @@ class Joined(Source):
     def signature(self) -> str:
         parts = (f"{prefix}\0{one.signature()}" for prefix, one in zip(self.prefixes, self.sources, strict=True))
         return signed(self, "\0".join(parts).encode(errors="surrogatepass"))
+
+    def shard_sizes(self) -> list[int] | None:
+        parts = [source.shard_sizes() for source in self.sources]
+        return None if None in parts else [size for part in parts for size in part or ()]
+
+    def shard_layout(self) -> str:
+        return " ".join(source.shard_layout() for source in self.sources)
+
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[Any]:
+        for source, part in groupby(map(self._place, numbers), lambda place: place[0]):
+            yield from source.read_shards(number for _, number, _ in part)
+
+    def unpack(self, i: int, data: Any) -> LazyImage:
+        source, place, _ = self._place(i)
+        return source.unpack(place, data)
 
     def skipped(self) -> dict[str, int]:
         return dict(sum((Counter(source.skipped()) for source in self.sources), Counter()).most_common())

@@ -4,19 +4,24 @@ The split is named by the file ("train-00000-of-00002.parquet") or by its folder
 lie in a sub-folder, as in a data set that was downloaded from a hub ("data", "plain_text").
 """
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from inbatch.data.sources.folder_contents import has_loose_images, holds_images, sub_folders
 from inbatch.data.sources.folder_scan import EXTENSIONS, is_kind
 from inbatch.data.sources.split_names import arranged, naming, split_of, split_within, word_within
 from inbatch.errors import DataError, many
+from inbatch.runtime.remote import public
 
 _MOST_FOLDERS = 50  # more are classes of images, and listing them all takes time
 _NUMBERED = r"{0}([-_.]*\d.*)?\.\w+"  # not "train-features.parquet"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST = 10**6  # maximum number of files of a range
 _OF_A_HUB = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")  # as the hub writes the name of a split and the number of the file
 
 
@@ -25,12 +30,12 @@ class Shards:
     """Files by split.
 
     Attributes:
-        files: Files of each split, in order.
+        files: Files of each split, in order: paths or URLs.
         names: The word that named each split; empty if the files are not divided.
         unused: Number of files that name no split.
     """
 
-    files: dict[str, list[Path]]
+    files: Mapping[str, Sequence[str | os.PathLike]]
     names: dict[str, str]
     unused: int = 0
 
@@ -133,3 +138,18 @@ def _grouped(named_files: Sequence[tuple[str, list[Path]]], where: Path) -> Shar
             f"name those to use by a pattern in quotes (--data '{where / training[0]}*')"
         )
     return Shards(arranged(groups), arranged({word: word for word in groups}))
+
+
+def has_range(text: str) -> bool:
+    """Return whether a text contains a range of numbers such as `{000..146}`."""
+    return _RANGE.search(text) is not None
+
+
+def ranges(pattern: str) -> list[str]:
+    """Return the texts of a pattern such as `train-{000..146}.tar`; numbers keep their width."""
+    pieces = _RANGE.split(pattern)  # text, first, last, text, ...
+    ends = [(int(first), int(last), len(first)) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if math.prod(max(0, last - first + 1) for first, last, _ in ends) not in range(1, _MOST + 1):
+        raise DataError(f"{public(pattern)!r} names no file, or more than {_MOST:,}: a range is {{FIRST..LAST}}")
+    numbers = product(*([f"{n:0{width}}" for n in range(first, last + 1)] for first, last, width in ends))
+    return ["".join(a + b for a, b in zip(pieces[::3], (*chosen, ""), strict=True)) for chosen in numbers]

@@ -6,27 +6,26 @@ that is a number, or that occurs under one key only, belongs to the key: `IMG.00
 samples.
 """
 
-import json
 import os
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from inbatch.data.source import Reading
-from inbatch.data.sources.folder import EXTENSIONS
-from inbatch.data.sources.labels import NO_LABELS, Distinct, Unusable
+from inbatch.data.sources.labels import NO_LABELS, Distinct
 from inbatch.data.sources.packed_names import Names
+from inbatch.data.sources.shard_files import place_of
+from inbatch.data.sources.shard_index import Entry
 from inbatch.data.sources.split_names import split_of
+from inbatch.data.sources.tar_members import IMAGES, MemberName, labelled_by, parts_of, read_contents
 from inbatch.errors import DataError
-from inbatch.runtime.files import open_regular
-
-_IMAGES = tuple(extension.decode()[1:] for extension in EXTENSIONS)
-_LABEL_BYTES = 2**20  # maximum size of a label; a longer one is not read
+from inbatch.runtime.remote import Url
+from inbatch.runtime.thread_map import thread_map
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Members:
         extensions: Position of their extension, behind the first dot of the name, in `kinds`.
         labels: Position of their label in `distinct.values`; -1 for unknown.
         first: Position of the first member of every shard, and the number of all members.
+        keys_of_shards: What identifies the content of every shard (`shard_files.shard_key`).
         kinds: Extensions of images.
         folders: Folders of the images, without those below the third level.
         distinct: The labels that occur.
@@ -53,6 +53,7 @@ class Members:
     extensions: array = field(default_factory=lambda: array("q"))
     labels: array = field(default_factory=lambda: array("q"))
     first: list[int] = field(default_factory=lambda: [0])
+    keys_of_shards: list[str] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     distinct: Distinct = field(default_factory=Distinct)
@@ -111,7 +112,7 @@ def _ranks(kinds: list[str], kind: np.ndarray, key: np.ndarray) -> tuple[np.ndar
         "." in one and (count == 1 or any(part.isdigit() for part in one.split(".")))
         for one, count in zip(kinds, keys.tolist(), strict=True)
     ], bool)  # fmt: skip
-    rank = [_IMAGES.index(one) if one in _IMAGES else len(_IMAGES) for one in kinds]
+    rank = [IMAGES.index(one) if one in IMAGES else len(IMAGES) for one in kinds]
     return np.array(rank, np.int64), alone
 
 
@@ -134,9 +135,12 @@ def _check_clear(
 
 def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Reading) -> Members:
     """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
-    members = Members()
-    for shard in shards:
-        _read_shard(os.fspath(shard), members, reading)
+    members, places = Members(), [*map(place_of, shards)]
+    remote = any(isinstance(place, Url) for place in places)  # threads wait for the network
+    parts = (thread_map if remote else map)(partial(read_contents, column=reading.label_column), places)
+    for key, entries in parts:
+        members.keys_of_shards.append(key)
+        _add(entries, members, reading)
     _check_one_split(members.folders, name)
     column = reading.label_column
     if column not in (None, NO_LABELS) and not members.distinct.values:
@@ -160,119 +164,30 @@ def _check_one_split(folders: Iterable[str], name: str) -> None:
             )
 
 
-class _Name(NamedTuple):
-    """Parts of a member's name: `stem` is all but the last extension, `key` ends at the first dot of the last part."""
-
-    key: str
-    stem: str
-    extension: str
-    kind: str
-
-
-def _parts(name: str) -> _Name:
-    """Split a name: "a/x.input.jpg" has the key "a/x", the extension "input.jpg" and the kind "jpg"."""
-    folder, _, last = name.rpartition("/")
-    key, _, extension = last.partition(".")
-    stem, _, kind = last.rpartition(".") if extension else (last, "", "")
-    return _Name(f"{folder}/{key}", f"{folder}/{stem}", extension.lower(), kind.lower())
-
-
-def _read_shard(shard: str, members: Members, reading: Reading) -> None:
+def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
     """Add the images of a shard."""
     keys: dict[str, int] = {}
     labels: dict[str, int] = {}
-    images: list[_Name] = []
+    images: list[MemberName] = []
     before = max(members.keys, default=-1) + 1
-    try:
-        with open_regular(shard) as file:
-            _check_plain(file)
-            for name, member in _plain_members(file, members.skipped):
-                parts = _parts(name)
-                if parts.kind in _IMAGES:
-                    images.append(parts)
-                    members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
-                    members.names.append(name.encode("utf-8", "surrogateescape"))
-                    members.starts.append(member.offset_data)
-                    members.sizes.append(member.size)
-                    members.keys.append(before + keys.setdefault(parts.key, len(keys)))
-                    members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
-                elif (how := _labelled_by(parts, reading.label_column)) is not None:
-                    if (label := _label(file, member, *how)) is not None:
-                        labels[parts.key if parts.extension == reading.label_column else parts.stem] = (
-                            members.distinct.code(label)
-                        )
-                elif parts.kind not in ("cls", "json"):
-                    members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
-    except Exception as e:  # tarfile can raise any exception on damaged headers
-        raise DataError(f"{shard!r} cannot be read as a tar file: {getattr(e, 'strerror', None) or e}") from e
+    for entry in entries:
+        parts = parts_of(entry.name)
+        if any(part.startswith(".") for part in entry.name.split("/")):
+            members.skipped["hidden"] += 1
+        elif parts.kind in IMAGES:
+            images.append(parts)
+            members.folders.add("/".join(parts.key.split("/")[:-1][:4]))  # the first part is empty
+            members.names.append(entry.name.encode("utf-8", "surrogateescape"))
+            members.starts.append(entry.start)
+            members.sizes.append(entry.size)
+            members.keys.append(before + keys.setdefault(parts.key, len(keys)))
+            members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
+        elif labelled_by(parts, reading.label_column) is not None:
+            if entry.label is not None:
+                labels[parts.key if parts.extension == reading.label_column else parts.stem] = members.distinct.code(
+                    entry.label
+                )
+        elif parts.kind not in ("cls", "json"):
+            members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
     members.labels.extend(labels.get(image.stem, labels.get(image.key, -1)) for image in images)
     members.first.append(len(members.names))
-
-
-def _plain_members(file: BinaryIO, skipped: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Iterate over the names and headers of the files in a shard; raise ValueError if it is damaged."""
-    length = os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:") as opened:
-        while (member := opened.next()) is not None:
-            opened.members = []  # type: ignore[attr-defined]  # tarfile keeps all members
-            if (name := _allowed(member, skipped)) is None:
-                continue
-            if member.offset_data + member.size > length:
-                raise ValueError(f"it is truncated within {name!r}")
-            yield name, member
-        file.seek(opened.offset)
-        if file.read(512) != bytes(512):  # tarfile treats data that it cannot read as the end of the archive
-            raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
-
-
-def _check_plain(file: BinaryIO) -> None:
-    """Raise ValueError if the file is compressed, for any name."""
-    head = file.read(6)
-    file.seek(0)
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise ValueError("it is compressed, and images in it cannot be reached one by one: unpack it to a plain .tar")
-
-
-def _allowed(member: tarfile.TarInfo, skipped: Counter[str]) -> str | None:
-    """Return the name of a readable member, None if it is left out; raise ValueError for members that are unsafe."""
-    name = member.name.removeprefix("./")
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts:
-        raise ValueError(f"its member {member.name!r} points out of the folder that it is unpacked in")
-    if member.isdir():
-        return None
-    if not member.isreg() or member.issparse():
-        raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
-    if any(part.startswith(".") for part in parts):
-        skipped["hidden"] += 1
-        return None
-    return name
-
-
-def _labelled_by(parts: _Name, column: str | None) -> tuple[str | None] | None:
-    """Return the field of the JSON that a member's label is in, None for its whole text; None if it has no label.
-
-    column: Setting `label_column`: an extension, or a field of KEY.json.
-    """
-    if column == NO_LABELS:
-        return None
-    if column is None:
-        return {"cls": (None,), "json": ("label",)}.get(parts.kind)
-    if parts.extension == column.lower().lstrip("."):
-        return (None,)
-    return (column,) if parts.kind == "json" else None
-
-
-def _label(file: BinaryIO, member: tarfile.TarInfo, field: str | None) -> Any:
-    """Return the label in a member, None if there is none."""
-    if member.size > _LABEL_BYTES:
-        return Unusable(f"such as {member.name!r} of {member.size / 1e6:,.0f} MB")
-    file.seek(member.offset_data)
-    text = file.read(member.size)
-    if field is None:
-        return text
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return Unusable(f"such as {member.name!r}, which cannot be read as JSON")
-    return content.get(field) if isinstance(content, dict) else None

@@ -4,28 +4,26 @@
 """
 
 import hashlib
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
-from inbatch.data.source import Reading, Source, stat_fingerprint
+from inbatch.data.source import Reading, Source
 from inbatch.data.sources.labels import number
 from inbatch.data.sources.packed_names import Names
-from inbatch.data.sources.shards import Shards, divided, shards_below, shards_in, without_images
+from inbatch.data.sources.shard_files import place_of, read_part, shard_state, unchanged
+from inbatch.data.sources.shards import Shards, divided, has_range, ranges, shards_below, shards_in, without_images
 from inbatch.data.sources.tar_samples import choose_images, read_members
 from inbatch.errors import DataError, many
-from inbatch.runtime.files import open_regular
 
 _PACKED = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz)", re.IGNORECASE)
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST = 10**6  # maximum number of shards of a pattern
 
 
 class TarSource(Source):
@@ -43,10 +41,12 @@ class TarSource(Source):
     """
 
     def __init__(
-        self, shards: Sequence[Path], name: str, reading: Reading, note: str = "", train: Sequence[Path] = ()
+        self, shards: Sequence[str | os.PathLike], name: str, reading: Reading, note: str = "",
+        train: Sequence[str | os.PathLike] = (),
     ):  # fmt: skip
-        self.shards, self.levels, self.note = [str(shard) for shard in shards], reading.levels, note
+        self.shards, self.levels, self.note = [*map(place_of, shards)], reading.levels, note
         every = read_members(self.shards, name, reading)
+        self._keys = every.keys_of_shards
         chosen = choose_images(every, reading.image_column, name)
         self._skipped, self._rule, self._column = chosen.skipped, chosen.rule, reading.image_column or ""
         if not len(chosen.places):
@@ -64,16 +64,27 @@ class TarSource(Source):
         self.ids, self.label_note = labels.ids, labels.note
 
     def open(self, i: int) -> ImageFile:
-        start, size, shard = int(self._starts[i]), int(self._sizes[i]), self._shard(i)
-        try:
-            with open_regular(shard) as file:
-                file.seek(start)
-                data = file.read(size)
-        except OSError as e:
-            raise DataError(f"{shard!r} cannot be read: {e.strerror or e}") from e
-        if len(data) < size:
-            raise DataError(f"{shard!r} is shorter than at the start of the run: {self.identity(i)!r} is missing")
-        return ImageFile(data, lambda: f"{shard}:{self._member(i)}", self.channels, self.levels)
+        return self.unpack(i, read_part(self._shard(i), int(self._starts[i]), int(self._sizes[i])))
+
+    def shard_sizes(self) -> list[int]:
+        return np.diff(self._first).tolist()
+
+    def shard_layout(self) -> str:
+        return hashlib.sha256(self._starts.tobytes() + self._sizes.tobytes()).hexdigest()
+
+    def read_shards(self, numbers: Iterable[int]) -> Iterator[bytes]:
+        for which, part in groupby(numbers, self._which):
+            with unchanged(self.shards[which], self._keys[which]) as file:
+                for i in part:
+                    file.seek(int(self._starts[i]))
+                    yield file.read(int(self._sizes[i]))
+
+    def unpack(self, i: int, data: Any) -> ImageFile:
+        if len(data) < self._sizes[i]:
+            raise DataError(
+                f"{str(self._shard(i))!r} is shorter than at the start of the run: {self.identity(i)!r} is missing"
+            )
+        return ImageFile(data, lambda: f"{self._shard(i)}:{self._member(i)}", self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         return f"{os.path.basename(self._shard(i))}:{self._member(i)}"
@@ -82,9 +93,8 @@ class TarSource(Source):
         said = hashlib.sha256(self._column.encode())
         try:
             for shard in self.shards:
-                name = os.path.realpath(shard).encode("utf-8", "surrogateescape")
-                said.update(stat_fingerprint(name, os.stat(shard)))
-        except OSError:  # opening an image reports it
+                said.update(shard_state(shard))
+        except (OSError, DataError):  # opening an image reports it
             return None
         return said.hexdigest()
 
@@ -100,7 +110,11 @@ class TarSource(Source):
         return self._names[i].decode("utf-8", "backslashreplace")
 
     def _shard(self, i: int) -> str:
-        return self.shards[int(np.searchsorted(self._first, i, "right")) - 1]
+        return self.shards[self._which(i)]
+
+    def _which(self, i: int) -> int:
+        """Return the number of the shard of an image."""
+        return int(np.searchsorted(self._first, i, "right")) - 1
 
     def _left_out(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common(5))
@@ -116,7 +130,7 @@ def find_webdataset(data: object, reading: Reading) -> dict[str, Callable[[], So
     if not isinstance(data, str | os.PathLike):
         return None
     text, path = os.fspath(data), Path(data)
-    if text.lower().endswith(".tar") and _RANGE.search(text) and not path.exists():
+    if text.lower().endswith(".tar") and has_range(text) and not path.exists():
         shards = _expanded(text)
         return {"train": lambda: TarSource(shards, text, reading)}
     if path.is_file() and _PACKED.fullmatch(path.name):
@@ -144,14 +158,8 @@ def tar_splits(shards: Shards, name: str, reading: Reading) -> dict[str, Callabl
 
 
 def _expanded(pattern: str) -> list[Path]:
-    """Return the files of a pattern such as `{000..146}`, which must all exist; numbers keep their width."""
-    pieces = _RANGE.split(pattern)  # text, first, last, text, ...
-    ends = [(int(first), int(last), len(first)) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
-    if math.prod(max(0, last - first + 1) for first, last, _ in ends) not in range(1, _MOST + 1):
-        raise DataError(f"{pattern!r} names no file, or more than {_MOST:,}: a range is {{FIRST..LAST}}")
-    numbers = product(*([f"{n:0{width}}" for n in range(first, last + 1)] for first, last, width in ends))
-    texts = pieces[::3]
-    files = [Path("".join(a + b for a, b in zip(texts, (*chosen, ""), strict=True))) for chosen in numbers]
+    """Return the files of a pattern such as `{000..146}`, which must all exist."""
+    files = [Path(text) for text in ranges(pattern)]
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(
             f"{pattern!r}: {len(missing):,} of {len(files):,} files are missing, such as {str(missing[0])!r}"

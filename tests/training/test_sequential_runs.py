@@ -1,0 +1,94 @@
+"""Runs that read shards from beginning to end: exact after a stop, equal on two ranks, and the faults of one rank."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import on_ranks
+from small_runs import assert_same_state, saved, stop_after
+from tar_shards import write_shards
+
+import inbatch
+from inbatch.errors import InbatchError, Preempted
+from inbatch.runtime import distributed
+from inbatch.training.metric_logger import Log
+
+pytestmark = pytest.mark.slow
+SIZES = (30, 50, 20, 40)
+RUN: dict[str, Any] = {
+    "encoder": "tiny", "batch_size": 20, "context": 10, "image_size": 8, "epochs": 2, "evaluate_every": 2,
+    "read": "sequential", "read_buffer": 8, "quiet": True,
+}  # fmt: skip
+
+
+def learned(data: object, out: Path, **fields: Any) -> inbatch.Run:
+    return inbatch.pretrain(str(data), "moco", out=out, settings={"method.queue_size": 40}, **(RUN | fields))
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_shards(tmp_path / "shards", SIZES)
+    learned(data, tmp_path / "whole", workers=0)
+    for step, resume, workers in ((3, False, 2), (9, True, 0)):
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, step)
+            learned(data, tmp_path / "cut", resume=resume, workers=workers)
+    run = learned(f"file://{data}/t-*.tar", tmp_path / "cut", resume=True, workers=3)  # moved behind a URL
+    assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+    assert (run.recipe.read, run.recipe.read_streams) == ("sequential", 16)
+
+
+def batches(data: str) -> list[list[int]]:
+    """Return this rank's samples of each step of the second epoch."""
+    settings = {"method.queue_size": 40}
+    fields = {key: RUN[key] for key in RUN.keys() - {"quiet"}} | {"read_streams": 10}
+    built = inbatch.prepare(data, "moco", settings=settings, workers=1, **fields)
+    steps = [batch.index.tolist() for batch in built.loader.epoch(1)]
+    built.loader.close()
+    return steps
+
+
+def test_two_ranks_share_the_batches_of_one(tmp_path: Path) -> None:
+    data = str(write_shards(tmp_path, SIZES))
+    whole, (first, second) = batches(data), on_ranks(2, batches, data)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    every = [i for step in whole for i in step]
+    assert len(set(every)) == len(every) == 140
+
+
+def of_two(first: str, second: str, gone: bool) -> tuple[str, int]:
+    """Return how a run ends whose ranks read from two folders; `gone`: the second one is removed after a step."""
+    real, rank = Log.step, distributed.rank()
+
+    def log(self: Log, at: int, *rest: Any) -> None:
+        if gone and rank and at == 1:
+            shutil.rmtree(second)
+        real(self, at, *rest)
+
+    Log.step = log  # type: ignore[method-assign]
+    try:
+        learned(second if rank else first, Path(first).parent / "run", epochs=4)
+    except InbatchError as error:
+        return str(error), error.exit_code
+    return "went on", 0
+
+
+def test_a_rank_with_other_shards_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", SIZES)
+    write_shards(tmp_path / "b", (30, 50, 21, 39))
+    for message, code in on_ranks(2, of_two, str(tmp_path / "a"), str(tmp_path / "b"), False):
+        assert "ranks disagree about the names or labels of the images: rank 1 has a different one" in message
+        assert code == 2
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    write_shards(tmp_path / "c", SIZES, damaged=[7])  # the same names, at other places
+    for message, code in on_ranks(2, of_two, str(tmp_path / "a"), str(tmp_path / "c"), False):
+        assert "ranks disagree about the places of the images in their files: rank 1" in message and code == 2
+
+
+def test_a_rank_that_loses_its_shards_is_named(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "a", SIZES)
+    shutil.copytree(data, tmp_path / "b")
+    (first, code), (second, other) = on_ranks(2, of_two, str(data), str(tmp_path / "b"), True)
+    assert first == f"rank 1: {second}" and code == other == 3
+    assert "cannot be read: No such file or directory" in second
