@@ -13,6 +13,7 @@ from small_methods import SMALL, VARIANTS, create
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows, split_state
+from inbatch.errors import ConfigError
 from inbatch.losses import info_nce
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
@@ -248,3 +249,14 @@ def test_a_memory_bank_longer_than_the_set_is_said() -> None:
         assert "40 rows, more than the 39 images" in longer[0] and "method.queue_size to 39" in longer[0]
         assert METHODS[name](queue_size=40, **options).notes(40) == []
     assert METHODS["simclr"]().notes(2) == []
+
+
+def test_a_head_without_layers_or_width_is_refused() -> None:
+    """0 of an option must not mean another value than was typed."""
+    for name, kind in METHODS.items():
+        sizes = {"layers", "hidden_dim", "out_dim", "pred_hidden_dim", "bottleneck_dim"}
+        for option in sizes & set(inspect.signature(kind).parameters):
+            with pytest.raises((ValueError, ConfigError), match="at least 1|above 0|positive"):
+                layers = {"layers": 2} if option == "hidden_dim" and "layers" in inspect.signature(kind).parameters else {}
+                create(name, **layers | {option: 0})
+                pytest.fail(f"{name} takes {option}=0")

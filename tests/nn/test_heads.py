@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch.nn.heads import mlp
+from inbatch.nn.heads import hidden_widths, mlp
 
 
 def kinds(network: nn.Sequential) -> list[str]:
@@ -36,3 +36,9 @@ def test_one_width_is_no_network() -> None:
     for widths in ((8, 0), (8, -2, 3)):
         with pytest.raises(ValueError, match="at least 1"):
             mlp(*widths)
+
+
+def test_hidden_widths_are_one_fewer_than_the_layers() -> None:
+    assert hidden_widths(1, 64) == [] and hidden_widths(3, 64) == [64, 64] and hidden_widths(2, None, 12) == [12]
+    with pytest.raises(ValueError, match="at least 1 linear layer, not 0"):
+        hidden_widths(0, 64)

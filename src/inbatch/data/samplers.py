@@ -93,6 +93,11 @@ class Balanced(Sampler):
             self.group = torch.zeros(self.images, dtype=torch.int32)
         elif bool((source.labels >= 0).any()):
             self.group = source.labels.cpu().unique(return_inverse=True)[1].int()
+            if not self.group.any():
+                raise DataError(
+                    f"the sampler balances classes, but all images of {source.name} are of one class; leave out "
+                    "--sampler, or set sampler.by=cluster to balance the clusters of the features"
+                )
         else:
             raise DataError(
                 f"the sampler balances classes, but {source.name} has no labels{source.why_unlabelled()}; set "

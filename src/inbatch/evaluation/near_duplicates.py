@@ -54,11 +54,11 @@ def descriptors(
         mirrored: Describe the mirror images.
     """
     top, left, side = window
-    rows = []
-    for images in thumbnails.split(_CHUNK):
+    rows = torch.empty(len(thumbnails), COARSE**2)  # not a list of parts, which would take twice the memory
+    for part, images in zip(rows.split(_CHUNK), thumbnails.split(_CHUNK), strict=True):
         values = images.float()
-        rows.append(described(values.flip(-1) if mirrored else values, [(top, side), (left, side)])[:, 1])
-    return torch.cat(rows)
+        part.copy_(described(values.flip(-1) if mirrored else values, [(top, side), (left, side)])[:, 1])
+    return rows
 
 
 @usual_numerics()

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 
 
@@ -70,7 +70,7 @@ class AlignUniform(Method):
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim))}
+        return {"projection": Head(mlp(width, *hidden_widths(self.layers, self.hidden_dim, width), self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return align_uniform(online["projection"], self.t, self.weight, self.alpha)

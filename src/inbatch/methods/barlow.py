@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import nan_if_overflow, product, wide
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 
 
 def cross_correlation(
@@ -71,7 +71,8 @@ class BarlowTwins(Method):
         self.lambd, self.scale, self.hidden_dim, self.out_dim, self.layers = lambd, scale, hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden_dim] * (self.layers - 1), self.out_dim, last="plain"))}
+        hidden = hidden_widths(self.layers, self.hidden_dim)
+        return {"projection": Head(mlp(width, *hidden, self.out_dim, last="plain"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return barlow_twins(online["projection"], self.lambd, self.scale)

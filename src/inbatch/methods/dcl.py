@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.mixed_contrast import mixed_dcl
 from inbatch.nn.negatives import Negatives
@@ -73,7 +73,7 @@ class DCL(Method):
         self.symmetric, self.detach, self.hidden_dim, self.out_dim = symmetric, detach, hidden_dim, out_dim
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim))}
+        return {"projection": Head(mlp(width, *hidden_widths(2, self.hidden_dim, width), self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.sigma, self.symmetric, self.detach, self.negatives_of(batch)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
 from inbatch.nn.functional import cross_prediction, koleo, scale_by_temperature, wide
-from inbatch.nn.heads import Head, Prototypes, mlp
+from inbatch.nn.heads import Head, Prototypes, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.schedules import cosine, linear, progress
 
@@ -59,7 +59,7 @@ class DINO(Method):
         self.temperature, self.momentum, self.center_momentum = temperature, momentum, center_momentum
         self.freeze_prototypes_epochs = freeze_prototypes_epochs
         self.warmup_epochs, self.teacher_temperatures = warmup_epochs, (warmup_temperature, teacher_temperature)
-        self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, [hidden_dim] * (layers - 1), norm
+        self.bottleneck_dim, self.hidden_dim, self.norm = bottleneck_dim, hidden_widths(layers, hidden_dim), norm
         self.koleo_weight = koleo_weight
         if koleo_weight:  # of plain images: mixed ones would have no such term
             self.online, self.mixed_keys = ("prototypes", "features"), None

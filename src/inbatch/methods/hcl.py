@@ -8,7 +8,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.negatives import Negatives, log_in_batch, other_views
 
@@ -63,7 +63,7 @@ class HCL(Method):
         self.hidden_dim, self.out_dim = hidden_dim, out_dim
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim))}
+        return {"projection": Head(mlp(width, *hidden_widths(2, self.hidden_dim, width), self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.tau_plus, self.beta

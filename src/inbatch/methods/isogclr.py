@@ -10,7 +10,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
 from inbatch.nn.global_contrast import global_contrast, updated
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 
 
@@ -72,7 +72,7 @@ class ISogCLR(Method):
             self.register_buffer(name, torch.full((images,), value))
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim))}
+        return {"projection": Head(mlp(width, *hidden_widths(2, self.hidden_dim, width), self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         tau, gamma = self.tau[batch.index], 1.0 if batch.epoch == 0 else self.gamma

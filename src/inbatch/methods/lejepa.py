@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import invariance
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.slicing import check_options, random_directions, sigreg
 
 
@@ -61,7 +61,7 @@ class LeJEPA(Method):
         super().__init__()
         self.lamb, self.slices, self.global_views = lamb, slices, global_views
         self.samples, self.scale, self.weights = samples, scale, weights
-        self.widths = [*[hidden_dim] * (layers - 1), out_dim]
+        self.widths = [*hidden_widths(layers, hidden_dim), out_dim]
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 
 
 def nuclear_norm(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
@@ -73,7 +73,8 @@ class MMCR(Method):
         self.hidden_dim, self.layers, self.out_dim = hidden_dim, layers, out_dim
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, *[self.hidden_dim] * (self.layers - 1), self.out_dim, last="plain"))}
+        hidden = hidden_widths(self.layers, self.hidden_dim)
+        return {"projection": Head(mlp(width, *hidden, self.out_dim, last="plain"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return mmcr(online["projection"], target.get("projection"), self.lmbda, self.local)

@@ -8,7 +8,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import info_nce, normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.mixed_contrast import mixed_contrast
@@ -59,9 +59,8 @@ class MoCo(Method):
         self.queue = MemoryBank(queue_size, out_dim)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {
-            "projection": Head(mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim, norm=False))
-        }
+        hidden = hidden_widths(self.layers, self.hidden_dim, width)
+        return {"projection": Head(mlp(width, *hidden, self.out_dim, norm=False))}
 
     def online_views(self, views: int) -> Sequence[int]:
         return (0, 1) if self.symmetric else (0,)

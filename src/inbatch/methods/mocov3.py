@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.mixed_contrast import mixed_contrast
 from inbatch.nn.negatives import Negatives, log_across
@@ -69,7 +69,7 @@ class MoCoV3(Method):
         self.hidden_dim, self.out_dim, self.last_norm = hidden_dim, out_dim, last_norm
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden_dim] * (self.layers - 1)
+        hidden = hidden_widths(self.layers, self.hidden_dim)
         prediction = mlp(self.out_dim, self.hidden_dim, self.out_dim, last="norm_plain" if self.last_norm else "linear")
         return {
             "projection": Head(mlp(width, *hidden, self.out_dim, last="norm_plain")),

@@ -7,7 +7,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.memory_bank import MemoryBank
 
 
@@ -58,7 +58,7 @@ class PCL(Method):
         self.clusterings.allocate(images)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(*[width] * self.layers, self.out_dim, norm=False))}
+        return {"projection": Head(mlp(width, *hidden_widths(self.layers, width), self.out_dim, norm=False))}
 
     def online_views(self, views: int) -> tuple[int]:
         return (0,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import logsumexp_rows, normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.memory_bank import MemoryBank
 
@@ -70,7 +70,8 @@ class Relation(Method):
         self.queue = MemoryBank(self.queue_size, self.teacher_width)
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.teacher_width, norm=False))}
+        hidden = hidden_widths(2, self.hidden_dim, width)
+        return {"projection": Head(mlp(width, *hidden, self.teacher_width, norm=False))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         how = self.queue.rows, self.temperature, self.teacher_temperature, self.candidates

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.pair_weights import SameGroup
 from inbatch.nn.sigmoid_sums import sigmoid_sum
 
@@ -70,7 +70,7 @@ class Sigmoid(Method):
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        projection = mlp(width, *[self.hidden_dim or width] * (self.layers - 1), self.out_dim, last="norm_scale")
+        projection = mlp(width, *hidden_widths(self.layers, self.hidden_dim, width), self.out_dim, last="norm_scale")
         return {"projection": Head(projection), "scaled": Head(ScaledRows(self.scale, self.bias), "projection")}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import mean_other_views, normalize
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.nn.mixed_contrast import mixed_contrast
 from inbatch.nn.negatives import Negatives, log_in_batch
@@ -68,7 +68,7 @@ class SimCLR(Method):
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden_dim or width] * (self.layers - 1)
+        hidden = hidden_widths(self.layers, self.hidden_dim, width)
         return {"projection": Head(mlp(width, *hidden, self.out_dim, last="norm_scale"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:

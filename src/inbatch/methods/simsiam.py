@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import mean_other_views, normalize, wide
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 
 Teach = Literal["each", "mean"]
 
@@ -68,7 +68,7 @@ class SimSiam(Method):
         self.stop_gradient, self.targets = stop_gradient, targets
 
     def heads(self, width: int) -> dict[str, Head]:
-        hidden = [self.hidden_dim] * (self.layers - 1)
+        hidden = hidden_widths(self.layers, self.hidden_dim)
         prediction = mlp(self.out_dim, self.bottleneck_dim, self.out_dim) if self.predictor else nn.Identity()
         return {
             "projection": Head(mlp(width, *hidden, self.out_dim, last="norm_plain")),

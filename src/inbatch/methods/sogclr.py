@@ -11,7 +11,7 @@ from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
 from inbatch.nn.global_contrast import global_contrast, updated
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
 
 
@@ -65,7 +65,8 @@ class SogCLR(Method):
         self.register_buffer("log_u", torch.full((images,), -torch.inf))
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim, last="norm_plain"))}
+        hidden = hidden_widths(2, self.hidden_dim, width)
+        return {"projection": Head(mlp(width, *hidden, self.out_dim, last="norm_plain"))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         old = self.log_u[batch.index]

@@ -9,7 +9,7 @@ from torch import Tensor
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
 from inbatch.nn.functional import normalize, product, scale_by_temperature
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature, logsumexp
 from inbatch.nn.mixed_contrast import mixed_supcon
 from inbatch.nn.negatives import Negatives, SimilarOfOtherClass
@@ -82,7 +82,7 @@ class SupCon(Method):
         self.mixed_keys = "other" if contrast_mode == "all" else None
 
     def heads(self, width: int) -> dict[str, Head]:
-        return {"projection": Head(mlp(width, self.hidden_dim or width, self.out_dim, norm=False))}
+        return {"projection": Head(mlp(width, *hidden_widths(2, self.hidden_dim, width), self.out_dim, norm=False))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.base_temperature, self.contrast_mode

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.functional import invariance, wide
-from inbatch.nn.heads import Head, mlp
+from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.slicing import check_options, random_directions, wasserstein
 
 
@@ -65,7 +65,7 @@ class VISReg(Method):
         super().__init__()
         check_eps(eps)
         self.lamb, self.slices, self.global_views, self.eps = lamb, slices, global_views, eps
-        self.hidden, self.out_dim = [hidden_dim] * (layers - 1), out_dim
+        self.hidden, self.out_dim = hidden_widths(layers, hidden_dim), out_dim
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:

@@ -57,6 +57,19 @@ def mlp(*widths: int, norm: bool = True, last: Last = "linear", activation: type
     return nn.Sequential(*layers)
 
 
+def hidden_widths(layers: int, hidden_dim: int | None, width: int = 0) -> list[int]:
+    """Return the widths of the hidden layers of a head with this number of linear layers.
+
+    Args:
+        layers: linear layers, at least 1.
+        hidden_dim: width of each hidden layer; None is `width`.
+        width: width of the features.
+    """
+    if layers < 1:
+        raise ValueError(f"a head needs at least 1 linear layer, not {layers}")
+    return [width if hidden_dim is None else hidden_dim] * (layers - 1)
+
+
 class Prototypes(nn.Module):
     """Cosines of rows with learned unit vectors: (N, dim) -> (N, count), in float32 or wider.
 

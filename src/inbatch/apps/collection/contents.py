@@ -62,7 +62,9 @@ def read_contents(collection: Collection, quiet: bool) -> ImageContents:
             copies[rows[0]] = rows[1:]
     pixels = torch.tensor([sizes[i] for i in readable.tolist()], dtype=torch.long)
     unreadable = [*collection.unreadable, *(bad[i] for i in sorted(bad))]
-    return ImageContents(readable, pixels, thumbnails[readable], copies, unreadable)
+    if len(readable) < len(thumbnails):  # else a copy of a gigabyte for a million images
+        thumbnails = thumbnails[readable]
+    return ImageContents(readable, pixels, thumbnails, copies, unreadable)
 
 
 def _thumbnail(collection: Collection, i: int) -> Tensor | str:
