@@ -31,7 +31,8 @@ from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
 from inbatch.training.requested_settings import merged_settings
 from inbatch.training.resume import barely_begun, finished_run, resumed_plan, run_to_resume
-from inbatch.training.run import Run, embed_run, evaluate_run, load, load_run, replay_run
+from inbatch.training.run import Run, evaluate_run, load, load_run, replay_run
+from inbatch.training.run_embedding import embed_run
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.run_export import export_run
 from inbatch.training.status import begin_run

@@ -93,15 +93,15 @@ class Kept:
     def identity(self, i: int) -> str:
         return self.source.identity(i)
 
-    def read(self) -> None:
-        """Decode all images that have not been read yet and can be, on all cores."""
+    def read(self, numbers: range) -> None:
+        """Decode the images of these numbers that have not been read yet and can be, on all cores."""
 
         def decode(part: list[int]) -> None:
             for i in part:
                 with suppress(DataError):  # reported when the image is read
                     self.image(i)
 
-        missing = [i for i in range(len(self)) if i not in self._images]
+        missing = [i for i in numbers if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             list(thread_map(decode, parts))
@@ -161,14 +161,15 @@ def _stream(
     batch: int,
     workers: int,
     missing: dict[int, str] | None,
+    numbers: range | None = None,
 ) -> Iterator[Embeddings]:
     if not len(source):
         raise DataError(f"{source.name} holds no images.")
+    numbers = range(len(source)) if numbers is None else numbers
     if isinstance(source, Kept):
-        source.read()
+        source.read(numbers)
         workers = 0  # they would each keep the images
-    n = len(source)
-    ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
+    ranges = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     chunks = _Chunks(source, prepare)
     loader: DataLoader = DataLoader(
         chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=child_processes.begin_worker,
@@ -202,6 +203,7 @@ def embed_stream(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
     missing: dict[int, str] | None = None,
+    numbers: range | None = None,
 ) -> Iterator[Embeddings]:
     """Yield chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
 
@@ -216,6 +218,7 @@ def embed_stream(
         workers: processes that decode.
         missing: receives the images that cannot be read (number: reason), which are left out; None: they raise
             DataError.
+        numbers: the images to embed, all by default; chunks begin at the first of them.
 
     Raises:
         ConfigError: If `encoder` is not an encoder.
@@ -224,8 +227,9 @@ def embed_stream(
     check_encoder(encoder)
     source, kind = as_source(source, encoder), "pooled output of the backbone"
     yield from _stream(
-        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing
-    )
+        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing,
+        numbers,
+    )  # fmt: skip
 
 
 @usual_numerics()

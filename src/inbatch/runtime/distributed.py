@@ -5,7 +5,7 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -85,13 +85,18 @@ def _init(backend: str, timeout: float) -> None:
 
 
 @contextmanager
-def process_group(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
-    """Run all ranks within one group (`setup`); an error that ends one of them ends all, with its reason."""
+def process_group(
+    expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT, how: str = ""
+) -> Iterator[None]:
+    """Run all ranks within one group (`setup`); an error that ends one of them ends all, with its reason.
+
+    how: how the work of a lost rank is continued; by default with --resume.
+    """
     global _roll
     made, before = setup(expect, device, timeout), _roll
     try:
         if world() > 1:
-            _roll = _new_roll(timeout)
+            _roll = _new_roll(timeout, how)
         with shared_errors():
             yield
     except Exception as error:
@@ -153,9 +158,21 @@ def _hang_up() -> None:
                         waiting.wait(datetime.timedelta(milliseconds=1))
 
 
-def _new_roll(timeout: float) -> RankStore:
+def _new_roll(timeout: float, how: str = "") -> RankStore:
     store = dist.distributed_c10d._get_default_store()  # there is no other way to get the store of an existing group
-    return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
+    return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout, how)
+
+
+def advance(work: str, finished: bool = False) -> None:
+    """Record that this rank goes on with some work, or has finished it, for the ranks that `follow` it."""
+    if _roll is not None:
+        _roll.advance(work, finished)
+
+
+def follow(work: str, ranks: Iterable[int]) -> None:
+    """Wait until ranks have finished some work, as long as each of them goes on; no collective, so no limit in all."""
+    if _roll is not None:
+        _roll.follow(work, ranks)
 
 
 def _joined() -> bool:

@@ -119,6 +119,9 @@ def lasting_streams() -> Iterator[None]:
 
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+DistTimeout = Annotated[
+    float, Option(metavar="SECONDS", min=1, help="Time after which a process that hangs is an error.")
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only results and errors.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")]

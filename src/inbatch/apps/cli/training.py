@@ -12,6 +12,7 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Data,
     Device,
+    DistTimeout,
     GroupColumn,
     ImageColumn,
     Json,
@@ -175,9 +176,7 @@ def pretrain(
     stop_on_collapse: Annotated[
         bool, Option("--stop-on-collapse", help="Exit with code 4 if features collapse.")
     ] = False,
-    dist_timeout: Annotated[
-        float, Option(metavar="SECONDS", min=1, help="Time after which a process that hangs is an error.")
-    ] = 1800,
+    dist_timeout: DistTimeout = 1800,
     compare: Annotated[
         str | None,
         Option(metavar="RUN|auto", help="Compare the curve with a run's; auto: with shipped reference runs."),
@@ -336,17 +335,22 @@ def embed(
     ] = False,
     float16: Annotated[bool, Option("--float16", help="Write --tokens in half precision.")] = False,
     encoder: OwnEncoder = None,
+    dist_timeout: DistTimeout = 1800,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write split, path, index, label and features of every image to a file; memory does not grow with their number."""
+    """Write split, path, index, label and features of every image to a file; memory does not grow with their number.
+
+    Under torchrun all ranks share the images. After an interruption the same command continues with what is finished.
+    """
     with reported(as_json):
         from inbatch.api import embed_run
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
         options |= {"image_column": image_column, "label_column": label_column, "tokens": tokens, "float16": float16}
+        options["dist_timeout"] = dist_timeout
         count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}
