@@ -121,7 +121,7 @@ def test_nothing_is_left_of_a_command_without_a_finished_part(
 
 
 def test_a_file_that_cannot_be_written_is_an_error_before_an_image_is_embedded(encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ends in .parquet or .npz"):
+    with pytest.raises(ConfigError, match=r"ends in \.parquet or \.npz"):
         inbatch.embed_run(encoder, IMAGES, tmp_path / "features.csv")
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
-from inbatch.runtime import child_processes
+from inbatch.runtime import child_processes, shared_work
 from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.thread_map import thread_map
@@ -176,6 +176,7 @@ def _stream(
         generator=torch.Generator(),  # without one, the loader draws from the caller's
     )  # fmt: skip
     for at, (images, bad) in zip(ranges, child_processes.batches(loader), strict=True):
+        shared_work.check()
         if bad and missing is None:
             raise DataError(next(iter(bad.values())))
         if missing is not None:
@@ -255,10 +256,16 @@ def embed(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> Embeddings:
-    """Return the embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
-    bad: dict[int, str] = {}
-    chunks = embed_stream(encoder, source, batch=batch, precision=precision, workers=workers, missing=bad)
-    return _join(chunks, bad)
+    """Return the embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can.
+
+    Inside `shared_work.sharing`, each rank embeds a part of them.
+    """
+    bad, source = dict[int, str](), as_source(source, encoder)
+    numbers = shared_work.span(len(source), batch)
+    chunks = embed_stream(
+        encoder, source, batch=batch, precision=precision, workers=workers, missing=bad, numbers=numbers
+    )
+    return _join(chunks, bad, source)
 
 
 @usual_state()
@@ -270,7 +277,9 @@ def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, worker
     source = as_source(source)
     size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
     resize, bad = _Flatten(size), dict[int, str]()
-    return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad), bad)
+    stream = _stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad)
+    with shared_work.alone():
+        return _join(stream, bad, source)
 
 
 class _Flatten:
@@ -286,19 +295,22 @@ class _Flatten:
         return nn.functional.interpolate(x[None], self.shape, mode="bilinear", antialias=True)[0]
 
 
-def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
+def _join(stream: Iterable[Embeddings], bad: dict[int, str], source: Source) -> Embeddings:
     chunks = list(stream)
-    if not chunks:
+    facts = shared_work.gathered((bad, chunks[0].feature if chunks else ""))
+    bad = {i: why for part, _ in facts for i, why in part.items()}
+    index = shared_work.joined(torch.cat([c.index for c in chunks]) if chunks else torch.empty(0, dtype=torch.long))
+    if not len(index):
         reasons = "; ".join(list(bad.values())[:3])
         raise DataError(f"none of {len(bad):,} images can be read: {reasons}")
     return Embeddings(
-        vectors=torch.cat([c.vectors for c in chunks]),
-        labels=torch.cat([c.labels for c in chunks]),
-        identities=tuple(i for c in chunks for i in c.identities),
-        index=torch.cat([c.index for c in chunks]),
-        name=chunks[0].name,
-        feature=chunks[0].feature,
+        vectors=shared_work.joined(torch.cat([c.vectors for c in chunks]) if chunks else torch.empty(0, 0)),
+        labels=source.labels[index].cpu(),
+        identities=tuple(map(source.identity, index.tolist())),
+        index=index,
+        name=source.name,
+        feature=next(feature for _, feature in facts if feature),
         missing=tuple(bad.values()),
-        classes=chunks[0].classes,
-        ids=chunks[0].ids,
+        classes=getattr(source, "classes", ()),  # sources from outside the package may have none
+        ids=getattr(source, "ids", None),
     )

@@ -163,6 +163,17 @@ def _new_roll(timeout: float, how: str = "") -> RankStore:
     return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout, how)
 
 
+def interrupt(number: int) -> None:
+    """Tell the other ranks, without waiting for them, that this one was stopped by a signal."""
+    if _roll is not None:
+        _roll.interrupt(number)
+
+
+def interrupted() -> int:
+    """Return the signal by which another rank was stopped; 0 without one."""
+    return 0 if _roll is None else _roll.interrupted()
+
+
 def advance(work: str, finished: bool = False) -> None:
     """Record that this rank goes on with some work, or has finished it, for the ranks that `follow` it."""
     if _roll is not None:
@@ -219,6 +230,21 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+@torch.no_grad()
+def gather_uneven(x: Tensor) -> Tensor:
+    """Return the rows of all ranks joined in their order; ranks may have different numbers of them, or none."""
+    shapes: list[Any] = distribute_tasks(lambda _: tuple(x.shape), world())
+    shape = max(shapes)[1:]  # a rank without rows does not know their width
+    whole = x.new_empty(sum(shape[0] for shape in shapes), *shape)
+    for source, part in enumerate(whole.split([shape[0] for shape in shapes])):
+        if len(part):
+            sent = x if source == rank() else part
+            sent = sent.cuda() if dist.get_backend() == "nccl" else sent.contiguous()
+            dist.broadcast(sent, source)
+            part.copy_(sent)
+    return whole
+
+
 def local_shard(x: Tensor, dim: int = 0) -> Tensor:
     """Return this rank's part of a gathered tensor."""
     return x.chunk(world(), dim)[rank()]
@@ -253,6 +279,16 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in place."""
+    if world() > 1:
+        for x in tensors:
+            sent = x.cuda() if dist.get_backend() == "nccl" else x.contiguous()
+            dist.broadcast(sent, 0)
+            x.copy_(sent)
 
 
 def distribute_tasks(task: Callable[[int], Any], count: int) -> list[Any]:

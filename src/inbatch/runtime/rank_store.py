@@ -72,6 +72,14 @@ class RankStore:
         except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
             return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {self._advice}")
 
+    def interrupt(self, number: int) -> None:
+        """Record that this rank was stopped by a signal."""
+        self._set("signal", str(number))
+
+    def interrupted(self) -> int:
+        """Return the signal by which a rank was stopped; 0 without one."""
+        return int(self._get("signal")) if self._has("signal") else 0
+
     def advance(self, work: str, finished: bool = False) -> None:
         """Record that this rank goes on with some work (a name), or has finished it, for `follow` on other ranks."""
         self._add(f"{work} {self.rank}")

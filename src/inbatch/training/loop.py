@@ -199,7 +199,7 @@ class Loop:
         self.followers.check()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        figures = self.stopping.on_rank_0(self.evaluator)
+        figures = self.stopping.shared(self.evaluator)
         best = record_online(figures, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:

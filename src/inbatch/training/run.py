@@ -12,8 +12,9 @@ import torch
 
 from inbatch.data import SKIPPED, GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
+from inbatch.evaluation.embedding_parts import digest
 from inbatch.models import Encoder
-from inbatch.runtime import own_parts, tuning
+from inbatch.runtime import distributed, own_parts, shared_work, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
@@ -94,9 +95,11 @@ def recipe_of(path: str | Path) -> Recipe:
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", image_column: str | None = None, label_column: str | None = None,
-    **options: Any,
+    dist_timeout: float = 1800.0, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the encoder of a run, finished or stopped, on its own or other data; writes nothing.
+
+    Several ranks share the work, and all return the figures of rank 0.
 
     The encoder before training is also evaluated ("untrained"); "step", "steps" and "note" state the step of the
     encoder. Without labels the result contains only the measures of `monitors.label_free` ("unlabelled").
@@ -112,11 +115,23 @@ def evaluate_run(
         device: Name of the device, or "auto".
         image_column: Column of the images; by default that of the run, if the data have it.
         label_column: Column of the labels, likewise.
+        dist_timeout: Seconds after which a dead or hanging rank ends the others.
         **options: Options of `evaluate`.
 
     Raises:
         ConfigError: If protocols are requested but no image is labelled.
     """
+    columns = {"image_column": image_column, "label_column": label_column}
+    with distributed.process_group(None, device_for(device).type, dist_timeout, "with the same command"):
+        with shared_work.sharing():
+            result = _evaluated(path, data, test, protocols, from_, device, columns, options)
+        return distributed.broadcast_object(result)
+
+
+def _evaluated(
+    path: str | Path, data: Any, test: Any, protocols: Sequence[str] | None, from_: str, device: str,
+    columns: Mapping[str, str | None], options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     if from_ not in ("features", "head"):
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
@@ -124,7 +139,6 @@ def evaluate_run(
     path = path_of(path)
     own = located(path, recipe_of(path))
     loaded = load_run_encoder(path)
-    columns = {"image_column": image_column, "label_column": label_column}
     named: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
     here = replace(own, **named)
     with opening(path, own) if data is None else nullcontext():
@@ -147,6 +161,9 @@ def evaluate_run(
         images = for_encoder(encoder, source)
         return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin
     bank, queries = (for_encoder(encoder, part) for part in (split.bank, split.queries))
+    distributed.assert_equal_across_ranks(
+        {"encoder": digest(encoder.state_dict())} | {part.name: f"{len(part):,} images" for part in (bank, queries)}
+    )
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
     return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 

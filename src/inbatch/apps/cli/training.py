@@ -34,7 +34,7 @@ from inbatch.apps.cli.output import (
 )
 from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnViews, typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
-from inbatch.apps.console import complain, print_json, say, warn
+from inbatch.apps.console import complain, first, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
@@ -288,16 +288,21 @@ def evaluate(
     encoder: OwnEncoder = None,
     method: OwnMethod = None,
     views: OwnViews = None,
+    dist_timeout: DistTimeout = 1800,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol."""
+    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol.
+
+    Under torchrun all ranks share the work.
+    """
     with reported(as_json):
         from inbatch.api import evaluate_run
         from inbatch.runtime.files import write_json
 
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
+        options["dist_timeout"] = dist_timeout
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen |= {"tuning_share": tuning_share, "image_column": image_column, "label_column": label_column}
         options |= {key: value for key, value in chosen.items() if value is not None}
@@ -308,6 +313,8 @@ def evaluate(
             print_evaluation(found, str(run))
 
         def write(found: dict[str, Any]) -> None:
+            if not first():
+                return
             write_json(file, found)
             if not as_json:
                 say(f"Written to: {file}")
