@@ -221,10 +221,29 @@ def wrap(network: nn.Module) -> nn.Module:
     )
 
 
+_first: float | None = None
+"""Time of the first exchange since the last call of `first_exchange`."""
+
+
+def first_exchange() -> float | None:
+    """Return when (`time.perf_counter`) this rank first exchanged tensors since the last call; None if it did not."""
+    global _first
+    time_then, _first = _first, None
+    return time_then
+
+
+def _exchange() -> None:
+    """Record the time of the first exchange."""
+    global _first
+    if _first is None:
+        _first = time.perf_counter()
+
+
 def gather(x: Tensor, dim: int = 0) -> Tensor:
     """Return every rank's tensor, of equal shapes, joined along `dim` in the order of ranks. Carries no gradient."""
     if world() == 1:
         return x
+    _exchange()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts, dim)
@@ -255,6 +274,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place and in one collective."""
     if world() == 1 or not tensors:
         return
+    _exchange()
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= world()
@@ -323,6 +343,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
+        _exchange()
         dist.all_reduce(x)
         return x
 

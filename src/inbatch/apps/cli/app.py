@@ -74,7 +74,7 @@ def _run(stop: signals.Stop) -> None:
     """Run the command of the command line; after a signal, end without the regular exit of Python."""
     try:
         stop.release()
-        app()
+        app(_with_values(sys.argv[1:]))
     except (SystemExit, signals.StopRequested) as end:
         if stop.requested is None or getattr(end, "code", 1) == 0:
             raise
@@ -82,6 +82,16 @@ def _run(stop: signals.Stop) -> None:
         if not signals.watchdog.told:  # before a command began
             _tell(error)
         signals.leave(error.exit_code)
+
+
+def _with_values(words: list[str]) -> list[str]:
+    """Return the words of a command line with `--resume auto` for `--resume` without a value."""
+    follows = [*words[1:], "-"]
+    pairs = (
+        [word, "auto"] if word == "--resume" and then.startswith("-") else [word]
+        for word, then in zip(words, follows, strict=True)
+    )
+    return [word for pair in pairs for word in pair]
 
 
 @contextmanager

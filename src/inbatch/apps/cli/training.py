@@ -169,7 +169,7 @@ def pretrain(
     set_: Set = None,
     resume: Annotated[
         str | None,
-        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto: in --output-dir."),
+        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto, or no value: in --output-dir."),
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,
@@ -228,7 +228,8 @@ def pretrain(
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 
         def train() -> dict[str, Any]:
-            run = api.pretrain(where, kind, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            folder = api.restarted(None) if out is None and resume is None else out
+            run = api.pretrain(where, kind, out=folder, stop_on_collapse=stop_on_collapse, **shared, **fields)
             return {"run": str(run.directory)} | run.result
 
         deliver(train, as_json, print_run)
