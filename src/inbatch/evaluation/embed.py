@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import open_data
@@ -153,7 +153,7 @@ class _Chunks(Dataset[tuple[Tensor | None, dict[int, str]]]):
         return self.prepare(torch.stack(several) if all(x.shape == first.shape for x in several) else several), bad
 
 
-def _stream(
+def stream_chunks(
     source: Source,
     prepare: Callable[[Iterable[Tensor]], Tensor],
     encode: Callable[[Tensor], Tensor],
@@ -163,6 +163,7 @@ def _stream(
     missing: dict[int, str] | None,
     numbers: range | None = None,
 ) -> Iterator[Embeddings]:
+    """Yield chunks of what `encode` returns for prepared images; see `embed_stream`."""
     if not len(source):
         raise DataError(f"{source.name} holds no images.")
     numbers = range(len(source)) if numbers is None else numbers
@@ -227,7 +228,7 @@ def embed_stream(
     """
     check_encoder(encoder)
     source, kind = as_source(source, encoder), "pooled output of the backbone"
-    yield from _stream(
+    yield from stream_chunks(
         source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing,
         numbers,
     )  # fmt: skip
@@ -265,37 +266,11 @@ def embed(
     chunks = embed_stream(
         encoder, source, batch=batch, precision=precision, workers=workers, missing=bad, numbers=numbers
     )
-    return _join(chunks, bad, source)
+    return join_chunks(chunks, bad, source)
 
 
-@usual_state()
-def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
-    """Return the pixels, in [0, 1] and flattened: the baseline that every feature must exceed.
-
-    Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
-    """
-    source = as_source(source)
-    size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
-    resize, bad = _Flatten(size), dict[int, str]()
-    stream = _stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad)
-    with shared_work.alone():
-        return _join(stream, bad, source)
-
-
-class _Flatten:
-    def __init__(self, size: int):
-        self.shape = (size, size)
-
-    def __call__(self, images: Iterable[Tensor]) -> Tensor:
-        return torch.stack([self._fit(i.float() / 255).flatten() for i in images])
-
-    def _fit(self, x: Tensor) -> Tensor:
-        if x.shape[1:] == self.shape:
-            return x
-        return nn.functional.interpolate(x[None], self.shape, mode="bilinear", antialias=True)[0]
-
-
-def _join(stream: Iterable[Embeddings], bad: dict[int, str], source: Source) -> Embeddings:
+def join_chunks(stream: Iterable[Embeddings], bad: dict[int, str], source: Source) -> Embeddings:
+    """Return all chunks in one, of all ranks if they share the work; DataError if there are none."""
     chunks = list(stream)
     facts = shared_work.gathered((bad, chunks[0].feature if chunks else ""))
     bad = {i: why for part, _ in facts for i, why in part.items()}

@@ -18,8 +18,8 @@ LEAST = 0.005
 class SlowRanks:
     """Average times of the ranks: loading, views and forward pass of a step, until a rank needs those of the others.
 
-    The rest of a step takes all ranks equally long, because they wait for each other in it. Under NCCL the host does not
-    wait for the forward pass, so that only slow loading is found.
+    The rest of a step takes all ranks equally long, because they wait for each other in it. Under NCCL the host does
+    not wait for the forward pass, so that only slow loading is found.
 
     Args:
         device: device of the exchanges.
