@@ -74,7 +74,7 @@ def _run(stop: signals.Stop) -> None:
     """Run the command of the command line; after a signal, end without the regular exit of Python."""
     try:
         stop.release()
-        app(_with_values(sys.argv[1:]))
+        app(with_values(sys.argv[1:]))
     except (SystemExit, signals.StopRequested) as end:
         if stop.requested is None or getattr(end, "code", 1) == 0:
             raise
@@ -84,9 +84,9 @@ def _run(stop: signals.Stop) -> None:
         signals.leave(error.exit_code)
 
 
-def _with_values(words: list[str]) -> list[str]:
+def with_values(words: list[str]) -> list[str]:
     """Return the words of a command line with `--resume auto` for `--resume` without a value."""
-    follows = [*words[1:], "-"]
+    follows = [*words, "-"][1:]
     pairs = (
         [word, "auto"] if word == "--resume" and then.startswith("-") else [word]
         for word, then in zip(words, follows, strict=True)
