@@ -45,6 +45,26 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
 
 
+def evaluated(out: str) -> list[Any]:
+    """Return what does not depend on training: the untrained encoder, then the same finished run."""
+    run = inbatch.pretrain("digits-canvas", "cc", out=out, **(RUN | {"subset": 120, "epochs": 1}))
+    first = {key: value for key, value in run.result["curve"][0].items() if key != "loss"}
+    again = inbatch.evaluate_run(f"{Path(out).parent}/one", from_="head")
+    del again["environment"], run.result["untrained"]["versions"]
+    return [first, run.result["untrained"], again]
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one_process(tmp_path: Path) -> None:
+    """The same figures, bit for bit, before training and of a finished run; also of heads and of measures by views."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = evaluated(str(tmp_path / "one"))
+    torch.set_num_threads(threads)
+    for found in on_ranks(2, evaluated, str(tmp_path / "two")):
+        assert found == alone
+
+
 def stopped_while_the_ranks_evaluate(out: str) -> tuple[str, int]:
     """Send rank 0 a signal in the evaluation after the first epoch, which would take minutes on both ranks."""
     evaluations: list[int] = []
