@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import resource
+import socket
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ def write_images(file: Path, count: int) -> None:
     np.save(file, coarse.repeat(4, 2).repeat(4, 3))
 
 
-def case(rank: int, world: int, folder: Path) -> None:
+def case(rank: int, world: int, folder: Path, port: int) -> None:
     """Embed the images as one rank."""
     os.environ["LOCAL_RANK"] = str(rank)
     tuning.ready()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     out = folder / f"features-{world}.npz"
     embed_run(folder / "encoder", folder / "few.npy", folder / "warm-up.npz", device="cpu")
     dist.barrier()
@@ -63,8 +63,10 @@ def case(rank: int, world: int, folder: Path) -> None:
 def measured(world: int, folder: Path) -> dict[str, Any]:
     """Return the figures of one start: the longest time of a rank, and the processor time of all."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    (folder / f"meet-{world}").unlink(missing_ok=True)
-    torch.multiprocessing.start_processes(partial(case), args=(world, folder), nprocs=world, start_method="spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(case, args=(world, folder, port), nprocs=world, start_method="spawn")
     told = [json.loads((folder / f"told-{rank}").read_text()) for rank in range(world)]
     return {
         "ranks": world,

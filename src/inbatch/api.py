@@ -105,7 +105,7 @@ def pretrain(
         expect_world_size: required number of ranks.
         download: download a torchvision data set that is not on the disk.
         dist_timeout: seconds after which a dead or hanging rank ends the other ranks with an error that names it. It
-            must be longer than the evaluation on rank 0, for which the other ranks wait.
+            must be longer than what one rank may need more than another for its part of an evaluation.
         quiet: print no progress.
         stop_on_collapse: save a checkpoint and raise TrainingError if the outputs collapse and do not recover.
         compare: a run directory or a folder of results; its curve is shown with that of this run during training and
