@@ -147,3 +147,11 @@ def test_unreadable_images_are_named_after_an_interruption(
     again: dict[int, str] = {}
     assert inbatch.embed_run(encoder, folder, out, missing=again) == 89
     assert list(again) == [5] and files[5].name in again[5]
+
+
+def test_a_rank_that_does_not_see_the_folder_is_named(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "broadcast_object", lambda plan: ("of another folder", plan[1]))
+    with pytest.raises(ConfigError, match=r"rank 0 does not see the folder .*features\.npz\.parts of rank 0"):
+        inbatch.embed_run(encoder, IMAGES, tmp_path / "features.npz")

@@ -85,7 +85,7 @@ def clustering(
     fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
     with threadpool_limits(1), ignore_missing_clusters():
         fits = thread_map(fit, states, max(1, min(len(states), cores(), fit_at_once)))
-    best = min(((means.inertia_, means.labels_) for means in fits), key=_first, default=(np.inf, rows[:0, 0]))
+        best = min(((means.inertia_, means.labels_) for means in fits), key=_first, default=(np.inf, rows[:0, 0]))
     assignment = torch.from_numpy(min(shared_work.gathered(best), key=_first)[1]).long()
     used = len(assignment.unique())
     protocol = {"clusters": clusters, "used": used, "n_init": n_init, "seed": seed, "normalisation": "l2"}

@@ -93,15 +93,15 @@ class Kept:
     def identity(self, i: int) -> str:
         return self.source.identity(i)
 
-    def read(self, numbers: range) -> None:
-        """Decode the images of these numbers that have not been read yet and can be, on all cores."""
+    def read(self, numbers: range | None = None) -> None:
+        """Decode the images, or those of some numbers, that have not been read yet and can be, on all cores."""
 
         def decode(part: list[int]) -> None:
             for i in part:
                 with suppress(DataError):  # reported when the image is read
                     self.image(i)
 
-        missing = [i for i in numbers if i not in self._images]
+        missing = [i for i in numbers or range(len(self)) if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             list(thread_map(decode, parts))

@@ -1,6 +1,5 @@
 """Export of embeddings to disk, chunk by chunk: memory is constant, and a file appears only when it is complete."""
 
-import importlib.util
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -72,8 +71,10 @@ def _writer(path: Path) -> Callable[[IO[bytes], Iterable[Embeddings], Tokens | N
         raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
     if path.suffix == ".npz":
         return _npz
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("Parquet needs pyarrow: `pip install 'inbatch[parquet]'`, or write to .npz.")
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("Parquet needs pyarrow: `pip install 'inbatch[parquet]'`, or write to .npz.") from e
     return _parquet
 
 
