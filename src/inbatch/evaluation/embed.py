@@ -101,7 +101,7 @@ class Kept:
                 with suppress(DataError):  # reported when the image is read
                     self.image(i)
 
-        missing = [i for i in numbers or range(len(self)) if i not in self._images]
+        missing = [i for i in (range(len(self)) if numbers is None else numbers) if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             list(thread_map(decode, parts))
