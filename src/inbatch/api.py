@@ -30,8 +30,9 @@ from inbatch.training.predictions import predict
 from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
 from inbatch.training.requested_settings import merged_settings
-from inbatch.training.resume import barely_begun, finished_run, resumed_plan, run_to_resume
-from inbatch.training.run import Run, embed_run, evaluate_run, load, load_run, replay_run
+from inbatch.training.resume import barely_begun, finished_run, restarted, resumed_plan, run_to_resume
+from inbatch.training.run import Run, evaluate_run, load, load_run, replay_run
+from inbatch.training.run_embedding import embed_run
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.run_export import export_run
 from inbatch.training.status import begin_run
@@ -98,13 +99,13 @@ def pretrain(
         test: labelled images for evaluation, if the data has no test split.
         resume: True to resume the run in `out` if it can be resumed, or the directory of such a run. `data` can be a
             new place of the same images.
-        overwrite: replace a run in `out`.
+        overwrite: replace a run in `out`. Processes that torchrun restarts resume their run, also without `resume`.
         device: device of the run, or "auto".
         workers: number of data workers.
         expect_world_size: required number of ranks.
         download: download a torchvision data set that is not on the disk.
         dist_timeout: seconds after which a dead or hanging rank ends the other ranks with an error that names it. It
-            must be longer than the evaluation on rank 0, for which the other ranks wait.
+            must be longer than what one rank may need more than another for its part of an evaluation.
         quiet: print no progress.
         stop_on_collapse: save a checkpoint and raise TrainingError if the outputs collapse and do not recover.
         compare: a run directory or a folder of results; its curve is shown with that of this run during training and
@@ -133,6 +134,8 @@ def pretrain(
     with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
         out = None if out is None else path_of(out, "out")
+        if resume is False and out is not None and restarted(out):
+            resume, overwrite = True, False
         previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
         before = occupant(previous or out)
         with progress(quiet) as (notify, _):

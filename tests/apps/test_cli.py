@@ -21,6 +21,7 @@ from small_runs import judge_by_few_images, leave_out_comparison
 
 import inbatch
 from inbatch import api
+from inbatch.apps.cli.app import with_values
 from inbatch.apps.cli.output import explain
 from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
@@ -99,6 +100,20 @@ def test_the_overview_names_every_command_and_exit_code() -> None:
     shown = run("--help").stdout
     assert all(command in shown for command in COMMANDS) and "75 stopped by a signal" in shown
     assert run("--version").stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("pretrain --resume", "pretrain --resume auto"),
+        ("pretrain --resume --epochs 3", "pretrain --resume auto --epochs 3"),
+        ("pretrain --resume RUN", "pretrain --resume RUN"),
+        ("pretrain", "pretrain"),
+        ("", ""),
+    ],
+)
+def test_resume_without_a_value_is_automatic(typed: str, read: str) -> None:
+    assert with_values(typed.split()) == read.split()
 
 
 def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,33 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
         first = told
 
 
+def test_a_rank_that_goes_on_is_waited_for_and_one_that_does_not_is_named() -> None:
+    """Embedding in parts: the time of a part has no limit in all, only that without progress."""
+    first, second, third = rolls(3, timeout=0.4)
+
+    def works(roll: RankStore, parts: int) -> None:
+        for part in range(parts):
+            time.sleep(0.1)
+            roll.advance("parts", finished=part == 7)
+
+    found = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 8))
+    assert found == [None] * 3
+    first, second, third = rolls(3, timeout=0.4)
+    began = time.monotonic()
+    error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
+    assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.speaks
+    assert time.monotonic() - began < 5
+
+
+def test_the_way_to_continue_is_that_of_the_command() -> None:
+    first = RankStore(dist.HashStore(), "run 0", 0, 2, 0.1, "with the same command")
+    with pytest.raises(RankError, match="continue with the same command"):
+        first.follow("parts", [1])
+    second = RankStore(dist.HashStore(), "run 0", 0, 2, 0.1)
+    with pytest.raises(RankError, match="continue from the last checkpoint with --resume"):
+        second.meet({})
+
+
 def endless(fault: str, bad: int) -> str:
     """Run steps with a collective; one rank fails in the third."""
     for step in range(10_000):

@@ -346,7 +346,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["pretrain", *SMALL], "inbatch.training.monitors.online_evaluation:knn"),
         (["pretrain", *SMALL], "inbatch.training.run_result:evaluation"),
         (["evaluate", "RUN"], "inbatch.training.run_evaluation:evaluate"),
-        (["embed", "RUN", "digits-canvas", "-o", "features.npz"], "inbatch.training.run:write_embeddings"),
+        (
+            ["embed", "RUN", "digits-canvas", "-o", "features.npz"],
+            "inbatch.evaluation.embedding_parts:write_embeddings",
+        ),
         (["data", "digits-canvas"], "inbatch.apps.reports.dataset:chunks"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -161,6 +162,37 @@ def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_ends_the_same(wh
         assert "lost rank 1" in stderr
         alone(process)
     same(out, whole)
+
+
+def elastic(out: Path, port: int) -> Started:
+    """Start one of at most two machines; --resume is not typed."""
+    return Started(
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts",
+        "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", f"job {port}",
+        "--rdzv-conf", "last_call_timeout=5", "-m", "inbatch", *words(out, epochs=30), "--dist-timeout", "60",
+    )  # fmt: skip
+
+
+def test_a_machine_that_is_lost_leaves_the_run_to_the_other(tmp_path: Path) -> None:
+    """`--nnodes 1:2`: two ranks begin, and one goes on from the last checkpoint with the same context groups."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    first, second = elastic(out, port), None
+    with ended(first):
+        time.sleep(5)  # the first one holds the store
+        second = elastic(out, port)
+        with ended(second):
+            after(first, out / "checkpoints" / "previous.pt")
+            assert json.loads((out / "run.json").read_text())["world"] == 2
+        _, stderr = first.communicate(timeout=800)
+        assert first.returncode == 0, stderr
+    report = json.loads((out / "run.json").read_text())
+    assert report["status"] == "finished" and report["world"] == 1
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["step"] for line in steps if "loss" in line and "epoch" in line and "lr" in line]
+    assert losses == sorted(set(losses)) and losses[-1] == 150
 
 
 def test_data_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from inbatch.evaluation.clustering import ari, assigned, clustering, hungarian_accuracy, nmi
 from inbatch.evaluation.collapse_metrics import alpha_req, feature_std, lidar, rankme, sigreg_distance
 from inbatch.evaluation.corruptions import CORRUPTIONS, Chance, corruptions
-from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, raw_pixels, readable
+from inbatch.evaluation.embed import Kept, embed, embed_stream, hold_in_memory, readable
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.evaluate import PROTOCOL_VERSION, PROTOCOLS, evaluate
 from inbatch.evaluation.export import Tokens, write_embeddings
@@ -12,6 +12,7 @@ from inbatch.evaluation.finetune import TUNINGS, Finetune, Tuned, finetune, tune
 from inbatch.evaluation.knn import knn, knn_scores
 from inbatch.evaluation.linear_probe import linear_probe
 from inbatch.evaluation.probe_presets import PROBES, Lbfgs, Sgd
+from inbatch.evaluation.raw_pixels import raw_pixels
 from inbatch.evaluation.retrieval import retrieval
 
 __all__ = [

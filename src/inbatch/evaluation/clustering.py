@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from inbatch.errors import ConfigError, check_whole
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.clustering import compared, ignore_missing_clusters, nmi
+from inbatch.runtime import shared_work
 from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
@@ -50,7 +51,7 @@ def clustering(
     """Return nmi, acc and ari of k-means (scikit-learn) on L2-normalised features, with the protocol.
 
     Restarts run in parallel on one thread each: several threads per restart would add their sums in no fixed order.
-    Images without a label are left out.
+    Images without a label are left out. Inside `shared_work.sharing`, each rank does a part of the restarts.
 
     Args:
         embeddings: embeddings to cluster.
@@ -80,14 +81,19 @@ def clustering(
             return KMeans(clusters, n_init=1, random_state=state).fit(rows)
 
     states = np.random.RandomState(seed).randint(2**31 - 1, size=n_init).tolist()
+    states = [states[i] for i in shared_work.span(n_init, 1)]
     fit_at_once = free_bytes(torch.device("cpu")) // (2 * rows.nbytes)  # each copies the rows
     with threadpool_limits(1), ignore_missing_clusters():
-        fits = thread_map(fit, states, max(1, min(n_init, cores(), fit_at_once)))
-        best = min(fits, key=lambda means: means.inertia_)
-    assignment = torch.from_numpy(best.labels_).long()
+        fits = thread_map(fit, states, max(1, min(len(states), cores(), fit_at_once)))
+        best = min(((means.inertia_, means.labels_) for means in fits), key=_first, default=(np.inf, rows[:0, 0]))
+    assignment = torch.from_numpy(min(shared_work.gathered(best), key=_first)[1]).long()
     used = len(assignment.unique())
     protocol = {"clusters": clusters, "used": used, "n_init": n_init, "seed": seed, "normalisation": "l2"}
     return {**_scores(known.labels, assignment), **protocol, "images": len(known)}
+
+
+def _first(pair: tuple[float, Any]) -> float:
+    return pair[0]
 
 
 def assigned(outputs: Embeddings) -> dict[str, object]:

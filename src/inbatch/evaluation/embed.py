@@ -7,14 +7,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
-from inbatch.runtime import child_processes
+from inbatch.runtime import child_processes, shared_work
 from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.thread_map import thread_map
@@ -93,15 +93,15 @@ class Kept:
     def identity(self, i: int) -> str:
         return self.source.identity(i)
 
-    def read(self) -> None:
-        """Decode all images that have not been read yet and can be, on all cores."""
+    def read(self, numbers: range | None = None) -> None:
+        """Decode the images, or those of some numbers, that have not been read yet and can be, on all cores."""
 
         def decode(part: list[int]) -> None:
             for i in part:
                 with suppress(DataError):  # reported when the image is read
                     self.image(i)
 
-        missing = [i for i in range(len(self)) if i not in self._images]
+        missing = [i for i in (range(len(self)) if numbers is None else numbers) if i not in self._images]
         if missing:
             parts = [missing[at : at + 64] for at in range(0, len(missing), 64)]
             list(thread_map(decode, parts))
@@ -153,7 +153,7 @@ class _Chunks(Dataset[tuple[Tensor | None, dict[int, str]]]):
         return self.prepare(torch.stack(several) if all(x.shape == first.shape for x in several) else several), bad
 
 
-def _stream(
+def stream_chunks(
     source: Source,
     prepare: Callable[[Iterable[Tensor]], Tensor],
     encode: Callable[[Tensor], Tensor],
@@ -161,20 +161,23 @@ def _stream(
     batch: int,
     workers: int,
     missing: dict[int, str] | None,
+    numbers: range | None = None,
 ) -> Iterator[Embeddings]:
+    """Yield chunks of what `encode` returns for prepared images; see `embed_stream`."""
     if not len(source):
         raise DataError(f"{source.name} holds no images.")
+    numbers = range(len(source)) if numbers is None else numbers
     if isinstance(source, Kept):
-        source.read()
+        source.read(numbers)
         workers = 0  # they would each keep the images
-    n = len(source)
-    ranges = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
+    ranges = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     chunks = _Chunks(source, prepare)
     loader: DataLoader = DataLoader(
         chunks, sampler=ranges, batch_size=None, num_workers=workers, worker_init_fn=child_processes.begin_worker,
         generator=torch.Generator(),  # without one, the loader draws from the caller's
     )  # fmt: skip
     for at, (images, bad) in zip(ranges, child_processes.batches(loader), strict=True):
+        shared_work.check()
         if bad and missing is None:
             raise DataError(next(iter(bad.values())))
         if missing is not None:
@@ -202,6 +205,7 @@ def embed_stream(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
     missing: dict[int, str] | None = None,
+    numbers: range | None = None,
 ) -> Iterator[Embeddings]:
     """Yield chunks of `batch` embeddings in the order of the source; memory does not grow with its length.
 
@@ -216,6 +220,7 @@ def embed_stream(
         workers: processes that decode.
         missing: receives the images that cannot be read (number: reason), which are left out; None: they raise
             DataError.
+        numbers: the images to embed, all by default; chunks begin at the first of them.
 
     Raises:
         ConfigError: If `encoder` is not an encoder.
@@ -223,9 +228,10 @@ def embed_stream(
     """
     check_encoder(encoder)
     source, kind = as_source(source, encoder), "pooled output of the backbone"
-    yield from _stream(
-        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing
-    )
+    yield from stream_chunks(
+        source, encoder.prepare, lambda images: encode(encoder, images, precision), kind, batch, workers, missing,
+        numbers,
+    )  # fmt: skip
 
 
 @usual_numerics()
@@ -251,50 +257,35 @@ def embed(
     precision: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> Embeddings:
-    """Return the embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can."""
-    bad: dict[int, str] = {}
-    chunks = embed_stream(encoder, source, batch=batch, precision=precision, workers=workers, missing=bad)
-    return _join(chunks, bad)
+    """Return the embeddings of all images of a source that can be read; see `embed_stream`. DataError if none can.
 
-
-@usual_state()
-def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, workers: int = 0) -> Embeddings:
-    """Return the pixels, in [0, 1] and flattened: the baseline that every feature must exceed.
-
-    Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
+    Inside `shared_work.sharing`, each rank embeds a part of them.
     """
-    source = as_source(source)
-    size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
-    resize, bad = _Flatten(size), dict[int, str]()
-    return _join(_stream(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad), bad)
+    bad, source = dict[int, str](), as_source(source, encoder)
+    numbers = shared_work.span(len(source), batch)
+    chunks = embed_stream(
+        encoder, source, batch=batch, precision=precision, workers=workers, missing=bad, numbers=numbers
+    )
+    return join_chunks(chunks, bad, source)
 
 
-class _Flatten:
-    def __init__(self, size: int):
-        self.shape = (size, size)
-
-    def __call__(self, images: Iterable[Tensor]) -> Tensor:
-        return torch.stack([self._fit(i.float() / 255).flatten() for i in images])
-
-    def _fit(self, x: Tensor) -> Tensor:
-        if x.shape[1:] == self.shape:
-            return x
-        return nn.functional.interpolate(x[None], self.shape, mode="bilinear", antialias=True)[0]
-
-
-def _join(stream: Iterable[Embeddings], bad: dict[int, str]) -> Embeddings:
+def join_chunks(stream: Iterable[Embeddings], bad: dict[int, str], source: Source) -> Embeddings:
+    """Return all chunks in one, of all ranks if they share the work; DataError if there are none."""
     chunks = list(stream)
-    if not chunks:
+    facts = shared_work.gathered((bad, chunks[0].feature if chunks else ""))
+    bad = {i: why for part, _ in facts for i, why in part.items()}
+    index = shared_work.joined(torch.cat([c.index for c in chunks]) if chunks else torch.empty(0, dtype=torch.long))
+    if not len(index):
         reasons = "; ".join(list(bad.values())[:3])
         raise DataError(f"none of {len(bad):,} images can be read: {reasons}")
     return Embeddings(
-        vectors=torch.cat([c.vectors for c in chunks]),
-        labels=torch.cat([c.labels for c in chunks]),
-        identities=tuple(i for c in chunks for i in c.identities),
-        index=torch.cat([c.index for c in chunks]),
-        name=chunks[0].name,
-        feature=chunks[0].feature,
+        vectors=shared_work.joined(torch.cat([c.vectors for c in chunks]) if chunks else torch.empty(0, 0)),
+        labels=source.labels[index].cpu(),
+        identities=tuple(map(source.identity, index.tolist())),
+        index=index,
+        name=source.name,
+        feature=next(feature for _, feature in facts if feature),
         missing=tuple(bad.values()),
-        classes=chunks[0].classes,
-        ids=chunks[0].ids,
+        classes=getattr(source, "classes", ()),  # sources from outside the package may have none
+        ids=getattr(source, "ids", None),
     )

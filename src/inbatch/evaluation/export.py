@@ -12,7 +12,7 @@ import numpy as np
 
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
-from inbatch.runtime.files import replacing
+from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.paths import path_of
 
 
@@ -52,20 +52,33 @@ def write_embeddings(path: str | Path, stream: Iterable[Embeddings], tokens: Tok
         DataError: if the stream is empty, or a number does not fit into float16.
     """
     path = path_of(path, "out")
-    writers: dict[str, Callable[[IO[bytes], Iterable[Embeddings], Tokens | None], int]] = {
-        ".parquet": _parquet,
-        ".npz": _npz,
-    }
-    if path.suffix not in writers:
-        raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
+    write = _writer(path)
     with replacing(path) as file:
-        rows = writers[path.suffix](file, stream, tokens)
+        rows = write(file, stream, tokens)
         if not rows:
             raise DataError(f"{path} was not written: there are no images to embed.")
     return rows
 
 
-def _numbers(chunk: Embeddings, tokens: Tokens | None) -> np.ndarray:
+def check_output(path: Path) -> None:
+    """Raise, before any work, the errors of `write_embeddings` that do not depend on the embeddings."""
+    _writer(path)
+    check_writable(path)
+
+
+def _writer(path: Path) -> Callable[[IO[bytes], Iterable[Embeddings], Tokens | None], int]:
+    if path.suffix not in (".parquet", ".npz"):
+        raise ConfigError(f"{path}: features are written to a file that ends in .parquet or .npz.")
+    if path.suffix == ".npz":
+        return _npz
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("Parquet needs pyarrow: `pip install 'inbatch[parquet]'`, or write to .npz.") from e
+    return _parquet
+
+
+def numbers(chunk: Embeddings, tokens: Tokens | None) -> np.ndarray:
     """Return the vectors of a chunk in the type of the file."""
     vectors = np.ascontiguousarray(chunk.vectors.numpy(), np.float32)
     if tokens is None or not tokens.half:
@@ -77,25 +90,23 @@ def _numbers(chunk: Embeddings, tokens: Tokens | None) -> np.ndarray:
 
 def _parquet(file: IO[bytes], stream: Iterable[Embeddings], tokens: Tokens | None = None) -> int:
     """Write one row group per chunk."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as e:
-        raise ConfigError("Parquet needs pyarrow: `pip install 'inbatch[parquet]'`, or write to .npz.") from e
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     rows, writer = 0, None
     try:
         for chunk in stream:
             n, width = chunk.vectors.shape
-            values = pa.array(_numbers(chunk, tokens).ravel())
+            values = pa.array(numbers(chunk, tokens).ravel())
             ids, classes = _tables(chunk)
-            numbers = chunk.labels.numpy()
+            labels = chunk.labels.numpy()
             columns = {
                 "path": pa.array([_text(i) for i in chunk.identities], pa.string()),
                 "index": pa.array(chunk.index.numpy()),
-                "label": pa.array(ids[numbers]),
+                "label": pa.array(ids[labels]),
                 "vector" if tokens is None else "tokens": pa.FixedSizeListArray.from_arrays(values, width),
                 "split": pa.array([chunk.split] * n, pa.string()),
-                "class": pa.array(classes[numbers], pa.string(), mask=classes[numbers] == ""),
+                "class": pa.array(classes[labels], pa.string(), mask=classes[labels] == ""),
             }
             layout = tokens and {"inbatch.tokens": json.dumps({"grid": tokens.grid, "width": tokens.width})}
             table = pa.table(columns, metadata=layout)
@@ -116,7 +127,7 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings], tokens: Tokens | None = 
         splits: list[tuple[str, int]] = []
         tables: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # of each split
         for chunk in stream:
-            vectors.write(_numbers(chunk, tokens).tobytes())
+            vectors.write(numbers(chunk, tokens).tobytes())
             key = (chunk.classes, chunk.ids)
             tables[key] = _tables(chunk, tables.get(key))
             labels.append((key, chunk.labels.numpy()))
@@ -143,7 +154,7 @@ def _npz(file: IO[bytes], stream: Iterable[Embeddings], tokens: Tokens | None = 
                 _array(archive, "tokens", kind, (rows, *tokens.shape), _pieces(vectors))
                 _array(archive, "grid", np.dtype("<i8"), (2,), iter([np.array(tokens.grid, "<i8").tobytes()]))
             word = max((classes.dtype for _, classes in tables.values()), key=lambda dtype: dtype.itemsize)
-            parts = (tables[key][1].astype(word)[numbers].tobytes() for key, numbers in labels)
+            parts = (tables[key][1].astype(word)[x].tobytes() for key, x in labels)
             _array(archive, "class", word, (rows,), parts)
         return rows
 

@@ -19,6 +19,7 @@ from inbatch.errors import ConfigError, DataError, check_whole
 from inbatch.evaluation.accuracy import hits
 from inbatch.evaluation.embeddings import Embeddings, matched
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.runtime import shared_work
 from inbatch.runtime.isolation import usual_numerics, usual_state
 
 _QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
@@ -253,10 +254,14 @@ def knn(
     """Return the figures of `hits` with the protocol. Raises as `knn_scores`.
 
     Images without a label are left out. Classes without a vote are never a hit, classes of equal score share one.
+    Inside `shared_work.sharing`, each rank does a part of the queries.
     """
     train, test, classes = matched(train, test)
     query, bank = test.vectors.to(device), train.vectors.to(device)
+    own = shared_work.span(len(query), _QUERIES)
+    query = query[own.start : own.stop]
     scores = knn_scores(query, bank, train.labels, classes, k=k, temperature=temperature, distance=distance)
+    scores = shared_work.joined(scores)
     cosine = distance == "cosine"
     protocol = {
         "k": k,

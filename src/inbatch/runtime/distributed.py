@@ -5,7 +5,7 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -85,13 +85,18 @@ def _init(backend: str, timeout: float) -> None:
 
 
 @contextmanager
-def process_group(expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT) -> Iterator[None]:
-    """Run all ranks within one group (`setup`); an error that ends one of them ends all, with its reason."""
+def process_group(
+    expect: int | None = None, device: str = "cpu", timeout: float = _TIMEOUT, how: str = ""
+) -> Iterator[None]:
+    """Run all ranks within one group (`setup`); an error that ends one of them ends all, with its reason.
+
+    how: how the work of a lost rank is continued; by default with --resume.
+    """
     global _roll
     made, before = setup(expect, device, timeout), _roll
     try:
         if world() > 1:
-            _roll = _new_roll(timeout)
+            _roll = _new_roll(timeout, how)
         with shared_errors():
             yield
     except Exception as error:
@@ -153,9 +158,32 @@ def _hang_up() -> None:
                         waiting.wait(datetime.timedelta(milliseconds=1))
 
 
-def _new_roll(timeout: float) -> RankStore:
+def _new_roll(timeout: float, how: str = "") -> RankStore:
     store = dist.distributed_c10d._get_default_store()  # there is no other way to get the store of an existing group
-    return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout)
+    return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout, how)
+
+
+def interrupt(number: int) -> None:
+    """Tell the other ranks, without waiting for them, that this one was stopped by a signal."""
+    if _roll is not None:
+        _roll.interrupt(number)
+
+
+def interrupted() -> int:
+    """Return the signal by which another rank was stopped; 0 without one."""
+    return 0 if _roll is None else _roll.interrupted()
+
+
+def advance(work: str, finished: bool = False) -> None:
+    """Record that this rank goes on with some work, or has finished it, for the ranks that `follow` it."""
+    if _roll is not None:
+        _roll.advance(work, finished)
+
+
+def follow(work: str, ranks: Iterable[int]) -> None:
+    """Wait until ranks have finished some work, as long as each of them goes on; no collective, so no limit in all."""
+    if _roll is not None:
+        _roll.follow(work, ranks)
 
 
 def _joined() -> bool:
@@ -193,13 +221,47 @@ def wrap(network: nn.Module) -> nn.Module:
     )
 
 
+_first: float | None = None
+"""Time of the first exchange since the last call of `first_exchange`."""
+
+
+def first_exchange() -> float | None:
+    """Return when (`time.perf_counter`) this rank first exchanged tensors since the last call; None if it did not."""
+    global _first
+    time_then, _first = _first, None
+    return time_then
+
+
+def _exchange() -> None:
+    """Record the time of the first exchange."""
+    global _first
+    if _first is None:
+        _first = time.perf_counter()
+
+
 def gather(x: Tensor, dim: int = 0) -> Tensor:
     """Return every rank's tensor, of equal shapes, joined along `dim` in the order of ranks. Carries no gradient."""
     if world() == 1:
         return x
+    _exchange()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts, dim)
+
+
+@torch.no_grad()
+def gather_uneven(x: Tensor) -> Tensor:
+    """Return the rows of all ranks joined in their order; ranks may have different numbers of them, or none."""
+    shapes: list[Any] = distribute_tasks(lambda _: tuple(x.shape), world())
+    shape = max(shapes)[1:]  # a rank without rows does not know their width
+    whole = x.new_empty(sum(shape[0] for shape in shapes), *shape)
+    for source, part in enumerate(whole.split([shape[0] for shape in shapes])):
+        if len(part):
+            sent = x if source == rank() else part
+            sent = sent.cuda() if dist.get_backend() == "nccl" else sent.contiguous()
+            dist.broadcast(sent, source)
+            part.copy_(sent)
+    return whole
 
 
 def local_shard(x: Tensor, dim: int = 0) -> Tensor:
@@ -212,6 +274,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place and in one collective."""
     if world() == 1 or not tensors:
         return
+    _exchange()
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= world()
@@ -236,6 +299,16 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in place."""
+    if world() > 1:
+        for x in tensors:
+            sent = x.cuda() if dist.get_backend() == "nccl" else x.contiguous()
+            dist.broadcast(sent, 0)
+            x.copy_(sent)
 
 
 def distribute_tasks(task: Callable[[int], Any], count: int) -> list[Any]:
@@ -270,6 +343,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
+        _exchange()
         dist.all_reduce(x)
         return x
 

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError, TrainingError
@@ -23,11 +23,12 @@ class RankStore:
         rank: this rank.
         world: number of ranks.
         timeout: seconds after which a rank that does not reach a synchronisation point is an error.
+        how: how the work of a lost rank is continued, for its error; by default with --resume.
     """
 
-    def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float) -> None:
+    def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float, how: str = "") -> None:
         self.store, self.run, self.rank, self.world, self.timeout = store, run, rank, world, timeout
-        self._meetings = 0
+        self._meetings, self._advice = 0, f"{_ADVICE} {how or _RESUME}"
 
     def meet(self, facts: Mapping[str, str]) -> None:
         """Wait until all ranks have arrived with the same facts; ConfigError on every rank names the differences.
@@ -69,14 +70,48 @@ class RankStore:
         except InbatchError as told:
             return told
         except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
-            return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {_ADVICE}")
+            return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {self._advice}")
+
+    def interrupt(self, number: int) -> None:
+        """Record that this rank was stopped by a signal."""
+        self._set("signal", str(number))
+
+    def interrupted(self) -> int:
+        """Return the signal by which a rank was stopped; 0 without one."""
+        return int(self._get("signal")) if self._has("signal") else 0
+
+    def advance(self, work: str, finished: bool = False) -> None:
+        """Record that this rank goes on with some work (a name), or has finished it, for `follow` on other ranks."""
+        self._add(f"{work} {self.rank}")
+        if finished:
+            self._set(f"{work} {self.rank} finished", "")
+
+    def follow(self, work: str, ranks: Iterable[int]) -> None:
+        """Wait, however long it takes, until ranks have finished some work, as long as each of them goes on.
+
+        Raises:
+            RankError: names the ranks that have not called `advance` for `timeout` seconds.
+        """
+        known = {rank: (-1, time.monotonic()) for rank in ranks}
+
+        def finished() -> bool:
+            for rank, (count, _) in list(known.items()):
+                if self._has(f"{work} {rank} finished"):
+                    del known[rank]
+                elif (now := self.store.add(f"{self.run} {work} {rank}", 0)) != count:
+                    known[rank] = now, time.monotonic()
+            return not known
+
+        while not self._wait(finished, min(5.0, self.timeout)):
+            if silent := [rank for rank, (_, since) in known.items() if time.monotonic() - since > self.timeout]:
+                raise self._lost(silent, self.timeout)
 
     def _lost(self, missing: list[int], waited: float, sentence: str = "") -> RankError:
         """Return an error that names the missing ranks; the lowest of the others reports it for all."""
         if not missing:
             sentence = "the connection between ranks broke, but all of them are running: continue with --resume"
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-        sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s and no reported error. {_ADVICE}"
+        sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s and no reported error. {self._advice}"
         present = [rank for rank in range(self.world) if rank not in missing]
         return RankError(sentence, speaks=bool(present) and self.rank == present[0])
 
@@ -140,9 +175,9 @@ def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
 
 
 _ADVICE = (
-    "It died (possibly out of memory), hangs, or exceeded --dist-timeout. See its own output for the cause; continue "
-    "from the last checkpoint with --resume"
+    "It died (possibly out of memory), hangs, or exceeded --dist-timeout. See its own output for the cause; continue"
 )
+_RESUME = "from the last checkpoint with --resume"
 
 
 def _short(fact: str) -> str:

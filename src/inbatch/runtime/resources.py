@@ -1,6 +1,7 @@
 """Memory and cores that a container or a job grants this process. Does not import torch."""
 
 import os
+import socket
 from pathlib import Path
 
 from inbatch.errors import ConfigError
@@ -13,6 +14,18 @@ def launched(name: str, default: int = 1) -> int:
     if not given.isdecimal():
         raise ConfigError(f"{name} is {given!r} in the environment: a launcher sets it to a whole number")
     return int(given)
+
+
+def launch_id() -> str | None:
+    """Return what all starts of the processes by one torchrun command have in common; None without torchrun.
+
+    torchrun restarts all processes after a death and when a machine leaves or joins; only the first case is counted in
+    its variables. Without --rdzv-id, which all machines need, one machine is meant: its launcher identifies it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = variable("TORCHELASTIC_RUN_ID") or "none"
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def cores(root: Path = Path("/")) -> int:

@@ -96,6 +96,21 @@ class Stop:
         finally:
             self._raises = False
 
+    def keep(self) -> None:
+        """From here on, signals only set the flag."""
+        self._raises = False
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Do work that must be finished within work that may be lost: signals raise after it."""
+        raises, self._raises = self._raises, False
+        try:
+            yield
+        finally:
+            self._raises = raises
+        if raises and self.requested is not None:
+            self._raise()
+
     def check(self) -> None:
         """Raise StopRequested if a signal has waited for `GRACE` seconds, in work that may be lost."""
         if self.requested is not None and self._raises and time.monotonic() - self._since >= GRACE:

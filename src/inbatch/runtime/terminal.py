@@ -88,9 +88,12 @@ def progress(
             bar.close()
 
 
-def counted(chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0) -> Iterator[Any]:
+def counted(
+    chunks: Iterable[Sized], total: int, what: str, interval: float = 5.0, quiet: bool = False
+) -> Iterator[Any]:
     """Yield the chunks; print to stderr, every `interval` seconds, how many of `total` are done and the time left."""
     console, began, shown, done = Terminal(stderr=True), time.perf_counter(), time.perf_counter(), 0
+    console.quiet = quiet
     for chunk in chunks:
         yield chunk
         done, now = done + len(chunk), time.perf_counter()

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, shared_work
 from inbatch.training.budget import Keeper, Pace
 from inbatch.training.build import RunComponents
 from inbatch.training.holdout import EvaluationSplit
@@ -31,7 +31,7 @@ class RunEvaluations:
         online: Images of the online evaluation; None without labels.
         final: Images of the evaluation at the end; None without labels.
         compared: Number of images on which the encoder is compared with the one before training.
-        pace: Pace of a run with a budget, on rank 0.
+        pace: Pace of a run with a budget; that of rank 0 counts.
     """
 
     online: EvaluationSplit | None
@@ -45,9 +45,7 @@ class RunEvaluations:
 
 
 def plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:
-    """Return the images of the online and the final evaluation on rank 0, which evaluates."""
-    if distributed.rank():
-        return RunEvaluations(split, split)
+    """Return the images of the online and the final evaluation, the same on every rank."""
     plan = RunEvaluations(split, split) if built.recipe.budget is None else _within_budget(built, split, progress)
     if plan.final is None:
         return plan
@@ -58,16 +56,24 @@ def plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progre
 def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:
     """Return the evaluations of a run with a budget, as large as a share of it allows.
 
-    The duration of all this is measured in advance; the encoder before training is also evaluated.
+    The duration of all this is measured in advance; the encoder before training is also evaluated. The measurements of
+    rank 0 count on all ranks.
     """
     budget, calibration, sizes = built.recipe.budget or 0.0, progress.calibration, progress.sizes
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
     if split is not None:
-        split = limited(split, sizes.bank, sizes.queries) if sizes else affordable(built, split, JUDGED * left)
-    make_online_evaluator(built, split)()
+        part = split if sizes or distributed.rank() else affordable(built, split, JUDGED * left)
+        bank, queries = distributed.broadcast_object(
+            (sizes.bank, sizes.queries) if sizes else (len(part.bank), len(part.queries))
+        )
+        split = limited(split, bank, queries)
+    with shared_work.sharing():
+        make_online_evaluator(built, split)()
     seconds = time.perf_counter() - began
-    images, comparison = images_within(built, JUDGED * left, sizes.compared if sizes else None)
+    images, comparison = distributed.broadcast_object(
+        (0, 0.0) if distributed.rank() else images_within(built, JUDGED * left, sizes.compared if sizes else None)
+    )
     progress.sizes = EvaluationSizes(len(split.bank) if split else 0, len(split.queries) if split else 0, images)
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)

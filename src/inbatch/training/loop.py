@@ -31,6 +31,7 @@ from inbatch.training.monitors.online_evaluation import (
 )
 from inbatch.training.rates import logged_rate
 from inbatch.training.replay import capture
+from inbatch.training.slow_ranks import SlowRanks
 from inbatch.training.status import report_unreadable
 from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
@@ -84,6 +85,7 @@ class Loop:
         spaced = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
         self.watched = Subset(source, spaced, "watched for collapse")
         self.call = Callbacks(self.callbacks, self.built, self.out, self.log, lambda: self.save(best=False))
+        self.slow_ranks = SlowRanks(self.built.loader.device)
         self.evaluator = make_online_evaluator(self.built, self.split)
 
     def run(self) -> None:
@@ -112,12 +114,14 @@ class Loop:
         built, progress, steps = self.built, self.progress, self.built.loader.steps
         epoch, first = divmod(progress.step, steps)
         began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
+        distributed.first_exchange()  # forget that of the evaluation
         if first == 0 and (values := survey(built, epoch)):
             self.log.evaluation(progress.step, values)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
             self.stopping.begin()
             losses = self.train_step(batch)
             progress.step += 1
+            self.slow_ranks.add(began)
             now, cpu = time.perf_counter(), time.process_time()
             progress.seconds, began = progress.seconds + now - began, now
             progress.cpu_seconds, used = progress.cpu_seconds + cpu - used, cpu
@@ -162,6 +166,10 @@ class Loop:
         before = set(progress.collapsed)
         check_collapse(built, self.watched, progress, epoch, self.log)
         self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
+        if sentence := self.slow_ranks.news():
+            self.log.note(f"epoch {epoch}: {sentence}")
+            self.stopping.report.slow = None if self.slow_ranks.slow is None else sentence
+            self.stopping.report.status("running")
         stays: list[str] = []
         if self.stop_on_collapse:
             stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys()))
@@ -199,7 +207,7 @@ class Loop:
         self.followers.check()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        figures = self.stopping.on_rank_0(self.evaluator)
+        figures = self.stopping.shared(self.evaluator)
         best = record_online(figures, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:

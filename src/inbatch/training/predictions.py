@@ -20,7 +20,7 @@ from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.table_file import Table, check_table_file, write_table
 from inbatch.runtime.terminal import counted
-from inbatch.training.run import embed_splits, images_for
+from inbatch.training.run_embedding import embed_splits, images_for
 
 
 @isolated

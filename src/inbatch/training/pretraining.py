@@ -8,7 +8,7 @@ from typing import Any
 
 from inbatch.errors import InbatchError
 from inbatch.nn.cpu_matmul import fast_products
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, shared_work
 from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import duration
@@ -115,10 +115,10 @@ def train(
                             compared, plan.online, stop_on_collapse, called,
                         )  # fmt: skip
                         loop.run()
-                    stop.release()  # everything is saved
-                    result = distributed.broadcast_object(
-                        finish(built, progress, plan, out, where, compared, loop.stopped) if main else None
-                    )
+                    with shared_work.sharing(stop):
+                        stop.release()  # everything is saved
+                        result = finish(built, progress, plan, out, where, compared, loop.stopped)
+                    result = distributed.broadcast_object(result)
         for sentence in _closing(built, result, compared):
             log.note(sentence)
     return result

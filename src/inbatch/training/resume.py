@@ -13,6 +13,7 @@ from inbatch.errors import ConfigError, DataError, many
 from inbatch.runtime import distributed
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.resources import launch_id, launched
 from inbatch.training import checkpoint
 from inbatch.training.build_checks import local_batch_size
 from inbatch.training.checkpoint_recipe import check_recipe
@@ -46,6 +47,24 @@ def run_to_resume(out: Path | None, resume: str | Path | bool | None) -> Path | 
     if automatic:
         return None
     raise ConfigError(f"nothing to resume in {folder}: it has no run with a checkpoint")
+
+
+def restarted(out: Path | None) -> Path | None:
+    """Return the directory of the unfinished run that an earlier start by the same torchrun command began.
+
+    It needs no --resume: the launcher repeats the command as it was typed.
+
+    Args:
+        out: Requested run directory; None for those in runs/.
+    """
+    if (launch := launch_id()) is None:
+        return None
+    again = launched("TORCHELASTIC_RESTART_COUNT", 0) > 0  # 0 if a machine left or joined
+    for folder in sorted(Path("runs").glob("*")) if out is None else [out]:
+        report = report_of(folder)
+        if report.get("launch") == launch and (again or report.get("status") != "finished"):
+            return folder
+    return None
 
 
 def barely_begun(out: Path | None, resume: str | Path | bool | None) -> bool:

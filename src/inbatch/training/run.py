@@ -1,29 +1,25 @@
-"""Operations on a run directory: load its encoder, evaluate, replay, and embed other images."""
+"""Operations on a run directory: load its encoder, evaluate and replay."""
 
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from inbatch.data import SKIPPED, GreyAsRGB, Source, find_split, open_data, splits
-from inbatch.data.sources.split_names import distinct
+from inbatch.data import SKIPPED, GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluation import Embeddings, Tokens, write_embeddings
-from inbatch.evaluation import embed_stream as stream
-from inbatch.models import Classifier, Encoder
-from inbatch.models.feature_maps import TokenEncoder
-from inbatch.runtime import own_parts, tuning
+from inbatch.evaluation.embedding_parts import digest
+from inbatch.models import Encoder
+from inbatch.runtime import distributed, own_parts, shared_work, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.own_parts import OwnPart
 from inbatch.runtime.paths import path_of
-from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, columns_of_other, evaluation_split
@@ -99,9 +95,11 @@ def recipe_of(path: str | Path) -> Recipe:
 def evaluate_run(
     path: str | Path, data: Any = None, test: Any = None, *, protocols: Sequence[str] | None = None,
     from_: str = "features", device: str = "auto", image_column: str | None = None, label_column: str | None = None,
-    **options: Any,
+    dist_timeout: float = 1800.0, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the encoder of a run, finished or stopped, on its own or other data; writes nothing.
+
+    Several ranks share the work, and all return the figures of rank 0.
 
     The encoder before training is also evaluated ("untrained"); "step", "steps" and "note" state the step of the
     encoder. Without labels the result contains only the measures of `monitors.label_free` ("unlabelled").
@@ -117,11 +115,23 @@ def evaluate_run(
         device: Name of the device, or "auto".
         image_column: Column of the images; by default that of the run, if the data have it.
         label_column: Column of the labels, likewise.
+        dist_timeout: Seconds after which a dead or hanging rank ends the others.
         **options: Options of `evaluate`.
 
     Raises:
         ConfigError: If protocols are requested but no image is labelled.
     """
+    columns = {"image_column": image_column, "label_column": label_column}
+    with distributed.process_group(None, device_for(device).type, dist_timeout, "with the same command"):
+        with shared_work.sharing():
+            result = _evaluated(path, data, test, protocols, from_, device, columns, options)
+        return distributed.broadcast_object(result)
+
+
+def _evaluated(
+    path: str | Path, data: Any, test: Any, protocols: Sequence[str] | None, from_: str, device: str,
+    columns: Mapping[str, str | None], options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     if from_ not in ("features", "head"):
         raise ConfigError(f"unknown source of clusters {from_!r}: choose features or head")
     if from_ == "head" and "clustering" not in (protocols or PROTOCOLS):
@@ -129,7 +139,6 @@ def evaluate_run(
     path = path_of(path)
     own = located(path, recipe_of(path))
     loaded = load_run_encoder(path)
-    columns = {"image_column": image_column, "label_column": label_column}
     named: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
     here = replace(own, **named)
     with opening(path, own) if data is None else nullcontext():
@@ -152,6 +161,9 @@ def evaluate_run(
         images = for_encoder(encoder, source)
         return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin
     bank, queries = (for_encoder(encoder, part) for part in (split.bank, split.queries))
+    distributed.assert_equal_across_ranks(
+        {"encoder": digest(encoder.state_dict())} | {part.name: f"{len(part):,} images" for part in (bank, queries)}
+    )
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
     return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
 
@@ -169,102 +181,6 @@ def replay_run(path: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Repeat a run's captured step, and find where its numbers stop being finite (`replay.replay`)."""
     tuning.ready()
     return replay(path_of(path), device_for(device))
-
-
-@isolated
-@with_own_encoder
-def embed_run(
-    path: str | Path, data: Any, out: str | Path, *, split: str | None = None, device: str = "auto", quiet: bool = True,
-    missing: dict[int, str] | None = None, stage: dict[str, Any] | None = None, plain: bool = False,
-    image_column: str | None = None, label_column: str | None = None, tokens: bool = False, float16: bool = False,
-) -> int:  # fmt: skip
-    """Write path, index, label, features and split of every image to a .parquet or .npz file; return their number.
-
-    A label is the integer that the data have; labelled images also get the name of their class.
-
-    Args:
-        path: A run, finished or stopped, or an encoder's folder.
-        data: Images to embed.
-        out: File to write.
-        split: The only split to embed; None for every image. Splits that unite others, such as torchvision's
-            `trainval`, are then left out.
-        device: Name of the device, or "auto".
-        quiet: Print no progress to stderr.
-        missing: Receives the unreadable images (number over all splits: reason), which are omitted. If None, they raise
-            DataError.
-        stage: Receives the "step" of the encoder, the number of "steps", a "note" if the run has not finished, and the
-            number of images of each of the "splits". If None, the note is a warning.
-        plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
-        image_column: Column of the images; by default that of the run, if the data have it.
-        label_column: Column of the labels, likewise.
-        tokens: Write patch tokens, or the last feature map, instead of one vector per image (`write_embeddings`).
-        float16: Write tokens in half precision.
-
-    Raises:
-        ConfigError: If float16 is requested without tokens, or if the encoder has no feature map.
-    """
-    if float16 and not tokens:
-        raise ConfigError("--float16 halves the files of --tokens: add it; vectors are written in float32")
-    loaded = load_run_encoder(path)
-    if stage is not None:
-        stage |= loaded.stage()
-    elif loaded.note:
-        warnings.warn(loaded.note, stacklevel=3)
-    encoder = loaded.encoder.to(device_for(device))
-    sources = images_for(path, encoder, data, split, image_column, label_column)
-    dense = TokenEncoder(encoder) if tokens else None
-    chunks, count = embed_splits(dense or encoder, sources, missing), sum(map(len, sources.values()))
-    if stage is not None:
-        stage["splits"] = {name: len(source) for name, source in sources.items()}
-    with encoder.plain() if plain else nullcontext():
-        layout = None if dense is None else Tokens(dense.grid, dense.width, float16)
-        return write_embeddings(out, chunks if quiet else counted(chunks, count, "embedded"), layout)
-
-
-def images_for(
-    path: str | Path | None, encoder: Encoder, data: Any, split: str | None = None, image_column: str | None = None,
-    label_column: str | None = None,
-) -> dict[str, Source]:  # fmt: skip
-    """Return the images of data by split, as the encoder of a run or of an encoder's folder reads them.
-
-    Args:
-        path: A run, or an encoder's folder; None for neither.
-        encoder: Its encoder.
-        data: The images.
-        split: The only split; None for every image, without splits that unite others.
-        image_column: Column of the images; by default that of the run, if the data have it.
-        label_column: Column of the labels, likewise.
-    """
-    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    if path is not None and (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
-        own = columns_of_other(recipe_of(path), data)
-        columns = {key: own[key] if column is None else column for key, column in columns.items()}
-    reading: dict[str, Any] = {"channels": encoder.channels, "levels": encoder.levels} | columns
-    every = splits(data, **columns)
-    names = distinct(every) if split is None else [find_split(split, every) or split]
-    return {name: _in_channels(encoder, data, name, reading) for name in names}
-
-
-def _in_channels(encoder: Encoder, data: Any, split: str, reading: dict[str, Any]) -> Source:
-    """Return the images of a split; grey arrays are read in three channels if the encoder takes three."""
-    for channels in (3, 1) if encoder.channels == 3 else (encoder.channels,):
-        with suppress(DataError):
-            return for_encoder(encoder, open_data(data, split, **reading | {"channels": channels}))
-    return open_data(data, split, **reading)  # raises the error of the encoder's own number of channels
-
-
-def embed_splits(
-    encoder: Encoder | TokenEncoder | Classifier, sources: dict[str, Source], missing: dict[int, str] | None
-) -> Iterator[Embeddings]:
-    """Yield the embeddings of all splits in chunks; unreadable images are numbered over all splits."""
-    before = 0
-    for name, source in sources.items():
-        bad: dict[int, str] | None = None if missing is None else {}
-        for chunk in stream(encoder, source, batch=256, missing=bad):
-            yield replace(chunk, split=name)
-        if missing is not None and bad is not None:
-            missing |= {before + i: why for i, why in bad.items()}
-        before += len(source)
 
 
 def source_of(recipe: Recipe, data: Any) -> Source:

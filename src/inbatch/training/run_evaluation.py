@@ -1,5 +1,6 @@
 """Compare the trained encoder with the encoder before training, with and without labels."""
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ from inbatch.data import Source
 from inbatch.errors import InbatchError
 from inbatch.evaluation import evaluate
 from inbatch.models import Encoder
+from inbatch.runtime import distributed
 from inbatch.training.build import RunComponents
 from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.monitors.label_free import IMAGES, Chosen, compared, embed_all
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
 from inbatch.training.monitors.online_evaluation import fit_readout
 from inbatch.training.recipe import Recipe
-from inbatch.training.run_encoder import initial_encoder, initial_name
+from inbatch.training.run_encoder import initial_encoder, initial_name, kept_initial
 from inbatch.training.run_views import views_of
 
 PROTOCOLS = ("knn", "linear", "clustering")
@@ -28,7 +30,9 @@ COSTLY = ("finetune", "corruptions")
 def compare_with_initial(
     built: RunComponents, split: EvaluationSplit | None, out: Path, images: int = IMAGES
 ) -> dict[str, Any]:
-    """Compare the encoder of a run with its initial encoder, and draw neighbours.png; return entries of result.json.
+    """Compare the encoder of a run with its initial encoder; return entries of result.json.
+
+    Rank 0 draws neighbours.png.
 
     Args:
         built: The run.
@@ -41,22 +45,33 @@ def compare_with_initial(
         that need no labels. "comparison_seconds": duration of the comparison.
     """
     began, recipe = time.perf_counter(), built.recipe
-    before = initial_encoder(recipe, out, built.loader.device)
+    before = _initial(built, out)
     options: dict[str, Any] = {"k": recipe.knn_k, "seed": recipe.seed, "workers": built.loader.workers}
     fit_readout(before, built.loader.source if split is None else split.bank)
     untrained = None if split is None else evaluate(before, split.bank, split.queries, **options)
     source = Chosen(built.loader.source, built.loader.held, recipe.seed, images)
     embedded = embed_all({"before": before, "after": built.encoder}, built.views, source, recipe.seed)
-    shown = source.only(embedded["after"].number)
-    near = min(5, len(shown) - 1)
-    old, new = (embedded[name].handed_out(embedded[name].clean) for name in ("before", "after"))
-    save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
+    if distributed.rank() == 0:
+        shown = source.only(embedded["after"].number)
+        near = min(5, len(shown) - 1)
+        old, new = (embedded[name].handed_out(embedded[name].clean) for name in ("before", "after"))
+        save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
     return {
         "initial": initial_name(recipe),
         "untrained": untrained,
         "unlabelled": compared(embedded["before"], embedded["after"]),
         "comparison_seconds": time.perf_counter() - began,
     }
+
+
+def _initial(built: RunComponents, out: Path) -> Encoder:
+    """Return the initial encoder on every rank; one that the run has saved is read by rank 0 only."""
+    if not distributed.broadcast_object(kept_initial(out) is not None):
+        return initial_encoder(built.recipe, out, built.loader.device)
+    main = distributed.rank() == 0
+    encoder = initial_encoder(built.recipe, out, built.loader.device) if main else copy.deepcopy(built.encoder).eval()
+    distributed.broadcast_(encoder.state_dict().values())
+    return encoder
 
 
 def images_within(built: RunComponents, seconds: float, images: int | None = None) -> tuple[int, float]:

@@ -23,12 +23,13 @@ def finish(
     built: RunComponents, progress: TrainState, plan: RunEvaluations, out: Path, where: dict[str, Any],
     compared: Comparison | None, stopped: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Save the encoder and heads, evaluate by every protocol, draw the curves and write the result."""
-    split = plan.final
+    """Evaluate by every protocol, all ranks together; rank 0 saves encoder, heads, curves and the result."""
+    split, main = plan.final, distributed.rank() == 0
     merge_(built.encoder)  # what is judged is what is saved
-    save_encoder(built.encoder, out / "encoder")
-    save_heads(built, out / "heads")
-    plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
+    if main:
+        save_encoder(built.encoder, out / "encoder")
+        save_heads(built, out / "heads")
+        plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
     result = {
         "command": built.recipe.command(),
         "recipe": built.recipe.nested(),
@@ -61,7 +62,8 @@ def finish(
         result["calibration"] = progress.calibration
     result["wall_seconds"] = progress.wall
     try:
-        write_json(out / "result.json", result)
+        if main:
+            write_json(out / "result.json", result)
     except InbatchError as error:
         raise Unwritten(str(error), {"run": str(out)} | result) from error
     return result

@@ -47,6 +47,7 @@ _REPORT: dict[str, Callable[[Any], bool]] = {
     "steps": _count,
     "context": _count,
     "world": _count,
+    "launch": lambda value: isinstance(value, str),
 }
 """Entries of run.json that are read, each with the test of its value."""
 

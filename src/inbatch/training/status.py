@@ -11,6 +11,7 @@ from inbatch.data import lost_workers
 from inbatch.errors import InbatchError, Interrupted, Preempted, RankError, unreadable
 from inbatch.runtime import distributed
 from inbatch.runtime.files import out_of_room, replacing, write_json
+from inbatch.runtime.resources import launch_id
 from inbatch.runtime.signals import StopRequested
 from inbatch.training.build import RunComponents
 from inbatch.training.data_places import save_places
@@ -29,6 +30,8 @@ class Report:
         self.path, self.built, self.progress, self.main = out / "run.json", built, progress, main
         self.fixed: dict[str, Any] = {"command": built.recipe.command()}
         self.fixed |= {"context": built.context, "world": distributed.world()}
+        self.fixed |= {"launch": launch} if (launch := launch_id()) else {}
+        self.slow: str | None = None
         self.untracked: dict[str, str] = {}  # trackers that failed, with the reason
 
     @contextlib.contextmanager
@@ -49,7 +52,8 @@ class Report:
                 "threads": self.progress.threads,
                 "steps": self.built.total,  # a budget may change the length
             }
-            write_json(self.path, now | self.fixed | ({"untracked": self.untracked} if self.untracked else {}))
+            more = {"untracked": self.untracked, "slow_rank": self.slow}
+            write_json(self.path, now | self.fixed | {name: value for name, value in more.items() if value})
 
     @contextlib.contextmanager
     def record_exit_status(self) -> Iterator[None]:

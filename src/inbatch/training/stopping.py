@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from inbatch.errors import InbatchError
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, shared_work
 from inbatch.runtime.signals import GRACE, Stop, StopRequested, finishing, stopped, watchdog, without_result
 from inbatch.training.build import RunComponents
 from inbatch.training.checkpoint import save
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 class Stopping:
     """Handle signals in a run of one process; several processes agree after each step (`distributed.all_reduce_max`).
 
-    In an evaluation, for which the other ranks wait, a signal to rank 0 counts.
+    In an evaluation, which the ranks share, a signal to any of them counts at once.
 
     Args:
         built: The run.
@@ -91,24 +91,16 @@ class Stopping:
                 self._kept.pop(name, None)
         self.stop.release()
 
-    def on_rank_0(self, work: Callable[[], Result]) -> Result:
-        """Return on every rank the result of work on rank 0, which may be lost; the other ranks wait for it.
+    def shared(self, work: Callable[[], Result]) -> Result:
+        """Return on every rank rank 0's result of work that all ranks do together, and that may be lost.
 
-        A signal to rank 0 ends the work and raises StopRequested on every rank.
+        A signal to any rank ends the work and raises StopRequested on every rank.
         """
         if self.alone:
             return work()
-        result, number = None, 0
-        if distributed.rank() == 0:
-            try:
-                with self.stop.losing():
-                    result = work()
-            except StopRequested as request:
-                number = request.number
-        result, number = distributed.broadcast_object((result, number))
-        if number:
-            raise StopRequested(number)
-        return cast(Result, result)
+        with self.stop.losing(), shared_work.sharing(self.stop):
+            result = work()
+        return cast(Result, distributed.broadcast_object(result))
 
     def answer(self, number: int) -> InbatchError:
         """Return the error that ends the run, after saving a checkpoint if needed; any thread may call it.

@@ -74,7 +74,7 @@ def _run(stop: signals.Stop) -> None:
     """Run the command of the command line; after a signal, end without the regular exit of Python."""
     try:
         stop.release()
-        app()
+        app(with_values(sys.argv[1:]))
     except (SystemExit, signals.StopRequested) as end:
         if stop.requested is None or getattr(end, "code", 1) == 0:
             raise
@@ -82,6 +82,16 @@ def _run(stop: signals.Stop) -> None:
         if not signals.watchdog.told:  # before a command began
             _tell(error)
         signals.leave(error.exit_code)
+
+
+def with_values(words: list[str]) -> list[str]:
+    """Return the words of a command line with `--resume auto` for `--resume` without a value."""
+    follows = [*words, "-"][1:]
+    pairs = (
+        [word, "auto"] if word == "--resume" and then.startswith("-") else [word]
+        for word, then in zip(words, follows, strict=True)
+    )
+    return [word for pair in pairs for word in pair]
 
 
 @contextmanager
@@ -119,6 +129,9 @@ def lasting_streams() -> Iterator[None]:
 
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+DistTimeout = Annotated[
+    float, Option(metavar="SECONDS", min=1, help="Time after which a process that hangs is an error.")
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only results and errors.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe; repeatable.")]

@@ -12,6 +12,7 @@ from inbatch.apps.cli.app import (
     SEEDS,
     Data,
     Device,
+    DistTimeout,
     GroupColumn,
     ImageColumn,
     Json,
@@ -33,7 +34,7 @@ from inbatch.apps.cli.output import (
 )
 from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnViews, typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
-from inbatch.apps.console import complain, print_json, say, warn
+from inbatch.apps.console import complain, first, print_json, say, warn
 from inbatch.errors import ConfigError, TrainingError, many, unreadable
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
@@ -172,16 +173,14 @@ def pretrain(
     set_: Set = None,
     resume: Annotated[
         str | None,
-        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto: in --output-dir."),
+        Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto, or no value: in --output-dir."),
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
     expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,
     stop_on_collapse: Annotated[
         bool, Option("--stop-on-collapse", help="Exit with code 4 if features collapse.")
     ] = False,
-    dist_timeout: Annotated[
-        float, Option(metavar="SECONDS", min=1, help="Time after which a process that hangs is an error.")
-    ] = 1800,
+    dist_timeout: DistTimeout = 1800,
     compare: Annotated[
         str | None,
         Option(metavar="RUN|auto", help="Compare the curve with a run's; auto: with shipped reference runs."),
@@ -233,7 +232,8 @@ def pretrain(
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 
         def train() -> dict[str, Any]:
-            run = api.pretrain(where, kind, out=out, stop_on_collapse=stop_on_collapse, **shared, **fields)
+            folder = api.restarted(None) if out is None and resume is None else out
+            run = api.pretrain(where, kind, out=folder, stop_on_collapse=stop_on_collapse, **shared, **fields)
             return {"run": str(run.directory)} | run.result
 
         deliver(train, as_json, print_run)
@@ -293,16 +293,21 @@ def evaluate(
     encoder: OwnEncoder = None,
     method: OwnMethod = None,
     views: OwnViews = None,
+    dist_timeout: DistTimeout = 1800,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol."""
+    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol.
+
+    Under torchrun all ranks share the work.
+    """
     with reported(as_json):
         from inbatch.api import evaluate_run
         from inbatch.runtime.files import write_json
 
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
         options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
+        options["dist_timeout"] = dist_timeout
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen |= {"tuning_share": tuning_share, "image_column": image_column, "label_column": label_column}
         options |= {key: value for key, value in chosen.items() if value is not None}
@@ -313,6 +318,8 @@ def evaluate(
             print_evaluation(found, str(run))
 
         def write(found: dict[str, Any]) -> None:
+            if not first():
+                return
             write_json(file, found)
             if not as_json:
                 say(f"Written to: {file}")
@@ -340,17 +347,22 @@ def embed(
     ] = False,
     float16: Annotated[bool, Option("--float16", help="Write --tokens in half precision.")] = False,
     encoder: OwnEncoder = None,
+    dist_timeout: DistTimeout = 1800,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write split, path, index, label and features of every image to a file; memory does not grow with their number."""
+    """Write split, path, index, label and features of every image to a file; memory does not grow with their number.
+
+    Under torchrun all ranks share the images. After an interruption the same command continues with what is finished.
+    """
     with reported(as_json):
         from inbatch.api import embed_run
 
         missing, stage = dict[int, str](), dict[str, Any]()
         options: dict[str, Any] = {"split": split, "device": device, "quiet": quiet, "plain": plain}
         options |= {"image_column": image_column, "label_column": label_column, "tokens": tokens, "float16": float16}
+        options["dist_timeout"] = dist_timeout
         count = embed_run(run, joined_paths(data), out, missing=missing, stage=stage, **options)
         if as_json:
             bad = {"unreadable": list(missing.values())} if missing else {}

@@ -29,7 +29,8 @@ from inbatch.runtime.paths import path_of
 from inbatch.runtime.remote import public
 from inbatch.runtime.terminal import counted
 from inbatch.training.data_places import located, opening
-from inbatch.training.run import embed_splits, images_for, recipe_of
+from inbatch.training.run import recipe_of
+from inbatch.training.run_embedding import embed_splits, images_for
 from inbatch.training.run_encoder import load_run_encoder
 
 ENDINGS = (".npz", ".parquet")

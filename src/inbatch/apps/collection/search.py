@@ -26,7 +26,7 @@ from inbatch.runtime.files import check_writable
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
 from inbatch.training.monitors.neighbour_grid import BLACK, RIGHT, UNKNOWN, Cell, draw_grid
-from inbatch.training.run import images_for
+from inbatch.training.run_embedding import images_for
 from inbatch.training.run_encoder import load_run_encoder
 
 SHOWN, DRAWN = 10, 50

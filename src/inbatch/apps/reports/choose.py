@@ -25,7 +25,8 @@ from inbatch.runtime.paths import path_of
 from inbatch.runtime.remote import public
 from inbatch.training import checkpoint
 from inbatch.training.monitors.label_free import Chosen, embed_views, lidar_of, same_image
-from inbatch.training.run import images_for, recipe_of
+from inbatch.training.run import recipe_of
+from inbatch.training.run_embedding import images_for
 from inbatch.training.run_encoder import load_run_encoder
 
 SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {

@@ -25,6 +25,7 @@ from inbatch.evaluation.embed import encode
 from inbatch.models import Encoder
 from inbatch.models.readout import Readout
 from inbatch.rng import permutation
+from inbatch.runtime import shared_work
 from inbatch.training.monitors.neighbour_grid import SIDE
 
 IMAGES = 2_000
@@ -102,7 +103,8 @@ def embed_all(
     """Embed images, and views of some of them, with several encoders.
 
     All computation is on the device of the encoders. The views are the same for each encoder and determined by the
-    seed. Unreadable images are omitted. An image is decoded once for all encoders.
+    seed. Unreadable images are omitted. An image is decoded once for all encoders. Inside `shared_work.sharing`, each
+    rank embeds a part of the images.
 
     Args:
         encoders: The encoders by name.
@@ -129,10 +131,19 @@ def embed_all(
             with encoder.plain():
                 parts = [encode(encoder, x).float().cpu() for x in (clean, *pair)]
             rows[name].append(tuple(parts) if pair else (parts[0], parts[0][:0], parts[0][:0]))
-    number = torch.cat(numbers) if numbers else torch.zeros(0).long()
+    number = shared_work.joined(torch.cat(numbers) if numbers else torch.zeros(0).long())
     if len(number) < 2:
         raise DataError(f"{source.name} has {len(number)} images that can be read: two are needed to compare features")
-    whole = {name: [torch.cat(x) for x in zip(*parts, strict=True)] for name, parts in rows.items()}
+    order = number.argsort()  # ranks have embedded chunks in turn
+    pairs = number[number < source.viewed].argsort()
+    number = number[order]
+    whole = {
+        name: [
+            shared_work.joined(torch.cat([part[i] for part in parts]) if parts else torch.zeros(0, 0))[place]
+            for i, place in enumerate((order, pairs, pairs))
+        ]
+        for name, parts in rows.items()
+    }
     several = embed_views(encoders, views, source, seed) if viewed else {}
     return {
         name: Embedded(clean, first, second, number, encoders[name].readout, several.get(name))
@@ -161,13 +172,19 @@ def embed_views(
     rows: dict[str, list[Tensor]] = {name: [] for name in encoders}
     device = next(iter(encoders.values())).device
     spaced = torch.linspace(0, len(source) - 1, min(images, len(source))).long()  # the source may be sorted by class
-    for _, batch in _decoded(source.only(spaced), 2 * max(view.size for view in views.views), seed):
+    numbers = []
+    for number, batch in _decoded(source.only(spaced), 2 * max(view.size for view in views.views), seed):
+        numbers.append(number)
         drawn = several_views(views, batch.to(device), count)
         for name, encoder in encoders.items():
             with encoder.plain():
                 parts = [encode(encoder, x, precision).float().cpu() for x in drawn]
             rows[name].append(torch.stack(parts, 1))
-    return {name: torch.cat(parts) if parts else torch.zeros(0, count, 1) for name, parts in rows.items()}
+    order = shared_work.joined(torch.cat(numbers) if numbers else torch.zeros(0).long()).argsort()
+    return {
+        name: shared_work.joined(torch.cat(parts) if parts else torch.zeros(0, count, 1))[order]
+        for name, parts in rows.items()
+    }
 
 
 def lidar_of(viewed: Viewed | None) -> float:
@@ -176,8 +193,10 @@ def lidar_of(viewed: Viewed | None) -> float:
 
 
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield the readable images in chunks, with their indices in the source."""
-    for part in torch.arange(len(source)).split(_CHUNK):
+    """Yield the readable images in chunks, with their indices in the source: of several ranks, each gets others."""
+    parts = torch.arange(len(source)).split(_CHUNK)
+    for part in (parts[i] for i in shared_work.dealt(len(parts))):
+        shared_work.check()
         chunk = Subset(source, part, "a chunk")
         try:
             decoded = decode_all(chunk, canvas=canvas, max_bad=1.0)

@@ -26,7 +26,7 @@ from inbatch.evaluation import (
 )
 from inbatch.models import Encoder
 from inbatch.rng import permutation
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, shared_work
 from inbatch.training.build import RunComponents
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import EvaluationSplit, Images
@@ -243,6 +243,7 @@ def evaluation(built: RunComponents, split: EvaluationSplit, out: Path) -> dict[
     """Return the figures of every protocol, and of the head that assigns clusters if the method has one."""
     options: dict[str, Any] = {"k": built.recipe.knn_k, "seed": built.recipe.seed, "workers": built.loader.workers}
     figures = evaluate(built.encoder, split.bank, split.queries, **options)
-    if built.method.assigns:
-        figures["head"] = evaluate_head(out, built.encoder, split.queries, workers=built.loader.workers)
+    if built.method.assigns and distributed.rank() == 0:  # the files of the head need not be seen by other machines
+        with shared_work.alone():
+            figures["head"] = evaluate_head(out, built.encoder, split.queries, workers=built.loader.workers)
     return figures
