@@ -21,7 +21,8 @@ from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
 from inbatch.runtime import own_parts
-from inbatch.runtime.own_parts import OwnPart, source_hash
+from inbatch.runtime.own_parts import OwnPart
+from inbatch.runtime.source_hash import source_hash
 from inbatch.training.recipe import make
 from inbatch.training.settings_file import read_settings
 
