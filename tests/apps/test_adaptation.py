@@ -1,6 +1,7 @@
 """inbatch adapt: the interval of the gain, the verdict, and the weights that it recommends."""
 
 import copy
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_encoder(useless, place / "useless")
     save_encoder(useful, place / "useful")
     return place / "useless", place / "useful"
+
+
+def test_the_hash_of_the_start_is_the_one_in_its_config(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Gigabytes of weights are not read once more."""
+    shutil.copytree(folders[1], tmp_path / "initial")
+    with open(tmp_path / "initial" / "model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    (tmp_path / "initial" / "model.safetensors").unlink()
+    assert adaptation._hash(tmp_path / "initial") == digest
 
 
 def weights_of(folder: Path) -> torch.Tensor:

@@ -17,17 +17,20 @@ from command_line import one_object, run
 
 import inbatch
 from inbatch.apps.comparisons import statistics as st
+from inbatch.apps.comparisons.choice import best_of
 from inbatch.apps.comparisons.compare import _command
 from inbatch.apps.comparisons.metrics import METRICS
 from inbatch.apps.comparisons.plan import _unequal
-from inbatch.apps.comparisons.report import Variation, _best, _comparison, _notes
+from inbatch.apps.comparisons.report import _comparison, _notes
 from inbatch.apps.comparisons.request import KEPT, Request, resolved
 from inbatch.apps.comparisons.timing import Shares, _final_share, budget_sentence, run_share
 from inbatch.apps.comparisons.variants import parse_grid, variants_of
+from inbatch.apps.comparisons.variation import Variation
 from inbatch.apps.papers.results import Record, read_records
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import Cell
 from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.evaluation.accuracy import halves, hits
 from inbatch.runtime import tuning
 from inbatch.runtime.environment import environment
 from inbatch.runtime.source_hash import source_hash
@@ -228,11 +231,32 @@ def test_what_cannot_be_tested_is_said() -> None:
 
 def test_the_best_is_also_chosen_by_the_other_seeds() -> None:
     rows = [variation("A", 50.0, 60.0), variation("B", 56.0, 51.0), variation("C", 40.0, 40.0)]
-    best = _best(rows, METRICS["knn"])
+    best = best_of(rows, METRICS["knn"])
     assert best is not None and best["name"] == "A" and best["mean"] == 55.0
     assert best["by_other_seeds"] == (50.0 + 51.0) / 2  # by seed 1 A is chosen, by seed 0 B
     assert "the figure of the best is too high on average" in best["sentence"]
-    assert _best([variation("A", 1.0, failed=1), variation("B", 2.0, failed=1)], METRICS["knn"]) is None
+    assert best_of([variation("A", 1.0, failed=1), variation("B", 2.0, failed=1)], METRICS["knn"]) is None
+
+
+def test_the_best_is_chosen_on_one_half_of_the_test_images_and_stated_on_the_other() -> None:
+    """Equal variants whose images are luck: the figure of the chosen one is that of images that did not choose it."""
+    lucky = {0: (70.0, 50.0), 1: (68.0, 52.0)}
+    rows = [replace(variation("A", 60.0, 60.0), halves=lucky), variation("B", 61.0, 61.0), variation("C", 40.0, 40.0)]
+    rows[1:] = [replace(row, halves={0: (52.0, 70.0), 1: (50.0, 72.0)}) for row in rows[1:]]
+    best = best_of(rows, METRICS["knn"])
+    assert best is not None and best["held_out"] and best["by_other_seeds"] == 51.0
+    assert best["sentence"].startswith(
+        "Best of 3, chosen on one half of the test images: A, 69.0 there and 51.0 on the other half"
+    )
+
+
+def test_halves_of_the_test_images_are_recorded() -> None:
+    scores, labels = torch.eye(4)[[0, 1, 2, 3, 0]], torch.tensor([0, 1, 2, 0, 1])
+    assert hits(scores, labels)["halves"] == [pytest.approx(2 / 3), 0.5]
+    record = FAILED.model_copy(update={"evaluation": {"knn": {"top1": 0.6, "halves": [2 / 3, 0.5]}}})
+    assert METRICS["knn"].halves(record) == (pytest.approx(200 / 3), 50.0)
+    assert METRICS["clustering"].halves(record) is None and METRICS["probe"].halves(record) is None
+    assert halves(torch.ones(1)) == [1.0, None]
 
 
 KNN = {"simclr": 0.5, "byol": 0.8}
@@ -310,9 +334,7 @@ def test_a_crash_keeps_the_other_runs(trained: list[list[str]]) -> None:
     assert len(read_records(Path("own/results"))) == 3
 
 
-def test_a_budget_gives_every_variant_the_same_time(
-    trained: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_gives_every_variant_the_same_time(trained: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_began", None)  # of an earlier command
     result = inbatch.compare(
         [SIMCLR, BYOL], "digits-canvas", settings={"subset": 64}, budget="20m", seeds=2, out="own", jobs=1, quiet=True

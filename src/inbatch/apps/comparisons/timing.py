@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,11 @@ def plan_shares(
     text = to_json([facts, len(request.seeds), metric.protocol])
     identity = hashlib.sha256(text.encode()).hexdigest()[:16]
     if identity not in stored:
-        plans = _timed_plans(request, facts, recipes, runner)
-        extra = _SLOWER * max(_outside(dry["seconds_estimate"], metric) for _, dry in plans)
-        share = _final_share(budget, time.perf_counter() - began, runs, jobs, extra)
+        plans, extra, share = list[tuple[Settings, dict[str, Any]]](), 0.0, rough
+        for plan in _timed_plans(request, facts, recipes, runner):
+            plans.append(plan)
+            extra = max(extra, _SLOWER * _outside(plan[1]["seconds_estimate"], metric))
+            share = _final_share(budget, time.perf_counter() - began, runs, jobs, extra)
         fitted = [
             _of_length(variant, own, dry, share / rough)
             for variant, (own, dry) in zip(request.variants, plans, strict=True)
@@ -102,12 +104,11 @@ def plan_shares(
 
 def _timed_plans(
     request: Request, facts: Sequence[Settings], recipes: Sequence[Recipe], runner: ComparisonRunner
-) -> list[tuple[Settings, dict[str, Any]]]:
-    """Return the settings of each variant, and what a process finds that times its steps and an evaluation."""
-    plans = list[tuple[Settings, dict[str, Any]]]()
+) -> Iterator[tuple[Settings, dict[str, Any]]]:
+    """Yield the settings of each variant, and what a process finds that times its steps and an evaluation."""
     chosen: Settings = {}
     for variant, own, recipe in zip(request.variants, facts, recipes, strict=True):
-        if plans:
+        if chosen:
             named_encoder = any(key.startswith("encoder.") or key == "preset" for key in own)
             first = () if named_encoder else [key for key in chosen if key.startswith("encoder.")]
             own = {key: chosen[key] for key in (*first, *_OF_FIRST) if chosen[key] is not None} | own
@@ -118,8 +119,7 @@ def _timed_plans(
         except ConfigError as error:
             raise ConfigError(named(f"pretrain {variant.name}", error)) from None
         chosen = chosen or make(read_settings(dry["recipe"])).flat()
-        plans.append((own, dry))
-    return plans
+        yield own, dry
 
 
 _PROTOCOL_COST = {"few": FEW_PROBES, "retrieval": RETRIEVAL}
