@@ -137,7 +137,10 @@ def test_clip_of_open_clip_is_that_of_timms_conversion() -> None:
     theirs = _convert_openai_clip(tensors, reference)
     reference.load_state_dict({k: v for k, v in theirs.items() if not k.startswith("head.")})
     sentence = loaded(backbone, tensors)
-    assert "(CLIP, vision tower): 31 of 31 tensors fit" in sentence and "text tower: transformer" in sentence, sentence
+    assert (
+        "(CLIP, vision tower): 31 of 31 tensors fit" in sentence
+        and "text tower: positional_embedding (1), transformer (24)" in sentence
+    )
     assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), reference.parameters(), strict=True))
     [note] = check_exact(backbone, "vit_base_patch16_clip_224", Contents(tensors, {}))
     assert "does not state the activation" in note and "computes GELU" in note

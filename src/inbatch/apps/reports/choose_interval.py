@@ -71,6 +71,6 @@ def undecided(ranked: Sequence[Mapping[str, Any]], by: str) -> list[str]:
             images = many(one["measured"], "image")
             notes.append(
                 f"{first['run']} and {one['run']} cannot be told apart by {by} of {images}: the difference is "
-                f" {gap['value']:.3g}, 95 % interval {gap['low']:+.3g} to {gap['high']:+.3g}"
+                f"{gap['value']:.3g}, 95 % interval {gap['low']:+.3g} to {gap['high']:+.3g}"
             )
     return notes
