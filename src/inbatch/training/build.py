@@ -194,13 +194,13 @@ def _adapted(recipe: Recipe, encoder: Encoder) -> str:
 
 def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:
     """Return the loader of this rank's part of every batch."""
-    own = isinstance(views, TransformedViews)
+    own = views if isinstance(views, TransformedViews) else None
     resident = recipe.cache_on_device
-    if own and resident is None and device.type != "cpu" and workers != 0:
+    if own is not None and resident is None and device.type != "cpu" and workers != 0:
         resident = False  # workers draw the views, which cannot read the memory of an accelerator
     return Loader(
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
-        world=distributed.world(), resident=resident, workers=workers, drawer=views if own else None,
+        world=distributed.world(), resident=resident, workers=workers, drawer=own,
         whole=recipe.curate is not None or views.whole or embeds(recipe, source), max_bad=recipe.max_unreadable,
         sampler=None if recipe.sampler is None else SAMPLERS[recipe.sampler.name](**recipe.sampler.options),
     )  # fmt: skip

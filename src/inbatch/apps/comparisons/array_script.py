@@ -67,7 +67,7 @@ def array_script(
     assert _BEGIN in batch and _OUT in batch and _RUN in batch
     rest = batch[batch.index(_BEGIN) :].replace(_OUT, "")
     head = _HEAD.format(name=file.name, last=len(tasks) - 1) + "\n".join(lines) + "\n"
-    tasks = _TASKS.format(
+    runs = _TASKS.format(
         here=shlex.quote(str(Path.cwd())),
         runs="\n".join(f"  {shlex.quote(str(folder))}" for folder, _ in tasks),
         code="\n".join(f"  {shlex.quote(shlex.join(words))}" for _, words in tasks),
@@ -75,4 +75,4 @@ def array_script(
         options=" --download" if download else "",
         python=shlex.quote(python),
     )
-    return head + tasks + rest
+    return head + runs + rest
