@@ -64,6 +64,7 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         assert recipe["own"][part] == {"version": None, "sha256": source_hash(text, name)}
     assert set(METHODS) == before
     assert "own_code:OwnMethod" in run.result["command"] and "--encoder own_code:OwnNet" in run.result["command"]
+    assert run.result["width"] == run.encoder.width == 4
     run_weights = run.encoder.backbone.conv.weight
     assert torch.equal(inbatch.load(tmp_path / "whole", encoder=OwnNet(1, 4)).backbone.conv.weight,
                        run.encoder.backbone.conv.weight)  # fmt: skip

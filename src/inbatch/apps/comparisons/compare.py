@@ -50,7 +50,7 @@ def compare(
         seeds: Number of seeds from 0, or the seeds.
         metric: Tested figure, a name of `METRICS`; by default k-NN, without labels the share of images found again.
         epochs: Epochs of every variant that sets no length.
-        budget: Time for all runs together, such as "2h": every run gets the same time.
+        budget: Time of the whole call, such as "2h": what planning and evaluation leave is divided over the runs.
         settings: Settings of all variants, {"batch_size": 128}; a variant may override them.
         grid: Setting -> values; every variant is run with every combination.
         out: Folder of runs and result; runs/compare-DATA by default.
