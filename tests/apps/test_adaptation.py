@@ -269,10 +269,10 @@ def start_of_digits(out: Path) -> Path:
 def test_an_adaptation_with_lora_on_two_ranks_has_one_verdict(tmp_path: Path) -> None:
     """Under torchrun: one verdict with labels, the same command again trains nothing, and no other weights change."""
     start = start_of_digits(tmp_path / "start")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch", "adapt",
-        "digits-canvas", "--from", str(start), "-o", str(tmp_path / "a"), "--lora", "2", "--seeds", "2", "--epochs", "1",
-        "--set", "subset=80", "--batch-size", "40", "--quiet", "--json",
+        *launcher, "adapt", "digits-canvas", "--from", str(start), "-o", str(tmp_path / "a"), "--lora", "2",
+        "--seeds", "2", "--epochs", "1", "--set", "subset=80", "--batch-size", "40", "--quiet", "--json",
     ]  # fmt: skip
     results = []
     for _ in range(2):
