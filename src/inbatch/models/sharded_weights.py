@@ -11,19 +11,22 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
 
 from inbatch.errors import DataError
-from inbatch.models.weight_files import INDEX
 
 _OF_TRAINING = re.compile(r"optim\w*|lr_scheduler|dataloader|train_state")
 """First words of names of what a training program keeps besides the weights."""
 
 
-def read_sharded(folder: Path) -> dict[str, Tensor]:
+def read_sharded(index_file: Path) -> dict[str, Tensor]:
     """Return the tensors of a folder by their names, without those of an optimiser.
+
+    Args:
+        index_file: File of the folder that names its tensors and where their parts are.
 
     Raises:
         DataError: If it holds other objects than the index of a checkpoint, or names files elsewhere.
     """
-    reader = _Reader(folder)
+    reader = _Reader(index_file.parent)
+    reader.index_file = index_file
     index = reader.read_metadata()
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -38,14 +41,16 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
 class _Reader(checkpoint.FileSystemReader):
     """Torch's reader with an index of which only names of data classes are resolved."""
 
+    index_file: Path
+
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
-        with open(Path(self.path) / INDEX, "rb") as file:
+        with open(self.index_file, "rb") as file:
             index = _Index(file).load()
         if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
-            raise DataError(f"{INDEX} is not the index of a checkpoint")
+            raise DataError(f"{self.index_file.name} is not the index of a checkpoint")
         for place in index.storage_data.values():
             if PurePath(place.relative_path).name != place.relative_path:
-                raise DataError(f"{INDEX} names a file outside of the folder: {place.relative_path}")
+                raise DataError(f"its index names a file outside of the folder: {place.relative_path}")
         return index
 
 
@@ -76,4 +81,4 @@ class _Index(pickle.Unpickler):
             return getattr(self._MODULES[module], name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise DataError(f"{INDEX} refers to {module}.{name}, which is not part of the index of a checkpoint")
+        raise DataError(f"its index refers to {module}.{name}, which is not part of the index of a checkpoint")

@@ -102,7 +102,7 @@ def read_contents(path: Path) -> Contents:
         if is_sharded(path):
             from inbatch.models.sharded_weights import read_sharded  # imports a part of torch that few need
 
-            loaded: Any = read_sharded(path)
+            loaded: Any = read_sharded(path / INDEX)
         else:
             loaded = _load(path)
         if not isinstance(loaded, Mapping):
