@@ -72,7 +72,7 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         inbatch.load(tmp_path / "whole")
     with pytest.raises(ConfigError, match="do not fit"):
         inbatch.load(tmp_path / "whole", encoder=OwnNet(1, 5))
-    monkeypatch.setattr(own_parts, "_hash_in", lambda *_: "0" * 64)
+    monkeypatch.setattr(own_parts, "hash_in", lambda *_: "0" * 64)
     for part, call in {
         "encoder": lambda: inbatch.load(tmp_path / "whole", encoder=OwnNet),
         "method": lambda: own_run(tmp_path / "whole", resume=True),
