@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
 from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
 from inbatch.training.classifier import train_classifier
+from inbatch.training.evaluation_plan import evaluation_seconds
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.reference import Reference, read_reference
 from inbatch.training.monitors.shipped_references import find_reference
@@ -211,6 +213,10 @@ def dry_run(
         split = evaluation_split(plan.recipe, plan.source, plan.data, download=download)
         seconds = plan.choice.chosen.seconds if plan.choice else step_seconds(built)
         smaller = smaller_choices(built) if built.total * seconds > 3600 and plan.recipe.budget is None else []
+        more = {}
+        if plan.choice:
+            start = time.perf_counter() - began - plan.choice.seconds
+            more = {"start": start, "evaluation": evaluation_seconds(built, split)}
         lines = [describe(built), *built.encoder.init_notes]
         lines += [plan.context.sentence()] if plan.context else []
         lines += [*(plan.choice.sentences() if plan.choice else ()), *built.notes, expectation(built, seconds)]
@@ -219,7 +225,7 @@ def dry_run(
             "recipe": built.recipe.nested(),
             "held_out": split and split.description,
             **({"context_found": plan.context.json()} if plan.context else {}),
-            "seconds_estimate": {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)},
+            "seconds_estimate": more | {"step": seconds, "training": built.total * seconds, "smaller": dict(smaller)},
             "description": "\n".join(lines),
             **estimate(built),
         }

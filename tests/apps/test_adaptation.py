@@ -1,7 +1,11 @@
 """inbatch adapt: the interval of the gain, the verdict, and the weights that it recommends."""
 
 import copy
+import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +138,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place / "useless", place / "useful"
 
 
+def test_the_hash_of_the_start_is_the_one_in_its_config(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Gigabytes of weights are not read once more."""
+    shutil.copytree(folders[1], tmp_path / "initial")
+    with open(tmp_path / "initial" / "model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    (tmp_path / "initial" / "model.safetensors").unlink()
+    assert adaptation._hash(tmp_path / "initial") == digest
+
+
 def weights_of(folder: Path) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(inbatch.load(folder).parameters())
 
@@ -239,3 +252,36 @@ def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monk
     for name in ("knn", "linear"):
         assert parts["accuracy"][name]["after"][1] == pytest.approx(figures[name]["top1"])
     assert inbatch.load(tmp_path / "parts").name == "tiny"
+
+
+def start_of_digits(out: Path) -> Path:
+    """Train a small vision transformer for an epoch on digits, to be adapted."""
+    own = {"encoder.patch_size": 5, "encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2}
+    inbatch.pretrain(
+        "digits-canvas", out=out, encoder="vit_tiny_patch16_224", settings=own, subset=80, batch_size=40, epochs=1,
+        image_size=20, quiet=True, device="cpu",
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_adaptation_with_lora_on_two_ranks_has_one_verdict(tmp_path: Path) -> None:
+    """Under torchrun: one verdict with labels, the same command again trains nothing, and no other weights change."""
+    start = start_of_digits(tmp_path / "start")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
+    command = [
+        *launcher, "adapt", "digits-canvas", "--from", str(start), "-o", str(tmp_path / "a"), "--lora", "2",
+        "--seeds", "2", "--epochs", "1", "--set", "subset=80", "--batch-size", "40", "--quiet", "--json",
+    ]  # fmt: skip
+    results = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode in (0, 1), done.stderr  # torchrun ends with 1 if a rank ends with 4
+        results.append(one_object(done.stdout))
+    first, again = results
+    assert first["verdict"] in ("helped", "not shown", "did not help") and len(first["accuracy"]["knn"]["after"]) == 2
+    assert first["accuracy"] == again["accuracy"] and again["seconds"] < first["seconds"]
+    report = one_object((tmp_path / "a" / "seed-0" / "result.json").read_text())
+    assert report["world"] == 2 and report["recipe"]["encoder"]["lora"] == 2
+    assert inbatch.load(tmp_path / "a").name == "vit_tiny_patch16_224"

@@ -13,6 +13,7 @@ from command_line import one_object, run
 
 import inbatch
 from inbatch.apps.reports import choose, choose_study
+from inbatch.apps.reports.choose_interval import resampled, undecided, with_intervals
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import rankme
 from inbatch.models import create_encoder, save_encoder
@@ -159,8 +160,45 @@ def test_encoders_of_different_sizes_are_measured_on_the_same_images(
         assert 0 <= one["knn"] <= 1 and one["loss"] is None and one["lidar"] > 1
         labels.append(one["encoder"])
     assert result["kendall_tau"]["loss"] is None and labels == ["tiny", "tiny"]
+    best, other = result["runs"]
+    number = min(25, label_free.LIDAR_IMAGES)
+    assert best["low"] <= best["score"] <= best["high"] and best["measured"] == number and "difference" not in best
+    assert other["difference"]["low"] <= other["difference"]["value"] <= other["difference"]["high"]
+    unclear = any(f"cannot be told apart by same_image of {number} images" in note for note in result["notes"])
+    assert unclear == (other["difference"]["low"] <= 0)
     with pytest.raises(DataError):
         inbatch.choose_run([tmp_path / "small", tmp_path / "large"], data=tmp_path / "nowhere")
+
+
+def measured(run: str, hits: list[int]) -> dict[str, Any]:
+    """Return a run of which the second views of these images were found."""
+    found = torch.tensor(hits).double()
+    values = resampled(lambda at: float(found[at].mean()), len(hits), 0)
+    return {"run": run, "score": float(found.mean()), "resampled": values, "measured": len(hits)}
+
+
+def test_few_images_do_not_order_runs_and_many_do() -> None:
+    """The interval of 20 of 100 hits is that of a binomial share; differences are of the same images."""
+    few = with_intervals([measured("a", [1, 1, 1, 0, 0, 0, 1, 0]), measured("b", [0, 1, 0, 1, 1, 0, 0, 0])])
+    assert few[1]["difference"]["value"] == 0.125 and few[1]["difference"]["low"] < 0 and "resampled" not in few[0]
+    [note] = undecided(few, "same_image")
+    assert note.startswith("a and b cannot be told apart by same_image of 8 images: the difference is 0.125, 95 %")
+    many = with_intervals([measured("a", 60 * [1] + 40 * [0]), measured("b", 20 * [1] + 80 * [0])])
+    assert undecided(many, "same_image") == [] and many[1]["difference"]["low"] > 0.2
+    assert many[1]["high"] - many[1]["score"] == pytest.approx(1.96 * (0.2 * 0.8 / 100) ** 0.5, rel=0.2)
+    unknown = with_intervals([measured("a", [1, 0]), measured("b", [1, 0, 0])])
+    assert (
+        unknown[1]["difference"]["low"] is None and "no interval of std is known for b" in undecided(unknown, "std")[0]
+    )
+
+
+def test_the_width_of_a_run_without_labels_is_known(runs: list[Path]) -> None:
+    for path, width in zip(runs, (96, 48, 96), strict=True):
+        result = json.loads((path / "result.json").read_text())
+        write_json(path / "result.json", result | {"evaluation": None, "width": width})
+    found = inbatch.choose_run(runs)
+    assert {one["width"] for one in found["runs"]} == {48, 96}
+    assert any("different widths (48, 96)" in note for note in found["notes"])
 
 
 @pytest.fixture(scope="module")

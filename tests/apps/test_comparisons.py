@@ -10,22 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import own_code
 import pytest
 import torch
 from command_line import one_object, run
 
 import inbatch
 from inbatch.apps.comparisons import statistics as st
-from inbatch.apps.comparisons.compare import _command, budget_sentence
+from inbatch.apps.comparisons.choice import best_of
+from inbatch.apps.comparisons.compare import _command
 from inbatch.apps.comparisons.metrics import METRICS
-from inbatch.apps.comparisons.plan import KEPT, Plan, Request, _unequal, resolved, run_share
-from inbatch.apps.comparisons.report import Variation, _best, _comparison, _notes
-from inbatch.apps.comparisons.runner import ComparisonRunner
+from inbatch.apps.comparisons.plan import _unequal
+from inbatch.apps.comparisons.report import _comparison, _notes
+from inbatch.apps.comparisons.request import KEPT, Request, resolved
+from inbatch.apps.comparisons.timing import Shares, _final_share, budget_sentence, run_share
 from inbatch.apps.comparisons.variants import parse_grid, variants_of
+from inbatch.apps.comparisons.variation import Variation
 from inbatch.apps.papers.results import Record, read_records
-from inbatch.apps.papers.spec import Cell, Table
+from inbatch.apps.papers.runner import Runner
+from inbatch.apps.papers.spec import Cell
 from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.evaluation.accuracy import halves, hits
+from inbatch.runtime import tuning
 from inbatch.runtime.environment import environment
+from inbatch.runtime.source_hash import source_hash
 from inbatch.training.budget import parse_budget
 
 FAST = ["--data", "digits-canvas", "--set", "subset=64", "--epochs", "1"]
@@ -153,15 +161,15 @@ def test_the_command_of_a_long_budget_can_be_typed() -> None:
     assert parse_budget(words[words.index("--budget") + 1]) == 15 * 86400
 
 
-def test_the_expected_time_contains_start_and_evaluation_of_each_run() -> None:
-    """4 minutes for two runs, whose planning took 55 s a variant."""
-    plan = Plan(Table("", "", "", "", (), {}), METRICS["knn"], (), 0, None, (), share=108.0, process=55.0)
-    text = budget_sentence(plan, 2, 1, 240.0)
-    assert "about 7 min from now, 108 s for each run and about 110 s to start and evaluate it" in text
-    assert "exceeds the budget of 4 min, which is too short for 2 runs here" in text
-    assert budget_sentence(replace(plan, process=None), 2, 1, 240.0).endswith(
-        "about 4 min from now, 108 s for each run."
-    )
+def test_the_share_of_a_run_leaves_time_for_planning_start_and_evaluation() -> None:
+    """20 minutes, 3 of them for planning, 4 runs in pairs that take 40 s besides their share."""
+    share = _final_share(1200.0, 180.0, 4, 2, 40.0)
+    assert 180 + 2 * (share + 40.0) == pytest.approx(1200 - 0.04 * 1020)
+    with pytest.raises(ConfigError, match=r"planning took 3 min, and each of 4 runs, 2 at a time, needs 60 s and 40 s"):
+        _final_share(360.0, 180.0, 4, 2, 40.0)
+    text = budget_sentence(Shares((), share, 40.0), 4, 2, 1020.0)
+    assert "about 16 min from now, 7 min for each run and at most 40 s to start and evaluate it" in text
+    assert text.endswith("17 min of the budget are left.")
 
 
 FAILED = Record.model_validate(
@@ -223,11 +231,36 @@ def test_what_cannot_be_tested_is_said() -> None:
 
 def test_the_best_is_also_chosen_by_the_other_seeds() -> None:
     rows = [variation("A", 50.0, 60.0), variation("B", 56.0, 51.0), variation("C", 40.0, 40.0)]
-    best = _best(rows, METRICS["knn"])
+    best = best_of(rows, METRICS["knn"])
     assert best is not None and best["name"] == "A" and best["mean"] == 55.0
     assert best["by_other_seeds"] == (50.0 + 51.0) / 2  # by seed 1 A is chosen, by seed 0 B
     assert "the figure of the best is too high on average" in best["sentence"]
-    assert _best([variation("A", 1.0, failed=1), variation("B", 2.0, failed=1)], METRICS["knn"]) is None
+    assert best_of([variation("A", 1.0, failed=1), variation("B", 2.0, failed=1)], METRICS["knn"]) is None
+
+
+def test_the_best_is_chosen_on_one_half_of_the_test_images_and_stated_on_the_other() -> None:
+    """Equal variants whose images are luck: the figure of the chosen one is that of images that did not choose it."""
+    lucky = {0: (70.0, 50.0), 1: (68.0, 52.0)}
+    rows = [replace(variation("A", 60.0, 60.0), halves=lucky), variation("B", 61.0, 61.0), variation("C", 40.0, 40.0)]
+    rows[1:] = [replace(row, halves={0: (52.0, 70.0), 1: (50.0, 72.0)}) for row in rows[1:]]
+    best = best_of(rows, METRICS["knn"])
+    assert best is not None and best["held_out"] and best["by_other_seeds"] == 51.0
+    assert best["sentence"].startswith(
+        "Best of 3, chosen on one half of the test images: A, 69.0 there and 51.0 on the other half"
+    )
+
+
+def test_halves_of_the_test_images_are_recorded() -> None:
+    scores, labels = torch.eye(4)[[0, 1, 2, 3, 0]], torch.tensor([0, 1, 2, 0, 1])
+    assert hits(scores, labels)["halves"] == [pytest.approx(2 / 3), 0.5]
+    record = FAILED.model_copy(update={"evaluation": {"knn": {"top1": 0.6, "halves": [2 / 3, 0.5]}}})
+    assert METRICS["knn"].halves(record) == (pytest.approx(200 / 3), 50.0)
+    assert METRICS["clustering"].halves(record) is None and METRICS["probe"].halves(record) is None
+    assert halves(torch.ones(1)) == [1.0, None]
+
+
+KNN = {"simclr": 0.5, "byol": 0.8}
+"""Method -> the figure of its runs with seed 0."""
 
 
 @pytest.fixture
@@ -236,23 +269,24 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[li
     monkeypatch.chdir(tmp_path)
     asked: list[list[str]] = []
 
-    def call(self: ComparisonRunner, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+    def call(self: Runner, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
         asked.append(words)
         recipe = cell.recipe().nested() | {"data": "/somewhere/digits"}
         if "--dry-run" in words:
             settings = json.loads(Path(words[words.index("--config") + 1]).read_text())
-            planned = {"steps": 7, "epochs": 3} if "budget" in settings else {}
+            planned = {"steps": 700, "epochs": 300} if "budget" in settings else {}
+            seconds = {"training": 2, "step": 0.1, "start": 20.0, "evaluation": 28.0}
             return {
-                "recipe": recipe | planned | {"budget": settings.get("budget")},
-                "seconds_estimate": {"training": 2},
-            }
+                "recipe": recipe | planned | {"budget": settings.get("budget")}, "seconds_estimate": seconds,
+                "steps_per_epoch": 4,
+            }  # fmt: skip
         log.write_text("its last words")
         method = cell.settings["method.name"]
         if method == "moco":
             raise InbatchError("it crashed")
         if method == "vicreg":
             return {"exit_code": 4, "error": "the loss is nan"}
-        knn = {"simclr": 0.5, "byol": 0.8}[method] + 0.01 * cell.seed + 0.003 * (cell.seed % 2) * (method == "byol")
+        knn = KNN[method] + 0.01 * cell.seed + 0.003 * (cell.seed % 2) * (method == "byol")
         unlabelled = {"same_image": {"trained": 0.2 + 0.01 * cell.seed**2, "untrained": 0.1, "better": "higher"}}
         sizes = {"train": {"labelled": 60}, "test": {"labelled": 40}}
         evaluation = None if cell.data == "plain" else {"knn": {"top1": knn}, "linear": {"top1": knn}} | sizes
@@ -261,7 +295,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[li
             "curve": [], "evaluation": evaluation, "unlabelled": unlabelled,
         }  # fmt: skip
 
-    monkeypatch.setattr(ComparisonRunner, "_call", call)
+    monkeypatch.setattr(Runner, "_call", call)
     yield asked
 
 
@@ -300,14 +334,20 @@ def test_a_crash_keeps_the_other_runs(trained: list[list[str]]) -> None:
     assert len(read_records(Path("own/results"))) == 3
 
 
-def test_a_budget_gives_every_variant_the_same_time(trained: list[list[str]]) -> None:
+def test_a_budget_gives_every_variant_the_same_time(trained: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_began", None)  # of an earlier command
     result = inbatch.compare(
         [SIMCLR, BYOL], "digits-canvas", settings={"subset": 64}, budget="20m", seeds=2, out="own", jobs=1, quiet=True
     )
     plans = [json.loads(Path(w[w.index("--config") + 1]).read_text()) for w in trained if "--dry-run" in w]
     assert [plan["budget"] for plan in plans] == [270.0, 270.0]
     assert plans[1]["encoder.name"] == "tiny" and "encoder.name" not in plans[0]
-    assert any("Equal time, not equal steps" in note and "byol: 7" in note for note in result["notes"])
+    ran = [json.loads(Path(w[w.index("--config") + 1]).read_text()) for w in trained if "--resume" in w]
+    [share] = {recipe["budget"] for recipe in ran}  # 1200 s for four runs one after another, each 1.25 * 48 s longer
+    assert 270 < share + 60 < 0.96 * 1200 / 4
+    steps = int(700 * share / 270)
+    assert all(recipe["steps"] == steps and recipe["epochs"] == -(-steps // 4) for recipe in ran)
+    assert any("Equal time, not equal steps" in note and f"byol: {steps}" in note for note in result["notes"])
     asked = len(trained)
     evaluated = [words for words in trained if words[0] == "evaluate"]
     assert len(evaluated) == 4 and evaluated[0][-1] == "knn,linear,clustering"  # on all images, for every run
@@ -315,6 +355,36 @@ def test_a_budget_gives_every_variant_the_same_time(trained: list[list[str]]) ->
         [SIMCLR, BYOL], "digits-canvas", settings={"subset": 64}, budget="20m", seeds=2, out="own", jobs=1, quiet=True
     )
     assert len(trained) == asked  # the stored plan gives the same recipes
+
+
+def test_a_budget_that_planning_uses_up_is_refused(trained: list[list[str]]) -> None:
+    """240 s for two runs: 108 s each before anything is measured, and 60 s to start and evaluate each afterwards."""
+    options: dict[str, Any] = {"settings": {"subset": 64}, "seeds": 1, "out": "own", "jobs": 1, "quiet": True}
+    with pytest.raises(ConfigError, match=r"a budget of 4 min is too short here.*needs 60 s and 60 s to start"):
+        inbatch.compare([SIMCLR, BYOL], "digits-canvas", budget="4m", metric="knn", **options)
+    assert not any("--resume" in words for words in trained)
+    with pytest.raises(ConfigError, match=r"duration of fine-tuned is not known before the runs: use --epochs"):
+        inbatch.compare([SIMCLR, BYOL], "digits-canvas", budget="1h", metric="finetune", **options)
+
+
+def test_own_code_in_a_variant_is_typed_and_recorded(trained: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KNN, "own_code:OwnMethod", 0.7)
+    variants = [SIMCLR, "pretrain own_code:OwnMethod --set method.t=0.4", "pretrain --method own_code:OwnMethod"]
+    options: dict[str, Any] = {"settings": {"subset": 64}, "epochs": 1, "seeds": 2, "out": "own", "quiet": True}
+    result = inbatch.compare(variants, "digits-canvas", **options)
+    assert result["runs"]["finished"] == 6 and result["problems"] == {}
+    made = [words for words in trained if "--resume" in words]
+    assert sum(words[-2:] == ["--method", "own_code:OwnMethod"] for words in made) == 4
+    [record, *_] = [r for r in read_records(Path("own/results")).values() if r.recipe["method"]["name"] != "simclr"]
+    text = Path(own_code.__file__).read_text()
+    assert record.recipe["own"] == {"method": {"version": None, "sha256": source_hash(text, "OwnMethod")}}
+    assert record.recipe["method"]["t"] in (0.4, 0.2) and not list(Path("own").glob("*:*"))
+    inbatch.compare(variants, "digits-canvas", **options)
+    assert len([words for words in trained if "--resume" in words]) == 6
+    script = inbatch.compare(variants, "digits-canvas", **options | {"out": "array", "slurm": "jobs.sh"})
+    assert script["tasks"] == 6 and Path("jobs.sh").read_text().count("'--method own_code:OwnMethod'") == 4
+    with pytest.raises(ConfigError, match="own_code has no 'Nothing'"):
+        inbatch.compare([SIMCLR, "pretrain own_code:Nothing"], "digits-canvas", **options)
 
 
 def test_images_without_labels_are_compared_without_accuracy(trained: list[list[str]], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Images of Python objects: data sets of PyTorch, lists of images, iterables with a length; and own transforms."""
 
+import contextlib
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +133,32 @@ def test_invalid_items_are_data_errors() -> None:
         mixed.image(2)
     assert isinstance(open_data(PIXELS, channels=None), Source)
     assert open_data([Image.fromarray(x) for x in PIXELS], channels=1).channels == 1
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_workers_draw_transformed_views_with_the_same_bits(resident: bool) -> None:
+    """One worker draws a batch in pieces, two take turns; a transform that fails is the error of the run."""
+    shift = v2.Compose([v2.RandomCrop(6), v2.Lambda(lambda x: x // 2 + np.uint8(np.random.randint(3)))])
+    source = open_data([(np.arange(9 * 11 * 3).reshape(9, 11, 3) * (i + 1) % 251).astype(np.uint8) for i in range(12)])
+    views = TransformedViews([shift, shift], [6, 6], (0.5,) * 3, (0.25,) * 3, "own")
+    drawn, owners = {}, []
+    for workers in (0, 1, 2):
+        loader = Loader(source, batch=5, views=views, seed=3, resident=resident, workers=workers, whole=True,
+                        drawer=views)  # fmt: skip
+        with contextlib.closing(loader):
+            batches = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
+        drawn[workers] = [views(batch).images for batch in batches]
+        owners.append(batches[0].crops is not None)
+        again = views(replace(batches[0], attempt=torch.zeros(5, dtype=torch.long))).images  # drawn here
+        assert all(torch.equal(x, y) for x, y in zip(again, drawn[workers][0], strict=True))
+    assert owners == [not resident, True, True] and len(drawn[0]) == 4
+    for workers in (1, 2):
+        for own, other in zip(drawn[0], drawn[workers], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(own, other, strict=True))
+    grows = TransformedViews([lambda x: x[:, : 3 + int(x.sum()) % 3, :4]], [4], (0.5,) * 3, (0.25,) * 3, "own")
+    loader = Loader(source, batch=5, views=grows, seed=3, resident=resident, workers=1, whole=True, drawer=grows)
+    with contextlib.closing(loader), pytest.raises(ConfigError, match="a transform must return one size"):
+        list(loader.epoch(0))
 
 
 def test_transformed_views_are_keyed_by_sample() -> None:

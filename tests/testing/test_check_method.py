@@ -16,23 +16,25 @@ from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.testing import MethodError, check, check_method, equation, ranks, training
+from inbatch.testing.derivative import derivative
+from inbatch.testing.rank_free import rank_free
 from inbatch.testing.report import Finding
 from inbatch.testing.trial import Trial
 
 WRONG: dict[type[Method], tuple[Callable[[Trial], Finding], str]] = {
     wrong.QueueInLoss: (equation.purity, "loss changes the buffers queue.filled, queue.pointer, queue.rows: move that"),
-    wrong.TakesItsPart: (equation.rank_free, "loss depends on the rank .* must not take a rank's part"),
+    wrong.TakesItsPart: (rank_free, "loss depends on the rank .* must not take a rank's part"),
     wrong.LocalStatistic: (training.groups, "2 context groups differs .* in network.heads.*centre: heads run twice"),
     wrong.CountsInAttribute: (training.saved_state, r"training changes steps, which state_dict\(\) does not hold"),
     wrong.KeepsInClass: (training.saved_state, r"training changes KeepsInClass.past"),
     wrong.Learns: (check._parameters, r"trainable parameters \(log_temperature\)"),
     wrong.LearnsUnseen: (check._parameters, r"trainable parameters \(scales\)"),
     wrong.Draws: (equation.randomness, "loss draws random numbers from a global generator.*inbatch.rng.uniform"),
-    wrong.ReadsRank: (equation.rank_free, "loss depends on the rank"),
-    wrong.Adds: (equation.rank_free, "torch.distributed.all_reduce: its rows are those of the whole batch"),
+    wrong.ReadsRank: (rank_free, "loss depends on the rank"),
+    wrong.Adds: (rank_free, "torch.distributed.all_reduce: its rows are those of the whole batch"),
     wrong.OverwritesRows: (check._loss, "loss overwrites its arguments"),
     wrong.OverwritesTarget: (equation.rows, "loss overwrites its arguments"),
-    wrong.LosesGradient: (equation.derivative, "the gradient is not the derivative of the loss"),
+    wrong.LosesGradient: (derivative, "the gradient is not the derivative of the loss"),
     wrong.ReadsLabels: (equation.labels, "reads batch.label, but the class does not say so: set labels = True"),
     wrong.DependsOnOrder: (equation.order, "depends on the order of the samples"),
     wrong.Divides: (equation.finite, "is not finite for rows that are all zero: guard divisions"),
@@ -76,24 +78,24 @@ def test_tests_of_the_loss_pass_for_methods_with_memory_and_a_stop_gradient() ->
 
 def test_unusual_methods_pass_the_tests_of_the_loss() -> None:
     for method in UNUSUAL:
-        for test in (check._loss, equation.order, equation.derivative):
+        for test in (check._loss, equation.order, derivative):
             assert (finding := test(Trial(method))).passed, (method.__name__, finding)
 
 
 def test_two_computations_without_gradient_are_held_constant_in_turn() -> None:
     """KoLeo looks for the nearest rows of each view: the second search was given what the first had computed."""
-    finding = equation.derivative(Trial(METHODS["dino"], SMALL["dino"] | {"koleo_weight": 0.5}))
+    finding = derivative(Trial(METHODS["dino"], SMALL["dino"] | {"koleo_weight": 0.5}))
     assert finding.passed, finding
 
 
 def test_a_wrong_backward_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OwnBackward.length, "backward", lambda ctx, g: ctx.saved_tensors[0] * g[..., None])
-    finding = equation.derivative(Trial(OwnBackward))
+    finding = derivative(Trial(OwnBackward))
     assert finding.passed is False and "not the derivative of the loss" in finding.sentence
 
 
 def test_one_fault_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "_ALONE", (equation.constancy, equation.labels, equation.rank_free))
+    monkeypatch.setattr(check, "_ALONE", (equation.constancy, equation.labels, rank_free))
     report = check_method(wrong.DrawsWithoutSeed, processes=False, raise_errors=False)
     assert [finding.kind for finding in report.failures] == ["value"]
     monkeypatch.setattr(check, "_ALONE", ())

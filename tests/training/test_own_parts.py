@@ -21,7 +21,8 @@ from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
 from inbatch.runtime import own_parts
-from inbatch.runtime.own_parts import OwnPart, source_hash
+from inbatch.runtime.own_parts import OwnPart
+from inbatch.runtime.source_hash import source_hash
 from inbatch.training.recipe import make
 from inbatch.training.settings_file import read_settings
 
@@ -63,6 +64,7 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         assert recipe["own"][part] == {"version": None, "sha256": source_hash(text, name)}
     assert set(METHODS) == before
     assert "own_code:OwnMethod" in run.result["command"] and "--encoder own_code:OwnNet" in run.result["command"]
+    assert run.result["width"] == run.encoder.width == 4
     run_weights = run.encoder.backbone.conv.weight
     assert torch.equal(inbatch.load(tmp_path / "whole", encoder=OwnNet(1, 4)).backbone.conv.weight,
                        run.encoder.backbone.conv.weight)  # fmt: skip
@@ -70,7 +72,7 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
         inbatch.load(tmp_path / "whole")
     with pytest.raises(ConfigError, match="do not fit"):
         inbatch.load(tmp_path / "whole", encoder=OwnNet(1, 5))
-    monkeypatch.setattr(own_parts, "_hash_in", lambda *_: "0" * 64)
+    monkeypatch.setattr(own_parts, "hash_in", lambda *_: "0" * 64)
     for part, call in {
         "encoder": lambda: inbatch.load(tmp_path / "whole", encoder=OwnNet),
         "method": lambda: own_run(tmp_path / "whole", resume=True),

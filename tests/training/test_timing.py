@@ -1,15 +1,19 @@
 """Estimates before a run starts: its duration, and whether it fits in memory."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import inbatch
 from inbatch.api import dry_run
+from inbatch.data import open_data
 from inbatch.errors import ConfigError
-from inbatch.training import auto_context, memory_bench
+from inbatch.training import auto_context, evaluation_plan, memory_bench
 from inbatch.training.build import build
+from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
 
@@ -79,3 +83,20 @@ def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatc
         auto_context.within_memory(asked, source, CPU)
     with pytest.raises(ConfigError, match="of memory are free"):
         inbatch.pretrain(IMAGES, encoder="tiny", batch_size=64, epochs=1, context=64, image_size=32, quiet=True)
+
+
+def test_the_time_of_an_evaluation_is_scaled_from_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond an image, and two seconds for what the first call loads, which are not scaled."""
+    source, clock, sizes = open_data("digits-canvas"), [100.0], []
+
+    def evaluate(encoder: Any, bank: Any, queries: Any, **options: Any) -> None:
+        clock[0] += 0.001 * (len(bank) + len(queries)) + 2 * (not sizes)
+        sizes.append((len(bank), len(queries)))
+
+    monkeypatch.setattr(evaluation_plan, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation_plan, "fit_readout", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation_plan, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    built: Any = SimpleNamespace(encoder=None, recipe=SimpleNamespace(knn_k=5, seed=0))
+    seconds = evaluation_plan.evaluation_seconds(built, EvaluationSplit(source, source, "all"))
+    assert sizes == [(256, 128)] * 2
+    assert seconds == pytest.approx(2 + 0.384 + 2 * 0.001 * 2 * len(source))

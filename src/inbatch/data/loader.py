@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from inbatch import rng
 from inbatch.batch import Batch
+from inbatch.data.pieces import checked, put
 from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold, remark
 from inbatch.data.samplers import Sampler
 from inbatch.data.sequential import StreamReader
@@ -18,6 +20,8 @@ from inbatch.data.workers import (
     Boxes,
     CanvasDataset,
     CropDataset,
+    Drawer,
+    DrawnDataset,
     Order,
     SampleReader,
     end_workers,
@@ -56,6 +60,7 @@ class Loader:
         workers: Number of decoding processes; None derives it from the CPU cores.
         canvas: Maximum longer side of resident images in pixels, by default twice the largest view.
         whole: Also deliver streamed images uncropped on such a canvas, so that views can be drawn again.
+        drawer: Draws the views of whole images in the workers; on a CPU also those of resident images.
         max_bad: Maximum fraction of unreadable images. Resident images that are unreadable are left out from the start.
             A streamed image that is unreadable is replaced by the image at the same position of the next batch.
         sampler: Composes the batches; None for a random order.
@@ -89,6 +94,7 @@ class Loader:
         workers: int | None = None,
         canvas: int | None = None,
         whole: bool = False,
+        drawer: Drawer | None = None,
         max_bad: float = 0.01,
         sampler: Sampler | None = None,
         read: Sequential | None = None,
@@ -130,23 +136,36 @@ class Loader:
         self._why = f"{needed / 1e6:,.0f} MB decoded, {free / 1e9:,.1f} GB free, limit {SHARE:.0%} of it" + (
             "" if resident == fits else f", cache_on_device = {str(resident).lower()}"
         )
-        self.workers = 0
+        self.workers = self.drawers = 0
+        self._order = Order()
+        if self.held is not None and drawer is not None and self.device.type == "cpu":
+            self.drawers = processes(workers, world)
+            outputs = 4 * sum(view.size**2 for view in views.views)
+            room_to_share(min(PIECE, batch // world) * source.channels * outputs, self.drawers)
+            if self.drawers:
+                drawn = DrawnDataset(self.held.images, self.held.size, drawer, seed)
+                self._start(stream(drawn, self._order, self.drawers, self.device, pinned=False))
         if self.held is None:
             self.workers = processes(workers, world)
             if self.plan is not None:
                 self.workers = min(self.workers, self.plan.parts(rank, world))
-            self._order, self._cuts = Order(), self._pieces()
+            self._cuts = self._pieces()
             if sampler is not None:
                 shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
             self._shared = shared
             order = SampleReader(source, seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
-            made = CanvasDataset(order, canvas) if whole else CropDataset(order, views)
+            made = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
             self._pin = self.device.type == "cuda"
-            pixels = canvas**2 if whole else sum(view.size**2 for view in views.views)
+            outputs = sum(view.size**2 for view in views.views)
+            pixels = canvas**2 + (4 * outputs if drawer else 0) if whole else outputs
             room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)
             pinned = self._pin and len(self._cuts) == 1  # other batches are pinned when they are assembled
-            self._stream = stream(made, self._order, self.workers, self.device, pinned)
-            self._ended = Finalize(self, end_workers, (self._stream,), exitpriority=10)
+            self._start(stream(made, self._order, self.workers, self.device, pinned))
+
+    def _start(self, made: DataLoader[Any]) -> None:
+        """Keep a stream, and end its workers when the loader is closed or collected."""
+        self._stream = made
+        self._ended = Finalize(self, end_workers, (made,), exitpriority=10)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Iterate over the batches of an epoch on the device, from step `start` to `stop` (default: its end)."""
@@ -161,8 +180,8 @@ class Loader:
         check_dropped(self.source, tuple(self.bad.items()), self.max_bad)
 
     def close(self) -> None:
-        """Stop the worker processes, if any; a streaming loader cannot be used afterwards."""
-        if self.held is None:
+        """Stop the worker processes, if any; a loader that has some cannot be used afterwards."""
+        if self.held is None or self.drawers:
             self._ended()
 
     def unreadable(self) -> list[str]:
@@ -186,6 +205,7 @@ class Loader:
         if self.held:
             n, c, h, w = self.held.images.shape
             lines.append(f"resident: {many(n, 'image')} of {c}x{h}x{w} on {self.device} ({self._why})")
+            lines.extend([f"views drawn by {many(self.drawers, 'worker')}"] if self.drawers else [])
             lines.extend(self.held.notes)
             if self.held.scaled:
                 lines.append(f"{many(self.held.scaled, 'image')} scaled down to a longer side of {max(h, w)} pixels")
@@ -210,10 +230,12 @@ class Loader:
     def _resident(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self.held is not None
         order = self._images(epoch).to(self.device)
+        drawn = self._drawn(epoch, order, steps) if self.drawers else None
         for step in steps:
             places = self._share(step)
             index = order[places.start : places.stop]
             yield Batch(
+                crops=None if drawn is None else next(drawn),
                 index=index,
                 label=self._labels[index],
                 seed=self.seed,
@@ -223,6 +245,15 @@ class Loader:
                 size=self.held.size[index],
                 group=None if self._groups is None else self._groups[index],
             )
+
+    def _drawn(self, epoch: int, order: Tensor, steps: range) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the views of each batch of resident images, drawn by workers."""
+        shares = [order[places.start : places.stop] for places in map(self._share, steps)]
+        self._order.keys = [(epoch, part.tolist()) for share in shares for part in share.split(PIECE)]
+        pieces = iter(self._stream)
+        for share in shares:
+            parts = [checked(next(pieces)).made["crops"] for _ in share.split(PIECE)]
+            yield tuple(torch.cat(views) for views in zip(*parts, strict=True))
 
     def _pieces(self) -> list[slice]:
         """Return the parts of a local batch that are one message of a worker each."""
@@ -240,13 +271,11 @@ class Loader:
         for _ in steps:
             made: dict[str, Any] = {}
             for cut in cuts:
-                piece = next(pieces)
-                if isinstance(piece, str):
-                    raise DataError(piece)
+                piece = checked(next(pieces))
                 self.note(piece.bad)
                 self.add_remarks(piece.remarks)
                 tally += piece.read
-                made = piece.made if len(cuts) == 1 else _put(piece.made, cut.start, made, share, self._pin)
+                made = piece.made if len(cuts) == 1 else put(piece.made, cut.start, made, share, self._pin)
             index, groups = made["index"], self.source.groups
             group = None if groups is None else groups[index]
             batch = Batch(**made, label=self.source.labels[index], group=group, seed=self.seed, epoch=epoch)
@@ -263,29 +292,6 @@ def resides(needed: int, free: int, resident: bool | None) -> bool:
 def processes(workers: int | None, world: int) -> int:
     """Return the number of decoding processes per rank: as requested, else by the CPU cores."""
     return max(1, min(16, cores() // world)) if workers is None else workers
-
-
-def _put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pin: bool) -> dict[str, Any]:
-    """Copy a piece of a batch of `count` samples to its position; allocate missing tensors and enlarge canvases."""
-
-    def placed(new: Tensor, old: Tensor | None, dim: int = 0) -> Tensor:
-        shape = list(new.shape) if old is None else [max(pair) for pair in zip(new.shape, old.shape, strict=True)]
-        shape[dim] = count
-        if old is None or list(old.shape) != shape:
-            grown = torch.zeros(shape, dtype=new.dtype, pin_memory=pin)
-            if old is not None:
-                grown[tuple(slice(n) for n in old.shape)] = old
-            old = grown
-        old.narrow(dim, first, new.shape[dim])[tuple(slice(n) for n in new.shape)] = new
-        return old
-
-    made: dict[str, Any] = {}
-    for key, new in piece.items():
-        if key == "crops":
-            made[key] = tuple(placed(*pair) for pair in zip(new, into.get(key, [None] * len(new)), strict=True))
-        else:
-            made[key] = placed(new, into.get(key), dim=1 if key == "boxes" else 0)
-    return made
 
 
 def _differ(held: Resident) -> None:

@@ -18,7 +18,7 @@ from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.resident import stack
 from inbatch.data.source import CropSpec, LazyImage, Source
 from inbatch.data.streams import Tally
-from inbatch.errors import DataError, InbatchError
+from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.runtime import child_processes
 
 _PATIENCE = 3600  # timeout in seconds for a piece: a disk that never answers must not block training forever
@@ -42,13 +42,21 @@ class Boxes(Protocol):
     ) -> Int[Tensor, "v b 4"]: ...
 
 
-class Order(Sampler[Key]):
+class Drawer(Protocol):
+    """Protocol of views that workers draw one image at a time: those of the user's own transforms."""
+
+    def draw(
+        self, index: Sequence[int], pictures: Sequence[Tensor], seed: int, epoch: int
+    ) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
+class Order(Sampler[Any]):
     """Sampler over the keys of one epoch; the keys are replaced for each epoch, the workers stay alive."""
 
     def __init__(self) -> None:
-        self.keys: list[Key] = []
+        self.keys: list[tuple[int, Sequence[int]]] = []
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[tuple[int, Sequence[int]]]:
         return iter(self.keys)
 
     def __len__(self) -> int:
@@ -175,24 +183,48 @@ class CropDataset(Dataset[Any]):
 
 
 class CanvasDataset(Dataset[Any]):
-    """Uncropped images at given positions of an epoch."""
+    """Uncropped images at given positions of an epoch, with the views of the user's own transforms, if there are any.
 
-    def __init__(self, places: SampleReader, canvas: int):
-        self.places, self.canvas = places, canvas
+    Args:
+        places: Reads the images.
+        canvas: Longer side of an image in pixels, at most.
+        views: Draws the views; None if the main process draws them.
+    """
 
-    def __getitem__(self, key: Key) -> Piece | str:
+    def __init__(self, places: SampleReader, canvas: int, views: Drawer | None = None):
+        self.places, self.canvas, self.views = places, canvas, views
+
+    def __getitem__(self, key: Key) -> Piece | str | ConfigError:
         try:
             index, pixels = zip(*(self.places.read(key[0], at, self._decode) for at in key[1]), strict=True)
+            drawn = {} if self.views is None else {"crops": self.views.draw(index, pixels, self.places.seed, key[0])}
         except DataError as e:
             return str(e)
+        except ConfigError as e:  # of a transform
+            return e
         images, size = stack(list(pixels))
-        return self.places.piece({"index": torch.tensor(index), "size": size, "images": images})
+        return self.places.piece({"index": torch.tensor(index), "size": size, "images": images} | drawn)
 
     def _decode(self, i: int) -> Tensor:
         with self.places.open(i) as picture:
             pixels = picture.tensor(self.canvas)
             self.places.heed(i, picture)
             return pixels
+
+
+class DrawnDataset(Dataset[Any]):
+    """Views of images that are in memory, by the user's own transforms; the keys are an epoch and image numbers."""
+
+    def __init__(self, images: Tensor, size: Tensor, views: Drawer, seed: int):
+        self.images, self.size, self.views, self.seed = images, size, views, seed
+
+    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Piece | ConfigError:
+        epoch, index = key
+        pictures = [self.images[i, :, : self.size[i, 0], : self.size[i, 1]] for i in index]
+        try:
+            return Piece({"crops": self.views.draw(index, pictures, self.seed, epoch)}, {}, {})
+        except ConfigError as e:
+            return e
 
 
 @contextmanager

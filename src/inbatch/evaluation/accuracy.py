@@ -44,7 +44,7 @@ def hits(
 
     Returns:
         "top1", "top5": share of the samples. "balanced": mean of top1 over the classes that occur in `labels`.
-        "per_class": top1 of each of these classes by its name.
+        "per_class": top1 of each of these classes by its name. "halves": see `halves`.
     """
     first, five = (credit(scores, labels, top, equal) for top in (1, 5))
     labels = labels.cpu()
@@ -56,7 +56,16 @@ def hits(
         "top5": five.mean().item(),
         "balanced": rates[present].mean().item(),
         "per_class": {class_name(i, classes): rates[i].item() for i in present.tolist()},
+        "halves": halves(first),
     }
+
+
+def halves(figures: Float[Tensor, "n"]) -> list[float | None]:
+    """Return the means over the samples at even and at odd places; None for a half without samples.
+
+    A choice by one half leaves the other for the figure of what was chosen.
+    """
+    return [part.mean().item() if len(part) else None for part in (figures[0::2], figures[1::2])]
 
 
 def class_name(number: int, classes: Sequence[str]) -> str:

@@ -104,6 +104,8 @@ def percent(share: float) -> str:
 
 
 def _means(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the means of top1 and top5; `each` holds those of the single draws."""
+    """Return the means of top1, top5 and the halves of top1; `each` holds those of the single draws."""
     each = {name: [one[name] for one in figures] for name in ("top1", "top5")}
-    return {name: sum(values) / len(values) for name, values in each.items()} | {"each": each}
+    parts = zip(*(one["halves"] for one in figures), strict=True)
+    halves = [None if None in part else sum(part) / len(part) for part in parts]
+    return {name: sum(values) / len(values) for name, values in each.items()} | {"halves": halves, "each": each}

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.errors import DataError, check_whole
+from inbatch.evaluation.accuracy import halves
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.exact_search import unit_rows
 from inbatch.runtime.isolation import usual_numerics
@@ -59,6 +60,7 @@ def retrieval(embeddings: Embeddings, ks: Sequence[int] = RANKS) -> dict[str, ob
     recall = torch.cat(hits).mean(0).tolist()
     return {
         "map": float(torch.cat(precision).mean()),
+        "halves": halves(torch.cat(precision)),
         "recall": {str(k): value for k, value in zip(ks, recall, strict=True)},
         "distance": "cosine",
         "images": len(rows),

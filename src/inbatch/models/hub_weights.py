@@ -1,6 +1,7 @@
 """Weights of a repository of the Hugging Face hub, `hub:NAME` or `hub:NAME@REVISION`, from its cache or the network."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_hub(name: str) -> tuple[Contents, dict[str, Any]]:
     file = next((path for path in (_file(name, one) for one in _FILES) if path is not None), None)
     if file is None:
         raise ConfigError(f"{name} has none of the files {', '.join(_FILES)}: choose another repository")
-    return read_contents(file), _published(config)
+    return _with_activation(read_contents(file), config), _published(config)
 
 
 def folder_weights(folder: Path) -> tuple[Contents, dict[str, Any]] | None:
@@ -41,7 +42,14 @@ def folder_weights(folder: Path) -> tuple[Contents, dict[str, Any]] | None:
     config = _read(folder / "config.json")
     if file is None or "inbatch" in config or ((folder / "config.json").exists() and not config):
         return None
-    return read_contents(file), _published(config)
+    return _with_activation(read_contents(file), config), _published(config)
+
+
+def _with_activation(contents: Contents, config: dict[str, Any]) -> Contents:
+    """Return the contents with the activation that a config.json of transformers states, that of its vision tower."""
+    part = config.get("vision_config")
+    stated = (part if isinstance(part, dict) else config).get("hidden_act")
+    return replace(contents, values=contents.values | {"hidden_act": stated}) if isinstance(stated, str) else contents
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from inbatch.errors import ConfigError
 from inbatch.models.backbones import cifar_stem, pretrained, published_cfg
 from inbatch.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from inbatch.models.exact_weights import check_exact
 from inbatch.models.hub_weights import folder_weights, is_hub, read_hub
 from inbatch.models.likely_encoder import likely_encoder
 from inbatch.models.published_weights import MIN_MATCH, Match, load, match
-from inbatch.models.weight_files import Contents, read_contents
+from inbatch.models.weight_files import Contents, is_sharded, read_contents
 from inbatch.models.weights import read, split
 from inbatch.runtime.paths import path_of
 
@@ -65,7 +66,7 @@ def read_initial(init: str | Path | Encoder | None, classifier: Sequence[str]) -
     origin = f"the encoder {init.name}" if isinstance(init, Encoder) else str(init)
     if not isinstance(init, Encoder):
         init = path_of(init, "init")
-    if isinstance(init, Path) and not init.is_dir():
+    if isinstance(init, Path) and (not init.is_dir() or is_sharded(init)):
         contents = read_contents(init)
         if any(name.startswith("attend.") for name in contents.tensors):
             raise ConfigError(f"{origin} contains attention blocks: pass its folder, whose config.json defines them.")
@@ -125,6 +126,7 @@ def fill_backbone(
     best = match(backbone, initial.contents, channels)
     if least is None:
         least = 1.0 if initial.exact else MIN_MATCH
+    notes = check_exact(backbone, name, initial.contents)
     try:
         sentence = load(backbone, best, name, initial.origin, least, strict=initial.exact)
     except ConfigError as error:
@@ -132,7 +134,8 @@ def fill_backbone(
         raise error if other in (None, name) else ConfigError(f"{error}. They are weights of {other}") from None
     if initial.exact and not best.adapted:
         return backbone, per_channel(initial.mean, channels), per_channel(initial.std, channels), []
-    return backbone, *_normalisation(initial, best, channels, sentence)
+    mean, std, sentences = _normalisation(initial, best, channels, sentence)
+    return backbone, mean, std, [*sentences, *notes]
 
 
 def _normalisation(

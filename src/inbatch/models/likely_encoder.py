@@ -7,10 +7,11 @@ import torch
 
 from inbatch.errors import InbatchError
 from inbatch.models.backbones import build
+from inbatch.models.exact_weights import QUICK_GELU, activation, has_biases
 from inbatch.models.hub_weights import hub_config, is_hub, read_hub
 from inbatch.models.published_weights import counted, match
 from inbatch.models.weight_files import Contents, read_contents
-from inbatch.models.weight_layouts import Tensors, namings
+from inbatch.models.weight_names import Tensors, namings
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer)?(\d)\.(\d+)\.conv\d\.weight$")
 """Name of a convolution in a block of a ResNet, also within an `nn.Sequential`."""
@@ -32,6 +33,10 @@ def likely_encoder(contents: Contents) -> str | None:
     name = next(filter(None, (_guess(tensors) for tensors in namings(contents.tensors))), None)
     if name is None:
         return None
+    if activation(contents) == "quick_gelu":
+        name = name.replace("_clip_", f"_clip_{QUICK_GELU}_")
+    if name.endswith("_dinov3") and has_biases(contents):
+        name += "_qkvb"
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             backbone, _ = build(name, 518 if "dinov2" in name else 224, 3, {})
@@ -48,6 +53,8 @@ def _guess(tensors: Tensors) -> str | None:
         start, words = f"vit_{_WIDTHS[patches.shape[0]]}_patch{patches.shape[-1]}", " ".join(tensors)
         if "storage_tokens" in words or ("reg_token" in words and ".gamma_1" in words):
             return f"{start}_dinov3"
+        if "norm_pre.weight" in words:
+            return f"{start}_clip_224"
         registers = "reg4_" if "register_tokens" in words or "reg_token" in words else ""
         return f"{start}_{registers}dinov2" if ".ls1.gamma" in words else f"{start}_224"
     blocks = {(int(m[1]), int(m[2])) for m in map(_BLOCK.search, tensors) if m}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, DataError, listed, many
 from inbatch.models.weight_files import Contents
-from inbatch.models.weight_layouts import Tensors, aliases, layout_name, namings, noun, preference
+from inbatch.models.weight_layouts import aliases, layout_name, noun, preference
+from inbatch.models.weight_names import Tensors, namings
 
 MIN_MATCH = 0.95
 """Smallest share of an encoder's tensors that published weights must contain."""

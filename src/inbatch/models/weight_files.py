@@ -18,8 +18,8 @@ from inbatch.errors import ConfigError, DataError, listed, reason
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")
 KINDS = (
-    'a run, "timm", hub:REPOSITORY, an encoder\'s folder, or a file of safetensors or of torch.save '
-    "(.safetensors, .pt, .pth, .pth.tar, .ckpt, .bin)"
+    'a run, "timm", hub:REPOSITORY, an encoder\'s folder, a folder of torch.distributed.checkpoint, or a file of '
+    "safetensors or of torch.save (.safetensors, .pt, .pth, .pth.tar, .ckpt, .bin)"
 )
 _CONVERT = "Save its tensors with safetensors.torch.save_file, or torch.save a state dict of PyTorch"
 
@@ -37,10 +37,14 @@ _BEGINNINGS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"<html", "it is a web page. Download the file itself"),
 )
 """Offset, bytes, and the sentence for a file that has them there."""
+INDEX = ".metadata"
+"""File of a folder of `torch.distributed.checkpoint` that names its tensors and where their parts are."""
 _TENSORFLOW = bytes.fromhex("57fb808b247547db")
 """Last bytes of the index of a TensorFlow checkpoint."""
 _OF_TENSORFLOW = f"it belongs to a TensorFlow checkpoint. {_CONVERT}"
 
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Modules that FSDP and activation checkpointing put between others; wrappers around all are found as prefixes."""
 _INERT = re.compile(
     r"(argparse|numpy|omegaconf|pytorch_lightning|lightning|lightning_fabric|pathlib|yacs|easydict|ml_collections"
     r"|addict|typing|enum|datetime|uuid|collections|copyreg|torch\.optim|torch\.torch_version)\..+"
@@ -86,7 +90,7 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
 
 
 def read_contents(path: Path) -> Contents:
-    """Return the tensors of a file of weights; its name does not matter.
+    """Return the tensors of a file of weights, or of a folder of `torch.distributed.checkpoint`; names do not matter.
 
     Raises:
         ConfigError: If there is no such file, and its name is not that of a file of weights.
@@ -95,10 +99,15 @@ def read_contents(path: Path) -> Contents:
     if not path.exists() and path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} does not exist: weights come from {KINDS}.")
     try:
-        loaded = _load(path)
+        if is_sharded(path):
+            from inbatch.models.sharded_weights import read_sharded  # imports a part of torch that few need
+
+            loaded: Any = read_sharded(path / INDEX)
+        else:
+            loaded = _load(path)
         if not isinstance(loaded, Mapping):
             raise DataError(f"it holds a {type(loaded).__name__} instead of tensors with names")
-        tensors = dict(_named(loaded))
+        tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _named(loaded)}
         if not tensors:
             raise DataError("it holds no tensors")
     except DataError as error:
@@ -108,6 +117,11 @@ def read_contents(path: Path) -> Contents:
     except Exception as error:  # a crafted file makes a reader raise any exception; torch's text advises an unsafe load
         raise DataError(f"{path} cannot be read as weights: it is damaged ({type(error).__name__})") from error
     return Contents(tensors, {str(k): v for k, v in loaded.items() if isinstance(v, str | int | float)})
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether a path is a folder that `torch.distributed.checkpoint` wrote."""
+    return (path / INDEX).is_file()
 
 
 def _load(path: Path) -> Any:

@@ -4,12 +4,9 @@ A recipe holds only the name of such a part. The object comes from the command l
 (`described`) or from an entry point of an installed package (`installed`), never from a file that names it.
 """
 
-import ast
 import functools
-import hashlib
 import importlib
 import inspect
-import linecache
 import os
 import re
 import sys
@@ -23,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from inbatch.errors import ConfigError, closest, reason
+from inbatch.runtime.source_hash import hash_in, source_file
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*")
 _GROUPS = {"method": "inbatch.methods", "encoder": "inbatch.encoders", "source": "inbatch.sources"}
@@ -69,7 +67,11 @@ _current: ContextVar[Mapping[str, OwnPart]] = ContextVar("own parts", default=_N
 
 @contextmanager
 def using(parts: Mapping[str, OwnPart]) -> Iterator[None]:
-    """Let the names of these parts, by part, be resolved within the context."""
+    """Let the names of these parts be resolved within the context.
+
+    Args:
+        parts: The parts by part, such as "method"; several of one part by part and name, "method my_module:MyMethod".
+    """
     token = _current.set({**_current.get(), **parts})
     try:
         yield
@@ -105,9 +107,12 @@ def find(part: str, name: object) -> OwnPart | None:
 
     An encoder is taken whatever its name is: the weights of a run tell whether it fits.
     """
-    supplied = _current.get().get(part)
+    in_use = _current.get()
+    supplied = in_use.get(part)
     if supplied is not None and (supplied.name == name or (part == "encoder" and is_own(name))):
         return supplied
+    if (one := in_use.get(f"{part} {name}")) is not None:
+        return one
     return installed(part, name) if isinstance(name, str) and not is_own(name) else None
 
 
@@ -188,19 +193,19 @@ def imported(part: str, text: str, option: str | None = None) -> OwnPart:
     if inspect.isclass(value) or inspect.isfunction(value):
         return described(part, value)
     file = inspect.getsourcefile(sys.modules[module_name])  # an object, such as a transform made by the module
-    return OwnPart(part, text, value, _version(module_name), _hash_in(file, path.split(".")[0]), file)
+    return OwnPart(part, text, value, _version(module_name), hash_in(file, path.split(".")[0]), file)
 
 
 def described(part: str, value: Any) -> OwnPart:
     """Return the part of an object that is passed in Python: a class, a function, or an instance of a class."""
     definition = value if inspect.isclass(value) or inspect.isroutine(value) else type(value)
-    file, module = _file(definition), definition.__module__
+    file, module = source_file(definition), definition.__module__
     qualname = definition.__qualname__
     if module == "__main__":
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         stem = Path(file).stem if file and os.path.exists(file) else "__main__"
         module = spec.name if spec is not None and spec.origin == file else stem
-    return OwnPart(part, f"{module}:{qualname}", value, _version(module), _hash_in(file, qualname.split(".")[0]), file)
+    return OwnPart(part, f"{module}:{qualname}", value, _version(module), hash_in(file, qualname.split(".")[0]), file)
 
 
 def installed(part: str, name: str) -> OwnPart | None:
@@ -246,8 +251,8 @@ def _loaded(part: str, point: metadata.EntryPoint) -> OwnPart:
         raise ConfigError(
             f"the {part} {point.name} of the package {package} cannot be loaded from {point.value}: {reason(error)}"
         ) from error
-    file = _file(value) if inspect.isclass(value) or inspect.isroutine(value) else None
-    sha256 = _hash_in(file, value.__qualname__.split(".")[0]) if file else None
+    file = source_file(value) if inspect.isclass(value) or inspect.isroutine(value) else None
+    sha256 = hash_in(file, value.__qualname__.split(".")[0]) if file else None
     return OwnPart(part, point.name, value, version, sha256, file)
 
 
@@ -261,76 +266,3 @@ def _version(module: str) -> str | None:
         return metadata.version(top)
     except metadata.PackageNotFoundError:  # a script, or a module of the current folder
         return None
-
-
-def _file(definition: Any) -> str | None:
-    """Return the file of a class or function; a cell of a notebook has the name under which Python knows it.
-
-    The file is that of the user's function, not of its decorator, and not "<string>", as of a dataclass's constructor.
-    """
-    functions = [definition] if inspect.isfunction(definition) else list(vars(definition).values())
-    for function in functions:
-        if inspect.isfunction(function) and function.__module__ == definition.__module__:
-            file = inspect.unwrap(function).__code__.co_filename
-            if linecache.getlines(file):
-                return file
-    return getattr(sys.modules.get(definition.__module__), "__file__", None)
-
-
-def _hash_in(file: str | None, name: str) -> str | None:
-    text = "".join(linecache.getlines(file)) if file else ""
-    return source_hash(text, name) if text else None
-
-
-def source_hash(text: str, name: str) -> str:
-    """Return the SHA-256 of a definition and of everything in its file that it uses, directly or not.
-
-    Other lines can change: a script can be edited between the start and the resume of a run. Modules that the file
-    imports are not part of it.
-
-    Args:
-        text: Contents of the file.
-        name: Name defined at the top level of the file; the hash is that of the whole text if there is none.
-    """
-    try:
-        statements = ast.parse(text).body
-    except (SyntaxError, ValueError):  # a notebook's own commands
-        statements = []
-    places: dict[str, list[ast.stmt]] = {}
-    for statement in statements:
-        for defined in _defined(statement):
-            places.setdefault(defined, []).append(statement)
-    used, waiting, seen = list[ast.stmt](), [name], set[str]()
-    while waiting:
-        for statement in places.get(waiting.pop(), ()):
-            if statement not in used:
-                used.append(statement)
-                names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - seen
-                seen |= names
-                waiting += sorted(names)
-    lines = text.splitlines(keepends=True)
-    parts = [_lines(statement, lines) for statement in sorted(used, key=lambda one: one.lineno)]
-    return hashlib.sha256("".join(parts or [text]).encode(errors="surrogatepass")).hexdigest()
-
-
-def _defined(statement: ast.stmt) -> Iterator[str]:
-    """Yield the names that a statement of a module defines."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield statement.name
-    elif isinstance(statement, ast.Import | ast.ImportFrom):
-        yield from (alias.asname or alias.name.split(".")[0] for alias in statement.names)
-    elif not (isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)):
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
-                target: ast.expr = node
-                while isinstance(target, ast.Attribute | ast.Subscript):  # MyMethod.loss = ..., OPTIONS["depth"] = ...
-                    target = target.value
-                if isinstance(target, ast.Name):
-                    yield target.id
-            elif node is not statement and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ImportFrom):
-                yield from _defined(node)
-
-
-def _lines(statement: ast.stmt, lines: list[str]) -> str:
-    decorators = [one.lineno for one in getattr(statement, "decorator_list", ())]
-    return "".join(lines[min([statement.lineno, *decorators]) - 1 : statement.end_lineno])

@@ -15,15 +15,17 @@ from inbatch.methods.base import Method
 from inbatch.nn.heads import Head
 from inbatch.runtime.isolation import usual_state
 from inbatch.testing import equation, training
+from inbatch.testing.derivative import derivative
 from inbatch.testing.memory import trainable
+from inbatch.testing.rank_free import rank_free
 from inbatch.testing.ranks import ranks as two_ranks
 from inbatch.testing.report import Finding, MethodError, Report
 from inbatch.testing.trial import Trial
 
 Test = Callable[[Trial], Finding]
 _ALONE: tuple[Test, ...] = (
-    equation.purity, equation.constancy, equation.randomness, equation.rank_free, equation.labels, equation.order,
-    equation.finite, equation.derivative,
+    equation.purity, equation.constancy, equation.randomness, rank_free, equation.labels, equation.order,
+    equation.finite, derivative,
 )  # fmt: skip
 _STEPS: tuple[Test, ...] = (
     training.memory, training.saved_state, training.resume, training.repeat, training.groups, two_ranks,
@@ -32,10 +34,10 @@ _IMPLIED: dict[Test, set[Test]] = {
     equation.purity: {equation.constancy, training.memory},
     equation.constancy: {
         equation.randomness,
-        equation.rank_free,
+        rank_free,
         equation.labels,
         equation.order,
-        equation.derivative,
+        derivative,
         training.resume,
         training.repeat,
         training.groups,

@@ -1,24 +1,18 @@
 """Tests of the loss alone, on rows of a small network."""
 
 import copy
-import os
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from inbatch.batch import Batch, Rows, split_state
-from inbatch.distributed import LocalRowsWarning
 from inbatch.errors import listed
 from inbatch.methods.base import Method
+from inbatch.testing.derivative import Constants
 from inbatch.testing.memory import attributes, buffers, changed
 from inbatch.testing.report import Finding
 from inbatch.testing.trial import Trial, difference
@@ -30,11 +24,6 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows of length 10,000": lambda x: x * 1e4,
     "rows of length 1e-8": lambda x: x * 1e-8,
 }
-COMMUNICATION = (
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast",
-    "broadcast_object_list", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-    "scatter", "send", "all_to_all", "all_to_all_single",
-)  # fmt: skip
 
 
 class Call:
@@ -164,7 +153,7 @@ def order(trial: Trial) -> Finding:
     """Test that the loss does not depend on the order of the samples."""
     method, online, target, batch = trial.rows()
     moved = torch.randperm(trial.batch, generator=torch.Generator().manual_seed(4))
-    with _Constants() as watched:
+    with Constants() as watched:
         first = Call(copy.deepcopy(method), online, target, batch)
     there = [{name: x[:, moved] for name, x in rows.items()} for rows in (online, target)]
     second = Call(method, there[0], there[1], batch.take(moved))
@@ -195,139 +184,3 @@ def finite(trial: Trial) -> Finding:
                            "inbatch.nn.functional has normalize, logsumexp_rows and moments, computed in float32 "
                            "or wider")  # fmt: skip
     return Finding("finite", True, "the loss and its gradient are finite for extreme rows and in half precision")
-
-
-class _Constants(TorchFunctionMode):
-    """Record what the loss detaches or computes under no_grad, or return the recorded values.
-
-    Attributes:
-        values: The recorded values.
-        narrow: A float64 value was rounded to fewer bits.
-    """
-
-    def __init__(self, recorded: list[Tensor] | None = None) -> None:
-        super().__init__()
-        self.values = recorded or []
-        self.narrow = False
-        self._replay, self._next, self._no_grad = recorded is not None, 0, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = _tensors((args, kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if func is torch._C._set_grad_enabled:
-            self._no_grad = not args[0]
-        floats = {x.dtype for x in _tensors(result) if x.is_floating_point()}
-        self.narrow |= any(x.dtype == torch.float64 for x in inputs) and bool(floats - {torch.float64})
-        hidden = torch.is_inference_mode_enabled() or (self._no_grad and not torch.is_grad_enabled())
-        constant = func in (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-        if constant or (hidden and any(x.requires_grad for x in inputs)):
-            return self._constant(result)
-        return result
-
-    def _constant(self, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return type(value)(map(self._constant, value))
-        if not isinstance(value, Tensor):
-            return value
-        if self._replay:
-            self._next += 1
-            kept = self.values[self._next - 1]
-            return kept.clone().requires_grad_(kept.requires_grad)  # so that the same operations are recognised
-        self.values.append(value.detach().clone().requires_grad_(value.requires_grad))
-        return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments or results."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [x for one in value for x in _tensors(one)]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def derivative(trial: Trial) -> Finding:
-    """Compare the gradient with differences of the loss, in float64; what the loss detaches is constant.
-
-    A loss that rounds to float32 is moved further, and compared less exactly. In float64 the distances decrease: the
-    derivative of a loss of sorted rows changes in many places.
-    """
-    method, online, target, batch = trial.rows()
-    base = _Constants()
-    leaves = {name: x.clone().requires_grad_() for name, x in online.items()}
-    again = [copy.deepcopy(method) for _ in range(7)]
-    with base:
-        value = again[0].loss(leaves, target, batch)["loss"]
-    value.backward()
-    gaps, (width, tolerance) = [], (1e-3, 1e-2) if base.narrow else (1e-6, 1e-4)
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        along = {
-            name: torch.randn(x.shape, generator=g, dtype=x.dtype) * x.std().clamp(min=1e-6)
-            for name, x in online.items()
-        }
-        ends, step = [], width if base.narrow else width / 10**seed
-        for h in (step, -step):
-            moved = {name: (x + h * along[name]).requires_grad_() for name, x in online.items()}
-            with _Constants(base.values):
-                end = again.pop().loss(moved, target, batch)["loss"]
-            ends.append(float(end.detach()))
-        slope = (ends[0] - ends[1]) / (2 * step)
-        exact = sum(float((x.grad * along[name]).sum()) for name, x in leaves.items() if x.grad is not None)
-        gaps.append(abs(slope - exact) / max(abs(slope), abs(exact), 1e-3))
-    if min(gaps) > tolerance:
-        return Finding("gradient", False, f"the gradient is not the derivative of the loss (it differs by "
-                       f"{min(gaps):.1%}): look for item(), numpy(), or a wrong backward of an autograd function; use "
-                       "detach() for what is constant by intention")  # fmt: skip
-    return Finding("gradient", True, "the gradient equals differences of the loss")
-
-
-class Communication(RuntimeError):
-    """The method communicates between processes."""
-
-
-@contextmanager
-def as_rank(rank: int, world: int = 2) -> Iterator[None]:
-    """Make torch.distributed and the environment those of this rank; communication raises an error."""
-
-    def refuse(name: str) -> Callable[..., None]:
-        def call(*args: Any, **options: Any) -> None:
-            raise Communication(name)
-
-        return call
-
-    answers = {"is_available": True, "is_initialized": True, "get_rank": rank, "get_world_size": world}
-    patched: dict[str, Any] = {name: (lambda *a, value=value, **k: value) for name, value in answers.items()}
-    patched |= {name: refuse(name) for name in COMMUNICATION}
-    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    with patch.multiple(dist, **patched), patch.dict(os.environ, names), warnings.catch_warnings():
-        warnings.simplefilter("ignore", LocalRowsWarning)
-        yield
-
-
-def rank_free(trial: Trial) -> Finding:
-    """Test that loss and after_step do the same on every rank, and do not communicate."""
-    method, online, target, batch = trial.rows()
-    calls, states = [Call(copy.deepcopy(method), online, target, batch)], []
-    try:
-        for rank in (0, 1):
-            there = copy.deepcopy(method)
-            with as_rank(rank):
-                calls.append(Call(there, online, target, batch))
-                with torch.no_grad():
-                    there.store(calls[-1].state)
-                    there.after_step(online, target, batch, 0.0)
-            states.append(buffers(there))
-    except Communication as error:
-        return Finding("ranks", False, f"the method calls torch.distributed.{error}: its rows are those of the whole "
-                       "batch on every rank already, so that a sum over ranks counts every sample several times. "
-                       "Remove the communication")  # fmt: skip
-    if not (calls[0].equals(calls[1]) and calls[0].equals(calls[2])):
-        values = ", ".join(f"{call.value:.6g}" for call in calls)
-        return Finding("ranks", False, f"loss depends on the rank ({values} in one process, on rank 0 and on rank 1 of "
-                       "2): its rows are those of the whole batch on every rank, so it must not take a rank's part of "
-                       "them, or read the rank")  # fmt: skip
-    if names := changed(*states):
-        return Finding("ranks", False, f"after_step depends on the rank: {listed(names)} would differ between ranks, "
-                       "and only those of rank 0 are saved")  # fmt: skip
-    return Finding("ranks", True, "loss and after_step do not depend on the rank and do not communicate")

@@ -15,7 +15,7 @@ from inbatch.context.mixing import Mixer
 from inbatch.data import Loader, Source
 from inbatch.data.samplers import SAMPLERS
 from inbatch.data.streams import Sequential
-from inbatch.data.views import AnyViews
+from inbatch.data.views import AnyViews, TransformedViews
 from inbatch.errors import ConfigError, reason
 from inbatch.methods.base import Method
 from inbatch.models import Encoder, check_side
@@ -197,9 +197,13 @@ def _adapted(recipe: Recipe, encoder: Encoder) -> str:
 
 def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:
     """Return the loader of this rank's part of every batch."""
+    own = views if isinstance(views, TransformedViews) else None
+    resident = recipe.cache_on_device
+    if own is not None and resident is None and device.type != "cpu" and workers != 0:
+        resident = False  # workers draw the views, which cannot read the memory of an accelerator
     return Loader(
         source, batch=recipe.batch_size, views=views, seed=recipe.seed, device=device, rank=distributed.rank(),
-        world=distributed.world(), resident=recipe.cache_on_device, workers=workers,
+        world=distributed.world(), resident=resident, workers=workers, drawer=own,
         whole=recipe.curate is not None or views.whole or embeds(recipe, source), max_bad=recipe.max_unreadable,
         sampler=None if recipe.sampler is None else SAMPLERS[recipe.sampler.name](**recipe.sampler.options),
         read=Sequential(recipe.read_buffer, recipe.read_streams) if recipe.read == "sequential" else None,

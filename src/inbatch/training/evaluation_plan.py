@@ -1,8 +1,10 @@
 """Choose what a run is evaluated on, as large as a share of its time budget allows."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 
+from inbatch.evaluation import evaluate
 from inbatch.runtime import distributed, shared_work
 from inbatch.training.budget import Keeper, Pace
 from inbatch.training.build import RunComponents
@@ -10,6 +12,7 @@ from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.monitors.online_evaluation import (
     affordable,
     choose_online_subsets,
+    fit_readout,
     limited,
     make_online_evaluator,
 )
@@ -19,6 +22,8 @@ from inbatch.training.train_state import EvaluationSizes, TrainState
 
 JUDGED = 0.03
 """Share of a budget that embedding the images of one evaluation may take."""
+_TIMED = (256, 128)
+"""Numbers of images of bank and queries on which a whole evaluation is timed."""
 SAVE_EVERY = 600.0
 """Seconds between two checkpoints within an epoch without a budget; with a budget, a twentieth of it."""
 
@@ -78,3 +83,23 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
     return RunEvaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
+
+
+def evaluation_seconds(built: RunComponents, split: EvaluationSplit | None) -> float:
+    """Return about how long `inbatch evaluate` computes for a run: both encoders, by the default protocols.
+
+    An evaluation of a part of the images is timed, after one that loads what the protocols need, and scaled to all.
+    """
+    if split is None:
+        return images_within(built, math.inf)[1]
+    part = limited(split, *_TIMED)
+
+    def once() -> float:
+        began = time.perf_counter()
+        fit_readout(built.encoder, part.bank, again=True)
+        evaluate(built.encoder, part.bank, part.queries, k=built.recipe.knn_k, seed=built.recipe.seed)
+        return time.perf_counter() - began
+
+    first = once()
+    scale = (len(split.bank) + len(split.queries)) / (len(part.bank) + len(part.queries))
+    return first + 2 * scale * once()

@@ -273,12 +273,12 @@ def plan_budget(
             f"The budget leaves time for {best.candidate.steps} steps only: the preset fast, a smaller batch or a "
             "longer budget make more."
         )
-    recipe = make(best.settings | _planned_length(settings, best.candidate.steps, per_epoch))
+    recipe = make(best.settings | planned_length(settings, best.candidate.steps, per_epoch))
     tried = tuple(trial.candidate for trial in timed.trials)
     return Choice(recipe, best.candidate, tried, timed.seconds, tuple(notes), timed.loader, encoder_requested), source
 
 
-def _planned_length(settings: Settings, steps: int, per_epoch: int) -> Settings:
+def planned_length(settings: Settings, steps: int, per_epoch: int) -> Settings:
     """Return the length of a run with a budget, and the settings that follow from it unless they are requested.
 
     Args:

@@ -144,8 +144,8 @@ def is_plain(value: Any) -> bool:
 
 def without_rates(optimizer: Any) -> set[str]:
     """Return which of the rates `optimizer.lr` and `optimizer.weight_decay` the user's own optimiser does not take."""
-    own = own_parts.current().get("optimizer")
-    if own is None or own.name != optimizer:
+    own = own_parts.find("optimizer", optimizer)
+    if own is None:
         return set()
     return {"lr", "weight_decay"} - set(inspect.signature(own.maker).parameters)
 

@@ -64,7 +64,8 @@ def _with_own_parts(settings: Settings) -> Settings:
             facts[part] = own.facts()
         elif own_parts.is_own(name):
             raise own_parts.demand(part, name)
-    facts |= {part: own.facts() for part, own in own_parts.current().items() if part not in PARTS and own.lasting}
+    callbacks = {part: own for part, own in own_parts.current().items() if part.startswith("callback ")}
+    facts |= {part: own.facts() for part, own in callbacks.items() if own.lasting}
     return {key: value for key, value in settings.items() if key != "own"} | ({"own": facts} if facts else {})
 
 

@@ -18,6 +18,7 @@ from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.lora import merged
+from inbatch.models.weight_files import is_sharded
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
@@ -178,7 +179,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
         if "readout" in saved:
             arguments["whiten"] = True
     else:
-        return _with_name(settings, encoder_of_weights(folder) if folder.is_file() else None)
+        return _with_name(settings, encoder_of_weights(folder) if folder.is_file() or is_sharded(folder) else None)
     if arguments["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
         arguments.setdefault("whiten_patches", False)
     saved_settings = {

@@ -39,6 +39,7 @@ def finish(
         "environment": where,
         "earlier_environments": progress.machines[:-1],
         "images": len(built.source),
+        "width": built.encoder.width,
         "unreadable": len(built.loader.unreadable()),
         "steps": built.total,
         "threads": progress.threads,

@@ -1,6 +1,5 @@
 """Continue the training of existing weights on other images, and judge whether it has helped."""
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from inbatch.evaluation.linear_probe import fit
 from inbatch.models import Encoder, load_encoder, save_encoder
 from inbatch.runtime import distributed
 from inbatch.runtime.device import device_for
-from inbatch.runtime.files import read_json, to_json, write_json
+from inbatch.runtime.files import object_in, read_json, to_json, write_json
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -191,9 +190,9 @@ def _trained(
 
 
 def _hash(folder: Path) -> str:
-    """Return the SHA-256 of the weights of an encoder's folder."""
-    with open(folder / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of the weights of an encoder's folder, as its config.json states it."""
+    file = folder / "config.json"
+    return str(object_in(read_json(file), "inbatch", file)["sha256"])
 
 
 @dataclass(frozen=True)

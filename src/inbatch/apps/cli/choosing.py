@@ -68,11 +68,18 @@ def _show_choice(result: dict[str, Any]) -> None:
         for one in result["runs"]
     ]  # fmt: skip
     headings = ["run", "rank", "method", "step", *(columns[key] for key in shown), *(["k-NN"] if labelled else [])]
+    if any("low" in one for one in result["runs"]):
+        headings.append(f"95 % of {result['by']}" + (" (-|x - 1|)" if result["by"] == "alpha" else ""))
+        rows = [[*row, _interval(one)] for row, one in zip(rows, result["runs"], strict=True)]
     print_table(headings, rows, numbers=True)
     say("", f"Recommended: {result['recommended']}, by {result['by']}", f"Reliability: {result['reliability']}")
     if result["kendall_tau"]:
         taus = {by: tau for by, tau in result["kendall_tau"].items() if _known(tau)}
         say(f"With labels: Kendall's tau with k-NN here: {', '.join(f'{by} {tau:+.2f}' for by, tau in taus.items())}")
+
+
+def _interval(one: dict[str, Any]) -> str:
+    return "" if one["low"] is None else f"{one['low']:.3g} to {one['high']:.3g}"
 
 
 def _known(value: float | None) -> bool:

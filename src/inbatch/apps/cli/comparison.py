@@ -15,6 +15,7 @@ from inbatch.errors import ConfigError, listed, many
     epilog="Examples:\n\n"
     '  inbatch compare "pretrain simclr" "pretrain simclr --fuse conv" --data ~/photos --epochs 20\n\n'
     '  inbatch compare "pretrain simclr" "pretrain vicreg" --data ~/photos --seeds 5 --budget 2h\n\n'
+    '  inbatch compare "pretrain simclr" "pretrain my_module:MyMethod" --data ~/photos --epochs 20\n\n'
     '  inbatch compare "pretrain simclr" --grid method.temperature=0.1,0.2,0.5 --data ~/photos --epochs 20\n\n'
     '  inbatch compare "pretrain simclr" "pretrain byol" --data ~/photos --epochs 100 --slurm jobs.sh',
 )
@@ -34,7 +35,7 @@ def compare(
     ] = None,
     epochs: Annotated[int | None, Option(min=1, help="Epochs of variants that set no length.")] = None,
     budget: Annotated[
-        str | None, Option(metavar="TIME", help="Time of all runs together, equal for every run: 2h, 1d.")
+        str | None, Option(metavar="TIME", help="Time of the whole comparison, in equal parts: 2h, 1d.")
     ] = None,
     grid: Annotated[
         list[str] | None, Option(metavar="KEY=V1,V2", help="Run every variant with each of these values; repeatable.")

@@ -1,15 +1,19 @@
 """Parse the command line of a variant of a comparison with the options of `inbatch pretrain` itself."""
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from inbatch.apps.cli.app import USUAL
+from inbatch.apps.cli.own_code import typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
 from inbatch.apps.cli.training import pretrain
 from inbatch.errors import ConfigError
-from inbatch.runtime import own_parts
+from inbatch.runtime.own_parts import OwnPart
 
 _OF_COMPARISON = {
     "data": "--data of the comparison", "image_column": "--set image_column=NAME of the comparison",
@@ -27,8 +31,25 @@ _SETTINGS = (
 """Options that a variant may set."""
 
 
-def parse_variant(text: str) -> tuple[str | None, Any, dict[str, Any], dict[str, Any]]:
-    """Return method, settings file, settings by name and dotted settings of "pretrain simclr --fuse conv".
+@dataclass(frozen=True)
+class ParsedVariant:
+    """A command line of `inbatch pretrain` as its options.
+
+    Attributes:
+        config: The settings file.
+        fields: Settings by name, with the method; parts are names.
+        settings: Dotted settings.
+        code: Parts that are code of the user, by part; imported, because they are typed.
+    """
+
+    config: Path | None
+    fields: dict[str, Any]
+    settings: dict[str, Any]
+    code: dict[str, OwnPart]
+
+
+def parse_variant(text: str) -> ParsedVariant:
+    """Return the options of "pretrain simclr --fuse conv".
 
     Raises:
         ConfigError: If the text is not a command line of `inbatch pretrain`, or sets what all variants share.
@@ -62,15 +83,26 @@ def parse_variant(text: str) -> tuple[str | None, Any, dict[str, Any], dict[str,
             )
     if options["method"] is not None and options["own_method"] is not None:
         raise ConfigError(f"variant {text!r}: it names two methods; leave out one of them")
-    method = options["own_method"] or options["method"]
-    for value in (method, options["encoder"], options["views"], options["optimizer"]):
-        if own_parts.is_own(value):
-            raise ConfigError(
-                f"variant {text!r}: {value} is code of yours, and the runs of a comparison take names of inbatch or of "
-                "an installed package's entry point only (docs/own-parts.md)"
-            )
     try:
-        fields, settings = pretrain_settings(options)
+        names, more, code = _own_code(options | {"method": options["own_method"] or options["method"]})
+        fields, settings = pretrain_settings(options | names)
     except ConfigError as error:
         raise ConfigError(f"variant {text!r}: {error}") from None
-    return method, options["config"], fields, settings
+    if names["method"] is not None:
+        fields["method"] = names["method"]
+    return ParsedVariant(options["config"], fields, more | settings, code)
+
+
+def _own_code(options: Mapping[str, Any]) -> tuple[dict[str, str | None], dict[str, Any], dict[str, OwnPart]]:
+    """Return the names of the parts, the settings that follow from parts that are code of the user, and these parts."""
+    from inbatch.training.own_requests import PASSED, requested_part
+
+    names, settings, code = dict[str, str | None](), dict[str, Any](), dict[str, OwnPart]()
+    for part in PASSED:
+        value = typed(part, options[part])
+        names[part] = value
+        if value is not None:
+            names[part], more, own = requested_part(part, value)
+            settings |= {f"{part}.{key}": option for key, option in more.items()}
+            code |= {} if own is None else {part: own}
+    return names, settings, code

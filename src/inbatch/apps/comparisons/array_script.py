@@ -25,6 +25,9 @@ cd {here} || exit 1
 runs=(
 {runs}
 )
+code=(
+{code}
+)
 table=({table})
 command -v inbatch > /dev/null || table=({python} -m "${{table[@]}}")
 
@@ -38,7 +41,8 @@ esac
 task=${{SLURM_ARRAY_TASK_ID:-$1}}
 run=${{runs[task]:?no run has this number}}
 out=$run
-set -- --config "$run.json"{options}
+eval "set -- ${{code[task]}}"
+set -- --config "$run.json"{options} "$@"
 if [ -z "$SLURM_ARRAY_TASK_ID" ]; then
   exec {python} -m inbatch pretrain "$@" --out "$out" --resume auto
 fi
@@ -46,12 +50,14 @@ fi
 """
 
 
-def array_script(file: Path, folders: Sequence[Path], table: Sequence[str], *, python: str, download: bool) -> str:
+def array_script(
+    file: Path, tasks: Sequence[tuple[Path, list[str]]], table: Sequence[str], *, python: str, download: bool
+) -> str:
     """Return the script: the lines for SLURM and the handling of its time limit are those of `inbatch slurm`.
 
     Args:
         file: Where the script is written.
-        folders: Run folders, each with its recipe in FOLDER.json.
+        tasks: Run folders, each with its recipe in FOLDER.json, and the options that name code of the user.
         table: Command that writes the table.
         python: Interpreter for tasks without SLURM.
         download: Tasks may download a torchvision data set.
@@ -60,12 +66,13 @@ def array_script(file: Path, folders: Sequence[Path], table: Sequence[str], *, p
     lines = [line for line in batch.splitlines() if line.startswith("#SBATCH") and "--job-name" not in line]
     assert _BEGIN in batch and _OUT in batch and _RUN in batch
     rest = batch[batch.index(_BEGIN) :].replace(_OUT, "")
-    head = _HEAD.format(name=file.name, last=len(folders) - 1) + "\n".join(lines) + "\n"
-    tasks = _TASKS.format(
+    head = _HEAD.format(name=file.name, last=len(tasks) - 1) + "\n".join(lines) + "\n"
+    runs = _TASKS.format(
         here=shlex.quote(str(Path.cwd())),
-        runs="\n".join(f"  {shlex.quote(str(folder))}" for folder in folders),
+        runs="\n".join(f"  {shlex.quote(str(folder))}" for folder, _ in tasks),
+        code="\n".join(f"  {shlex.quote(shlex.join(words))}" for _, words in tasks),
         table=shlex.join(table),
         options=" --download" if download else "",
         python=shlex.quote(python),
     )
-    return head + tasks + rest
+    return head + runs + rest

@@ -9,19 +9,15 @@ from typing import Any
 from inbatch.apps.comparisons import render
 from inbatch.apps.comparisons.array_script import array_script
 from inbatch.apps.comparisons.metrics import metric_named
-from inbatch.apps.comparisons.plan import (
-    Plan,
-    Request,
-    expected_by_budget,
-    expected_seconds,
-    plan_comparison,
-    with_length,
-)
+from inbatch.apps.comparisons.plan import Plan, plan_comparison
 from inbatch.apps.comparisons.report import report
+from inbatch.apps.comparisons.request import Request, with_length
 from inbatch.apps.comparisons.runner import ComparisonRunner
-from inbatch.apps.comparisons.variants import variants_of
+from inbatch.apps.comparisons.timing import budget_sentence, expected_seconds
+from inbatch.apps.comparisons.variants import code_of, variants_of
 from inbatch.apps.papers.results import read_records
 from inbatch.errors import ConfigError, InbatchError, check_whole, many
+from inbatch.runtime import own_parts, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable, replacing, write_json
 from inbatch.runtime.isolation import isolated
@@ -54,7 +50,7 @@ def compare(
         seeds: Number of seeds from 0, or the seeds.
         metric: Tested figure, a name of `METRICS`; by default k-NN, without labels the share of images found again.
         epochs: Epochs of every variant that sets no length.
-        budget: Time for all runs together, such as "2h": every run gets the same time.
+        budget: Time of the whole call, such as "2h": what planning and evaluation leave is divided over the runs.
         settings: Settings of all variants, {"batch_size": 128}; a variant may override them.
         grid: Setting -> values; every variant is run with every combination.
         out: Folder of runs and result; runs/compare-DATA by default.
@@ -78,7 +74,7 @@ def compare(
         InbatchError: If the folder cannot be written.
         Preempted, Interrupted: After a signal; the same call continues.
     """
-    began = time.perf_counter()
+    began = tuning.command_began()
     request = _request(variants, data, seeds, epochs, budget, settings, grid, download)
     folder = path_of(f"runs/compare-{request.name}" if out is None else out, "out")
     tested = None if metric is None else metric_named(metric)
@@ -87,21 +83,21 @@ def compare(
         check_whole("jobs", jobs, 1)
     if detect is not None and not (isinstance(detect, int | float) and detect > 0):
         raise ConfigError(f"detect = {detect!r}: give a difference above 0, in the unit of the metric")
-    with progress(quiet) as (tell, show):
+    with own_parts.using(code_of(request.variants)), progress(quiet) as (tell, show):
         runner = ComparisonRunner(
             folder / "results", folder, {request.name: request.place}, jobs=jobs, device=device, download=download,
-            again=retry_failed, tell=tell, show=show,
+            again=retry_failed, tell=tell, show=show, code={variant.name: variant.code for variant in request.variants},
         )  # fmt: skip
         request = with_length(request, device_for(device), runner.jobs or 1)
         if script is not None:
             _check_script(script, request)
-        plan = plan_comparison(request, tested, runner)
+        plan = plan_comparison(request, tested, runner, began)
         for name in FILES:
             check_writable(folder / name)
         words = _command(variants, request, folder, metric, grid, (all_pairs, detect, epochs))
         if script is not None:
             return _write_script(script, plan, runner, words)
-        problems = _run(plan, request, runner, run)
+        problems = _run(plan, request, runner, run, began)
         if request.budget is not None and run:
             used = duration(time.perf_counter() - began)
             tell(f"Budget of {duration(request.budget)}: this command took {used}.")
@@ -147,7 +143,7 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(range(count))
 
 
-def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> dict[str, InbatchError]:
+def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool, began: float) -> dict[str, InbatchError]:
     """Run what is missing, and return the errors of runs that could not be made."""
     runner.results.mkdir(parents=True, exist_ok=True)
     if not run:
@@ -158,25 +154,16 @@ def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool) -> d
         done = len({cell.stem for cell in plan.cells}) - len(missing)
         finished = f", {done} are finished" if done else ""
         runner.tell(f"{many(len(missing), 'run')} to make{finished}, {runner.jobs} at a time.")
-        if plan.share is not None:
-            runner.tell(budget_sentence(plan, len(missing), runner.jobs or 1, request.budget or 0.0))
+        if plan.shares is not None:
+            left = (request.budget or 0.0) - (time.perf_counter() - began)
+            runner.tell(budget_sentence(plan.shares, len(missing), runner.jobs or 1, left))
         else:
-            seconds, timed = expected_seconds(plan, missing, request.place, runner)
+            seconds, timed = expected_seconds(missing, request.place, runner)
             runner.tell(
                 f"Expected: about {duration(seconds / min(runner.jobs or 1, len(missing)))} of training, by timed "
                 f"steps of {many(timed, 'variant')}; the start and the evaluation of each run are not counted."
             )
     return runner.run(plan.cells)
-
-
-def budget_sentence(plan: Plan, runs: int, jobs: int, budget: float) -> str:
-    """Return the expected duration of runs with a budget, with the time that their shares do not contain."""
-    seconds, extra = expected_by_budget(plan, runs, jobs)
-    text = f"Expected: about {duration(seconds)} from now, {duration(plan.share or 0.0)} for each run"
-    text += f" and about {duration(extra)} to start and evaluate it, by the time that planning took." if extra else "."
-    if seconds > budget:
-        text += f" This exceeds the budget of {duration(budget)}, which is too short for {many(runs, 'run')} here."
-    return text
 
 
 def _check_script(file: Path, request: Request) -> None:
@@ -193,13 +180,13 @@ def _write_script(script: Path, plan: Plan, runner: ComparisonRunner, words: lis
     missing = runner.missing(plan.cells)
     if not missing:
         raise ConfigError(f"no run is missing in {runner.work}: leave out --slurm")
-    folders = []
+    tasks = []
     for cell in missing:
         place = runner.place(str(cell.settings["data"]))
         write_json(runner.work / f"{cell.stem}.json", cell.recipe().nested() | {"data": place})
-        folders.append(runner.work / cell.stem)
+        tasks.append((runner.work / cell.stem, runner.code_words(cell)))
     table = [*words, "--no-run"]
-    text = array_script(script, folders, table, python=sys.executable, download=runner.download)
+    text = array_script(script, tasks, table, python=sys.executable, download=runner.download)
     with replacing(script) as file:
         file.write(text.encode())
     return {"script": str(script), "tasks": len(missing), "out": str(runner.work), "render": render.command(table)}

@@ -39,10 +39,26 @@ class Metric:
 
     def value(self, record: Record) -> float | None:
         """Return the figure of a run, in percent if it is a share; None if the record does not contain it."""
+        value = self._at(self.path, record)
+        return None if value is None else self._shown(value)
+
+    def halves(self, record: Record) -> tuple[float, float] | None:
+        """Return the figure on each half of the test images; None if the record does not contain both."""
+        group, _, name = self.path.rpartition(".")
+        values = self._at(f"{group}.halves", record) if name in ("top1", "map") else None
+        if not isinstance(values, list) or len(values) != 2 or None in values:
+            return None
+        return self._shown(values[0]), self._shown(values[1])
+
+    @staticmethod
+    def _at(path: str, record: Record) -> Any:
         value: Any = record.evaluation
-        for name in self.path.split("."):
+        for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        return None if value is None else round(float(value) * (100 if self.percent else 1), 9)
+        return value
+
+    def _shown(self, value: float) -> float:
+        return round(float(value) * (100 if self.percent else 1), 9)
 
     def text(self, value: float, sign: bool = False) -> str:
         """Return a figure or a difference as text."""

@@ -1,10 +1,10 @@
 """The result of a comparison: figures by variant, paired tests, and a sentence for each comparison."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from inbatch.apps.comparisons.choice import best_of
 from inbatch.apps.comparisons.metrics import METRICS, SHOWN, Metric
 from inbatch.apps.comparisons.plan import Plan, differing
 from inbatch.apps.comparisons.statistics import (
@@ -18,46 +18,9 @@ from inbatch.apps.comparisons.statistics import (
     largest_deviation,
     seeds_for,
 )
-from inbatch.apps.papers.results import Record, Records, find_record
-from inbatch.apps.papers.spec import Cell
+from inbatch.apps.comparisons.variation import Variation, variations
+from inbatch.apps.papers.results import Records
 from inbatch.errors import many
-
-
-@dataclass(frozen=True)
-class Variation:
-    """The runs of one variant.
-
-    Attributes:
-        name: Name of the variant.
-        cells: Its cells, one for each seed.
-        records: Their records; None for a run that is missing.
-        values: Seed -> the tested figure.
-    """
-
-    name: str
-    cells: tuple[Cell, ...]
-    records: tuple[Record | None, ...]
-    values: dict[int, float]
-
-    @property
-    def failed(self) -> int:
-        """Number of runs that ended without the figure."""
-        return sum(r is not None and c.seed not in self.values for c, r in zip(self.cells, self.records, strict=True))
-
-
-def variations(plan: Plan, records: Records) -> list[Variation]:
-    """Return the runs of every variant."""
-    rows = []
-    for row in plan.table.rows:
-        own = tuple(cell for cell in plan.cells if cell.row == row.name)
-        found = tuple(find_record(records, cell) for cell in own)
-        values = {
-            cell.seed: value
-            for cell, record in zip(own, found, strict=True)
-            if record is not None and (value := plan.metric.value(record)) is not None
-        }
-        rows.append(Variation(row.name, own, found, values))
-    return rows
 
 
 def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | None) -> dict[str, Any]:
@@ -89,7 +52,7 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
         "seeds": [cell.seed for cell in rows[0].cells],
         "variants": [_row(row, own, metric) for row, own in zip(rows, differing(plan.recipes), strict=True)],
         "comparisons": comparisons,
-        "best": _best(rows, metric) if len(rows) > 2 else None,
+        "best": best_of(rows, metric) if len(rows) > 2 else None,
         "runs": {
             "wanted": sum(len(row.cells) for row in rows), "finished": ended.count("finished"),
             "failed": ended.count("failed"),
@@ -228,29 +191,6 @@ def _seeds(counts: dict[str, int | None]) -> str:
 
 def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "below 0.001"
-
-
-def _best(rows: Sequence[Variation], metric: Metric) -> dict[str, Any] | None:
-    """Return the variant with the best mean, and what choosing by the other seeds gives at each seed."""
-    whole = [row for row in rows if len(row.values) == len(row.cells)]
-    if not whole:
-        return None
-    sign = 1 if metric.higher else -1
-    best = max(whole, key=lambda row: sign * mean(row.values.values()))
-    held: list[float] = []
-    seeds = list(best.values)
-    for seed in seeds if len(seeds) > 1 else ():
-        others = [mean(value for s, value in row.values.items() if s != seed) for row in whole]
-        held.append(whole[others.index(max(others, key=lambda value: sign * value))].values[seed])
-    own = mean(best.values.values())
-    sentence = f"Best of {len(whole)}: {best.name}, {metric.text(own)}."
-    if held:
-        sentence += f" Chosen for each seed by the other seeds: {metric.text(mean(held))}."
-    sentence += (
-        " The choice used the images that evaluate it, so the figure of the best is too high on average: evaluate "
-        "the chosen variant on images that no choice has used, and with new seeds."
-    )
-    return {"name": best.name, "mean": own, "by_other_seeds": mean(held) if held else None, "sentence": sentence}
 
 
 def _notes(rows: Sequence[Variation], metric: Metric) -> list[str]:

@@ -1,6 +1,7 @@
 """Run the cells of a comparison as those of a paper's table, with the measures that need no labels."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,29 @@ from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import Cell
 from inbatch.errors import InbatchError
 from inbatch.runtime.files import write_json
+from inbatch.runtime.own_parts import OwnPart
 
 PROTOCOLS = "knn,linear,clustering"
 
 
+@dataclass
 class ComparisonRunner(Runner):
-    """Runner of a user's comparison."""
+    """Runner of a user's comparison.
+
+    Attributes:
+        code: Name of a variant -> its parts that are code of the user, by part.
+    """
+
+    code: Mapping[str, Mapping[str, OwnPart]] = field(default_factory=dict)
+
+    def code_words(self, cell: Cell, command: str = "pretrain") -> list[str]:
+        """Return the options by which a command on a cell's run imports the code of the user."""
+        parts = self.code.get(cell.row, {}).items()
+        used = [(part, own) for part, own in parts if command == "pretrain" or part != "optimizer"]
+        return [word for part, own in used for word in (f"--{part}", own.name)]
+
+    def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+        return super()._call(cell, [*words, *self.code_words(cell, words[0])], log)
 
     def _completed(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
         """Return the result with the measures without labels and, with a budget, an evaluation on all images.
@@ -45,4 +63,4 @@ class ComparisonRunner(Runner):
         write_json(file, settings | {"data": place})
         words = ["pretrain", "--config", str(file), "--dry-run", *(["--download"] if self.download else [])]
         log = self.work / "plans" / f"{cell.stem}.log"
-        return self._call(replace(cell, row="plan"), words, log)
+        return self._call(cell, words, log)

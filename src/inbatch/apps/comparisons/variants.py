@@ -3,11 +3,13 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from inbatch.apps.cli.variant import parse_variant
 from inbatch.errors import ConfigError
+from inbatch.runtime import own_parts
+from inbatch.runtime.own_parts import OwnPart
 from inbatch.training.recipe import Settings
 from inbatch.training.requested_settings import merged_settings
 from inbatch.training.settings_file import parse_assignment
@@ -28,10 +30,12 @@ class Variant:
     Attributes:
         name: The command line without "pretrain", followed by the values of the grid.
         settings: Requested settings, without those that all variants share.
+        code: Parts that are code of the user, by part.
     """
 
     name: str
     settings: Settings
+    code: Mapping[str, OwnPart] = field(default_factory=dict)
 
 
 def variants_of(texts: Sequence[str], grid: Mapping[str, Sequence[Any]] | None = None) -> list[Variant]:
@@ -56,7 +60,7 @@ def variants_of(texts: Sequence[str], grid: Mapping[str, Sequence[Any]] | None =
             raise ConfigError(f"--grid {key} has no values: write {key}=0.1,0.2,0.5")
         _check_own({key: None}, f"--grid {key}")
     rows = [
-        Variant(f"{variant.name} {_text(values)}".strip(), variant.settings | values)
+        Variant(f"{variant.name} {_text(values)}".strip(), variant.settings | values, variant.code)
         for variant in map(_variant, texts)
         for values in (dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values()))
     ]
@@ -68,15 +72,21 @@ def variants_of(texts: Sequence[str], grid: Mapping[str, Sequence[Any]] | None =
 
 
 def _variant(text: str) -> Variant:
-    method, config, fields, settings = parse_variant(text)
+    parsed = parse_variant(text)
     try:
-        own = merged_settings(method, None, settings, fields)
-        _check_own(own, f"variant {text!r}")
-        merged = merged_settings(method, config, settings, fields)
+        with own_parts.using(parsed.code):
+            own = merged_settings(None, None, parsed.settings, parsed.fields)
+            _check_own(own, f"variant {text!r}")
+            merged = merged_settings(None, parsed.config, parsed.settings, parsed.fields)
     except ConfigError as error:
         raise ConfigError(named(text, error)) from None
     name = re.sub(r"^\s*(inbatch\s+)?pretrain\b\s*", "", text).strip() or "pretrain"
-    return Variant(name, {key: value for key, value in merged.items() if key not in SHARED})
+    return Variant(name, {key: value for key, value in merged.items() if key not in SHARED}, parsed.code)
+
+
+def code_of(variants: Sequence[Variant]) -> dict[str, OwnPart]:
+    """Return the code of the user in variants, for `own_parts.using`: by part and name."""
+    return {f"{part} {own.name}": own for variant in variants for part, own in variant.code.items()}
 
 
 def _check_own(settings: Mapping[str, Any], name: str) -> None:

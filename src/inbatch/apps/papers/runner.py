@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -122,7 +123,10 @@ class Runner:
             stop.hold()  # the running processes stop in time, and are waited for
             if void:
                 self.tell(void)
-            waiting: dict[Future[Record], Cell] = {pool.submit(self._one, cell): cell for cell in todo}
+            waiting: dict[Future[Record], Cell] = {
+                pool.submit(copy_context().run, self._one, cell): cell
+                for cell in todo  # own parts are in the context
+            }
             spoke, done, kept = began, 0, 0
             while waiting:
                 ended, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)

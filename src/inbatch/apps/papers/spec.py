@@ -133,7 +133,7 @@ class Cell:
     @property
     def stem(self) -> str:
         """Name of its files, identical for identical runs with the same seed."""
-        what = self.settings["crops"] if self.counts else self.settings["method.name"]
+        what = self.settings["crops" if self.counts else "method.name"].rpartition(":")[2].rpartition(".")[2]
         return f"{what}-{self.data}-{self.key}-s{self.seed}"
 
     def command(self) -> str:

@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from inbatch.apps.reports.choose_interval import resampled, undecided, with_intervals
 from inbatch.apps.reports.choose_study import Reliability, reliability
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, check_whole, listed, many, type_name
@@ -71,7 +74,8 @@ def choose_run(
 
     Returns:
         "recommended": the first run. "runs": all runs, best first, each with "rank" (equal for equal scores),
-        "score" and the measures.
+        "score" and the measures. With `data` also "low" and "high", the 95 % interval of the score over the images, and
+        the "difference" from the score of the first run with its interval.
         "reliability": how well the measure ordered runs in the study. "kendall_tau": of every measure with k-NN, None
         without labels. "notes": what limits the comparison.
 
@@ -92,7 +96,7 @@ def choose_run(
         raise ConfigError("same_image needs the same views for all runs: pass --data, or choose another --by")
     if data is not None and by == "loss":
         raise ConfigError("the loss is known of training data only: leave out --data, or choose another --by")
-    measure = recorded if data is None else partial(on_data, data=data, seed=seed, device=device)
+    measure = recorded if data is None else partial(on_data, by=by or ON_DATA, data=data, seed=seed, device=device)
     measured = [_named(path, measure) for path in paths]
     by = by or (_default(measured) if data is None else ON_DATA)
     for one in measured:
@@ -102,6 +106,8 @@ def choose_run(
     scores = [score_of(by, one) for one in ranked]
     ranked = [{"rank": 1 + scores.index(score)} | one | {"score": score}
               for one, score in zip(ranked, scores, strict=True)]  # fmt: skip
+    if data is not None:
+        ranked = with_intervals(ranked)
     study = reliability(by, sorted({one["method"] for one in ranked if one["method"]}))
     return {
         "by": by, "recommended": ranked[0]["run"], "reliability": study.sentence, "runs": ranked,
@@ -148,7 +154,7 @@ def recorded(path: Path) -> dict[str, Any]:
         result = read_json(file)
         curve, steps = result.get("curve"), result.get("steps")
         figures = result.get("evaluation")
-        width = figures.get("width") if isinstance(figures, dict) else None
+        width = result.get("width") or (figures.get("width") if isinstance(figures, dict) else None)
     else:
         saved = checkpoint.load(path / "checkpoints", mapped=True)
         file, note, width = saved.path, f"{path} has not finished; its last evaluation is used", None
@@ -170,8 +176,8 @@ def recorded(path: Path) -> dict[str, Any]:
     return origin | values | {"same_image": None}
 
 
-def on_data(path: Path, data: Any, seed: int, device: str) -> dict[str, Any]:
-    """Return the measures of an encoder on images, with k-NN if these have labels."""
+def on_data(path: Path, by: str, data: Any, seed: int, device: str) -> dict[str, Any]:
+    """Return the measures of an encoder on images, with k-NN if these have labels, and resamples of the score `by`."""
     loaded = load_run_encoder(path)
     encoder = loaded.encoder.to(device_for(device))
     source = next(iter(images_for(path, encoder, data).values()))
@@ -183,7 +189,17 @@ def on_data(path: Path, data: Any, seed: int, device: str) -> dict[str, Any]:
     viewed = embed_views({"it": encoder}, common_views(encoder), sample, seed)["it"]
     first, second, *_ = F.normalize(viewed, dim=2).unbind(1)
     recipe = recipe_of(path) if (path / "recipe.json").is_file() else None
+    same = (first @ second.T).argmax(1) == torch.arange(len(first))
+    parts: dict[str, tuple[int, Callable[[Tensor], dict[str, float]]]] = {
+        "rankme": (len(clean), lambda at: {"rankme": float(rankme(clean.vectors[at]))}),
+        "alpha": (len(clean), lambda at: {"alpha": float(alpha_req(clean.vectors[at]))}),
+        "std": (len(clean), lambda at: {"feature_std": float(feature_std(clean.vectors[at]))}),
+        "lidar": (len(viewed), lambda at: {"lidar": lidar_of(viewed[at])}),
+        "same_image": (len(viewed), lambda at: {"same_image": float(same[at].double().mean())}),
+    }
+    number, part = parts[by]
     return {
+        "resampled": resampled(lambda at: score_of(by, part(at)), number, seed), "measured": number,
         "run": str(path), "method": recipe and recipe.method.name, "encoder": encoder.name,
         "width": clean.vectors.shape[1], "step": loaded.step, "steps": loaded.steps, "images": len(clean),
         "objective": None, "note": loaded.note, "rankme": float(rankme(clean.vectors)), "lidar": lidar_of(viewed),
@@ -242,6 +258,8 @@ def _notes(by: str, ranked: Sequence[Mapping[str, Any]], study: Reliability, dat
         notes.append(
             "the runs have different settings of the method, batch or views, which change the scale of the loss"
         )
+    if data is not None:
+        notes += undecided(ranked, by)
     if not study.supported:
         notes.append(f"the study does not support choosing by this measure: its interval is not above 0; see {PAGE}")
     return notes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -61,19 +61,32 @@ class TransformedViews:
         images = batch.images
         assert images is not None
         size = torch.tensor([images.shape[2:]]).repeat(len(index), 1) if batch.size is None else batch.size
-        places = range(len(index)) if at is None else at.tolist()
-        attempts = [0] * len(index) if batch.attempt is None else batch.attempt.tolist()
-        pictures = [images[i, :, :h, :w] for i, (h, w) in zip(places, size.tolist(), strict=True)]
+        drawn = batch.crops if batch.attempt is None else None  # drawn by workers, all with attempt 0
+        if drawn is None:
+            places = range(len(index)) if at is None else at.tolist()
+            attempts = [0] * len(index) if batch.attempt is None else batch.attempt.tolist()
+            pictures = [images[i, :, :h, :w] for i, (h, w) in zip(places, size.tolist(), strict=True)]
+            drawn = self.draw(index.tolist(), pictures, batch.seed, batch.epoch, attempts)
+        flipped = torch.zeros(len(self), len(index), dtype=torch.bool, device=index.device)
+        views = tuple(self._normalised(x.to(index.device)) for x in drawn)
+        return Drawn(views, self.boxes(index, size, 0, 0), flipped)
+
+    @torch.no_grad()
+    def draw(
+        self, index: Sequence[int], pictures: Sequence[UInt8[Tensor, "c h w"]], seed: int, epoch: int,
+        attempts: Sequence[int] | None = None,
+    ) -> tuple[Float[Tensor, "b c s s"], ...]:  # fmt: skip
+        """Return the views of images with values in [0, 1], before normalisation; the same in every process."""
+        attempts = [0] * len(index) if attempts is None else attempts
         drawn = []
         with kept_generators():
             for v, (transform, view) in enumerate(zip(self.transforms, self.views, strict=True)):
                 rows = [
-                    self._draw(transform, picture, view.size, fold(batch.seed, batch.epoch, i, v, attempt))
-                    for i, picture, attempt in zip(index.tolist(), pictures, attempts, strict=True)
+                    self._draw(transform, picture, view.size, fold(seed, epoch, i, v, attempt))
+                    for i, picture, attempt in zip(index, pictures, attempts, strict=True)
                 ]
-                drawn.append(self._normalised(torch.stack(rows)))
-        flipped = torch.zeros(len(self), len(index), dtype=torch.bool, device=index.device)
-        return Drawn(tuple(drawn), self.boxes(index, size, 0, 0), flipped)
+                drawn.append(torch.stack(rows))
+        return tuple(drawn)
 
     def _draw(self, transform: Transform, picture: Tensor, side: int, key: int) -> Tensor:
         seed_generators(key)
