@@ -17,6 +17,14 @@ if OFFLINE not in sys.path:
     sys.modules.pop("sitecustomize", None)  # of another package
     import sitecustomize  # noqa: F401
 
+if sys.dont_write_bytecode:
+    # Bytecode may not be written beside the sources: it goes to pytest's cache. Without any, both workers and each
+    # process of a test compile torch and all other libraries again, which takes 3 s of processor time for torch alone.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 CHECKED = ("nn.functional", "nn.memory_bank", "nn.clustering", "methods", "context")
 """Packages and files whose signatures are checked in every run of the tests."""
 CHECKED_NIGHTLY = ("rng", "data.views", "evaluation")
