@@ -1,4 +1,4 @@
-"""Seed 25 faults, one at a time, and report which of them the tests notice.
+"""Seed 43 faults, one at a time, and report which of them the tests notice.
 
     python scripts/mutate.py                     every fault, against the default suite
     python scripts/mutate.py --only 3,7          two of them
@@ -33,8 +33,8 @@ class Fault:
 
 
 FAULTS = (
-    Fault("NT-Xent: the sign of the positives", "methods/simclr.py", "temperature) - positive.flatten()",
-          "temperature) + positive.flatten()", "tests/methods"),
+    Fault("NT-Xent: the sign of the positives", "methods/simclr.py", "negatives) - positive).mean()",
+          "negatives) + positive).mean()", "tests/methods"),
     Fault("NT-Xent: a row is its own negative", "nn/functional.py", "temperature, exclude_self=True)",
           "temperature, exclude_self=False)", "tests/methods"),
     Fault("BYOL: no stop-gradient", "methods/byol.py", "normalize(t.detach())", "normalize(t)", "tests/methods"),
@@ -75,8 +75,8 @@ FAULTS = (
           "        return fold(seed, epoch, 0, attempt)", "tests/test_rng.py tests/data/test_views.py"),
     Fault("checkpoint: the optimiser's state is lost", "training/build.py", '"optimizer": self.optimizer}', "}",
           "tests/training/test_resume.py"),
-    Fault("resume: the target network is not restored", "training/build.py", '{"target": self.target, ', "{",
-          "tests/training/test_resume.py"),
+    Fault("resume: the target network is not restored", "training/build.py",
+          '            "target": None if self.method.teacher else self.target,\n', "", "tests/training/test_resume.py"),
     Fault("tiled log-sum-exp: the row's own key is kept", "nn/logsumexp.py", "if self.exclude_self:",
           "if False:", "tests/nn/test_logsumexp.py"),
     Fault("k-NN: the nearest neighbours are the farthest", "evaluation/knn.py",
@@ -90,6 +90,47 @@ FAULTS = (
     Fault("budget: time of the evaluation is not reserved", "training/budget.py",
           "left = self.seconds * (1 - self._slack) - self.reserve - used",
           "left = self.seconds * (1 - self._slack) - used", "tests/training/test_budget.py"),
+    Fault("LeJEPA: every step has the same directions", "methods/lejepa.py", "        self.step += 1", "        pass",
+          "tests/methods/test_lejepa.py"),
+    Fault("VISReg: the shape has a gradient through the deviation", "methods/visreg.py",
+          "(z - mean) / deviation.detach()", "(z - mean) / deviation", "tests/methods/test_visreg.py"),
+    Fault("SogCLR: shares of the estimate swapped", "nn/global_contrast.py",
+          "(-share).log1p(), batch + share.log())", "share.log(), batch + (-share).log1p())",
+          "tests/methods/test_global_contrast.py"),
+    Fault("SogCLR: the sum of both views for their mean", "methods/sogclr.py",
+          "torch.logaddexp(log_new[0], log_new[1]) - math.log(2)", "torch.logaddexp(log_new[0], log_new[1])",
+          "tests/methods/test_global_contrast.py"),
+    Fault("iSogCLR: temperatures move uphill", "methods/isogclr.py", "(tau - self.eta * slope)",
+          "(tau + self.eta * slope)", "tests/methods/test_global_contrast.py"),
+    Fault("sigmoid: the scale is not applied", "methods/sigmoid.py", "u[i] * t[i, :, None]", "u[i]",
+          "tests/methods/test_sigmoid.py"),
+    Fault("TiCo: no stop-gradient on the covariance", "methods/tico.py", "past = a.detach() if detach else a",
+          "past = a", "tests/methods/test_tico.py"),
+    Fault("MMCR: the target network's rows left out of the mean", "methods/mmcr.py",
+          "centre = (centre + teacher.mean(0)) / 2", "centre = (centre + centre) / 2", "tests/methods/test_mmcr.py"),
+    Fault("HCL: the lower bound of the negatives left out", "nn/negatives.py",
+          "(share < 0) & (corrected >= least), least)", "share < 0, least)", "tests/methods/test_hcl.py"),
+    Fault("mixing: the share of the other sample", "context/mixing.py", "return share * own + (1 - share) * other",
+          "return share * other + (1 - share) * own",
+          "tests/context/test_mixing.py tests/context/test_mixing_losses.py"),
+    Fault("mixing: the box replaces the rest of the image", "context/mixing.py", "inside[:, None], other, own)",
+          "inside[:, None], own, other)", "tests/context/test_mixing.py"),
+    Fault("drop-similar: features are not centred", "context/negatives.py", "normalize(rows - rows.mean(0), dim=1)",
+          "normalize(rows, dim=1)", "tests/context/test_negatives.py"),
+    Fault("drop-similar: groups are joined only once", "context/negatives.py",
+          "    while not torch.equal(one := group[a], other := group[b]):",
+          "    if len(one := group[a]) and len(other := group[b]):", "tests/context/test_negatives.py"),
+    Fault("samplers: a rare class always gets what is left over", "data/samplers.py",
+          "larger[(step * rest + i) % len(larger)]", "larger[i % len(larger)]", "tests/data/test_samplers.py"),
+    Fault("samplers: images of a group in adjacent places", "data/samplers.py",
+          "drawn.view(self.batch, self.steps).T.flatten()", "drawn.flatten()", "tests/data/test_samplers.py"),
+    Fault("pair weights: the factor of other groups", "nn/pair_weights.py", "spare.mul_(1 - factor).add_(factor)",
+          "spare.mul_(factor - 1).add_(1)", "tests/nn/test_pair_weights.py"),
+    Fault("sigmoid sums: large logits without their linear part", "nn/sigmoid_sums.py",
+          "spare = spare if over is None else spare.add_(over)", "spare = spare",
+          "tests/nn/test_sigmoid_sums.py"),
+    Fault("retrieval: a query is in its own ranking", "evaluation/retrieval.py",
+          "        similarity[torch.arange(len(at)), at] = -torch.inf\n", "", "tests/evaluation/test_retrieval.py"),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,14 @@ if OFFLINE not in sys.path:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (OFFLINE, os.environ.get("PYTHONPATH"))))
     sys.modules.pop("sitecustomize", None)  # of another package
     import sitecustomize  # noqa: F401
+
+if sys.dont_write_bytecode:
+    # Bytecode may not be written beside the sources: it goes to pytest's cache. Without any, both workers and each
+    # process of a test compile torch and all other libraries again, which takes 3 s of processor time for torch alone.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 CHECKED = ("nn.functional", "nn.memory_bank", "nn.clustering", "methods", "context")
 """Packages and files whose signatures are checked in every run of the tests."""
@@ -84,20 +93,32 @@ def few_views_for_lidar() -> None:
     label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2
 
 
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """Let the runs of a module, also those of its fixtures, learn with a narrow encoder."""
+    from small_runs import use_narrow_encoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_narrow_encoder(patch)
+        yield
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the runs of this test learn from few images, and be evaluated on few."""
-    from small_runs import use_few_images
+    """Let the runs of this test learn from few images, with a narrow encoder, and be evaluated on few."""
+    from small_runs import use_few_images, use_narrow_encoder
 
     use_few_images(monkeypatch)
+    use_narrow_encoder(monkeypatch)
 
 
 @pytest.fixture
 def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the runs of this test without protocols, pictures and the comparison with the untrained encoder."""
-    from small_runs import leave_out_judgement
+    """End the narrow runs of this test without protocols, pictures and the comparison with the untrained encoder."""
+    from small_runs import leave_out_judgement, use_narrow_encoder
 
     leave_out_judgement(monkeypatch)
+    use_narrow_encoder(monkeypatch)
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+import source_trees
+from source_trees import written
 
 import inbatch
 
-ROOT = Path(inbatch.__file__).parent
 FILES = {
-    ".".join(("inbatch", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
-    for file in ROOT.rglob("*.py")
+    ".".join(("inbatch", *file.relative_to(source_trees.ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in source_trees.FILES
 }
 PACKAGES = {name for name, file in FILES.items() if file.name == "__init__.py"}
 
@@ -97,15 +97,10 @@ DEVICES = {"nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "
 
 
 @functools.cache
-def tree(module: str) -> ast.Module:
-    return ast.parse(FILES[module].read_text())
-
-
-@functools.cache
 def nodes(module: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call | ast.keyword | ast.FunctionDef, ...]:
     """Return the nodes of the kinds that tests look at."""
     kinds = ast.Import | ast.ImportFrom | ast.Call | ast.keyword | ast.FunctionDef
-    return tuple(node for node in ast.walk(tree(module)) if isinstance(node, kinds))
+    return tuple(node for node in source_trees.nodes(FILES[module]) if isinstance(node, kinds))
 
 
 @functools.cache
@@ -115,7 +110,7 @@ def imports(module: str, lazy: bool = True, hints: bool = True) -> tuple[str, ..
 
 def _imports(module: str, lazy: bool, hints: bool) -> Iterator[str]:
     """Yield the full dotted names a module imports; lazy: also inside functions, hints: also for type checkers only."""
-    waiting: list[ast.AST] = [tree(module)]
+    waiting: list[ast.AST] = [source_trees.tree(FILES[module])]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
@@ -126,9 +121,9 @@ def _imports(module: str, lazy: bool, hints: bool) -> Iterator[str]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{source}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
-            yield ast.unparse(node)  # torch.distributed.all_reduce, used without its own import
+            yield written(node)  # torch.distributed.all_reduce, used without its own import
         late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        typed = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        typed = not hints and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         if (lazy or not late) and (hints or not typed):
             waiting.extend(ast.iter_child_nodes(node))
 
@@ -244,7 +239,7 @@ def test_nothing_is_unpickled() -> None:
         inert = {"pickle.Unpickler"} if module in restricted else set()
         yield from (f"{module} names {name}" for name in used - {"pickle", "pickle.UnpicklingError"} - inert)
         for node in nodes(module):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            if isinstance(node, ast.Call) and written(node.func) == "torch.load":
                 if "weights_only=True" not in ast.unparse(node):
                     yield f"{module}: torch.load without weights_only=True"
             elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
@@ -259,7 +254,7 @@ def test_the_library_never_prints() -> None:
     def check(module: str) -> Iterator[str]:
         if room(module) not in ("apps", "__main__"):
             calls = (node for node in nodes(module) if isinstance(node, ast.Call))
-            yield from (f"{module}: print" for call in calls if ast.unparse(call.func) == "print")
+            yield from (f"{module}: print" for call in calls if written(call.func) == "print")
 
     assert not problems(check)
 
@@ -267,7 +262,7 @@ def test_the_library_never_prints() -> None:
 def test_a_loss_names_no_device() -> None:
     def check(module: str) -> Iterator[str]:
         if inside(module, {"nn", "methods", "losses"}) and not inside(module, DEVICES):
-            every = list(ast.walk(tree(module)))
+            every = source_trees.nodes(FILES[module])
             words = {node.attr for node in every if isinstance(node, ast.Attribute)}
             words |= {node.value for node in every if isinstance(node, ast.Constant) and isinstance(node.value, str)}
             yield from (f"{module} names {word}" for word in words & {"cuda", "cpu", "mps", "xpu"})

@@ -54,7 +54,7 @@ def test_a_fit_trains_and_survives_pickle(brief, tmp_path):
     made = BatchEncoder(run_dir=tmp_path / "run", **FAST).fit(RGB)
     assert made.channels_ == 3 and made.encoder_.size == 12
     features = made.transform(RGB)
-    assert features.shape == (24, 96) and features.dtype == np.float32
+    assert features.shape == (24, made.encoder_.width) and features.dtype == np.float32
     assert list(made.get_feature_names_out()[:2]) == ["batchencoder0", "batchencoder1"]
     assert np.array_equal(inbatch.load(tmp_path / "run").embed(RGB), features)
     again = pickle.loads(pickle.dumps(made))

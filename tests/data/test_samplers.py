@@ -44,13 +44,15 @@ def test_classes_are_balanced_in_batches_and_context_groups() -> None:
     labels = [0] * 60 + [1] * 25 + [2] * 3 + [-1] * 9
     sampler = prepared(Balanced(), Source(labels), 16)
     assert sampler.steps == 97 // 16
-    counts = torch.zeros(97, dtype=torch.long)
+    counts, larger = torch.zeros(97, dtype=torch.long), Counter[int]()
     for batch in batches(sampler):
         counts[batch] += 1
         parts = Counter(labels[i] for i in batch)
+        larger.update(c for c in (0, 1, -1) if parts[c] == 5)
         assert parts[2] == 3 and sorted(parts[c] for c in (0, 1, -1)) == [4, 4, 5]
         for half in (batch[:8], batch[8:]):
             assert all(abs(Counter(labels[i] for i in half)[c] - parts[c] / 2) <= 1.5 for c in parts)
+    assert larger == {0: 2, 1: 2, -1: 2}, "what is left over goes to every class in turn"
     for label in set(labels):  # each image of a class as often as another, give or take one
         mine = counts[torch.tensor(labels) == label]
         assert int(mine.max() - mine.min()) <= 1

@@ -307,11 +307,12 @@ HEATED = [
 ]
 
 
-@pytest.mark.parametrize("t", [0.0, -0.1, math.nan, math.inf])
-@pytest.mark.parametrize("name", HEATED)
-def test_a_temperature_is_above_0(name: str, t: float) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        EQUATIONS[name](draw(0, 2, 5, 4), torch.arange(5) % 3, t)
+def test_a_temperature_is_above_0() -> None:
+    z, y = draw(0, 2, 5, 4), torch.arange(5) % 3
+    for name in HEATED:
+        for t in (0.0, -0.1, math.nan, math.inf):
+            with pytest.raises(ValueError, match="above 0"):
+                print(name, t, float(EQUATIONS[name](z, y, t)))  # shown if nothing is raised
 
 
 def test_other_temperatures_are_above_0() -> None:

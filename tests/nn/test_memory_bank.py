@@ -5,10 +5,12 @@ import collections
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import examples
 
 from inbatch.nn.memory_bank import MemoryBank
 
 
+@examples(60)
 @given(size=st.integers(1, 9), pushes=st.lists(st.integers(0, 20), max_size=8))
 def test_queue_keeps_the_newest(size: int, pushes: list[int]) -> None:
     """For any number of rows at a time, also more than fit: a deque, and a ring written row by row."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import source_trees
+from source_trees import written
 
 import inbatch
 from inbatch.data import open_data, write_folder
@@ -181,15 +183,15 @@ def test_a_program_whose_parent_is_gone_ends_at_once(tmp_path: Path) -> None:
 def test_every_child_process_is_bound_to_its_parent() -> None:
     """Processes are started by the functions of child_processes.py, or have a time limit."""
     seen = set()
-    for file in Path(inbatch.__file__).parent.rglob("*.py"):
-        for call in ast.walk(ast.parse(file.read_text())):
+    for file in source_trees.FILES:
+        for call in source_trees.nodes(file):
             if not isinstance(call, ast.Call):
                 continue
-            name, words = ast.unparse(call.func).rpartition(".")[2], {word.arg for word in call.keywords}
+            name, words = written(call.func).rpartition(".")[2], {word.arg for word in call.keywords}
             where = f"{file.name}:{call.lineno} {name}"
             if name == "DataLoader":
                 assert "worker_init_fn" in words, where
-            elif name == "run" and ast.unparse(call.func).startswith("subprocess"):
+            elif name == "run" and written(call.func).startswith("subprocess"):
                 assert "timeout" in words, where
             elif name in ("Popen", "Process"):
                 assert file.name == "child_processes.py", where

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from safetensors.torch import load_file
-from small_runs import leave_out_judgement
+from small_runs import leave_out_judgement, use_narrow_encoder
 
 import inbatch
 import inbatch.training.checkpoint
@@ -28,6 +28,7 @@ def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Make a whole run on ranks with an existing process group, as under Ray Train or in a user's script."""
     with pytest.MonkeyPatch.context() as patch:
         leave_out_judgement(patch)
+        use_narrow_encoder(patch)
         run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue_size": 64}, **(RUN | extra))
     return run.result
 

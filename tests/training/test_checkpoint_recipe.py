@@ -18,6 +18,8 @@ from inbatch.training.recipe import Recipe, make
 from inbatch.training.renamed_keys import RENAMED
 from inbatch.training.resume import _with_context
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -19,6 +19,8 @@ from inbatch.training.data_places import located, save_places
 from inbatch.training.recipe import make
 from inbatch.training.resume import finished_run, resumed_plan
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 RECIPE = make({"data": "photos", "test": "held.csv", "method.name": "simclr", "image_size": 32})
 
 

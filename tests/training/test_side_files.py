@@ -15,6 +15,8 @@ from inbatch.training.metric_logger import Log, spent
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.side_files import damaged, move_aside, report_of
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 GOOD = b'{"step": 1, "epoch": 0, "loss": 2.5, "lr": null, "elapsed": 3.0}'
 LINES = {
     "cut": b'{"step": 1, "lo',

@@ -212,10 +212,14 @@ def torchvision_defaults(name: str, size: int) -> dict[str, Any]:
     return {key: value for key, value in known.items() if key in inspect.signature(kind).parameters}
 
 
+_TINY = (32, 64, 96)
+"""Widths of the layers of `tiny`."""
+
+
 def _tiny(channels: int) -> nn.Module:
     # The maximum over positions, because a digit covers a small part of its canvas: k-NN 0.85, with the mean 0.71.
     layers: list[nn.Module] = []
-    for width, stride in ((32, 1), (64, 2), (96, 1)):
+    for width, stride in zip(_TINY, (1, 2, 1), strict=True):
         layers += [
             nn.Conv2d(channels, width, 3, stride, 1, bias=False),
             nn.BatchNorm2d(width),

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ VARIABLES = (
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions, processor, GPU, threads, numerical settings and the commit of the checkout, if any."""
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in REQUIRED} | _optional(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in REQUIRED} | _optional(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -44,11 +45,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+_version = cache(version)  # reading all of them takes 50 ms
+
+
 def _optional() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in OPTIONAL:
         try:
-            found[name] = version(name)
+            found[name] = _version(name)
         except PackageNotFoundError:
             found[name] = None
     return found
@@ -76,6 +80,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+@cache
 def _commit() -> str | None:
     """Return the commit of the source tree this package runs from; None if it is installed."""
     folder = Path(__file__).resolve().parent
