@@ -48,9 +48,10 @@ def seeded_rng(key: int, device: torch.device) -> Iterator[None]:
     """Seed random numbers (dropout) from a key, so that a group can run twice and on any rank."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed formats a stack trace for each kind of accelerator that is not in use, for milliseconds.
-        seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
-        seed(key)
+        if device.type == "cpu":  # torch.manual_seed formats a stack trace for each accelerator that is not in use
+            torch.default_generator.manual_seed(key)
+        else:
+            torch.manual_seed(key)
         yield
 
 
