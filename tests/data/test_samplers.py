@@ -62,7 +62,7 @@ def test_more_classes_than_samples_and_classes_of_one_image() -> None:
     labels = list(range(12)) * 3 + [12]
     found = batches(prepared(Balanced(), Source(labels), 6))
     assert all(len({labels[i] for i in batch}) == 6 for batch in found)
-    with pytest.raises(DataError, match="all images of .* are of one class; leave out --sampler"):
+    with pytest.raises(DataError, match=r"all images of .* are of one class; leave out --sampler"):
         prepared(Balanced(), Source([0] * 20), 20)
     with pytest.raises(DataError, match=r"has no labels; set sampler\.by=cluster"):
         prepared(Balanced(), Source([-1] * 20), 4)

@@ -253,10 +253,11 @@ def test_a_memory_bank_longer_than_the_set_is_said() -> None:
 
 def test_a_head_without_layers_or_width_is_refused() -> None:
     """0 of an option must not mean another value than was typed."""
+    sizes = {"layers", "hidden_dim", "out_dim", "pred_hidden_dim", "bottleneck_dim"}
     for name, kind in METHODS.items():
-        sizes = {"layers", "hidden_dim", "out_dim", "pred_hidden_dim", "bottleneck_dim"}
-        for option in sizes & set(inspect.signature(kind).parameters):
-            with pytest.raises((ValueError, ConfigError), match="at least 1|above 0|positive"):
-                layers = {"layers": 2} if option == "hidden_dim" and "layers" in inspect.signature(kind).parameters else {}
-                create(name, **layers | {option: 0})
+        options = sizes & set(inspect.signature(kind).parameters)
+        for option in options:
+            with_hidden = {"layers": 2} if "layers" in options else {}
+            with pytest.raises((ValueError, ConfigError), match=r"at least 1|above 0|positive"):
+                create(name, **with_hidden | {option: 0})
                 pytest.fail(f"{name} takes {option}=0")
