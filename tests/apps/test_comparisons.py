@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import own_code
@@ -29,8 +30,12 @@ from inbatch.apps.comparisons.variation import Variation
 from inbatch.apps.papers.results import Record, read_records
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import Cell
+from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.evaluation import evaluate
 from inbatch.evaluation.accuracy import halves, hits
+from inbatch.evaluation.finetune import TUNINGS
+from inbatch.models import create_encoder
 from inbatch.runtime import tuning
 from inbatch.runtime.environment import environment
 from inbatch.runtime.source_hash import source_hash
@@ -462,6 +467,21 @@ def test_runs_as_an_array_of_slurm_jobs(trained: list[list[str]], tmp_path: Path
     wrong = subprocess.run(["bash", "jobs.sh", "4"], env=paths, capture_output=True, text=True)
     assert wrong.returncode != 0 and "no run has this number" in wrong.stderr
     assert run(f"{line.replace('--epochs 1', '')} --budget 2h --slurm jobs.sh").exit_code == 2
+
+
+@pytest.mark.slow
+def test_every_metric_finds_its_figure_in_an_evaluation() -> None:
+    encoder = create_encoder("tiny", size=20, channels=1).eval()
+    bank, queries = (open_data("digits-canvas", split, subset=n) for split, n in (("train", 120), ("test", 40)))
+    protocols = ("knn", "linear", "clustering", "retrieval", "few", "finetune", "corruptions")
+    tuning = replace(TUNINGS["small"], epochs=1, steps=2)
+    found = evaluate(encoder, bank, queries, k=20, protocols=protocols, draws=1, tuning=tuning, most=8)
+    record: Any = SimpleNamespace(evaluation=found)
+    for name, metric in METRICS.items():
+        if metric.labels:
+            assert metric.value(record) is not None, name
+            halved = name in ("knn", "probe", "few", "map", "finetune")
+            assert (metric.halves(record) is not None) == halved, name
 
 
 @pytest.mark.slow
