@@ -18,22 +18,20 @@ from inbatch.runtime import distributed, shared_work
 from inbatch.runtime.signals import StopRequested, stop_on_signals
 from inbatch.training.monitors import label_free
 
-PROTOCOLS = ("knn", "linear", "clustering", "few")
 
-
-def figures(seed: int = 0) -> dict[str, Any]:
+def figures(protocols: tuple[str, ...]) -> dict[str, Any]:
     """Return what an evaluation of a random encoder measures on 100 and 70 images, in parts of 16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("inbatch.evaluation.knn"), "_QUERIES", 16)
         patch.setattr(label_free, "_CHUNK", 16)
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         encoder = create_encoder("tiny", size=16, channels=1)
         source = open_data("digits-canvas", subset=170)
         bank = label_free.Subset(source, torch.arange(100), "bank")
         queries = label_free.Subset(source, torch.arange(100, 170), "queries")
         with shared_work.sharing():
             vectors = embed(encoder, queries, batch=16)
-            measured = evaluate(encoder, bank, queries, protocols=PROTOCOLS, k=5, shares=(0.5,), draws=2, batch=16)
+            measured = evaluate(encoder, bank, queries, protocols=protocols, k=5, shares=(0.5,), draws=2, batch=16)
             chosen = label_free.Chosen(source, None, 0, 60)
             views = Views(make_views("simclr", {"size": 16, "blur": 0.0}, 1), encoder.mean, encoder.std)
             one = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
@@ -41,13 +39,19 @@ def figures(seed: int = 0) -> dict[str, Any]:
         return measured | {"rows": [x.numpy() for x in rows], "names": vectors.identities}
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_have_the_figures_of_one_process(world: int) -> None:
+FAST = ("knn", "clustering")
+ALL = (*FAST, "linear", "few", "retrieval")
+
+
+@pytest.mark.parametrize(
+    ("world", "protocols"), [(2, FAST), *(pytest.param(world, ALL, marks=pytest.mark.slow) for world in (2, 3, 4))]
+)
+def test_ranks_have_the_figures_of_one_process(world: int, protocols: tuple[str, ...]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = figures()
+    alone = figures(protocols)
     torch.set_num_threads(threads)
-    for found in on_ranks(world, figures):
+    for found in on_ranks(world, figures, protocols):
         for mine, whole in zip(found.pop("rows"), alone["rows"], strict=True):
             assert (mine == whole).all() and mine.shape == whole.shape
         assert found == {key: value for key, value in alone.items() if key != "rows"}
