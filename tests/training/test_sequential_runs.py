@@ -1,5 +1,7 @@
 """Runs that read shards from beginning to end: exact after a stop, equal on two ranks, and the faults of one rank."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,37 +60,41 @@ def test_two_ranks_share_the_batches_of_one(tmp_path: Path) -> None:
 
 
 def of_two(first: str, second: str, gone: bool) -> tuple[str, int]:
-    """Return how a run ends whose ranks read from two folders; `gone`: the second one is removed after a step."""
+    """Return how a run ends whose ranks find other shards at one path; `gone`: those of rank 1 vanish after a step."""
     real, rank = Log.step, distributed.rank()
 
     def log(self: Log, at: int, *rest: Any) -> None:
         if gone and rank and at == 1:
-            shutil.rmtree(second)
+            shutil.rmtree("shards")
         real(self, at, *rest)
 
     Log.step = log  # type: ignore[method-assign]
+    os.chdir(second if rank else first)
     try:
-        learned(second if rank else first, Path(first).parent / "run", epochs=4)
+        learned("shards", Path(first).parent / "run", epochs=4)
     except InbatchError as error:
         return str(error), error.exit_code
     return "went on", 0
 
 
-def test_a_rank_with_other_shards_is_named(tmp_path: Path) -> None:
-    write_shards(tmp_path / "a", SIZES)
-    write_shards(tmp_path / "b", (30, 50, 21, 39))
+@pytest.mark.parametrize(
+    ("sizes", "damaged", "what"),
+    [
+        ((30, 50, 21, 39), (), "(names or labels of the images|places of the images in their files)"),
+        (SIZES, (7,), "places of the images in their files"),  # of the same names
+    ],
+)
+def test_a_rank_with_other_shards_is_named(sizes: tuple[int, ...], damaged: Any, what: str, tmp_path: Path) -> None:
+    write_shards(tmp_path / "a" / "shards", SIZES)
+    write_shards(tmp_path / "b" / "shards", sizes, damaged)
     for message, code in on_ranks(2, of_two, str(tmp_path / "a"), str(tmp_path / "b"), False):
-        assert "ranks disagree about the names or labels of the images: rank 1 has a different one" in message
+        assert re.match(f"ranks disagree about the {what}: rank 1 has a different one from rank 0", message)
         assert code == 2
-    shutil.copytree(tmp_path / "a", tmp_path / "c")
-    write_shards(tmp_path / "c", SIZES, damaged=[7])  # the same names, at other places
-    for message, code in on_ranks(2, of_two, str(tmp_path / "a"), str(tmp_path / "c"), False):
-        assert "ranks disagree about the places of the images in their files: rank 1" in message and code == 2
 
 
 def test_a_rank_that_loses_its_shards_is_named(tmp_path: Path) -> None:
-    data = write_shards(tmp_path / "a", SIZES)
-    shutil.copytree(data, tmp_path / "b")
-    (first, code), (second, other) = on_ranks(2, of_two, str(data), str(tmp_path / "b"), True)
+    for name in ("a", "b"):
+        write_shards(tmp_path / name / "shards", SIZES)
+    (first, code), (second, other) = on_ranks(2, of_two, str(tmp_path / "a"), str(tmp_path / "b"), True)
     assert first == f"rank 1: {second}" and code == other == 3
     assert "cannot be read: No such file or directory" in second
