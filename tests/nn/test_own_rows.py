@@ -1,0 +1,129 @@
+"""Losses of own rows: W ranks that pass rows on give the values and gradients of one process."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from rank_threads import on_threads
+from small_methods import NEGATIVES, VARIANTS, batches, parts, views_of
+from torch import Tensor
+
+from inbatch import losses
+from inbatch.batch import split_state
+from inbatch.methods import METHODS
+from inbatch.methods.simclr import SimCLR
+from inbatch.nn import logsumexp, passing, tiles
+from inbatch.nn.batch_sums import positions
+from inbatch.nn.functional import normalize
+from inbatch.nn.pair_weights import SameGroup
+from inbatch.nn.sigmoid_sums import sigmoid_sum
+
+N = 24
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, also partial ones, in small blocks."""
+    monkeypatch.setattr(tiles, "TILE", 3)
+    monkeypatch.setattr(tiles, "APART", 2**60)
+    monkeypatch.setattr(passing, "_CHUNK", 20)
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sizes(world: int, even: bool) -> list[int]:
+    """Return the samples of every rank; uneven: the first has one, or none, and the others more and more."""
+    if even:
+        return [N // world] * world
+    first = [3 * i + (world == 2) for i in range(world - 1)]
+    return [*first, N - sum(first)]
+
+
+def group(n: int) -> Tensor:
+    return torch.arange(n) * 7 % 5
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nt_xent": lambda z, place: losses.nt_xent(z, 0.1),
+    "nt_xent, large logits": lambda z, place: losses.nt_xent(z, 1e-3),
+    "nt_xent, groups": lambda z, place: losses.nt_xent(z, 0.1, negatives=replace(NEGATIVES["hard"], same=group(N)[place])),
+    "supcon": lambda z, place: losses.supcon(z, (group(N) - 1)[place], 0.1),
+    "supcon, groups": lambda z, place: losses.supcon(
+        z, (group(N) - 1)[place], 0.1, contrast_mode="one", negatives=replace(NEGATIVES["group"], same=place // 3)),
+    "keys without gradient": lambda z, place: losses.ctr(z[0], z[1], 0.2),
+    "queries without gradient": lambda z, place: losses.nnclr(z[0], z[1], 0.1),
+    "two sets": lambda z, place: losses.dcl(z, 0.1, sigma=0.5),
+    "sigmoid": lambda z, place: losses.pairwise_sigmoid(z, 5.0, -3.0),
+    "sigmoid, groups": lambda z, place: losses.pairwise_sigmoid(z, 5.0, -3.0, group(N)[place]),
+    "koleo": lambda z, place: losses.koleo(z),
+}  # fmt: skip
+
+
+def compare(compute: Callable[[Tensor, Tensor], Tensor], z: Tensor, world: int, even: bool, mode: str) -> None:
+    leaf, parts_of = z.clone().requires_grad_(), sizes(world, even)
+    with logsumexp.using(mode="never"):
+        expected = compute(leaf, torch.arange(N))
+        expected.backward()
+
+    def own(rank: int) -> tuple[Tensor, Tensor]:
+        mine = z.split(parts_of, 1)[rank].clone().requires_grad_()
+        value = compute(mine, positions(mine.shape[1], z.device))
+        value.backward()
+        return value.detach(), mine.grad
+
+    found = on_threads(world, own, mode=mode)
+    for value, gradient in found:
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(value, found[0][0]), "equal bits on all ranks"
+    torch.testing.assert_close(torch.cat([g for _, g in found], 1) / world, leaf.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+@pytest.mark.parametrize(("world", "even"), [(2, True), (3, False), (4, True), (4, False)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_own_rows_give_the_loss_of_the_whole_batch(name: str, world: int, even: bool, mode: str) -> None:
+    compare(LOSSES[name], rows(2, N, 5), world, even, mode)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if METHODS[VARIANTS[name][0]].own_rows])
+def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> None:
+    """Losses, next states, memory and gradients."""
+    views = views_of(variant)
+    method, network, target = parts(variant)
+    batch, images = next(batches(N, 1, views))
+    with torch.no_grad():
+        online = network([images[v] for v in method.online_views(views)], list(method.online_views(views)))
+        numbers = list(method.target_views(views))
+        taught = {} if target is None else target([images[v] for v in numbers], numbers)
+
+    def step(method, online, taught, batch):  # type: ignore[no-untyped-def]
+        leaves = {name: x.clone().requires_grad_() for name, x in online.items()}
+        terms, state = split_state(method.loss(leaves, taught, batch))
+        terms["loss"].backward()
+        with torch.no_grad():
+            method.store(state)
+            method.after_step(online, taught, batch, 0.5)
+        gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+        return {name: x.detach() for name, x in terms.items()}, gradients, method.state_dict()
+
+    expected = step(copy.deepcopy(method), online, taught, batch)
+    size = N // world
+
+    def own(rank: int):  # type: ignore[no-untyped-def]
+        mine = slice(rank * size, (rank + 1) * size)
+        part = [{name: x[:, mine] for name, x in named.items()} for named in (online, taught)]
+        return step(copy.deepcopy(method), *part, batch.take(mine))
+
+    found = on_threads(world, own)
+    for terms, _, state in found:
+        torch.testing.assert_close(terms, expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state, expected[2], rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(x, found[0][0][name]) for name, x in terms.items())
+    for name, gradient in expected[1].items():
+        whole = torch.cat([gradients[name] for _, gradients, _ in found], 1) / world
+        torch.testing.assert_close(whole, gradient, rtol=1e-11, atol=1e-12)
