@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_mean
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
@@ -22,7 +22,7 @@ def byol(
     twice the mean over ordered pairs of views. Rows are normalised inside, targets carry no gradient.
     scale: "cosine" is the mean of -cos(p_i, t_j), as in lightly: a quarter of l, minus 1.
     """
-    if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
+    if p.shape != t.shape or len(p) < 2 or not batch_count(p.shape[1], p):
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
     cos = batch_mean((normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1))
     return 4 - 4 * cos if scale == "distance" else -cos

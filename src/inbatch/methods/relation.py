@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.functional import logsumexp_rows, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -26,7 +26,7 @@ def relation(s: Float[Tensor, "m d"], t: Float[Tensor, "n d"], queue: Float[Tens
     no matrix is held. candidates: "own" leaves out the other rows of the batch, as in the authors' code.
     mixture: s are rows of mixed images; the loss is that of their two samples i, by share.
     """
-    if (mixture is None and s.shape != t.shape) or not len(s):
+    if (mixture is None and s.shape != t.shape) or not batch_count(len(s), s):
         raise ValueError(f"every row needs a row of the teacher, got {tuple(s.shape)} and {tuple(t.shape)}")
     s, t = normalize(s), normalize(t.detach())
     keys, bank = t if candidates == "batch" else None, queue.to(s.dtype)

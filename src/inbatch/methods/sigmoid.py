@@ -25,7 +25,7 @@ def pairwise_sigmoid(
     others; with V > 2, the mean over pairs of views. scale and bias are t and b, numbers or one per row (V, N): those
     of the first view of a pair are used.
     """
-    if z.shape[0] < 2 or not z.shape[1]:
+    if z.shape[0] < 2 or not batch_count(z.shape[1], z):
         raise ValueError(f"the sigmoid loss needs at least 2 views of a sample, got {tuple(z.shape)}")
     u = normalize(z)
     t, b = (torch.as_tensor(x, dtype=u.dtype, device=u.device).expand(u.shape[:2]) for x in (scale, bias))

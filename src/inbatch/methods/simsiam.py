@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_mean
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 
@@ -24,7 +24,7 @@ def simsiam(
     stop_gradient: False gives z a gradient, too (the paper's Eq. 2).
     targets: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
     """
-    if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
+    if p.shape != z.shape or len(p) < 2 or not batch_count(p.shape[1], p):
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
     target_rows = mean_other_views(normalize(z)) if targets == "each" else normalize(mean_other_views(z))

@@ -22,7 +22,7 @@ def tico(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], covariance: Float[Ten
     l = 1 - mean_n a_n . b_n + rho mean_n a_n^T C a_n, with the new C. Rows are normalised inside.
     detach: no gradient through this batch's part of C, else it has its share of the gradient.
     """
-    if a.shape != b.shape or not len(a):
+    if a.shape != b.shape or not batch_count(len(a), a):
         raise ValueError(f"TiCo needs a target for every row, got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = normalize(a), normalize(b.detach())
     past = a.detach() if detach else a

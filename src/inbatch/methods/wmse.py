@@ -26,11 +26,11 @@ def _fits(views: int, n: int, width: int, size: int) -> None:
 
 
 def wmse(
-    z: Float[Tensor, "v n d"], permutations: Int[Tensor, "k n"], size: int = 128, eps: float = 0.0, norm: bool = True
+    z: Float[Tensor, "v n d"], permutations: Int[Tensor, "k m"], size: int = 128, eps: float = 0.0, norm: bool = True
 ) -> Losses:
     """Squared distance of whitened rows, over all samples and pairs of views (Ermolov et al. 2021, section 3).
 
-    permutations: each divides the samples into sub-batches of `size`, whitened separately per view with their own mean
+    permutations: each divides the M samples of the whole batch into sub-batches of `size`, whitened separately per view with their own mean
         and factor; their losses are averaged, with gradient through all of it. Computed in float64: if features are
         nearly dependent, the float32 gradient differs. "jitter": the largest that was added for a factor.
     norm: whitened rows are normalised (2 - 2 cos); else the distance is divided by D, as in the authors' code.

@@ -53,7 +53,7 @@ class Exponentials(Tiles):
     """Tiles of w exp(S), 0 for pairs that are left out.
 
     Attributes:
-        keeps: on a CPU, keep the first tiles, up to `KEPT` numbers, so that the backward pass need not compute them.
+        keeps: numbers of the first tiles that are kept on a CPU, so that the backward pass need not compute them.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Exponentials(Tiles):
     ) -> None:  # fmt: skip
         super().__init__(q, k, scale, plan)
         self.exclude_self, self.weigh = exclude_self, weights and multiplier(weights, q.dtype)
-        self.keeps = False
+        self.keeps = 0
 
     def __call__(self, part: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        spare, room = self.buffer() if self.weigh else None, KEPT // self.parts if self.keeps else 0
+        spare, room = self.buffer() if self.weigh else None, self.keeps // self.parts
         for rows, columns, e in super().__call__(part):
             place = rows.start, columns.start
             if self.kept.pop(place, None) is None:  # a kept tile may be changed by the pass that gets it

@@ -193,7 +193,7 @@ def info_nce(
         neighbours: number of nearest rows of the queue.
         negatives: the correction of the sum over the queue, of which every row is a negative; None: no correction.
     """
-    if q.shape != k.shape or not len(q):
+    if q.shape != k.shape or not batch_count(len(q), q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
     if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= len(queue))):
         raise ValueError(

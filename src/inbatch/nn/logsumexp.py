@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from inbatch.nn import exponentials
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.nn.exponentials import (
     REACH,
@@ -132,7 +133,7 @@ class _Tiled(torch.autograd.Function):
                 lse, mean = kernel_sums(q, k, scale, exclude_self, weighs, plan)
             else:
                 tiles = Exponentials(q, k, scale, exclude_self, weights, plan)
-                tiles.keeps = any(ctx.needs_input_grad[:2]) and not weighs
+                tiles.keeps = exponentials.KEPT if any(ctx.needs_input_grad[:2]) and not weighs else 0
                 lse, mean = sums(tiles, weighs)
                 ctx.kept = tiles.kept
         ctx.save_for_backward(q, k, lse, mean)

@@ -80,7 +80,7 @@ class Block:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the log-sum-exps of q, those of k if `columns`, and the means of k by q's softmax if `weighs`.
 
-        keep: numbers of tiles that may be kept for `gradients`; either all tiles are kept or none.
+        keep: numbers of tiles that may be kept for `gradients`.
         """
         q, k = self.q, self.keys
         if self.kernels:
@@ -92,7 +92,7 @@ class Block:
             tiles = Exponentials(q, self.k, *self.pairs, self.plan)
             if columns:
                 return *exponentials.both_sums(tiles), None
-            tiles.keeps = keep >= (len(q) + tiles.side) * len(k) // (2 if tiles.symmetric else 1)
+            tiles.keeps = keep
             lse, mean = exponentials.sums(tiles, weighs)
             self.kept = tiles.kept
             return lse, None, mean
