@@ -81,8 +81,8 @@ def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[
 def covariance(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """Return the unbiased covariance of the rows of the whole batch."""
     x = wide(x)
-    away = x - batch_mean(x, -2, keepdim=True)
-    return batch_sum(product(away.mT, away)) / (batch_count(len(x), x) - 1)
+    mean = batch_mean(x, -2, keepdim=True)
+    return batch_sum(product((x - mean).mT, x - mean)) / (batch_count(len(x), x) - 1)
 
 
 def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
