@@ -141,7 +141,9 @@ def through_tiled() -> dict[str, float]:
         told[name] = error(answers[1], answers[0])
 
         plans = [logsumexp.LogSumExpConfig(rank=rank, world=2) for rank in range(2)]
-        parts = [exponentials.kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
+        parts = [
+            exponentials.kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans
+        ]
         lse = parts[0] + parts[1]
         needs = (*learn, False)[:2]
         given = q, None if keys is q else keys, lse, 2 * lse, 10.0, others, needs

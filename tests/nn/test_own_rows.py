@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rank_threads import on_threads
+from rank_threads import ThreadPeers, on_threads
 from small_methods import NEGATIVES, VARIANTS, batches, parts, views_of
 from torch import Tensor
 
@@ -16,9 +16,6 @@ from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
 from inbatch.nn import logsumexp, passing, tiles
 from inbatch.nn.batch_sums import positions
-from inbatch.nn.functional import normalize
-from inbatch.nn.pair_weights import SameGroup
-from inbatch.nn.sigmoid_sums import sigmoid_sum
 
 N = 24
 
@@ -50,7 +47,8 @@ def group(n: int) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nt_xent": lambda z, place: losses.nt_xent(z, 0.1),
     "nt_xent, large logits": lambda z, place: losses.nt_xent(z, 1e-3),
-    "nt_xent, groups": lambda z, place: losses.nt_xent(z, 0.1, negatives=replace(NEGATIVES["hard"], same=group(N)[place])),
+    "nt_xent, groups": lambda z, place: losses.nt_xent(
+        z, 0.1, negatives=replace(NEGATIVES["hard"], same=group(N)[place])),
     "supcon": lambda z, place: losses.supcon(z, (group(N) - 1)[place], 0.1),
     "supcon, groups": lambda z, place: losses.supcon(
         z, (group(N) - 1)[place], 0.1, contrast_mode="one", negatives=replace(NEGATIVES["group"], same=place // 3)),
@@ -76,12 +74,13 @@ def compare(compute: Callable[[Tensor, Tensor], Tensor], z: Tensor, world: int, 
         return value.detach(), mine.grad
 
     found = on_threads(world, own, mode=mode)
-    for value, gradient in found:
+    for value, _ in found:
         torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
         assert torch.equal(value, found[0][0]), "equal bits on all ranks"
     torch.testing.assert_close(torch.cat([g for _, g in found], 1) / world, leaf.grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.grid(14)
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize(("world", "even"), [(2, True), (3, False), (4, True), (4, False)])
 @pytest.mark.parametrize("name", LOSSES)
@@ -89,6 +88,7 @@ def test_own_rows_give_the_loss_of_the_whole_batch(name: str, world: int, even: 
     compare(LOSSES[name], rows(2, N, 5), world, even, mode)
 
 
+@pytest.mark.grid(28)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if METHODS[VARIANTS[name][0]].own_rows])
 def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> None:
@@ -127,3 +127,61 @@ def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> 
     for name, gradient in expected[1].items():
         whole = torch.cat([gradients[name] for _, gradients, _ in found], 1) / world
         torch.testing.assert_close(whole, gradient, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_rank_sends_what_the_formula_says(world: int) -> None:
+    """Of a log-sum-exp of rows with themselves, W / 2 blocks of three times own rows; no rank gathers any row."""
+
+    def own(rank: int) -> dict[str, int]:
+        z = rows(2, N // world, 5, seed=rank).requires_grad_()
+        losses.nt_xent(z, 0.1).backward()
+        peers = tiles.PLAN.get().peers
+        assert isinstance(peers, ThreadPeers)
+        return peers.sent
+
+    numbers = world // 2 * (2 * N // world) * 3 * (5 + 1)
+    assert on_threads(world, own) == [{"add": 2, "gather": 0, "exchange": numbers}] * world
+
+
+def test_weights_of_own_rows_only_are_refused() -> None:
+    class Own:
+        def tile(self, rows: slice, columns: slice) -> Tensor:
+            return torch.ones(rows.stop - rows.start, columns.stop - columns.start)
+
+    def own(rank: int) -> Tensor:
+        return logsumexp.logsumexp(rows(4, 3), rows(4, 3), 0.1, weights=Own())
+
+    with pytest.raises(ValueError, match="Own has no weights for keys of other ranks: define `keys` and `among`"):
+        on_threads(2, own)
+    with pytest.raises(ValueError, match="a mask holds the pairs of the whole batch"):
+        on_threads(2, lambda rank: losses.supcon(rows(2, 4, 3), mask=torch.ones(4, 4)))
+
+
+def test_a_rank_that_is_not_finite_makes_all_losses_nan() -> None:
+    """So all ranks stop with the same error."""
+
+    def own(rank: int) -> list[float]:
+        z = rows(2, 4, 5, seed=rank)
+        z[0, 0, 0] = float("nan") if rank == 1 else 1.0
+        computed = losses.nt_xent(z, 0.1), losses.vicreg(z)["loss"], losses.pairwise_sigmoid(z)
+        return [float(x) for x in computed]
+
+    assert all(x != x for found in on_threads(3, own) for x in found)
+
+
+def test_an_equation_of_a_subclass_gets_the_whole_batch_unless_it_states_otherwise() -> None:
+    class Silent(SimCLR):
+        pass
+
+    class Changed(SimCLR):
+        def loss(self, online, target, batch):  # type: ignore[no-untyped-def]
+            return super().loss(online, target, batch)
+
+    class Stated(Changed):
+        own_rows = True
+
+        def loss(self, online, target, batch):  # type: ignore[no-untyped-def]
+            return super().loss(online, target, batch)
+
+    assert [kind.own_rows for kind in (SimCLR, Silent, Changed, Stated)] == [True, True, False, True]

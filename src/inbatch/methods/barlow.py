@@ -21,7 +21,8 @@ def cross_correlation(
     Zbontar et al. 2021, Eq. 2; eps is added to the (biased) variances, as in batch normalisation.
     """
     a, b = (
-        (x - batch_mean(x, 0)) / nan_if_overflow((batch_var(x, 0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b))
+        (x - batch_mean(x, 0)) / nan_if_overflow((batch_var(x, 0, correction=0) + eps).sqrt())
+        for x in (wide(a), wide(b))
     )
     return batch_sum(product(a.T, b)) / batch_count(len(a), a)
 

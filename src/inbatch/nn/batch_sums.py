@@ -152,4 +152,3 @@ def own_share(x: Tensor, dim: int = 0) -> Tensor:
     if peers is None:
         return x
     return x.tensor_split(peers.world, dim)[peers.rank]
-

@@ -47,8 +47,6 @@ def logits(
     return values
 
 
-
-
 class Exponentials(Tiles):
     """Tiles of w exp(S), 0 for pairs that are left out.
 
@@ -131,7 +129,9 @@ def pair_gradients(
     sides = [side for side in (own, other) if side is not None]
     top = max(float(g.abs().max()) if g.numel() else 0.0 for _, g in sides) or tiny  # as in `gradients`
     mine, theirs = (
-        q.new_zeros(len(x)) if side is None else (side[1] / top) * (-side[0]).exp().masked_fill(side[0] == -torch.inf, 0)
+        q.new_zeros(len(x))
+        if side is None
+        else (side[1] / top) * (-side[0]).exp().masked_fill(side[0] == -torch.inf, 0)
         for x, side in ((q, own), (k, other))
     )
     left, right = rounded(q, plan), rounded(k, plan)

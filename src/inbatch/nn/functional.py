@@ -14,7 +14,14 @@ from torch.nn.functional import embedding_bag
 
 from inbatch.nn import logsumexp
 from inbatch.nn.batch_sums import (
-    batch_count, batch_log_softmax, batch_mean, batch_sum, batch_var, own_rows, positions, whole,
+    batch_count,
+    batch_log_softmax,
+    batch_mean,
+    batch_sum,
+    batch_var,
+    own_rows,
+    positions,
+    whole,
 )  # fmt: skip
 from inbatch.nn.negatives import Negatives
 
@@ -140,7 +147,9 @@ def logsumexp_rows(
     """
     if keys is None or bank is None or not own_rows():
         every = [x for x in (keys, bank) if x is not None]
-        return logsumexp.logsumexp(q, every[0] if len(every) == 1 else torch.cat(every), temperature, shared=keys is None)
+        return logsumexp.logsumexp(
+            q, every[0] if len(every) == 1 else torch.cat(every), temperature, shared=keys is None
+        )
     of_bank = logsumexp.logsumexp(q, bank, temperature, shared=True)
     return torch.logaddexp(logsumexp.logsumexp(q, keys, temperature), of_bank)
 

@@ -155,5 +155,3 @@ class _Tiled(torch.autograd.Function):
                 tiles.kept = ctx.kept
                 both = gradients(tiles, lse, gradient, needs)
         return *both, None, None, None, None
-
-

@@ -7,7 +7,14 @@ from torch.nn.functional import embedding_bag
 
 from inbatch.batch import Mixture
 from inbatch.nn.batch_sums import batch_count, batch_mean, batch_softmax, positions
-from inbatch.nn.functional import logsumexp_excluding_self, logsumexp_rows, nearest, normalize, scale_by_temperature, sum_by_class
+from inbatch.nn.functional import (
+    logsumexp_excluding_self,
+    logsumexp_rows,
+    nearest,
+    normalize,
+    scale_by_temperature,
+    sum_by_class,
+)
 
 
 def mixed_contrast(
@@ -65,7 +72,9 @@ def mixed_dcl(
         keys = k[(rank + len(q)).index_put((places,), rank[: len(q)]).argsort()]  # row i is the positive of query i
         positive = (q * keys[: len(q)]).sum(-1)
         one = torch.ones_like(positive)
-        weight = one if sigma is None else 2 - batch_count(len(q), q) * batch_softmax(scale_by_temperature(positive, sigma))
+        weight = (
+            one if sigma is None else 2 - batch_count(len(q), q) * batch_softmax(scale_by_temperature(positive, sigma))
+        )
         negative = logsumexp_excluding_self(q, temperature, keys)
         losses.append(negative - (weight.detach() if detach else weight) * positive / temperature)
     return batch_mean(mixture.shared(torch.stack(losses)))

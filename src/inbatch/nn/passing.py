@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from inbatch.nn import exponentials, triton_logsumexp
 from inbatch.nn.exponentials import REACH, Exponentials, logits, on_kernels, reach
 from inbatch.nn.pair_weights import PairWeights, PassingWeights
-from inbatch.nn.tiles import LogSumExpConfig, Peers, add_product, rounded, zeros
+from inbatch.nn.tiles import LogSumExpConfig, Peers, zeros
 
 LEAST = 2**17
 """Blocks with fewer pairs are materialised."""

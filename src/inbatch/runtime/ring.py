@@ -49,7 +49,9 @@ class OwnRows:
         ranks = torch.stack(every).tolist()
         odd = next((i for i, rank in enumerate(ranks) if rank[:2] + rank[3:] != ranks[0][:2] + ranks[0][3:]), None)
         if odd is not None:
-            first, other = (f"{_TYPES[rank[0]]} of shape {tuple(rank[2 : 2 + rank[1]])}" for rank in (ranks[0], ranks[odd]))
+            first, other = (
+                f"{_TYPES[rank[0]]} of shape {tuple(rank[2 : 2 + rank[1]])}" for rank in (ranks[0], ranks[odd])
+            )
             raise ConfigError(
                 f"a loss compares the rows of all processes, but rank 0 has {first}, rank {odd} {other}: only the number "
                 "of samples may differ"

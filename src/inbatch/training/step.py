@@ -260,9 +260,7 @@ def _loss_plan(products: logsumexp.MatmulPrecision, peers: ring.OwnRows | None) 
     """Return the context of a loss: of own rows, or of all rows, whose products the ranks share."""
     if peers is not None:
         return logsumexp.using(products=products, peers=peers)
-    return logsumexp.using(
-        products=products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
-    )
+    return logsumexp.using(products=products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_)
 
 
 def _compared(forward: grad_cache.GroupForward, orders: Orders, own: bool) -> Rows:
