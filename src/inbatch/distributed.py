@@ -165,8 +165,8 @@ def _check(name: str, tensors: list[Tensor]) -> None:
         warnings.warn(
             f"{name} compares the samples of a batch, and there are {world()} processes, but its rows come from this "
             "process only: the gradient, averaged over processes, is not that of the whole batch. Call it within "
-            f"inbatch.distributed.own_rows(), pass {name}(inbatch.distributed.gather_rows(rows)), or ignore inbatch.distributed.LocalRowsWarning if each "
-            "process has a batch of its own by intention",
+            f"inbatch.distributed.own_rows(), pass {name}(inbatch.distributed.gather_rows(rows)), or ignore "
+            "inbatch.distributed.LocalRowsWarning if each process has a batch of its own by intention",
             LocalRowsWarning, stacklevel=4,
         )  # fmt: skip
 

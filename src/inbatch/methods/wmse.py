@@ -30,9 +30,10 @@ def wmse(
 ) -> Losses:
     """Squared distance of whitened rows, over all samples and pairs of views (Ermolov et al. 2021, section 3).
 
-    permutations: each divides the M samples of the whole batch into sub-batches of `size`, whitened separately per view with their own mean
-        and factor; their losses are averaged, with gradient through all of it. Computed in float64: if features are
-        nearly dependent, the float32 gradient differs. "jitter": the largest that was added for a factor.
+    permutations: each divides the M samples of the whole batch into sub-batches of `size`, whitened separately per
+        view with their own mean and factor; their losses are averaged, with gradient through all of it. Computed in
+        float64: if features are nearly dependent, the float32 gradient differs. "jitter": the largest that was added
+        for a factor.
     norm: whitened rows are normalised (2 - 2 cos); else the distance is divided by D, as in the authors' code.
     """
     _fits(len(z), batch_count(z.shape[1], z), z.shape[2], size)

@@ -89,7 +89,7 @@ def batch_var(x: Tensor, dim: int, correction: int = 1, keepdim: bool = False) -
 
 
 def batch_norm(x: Tensor, dim: int) -> Tensor:
-    """Return the Euclidean norm over a dimension that contains the samples, which becomes 1; of 0, the gradient is 0."""
+    """Return the Euclidean norm over a dimension of samples, which becomes 1; the gradient of a norm of 0 is 0."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return norm if _peers() is None else torch.linalg.vector_norm(whole(norm[None]), dim=0)
 

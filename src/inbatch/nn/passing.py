@@ -97,7 +97,7 @@ class Block:
             self.kept = tiles.kept
             return lse, None, mean
         parts, means, other = [], [], q.new_full((len(k),), -torch.inf) if columns else None
-        for start, values in self._chunks():
+        for _, values in self._chunks():
             parts.append(values.logsumexp(1))
             if other is not None:
                 torch.logaddexp(other, values.logsumexp(0), out=other)

@@ -47,11 +47,10 @@ class OwnRows:
         every = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(every, own, group=self.group)
         ranks = torch.stack(every).tolist()
-        odd = next((i for i, rank in enumerate(ranks) if rank[:2] + rank[3:] != ranks[0][:2] + ranks[0][3:]), None)
-        if odd is not None:
-            first, other = (
-                f"{_TYPES[rank[0]]} of shape {tuple(rank[2 : 2 + rank[1]])}" for rank in (ranks[0], ranks[odd])
-            )
+        kinds = [(*rank[:2], *rank[3:]) for rank in ranks]
+        if any(kind != kinds[0] for kind in kinds):
+            odd = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+            first, other = (f"{_TYPES[x[0]]} of shape {tuple(x[2 : 2 + x[1]])}" for x in (ranks[0], ranks[odd]))
             raise ConfigError(
                 f"a loss compares the rows of all processes, but rank 0 has {first}, rank {odd} {other}: only the number "
                 "of samples may differ"
