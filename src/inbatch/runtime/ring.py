@@ -52,8 +52,8 @@ class OwnRows:
             odd = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
             first, other = (f"{_TYPES[x[0]]} of shape {tuple(x[2 : 2 + x[1]])}" for x in (ranks[0], ranks[odd]))
             raise ConfigError(
-                f"a loss compares the rows of all processes, but rank 0 has {first}, rank {odd} {other}: only the number "
-                "of samples may differ"
+                f"a loss compares the rows of all processes, but rank 0 has {first}, rank {odd} {other}: only the "
+                "number of samples may differ"
             )
         return [rank[2] for rank in ranks]
 
