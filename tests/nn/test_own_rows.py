@@ -14,7 +14,7 @@ from inbatch import losses
 from inbatch.batch import split_state
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
-from inbatch.nn import logsumexp, passing, tiles
+from inbatch.nn import exponentials, logsumexp, passing, tiles, triton_logsumexp
 from inbatch.nn.batch_sums import positions
 
 N = 24
@@ -127,6 +127,28 @@ def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> 
     for name, gradient in expected[1].items():
         whole = torch.cat([gradients[name] for _, gradients, _ in found], 1) / world
         torch.testing.assert_close(whole, gradient, rtol=1e-11, atol=1e-12)
+
+
+def kernel_sums(q, k, scale, exclude_self, start, stop, mean=False, products="float32"):  # type: ignore[no-untyped-def]
+    """Compute `triton_logsumexp.forward` literally."""
+    s = exponentials.logits(q, k, scale, exclude_self, None)[start:stop]
+    return s.logsumexp(1), s.softmax(1) @ k if mean else None
+
+
+def kernel_gradient(a, b, scale, exclude_self, start, stop, lse_a, grad_a, lse_b, grad_b, products="float32"):  # type: ignore[no-untyped-def]
+    """Compute `triton_logsumexp.backward` literally."""
+    s, w = exponentials.logits(a, b, scale, exclude_self, None), torch.zeros(len(a), len(b)).to(a)
+    w += 0 if lse_a is None else grad_a[:, None] * (s - lse_a[:, None]).exp()
+    w += 0 if lse_b is None else grad_b * (s - lse_b).exp()
+    return (scale * w @ b)[start:stop]
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "keys without gradient", "queries without gradient", "two sets"])
+def test_the_kernels_are_given_both_sides_of_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passing, "on_kernels", lambda q, k, weights: weights is None)
+    monkeypatch.setattr(triton_logsumexp, "forward", kernel_sums)
+    monkeypatch.setattr(triton_logsumexp, "backward", kernel_gradient)
+    compare(LOSSES[name], rows(2, N, 5), 4, True, "always")
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

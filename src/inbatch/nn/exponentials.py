@@ -148,7 +148,10 @@ def pair_gradients(
         return [dq, dk]
 
     dq, dk = tiles.spread(work)
-    return tuple(None if x is None else x.mul_(tiles.scale * top) for x in (dq, dk))
+    for x in (dq, dk):
+        if x is not None:
+            x *= tiles.scale * top
+    return dq, dk
 
 
 def gradients(

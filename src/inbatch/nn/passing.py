@@ -8,7 +8,7 @@ sides, so that blocks make W / 2 stops for W ranks. If W is even, two blocks at 
 ranks, and each computes half of the pairs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,11 +112,10 @@ class Block:
         """
         q, k, scale = self.q, self.keys, self.pairs[0]
         if self.kernels:
-            none, how = (None, None), (scale, self.pairs[1])
-            mine, theirs, products = own or none, other or none, self.plan.products
-            dq = triton_logsumexp.backward(q, k, *how, 0, len(q), *mine, *theirs, products) if needs[0] else None
-            dk = triton_logsumexp.backward(k, q, *how, 0, len(k), *theirs, *mine, products) if needs[1] else None
-            return dq, dk
+            return (
+                self._by_kernels(q, k, own, other) if needs[0] else None,
+                self._by_kernels(k, q, other, own) if needs[1] else None,
+            )
         if self.tiled:
             tiles = Exponentials(q, self.k, *self.pairs, self.plan)
             tiles.kept = self.kept
@@ -136,7 +135,14 @@ class Block:
                 dk.addmm_(w.T, q[rows], alpha=scale)
         return dq, dk
 
-    def _chunks(self) -> Any:
+    def _by_kernels(self, a: Tensor, b: Tensor, own: Side, other: Side) -> Tensor:
+        """Return the gradient of rows a by the Triton kernels."""
+        (lse_a, grad_a), (lse_b, grad_b) = ((None, None) if side is None else side for side in (own, other))
+        scale, exclude, _ = self.pairs
+        sides = lse_a, grad_a, lse_b, grad_b
+        return triton_logsumexp.backward(a, b, scale, exclude, 0, len(a), *sides, products=self.plan.products)
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the logits of some rows at a time."""
         size = max(1, _CHUNK // max(1, len(self.keys)))
         for start in range(0, max(1, len(self.q)), size):
