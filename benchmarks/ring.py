@@ -7,6 +7,7 @@ Writes results/ring.json.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -135,38 +136,52 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, default=[4, 65536], help="ranks and rows of the memory case")
     parser.add_argument("--time", type=int, nargs=2, default=[2, 16384], help="ranks and rows of the time case")
     parser.add_argument("--volume", type=int, nargs="+", default=[2, 3, 4], help="ranks of the cases of 3,072 rows")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["memory", "time", "volume"], help="default: all; others are kept"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    fast, rows = args.time
-    found: dict[str, Any] = {
-        "memory": measure(*args.memory, repeat=0),
-        "time": [measure(world, rows, args.repeat) for world in (1, fast)],
-        "volume": [measure(world, 3072, 1) for world in args.volume],
-        "paper": [
-            {"ranks": world, "rows": n} | {way: paper(way, world, n) for way in WAYS}
-            for world, n in ((4, 65536), (64, 65536), (1024, 65536), (1024, 2**21))
-        ],
+    parts = args.parts or ["volume", "memory", "time"]
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.parts and args.out.exists() else {}
+    found["paper"] = [
+        {"ranks": world, "rows": n} | {way: paper(way, world, n) for way in WAYS}
+        for world, n in ((4, 65536), (64, 65536), (1024, 65536), (1024, 2**21))
+    ]
+    cases: dict[str, Callable[[], Any]] = {
+        "volume": lambda: [measure(world, 3072, 1) for world in args.volume],
+        "memory": lambda: measure(*args.memory, repeat=0),
+        "time": lambda: [measure(world, args.time[1], args.repeat) for world in (1, args.time[0])],
     }
-    alone, shared = found["time"]
-    found["ratios"] = {
-        "memory": found["memory"]["own rows"]["bytes"] / found["memory"]["gathered"]["bytes"],
-        "time": shared["own rows"]["seconds"] / alone["gathered"]["seconds"],
-        "processor": shared["own rows"]["processor"] / alone["gathered"]["processor"],
-        "processor_gathered": shared["gathered"]["processor"] / alone["gathered"]["processor"],
-    }
-    write_json(args.out, found | {"load": os.getloadavg(), "environment": environment(CPU)})
+    for part in parts:
+        found[part] = cases[part]()
+        found.setdefault("load", {})[part] = os.getloadavg()
+        found["ratios"] = ratios(found)
+        write_json(args.out, found | {"environment": environment(CPU)})
     print_table(
         ("ranks", "rows", "way", "ms", "processor ms", "extra MB", "sent MB", "on paper"),
         [
             (str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * c[way]['seconds']:.0f}",
              f"{1e3 * c[way]['processor']:.0f}", f"{c[way]['bytes'] / 1e6:.1f}", f"{c[way]['sent'] / 1e6:.3f}",
              f"{c[way]['sent_on_paper'] / 1e6:.3f}")
-            for c in (found["memory"], *found["time"], *found["volume"]) for way in WAYS
+            for part in parts for c in (found[part] if isinstance(found[part], list) else [found[part]]) for way in WAYS
         ],
         numbers=True,
     )  # fmt: skip
     print_table(("ratio", "own rows"), [(name, f"{x:.3f}") for name, x in found["ratios"].items()], numbers=True)
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Return the extra memory of own rows over that of gathered ones, and times of a rank over that of one process."""
+    result = {}
+    if "memory" in found:
+        result["memory"] = found["memory"]["own rows"]["bytes"] / found["memory"]["gathered"]["bytes"]
+    if "time" in found:
+        alone, shared = found["time"]
+        for name, kind, way in (("time", "seconds", "own rows"), ("processor", "processor", "own rows"),
+                                ("processor, gathered", "processor", "gathered")):  # fmt: skip
+            result[name] = shared[way][kind] / alone["gathered"][kind]
+    return result
 
 
 if __name__ == "__main__":
