@@ -120,7 +120,8 @@ class Step:
         samples = _without_pixels(batch, own)
 
         peers = ring.OwnRows(equal=True) if own else None
-        with _loss_plan(self.products, peers):
+        shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
+        with logsumexp.using(products=self.products, peers=peers, **({} if own else shares)):
             terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
             losses, state = split_state(terms)
             if self.variance:
@@ -176,10 +177,7 @@ class Step:
         return mixed_views(self.mixer, self.method, list(self.method.online_views(self.count)))
 
     def own_rows(self) -> bool:
-        """Return whether every rank computes the loss from its own rows (`nn.batch_sums`), not from those of all.
-
-        Groups over all ranks mix images of different ranks, so that a mixed row needs the rows of both.
-        """
+        """Return whether a rank computes the loss from its own rows; images mixed over all ranks need those of all."""
         return distributed.world() > 1 and self.method.own_rows and not (self.mixer is not None and self.synced)
 
     def _mixing(self, batch: Batch, step: int, own: bool) -> StepMixing | None:
@@ -256,13 +254,6 @@ def _without_pixels(batch: Batch, own: bool = False) -> Batch:
     return Batch(index, label, batch.seed, batch.epoch, group=_every(batch.group), same=_every(batch.same))
 
 
-def _loss_plan(products: logsumexp.MatmulPrecision, peers: ring.OwnRows | None) -> Any:
-    """Return the context of a loss: of own rows, or of all rows, whose products the ranks share."""
-    if peers is not None:
-        return logsumexp.using(products=products, peers=peers)
-    return logsumexp.using(products=products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_)
-
-
 def _compared(forward: grad_cache.GroupForward, orders: Orders, own: bool) -> Rows:
     """Return the rows that the loss reads, in the order of the batch: of all samples, or of own ones."""
     back = [None if order is None else order.argsort() for order in orders]
@@ -278,10 +269,9 @@ def _moved(x: Tensor, orders: Orders, own: bool) -> Tensor:
 
 
 def _returned(gradient: Tensor, orders: Orders, own: bool) -> Tensor:
-    """Return the gradient of own rows in the order of their groups, times the number of ranks.
+    """Return the gradient of own rows in the order of their groups, times the number of ranks, for the wrapper's mean.
 
-    The wrapper averages over ranks, but the gradient of the whole batch is the sum: hence the factor, which a loss of
-    own rows has already (`nn.batch_sums`).
+    The gradient of a loss of own rows has this factor already (`nn.batch_sums`).
     """
     if own:
         return _moved(gradient, orders, own)
