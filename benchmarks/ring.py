@@ -86,15 +86,15 @@ def once(way: str, own: Tensor, peers: Counted) -> tuple[Tensor, Tensor]:
     return loss.detach(), leaf.grad / world
 
 
-def case(rank: int, world: int, rows: int, repeat: int, folder: str) -> None:
-    """Run one rank: both ways in turn."""
+def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], folder: str) -> None:
+    """Run one rank: the ways in turn."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     samples = rows // VIEWS // world
     own = torch.randn(VIEWS, samples, WIDTH, generator=torch.Generator().manual_seed(rank))
-    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in WAYS}
+    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in ways}
     for number in range(repeat + 1):
-        for way in WAYS:
+        for way in ways:
             peers = Counted()
             memory.settle(CPU)
             dist.barrier()
@@ -114,20 +114,21 @@ def case(rank: int, world: int, rows: int, repeat: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def measure(world: int, rows: int, repeat: int) -> dict[str, Any]:
+def measure(world: int, rows: int, repeat: int, ways: Sequence[str] = WAYS) -> dict[str, Any]:
     """Return both ways on some ranks; every figure is the largest of the ranks, the median of the repetitions."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.start_processes(case, args=(world, rows, repeat, folder), nprocs=world)
+        torch.multiprocessing.start_processes(case, args=(world, rows, repeat, ways, folder), nprocs=world)
         ranks = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(world)]
     result: dict[str, Any] = {"ranks": world, "rows": rows}
-    for way in WAYS:
+    for way in ways:
         mine = [rank[way] for rank in ranks]
         worst = {key: max(statistics.median(one[key]) for one in mine) for key in ("seconds", "processor", "bytes")}
         result[way] = worst | {"sent": max(one["sent"] for one in mine), "loss": mine[0]["loss"].item()}
         result[way]["sent_on_paper"] = paper(way, world, rows)["sent_bytes"]
-    first, second = (torch.cat([rank[way]["gradient"] for rank in ranks], 1) for way in WAYS)
-    result["gradients_differ"] = ((first - second).norm() / first.norm()).item()
+    gradients = [torch.cat([rank[way]["gradient"] for rank in ranks], 1) for way in ways]
+    if len(gradients) == 2:
+        result["gradients_differ"] = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
     return result
 
 
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["memory", "time", "volume"], help="default: all; others are kept"
     )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of the memory case; the other is kept")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -150,7 +152,7 @@ def main() -> None:
     ]
     cases: dict[str, Callable[[], Any]] = {
         "volume": lambda: [measure(world, 3072, 1) for world in args.volume],
-        "memory": lambda: measure(*args.memory, repeat=0),
+        "memory": lambda: found.get("memory", {}) | measure(*args.memory, repeat=0, ways=args.ways),
         "time": lambda: [measure(world, args.time[1], args.repeat) for world in (1, args.time[0])],
     }
     for part in parts:

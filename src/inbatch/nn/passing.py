@@ -212,7 +212,8 @@ class _Ring:
         def first() -> None:
             nonlocal lse, mean
             own = Block(q, k, *self.pairs, self.plan)
-            lse, _, mean = own.sums(weighs=weighs, keep=exponentials.KEPT // self.peers.world if keeps else 0)
+            keep = min(exponentials.KEPT // self.peers.world, q.numel()) if keeps else 0  # at most as much as own rows
+            lse, _, mean = own.sums(weighs=weighs, keep=keep)
             self.kept = own.kept
 
         def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
