@@ -303,10 +303,45 @@ def scaled(found: dict[str, Any]) -> dict[str, str]:
     return {"scaling paper": "\n".join(lines) + "\n", "scaling cases": "\n".join(cases) + "\n", "scaling even": said}
 
 
+def passed(found: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of benchmarks/ring.py: gathered rows and own rows that pass from rank to rank."""
+    ways = ("gathered", "own rows")
+    heads = ["ranks", "rows", "way", "processor ms of a rank", "extra MB", "sent MB", "on paper"]
+    cases = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    for c in (found["memory"], *found["time"][1:], *found["volume"]):
+        for way in ways:
+            one = c[way]
+            cells = [str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * one['processor']:,.0f}",
+                     *(f"{one[key] / 1e6:.{digits}f}" for key, digits in
+                       (("bytes", 0), ("sent", 2), ("sent_on_paper", 2)))]  # fmt: skip
+            cases.append(f"| {' | '.join(cells)} |")
+    lines = [
+        "| ranks | rows | gathered: MB sent | rows held | own rows: MB sent | rows held |",
+        "| --- |" + " --- |" * 5,
+    ]
+    for s in found["paper"]:
+        cells = [f"{s[way]['sent_bytes'] / 1e6:,.0f} | {s[way]['rows']:,.0f}" for way in ways]
+        lines.append(f"| {s['ranks']:,} | {s['rows']:,} | {' | '.join(cells)} |")
+    ratio = found["ratios"]
+    most = (
+        f"Extra memory of own rows over that of gathered ones: {ratio['memory']:.2f} "
+        f"({found['memory']['ranks']} ranks, {found['memory']['rows']:,} rows). Processor time of a rank over that of "
+        f"one process: {ratio['processor']:.2f} ({found['time'][1]['ranks']} ranks, {found['time'][1]['rows']:,} rows; "
+        f"gathered: {ratio['processor, gathered']:.2f}). Load of the machine during these two: "
+        f"{found['load']['memory'][0]:.0f} and {found['load']['time'][0]:.0f}.\n"
+    )
+    return {"ring cases": "\n".join(cases) + "\n", "ring paper": "\n".join(lines) + "\n", "ring ratios": most}
+
+
 def fitted(page: Path) -> str:
     """Return a page with these tables between their markers, such as <!-- context-memory -->."""
     text = page.read_text()
-    made = {"context-memory": lambda found: {"context-memory": cards(found)}, "large-batch": grouped, "scaling": scaled}
+    made = {
+        "context-memory": lambda found: {"context-memory": cards(found)},
+        "large-batch": grouped,
+        "scaling": scaled,
+        "ring": passed,
+    }
     for file, tables in made.items():
         for name, new in tables(json.loads((HERE / f"{file}.json").read_text())).items():
             text = filled(text, name, new)

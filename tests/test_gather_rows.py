@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 import inbatch
 from inbatch import losses
 from inbatch.batch import Batch
-from inbatch.distributed import LocalRowsWarning, gather_rows
+from inbatch.distributed import LocalRowsWarning, gather_rows, own_rows
 from inbatch.errors import ConfigError
+from inbatch.nn.batch_sums import batch_count
 from inbatch.nn.functional import normalize
 from inbatch.nn.slicing import random_directions
 
@@ -40,7 +41,7 @@ LOSSES: dict[str, Loss] = {
     "lejepa": lambda z, y: losses.lejepa(z, random_directions(6, 5), 0.2)["loss"],
     "visreg": lambda z, y: losses.visreg(z, random_directions(6, 5))["loss"],
     "koleo": lambda z, y: losses.koleo(z),
-    "wmse": lambda z, y: losses.wmse(z[..., :4], torch.arange(len(y))[None], len(y))["loss"],
+    "wmse": lambda z, y: losses.wmse(z[..., :4], torch.arange(n := batch_count(len(y), z))[None], n)["loss"],
     "cluster_contrast": lambda z, y: sum(losses.cluster_contrast(z.softmax(-1), 1.0)),
     "proto_nce": lambda z, y: losses.proto_nce(z[0], z[1], torch.full((len(y),), 0.2)),
     "swapped_prediction": lambda z, y: losses.swapped_prediction(normalize(z), losses.sinkhorn(normalize(z))),
@@ -55,7 +56,7 @@ LOSSES: dict[str, Loss] = {
 assert LOSSES.keys() | {"sinkhorn"} == set(losses.__all__)
 
 
-def steps(shares: list[int], rank: int = 0, local: bool = False) -> dict[str, list[float]]:
+def steps(shares: list[int], rank: int = 0, local: bool = False, own_only: bool = False) -> dict[str, list[float]]:
     """Return value and gradient of every loss, as process `rank` computes them from its share of the samples."""
     torch.manual_seed(0)
     images = torch.randn(2, N, 5, dtype=torch.float64)
@@ -67,26 +68,31 @@ def steps(shares: list[int], rank: int = 0, local: bool = False) -> dict[str, li
     for name, loss in LOSSES.items():
         network.zero_grad()
         rows, y = model(images[:, own].flatten(0, 1)).unflatten(0, (2, -1)), label[own]
-        value = loss(rows, y) if local else loss(gather_rows(rows), gather_rows(y))
+        if own_only:
+            with own_rows():
+                value = loss(rows, y)
+        else:
+            value = loss(rows, y) if local else loss(gather_rows(rows), gather_rows(y))
         value.backward()
         results[name] = [value.item(), *torch.cat([p.grad.flatten() for p in network.parameters()]).tolist()]
     return results
 
 
-def ranks_steps(shares: list[int]) -> dict[str, list[float]]:
+def ranks_steps(shares: list[int]) -> list[dict[str, list[float]]]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", LocalRowsWarning)
-        return steps(shares, torch.distributed.get_rank())
+        return [steps(shares, torch.distributed.get_rank(), own_only=own_only) for own_only in (False, True)]
 
 
 @pytest.mark.parametrize("shares", [[7, 5], pytest.param([4, 4, 4], marks=pytest.mark.slow),
                                     pytest.param([3, 8, 1], marks=pytest.mark.slow)])  # fmt: skip
-def test_every_loss_of_gathered_rows_is_that_of_one_process(shares: list[int]) -> None:
+def test_every_loss_of_gathered_or_own_rows_is_that_of_one_process(shares: list[int]) -> None:
     """Value and gradient under DistributedDataParallel, also with shares of different size, without a warning."""
     expected = steps([N])
     for found in on_ranks(len(shares), ranks_steps, shares):
         for name in LOSSES:
-            assert found[name] == pytest.approx(expected[name], rel=0, abs=1e-12), name
+            for way in found:
+                assert way[name] == pytest.approx(expected[name], rel=0, abs=1e-12), name
 
 
 def local_steps() -> tuple[list[str], dict[str, list[float]]]:

@@ -36,7 +36,7 @@ MAY: dict[str, set[str]] = {
     "context": {"batch", "errors", "rng", "context"},
     "methods": {"batch", "errors", "rng", "nn", "methods.base"},
     "losses": {"distributed", "nn", "methods"},
-    "distributed": {"errors", "nn.logsumexp", "runtime.distributed"},
+    "distributed": {"errors", "nn.logsumexp", "runtime.distributed", "runtime.ring"},
     "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
     | {"training.grad_cache", "training.mixing"},
     "training.grad_cache": {"batch", "models"},
@@ -49,7 +49,7 @@ NEVER: dict[str, set[str]] = {"evaluation": {"methods", "models", "training"}}
 """Room -> rooms that it must not import."""
 
 ONLY: dict[str, set[str]] = {
-    "torch.distributed": {"distributed", "runtime.distributed", "testing", "models.sharded_weights"},
+    "torch.distributed": {"distributed", "runtime.distributed", "runtime.ring", "testing", "models.sharded_weights"},
     "torch.nn.parallel": {"runtime.distributed", "training.cached_step"},
     "pydantic": {"training.recipe", "training.registry", "apps.cli", "apps.papers"},
     "typer": {"apps.cli"},
@@ -80,7 +80,7 @@ LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "los
 LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
 LIBRARIES |= {"context.mixing": FEW | {"scipy"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
-LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store")}
+LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store", "ring")}
 LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
 """Package or file -> the libraries that it may import in addition to the standard library."""
 
@@ -92,7 +92,7 @@ LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "trit
 EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
 """Modules that are themselves imported in functions only, or by the user."""
 
-DEVICES = {"nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}
+DEVICES = {"nn.exponentials", "nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}
 """Modules that choose an algorithm or the size of its parts by device; only they may read the type of the device."""
 
 

@@ -141,6 +141,10 @@ class Mixture:
         """Return the weighted sum (M, D) of the rows of the two samples, for rows (N, D) of the batch."""
         return (self.weight[..., None] * rows[self.positive]).sum(0)
 
+    def shared(self, losses: Tensor) -> Tensor:
+        """Return the loss (M,) of each mixed image: of losses (2, M), those of its two samples by their shares."""
+        return (self.weight * losses).sum(0)
+
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean over the mixed images of losses (2, M), one for each of the two samples, by their shares."""
-        return (self.weight * losses).sum(0).mean()
+        return self.shared(losses).mean()

@@ -3,11 +3,18 @@
     loss = inbatch.losses.nt_xent(gather_rows(model(views)))  # model: DistributedDataParallel
     loss.backward()
 
-The methods of this package do not need it: their step gathers rows itself.
+With `own_rows`, no process holds the rows of all:
+
+    with own_rows():
+        loss = inbatch.losses.nt_xent(model(views))
+    loss.backward()
+
+The methods of this package need neither: their step does it.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,8 +26,9 @@ from torch.autograd.function import BackwardCFunction
 from inbatch.errors import ConfigError
 from inbatch.nn import logsumexp
 from inbatch.runtime.distributed import world
+from inbatch.runtime.ring import OwnRows
 
-__all__ = ["LocalRowsWarning", "gather_rows"]
+__all__ = ["LocalRowsWarning", "gather_rows", "own_rows"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +67,27 @@ def gather_rows(rows: Tensor, *, dim: int | None = None, group: Any = None) -> T
     dim = max(rows.ndim - 2, 0) if dim is None else dim % max(rows.ndim, 1)
     gathered: Tensor = _Gather.apply(rows, dim, _sizes(rows, dim, group), group)
     return gathered
+
+
+@contextmanager
+def own_rows(group: Any = None) -> Iterator[None]:
+    """Compute the losses of `inbatch.losses` of the whole batch, on every process from its own rows.
+
+    Rows pass from process to process in blocks, or are added up, so that memory decreases with the number of processes;
+    a part of an equation that needs all rows at once (the sorted projections of VISReg, the singular values of MMCR)
+    gathers what it needs. Labels, groups and indices that a loss takes are those of own samples. As with `gather_rows`,
+    the value is equal on all processes, processes may hold different numbers of samples, and the mean of the gradients
+    over processes in DistributedDataParallel is the gradient of the loss of the whole batch. Call the loss and its
+    backward pass on every process, in the same order. With one process it changes nothing.
+
+    Args:
+        group: process group of torch.distributed; by default all processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        yield
+        return
+    with logsumexp.using(peers=OwnRows(group)):
+        yield
 
 
 def _sizes(rows: Tensor, dim: int, group: Any) -> list[int]:
@@ -135,9 +164,9 @@ def _check(name: str, tensors: list[Tensor]) -> None:
     if not _passes_processes(nodes):
         warnings.warn(
             f"{name} compares the samples of a batch, and there are {world()} processes, but its rows come from this "
-            "process only: the gradient, averaged over processes, is not that of the whole batch. Pass "
-            f"{name}(inbatch.distributed.gather_rows(rows)), or ignore inbatch.distributed.LocalRowsWarning if each "
-            "process has a batch of its own by intention",
+            "process only: the gradient, averaged over processes, is not that of the whole batch. Call it within "
+            f"inbatch.distributed.own_rows(), pass {name}(inbatch.distributed.gather_rows(rows)), or ignore "
+            "inbatch.distributed.LocalRowsWarning if each process has a batch of its own by intention",
             LocalRowsWarning, stacklevel=4,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inbatch.nn import logsumexp, triton_logsumexp
+from inbatch.nn import exponentials, logsumexp, triton_logsumexp
 
 Case = tuple[str, int, int, int, bool, float, str, tuple[int, int] | None]
 """Name, rows, columns, width, others, temperature, products, and the range of rows to compute (None: all)."""
@@ -141,11 +141,13 @@ def through_tiled() -> dict[str, float]:
         told[name] = error(answers[1], answers[0])
 
         plans = [logsumexp.LogSumExpConfig(rank=rank, world=2) for rank in range(2)]
-        parts = [logsumexp._kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans]
+        parts = [
+            exponentials.kernel_sums(q, None if keys is q else keys, 10.0, others, False, plan)[0] for plan in plans
+        ]
         lse = parts[0] + parts[1]
         needs = (*learn, False)[:2]
         given = q, None if keys is q else keys, lse, 2 * lse, 10.0, others, needs
-        shares = [[x for x in logsumexp._kernel_gradients(*given, plan) if x is not None] for plan in plans]
+        shares = [[x for x in exponentials.kernel_gradients(*given, plan) if x is not None] for plan in plans]
         told[f"{name}, two ranks"] = error([lse, *(a + b for a, b in zip(*shares, strict=True))], answers[0])
     return told
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inbatch import api, losses
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
-from inbatch.nn import cpu_matmul, logsumexp, tiles
+from inbatch.nn import cpu_matmul, exponentials, logsumexp, passing, tiles
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
 
 
@@ -172,7 +172,7 @@ def test_kept_tiles_change_no_bit_and_are_limited(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiles, "TILE", 7)
     found: dict[int, list[torch.Tensor]] = {}
     for most in (0, 500, 10**6):
-        monkeypatch.setattr(logsumexp, "KEPT", most)
+        monkeypatch.setattr(exponentials, "KEPT", most)
         found[most], u, k = [], rows(40, 4).requires_grad_(), rows(30, 4, seed=1).requires_grad_()
         same = torch.arange(40) // 2
         for keys, options in ((u, {"exclude_self": True}), (k, {}), (u, {"weights": logsumexp.SameGroup(same, same)})):
@@ -262,7 +262,7 @@ def test_nearest() -> None:
 
 
 def train_one(variant: str, groups: int) -> dict:
-    logsumexp.LEAST, tiles.TILE, tiles.APART = 0, 5, 0
+    logsumexp.LEAST, passing.LEAST, tiles.TILE, tiles.APART = 0, 0, 5, 0
     return train(variant, N, groups)
 
 

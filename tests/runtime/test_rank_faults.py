@@ -19,7 +19,9 @@ from rank_pool import _context, on_ranks
 
 import inbatch
 from inbatch.data import open_data, write_folder
+from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
+from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store
 from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.training.metric_logger import Log
@@ -146,23 +148,37 @@ def endless(fault: str, bad: int) -> str:
     return "never"
 
 
-def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: Any) -> None:
+def endless_ring(fault: str, bad: int) -> str:
+    """Compute losses of own rows; one rank fails in the third, while the others wait for its block."""
+    for step in range(10_000):
+        z = torch.randn(2, 4, 8 + (fault == "differs" and step == 3 and distributed.rank() == bad)).requires_grad_()
+        if step == 3 and distributed.rank() == bad and fault == "dies":
+            os._exit(1)
+        if step == 3 and distributed.rank() == bad and fault == "hangs":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with own_rows():
+            loss = nt_xent(z)
+        loss.backward()
+    return "never"
+
+
+def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: Any, ring: bool = False) -> None:
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
         with distributed.process_group(timeout=TIMEOUT):
-            endless(fault, bad)
+            (endless_ring if ring else endless)(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))
 
 
-def ends(world: int, fault: str, bad: int, heard: int) -> dict[int, tuple[Any, ...]]:
+def ends(world: int, fault: str, bad: int, heard: int, ring: bool = False) -> dict[int, tuple[Any, ...]]:
     """Return how ranks end after one fails: {rank: (kind, sentence, speaks, when)} of the first `heard`."""
     with tempfile.TemporaryDirectory() as folder:
         answers = _context.Queue()
         children = [
-            _context.Process(target=unhappy, args=(r, world, folder, fault, bad, answers)) for r in range(world)
+            _context.Process(target=unhappy, args=(r, world, folder, fault, bad, answers, ring)) for r in range(world)
         ]
         for child in children:
             child.start()
@@ -268,3 +284,19 @@ def test_where_rank_0_dies_another_writes_the_report(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["status"] == "failed" and "lost rank 0" in report["reason"]
     assert report["last_step"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("hangs", 2)])
+def test_a_rank_that_is_lost_while_rows_pass_is_named_by_all_others(fault: str, bad: int) -> None:
+    found = ends(4, fault, bad, heard=3, ring=True)
+    assert sorted(found) == [r for r in range(4) if r != bad]
+    for kind, sentence, _, _ in found.values():
+        assert kind == "RankError" and f"lost rank {bad}:" in sentence, sentence
+
+
+@pytest.mark.slow
+def test_a_rank_with_other_rows_is_named_before_rows_pass() -> None:
+    found = ends(3, "differs", 2, heard=3, ring=True)
+    for kind, sentence, *_ in found.values():
+        assert kind == "ConfigError" and "rank 2 torch.float32 of shape (8, 9)" in sentence, sentence

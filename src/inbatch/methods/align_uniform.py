@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_logsumexp, batch_mean
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -20,15 +21,15 @@ def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0
     rows. Because |u_i - u_j|^2 = 2 - 2 u_i . u_j for unit rows, U is a log-sum-exp of products at the temperature
     1 / 2t, and no matrix is held.
     """
-    if z.shape[0] != 2 or z.shape[1] < 2:
+    n = batch_count(z.shape[1], z)
+    if z.shape[0] != 2 or n < 2:
         raise ValueError(f"uniformity needs 2 views of at least 2 samples, got {tuple(z.shape)}")
     check_power(alpha)
     u = normalize(z)
-    n = u.shape[1]
-    pairs = torch.stack([logsumexp_excluding_self(view, 1 / (2 * t)).logsumexp(0) for view in u])
+    pairs = torch.stack([batch_logsumexp(logsumexp_excluding_self(view, 1 / (2 * t))) for view in u])
     uniformity = pairs.mean() - math.log(n * (n - 1)) - 2 * t
     squares = (u[0] - u[1]).square().sum(-1)
-    alignment = (squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha).mean()
+    alignment = batch_mean(squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha)
     return {"loss": alignment + weight * uniformity, "alignment": alignment, "uniformity": uniformity}
 
 
@@ -60,6 +61,7 @@ class AlignUniform(Method):
         },
         "digits": {"source": "inbatch, embedded data"},
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, t: float = 2.0, weight: float = 1.0, alpha: float = 2.0, hidden_dim: int | None = None,
                  out_dim: int = 128, layers: int = 2) -> None:  # fmt: skip

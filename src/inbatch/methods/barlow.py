@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum, batch_var
 from inbatch.nn.functional import nan_if_overflow, product, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -19,8 +20,11 @@ def cross_correlation(
 
     Zbontar et al. 2021, Eq. 2; eps is added to the (biased) variances, as in batch normalisation.
     """
-    a, b = ((x - x.mean(0)) / nan_if_overflow((x.var(0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
-    return product(a.T, b) / len(a)
+    a, b = (
+        (x - batch_mean(x, 0)) / nan_if_overflow((batch_var(x, 0, correction=0) + eps).sqrt())
+        for x in (wide(a), wide(b))
+    )
+    return batch_sum(product(a.T, b)) / batch_count(len(a), a)
 
 
 def barlow_twins(z: Float[Tensor, "v n d"], lambd: float = 0.0051, scale: float = 1.0) -> Losses:
@@ -29,7 +33,7 @@ def barlow_twins(z: Float[Tensor, "v n d"], lambd: float = 0.0051, scale: float 
     Also returns its terms "on_diagonal" and "off_diagonal". All are averaged over pairs of views; rows are not
     normalised.
     """
-    if z.shape[0] < 2 or z.shape[1] < 2:
+    if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"Barlow Twins needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     on, off = [], []
     for a, b in combinations(wide(z), 2):
@@ -64,6 +68,7 @@ class BarlowTwins(Method):
         },
         "digits": {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.out_dim": 256},
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, lambd: float = 0.0051, scale: float = 1.0, hidden_dim: int = 8192, out_dim: int = 8192,
                  layers: int = 3) -> None:  # fmt: skip

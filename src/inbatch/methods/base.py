@@ -14,6 +14,9 @@ from inbatch.nn.negatives import Negatives
 
 MixedKeys = Literal["other", "same", "none"]
 
+_EQUATIONS = {"loss", "mixed_loss", "negatives_of", "on_gradients", "after_step"}
+"""Hooks that get rows, or the samples of a batch."""
+
 
 class Method(nn.Module):
     """A learning objective over the rows of the whole batch.
@@ -33,6 +36,9 @@ class Method(nn.Module):
     weighting: what the recipe's `negatives` sets for the equation, once for the run.
     mixed_keys: views with which `mixed_loss` compares a mixed view: the "other" views of its samples, the "same" view,
         or "none" (labels are the target). None: the equation has no soft targets, so that images cannot be mixed.
+    own_rows: whether `loss`, `mixed_loss` and `after_step` reach the other samples of the batch through
+        `nn.batch_sums` and `nn.logsumexp` alone, so that on several ranks each may get its own rows (V, B, D), with the
+        index and label of its B samples. A subclass that overrides one of them states it again.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
@@ -46,6 +52,7 @@ class Method(nn.Module):
     negatives: ClassVar[tuple[str, ...]] = ()
     weighting: Negatives | None = None
     mixed_keys: MixedKeys | None = None
+    own_rows: ClassVar[bool] = False
     momentum: float
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -56,8 +63,13 @@ class Method(nn.Module):
         return method
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a method called `momentum`: the hook is `target_momentum`, and `self.momentum` is a number."""
+        """Refuse a method called `momentum`: the hook is `target_momentum`, and `self.momentum` is a number.
+
+        A subclass with equations of its own does not inherit `own_rows`.
+        """
         super().__init_subclass__(**options)
+        if "own_rows" not in cls.__dict__ and _EQUATIONS & cls.__dict__.keys():
+            cls.own_rows = False
         if callable(cls.__dict__.get("momentum")):
             raise TypeError(f"{cls.__name__}.momentum is a number: define target_momentum(self, progress) instead")
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
@@ -21,9 +22,9 @@ def byol(
     twice the mean over ordered pairs of views. Rows are normalised inside, targets carry no gradient.
     scale: "cosine" is the mean of -cos(p_i, t_j), as in lightly: a quarter of l, minus 1.
     """
-    if p.shape != t.shape or len(p) < 2 or not p.shape[1]:
+    if p.shape != t.shape or len(p) < 2 or not batch_count(p.shape[1], p):
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
-    cos = (normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1).mean()
+    cos = batch_mean((normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1))
     return 4 - 4 * cos if scale == "distance" else -cos
 
 
@@ -58,6 +59,7 @@ class BYOL(Method):
             "source": "inbatch, embedded data; docs/methods/byol.md explains norm",
             "method.momentum": 0.9, "method.hidden_dim": 256, "method.out_dim": 64, "method.norm": True},
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, momentum: float = 0.996, hidden_dim: int = 4096, out_dim: int = 256, predictor: bool = True,
                  norm: bool = False, scale: Literal["distance", "cosine"] = "distance") -> None:  # fmt: skip
@@ -77,7 +79,7 @@ class BYOL(Method):
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         t = mixture.blend(normalize(keys["projection"].detach()).mean(0))
-        cos = (normalize(query["prediction"]) * t).sum(-1).mean()
+        cos = batch_mean((normalize(query["prediction"]) * t).sum(-1))
         return 4 - 4 * cos if self.scale == "distance" else -cos
 
     def target_momentum(self, progress: float) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, replicated, whole
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -20,11 +21,11 @@ def contrast(x: Float[Tensor, "v n d"], temperature: float, negatives: Negatives
     Li et al. 2021: Eq. 2 and 3 for samples, Eq. 5 for clusters. Also averaged over the V - 1 positives of each.
     negatives: which vectors are negatives, and how they count; None: all others alike.
     """
-    if x.shape[0] < 2 or x.shape[1] < 2:
+    if x.shape[0] < 2 or batch_count(x.shape[1], x) < 2:
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
     u = normalize(x)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    return (log_in_batch(u, temperature, negatives) - positive).mean()
+    return batch_mean(log_in_batch(u, temperature, negatives) - positive)
 
 
 def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -33,10 +34,11 @@ def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tup
     The second is log K + sum_k m_k log m_k, with m the clusters' shares of a view, added over two views (twice the
     mean over V): 0 if all are equal, 2 log K if one cluster has everything.
     """
-    p = wide(p)
+    p = whole(wide(p), 1)  # few columns, which are compared along all samples
     share = p.sum(1) / p.sum((1, 2))[:, None]
     uneven = math.log(p.shape[2]) + torch.xlogy(share, share.clamp(min=torch.finfo(p.dtype).tiny)).sum(1)
-    return contrast(p.transpose(1, 2), temperature), 2 * uneven.mean()
+    with replicated():
+        return contrast(p.transpose(1, 2), temperature), 2 * uneven.mean()
 
 
 class CC(Method):
@@ -60,6 +62,7 @@ class CC(Method):
         "image_size": 224, "encoder.name": "resnet34"}  # fmt: skip
     _imagenet = _224 | {"source": "the same for ImageNet-10", "views.strength": 1.0, "views.blur": 0.5}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar224": _224}
+    own_rows = True
 
     def __init__(self, num_clusters: int | None = None, temperature: float = 0.5, cluster_temperature: float = 1.0,
                  out_dim: int = 128, entropy_weight: float = 1.0) -> None:  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_softmax
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -24,7 +25,8 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
     symmetric: all ordered pairs, else view 0 with every other. detach: no gradient through w.
     negatives: which samples count in the sum, and how; without any, the sum's logarithm is left out.
     """
-    if z.shape[0] < 2 or z.shape[1] < 2:
+    n = batch_count(z.shape[1], z)
+    if z.shape[0] < 2 or n < 2:
         raise ValueError(f"DCL needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
     losses = []
@@ -32,14 +34,14 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
         if symmetric or i == 0:
             positive = (u[i] * u[j]).sum(-1)
             one = torch.ones_like(positive)
-            weight = one if sigma is None else 2 - len(one) * scale_by_temperature(positive, sigma).softmax(0)
+            weight = one if sigma is None else 2 - n * batch_softmax(scale_by_temperature(positive, sigma))
             if negatives is None:
                 pairs = [logsumexp_excluding_self(u[i], temperature, *keys) for keys in ((), (u[j],))]
                 negative = torch.logaddexp(*pairs)
             else:
                 negative = negatives.log_sum(u[i, None], u[[i, j]], positive[None, None], temperature)[0]
                 negative = negative.masked_fill(negative == -torch.inf, 0)
-            losses.append((negative - (weight.detach() if detach else weight) * positive / temperature).mean())
+            losses.append(batch_mean(negative - (weight.detach() if detach else weight) * positive / temperature))
     return torch.stack(losses).mean()
 
 
@@ -64,6 +66,7 @@ class DCL(Method):
     }  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, weighted: bool = False, sigma: float = 0.5, symmetric: bool = True,
                  detach: bool = False, hidden_dim: int | None = None, out_dim: int = 128) -> None:  # fmt: skip

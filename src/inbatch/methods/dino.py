@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
+from inbatch.nn.batch_sums import batch_mean
 from inbatch.nn.functional import cross_prediction, koleo, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -48,6 +49,7 @@ class DINO(Method):
         "method.teacher_temperature": 0.01, "method.warmup_epochs": 0, "method.num_prototypes": 256,
         "method.hidden_dim": 256, "method.bottleneck_dim": 32, "method.norm": True}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, teacher_temperature: float = 0.07, warmup_temperature: float = 0.04,
                  warmup_epochs: int = 30, momentum: float = 0.996, center_momentum: float = 0.9,
@@ -83,7 +85,7 @@ class DINO(Method):
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
         p = scale_by_temperature(wide(keys["prototypes"].detach()) - self.center, heat).softmax(-1).mean(0)
         log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
-        return -(mixture.blend(p) * log).sum(-1).mean()
+        return -batch_mean((mixture.blend(p) * log).sum(-1))
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)
@@ -93,4 +95,4 @@ class DINO(Method):
             heads["prototypes"].zero_grad()
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.center.lerp_(target["prototypes"].flatten(0, 1).mean(0).to(self.center), 1 - self.center_momentum)
+        self.center.lerp_(batch_mean(target["prototypes"].flatten(0, 1), 0).to(self.center), 1 - self.center_momentum)

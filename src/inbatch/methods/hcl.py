@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -26,10 +27,10 @@ def hcl(
     beta = 0: the debiased loss (Chuang et al. 2020, Eq. 8); with tau_plus = 0, too: NT-Xent.
     negatives: samples that are left out, in `same`.
     """
-    if z.shape[0] < 2 or z.shape[1] < 2:
+    if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"HCL needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u, chosen = normalize(z), replace(negatives or Negatives(), tau_plus=tau_plus, beta=beta)
-    return (log_in_batch(u, temperature, chosen) - other_views(u).mean(0) / temperature).mean()
+    return batch_mean(log_in_batch(u, temperature, chosen) - other_views(u).mean(0) / temperature)
 
 
 class HCL(Method):
@@ -53,6 +54,7 @@ class HCL(Method):
     _debiased = _hcl | {"source": "chingyaoc/DCL, main.py: the same with beta 0", "epochs": 500, "method.beta": 0.0}
     _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _hcl, "hcl": _hcl, "debiased": _debiased, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0,
                  hidden_dim: int | None = None, out_dim: int = 128) -> None:  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.global_contrast import global_contrast, updated
 from inbatch.nn.heads import Head, hidden_widths, mlp
@@ -51,6 +52,7 @@ class ISogCLR(Method):
         "schedule.scaling": "sqrt", "batch_size": 256}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2, "method.rho": 0.4}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, tau_min: float = 0.05, tau_max: float = 1.0, rho: float = 6.0,
                  eta: float = 1e-3, beta: float = 0.9, clip: float | None = 3.0, gamma: float = 0.8,
@@ -80,4 +82,4 @@ class ISogCLR(Method):
         slope = self.slope[batch.index].lerp(slope.clamp(-self.clip, self.clip).to(tau.dtype), self.beta)
         new = {"log_s": log_s, "tau": (tau - self.eta * slope).clamp(self.tau_min, self.tau_max), "slope": slope}
         state = {f"state.{k}": updated(getattr(self, k), batch.index, x) for k, x in new.items()}
-        return {"loss": loss, "temperature": tau.mean(), **state}
+        return {"loss": loss, "temperature": batch_mean(tau), **state}

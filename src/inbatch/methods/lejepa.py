@@ -53,6 +53,7 @@ class LeJEPA(Method):
         "schedule.end": 0.5, "schedule.scaling": "none"}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.hidden_dim": 256}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "minimal": _minimal, "vit": _vit, "digits": _digits}
+    own_rows = True
 
     def __init__(self, lamb: float = 0.02, slices: int = 256, global_views: int | None = None,
                  samples: Literal["view", "all"] = "view", scale: Literal["count", "one"] = "count",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_mean, whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -39,7 +40,8 @@ def mmcr(
         teacher = normalize(target.detach())
         centre = (centre + teacher.mean(0)) / 2
         rows = torch.cat([u, teacher]) if local == "all" else u
-    losses = {"global": nuclear_norm(centre)} | ({"local": nuclear_norm(rows.transpose(0, 1)).mean()} if lmbda else {})
+    losses = {"global": nuclear_norm(whole(centre))}
+    losses |= {"local": batch_mean(nuclear_norm(rows.transpose(0, 1)))} if lmbda else {}
     return {"loss": lmbda * losses.get("local", 0.0) - losses["global"]} | losses
 
 
@@ -64,6 +66,7 @@ class MMCR(Method):
     _digits = {"source": "inbatch, embedded data", "views.num_views": 4, "method.hidden_dim": 256, "method.layers": 2,
         "method.out_dim": 64}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, lmbda: float = 0.0, momentum: float = 0.0, local: Literal["online", "all"] = "online",
                  hidden_dim: int = 8192, layers: int = 3, out_dim: int = 512) -> None:  # fmt: skip

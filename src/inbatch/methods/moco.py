@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import whole
 from inbatch.nn.functional import info_nce, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -43,6 +44,7 @@ class MoCo(Method):
         "source": "light-moco, moco/builder.py: hidden layer, both directions; share and keys are inbatch's",
         "method.hidden_dim": 2048, "method.symmetric": True, "method.smooth": 0.2}  # fmt: skip
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "light": _light, "cifar": _cifar, "digits": _ours}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.07, queue_size: int = 65536, momentum: float = 0.999, layers: int = 1,
                  hidden_dim: int | None = None, out_dim: int = 128, symmetric: bool = False, smooth: float = 0.0,
@@ -79,4 +81,4 @@ class MoCo(Method):
         return torch.stack(losses).mean() * (2 if self.symmetric else 1)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(target["projection"].flatten(0, 1)))
+        self.queue.push(normalize(whole(target["projection"], 1).flatten(0, 1)))

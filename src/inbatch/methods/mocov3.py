@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -24,11 +25,11 @@ def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1
     gradient. Two views: ctr(q_1, k_2) + ctr(q_2, k_1); more: twice the mean over ordered pairs of views.
     negatives: whose keys are negatives, and how they count; None: those of all other samples alike.
     """
-    if q.shape != k.shape or not len(q):
+    if q.shape != k.shape or not batch_count(len(q), q):
         raise ValueError(f"MoCo v3 needs a key for every query, got queries {tuple(q.shape)}, keys {tuple(k.shape)}")
     q, k = normalize(q), normalize(k.detach())
     positive = (q * k).sum(-1) / temperature
-    return 2 * temperature * (log_across(q, k, temperature, negatives) - positive).mean()
+    return 2 * temperature * batch_mean(log_across(q, k, temperature, negatives) - positive)
 
 
 class MoCoV3(Method):
@@ -60,6 +61,7 @@ class MoCoV3(Method):
         "digits": {
             "source": "inbatch, embedded data",
             "method.temperature": 0.2, "method.hidden_dim": 256, "method.out_dim": 64}}  # fmt: skip
+    own_rows = True
 
     def __init__(self, temperature: float = 1.0, momentum: float = 0.99, layers: int = 2, hidden_dim: int = 4096,
                  out_dim: int = 256, last_norm: bool = False) -> None:  # fmt: skip

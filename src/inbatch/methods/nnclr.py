@@ -9,6 +9,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.functional import nearest, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -36,13 +37,13 @@ def nnclr(
     carry no gradient. contrast: "nt_xent" (lightly) is NT-Xent of the pair: both ways, with negatives of the same side.
     negatives: which samples are negatives, and how they count; None: all other samples alike.
     """
-    if near.shape != p.shape or len(p) < 2:
+    if near.shape != p.shape or batch_count(len(p), p) < 2:
         raise ValueError(f"NNCLR needs a neighbour for each of 2 rows, got {tuple(near.shape)} and {tuple(p.shape)}")
     near, p = normalize(near.detach()), normalize(p)
-    positive = (near * p).sum(-1).mean() / temperature
+    positive = batch_mean((near * p).sum(-1)) / temperature
     if contrast == "one_way":
-        return log_across(near, p, temperature, negatives).mean() - positive
-    return log_in_batch(torch.stack([near, p]), temperature, negatives).mean() - positive
+        return batch_mean(log_across(near, p, temperature, negatives)) - positive
+    return batch_mean(log_in_batch(torch.stack([near, p]), temperature, negatives)) - positive
 
 
 class NNCLR(Method):
@@ -64,6 +65,7 @@ class NNCLR(Method):
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": {
         "source": "inbatch, embedded data", "method.temperature": 0.2, "method.queue_size": 2048,
         "method.hidden_dim": 256, "method.pred_hidden_dim": 256, "method.out_dim": 64}}  # fmt: skip
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, queue_size: int = 98304, hidden_dim: int = 2048,
                  pred_hidden_dim: int = 4096, out_dim: int = 256, contrast: Contrast = "one_way") -> None:  # fmt: skip
@@ -84,4 +86,4 @@ class NNCLR(Method):
         return {"loss": torch.stack([nnclr(a[0], b[1], *options) for a, b in pairs]).mean()}
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(online["projection"][0]))
+        self.queue.push(normalize(whole(online["projection"][0])))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
@@ -21,8 +22,11 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     if not 0 < len(q) <= len(columns):
         raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
     q, keys = normalize(q), normalize(columns).to(wide(q)) / density.to(wide(q))[:, None]
-    negative = logsumexp_rows(q, keys if counts is None else keys[counts], 1.0)
-    return (negative - (q * keys[: len(q)]).sum(-1)).mean()
+    own, others = keys.tensor_split([len(q)])
+    if counts is not None:
+        own, others = own[counts[: len(q)]], others[counts[len(q) :]]
+    negative = logsumexp_rows(q, own, 1.0, others)
+    return batch_mean(negative - (q * keys[: len(q)]).sum(-1))
 
 
 class PCL(Method):
@@ -43,6 +47,7 @@ class PCL(Method):
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "inbatch, embedded data",
         "method.momentum": 0.99, "method.queue_size": 1024, "method.warmup_epochs": 5,
         "method.num_clusters": (25, 50, 100)}}  # fmt: skip
+    own_rows = True
 
     def __init__(self, temperature: float = 0.2, queue_size: int = 16384, momentum: float = 0.999,
                  warmup_epochs: int = 20, num_clusters: tuple[int, ...] = (25000, 50000, 100000),
@@ -73,7 +78,7 @@ class PCL(Method):
         return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(target["projection"][0]))
+        self.queue.push(normalize(whole(target["projection"][0])))
 
     def surveys(self, epoch: int) -> bool:
         return epoch >= self.warmup_epochs

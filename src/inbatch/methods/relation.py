@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.functional import logsumexp_rows, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -25,13 +26,13 @@ def relation(s: Float[Tensor, "m d"], t: Float[Tensor, "n d"], queue: Float[Tens
     no matrix is held. candidates: "own" leaves out the other rows of the batch, as in the authors' code.
     mixture: s are rows of mixed images; the loss is that of their two samples i, by share.
     """
-    if (mixture is None and s.shape != t.shape) or not len(s):
+    if (mixture is None and s.shape != t.shape) or not batch_count(len(s), s):
         raise ValueError(f"every row needs a row of the teacher, got {tuple(s.shape)} and {tuple(t.shape)}")
     s, t = normalize(s), normalize(t.detach())
-    keys = torch.cat([*([t] if candidates == "batch" else []), queue.to(s.dtype)])
+    keys, bank = t if candidates == "batch" else None, queue.to(s.dtype)
 
     def log_sum(x: Tensor, own: Tensor, temperature: float) -> Tensor:
-        sums = logsumexp_rows(x, keys, temperature)
+        sums = logsumexp_rows(x, keys, temperature, bank)
         return sums if candidates == "batch" else torch.logaddexp((x * own).sum(-1) / temperature, sums)
 
     with torch.enable_grad(), torch.autocast(t.device.type, enabled=False):  # of the products in the gradient, too
@@ -39,7 +40,7 @@ def relation(s: Float[Tensor, "m d"], t: Float[Tensor, "n d"], queue: Float[Tens
         (slope,) = torch.autograd.grad(log_sum(leaf, t, teacher_temperature).sum(), leaf)
     own, slope = (t, slope) if mixture is None else (t[mixture.positive], slope[mixture.positive])
     losses = log_sum(s, own, temperature) - (s * slope).sum(-1) * (teacher_temperature / temperature)
-    return losses.mean() if mixture is None else mixture.mean(losses)
+    return batch_mean(losses if mixture is None else mixture.shared(losses))
 
 
 class Relation(Method):
@@ -58,6 +59,7 @@ class Relation(Method):
         "schedule.warmup_epochs": 0, "method.temperature": 0.2, "method.teacher_temperature": 1e-4,
         "method.queue_size": 65536, "method.candidates": "own"}  # fmt: skip
     presets = {"imagenet": _ours | {"views.name": "mocov2"}, "cifar": _ours, "seed": _seed}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.04, teacher_temperature: float = 0.04, queue_size: int = 4096,
                  hidden_dim: int | None = None, candidates: Literal["batch", "own"] = "batch") -> None:  # fmt: skip
@@ -84,4 +86,4 @@ class Relation(Method):
         return relation(query["projection"], keys["features"][0], *how)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(target["features"][0]))
+        self.queue.push(normalize(whole(target["features"][0])))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.pair_weights import SameGroup
@@ -24,13 +25,13 @@ def pairwise_sigmoid(
     others; with V > 2, the mean over pairs of views. scale and bias are t and b, numbers or one per row (V, N): those
     of the first view of a pair are used.
     """
-    if z.shape[0] < 2 or not z.shape[1]:
+    if z.shape[0] < 2 or not batch_count(z.shape[1], z):
         raise ValueError(f"the sigmoid loss needs at least 2 views of a sample, got {tuple(z.shape)}")
     u = normalize(z)
     t, b = (torch.as_tensor(x, dtype=u.dtype, device=u.device).expand(u.shape[:2]) for x in (scale, bias))
     groups = None if group is None else SameGroup(group, group)
     sums = [sigmoid_sum(u[i] * t[i, :, None], u[j], b[i], groups) for i, j in combinations(range(len(u)), 2)]
-    return torch.stack(sums).mean() / u.shape[1]
+    return torch.stack(sums).mean() / batch_count(u.shape[1], u)
 
 
 class ScaledRows(nn.Module):
@@ -60,6 +61,7 @@ class Sigmoid(Method):
         "cifar": _coco | {"views.name": "simclr_cifar", "epochs": 500, "schedule.warmup_epochs": 10},
         "digits": {"source": "inbatch, embedded data", "method.layers": 2},
     }
+    own_rows = True
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, hidden_dim: int | None = None, out_dim: int = 128,
                  layers: int = 3) -> None:  # fmt: skip
@@ -76,4 +78,4 @@ class Sigmoid(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         z, t, b = online["scaled"].tensor_split((-2, -1), -1)
         loss = pairwise_sigmoid(z, t[..., 0], b[..., 0])
-        return {"loss": loss, "scale": t.detach().mean(), "bias": b.detach().mean()}
+        return {"loss": loss, "scale": batch_mean(t.detach()), "bias": batch_mean(b.detach())}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -26,11 +27,11 @@ def nt_xent(
     views: "sum" adds the means of the views instead, as in google-research/simclr (V times the value).
     negatives: which samples are negatives, and how they count; None: all other samples alike.
     """
-    if z.shape[0] < 2 or z.shape[1] < 2:
+    if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    loss = (log_in_batch(u, temperature, negatives) - positive).mean()
+    loss = batch_mean(log_in_batch(u, temperature, negatives) - positive)
     return loss * len(u) if views == "sum" else loss
 
 
@@ -59,6 +60,7 @@ class SimCLR(Method):
         "fast": {"source": "inbatch", "method.temperature": 0.2, "method.layers": 2, "method.hidden_dim": 512},
         "digits": {"source": "inbatch, embedded data", "method.temperature": 0.2},
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, hidden_dim: int | None = None, out_dim: int = 128, layers: int = 3,
                  scale: Literal["mean", "sum"] = "mean") -> None:  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -23,11 +24,11 @@ def simsiam(
     stop_gradient: False gives z a gradient, too (the paper's Eq. 2).
     targets: "mean" compares p_i with the mean of the other views' z_j (FastSiam); the same with two views.
     """
-    if p.shape != z.shape or len(p) < 2 or not p.shape[1]:
+    if p.shape != z.shape or len(p) < 2 or not batch_count(p.shape[1], p):
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
     target_rows = mean_other_views(normalize(z)) if targets == "each" else normalize(mean_other_views(z))
-    return -(normalize(p) * target_rows).sum(-1).mean()
+    return -batch_mean((normalize(p) * target_rows).sum(-1))
 
 
 class SimSiam(Method):
@@ -58,6 +59,7 @@ class SimSiam(Method):
             "source": "inbatch, embedded data",
             "method.layers": 2, "method.hidden_dim": 256, "method.out_dim": 256,
             "method.bottleneck_dim": 128}}  # fmt: skip
+    own_rows = True
 
     def __init__(self, layers: int = 3, hidden_dim: int = 2048, out_dim: int = 2048, bottleneck_dim: int = 512,
                  fix_pred_lr: bool = True, predictor: bool = True, stop_gradient: bool = True, targets: Teach = "each"
@@ -81,7 +83,7 @@ class SimSiam(Method):
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         z = wide(keys["projection"].detach() if self.stop_gradient else keys["projection"])
         z = normalize(z).mean(0) if self.targets == "each" else normalize(z.mean(0))
-        return -(normalize(query["prediction"]) * mixture.blend(z)).sum(-1).mean()
+        return -batch_mean((normalize(query["prediction"]) * mixture.blend(z)).sum(-1))
 
     def constant_lr(self) -> Sequence[str]:
         return ("prediction",) if self.fix_pred_lr else ()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.global_contrast import global_contrast, updated
 from inbatch.nn.heads import Head, hidden_widths, mlp
@@ -51,6 +52,7 @@ class SogCLR(Method):
         "views.name": "simclr_cifar", "method.hidden_dim": 512}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.temperature": 0.2}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, gamma: float = 0.9, first: Literal["batch", "epoch"] = "batch",
                  hidden_dim: int | None = None, out_dim: int = 128) -> None:  # fmt: skip
@@ -70,7 +72,8 @@ class SogCLR(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         old = self.log_u[batch.index]
-        new = old.isneginf().all() if self.first == "batch" else torch.as_tensor(batch.epoch == 0, device=old.device)
+        seen = self.log_u[whole(batch.index)]
+        new = seen.isneginf().all() if self.first == "batch" else torch.as_tensor(batch.epoch == 0, device=old.device)
         gamma = torch.where(new, old.new_ones(()), self.gamma)
         loss, log_u = sogclr(online["projection"], old, self.temperature, gamma)
         return {"loss": loss, "state.log_u": updated(self.log_u, batch.index, log_u)}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
-from inbatch.nn.functional import normalize, product, scale_by_temperature
+from inbatch.nn.batch_sums import batch_count, batch_mean, own_rows, positions
+from inbatch.nn.functional import normalize, product, scale_by_temperature, sum_by_class
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature, logsumexp
 from inbatch.nn.mixed_contrast import mixed_supcon
@@ -29,19 +30,23 @@ def supcon(
     or of view 0 ("one"). negatives: samples in one group of its `same` count only if they are positives.
     """
     u, (v, n, _) = normalize(z), z.shape
-    if v * n < 2 or (label is not None and mask is not None):
+    if v * batch_count(n, z) < 2 or (label is not None and mask is not None):
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
         raise ValueError("SupCon of one view has no positives without labels or a mask")
     weights = None
     if mask is None:  # rows of a class are summed, without a matrix of pairs
-        alone = -1 - torch.arange(n, device=z.device)
-        group = (alone if label is None else label.where(label >= 0, alone)).unique(return_inverse=True)[1]
-        total = torch.zeros_like(u[0]).index_add(0, group, u.sum(0)).index_select(0, group)
-        itself, members = u.new_ones(n), v * group.bincount()[group]
+        alone = -1 - positions(n, z.device)
+        ids = alone if label is None else label.where(label >= 0, alone)
+        total, members = sum_by_class(u.sum(0), ids)
+        itself, members = u.new_ones(n), v * members
         if negatives is not None and negatives.same is not None:
-            weights = SimilarOfOtherClass(negatives.same.repeat(v), group.repeat(v))
+            anchors = v if contrast_mode == "all" else 1
+            pairs = [x.repeat(times) for times in (anchors, v) for x in (negatives.same, ids)]
+            weights = SimilarOfOtherClass(*pairs)
     else:
+        if own_rows():
+            raise ValueError("a mask holds the pairs of the whole batch: pass gathered rows, or labels in its place")
         near = (mask != 0).to(u.dtype)
         total, itself, members = product(near, u.sum(0)), near.diagonal(), v * near.sum(1)
     count, every = members - itself, u.flatten(0, 1)
@@ -50,7 +55,7 @@ def supcon(
     total = logsumexp(rows, every, temperature, exclude_self=True, weights=weights).view_as(positive)
     total = total.masked_fill(total == -torch.inf, 0)  # of an anchor without any candidate, whose count is 0, too
     mean = (positive - count * total) / count.clamp(min=1)
-    return -scale_by_temperature(mean.mean(), base_temperature / temperature)
+    return -scale_by_temperature(batch_mean(mean), base_temperature / temperature)
 
 
 class SupCon(Method):
@@ -72,6 +77,7 @@ class SupCon(Method):
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch_size": 1024, "epochs": 1000, "schedule.warmup_epochs": 10, "method.temperature": 0.1},
         "digits": {"source": "inbatch, embedded data", "method.temperature": 0.1}}  # fmt: skip
+    own_rows = True
 
     def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden_dim: int | None = None,
                  out_dim: int = 128, contrast_mode: Literal["all", "one"] = "all") -> None:  # fmt: skip

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_sum
 from inbatch.nn.functional import wide
 from inbatch.nn.heads import Head, mlp
 
@@ -21,7 +22,7 @@ def cross_entropy(
     total = torch_cross_entropy(
         wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=label_smoothing, reduction="sum"
     )
-    return total / (label >= 0).sum().clamp(min=1)
+    return batch_sum(total) / batch_sum((label >= 0).sum()).clamp(min=1)
 
 
 class Supervised(Method):
@@ -48,6 +49,7 @@ class Supervised(Method):
             "optimizer.weight_decay": 1e-4, "batch_size": 1024, "epochs": 500, "schedule.warmup_epochs": 10,
         },
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -65,13 +67,13 @@ class Supervised(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         logits = online["classifier"]
-        hits = (logits.argmax(-1) == batch.label).float().sum() / len(logits)
-        accuracy = hits / (batch.label >= 0).sum().clamp(min=1)
+        hits = batch_sum((logits.argmax(-1) == batch.label).float().sum()) / len(logits)
+        accuracy = hits / batch_sum((batch.label >= 0).sum()).clamp(min=1)
         return {"loss": cross_entropy(logits, batch.label, self.label_smoothing), "accuracy": accuracy}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         logits, labels = wide(query["classifier"]), batch.label[mixture.positive]
         how: dict[str, Any] = {"ignore_index": -1, "label_smoothing": self.label_smoothing, "reduction": "none"}
         each = torch.stack([torch_cross_entropy(logits, label, **how) for label in labels])
-        labelled = (mixture.weight * (labels >= 0)).sum()
-        return (mixture.weight * each).sum() / labelled.masked_fill(labelled == 0, 1)
+        labelled = batch_sum((mixture.weight * (labels >= 0)).sum())
+        return batch_sum((mixture.weight * each).sum()) / labelled.masked_fill(labelled == 0, 1)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import own_share, whole
 from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -44,6 +45,7 @@ class SwAV(Method):
     _digits = {"source": "inbatch, embedded data", "method.num_prototypes": 256, "method.out_dim": 32,
         "method.hidden_dim": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3,
                  num_prototypes: int = 3000, freeze_prototypes_epochs: int = 1, queue_size: int = 0,
@@ -67,8 +69,8 @@ class SwAV(Method):
         scores = online["prototypes"]
         codes = sinkhorn(scores[:2], self.epsilon, self.iterations)
         if self.queue is not None and batch.epoch >= self.queue_start_epoch:
-            past = torch.stack([product(rows, self.vectors.T) for rows in self.queue.rows.chunk(2, dim=1)])
-            after = sinkhorn(torch.cat([past, scores[:2]], 1), self.epsilon, self.iterations)[:, self.queue.size :]
+            past = torch.stack([product(rows, self.vectors.T) for rows in own_share(self.queue.rows).chunk(2, dim=1)])
+            after = sinkhorn(torch.cat([past, scores[:2]], 1), self.epsilon, self.iterations)[:, past.shape[1] :]
             codes = torch.where(self.queue.filled == self.queue.size, after, codes)
         return {"loss": swapped_prediction(scores, codes, self.temperature)}
 
@@ -83,4 +85,4 @@ class SwAV(Method):
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         if self.queue is not None and batch.epoch >= self.queue_start_epoch:
-            self.queue.push(torch.cat([*normalize(online["projection"][:2])], 1))
+            self.queue.push(whole(torch.cat([*normalize(online["projection"][:2])], 1)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum
 from inbatch.nn.functional import normalize, product
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
@@ -21,12 +22,12 @@ def tico(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], covariance: Float[Ten
     l = 1 - mean_n a_n . b_n + rho mean_n a_n^T C a_n, with the new C. Rows are normalised inside.
     detach: no gradient through this batch's part of C, else it has its share of the gradient.
     """
-    if a.shape != b.shape or not len(a):
+    if a.shape != b.shape or not batch_count(len(a), a):
         raise ValueError(f"TiCo needs a target for every row, got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = normalize(a), normalize(b.detach())
     past = a.detach() if detach else a
-    covariance = beta * covariance.to(a.dtype) + (1 - beta) / len(a) * product(past.T, past)
-    invariance, contrast = 1 - (a * b).sum(-1).mean(), (product(a, covariance) * a).sum(-1).mean()
+    covariance = beta * covariance.to(a.dtype) + (1 - beta) / batch_count(len(a), a) * batch_sum(product(past.T, past))
+    invariance, contrast = 1 - batch_mean((a * b).sum(-1)), batch_mean((product(a, covariance) * a).sum(-1))
     return {"loss": invariance + rho * contrast, "invariance": invariance, "contrast": contrast}, covariance.detach()
 
 
@@ -49,6 +50,7 @@ class TiCo(Method):
         "schedule.warmup_epochs": 0, "method.hidden_dim": 1024}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.out_dim": 64}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, beta: float = 0.9, rho: float = 8.0, momentum: float = 0.99, hidden_dim: int = 4096,
                  out_dim: int = 256, detach: bool = True) -> None:  # fmt: skip

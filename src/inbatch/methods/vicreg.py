@@ -9,7 +9,8 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.functional import moments, variance_hinge, wide
+from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.functional import covariance, variance_hinge, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
 
@@ -25,12 +26,12 @@ def vicreg(
     covariance: squared covariances of different features, summed and divided by D (Eq. 4), added over the two views.
     All three are averaged over the pairs of views; rows are not normalised, variances are unbiased.
     """
-    if z.shape[0] < 2 or z.shape[1] < 2:
+    if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"VICReg needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     z = wide(z)
-    away = torch.stack([(a - b).square().mean() for a, b in combinations(z, 2)]).mean()
+    away = torch.stack([batch_mean((a - b).square()) for a, b in combinations(z, 2)]).mean()
     narrow = variance_hinge(z, eps) * (1 if variance == "mean" else 2)
-    shared = torch.stack([moments(view)[1].square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
+    shared = torch.stack([covariance(view).square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
     loss = sim_coeff * away + std_coeff * narrow + cov_coeff * shared
     return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}
 
@@ -61,6 +62,7 @@ class VICReg(Method):
         },
         "digits": {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.out_dim": 256},
     }  # fmt: skip
+    own_rows = True
 
     def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0,
                  variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4, hidden_dim: int = 8192,

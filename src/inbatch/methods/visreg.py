@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_norm
 from inbatch.nn.functional import invariance, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.slicing import check_options, random_directions, wasserstein
@@ -25,8 +26,8 @@ def visreg(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"], lamb: fl
     check_eps(eps)
     away = invariance(z, global_views)
     z = wide(z)
-    mean = z.mean(1, keepdim=True)
-    deviation = torch.linalg.vector_norm(z - mean, dim=1, keepdim=True) / z.shape[1] ** 0.5 + eps
+    mean = batch_mean(z, 1, keepdim=True)
+    deviation = batch_norm(z - mean, 1) / batch_count(z.shape[1], z) ** 0.5 + eps
     center, scale = mean.square().mean(), (deviation - 1).square().mean()
     shape = wasserstein((z - mean) / deviation.detach(), directions)
     loss = lamb * (center + scale + shape) + (1 - lamb) * away
@@ -59,6 +60,7 @@ class VISReg(Method):
         "schedule.scaling": "none", "method.lamb": 0.6}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.hidden_dim": 256, "method.lamb": 0.6}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+    own_rows = True
 
     def __init__(self, lamb: float = 0.9, slices: int = 256, global_views: int | None = None, eps: float = 1e-6,
                  hidden_dim: int = 2048, out_dim: int | None = None, layers: int = 3) -> None:  # fmt: skip

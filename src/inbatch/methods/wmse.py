@@ -6,6 +6,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
+from inbatch.nn.batch_sums import batch_count, batch_max, batch_mean, own_share, whole
 from inbatch.nn.functional import cholesky_with_jitter, moments, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.rng import uniform
@@ -25,23 +26,26 @@ def _fits(views: int, n: int, width: int, size: int) -> None:
 
 
 def wmse(
-    z: Float[Tensor, "v n d"], permutations: Int[Tensor, "k n"], size: int = 128, eps: float = 0.0, norm: bool = True
+    z: Float[Tensor, "v n d"], permutations: Int[Tensor, "k m"], size: int = 128, eps: float = 0.0, norm: bool = True
 ) -> Losses:
     """Squared distance of whitened rows, over all samples and pairs of views (Ermolov et al. 2021, section 3).
 
-    permutations: each divides the samples into sub-batches of `size`, whitened separately per view with their own mean
-        and factor; their losses are averaged, with gradient through all of it. Computed in float64: if features are
-        nearly dependent, the float32 gradient differs. "jitter": the largest that was added for a factor.
+    permutations: each divides the M samples of the whole batch into sub-batches of `size`, whitened separately per
+        view with their own mean and factor; their losses are averaged, with gradient through all of it. Computed in
+        float64: if features are nearly dependent, the float32 gradient differs. "jitter": the largest that was added
+        for a factor.
     norm: whitened rows are normalised (2 - 2 cos); else the distance is divided by D, as in the authors' code.
     """
-    _fits(len(z), z.shape[1], z.shape[2], size)
-    x = z.double()[:, permutations].unflatten(2, (-1, size))  # (V, K, N / size, size, D)
+    _fits(len(z), batch_count(z.shape[1], z), z.shape[2], size)
+    x = whole(z, 1).double()[:, own_share(permutations.reshape(-1, size))]  # (V, K N / size, size, D)
     mean, cov = moments(x)
     lower, jitter = cholesky_with_jitter(cov, eps)
-    y = whiten(x, mean, lower).flatten(1, 3)
+    y = whiten(x, mean, lower).flatten(1, 2)
     y = normalize(y) if norm else y / z.shape[2] ** 0.5
     i, j = torch.triu_indices(len(z), len(z), 1, device=z.device)
-    return {"loss": (y[i] - y[j]).square().sum(-1).mean().to(wide(z).dtype), "jitter": jitter.max()}
+    loss = batch_mean((y[i] - y[j]).square().sum(-1), count=len(i) * permutations.numel())
+    most = batch_max(torch.cat([jitter.new_zeros(1), jitter.flatten()]))  # a rank may have no sub-batch
+    return {"loss": loss.to(wide(z).dtype), "jitter": most}
 
 
 class WMSE(Method):
@@ -65,6 +69,7 @@ class WMSE(Method):
         "schedule.warmup_epochs": 2.56}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.w_size": 64, "method.hidden_dim": 256, "method.out_dim": 32}
     presets = {"imagenet": _imagenet, "cifar": _cifar, "cifar4": _four, "digits": _digits}
+    own_rows = True
 
     def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden_dim: int = 1024,
                  out_dim: int = 64) -> None:  # fmt: skip
@@ -79,6 +84,7 @@ class WMSE(Method):
         return {"projection": Head(mlp(width, self.hidden_dim, self.out_dim))}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        order = batch.index.argsort()  # the loss must not depend on the order of the samples
-        draws = uniform(batch.seed, batch.epoch, batch.index[order], -1, self.w_iter)  # view -1: views are 0, 1, ...
+        index = whole(batch.index)
+        order = index.argsort()  # the loss must not depend on the order of the samples
+        draws = uniform(batch.seed, batch.epoch, index[order], -1, self.w_iter)  # view -1: views are 0, 1, ...
         return wmse(online["projection"], order[draws.argsort(dim=0, stable=True).T], self.w_size, self.eps, self.norm)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch
 from inbatch.errors import DataError
+from inbatch.nn.batch_sums import whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.logsumexp import check_temperature
 from inbatch.rng import fold, uniform
@@ -158,9 +159,9 @@ class Clustering(nn.Module):
         Negatives are the prototypes that belong to no sample of the batch: all of them, or `most` of them, drawn for
         this batch independently of the order of its samples.
         """
-        own, count = self.assignment[batch.index], len(self.density)
-        taken = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, own, True)
-        place = batch.index.sum() * count + torch.arange(count, device=own.device)
+        own, count, every = self.assignment[batch.index], len(self.density), whole(batch.index)
+        taken = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, self.assignment[every], True)
+        place = every.sum() * count + torch.arange(count, device=own.device)
         # Prototypes of samples are drawn last and masked.
         chance = uniform(batch.seed, batch.epoch, place, key, 1)[:, 0].masked_fill(taken, 2)
         others = chance.topk(min(most, count), largest=False).indices

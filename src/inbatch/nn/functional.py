@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from inbatch.nn import logsumexp
+from inbatch.nn.batch_sums import (
+    batch_count,
+    batch_log_softmax,
+    batch_mean,
+    batch_sum,
+    batch_var,
+    own_rows,
+    positions,
+    whole,
+)  # fmt: skip
 from inbatch.nn.negatives import Negatives
 
 
@@ -75,12 +85,19 @@ def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[
     return mean, product((x - mean).mT, x - mean) / (x.shape[-2] - 1)
 
 
+def covariance(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """Return the unbiased covariance of the rows of the whole batch."""
+    x = wide(x)
+    mean = batch_mean(x, -2, keepdim=True)
+    return batch_sum(product((x - mean).mT, x - mean)) / (batch_count(len(x), x) - 1)
+
+
 def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
     """Return the mean over views and features of max(0, 1 - sqrt(Var + eps)) (VICReg, Bardes et al. 2022, Eq. 1).
 
     It measures how far features are below a standard deviation of 1. Variances are unbiased, rows are not normalised.
     """
-    return (1 - (wide(z).var(1) + eps).sqrt()).relu().mean()
+    return (1 - (batch_var(wide(z), 1) + eps).sqrt()).relu().mean()
 
 
 def cholesky_with_jitter(
@@ -116,9 +133,40 @@ def logsumexp_excluding_self(
     return logsumexp.logsumexp(u, u if keys is None else keys, temperature, exclude_self=True)
 
 
-def logsumexp_rows(q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, "n"]:
-    """Return log sum_k exp(q_i . k / T) for every row i, over all keys."""
-    return logsumexp.logsumexp(q, keys, temperature)
+def logsumexp_rows(
+    q: Float[Tensor, "n d"], keys: Float[Tensor, "k d"] | None, temperature: float,
+    bank: Float[Tensor, "m d"] | None = None,
+) -> Float[Tensor, "n"]:  # fmt: skip
+    """Return log sum_k exp(q_i . k / T) for every row i, over all keys.
+
+    Args:
+        q: queries.
+        keys: rows of the batch.
+        temperature: T.
+        bank: more keys, which are not rows of the batch: a memory bank, or prototypes.
+    """
+    if keys is None or bank is None or not own_rows():
+        every = [x for x in (keys, bank) if x is not None]
+        return logsumexp.logsumexp(
+            q, every[0] if len(every) == 1 else torch.cat(every), temperature, shared=keys is None
+        )
+    of_bank = logsumexp.logsumexp(q, bank, temperature, shared=True)
+    return torch.logaddexp(logsumexp.logsumexp(q, keys, temperature), of_bank)
+
+
+def sum_by_class(
+    x: Float[Tensor, "n d"], ids: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, "n"]]:  # fmt: skip
+    """Return for every sample the sum of x over the samples of its class, and their number.
+
+    ids: class of every sample; negative: alone in it.
+    """
+    values, sizes = whole(ids).unique(return_counts=True)
+    place = torch.searchsorted(values, ids)
+    alone = int((values < 0).sum())
+    known, table = (ids >= 0)[:, None], x.new_zeros(max(1, len(values) - alone), x.shape[1])
+    total = batch_sum(table.index_add(0, (place - alone).clamp(min=0), x * known))
+    return torch.where(known, total.index_select(0, (place - alone).clamp(min=0)), x), sizes[place]
 
 
 def nearest(
@@ -154,7 +202,7 @@ def info_nce(
         neighbours: number of nearest rows of the queue.
         negatives: the correction of the sum over the queue, of which every row is a negative; None: no correction.
     """
-    if q.shape != k.shape or not len(q):
+    if q.shape != k.shape or not batch_count(len(q), q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")
     if not (0 <= smooth < 1 and (smooth == 0 or 1 <= neighbours <= len(queue))):
         raise ValueError(
@@ -168,7 +216,7 @@ def info_nce(
     if smooth:
         near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
         loss = loss + smooth * (positive - (q * near).sum(-1) / temperature)
-    return loss.mean()
+    return batch_mean(loss)
 
 
 def mean_other_views(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
@@ -184,7 +232,7 @@ def invariance(z: Float[Tensor, "v n d"], global_views: int | None = None) -> Fl
     if z.shape[0] < 2 or not 1 <= (len(z) if global_views is None else global_views) <= len(z):
         raise ValueError(f"needs at least 2 views, and 1 to {len(z)} global views, got {len(z)} and {global_views}")
     z = wide(z)
-    return (z - z[:global_views].mean(0)).square().mean()
+    return batch_mean((z - z[:global_views].mean(0)).square())
 
 
 def koleo(z: Float[Tensor, "v n d"], neighbours: int = 1, eps: float = 1e-8) -> Float[Tensor, ""]:
@@ -198,17 +246,18 @@ def koleo(z: Float[Tensor, "v n d"], neighbours: int = 1, eps: float = 1e-8) -> 
         neighbours: number of nearest rows per row, over which the logarithms are averaged.
         eps: the constant.
     """
-    n = z.shape[1]
+    n = batch_count(z.shape[1], z)
     if not (len(z) and 1 <= neighbours < n):
         raise ValueError(f"KoLeo needs a view, and 1 to {n - 1} neighbours of {n} rows, got {len(z)}, {neighbours}")
     logs = []
     for u in normalize(z):
         # The row itself is one of the nearest, or as near as the others: then the last is left out.
-        near = nearest(u, u, count=neighbours + 1)
-        own = near == torch.arange(n, device=u.device)[:, None]
+        every = whole(u)
+        near = nearest(u, every, count=neighbours + 1)
+        own = near == positions(len(u), u.device)[:, None]
         near = near.gather(1, own.long().argsort(dim=1, stable=True)[:, :neighbours])
-        logs.append((torch.linalg.vector_norm(u[:, None] - u[near] + eps, dim=-1) + eps).log())
-    return -torch.stack(logs).mean()
+        logs.append((torch.linalg.vector_norm(u[:, None] - every[near] + eps, dim=-1) + eps).log())
+    return -batch_mean(torch.stack(logs))
 
 
 def sinkhorn(
@@ -223,7 +272,7 @@ def sinkhorn(
         raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
     log = scale_by_temperature(scores.detach(), epsilon)
     for _ in range(iterations):
-        log = log.log_softmax(-2).log_softmax(-1)
+        log = batch_log_softmax(log, -2).log_softmax(-1)
     return log.exp()
 
 
@@ -232,4 +281,4 @@ def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) 
     if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
         raise ValueError(f"a view predicts the others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
     log = wide(logits).log_softmax(-1)
-    return -(p * mean_other_views(log)[: len(p)]).sum(-1).mean()
+    return -batch_mean((p * mean_other_views(log)[: len(p)]).sum(-1))

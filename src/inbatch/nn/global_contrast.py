@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from inbatch.nn.batch_sums import batch_count, batch_sum, whole
 from inbatch.nn.functional import logsumexp_excluding_self
 
 
@@ -29,10 +30,10 @@ def global_contrast(
         temperature: T.
         gamma: share of this batch in the new estimate.
     """
-    n = u.shape[1]
+    n = batch_count(u.shape[1], u)
     if len(u) != 2 or n < 2:
         raise ValueError(f"global contrast needs 2 views of at least 2 samples, got {tuple(u.shape)}")
-    t = torch.as_tensor(temperature, dtype=u.dtype, device=u.device).expand(n)
+    t = torch.as_tensor(temperature, dtype=u.dtype, device=u.device).expand(u.shape[1])
     share = torch.as_tensor(gamma, dtype=u.dtype, device=u.device)
     with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
         q, k = (x.detach().requires_grad_() for x in (u / t[:, None], u))
@@ -47,7 +48,7 @@ def global_contrast(
     weighted = (q.detach() * of_queries).sum(-1)
     linear = (u * (of_queries / t[:, None] + of_keys)).sum()
     negatives = linear - (linear - weighted.sum()).detach()
-    return (negatives - 2 * (u[0] * u[1]).sum()) / n, log_new, weighted
+    return batch_sum(negatives - 2 * (u[0] * u[1]).sum()) / n, log_new, weighted
 
 
 def updated(numbers: Float[Tensor, "m"], index: Int[Tensor, "n"], new: Float[Tensor, "n"]) -> Float[Tensor, "m"]:
@@ -55,4 +56,4 @@ def updated(numbers: Float[Tensor, "m"], index: Int[Tensor, "n"], new: Float[Ten
 
     A sample that is in the batch more than once gets its largest number, in any order of the batch and on any device.
     """
-    return numbers.scatter_reduce(0, index, new.detach().to(numbers.dtype), "amax", include_self=False)
+    return numbers.scatter_reduce(0, whole(index), whole(new.detach()).to(numbers.dtype), "amax", include_self=False)

@@ -6,7 +6,15 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from inbatch.batch import Mixture
-from inbatch.nn.functional import logsumexp_excluding_self, logsumexp_rows, nearest, normalize, scale_by_temperature
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_softmax, positions
+from inbatch.nn.functional import (
+    logsumexp_excluding_self,
+    logsumexp_rows,
+    nearest,
+    normalize,
+    scale_by_temperature,
+    sum_by_class,
+)
 
 
 def mixed_contrast(
@@ -33,12 +41,12 @@ def mixed_contrast(
     positive = (q * mixture.blend(k)).sum(-1) / t
     if queue is not None and mixture.candidates == "own":
         each = (q * k[mixture.positive]).sum(-1) / t
-        loss = mixture.mean(torch.logaddexp(each, logsumexp_rows(q, queue, t)) - each)
+        loss = batch_mean(mixture.shared(torch.logaddexp(each, logsumexp_rows(q, None, t, queue)) - each))
     else:
-        loss = (logsumexp_rows(q, k if queue is None else torch.cat([k, queue]), t) - positive).mean()
+        loss = batch_mean(logsumexp_rows(q, k, t, queue) - positive)
     if smooth and queue is not None:
         near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
-        loss = loss + smooth * (positive - (q * near).sum(-1) / t).mean()
+        loss = loss + smooth * batch_mean(positive - (q * near).sum(-1) / t)
     return loss
 
 
@@ -64,10 +72,12 @@ def mixed_dcl(
         keys = k[(rank + len(q)).index_put((places,), rank[: len(q)]).argsort()]  # row i is the positive of query i
         positive = (q * keys[: len(q)]).sum(-1)
         one = torch.ones_like(positive)
-        weight = one if sigma is None else 2 - len(one) * scale_by_temperature(positive, sigma).softmax(0)
+        weight = (
+            one if sigma is None else 2 - batch_count(len(q), q) * batch_softmax(scale_by_temperature(positive, sigma))
+        )
         negative = logsumexp_excluding_self(q, temperature, keys)
         losses.append(negative - (weight.detach() if detach else weight) * positive / temperature)
-    return mixture.mean(torch.stack(losses))
+    return batch_mean(mixture.shared(torch.stack(losses)))
 
 
 def mixed_supcon(
@@ -87,8 +97,7 @@ def mixed_supcon(
         base_temperature: the loss is multiplied by T / T_base.
     """
     q, u = normalize(q), normalize(keys)
-    group = label.where(label >= 0, -1 - torch.arange(len(label), device=label.device)).unique(return_inverse=True)[1]
-    total = torch.zeros_like(u[0]).index_add(0, group, u.mean(0)).index_select(0, group)
-    mean = total / group.bincount()[group, None]
+    total, members = sum_by_class(u.mean(0), label.where(label >= 0, -1 - positions(len(label), label.device)))
+    mean = total / members[:, None]
     loss = logsumexp_rows(q, u.flatten(0, 1), temperature) - (q * mixture.blend(mean)).sum(-1) / temperature
-    return scale_by_temperature(loss.mean(), base_temperature / temperature)
+    return scale_by_temperature(batch_mean(loss), base_temperature / temperature)

@@ -1,12 +1,15 @@
 """Denominators of contrast within a batch: which samples are negatives of a query, and how they count."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from inbatch.nn.batch_sums import batch_count, positions, whole
 from inbatch.nn.logsumexp import SameGroup, check_temperature, logsumexp
 
 
@@ -48,12 +51,13 @@ class Negatives:
             positive: products of each query with its P positives.
             temperature: T.
         """
-        n, same = q.shape[1], torch.arange(q.shape[1], device=q.device) if self.same is None else self.same
+        n, same = q.shape[1], positions(q.shape[1], q.device) if self.same is None else self.same
         queries, ids = q.flatten(0, 1), same.repeat(len(q))
         keys, key_ids = (queries, ids) if k is q else (k.flatten(0, 1), same.repeat(len(k)))
         weights = SameGroup(ids, key_ids)
-        place, sizes = same.unique(return_inverse=True, return_counts=True)[1:]
-        count = (len(k) * (n - sizes[place])).to(q.dtype).log().repeat(len(q))
+        values, sizes = whole(same).unique(return_counts=True)
+        others = batch_count(n, q) - sizes[torch.searchsorted(values, same)]
+        count = (len(k) * others).to(q.dtype).log().repeat(len(q))
         return self._corrected(queries, keys, weights, count, positive.flatten(1), temperature).view(len(q), n)
 
     def log_keys(
@@ -68,11 +72,12 @@ class Negatives:
     ) -> Tensor:
         """Return log Ng_i of rows; count: log M_i, positive: (P, n)."""
         check_temperature(temperature)
-        total = logsumexp(q, k, temperature / (1 + (self.beta if self.tau_plus is not None else 0)), weights=weights)
+        how: Any = {"weights": weights, "shared": weights is None}  # keys without weights are a memory bank
+        total = logsumexp(q, k, temperature / (1 + (self.beta if self.tau_plus is not None else 0)), **how)
         if self.tau_plus is None:
             return total
         if self.beta:
-            total = count + total - logsumexp(q, k, temperature / self.beta, weights=weights)
+            total = count + total - logsumexp(q, k, temperature / self.beta, **how)
         total, least = total.masked_fill(count == -torch.inf, -torch.inf), count - 1 / temperature
         if not self.tau_plus:
             return total.where(total >= least, least)
@@ -86,17 +91,30 @@ class SimilarOfOtherClass:
     """Weights of a log-sum-exp: 0 for pairs of similar samples of different classes, 1 for others.
 
     Attributes:
-        same: similar samples of the keys have equal numbers; the queries are the first keys.
-        label: class of every key.
+        q_same: similar samples have equal numbers.
+        q_label: class of every query.
+        k_same: numbers of the keys.
+        k_label: class of every key.
     """
 
-    same: Int[Tensor, "m"]
-    label: Int[Tensor, "m"]
+    q_same: Int[Tensor, "n"]
+    q_label: Int[Tensor, "n"]
+    k_same: Int[Tensor, "m"]
+    k_label: Int[Tensor, "m"]
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """Return the numbers and classes of the keys."""
+        return self.k_same, self.k_label
+
+    def among(self, rows: slice, keys: Sequence[Tensor]) -> "SimilarOfOtherClass":
+        """Return the weights of some queries and of other keys, by their numbers and classes."""
+        return SimilarOfOtherClass(self.q_same[rows], self.q_label[rows], *keys)
 
     def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return the weights of these queries and keys."""
-        differ = self.label[rows, None] != self.label[columns]
-        return (differ & (self.same[rows, None] == self.same[columns])).logical_not().float()
+        differ = self.q_label[rows, None] != self.k_label[columns]
+        return (differ & (self.q_same[rows, None] == self.k_same[columns])).logical_not().float()
 
 
 def other_views(u: Float[Tensor, "v n d"]) -> Float[Tensor, "p v n"]:

@@ -1,8 +1,8 @@
 """Weights of pairs of rows, as functions of the indices of a tile: no matrix of all weights is held."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,20 @@ class PairWeights(Protocol):
 
         Non-zero weights should lie between 1e-6 and 1e6: logits are checked for overflow without them.
         """
+        ...
+
+
+@runtime_checkable
+class PassingWeights(PairWeights, Protocol):
+    """Weights that follow from tensors with an entry for every query and every key, also for keys of other ranks."""
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """Return the tensors of the keys."""
+        ...
+
+    def among(self, rows: slice, keys: Sequence[Tensor]) -> PairWeights:
+        """Return the weights of some queries and of the keys to which these tensors belong."""
         ...
 
 
@@ -50,6 +64,15 @@ class SameGroup:
     def symmetric(self) -> bool:
         """Return whether w_ij = w_ji by construction."""
         return self.k_ids is self.q_ids
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """Return the groups of the keys."""
+        return (self.k_ids,)
+
+    def among(self, rows: slice, keys: Sequence[Tensor]) -> "SameGroup":
+        """Return the weights of some queries and of other keys, by their groups."""
+        return SameGroup(self.q_ids[rows], keys[0], self.weight)
 
     def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return the weights of these queries and keys, in float32."""

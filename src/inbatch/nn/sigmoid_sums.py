@@ -5,6 +5,7 @@ on other pairs. Tiles, ranks, weights and modes are those of the log-sum-exp (`l
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from inbatch.nn.logsumexp import LEAST, reach
-from inbatch.nn.pair_weights import PairWeights, SameGroup, group_multiplier, multiplier
+from inbatch.nn.batch_sums import batch_sum
+from inbatch.nn.exponentials import reach
+from inbatch.nn.logsumexp import LEAST
+from inbatch.nn.pair_weights import PairWeights, PassingWeights, SameGroup, group_multiplier, multiplier
+from inbatch.nn.passing import travel
 from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, zeros
 
 CAP = {torch.float32: 80.0, torch.float64: 600.0}
@@ -41,6 +45,8 @@ def sigmoid_sum(
         if isinstance(groups, SameGroup):
             groups.check_rows(len(q), len(k))
     plan, bias = PLAN.get(), q.new_zeros(len(q)) if bias is None else bias
+    if plan.peers is not None:
+        return batch_sum(_Tiled.apply(q, k, bias, positive, weights, plan))
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST) or q.dtype not in CAP:
         return _whole(q, k, bias, positive, weights)
     return _Tiled.apply(q, k, bias, positive, weights, plan)
@@ -67,8 +73,12 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None,
         plan: LogSumExpConfig,
     ) -> Tensor:  # fmt: skip
+        needs = ctx.needs_input_grad[:3]
         with torch.autocast(q.device.type, enabled=False):
-            sums = _LogisticTiles(q, k, bias, positive, weights, plan).sums(ctx.needs_input_grad[:3])
+            if plan.peers is None:
+                sums = _LogisticTiles(q, k, bias, positive, weights, plan).sums(needs)
+            else:
+                sums = _passing(q, k, bias, positive, weights, plan, needs)
         for x in sums:
             if x is not None:
                 plan.add(x)
@@ -135,6 +145,47 @@ class _LogisticTiles(Tiles):
             if self.weigh is not None:
                 self.weigh(x, rows, columns, spare)
         return x
+
+
+def _passing(
+    q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None, plan: LogSumExpConfig,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the sums of own queries and the keys of all ranks, which pass from rank to rank and collect gradients."""
+    assert plan.peers is not None
+    if weights is not None and not isinstance(weights, PassingWeights):
+        raise ValueError(f"{type(weights).__name__} has no weights for keys of other ranks: define `keys` and `among`")
+    totals: list[Tensor | None] = []
+    groups = () if positive is None else positive.keys
+    entries = () if weights is None else weights.keys
+
+    def first() -> None:
+        totals.extend(_LogisticTiles(q, k, bias, positive, weights, plan).sums(tuple(needs)))
+
+    def visit(block: Sequence[Tensor], origin: int, collected: list[Tensor] | None) -> list[Tensor]:
+        keys, rest = block[0], block[1 + len(groups) :]
+        same = None if positive is None else positive.among(slice(None), block[1:2])
+        among = None if weights is None else weights.among(slice(None), rest)
+        pairs = _LogisticTiles(q, keys, bias, same, among, plan)
+        if same is None:
+            pairs.flip = _flip_none
+        found = pairs.sums(tuple(needs))
+        for i in (0, 1, 3):
+            total, x = totals[i], found[i]
+            if total is not None and x is not None:
+                total += x
+        dk = found[2]
+        return [] if dk is None else [dk if collected is None else collected[0].add_(dk)]
+
+    stops = plan.peers.world - 1
+    home = travel(plan.peers, plan.peers.sizes(k), [k, *groups, *entries], stops, first, visit, needs[1])
+    if home is not None and totals[2] is not None:
+        totals[2] += home[0]
+    return totals
+
+
+def _flip_none(x: Tensor, rows: slice, columns: slice, spare: Tensor) -> Tensor:
+    return x
 
 
 def _flip_diagonal(x: Tensor, rows: slice, columns: slice, spare: Tensor) -> Tensor:

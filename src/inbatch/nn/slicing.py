@@ -1,7 +1,9 @@
 """Distribution of rows along random directions: SIGReg's test of normality, and VISReg's distance to the normal one.
 
 A test of N samples along K directions has N x K terms (times 17 points for SIGReg). Directions are computed in chunks,
-with their gradient, so that none of these arrays is held; ranks share the directions and add up their results.
+with their gradient, so that none of these arrays is held; ranks share the directions and add up their results. If each
+rank holds its own rows, SIGReg adds up the characteristic functions, and the projections that VISReg sorts are of the
+gathered rows.
 """
 
 import math
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from inbatch.nn.batch_sums import batch_count, batch_sum, own_rows, own_share, replicated, whole
 from inbatch.nn.functional import normalize, product, wide
 from inbatch.nn.logsumexp import using
 from inbatch.rng import head, spread
@@ -89,7 +92,7 @@ def sigreg(
     weight = 2 * t[1] * target
     weight[-1] /= 2  # the first point, 0, has no share: both functions are 1 there
     value: Tensor = _Sliced.apply(z, directions, lambda x: _epps_pulley(x, t, target, weight))
-    return value * z.shape[1] if scale == "count" else value
+    return value * batch_count(z.shape[1], z) if scale == "count" else value
 
 
 def wasserstein(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"]) -> Float[Tensor, ""]:
@@ -99,6 +102,11 @@ def wasserstein(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"]) -> 
     """
     if not z.numel() or not directions.numel():
         raise ValueError(f"it needs rows and directions, got {tuple(z.shape)} and {tuple(directions.shape)}")
+    if own_rows():
+        every, part = whole(wide(z), 1), own_share(directions, 1)
+        with replicated():
+            value = wasserstein(every, part) * part.shape[1] if part.numel() else every.sum() * 0
+        return batch_sum(value) / directions.shape[1]
     n = z.shape[1]
     place = torch.arange(1, n + 1, dtype=torch.float64, device=z.device) / (n + 1)
     quantile = torch.special.ndtri(place)[:, None]
@@ -108,8 +116,7 @@ def wasserstein(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"]) -> 
         away = ordered - quantile.to(x)
         return away.square().sum() / n, torch.empty_like(x).scatter_(1, order, away * (2 / n))
 
-    value: Tensor = _Sliced.apply(wide(z), directions, test)
-    return value
+    return _Sliced.apply(wide(z), directions, test)  # type: ignore[no-any-return]
 
 
 def _epps_pulley(x: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,17 +124,21 @@ def _epps_pulley(x: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> tuple[
     x = x.masked_fill(x.abs() > _PHASE / torch.finfo(x.dtype).eps, torch.nan)
     t, target, weight = (constant.to(x)[1:] for constant in (t, target, weight))
     turn = torch.polar(torch.ones_like(x), x * t[0])
-    power, means = turn.clone(), [turn.mean(1)]
+    power, means, n = turn.clone(), [turn.mean(1)], x.shape[1]
     for _ in t[1:]:  # exp(i j dt x): a product for each of the points, instead of a sine and a cosine
         power *= turn
         means.append(power.mean(1))
-    away = torch.stack(means) - target[:, None, None]
+    mean = torch.stack(means)
+    if own_rows():
+        count = batch_count(n, x)
+        mean, n = batch_sum(mean * n) / count, count
+    away = mean - target[:, None, None]
     value = (weight[:, None, None] * (away.real.square() + away.imag.square())).sum()
     parts = (away.conj() * (weight * t)[:, None, None]).unsqueeze(2)
     wave = power.copy_(parts[-1].expand_as(turn))  # sum_j parts_j exp(i j dt x) by Horner's rule
     for part in parts[:-1].flip(0):
         wave.mul_(turn).add_(part)
-    return value, wave.mul_(turn).imag * (-2 / x.shape[1])
+    return value, wave.mul_(turn).imag * (-2 / n)
 
 
 class _Sliced(torch.autograd.Function):
@@ -139,7 +150,9 @@ class _Sliced(torch.autograd.Function):
         rows, total = z.flatten(0, 1), z.new_zeros(())
         gradient = torch.zeros_like(rows)
         with using() as plan:  # ranks share the chunks
-            most = (CHUNK if z.device.type == "cpu" else 64 * CHUNK) // len(rows)
+            # Ranks with their own rows use equal chunks.
+            held = len(rows) if plan.peers is None else -(-batch_count(len(rows), rows) // plan.peers.world)
+            most = (CHUNK if z.device.type == "cpu" else 64 * CHUNK) // held
             size = max(1, min(most, -(-directions.shape[1] // plan.world)))
             for number, part in enumerate(directions.split(size, 1)):
                 if number % plan.world == plan.rank:
@@ -150,9 +163,13 @@ class _Sliced(torch.autograd.Function):
             plan.add(gradient)
         count = len(z) * directions.shape[1]
         ctx.save_for_backward((gradient / count).view_as(z))
+        ctx.peers = plan.peers
         return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.peers is not None:  # the test of every rank is that of all rows
+            gradient = gradient.clone()
+            ctx.peers.add(gradient)
         return ctx.saved_tensors[0] * gradient, None, None

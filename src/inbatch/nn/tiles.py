@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,36 @@ def _alone(x: Tensor) -> None:
     """Sum over a single rank: do nothing."""
 
 
+class Peers(Protocol):
+    """The ranks of a batch of which each holds its own rows. Every method is called by all ranks, in one order.
+
+    Attributes:
+        rank: index of this rank.
+        world: number of ranks.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def add(self, x: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over ranks."""
+
+    def largest(self, x: Tensor) -> None:
+        """Replace a contiguous tensor by its maximum over ranks."""
+
+    def sizes(self, x: Tensor) -> list[int]:
+        """Return the number of rows (the first dimension) of every rank."""
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the rows of all ranks, joined along the first dimension."""
+
+    def exchange(self, tensors: Sequence[Tensor], offset: int, rows: int) -> Callable[[], list[Tensor]]:
+        """Send tensors `offset` ranks forward; the returned function waits for those that arrive, of `rows` rows."""
+
+
 @dataclass(frozen=True)
 class LogSumExpConfig:
     """Configuration of the log-sum-exps.
@@ -47,6 +77,8 @@ class LogSumExpConfig:
         rank: index of this rank; it computes every world-th tile.
         world: number of ranks that share the tiles.
         add: sums a tensor over ranks in place.
+        peers: the other ranks, if each rank holds its own rows (`nn.batch_sums`); `world` is then 1. None: every rank
+            holds the rows of the whole batch.
     """
 
     mode: Mode = "auto"
@@ -54,6 +86,7 @@ class LogSumExpConfig:
     rank: int = 0
     world: int = 1
     add: Callable[[Tensor], None] = _alone
+    peers: Peers | None = None
 
 
 PLAN: ContextVar[LogSumExpConfig] = ContextVar("plan", default=LogSumExpConfig())  # noqa: B039 (it is frozen)
@@ -71,7 +104,8 @@ def using(**changes: Any) -> Iterator[LogSumExpConfig]:
 
 def shared_by() -> int:
     """Return the number of ranks that share the products of a log-sum-exp: above 1 in a step on several ranks."""
-    return PLAN.get().world
+    plan = PLAN.get()
+    return plan.world if plan.peers is None else plan.peers.world
 
 
 class Tiles:

@@ -72,6 +72,7 @@ class StepMixing:
         groups: Context groups of a rank.
         samples: Samples of this rank.
         synced: Context groups extend over all ranks.
+        own: The loss gets the rows of this rank only.
     """
 
     mixer: Mixer
@@ -81,6 +82,7 @@ class StepMixing:
     groups: int
     samples: int
     synced: bool
+    own: bool = False
     _draws: dict[int, Draw] = field(default_factory=dict)
 
     def places(self) -> Tensor:
@@ -101,8 +103,12 @@ class StepMixing:
         return self._draws[view].images(distributed.rank() * self.groups + group, x)
 
     def mixture(self, view: int, like: Tensor) -> Mixture:
-        """Return the contents of the mixed images of a view, in the order of their gathered rows `like`."""
+        """Return the contents of the mixed images of a view, in the order of their rows `like`."""
         draw, places = self._draws[view], self.places()
+        if self.own:
+            groups = slice(distributed.rank() * self.groups, (distributed.rank() + 1) * self.groups)
+            places = places[groups] - distributed.rank() * self.samples
+            draw = Draw(draw.partner[groups], draw.share[groups])
 
         def gathered(x: Tensor) -> Tensor:
             return (x.unflatten(1, (distributed.world(), -1)).transpose(0, 1) if self.synced else x).flatten()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from inbatch.models.network import Network, ema_update, running_statistics
 from inbatch.nn import logsumexp
 from inbatch.nn.functional import variance_hinge
 from inbatch.rng import fold, permutation
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, ring
 from inbatch.training import grad_cache
 from inbatch.training.mixing import MIXING, StepMixing, mixed_views
 
@@ -106,20 +107,22 @@ class Step:
             batch, dropped = self.similar(batch, distributed.gather, distributed.rank() * len(batch))
             figures |= dropped
 
-        mixing = self._mixing(batch, step)
+        own = self.own_rows()
+        mixing = self._mixing(batch, step, own)
         target_views = list(self.method.target_views(self.count))
         held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
         online, orders = self._forward(self.network, call, batch, held, self.online_views(), step, mixing)
-        rows = {name: x.requires_grad_() for name, x in _whole(online, orders).items()}
+        rows = {name: x.requires_grad_() for name, x in _compared(online, orders, own).items()}
         target_rows: Rows = {}
         if self.target is not None:
-            target_rows = _whole(*self._forward(self.target, call, batch, held, target_views, step, grad=False))
-        whole = _without_pixels(batch)
+            forward = self._forward(self.target, call, batch, held, target_views, step, grad=False)
+            target_rows = _compared(*forward, own)
+        samples = _without_pixels(batch, own)
 
-        with logsumexp.using(
-            products=self.products, rank=distributed.rank(), world=distributed.world(), add=distributed.add_
-        ):
-            terms = (self.method if mixing is None else mixing).loss(rows, target_rows, whole)
+        peers = ring.OwnRows(equal=True) if own else None
+        shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
+        with logsumexp.using(products=self.products, peers=peers, **({} if own else shares)):
+            terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
             losses, state = split_state(terms)
             if self.variance:
                 narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
@@ -127,18 +130,14 @@ class Step:
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
-        # The wrapper averages over ranks, but the gradient of the whole batch is the sum: hence the factor.
-        back = {
-            name: distributed.local_shard(_rearranged(_gradient(x), _orders_of(name, orders)), 1) * distributed.world()
-            for name, x in rows.items()
-        }
+        back = {name: _returned(_gradient(x), _orders_of(name, orders), own) for name, x in rows.items()}
         grad_cache.backward_groups(online, self.network, call, back)
         if step < self.frozen:
             distributed.average_([p.grad for p in self.network.parameters() if p.grad is not None])
         distributed.average_(
             [s for network in (self.network, self.target) if network for s in running_statistics(network)]
         )
-        self.method.on_gradients(self.network.heads, whole, progress)
+        self.method.on_gradients(self.network.heads, samples, progress)
         norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise NonFiniteError(step, batch, losses, norm)
@@ -149,9 +148,9 @@ class Step:
 
         if self.target is not None and not self.method.teacher:
             ema_update(self.target, self.network, self.method.target_momentum(progress))
-        with torch.no_grad():
+        with torch.no_grad(), logsumexp.using(peers=peers):
             self.method.store(state)
-            self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, whole, progress)
+            self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, samples, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | figures
 
     def _forward(
@@ -177,12 +176,16 @@ class Step:
         """Return the numbers of the online network's views, ~v for the mixture of view v."""
         return mixed_views(self.mixer, self.method, list(self.method.online_views(self.count)))
 
-    def _mixing(self, batch: Batch, step: int) -> StepMixing | None:
+    def own_rows(self) -> bool:
+        """Return whether a rank computes the loss from its own rows; images mixed over all ranks need those of all."""
+        return distributed.world() > 1 and self.method.own_rows and not (self.mixer is not None and self.synced)
+
+    def _mixing(self, batch: Batch, step: int, own: bool) -> StepMixing | None:
         """Return the mixtures of a step."""
         if self.mixer is None:
             return None
         key = fold(self.seed, step, MIXING)
-        return StepMixing(self.mixer, self.method, self.count, key, self.groups, len(batch), self.synced)
+        return StepMixing(self.mixer, self.method, self.count, key, self.groups, len(batch), self.synced, own)
 
     @staticmethod
     def _mixed(groups: list[grad_cache.Group], views: list[int], mixing: StepMixing | None) -> list[grad_cache.Group]:
@@ -243,16 +246,36 @@ def _every(x: Tensor | None) -> Tensor | None:
     return None if x is None else distributed.gather(x)
 
 
-def _without_pixels(batch: Batch) -> Batch:
-    """Return the samples of all ranks, without their images."""
+def _without_pixels(batch: Batch, own: bool = False) -> Batch:
+    """Return the samples of all ranks, or own ones, without their images."""
+    if own:
+        return Batch(batch.index, batch.label, batch.seed, batch.epoch, group=batch.group, same=batch.same)
     index, label = distributed.gather(batch.index), distributed.gather(batch.label)
     return Batch(index, label, batch.seed, batch.epoch, group=_every(batch.group), same=_every(batch.same))
 
 
-def _whole(forward: grad_cache.GroupForward, orders: Orders) -> Rows:
-    """Return the rows of the whole batch, in the order of the batch."""
+def _compared(forward: grad_cache.GroupForward, orders: Orders, own: bool) -> Rows:
+    """Return the rows that the loss reads, in the order of the batch: of all samples, or of own ones."""
     back = [None if order is None else order.argsort() for order in orders]
-    return {name: _rearranged(distributed.gather(x, dim=1), _orders_of(name, back)) for name, x in forward.rows.items()}
+    return {name: _moved(x, _orders_of(name, back), own) for name, x in forward.rows.items()}
+
+
+def _moved(x: Tensor, orders: Orders, own: bool) -> Tensor:
+    """Return own rows (V, B, D), or their gradients, permuted among all ranks; those of all ranks unless `own`."""
+    if own and all(order is None for order in orders):
+        return x
+    whole = _rearranged(distributed.gather(x, dim=1), orders)
+    return distributed.local_shard(whole, 1) if own else whole
+
+
+def _returned(gradient: Tensor, orders: Orders, own: bool) -> Tensor:
+    """Return the gradient of own rows in the order of their groups, times the number of ranks, for the wrapper's mean.
+
+    The gradient of a loss of own rows has this factor already (`nn.batch_sums`).
+    """
+    if own:
+        return _moved(gradient, orders, own)
+    return distributed.local_shard(_rearranged(gradient, orders), 1) * distributed.world()
 
 
 def _of(number: int) -> int:

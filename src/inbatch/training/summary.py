@@ -25,10 +25,16 @@ from inbatch.training.recipe import Recipe
 _SAMPLES = 8
 """Largest number of samples for which the memory kept by a forward pass is measured; it grows with the samples."""
 COPIES = 8
-"""Approximate number of copies of the global batch's rows that are held during a loss.
+"""Approximate number of copies of the global batch's rows that are held during a loss of gathered rows.
 
 They are received and gathered, online and target, normalised, and their gradients. The memory of a loss does not grow
 faster (`nn.logsumexp`).
+"""
+OWN_COPIES = 12
+"""Approximate number of copies of a rank's rows that are held during a loss of own rows (`nn.passing`).
+
+In addition to its own, a rank holds a block that it compares and one that arrives, with the gradients that blocks
+collect.
 """
 
 
@@ -169,7 +175,8 @@ def estimate(built: RunComponents) -> dict[str, Any]:
         "method": _bytes(built.method.buffers()),
         "images_on_device": _bytes([built.loader.held.images]) if built.loader.held else 0,
         "pixels_of_a_batch": share * _pixels(built),
-        "rows_of_a_batch": built.recipe.batch_size * COPIES * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
+        "rows_of_a_batch": (share * OWN_COPIES if built.step.own_rows() else built.recipe.batch_size * COPIES)
+        * sum(x[0] * math.prod(x[2:]) * 4 for x in rows.values()),
         "views_of_a_group": sum(group * math.prod(shape[1:]) * 4 for shape in images),
         "activations_of_a_group": activations,
     }

@@ -1,0 +1,190 @@
+"""NT-Xent of gathered rows and of own rows that pass from rank to rank: python benchmarks/ring.py
+
+For both ways, on processes of one thread each (gloo, one machine): the memory that a rank needs in addition to its own
+rows, its time against one process, and the bytes that it sends, counted by a wrapper of its communication and compared
+with the formulas, which are then evaluated for up to 1,024 ranks. Values and gradients are compared with one process.
+Writes results/ring.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inbatch.apps.console import print_table
+from inbatch.methods.simclr import nt_xent
+from inbatch.nn import logsumexp
+from inbatch.runtime import distributed, memory
+from inbatch.runtime.environment import environment
+from inbatch.runtime.files import write_json
+from inbatch.runtime.ring import OwnRows
+
+OUT = Path(__file__).parents[1] / "results" / "ring.json"
+VIEWS, WIDTH, FLOAT = 2, 128, 4
+WAYS = ("gathered", "own rows")
+CPU = torch.device("cpu")
+
+
+class Counted(OwnRows):
+    """Communication between ranks that counts the bytes which this rank sends.
+
+    A sum over ranks sends a tensor 2 (W - 1) / W times, a gather own rows W - 1 times, as rings of collectives do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(equal=True)
+        self.sent = 0.0
+
+    def add(self, x: Tensor) -> None:
+        self.sent += 2 * (self.world - 1) / self.world * x.numel() * x.element_size()
+        super().add(x)
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        self.sent += (self.world - 1) * x.numel() * x.element_size()
+        return super().gather(x, sizes)
+
+    def exchange(self, tensors: Sequence[Tensor], offset: int, rows: int) -> Callable[[], list[Tensor]]:
+        self.sent += sum(x.numel() * x.element_size() for x in tensors)
+        return super().exchange(tensors, offset, rows)
+
+
+def paper(way: str, world: int, rows: int) -> dict[str, float]:
+    """Return the bytes that a rank sends, and the rows that it holds, by formula."""
+    own = rows / world
+    if way == "gathered":  # rows; log-sum-exps and gradients, which are added up
+        sent = (world - 1) * own * WIDTH + 2 * (world - 1) / world * rows * (WIDTH + 1)
+    else:  # rows and sums; rows, log-sum-exps, their gradients, and the gradients that come home
+        sent = world // 2 * own * 3 * (WIDTH + 1) + 4 * (world - 1) / world
+    return {"sent_bytes": FLOAT * sent, "rows": rows if way == "gathered" else own}
+
+
+def once(way: str, own: Tensor, peers: Counted) -> tuple[Tensor, Tensor]:
+    """Return the loss of the whole batch, and the gradient of own rows."""
+    world = peers.world
+    if way == "gathered" or world == 1:
+        whole = peers.gather(own.movedim(1, 0), [own.shape[1]] * world).movedim(0, 1) if world > 1 else own
+        leaf = whole.detach().requires_grad_()
+        with logsumexp.using(rank=peers.rank, world=world, add=peers.add if world > 1 else distributed.add_):
+            loss = nt_xent(leaf, 0.1)
+            loss.backward()
+        assert leaf.grad is not None
+        return loss.detach(), distributed.local_shard(leaf.grad, 1)
+    leaf = own.detach().requires_grad_()
+    with logsumexp.using(peers=peers):
+        loss = nt_xent(leaf, 0.1)
+        loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad / world
+
+
+def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], folder: str) -> None:
+    """Run one rank: the ways in turn."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    samples = rows // VIEWS // world
+    own = torch.randn(VIEWS, samples, WIDTH, generator=torch.Generator().manual_seed(rank))
+    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in ways}
+    for number in range(repeat + 1):
+        for way in ways:
+            peers = Counted()
+            memory.settle(CPU)
+            dist.barrier()
+            before = memory.held(CPU) or 0
+            memory.forget_peak(CPU)
+            begin = time.perf_counter(), time.process_time()
+            loss, gradient = once(way, own, peers)
+            spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
+            mine = found[way]
+            if number or not repeat:
+                mine["seconds"].append(spent[0])
+                mine["processor"].append(spent[1])
+                mine["bytes"].append(memory.peak(CPU) - before)
+            mine |= {"sent": peers.sent, "loss": loss, "gradient": gradient}
+    torch.save(found, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(world: int, rows: int, repeat: int, ways: Sequence[str] = WAYS) -> dict[str, Any]:
+    """Return both ways on some ranks; every figure is the largest of the ranks, the median of the repetitions."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.multiprocessing.start_processes(case, args=(world, rows, repeat, ways, folder), nprocs=world)
+        ranks = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(world)]
+    result: dict[str, Any] = {"ranks": world, "rows": rows}
+    for way in ways:
+        mine = [rank[way] for rank in ranks]
+        worst = {key: max(statistics.median(one[key]) for one in mine) for key in ("seconds", "processor", "bytes")}
+        result[way] = worst | {"sent": max(one["sent"] for one in mine), "loss": mine[0]["loss"].item()}
+        result[way]["sent_on_paper"] = paper(way, world, rows)["sent_bytes"]
+    gradients = [torch.cat([rank[way]["gradient"] for rank in ranks], 1) for way in ways]
+    if len(gradients) == 2:
+        result["gradients_differ"] = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--memory", type=int, nargs=2, default=[4, 65536], help="ranks and rows of the memory case")
+    parser.add_argument("--time", type=int, nargs=2, default=[2, 16384], help="ranks and rows of the time case")
+    parser.add_argument("--volume", type=int, nargs="+", default=[2, 3, 4], help="ranks of the cases of 3,072 rows")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["memory", "time", "volume"], help="default: all; others are kept"
+    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of the memory case; the other is kept")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    parts = args.parts or ["volume", "memory", "time"]
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.parts and args.out.exists() else {}
+    found["paper"] = [
+        {"ranks": world, "rows": n} | {way: paper(way, world, n) for way in WAYS}
+        for world, n in ((4, 65536), (64, 65536), (1024, 65536), (1024, 2**21))
+    ]
+    cases: dict[str, Callable[[], Any]] = {
+        "volume": lambda: [measure(world, 3072, 1) for world in args.volume],
+        "memory": lambda: found.get("memory", {}) | measure(*args.memory, repeat=0, ways=args.ways),
+        "time": lambda: [measure(world, args.time[1], args.repeat) for world in (1, args.time[0])],
+    }
+    for part in parts:
+        found[part] = cases[part]()
+        found.setdefault("load", {})[part] = os.getloadavg()
+        found["ratios"] = ratios(found)
+        write_json(args.out, found | {"environment": environment(CPU)})
+    print_table(
+        ("ranks", "rows", "way", "ms", "processor ms", "extra MB", "sent MB", "on paper"),
+        [
+            (str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * c[way]['seconds']:.0f}",
+             f"{1e3 * c[way]['processor']:.0f}", f"{c[way]['bytes'] / 1e6:.1f}", f"{c[way]['sent'] / 1e6:.3f}",
+             f"{c[way]['sent_on_paper'] / 1e6:.3f}")
+            for part in parts for c in (found[part] if isinstance(found[part], list) else [found[part]]) for way in WAYS
+        ],
+        numbers=True,
+    )  # fmt: skip
+    print_table(("ratio", "own rows"), [(name, f"{x:.3f}") for name, x in found["ratios"].items()], numbers=True)
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Return the extra memory of own rows over that of gathered ones, and times of a rank over that of one process."""
+    result = {}
+    if "memory" in found:
+        result["memory"] = found["memory"]["own rows"]["bytes"] / found["memory"]["gathered"]["bytes"]
+    if "time" in found:
+        alone, shared = found["time"]
+        for name, kind, way in (("time", "seconds", "own rows"), ("processor", "processor", "own rows"),
+                                ("processor, gathered", "processor", "gathered")):  # fmt: skip
+            result[name] = shared[way][kind] / alone["gathered"][kind]
+    return result
+
+
+if __name__ == "__main__":
+    main()
