@@ -21,12 +21,26 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
+    check_shard(recipe)
     check_labels(recipe, source)
     check_negatives(recipe, source)
     if recipe.shuffle_groups and recipe.batch_size == context:
         raise ConfigError(
             f"shuffle_groups: the batch of {context} is one group, there is nothing to shuffle; set context"
         )
+
+
+def check_shard(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that a sharded encoder does not allow."""
+    if not recipe.shard or distributed.world() == 1:
+        return
+    if recipe.budget is not None:
+        raise ConfigError(
+            "shard and budget exclude each other: steps are timed on one rank, which cannot compute a sharded encoder "
+            "alone; set epochs or steps"
+        )
+    if recipe.curate is not None and recipe.curate.options.get("model") != "live":
+        raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
 
 
 def check_labels(recipe: Recipe, source: Source) -> None:

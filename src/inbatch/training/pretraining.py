@@ -116,9 +116,10 @@ def train(
                         )  # fmt: skip
                         loop.run()
                     stop.release()  # everything is saved
-                    result = distributed.broadcast_object(
-                        finish(built, progress, plan, out, where, compared, loop.stopped) if main else None
-                    )
+                    with built.gathered():
+                        result = distributed.broadcast_object(
+                            finish(built, progress, plan, out, where, compared, loop.stopped) if main else None
+                        )
         for sentence in _closing(built, result, compared):
             log.note(sentence)
     return result
@@ -134,7 +135,7 @@ def _log(built: RunComponents, out: Path | None, followers: Followers, progress:
 
 def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
     """Load the last checkpoint of a run into its parts; raise DataError if the images have changed."""
-    saved = load(out / "checkpoints")
+    saved = load(out / "checkpoints", parts=parts)
     check_recipe(saved, built.recipe, out / "recipe.json")
     check_same_images(saved.state.get("progress", {}).get("data", data), data)
     restore(parts, saved.state)
