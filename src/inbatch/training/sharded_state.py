@@ -140,7 +140,8 @@ def _merged(state: dict[str, Any]) -> dict[str, Any]:
     groups = state["param_groups"]
     order = _order(groups)
     merged = [same[0] | {"params": [order[n] for group in same for n in group["params"]]} for same in _alike(groups)]
-    return state | {"state": {order[n]: x for n, x in state["state"].items()}, "param_groups": merged}
+    entries = sorted(((order[n], x) for n, x in state["state"].items()), key=lambda entry: entry[0])
+    return state | {"state": dict(entries), "param_groups": merged}
 
 
 def _split(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Sharded runs from the first step to the encoder: stopped, resumed on other ranks, compiled, and with a lost rank."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_pool import on_ranks
+from small_runs import tiny
+from test_sharded_checkpoints import leaves
+
+import inbatch
+from inbatch.errors import ConfigError, Preempted
+from inbatch.runtime import distributed
+from inbatch.training import checkpoint
+from inbatch.training.plan import plan_without_budget, with_context
+
+VIT = {
+    "encoder": "vit_tiny_patch16_224", "image_size": 32, "preset": "digits", "subset": 80, "batch_size": 16,
+    "context": 4, "evaluate_every": 1, "workers": 0,
+}  # fmt: skip
+SMALL = {"encoder.depth": 2, "encoder.embed_dim": 24, "encoder.patch_size": 8}
+
+
+class StopAt(inbatch.Callback):
+    """Send this process a signal after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, moment: inbatch.Moment) -> None:
+        assert bool(next(moment.encoder.parameters()).isfinite().all())
+        if moment.step == self.step and moment.rank == 1 % moment.world:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(out: Path, method: str = "byol", stop: int | None = None, **fields: Any) -> None:
+    callbacks = [StopAt(stop)] if stop else []
+    settings = SMALL | fields.pop("settings", {}) if fields.get("encoder", "vit").startswith("vit") else {}
+    try:
+        tiny(method, out, settings=settings, callbacks=callbacks, **(VIT | {"shard": True} | fields))
+    except Preempted:
+        assert stop
+
+
+def state(out: Path) -> list[Any]:
+    saved = checkpoint.load(out / "checkpoints").state
+    return [x.double().numpy() for part in ("tower", "target", "method", "optimizer") if part in saved
+            for x in leaves(saved[part]) if isinstance(x, torch.Tensor)]  # fmt: skip
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    one, two = state(a), state(b)
+    assert len(one) == len(two) > 50
+    return max(float(np.abs(x - y).max(initial=0.0)) for x, y in zip(one, two, strict=True))
+
+
+def stop_and_go_on(folder: Path) -> None:
+    run(folder / "whole")
+    run(folder / "stopped", stop=7)
+    if distributed.rank() == 0:
+        for name in ("one", "without"):
+            shutil.copytree(folder / "stopped", folder / name)
+    distributed.broadcast_object(None)
+    run(folder / "stopped", resume=True)
+    run(folder / "without", resume=True, shard=False)
+    run(folder / "plain", shard=False)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_on_the_same_ranks_on_one_and_without_shards(tmp_path: Path) -> None:
+    on_ranks(2, stop_and_go_on, tmp_path)
+    assert largest_difference(tmp_path / "whole", tmp_path / "stopped") == 0
+    run(tmp_path / "one", resume=True)
+    for name in ("one", "without", "plain"):
+        assert largest_difference(tmp_path / "whole", tmp_path / name) < 2e-5, name
+    assert not list((tmp_path / "one" / "checkpoints").glob("shards-00000010"))
+    for name in ("whole", "one"):
+        encoder = inbatch.load(tmp_path / name)
+        assert np.isfinite(encoder.embed(np.zeros((2, 32, 32), np.uint8))).all()
+
+
+def combinations(folder: Path) -> dict[str, str]:
+    """Train two steps with other options; return the problems."""
+    problems = {}
+    cases: dict[str, dict[str, Any]] = {
+        "compile": {"compile": True}, "compile and again": {"compile": True, "checkpoint_activations": True},
+        "bf16": {"precision": "bf16"}, "bf16 and again": {"precision": "bf16", "checkpoint_activations": True},
+        "bf16 compiled": {"precision": "bf16", "compile": True, "checkpoint_activations": True},
+        "norm": {"encoder": "resnet10", "sync_norm": True, "context": 8}, "tiny": {"encoder": "tiny"},
+        "sampler": {"sampler": "neighbours", "epochs": 2, "encoder": "tiny"},
+        "curated": {"curate": "redraw", "settings": {"curate.model": "live"}},
+    }  # fmt: skip
+    for name, fields in cases.items():
+        try:
+            run(folder / name.replace(" ", "-"), "simclr", **({"epochs": 1, "subset": 32} | fields))
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}"
+    return problems
+
+
+@pytest.mark.slow
+def test_options_beside_shards(tmp_path: Path) -> None:
+    for problems in on_ranks(2, combinations, tmp_path):
+        assert not problems
+
+
+def refusals(folder: Path) -> list[str]:
+    """Return the messages of what shards do not allow."""
+    messages = []
+    for fields in ({"budget": "1m"}, {"curate": "redraw"}, {"context": "auto"}):
+        with pytest.raises(ConfigError) as refused:
+            if "context" in fields:
+                plan = plan_without_budget("digits-canvas", {"shard": True, "encoder": "tiny", "preset": "digits"} | fields)
+                with_context(plan, torch.device("cpu"), 0)
+            else:
+                settings = {"shard": True, "encoder": "tiny", "preset": "digits", "subset": 80, "batch_size": 16}
+                plan = plan_without_budget("digits-canvas", settings | fields)
+                inbatch.training.build_checks.check_shard(plan.recipe)
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_what_shards_do_not_allow_is_refused(tmp_path: Path) -> None:
+    for messages in on_ranks(2, refusals, tmp_path):
+        assert ["budget" in messages[0], "curat" in messages[1], "context" in messages[2]] == [True] * 3
