@@ -17,6 +17,7 @@ from inbatch.models.network import Network
 from inbatch.models.recompute import blocks, recompute_activations
 from inbatch.training import grad_cache
 
+
 def vit() -> nn.Module:
     """A ViT of two blocks, without dropout, for the images of `small_methods`."""
     return timm.create_model(
