@@ -14,8 +14,9 @@ from typing import Any
 
 def train(settings: dict[str, Any]) -> None:
     """Train on each worker; Ray has joined the workers in a process group, which inbatch uses."""
-    import inbatch
     from ray.train import get_context
+
+    import inbatch
 
     run = inbatch.pretrain(resume="auto", **settings)
     if get_context().get_world_rank() == 0:

@@ -101,6 +101,8 @@ def there_and_back(folder: Path) -> dict[str, bool]:
 def test_states_come_back_on_the_same_and_on_other_ranks(tmp_path: Path) -> None:
     for results in on_ranks(2, there_and_back, tmp_path):
         assert all(results.values()), results
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".pt", ".safetensors"}  # no index of DCP, which is a pickle
     alone = parts(False, 1)
     before = copy.deepcopy(of(alone))
     loaded = checkpoint.load(tmp_path, "previous.pt", parts=alone)
@@ -119,13 +121,6 @@ def leaves(state: Any) -> list[Any]:
         items = [state[key] for key in sorted(state, key=str)] if isinstance(state, dict) else state
         return [leaf for x in items for leaf in leaves(x)]
     return [] if isinstance(state, str | bool | None) else [state]
-
-
-def test_no_file_of_shards_is_a_pickle(tmp_path: Path) -> None:
-    on_ranks(2, saved, tmp_path, 1)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".pt", ".safetensors"}
-    assert len([path for path in files if path.suffix == ".safetensors"]) == 2
 
 
 @pytest.mark.parametrize("problem", ["folder", "file", "size"])
