@@ -58,7 +58,6 @@ def recompute_activations(encoder: Encoder) -> None:
         unit.__class__ = _recomputed(type(unit))
 
 
-@functools.cache
 def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass whose forward pass is computed again in the backward pass; a copy of a module is one, too."""
 

@@ -51,10 +51,11 @@ def assemble(
         template = like.get(path, like.get(path[:3]))
         if isinstance(x, dict):
             shape, dtype = _described(x)
-            alike = template is not None and template.shape == shape
-            made = torch.empty_like(template, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
-            wanted[x[_MARK]] = made
-            return made
+            if template is not None and template.shape == shape:
+                wanted[x[_MARK]] = torch.empty_like(template, dtype=dtype)
+            else:
+                wanted[x[_MARK]] = torch.empty(shape, dtype=dtype)
+            return wanted[x[_MARK]]
         if isinstance(x, Tensor) and template is not None and template.shape == x.shape:
             return part_of(x, template)
         return x
@@ -79,8 +80,9 @@ def _mapped(x: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
 
 def _described(x: Mapping[str, Any]) -> tuple[torch.Size, torch.dtype]:
     shape, dtype = x.get("shape"), getattr(torch, str(x.get("dtype")), None)
-    sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not (sizes and isinstance(dtype, torch.dtype) and isinstance(x[_MARK], str)):
+    if not (isinstance(shape, list) and isinstance(dtype, torch.dtype) and isinstance(x[_MARK], str)) or any(
+        type(n) is not int or n < 0 for n in shape
+    ):
         raise ValueError(f"describes no tensor of its shards: {dict(x)!r:.80}")
     return torch.Size(shape), dtype
 
