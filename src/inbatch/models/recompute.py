@@ -49,7 +49,7 @@ def recompute_activations(encoder: Encoder) -> None:
                 f"checkpoint_activations: timm does not offer it for {encoder.name} ({error}): leave it out"
             ) from None
         return
-    units = blocks(backbone)
+    units = [unit for unit in blocks(backbone) if not isinstance(unit, nn.modules.batchnorm._BatchNorm)]
     if len(units) < 2:
         raise ConfigError(
             f"checkpoint_activations: {encoder.name} is one block, so that nothing would be saved: leave it out"

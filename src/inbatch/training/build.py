@@ -232,15 +232,23 @@ def _make_networks(
         network.recomputes = True
     parts.method.to(device)
     for module in filter(None, (network, target)):
-        if sharded and not (parts.teacher and module is target):
+        learned = not (parts.teacher and module is target)
+        if learned and sharded:
+            if recipe.sync_norm:  # before, because shards have classes of their own
+                _synchronise(module)
             _shard(recipe, parts.views, module, device)  # before all of it is on the device
         module.to(device)
         if recipe.channels_last and not sharded:  # shards are parts of contiguous tensors
             module.to(memory_format=torch.channels_last)
-        if recipe.sync_norm and not (parts.teacher and module is target):
-            synchronise_norm(module)
-            distributed.make_context_global(module)
+        if learned and recipe.sync_norm and not sharded:
+            _synchronise(module)
     return network, target
+
+
+def _synchronise(network: Network) -> None:
+    """Extend the context groups of a network over all ranks."""
+    synchronise_norm(network)
+    distributed.make_context_global(network)
 
 
 def _shard(recipe: Recipe, views: AnyViews, network: Network, device: torch.device) -> None:

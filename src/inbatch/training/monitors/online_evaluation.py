@@ -138,7 +138,7 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
     """Measure on rank 0 how different the outputs of some images are; report a collapse, and the recovery from it."""
     if distributed.rank() and built.whole is None:
         return
-    images = built.network.encoder.prepare(readable(watched, range(len(watched))))
+    images = built.encoder.prepare(readable(watched, range(len(watched))))
     now = spread(built.network, images.to(built.loader.device))  # a sharded network is computed by all ranks
     if distributed.rank():
         return
