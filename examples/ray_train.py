@@ -1,10 +1,10 @@
 """A run under Ray Train: Ray starts the workers, and starts them again from the last checkpoint if one is lost.
 
-    pip install "ray[train]"
-    python examples/ray_train.py --data ~/photos --out /shared/runs/photos --workers 4 --gpu
+    python examples/ray_train.py
 
-All workers must see the data and the run directory. `resume="auto"` continues from its last checkpoint after a restart,
-also with another number of workers.
+It needs `pip install "ray[train]"`. On a cluster: --data ~/photos --out /shared/runs/photos --workers 4 --gpu. All
+workers must see the data and the run directory. `resume="auto"` continues from its last checkpoint after a restart, also
+with another number of workers.
 """
 
 import argparse
