@@ -12,10 +12,13 @@ from rank_pool import on_ranks
 from small_methods import train
 from torch import nn
 
+from inbatch.errors import ConfigError
 from inbatch.models import create_encoder
 from inbatch.models.network import Network
 from inbatch.models.recompute import blocks, recompute_activations
 from inbatch.training import grad_cache
+from inbatch.training.build_checks import check_recompute
+from inbatch.training.recipe import make
 
 
 def vit() -> nn.Module:
@@ -63,12 +66,21 @@ def test_shards_of_other_methods_and_numbers_of_ranks(world: int) -> None:
 
 def test_lists_of_blocks() -> None:
     assert [type(block).__name__ for block in blocks(vit())] == ["Block", "Block"]
+    small = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1])  # stages of one block are no units
+    assert [type(block).__name__ for block in blocks(small)] == ["Conv2d", "BatchNorm2d"] + ["BasicBlock"] * 4
     resnet = timm.create_model("resnet18", num_classes=0)
     assert [type(block).__name__ for block in blocks(resnet)] == ["BasicBlock"] * 8
     assert [type(block).__name__ for block in blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))] == [
         "Linear",
         "Linear",
     ]
+
+
+def test_altered_images_are_refused_for_norm_layers_that_are_computed_again() -> None:
+    settings = {"data": "digits-canvas", "preset": "digits", "mix.name": "imix", "checkpoint_activations": True}
+    check_recompute(make(settings), vit())
+    with pytest.raises(ConfigError, match="checkpoint_activations and mix exclude"):
+        check_recompute(make(settings), nn.BatchNorm2d(2))
 
 
 def after_a_step(network: Network) -> list[torch.Tensor]:

@@ -99,6 +99,7 @@ def test_a_run_is_resumed_on_the_same_ranks_on_one_and_without_shards(tmp_path: 
 OPTIONS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True}, "compile and again": {"compile": True, "checkpoint_activations": True},
     "bf16": {"precision": "bf16"}, "bf16 and again": {"precision": "bf16", "checkpoint_activations": True},
+    "norm and again": {"encoder": "resnet10", "checkpoint_activations": True},
     "norm": {"encoder": "resnet10", "sync_norm": True, "context": 8},
     "sampler": {"sampler": "neighbours", "epochs": 2, "encoder": "tiny"},
     "curated": {"curate": "redraw", "settings": {"curate.model": "live"}},

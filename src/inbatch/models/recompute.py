@@ -19,7 +19,14 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
     Blocks are the elements of a list of at least two modules of one class that consist of others.
     """
-    return _repeated(module) or [part for _, part in weighted_parts(module)]
+    return _repeated(module) or [unit for _, part in weighted_parts(module) for unit in _elements(part)]
+
+
+def _elements(module: nn.Module) -> list[nn.Module]:
+    """Return the modules with weights in a list, which models may call one by one; a module that is none, alone."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return [module] if any(True for _ in module.parameters()) else []
+    return [unit for part in module for unit in _elements(part)]
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

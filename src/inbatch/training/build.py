@@ -27,6 +27,7 @@ from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.runtime.sharding import shard
+from inbatch.training import build_checks
 from inbatch.training.budget import Timeline
 from inbatch.training.build_checks import check_momentum, check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
@@ -228,6 +229,7 @@ def _make_networks(
     elif parts.method.target:
         target = make_target_network(network, parts.heads, parts.method.target)
     if recipe.checkpoint_activations:  # after the target network is made, which has no backward pass
+        build_checks.check_recompute(recipe, parts.encoder)
         recompute_activations(parts.encoder)
         network.recomputes = True
     parts.method.to(device)

@@ -1,10 +1,12 @@
 """Check that a device, the images and the number of processes allow a recipe."""
 
 import torch
+from torch import nn
 
 from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods.base import Method
+from inbatch.models.network import norms
 from inbatch.nn import triton_logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for
@@ -41,6 +43,16 @@ def check_shard(recipe: Recipe) -> None:
         )
     if recipe.curate is not None and recipe.curate.options.get("model") != "live":
         raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
+
+
+def check_recompute(recipe: Recipe, encoder: nn.Module) -> None:
+    """Raise ConfigError if activations of some views would be computed again with other statistics than before."""
+    altered = [name for name, part in (("fuse", recipe.fuse), ("mix", recipe.mix)) if part is not None]
+    if altered and norms(encoder):
+        raise ConfigError(
+            f"checkpoint_activations and {altered[0]} exclude each other for an encoder with batch normalisation, "
+            "whose running statistics leave out altered images: choose a ViT, or leave one of the two out"
+        )
 
 
 def check_labels(recipe: Recipe, source: Source) -> None:
