@@ -3,8 +3,8 @@
     python examples/ray_train.py
 
 It needs `pip install "ray[train]"`. On a cluster: --data ~/photos --out /shared/runs/photos --workers 4 --gpu. All
-workers must see the data and the run directory. `resume="auto"` continues from its last checkpoint after a restart, also
-with another number of workers.
+workers must see the data and the run directory. `resume="auto"` continues from its last checkpoint after a restart,
+also with another number of workers.
 """
 
 import argparse
