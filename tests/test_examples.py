@@ -65,7 +65,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 def test_scripts_are_short_listed_and_state_their_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert len(SCRIPTS) == 11
+    assert len(SCRIPTS) == 12
     for script in SCRIPTS:
         text = script.read_text()
         assert len(text.splitlines()) < 60, script.name
@@ -191,8 +191,8 @@ def test_sklearn_pipeline_classifies(search: tuple[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_documented_command_runs(script: Path) -> None:
-    if script.stem == "onnx_inference":
-        pytest.importorskip("onnxruntime")
+    if script.stem in ("onnx_inference", "ray_train"):
+        pytest.importorskip({"onnx_inference": "onnxruntime", "ray_train": "ray"}[script.stem])
     words = shlex.split(re.search(r"^    (.*)$", script.read_text(), re.M)[1].removesuffix(" [RUN]"))  # type: ignore[index]
     program = [sys.executable]
     if words[0] == "torchrun":

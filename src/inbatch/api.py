@@ -165,10 +165,11 @@ def pretrain(
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
             notes = _notes(plan, built, stale)
-            if distributed.rank() == 0:
-                check_unchanged(directory, before)
-                _check_out(out, replaces or previous is not None)
-                notes += begin_run(directory, built, here, previous is not None)
+            with built.gathered():
+                if distributed.rank() == 0:
+                    check_unchanged(directory, before)
+                    _check_out(out, replaces or previous is not None)
+                    notes += begin_run(directory, built, here, previous is not None)
             result = train(
                 built, directory, split, resume=previous is not None, quiet=quiet, notes=notes,
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
@@ -212,7 +213,8 @@ def dry_run(
         built = build(plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader)
         split = evaluation_split(plan.recipe, plan.source, plan.data, download=download)
         seconds = plan.choice.chosen.seconds if plan.choice else step_seconds(built)
-        smaller = smaller_choices(built) if built.total * seconds > 3600 and plan.recipe.budget is None else []
+        long = built.total * seconds > 3600 and plan.recipe.budget is None
+        smaller = smaller_choices(built) if long and built.whole is None else []  # ranks time other seconds
         more = {}
         if plan.choice:
             start = time.perf_counter() - began - plan.choice.seconds

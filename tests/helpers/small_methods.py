@@ -16,11 +16,13 @@ from inbatch.context.negatives import DropSimilar
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.models.network import Network, make_target_network
+from inbatch.models.recompute import blocks
 from inbatch.models.sync_batchnorm import synchronise_norm
 from inbatch.nn.negatives import Negatives
 from inbatch.rng import fold, permutation
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, sharding
 from inbatch.training import grad_cache
+from inbatch.training.optim import build_optimizer, parameter_groups
 from inbatch.training.step import Step
 
 SMALL: dict[str, dict[str, object]] = {
@@ -166,7 +168,9 @@ def create(variant: str, **more: object) -> Method:
     return method
 
 
-def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[Method, Network, Network | None]:
+def parts(
+    variant: str, plugs: Collection[str] = (), group: int = 16, make: Callable[[], nn.Module] | None = None
+) -> tuple[Method, Network, Network | None]:
     """Return method, network and target network in float64, the same on every call. group: context size."""
     torch.manual_seed(1)
     method = create(variant)
@@ -174,7 +178,7 @@ def parts(variant: str, plugs: Collection[str] = (), group: int = 16) -> tuple[M
     heads = method.heads(12)
     fuse, fused = fusion(variant, plugs, group)
     joined = variant.endswith("-joined")
-    network = Network(encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
+    network = Network(make() if make else encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
     target = make_target_network(network, heads, method.target) if method.target else None
     if target is not None:
         with torch.no_grad():
@@ -252,14 +256,22 @@ def train(
     synced: bool = False,
     plugs: Collection[str] = (),
     frozen: int = 0,
+    shard: bool = False,
+    optimizer: str = "sgd",
+    make: Callable[[], nn.Module] | None = None,
 ) -> dict[str, list]:
-    """Run some steps of training on this rank's part of the batches; return the whole state as nested lists."""
-    method, network, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()))
+    """Run some steps of training on this rank's part of the batches; return the whole state as nested lists.
+
+    shard: divide the encoders over the ranks. make: another encoder.
+    """
+    method, network, target = parts(variant, plugs, n // groups // (1 if synced else distributed.world()), make)
     if synced:
         for module in (network, target):
             if module is not None:
                 synchronise_norm(module)
                 distributed.make_context_global(module)
+    for module in filter(None, (network, target) if shard else ()):
+        sharding.shard(module.encoder, blocks(module.encoder), torch.device("cpu"))
     given: list[tuple[Tensor, ...]] = []
     views = views_of(variant)
 
@@ -275,7 +287,7 @@ def train(
 
     step = Step(
         method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
-        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), schedule=lambda optimizer, step: None,
+        optimizer=optimizer_of(optimizer, network), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
         curator=curator(plugs, network, drawn, views), frozen=frozen, mixer=mixer_of(plugs),
         similar=similar(plugs, network, drawn),
@@ -288,9 +300,20 @@ def train(
     return state(method, network, target) | {"loss": losses}
 
 
+def optimizer_of(name: str, network: Network) -> torch.optim.Optimizer:
+    options = {"sgd": {"lr": 0.1}, "lars": {"lr": 0.5, "eta": 0.1}, "adamw": {"lr": 0.01}}[name]
+    modules = {"encoder": network.encoder, **network.heads} | ({} if network.fuse is None else {"fuse": network.fuse})
+    decay = 0.0 if name == "sgd" else 0.1
+    return build_optimizer(name, parameter_groups(modules, lr=options.pop("lr"), weight_decay=decay), **options)
+
+
 def state(method: Method, network: Network, target: Network | None) -> dict[str, list]:
     modules = {"method": method, "tower": network} | ({"target": target} if target is not None else {})
-    return {f"{m}.{k}": v.double().tolist() for m, module in modules.items() for k, v in module.state_dict().items()}
+    return {
+        f"{m}.{k}": sharding.whole(v).double().tolist()
+        for m, module in modules.items()
+        for k, v in module.state_dict().items()
+    }
 
 
 def literal(

@@ -1,6 +1,7 @@
 """A rank that exits, hangs, differs or ends by itself: the others end soon and report which rank it was and why."""
 
 import datetime
+import errno
 import json
 import os
 import signal
@@ -16,14 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import _context, on_ranks
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import inbatch
 from inbatch.data import open_data, write_folder
 from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
-from inbatch.runtime import distributed, rank_store
+from inbatch.runtime import distributed, rank_store, sharding
 from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
 
 TIMEOUT = 6.0
@@ -162,13 +166,39 @@ def endless_ring(fault: str, bad: int) -> str:
     return "never"
 
 
+def sharded(fault: str, bad: int) -> str:
+    """Take steps with a sharded encoder and save after each; one rank fails in the third step or save."""
+    what, _, where = fault.partition(" in a ")
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    sharding.shard(encoder, list(encoder), torch.device("cpu"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        if what == "fills its disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os._exit(1) if what == "dies" else os.kill(os.getpid(), signal.SIGSTOP)
+
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(distributed.broadcast_object(own))
+        for step in range(10_000):
+            if step == 3 and distributed.rank() == bad:
+                if where == "step":
+                    encoder[1].register_forward_pre_hook(fail, prepend=True)
+                else:
+                    HuggingFaceStorageWriter.write_data = fail  # type: ignore[method-assign]
+            encoder(torch.randn(3, 4)).sum().backward()
+            if step >= 2 or where == "save":
+                checkpoint.save(folder, {"encoder": encoder.state_dict()}, step=step)
+    return "never"
+
+
 def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: Any, ring: bool = False) -> None:
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
         with distributed.process_group(timeout=TIMEOUT):
-            (endless_ring if ring else endless)(fault, bad)
+            (endless_ring if ring else sharded if " in a " in fault else endless)(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))
 
@@ -202,6 +232,21 @@ def test_a_lost_rank_is_named_by_all_others(fault: str, bad: int) -> None:
     assert speakers == [min(found)]
     for kind, sentence, _, _ in found.values():
         assert kind == "RankError" and f"lost rank {bad}:" in sentence, sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["dies in a step", "hangs in a step", "dies in a save", "hangs in a save"])
+def test_a_rank_lost_in_a_sharded_step_or_save_is_named(fault: str) -> None:
+    found = ends(3, fault, 1, heard=2)
+    assert sorted(found) == [0, 2]
+    for kind, sentence, _, _ in found.values():
+        assert kind == "RankError" and "lost rank 1:" in sentence, sentence
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_its_shards_is_named() -> None:
+    for kind, sentence, _, _ in ends(2, "fills its disk in a save", 1, heard=2).values():
+        assert kind in ("InbatchError", "RankError") and sentence.startswith("rank 1: Cannot write"), sentence
 
 
 @pytest.mark.parametrize(

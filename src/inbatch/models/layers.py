@@ -20,17 +20,17 @@ def layer_numbers(backbone: Any) -> dict[str, int]:
         grouped: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
         return grouped
     numbers, number = dict[str, int](), -1
-    for prefix, part in _parts(backbone):
+    for prefix, part in weighted_parts(backbone):
         named = list(part.named_parameters(prefix))
         number += any(p.ndim > 1 for _, p in named)
         numbers |= dict.fromkeys((name for name, _ in named), max(number, 0))
     return {name: numbers.get(name, 0) for name, _ in backbone.named_parameters()}
 
 
-def _parts(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def weighted_parts(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """Return the children that have parameters; if one child has all of them, the children of that child."""
     children = [(f"{prefix}{name}", child) for name, child in module.named_children() if list(child.parameters())]
     own = any(True for _ in module.parameters(recurse=False))
-    if len(children) == 1 and not own and (inner := _parts(children[0][1], f"{children[0][0]}.")):
+    if len(children) == 1 and not own and (inner := weighted_parts(children[0][1], f"{children[0][0]}.")):
         return inner
     return children

@@ -15,6 +15,7 @@ from inbatch.context.fusion import Fusion
 from inbatch.context.grouped import Grouped
 from inbatch.nn.eval_mode import evaluating
 from inbatch.nn.heads import Head
+from inbatch.runtime.sharding import separate
 
 NEVER_FUSED = 2**30
 """Number of a view that is never fused."""
@@ -57,6 +58,7 @@ class Network(nn.Module):
         self.joined, self.together = joined, joined or not mixes(encoder)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale = 1.0  # scale of the images' side, for runs with growing images; set by `Step`
+        self.recomputes = False  # whether blocks of the encoder are computed again in the backward pass
         self.frozen = False  # whether the encoder does not learn; set by `freeze_encoder`
         self.adapted = getattr(encoder, "lora", None) is not None  # only LoRA's matrices of the encoder learn
         for norm in norms(encoder) if self.adapted else ():
@@ -190,9 +192,9 @@ def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
         return not name.startswith("encoder.") or not (frozen or (adapted and not new[name].requires_grad))
 
     pairs = [(own, new[name]) for name, own in target.named_parameters() if learns(name)]
-    slow: list[Tensor] = [pair[0] for pair in pairs]
-    torch._foreach_mul_(slow, momentum)
-    torch._foreach_add_(slow, [pair[1] for pair in pairs], alpha=1 - momentum)
+    for slow, fast in zip(*(separate(tensors) for tensors in zip(*pairs, strict=True)), strict=True):
+        torch._foreach_mul_(slow, momentum)
+        torch._foreach_add_(slow, fast, alpha=1 - momentum)
     fuse = getattr(target, "fuse", None)
     if isinstance(fuse, Fusion) and fuse.target == "shared":
         fuse.load_state_dict(online.get_submodule("fuse").state_dict())
@@ -220,6 +222,19 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     """Return the running means and variances that the next training step updates."""
     layers = [norm for norm in norms(module) if norm.track_running_stats]
     return [statistic for norm in layers for statistic in (norm.running_mean, norm.running_var)]
+
+
+@contextmanager
+def restored_statistics(module: nn.Module) -> Iterator[None]:
+    """Restore running statistics afterwards: activation checkpointing computes norm layers twice."""
+    layers = [norm for norm in norms(module) if norm.track_running_stats]
+    now = [x for norm in layers for x in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    before = [x.clone() for x in now]
+    try:
+        yield
+    finally:
+        for x, old in zip(now, before, strict=True):
+            x.copy_(old)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError, TrainingError
 from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.runtime.resources import launched
+from inbatch.runtime.sharding import is_sharded
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
@@ -206,8 +207,12 @@ def local_rank() -> int:
 
 
 def wrap(network: nn.Module) -> nn.Module:
-    """Return the network with gradients averaged over ranks in the backward pass; the network itself on one rank."""
-    if world() == 1:
+    """Return the network with gradients averaged over ranks in the backward pass.
+
+    That is the network itself on one rank, or if it is sharded; parameters that are not divided are then averaged by
+    the step.
+    """
+    if world() == 1 or is_sharded(network):
         return network
     device = next(network.parameters()).device
     known = inspect.signature(DistributedDataParallel).parameters

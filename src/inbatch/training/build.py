@@ -22,10 +22,13 @@ from inbatch.models import Encoder, check_side
 from inbatch.models.cpu_convolution import by_product
 from inbatch.models.lora import add_lora
 from inbatch.models.network import Network, make_target_network
+from inbatch.models.recompute import blocks, recompute_activations
 from inbatch.models.sync_batchnorm import synchronise_norm
 from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
+from inbatch.runtime.sharding import shard
+from inbatch.training import build_checks
 from inbatch.training.budget import Timeline
 from inbatch.training.build_checks import check_momentum, check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
@@ -39,6 +42,7 @@ from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, 
 from inbatch.training.run_views import drawn, image_scale, views_of
 from inbatch.training.step import Step
 from inbatch.training.teacher import load_teacher, teacher_network
+from inbatch.training.whole_encoder import WholeEncoder
 
 
 @dataclass
@@ -59,6 +63,11 @@ class RunComponents:
     lr: float
     timeline: Timeline
     notes: tuple[str, ...] = ()
+    whole: WholeEncoder | None = None
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Give `encoder` its weights within the context, which every rank must enter; without shards it has them."""
+        return contextlib.nullcontext() if self.whole is None else self.whole.gathered()
 
     @property
     def total(self) -> int:
@@ -105,11 +114,12 @@ def build(
     recipe = replace(recipe, cache_on_device=loader.held is not None)
     if loader.plan is not None:
         recipe = replace(recipe, read_streams=loader.plan.streams)
-    network, target = _make_networks(recipe, parts, device)
+    whole = WholeEncoder(parts.encoder) if recipe.shard and distributed.world() > 1 else None
+    network, target = _make_networks(recipe, parts, device, whole is not None)
     piece = recipe.batch_size // distributed.world() // groups
     curator = curator_of(recipe, parts.views, network, piece, device)
     similar = plug_in_negatives(recipe, source, parts.method, network, parts.encoder, piece, device)
-    if recipe.compile:
+    if recipe.compile and whole is None:
         _compile(parts.views, network, target)
     optimizer, lr = _make_optimizer(recipe, parts, network)
     timeline = Timeline(recipe.steps or recipe.epochs * loader.steps, list(recipe.replans))
@@ -127,9 +137,10 @@ def build(
         similar=similar,
     )  # fmt: skip
     return RunComponents(
-        recipe, source, loader, parts.views, parts.encoder, parts.method, network, target, optimizer, step, context, lr,
-        timeline, (*parts.notes, *(loader.sampler.notes() if loader.sampler else ()),
-                   *without_effect(recipe, source, loader, timeline.total)),
+        recipe, source, loader, parts.views, whole.copy if whole else parts.encoder, parts.method, network, target,
+        optimizer, step, context, lr, timeline,
+        (*parts.notes, *(loader.sampler.notes() if loader.sampler else ()),
+         *without_effect(recipe, source, loader, timeline.total)), whole,
     )  # fmt: skip
 
 
@@ -210,7 +221,9 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
     )  # fmt: skip
 
 
-def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple[Network, Network | None]:
+def _make_networks(
+    recipe: Recipe, parts: _Parts, device: torch.device, sharded: bool
+) -> tuple[Network, Network | None]:
     """Return the online and the target network on the device, in its precision and layout."""
     network = Network(
         parts.encoder, parts.heads, parts.method.online, precision_for(recipe.precision, device), recipe.channels_last,
@@ -223,15 +236,43 @@ def _make_networks(recipe: Recipe, parts: _Parts, device: torch.device) -> tuple
         target = teacher_network(parts.teacher, parts.encoder, network.precision, recipe.channels_last)
     elif parts.method.target:
         target = make_target_network(network, parts.heads, parts.method.target)
+    if recipe.checkpoint_activations:  # after the target network is made, which has no backward pass
+        build_checks.check_recompute(recipe, parts.encoder)
+        recompute_activations(parts.encoder)
+        network.recomputes = True
     parts.method.to(device)
     for module in filter(None, (network, target)):
+        learned = not (parts.teacher and module is target)
+        if learned and sharded:
+            if recipe.sync_norm:  # before, because shards have classes of their own
+                _synchronise(module)
+            _shard(recipe, parts.views, module, device)  # before all of it is on the device
         module.to(device)
-        if recipe.channels_last:
+        if recipe.channels_last and not sharded:  # shards are parts of contiguous tensors
             module.to(memory_format=torch.channels_last)
-        if recipe.sync_norm and not (parts.teacher and module is target):
-            synchronise_norm(module)
-            distributed.make_context_global(module)
+        if learned and recipe.sync_norm and not sharded:
+            _synchronise(module)
     return network, target
+
+
+def _synchronise(network: Network) -> None:
+    """Extend the context groups of a network over all ranks."""
+    synchronise_norm(network)
+    distributed.make_context_global(network)
+
+
+def _shard(recipe: Recipe, views: AnyViews, network: Network, device: torch.device) -> None:
+    """Divide the encoder of a network over the ranks, block by block; compiled, each block is compiled alone."""
+    encoder: Any = network.encoder
+    units = blocks(encoder.backbone)
+    if recipe.compile:
+        views.compile()
+        for unit in units:
+            unit.compile()
+    try:
+        shard(encoder, units, device)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"shard: {encoder.name} cannot be divided over ranks ({error}); leave it out") from error
 
 
 def _compile(views: AnyViews, *networks: Network | None) -> None:

@@ -1,10 +1,12 @@
 """Check that a device, the images and the number of processes allow a recipe."""
 
 import torch
+from torch import nn
 
 from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods.base import Method
+from inbatch.models.network import norms
 from inbatch.nn import triton_logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for
@@ -22,6 +24,7 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         distributed.assert_equal_across_ranks(facts)
     check_reading(recipe)
+    check_shard(recipe)
     check_labels(recipe, source)
     check_negatives(recipe, source)
     if recipe.shuffle_groups and recipe.batch_size == context:
@@ -43,6 +46,29 @@ def check_reading(recipe: Recipe) -> None:
         raise ConfigError(
             "read = sequential and cache_on_device = true exclude each other: images that are kept in memory are read "
             "once; leave out one of the two"
+        )
+
+
+def check_shard(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that a sharded encoder does not allow."""
+    if not recipe.shard or distributed.world() == 1:
+        return
+    if recipe.budget is not None:
+        raise ConfigError(
+            "shard and budget exclude each other: steps are timed on one rank, which cannot compute a sharded encoder "
+            "alone; set epochs or steps"
+        )
+    if recipe.curate is not None and recipe.curate.options.get("model") != "live":
+        raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
+
+
+def check_recompute(recipe: Recipe, encoder: nn.Module) -> None:
+    """Raise ConfigError if activations of some views would be computed again with other statistics than before."""
+    altered = [name for name, part in (("fuse", recipe.fuse), ("mix", recipe.mix)) if part is not None]
+    if altered and norms(encoder):
+        raise ConfigError(
+            f"checkpoint_activations and {altered[0]} exclude each other for an encoder with batch normalisation, "
+            "whose running statistics leave out altered images: choose a ViT, or leave one of the two out"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from inbatch.errors import ConfigError, InbatchError, TrainingError, reason
 from inbatch.models import Encoder
 from inbatch.runtime import distributed
+from inbatch.runtime.sharding import local
 from inbatch.training.build import RunComponents
 from inbatch.training.metric_logger import Log
 
@@ -136,7 +137,7 @@ class Callbacks:
             )  # fmt: skip
             before = None if callback.changes_weights else self._fingerprint()
             try:
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(), self.built.gathered():
                     getattr(callback, hook)(moment)
             except InbatchError as error:
                 problem = f"{where} failed: {error}"
@@ -168,7 +169,8 @@ class Callbacks:
         built = self.built
         modules = [module for module in (built.network, built.target, built.method) if module is not None]
         tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-        floats = [x.detach() for x in tensors if x.is_floating_point() and x.numel()]
+        tensors = [local(x.detach()) for x in tensors]
+        floats = [x for x in tensors if x.is_floating_point() and x.numel()]
         # the version of a tensor misses changes through `.data`, which the norms show
         norms = torch.stack([norm.double() for norm in torch._foreach_norm(floats)]) if floats else torch.zeros(0)
         modes = [one.training for module in modules for one in module.modules()]

@@ -3,6 +3,9 @@
 A directory holds `last.pt`, `previous.pt` and `best.pt`. Each is a zip archive as `torch.save` writes it, with the
 SHA-256 of its bytes as the archive's comment. `torch.load(path, weights_only=True)` opens it, and a file cannot be
 separated from its checksum.
+
+Tensors that are divided over ranks are in a folder `shards-STEP` of safetensors files, one per rank, that is complete
+before the checkpoint with the names and checksums of these files is.
 """
 
 import hashlib
@@ -17,8 +20,11 @@ from typing import Any, BinaryIO
 import torch
 
 from inbatch.errors import ConfigError, InbatchError, listed
+from inbatch.runtime import distributed
 from inbatch.runtime.files import replacing
 from inbatch.training.checkpoint_contents import problems_in
+from inbatch.training.checkpoint_shards import check_shards, names_shards, remove_unused, write_shards
+from inbatch.training.sharded_state import assemble, divide, is_divided
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
@@ -72,12 +78,12 @@ def save(
 ) -> Path:
     """Write `last.pt` and keep the one before as `previous.pt`; with `best`, also write `best.pt`.
 
-    At every moment at least one of `last.pt` and `previous.pt` is complete. If an error is raised, the directory is
-    unchanged.
+    At every moment at least one of `last.pt` and `previous.pt` is complete. If an error is raised, both are unchanged.
 
     Args:
         directory: Directory of the checkpoints.
-        state: Tensors and plain Python values, in dicts and lists.
+        state: Tensors and plain Python values, in dicts and lists. If some are divided over ranks, every rank must call
+            this, and rank 0 writes the file; otherwise rank 0 alone.
         step: Number of completed steps.
         best: Whether this is the best checkpoint so far.
         run: What the run is computed with (`checkpoint_recipe.run_facts`).
@@ -90,10 +96,16 @@ def save(
         TypeError: If the state holds something that a safe load (`weights_only=True`) would refuse.
     """
     last = directory / LAST
+    state, shards = divide(state)
+    payload = {"step": step, "state": state, "run": dict(run or {})}
+    if shards:
+        payload["shards"] = write_shards(directory, step, shards)
+        if distributed.rank():
+            return last
     with replacing(last, keep=directory / PREVIOUS) as file:
         hashing = _Hashing(file)
         try:
-            torch.save({"step": step, "state": state, "run": dict(run or {})}, hashing)  # type: ignore[arg-type]
+            torch.save(payload, hashing)  # type: ignore[arg-type]
         except RuntimeError:
             if hashing.error is not None:
                 raise hashing.error from None
@@ -109,10 +121,14 @@ def save(
             file.seek(0)
             with replacing(directory / BEST) as copy:
                 shutil.copyfileobj(file, copy, 1 << 20)
+    if shards:
+        remove_unused(directory, (LAST, PREVIOUS, BEST, DAMAGED))
     return last
 
 
-def load(directory: Path, name: str = LAST, *, mapped: bool = False) -> Checkpoint:
+def load(
+    directory: Path, name: str = LAST, *, mapped: bool = False, parts: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Read `last.pt` to the CPU; if it is missing or damaged, read `previous.pt` and state so in `note`.
 
     No content of a file is ever executed.
@@ -121,6 +137,8 @@ def load(directory: Path, name: str = LAST, *, mapped: bool = False) -> Checkpoi
         directory: Directory of the checkpoints.
         name: Another file of the directory, which has no fallback.
         mapped: Map the tensors to memory instead of reading them, to use the plain values alone.
+        parts: Parts of the run that is to be restored, by name: the tensors are divided over ranks as those of the
+            parts, every rank must call this, and all get the same file. By default, they are whole.
 
     Raises:
         ConfigError: If there is no checkpoint.
@@ -132,7 +150,7 @@ def load(directory: Path, name: str = LAST, *, mapped: bool = False) -> Checkpoi
     problems: list[str] = []
     for path in candidates:
         try:
-            payload = _read(path, mapped)
+            payload = _read_together(path, mapped, parts)
         except (OSError, ValueError) as error:
             problems.append(f"{path} {error}")
             continue
@@ -149,6 +167,27 @@ def set_aside(loaded: Checkpoint) -> None:
     last = loaded.path.with_name(LAST)
     if loaded.path != last and last.exists():
         os.replace(last, loaded.path.with_name(DAMAGED))
+
+
+def _read_together(path: Path, mapped: bool, parts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the payload of a file with its tensors; if it is for the parts of a run, on all ranks or on none."""
+    payload, problem = dict[str, Any](), None
+    try:
+        payload = _read(path, mapped or (parts is not None and is_divided(parts)))
+        if "shards" in payload and not mapped:
+            check_shards(path, payload["shards"], shared=parts is not None)
+    except (OSError, ValueError) as error:
+        problem = error
+    if parts is not None and distributed.all_reduce_max(int(problem is not None)) and problem is None:
+        problem = ValueError("cannot be read by another rank")
+    if problem is not None:
+        raise problem
+    if not mapped and ("shards" in payload or (parts is not None and is_divided(parts))):
+        from inbatch.runtime import shard_files  # imports DCP, which takes a second
+
+        folder = path.with_name(str(payload.get("shards", {}).get("folder")))
+        payload["state"] = assemble(payload["state"], parts, lambda tensors: shard_files.read(folder, tensors))
+    return payload
 
 
 def _read(path: Path, mapped: bool) -> dict[str, Any]:
@@ -170,8 +209,11 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
     except Exception as error:  # a crafted file can make torch's reader raise any exception
         raise ValueError(f"holds more than plain values and tensors, and is refused ({error})") from None
     kinds = {key: type(value) for key, value in payload.items()} if isinstance(payload, dict) else {}
-    if {"run": dict} | kinds != {"step": int, "state": dict, "run": dict}:  # earlier versions have no "run"
+    # earlier versions have no "run"
+    if {"run": dict, "shards": dict} | kinds != {"step": int, "state": dict, "run": dict, "shards": dict}:
         raise ValueError("is not a checkpoint of a run")
+    if "shards" in payload and not names_shards(payload["shards"]):
+        raise ValueError("is not a checkpoint of a run: its shards have other names")
     if payload["step"] < 0:
         raise ValueError(f"is not a checkpoint of a run: its step is {payload['step']}")
     return payload

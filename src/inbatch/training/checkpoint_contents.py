@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from inbatch.runtime.sharding import local
 from inbatch.training.train_state import TrainState
 
 
@@ -124,7 +125,7 @@ class _Trained:
         if not self._any_state and self.steps:
             return True
         saved = self._saved.get(id(parameter))
-        return saved is not None and not torch.equal(saved, parameter.detach().cpu())
+        return saved is not None and not torch.equal(local(saved).cpu(), local(parameter.detach()).cpu())
 
 
 def _templates(optimizer: Optimizer) -> dict[int, dict[str, Any]]:

@@ -17,6 +17,10 @@ EARLIER = (
 )
 
 
+CHANGEABLE = ("shard", "checkpoint_activations")
+"""Settings that a resumed run may change: they do not change what is computed."""
+
+
 def run_facts(recipe: Recipe, context: int, world: int) -> dict[str, Any]:
     """Return what a checkpoint keeps of its run: the recipe, the context size, and the number of ranks.
 
@@ -57,12 +61,12 @@ def check_recipe(saved: Checkpoint, recipe: Recipe, file: Path) -> None:
 def _comparable(recipe: Recipe, saved: Checkpoint) -> Settings:
     """Return the settings of a recipe that have decided the steps before a checkpoint, as plain values.
 
-    The place of the images is none of them; the images have a signature in the checkpoint.
+    The place of the images is none of them; the images have a signature in the checkpoint. Nor is how memory is saved.
     """
     replans = [change for change in recipe.replans if change[0] < saved.step]
     context = saved.run["context"] if recipe.context is None else recipe.context
     settings = _plain(recipe.flat() | {"replans": replans, "context": context})
-    return {key: value for key, value in settings.items() if key != "data"}
+    return {key: value for key, value in settings.items() if key not in ("data", *CHANGEABLE)}
 
 
 def _plain(settings: Settings) -> Settings:

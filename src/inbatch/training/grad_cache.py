@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inbatch.batch import Rows
-from inbatch.models.network import Network, frozen_statistics, norms, running_statistics
+from inbatch.models.network import Network, frozen_statistics, norms, restored_statistics, running_statistics
 
 Group = Callable[[], Sequence[Tensor]]
 """Return the views (G, C, H, W) of one context group; each call draws them, so that they need not be held."""
@@ -107,7 +107,8 @@ def backward_groups(forward: GroupForward, network: Network, call: Callable[...,
         gradients: Gradients of the rows, by head.
     """
     if forward.live is not None:
-        _backward(forward.live, gradients)
+        with restored_statistics(network) if network.recomputes else contextlib.nullcontext():
+            _backward(forward.live, gradients)
         return
     last = len(forward.groups) - 1
     slices = [dict(zip(gradients, part, strict=True))

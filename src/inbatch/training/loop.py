@@ -207,7 +207,8 @@ class Loop:
         self.followers.check()
         sizes: dict[str, float] = {"bank": len(split.bank), "queries": len(split.queries)} if split else {}
         self.log.record(progress.step, progress.cost() | sizes)
-        figures = self.stopping.shared(self.evaluator)
+        with built.gathered():
+            figures = self.stopping.shared(self.evaluator)
         best = record_online(figures, progress, epoch, self.log, built.loader.steps)
         report_comparison(self.compared, self.out, self.log)
         if progress.step:
@@ -244,9 +245,9 @@ class Loop:
         self.log.length(built.total)
 
     def save(self, best: bool) -> None:
-        """Write a checkpoint on rank 0; an error there ends every rank."""
+        """Write a checkpoint on rank 0, and the shards on every rank; an error there ends every rank."""
         progress, problem = self.progress, None
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 or self.built.whole is not None:
             try:
                 state = {name: part.state_dict() for name, part in self.parts.items()}
                 save(self.out / "checkpoints", state, step=progress.step, best=best, run=self.built.facts())

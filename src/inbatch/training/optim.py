@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inbatch.errors import ConfigError, closest
 from inbatch.models.layers import layer_numbers
 from inbatch.runtime import own_parts
+from inbatch.runtime.sharding import is_shard, local, norms
 
 
 class LARS(torch.optim.Optimizer):
@@ -61,28 +62,27 @@ class LARS(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["buffer"] for p in params]
+            buffers = [local(self.state[p]["buffer"]) for p in params]
             inner, outer = (group["lr"], 1.0) if group["lr_in_buffer"] else (1.0, group["lr"])
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, update, alpha=inner)
-            torch._foreach_add_(params, buffers, alpha=-outer)
+            torch._foreach_add_([local(p) for p in params], buffers, alpha=-outer)
         return loss
 
     @staticmethod
     def _scaled(matrices: list[Tensor], weight_decay: float, eta: float) -> list[Tensor]:
-        """Return the gradients with weight decay, each multiplied by its trust ratio."""
+        """Return this rank's gradients with weight decay, each multiplied by the trust ratio of the whole tensor."""
         if not matrices:
             return []
-        update = torch._foreach_add(_gradients(matrices), matrices, alpha=weight_decay)
-        size = torch.stack(torch._foreach_norm(matrices))
-        change = torch.stack(torch._foreach_norm(update))
+        update = torch._foreach_add(_gradients(matrices), [local(p) for p in matrices], alpha=weight_decay)
+        size, change = norms(matrices, matrices), norms(update, matrices)
         ratio = torch.where((size > 0) & (change > 0), eta * size / change, 1.0)
         torch._foreach_mul_(update, ratio.unbind())
         return list(update)
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+    return [local(p.grad) for p in params if p.grad is not None]
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -105,6 +105,8 @@ def parameter_groups(
     scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters of named modules in as few groups as their settings allow.
+
+    A group holds no parameters that are divided over ranks together with others (`runtime.sharding`).
 
     A group's "base_lr" and "base_weight_decay" are what `set_learning_rate` multiplies. A parameter shared by two
     modules belongs to the first.
@@ -129,7 +131,7 @@ def parameter_groups(
     if unknown := sorted({key for chosen in own.values() for key in chosen} - settings):
         raise ConfigError(f"Unknown setting {', '.join(unknown)} of a part: use {', '.join(sorted(settings))}.")
 
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for name, module in modules.items():
         chosen = own.get(name, {})
@@ -141,7 +143,7 @@ def parameter_groups(
             rate = chosen.get("lr", vector_lr if vector and vector_lr is not None else lr)
             rate *= scales.get(p, 1.0)
             decay = 0.0 if vector and exclude_norm_and_bias else chosen.get("weight_decay", weight_decay)
-            groups.setdefault((rate, decay, chosen.get("constant", False)), []).append(p)
+            groups.setdefault((rate, decay, chosen.get("constant", False), is_shard(p)), []).append(p)
     if not groups:
         raise ConfigError(f"Nothing to train: no parameter of {', '.join(modules)} requires a gradient.")
     return [
@@ -153,7 +155,7 @@ def parameter_groups(
             "base_weight_decay": decay,
             "constant": constant,
         }
-        for (rate, decay, constant), params in groups.items()
+        for (rate, decay, constant, _), params in groups.items()
     ]
 
 

@@ -50,6 +50,8 @@ def fusion(
 def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -> list[str]:
     """Return a sentence for the user for every plug-in or column that this run of so many steps does not use."""
     notes, sampler = [], loader.sampler
+    if recipe.shard and distributed.world() == 1:
+        notes.append("shard has no effect on one process: start several (torchrun --nproc-per-node ...)")
     grouped = recipe.negatives is not None and recipe.negatives.name == "drop-similar" and not embeds(recipe, source)
     if source.groups is not None and not grouped and (recipe.sampler is None or recipe.sampler.name != "apart"):
         notes.append(

@@ -115,7 +115,7 @@ def train(
                             compared, plan.online, stop_on_collapse, called,
                         )  # fmt: skip
                         loop.run()
-                    with shared_work.sharing(stop):
+                    with shared_work.sharing(stop), built.gathered():
                         stop.release()  # everything is saved
                         result = finish(built, progress, plan, out, where, compared, loop.stopped)
                     result = distributed.broadcast_object(result)
@@ -134,7 +134,7 @@ def _log(built: RunComponents, out: Path | None, followers: Followers, progress:
 
 def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
     """Load the last checkpoint of a run into its parts; raise DataError if the images have changed."""
-    saved = load(out / "checkpoints")
+    saved = load(out / "checkpoints", parts=parts)
     check_recipe(saved, built.recipe, out / "recipe.json")
     check_same_images(saved.state.get("progress", {}).get("data", data), data)
     restore(parts, saved.state)

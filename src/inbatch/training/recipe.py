@@ -132,6 +132,10 @@ class Recipe:
         sync_norm: Batch normalisation uses the statistics of all ranks; context then counts the samples of all ranks.
         channels_last: Memory layout of images and convolution weights.
         compile: Compile the networks with torch.compile.
+        shard: Divide the weights of the encoder, their gradients and the optimiser's state over the ranks (FSDP2), for
+            models larger than a card; no effect on one rank.
+        checkpoint_activations: Compute the blocks of the encoder again in the backward pass instead of keeping their
+            activations.
         preset: Named settings with lower priority than explicit ones: of the method, or of `SHARED_PRESETS`.
         steps: Length of the run in optimiser steps; the run ends there, even within an epoch. None: `epochs` is the
             length.
@@ -179,6 +183,8 @@ class Recipe:
     grow_until: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     joint_norm: bool = False
     compile: bool = False
+    shard: bool = False
+    checkpoint_activations: bool = False
     cache_on_device: bool | None = None
     read: Literal["random", "sequential"] = "random"
     read_buffer: Positive = READ_BUFFER

@@ -52,11 +52,12 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
     share |= {f"crops.{v}": crop for v, crop in enumerate(batch.crops or ())}
     with replacing(folder / f"share-{distributed.rank()}.safetensors") as file:
         file.write(safetensors.torch.save({name: x.cpu().contiguous() for name, x in share.items()}))
+    source = built.loader.source
+    if distributed.rank() == 0 or built.whole is not None:
+        state: dict[str, Any] = {name: part.state_dict() for name, part in built.parts().items()}
+        checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step, run=built.facts())
     if distributed.rank():
         return folder
-    source = built.loader.source
-    state: dict[str, Any] = {name: part.state_dict() for name, part in built.parts().items()}
-    checkpoint.save(folder, {"parts": state, "labels": source.labels.cpu()}, step=failed.step, run=built.facts())
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
     record = {"step": failed.step, "epoch": batch.epoch, "seed": batch.seed, "reason": str(failed)}
     record |= {

@@ -16,7 +16,7 @@ from inbatch.runtime.paths import path_of
 from inbatch.runtime.resources import launch_id, launched
 from inbatch.training import checkpoint
 from inbatch.training.build_checks import local_batch_size
-from inbatch.training.checkpoint_recipe import check_recipe
+from inbatch.training.checkpoint_recipe import CHANGEABLE, check_recipe
 from inbatch.training.data_places import check_same_images, images_signature, located, opening
 from inbatch.training.own_requests import check_own_parts
 from inbatch.training.plan import RunPlan
@@ -116,6 +116,8 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
     data = _check_settings(folder, recipe, data, requested)
     saved = checkpoint.load(folder / "checkpoints", mapped=True)
     check_recipe(saved, recipe, folder / "recipe.json")
+    changed = {key: requested[key] for key in CHANGEABLE if key in requested}
+    recipe = make(read_settings(recipe.nested()) | changed) if changed else recipe
     recipe = _with_context(folder, recipe, saved.run or report_of(folder))
     here = located(folder, recipe)
     if isinstance(data, str):
@@ -143,8 +145,9 @@ def _check_settings(folder: Path, recipe: Recipe, data: Any, requested: Settings
     data = joined_paths(place if data is None else data)
     saved, flat, changed = recipe.nested(), recipe.flat(), {}
     for key, value in requested.items():
-        if (key, value) in (("context", "auto"), ("cache_on_device", None), ("read", "auto"), ("read", None)):
-            continue  # these were chosen when the run started; another value would make it a different run
+        chosen = ("context", "auto"), ("cache_on_device", None), ("read", "auto"), ("read", None)
+        if (key, value) in chosen or key in CHANGEABLE:
+            continue  # `chosen` were chosen when the run started; another value would make it a different run
         if flat.get(key) != value and make(_with(read_settings(saved), key, value)).flat() != flat:
             changed[key] = value
     if changed:

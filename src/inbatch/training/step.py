@@ -20,6 +20,7 @@ from inbatch.nn import logsumexp
 from inbatch.nn.functional import variance_hinge
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed, ring
+from inbatch.runtime.sharding import is_shard, is_sharded, total_norm
 from inbatch.training import grad_cache
 from inbatch.training.mixing import MIXING, StepMixing, mixed_views
 
@@ -132,13 +133,13 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         back = {name: _returned(_gradient(x), _orders_of(name, orders), own) for name, x in rows.items()}
         grad_cache.backward_groups(online, self.network, call, back)
-        if step < self.frozen:
-            distributed.average_([p.grad for p in self.network.parameters() if p.grad is not None])
+        if step < self.frozen or is_sharded(self.network):  # shards are averaged in the backward pass
+            distributed.average_([g for g in _gradients(self.network) if not is_shard(g)])
         distributed.average_(
             [s for network in (self.network, self.target) if network for s in running_statistics(network)]
         )
         self.method.on_gradients(self.network.heads, samples, progress)
-        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        norm = total_norm(_gradients(self.network))
         if not torch.isfinite(losses["loss"].detach() + norm):
             raise NonFiniteError(step, batch, losses, norm)
         self.commit()
@@ -293,6 +294,10 @@ def _rearranged(x: Tensor, orders: Orders) -> Tensor:
     if all(order is None for order in orders):
         return x
     return torch.stack([view if order is None else view[order] for view, order in zip(x, orders, strict=True)])
+
+
+def _gradients(network: nn.Module) -> list[Tensor]:
+    return [p.grad for p in network.parameters() if p.grad is not None]
 
 
 def _gradient(x: Tensor) -> Tensor:

@@ -115,10 +115,11 @@ class Stopping:
     def _answer(self, number: int) -> InbatchError:
         step, total = self.progress.step, self.built.total
         kept = self._kept.get("progress", {})
-        if kept.get("step") == step and distributed.rank() == 0:
-            if step and (step, kept["ended"]) != self.progress.saved:
+        if kept.get("step") == step:
+            unsaved = step and (step, kept["ended"]) != self.progress.saved
+            if unsaved and (distributed.rank() == 0 or self.built.whole is not None):
                 save(self.out / "checkpoints", self._state(), step=step, run=self.built.facts())
-            if self._log.exists():
+            if distributed.rank() == 0 and self._log.exists():
                 os.truncate(self._log, self._logged)  # what a lost evaluation logged will be logged again
         lost = self._step == step
         where = f"during step {step + 1:,} of {total:,}, which is lost" if lost else f"at step {step:,} of {total:,}"

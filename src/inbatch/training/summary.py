@@ -15,6 +15,7 @@ from inbatch.models.network import Network
 from inbatch.models.teacher import TeacherNetwork
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.sharding import local
 from inbatch.runtime.text import printable
 from inbatch.training.build import RunComponents
 from inbatch.training.mixing import stand_ins
@@ -54,6 +55,7 @@ def describe(built: RunComponents) -> str:
         f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.width}; heads: {heads}",
         **_teacher(built),
         **_plugins(built),
+        **_memory(built),
         "batch": f"{r.batch_size:,} = {groups:,} context group{'s' * (groups > 1)} of {built.context:,}{shared}",
         "rate": f"{r.optimizer.name}, {_rate(built)}; {_schedule(built)}",
         "run": f"{_length(built)}, {_precision(built.network)} on {built.loader.device}, seed {r.seed}",
@@ -76,6 +78,17 @@ def _teacher(built: RunComponents) -> dict[str, str]:
     encoder = built.target.frozen_encoder
     size = f"{encoder.channels}x{encoder.size}x{encoder.size} -> {encoder.feature_width}"
     return {"teacher": f"{encoder.name}, {parameters(encoder):,} parameters, frozen, {size}: {built.recipe.teacher}"}
+
+
+def _memory(built: RunComponents) -> dict[str, str]:
+    """Return the line of what saves memory."""
+    options = []
+    if built.whole is not None:
+        held = sum(local(p).numel() for p in built.network.encoder.parameters())
+        options.append(f"encoder sharded over {distributed.world()} ranks, {held:,} parameters on this one")
+    if built.recipe.checkpoint_activations:
+        options.append("activations of its blocks computed again")
+    return {"memory": "; ".join(options)} if options else {}
 
 
 def _colourless(r: Recipe) -> str:
@@ -264,18 +277,18 @@ def _images(built: RunComponents, samples: int, size: int) -> Tensor:
 
 def _kept(built: RunComponents, run: Callable[[], Any]) -> tuple[Any, int]:
     """Return the result of a forward pass, and the bytes that it keeps for the backward pass, excluding weights."""
-    weights = {p.untyped_storage().data_ptr() for p in built.network.parameters()}
-    kept: dict[int, int] = {}
+    weights = {local(p).untyped_storage().data_ptr() for p in built.network.parameters()}
+    kept: dict[int, Any] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = run()
-    return result, sum(kept.values())
+    return result, sum(storage.nbytes() for storage in kept.values())  # 0 for gathered weights, which were freed
 
 
 def _state_per_number(built: RunComponents) -> float:
@@ -294,7 +307,7 @@ def _state_per_number(built: RunComponents) -> float:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 
 def _rate(built: RunComponents) -> str:

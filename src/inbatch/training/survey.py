@@ -31,7 +31,8 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
         figures = built.method.survey(rows, labels, epoch, distributed.distribute_tasks)
     sampler = built.loader.sampler
     if sampler is not None and sampler.observes(epoch):
-        features, numbers = _rows_of_all(built, built.encoder), None
+        with built.gathered():
+            features, numbers = _rows_of_all(built, built.encoder), None
         if distributed.rank() == 0:
             if sampler.clusters:
                 numbers = k_means(features, sampler.clusters, 1, _ITERATIONS, fold(built.recipe.seed, epoch))[1]

@@ -65,10 +65,11 @@ def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -
 
     def work() -> float:
         began = time.perf_counter()
-        learned = rows(built.network, built.step.online_views(), grad=True)
-        if built.target is not None:
-            rows(built.target, list(built.method.target_views(len(sizes))), grad=False)
-        torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
+        with frozen_statistics(built.network):  # also while activations are computed again
+            learned = rows(built.network, built.step.online_views(), grad=True)
+            if built.target is not None:
+                rows(built.target, list(built.method.target_views(len(sizes))), grad=False)
+            torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
         built.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -16,7 +16,8 @@ _FIELDS = (
 def pretrain_settings(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings by top-level name, and the dotted settings, of the options of `inbatch pretrain` by name."""
     chosen = {name: options[name] for name in _FIELDS}
-    chosen |= {"compile": options["compile"] or None, "shuffle_groups": options["shuffle_groups"] or None}
+    flags = ("compile", "shuffle_groups", "shard", "checkpoint_activations")
+    chosen |= {name: options[name] or None for name in flags}
     chosen |= {"curate": "redraw" if options["curate"] else None}
     own = {"encoder.init": options["init"], "encoder.init_min_match": options["init_min_match"]}
     own |= {"optimizer.lr": options["lr"]}

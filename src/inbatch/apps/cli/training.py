@@ -161,6 +161,12 @@ def pretrain(
     compile: Annotated[
         bool, Option("--compile", help="Compile the networks: a slower start, then faster steps.")
     ] = False,
+    shard: Annotated[
+        bool, Option("--shard", help="Divide the encoder over the processes (FSDP2): models larger than a card.")
+    ] = False,
+    checkpoint_activations: Annotated[
+        bool, Option("--checkpoint-activations", help="Compute blocks again in the backward pass: less memory.")
+    ] = False,
     workers: Annotated[
         int | None, Option("--workers", "--num-workers", min=0, help="Processes that decode images.")
     ] = None,

@@ -136,10 +136,12 @@ def subset(source: Images, indices: Tensor, why: str) -> Subset:
 
 def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, epoch: int, log: Log) -> None:
     """Measure on rank 0 how different the outputs of some images are; report a collapse, and the recovery from it."""
-    if distributed.rank():
+    if distributed.rank() and built.whole is None:
         return
     images = built.encoder.prepare(readable(watched, range(len(watched))))
-    now = spread(built.network, images.to(built.loader.device))
+    now = spread(built.network, images.to(built.loader.device))  # a sharded network is computed by all ranks
+    if distributed.rank():
+        return
     log.record(progress.step, now)
     progress.most = {measure: max(value, progress.most.get(measure, 0.0)) for measure, value in now.items()}
     if progress.step < SETTLED:
