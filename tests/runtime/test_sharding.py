@@ -47,7 +47,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 MORE: list[tuple[str, int, dict[str, Any]]] = [
     ("simclr", 1, {"make": vit}), ("lejepa", 2, {"make": vit}), ("swav", 1, {}), ("sigmoid", 1, {}),
     ("byol", 2, {"optimizer": "lars"}), ("dino", 1, {"frozen": 1, "optimizer": "adamw"}),
-    ("byol", 1, {"synced": True}), ("simclr", 2, {"plugs": ("conv",)}), ("byol", 2, {"plugs": ("shuffle",)}),
+    ("byol", 1, {"synced": True}), ("byol", 2, {"plugs": ("shuffle",)}),
     ("pcl", 1, {"plugs": ("group",)}),
 ]  # fmt: skip
 
