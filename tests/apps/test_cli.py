@@ -91,7 +91,7 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
     second = {"--out", "--backbone", "--model", "--size", "--batch", "--learning-rate", "--num-workers", "--share"}
     second |= {"--draws", "--most", "--on", "--work", "--again"}  # further names of an option
-    assert "--json" in flags and len(flags - second) <= {"pretrain": 44, "adapt": 21}.get(command, 20), sorted(flags)
+    assert "--json" in flags and len(flags - second) <= {"pretrain": 47, "adapt": 21}.get(command, 20), sorted(flags)
     shows = ("quickstart", "pretrain", "adapt", "embed", "table", "compare")
     assert ("--quiet" in flags) == (command in shows), "--quiet only applies to commands that show progress"
 

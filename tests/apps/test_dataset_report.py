@@ -242,7 +242,7 @@ def test_settings_and_pictures_that_cannot_be(photos: Path, tmp_path: Path) -> N
 
 
 def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0,))
+    monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0, False))
     found = run("data digits-canvas --json")
     assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
 

@@ -24,6 +24,8 @@ def figures(protocols: tuple[str, ...]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("inbatch.evaluation.knn"), "_QUERIES", 16)
         patch.setattr(label_free, "_CHUNK", 16)
+        patch.setattr(label_free, "LIDAR_IMAGES", 10)
+        patch.setattr(label_free, "LIDAR_VIEWS", 4)
         torch.manual_seed(0)
         encoder = create_encoder("tiny", size=16, channels=1)
         source = open_data("digits-canvas", subset=170)
