@@ -349,7 +349,7 @@ def test_a_budget_gives_every_variant_the_same_time(trained: list[list[str]], mo
     assert plans[1]["encoder.name"] == "tiny" and "encoder.name" not in plans[0]
     ran = [json.loads(Path(w[w.index("--config") + 1]).read_text()) for w in trained if "--resume" in w]
     [share] = {recipe["budget"] for recipe in ran}  # 1200 s for four runs one after another, each 1.25 * 48 s longer
-    assert 270 < share + 60 < 0.96 * 1200 / 4
+    assert 270 < share + 60 <= 0.96 * 1200 / 4
     steps = int(700 * share / 270)
     assert all(recipe["steps"] == steps and recipe["epochs"] == -(-steps // 4) for recipe in ran)
     assert any("Equal time, not equal steps" in note and f"byol: {steps}" in note for note in result["notes"])

@@ -21,7 +21,7 @@ class Recorded:
     """A step whose draws are those that the authors' code made: {view: draw}."""
 
     def __init__(self, mixer: Mixer, method: Method, samples: int, draws: dict[int, Draw], views: int = 2) -> None:
-        self.mixing = StepMixing(mixer, method, views, 0, 1, samples, False, draws)
+        self.mixing = StepMixing(mixer, method, views, 0, 1, samples, False, _draws=draws)
 
     def images(self, view: int, rows: Tensor) -> Tensor:
         """Return rows (N, D) mixed as images of one pixel."""

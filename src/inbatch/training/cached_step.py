@@ -98,6 +98,8 @@ class CachedStep:
 class _Rows(nn.Module):
     """The model with the interface of `grad_cache`: V views (n, ...) -> {number of the output: (V, n, D)}."""
 
+    recomputes = False
+
     def __init__(self, model: nn.Module, several: bool) -> None:
         super().__init__()
         self.model, self.several = model, several
