@@ -1,11 +1,13 @@
-"""Estimated cost of a batch over many ranks, checked on small cases: python benchmarks/scaling.py
+"""Estimated cost of a batch over many ranks, checked on small cases: python benchmarks/scaling.py [--keep-cases]
 
 For W ranks and a batch of B samples: operations, bytes sent and bytes held by one rank in one step of SimCLR, and the
-seconds that they would take at stated rates. The small cases are NT-Xent alone, on 1 and more processes of one thread
-each (gloo, one machine): seconds, and the bytes that a rank passed to collectives. Writes results/scaling.json.
+seconds that they would take at stated rates, with gathered rows and with own rows. The small cases are NT-Xent of
+gathered rows alone, on 1 and more processes of one thread each (gloo, one machine): seconds, and the bytes that a rank
+passed to collectives; `benchmarks/ring.py` measures own rows. Writes results/scaling.json.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -23,12 +25,14 @@ from inbatch.nn import logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
-from inbatch.training.summary import COPIES
+from inbatch.training.summary import COPIES, OWN_COPIES
 
 OUT = Path(__file__).parents[1] / "results" / "scaling.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4
 ENCODERS = {"resnet18, 32 px": (1.11e9, 11.2e6), "resnet50, 224 px": (8.2e9, 23.5e6)}
 """Operations of a forward pass of an image, and parameters."""
+STATE = 3
+"""Numbers held per parameter: weight, gradient, momentum."""
 CARD = {"encoder": 200e12, "loss": 50e12, "network": 25e9}
 """Assumed rates of one rank: bf16 products in convolutions, float32 products, bytes per second to the others."""
 
@@ -41,15 +45,18 @@ def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, 
     told = {
         "encoder_operations": VIEWS * batch / world * forward * 4,  # forward, forward again and backward (2)
         "loss_operations": products * n * n * WIDTH / world,
-        "gather_bytes": others * rows,  # the rows, once
-        "loss_bytes": 2 * others * (rows + n * FLOAT),  # sums and gradients, added over ranks
+        "gathered_bytes": 3 * others * rows + 2 * others * n * FLOAT,  # rows once; sums and gradients are added up
+        "own_bytes": world // 2 * 3 * (rows + n * FLOAT) / world,  # as in benchmarks/ring.py
         "gradient_bytes": 2 * others * parameters * FLOAT,
-        "rows_held_bytes": COPIES * rows,
+        "gathered_held_bytes": COPIES * rows,
+        "own_held_bytes": OWN_COPIES * rows / world if world > 1 else COPIES * rows,
+        "state_bytes": STATE * parameters * FLOAT,
+        "sharded_state_bytes": STATE * parameters * FLOAT / world,
     }
     told["encoder_seconds"] = told["encoder_operations"] / CARD["encoder"]
     told["loss_seconds"] = told["loss_operations"] / CARD["loss"]
-    sent = told["gather_bytes"] + told["loss_bytes"] + told["gradient_bytes"]
-    return told | {"network_seconds": sent / CARD["network"]}
+    network = {way: (told[f"{way}_bytes"] + told["gradient_bytes"]) / CARD["network"] for way in ("gathered", "own")}
+    return told | {f"{way}_network_seconds": seconds for way, seconds in network.items()}
 
 
 def even(encoder: str) -> float:
@@ -96,9 +103,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--keep-cases", action="store_true", help="compute the estimates again, measure nothing")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    cases = [small(world, n, args.repeat) for n in args.rows for world in args.ranks]
+    if args.keep_cases:
+        found = json.loads(args.out.read_text())
+        cases, where = found["cases"], found["environment"]
+    else:
+        cases = [small(world, n, args.repeat) for n in args.rows for world in args.ranks]
+        where = environment(torch.device("cpu"))
     for one in cases:
         alone = next(other for other in cases if other["rows"] == one["rows"] and other["ranks"] == 1)
         one["times_faster"] = alone["seconds"] / one["seconds"]
@@ -107,11 +120,10 @@ def main() -> None:
     sheet = [
         {"ranks": world, "batch": batch, "encoder": encoder} | paper(world, batch, encoder)
         for encoder in ENCODERS
-        for world, batch in ((1, 4096), (8, 32768), (64, 65536), (1000, 65536), (1000, 2**20))
-        if batch % world == 0 or world == 1000
+        for world, batch in ((1, 4096), (8, 32768), (64, 65536), (1024, 65536), (1024, 2**20))
     ]
     found = {"cases": cases, "paper": sheet, "rates": CARD, "even_rows": {name: even(name) for name in ENCODERS}}
-    write_json(args.out, found | {"environment": environment(torch.device("cpu"))})
+    write_json(args.out, found | {"environment": where})
     print_table(
         ("ranks", "rows", "ms", "times faster", "added MB", "on paper"),
         [
@@ -122,10 +134,11 @@ def main() -> None:
         numbers=True,
     )  # fmt: skip
     print_table(
-        ("encoder", "ranks", "batch", "encoder s", "loss s", "network s", "rows GB"),
+        ("encoder", "ranks", "batch", "encoder s", "loss s", "network s", "own rows", "rows GB", "own rows"),
         [
             (s["encoder"], f"{s['ranks']:,}", f"{s['batch']:,}", f"{s['encoder_seconds']:.3g}",
-             f"{s['loss_seconds']:.3g}", f"{s['network_seconds']:.3g}", f"{s['rows_held_bytes'] / 1e9:.3g}")
+             f"{s['loss_seconds']:.3g}", f"{s['gathered_network_seconds']:.3g}", f"{s['own_network_seconds']:.3g}",
+             f"{s['gathered_held_bytes'] / 1e9:.3g}", f"{s['own_held_bytes'] / 1e9:.3g}")
             for s in sheet
         ],
     )  # fmt: skip

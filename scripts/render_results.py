@@ -288,10 +288,16 @@ def grouped(found: dict[str, Any]) -> dict[str, str]:
 
 def scaled(found: dict[str, Any]) -> dict[str, str]:
     """Return the tables of benchmarks/scaling.py: many ranks computed, few measured."""
-    lines = ["| encoder | ranks | batch | encoder s | loss s | network s | rows held GB |", "| --- |" + " --- |" * 6]
+    heads = ["encoder", "ranks", "batch", "encoder s", "loss s", "sent MB: gathered", "own rows"]
+    heads += ["network s: gathered", "own rows", "rows MB: gathered", "own rows", "state MB: whole", "`--shard`"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
     for s in found["paper"]:
-        seconds = [f"{s[key]:.2g}" for key in ("encoder_seconds", "loss_seconds", "network_seconds")]
-        cells = [s["encoder"], f"{s['ranks']:,}", f"{s['batch']:,}", *seconds, f"{s['rows_held_bytes'] / 1e9:.2g}"]
+        cells = [s["encoder"], f"{s['ranks']:,}", f"{s['batch']:,}"]
+        cells += [f"{s[key]:.2g}" for key in ("encoder_seconds", "loss_seconds")]
+        cells += [f"{(s[key] + s['gradient_bytes']) / 1e6:,.0f}" for key in ("gathered_bytes", "own_bytes")]
+        cells += [f"{s[key]:.2g}" for key in ("gathered_network_seconds", "own_network_seconds")]
+        held = ("gathered_held_bytes", "own_held_bytes", "state_bytes", "sharded_state_bytes")
+        cells += [f"{x:,.0f}" if (x := s[key] / 1e6) >= 10 else f"{x:.2g}" for key in held]
         lines.append(f"| {' | '.join(cells)} |")
     cases = ["| rows | ranks | ms | times faster | added over ranks, MB | on paper |", "| --- |" + " --- |" * 5]
     for c in found["cases"]:
@@ -442,12 +448,14 @@ def pairwise(page: Path) -> str:
 
 
 LARGE = HERE.parent / "docs" / "large-batches.md"
+SCALING = HERE.parent / "docs" / "scaling.md"
 DATA = HERE.parent / "docs" / "data.md"
 SPEED = HERE.parent / "docs" / "speed.md"
 
 if __name__ == "__main__":
     LARGE.write_text(timed(LARGE))
     LARGE.write_text(fitted(LARGE))
+    SCALING.write_text(fitted(SCALING))
     SIGMOID = INDEX.parent / "sigmoid.md"
     SIGMOID.write_text(pairwise(SIGMOID))
     SPEED.write_text(measured(SPEED))
