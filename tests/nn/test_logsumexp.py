@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inbatch import api, losses
 from inbatch.methods.cc import contrast
 from inbatch.methods.pcl import proto_nce
-from inbatch.nn import cpu_matmul, exponentials, logsumexp, passing, tiles
+from inbatch.nn import cpu_matmul, exponentials, logsumexp, row_blocks, tiles
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
 
 
@@ -262,7 +262,7 @@ def test_nearest() -> None:
 
 
 def train_one(variant: str, groups: int) -> dict:
-    logsumexp.LEAST, passing.LEAST, tiles.TILE, tiles.APART = 0, 0, 5, 0
+    logsumexp.LEAST, row_blocks.LEAST, tiles.TILE, tiles.APART = 0, 0, 5, 0
     return train(variant, N, groups)
 
 

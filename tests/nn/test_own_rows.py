@@ -14,7 +14,7 @@ from inbatch import losses
 from inbatch.batch import split_state
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
-from inbatch.nn import exponentials, logsumexp, passing, tiles, triton_logsumexp
+from inbatch.nn import exponentials, logsumexp, passing, row_blocks, tiles, triton_logsumexp
 from inbatch.nn.batch_sums import positions
 
 N = 24
@@ -25,7 +25,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, also partial ones, in small blocks."""
     monkeypatch.setattr(tiles, "TILE", 3)
     monkeypatch.setattr(tiles, "APART", 2**60)
-    monkeypatch.setattr(passing, "_CHUNK", 20)
+    monkeypatch.setattr(row_blocks, "_CHUNK", 20)
+    monkeypatch.setattr(passing, "PIECE", 7)
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -145,7 +146,7 @@ def kernel_gradient(a, b, scale, exclude_self, start, stop, lse_a, grad_a, lse_b
 
 @pytest.mark.parametrize("name", ["nt_xent", "keys without gradient", "queries without gradient", "two sets"])
 def test_the_kernels_are_given_both_sides_of_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passing, "on_kernels", lambda q, k, weights: weights is None)
+    monkeypatch.setattr(row_blocks, "on_kernels", lambda q, k, weights: weights is None)
     monkeypatch.setattr(triton_logsumexp, "forward", kernel_sums)
     monkeypatch.setattr(triton_logsumexp, "backward", kernel_gradient)
     compare(LOSSES[name], rows(2, N, 5), 4, True, "always")

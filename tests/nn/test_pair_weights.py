@@ -9,7 +9,7 @@ import torch
 from rank_pool import on_ranks
 from torch import Tensor
 
-from inbatch.nn import logsumexp, passing, tiles
+from inbatch.nn import logsumexp, row_blocks, tiles
 from inbatch.nn.functional import normalize
 from inbatch.nn.logsumexp import SameGroup
 
@@ -118,7 +118,7 @@ def test_rows_without_a_pair_are_minus_infinity_and_give_no_gradient(mode: logsu
 
 
 def on_a_rank() -> list[list[float]]:
-    logsumexp.LEAST, passing.LEAST, tiles.TILE, tiles.APART = 0, 0, 5, 0
+    logsumexp.LEAST, row_blocks.LEAST, tiles.TILE, tiles.APART = 0, 0, 5, 0
     import torch.distributed as dist
 
     def add(x: Tensor) -> None:

@@ -8,27 +8,25 @@ sides, so that blocks make W / 2 stops for W ranks. If W is even, two blocks at 
 ranks, and each computes half of the pairs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inbatch.nn import exponentials, triton_logsumexp
-from inbatch.nn.exponentials import REACH, Exponentials, logits, on_kernels, reach
+from inbatch.nn import exponentials
 from inbatch.nn.pair_weights import PairWeights, PassingWeights
-from inbatch.nn.tiles import LogSumExpConfig, Peers, zeros
+from inbatch.nn.row_blocks import Block, softmax_of
+from inbatch.nn.tiles import LogSumExpConfig, Peers
 
-LEAST = 2**17
-"""Blocks with fewer pairs are materialised."""
-_CHUNK = 2**20
-"""Pairs in memory at once if tiles cannot be used."""
+PIECE = 4096
+"""Rows of a rank that pass at a time: their copies on the way are what a rank holds besides its own rows."""
 
-Side = tuple[Tensor, Tensor] | None
-"""Log-sum-exps of rows and the gradients of these; None: none."""
 Visit = Callable[[Sequence[Tensor], int, list[Tensor] | None], list[Tensor]]
 """(block, its rank, what it has collected; None at its first stop) -> what it has collected now."""
+PieceVisit = Callable[[Sequence[Tensor], int, int, list[Tensor] | None], list[Tensor]]
+"""The same for a piece of a rank's rows, with its first row after the rank."""
 
 
 def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
@@ -58,100 +56,6 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
             onward = stop < stops
             follows = peers.exchange(results, 1 if onward else -stops, sizes[origin - 1] if onward else sizes[rank])
     return follows() if follows is not None else None
-
-
-class Block:
-    """Pairs of own rows q and a block of keys k, which is None if the keys are q; as in `logsumexp.logsumexp`."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weights: PairWeights | None,
-        plan: LogSumExpConfig,
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.keys, self.plan = q, k, q if k is None else k, plan
-        self.pairs = scale, exclude_self, weights
-        self.kernels = self.tiled = False
-        if plan.mode == "always" or (plan.mode == "auto" and len(q) * len(self.keys) >= LEAST):
-            self.kernels = on_kernels(q, self.keys, weights)
-            self.tiled = not self.kernels and scale * reach(q, self.keys) <= REACH.get(q.dtype, 0)
-        self.kept: dict[tuple[int, int], Tensor] = {}
-
-    def sums(
-        self, columns: bool = False, weighs: bool = False, keep: int = 0
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the log-sum-exps of q, those of k if `columns`, and the means of k by q's softmax if `weighs`.
-
-        keep: numbers of tiles that may be kept for `gradients`.
-        """
-        q, k = self.q, self.keys
-        if self.kernels:
-            scale, exclude, products = *self.pairs[:2], self.plan.products
-            lse, mean = triton_logsumexp.forward(q, k, scale, exclude, 0, len(q), weighs, products)
-            other = triton_logsumexp.forward(k, q, scale, exclude, 0, len(k), False, products)[0] if columns else None
-            return lse, other, mean
-        if self.tiled:
-            tiles = Exponentials(q, self.k, *self.pairs, self.plan)
-            if columns:
-                return *exponentials.both_sums(tiles), None
-            tiles.keeps = keep
-            lse, mean = exponentials.sums(tiles, weighs)
-            self.kept = tiles.kept
-            return lse, None, mean
-        parts, means, other = [], [], q.new_full((len(k),), -torch.inf) if columns else None
-        for _, values in self._chunks():
-            parts.append(values.logsumexp(1))
-            if other is not None:
-                torch.logaddexp(other, values.logsumexp(0), out=other)
-            if weighs:
-                means.append(_softmax(values, parts[-1][:, None]) @ k)
-        return torch.cat(parts), other, torch.cat(means) if weighs else None
-
-    def gradients(self, own: Side, other: Side, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Return dq_i = sum_j W_ij k_j / T and dk_j = sum_i W_ij q_i / T, where needed.
-
-        W_ij = g_i exp(S_ij - lse_i) for `own`, plus g_j exp(S_ij - lse_j) for `other`; of q against itself, dq alone.
-        """
-        q, k, scale = self.q, self.keys, self.pairs[0]
-        if self.kernels:
-            return (
-                self._by_kernels(q, k, own, other) if needs[0] else None,
-                self._by_kernels(k, q, other, own) if needs[1] else None,
-            )
-        if self.tiled:
-            tiles = Exponentials(q, self.k, *self.pairs, self.plan)
-            tiles.kept = self.kept
-            if tiles.symmetric and own is not None:
-                return exponentials.gradients(tiles, *own, (needs[0], False))
-            return exponentials.pair_gradients(tiles, own, other, needs)
-        dq, dk = (zeros(x) if need else None for x, need in zip((q, k), needs, strict=True))
-        for start, values in self._chunks():
-            rows, w = slice(start, start + len(values)), torch.zeros_like(values)
-            for side, place in ((own, (rows, None)), (other, (None, slice(None)))):
-                if side is not None:
-                    lse, gradient = (x[rows, None] if place[0] else x[None] for x in side)
-                    w += gradient * _softmax(values, lse)
-            if dq is not None:
-                dq[rows] = scale * (w @ k)
-            if dk is not None:
-                dk.addmm_(w.T, q[rows], alpha=scale)
-        return dq, dk
-
-    def _by_kernels(self, a: Tensor, b: Tensor, own: Side, other: Side) -> Tensor:
-        """Return the gradient of rows a by the Triton kernels."""
-        (lse_a, grad_a), (lse_b, grad_b) = ((None, None) if side is None else side for side in (own, other))
-        scale, exclude, _ = self.pairs
-        sides = lse_a, grad_a, lse_b, grad_b
-        return triton_logsumexp.backward(a, b, scale, exclude, 0, len(a), *sides, products=self.plan.products)
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first row and the logits of some rows at a time."""
-        size = max(1, _CHUNK // max(1, len(self.keys)))
-        for start in range(0, max(1, len(self.q)), size):
-            yield start, logits(self.q[start : start + size], self.keys, *self.pairs, first=start)
-
-
-def _softmax(values: Tensor, lse: Tensor) -> Tensor:
-    """Return exp(values - lse), 0 for rows of which nothing was summed."""
-    return (values - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
 
 
 class Passing(torch.autograd.Function):
@@ -208,6 +112,7 @@ class _Ring:
     def sums(self, q: Tensor, k: Tensor | None, weighs: bool, keeps: bool) -> tuple[Tensor, Tensor | None]:
         """Return the log-sum-exps of q, and the means of all keys by their softmax if `weighs`."""
         lse, mean, symmetric = torch.empty(0), None, k is None
+        keys = q if k is None else k
 
         def first() -> None:
             nonlocal lse, mean
@@ -216,22 +121,26 @@ class _Ring:
             lse, _, mean = own.sums(weighs=weighs, keep=keep)
             self.kept = own.kept
 
-        def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
-            rows, columns = self._meet(origin, symmetric)
+        def visit(block: Sequence[Tensor], origin: int, start: int, totals: list[Tensor] | None) -> list[Tensor]:
+            rows, columns = self._meet(origin, start, len(block[0]), symmetric)
+            if symmetric and totals is None:
+                totals = [lse.new_full((len(block[0]),), -torch.inf)]
+            if not len(block[0][columns]):
+                return totals or []
             here, other, near = self._block(q, block, rows, columns).sums(columns=symmetric, weighs=weighs)
             before = lse[rows].clone()
             torch.logaddexp(before, here, out=lse[rows])
             if mean is not None and near is not None:
-                mean.mul_(_softmax(before, lse)[:, None]).add_(near.mul_(_softmax(here, lse)[:, None]))
-            if other is None:
+                mean.mul_(softmax_of(before, lse)[:, None]).add_(near.mul_(softmax_of(here, lse)[:, None]))
+            if other is None or totals is None:
                 return []
-            totals = [lse.new_full((len(block[0]),), -torch.inf)] if totals is None else totals
             torch.logaddexp(totals[0][columns], other, out=totals[0][columns])
             return totals
 
-        home = self._travel([q if k is None else k], symmetric, first, visit, symmetric)
-        if home is not None:
-            torch.logaddexp(lse, home[0], out=lse)
+        def receive(piece: slice, home: list[Tensor]) -> None:
+            torch.logaddexp(lse[piece], home[0], out=lse[piece])
+
+        self._travel([keys], symmetric, first, visit, receive if symmetric else None)
         return lse, mean
 
     def gradients(
@@ -246,8 +155,10 @@ class _Ring:
             own.kept, self.kept = self.kept, {}
             dq, dk = own.gradients(side, side if symmetric else None, (needs[0], needs[1] and not symmetric))
 
-        def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
-            rows, columns = self._meet(origin, symmetric)
+        def visit(block: Sequence[Tensor], origin: int, start: int, totals: list[Tensor] | None) -> list[Tensor]:
+            rows, columns = self._meet(origin, start, len(block[0]), symmetric)
+            if not len(block[0][columns]):
+                return totals or [torch.zeros_like(block[0])]
             own, entries = (side[0][rows], side[1][rows]), block[1:]
             other = (block[1][columns], block[2][columns]) if symmetric else None
             pair = self._block(q, [block[0], *(entries[2:] if symmetric else entries)], rows, columns)
@@ -262,30 +173,55 @@ class _Ring:
             totals[0][columns] += there
             return totals
 
-        held = [q, *side] if k is None else [k]
-        home = self._travel(held, symmetric, first, visit, symmetric or needs[1])
-        if home is not None:
-            returned, total = home[0], dq if symmetric else dk
+        def receive(piece: slice, home: list[Tensor]) -> None:
+            total = dq if symmetric else dk
             assert total is not None
-            total += returned
+            total[piece] += home[0]
+
+        held = [q, *side] if k is None else [k]
+        self._travel(held, symmetric, first, visit, receive if symmetric or needs[1] else None)
         return dq, dk
 
     def _travel(
-        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit, collects: bool
-    ) -> list[Tensor] | None:
-        stops = self.peers.world // 2 if symmetric else self.peers.world - 1
-        return travel(self.peers, self.sizes, [*held, *self.entries], stops, first, visit, collects)
+        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: PieceVisit,
+        receive: Callable[[slice, list[Tensor]], None] | None,
+    ) -> None:  # fmt: skip
+        """Send the own rows to the other ranks, a piece at a time.
 
-    def _meet(self, origin: int, symmetric: bool) -> tuple[slice, slice]:
-        """Return the own rows and the rows of a block that this rank compares: half of them if another rank does, too.
+        receive: called with every piece of the own rows and what it has collected; None if nothing is collected.
+        """
+        rank, world = self.peers.rank, self.peers.world
+        stops = world // 2 if symmetric else world - 1
+        for start in range(0, max(1, *self.sizes), PIECE):
+            sizes = [min(PIECE, max(0, size - start)) for size in self.sizes]
+            piece = slice(start, start + sizes[rank])
+            begin = (lambda: None) if start else first
+            home = travel(
+                self.peers, sizes, [x[piece] for x in (*held, *self.entries)], stops, begin,
+                lambda block, origin, totals, start=start: visit(block, origin, start, totals),  # type: ignore[misc]
+                receive is not None,
+            )  # fmt: skip
+            if receive is not None and home is not None:
+                receive(piece, home)
 
-        The block of the lower rank is halved: its first part meets on the higher rank, its second part on itself.
+    def _meet(self, origin: int, start: int, count: int, symmetric: bool) -> tuple[slice, slice]:
+        """Return the own rows and the rows of a piece that this rank compares: half of them if another rank does, too.
+
+        The rows of the lower rank are halved: the first half meets on the higher rank, the second half on itself.
+
+        Args:
+            origin: rank of the piece.
+            start: first row of the piece among those of its rank.
+            count: number of its rows.
+            symmetric: whether pairs of rows meet once.
         """
         every, rank, world = slice(None), self.peers.rank, self.peers.world
         if not symmetric or (rank - origin) % world * 2 != world:
             return every, every
         half = self.sizes[min(rank, origin)] // 2
-        return (every, slice(half)) if rank > origin else (slice(half, None), every)
+        if rank > origin:
+            return every, slice(min(count, max(0, half - start)))
+        return slice(half, None), every
 
     def _block(self, q: Tensor, block: Sequence[Tensor], rows: slice, columns: slice) -> Block:
         """Return the pairs of own rows and a block: its keys, and the entries of its weights."""
