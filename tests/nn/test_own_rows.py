@@ -130,6 +130,22 @@ def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> 
         torch.testing.assert_close(whole, gradient, rtol=1e-11, atol=1e-12)
 
 
+WITHOUT_SAMPLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigreg": lambda z, place: losses.sigreg(z, rows(5, 7)),
+    "visreg": lambda z, place: losses.visreg(z, rows(5, 7))["loss"],
+    "mmcr": lambda z, place: losses.mmcr(z, lmbda=0.1)["loss"],
+    "swapped prediction": lambda z, place: losses.swapped_prediction(z, losses.sinkhorn(z)),
+    "proto_nce": lambda z, place: losses.proto_nce(
+        z[0], torch.cat([rows(N, 5)[place], rows(4, 5)]), torch.ones(len(place) + 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_SAMPLES)
+def test_a_rank_may_have_no_samples(name: str) -> None:
+    """It would raise an error, and the others would wait for it."""
+    compare(WITHOUT_SAMPLES[name], rows(2, N, 5), 3, False, "never")
+
+
 def kernel_sums(q, k, scale, exclude_self, start, stop, mean=False, products="float32"):  # type: ignore[no-untyped-def]
     """Compute `triton_logsumexp.forward` literally."""
     s = exponentials.logits(q, k, scale, exclude_self, None)[start:stop]

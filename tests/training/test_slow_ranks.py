@@ -2,16 +2,19 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_pool import on_ranks
 from small_runs import tiny, use_few_images
 
 from inbatch.data.loader import Loader
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, ring
 from inbatch.training import slow_ranks
 from inbatch.training.slow_ranks import SlowRanks, slowest
 
@@ -47,6 +50,21 @@ def test_a_sentence_when_a_rank_becomes_slow_and_when_it_recovers(monkeypatch: p
         "others is 100 ms (50 steps). Check its machine for other processes, slow storage, or fewer cores."
     )
     assert told[1:] == [None, "rank 2 is no longer slower than the others.", None]
+
+
+def test_every_exchange_of_own_rows_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the first one of a step is after a wait for the slow rank, and all ranks seem equally fast."""
+    names = ("get_rank", "all_reduce", "all_gather", "P2POp", "batch_isend_irecv")
+    calls: dict[str, Any] = {name: lambda *args, **more: 0 for name in names}
+    calls |= {"get_world_size": lambda group: 2, "batch_isend_irecv": lambda moves: [], "ReduceOp": dist.ReduceOp}
+    monkeypatch.setattr(ring, "dist", SimpleNamespace(**calls, isend=None, irecv=None))
+    peers, x = ring.OwnRows(equal=True), torch.zeros(2, 3)
+    exchanges: list[Callable[[], Any]] = [lambda: peers.add(x), lambda: peers.largest(x)]
+    exchanges += [lambda: peers.gather(x, [2, 2]), lambda: peers.exchange([x], 1, 2)]
+    for exchange in exchanges:
+        distributed.first_exchange()
+        exchange()
+        assert distributed.first_exchange() is not None
 
 
 def slowed(out: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -32,7 +32,7 @@ def mmcr(
     samples' unit rows over the views, and Z_n the unit rows (V, D) of one sample. target: rows of a target network
     without gradient; C is then the mean of both networks' means. local: "all" adds its rows to Z_n.
     """
-    if not z.shape[0] or not z.shape[1]:
+    if not z.shape[0] or not batch_count(z.shape[1], z):
         raise ValueError(f"MMCR needs views of samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
     centre, rows = u.mean(0), u

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
@@ -19,7 +19,7 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
     column a negative, also if equal. counts: False leaves a column out.
     """
-    if not 0 < len(q) <= len(columns):
+    if not batch_count(len(q), q) or len(q) > len(columns):
         raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
     q, keys = normalize(q), normalize(columns).to(wide(q)) / density.to(wide(q))[:, None]
     own, others = keys.tensor_split([len(q)])

@@ -268,7 +268,8 @@ def sinkhorn(
     exp(scores / epsilon), scaled `iterations` times to columns of equal sums and then to rows that sum to 1, in
     logarithms: no score is too large (Cuturi 2013; Caron et al. 2020, Eq. 3 to 5).
     """
-    if iterations < 1 or not scores.numel():
+    samples = batch_count(scores.shape[-2], scores.detach())  # a rank may have none
+    if iterations < 1 or not samples or 0 in (*scores.shape[:-2], scores.shape[-1]):
         raise ValueError(f"Sinkhorn needs scores and an iteration, got {tuple(scores.shape)} and {iterations}")
     log = scale_by_temperature(scores.detach(), epsilon)
     for _ in range(iterations):

@@ -63,6 +63,11 @@ def check_options(lamb: float, slices: int, global_views: int | None, views: int
         raise ValueError(f"global_views is {global_views}: choose 1 to {views}, the number of views")
 
 
+def _empty(z: Tensor) -> bool:
+    """Return whether no rank has a row."""
+    return not (len(z) and z.shape[2] and batch_count(z.shape[1], z))
+
+
 def sigreg(
     z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"], samples: Literal["view", "all"] = "view",
     scale: Literal["count", "one"] = "count", points: int = 17, t_max: float = 3.0,
@@ -83,7 +88,7 @@ def sigreg(
     Raises:
         ValueError: for less than one row, one direction or two points.
     """
-    if not z.numel() or not directions.numel() or points < 2:
+    if _empty(z) or not directions.numel() or points < 2:
         raise ValueError(f"SIGReg needs rows, directions and 2 points, got {tuple(z.shape)}, {tuple(directions.shape)} "
                          f"and {points}")  # fmt: skip
     z = wide(z.flatten(0, 1)[None] if samples == "all" else z)
@@ -100,7 +105,7 @@ def wasserstein(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"]) -> 
 
     It is averaged over samples, directions (columns, normalised inside, without gradient) and views.
     """
-    if not z.numel() or not directions.numel():
+    if _empty(z) or not directions.numel():
         raise ValueError(f"it needs rows and directions, got {tuple(z.shape)} and {tuple(directions.shape)}")
     if own_rows():
         every, part = whole(wide(z), 1), own_share(directions, 1)
@@ -131,7 +136,7 @@ def _epps_pulley(x: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> tuple[
     mean = torch.stack(means)
     if own_rows():
         count = batch_count(n, x)
-        mean, n = batch_sum(mean * n) / count, count
+        mean, n = batch_sum(mean * n if n else torch.zeros_like(mean)) / count, count  # a rank may have no rows
     away = mean - target[:, None, None]
     value = (weight[:, None, None] * (away.real.square() + away.imag.square())).sum()
     parts = (away.conj() * (weight * t)[:, None, None]).unsqueeze(2)

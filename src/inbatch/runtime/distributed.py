@@ -237,8 +237,8 @@ def first_exchange() -> float | None:
     return time_then
 
 
-def _exchange() -> None:
-    """Record the time of the first exchange."""
+def record_exchange() -> None:
+    """Record the time of an exchange if it is the first since the last call of `first_exchange`."""
     global _first
     if _first is None:
         _first = time.perf_counter()
@@ -248,7 +248,7 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
     """Return every rank's tensor, of equal shapes, joined along `dim` in the order of ranks. Carries no gradient."""
     if world() == 1:
         return x
-    _exchange()
+    record_exchange()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts, dim)
@@ -279,7 +279,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place and in one collective."""
     if world() == 1 or not tensors:
         return
-    _exchange()
+    record_exchange()
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= world()
@@ -348,7 +348,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
-        _exchange()
+        record_exchange()
         dist.all_reduce(x)
         return x
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inbatch.errors import ConfigError
+from inbatch.runtime.distributed import record_exchange
 
 _TYPES = tuple(sorted((t for t in vars(torch).values() if isinstance(t, torch.dtype)), key=str))
 _MOST = 6
@@ -28,10 +29,12 @@ class OwnRows:
 
     def add(self, x: Tensor) -> None:
         """Replace a contiguous tensor by its sum over ranks."""
+        record_exchange()
         dist.all_reduce(torch.view_as_real(x) if x.is_complex() else x, group=self.group)
 
     def largest(self, x: Tensor) -> None:
         """Replace a contiguous tensor by its maximum over ranks."""
+        record_exchange()
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
 
     def sizes(self, x: Tensor) -> list[int]:
@@ -59,6 +62,7 @@ class OwnRows:
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return the rows of all ranks, joined along the first dimension."""
+        record_exchange()
         most, part = max(sizes), x.detach().contiguous()
         if len(part) < most:
             part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
@@ -70,6 +74,7 @@ class OwnRows:
 
     def exchange(self, tensors: Sequence[Tensor], offset: int, rows: int) -> Callable[[], list[Tensor]]:
         """Send tensors `offset` ranks forward; the returned function waits for those that arrive, of `rows` rows."""
+        record_exchange()
         sent = [x.detach().contiguous() for x in tensors]
         arrived = [x.new_empty(rows, *x.shape[1:]) for x in sent]
         to, source = ((self.rank + step) % self.world for step in (offset, -offset))
