@@ -187,3 +187,11 @@ def test_transformed_views_are_keyed_by_sample() -> None:
     grows = TransformedViews([lambda x: x[:, : 3 + int(x.sum()) % 3, :4]], [4], (0.5,), (0.25,), "own")
     with pytest.raises(ConfigError, match="a transform must return one size"):
         grows(batch)
+
+
+def test_drawing_views_in_a_worker_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker would hold a CUDA context of its own, and a forked one cannot make it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was started"))
+    views = TransformedViews([torch.nn.Identity()], [8], (0.5,) * 3, (0.25,) * 3, "own")
+    assert views.draw([0], [torch.zeros(3, 8, 8, dtype=torch.uint8)], seed=0, epoch=0)[0].shape == (1, 3, 8, 8)

@@ -45,7 +45,7 @@ def batches(data: str) -> list[list[int]]:
     """Return this rank's samples of each step of the second epoch."""
     settings = {"method.queue_size": 40}
     fields = {key: RUN[key] for key in RUN.keys() - {"quiet"}} | {"read_streams": 10}
-    built = inbatch.prepare(data, "moco", settings=settings, workers=1, **fields)
+    built = inbatch.prepare(data, "moco", settings=settings, workers=0, **fields)
     steps = [batch.index.tolist() for batch in built.loader.epoch(1)]
     built.loader.close()
     return steps
@@ -71,7 +71,7 @@ def of_two(first: str, second: str, gone: bool) -> tuple[str, int]:
     Log.step = log  # type: ignore[method-assign]
     os.chdir(second if rank else first)
     try:
-        learned("shards", Path(first).parent / "run", epochs=4)
+        learned("shards", Path(first).parent / "run", epochs=4, workers=0)
     except InbatchError as error:
         return str(error), error.exit_code
     return "went on", 0

@@ -23,6 +23,7 @@ from inbatch.runtime.files import check_writable, replacing, write_json
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.remote import public
 from inbatch.runtime.terminal import progress
 from inbatch.training.budget import duration, parse_budget
 
@@ -123,6 +124,12 @@ def _request(
     if not isinstance(place, str | Path):
         raise ConfigError("a comparison needs data on the disk or the name of a data set, because runs are processes")
     place = str(Path(place).absolute()) if Path(place).exists() else str(place)
+    if public(place) != place:
+        raise ConfigError(
+            f"data = {public(place)!r} was given with credentials in its URL, which the recipes and scripts of a "
+            "comparison would keep: pass them by the settings of the file system's package, such as environment "
+            "variables"
+        )
     rows = variants_of(variants, grid)
     return Request(
         tuple(rows), place, _seeds(seeds), common, None if budget is None else parse_budget(budget), download

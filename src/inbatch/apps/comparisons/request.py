@@ -8,6 +8,7 @@ from typing import Any
 
 from inbatch.apps.comparisons.variants import Variant, named
 from inbatch.errors import ConfigError
+from inbatch.runtime.remote import is_url
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, Settings
 from inbatch.training.requested_settings import check_one_length, with_default_budget
@@ -42,7 +43,7 @@ class Request:
     @property
     def name(self) -> str:
         """Name of the images in the names of files: the last part of their location."""
-        first = self.place.split(os.pathsep)[0].rstrip("/")
+        first = (self.place if is_url(self.place) else self.place.split(os.pathsep)[0]).rstrip("/")
         return re.sub(r"[^\w.-]+", "-", Path(first).name or first).strip("-.") or "data"
 
 

@@ -207,7 +207,8 @@ def seed_generators(key: int) -> None:
 def kept_generators() -> Iterator[None]:
     """Restore the state of these generators after the context."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # a worker must not start CUDA
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
