@@ -41,7 +41,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def head(seed: int, epoch: int, view: int, attempt: int | Int[Tensor, "b"] = 0) -> int | Int[Tensor, "b"]:
+def head(seed: int, epoch: int, view: int, attempt: int | Int[Tensor, "*b"] = 0) -> int | Int[Tensor, "*b"]:
     """Return the hash of a key without its sample, for `spread`; attempts on a device cause no synchronisation."""
     if isinstance(attempt, int):
         return fold(seed, epoch, view, attempt)

@@ -503,7 +503,7 @@ def test_tasks_of_the_array_and_the_table_by_hand(tmp_path: Path, monkeypatch: p
 
 def test_credentials_of_a_url_are_refused_and_its_last_part_names_the_folder(tmp_path: Path) -> None:
     url = "s3://AKIA:hunter2@bucket/train.tar?sig=deadbeef"
-    with pytest.raises(ConfigError, match="'s3://bucket/train.tar' was given with credentials in its URL") as caught:
+    with pytest.raises(ConfigError, match=r"'s3://bucket/train\.tar' was given with credentials in its URL") as caught:
         inbatch.compare(["pretrain simclr", "pretrain byol"], url, epochs=1, out=tmp_path / "own")
     assert not any(secret in str(caught.value) for secret in ("AKIA", "hunter2", "deadbeef"))
     assert not list(tmp_path.iterdir())
