@@ -8,7 +8,7 @@ sides, so that blocks make W / 2 stops for W ranks. If W is even, two blocks at 
 ranks, and each computes half of the pairs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,13 @@ from torch.autograd.function import once_differentiable
 from inbatch.nn import exponentials
 from inbatch.nn.pair_weights import PairWeights, PassingWeights
 from inbatch.nn.row_blocks import Block, softmax_of
-from inbatch.nn.tiles import LogSumExpConfig, Peers
+from inbatch.nn.tiles import LogSumExpConfig, Peers, zeros
 
 PIECE = 4096
 """Rows of a rank that pass at a time: their copies on the way are what a rank holds besides its own rows."""
 
 Visit = Callable[[Sequence[Tensor], int, list[Tensor] | None], list[Tensor]]
 """(block, its rank, what it has collected; None at its first stop) -> what it has collected now."""
-PieceVisit = Callable[[Sequence[Tensor], int, int, list[Tensor] | None], list[Tensor]]
-"""The same for a piece of a rank's rows, with its first row after the rank."""
 
 
 def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
@@ -121,21 +119,18 @@ class _Ring:
             lse, _, mean = own.sums(weighs=weighs, keep=keep)
             self.kept = own.kept
 
-        def visit(block: Sequence[Tensor], origin: int, start: int, totals: list[Tensor] | None) -> list[Tensor]:
-            rows, columns = self._meet(origin, start, len(block[0]), symmetric)
+        def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
             if symmetric and totals is None:
                 totals = [lse.new_full((len(block[0]),), -torch.inf)]
-            if not len(block[0][columns]):
-                return totals or []
-            here, other, near = self._block(q, block, rows, columns).sums(columns=symmetric, weighs=weighs)
-            before = lse[rows].clone()
-            torch.logaddexp(before, here, out=lse[rows])
-            if mean is not None and near is not None:
-                mean.mul_(softmax_of(before, lse)[:, None]).add_(near.mul_(softmax_of(here, lse)[:, None]))
-            if other is None or totals is None:
-                return []
-            torch.logaddexp(totals[0][columns], other, out=totals[0][columns])
-            return totals
+            for rows, columns in self._meetings(origin, len(q), len(block[0]), symmetric):
+                here, other, near = self._block(q, block, rows, columns).sums(columns=symmetric, weighs=weighs)
+                before = lse[rows].clone()
+                torch.logaddexp(before, here, out=lse[rows])
+                if mean is not None and near is not None:
+                    mean.mul_(softmax_of(before, lse)[:, None]).add_(near.mul_(softmax_of(here, lse)[:, None]))
+                if other is not None and totals is not None:
+                    torch.logaddexp(totals[0][columns], other, out=totals[0][columns])
+            return totals or []
 
         def receive(piece: slice, home: list[Tensor]) -> None:
             torch.logaddexp(lse[piece], home[0], out=lse[piece])
@@ -148,6 +143,7 @@ class _Ring:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of q and k, or their sum if they are the same rows, from those of the log-sum-exps."""
         dq, dk, symmetric = None, None, k is None
+        collects = symmetric or needs[1]
 
         def first() -> None:
             nonlocal dq, dk
@@ -155,23 +151,19 @@ class _Ring:
             own.kept, self.kept = self.kept, {}
             dq, dk = own.gradients(side, side if symmetric else None, (needs[0], needs[1] and not symmetric))
 
-        def visit(block: Sequence[Tensor], origin: int, start: int, totals: list[Tensor] | None) -> list[Tensor]:
-            rows, columns = self._meet(origin, start, len(block[0]), symmetric)
-            if not len(block[0][columns]):
-                return totals or [torch.zeros_like(block[0])]
-            own, entries = (side[0][rows], side[1][rows]), block[1:]
-            other = (block[1][columns], block[2][columns]) if symmetric else None
-            pair = self._block(q, [block[0], *(entries[2:] if symmetric else entries)], rows, columns)
-            here, there = pair.gradients(own, other, (needs[0], symmetric or needs[1]))
-            if dq is not None and here is not None:
-                dq[rows] += here
-            if there is None:
-                return []
-            if totals is None and len(there) == len(block[0]):
-                return [there]
-            totals = [torch.zeros_like(block[0])] if totals is None else totals
-            totals[0][columns] += there
-            return totals
+        def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
+            if collects and totals is None:
+                totals = [zeros(block[0])]
+            for rows, columns in self._meetings(origin, len(q), len(block[0]), symmetric):
+                own, entries = (side[0][rows], side[1][rows]), block[1:]
+                other = (block[1][columns], block[2][columns]) if symmetric else None
+                pair = self._block(q, [block[0], *(entries[2:] if symmetric else entries)], rows, columns)
+                here, there = pair.gradients(own, other, (needs[0], collects))
+                if dq is not None and here is not None:
+                    dq[rows] += here
+                if there is not None and totals is not None:
+                    totals[0][columns] += there
+            return totals or []
 
         def receive(piece: slice, home: list[Tensor]) -> None:
             total = dq if symmetric else dk
@@ -179,11 +171,11 @@ class _Ring:
             total[piece] += home[0]
 
         held = [q, *side] if k is None else [k]
-        self._travel(held, symmetric, first, visit, receive if symmetric or needs[1] else None)
+        self._travel(held, symmetric, first, visit, receive if collects else None)
         return dq, dk
 
     def _travel(
-        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: PieceVisit,
+        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit,
         receive: Callable[[slice, list[Tensor]], None] | None,
     ) -> None:  # fmt: skip
         """Send the own rows to the other ranks, a piece at a time.
@@ -195,33 +187,33 @@ class _Ring:
         for start in range(0, max(1, *self.sizes), PIECE):
             sizes = [min(PIECE, max(0, size - start)) for size in self.sizes]
             piece = slice(start, start + sizes[rank])
+            held_piece = [x[piece] for x in (*held, *self.entries)]
             begin = (lambda: None) if start else first
-            home = travel(
-                self.peers, sizes, [x[piece] for x in (*held, *self.entries)], stops, begin,
-                lambda block, origin, totals, start=start: visit(block, origin, start, totals),  # type: ignore[misc]
-                receive is not None,
-            )  # fmt: skip
+            home = travel(self.peers, sizes, held_piece, stops, begin, visit, receive is not None)
             if receive is not None and home is not None:
                 receive(piece, home)
 
-    def _meet(self, origin: int, start: int, count: int, symmetric: bool) -> tuple[slice, slice]:
-        """Return the own rows and the rows of a piece that this rank compares: half of them if another rank does, too.
+    def _meetings(self, origin: int, own: int, count: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+        """Yield the own rows and the rows of a piece that this rank compares: half of them if another rank does, too.
 
-        The rows of the lower rank are halved: the first half meets on the higher rank, the second half on itself.
+        Every piece of the lower rank is halved: its first half meets on the higher rank, its second half on itself, so
+        that both compute at the same time.
 
         Args:
             origin: rank of the piece.
-            start: first row of the piece among those of its rank.
-            count: number of its rows.
+            own: number of own rows.
+            count: number of rows of the piece.
             symmetric: whether pairs of rows meet once.
         """
-        every, rank, world = slice(None), self.peers.rank, self.peers.world
-        if not symmetric or (rank - origin) % world * 2 != world:
-            return every, every
-        half = self.sizes[min(rank, origin)] // 2
-        if rank > origin:
-            return every, slice(min(count, max(0, half - start)))
-        return slice(half, None), every
+        rank, world = self.peers.rank, self.peers.world
+        meetings = [(slice(own), slice(count))]
+        if symmetric and (rank - origin) % world * 2 == world:
+            if rank > origin:
+                meetings = [(slice(own), slice(count // 2))]
+            else:
+                ends = [(start, min(own, start + PIECE)) for start in range(0, own, PIECE)]
+                meetings = [(slice(start + (end - start) // 2, end), slice(count)) for start, end in ends]
+        yield from (pair for pair in meetings if own and count and pair[1].stop)
 
     def _block(self, q: Tensor, block: Sequence[Tensor], rows: slice, columns: slice) -> Block:
         """Return the pairs of own rows and a block: its keys, and the entries of its weights."""
