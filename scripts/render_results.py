@@ -333,8 +333,8 @@ def passed(found: dict[str, Any]) -> dict[str, str]:
         f"Extra memory of own rows over that of gathered ones: {ratio['memory']:.2f} "
         f"({found['memory']['ranks']} ranks, {found['memory']['rows']:,} rows). Processor time of a rank over that of "
         f"one process: {ratio['processor']:.2f} ({found['time'][1]['ranks']} ranks, {found['time'][1]['rows']:,} rows; "
-        f"gathered: {ratio['processor, gathered']:.2f}); elapsed time: {ratio['time']:.3f}. Load of the machine during these two: "
-        f"{found['load']['memory'][0]:.0f} and {found['load']['time'][0]:.0f}.\n"
+        f"gathered: {ratio['processor, gathered']:.2f}); elapsed time: {ratio['time']:.3f}. "
+        f"Load of the machine during these two: {found['load']['memory'][0]:.0f} and {found['load']['time'][0]:.0f}.\n"
     )
     return {"ring cases": "\n".join(cases) + "\n", "ring paper": "\n".join(lines) + "\n", "ring ratios": most}
 
