@@ -25,11 +25,13 @@ PIECE = 4096
 
 Visit = Callable[[Sequence[Tensor], int, list[Tensor] | None], list[Tensor]]
 """(block, its rank, what it has collected; None at its first stop) -> what it has collected now."""
+Receive = Callable[[slice, list[Tensor]], None]
+"""(piece of the own rows, what it has collected)."""
 
 
 def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
-           visit: Visit, collects: bool) -> list[Tensor] | None:  # fmt: skip
-    """Send own rows to the next `stops` ranks, and visit the blocks that arrive here; return what the own rows collect.
+           visit: Visit, receive: Receive | None) -> None:  # fmt: skip
+    """Send own rows to the next `stops` ranks, `PIECE` at a time, and visit the blocks that arrive here.
 
     Args:
         peers: the ranks.
@@ -38,8 +40,21 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
         stops: number of ranks that every block visits.
         first: called while the first block is on its way.
         visit: called for every block.
-        collects: whether a block carries results; they have an entry for each of its rows.
+        receive: called for every piece of the own rows with what it has collected, an entry for each of its rows; None:
+            nothing is collected.
     """
+    for start in range(0, max(1, *sizes), PIECE):
+        counts = [min(PIECE, max(0, size - start)) for size in sizes]
+        piece = slice(start, start + counts[peers.rank])
+        begin = (lambda: None) if start else first
+        home = _travel_once(peers, counts, [x[piece] for x in held], stops, begin, visit, receive is not None)
+        if receive is not None and home is not None:
+            receive(piece, home)
+
+
+def _travel_once(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
+                 visit: Visit, collects: bool) -> list[Tensor] | None:  # fmt: skip
+    """Send one block around, and return what it has collected."""
     rank, world = peers.rank, peers.world
     arrives = peers.exchange(held, 1, sizes[rank - 1]) if stops else None
     first()
@@ -175,23 +190,10 @@ class _Ring:
         return dq, dk
 
     def _travel(
-        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit,
-        receive: Callable[[slice, list[Tensor]], None] | None,
-    ) -> None:  # fmt: skip
-        """Send the own rows to the other ranks, a piece at a time.
-
-        receive: called with every piece of the own rows and what it has collected; None if nothing is collected.
-        """
-        rank, world = self.peers.rank, self.peers.world
-        stops = world // 2 if symmetric else world - 1
-        for start in range(0, max(1, *self.sizes), PIECE):
-            sizes = [min(PIECE, max(0, size - start)) for size in self.sizes]
-            piece = slice(start, start + sizes[rank])
-            held_piece = [x[piece] for x in (*held, *self.entries)]
-            begin = (lambda: None) if start else first
-            home = travel(self.peers, sizes, held_piece, stops, begin, visit, receive is not None)
-            if receive is not None and home is not None:
-                receive(piece, home)
+        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit, receive: Receive | None
+    ) -> None:
+        stops = self.peers.world // 2 if symmetric else self.peers.world - 1
+        travel(self.peers, self.sizes, [*held, *self.entries], stops, first, visit, receive)
 
     def _meetings(self, origin: int, own: int, count: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
         """Yield the own rows and the rows of a piece that this rank compares: half of them if another rank does, too.

@@ -177,10 +177,12 @@ def _passing(
         dk = found[2]
         return [] if dk is None else [dk if collected is None else collected[0].add_(dk)]
 
-    stops = plan.peers.world - 1
-    home = travel(plan.peers, plan.peers.sizes(k), [k, *groups, *entries], stops, first, visit, needs[1])
-    if home is not None and totals[2] is not None:
-        totals[2] += home[0]
+    def receive(piece: slice, home: list[Tensor]) -> None:
+        if (total := totals[2]) is not None:
+            total[piece] += home[0]
+
+    stops, sizes = plan.peers.world - 1, plan.peers.sizes(k)
+    travel(plan.peers, sizes, [k, *groups, *entries], stops, first, visit, receive if needs[1] else None)
     return totals
 
 

@@ -17,6 +17,9 @@ from inbatch.apps.cli import (
 )
 from inbatch.apps.cli.app import app, main
 
+# isort: split
+from inbatch.apps.cli import evaluation  # last: the order of the commands in the help
+
 __all__ = [
     "adaptation",
     "annotation",
@@ -27,6 +30,7 @@ __all__ = [
     "collection",
     "comparison",
     "deployment",
+    "evaluation",
     "inspection",
     "main",
     "papers",
