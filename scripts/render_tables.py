@@ -10,7 +10,7 @@ from inbatch.apps.papers.results import Records, read_records, wall_seconds
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 DOCS = HERE.parent / "docs" / "results"
-SCALES = ("cpu", "gpu", "paper")
+SCALES = ("cpu", "laptop", "gpu", "paper")
 HEAD = """# The papers' tables and figures
 
 Each table or figure is one command, `inbatch table NAME`, and one file of
@@ -65,7 +65,7 @@ def pages(records: Records) -> dict[str, str]:
     """Return the text of every page by file name."""
     made = {}
     for sheet in sheets(records):
-        picture = f"{stem(sheet)}.png" if sheet.table.curve else None
+        picture = f"{stem(sheet)}.png" if sheet.table.curve_at(sheet.scale) else None
         made[f"{stem(sheet)}.md"] = markdown(sheet, picture=picture, runs="../../results/records")
     lines = []
     for table in TABLES.values():
@@ -87,7 +87,7 @@ def main() -> None:
     for name, text in made.items():
         (DOCS / name).write_text(text)
     for sheet in sheets(records):
-        if sheet.table.curve and (png := curves(sheet)):
+        if sheet.table.curve_at(sheet.scale) and (png := curves(sheet)):
             (DOCS / f"{stem(sheet)}.png").write_bytes(png)
 
 

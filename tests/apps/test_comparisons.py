@@ -17,7 +17,7 @@ import torch
 from command_line import one_object, run
 
 import inbatch
-from inbatch.apps.comparisons import statistics as st
+from inbatch.apps import statistics as st
 from inbatch.apps.comparisons.choice import best_of
 from inbatch.apps.comparisons.compare import _command
 from inbatch.apps.comparisons.metrics import METRICS

@@ -22,10 +22,13 @@ from inbatch.apps.cli import app
 from inbatch.apps.papers import TABLES, render
 from inbatch.apps.papers.command import Selection, run_table_command
 from inbatch.apps.papers.curve_plot import curves
-from inbatch.apps.papers.filled_table import fill, paired
+from inbatch.apps.papers.effects import effect_notes, effects
+from inbatch.apps.papers.expected_time import expected_time
+from inbatch.apps.papers.filled_table import fill
 from inbatch.apps.papers.results import Record, Records, find_record, read_record, read_records, shipped, write_record
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
+from inbatch.apps.statistics import difference, paired, seeds_for
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import locked
@@ -167,6 +170,53 @@ def test_differences_are_paired_by_seed() -> None:
     assert with_.moved("Top1", without) == pytest.approx(0.68)
     missing = {told: r for told, r in filled().items() if told[2] == 0}
     assert fill(TABLE, "smoke", missing).line("BYOL").ours[0].seeds == (0,)
+
+
+def test_a_row_exists_at_its_scales_only() -> None:
+    rows = {scale: {row.name for row in TABLE.rows_at(scale)} for scale in SCALES}
+    assert rows["laptop"] - rows["cpu"] == {"SimCLR + BA, set", "BYOL + BA, set", "MoCo-v2, symmetric + BA, set"}
+    for scale in SCALES:
+        assert {cell.row for cell in cells(TABLE, scale, (0,))} == rows[scale]
+        assert {line.row.name for line in fill(TABLE, scale, {}).lines} == rows[scale]
+
+
+def test_effects_state_interval_seeds_and_cost() -> None:
+    """The figures of `apps.statistics`, corrected over the rows of a column, and times paired by seed."""
+    gains = {"SimCLR + BA": (1.0, 2.0, 3.0), "SimCLR + BA, set": (0.5, -0.5, 0.1)}
+    wanted = [c for c in cells(TABLE, "laptop") if c.data == "cifar10" and c.row in ("SimCLR", *gains)]
+    made = [
+        record(
+            cell, (50 + gains.get(cell.row, (0, 0, 0))[cell.seed]) / 100,
+            training_cpu_seconds=100.0 * (1 + 0.3 * (cell.row in gains)), training_seconds=1000.0 * (cell.seed + 1),
+        )
+        for cell in wanted
+    ]  # fmt: skip
+    sheet = fill(TABLE, "laptop", {one.told: one for one in made})
+    found = {(one.row, one.column): one for one in effects(sheet)}
+    assert {row for row, _ in found} == set(gains)
+    one = found["SimCLR + BA", "CIFAR-10, linear"]
+    assert one.difference.mean == pytest.approx(2.0) and one.time == pytest.approx(1.3)
+    assert one.difference.interval == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+    assert one.holm == pytest.approx(2 * one.difference.p) and one.seeds == seeds_for(2.0, 1.0) == 5
+    assert one.cost == pytest.approx(0.15) and found["SimCLR + BA, set", "CIFAR-10, linear"].seeds > 100
+    for text in (render.markdown(sheet), render.page(sheet)):
+        assert "Effects" in text and "-0.5 to +4.5" in text
+    assert not render.effect_grids(fill(TABLE, "smoke", filled()), 80)
+    assert "shown" in " ".join(effect_notes(list(found.values()))).lower()
+    faster = replace(one, difference=difference([-1.0, -2.0, -1.5]))
+    assert faster.cost is None and replace(one, time=None).cost is None
+
+
+def test_the_expected_time_is_that_of_similar_runs() -> None:
+    asked = [cell for cell in cells(TABLE, "laptop") if cell.data == "cifar10" and cell.row in ("SimCLR", "BYOL")]
+    assert expected_time(asked, [], 2) == ""
+    simclr = record(asked[0], 0.5, wall_seconds=600.0)
+    other = record(next(cells(TABLE, "smoke")), 0.5, wall_seconds=1.0)
+    assert expected_time(asked, [simclr, other], 2).startswith("6 runs, 2 at a time: about 30 minutes")
+    tiny = [cell for cell in cells(TABLE, "laptop", (0,)) if cell.data == "tiny" and cell.row == "BYOL"]
+    assert "about 10 minutes" in (said := expected_time([asked[0], *tiny], [simclr], 4)) and "; 1 without" in said
+    counted = list(cells(TABLES["curation-figure-3"], "cpu"))
+    assert expected_time(counted, [simclr], 1) == ""
 
 
 def test_what_failed_and_what_is_missing_is_shown() -> None:

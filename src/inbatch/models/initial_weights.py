@@ -14,6 +14,7 @@ from inbatch.models.exact_weights import check_exact
 from inbatch.models.hub_weights import folder_weights, is_hub, read_hub
 from inbatch.models.likely_encoder import likely_encoder
 from inbatch.models.published_weights import MIN_MATCH, Match, load, match
+from inbatch.models.shipped_weights import with_shipped
 from inbatch.models.weight_files import Contents, is_sharded, read_contents
 from inbatch.models.weights import read, split
 from inbatch.runtime.paths import path_of
@@ -65,7 +66,7 @@ def read_initial(init: str | Path | Encoder | None, classifier: Sequence[str]) -
         return Initial(contents, str(init), mean=cfg.get("mean"), std=cfg.get("std"))
     origin = f"the encoder {init.name}" if isinstance(init, Encoder) else str(init)
     if not isinstance(init, Encoder):
-        init = path_of(init, "init")
+        init = with_shipped(path_of(init, "init"))
     if isinstance(init, Path) and (not init.is_dir() or is_sharded(init)):
         contents = read_contents(init)
         if any(name.startswith("attend.") for name in contents.tensors):

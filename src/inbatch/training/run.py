@@ -54,12 +54,13 @@ class Run:
 @briefly_isolated
 @with_own_encoder
 def load(path: str | Path) -> Encoder:
-    """Return the encoder of a run, finished or stopped, or of a folder that `save_encoder` or `export_run` wrote.
+    """Return the encoder of a run, of a folder that `save_encoder` or `export_run` wrote, or of the package.
 
     Warns, with the step of the encoder, if the run has not finished.
 
     Args:
-        path: Run directory, or the folder.
+        path: Run directory, finished or stopped; the folder; or the name of weights of the package
+            ("inbatch/cifar10-fast").
         encoder: Your own module, or a class or function that makes it, if the run learned with one (docs/own-parts.md);
             its weights are replaced.
     """

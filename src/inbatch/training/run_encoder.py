@@ -18,6 +18,7 @@ from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.lora import merged
+from inbatch.models.shipped_weights import with_shipped
 from inbatch.models.weight_files import is_sharded
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
@@ -110,7 +111,7 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
     init = recipe.encoder.options.get("init")
     if init is None or is_named(init):
         return init
-    init = path_of(init, "encoder.init")
+    init = with_shipped(path_of(init, "encoder.init"))
     if not (init / "recipe.json").is_file():
         return init
     with own_parts.any_source():
@@ -168,7 +169,7 @@ def with_encoder_of_init(settings: Settings) -> Settings:
         return settings
     if is_named(init):
         return _with_name(settings, encoder_of_weights(init))
-    folder = path_of(init, "encoder.init")
+    folder = with_shipped(path_of(init, "encoder.init"))
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
         arguments = {"name": encoder.name} | encoder.options
@@ -229,13 +230,13 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
     """Return the encoder of a run: from its folder `encoder/`, else from its last checkpoint; needs none of its images.
 
     Args:
-        path: Run directory, or a folder that `save_encoder` wrote.
+        path: Run directory, a folder that `save_encoder` wrote, or the name of weights of the package.
 
     Raises:
         ConfigError: If there is neither an encoder nor a checkpoint.
         DataError: If they are damaged.
     """
-    path = path_of(path)
+    path = with_shipped(path_of(path))
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run")
     report = report_of(path)

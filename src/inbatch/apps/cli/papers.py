@@ -25,7 +25,7 @@ def table(
     ] = None,
     scale: Annotated[
         str | None,
-        Option(metavar="smoke|cpu|gpu|paper", help="Run missing cells at this scale; paper: print the commands."),
+        Option(metavar="SCALE", help="Run missing cells: smoke, cpu, laptop, gpu; or paper: print the commands."),
     ] = None,
     from_: Annotated[
         Path | None,

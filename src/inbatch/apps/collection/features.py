@@ -22,6 +22,7 @@ from inbatch.errors import ConfigError, DataError, InbatchError, many
 from inbatch.evaluation import write_embeddings
 from inbatch.evaluation.feature_table import FeatureTable, read_features
 from inbatch.models import Encoder
+from inbatch.models.shipped_weights import is_shipped
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable, read_json, write_json
 from inbatch.runtime.path_list import joined_paths
@@ -104,7 +105,8 @@ def open_collection(
     """Return the features of images, computed or read, and the images.
 
     Args:
-        features: A run, finished or stopped; the folder of an encoder; or a .npz or .parquet file of `inbatch embed`.
+        features: A run, finished or stopped; the folder of an encoder; the name of weights of the package; or a .npz
+            or .parquet file of `inbatch embed`.
         data: The images. By default those of the run; with a file of features, none.
         split: The only split to use; None for every image.
         device: Device on which features are computed, or "auto".
@@ -142,7 +144,8 @@ def open_collection(
     }
     notes = [loaded.note] if loaded.note else []
     if kept is None:
-        notes.append(f"the features are computed again by every command: they cannot be kept in {path / 'features'}")
+        where = "the package" if is_shipped(path) else path / "features"
+        notes.append(f"the features are computed again by every command: they cannot be kept in {where}")
     return Collection(
         **vars(table), name=name, sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes),
         encoder=encoder,
@@ -154,7 +157,7 @@ def _embedded(
 ) -> tuple[FeatureTable, tuple[str, ...], Path | None, bool]:
     """Return the features, unreadable images, the file in which the features are kept, and whether it was there."""
     key = _key(encoder, sources)
-    file = None if key is None else path / "features" / f"{key}.npz"
+    file = None if key is None or is_shipped(path) else path / "features" / f"{key}.npz"
     if file is not None and file.is_file() and (known := _kept(file)) is not None:
         return *known, file, True
     if file is not None:

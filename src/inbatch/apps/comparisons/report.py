@@ -7,7 +7,9 @@ from typing import Any
 from inbatch.apps.comparisons.choice import best_of
 from inbatch.apps.comparisons.metrics import METRICS, SHOWN, Metric
 from inbatch.apps.comparisons.plan import Plan, differing
-from inbatch.apps.comparisons.statistics import (
+from inbatch.apps.comparisons.variation import Variation, variations
+from inbatch.apps.papers.results import Records
+from inbatch.apps.statistics import (
     LEVEL,
     MOST,
     POWER,
@@ -18,8 +20,6 @@ from inbatch.apps.comparisons.statistics import (
     largest_deviation,
     seeds_for,
 )
-from inbatch.apps.comparisons.variation import Variation, variations
-from inbatch.apps.papers.results import Records
 from inbatch.errors import many
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.apps.papers import render
+from inbatch.apps.papers.effects import effects
 from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.results import read_records, shipped
 from inbatch.apps.papers.runner import Runner
@@ -38,8 +39,8 @@ class TableReport:
         return next((problem.exit_code for problem in self.problems.values()), 0)
 
     def grids(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
-        """Return headings and rows, split into as many tables as necessary to fit the width in characters."""
-        return render.grids(self.sheet, width)
+        """Return headings and rows, and those of the effects, in as many tables as necessary to fit the width."""
+        return [*render.grids(self.sheet, width), *render.effect_grids(self.sheet, width)]
 
     def words(self) -> list[str]:
         """Return the lines below the table."""
@@ -95,6 +96,8 @@ class TableReport:
             for column, value in zip(self.sheet.columns, line.ours, strict=True)
         ]
         content |= {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
+        if table.scales[self.sheet.scale].effects:
+            content["effects"] = [effect.json() for effect in effects(self.sheet)]
         problems = {name: str(problem) for name, problem in self.problems.items()}
         error = "; ".join(dict.fromkeys(problems.values()))
         failure = {"error": error, "exit_code": self.exit_code} if error else {}

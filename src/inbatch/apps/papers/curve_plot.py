@@ -16,7 +16,8 @@ def curves(sheet: FilledTable) -> bytes | None:
     There is a panel for each data set and number. The number is that of the table if it is a figure of curves, else
     loss, k-NN, feature_std and rankme.
     """
-    numbers = [sheet.table.curve] if sheet.table.curve else ["loss", "knn", "feature_std", "rankme"]
+    curve = sheet.table.curve_at(sheet.scale)
+    numbers = [curve] if curve else ["loss", "knn", "feature_std", "rankme"]
     kinds = [
         data
         for data in sheet.table.scales[sheet.scale].data

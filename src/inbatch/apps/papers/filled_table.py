@@ -1,6 +1,5 @@
 """A table with the paper's figures, our figures over the seeds, and the effect of each row, paired by seed."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -8,6 +7,7 @@ from typing import Any
 
 from inbatch.apps.papers.results import Record, Records, find_record
 from inbatch.apps.papers.spec import Cell, Column, Row, Table, cell, cells
+from inbatch.apps.statistics import paired
 
 SURE = 0.05
 """Significance level of a difference; the p values of a table's rows are not corrected for their number."""
@@ -99,7 +99,7 @@ def fill(table: Table, scale: str, records: Records) -> FilledTable:
     """Return the table at this scale, filled from records."""
     at = table.scales[scale]
     found: dict[str, list[tuple[Cell, Record]]] = {}
-    for row in table.rows:
+    for row in table.rows_at(scale):
         found[row.name] = []
         if row.settings is None:
             continue
@@ -109,7 +109,7 @@ def fill(table: Table, scale: str, records: Records) -> FilledTable:
                 if (record := find_record(records, one)) is not None:
                     found[row.name].append((one, record))
     lines = []
-    for row in table.rows:
+    for row in table.rows_at(scale):
         other = found.get(row.against or "", [])
         ours = tuple(_value(column, found[row.name], other) for column in at.columns)
         paper = tuple(row.paper.get(heading) for heading in table.headings)
@@ -138,19 +138,3 @@ def _value(column: Column, runs: list[tuple[Cell, Record]], other: list[tuple[Ce
 def _by_seed(column: Column, runs: list[tuple[Cell, Record]]) -> dict[int, float]:
     found = {one.seed: figure(record, column.figure) for one, record in runs if one.data == column.data}
     return {seed: value for seed, value in found.items() if value is not None}
-
-
-def paired(gains: Sequence[float]) -> float | None:
-    """Return the p value of the two-sided t-test that paired differences have mean 0.
-
-    It is 1 if all differences are 0, and None for fewer than two.
-    """
-    if len(gains) < 2:
-        return None
-    if len(set(gains)) == 1:
-        return 1.0 if gains[0] == 0 else 0.0
-    from scipy.stats import ttest_1samp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences: p is close to 0, but inexact
-        return float(ttest_1samp(gains, 0.0).pvalue)

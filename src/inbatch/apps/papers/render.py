@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.cells import cell_len
 
 from inbatch.apps.papers.curve_plot import curves
+from inbatch.apps.papers.effects import HEADINGS, effect_notes, effects
 from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
 from inbatch.apps.papers.results import Record, wall_seconds
 from inbatch.apps.papers.spec import Cell, cells
@@ -45,8 +46,19 @@ def together(sheet: FilledTable) -> int:
 
 def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
     """Return the grid split to fit the width in characters, with the row names in each part."""
-    headings, rows = grid(sheet)
-    groups = column_groups(headings, rows, width, together(sheet))
+    return _split(*grid(sheet), width, together(sheet))
+
+
+def effect_grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the grid of the effects, split in the same way; nothing without effects."""
+    found = effect_grid(sheet)
+    return [] if found is None else _split(*found, width, 1)
+
+
+def _split(
+    headings: list[str], rows: list[list[str]], width: int, together: int
+) -> list[tuple[list[str], list[list[str]]]]:
+    groups = column_groups(headings, rows, width, together)
     return [([headings[i] for i in (0, *some)], [[row[i] for i in (0, *some)] for row in rows]) for some in groups]
 
 
@@ -147,6 +159,9 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
     if told := table.holds.get(sheet.scale):
         parts.append(f"**Findings.** {told}")
     parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in notes(sheet)))
+    if found := effect_grid(sheet):
+        parts += ["## Effects", markdown_table(*found)]
+        parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in effect_notes(effects(sheet))))
     parts.append(
         "## The runs\n\n"
         + markdown_text(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
@@ -156,6 +171,12 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
         listed.append(f"- {markdown_text(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
     return printable("\n\n".join([*parts, *listed]) + "\n")
+
+
+def effect_grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]] | None:
+    """Return headings and cells of the effects; None if the scale does not state them, or there are none."""
+    found = effects(sheet) if sheet.table.scales[sheet.scale].effects else []
+    return (list(HEADINGS), [effect.cells(sheet.table.digits) for effect in found]) if found else None
 
 
 def markdown_text(text: str, code: bool = True) -> str:
@@ -241,18 +262,15 @@ _STYLE = (
 def page(sheet: FilledTable) -> str:
     """Return a self-contained HTML page: table, curves, notes, and the recipe of every run."""
     e, table = html.escape, sheet.table
-    headings, rows = grid(sheet)
-    head = "".join(f"<th>{e(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{e(text)}</td>" for text in row) + "</tr>" for row in rows)
-    parts = [
-        f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.asks)}</p>",
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
-    ]
+    parts = [f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.asks)}</p>", _html_table(*grid(sheet))]
     if told := table.holds.get(sheet.scale):
         parts.append(f"<p><b>Findings.</b> {e(told)}</p>")
     if (png := curves(sheet)) is not None:
         parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
-    parts.append("<ul>" + "".join(f"<li>{e(note)}</li>" for note in notes(sheet)) + "</ul><h2>Runs</h2>")
+    parts.append(_html_list(notes(sheet)))
+    if found := effect_grid(sheet):
+        parts += ["<h2>Effects</h2>", _html_table(*found), _html_list(effect_notes(effects(sheet)))]
+    parts.append("<h2>Runs</h2>")
     for cell, record in first_seeds(sheet):
         recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"
         parts.append(
@@ -263,6 +281,16 @@ def page(sheet: FilledTable) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(table.name)}</title><style>{_STYLE}</style>'
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _html_list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _pretty(record: Record) -> str:

@@ -70,6 +70,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     unreadable: int = 0
     steps: int | None = None
     training_seconds: float | None = None
+    training_cpu_seconds: float | None = None
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     curve: list[dict[str, Number]] = []

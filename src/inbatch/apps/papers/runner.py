@@ -19,18 +19,16 @@ from typing import Any
 
 import torch
 
-from inbatch.apps.papers.results import Failure, Record, find_record, read_records, valid_record, write_record
+from inbatch.apps.papers.expected_time import expected_time
+from inbatch.apps.papers.results import Record, find_record, read_records, shipped, write_record
+from inbatch.apps.papers.run_records import counted_record, failed_record, record_of, without_paths
 from inbatch.apps.papers.scales import WHERE
-from inbatch.apps.papers.spec import Cell, key
-from inbatch.apps.reports.crop_statistics import count_configurations
+from inbatch.apps.papers.spec import Cell
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted, TrainingError
 from inbatch.runtime import child_processes
-from inbatch.runtime.environment import environment
 from inbatch.runtime.files import locked, read_json, write_json
 from inbatch.runtime.resources import cores
 from inbatch.runtime.signals import stop_on_signals, stopped
-from inbatch.training.recipe import make
-from inbatch.training.settings_file import read_settings
 
 ON = "on-"
 """Prefix of protocols that are a linear probe on the images of another data set."""
@@ -119,6 +117,9 @@ class Runner:
         if not todo:
             return problems
         self.results.mkdir(parents=True, exist_ok=True)
+        known = [*read_records(shipped()).values(), *read_records(self.results).values()]
+        if expected := expected_time(todo, known, self.jobs or 1):
+            self.tell(expected)
         with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
             stop.hold()  # the running processes stop in time, and are waited for
             if void:
@@ -175,7 +176,7 @@ class Runner:
     def _one(self, cell: Cell) -> Record:
         """Complete a cell's run, or the missing part of it."""
         if cell.counts:
-            return _counted(cell)
+            return counted_record(cell)
         began, place = time.perf_counter(), self.place(str(cell.settings["data"]))
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ class Runner:
             words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
-            return self._failed(cell, place, result, log, began)
+            return failed_record(cell, place, result, log, time.perf_counter() - began, self.gpu)
         result = self._completed(cell, result, log)
         for protocol in cell.protocols:
             other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
@@ -195,12 +196,12 @@ class Runner:
             )
             found = self._call(cell, words, log)
             if "exit_code" in found:  # the run is valid: its data are evaluated by the other protocols
-                told = {"failed": _anywhere(found["error"])}
+                told = {"failed": without_paths(found["error"])}
             else:
                 told = found[protocol] if other is None else {"linear": found["linear"]}
             result["evaluation"] = result["evaluation"] | {protocol: told}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return _record(cell, place, result)
+        return record_of(cell, place, result)
 
     def _completed(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
         """Return the result of a finished run with everything that its record needs; for subclasses."""
@@ -242,16 +243,6 @@ class Runner:
             raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")
         raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
 
-    def _failed(self, cell: Cell, place: str, found: Mapping[str, Any], log: Path, began: float) -> Record:
-        """Return the record of a diverged run, with the end of its log."""
-        words = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-20:])
-        failure = Failure(exit_code=found["exit_code"], sentence=_anywhere(found["error"]), log=_anywhere(words))
-        named = {"schema": 1, "status": "failed", "data": cell.data, "source": _source(place), "seed": cell.seed}
-        made = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}
-        where = environment(torch.device("cuda" if self.gpu else "cpu"))
-        spent = time.perf_counter() - began
-        return Record.model_validate(named | made | {"environment": where, "wall_seconds": spent, "failure": failure})
-
 
 def _said(record: Record) -> str:
     if record.failure is not None:
@@ -281,39 +272,3 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / "result.json")
     except DataError:
         return None
-
-
-def _source(place: str) -> str:
-    """Return the name of images without their path, which is private."""
-    return Path(place).name if Path(place).exists() else place
-
-
-def _record(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
-    if not isinstance(result.get("recipe"), dict):
-        raise DataError(f"the result of the run {cell.stem} holds no recipe: remove its folder, and run it again")
-    recipe = result["recipe"] | {"data": cell.settings["data"]}
-    if key(make(read_settings(recipe))) != cell.key:
-        mine = cell.recipe().nested()
-        changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
-        raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
-    here = json.dumps({name: result[name] for name in Record.model_fields if name in result})
-    kept = json.loads(here.replace(json.dumps(place)[1:-1], _source(place)) if _source(place) != place else here)
-    named = {"schema": 1, "status": "finished", "data": cell.data, "source": _source(place), "seed": cell.seed}
-    made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
-    return valid_record(kept | named | made, f"the result of the run {cell.stem}")
-
-
-def _anywhere(text: str) -> str:
-    """Return text without the paths of this machine's folders."""
-    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
-
-
-def _counted(cell: Cell) -> Record:
-    """Draw and count pairs of crops in this process, which takes seconds."""
-    size = int(cell.settings["size"])
-    found = count_configurations(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
-    return Record.model_validate(
-        {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
-        | {"recipe": dict(cell.settings), "command": cell.command(), "environment": environment(torch.device("cpu"))}
-        | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
-    )

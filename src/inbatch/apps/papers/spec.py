@@ -11,7 +11,7 @@ from inbatch.training.recipe import Recipe, Schedule, make
 from inbatch.training.registry import Part, make_part
 
 Settings = Mapping[str, Any]
-SCALES = ("smoke", "cpu", "gpu", "paper")
+SCALES = ("smoke", "cpu", "laptop", "gpu", "paper")
 LEFT_OUT = ("data", "test", "seed", "preset", "cache_on_device", "replans")
 """Settings that do not distinguish two runs: where images are and are held, the origin of other settings, and changes
 of the length by which a run keeps its budget."""
@@ -28,6 +28,7 @@ class Row:
         paper: The paper's figures by its column, in the paper's unit.
         against: The row that it is compared with, from which it differs in one thing.
         at: Settings that apply at one scale, or on one data set, only.
+        scales: Scales at which the row exists; empty: all.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     paper: Mapping[str, float] = field(default_factory=dict)
     against: str | None = None
     at: Mapping[str, Settings] = field(default_factory=dict)
+    scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Scale:
         protocols: Evaluations in addition to k-NN, linear probe and clustering: "few", "on-cifar10" (other images), ...
         cost: Cost as text.
         differs: Differences from the paper, and their reasons.
+        curve: Number that is plotted over the epochs, in addition to the table ("knn").
+        effects: Whether the page states intervals, the seeds that a difference needs, and its cost.
     """
 
     columns: tuple[Column, ...]
@@ -75,6 +79,8 @@ class Scale:
     protocols: tuple[str, ...] = ()
     cost: str = ""
     differs: tuple[str, ...] = ()
+    curve: str | None = None
+    effects: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,14 @@ class Table:
     digits: int = 1
     curve: str | None = None
     holds: Mapping[str, str] = field(default_factory=dict)
+
+    def rows_at(self, scale: str) -> tuple[Row, ...]:
+        """Return the rows that exist at a scale."""
+        return tuple(row for row in self.rows if not row.scales or scale in row.scales)
+
+    def curve_at(self, scale: str) -> str | None:
+        """Return the number that is plotted over the epochs at a scale; None: no plot."""
+        return self.curve or self.scales[scale].curve
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ def cells(table: Table, scale: str, seeds: tuple[int, ...] | None = None) -> Ite
     at = table.scales[scale]
     for seed in at.seeds if seeds is None else seeds:
         for data in dict.fromkeys(column.data for column in at.columns):
-            for row in table.rows:
+            for row in table.rows_at(scale):
                 if row.settings is not None:
                     yield cell(table, scale, row, data, seed)
 

@@ -15,6 +15,7 @@ from inbatch.apps.papers.tables import (
     study_ba2m,
     study_batch_size,
     study_clusters,
+    study_methods,
     study_multicrop,
     study_nnclr,
     study_supcon,
@@ -28,7 +29,7 @@ TABLES: dict[str, Table] = {
         ba_ssl_1, ba_ssl_2, ba_ssl_3, ba_ssl_4, ba_ssl_figure_1,
         curation_1, curation_2, curation_figure_3, curation_figure_4, curation_figure_5,
         study_batch_size, study_variance, study_supcon, study_multicrop, study_nnclr, study_clusters, study_ba2m,
-        study_transfer,
+        study_transfer, study_methods,
     )
 }  # fmt: skip
 """Registry of tables and figures by name."""

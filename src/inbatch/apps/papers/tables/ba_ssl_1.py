@@ -11,7 +11,7 @@ ROWS = (
         "Supervised",
         {"method.name": "supervised"},
         {"CIFAR-10": 93.15, "CIFAR-100": 69.94, "ImageNet-1k": 69.76},
-        at={"photos": {"views.name": "supervised"}, "gpu": {"views.name": "supervised"}},
+        at={place: {"views.name": "supervised"} for place in ("photos", "laptop", "gpu")},
     ),
     Row("Semi-50%", None, {"ImageNet-100": 75.40}),
     Row(
@@ -39,6 +39,7 @@ _USUAL = usual(("linear",), protocols=("few",))
 _MORE = {
     "smoke": (),
     "cpu": (*_few("digits", "digits"), *_few("photos", "photos")),
+    "laptop": _few("cifar10", "CIFAR-10"),
     "gpu": (*_few("cifar10", "CIFAR-10"), Column("CIFAR-10, fine-tuned", "cifar10", "finetune.top1")),
 }
 _JUDGED = {"gpu": ("few", "finetune")}  # fine-tuning all weights on a CPU takes longer than pretraining

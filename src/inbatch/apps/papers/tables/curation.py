@@ -12,11 +12,13 @@ SIMCLR: Settings = {"method.name": "simclr", "method.temperature": 0.5, "method.
 PAIRS: Settings = {"pairs": 1_000_000}
 COUNTED = "crops"
 """Name of the data set for counting, which has no images: pairs of crops of 32 x 32 pixels are drawn and counted."""
+LAPTOP: Settings = {"method.temperature": 0.2}
+"""At scale laptop, the temperature of the preset fast, so that runs are shared with the tables of BA-SSL."""
 HEADINGS = ("Linear", "K-NN", "patch")
 
 
 def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
-    """Return smoke, cpu, gpu and paper; if `patch`, with a column of the counted mean area of a crop."""
+    """Return every scale; if `patch`, with a column of the counted mean area of a crop."""
     named = {"linear": "Linear", "k-NN": "K-NN"}
     made = usual(figures, views="simclr_cifar", gpu={"batch_size": 128})
     made["paper"] = Scale(

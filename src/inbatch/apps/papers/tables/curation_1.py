@@ -22,6 +22,7 @@ ROWS = tuple(
         {**curation.SIMCLR, "crops": name},
         dict(zip(curation.HEADINGS, figures, strict=True)),
         against=None if name == DEFAULT else DEFAULT,
+        at={"laptop": {**curation.LAPTOP, "views.min_scale": 0.08}},  # the paper's range of areas
     )
     for name, figures in VARIANTS.items()
 )

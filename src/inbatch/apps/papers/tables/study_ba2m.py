@@ -29,6 +29,7 @@ TABLE = Table(
     rows=(
         Row(NONE, PLAIN, at=AT),
         *(Row(name, {**PLAIN, "attend.name": block}, against=NONE, at=AT) for name, block in BLOCKS.items()),
+        Row("BatchFormer", {**PLAIN, "attend.name": "batchformer"}, against=NONE, at=AT, scales=("laptop", "gpu")),
     ),
     scales=usual(
         differs=(

@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from inbatch.apps.papers.scales import CIFAR10, DIGITS, SOURCE, columns
+from inbatch.apps.papers.scales import CIFAR10, DIGITS, SOURCE, columns, laptop
 from inbatch.apps.papers.spec import Row, Scale, Settings, Table
 
 FAMILIES: dict[str, Settings] = {
@@ -12,21 +12,31 @@ FAMILIES: dict[str, Settings] = {
     "SwAV": {"method.name": "swav"},
     "BYOL": {"method.name": "byol"},
     "Barlow Twins": {"method.name": "barlow"},
+    "VICReg": {"method.name": "vicreg"},
 }
-SMALL, USUAL, LARGE = (32, 64, 128, 256, 512), 128, (32, 128, 512, 2048)
+USUAL = 128
+SIZES: dict[int, tuple[str, ...]] = {
+    32: ("smoke", "cpu", "gpu", "paper"), 64: (), 128: (), 256: ("smoke", "cpu", "gpu", "paper"), 512: (),
+    2048: ("laptop", "gpu", "paper"),
+}  # fmt: skip
+"""Batch size -> scales at which it is run; none: all."""
 
 
-def _rows(sizes: tuple[int, ...], large: tuple[int, ...]) -> tuple[Row, ...]:
+def _rows() -> tuple[Row, ...]:
     """Return the rows; AdamW's rate scales with the root of the batch, that of the gpu presets with the batch."""
     return tuple(
         Row(
             f"{name}, {batch}",
             {**family, "batch_size": batch},
             against=None if batch == USUAL else f"{name}, {USUAL}",
-            at={"digits": {"optimizer.lr": 2e-3 * sqrt(batch / USUAL)}},
+            at={
+                "digits": {"optimizer.lr": 2e-3 * sqrt(batch / USUAL)},
+                "laptop": {"optimizer.lr": 3e-3 * sqrt(batch / USUAL)},
+            },
+            scales=scales,
         )
         for name, family in FAMILIES.items()
-        for batch in sorted({*sizes, *large})
+        for batch, scales in SIZES.items()
     )
 
 
@@ -35,7 +45,7 @@ TABLE = Table(
     title="Accuracy against batch size",
     source=f"{SOURCE}, on SimCLR, MoCo, SwAV, BYOL and Barlow Twins",
     asks="How much accuracy does each family lose with small batches?",
-    rows=_rows(SMALL, ()),
+    rows=_rows(),
     scales={
         "smoke": Scale(
             columns({"digits": "digits"}, ("k-NN",)), {"digits": {**DIGITS, "subset": 600, "epochs": 1}}, seeds=(0,)
@@ -47,6 +57,7 @@ TABLE = Table(
                 "batches of 32 to 512 of 1,297 images, 30 epochs at every batch size; rate proportional to its root",
             ),
         ),
+        "laptop": laptop(differs=("AdamW's rate is proportional to the root of the batch size",)),
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10"}, ("linear", "k-NN")),
             {"cifar10": CIFAR10},

@@ -21,6 +21,7 @@ TABLE = Table(
     scales={
         "smoke": _USUAL["smoke"],
         "cpu": _USUAL["cpu"],
+        "laptop": _USUAL["laptop"],
         "gpu": Scale(
             columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, ("linear", "k-NN")),
             {"cifar10": {**CIFAR10, "views.name": "simclr_cifar"}, "tiny": {**TINY, "views.name": "simclr_cifar"}},

@@ -10,7 +10,7 @@ ROWS = (
     Row(
         LABELS,
         {"method.name": "supervised"},
-        at={"photos": {"views.name": "supervised"}, "gpu": {"views.name": "supervised"}},
+        at={place: {"views.name": "supervised"} for place in ("photos", "laptop", "gpu")},
     ),
     Row("MoCo-v2", {"method.name": "moco", "method.layers": 2}, against=LABELS),
     Row("SimCLR", {"method.name": "simclr"}, against=LABELS),

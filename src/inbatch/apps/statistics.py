@@ -1,12 +1,11 @@
-"""Tests of paired differences over few seeds, correction for several of them, and the seeds that a difference needs."""
+"""Paired differences over few seeds: tests, intervals, correction for several, and the seeds that one needs."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
-
-from inbatch.apps.papers.filled_table import paired
 
 LEVEL = 0.05
 """Significance level, for all comparisons of a table together."""
@@ -59,6 +58,22 @@ class Difference:
             "sign_flip_p": self.sign_p, "smallest_sign_flip_p": self.least_sign_p,
             "interval": None if self.interval is None else list(self.interval),
         }  # fmt: skip
+
+
+def paired(values: Sequence[float]) -> float | None:
+    """Return the p value of the two-sided t-test that paired differences have mean 0.
+
+    It is 1 if all differences are 0, and None for fewer than two.
+    """
+    if len(values) < 2:
+        return None
+    if len(set(values)) == 1:
+        return 1.0 if values[0] == 0 else 0.0
+    from scipy.stats import ttest_1samp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences: p is close to 0, but inexact
+        return float(ttest_1samp(values, 0.0).pvalue)
 
 
 def difference(values: Sequence[float]) -> Difference:

@@ -1,0 +1,116 @@
+"""Effect of each row of a table: interval, number of seeds that would show it, and what it costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+from inbatch.apps.papers.filled_table import FilledTable, Line
+from inbatch.apps.statistics import LEVEL, MOST, POWER, Difference, difference, holm, seeds_for
+
+HEADINGS = (
+    "", "figure", "gain", "95 % interval", "p", "p, Holm", f"seeds to show it (power {POWER:.0%})", "time",
+    "time of a point",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Difference of a row from the row that it is compared with, by one figure.
+
+    Attributes:
+        row: Name of the row.
+        against: Name of the other row.
+        column: Name of our column.
+        difference: Paired differences in points, one per seed, with their tests.
+        holm: p value corrected by Holm's method for the rows of the column; None without a p value.
+        time: Training time as a multiple of that of the other row, by processor time if the records have it.
+    """
+
+    row: str
+    against: str
+    column: str
+    difference: Difference
+    holm: float | None = None
+    time: float | None = None
+
+    @property
+    def seeds(self) -> int | None:
+        """Number of seeds that would show the mean difference, if it and its spread were the true ones.
+
+        None if there is no spread to plan with, or above `MOST`.
+        """
+        effect, deviation = self.difference.mean, self.difference.deviation
+        return seeds_for(effect, deviation) if effect and deviation else None
+
+    @property
+    def cost(self) -> float | None:
+        """Additional training time for each point gained, as a share of the other row's; None without a gain."""
+        gain = self.difference.mean
+        return None if self.time is None or not gain or gain <= 0 else (self.time - 1) / gain
+
+    def cells(self, digits: int) -> list[str]:
+        """Return the effect as cells of a table."""
+        found, many = self.difference, len(self.difference.values) > 1
+        between = " to ".join(f"{end:+.{digits}f}" for end in found.interval or ())
+        needed = f"{self.seeds:,}" if self.seeds else f"over {MOST:,}" if many else ""
+        return [
+            self.row, self.column, f"{found.mean:+.{digits}f}", between, _p(found.p), _p(self.holm), needed,
+            "" if self.time is None else f"{self.time:.2f}",
+            "" if self.cost is None else f"{self.cost:+.0%}",
+        ]  # fmt: skip
+
+    def json(self) -> dict[str, Any]:
+        """Return the effect as plain values; times are shares of the other row's training time."""
+        named = {"row": self.row, "against": self.against, "column": self.column} | self.difference.json()
+        return named | {"holm_p": self.holm, "seeds_to_show_it": self.seeds, "time": self.time, "cost": self.cost}
+
+
+def effects(sheet: FilledTable) -> list[Effect]:
+    """Return the effect of every row that is compared with another, by every column that both have."""
+    found: list[Effect] = []
+    for at, column in enumerate(sheet.columns):
+        some = []
+        for line in sheet.lines:
+            against = sheet.line(line.row.against)
+            if against is not None and line.ours[at].gains:
+                told = difference(line.ours[at].gains)
+                time = _time(line, against, column.data)
+                some.append(Effect(line.row.name, against.row.name, column.name, told, time=time))
+        tested = [effect for effect in some if effect.difference.p is not None]
+        corrected = dict(zip((e.row for e in tested), holm([e.difference.p or 0.0 for e in tested]), strict=True))
+        found += [replace(effect, holm=corrected.get(effect.row)) for effect in some]
+    return found
+
+
+def effect_notes(found: Sequence[Effect]) -> list[str]:
+    """Return what the table of effects states, and what was shown."""
+    tested = [effect for effect in found if effect.holm is not None]
+    shown = [effect for effect in tested if (effect.holm or 0.0) < LEVEL]
+    lines = [
+        "Interval and p are those of the paired t-test. The number of seeds takes the mean and the spread of the few "
+        "seeds as the true ones, so it is a rough number.",
+        "Time is the training time as a multiple of that without, by processor time; a point costs this share of it.",
+    ]
+    if tested:
+        names = "; ".join(f"{effect.row}, {effect.column}" for effect in shown)
+        lines.append(f"Shown at {LEVEL}, corrected by Holm's method for the rows of a figure: {names or 'none'}.")
+    return lines
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _time(line: Line, against: Line, data: str) -> float | None:
+    """Return the mean ratio of the training times at the seeds that both have; None without."""
+    mine, theirs = (
+        {
+            cell.seed: record.training_cpu_seconds or record.training_seconds
+            for cell, record in zip(some.cells, some.records, strict=True)
+            if cell.data == data
+        }
+        for some in (line, against)
+    )
+    ratios = [own / other for seed in mine if (own := mine[seed]) and (other := theirs.get(seed))]
+    return mean(ratios) if ratios else None

@@ -1,0 +1,54 @@
+"""Expected duration of missing runs, from the durations of similar ones."""
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+
+from inbatch.apps.papers.render import hours
+from inbatch.apps.papers.results import Record
+from inbatch.apps.papers.spec import Cell
+
+SIMILAR = ("preset", "encoder.name", "image_size", "epochs", "subset", "batch_size")
+"""Settings that decide most of a run's duration."""
+
+
+def expected_time(cells: Sequence[Cell], records: Iterable[Record], jobs: int) -> str:
+    """Return a sentence with the expected duration of the runs; empty if there is no similar record.
+
+    A run is expected to take as long as those with the same recipe and other seeds, or as those on the same data set
+    with the same length, encoder and image size.
+
+    Args:
+        cells: The missing runs.
+        records: Records with durations.
+        jobs: Number of concurrent runs.
+    """
+    same: dict[tuple[str, str], list[float]] = {}
+    similar: dict[tuple[object, ...], list[float]] = {}
+    for record in records:
+        if record.status == "finished" and "pairs" not in record.recipe:
+            same.setdefault(record.told[:2], []).append(record.wall_seconds)
+            similar.setdefault(_kind(record.data, record.recipe), []).append(record.wall_seconds)
+    found, unknown = [], 0
+    for cell in cells:
+        if cell.counts:
+            continue
+        times = same.get((cell.key, cell.data)) or similar.get(_kind(cell.data, cell.recipe().nested()))
+        if times:
+            found.append(mean(times))
+        else:
+            unknown += 1
+    if not found:
+        return ""
+    seconds = max(max(found), sum(found) / jobs)
+    others = f"; {unknown} without a similar run are not included" if unknown else ""
+    return (
+        f"{len(found)} runs, {jobs} at a time: about {hours(seconds)}, as similar runs took on the machine of "
+        f"the results (inbatch doctor compares yours){others}."
+    )
+
+
+def _kind(data: str, recipe: dict[str, object]) -> tuple[object, ...]:
+    """Return what runs of about the same duration have in common."""
+    encoder = recipe.get("encoder")
+    name = encoder.get("name") if isinstance(encoder, dict) else encoder
+    return (data, name, *(recipe.get(setting) for setting in SIMILAR if "." not in setting))
