@@ -20,6 +20,11 @@ from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.thread_map import thread_map
 
 _TOGETHER = 2**24  # bytes of images that are prepared together rather than one by one
+_PIECE = 32
+"""Images that pass through an encoder at a time on a processor, whose caches larger batches exceed (docs/speed.md).
+
+The number does not depend on the number of threads, because the last bits of features depend on it.
+"""
 
 
 @runtime_checkable
@@ -245,6 +250,8 @@ def encode(
     cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
     represent = getattr(encoder, "represent", encoder)  # the rows of a head, or a custom encoder, have none
     with encoder.evaluating(), products, cast:
+        if device.type == "cpu":
+            return torch.cat([represent(piece) for piece in images.split(_PIECE)])
         return represent(images.to(device, non_blocking=True))
 
 

@@ -1,0 +1,35 @@
+"""The page of the record: its table is that of the entries in results/record."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def record() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_entries_make(record: ModuleType) -> None:
+    assert record.PAGE.read_text() == record.render(), "python benchmarks/record.py render writes it again"
+
+
+def test_entries_are_ordered_and_judged_by_their_means(record: ModuleType) -> None:
+    def entry(name: str, target: float, knn: float, seconds: float) -> dict[str, Any]:
+        seed = {"knn": knn, "seconds": seconds, "cpu_seconds": 2 * seconds, "operations": 93.6e12, "load_before": 0.3}
+        where = {"processor": "one", "versions": {"torch": "2"}, "commit": "abc"}
+        told = {"name": name, "target": target, "words": ["simclr", name], "threads": 2, "date": "2026-11-29"}
+        return told | {"seeds": [seed, seed | {"knn": knn + 0.02}], "environment": where}
+
+    lines = record.rows([entry("b", 70, 0.69, 900), entry("c", 75, 0.70, 100), entry("a", 70, 0.71, 300)]).split("\n")
+    assert [line.split("`")[1] for line in lines[2:]] == ["simclr a", "simclr b", "simclr c"]
+    assert ["not reached" in line for line in lines[2:]] == [False, False, True]
+    assert "| 72.00 (71.00, 73.00) | 300 | 600 |" in lines[2] and lines[2].endswith("| 1 s |")
