@@ -14,17 +14,13 @@ from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
+from inbatch.nn.eval_mode import in_pieces
 from inbatch.runtime import child_processes, shared_work
 from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.thread_map import thread_map
 
 _TOGETHER = 2**24  # bytes of images that are prepared together rather than one by one
-_PIECE = 32
-"""Images that pass through an encoder at a time on a processor, whose caches larger batches exceed (docs/speed.md).
-
-The number does not depend on the number of threads, because the last bits of features depend on it.
-"""
 
 
 @runtime_checkable
@@ -250,9 +246,7 @@ def encode(
     cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
     represent = getattr(encoder, "represent", encoder)  # the rows of a head, or a custom encoder, have none
     with encoder.evaluating(), products, cast:
-        if device.type == "cpu":
-            return torch.cat([represent(piece) for piece in images.split(_PIECE)])
-        return represent(images.to(device, non_blocking=True))
+        return in_pieces(represent, images.to(device, non_blocking=True))
 
 
 @usual_state()

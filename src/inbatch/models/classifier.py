@@ -17,7 +17,7 @@ from inbatch.models.encoder import Encoder
 from inbatch.models.factory import restored
 from inbatch.models.transform import Transform
 from inbatch.models.weights import as_one, read_folder, timm_config, write
-from inbatch.nn.eval_mode import evaluating
+from inbatch.nn.eval_mode import evaluating, in_pieces
 from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.isolation import briefly_isolated, usual_numerics
 from inbatch.runtime.paths import path_of
@@ -109,7 +109,8 @@ class Classifier(nn.Module):
         images, rows = self.encoder.sequence(images), [torch.empty(0, len(self.classes))]
         for start in range(0, len(images), batch):
             with self.evaluating():
-                rows.append(self(self.encoder.preprocess(images[start : start + batch])).float().softmax(1).cpu())
+                logits = in_pieces(self, self.encoder.preprocess(images[start : start + batch]))
+                rows.append(logits.float().softmax(1).cpu())
         return torch.cat(rows).numpy()
 
     def predict(self, images: Any, batch: int = 256) -> np.ndarray:

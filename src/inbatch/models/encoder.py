@@ -20,7 +20,7 @@ from inbatch.models.library_errors import explained
 from inbatch.models.prepare import Prepare
 from inbatch.models.readout import Readout
 from inbatch.models.transform import Transform
-from inbatch.nn.eval_mode import evaluating
+from inbatch.nn.eval_mode import evaluating, in_pieces
 from inbatch.runtime.isolation import usual_numerics
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         rows = []
         for start in range(0, len(images), batch):
             with self.evaluating():
-                rows.append(self.represent(self.preprocess(images[start : start + batch])).float().cpu())
+                rows.append(in_pieces(self.represent, self.preprocess(images[start : start + batch])).float().cpu())
         return (
             torch.cat(rows).numpy()
             if rows
