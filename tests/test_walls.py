@@ -93,7 +93,8 @@ LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "trit
 EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
 """Modules that are themselves imported in functions only, or by the user."""
 
-DEVICES = {"nn.exponentials", "nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}
+DEVICES = {f"nn.{name}" for name in ("exponentials", "logsumexp", "tiles", "cpu_matmul", "slicing", "eval_mode")}
+DEVICES |= {"nn.triton_logsumexp"}
 """Modules that choose an algorithm or the size of its parts by device; only they may read the type of the device."""
 
 

@@ -17,7 +17,7 @@ from inbatch.training.run_encoder import with_encoder_of_init
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the package have one encoder, `inbatch/small`; return the encoder."""
     torch.manual_seed(3)
-    encoder = create_encoder("tiny", size=16, width=8, check=False)
+    encoder = create_encoder("fast", size=16, width=8, check=False)
     save_encoder(encoder, tmp_path / "weights" / "small")
     monkeypatch.setattr(shipped_weights, "weights_folder", lambda: tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
@@ -28,10 +28,26 @@ def test_a_name_loads_the_weights(shipped: Any, tmp_path: Path) -> None:
     images = torch.randint(0, 255, (3, 3, 16, 16), dtype=torch.uint8)
     expected = shipped.eval().embed(images)
     assert torch.equal(torch.as_tensor(inbatch.load("inbatch/small").embed(images)), torch.as_tensor(expected))
-    again = create_encoder("tiny", size=16, width=8, init="inbatch/small", check=False)
+    again = create_encoder("fast", size=16, width=8, init="inbatch/small", check=False)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), shipped.parameters(), strict=True))
     assert with_encoder_of_init({"encoder.init": "inbatch/small"})["encoder.width"] == 8
     assert weight_names() == ["small"] and not (tmp_path / "inbatch").exists()
+
+
+def test_features_are_not_kept_in_the_package(shipped: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from inbatch.apps.collection.features import open_collection
+
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 10, 10)).save(tmp_path / "photos" / f"{i}.png")
+    found = open_collection("inbatch/small", tmp_path / "photos")
+    assert len(found) == 3 and found.origin["file"] is None and "cannot be kept in the package" in found.notes[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "weights"]
+    assert sorted(path.name for path in (tmp_path / "weights" / "small").iterdir()) == sorted(
+        ["config.json", "model.safetensors"]
+    )
 
 
 def test_a_name_that_is_unknown_names_the_others(shipped: Any) -> None:
@@ -42,7 +58,7 @@ def test_a_name_that_is_unknown_names_the_others(shipped: Any) -> None:
 
 
 def test_a_folder_of_this_name_is_meant_first(shipped: Any, tmp_path: Path) -> None:
-    save_encoder(create_encoder("tiny", size=24, width=8, check=False), tmp_path / "inbatch" / "small")
+    save_encoder(create_encoder("fast", size=24, width=8, check=False), tmp_path / "inbatch" / "small")
     assert inbatch.load("inbatch/small").size == 24
     assert with_shipped(Path("inbatch/small")) == Path("inbatch/small")
 
