@@ -47,7 +47,7 @@ def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytes
         return size_estimate.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
 
     told = activations()
-    monkeypatch.setattr(summary, "_SAMPLES", context)  # not linear: the group itself is measured
+    monkeypatch.setattr(size_estimate, "_SAMPLES", context)  # not linear: the group itself is measured
     assert told == pytest.approx(activations(), rel=1e-3)
 
 
